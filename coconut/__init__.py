@@ -1,0 +1,30 @@
+"""Coconut: train, compare and understand language models that reason in continuous latent space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coconut.data import Example
+    from coconut.methods import METHODS, Curriculum, Reasoning, plan
+    from coconut.model import LatentLM
+
+__all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "plan"]
+
+_HOME = {
+    "METHODS": "coconut.methods",
+    "Curriculum": "coconut.methods",
+    "Example": "coconut.data",
+    "LatentLM": "coconut.model",
+    "Reasoning": "coconut.methods",
+    "plan": "coconut.methods",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import coconut` and `--help` do not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'coconut' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

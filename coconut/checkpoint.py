@@ -1,0 +1,147 @@
+"""Checkpoints: atomic, complete, verified.
+
+A checkpoint is a folder RUN/checkpoints/step-NNNNNNN. It opens with LatentLM.from_pretrained (weights in
+safetensors, tokenizer, reasoning) and holds besides
+
+    trainer.pt      optimizer and random number generators
+    state.json      where training stands, and which checkpoint is the best so far
+    manifest.json   size and SHA-256 of every other file
+
+It is written beside its place and moved there when it is whole, so no pointer is needed: the last
+checkpoint is the one with the highest number whose manifest holds, and it knows the best.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut.files import read_json, sha256, whole_folder, write_json
+from coconut.model import LatentLM
+
+MANIFEST = "manifest.json"
+TRAINER = "trainer.pt"
+STATE = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run. `keep` is how many of the newest stay; the best one always does."""
+
+    def __init__(self, run: Path | str, keep: int = 2):
+        self.folder = Path(run) / "checkpoints"
+        self.keep = keep
+
+    def save(self, step: int, lm: LatentLM, trainer: dict[str, Any], state: dict[str, Any]) -> Path:
+        """Write a checkpoint, then remove those that are no longer kept.
+
+        Raises OSError if it cannot be written; the earlier ones stay as they are.
+        """
+        path = self.path(step)
+        try:
+            with whole_folder(path) as part:
+                lm.save_pretrained(part)
+                torch.save(trainer, part / TRAINER)
+                write_json(part / STATE, {"step": step, **state})
+                files = sorted(file for file in part.rglob("*") if file.is_file())
+                manifest = {
+                    str(file.relative_to(part)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                    for file in files
+                }
+                write_json(part / MANIFEST, manifest)
+        except Exception as error:
+            free = shutil.disk_usage(self.folder).free / 2**20
+            before = self.steps()
+            whole = f"The checkpoint of update {before[-1]} is whole." if before else "There is no earlier one."
+            raise OSError(
+                f"The checkpoint of update {step} could not be written to {self.folder} "
+                f"({free:,.0f} MiB free there): {error}. {whole} Make room and run the same command again."
+            ) from error
+        best = (state.get("best") or {}).get("step")
+        for old in self.steps()[: -self.keep]:
+            if old != best:
+                shutil.rmtree(self.path(old))
+        return path
+
+    def steps(self) -> list[int]:
+        """The updates of all checkpoints, damaged ones included, in rising order."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
+    def last(self) -> Path | None:
+        """The newest checkpoint that is whole. Says on standard error which ones are damaged."""
+        for step in reversed(self.steps()):
+            if not (damage := damage_of(self.path(step))):
+                return self.path(step)
+            _say_damaged(self.path(step), damage)
+        return None
+
+    def find(self, which: str) -> Path:
+        """The checkpoint called "best", "last", or by the number of its update.
+
+        A damaged one is named on standard error, and the newest whole one is taken in its place.
+        Raises ValueError if there is none.
+        """
+        last = self.last()
+        if last is None:
+            raise ValueError(f"{self.folder} holds no whole checkpoint. Train first, or name another run.")
+        if which == "last":
+            return last
+        if which == "best":
+            best = read_json(last / STATE).get("best")
+            if not best:
+                raise ValueError(
+                    f"{self.folder.parent} has no best checkpoint yet: it is chosen on validation accuracy within the "
+                    "last stage, which training has not reached. Take checkpoint=last."
+                )
+            step = best["step"]
+        elif which.isdigit():
+            step = int(which)
+        else:
+            raise ValueError(f"checkpoint is {which!r}; it is best, last, or the number of an update.")
+        if step not in self.steps():
+            raise ValueError(
+                f"{self.folder} holds no checkpoint of update {step}; there are: {', '.join(map(str, self.steps()))}."
+            )
+        path = self.path(step)
+        if damage := damage_of(path):
+            _say_damaged(path, damage)
+            print(f"Taking the newest whole checkpoint instead: {last}", file=sys.stderr)
+            return last
+        return path
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    return read_json(path / STATE)
+
+
+def load_trainer(path: Path) -> dict[str, Any]:
+    return torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = read_json(path / MANIFEST)
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != expected["bytes"]:
+            return f"{name} has {size:,} of {expected['bytes']:,} bytes"
+        if sha256(file) != expected["sha256"]:
+            return f"the checksum of {name} does not hold"
+    return None
+
+
+def _say_damaged(path: Path, damage: str) -> None:
+    print(f"warning: the checkpoint {path} is damaged: {damage}.", file=sys.stderr)

@@ -1,0 +1,60 @@
+"""What every command shares: composing its configuration with Hydra, help, and errors for people."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+# Values of these keys are text, taken to the letter: no quoting, lists or interpolation.
+TEXT_KEYS = ("question",)
+
+
+def application(config_name: str, schema: type, run: Callable[[Any], int | None], **groups: type) -> Callable[[], None]:
+    """The `main` of a Hydra application over conf/CONFIG_NAME.yaml.
+
+    `schema` is the dataclass that the composed configuration must fit; `run` is given an instance and
+    returns an exit status. ValueError and OSError are messages for the user and end with status 2.
+    """
+
+    def main() -> None:
+        import hydra
+        from hydra.core.config_store import ConfigStore
+        from omegaconf import DictConfig, OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+        sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+        status = 0
+
+        def job(config: DictConfig) -> None:
+            nonlocal status
+            try:
+                status = run(OmegaConf.to_object(config)) or 0
+            except (ValueError, OSError, OmegaConfBaseException) as error:
+                if os.environ.get("COCONUT_TRACEBACK"):
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                status = 2
+
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+        sys.exit(status)
+
+    return main
+
+
+def quote_text(argument: str) -> str:
+    """`question=any text` as an override that Hydra's grammar and OmegaConf give back to the letter."""
+    key, sign, text = argument.partition("=")
+    if not sign or key not in TEXT_KEYS:
+        return argument
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
+    text = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)
+    text = re.sub(r"(\\+)$", lambda m: m[1] * 2, text)
+    return f"{key}='{text}'"

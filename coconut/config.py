@@ -1,0 +1,242 @@
+"""The schema of every command: dataclasses that check themselves when they are built.
+
+Hydra composes conf/ into these. Nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from coconut.methods import Curriculum, PromptFormat, plan
+
+# These say where and how a run is carried out, not what it is: they do not enter its name, and a run
+# may be resumed with others.
+NOT_IDENTITY = ("run", "resume", "keep_checkpoints", "save_every")
+
+
+class Task(StrEnum):
+    gsm8k = "gsm8k"
+    prontoqa = "prontoqa"
+    prosqa = "prosqa"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"  # autocast over float32 weights
+
+
+class TooLong(StrEnum):
+    error = "error"
+    skip = "skip"
+
+
+class Reset(StrEnum):
+    """When the optimizer is made anew."""
+
+    stage = "stage"
+    epoch = "epoch"
+    never = "never"
+
+
+class Resume(StrEnum):
+    auto = "auto"  # go on where the run's folder left off
+    never = "never"  # refuse a folder that already holds a run
+
+
+def _at_least(owner: str, config: Any, **bounds: float) -> None:
+    for name, least in bounds.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{owner}{name} is {value}; it must be at least {least}.")
+
+
+@dataclass
+class ModelConfig:
+    """A pretrained model by name or folder (`base`), or a new one from its `architecture`.
+
+    `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
+    name or folder, or "words" for a word-level one made from the training file; by default the base's.
+    `new_tokens`: what the embeddings of added tokens start from: mean, random, or a token's name.
+    """
+
+    base: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    new_tokens: str = "mean"
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if bool(self.base) == bool(self.architecture):
+            given = "both are given" if self.base else "neither is given"
+            raise ValueError(
+                f"The model is either pretrained (model.base) or new (model.architecture); {given}. "
+                "Choose one with model=gpt2, model=gpt2_new or model=tiny, or set model.base=NAME_OR_FOLDER."
+            )
+        if self.architecture and "model_type" not in self.architecture:
+            raise ValueError(f"model.architecture names no model_type; its keys are {list(self.architecture)}.")
+        if self.architecture and not self.tokenizer:
+            raise ValueError("A new model needs model.tokenizer: a name or folder, or words.")
+
+
+@dataclass
+class DataConfig:
+    task: Task = Task.prosqa
+    train: str = ""
+    valid: str = ""
+    test: str = ""
+    too_long: TooLong = TooLong.error  # an example longer than the model's context
+    format: PromptFormat = field(default_factory=PromptFormat)
+    cache_dir: str | None = None  # of the tokens; by default COCONUT_CACHE or ~/.cache/coconut
+
+    def absolute(self) -> DataConfig:
+        """The same files, named so that they are found from any folder."""
+        return replace(self, **{s: str(Path(file).resolve()) for s in SPLITS if (file := getattr(self, s))})
+
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. `warmup` counts updates from each time that the optimizer is made; `clip` 0 means no clipping."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    warmup: int = 0
+    clip: float = 0.0
+    reset: Reset = Reset.stage
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer.", self, weight_decay=0, warmup=0, clip=0)
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be above 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1).")
+
+    def learning_rate(self, updates: int) -> float:
+        """For the update after so many since the optimizer was made: constant after a linear warm-up."""
+        return self.lr * min(1.0, (updates + 1) / max(self.warmup, 1))
+
+
+@dataclass
+class EngineConfig:
+    """`device`: auto, cpu, cuda, cuda:1, mps. `threads`: CPU threads, 0 for torch's own choice."""
+
+    device: str = "auto"
+    precision: Precision = Precision.float32
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("engine.", self, threads=0)
+
+
+@dataclass
+class TrainConfig:
+    name: str = "custom"  # of the experiment; part of the run's default folder
+    run: str | None = None  # the run's folder; by default runs/NAME-HASH
+    resume: Resume = Resume.auto
+    init: str | None = None  # a run or checkpoint whose weights to start from
+    seed: int = 0
+    method: str = "coconut"
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch_size: int = 128  # examples an update
+    micro_batch_size: int | None = None  # examples a forward pass; by default the whole batch
+    max_new_tokens: int | None = None  # by default the task's
+    eval_batch_size: int = 64
+    valid_limit: int | None = None  # validate on the first so many examples
+    validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
+    save_every: int = 0  # updates between further checkpoints; 0: only with each validation
+    keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
+
+    def __post_init__(self) -> None:
+        _at_least("", self, seed=0, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_batch_size=1,
+                  valid_limit=1, validate_every=0, save_every=0, keep_checkpoints=1)  # fmt: skip
+        for split in ("train", "valid"):
+            if not getattr(self.data, split):
+                raise ValueError(
+                    f"data.{split} names no file. Choose data=graphs or another, or set data.{split}=FILE."
+                )
+        plan(self.method, self.curriculum)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run this run."""
+        return {key: value for key, value in asdict(self).items() if key not in NOT_IDENTITY}
+
+    def folder(self) -> Path:
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return Path(self.run) if self.run else Path("runs") / f"{self.name}-{digest[:8]}"
+
+
+@dataclass
+class DataFiles:
+    """Files to take in place of those that the run was made with."""
+
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    run: str = ""
+    checkpoint: str = "best"  # best, last, or the number of an update
+    split: str = "test"
+    data: DataFiles = field(default_factory=DataFiles)
+    num_thoughts: int | None = None  # by default the model's own
+    max_new_tokens: int | None = None
+    batch_size: int = 64
+    limit: int | None = None  # the first so many questions
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        _needs_run(self.run)
+        _at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
+
+
+@dataclass
+class GenerateConfig:
+    run: str = ""
+    checkpoint: str = "best"
+    question: str = ""  # "-" reads standard input
+    num_thoughts: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    seed: int = 0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        _needs_run(self.run)
+        _at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0)
+        if not self.question.strip():
+            raise ValueError('There is no question. Ask one with question="..." or pipe it in with question=-.')
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+
+
+@dataclass
+class AnalyzeConfig:
+    run: str = ""
+    output: str | None = None  # by default RUN/report.html
+
+    def __post_init__(self) -> None:
+        _needs_run(self.run)
+
+
+def _needs_run(run: str) -> None:
+    if not run:
+        raise ValueError("Name the run: run=DIR, the folder that coconut.train wrote.")

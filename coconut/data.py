@@ -1,0 +1,381 @@
+"""Examples: reading and checking files, and their tokens, segment by segment.
+
+A data file is a JSON list, or one JSON object a line, of rows with `question` (text), `steps` (a list
+of texts, may be empty) and `answer` (text). Whatever else a row holds is kept in `meta`.
+
+Shapes: N examples; token arrays are flat, see `TokenizedData`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coconut.methods import PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its written chain and its answer."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def read_examples(path: Path | str) -> list[Example]:
+    """Read a data file.
+
+    Raises FileNotFoundError if there is none, and ValueError if it is empty or any row is malformed:
+    the message names the first bad rows and counts all of them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"The data file {path} {what}. Make one with python -m data_builders.NAME, or name your own file."
+        )
+    examples, problems = [], []
+    for where, row in _rows(path):
+        problem = row if isinstance(row, _Unreadable) else _problem(row)
+        if problem:
+            problems.append(f"  {where}: {problem}")
+        elif not problems:
+            meta = {key: value for key, value in row.items() if key not in ("question", "steps", "answer")}
+            examples.append(Example(row["question"], tuple(row["steps"]), row["answer"], meta))
+    if problems:
+        shown = problems[:SHOWN_PROBLEMS]
+        more = len(problems) - len(shown)
+        count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
+        raise ValueError(f"{path} has {count}:\n" + "\n".join(shown) + (f"\n  and {more} more" if more else ""))
+    if not examples:
+        raise ValueError(f"{path} holds no example. It must be a JSON list, or one JSON object a line.")
+    return examples
+
+
+class _Unreadable(str):
+    """Why a row could not be parsed."""
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} begins as a JSON list but breaks at line {error.lineno}: {error.msg}.") from None
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = _Unreadable(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
+        yield f"line {number}", row
+
+
+def _problem(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return f"must be an object with question, steps and answer; it is {_short(row)}"
+    missing = [key for key in ("question", "steps", "answer") if key not in row]
+    if missing:
+        return f"has no {', '.join(missing)}; its keys are: {', '.join(map(str, row)) or 'none'}"
+    for key in ("question", "answer"):
+        if not isinstance(row[key], str):
+            return f"{key} must be text; it is {_short(row[key])}"
+        if not row[key].strip():
+            return f"{key} is empty"
+    if "\n" in row["answer"]:
+        return f"the answer must be one line; it is {_short(row['answer'])}"
+    steps = row["steps"]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        return f"steps must be a list of texts; it is {_short(steps)}"
+    for number, step in enumerate(steps, 1):
+        if not step.strip():
+            return f"step {number} of {len(steps)} is empty (an example without steps has steps: [])"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+ADDED_TOKENS = ("<bot>", "<eot>", "<latent>", "<pause>")
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids of the four added tokens, of the end of a sequence, and of padding."""
+
+    bot: int
+    eot: int
+    latent: int
+    pause: int
+    eos: int
+    pad: int
+
+    @property
+    def added(self) -> list[int]:
+        return [self.bot, self.eot, self.latent, self.pause]
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+    """Add `<bot>`, `<eot>`, `<latent>`, `<pause>` to the tokenizer where it lacks them, and give all ids.
+
+    Raises ValueError if the tokenizer is not a fast one or has no end-of-sequence token.
+    """
+    from tokenizers import AddedToken
+
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load one with a tokenizer.json.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, so the model could never learn to stop. "
+            'Set one, for example tokenizer.eos_token = "</s>".'
+        )
+    known = tokenizer.get_vocab()
+    new: list[Any] = [AddedToken(t, special=True, normalized=False) for t in ADDED_TOKENS if t not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    eos: Any = tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    bot, eot, latent, pause = token_ids(tokenizer, ADDED_TOKENS)
+    return SpecialIds(bot, eot, latent, pause, eos, pad)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:
+    """The id of each token by its name."""
+    ids: Any = tokenizer.convert_tokens_to_ids(list(tokens))
+    return ids
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text by itself. A special token that stands in a text stays text."""
+    if not texts:
+        return []
+    ids: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], prompt_format: PromptFormat
+) -> list[list[int]]:
+    """Token ids of questions as a model is asked them, with the tokenizer's own beginning-of-sequence token."""
+    start = _start_ids(tokenizer)
+    return [start + ids for ids in encode_texts(tokenizer, [prompt_format.question.format(q) for q in questions])]
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    encoded: Any = tokenizer("", add_special_tokens=True)["input_ids"]
+    ids = list(encoded)
+    if ids and ids[-1] == tokenizer.eos_token_id and (len(ids) > 1 or tokenizer.bos_token_id != ids[-1]):
+        ids.pop()
+    return ids
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """The tokens of N examples in flat arrays.
+
+    `tokens`: all token ids, one example after the other; within one: question, steps, answer with the
+    end-of-sequence token. `bounds`: where each segment ends in `tokens`; example i has the segments
+    `first[i] .. first[i + 1] - 1`. `starts`: where each example begins in `tokens`, (N + 1,).
+    """
+
+    tokens: np.ndarray
+    bounds: np.ndarray
+    first: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    @property
+    def num_steps(self) -> np.ndarray:
+        """(N,) written steps of each example."""
+        return np.diff(self.first) - 2
+
+    @property
+    def question_lengths(self) -> np.ndarray:
+        """(N,) tokens of each question."""
+        return self.bounds[self.first[:-1]] - self.starts[:-1]
+
+    def question(self, index: int) -> np.ndarray:
+        return self.tokens[self.starts[index] : self.bounds[self.first[index]]]
+
+    def select(self, indices: np.ndarray) -> TokenizedData:
+        """The examples at these indices, in this order."""
+        rows = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in indices]
+        lengths = [np.diff(self.bounds[self.first[i] : self.first[i + 1]], prepend=self.starts[i]) for i in indices]
+        return TokenizedData.from_lists(rows, lengths)
+
+    @classmethod
+    def from_lists(cls, tokens: Sequence[Any], lengths: Sequence[Any]) -> TokenizedData:
+        """`tokens[i]`: all ids of example i; `lengths[i]`: how many of them each of its segments has."""
+        if not len(tokens):
+            empty = np.zeros(0, np.int64)
+            return cls(empty.astype(np.int32), empty, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        return cls.from_flat(
+            np.concatenate([np.asarray(row, np.int32) for row in tokens]),
+            np.array([len(row) for row in tokens]),
+            np.concatenate([np.asarray(row, np.int64) for row in lengths]),
+            np.array([len(row) for row in lengths]),
+        )
+
+    @classmethod
+    def from_flat(
+        cls, tokens: np.ndarray, num_tokens: np.ndarray, lengths: np.ndarray, num_segments: np.ndarray
+    ) -> TokenizedData:
+        return cls(
+            tokens=tokens,
+            bounds=np.cumsum(lengths, dtype=np.int64),
+            first=np.concatenate([[0], np.cumsum(num_segments, dtype=np.int64)]),
+            starts=np.concatenate([[0], np.cumsum(num_tokens, dtype=np.int64)]),
+        )
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    prompt_format: PromptFormat | None = None,
+    cache_dir: Path | str | None = None,
+) -> TokenizedData:
+    """Encode every segment by itself, once: the result is cached with `datasets` under `cache_dir`."""
+    import datasets
+
+    prompt_format = prompt_format or PromptFormat()
+    start, eos = _start_ids(tokenizer), tokenizer.eos_token_id
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts: list[str] = []
+        for question, steps, answer in zip(batch["question"], batch["steps"], batch["answer"], strict=True):
+            texts.append(prompt_format.question.format(question))
+            texts.extend(prompt_format.step.format(step) for step in steps)
+            texts.append(prompt_format.answer.format(answer))
+        ids = iter(encode_texts(tokenizer, texts))
+        rows, lengths = [], []
+        for steps in batch["steps"]:
+            segments = [start + next(ids), *(next(ids) for _ in steps), [*next(ids), eos]]
+            rows.append([token for segment in segments for token in segment])
+            lengths.append([len(segment) for segment in segments])
+        return {"tokens": rows, "lengths": lengths}
+
+    content = hashlib.sha256(json.dumps(asdict(prompt_format)).encode())
+    content.update(tokenizer.backend_tokenizer.to_str().encode())
+    content.update(json.dumps([start, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
+    key = content.hexdigest()[:32]
+    folder = Path(cache_dir or default_cache_dir()) / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    text = datasets.Features(
+        question=datasets.Value("string"),
+        steps=datasets.List(datasets.Value("string")),
+        answer=datasets.Value("string"),
+    )
+    integers = datasets.List(datasets.Value("int32"))
+    with _quiet_datasets(datasets, few=len(examples) < 20_000):
+        encoded = datasets.Dataset.from_dict(
+            {
+                "question": [e.question for e in examples],
+                "steps": [list(e.steps) for e in examples],
+                "answer": [e.answer for e in examples],
+            },
+            features=text,
+        ).map(
+            encode,
+            batched=True,
+            remove_columns=["question", "steps", "answer"],
+            features=datasets.Features(tokens=integers, lengths=integers),
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc="tokenizing",
+        )
+    table = encoded.data.table.combine_chunks()
+    tokens, lengths = (table.column(name).combine_chunks() for name in ("tokens", "lengths"))
+    return TokenizedData.from_flat(
+        tokens.flatten().to_numpy(),
+        tokens.value_lengths().to_numpy(),
+        lengths.flatten().to_numpy(),
+        lengths.value_lengths().to_numpy(),
+    )
+
+
+class _quiet_datasets:
+    """No progress bar of `datasets` for what takes a moment."""
+
+    def __init__(self, datasets: Any, few: bool):
+        self.datasets, self.few = datasets, few
+
+    def __enter__(self) -> None:
+        self.was_on = self.datasets.utils.logging.is_progress_bar_enabled()
+        if self.few:
+            self.datasets.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            self.datasets.enable_progress_bars()
+
+
+def default_cache_dir() -> Path:
+    """COCONUT_CACHE, or `coconut` in the user's cache folder."""
+    if named := os.environ.get("COCONUT_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coconut"
+
+
+def unknown_words(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many tokens the tokenizer had no entry for. 0 for byte-level tokenizers."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return 0
+    return int((data.tokens == unknown).sum())
+
+
+def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:
+    """A word-level tokenizer whose words are those of the examples, the most frequent first.
+
+    Words, runs of `#`, single marks of punctuation and the end of a line are tokens; the spaces between
+    them are not, and decoding puts one before every word.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    prompt_format = prompt_format or PromptFormat()
+    split = pre_tokenizers.Split(Regex(r"\n|\w+|#+|[^\w\s]"), behavior="removed", invert=True)
+    counts: Counter[str] = Counter()
+    for example in examples:
+        segments = [prompt_format.question.format(example.question), prompt_format.answer.format(example.answer)]
+        segments += [prompt_format.step.format(step) for step in example.steps]
+        counts.update(word for segment in segments for word, _ in split.pre_tokenize_str(segment))
+    special = ["<pad>", "<eos>", "<unk>"]
+    words = special + [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
+    spaced = decoders.Replace(Regex(r"^(?=[\w#|<>=+*/(-])"), " ")
+    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [spaced, decoders.Fuse(), decoders.Replace(Regex(r"(^|\n) "), "\n"), decoders.Strip("\n", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )

@@ -1,0 +1,210 @@
+"""From an example and a stage to token ids, and from token ids to batches.
+
+`layout` is the one place that says what a training sequence looks like:
+
+    question [<bot>] slot [<eot>] rest of the chain, answer, <eos>
+
+with the loss on what follows the slot. Everything random here is a function of (seed, epoch, index).
+
+Shapes: N examples of a data set; B rows of a batch, T columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from coconut.data import SpecialIds, TokenizedData
+from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
+
+IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
+BUCKET = 32  # batches that are sorted by length together
+
+_MIXING, _OFFSET, _ORDER = 1, 2, 3  # what a random number is for
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One training sequence: `ids[num_prompt:]` are the targets, `ids[anchor]` is the first of the slot."""
+
+    ids: np.ndarray
+    num_prompt: int
+    anchor: int
+
+
+def layout(
+    segments: Sequence[Sequence[int] | np.ndarray],
+    stage: Stage,
+    special: SpecialIds,
+    *,
+    num_thoughts: int | None = None,
+    tokens_cut: int | None = None,
+) -> Layout:
+    """The sequence of one example at one stage.
+
+    `segments`: the token ids of the question, of each step, and of the answer with its end-of-sequence
+    token. `num_thoughts` and `tokens_cut` override the stage's (short chains, iCoT's offset).
+    """
+    question, *steps, answer = (np.asarray(segment, np.int32) for segment in segments)
+    kept = [] if stage.steps_cut is None else steps[stage.steps_cut :]
+    chain = np.concatenate(kept) if kept else np.zeros(0, np.int32)
+    chain = chain[len(chain) if stage.tokens_cut is None else (tokens_cut or stage.tokens_cut) :]
+    slot = slot_ids(stage, special, stage.num_thoughts if num_thoughts is None else num_thoughts)
+    return Layout(
+        ids=np.concatenate([question, slot, chain, answer]),
+        num_prompt=len(question) + len(slot),
+        anchor=len(question) + stage.markers,
+    )
+
+
+def slot_ids(form: Stage | Reasoning, special: SpecialIds, num_thoughts: int) -> np.ndarray:
+    """What stands between question and chain: the markers and the slot's tokens."""
+    fill = {Slot.nothing: [], Slot.pause: [special.pause], Slot.thought: [special.latent]}[form.slot] * num_thoughts
+    return np.array([special.bot, *fill, special.eot] if form.markers else fill, np.int32)
+
+
+def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.ndarray:
+    """How many thoughts examples with so many steps get: all of the stage's, or as many as they have steps for."""
+    if plan.pad_thoughts:
+        return np.full_like(num_steps, stage.num_thoughts)
+    return np.minimum(stage.num_thoughts, plan.thoughts_per_step * np.asarray(num_steps))
+
+
+class EpochView:
+    """A data set as one epoch of one stage sees it.
+
+    `lengths` (N,) counts the tokens of each sequence, without building it; `layout(i)` builds one.
+    """
+
+    def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
+        self.data, self.special = data, special
+        forms = [stage, *plan.depths]
+        which = np.zeros(len(data), np.int64)
+        if plan.mixing_probability > 0:
+            chance, depth = _uniform(seed, epoch, _MIXING, (2, len(data)))
+            highest = np.full(len(data), stage.index) if plan.mixing is Mixing.current else data.num_steps
+            drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.depths) - 1)
+            which = np.where(chance < plan.mixing_probability, 1 + drawn, 0)
+        self.forms = [forms[k] for k in which]
+
+        thoughts = np.stack([thoughts_for(form, plan, data.num_steps) for form in forms])
+        self.num_thoughts = thoughts[which, np.arange(len(data))]
+        markers = np.array([2 * form.markers for form in forms])[which]
+        every = np.iinfo(np.int64).max
+        steps_cut = np.array([every if form.steps_cut is None else form.steps_cut for form in forms])[which]
+        self.tokens_cut = np.array([every if form.tokens_cut is None else form.tokens_cut for form in forms])[which]
+        if stage.smoothed:
+            self.tokens_cut = self.tokens_cut + _icot_offsets(seed, epoch, len(data))
+
+        answer_starts = data.bounds[data.first[1:] - 2]
+        chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
+        kept = np.maximum(answer_starts - chain_starts - self.tokens_cut, 0)
+        self.anchors = data.question_lengths + markers // 2
+        self.lengths = data.question_lengths + markers + self.num_thoughts + kept + data.starts[1:] - answer_starts
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def layout(self, index: int) -> Layout:
+        first, last = self.data.first[index], self.data.first[index + 1]
+        example = self.data.tokens[self.data.starts[index] : self.data.starts[index + 1]]
+        segments = np.split(example, self.data.bounds[first : last - 1] - self.data.starts[index])
+        return layout(
+            segments,
+            self.forms[index],
+            self.special,
+            num_thoughts=int(self.num_thoughts[index]),
+            tokens_cut=int(self.tokens_cut[index]),
+        )
+
+
+def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, purpose]).random(shape)
+
+
+def _icot_offsets(seed: int, epoch: int, count: int) -> np.ndarray:
+    """o with probability proportional to exp(-4 o) (Deng et al., arXiv 2405.14838, removal smoothing)."""
+    return np.floor(-np.log1p(-_uniform(seed, epoch, _OFFSET, (count,))) / 4).astype(np.int64)
+
+
+def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The indices of each update of an epoch: every example once, like lengths together, in random order.
+
+    The last batch may be smaller. A function of its arguments alone, so a resumed run takes up its place.
+    """
+    random = np.random.default_rng([seed, epoch, _ORDER])
+    order = random.permutation(len(view))
+    span = batch_size * BUCKET
+    order = np.concatenate(
+        [
+            chunk[np.argsort(view.lengths[chunk], kind="stable")]
+            for chunk in np.split(order, range(span, len(order), span))
+        ]
+    )
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[k] for k in random.permutation(len(batches))]
+
+
+@dataclass
+class Batch:
+    """Token ids, mask and labels, each (B, T); labels are IGNORED where there is no target."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)))
+
+
+def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
+    """Rows of one batch, with the first thoughts in one column where there are any."""
+    shifts = [item.anchor if special.latent in item.ids else 0 for item in layouts]
+    left = [max(shifts) - shift if shift else 0 for shift in shifts]
+    width = max(pad + len(item.ids) for pad, item in zip(left, layouts, strict=True))
+    ids = np.full((len(layouts), width), special.pad, np.int64)
+    mask = np.zeros((len(layouts), width), np.int64)
+    labels = np.full((len(layouts), width), IGNORED, np.int64)
+    for row, (pad, item) in enumerate(zip(left, layouts, strict=True)):
+        end = pad + len(item.ids)
+        ids[row, pad:end] = item.ids
+        mask[row, pad:end] = 1
+        labels[row, pad + item.num_prompt : end] = item.ids[item.num_prompt :]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
+
+
+def micro_batches(view: EpochView, batch: np.ndarray, size: int) -> Iterator[Batch]:
+    """One update in parts of at most `size` rows."""
+    for start in range(0, len(batch), size):
+        yield collate([view.layout(i) for i in batch[start : start + size]], view.special)
+
+
+def fit_context(
+    view_of: Callable[[TokenizedData], Sequence[EpochView]], data: TokenizedData, context: int, skip: bool, name: str
+) -> tuple[TokenizedData, np.ndarray]:
+    """The examples that fit into the model's context in every stage, and their indices.
+
+    Raises ValueError that names the longest examples that do not, unless `skip`.
+    """
+    longest = np.max([view.lengths for view in view_of(data)], axis=0)
+    too_long = np.flatnonzero(longest > context)
+    if not len(too_long):
+        return data, np.arange(len(data))
+    if not skip:
+        shown = ", ".join(f"example {i + 1} ({longest[i]} tokens)" for i in too_long[:5])
+        more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
+        raise ValueError(
+            f"{name}: {len(too_long)} of {len(data)} examples are longer than the model's context of {context} "
+            f"tokens: {shown}{more}. Take a model with a longer context, or leave them out with data.too_long=skip."
+        )
+    kept = np.flatnonzero(longest <= context)
+    if not len(kept):
+        raise ValueError(f"{name}: no example fits into the model's context of {context} tokens.")
+    return data.select(kept), kept

@@ -1,0 +1,291 @@
+"""What is trained, as data.
+
+A method says three things: what fills the slot between question and chain, how the written chain is
+cut, and whether the markers `<bot>` and `<eot>` stand around the slot. `plan` expands a method and a
+curriculum into the explicit list of stages that a run logs, saves and walks through. Nothing here
+knows tokens or tensors.
+
+The eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models
+to Reason in a Continuous Latent Space", arXiv 2412.06769.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+
+class Slot(StrEnum):
+    """What stands between the question and the written chain."""
+
+    nothing = "nothing"
+    pause = "pause"  # a learned <pause> token
+    thought = "thought"  # the last hidden state, fed back
+
+
+class Cut(StrEnum):
+    """What is removed from the front of the written chain, and when."""
+
+    never = "never"
+    steps = "steps"  # stage k removes the first k steps
+    last = "last"  # as in the last stage of `steps`, from the start
+    tokens = "tokens"  # a few tokens more in every stage (iCoT)
+    all = "all"
+
+
+class Unit(StrEnum):
+    epochs = "epochs"
+    updates = "updates"
+
+
+class Mixing(StrEnum):
+    """From which stages a mixed example is drawn."""
+
+    current = "current"  # 0 .. the current stage (superposition paper, arXiv 2505.12514)
+    all = "all"  # 0 .. the example's number of steps (released Coconut code)
+
+
+@dataclass(frozen=True)
+class Method:
+    slot: Slot
+    cut: Cut
+    markers: bool
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "coconut": Method(Slot.thought, Cut.steps, True, "stage k: the first k steps become k*c thoughts"),
+    "cot": Method(Slot.nothing, Cut.never, False, "the whole chain in words"),
+    "no_cot": Method(Slot.nothing, Cut.all, False, "the answer at once"),
+    "icot": Method(Slot.nothing, Cut.tokens, False, "the chain is removed token by token"),
+    "pause": Method(Slot.pause, Cut.all, True, "pause tokens, then the answer; no curriculum"),
+    "without_curriculum": Method(Slot.thought, Cut.last, True, "Coconut's last stage from the start"),
+    "without_thought": Method(Slot.nothing, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
+    "pause_as_thought": Method(Slot.pause, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
+}
+
+
+@dataclass
+class Curriculum:
+    """How fast the written chain is replaced. Lengths are counted in `unit`.
+
+    The defaults are the paper's for ProsQA and ProntoQA: 5 epochs in each stage, 50 in all, one
+    thought a step (arXiv 2412.06769, section 4.2).
+    """
+
+    thoughts_per_step: int = 1  # c
+    max_stage: int = 6
+    extra_stage: bool = False  # after the last stage, one in which all remaining steps go (GSM8K)
+    unit: Unit = Unit.epochs
+    first: int = 5  # length of stage 0
+    each: int = 5  # length of every later stage; the last one takes what is left of the total
+    total: int = 50
+    start_stage: int = 0  # skip the stages before this one (with init=RUN)
+    pad_thoughts: bool = True  # an example with fewer steps than the stage gets the stage's thoughts all the same
+    mixing: Mixing = Mixing.current
+    mixing_probability: float = 0.0  # share of the examples that are trained at a random stage
+    icot_tokens: int = 8  # tokens that each stage of icot removes more than the one before
+    icot_limit: int = 39  # when more than this many are due, the whole chain goes
+    icot_each: int = 1  # length of a stage of icot
+
+    def __post_init__(self) -> None:
+        for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("first", 0), ("each", 1),
+                            ("total", 1), ("start_stage", 0), ("icot_tokens", 1), ("icot_limit", 0),
+                            ("icot_each", 1)]:  # fmt: skip
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"curriculum.{name} is {value}; it must be at least {least}.")
+        if not 0.0 <= self.mixing_probability <= 1.0:
+            raise ValueError(
+                f"curriculum.mixing_probability is {self.mixing_probability}; it is a share between 0 and 1."
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan: what an example looks like in it and how long it lasts.
+
+    `steps_cut` and `tokens_cut` count from the front of the written chain; None means all of it.
+    `steps_cut` is 0 in a stage that cuts by tokens.
+    """
+
+    index: int
+    length: int
+    slot: Slot
+    markers: bool
+    num_thoughts: int  # tokens in the slot
+    steps_cut: int | None
+    tokens_cut: int | None = 0
+    smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, for each example and epoch
+
+    def describe(self) -> str:
+        if self.steps_cut is None or self.tokens_cut is None:
+            left = "answer only"
+        elif self.tokens_cut:
+            left = f"without the first {self.tokens_cut} tokens of the chain"
+        elif self.steps_cut:
+            left = f"without the first {self.steps_cut} step{'s' * (self.steps_cut > 1)}"
+        else:
+            left = "whole chain"
+        slot = f"{self.num_thoughts} {self.slot.value}{'s' * (self.num_thoughts != 1)}, " if self.num_thoughts else ""
+        return slot + left
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run, in order.
+
+    `depths[k]` is an example at curriculum depth k, from which mixing draws: 0 .. max_stage, and last
+    the one whose steps are all gone.
+    """
+
+    method: str
+    unit: Unit
+    stages: tuple[Stage, ...]
+    depths: tuple[Stage, ...] = ()
+    thoughts_per_step: int = 1
+    pad_thoughts: bool = True
+    mixing: Mixing = Mixing.current
+    mixing_probability: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"method": self.method, "unit": self.unit.value, "stages": [asdict(s) for s in self.stages]}
+
+
+def method_named(name: str) -> Method:
+    """The entry of METHODS. Raises ValueError that lists the names."""
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def plan(name: str, curriculum: Curriculum) -> Plan:
+    """Expand a method and a curriculum to the explicit stages of a run.
+
+    Raises ValueError if the method does not exist or its stages do not fit into the total length.
+    """
+    method = method_named(name)
+    unit, total = curriculum.unit.value, curriculum.total
+    depths = _depths(method, curriculum)
+    last = curriculum.max_stage + curriculum.extra_stage
+    if method.cut is Cut.steps:
+        lengths = [curriculum.first] + [curriculum.each] * last
+        stages = [replace(stage, length=length) for stage, length in zip(depths, lengths, strict=False)]
+    elif method.cut is Cut.tokens:
+        stages = _icot_stages(curriculum)
+    else:
+        only = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}
+        stages = [replace(only[method.cut], index=0, length=total)]
+
+    if curriculum.start_stage >= len(stages):
+        raise ValueError(
+            f"curriculum.start_stage is {curriculum.start_stage}, but {name} has stages 0 to {len(stages) - 1}."
+        )
+    stages = stages[curriculum.start_stage :]
+    before = sum(stage.length for stage in stages[:-1])
+    if before >= total:
+        raise ValueError(
+            f"The stages of {name} before the last one take {before} {unit}, and curriculum.total is {total}: "
+            f"nothing is left for stage {stages[-1].index}. Raise curriculum.total above {before}, or lower "
+            "curriculum.first, curriculum.each or curriculum.max_stage."
+        )
+    stages[-1] = replace(stages[-1], length=total - before)
+    mixes = method.cut is Cut.steps
+    return Plan(
+        method=name,
+        unit=curriculum.unit,
+        stages=tuple(stage for stage in stages if stage.length > 0),
+        depths=tuple(depths) if mixes else (),
+        thoughts_per_step=curriculum.thoughts_per_step,
+        pad_thoughts=curriculum.pad_thoughts,
+        mixing=curriculum.mixing,
+        mixing_probability=curriculum.mixing_probability if mixes else 0.0,
+    )
+
+
+def _depths(method: Method, curriculum: Curriculum) -> list[Stage]:
+    """The depths of the step curriculum: 0 .. max_stage, and the one without any step."""
+    c, slot = curriculum.thoughts_per_step, method.slot
+    cuts: list[int | None] = [*range(curriculum.max_stage + 1), None]
+    return [
+        Stage(
+            index=k,
+            length=0,
+            slot=slot,
+            markers=method.markers,
+            num_thoughts=0 if slot is Slot.nothing else c * min(k, curriculum.max_stage),
+            steps_cut=cut,
+        )
+        for k, cut in enumerate(cuts)
+    ]
+
+
+def _icot_stages(curriculum: Curriculum) -> list[Stage]:
+    """Remove `icot_tokens` more in each stage, and everything once more than `icot_limit` are due."""
+    due = list(range(0, curriculum.icot_limit + 1, curriculum.icot_tokens))
+    whole = Stage(0, curriculum.icot_each, Slot.nothing, markers=False, num_thoughts=0, steps_cut=0, smoothed=True)
+    stages = [replace(whole, index=k, tokens_cut=tokens) for k, tokens in enumerate(due)]
+    return [*stages, replace(whole, index=len(due), steps_cut=None, tokens_cut=None, smoothed=False)]
+
+
+@dataclass
+class PromptFormat:
+    """How a question, its steps and its answer become text. Encoded segment by segment."""
+
+    question: str = "{}\n"
+    step: str = "{}\n"
+    answer: str = "### {}"
+
+    def __post_init__(self) -> None:
+        for name, template in asdict(self).items():
+            if template.count("{}") != 1:
+                raise ValueError(f"The prompt format of {name!r} is {template!r}; it must contain {{}} exactly once.")
+
+    @property
+    def answer_mark(self) -> str:
+        return self.answer.split("{}")[0].strip()
+
+    @property
+    def step_end(self) -> str:
+        return self.step.split("{}")[1]
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """How a trained model is to be asked: saved with its weights, so that nobody has to guess.
+
+    `num_thoughts` is what inference uses; it never depends on the example's gold chain.
+    """
+
+    method: str = "coconut"
+    stage: int = 0
+    slot: Slot = Slot.thought
+    markers: bool = True
+    num_thoughts: int = 0
+    thoughts_per_step: int = 1
+    steps_cut: int | None = 0  # how many steps of the chain this stage no longer writes; None: all
+    max_new_tokens: int = 128
+    format: PromptFormat = field(default_factory=PromptFormat)
+
+    @classmethod
+    def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
+        """How a model is asked after training in this stage."""
+        return cls(
+            method=plan.method,
+            stage=stage.index,
+            slot=stage.slot,
+            markers=stage.markers,
+            num_thoughts=stage.num_thoughts,
+            thoughts_per_step=plan.thoughts_per_step,
+            steps_cut=None if stage.tokens_cut is None else stage.steps_cut,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Reasoning:
+        values = dict(values)
+        return cls(**{**values, "slot": Slot(values["slot"]), "format": PromptFormat(**values["format"])})

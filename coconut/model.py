@@ -1,0 +1,407 @@
+"""LatentLM: a Hugging Face causal language model that can feed its last hidden state back as input.
+
+Wherever `input_ids` holds the latent token, the embedding is replaced by the last hidden state, after
+the final norm, of the token before it (Hao et al., arXiv 2412.06769, section 3). Nothing is detached.
+
+Two implementations with one meaning. The cached one cuts the rows into blocks at their thoughts and
+runs each position once, thoughts + 1 passes in all; `use_cache=False` runs the whole rows again for
+every thought, and is the one to read first.
+
+Shapes: B rows, T columns as given, S columns as the passes take them, D hidden, V vocabulary,
+K thoughts of the row that has most, N targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from coconut.data import ADDED_TOKENS, SpecialIds, add_special_tokens, token_ids
+from coconut.files import read_json, write_json
+from coconut.layout import IGNORED
+from coconut.losses import summed_cross_entropy, target_log_probs
+from coconut.methods import Reasoning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from coconut.generate import Generated
+
+FORMAT_VERSION = 1
+REASONING_FILE = "coconut.json"
+
+
+@dataclass
+class LatentOutput:
+    """`loss_sum`: summed negative log-likelihood of the `num_targets` targets; None without labels.
+
+    `logits` (B, T, V), at every position, only with return_logits=True.
+    """
+
+    loss_sum: Tensor | None = None
+    num_targets: int = 0
+    logits: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Mean over the targets."""
+        return None if self.loss_sum is None else self.loss_sum / max(self.num_targets, 1)
+
+
+@dataclass
+class Alignment:
+    """How the rows are cut into passes.
+
+    Column t of row b goes to `column_BT[b, t]`; `source_BS` is the way back, -1 where there is only
+    padding. Pass k takes the columns `borders[k] : borders[k + 1]`.
+    """
+
+    column_BT: Tensor
+    source_BS: Tensor
+    borders: list[int]
+
+
+def align(is_latent_BT: Tensor, is_token_BT: Tensor) -> Alignment:
+    """Cut rows at their thoughts so that K + 1 passes serve all of them.
+
+    Each row's last thought stands at the head of the last pass, the one before at the head of the pass
+    before, and so on; what precedes a row's first thought is the first pass. All passes but the last
+    are padded on the left, so that a pass ends with the state that the next one feeds back. A row
+    without thoughts fills the first pass as far as the other rows do and goes on in the last.
+    """
+    B, T = is_token_BT.shape
+    tokens_BT = is_token_BT.long()
+    seen_BT = is_latent_BT.long().cumsum(1)
+    thoughts_B1 = seen_BT[:, -1:]
+    K = int(thoughts_B1.max())
+    rank_BT = tokens_BT.cumsum(1) - 1
+    block_BT = torch.where(seen_BT > 0, K - thoughts_B1 + seen_BT, 0)
+    if K:
+        prefix_B = (tokens_BT * (seen_BT == 0)).sum(1)
+        width = torch.where(thoughts_B1[:, 0] > 0, prefix_B, 0).max()
+        block_BT = torch.where((thoughts_B1 == 0) & (rank_BT >= width), K, block_BT)
+
+    count_BK = torch.zeros(B, K + 1, dtype=torch.long, device=block_BT.device).scatter_add(1, block_BT, tokens_BT)
+    before_BK = count_BK.cumsum(1) - count_BK
+    widths_K = count_BK.amax(0)
+    starts_K = widths_K.cumsum(0) - widths_K
+    pads_BK = widths_K - count_BK
+    pads_BK[:, -1] = 0
+    widths = widths_K.tolist()
+    S = sum(widths)
+    offset_BK = starts_K + pads_BK - before_BK
+    column_BT = torch.where(is_token_BT, rank_BT + offset_BK.gather(1, block_BT), S)
+    columns_T = torch.arange(T, device=column_BT.device).expand(B, T)
+    source_BS = torch.full((B, S + 1), -1, device=column_BT.device).scatter(1, column_BT, columns_T)[:, :S]
+    borders = [0]
+    for width in widths:
+        borders.append(borders[-1] + width)
+    return Alignment(column_BT, source_BS, borders)
+
+
+class LatentLM(nn.Module):
+    """A causal language model, its tokenizer, and how it is to reason. The model is kept as `base`."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        special: SpecialIds,
+        reasoning: Reasoning | None = None,
+        new_tokens: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.base = base
+        self.tokenizer = tokenizer
+        self.special = special
+        self.reasoning = reasoning or Reasoning()
+        self.new_tokens = new_tokens or {}
+
+    # --- making, saving, loading ------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        init: str = "mean",
+        reasoning: Reasoning | None = None,
+    ) -> LatentLM:
+        """Wrap a causal language model; add `<bot>`, `<eot>`, `<latent>`, `<pause>` where they are missing.
+
+        `init` says what the embeddings of new tokens start from: "mean" of the table, "random" (normal
+        with the table's standard deviation), or any one token of the tokenizer by its name.
+
+        Raises ValueError if the tokenizer has no end-of-sequence token, has more entries than the model,
+        or does not know the token that `init` names.
+        """
+        table: Any = base.get_input_embeddings()
+        old = len(tokenizer)
+        if table.num_embeddings < old:
+            raise ValueError(
+                f"The tokenizer has {old} entries and the model's embedding table only {table.num_embeddings}: "
+                "they do not belong together. Load both from the same place."
+            )
+        if init not in ("mean", "random") and init not in tokenizer.get_vocab():
+            raise ValueError(f'init={init!r} is neither "mean", "random" nor a token of this tokenizer.')
+        special = add_special_tokens(tokenizer)
+        if len(tokenizer) > table.num_embeddings:
+            base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        new_ids = list(range(old, len(tokenizer)))
+        both: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+        for weight in {id(table.weight): table.weight for table in both}.values():
+            _initialise_rows(weight, new_ids, old, init, tokenizer)
+        new_tokens = {"init": init, "tokens": tokenizer.convert_ids_to_tokens(new_ids)}
+        return cls(base, tokenizer, special, reasoning, new_tokens)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write weights, tokenizer and reasoning. AutoModelForCausalLM and AutoTokenizer open the folder too."""
+        self.base.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_json(
+            Path(folder) / REASONING_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                "reasoning": self.reasoning.as_dict(),
+                "new_tokens": self.new_tokens,
+                "special": asdict(self.special),
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> LatentLM:
+        """Load what `save_pretrained` wrote. No embedding is initialised again.
+
+        Raises FileNotFoundError or ValueError if the folder is no such model.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = Path(folder)
+        record = folder / REASONING_FILE
+        if not record.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {REASONING_FILE}, so it is no saved LatentLM. "
+                "A plain model is wrapped with LatentLM.from_base(model, tokenizer)."
+            )
+        values = read_json(record)
+        if values["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has format version {values['format_version']}; this version of coconut reads up to "
+                f"{FORMAT_VERSION}. Update coconut-latent."
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        base, report = loaded
+        if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+            problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
+            raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        special = SpecialIds(**values["special"])
+        if token_ids(tokenizer, ADDED_TOKENS) != special.added:
+            raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
+        return cls(base, tokenizer, special, Reasoning.from_dict(values["reasoning"]), values["new_tokens"])
+
+    @property
+    def latent_id(self) -> int:
+        return self.special.latent
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model takes, in tokens."""
+        config = self.base.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    # --- the feedback loop ------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_logits: bool = False,
+        use_cache: bool = True,
+    ) -> LatentOutput:
+        """Run a batch; a thought stands wherever `input_ids` is the latent token.
+
+        All arguments are (B, T). Padding may stand on either side, and rows may differ in how many
+        thoughts they have and where. `position_ids` come from the mask by default. `labels` follow the
+        convention of transformers: the label of a column is the token in it, -100 where there is no
+        target. A label on the first token of a row is not counted: nothing precedes it.
+
+        Raises ValueError if a row begins with a thought, or if gradient checkpointing is on together
+        with the cache (transformers would then drop the cache, and thoughts would lose their context).
+        """
+        hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache)
+        output = LatentOutput()
+        if labels is not None:
+            states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
+            output.num_targets = len(targets_N)
+            output.loss_sum = summed_cross_entropy(self._logits(states_ND), targets_N)
+        if return_logits:
+            index = columns_BT.clamp(max=hidden_BSD.shape[1] - 1)
+            output.logits = self._logits(hidden_BSD.gather(1, index[..., None].expand(-1, -1, hidden_BSD.shape[2])))
+        return output
+
+    def log_probs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """(N,) log-probability of each target in float32, row by row, in the order of the tokens."""
+        if labels is None:
+            raise ValueError("log_probs needs labels: they say which tokens to score (-100 elsewhere).")
+        hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache)
+        states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
+        return target_log_probs(self._logits(states_ND), targets_N)
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, **options: Any
+    ) -> Generated:
+        """Think, then speak: `coconut.generate.generate` with this model."""
+        from coconut.generate import generate
+
+        return generate(self, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
+
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The last hidden states (B, S, D), and in which of their columns each of the T given ones is."""
+        is_token_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        is_latent_BT = (input_ids == self.latent_id) & is_token_BT
+        if position_ids is None:
+            position_ids = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+        if use_cache:
+            return self._cached(input_ids, is_token_BT, is_latent_BT, position_ids.expand_as(input_ids))
+        return self._recomputed(input_ids, is_token_BT, is_latent_BT, position_ids)
+
+    def _cached(
+        self, input_ids: Tensor, is_token_BT: Tensor, is_latent_BT: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        way = align(is_latent_BT, is_token_BT)
+        source_BS, is_token_BS = way.source_BS.clamp(min=0), way.source_BS >= 0
+        self._refuse_headless(is_latent_BT, is_token_BT)
+        is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
+        positions_BS = position_ids.gather(1, source_BS)
+        embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
+        hidden, _ = self.run_blocks(embeds_BSD, is_token_BS, is_latent_BS, positions_BS, way.borders)
+        return hidden, way.column_BT
+
+    def run_blocks(
+        self, embeds_BSD: Tensor, is_token_BS: Tensor, is_latent_BS: Tensor, positions_BS: Tensor, borders: list[int]
+    ) -> tuple[Tensor, Any]:
+        """The loop: one pass a block, each beginning with the state that the one before ended with.
+
+        Gives the hidden states (B, S, D) and the cache.
+        """
+        from transformers import DynamicCache
+
+        several = len(borders) > 2
+        if several and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
+            raise ValueError(
+                "Gradient checkpointing switches the cache off inside transformers, and the thoughts would lose "
+                "their context without a word. Turn it off (gradient_checkpointing_disable), or run the plain path "
+                "with use_cache=False."
+            )
+        cache = DynamicCache(config=self.base.config) if several else None
+        attended_BS = is_token_BS | _after_last(is_token_BS)
+        states, last_BD = [], None
+        for start, stop in pairwise(borders):
+            block_BSD = embeds_BSD[:, start:stop]
+            if last_BD is not None:
+                block_BSD = torch.where(is_latent_BS[:, start:stop, None], last_BD[:, None].to(block_BSD), block_BSD)
+            hidden_BSD = self._body(block_BSD, attended_BS[:, :stop], positions_BS[:, start:stop], cache)
+            states.append(hidden_BSD)
+            ends_here_B1 = is_token_BS[:, stop - 1, None]
+            end_BD = hidden_BSD[:, -1]
+            last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
+        return torch.cat(states, dim=1) if several else states[0], cache
+
+    def _recomputed(
+        self, input_ids: Tensor, is_token_BT: Tensor, is_latent_BT: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The plain path: for each thought in turn, run everything and copy one state forward."""
+        self._refuse_headless(is_latent_BT, is_token_BT)
+        embeds_BTD = self.base.get_input_embeddings()(input_ids)
+        previous_BT = _previous(is_token_BT).clamp(min=0)
+        number_BT = is_latent_BT.long().cumsum(1) * is_latent_BT
+        for number in range(1, int(number_BT.max()) + 1):
+            hidden_BTD = self._body(embeds_BTD, is_token_BT, position_ids)
+            before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)).to(embeds_BTD)
+            embeds_BTD = torch.where((number_BT == number)[..., None], before_BTD, embeds_BTD)
+        columns_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self._body(embeds_BTD, is_token_BT, position_ids), columns_BT
+
+    def _body(self, embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
+        """The model without its head: states after the final norm."""
+        output = self.base.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def _logits(self, states: Tensor) -> Tensor:
+        head: Any = self.base.get_output_embeddings()
+        logits = head(states)
+        cap = getattr(self.base.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @staticmethod
+    def _refuse_headless(is_latent_BT: Tensor, is_token_BT: Tensor) -> None:
+        headless = (is_latent_BT & (is_token_BT.long().cumsum(1) == 1)).any(1)
+        if headless.any():
+            row = int(headless.nonzero()[0])
+            raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
+
+
+def _initialise_rows(weight: Tensor, ids: list[int], old: int, init: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    if not ids:
+        return
+    with torch.no_grad():
+        known = weight[:old].float()
+        if init == "mean":
+            rows = known.mean(0).expand(len(ids), -1)
+        elif init == "random":
+            rows = torch.randn(len(ids), weight.shape[1], device=weight.device) * known.std()
+        else:
+            rows = known[token_ids(tokenizer, [init])[0]].expand(len(ids), -1)
+        weight[ids] = rows.to(weight.dtype)
+
+
+def _after_last(is_token: Tensor) -> Tensor:
+    """Where nothing but padding follows. Nothing attends to it, and a mask without it is often a plain causal one."""
+    return is_token.long().flip(1).cumsum(1).flip(1) == 0
+
+
+def _previous(is_token_BT: Tensor) -> Tensor:
+    """(B, T) the column of the token before each column, -1 where there is none."""
+    columns_T = torch.arange(is_token_BT.shape[1], device=is_token_BT.device)
+    latest_BT = torch.where(is_token_BT, columns_T, -1).cummax(1).values
+    return torch.cat([torch.full_like(latest_BT[:, :1], -1), latest_BT[:, :-1]], dim=1)
+
+
+def _at_targets(
+    hidden_BSD: Tensor, columns_BT: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The states that predict the targets (N, D), and the targets (N,)."""
+    is_token_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    previous_BT = _previous(is_token_BT)
+    rows_N, places_N = ((labels != IGNORED) & is_token_BT & (previous_BT >= 0)).nonzero(as_tuple=True)
+    sources_N = columns_BT[rows_N, previous_BT[rows_N, places_N]]
+    return hidden_BSD[rows_N, sources_N], labels[rows_N, places_N]

@@ -1,0 +1,41 @@
+"""What a task knows beyond its data: to read an answer, to judge it, to name the possible ones.
+
+A task is a module. Whatever only one of them can do (`prosqa.graph`) is a function of that module.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from coconut.tasks import gsm8k, prontoqa, prosqa
+
+
+class Task(Protocol):
+    name: str
+    max_new_tokens: int
+
+    def read_answer(self, text: str, mark: str = "###") -> str | None:
+        """The answer in generated text; None if the text has no mark."""
+        ...
+
+    def read_steps(self, text: str, mark: str = "###", end: str = "\n") -> list[str]:
+        """The written steps before the mark, each of which `end` closes."""
+        ...
+
+    def judge(self, predicted: str | None, gold: str) -> bool:
+        """Is this the right answer, in whatever dress?"""
+        ...
+
+    def candidates(self, question: str) -> list[str] | None:
+        """The answers that the question itself names; None if it leaves them open."""
+        ...
+
+
+TASKS: dict[str, Task] = {"gsm8k": gsm8k, "prontoqa": prontoqa, "prosqa": prosqa}
+
+
+def task_named(name: str) -> Task:
+    """The entry of TASKS. Raises ValueError that lists the names."""
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}. The tasks are: {', '.join(TASKS)}.")
+    return TASKS[name]

@@ -1,0 +1,28 @@
+"""ProntoQA (Saparov and He, arXiv 2210.01240): is a statement about one entity true or false?"""
+
+from __future__ import annotations
+
+import re
+
+from coconut.tasks.chain import read_answer, read_steps
+
+__all__ = ["candidates", "judge", "max_new_tokens", "name", "read_answer", "read_steps", "verdict"]
+
+name = "prontoqa"
+max_new_tokens = 128
+
+
+def verdict(text: str) -> str | None:
+    """Either "True" or "False" if the text begins with one and does not name the other."""
+    words = re.findall(r"\b(?:true|false)\b", text.casefold())
+    if len(set(words)) != 1 or not re.match(rf"\W*{words[0]}\b", text.casefold()):
+        return None
+    return words[0].capitalize()
+
+
+def judge(predicted: str | None, gold: str) -> bool:
+    return predicted is not None and verdict(predicted) is not None and verdict(predicted) == verdict(gold)
+
+
+def candidates(question: str) -> list[str] | None:
+    return ["True", "False"]

@@ -1,0 +1,123 @@
+"""ProsQA (Hao et al., arXiv 2412.06769): which of two concepts is reachable in a graph told in words?
+
+Two forms. In sentences: "Tom is a terpus. Every terpus is a brimpus. ... Is Tom a lempus or scrompus?",
+answered "Tom is a lempus.". In symbols: "0 3 | 4 7 | ... ? 5 or 3 from 0", answered "5"; there a step is
+the name of the next node.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import NamedTuple
+
+import networkx
+
+from coconut.tasks.chain import read_answer, read_steps, tidy
+
+__all__ = ["candidates", "graph", "judge", "max_new_tokens", "name", "parse_path", "parse_question",
+           "read_answer", "read_steps", "read_target"]  # fmt: skip
+
+name = "prosqa"
+max_new_tokens = 128
+
+Edge = tuple[str, str]
+
+_SENTENCE = re.compile(r"(?:Every (\w+)|(\w+)) is an? (\w+)\.?")
+_QUERY = re.compile(r"(.*?)\s*Is (\w+) an? (\w+) or (?:an? )?(\w+)\?")
+_SYMBOLIC = re.compile(r"([^?]*)\? (\S+) or (\S+) from (\S+)")
+
+
+class Question(NamedTuple):
+    edges: list[Edge]
+    root: str
+    options: tuple[str, str]  # the two nodes asked about, in the order of the text
+    symbolic: bool
+
+
+def parse_question(question: str) -> Question:
+    """Raises ValueError if the text is in neither form."""
+    text = tidy(question)
+    if found := _SYMBOLIC.fullmatch(text):
+        pairs = [pair.split() for pair in found[1].split("|")]
+        for pair in pairs:
+            if len(pair) != 2:
+                raise ValueError(f"{' '.join(pair)!r} is not an edge; it takes two names: 'a b | c d'.")
+        return Question([(a, b) for a, b in pairs], found[4], (found[2], found[3]), symbolic=True)
+    if found := _QUERY.fullmatch(text):
+        edges = _edges(found[1])
+        if edges is None:
+            raise ValueError(f"Not every sentence has the form 'X is a Y.' or 'Every Y is a Z.': {_shorten(found[1])}")
+        return Question(edges, found[2], (found[3], found[4]), symbolic=False)
+    raise ValueError(
+        "The question ends neither in 'Is X a Y or Z?' nor in '? Y or Z from X': " + _shorten(text, end=True)
+    )
+
+
+def graph(question: str) -> networkx.DiGraph:
+    """The graph that a question tells, from the text alone. Nodes are names.
+
+    `graph.graph` holds "root" and "options", the two nodes asked about.
+    """
+    parsed = parse_question(question)
+    told = networkx.DiGraph(root=parsed.root, options=parsed.options)
+    told.add_edges_from(parsed.edges)
+    told.add_nodes_from([parsed.root, *parsed.options])
+    return told
+
+
+def parse_path(steps: list[str], root: str | None = None) -> list[Edge] | None:
+    """The edges that a written chain names, in its order; None if a step is not of the written form.
+
+    Whether they are in the graph and hang together is not asked here. A chain in symbols does not
+    name its root: give it, or the edge to the first step is missing.
+    """
+    sentences = [_edges(step) for step in steps]
+    if all(edges for edges in sentences):
+        return [edge for edges in sentences for edge in edges or []]
+    names = [tidy(step).rstrip(".") for step in steps]
+    if any(len(name.split()) != 1 for name in names):
+        return None
+    if root is not None:
+        names = [root, *names]
+    return list(pairwise(names))
+
+
+def read_target(answer: str) -> str | None:
+    """The node that an answer names: "Tom is a lempus." -> "lempus", "5" -> "5"."""
+    text = tidy(answer).rstrip(".")
+    if found := _SENTENCE.fullmatch(text):
+        return found[3]
+    return text if len(text.split()) == 1 else None
+
+
+def judge(predicted: str | None, gold: str) -> bool:
+    return predicted is not None and tidy(predicted).rstrip(".") == tidy(gold).rstrip(".")
+
+
+def candidates(question: str) -> list[str] | None:
+    try:
+        parsed = parse_question(question)
+    except ValueError:
+        return None
+    if parsed.symbolic:
+        return list(parsed.options)
+    return [f"{parsed.root} is a {option}." for option in parsed.options]
+
+
+def _edges(text: str) -> list[Edge] | None:
+    """The edges of a text that consists of such sentences and of nothing else."""
+    text, edges, position = tidy(text), [], 0
+    while position < len(text):
+        found = _SENTENCE.match(text, position)
+        if not found:
+            return None
+        edges.append((found[1] or found[2], found[3]))
+        position = found.end() + 1
+    return edges
+
+
+def _shorten(text: str, end: bool = False, most: int = 80) -> str:
+    if len(text) <= most:
+        return repr(text)
+    return repr("..." + text[-most:] if end else text[:most] + "...")

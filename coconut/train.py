@@ -1,0 +1,461 @@
+"""Training: for each stage, for each update: update, log, validate if due, save if due."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coconut.checkpoint import Checkpoints, load_state, load_trainer
+from coconut.cli import application
+from coconut.config import NOT_IDENTITY, ModelConfig, Reset, Resume, TooLong, TrainConfig
+from coconut.data import Example, TokenizedData, build_word_tokenizer, read_examples, tokenize, unknown_words
+from coconut.engine.base import Engine, NonFinite
+from coconut.engine.local import LocalEngine
+from coconut.evaluate import evaluate
+from coconut.files import read_json, sha256, write_json
+from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
+from coconut.methods import Plan, Reasoning, Stage, Unit, plan
+from coconut.model import LatentLM
+from coconut.tasks import TASKS
+from coconut.tracking import (
+    CONFIG,
+    DESCRIPTION,
+    Metrics,
+    duration,
+    only_our_words,
+    read_config,
+    say,
+    surroundings,
+    working,
+)
+
+
+class Diverged(ValueError):
+    """Training stopped on a loss that is not finite; the message is the diagnosis."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the update after `step` others stands. `batch` counts within the epoch, `epoch` over the run."""
+
+    step: int
+    stage: Stage
+    stage_step: int
+    epoch: int
+    batch: int
+    ends_epoch: bool
+    ends_stage: bool
+    in_last_stage: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every place of a run, as a function of the number of updates done."""
+
+    plan: Plan
+    updates_per_epoch: int
+
+    def updates(self, stage: Stage) -> int:
+        return stage.length * (self.updates_per_epoch if self.plan.unit is Unit.epochs else 1)
+
+    @property
+    def total(self) -> int:
+        return sum(map(self.updates, self.plan.stages))
+
+    def at(self, step: int) -> Place:
+        begin, epochs = 0, 0
+        for stage in self.plan.stages:
+            length = self.updates(stage)
+            if step < begin + length:
+                break
+            begin += length
+            epochs += -(-length // self.updates_per_epoch)
+        else:
+            raise IndexError(f"The run has {begin} updates, numbered from 0; there is no update {step}.")
+        epoch, batch = divmod(step - begin, self.updates_per_epoch)
+        ends_stage = step + 1 == begin + length
+        return Place(
+            step=step,
+            stage=stage,
+            stage_step=step - begin,
+            epoch=epochs + epoch,
+            batch=batch,
+            ends_epoch=ends_stage or batch + 1 == self.updates_per_epoch,
+            ends_stage=ends_stage,
+            in_last_stage=stage is self.plan.stages[-1],
+        )
+
+
+def updates_since_reset(place: Place, reset: Reset) -> int:
+    return {Reset.stage: place.stage_step, Reset.epoch: place.batch, Reset.never: place.step}[reset]
+
+
+def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+    return module(batch.input_ids, batch.attention_mask, labels=batch.labels).loss_sum
+
+
+class Training:
+    """One run: its model, data, engine and folder."""
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.task = TASKS[config.data.task]
+        self.plan = plan(config.method, config.curriculum)
+        self.checkpoints = Checkpoints(folder, config.keep_checkpoints)
+
+        torch.manual_seed(config.seed)
+        examples = {split: read_examples(getattr(config.data, split)) for split in ("train", "valid")}
+        found = self.checkpoints.last() if folder.exists() else None
+        self.lm = LatentLM.from_pretrained(found) if found else make_model(config, examples["train"])
+        self.engine: Engine = LocalEngine(self.lm, summed_loss, config.engine, config.optimizer)
+        self.train, _ = self._prepare("train", examples["train"])
+        self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
+        self.valid_examples = [examples["valid"][i] for i in kept]
+        self.schedule = Schedule(self.plan, -(-len(self.train) // config.batch_size))
+
+        self.step, self.best = 0, None
+        if found:
+            state = load_state(found)
+            self.step, self.best = state["step"], state["best"]
+            self.engine.load_state_dict(load_trainer(found))
+        self.recent: deque[dict[str, float]] = deque(maxlen=5)
+
+    def _prepare(self, split: str, examples: list[Example]) -> tuple[TokenizedData, np.ndarray]:
+        config = self.config.data
+        data = tokenize(examples, self.lm.tokenizer, config.format, config.cache_dir)
+        if unknown := unknown_words(data, self.lm.tokenizer):
+            say(f"warning: {unknown:,} words of {getattr(config, split)} are not in the tokenizer's vocabulary.")
+        skip = config.too_long is TooLong.skip
+        fitting, kept = fit_context(self._all_views, data, self.lm.context, skip, getattr(config, split))
+        if len(kept) < len(data):
+            say(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
+        return fitting, kept
+
+    def _all_views(self, data: TokenizedData) -> list[EpochView]:
+        return [self._plain_view(data, stage) for stage in (*self.plan.stages, *self.plan.depths)]
+
+    def _plain_view(self, data: TokenizedData, stage: Stage) -> EpochView:
+        """The data as the stage has it, nothing mixed in."""
+        return EpochView(data, replace(self.plan, mixing_probability=0.0), stage, self.lm.special, seed=0, epoch=0)
+
+    def rehearse(self) -> None:
+        """Run the largest micro-batch of the deepest stage, and of the one with the longest rows."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        views = [self._plain_view(self.train, stage) for stage in self.plan.stages]
+        widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
+        for k in {widest, len(views) - 1}:
+            longest = np.argsort(-views[k].lengths, kind="stable")[:size]
+            for batch in micro_batches(views[k], longest, size):
+                self.engine.rehearse(batch)
+
+    def run(self) -> int:
+        """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
+        config, schedule = self.config, self.schedule
+        metrics, started, first = Metrics(self.folder, self.step), time.monotonic(), self.step
+        view, batches = None, []
+        with asked_to_stop() as asked, working("training", schedule.total, self.step) as bar:
+            for step in range(self.step, schedule.total):
+                place = schedule.at(step)
+                if updates_since_reset(place, config.optimizer.reset) == 0:
+                    self.engine.reset_optimizer()
+                if place.stage_step == 0 or step == first:
+                    self.lm.reasoning = self._reasoning(place.stage)
+                    say(f"Stage {place.stage.index}: {place.stage.describe()}")
+                if place.batch == 0 or view is None:
+                    view = EpochView(self.train, self.plan, place.stage, self.lm.special, config.seed, place.epoch)
+                    batches = epoch_batches(view, config.batch_size, config.seed, place.epoch)
+
+                row = self.update(place, view, batches[place.batch])
+                metrics.log("train", step + 1, stage=place.stage.index, epoch=place.epoch, **row)
+                bar(step + 1, f"stage {place.stage.index}, loss {row['loss']:.3f}")
+                self.step = step + 1
+
+                if due := self._validation_due(place):
+                    result = self.validate(place)
+                    metrics.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **result)
+                    self._report(place, row, result, time.monotonic() - started, first)
+                if due or asked or (config.save_every and self.step % config.save_every == 0):
+                    self.save()
+                if asked:
+                    say(f"Stopped by {asked[0].name}; saved at update {self.step}. The same command goes on from here.")
+                    metrics.close()
+                    return 128 + asked[0]
+        metrics.close()
+        say(f"Done: {schedule.total:,} updates in {self.folder}")
+        if self.best:
+            say(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
+        say(f"Next: python -m coconut.evaluate run={self.folder}")
+        return 0
+
+    def update(self, place: Place, view: EpochView, batch: np.ndarray) -> dict[str, float]:
+        config = self.config
+        begin = time.perf_counter()
+        parts = list(micro_batches(view, batch, config.micro_batch_size or config.batch_size))
+        lr = config.optimizer.learning_rate(updates_since_reset(place, config.optimizer.reset))
+        try:
+            done = self.engine.update(parts, lr)
+        except NonFinite as error:
+            raise Diverged(self._diagnosis(place, error, batch, lr)) from error
+        row = {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "targets": done.num_targets}
+        self.recent.append({"step": place.step + 1, **row})
+        return {**row, "seconds": time.perf_counter() - begin}
+
+    def _validation_due(self, place: Place) -> bool:
+        every = self.config.validate_every
+        return place.ends_stage or (self.step % every == 0 if every else place.ends_epoch)
+
+    def validate(self, place: Place) -> dict[str, Any]:
+        """Loss and accuracy by generation on validation data, as the stage has it; keeps the best."""
+        loss_sum, targets = 0.0, 0
+        view = self._plain_view(self.valid, place.stage)
+        self.lm.eval()
+        with torch.no_grad(), self.engine.autocast():
+            for batch in micro_batches(view, np.argsort(view.lengths, kind="stable"), self.config.eval_batch_size):
+                loss_sum += summed_loss(self.lm, batch.to(self.engine.device)).item()
+                targets += batch.num_targets
+            result, predictions = evaluate(
+                self.lm, self.task, self.valid_examples, batch_size=self.config.eval_batch_size
+            )
+        self.lm.train()
+        loss = loss_sum / max(targets, 1)
+        if place.in_last_stage:
+            rank = (result.accuracy, -loss)
+            if not self.best or rank > (self.best["accuracy"], -self.best["loss"]):
+                self.best = {"step": self.step, "accuracy": result.accuracy, "loss": loss}
+        samples = [asdict(prediction) for prediction in predictions[:5]]
+        write_json(self.folder / "samples" / f"step-{self.step:07d}.json", samples)
+        return {
+            "loss": loss,
+            "accuracy": result.accuracy,
+            "chain_match": result.chain_match,
+            "new_tokens": result.mean_new_tokens,
+            "cut": result.cut,
+        }
+
+    def save(self) -> None:
+        self.checkpoints.save(self.step, self.lm, self.engine.state_dict(), {"best": self.best})
+
+    def _reasoning(self, stage: Stage) -> Reasoning:
+        limit = self.config.max_new_tokens or self.task.max_new_tokens
+        return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
+
+    def _report(self, place: Place, row: dict[str, float], result: dict[str, Any], seconds: float, first: int) -> None:
+        left = seconds / (self.step - first) * (self.schedule.total - self.step)
+        say(
+            f"  update {self.step:>6,} of {self.schedule.total:,}  stage {place.stage.index}  loss {row['loss']:.3f}  "
+            f"valid loss {result['loss']:.3f}  accuracy {100 * result['accuracy']:5.1f} %  "
+            f"{duration(seconds)} so far, about {duration(left)} left"
+        )
+
+    def _diagnosis(self, place: Place, error: NonFinite, batch: np.ndarray, lr: float) -> str:
+        found = {
+            "step": place.step + 1, "stage": place.stage.index, "epoch": place.epoch, "lr": lr,
+            "loss": str(error.loss), "grad_norm": str(error.grad_norm), "not_finite": error.culprits,
+            "examples": [int(i) for i in batch], "before": list(self.recent),
+        }  # fmt: skip
+        write_json(self.folder / "diverged.json", found)
+        saved = self.checkpoints.steps()
+        before = "; ".join(f"{r['loss']:.3g} ({r['grad_norm']:.3g})" for r in self.recent) or "none"
+        first = error.culprits[0] if error.culprits else "the loss alone"
+        return (
+            f"The loss of update {place.step + 1} (stage {place.stage.index}) is {error.loss}, its gradient norm "
+            f"{error.grad_norm}. It was not applied"
+            + (f", and the checkpoint of update {saved[-1]} is whole.\n" if saved else ".\n")
+            + f"  not finite first in: {first} ({len(error.culprits)} in all)\n"
+            f"  losses before, with gradient norms: {before}\n"
+            f"  learning rate {lr:g}, clipping {self.config.optimizer.clip or 'off'}, "
+            f"{self.config.engine.precision.value}\n"
+            "A norm that grew before points to the learning rate: lower optimizer.lr, or set optimizer.clip=1 and "
+            "optimizer.warmup=100. One that did not points to the data: the examples of this update are listed in "
+            f"{self.folder / 'diverged.json'}."
+        )
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[signal.Signals]]:
+    """A list that SIGTERM or SIGINT (once) writes into; a second SIGINT interrupts as usual."""
+    asked: list[signal.Signals] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(signal.Signals(number))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
+    """The model that a new run starts from. Raises ValueError if it cannot be had."""
+    if config.init:
+        return LatentLM.from_pretrained(starting_point(config.init))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = config.model
+    if model.base:
+        with reaching(model.base, "model.base"):
+            base = AutoModelForCausalLM.from_pretrained(
+                model.base, dtype=torch.float32, attn_implementation=model.attention
+            )
+        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens)
+    tokenizer = _tokenizer(model, config, examples)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **model.architecture,
+    }
+    try:
+        architecture = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        base = AutoModelForCausalLM.from_config(architecture, attn_implementation=model.attention)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"No model can be made from model.architecture={model.architecture}: {error}") from error
+    return LatentLM.from_base(base, tokenizer, init=model.new_tokens)
+
+
+def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example]) -> Any:
+    from transformers import AutoTokenizer
+
+    name = model.tokenizer or model.base
+    if name == "words":
+        return build_word_tokenizer(examples, config.data.format)
+    with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def reaching(name: str, key: str) -> Iterator[None]:
+    """Say what to do where a model or tokenizer cannot be loaded."""
+    try:
+        yield
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
+            f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
+            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror. "
+            "To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
+        ) from error
+
+
+def starting_point(init: str) -> Path:
+    """The weights that `init` names: a checkpoint's folder, or a run's best checkpoint, or else its last."""
+    path = Path(init)
+    if (path / "checkpoints").is_dir():
+        checkpoints = Checkpoints(path)
+        try:
+            return checkpoints.find("best")
+        except ValueError:
+            return checkpoints.find("last")
+    return path
+
+
+def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two configurations differ, as "key: VALUE there, VALUE asked for"."""
+    found = []
+    for key in sorted(there.keys() | asked.keys()):
+        a, b = there.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} asked for")
+    return found
+
+
+def open_folder(config: TrainConfig) -> Path:
+    """The run's folder, made or found to hold this very run.
+
+    Raises ValueError if it holds another one, or the data changed, or there is one and resume=never.
+    """
+    folder = config.folder()
+    checksums = {split: sha256(getattr(config.data, split)) for split in ("train", "valid")}
+    if (folder / CONFIG).is_file():
+        if config.resume is Resume.never:
+            raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
+        there = {key: value for key, value in read_config(folder).items() if key not in NOT_IDENTITY}
+        if differing := differences(there, config.identity()):
+            raise ValueError(
+                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
+                + "\nName another folder with run=DIR, or give the same configuration to go on with that run."
+            )  # fmt: skip
+        before = read_json(folder / DESCRIPTION)["data"]
+        for split, checksum in checksums.items():
+            if before[split]["sha256"] != checksum:
+                raise ValueError(
+                    f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
+                    "another run with run=DIR."
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
+    return folder
+
+
+def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
+    """Write config.json and run.json: what exactly is trained, on what, with which code, where."""
+    data = {
+        split: {"file": getattr(config.data, split), "sha256": sha256(getattr(config.data, split)), "used": len(used)}
+        for split, used in [("train", training.train), ("valid", training.valid)]
+    }
+    here = surroundings()
+    earlier = read_json(folder / DESCRIPTION)["sessions"] if (folder / DESCRIPTION).is_file() else []
+    write_json(
+        folder / DESCRIPTION,
+        {
+            "name": config.name,
+            "plan": training.plan.as_dict(),
+            "updates": training.schedule.total,
+            "updates_per_epoch": training.schedule.updates_per_epoch,
+            "parameters": sum(p.numel() for p in training.lm.parameters()),
+            "new_tokens": training.lm.new_tokens,
+            "data": data,
+            "init": str(starting_point(config.init).resolve()) if config.init else None,
+            "sessions": [*earlier, {**here, "from_update": training.step}],
+        },
+    )
+    write_json(folder / CONFIG, asdict(config))
+
+
+def run(config: TrainConfig) -> int:
+    """Train one run, or go on with it."""
+    only_our_words()
+    config.data = config.data.absolute()
+    folder = open_folder(config)
+    say(f"Run folder: {folder}")
+    training = Training(config, folder)
+    if training.step == training.schedule.total:
+        say(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
+        return 0
+    parameters = sum(p.numel() for p in training.lm.parameters())
+    say(
+        f"{config.method}: {len(training.train):,} training and {len(training.valid):,} validation examples, "
+        f"{parameters / 1e6:.1f}M parameters, {training.schedule.total:,} updates on {training.engine.device}"
+    )
+    unit = training.plan.unit.value
+    for stage in training.plan.stages:
+        say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
+    training.rehearse()
+    folder.mkdir(parents=True, exist_ok=True)
+    describe_run(config, folder, training)
+    if training.step:
+        say(f"Going on from update {training.step:,}")
+    return training.run()
+
+
+main = application("train", TrainConfig, run)
+
+if __name__ == "__main__":
+    main()

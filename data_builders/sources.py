@@ -1,0 +1,179 @@
+"""Files that others released: what kind they are, and their rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from coconut.files import sha256
+from data_builders.writing import SPLITS, Row, divide
+
+SHOWN = 10  # bad rows that an error names; it counts them all
+
+
+class Kind(StrEnum):
+    prosqa = "ProsQA as released (a JSON list of question, steps, answer, idx_to_symbol, edges, ...)"
+    prontoqa = "the output of ProntoQA's generator (a JSON object example1, example2, ...)"
+    gsm8k = "GSM8K as released (a JSON object with question and answer on each line)"
+    gsm8k_aug = "GSM8K-Aug as released (question||<<a=b>> <<c=d>> #### answer on each line)"
+    rows = "a JSON list of question, steps and answer"
+    binary = "a binary file (compressed, or Parquet)"
+    pointer = "a Git LFS pointer, not the file that it stands for"
+    page = "a web page"
+    empty = "an empty file"
+    unknown = "none of the known forms"
+
+
+@dataclass
+class Released:
+    """A file, its kind, and its numbered records: as JSON, or as lines of text."""
+
+    path: Path
+    kind: Kind
+    records: list[tuple[int | str, Any]]
+
+
+@dataclass
+class SourceKeys:
+    """The keys that every builder has: a file to be divided, or a file for each split."""
+
+    out_dir: str = "data"
+    name: str = "data"
+    seed: int = 0
+    source: str | None = None
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    num_train: int | None = None
+    num_valid: int | None = None
+    num_test: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name != Path(self.name).name:
+            raise ValueError(
+                f"name is {self.name!r}; it begins the names of the files and cannot be empty or hold a '/'."
+            )
+        for split, count in self.counts.items():
+            if count is not None and count < 0:
+                raise ValueError(f"num_{split} is {count}; it must be 0 or more.")
+        if self.source and self.train:
+            raise ValueError(
+                f"source={self.source} and train={self.train} are both given: the file to be divided "
+                "gives the training rows too. Keep one of them."
+            )
+        for split, count in self.counts.items():
+            if count is not None and getattr(self, split):
+                raise ValueError(
+                    f"num_{split}={count} and {split}={getattr(self, split)} are both given: a file of its "
+                    "own is taken whole. Keep one of them."
+                )
+
+    @property
+    def counts(self) -> dict[str, int | None]:
+        return {split: getattr(self, f"num_{split}") for split in SPLITS}
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {key: getattr(self, key) for key in ("source", *SPLITS) if getattr(self, key)}
+
+    def read(self, convert: Callable[[str], list[Row]]) -> dict[str, list[Row]]:
+        """The rows of every split."""
+        splits = {split: convert(path) for split, path in self.files.items() if split != "source"}
+        if self.source:
+            rows = convert(self.source)
+            share = min(500, len(rows) // 10)
+            counts = {split: 0 if split in splits else share for split in ("valid", "test")}
+            counts |= {split: count for split, count in self.counts.items() if count is not None}
+            return divide(rows, counts, self.seed) | splits
+        if unused := [f"num_{split}={count}" for split, count in self.counts.items() if count is not None]:
+            raise ValueError(
+                f"{unused[0]} has no file to divide: train, valid and test are taken whole. Leave it out, or "
+                "give the file as source=FILE."
+            )
+        return splits
+
+    def described(self) -> dict[str, Any]:
+        """What the manifest says about the files."""
+        return {key: {"file": Path(path).name, "sha256": sha256(path)} for key, path in self.files.items()}
+
+
+def open_released(path: str | Path) -> Released:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r} in {Path.cwd()}.")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Released(path, Kind.binary, [])
+    if not text.strip():
+        return Released(path, Kind.empty, [])
+    if "\0" in text or raw.startswith(b"PAR1"):
+        return Released(path, Kind.binary, [])
+    if text.startswith("version https://git-lfs"):
+        return Released(path, Kind.pointer, [])
+    if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
+        return Released(path, Kind.page, [])
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return _open_lines(path, lines)
+    if isinstance(value, list):
+        first = value[0] if value and isinstance(value[0], dict) else {}
+        rows, prosqa = {"question", "steps", "answer"}, {"question", "edges", "idx_to_symbol"}
+        kinds = [(Kind.prosqa, prosqa), (Kind.rows, rows)]
+        kind = next((kind for kind, keys in kinds if keys <= first.keys()), Kind.unknown)
+        return Released(path, kind, list(enumerate(value, start=1)))
+    if isinstance(value, dict) and "example1" in value:
+        return Released(path, Kind.prontoqa, list(value.items()))
+    return _open_lines(path, lines)
+
+
+def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
+    """Every record converted. ValueErrors of `convert` are collected: all bad rows are counted at once."""
+    rows: list[Row] = []
+    wrong: list[str] = []
+    for number, record in released.records:
+        try:
+            rows.append(convert(record))
+        except ValueError as error:
+            wrong.append(f"  row {number}: {error}")
+    if wrong:
+        more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        head = f"{released.path} has {len(wrong)} bad of {len(released.records)} rows. Mend or remove them:"
+        raise ValueError("\n".join([head, *wrong[:SHOWN], *more]))
+    return rows
+
+
+def expect(released: Released, *kinds: Kind) -> None:
+    if released.kind not in kinds:
+        wanted = ", or ".join(kinds)
+        raise ValueError(f"{released.path} looks like {released.kind}. Wanted is {wanted}.")
+
+
+def text_field(record: Any, name: str) -> str:
+    """A field of a record that must be text and not be blank."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is wanted, and this is {type(record).__name__}.")
+    if name not in record:
+        raise ValueError(f"it has no {name!r}.")
+    value = record[name]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name!r} is {value!r}; it must be text.")
+    return value.strip()
+
+
+def _open_lines(path: Path, lines: list[tuple[int, str]]) -> Released:
+    try:
+        first = json.loads(lines[0][1])
+    except ValueError:
+        aug = any("||" in line and "####" in line for _, line in lines[:20])
+        return Released(path, Kind.gsm8k_aug if aug else Kind.unknown, list(lines))
+    if not isinstance(first, dict) or not {"question", "answer"} <= first.keys():
+        return Released(path, Kind.unknown, list(lines))
+    return Released(path, Kind.gsm8k, list(lines))

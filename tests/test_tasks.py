@@ -1,0 +1,237 @@
+"""Reading and judging answers."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+
+import networkx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut.tasks import TASKS, gsm8k, prontoqa, prosqa, task_named
+
+SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
+QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
+SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
+
+
+def test_task_named() -> None:
+    assert task_named("prosqa") is prosqa
+    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
+    assert [task.max_new_tokens for task in TASKS.values()] == [64, 128, 128]
+    with pytest.raises(ValueError, match=r"'mmlu'.*gsm8k, prontoqa, prosqa"):
+        task_named("mmlu")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize(
+    ("text", "steps", "answer"),
+    [
+        ("a b\nc\n### 72", ["a b", "c"], "72"),
+        ("### 72\n", [], "72"),
+        ("\n a \n\n###72\nand more\n### 73", ["a"], "72"),
+        ("a\n# # # True", ["a"], "True"),
+        ("a ### 5", ["a"], "5"),
+        ("a\nb", ["a", "b"], None),
+        ("a\n###", ["a"], ""),
+        ("", [], None),
+    ],
+)
+def test_reading(task, text: str, steps: list[str], answer: str | None) -> None:
+    assert task.read_steps(text) == steps
+    assert task.read_answer(text) == answer
+
+
+def test_reading_with_another_mark() -> None:
+    assert gsm8k.read_answer("### 1\n#### 2", mark="####") == "2"
+    assert gsm8k.read_answer("The answer is: 2", mark="The answer is:") == "2"
+    assert (gsm8k.read_steps("a\nb\n", mark=""), gsm8k.read_answer("a\nb\n", mark="")) == (["a"], "b")
+    assert gsm8k.read_answer("", mark="") is None
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold"),
+    [
+        ("72", "72"),
+        ("72.", "72"),
+        ("72 clips", "72"),
+        ("$72", "72"),
+        ("$ 1,234.50", "1234.5"),
+        ("-$3", "-3"),
+        ("$-3", "-3"),
+        ("−3", "-3"),
+        ("- 3", "-3"),
+        ("+3", "3"),
+        ("5.0", "5"),
+        (".5", "0.50"),
+        ("5 . 0", "5"),
+        ("1 , 234", "1234"),
+        ("50%", "50"),
+        ("1234", "1,234"),
+        ("**72**", "72"),
+        ("-0", "0"),
+        ("72 (72 clips)", "72"),
+        ("10000000000000000000000000000000001", "10,000,000,000,000,000,000,000,000,000,000,001"),
+        ("3/4", "3 / 4"),
+        ("None.", "none"),
+    ],
+)
+def test_equal_numbers(predicted: str, gold: str) -> None:
+    assert gsm8k.judge(predicted, gold)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold"),
+    [
+        (None, "72"),
+        ("", "72"),
+        ("-72", "72"),
+        ("7", "72"),
+        ("72 or 73", "72"),
+        ("72/1", "72"),
+        ("72-72", "72"),
+        ("72 * 72", "72"),
+        ("72–80", "72"),
+        ("72.5", "72"),
+        ("1,234", "1"),
+        ("3/4", "3"),
+        ("0.75", "3/4"),
+        ("seventy-two", "72"),
+        ("10000000000000000000000000000000001", "10000000000000000000000000000000000"),
+        ("__import__('os')", "0"),
+    ],
+)
+def test_different_numbers(predicted: str | None, gold: str) -> None:
+    assert not gsm8k.judge(predicted, gold)
+
+
+@given(
+    st.decimals(allow_nan=False, allow_infinity=False, places=3),
+    st.sampled_from(["{}", "${}", "{} clips", "{}.", " {} ", "{}%", "€ {}"]),
+    st.booleans(),
+)
+def test_a_number_is_read_from_any_dress(value: Decimal, dress: str, grouped: bool) -> None:
+    text = dress.format(f"{value:,f}" if grouped else f"{value:f}")
+    assert gsm8k.number(text) == value
+    assert gsm8k.judge(text, f"{value:f}")
+    assert not gsm8k.judge(text, f"{value + Decimal('0.001'):f}")
+
+
+@given(st.text(), st.text())
+def test_judges_never_raise_and_never_take_silence(predicted: str, gold: str) -> None:
+    for task in TASKS.values():
+        assert isinstance(task.judge(predicted, gold), bool)
+        assert not task.judge(None, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("True", "True"),
+        ("false", "False"),
+        (" true .", "True"),
+        ("FALSE, since Max is dull", "False"),
+        ("True or False", None),
+        ("True or false: Max is dull.", None),
+        ("Max is true", None),
+        ("untrue", None),
+        ("", None),
+    ],
+)
+def test_verdict(text: str, verdict: str | None) -> None:
+    assert prontoqa.verdict(text) == verdict
+    assert prontoqa.judge(text, "True") == (verdict == "True")
+    assert prontoqa.judge(text, "False.") == (verdict == "False")
+
+
+def test_prosqa_judge() -> None:
+    for same in ["Tom is a lempus.", "Tom is a lempus", " Tom  is a lempus . "]:
+        assert prosqa.judge(same, "Tom is a lempus.")
+    for other in [
+        "Tom is a scrompus.",
+        "Tom is a lempus or scrompus.",
+        "lempus",
+        "Bob is a lempus.",
+        "",
+        None,
+    ]:
+        assert not prosqa.judge(other, "Tom is a lempus.")
+    assert prosqa.judge("5", "5")
+    assert prosqa.judge("5 .", "5")
+    assert not prosqa.judge("15", "5")
+
+
+def test_candidates() -> None:
+    assert prosqa.candidates(QUESTION) == ["Tom is a lempus.", "Tom is a scrompus."]
+    assert prosqa.candidates(QUESTION.replace("or scrompus", "or a scrompus")) == prosqa.candidates(QUESTION)
+    assert prosqa.candidates(SYMBOLS) == ["5", "6"]
+    assert prontoqa.candidates("any") == ["True", "False"]
+    assert gsm8k.candidates("any") is None
+
+
+@pytest.mark.parametrize("question", [QUESTION, QUESTION.replace(".", " .").replace("?", " ?")])
+def test_graph_of_sentences(question: str) -> None:
+    graph = prosqa.graph(question)
+    assert list(graph.edges) == [
+        ("Tom", "terpus"),
+        ("terpus", "brimpus"),
+        ("brimpus", "lempus"),
+        ("Alex", "scrompus"),
+    ]
+    assert graph.graph == {"root": "Tom", "options": ("lempus", "scrompus")}
+
+
+@pytest.mark.parametrize("question", [SYMBOLS, SYMBOLS + "\n", "0 3|3 4|7 6|4 5 ? 5 or 6 from 0"])
+def test_graph_of_symbols(question: str) -> None:
+    graph = prosqa.graph(question)
+    assert list(graph.edges) == [("0", "3"), ("3", "4"), ("4", "5"), ("7", "6")]
+    assert graph.graph == {"root": "0", "options": ("5", "6")}
+
+
+@pytest.mark.parametrize(
+    ("question", "complaint"),
+    [
+        ("How many?", "ends neither"),
+        (SYMBOLS.replace("3 4", "3 4 5"), "'3 4 5' is not an edge"),
+        (QUESTION.replace("Every terpus is a", "All terpuses are"), "Not every sentence"),
+    ],
+)
+def test_other_questions_are_refused(question: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        prosqa.graph(question)
+
+
+def test_parse_path() -> None:
+    edges = [("Tom", "terpus"), ("terpus", "brimpus")]
+    assert prosqa.parse_path(["Tom is a terpus.", "Every terpus is a brimpus ."]) == edges
+    assert prosqa.parse_path(["Tom is a terpus. Every terpus is a brimpus."]) == edges
+    assert prosqa.parse_path(["Tom is a terpus.", "Every terpus"]) is None
+    assert prosqa.parse_path(["3", "4", "5"]) == [("3", "4"), ("4", "5")]
+    assert prosqa.parse_path(["3", "4"], root="0") == [("0", "3"), ("3", "4")]
+    assert prosqa.parse_path(["3 4"], root="0") is None
+    assert prosqa.parse_path([]) == []
+
+
+def test_read_target() -> None:
+    assert prosqa.read_target("Tom is a lempus .") == "lempus"
+    assert prosqa.read_target("5") == "5"
+    assert prosqa.read_target("Tom is") is None
+
+
+def test_released_question(datadir) -> None:
+    for row in json.loads((datadir / "prosqa_released.json").read_text()):
+        graph = prosqa.graph(row["question"])
+        names = row["idx_to_symbol"]
+        root, target, other = (names[row[key]] for key in ("root", "target", "neg_target"))
+        assert set(graph.edges) == {(names[a], names[b]) for a, b in row["edges"]}
+        assert networkx.has_path(graph, root, target)
+        assert not networkx.has_path(graph, root, other)
+        assert len(row["steps"]) == networkx.shortest_path_length(graph, root, target)
+        assert row["answer"] in (prosqa.candidates(row["question"]) or [])
+
+
+@pytest.fixture
+def datadir(request):
+    return request.path.parent / "data"
