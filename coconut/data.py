@@ -43,16 +43,10 @@ def read_examples(path: Path | str) -> list[Example]:
     Raises FileNotFoundError if there is none, and ValueError if it is empty or any row is malformed:
     the message names the first bad rows and counts all of them.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"The data file {path} {what}. Make one with python -m data_builders.NAME, or name your own file."
-        )
+    path = existing(path)
     examples, problems = [], []
     for where, row in _rows(path):
-        problem = row if isinstance(row, _Unreadable) else _problem(row)
-        if problem:
+        if problem := _problem(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
             meta = {key: value for key, value in row.items() if key not in ("question", "steps", "answer")}
@@ -65,6 +59,17 @@ def read_examples(path: Path | str) -> list[Example]:
     if not examples:
         raise ValueError(f"{path} holds no example. It must be a JSON list, or one JSON object a line.")
     return examples
+
+
+def existing(path: Path | str) -> Path:
+    """The path of a data file. Raises FileNotFoundError that says how to get one."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"The data file {path} {what}. Make one with python -m data_builders.NAME, or name your own file."
+        )
+    return path
 
 
 class _Unreadable(str):
@@ -83,7 +88,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path} begins as a JSON list but breaks at line {error.lineno}: {error.msg}.") from None
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -94,6 +99,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _problem(row: Any) -> str | None:
+    if isinstance(row, _Unreadable):
+        return row
     if not isinstance(row, dict):
         return f"must be an object with question, steps and answer; it is {_short(row)}"
     missing = [key for key in ("question", "steps", "answer") if key not in row]
@@ -224,7 +231,7 @@ class TokenizedData:
     def question(self, index: int) -> np.ndarray:
         return self.tokens[self.starts[index] : self.bounds[self.first[index]]]
 
-    def select(self, indices: np.ndarray) -> TokenizedData:
+    def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedData:
         """The examples at these indices, in this order."""
         rows = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in indices]
         lengths = [np.diff(self.bounds[self.first[i] : self.first[i + 1]], prepend=self.starts[i]) for i in indices]

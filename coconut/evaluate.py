@@ -184,9 +184,12 @@ def run(config: EvaluateConfig) -> int:
             on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
         )
     name = Path(path).stem if getattr(config.data, config.split) else config.split
-    for key, default in [("checkpoint", "best"), ("num_thoughts", None), ("limit", None)]:
-        if getattr(config, key) != default:
+    usual = EvaluateConfig(run=config.run)
+    for key in ("checkpoint", "num_thoughts", "max_new_tokens", "limit"):
+        if getattr(config, key) != getattr(usual, key):
             name += f"-{key}-{getattr(config, key)}"
+    if config.engine.precision is not usual.engine.precision:
+        name += f"-{config.engine.precision.value}"
     folder = Path(config.run) / "evaluation"
     record = {
         **asdict(result),

@@ -51,7 +51,8 @@ def layout(
     question, *steps, answer = (np.asarray(segment, np.int32) for segment in segments)
     kept = [] if stage.steps_cut is None else steps[stage.steps_cut :]
     chain = np.concatenate(kept) if kept else np.zeros(0, np.int32)
-    chain = chain[len(chain) if stage.tokens_cut is None else (tokens_cut or stage.tokens_cut) :]
+    cut = stage.tokens_cut if tokens_cut is None else tokens_cut
+    chain = chain[len(chain) if cut is None else cut :]
     slot = slot_ids(stage, special, stage.num_thoughts if num_thoughts is None else num_thoughts)
     return Layout(
         ids=np.concatenate([question, slot, chain, answer]),

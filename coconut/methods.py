@@ -125,7 +125,7 @@ class Stage:
         elif self.tokens_cut:
             left = f"without the first {self.tokens_cut} tokens of the chain"
         elif self.steps_cut:
-            left = f"without the first {self.steps_cut} step{'s' * (self.steps_cut > 1)}"
+            left = "without the first step" if self.steps_cut == 1 else f"without the first {self.steps_cut} steps"
         else:
             left = "whole chain"
         slot = f"{self.num_thoughts} {self.slot.value}{'s' * (self.num_thoughts != 1)}, " if self.num_thoughts else ""

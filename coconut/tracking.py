@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -83,7 +84,10 @@ class Metrics:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
 
@@ -112,7 +116,7 @@ def surroundings() -> dict[str, Any]:
 
     names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "coconut-latent")
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},

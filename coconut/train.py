@@ -18,7 +18,7 @@ from torch import nn
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application
 from coconut.config import NOT_IDENTITY, ModelConfig, Reset, Resume, TooLong, TrainConfig
-from coconut.data import Example, TokenizedData, build_word_tokenizer, read_examples, tokenize, unknown_words
+from coconut.data import Example, TokenizedData, build_word_tokenizer, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import evaluate
@@ -117,6 +117,7 @@ class Training:
         examples = {split: read_examples(getattr(config.data, split)) for split in ("train", "valid")}
         found = self.checkpoints.last() if folder.exists() else None
         self.lm = LatentLM.from_pretrained(found) if found else make_model(config, examples["train"])
+        self.lm.train()
         self.engine: Engine = LocalEngine(self.lm, summed_loss, config.engine, config.optimizer)
         self.train, _ = self._prepare("train", examples["train"])
         self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
@@ -161,9 +162,13 @@ class Training:
     def run(self) -> int:
         """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
         config, schedule = self.config, self.schedule
-        metrics, started, first = Metrics(self.folder, self.step), time.monotonic(), self.step
+        started, first = time.monotonic(), self.step
         view, batches = None, []
-        with asked_to_stop() as asked, working("training", schedule.total, self.step) as bar:
+        with (
+            Metrics(self.folder, self.step) as metrics,
+            asked_to_stop() as asked,
+            working("training", schedule.total, self.step) as bar,
+        ):
             for step in range(self.step, schedule.total):
                 place = schedule.at(step)
                 if updates_since_reset(place, config.optimizer.reset) == 0:
@@ -188,9 +193,7 @@ class Training:
                     self.save()
                 if asked:
                     say(f"Stopped by {asked[0].name}; saved at update {self.step}. The same command goes on from here.")
-                    metrics.close()
                     return 128 + asked[0]
-        metrics.close()
         say(f"Done: {schedule.total:,} updates in {self.folder}")
         if self.best:
             say(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
@@ -382,7 +385,7 @@ def open_folder(config: TrainConfig) -> Path:
     Raises ValueError if it holds another one, or the data changed, or there is one and resume=never.
     """
     folder = config.folder()
-    checksums = {split: sha256(getattr(config.data, split)) for split in ("train", "valid")}
+    checksums = {split: sha256(existing(getattr(config.data, split))) for split in ("train", "valid")}
     if (folder / CONFIG).is_file():
         if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")

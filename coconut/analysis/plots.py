@@ -1,0 +1,283 @@
+"""Figures as SVG to stand inside a page, in the page's own colours and font.
+
+Matplotlib draws with the colours of LIGHT; in the SVG each becomes the CSS variable of its name, so that
+the page decides between light and dark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import networkx
+
+from coconut.tasks import prosqa
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LIGHT = {
+    "paper": "#fdfdfc",
+    "card": "#f5f5f2",
+    "ink": "#1d1f22",
+    "muted": "#676c73",
+    "line": "#dcddd8",
+    "band": "#f0f1ed",
+    "blue": "#2458b3",
+    "green": "#19754a",
+    "red": "#b8401f",
+    "node": "#e6e8e4",
+    "light": "#ffffff",
+}
+DARK = {
+    "paper": "#15171a",
+    "card": "#1d2024",
+    "ink": "#e7e8ea",
+    "muted": "#9aa0a8",
+    "line": "#34383e",
+    "band": "#1d2125",
+    "blue": "#7ba7f0",
+    "green": "#5fc795",
+    "red": "#f08a67",
+    "node": "#363b42",
+    "light": "#15171a",
+}
+STYLE: dict[Any, dict[str, Any]] = {
+    "svg": {"fonttype": "none", "hashsalt": "coconut"},
+    "font": {"size": 10},
+    "text": {"color": LIGHT["ink"]},
+    "axes": {
+        "edgecolor": LIGHT["line"],
+        "labelcolor": LIGHT["muted"],
+        "titlesize": 11,
+        "titleweight": "bold",
+    },
+    "axes.spines": {"top": False, "right": False, "left": False},
+    "grid": {"color": LIGHT["line"], "linewidth": 0.6},
+    "xtick": {"color": LIGHT["line"], "labelcolor": LIGHT["muted"]},
+    "ytick": {"color": LIGHT["line"], "labelcolor": LIGHT["muted"], "major.size": 0},
+    "legend": {"frameon": False, "fontsize": "small", "borderpad": 0},
+}
+MOST_DOTS = 60  # on a line
+MOST_NODES = 24  # of a graph that is still worth a picture
+
+Point = tuple[float, float]
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Matplotlib's settings for these figures, and none of the user's."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        for group, settings in STYLE.items():
+            matplotlib.rc(group, **settings)
+        yield
+
+
+@dataclass(frozen=True)
+class Band:
+    """A stage on the axis of updates."""
+
+    name: str
+    detail: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run logged, over updates. Accuracies and `guess` are shares."""
+
+    bands: Sequence[Band]
+    accuracy: Sequence[Point]
+    train_loss: Sequence[Point]
+    valid_loss: Sequence[Point]
+    guess: float | None = None
+    best: Point | None = None  # the checkpoint that was kept as best
+
+
+@styled()
+def learning_curves(curves: Curves, width: float, name: str) -> str:
+    """Accuracy above, losses below, stages as bands behind both. `width` in points."""
+    height, left, right = 350, 40, 14
+    figure = _figure(width, height)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure.subplots_adjust(left / width, 36 / height, 1 - right / width, 1 - 54 / height, hspace=0.3)
+    last = max([band.end for band in curves.bands], default=1)
+    for axes in (upper, lower):
+        for number, band in enumerate(curves.bands):
+            if number % 2 == 0:
+                axes.axvspan(band.begin, band.end, color=LIGHT["band"], linewidth=0)
+        axes.set_xlim(0, last)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    _name_bands(upper, curves.bands, (width - left - right) / last)
+
+    if curves.guess is not None:
+        upper.axhline(curves.guess, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        text = f"guessing, {100 * curves.guess:.1f} %"
+        upper.annotate(text, (1, curves.guess), (-4, -4), xycoords=("axes fraction", "data"),
+                       textcoords="offset points", ha="right", va="top", fontsize="small",
+                       color=LIGHT["muted"])  # fmt: skip
+    dots = len(curves.accuracy) <= MOST_DOTS
+    _line(upper, curves.accuracy, "blue", 1.8, "accuracy", dots)
+    if curves.best:
+        upper.plot(*curves.best, "o", markersize=9, fillstyle="none", color=LIGHT["blue"], clip_on=False)
+    upper.set_ylim(0, 1)
+    upper.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    upper.set_title("Accuracy on validation data", loc="left", pad=32)
+
+    _line(lower, curves.train_loss, "muted", 1.2, "training", dots=False)
+    _line(lower, curves.valid_loss, "red", 1.8, "validation", dots)
+    if curves.train_loss or curves.valid_loss:
+        lower.legend(loc="upper right", ncols=2)
+        lower.set_ylim(0, None)
+    lower.set_title("Loss", loc="left")
+    lower.set_xlabel("updates", loc="right")
+    lower.xaxis.set_major_locator(_ticks(5 if width < 400 else 8))
+    lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    return _svg(figure, name)
+
+
+def _name_bands(axes: Axes, bands: Sequence[Band], points_per_update: float) -> None:
+    """The most telling names for which every band has room."""
+    numbers = [band.name.split()[-1] for band in bands]
+    choices = [[f"{band.name}\n{band.detail}" for band in bands], [band.name for band in bands], numbers]
+    rooms = [(band.end - band.begin) * points_per_update - 4 for band in bands]
+
+    def fits(name: str, room: float) -> bool:
+        return max(map(len, name.split("\n"))) * 4.6 <= room
+
+    names = next((names for names in choices if all(map(fits, names, rooms))), numbers)
+    places = [(band.begin + band.end) / 2 for band in bands]
+    small: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": "small",
+                             "color": LIGHT["muted"], "linespacing": 1.25}  # fmt: skip
+    for name, place, room in zip(names, places, rooms, strict=True):
+        if fits(name, room):
+            axes.annotate(name, (place, 1), (0, 5), xycoords=("data", "axes fraction"), ha="center", **small)
+    if names is numbers:
+        axes.annotate("stage", (0, 1), (-5, 5), xycoords="axes fraction", ha="right", **small)
+
+
+def _line(axes: Axes, points: Sequence[Point], colour: str, width: float, label: str, dots: bool) -> None:
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=LIGHT[colour], linewidth=width, marker="o" if dots else "", markersize=3.5,
+                  label=label, clip_on=False, solid_joinstyle="round")  # fmt: skip
+
+
+@styled()
+def graph_picture(question: str, answer: str, name: str) -> str | None:
+    """The graph of a symbolic ProsQA question, from left to right by distance from the root.
+
+    Root, target and distractor are coloured, and the shortest way to the target. What cannot be reached
+    from the root stands below. None if the text is no such question, or its graph is too large to draw.
+    """
+    try:
+        parsed = prosqa.parse_question(question)
+    except ValueError:
+        return None
+    target = prosqa.read_target(answer)
+    told = prosqa.graph(question)
+    if not parsed.symbolic or target not in parsed.options or len(told) > MOST_NODES:
+        return None
+    colours = dict.fromkeys(parsed.options, "red") | {target: "green", parsed.root: "blue"}
+    way: set[tuple[str, str]] = set()
+    if networkx.has_path(told, parsed.root, target):
+        way = set(networkx.utils.pairwise(networkx.shortest_path(told, parsed.root, target)))
+
+    places = _places(told, parsed.root)
+    columns = 1 + max(x for x, _ in places.values())
+    rows = 1 + max(-y for _, y in places.values())
+    figure = _figure(300, 26 + 34 * rows)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(-0.5, max(columns, 3) - 0.5)
+    axes.set_ylim(-rows + 0.25, 0.75)
+    for a, b in told.edges:
+        colour = LIGHT["green" if (a, b) in way else "muted"]
+        (ax, ay), (bx, by) = places[a], places[b]
+        bend = 0.0 if bx == ax + 1 or (ax == bx and abs(ay - by) <= 1) else 0.28
+        axes.annotate("", (bx, by), (ax, ay), zorder=1, arrowprops={
+            "arrowstyle": "-|>", "mutation_scale": 9, "color": colour, "shrinkA": 11, "shrinkB": 11,
+            "linewidth": 2.2 if (a, b) in way else 1, "connectionstyle": f"arc3,rad={bend}",
+        })  # fmt: skip
+    for node, (x, y) in places.items():
+        fill = colours.get(node, "node")
+        axes.plot([x], [y], "o", markersize=21, color=LIGHT[fill], markeredgewidth=0, zorder=2)
+        axes.text(x, y, node, ha="center", va="center_baseline", parse_math=False, zorder=3,
+                  color=LIGHT["light" if node in colours else "ink"],
+                  fontweight="bold" if node in colours else "normal")  # fmt: skip
+    return _svg(figure, name)
+
+
+def _places(told: networkx.DiGraph, root: str) -> dict[str, tuple[float, float]]:
+    """Column and, downwards from 0, row: by distance from the root, and below what it does not reach."""
+    reached = networkx.single_source_shortest_path_length(told, root)
+    rest = told.subgraph(node for node in told if node not in reached)
+    apart = dict.fromkeys(rest, 0)
+    if networkx.is_directed_acyclic_graph(rest):
+        for column, nodes in enumerate(networkx.topological_generations(rest)):
+            apart |= dict.fromkeys(nodes, column)
+    places: dict[str, tuple[float, float]] = {}
+    top = 0.0
+    for depth in (reached, apart):
+        columns = _columns(told, depth)
+        height = max(map(len, columns), default=0)
+        for x, column in enumerate(columns):
+            first = top + (height - len(column)) / 2
+            places |= {node: (float(x), -first - i) for i, node in enumerate(column)}
+        top += height
+    return places
+
+
+def _columns(told: networkx.DiGraph, depth: dict[str, int]) -> list[list[str]]:
+    """The nodes by depth, each column ordered by where its neighbours in the column beside it stand."""
+    columns = [[n for n in told if depth.get(n) == d] for d in range(1 + max(depth.values(), default=-1))]
+
+    def sort(column: list[str], beside: list[str], neighbours: Any) -> None:
+        place = {node: i for i, node in enumerate(beside)}
+        found = {node: [place[n] for n in neighbours(node) if n in place] for node in column}
+        mean = {node: sum(at) / len(at) if at else len(beside) / 2 for node, at in found.items()}
+        column.sort(key=lambda node: mean[node])
+
+    for _ in range(3):
+        for left, right in networkx.utils.pairwise(columns):
+            sort(right, left, told.predecessors)
+        for left, right in list(networkx.utils.pairwise(columns))[::-1]:
+            sort(left, right, told.successors)
+    return columns
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def _ticks(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count, steps=[1, 2, 5, 10], integer=True)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element whose ids begin with `name` and that names no address."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r' width="[^"]*pt" height="[^"]*pt"| version="[^"]*"', "", text, count=2)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    for colour, value in LIGHT.items():
+        text = text.replace(value, f"var(--{colour})")
+    return text.strip()

@@ -1,0 +1,407 @@
+"""What a run's folder holds, and the sections of a page that are made from it.
+
+A section is a function from a RunRecord to a Section: a title and parts.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from coconut.analysis.page import (
+    Answer,
+    Answers,
+    Code,
+    Facts,
+    Figure,
+    Folded,
+    Legend,
+    Part,
+    Score,
+    Section,
+    Table,
+    Text,
+    page,
+    percent,
+)
+from coconut.analysis.plots import Band, Curves, graph_picture, learning_curves
+from coconut.files import read_json
+from coconut.methods import Slot, Stage, Unit, method_named
+from coconut.tracking import CONFIG, DESCRIPTION, duration, read_config, read_metrics
+
+BINS = 200  # points of the smoothed training loss, over a whole run
+SHOWN_RIGHT, SHOWN_WRONG, DRAWN = 4, 5, 2  # sample answers, and graphs drawn of each
+NONE = "–"
+
+
+# What is read.
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the folder of a run holds.
+
+    `test` names the evaluation that is the run's test result: one of a file that the run was neither
+    trained on nor validated with, whole, with the model's own number of thoughts. `answers` are that
+    evaluation's predictions, or else the newest samples of training, which `answers_of` says.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    description: dict[str, Any]
+    train: list[dict[str, Any]]
+    valid: list[dict[str, Any]]
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    test: str | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    answers_of: str = ""
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [Stage(**{**row, "slot": Slot(row["slot"])}) for row in self.description["plan"]["stages"]]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return max((row["step"] for row in self.train), default=0)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The validation that chose the best checkpoint: within the last stage, accuracy first, then loss."""
+        last = _in_stage(self.valid, self.stages[-1])
+        return max(last, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
+
+    def updates(self, stage: Stage) -> int:
+        in_epochs = self.description["plan"]["unit"] == Unit.epochs
+        return stage.length * (self.description["updates_per_epoch"] if in_epochs else 1)
+
+
+def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
+    return [row for row in rows if row["stage"] == stage.index]
+
+
+def read_run(folder: Path | str) -> RunRecord:
+    """Raises ValueError if the folder is no run."""
+    from coconut.evaluate import read_results
+
+    folder = Path(folder)
+    config = read_config(folder)
+    if not (folder / DESCRIPTION).is_file():
+        raise ValueError(
+            f"{folder} is no complete run: it holds {CONFIG} but no {DESCRIPTION}. "
+            "Start it again with coconut.train, which writes both."
+        )
+    description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)
+    evaluations = read_results(folder)
+    test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
+    answers, answers_of = _read_answers(folder, test)
+    return RunRecord(
+        folder=folder,
+        config=config,
+        description=description,
+        train=[row for row in metrics if row["kind"] == "train"],
+        valid=[row for row in metrics if row["kind"] == "valid"],
+        evaluations=evaluations,
+        test=test,
+        answers=answers,
+        answers_of=answers_of,
+    )
+
+
+def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
+    """`test`, or else the evaluation of another file. Only one with the usual settings has a bare name."""
+
+    def counts(name: str, found: dict[str, Any]) -> bool:
+        usual = name in ("test", Path(found["file"]).stem)
+        return usual and found["split"] == "test" and found["sha256"] not in seen
+
+    names = [name for name, found in evaluations.items() if counts(name, found)]
+    return "test" if "test" in names else min(names, default=None)
+
+
+def _read_answers(folder: Path, test: str | None) -> tuple[list[dict[str, Any]], str]:
+    predictions = folder / "evaluation" / f"{test}.predictions.jsonl"
+    if test and predictions.is_file():
+        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+        return rows, f"Of the {len(rows):,} unseen questions, in the order of the file."
+    samples = sorted((folder / "samples").glob("step-*.json"))
+    if not samples:
+        return [], ""
+    step = int(samples[-1].stem.removeprefix("step-"))
+    of = f"The first questions of the validation data, as answered after update {step:,}."
+    return read_json(samples[-1]), of
+
+
+# The sections.
+
+
+def headline(run: RunRecord) -> Section:
+    """How good it is: the test result, or how to get one."""
+    parts: list[Part] = []
+    if run.step < run.description["updates"]:
+        parts.append(Text(f"Not complete: update {run.step:,} of {run.description['updates']:,}."))
+    if run.test:
+        found = run.evaluations[run.test]
+        thoughts = _thoughts(run, found)
+        takes = f"{thoughts} and " if thoughts else ""
+        what = f"on {found['count']:,} unseen questions"
+        told = (
+            f"{found['correct']:,} of {found['count']:,} right in {Path(found['file']).name}, "
+            f"each asked once, with the checkpoint of update {found['step']:,}{_choice(run, found)}. "
+            f"An answer takes {takes}{found['mean_new_tokens']:.1f} tokens of language; "
+            f"{percent(found['cut'])} were cut off."
+        )
+        parts += [Score(found["accuracy"], what, found["interval"], found["guess"]), Text(told)]
+    else:
+        parts += _how_to_test(run)
+    others = [_other(run, name) for name in run.evaluations if name != run.test]
+    if others:
+        columns = ["evaluation", "what", "questions", "accuracy"]
+        parts += [Text("Evaluated besides:"), Table(columns, others, 2)]
+    return Section("headline", None, parts)
+
+
+def _how_to_test(run: RunRecord) -> list[Part]:
+    if not run.best:
+        why = "It has no test result yet: training has not reached its last stage. This goes on with it:"
+        return [Text(why), Code(command(run.description["sessions"][0]["command"]))]
+    why = "It has no test result yet."
+    if "test" in run.evaluations:
+        why = "Its evaluation was on a file that it was trained or validated on, which is no test."
+    ready = run.config["data"]["test"] and "test" not in run.evaluations
+    file = "" if ready else " data.test=FILE"
+    return [
+        Text(f"{why} This measures it on questions that it has never seen:"),
+        Code(f"python -m coconut.evaluate run={shlex.quote(str(run.folder))}{file}"),
+    ]
+
+
+def _choice(run: RunRecord, found: dict[str, Any]) -> str:
+    if found["checkpoint"] != "best":
+        return f" (checkpoint={found['checkpoint']})"
+    if run.best and found["step"] != run.best["step"]:
+        return f" (no longer the best on validation data: that is update {run.best['step']:,})"
+    return ", the best on validation data"
+
+
+def _other(run: RunRecord, name: str) -> list[str]:
+    found = run.evaluations[name]
+    seen = {row["sha256"]: split for split, row in run.description["data"].items()}
+    thoughts = _thoughts(run, found)
+    what = f"{Path(found['file']).name}, update {found['step']:,}" + (f", {thoughts}" if thoughts else "")
+    if split := seen.get(found["sha256"]):
+        reason = {"valid": "the file that chose the checkpoint", "train": "the file it was trained on"}[split]
+        what += f"; {reason}, so no test result"
+    return [name, what, f"{found['count']:,}", percent(found["accuracy"])]
+
+
+def _thoughts(run: RunRecord, found: dict[str, Any]) -> str:
+    """How many thoughts or pauses an answer took, in words; empty if the method has none."""
+    slot = run.stages[-1].slot
+    return "" if slot is Slot.nothing else counted(found["num_thoughts"], slot.value)
+
+
+def learning(run: RunRecord) -> Section:
+    """How it learned: accuracy and losses over updates, stage by stage."""
+    every = max(1, -(-run.description["updates"] // BINS))
+    smooth = {stage.index: smoothed(_in_stage(run.train, stage), every) for stage in run.stages}
+    guesses = [run.evaluations[name]["guess"] for name in [run.test, *run.evaluations] if name]
+    curves = Curves(
+        bands=_bands(run),
+        accuracy=[(row["step"], row["accuracy"]) for row in run.valid],
+        train_loss=[point for points in smooth.values() for point in points],
+        valid_loss=[(row["step"], row["loss"]) for row in run.valid],
+        guess=next((guess for guess in guesses if guess is not None), None),
+        best=(run.best["step"], run.best["accuracy"]) if run.best else None,
+    )
+    mean = f"the mean of each {every} updates" if every > 1 else "of each update"
+    caption = (
+        "Validation asks each question as the stage has it: what the stage does not replace, the model "
+        f"writes. Losses of different stages are over different targets. Training loss: {mean}."
+    )
+    if run.best:
+        caption += f" The ring is the best checkpoint, update {run.best['step']:,}."
+    figure = Figure(
+        learning_curves(curves, 720, "wide"),
+        learning_curves(curves, 350, "narrow"),
+        "Accuracy on validation data and losses over updates; the stages' numbers are in the table below.",
+        caption,
+    )
+    rows = [_stage_row(run, stage, smooth[stage.index]) for stage in run.stages]
+    columns = ["stage", "an example in it", "updates", "best accuracy", "last accuracy", "training loss",
+               "validation loss", "training time"]  # fmt: skip
+    note = "Accuracies are on validation data; losses are the stage's last; times are of the updates alone."
+    return Section("learning", "How it learned", [figure, Table(columns, rows, 6), Text(note)])
+
+
+def _bands(run: RunRecord) -> list[Band]:
+    bands, begin = [], 0
+    for stage in run.stages:
+        detail = "" if stage.slot is Slot.nothing else counted(stage.num_thoughts, stage.slot.value)
+        bands.append(Band(f"stage {stage.index}", detail, begin, begin + run.updates(stage)))
+        begin += run.updates(stage)
+    return bands
+
+
+def _stage_row(run: RunRecord, stage: Stage, smooth: list[tuple[float, float]]) -> list[str]:
+    train, valid = _in_stage(run.train, stage), _in_stage(run.valid, stage)
+    of = "" if len(train) == run.updates(stage) else f" of {run.updates(stage):,}"
+    return [
+        str(stage.index),
+        stage.describe(),
+        f"{len(train):,}{of}",
+        percent(max(row["accuracy"] for row in valid)) if valid else NONE,
+        percent(valid[-1]["accuracy"]) if valid else NONE,
+        f"{smooth[-1][1]:.3f}" if smooth else NONE,
+        f"{valid[-1]['loss']:.3f}" if valid else NONE,
+        duration(sum(row["seconds"] for row in train)) if train else NONE,
+    ]
+
+
+def smoothed(rows: Sequence[dict[str, Any]], every: int) -> list[tuple[float, float]]:
+    """The mean loss a target over each `every` updates, at the middle of them."""
+    parts = [rows[i : i + every] for i in range(0, len(rows), every)]
+    return [
+        (
+            (part[0]["step"] + part[-1]["step"]) / 2,
+            sum(row["loss"] * row["targets"] for row in part) / max(sum(row["targets"] for row in part), 1),
+        )
+        for part in parts
+    ]
+
+
+def answers(run: RunRecord) -> Section:
+    """Some of its answers, right and wrong ones."""
+    if not run.answers:
+        none = Text("None yet: the first ones come with the first validation.")
+        return Section("answers", "Sample answers", [none])
+    parts: list[Part] = [Text(run.answers_of)]
+    drawn = False
+    for correct, most, name in [(True, SHOWN_RIGHT, "right"), (False, SHOWN_WRONG, "wrong")]:
+        found = [row for row in run.answers if row["correct"] is correct]
+        shown = [_answer(run, row, f"{name}{i}" if i < DRAWN else None) for i, row in enumerate(found[:most])]
+        drawn = drawn or any(answer.picture for answer in shown)
+        count = f"all {len(found)}" if len(found) <= most else f"the first {most} of {len(found):,}"
+        if shown:
+            parts.append(Answers(f"{name.capitalize()}, {count}", shown))
+        else:
+            parts.append(Text(f"None of them is {name}."))
+    if drawn:
+        colours = [
+            ("blue", "where the question starts"),
+            ("green", "right answer and the shortest way to it"),
+            ("red", "wrong option"),
+        ]
+        parts.insert(1, Legend(colours))
+    return Section("answers", "Sample answers", parts)
+
+
+def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
+    draws = picture and run.config["data"]["task"] == "prosqa"
+    bare = run.config["data"]["format"]["answer"].format(row["predicted"])
+    return Answer(
+        question=row["question"].strip(),
+        given=NONE if row["predicted"] is None else row["predicted"],
+        gold=row["gold"],
+        correct=row["correct"],
+        written="" if "".join(row["text"].split()) == "".join(bare.split()) else row["text"].strip(),
+        remark="cut off at the limit of new tokens" if row["cut"] else "",
+        picture=graph_picture(row["question"], row["gold"], picture) if draws and picture else None,
+    )
+
+
+def provenance(run: RunRecord) -> Section:
+    """What exactly was trained: all that is needed to do it again."""
+    config, description = run.config, run.description
+    first, last = description["sessions"][0], description["sessions"][-1]
+    optimizer, model, machine = config["optimizer"], config["model"], last["machine"]
+    data = []
+    for split, row in description["data"].items():
+        data.append([split, row["file"], f"{row['used']:,}", row["sha256"][:12]])
+    if run.test:
+        found = run.evaluations[run.test]
+        data.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
+    micro = f", {config['micro_batch_size']} a pass" if config["micro_batch_size"] else ""
+    warmup = f", after {optimizer['warmup']:,} updates of warm-up" if optimizer["warmup"] else ""
+    facts = [
+        ("method", f"{config['method']}: {method_named(config['method']).summary}"),
+        ("task", config["data"]["task"]),
+        ("model", model["base"] or _made_new(model["architecture"])),
+        ("weights", description["init"] or ("pretrained" if model["base"] else "none: drawn at random")),
+        ("parameters", f"{description['parameters']:,}"),
+        ("updates", f"{run.step:,} of {description['updates']:,}"),
+        ("an epoch", f"{description['updates_per_epoch']:,} updates"),
+        ("batch size", f"{config['batch_size']} examples an update{micro}"),
+        ("learning rate", f"{optimizer['lr']:g}{warmup}"),
+        ("optimizer", _optimizer(optimizer)),
+        ("seed", str(config["seed"])),
+        ("precision", config["engine"]["precision"]),
+        ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
+        ("system", machine["system"]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
+        ("code", _code(last["git"])),
+        ("began", _date(first["started"])),
+        ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of updates"),
+    ]
+    if len(description["sessions"]) > 1:
+        again = description["sessions"][1:]
+        resumed = ", ".join(f"at update {row['from_update']:,} ({_date(row['started'])})" for row in again)
+        facts.append(("resumed", resumed))
+    return Section(
+        "provenance",
+        "What exactly was trained",
+        [
+            Facts(facts),
+            Table(["data", "file", "questions", "SHA-256 begins"], data, 2),
+            Text("The command:"),
+            Code(command(first["command"])),
+            Folded(f"Everything in {CONFIG}", json.dumps(config, indent=2, ensure_ascii=False)),
+        ],
+    )
+
+
+def command(argv: str) -> str:
+    """A command as it is typed: the path of the module that ran becomes its name."""
+    program, space, rest = argv.partition(" ")
+    path = Path(program)
+    if path.suffix == ".py" and path.parent.name == "coconut":
+        program = f"python -m coconut.{path.stem}"
+    return program + space + rest
+
+
+def _made_new(architecture: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{key} {value}" for key, value in architecture.items() if key != "model_type")
+    return f"a new {architecture['model_type']}: {sizes}"
+
+
+def _optimizer(optimizer: dict[str, Any]) -> str:
+    clip = f"clipping at {optimizer['clip']:g}" if optimizer["clip"] else "no clipping"
+    made = "" if optimizer["reset"] == "never" else f", made anew each {optimizer['reset']}"
+    betas = f"betas {optimizer['beta1']:g} and {optimizer['beta2']:g}"
+    return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{made}"
+
+
+def _code(git: dict[str, Any] | None) -> str:
+    if not git:
+        return "git revision not known"
+    return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "")
+
+
+def _date(text: str) -> str:
+    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section]]) -> str:
+    """The page with these sections, in their order."""
+    method = run.config["method"]
+    made = [section(run) for section in sections]
+    return page(run.description["name"], method, method_named(method).summary, run.folder, made)

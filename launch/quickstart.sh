@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# From a fresh clone to a model that reasons in continuous thoughts, and a report about it, on a CPU.
+#
+#   bash launch/quickstart.sh [seed=N]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+seed=0
+for argument in "$@"; do
+    case $argument in
+        seed=*) seed=${argument#seed=} ;;
+        *) echo "error: '$argument' is not known here. Usage: bash launch/quickstart.sh [seed=N]" >&2; exit 2 ;;
+    esac
+done
+name=quickstart
+[ "$seed" = 0 ] || name=quickstart-seed$seed
+
+echo "[1/5] Set-up"
+source launch/setup.sh
+
+echo "[2/5] Data: random graphs of 8 nodes, and a question about each (seconds)"
+[ -f "data/$name/graphs_manifest.json" ] || "$python" -m data_builders.prosqa out_dir="data/$name" seed="$seed"
+
+echo "[3/5] Training: first with written steps, then with thoughts in their place (three to eight minutes)"
+"$python" -m coconut.train experiment=quickstart run="runs/$name" seed="$seed" \
+    data.train="data/$name/graphs_train.json" data.valid="data/$name/graphs_valid.json" \
+    data.test="data/$name/graphs_test.json"
+
+echo "[4/5] Evaluation: 500 graphs that the model has never seen (seconds)"
+"$python" -m coconut.evaluate run="runs/$name" batch_size=250
+
+echo "[5/5] Report (seconds)"
+question=$("$python" -c "import json; print(json.load(open('data/$name/graphs_test.json'))[0]['question'])")
+echo "Ask it yourself:"
+echo "  $(dirname "$python" | sed "s|^$PWD/||")/python -m coconut.generate run=runs/$name question=\"$question\""
+"$python" -m coconut.analyze run="runs/$name"

@@ -1,0 +1,88 @@
+"""Small real models and data, shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import coconut
+
+if not Path(coconut.__file__).with_name("methods.py").is_file():
+    raise ImportError(f"Another package named coconut shadows this one: {coconut.__file__}")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coconut.data import Example, build_word_tokenizer
+from coconut.methods import Reasoning
+from coconut.model import LatentLM
+
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
+torch.set_num_threads(1)
+
+WORDS = [Example(" ".join(map(str, range(40))), ("a b",), "c")]
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96,
+             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "intermediate_size": 48, "max_position_embeddings": 96},
+    "qwen3": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 96},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = os.environ.get("COCONUT_CACHE")
+    os.environ["COCONUT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["COCONUT_CACHE"]
+    else:
+        os.environ["COCONUT_CACHE"] = before
+
+
+def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **reasoning: Any) -> LatentLM:
+    """A small model with weights large enough that every path through it matters."""
+    torch.manual_seed(seed)
+    tokenizer = build_word_tokenizer(WORDS)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **ARCHITECTURES[family]
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(**reasoning))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    lm.to(dtype).eval()
+    return in_float64(lm) if dtype is torch.float64 else lm
+
+
+def in_float64(lm: LatentLM) -> LatentLM:
+    """The RMS norms of transformers go through float32 whatever the model is in; here they keep float64."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for module in lm.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(forward, module)
+    return lm
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def gradients(lm: LatentLM) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}

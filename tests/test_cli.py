@@ -1,0 +1,248 @@
+"""The commands: configurations, help, text that survives, imports that run downwards."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import coconut
+from coconut.cli import CONF_DIR, quote_text
+from coconut.config import (
+    AnalyzeConfig,
+    EngineConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from coconut.methods import plan
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ["train", "evaluate", "generate", "analyze"]
+BUILDERS = ["prosqa", "prontoqa", "gsm8k"]
+for name, schema in [("train", TrainConfig), ("evaluate", EvaluateConfig), ("generate", GenerateConfig),
+                     ("analyze", AnalyzeConfig)]:  # fmt: skip
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def composed(command: str, *overrides: str) -> object:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return OmegaConf.to_object(compose(command, list(overrides)))
+
+
+def group(name: str) -> list[str]:
+    return sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", group("experiment"))
+def test_every_experiment_is_built(experiment: str) -> None:
+    config = composed("train", f"experiment={experiment}")
+    assert isinstance(config, TrainConfig)
+    assert config.name == experiment
+    assert plan(config.method, config.curriculum).stages
+    first = (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()[1]
+    assert first.startswith("# python -m coconut.train experiment=")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("model", "data", "engine") for name in group(kind)]
+)
+def test_every_choice_is_built(kind: str, name: str) -> None:
+    assert isinstance(composed("train", f"{kind}={name}"), TrainConfig)
+
+
+def test_the_papers_hyperparameters() -> None:
+    for name in ("prosqa_gpt2", "prontoqa_gpt2", "gsm8k_gpt2"):
+        config = composed("train", f"experiment={name}")
+        assert isinstance(config, TrainConfig)
+        assert config.model == ModelConfig(base="openai-community/gpt2")
+        assert (config.batch_size, config.curriculum.total) == (128, 50)
+        assert config.optimizer == OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup=0, clip=0)
+        assert config.engine == EngineConfig()
+        stages = plan(config.method, config.curriculum).stages
+        expected = [6, 3, 3, 3, 35] if name == "gsm8k_gpt2" else [5, 5, 5, 5, 5, 5, 20]
+        assert [stage.length for stage in stages] == expected
+
+
+def python(*arguments: str, cwd: Path | None = None, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, input=text, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "module", [f"coconut.{c}" for c in COMMANDS] + [f"data_builders.{b}" for b in BUILDERS]
+)  # fmt: skip
+def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
+    done = python("-m", module, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m {module}" in done.stdout
+    assert "Powered by Hydra" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["lerning_rate=1"], "lerning_rate"),
+        (["seed=many"], "seed"),
+        (["seed=-1"], "seed is -1; it must be at least 0"),
+        (["engine.precision=float8"], "float8"),
+        (["experiment=nothing"], "nothing"),
+        (["curriculum.thoughts_per_step=-1"], "curriculum.thoughts_per_step is -1"),
+        (["curriculum.total=3"], "curriculum.total is 3"),
+        (["method=cocnut"], "There is no method 'cocnut'"),
+        (["optimizer.lr=0"], "optimizer.lr is 0"),
+        (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
+        (["data.train=''"], "data.train names no file"),
+    ],
+)
+def test_unknown_keys_and_wrong_values_are_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError), match=re.escape(words)):
+        composed("train", "experiment=quickstart", *overrides)
+
+
+def test_an_error_is_one_message(tmp_path: Path) -> None:
+    for overrides, words in [
+        (["curriculum.total=3"], "error: The stages of coconut before the last one"),
+        (["data.train=away.json"], "away.json does not exist"),
+    ]:
+        done = python("-m", "coconut.train", "experiment=quickstart", *overrides, cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.text(min_size=1))
+def test_any_text_survives_hydra(text: str) -> None:
+    if not text.strip() or "\0" in text:
+        return
+    config = composed("generate", "run=r", quote_text(f"question={text}"))
+    assert isinstance(config, GenerateConfig)
+    assert config.question == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Tom's cat, (is) it {a} [b]?", "costs $5, ${x} or \\${y}", 'a "quoted" one', "ends in \\", "a=b: #c", "-", "''"],
+)
+def test_signs_that_mean_something_to_hydra(text: str) -> None:
+    config = composed("generate", "run=r", quote_text(f"question={text}"))
+    assert isinstance(config, GenerateConfig)
+    assert config.question == text
+
+
+def test_other_arguments_are_left_alone() -> None:
+    for argument in ("seed=1", "run='a b'", "--help", "question", "+x.question=1"):
+        assert quote_text(argument) == argument
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
+        done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
+        assert done.returncode == 2
+        assert "is no run: it holds no config.json" in done.stderr
+        with pytest.raises(ValueError, match="Name the run: run=DIR"):
+            composed(command, *more)
+
+
+def test_import_is_light() -> None:
+    done = python(
+        "-c", "import coconut, sys; coconut.METHODS; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]"
+    assert python("-c", "from coconut import *; LatentLM, METHODS, plan").returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = coconut.Nothing
+
+
+# --- structure ------------------------------------------------------------------------------------
+
+LAYERS = [
+    ["cli", "files", "methods", "tasks"],
+    ["config"],
+    ["data", "losses", "engine"],
+    ["layout"],
+    ["model"],
+    ["checkpoint", "generate", "tracking"],
+    ["evaluate"],
+    ["train", "analysis"],
+    ["analyze"],
+]
+TORCHLESS = {"cli", "files", "methods", "tasks", "config"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports when it is imported itself: not in functions, not for types only."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_imports_run_downwards() -> None:
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    package = ROOT / "coconut"
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        for module in imports(path):
+            if module.startswith("coconut."):
+                other = module.split(".")[1]
+                assert other == name or level[other] < level[name], f"{name} imports {other}"
+            if module.split(".")[0] in ("torch", "transformers"):
+                assert name not in TORCHLESS, f"{name} imports {module}"
+            if "torch.distributed" in module or module.startswith("deepspeed"):
+                assert name == "engine", f"{name} imports {module}"
+        if name == "engine":
+            assert not {m for m in imports(path) if m.split(".")[-1] in ("model", "data", "methods")}
+    for path in (ROOT / "data_builders").glob("*.py"):
+        ours = {module for module in imports(path) if module.startswith("coconut.")}
+        assert ours <= {"coconut.cli", "coconut.files", "coconut.tasks"}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install .` would put into site-packages."""
+    folder = tmp_path_factory.mktemp("installed")
+    done = python("-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--root-user-action=ignore",
+                  "--target", str(folder), str(ROOT))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    check = "import coconut, coconut.cli; print(coconut.__file__); print(coconut.cli.CONF_DIR)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=environment,
+                          check=True)  # fmt: skip
+    assert done.stdout.split() == [str(installed / "coconut" / "__init__.py"), str(installed / "coconut" / "conf")]
+    wanted = {str(path.relative_to(CONF_DIR)) for path in CONF_DIR.rglob("*.yaml")}
+    found = {str(path.relative_to(installed / "coconut" / "conf")) for path in (installed / "coconut").rglob("*.yaml")}
+    assert found == wanted
+    for arguments in (["coconut.train", "experiment=quickstart", "--cfg", "job"], ["data_builders.prosqa", "num_train=5",
+                      "num_valid=5", "num_test=5"]):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=tmp_path,
+                              env=environment, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "data" / "graphs_train.json").read_text())) == 5

@@ -1,0 +1,190 @@
+"""Reading files and making tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from coconut.data import (
+    Example,
+    add_special_tokens,
+    build_word_tokenizer,
+    encode_questions,
+    encode_texts,
+    read_examples,
+    tokenize,
+    unknown_words,
+)
+from coconut.methods import PromptFormat
+
+ROWS = [
+    {"question": "Is Tom a cat?", "steps": ["Tom is a dog.", "Every dog is a cat."], "answer": "True", "hops": 2},
+    {"question": "2 + 2 = # ?", "steps": [], "answer": "4"},
+]
+
+
+def byte_level_tokenizer(start: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, trained on next to nothing; with or without a token at the start."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([row["question"] for row in ROWS], trainer)
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $0 </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )  # pyright: ignore
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def examples(rows: list[dict] = ROWS) -> list[Example]:
+    return [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in rows]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_list_and_lines_read_the_same(tmp_path: Path, lines: bool) -> None:
+    text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS, indent=1)
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    read = read_examples(path)
+    assert [(e.question, list(e.steps), e.answer) for e in read] == [
+        (row["question"], row["steps"], row["answer"]) for row in ROWS
+    ]
+    assert read[0].meta == {"hops": 2}
+
+
+GOOD = {"question": "q", "steps": ["s"], "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**GOOD, "question": "  "}, "row 2: question is empty"),
+        ({**GOOD, "answer": ""}, "row 2: answer is empty"),
+        ({**GOOD, "answer": 4}, "row 2: answer must be text; it is 4"),
+        ({**GOOD, "answer": "a\nb"}, "row 2: the answer must be one line"),
+        ({**GOOD, "steps": "s"}, "row 2: steps must be a list of texts"),
+        ({**GOOD, "steps": [""]}, r"row 2: step 1 of 1 is empty .*steps: \[\]"),
+        ({"question": "q", "answer": "a"}, "row 2: has no steps; its keys are: question, answer"),
+        ([1, 2], "row 2: must be an object"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([GOOD, row]))
+    with pytest.raises(ValueError, match=rf"data.json has 1 bad row:\s+{message}"):
+        read_examples(path)
+
+
+def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD), "{broken", *[json.dumps({})] * 20]))
+    with pytest.raises(ValueError, match=r"(?s)has 21 bad rows:\n  line 2: not JSON .*\{broken.*and 11 more"):
+        read_examples(path)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json does not exist.*data_builders"):
+        read_examples(tmp_path / "nowhere.json")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_examples(tmp_path)
+    for text, message in [("", "holds no example"), ("[]", "holds no example"), ("[{", "breaks at line 1")]:
+        path = tmp_path / "data.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_examples(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_examples(path)
+
+
+def test_a_separator_inside_a_row_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({**GOOD, "question": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    assert read_examples(path)[0].question == "a\u2028b"
+
+
+@given(st.text(min_size=1).filter(str.strip), st.lists(st.text(min_size=1), max_size=3), st.text(min_size=1))
+def test_segments_are_encoded_by_themselves(question: str, steps: list[str], answer: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    add_special_tokens(tokenizer)
+    data = tokenize([Example(question, tuple(steps), answer)], tokenizer)
+    assert data.num_steps.tolist() == [len(steps)]
+    texts = [f"{question}\n", *(f"{step}\n" for step in steps), f"### {answer}"]
+    ends = data.bounds.tolist()
+    pieces = [data.tokens[a:b].tolist() for a, b in zip([0, *ends], ends, strict=False)]
+    assert pieces[-1].pop() == tokenizer.eos_token_id
+    assert pieces == encode_texts(tokenizer, texts)
+    assert [tokenizer.decode(piece) for piece in pieces] == texts
+
+
+@given(st.sampled_from(["<bot>", "<eot>", "<latent>", "<pause>", "<s>", "</s>"]), st.text(max_size=5))
+def test_a_special_token_in_a_question_stays_text(token: str, around: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    special = add_special_tokens(tokenizer)
+    (ids,) = encode_texts(tokenizer, [around + token + around])
+    assert not set(ids) & {*special.added, 0, 1}
+    assert tokenizer.decode(ids) == around + token + around
+
+
+def test_a_start_token_stands_before_the_question_only() -> None:
+    tokenizer = byte_level_tokenizer(start=True)
+    data = tokenize(examples(), tokenizer)
+    assert data.question(0)[0] == tokenizer.bos_token_id
+    assert (data.tokens == tokenizer.bos_token_id).sum() == len(ROWS)
+    assert (data.tokens == tokenizer.eos_token_id).sum() == len(ROWS), "and the end only after the answer"
+    (asked,) = encode_questions(tokenizer, [ROWS[0]["question"]], PromptFormat())
+    assert asked == data.question(0).tolist()
+
+
+def test_tokens_are_cached(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    first = tokenize(examples(), tokenizer, cache_dir=tmp_path)
+    (file,) = (tmp_path / "tokens").glob("*.arrow")
+    written = file.stat().st_mtime_ns
+    again = tokenize(examples(), tokenizer, cache_dir=tmp_path)
+    assert file.stat().st_mtime_ns == written
+    assert again.tokens.tolist() == first.tokens.tolist()
+    tokenize(examples(ROWS[:1]), tokenizer, cache_dir=tmp_path)
+    tokenize(examples(), tokenizer, PromptFormat(step="{} "), cache_dir=tmp_path)
+    add_special_tokens(tokenizer)
+    tokenize(examples(), tokenizer, cache_dir=tmp_path)
+    assert len(list((tmp_path / "tokens").glob("*.arrow"))) == 4
+
+
+def test_rows_of_a_selection() -> None:
+    tokenizer = byte_level_tokenizer()
+    data = tokenize(examples(), tokenizer)
+    picked = data.select([1, 0, 1])
+    assert [picked.question(i).tolist() for i in range(3)] == [data.question(i).tolist() for i in (1, 0, 1)]
+    assert picked.num_steps.tolist() == [0, 2, 0]
+
+
+def test_the_word_tokenizer_reads_back_what_it_knows() -> None:
+    text = [Example("Is Tom a cat, or (not)?", ("Tom is a dog.", "0 3 | 4 7"), "True")]
+    tokenizer = build_word_tokenizer(text)
+    written = "Tom is a dog.\nIs Tom a cat?\n### True"
+    assert tokenizer.decode(tokenizer(written)["input_ids"]) == written
+    add_special_tokens(tokenizer)
+    data = tokenize([Example("Is Zoe a cat?", (), "True")], tokenizer)
+    assert unknown_words(data, tokenizer) == 1
+    assert unknown_words(tokenize(text, tokenizer), tokenizer) == 0
+
+
+def test_the_word_tokenizer_is_saved_with_all_it_needs(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = build_word_tokenizer(examples())
+    special = add_special_tokens(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert add_special_tokens(again) == special
+    assert encode_texts(again, ["Tom is a <bot> dog.\n"]) == encode_texts(tokenizer, ["Tom is a <bot> dog.\n"])

@@ -1,0 +1,142 @@
+"""Think, then speak: what is generated does not depend on the batch, and equals plain recomputation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import build
+from torch import Tensor
+
+from coconut import LatentLM
+from coconut.generate import answer
+from coconut.layout import slot_ids
+from coconut.methods import Slot
+
+QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19, 20]]
+
+
+def padded(rows: list[list[int]], right: bool = False) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    pads = [[0] * (width - len(row)) for row in rows]
+    ids = [row + pad if right else pad + row for row, pad in zip(rows, pads, strict=True)]
+    mask = [
+        [1] * len(row) + [0] * len(pad) if right else [0] * len(pad) + [1] * len(row)
+        for row, pad in zip(rows, pads, strict=True)
+    ]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def by_recomputation(lm: LatentLM, question: list[int], num_thoughts: int, limit: int) -> list[int]:
+    """Greedy text of one question, everything run again for every token."""
+    row = question + slot_ids(lm.reasoning, lm.special, num_thoughts).tolist()
+    new: list[int] = []
+    while len(new) < limit:
+        logits = lm(torch.tensor([row + new]), return_logits=True, use_cache=False).logits[0, -1]
+        logits[lm.special.added] = -torch.inf
+        new.append(int(logits.argmax()))
+        if new[-1] == lm.special.eos:
+            return new[:-1]
+    return new
+
+
+def rows_of(out: Any) -> list[list[int]]:
+    return [row[:n] for row, n in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.thought, 0), (Slot.pause, 2), (Slot.nothing, 0)])
+@pytest.mark.parametrize("right", [False, True])
+def test_a_batch_says_what_each_question_would(family: str, slot: Slot, count: int, right: bool) -> None:
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
+    ids, mask = padded(QUESTIONS, right)
+    out = lm.generate(ids, mask, max_new_tokens=6)
+    assert out.num_thoughts == (count if slot is Slot.thought else 0)
+    expected = [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
+    assert rows_of(out) == expected
+    alone = [rows_of(lm.generate(torch.tensor([question]), max_new_tokens=6))[0] for question in QUESTIONS]
+    assert alone == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_the_number_of_thoughts_can_be_set(count: int) -> None:
+    lm = build("llama", num_thoughts=2)
+    ids, mask = padded(QUESTIONS)
+    out = lm.generate(ids, mask, max_new_tokens=6, num_thoughts=count)
+    assert out.num_thoughts == count
+    assert rows_of(out) == [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
+
+
+def test_thoughts_matter() -> None:
+    """Otherwise the tests above would hold for a model that ignores them."""
+    lm = build("llama", num_thoughts=3)
+    ids, mask = padded(QUESTIONS)
+    said = [rows_of(lm.generate(ids, mask, max_new_tokens=6, num_thoughts=n)) for n in (0, 1, 2, 3)]
+    assert len({str(text) for text in said}) == 4
+
+
+def prefer(lm: LatentLM, token: int) -> None:
+    """Make a token by far the likeliest everywhere."""
+    head: Any = lm.base.get_output_embeddings()
+    hidden = lm.base.config.hidden_size
+    bias = torch.nn.Linear(hidden, head.weight.shape[0]).to(head.weight)
+    with torch.no_grad():
+        bias.weight.copy_(head.weight)
+        bias.bias.zero_()
+        bias.bias[token] = 1000.0
+    lm.base.set_output_embeddings(bias)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 2.0}])
+def test_added_tokens_are_never_produced(sampling: dict[str, Any]) -> None:
+    lm = build("llama", num_thoughts=1)
+    prefer(lm, lm.latent_id)
+    ids, mask = padded(QUESTIONS)
+    out = lm.generate(ids, mask, max_new_tokens=8, **sampling)
+    assert not set(out.tokens.flatten().tolist()) & set(lm.special.added)
+
+
+def test_answers_that_end_and_answers_that_are_cut() -> None:
+    lm = build("llama", num_thoughts=1)
+    ids, mask = padded(QUESTIONS)
+    assert lm.generate(ids, mask, max_new_tokens=1).cut.any()
+    prefer(lm, lm.special.eos)
+    out = lm.generate(ids, mask, max_new_tokens=8)
+    assert not out.cut.any()
+    assert out.lengths.tolist() == [0, 0, 0, 0]
+    assert out.texts == [""] * 4
+
+
+def test_sampling_is_seeded() -> None:
+    lm = build("llama", num_thoughts=2)
+    ids, mask = padded(QUESTIONS)
+
+    def sample(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return rows_of(lm.generate(ids, mask, max_new_tokens=8, do_sample=True, temperature=1.0))
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_generating_leaves_the_model_as_it_was() -> None:
+    lm = build("llama", num_thoughts=2)
+    lm.train()
+    lm.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+    assert lm.training
+    assert all(p.grad is None for p in lm.parameters())
+
+
+def test_questions_as_text() -> None:
+    lm = build("gpt2", num_thoughts=2)
+    out = answer(lm, ["1 2 3", "4 5 <latent> 6 7"], max_new_tokens=4)
+    assert len(out.texts) == 2
+    assert out.texts[0] == answer(lm, ["1 2 3"], max_new_tokens=4).texts[0]
+
+
+def test_a_question_that_fills_the_context_is_refused() -> None:
+    lm = build("gpt2", num_thoughts=2)
+    with pytest.raises(ValueError, match=r"A question of 95 tokens with 2 thoughts leaves no room .* of 96 tokens"):
+        lm.generate(torch.full((1, 95), 5))
+    room = lm.generate(torch.full((1, 90), 5), max_new_tokens=50)
+    assert room.tokens.shape[1] <= 2

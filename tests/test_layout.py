@@ -1,0 +1,162 @@
+"""Sequences, epochs and batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut.data import SpecialIds, TokenizedData
+from coconut.layout import EpochView, collate, epoch_batches, fit_context, micro_batches
+from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
+from coconut.model import align
+
+SPECIAL = SpecialIds(bot=90, eot=91, latent=92, pause=93, eos=1, pad=0)
+
+
+@st.composite
+def data_sets(draw: st.DrawFn) -> TokenizedData:
+    lengths = draw(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), max_size=5), st.integers(2, 4)),
+            min_size=1,
+            max_size=12,
+        )
+    )
+    segments = [[question, *steps, answer] for question, steps, answer in lengths]
+    tokens = [[*range(2, 1 + sum(row)), 1] for row in segments]
+    return TokenizedData.from_lists(tokens, segments)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    curriculum = Curriculum(
+        thoughts_per_step=draw(st.integers(0, 3)),
+        max_stage=draw(st.integers(0, 3)),
+        extra_stage=draw(st.booleans()),
+        first=1,
+        each=1,
+        total=10,
+        pad_thoughts=draw(st.booleans()),
+        mixing=draw(st.sampled_from(list(Mixing))),
+        mixing_probability=draw(st.sampled_from([0.0, 0.5])),
+        icot_tokens=2,
+        icot_limit=6,
+    )
+    return plan(draw(st.sampled_from(list(METHODS))), curriculum)
+
+
+@given(data_sets(), plans(), st.integers(0, 3))
+def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, stages: Plan, epoch: int) -> None:
+    for stage in stages.stages:
+        view = EpochView(data, stages, stage, SPECIAL, seed=0, epoch=epoch)
+        for index in range(len(data)):
+            item = view.layout(index)
+            assert len(item.ids) == view.lengths[index]
+            assert item.anchor == view.anchors[index]
+            assert item.ids[-1] == SPECIAL.eos
+            question = data.question(index)
+            assert item.ids[: len(question)].tolist() == question.tolist()
+            if view.forms[index].markers:
+                assert item.ids[item.num_prompt - 1] == SPECIAL.eot
+            added = np.isin(item.ids[item.num_prompt :], SPECIAL.added)
+            assert not added.any(), "no added token is a target"
+
+
+@given(data_sets(), st.integers(1, 5), st.integers(0, 3))
+def test_an_epoch_has_every_example_once(data: TokenizedData, batch_size: int, epoch: int) -> None:
+    stages = plan("coconut", Curriculum())
+    view = EpochView(data, stages, stages.stages[0], SPECIAL, seed=0, epoch=epoch)
+    batches = epoch_batches(view, batch_size, seed=0, epoch=epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(data)))
+    assert [b.tolist() for b in batches] == [b.tolist() for b in epoch_batches(view, batch_size, 0, epoch)]
+    assert all(len(b) <= batch_size for b in batches)
+
+
+def uneven_data(count: int = 4000) -> TokenizedData:
+    random = np.random.default_rng(0)
+    segments = [[int(n), 3, 3, 4] for n in random.integers(10, 200, count)]
+    return TokenizedData.from_lists([[5] * sum(row) for row in segments], segments)
+
+
+def test_batches_hold_like_lengths_in_an_order_that_changes() -> None:
+    data = uneven_data()
+    stages = plan("coconut", Curriculum())
+    view = EpochView(data, stages, stages.stages[2], SPECIAL, seed=0, epoch=0)
+    batches = epoch_batches(view, 32, seed=0, epoch=0)
+    cells = sum(len(b) * view.lengths[b].max() for b in batches)
+    assert view.lengths.sum() > 0.95 * cells, "at most 5 % padding"
+    assert batches[0].tolist() != epoch_batches(view, 32, seed=0, epoch=1)[0].tolist()
+    assert batches[0].tolist() != epoch_batches(view, 32, seed=1, epoch=0)[0].tolist()
+
+
+@given(data_sets(), plans())
+def test_batches_keep_the_sequences_and_put_thoughts_in_one_column(data: TokenizedData, stages: Plan) -> None:
+    view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
+    items = [view.layout(i) for i in range(len(data))]
+    batch = collate(items, SPECIAL)
+    firsts = set()
+    for row, item in enumerate(items):
+        real = batch.attention_mask[row].bool()
+        assert batch.input_ids[row][real].tolist() == item.ids.tolist()
+        labels = batch.labels[row][real]
+        assert labels[item.num_prompt :].tolist() == item.ids[item.num_prompt :].tolist()
+        assert (labels[: item.num_prompt] == -100).all()
+        assert (batch.labels[row][~real] == -100).all()
+        if (item.ids == SPECIAL.latent).any():
+            firsts.add(int((batch.input_ids[row] == SPECIAL.latent).nonzero()[0]))
+    assert len(firsts) <= 1
+    assert batch.num_targets == sum(len(item.ids) - item.num_prompt for item in items)
+
+
+def test_a_collated_batch_needs_no_further_padding() -> None:
+    data = uneven_data(32)
+    stages = plan("coconut", Curriculum())
+    view = EpochView(data, stages, stages.stages[3], SPECIAL, seed=0, epoch=0)
+    batch = collate([view.layout(i) for i in range(32)], SPECIAL)
+    way = align(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
+    assert way.source_BS.shape == batch.input_ids.shape
+    assert len(way.borders) == 3 + 2
+
+
+def test_a_loss_does_not_change_with_the_split_into_micro_batches() -> None:
+    lm = build("llama")
+    segments = [[int(n), 3, 2, 4] for n in np.random.default_rng(0).integers(3, 20, 8)]
+    data = TokenizedData.from_lists([np.arange(sum(row)) % 30 + 3 for row in segments], segments)
+    stages = plan("coconut", Curriculum(max_stage=2, first=1, each=1, total=3, mixing_probability=0.5))
+    view = EpochView(data, stages, stages.stages[2], lm.special, seed=0, epoch=0)
+
+    def loss(size: int) -> torch.Tensor:
+        parts = list(micro_batches(view, np.arange(8), size))
+        sums = [lm(b.input_ids, b.attention_mask, labels=b.labels).loss_sum for b in parts]
+        return sum(sums, torch.zeros(())) / sum(b.num_targets for b in parts)
+
+    whole = loss(8)
+    for size in (1, 3, 4):
+        torch.testing.assert_close(loss(size), whole, rtol=1e-12, atol=0)
+
+
+def test_what_does_not_fit_is_named_or_left_out() -> None:
+    data = uneven_data(50)
+    stages = plan("coconut", Curriculum())
+
+    def views(part: TokenizedData) -> list[EpochView]:
+        still = replace(stages, mixing_probability=0.0)
+        return [EpochView(part, still, stage, SPECIAL, 0, 0) for stage in stages.stages]
+
+    longest = np.max([view.lengths for view in views(data)], axis=0)
+    with pytest.raises(
+        ValueError, match=r"train.json: \d+ of 50 examples are longer .* context of 100 tokens: example"
+    ):
+        fit_context(views, data, 100, skip=False, name="train.json")
+    kept, indices = fit_context(views, data, 100, skip=True, name="train.json")
+    assert indices.tolist() == np.flatnonzero(longest <= 100).tolist()
+    assert [kept.question(i).tolist() for i in range(len(kept))] == [data.question(i).tolist() for i in indices]
+    assert len(fit_context(views, data, 1000, skip=False, name="train.json")[0]) == 50
+    with pytest.raises(ValueError, match="no example fits"):
+        fit_context(views, data, 5, skip=True, name="train.json")

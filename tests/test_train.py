@@ -1,0 +1,480 @@
+"""Runs: what they write, how they go on, and how they stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from coconut import LatentLM
+from coconut.checkpoint import Checkpoints, load_state, load_trainer
+from coconut.config import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Reset,
+    Resume,
+    Task,
+    TooLong,
+    TrainConfig,
+)
+from coconut.data import read_examples
+from coconut.files import read_json
+from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
+from coconut.tracking import read_metrics
+from coconut.train import Diverged, Schedule, Training, differences, run, updates_since_reset
+from data_builders.graphs import graph_rows
+
+CURRICULUM = Curriculum(max_stage=2, unit=Unit.updates, first=5, each=4, total=14, mixing_probability=0.3)
+ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}  # dropout is on
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("data")
+    rows = graph_rows(seed=0, count=48)
+    for split, part in [("train", rows[:28]), ("valid", rows[28:40]), ("test", rows[40:])]:
+        (folder / f"{split}.json").write_text(json.dumps(part))
+    files = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
+    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def settings(data: DataConfig, folder: Path, **changes: Any) -> TrainConfig:
+    """A run of 14 updates, 4 in an epoch, with everything random switched on."""
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "curriculum": CURRICULUM,
+        "model": ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", new_tokens="random"),
+        "data": data,
+        "optimizer": OptimizerConfig(lr=1e-2, clip=1.0, warmup=2),
+        "engine": EngineConfig(device="cpu", threads=1),
+        "batch_size": 8,
+        "micro_batch_size": 3,
+        "max_new_tokens": 6,
+        "keep_checkpoints": 100,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, with a checkpoint after every update."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(settings(data, folder, save_every=1)) == 0
+    return folder
+
+
+def weights(folder: Path, step: int = 14) -> dict[str, torch.Tensor]:
+    return load_file(Checkpoints(folder).path(step) / "model.safetensors")
+
+
+def same_end(folder: Path, finished: Path) -> None:
+    """Bit for bit: weights, optimizer, random state, best so far, and every number in metrics.jsonl."""
+    ours, theirs = weights(folder), weights(finished)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    a, b = (load_trainer(Checkpoints(f).path(14)) for f in (folder, finished))
+    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+    for index, state in b["optimizer"]["state"].items():
+        assert all(torch.equal(value, a["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert load_state(Checkpoints(folder).path(14)) == load_state(Checkpoints(finished).path(14))
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(f)] for f in (folder, finished)]
+    assert rows[0] == rows[1]
+
+
+# --- a run describes itself -----------------------------------------------------------------------
+
+
+def test_a_run_describes_itself(finished: Path, data: DataConfig) -> None:
+    described = read_json(finished / "run.json")
+    assert [s["num_thoughts"] for s in described["plan"]["stages"]] == [0, 1, 2]
+    assert described["updates"] == 14
+    assert described["data"]["train"]["used"] == 28
+    assert len(described["data"]["train"]["sha256"]) == 64
+    assert described["sessions"][0]["versions"]["torch"] == torch.__version__
+    assert read_json(finished / "config.json")["curriculum"]["max_stage"] == 2
+    rows = read_metrics(finished)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 15))
+    assert [row["stage"] for row in rows if row["kind"] == "train"] == [0] * 5 + [1] * 4 + [2] * 5
+    # every epoch of 4 updates, every stage's end
+    assert [row["step"] for row in rows if row["kind"] == "valid"] == [4, 5, 9, 13, 14]
+    assert len(read_json(finished / "samples" / "step-0000014.json")) == 5
+
+
+def test_test_data_is_never_opened_in_training(data: DataConfig, tmp_path: Path) -> None:
+    assert run(settings(replace(data, test=str(tmp_path / "not there.json")), tmp_path / "run")) == 0
+
+
+def test_the_best_checkpoint_is_of_the_last_stage(finished: Path) -> None:
+    best = load_state(Checkpoints(finished).find("best"))["best"]
+    rows = [row for row in read_metrics(finished) if row["kind"] == "valid" and row["stage"] == 2]
+    top = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
+    assert (best["step"], best["accuracy"]) == (top["step"], top["accuracy"])
+    early = Checkpoints(finished).path(8)
+    assert load_state(early)["best"] is None
+
+
+def test_each_checkpoint_knows_how_it_is_asked(finished: Path) -> None:
+    for step, stage, thoughts in [(5, 0, 0), (6, 1, 1), (9, 1, 1), (14, 2, 2)]:
+        lm = LatentLM.from_pretrained(Checkpoints(finished).path(step))
+        assert (lm.reasoning.stage, lm.reasoning.num_thoughts) == (stage, thoughts)
+        assert lm.reasoning.format == PromptFormat("{}", "{} ", "### {}")
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 9, 13])
+def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int) -> None:
+    """In the middle of a stage (2, 6), at an epoch's end (4, 13) and at a stage's border (5, 9)."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(step + 1, 15):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    config = as_config(read_json(folder / "config.json"), folder)
+    assert run(config) == 0
+    same_end(folder, finished)
+    assert [s["from_update"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
+
+
+def as_config(values: dict[str, Any], folder: Path) -> TrainConfig:
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), {**values, "run": str(folder)}))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def command(config: TrainConfig) -> list[str]:
+    """The same run from the command line."""
+
+    def flat(prefix: str, value: Any) -> list[str]:
+        if isinstance(value, dict) and prefix != "model.architecture":
+            return [part for key, inner in value.items() for part in flat(f"{prefix}.{key}" if prefix else key, inner)]
+        if isinstance(value, dict):
+            prefix, value = f"+{prefix}", "{" + ",".join(f"{key}:{inner}" for key, inner in value.items()) + "}"
+        else:
+            value = json.dumps(value)
+        return [f"{prefix}={value}"]
+
+    return [sys.executable, "-m", "coconut.train", *flat("", asdict(config))]
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the run did not get so far"
+        time.sleep(0.002)
+
+
+def test_killed_and_started_again(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(data, folder, save_every=1)
+    process = start(config)
+    wait_for(lambda: Checkpoints(folder).steps()[-1:] >= [7], process)
+    process.kill()
+    process.communicate()
+    assert run(config) == 0
+    same_end(folder, finished)
+
+
+def test_sigterm_saves_and_leaves(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(data, folder)
+    process = start(config)
+    wait_for(lambda: any(row["step"] >= 2 for row in read_metrics(folder)), process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    if process.returncode == 0:  # it was quicker than the signal
+        pytest.fail("the run ended before the signal came: make it longer")
+    assert process.returncode == 128 + signal.SIGTERM
+    step = Checkpoints(folder).steps()[-1]
+    assert f"Stopped by SIGTERM; saved at update {step}" in said
+    assert read_metrics(folder)[-1]["step"] == step
+    assert run(config) == 0
+    same_end(folder, finished)
+
+
+def test_a_complete_run_says_so(finished: Path, data: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings(data, finished)) == 0
+    assert "This run is complete: 14 updates" in capsys.readouterr().out
+
+
+def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    other = settings(data, finished, seed=7, optimizer=OptimizerConfig(lr=2e-2, clip=1.0, warmup=2))
+    with pytest.raises(
+        ValueError, match=r"(?s)another configuration:\n  optimizer.lr: 0.01 there, 0.02 asked for\n  seed"
+    ):
+        run(other)
+    with pytest.raises(ValueError, match=r"resume=never"):
+        run(settings(data, finished, resume=Resume.never))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run(settings(data, tmp_path))
+
+
+def test_changed_data_is_noticed(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder, file = tmp_path / "run", tmp_path / "train.json"
+    shutil.copy(data.train, file)
+    config = settings(replace(data, train=str(file)), folder)
+    run(config)
+    file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
+    with pytest.raises(ValueError, match=r"train.json has changed since the run"):
+        run(config)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(8, 15):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    torn = Checkpoints(folder).path(7) / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    flipped = Checkpoints(folder).path(6) / "trainer.pt"
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (Checkpoints(folder).path(5) / "manifest.json").unlink()
+    assert run(as_config(read_json(folder / "config.json"), folder)) == 0
+    said = capsys.readouterr().err
+    assert "model.safetensors has 1,000 of" in said
+    assert "the checksum of trainer.pt does not hold" in said
+    assert "manifest.json cannot be read" in said
+    assert read_json(folder / "run.json")["sessions"][-1]["from_update"] == 4
+    same_end(folder, finished)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    """A limit on the size of files makes real writes fail in the middle."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(8, 15):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    for rest in range(1, 7):
+        shutil.rmtree(Checkpoints(folder).path(rest))
+    config = settings(data, folder)
+    size = (Checkpoints(folder).path(7) / "model.safetensors").stat().st_size
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
+    code = f"{limit}; import sys; sys.argv = ['train', *sys.argv[1:]]; from coconut.train import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command(config)[3:]], capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "could not be written" in done.stderr
+    assert "The checkpoint of update 7 is whole" in done.stderr
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007"]
+    assert run(config) == 0
+    same_end(folder, finished)
+
+
+def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(settings(data, folder, save_every=1, keep_checkpoints=2))
+    checkpoints = Checkpoints(folder)
+    best = load_state(checkpoints.path(14))["best"]["step"]
+    assert checkpoints.steps() == sorted({best, 13, 14})
+    assert checkpoints.find("best") == checkpoints.path(best)
+    assert checkpoints.find("last") == checkpoints.find("14") == checkpoints.path(14)
+    with pytest.raises(ValueError, match="no checkpoint of update 3"):
+        checkpoints.find("3")
+    with pytest.raises(ValueError, match="'newest'; it is best, last"):
+        checkpoints.find("newest")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        Checkpoints(tmp_path).find("last")
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> None:
+    curriculum = replace(CURRICULUM, icot_limit=2, icot_tokens=1, icot_each=2)
+    run(settings(data, tmp_path / method, method=method, curriculum=curriculum))
+    losses = [row["loss"] for row in read_metrics(tmp_path / method) if row["kind"] == "train"]
+    assert len(losses) == 14
+    assert losses[-1] < losses[0]
+
+
+def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
+    calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+                       tokenizer="words", new_tokens="random")  # fmt: skip
+    losses = []
+    for size in (1, 3, 8):
+        folder = tmp_path / str(size)
+        run(settings(data, folder, model=calm, micro_batch_size=size, optimizer=OptimizerConfig(lr=1e-3)))
+        losses.append([row["loss"] for row in read_metrics(folder) if row["kind"] == "train"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reset", "resets"), [(Reset.stage, [0, 5, 9]), (Reset.epoch, [0, 4, 5, 9, 13]), (Reset.never, [0])]
+)
+def test_the_optimizer_is_made_anew_when_asked(
+    data: DataConfig, tmp_path: Path, reset: Reset, resets: list[int]
+) -> None:
+    optimizer = OptimizerConfig(lr=1e-2, reset=reset)
+    run(settings(data, tmp_path, optimizer=optimizer, save_every=1))
+    made = []
+    for step in range(1, 15):
+        state = load_trainer(Checkpoints(tmp_path).path(step))["optimizer"]["state"]
+        if {int(values["step"]) for values in state.values()} == {1}:
+            made.append(step - 1)
+    assert made == resets
+
+
+def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) -> None:
+    """The first update of stage 1 equals the one of a new run that starts there from the same weights."""
+    calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+                       tokenizer="words", new_tokens="random")  # fmt: skip
+    still = replace(CURRICULUM, mixing_probability=0.0)
+    whole = tmp_path / "whole"
+    run(settings(data, whole, model=calm, curriculum=still, save_every=1, validate_every=100))
+    later = tmp_path / "later"
+    run(settings(data, later, model=calm, curriculum=replace(still, start_stage=1, total=9), save_every=1,
+                 init=str(Checkpoints(whole).path(5))))  # fmt: skip
+    first = next(row for row in read_metrics(later) if row["kind"] == "train")
+    assert first["stage"] == 1
+    assert read_json(later / "run.json")["init"] == str(Checkpoints(whole).path(5))
+    begun = load_trainer(Checkpoints(later).path(1))["optimizer"]["state"]
+    there = load_trainer(Checkpoints(whole).path(6))["optimizer"]["state"]
+    assert {int(v["step"]) for v in begun.values()} == {int(v["step"]) for v in there.values()} == {1}
+
+
+def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(data, folder, init=str(finished), curriculum=replace(CURRICULUM, start_stage=2, total=3))
+    run(config)
+    assert read_json(folder / "run.json")["init"] == str(Checkpoints(finished).find("best"))
+    lm = Training(settings(data, tmp_path / "fresh", init=str(finished)), tmp_path / "fresh").lm
+    loaded = LatentLM.from_pretrained(Checkpoints(finished).find("best"))
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
+
+
+def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: Path) -> None:
+    run(settings(data, tmp_path, engine=EngineConfig(device="cpu", threads=1, precision="bfloat16")))  # pyright: ignore
+    saved = weights(tmp_path)
+    assert {w.dtype for w in saved.values()} == {torch.float32}
+    state = load_trainer(Checkpoints(tmp_path).path(14))["optimizer"]["state"]
+    assert {v["exp_avg"].dtype for v in state.values()} == {torch.float32}
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"(?s)The loss of update \d+ \(stage 0\) is (nan|inf).*lower optimizer.lr"):
+        run(settings(data, tmp_path, optimizer=OptimizerConfig(lr=1e20), save_every=1))
+    found = read_json(tmp_path / "diverged.json")
+    assert found["examples"]
+    last = Checkpoints(tmp_path).last()
+    assert last is not None
+    assert load_state(last)["step"] == found["step"] - 1
+
+
+def test_a_broken_weight_is_named(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    lm = LatentLM.from_pretrained(Checkpoints(finished).path(14))
+    lm.save_pretrained(tmp_path / "start")
+    file = tmp_path / "start" / "model.safetensors"
+    broken = load_file(file)
+    broken["transformer.ln_f.weight"][3] = torch.nan
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(Diverged, match=r"not finite first in: weight base.transformer.ln_f.weight \(1 in all\)"):
+        run(settings(data, tmp_path / "run", init=str(tmp_path / "start")))
+
+
+def test_examples_longer_than_the_context(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ModelConfig(architecture={**ARCHITECTURE, "n_positions": 34}, tokenizer="words", new_tokens="random")
+    with pytest.raises(ValueError, match=r"train.json: \d+ of 28 examples are longer than the model's context of 34"):
+        run(settings(data, tmp_path / "a", model=short))
+    assert not (tmp_path / "a").exists()
+    run(settings(replace(data, too_long=TooLong.skip), tmp_path / "b", model=short, max_new_tokens=1))
+    assert "of 28 train examples, longer than the model's context" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "neither is given"),
+        ({"base": "gpt2", "architecture": {"model_type": "gpt2"}}, "both are given"),
+        ({"architecture": {"n_layer": 1}, "tokenizer": "words"}, "names no model_type"),
+        ({"architecture": {"model_type": "gpt2"}}, "needs model.tokenizer"),
+    ],
+)
+def test_models_that_cannot_be(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**model)
+
+
+def test_a_model_out_of_reach_says_what_to_set(data: DataConfig, tmp_path: Path) -> None:
+    away = ModelConfig(base="nobody/no-such-model")
+    with pytest.raises(
+        ValueError, match=r"(?s)nobody/no-such-model could not be loaded.*model.base=FOLDER.*HF_ENDPOINT"
+    ):
+        run(settings(data, tmp_path / "run", model=away))
+    assert not (tmp_path / "run").exists()
+    odd = ModelConfig(architecture={"model_type": "no-such-type"}, tokenizer="words")
+    with pytest.raises(ValueError, match=r"No model can be made from model\.architecture"):
+        run(settings(data, tmp_path / "run", model=odd))
+
+
+# --- schedules are pure functions -----------------------------------------------------------------
+
+
+@given(st.integers(1, 7), st.sampled_from(list(Unit)), st.integers(1, 4), st.integers(0, 3))
+def test_a_schedule_walks_through_its_stages(per_epoch: int, unit: Unit, each: int, deepest: int) -> None:
+    curriculum = Curriculum(max_stage=deepest, unit=unit, first=2, each=each, total=2 + each * deepest + 1)
+    schedule = Schedule(plan("coconut", curriculum), per_epoch)
+    places = [schedule.at(step) for step in range(schedule.total)]
+    for stage in schedule.plan.stages:
+        own = [p for p in places if p.stage is stage]
+        assert len(own) == schedule.updates(stage)
+        assert [p.stage_step for p in own] == list(range(len(own)))
+        assert [p.ends_stage for p in own] == [False] * (len(own) - 1) + [True]
+        assert own[0].batch == 0, "a stage begins with an epoch of its own"
+    for before, after in pairwise(places):
+        assert (after.batch == 0) == before.ends_epoch
+        assert after.epoch - before.epoch == int(before.ends_epoch)
+    assert places[-1].ends_stage
+    assert all(updates_since_reset(p, Reset.never) == p.step for p in places)
+    with pytest.raises(IndexError):
+        schedule.at(schedule.total)
+
+
+def test_the_learning_rate_warms_up_and_stays() -> None:
+    optimizer = OptimizerConfig(lr=1.0, warmup=4)
+    assert [optimizer.learning_rate(n) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert OptimizerConfig(lr=1.0).learning_rate(0) == 1.0
+
+
+def test_differences_are_named_by_their_keys() -> None:
+    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}}) == [
+        "b.c: 2 there, 4 asked for"
+    ]
+
+
+def test_samples_read_like_the_data(finished: Path, data: DataConfig) -> None:
+    samples = read_json(finished / "samples" / "step-0000014.json")
+    assert [s["question"] for s in samples] == [e.question for e in read_examples(data.valid)[:5]]
