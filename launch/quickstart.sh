@@ -16,7 +16,7 @@ name=quickstart
 [ "$seed" = 0 ] || name=quickstart-seed$seed
 
 echo "[1/5] Set-up"
-source launch/setup.sh
+source launch/setup.sh base
 
 echo "[2/5] Data: random graphs of 8 nodes, and a question about each (seconds)"
 [ -f "data/$name/graphs_manifest.json" ] || "$python" -m data_builders.prosqa out_dir="data/$name" seed="$seed"

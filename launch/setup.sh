@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes or reuses .venv. Sourced by the other scripts: `source launch/setup.sh [dev]`, in the repository's root.
+# Makes or reuses .venv. Sourced by the other scripts, in the repository's root: `source launch/setup.sh base|dev`.
 # Sets $python to the environment's interpreter. Nothing is done twice: .venv remembers what it was made from.
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -57,9 +57,10 @@ END
 }
 
 setup() {
-    local extras=${1:-} stamp made_from
+    local what=$1 extras="" stamp made_from
+    [ "$what" = base ] || extras="[$what]"
     python=$PWD/.venv/bin/python
-    stamp=.venv/made-from-${extras:-base}
+    stamp=.venv/made-from-$what
     made_from=$(cat pyproject.toml constraints.txt launch/setup.sh)
     if [ -x "$python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$made_from" ]; then
         check_name
@@ -73,7 +74,7 @@ setup() {
     fi
     : >.venv/install.log
     "$python" -c 'import torch' 2>/dev/null || install_torch
-    install "coconut and what it needs" -c constraints.txt -e ".${extras:+[$extras]}"
+    install "coconut and what it needs" -c constraints.txt -e ".$extras"
     check_name
     printf '%s' "$made_from" >"$stamp"
 }
