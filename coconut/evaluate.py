@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from coconut.cli import application
 from coconut.config import EvaluateConfig
 from coconut.data import Example, encode_questions, read_examples
 from coconut.files import read_json, sha256, write_json, write_text
+from coconut.generate import pad_rows
 from coconut.methods import PromptFormat, Reasoning
 from coconut.tasks import TASKS, Task
 
@@ -79,9 +78,7 @@ def evaluate(
     thoughts, start = 0, time.perf_counter()
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        width = max(len(rows[i]) for i in chosen)
-        ids = torch.tensor([[lm.special.pad] * (width - len(rows[i])) + rows[i] for i in chosen])
-        mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
+        ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         out = lm.generate(ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts)
         thoughts = out.num_thoughts
         written = _steps_cut(reasoning, num_thoughts)

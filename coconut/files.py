@@ -51,6 +51,29 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def sole_owner(folder: Path | str) -> Iterator[None]:
+    """Hold a folder for this process, and clear away what killed ones left half-written.
+
+    Raises OSError if another process on this machine holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"Another process is at work in {folder}. Wait for it to end, or stop it first.") from None
+        for left in folder.rglob(".*.part"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        yield
+
+
 def write_text(path: Path | str, text: str) -> None:
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")

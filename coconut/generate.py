@@ -127,10 +127,15 @@ def _think(lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, prefix: int, co
 def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
     """Answer questions given as text, in one batch; `options` as for `generate`."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    return generate(lm, *pad_rows(rows, lm.special.pad), **options)
+
+
+def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of rows of any lengths, padded on the left."""
     width = max(map(len, rows))
-    ids = torch.tensor([[lm.special.pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return generate(lm, ids, mask, **options)
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def run(config: GenerateConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from coconut.data import Example, TokenizedData, build_word_tokenizer, existing,
 from coconut.engine.base import Engine, NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import evaluate
-from coconut.files import read_json, sha256, write_json
+from coconut.files import read_json, sha256, sole_owner, write_json
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
 from coconut.methods import Plan, Reasoning, Stage, Unit, plan
 from coconut.model import LatentLM
@@ -402,7 +403,7 @@ def open_folder(config: TrainConfig) -> Path:
                     f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
                     "another run with run=DIR."
                 )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != DESCRIPTION and path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
     return folder
 
@@ -438,6 +439,17 @@ def run(config: TrainConfig) -> int:
     config.data = config.data.absolute()
     folder = open_folder(config)
     say(f"Run folder: {folder}")
+    is_new = not folder.exists()
+    try:
+        with sole_owner(folder):
+            return train(config, folder)
+    finally:
+        if is_new and not (folder / DESCRIPTION).exists():
+            shutil.rmtree(folder)
+
+
+def train(config: TrainConfig, folder: Path) -> int:
+    """The run of this configuration, in a folder that is its own."""
     training = Training(config, folder)
     if training.step == training.schedule.total:
         say(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
@@ -451,7 +463,6 @@ def run(config: TrainConfig) -> int:
     for stage in training.plan.stages:
         say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
     training.rehearse()
-    folder.mkdir(parents=True, exist_ok=True)
     describe_run(config, folder, training)
     if training.step:
         say(f"Going on from update {training.step:,}")

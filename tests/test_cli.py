@@ -80,8 +80,9 @@ def test_the_papers_hyperparameters() -> None:
 
 
 def python(*arguments: str, cwd: Path | None = None, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, input=text, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"})  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=text, env=environment, check=False)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,9 @@ def test_imports_run_downwards() -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `pip install .` would put into site-packages."""
     folder = tmp_path_factory.mktemp("installed")
-    done = python("-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--root-user-action=ignore",
-                  "--target", str(folder), str(ROOT))  # fmt: skip
+    quiet = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
+    alone = ["--no-deps", "--no-build-isolation"]
+    done = python("-m", "pip", "install", *quiet, *alone, "--target", str(folder), str(ROOT))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -240,9 +242,15 @@ def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Pa
     wanted = {str(path.relative_to(CONF_DIR)) for path in CONF_DIR.rglob("*.yaml")}
     found = {str(path.relative_to(installed / "coconut" / "conf")) for path in (installed / "coconut").rglob("*.yaml")}
     assert found == wanted
-    for arguments in (["coconut.train", "experiment=quickstart", "--cfg", "job"], ["data_builders.prosqa", "num_train=5",
-                      "num_valid=5", "num_test=5"]):  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=tmp_path,
-                              env=environment, check=False)  # fmt: skip
+    few = ["num_train=5", "num_valid=5", "num_test=5"]
+    for arguments in (["coconut.train", "experiment=quickstart", "--cfg", "job"], ["data_builders.prosqa", *few]):
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "data" / "graphs_train.json").read_text())) == 5

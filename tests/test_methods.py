@@ -109,9 +109,9 @@ def test_reasoning_survives_json() -> None:
 # --- the golden file ------------------------------------------------------------------------------
 
 EXAMPLES = [
-    Example("Is Tom a rat or cat ?", ("Tom is a dog .", "Every dog is a pet .", "Every pet is a cat ."), "Tom is a cat ."),
+    Example("Is Tom a rat or cat ?", ("Tom is a dog .", "Every dog is a pet .", "Every pet is a cat ."), "a cat ."),
     Example("Is Sam a bee ?", ("Sam is a bee .",), "Yes"),
-]  # fmt: skip
+]
 CURRICULUM = Curriculum(thoughts_per_step=2, max_stage=2, extra_stage=True, first=1, each=1, total=4)
 ICOT = Curriculum(max_stage=2, total=4, icot_tokens=8, icot_limit=16)
 

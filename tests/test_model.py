@@ -25,7 +25,7 @@ def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-8 * largest)) for k in b)
 
 
-def mixed_batch(lm: LatentLM) -> dict[str, Tensor]:
+def mixed_batch(lm: LatentLM) -> dict[str, Any]:
     """Rows with no thought, several, in several places, at the end; padding left, right, both, and inside."""
     random = torch.Generator().manual_seed(1)
     L = lm.latent_id

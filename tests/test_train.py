@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     rows = graph_rows(seed=0, count=48)
     for split, part in [("train", rows[:28]), ("valid", rows[28:40]), ("test", rows[40:])]:
         (folder / f"{split}.json").write_text(json.dumps(part))
-    files = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
+    files: dict[str, Any] = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
     return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
 
 
@@ -279,8 +279,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
     size = (Checkpoints(folder).path(7) / "model.safetensors").stat().st_size
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
     code = f"{limit}; import sys; sys.argv = ['train', *sys.argv[1:]]; from coconut.train import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *command(config)[3:]], capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", code, *command(config)[3:]]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written" in done.stderr
     assert "The checkpoint of update 7 is whole" in done.stderr

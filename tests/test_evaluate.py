@@ -1,0 +1,171 @@
+"""Evaluation: every question once, counted as said, and written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import build
+from scipy.stats import norm
+
+from coconut import LatentLM
+from coconut.checkpoint import Checkpoints
+from coconut.config import (
+    DataConfig,
+    DataFiles,
+    EngineConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Task,
+    TrainConfig,
+)
+from coconut.data import Example
+from coconut.evaluate import evaluate, read_results
+from coconut.evaluate import run as run_evaluate
+from coconut.generate import Generated
+from coconut.generate import run as run_generate
+from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.tasks import TASKS
+from coconut.train import run as run_train
+from data_builders.graphs import graph_rows
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    rows = graph_rows(seed=0, count=60)
+    for split, part in [("train", rows[:32]), ("valid", rows[32:40]), ("test", rows[40:])]:
+        (folder / f"{split}.json").write_text(json.dumps(part))
+    files: dict[str, Any] = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
+    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
+    config = TrainConfig(
+        run=str(folder / "run"),
+        curriculum=Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=6),
+        model=ModelConfig(architecture=architecture, tokenizer="words", new_tokens="random"),
+        data=DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}")),
+        optimizer=OptimizerConfig(lr=1e-2),
+        engine=EngineConfig(device="cpu", threads=1),
+        batch_size=16,
+        max_new_tokens=6,
+    )
+    assert run_train(config) == 0
+    return folder / "run"
+
+
+def saying(*texts: str) -> Any:
+    """A model's answers, given in the order in which it is asked: longest question first."""
+    queue = list(texts)
+
+    class Scripted(LatentLM):
+        def generate(
+            self, input_ids: Any, attention_mask: Any = None, max_new_tokens: Any = None, **options: Any
+        ) -> Any:
+            said = [queue.pop(0) for _ in range(len(input_ids))]
+            lengths = [len(text.split()) for text in said]
+            tensor = input_ids.new_tensor
+            return Generated(input_ids, tensor(lengths), tensor([n > 8 for n in lengths]), 3, said)
+
+    lm = build("gpt2", num_thoughts=3, steps_cut=1, format=PromptFormat())
+    return Scripted(lm.base, lm.tokenizer, lm.special, lm.reasoning)
+
+
+def test_what_is_counted() -> None:
+    examples = [
+        Example("1 2 3 4 5 6", ("s1", "s2"), "7"),
+        Example("1 2 3 4 5", ("s1", "s2"), "7"),
+        Example("1 2 3 4", (), "7"),
+        Example("1 2 3", ("s1",), "7"),
+    ]
+    lm = saying("s2\n### 7", "s1\ns2\n### 7", "### 8", "and on and on and on and on and on")
+    result, predictions = evaluate(lm, TASKS["gsm8k"], examples, batch_size=2)
+    assert [p.correct for p in predictions] == [True, True, False, False]
+    assert [p.chain_match for p in predictions] == [True, False, True, False]
+    assert [p.predicted for p in predictions] == ["7", "7", "8", None]
+    assert [p.question for p in predictions] == [e.question for e in examples], "in the order of the file"
+    assert (result.count, result.correct, result.accuracy) == (4, 2, 0.5)
+    assert result.mean_new_tokens == (3 + 4 + 2 + 10) / 4
+    assert result.num_thoughts == 3
+    assert result.cut == 0.25
+    assert result.guess is None
+
+
+def test_the_interval_is_wilsons() -> None:
+    lm = saying(*["### 7"] * 9, "### 8")
+    result, _ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", (), "7")] * 10)
+    z, p, n = norm.ppf(0.975), 0.9, 10
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert result.interval == pytest.approx((centre - half, centre + half))
+
+
+def test_an_evaluation_is_written_down(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_evaluate(EvaluateConfig(run=str(trained), batch_size=7)) == 0
+    said = capsys.readouterr().out
+    result = read_results(trained)["test"]
+    assert result["count"] == 20
+    assert result["guess"] == 0.5
+    assert (result["method"], result["stage"], result["num_thoughts"]) == ("coconut", 2, 2)
+    assert f"accuracy     {100 * result['accuracy']:.1f} % ({result['correct']} of 20)" in said
+    rows = [json.loads(line) for line in (trained / "evaluation" / "test.predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    assert sum(row["correct"] for row in rows) == result["correct"]
+    again = read_results(trained)["test"]
+    run_evaluate(EvaluateConfig(run=str(trained), batch_size=20))
+    same = read_results(trained)["test"]
+    assert {k: v for k, v in same.items() if k != "seconds_per_item"} == {
+        k: v for k, v in again.items() if k != "seconds_per_item"
+    }, "the size of a batch changes nothing"
+
+
+def test_what_is_unusual_has_a_name_of_its_own(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluate(EvaluateConfig(run=str(trained), num_thoughts=0, limit=5))
+    result = read_results(trained)["test-num_thoughts-0-limit-5"]
+    assert (result["num_thoughts"], result["count"]) == (0, 5)
+    run_evaluate(EvaluateConfig(run=str(trained), split="valid"))
+    assert read_results(trained)["valid"]["chose_the_checkpoint"]
+    assert "no test result" in capsys.readouterr().out
+    own = trained.parent / "own.json"
+    own.write_text(json.dumps([{"question": "0 zebra ?", "steps": [], "answer": "zebra"}]))
+    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(own))))
+    assert read_results(trained)["own"]["guess"] is None
+    assert "1 words of the questions are not in the model's vocabulary" in capsys.readouterr().out
+
+
+def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    question = graph_rows(seed=0, count=60)[45]["question"]
+    assert run_generate(GenerateConfig(run=str(trained), question=question)) == 0
+    first = capsys.readouterr()
+    assert "[2 thoughts, " in first.err
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO(question + "\n"))
+    run_generate(GenerateConfig(run=str(trained), question="-"))
+    assert capsys.readouterr().out == first.out
+    run_generate(GenerateConfig(run=str(trained), question=question, num_thoughts=1, temperature=1.0))
+    assert "[1 thought, " in capsys.readouterr().err
+
+
+def test_a_run_before_its_last_stage_has_no_best_checkpoint(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    steps = Checkpoints(trained).steps()
+    early = Checkpoints(tmp_path / "run")
+    for step in steps:
+        state = early.path(step) / "state.json"
+        values = json.loads(state.read_text())
+        if values["step"] > 4:
+            shutil.rmtree(early.path(step))
+    with pytest.raises(ValueError, match=r"no best checkpoint yet.*Take checkpoint=last"):
+        run_evaluate(EvaluateConfig(run=str(tmp_path / "run")))
+    assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last")) == 0
+
+
+def test_a_missing_split_is_named(trained: Path) -> None:
+    with pytest.raises(ValueError, match="split is 'dev'; it is one of train, valid, test"):
+        EvaluateConfig(run="r", split="dev")
+    with pytest.raises(FileNotFoundError, match=r"away\.json does not exist"):
+        run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test="away.json")))
