@@ -16,7 +16,7 @@ CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent /
 TEXT_KEYS = ("question",)
 
 
-def application(config_name: str, schema: type, run: Callable[[Any], int | None], **groups: type) -> Callable[[], None]:
+def application(config_name: str, schema: type, run: Callable[[Any], int | None]) -> Callable[[], None]:
     """The `main` of a Hydra application over conf/CONFIG_NAME.yaml.
 
     `schema` is the dataclass that the composed configuration must fit; `run` is given an instance and
@@ -24,6 +24,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     """
 
     def main() -> None:
+        refuse_namesake()
         import hydra
         from hydra.core.config_store import ConfigStore
         from omegaconf import DictConfig, OmegaConf
@@ -47,6 +48,18 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
         sys.exit(status)
 
     return main
+
+
+def refuse_namesake() -> None:
+    """Stop if `coconut` is the programming language's package, whose files may lie in the same folder."""
+    import coconut
+
+    if "LatentLM" not in getattr(coconut, "__all__", ()):
+        sys.exit(
+            f"error: another package named coconut (the programming language, perhaps) shadows this one: "
+            f"{coconut.__file__}\nTake it out of this environment: python -m pip uninstall coconut, then install "
+            "coconut-latent again."
+        )
 
 
 def quote_text(argument: str) -> str:

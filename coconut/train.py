@@ -144,7 +144,8 @@ class Training:
         return fitting, kept
 
     def _all_views(self, data: TokenizedData) -> list[EpochView]:
-        return [self._plain_view(data, stage) for stage in (*self.plan.stages, *self.plan.depths)]
+        mixed = self.plan.depths if self.plan.mixing_probability else ()
+        return [self._plain_view(data, stage) for stage in (*self.plan.stages, *mixed)]
 
     def _plain_view(self, data: TokenizedData, stage: Stage) -> EpochView:
         """The data as the stage has it, nothing mixed in."""

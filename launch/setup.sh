@@ -41,17 +41,14 @@ install_torch() {
 }
 
 check_name() {
-    "$python" - <<'END' || exit 2
+    "$python" -P - "$PWD/coconut/__init__.py" <<'END' || exit 2
 import pathlib, sys
-
-sys.path.insert(0, "")
 import coconut
 
-here = pathlib.Path("coconut/__init__.py").resolve()
-if pathlib.Path(coconut.__file__ or "").resolve() != here:
+if pathlib.Path(coconut.__file__ or "").resolve() != pathlib.Path(sys.argv[1]).resolve():
     sys.exit(
         f"error: another package named coconut (the programming language, perhaps) shadows this one: {coconut.__file__}\n"
-        "Take it out of this environment: .venv/bin/python -m pip uninstall coconut"
+        "Take it out of this environment (.venv/bin/python -m pip uninstall coconut) or off PYTHONPATH."
     )
 END
 }

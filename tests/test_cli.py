@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         assert "is no run: it holds no config.json" in done.stderr
         with pytest.raises(ValueError, match="Name the run: run=DIR"):
             composed(command, *more)
+
+
+def test_another_package_of_the_same_name_is_named(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "coconut", tmp_path / "coconut")
+    (tmp_path / "coconut" / "__init__.py").write_text("# the programming language's\n")
+    done = python("-m", "coconut.train", "--help", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "another package named coconut" in done.stderr
+    assert "pip uninstall coconut" in done.stderr
 
 
 def test_import_is_light() -> None:
