@@ -19,7 +19,8 @@ if not Path(coconut.__file__).with_name("methods.py").is_file():
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coconut.data import Example, build_word_tokenizer
 from coconut.methods import Reasoning
@@ -86,3 +87,19 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def gradients(lm: LatentLM) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+
+
+def byte_level_tokenizer(start: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, trained on next to nothing; with or without a token at the start."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["Is Tom a cat? Every dog is a cat. How many?"], trainer)
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $0 </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )  # pyright: ignore
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import byte_level_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from coconut.data import (
     Example,
@@ -27,22 +26,6 @@ ROWS = [
     {"question": "Is Tom a cat?", "steps": ["Tom is a dog.", "Every dog is a cat."], "answer": "True", "hops": 2},
     {"question": "2 + 2 = # ?", "steps": [], "answer": "4"},
 ]
-
-
-def byte_level_tokenizer(start: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's, trained on next to nothing; with or without a token at the start."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([row["question"] for row in ROWS], trainer)
-    if start:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            "<s> $0 </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )  # pyright: ignore
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def examples(rows: list[dict] = ROWS) -> list[Example]:

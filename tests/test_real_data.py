@@ -1,0 +1,71 @@
+"""The three published data sets, from their released files to a trained, evaluated run.
+
+The excerpts under tests/data are real; the model is GPT-2's architecture, small. Where GPT-2's own
+tokenizer lies beside the repository it is used besides a byte-level one made here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_level_tokenizer
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from coconut.cli import CONF_DIR
+from coconut.config import EvaluateConfig, TrainConfig
+from coconut.evaluate import read_results
+from coconut.evaluate import run as run_evaluate
+from coconut.tracking import read_metrics
+from coconut.train import run
+
+HERE = Path(__file__).parent
+RELEASED = {
+    "prosqa": ("prosqa", "prosqa_released.json"),
+    "prontoqa": ("prontoqa", "prontoqa_generated.json"),
+    "gsm8k": ("gsm8k", "gsm8k_test.jsonl"),
+    "gsm8k_aug": ("gsm8k", "gsm8k_aug_valid.txt"),
+}
+GPT2 = HERE.parent.parent / "shared" / "data" / "gpt2_tokenizer"
+TOKENIZERS = ["made here", *(["GPT-2's"] if GPT2.is_dir() else [])]
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+def converted(task: str, file: str, folder: Path) -> Path:
+    """What the builder writes of a released file."""
+    builder = importlib.import_module(f"data_builders.{task}")
+    path = folder / f"{task}.json"
+    path.write_text(json.dumps(builder.released_rows(str(HERE / "data" / file))))
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("name", RELEASED)
+def test_from_released_file_to_evaluation(name: str, tokenizer: str, tmp_path: Path) -> None:
+    task, file = RELEASED[name]
+    data = converted(task, file, tmp_path)
+    if tokenizer == "made here":
+        byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    folder = tmp_path / "tokenizer" if tokenizer == "made here" else GPT2
+    stages = 5 if task == "gsm8k" else 7
+    overrides = [
+        f"experiment={task}_gpt2", "model=gpt2_new", f"model.tokenizer={folder}", "+model.architecture.n_layer=1",
+        "+model.architecture.n_embd=16", "+model.architecture.n_head=2", "+model.architecture.n_positions=2048",
+        f"data.train={data}", f"data.valid={data}", f"run={tmp_path / 'run'}", "engine.device=cpu",
+        "curriculum.unit=updates", "curriculum.first=1", "curriculum.each=1", f"curriculum.total={stages}",
+        "max_new_tokens=3", "batch_size=4", "keep_checkpoints=1",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config: Any = OmegaConf.to_object(compose("train", overrides))
+    assert run(config) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert [row["stage"] for row in rows] == list(range(stages))
+    assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), split="valid", max_new_tokens=2)) == 0
+    result = next(iter(read_results(tmp_path / "run").values()))
+    assert result["num_thoughts"] == 6
+    assert result["guess"] == (None if task == "gsm8k" else 0.5)
