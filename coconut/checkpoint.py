@@ -59,13 +59,21 @@ class Checkpoints:
             whole = f"The checkpoint of update {before[-1]} is whole." if before else "There is no earlier one."
             raise OSError(
                 f"The checkpoint of update {step} could not be written to {self.folder} "
-                f"({free:,.0f} MiB free there): {error}. {whole} Make room and run the same command again."
+                f"({free:,.0f} MiB free there): {error}. {whole} Make room if there is none, then "
+                "run the same command again."
             ) from error
         best = (state.get("best") or {}).get("step")
-        for old in self.steps()[: -self.keep]:
+        for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
             if old != best:
                 shutil.rmtree(self.path(old))
         return path
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints above `step`, which a run that goes on from there writes anew."""
+        for later in self.steps():
+            if later > step:
+                path = self.path(later)
+                path.replace(path.with_name(f"damaged-{path.name}-{int(path.stat().st_mtime)}"))
 
     def steps(self) -> list[int]:
         """The updates of all checkpoints, damaged ones included, in rising order."""
@@ -86,8 +94,8 @@ class Checkpoints:
     def find(self, which: str) -> Path:
         """The checkpoint called "best", "last", or by the number of its update.
 
-        A damaged one is named on standard error, and the newest whole one is taken in its place.
-        Raises ValueError if there is none.
+        If the best one is damaged, that is said on standard error, and the newest whole one is taken.
+        Raises ValueError if there is none, or if the one asked for by number is damaged.
         """
         last = self.last()
         if last is None:
@@ -112,6 +120,8 @@ class Checkpoints:
             )
         path = self.path(step)
         if damage := damage_of(path):
+            if which.isdigit():
+                raise ValueError(f"The checkpoint {path} is damaged: {damage}. Take another, or checkpoint=last.")
             _say_damaged(path, damage)
             print(f"Taking the newest whole checkpoint instead: {last}", file=sys.stderr)
             return last

@@ -16,7 +16,7 @@ from coconut.methods import Curriculum, PromptFormat, plan
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others.
-NOT_IDENTITY = ("run", "resume", "keep_checkpoints", "save_every")
+NOT_IDENTITY = ("run", "resume", "keep_checkpoints", "save_every", "data.cache_dir", "engine.threads")
 
 
 class Task(StrEnum):
@@ -170,13 +170,18 @@ class TrainConfig:
                 )
         plan(self.method, self.curriculum)
 
-    def identity(self) -> dict[str, Any]:
-        """What makes a run this run."""
-        return {key: value for key, value in asdict(self).items() if key not in NOT_IDENTITY}
-
     def folder(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(identity(asdict(self)), sort_keys=True).encode()).hexdigest()
         return Path(self.run) if self.run else Path("runs") / f"{self.name}-{digest[:8]}"
+
+
+def identity(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What makes a run this run: its configuration but for NOT_IDENTITY."""
+    return {
+        key: identity(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in NOT_IDENTITY
+    }
 
 
 @dataclass
@@ -198,6 +203,7 @@ class EvaluateConfig:
     max_new_tokens: int | None = None
     batch_size: int = 64
     limit: int | None = None  # the first so many questions
+    too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -205,6 +211,9 @@ class EvaluateConfig:
         _at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
+        for other in SPLITS:
+            if other != self.split and getattr(self.data, other):
+                raise ValueError(f"data.{other} is given but split={self.split} is evaluated. Add split={other}.")
 
 
 @dataclass

@@ -111,6 +111,8 @@ def _problem(row: Any) -> str | None:
             return f"{key} must be text; it is {_short(row[key])}"
         if not row[key].strip():
             return f"{key} is empty"
+    if any(0xD800 <= ord(letter) <= 0xDFFF for text in (row["question"], row["answer"]) for letter in text):
+        return "question or answer holds half of a surrogate pair, which is no text"
     if "\n" in row["answer"]:
         return f"the answer must be one line; it is {_short(row['answer'])}"
     steps = row["steps"]
@@ -190,7 +192,10 @@ def encode_questions(
 ) -> list[list[int]]:
     """Token ids of questions as a model is asked them, with the tokenizer's own beginning-of-sequence token."""
     start = _start_ids(tokenizer)
-    return [start + ids for ids in encode_texts(tokenizer, [prompt_format.question.format(q) for q in questions])]
+    return [
+        start + ids
+        for ids in encode_texts(tokenizer, [PromptFormat.fill(prompt_format.question, q) for q in questions])
+    ]
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -277,9 +282,7 @@ def tokenize(
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts: list[str] = []
         for question, steps, answer in zip(batch["question"], batch["steps"], batch["answer"], strict=True):
-            texts.append(prompt_format.question.format(question))
-            texts.extend(prompt_format.step.format(step) for step in steps)
-            texts.append(prompt_format.answer.format(answer))
+            texts.extend(_segments(question, steps, answer, prompt_format))
         ids = iter(encode_texts(tokenizer, texts))
         rows, lengths = [], []
         for steps in batch["steps"]:
@@ -328,6 +331,13 @@ def tokenize(
     )
 
 
+def _segments(question: str, steps: Sequence[str], answer: str, prompt_format: PromptFormat) -> list[str]:
+    """The texts of an example, as they are encoded."""
+    fill = PromptFormat.fill
+    chain = [fill(prompt_format.step, step) for step in steps]
+    return [fill(prompt_format.question, question), *chain, fill(prompt_format.answer, answer)]
+
+
 class _quiet_datasets:
     """No progress bar of `datasets` for what takes a moment."""
 
@@ -372,8 +382,7 @@ def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptForma
     split = pre_tokenizers.Split(Regex(r"\n|\w+|#+|[^\w\s]"), behavior="removed", invert=True)
     counts: Counter[str] = Counter()
     for example in examples:
-        segments = [prompt_format.question.format(example.question), prompt_format.answer.format(example.answer)]
-        segments += [prompt_format.step.format(step) for step in example.steps]
+        segments = _segments(example.question, example.steps, example.answer, prompt_format)
         counts.update(word for segment in segments for word, _ in split.pre_tokenize_str(segment))
     special = ["<pad>", "<eos>", "<unk>"]
     words = special + [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]

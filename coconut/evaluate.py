@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.cli import application
-from coconut.config import EvaluateConfig
-from coconut.data import Example, encode_questions, read_examples
+from coconut.config import EvaluateConfig, TooLong
+from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.files import read_json, sha256, write_json, write_text
 from coconut.generate import pad_rows
-from coconut.methods import PromptFormat, Reasoning
+from coconut.layout import slot_ids
+from coconut.methods import Reasoning, Slot
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Prediction:
     text: str
     predicted: str | None
     correct: bool
-    chain_match: bool
+    chain_match: bool | None
     new_tokens: int
     cut: bool
 
@@ -41,7 +42,8 @@ class Result:
 
     `guess`: the expected accuracy of choosing among the answers that the question names, where it names
     any. `chain_match`: share of questions whose written steps are exactly those of the data that the
-    model still writes. `passes`: forward passes a question, thoughts and tokens together.
+    model still writes; None where that is not a number of whole steps. `passes`: forward passes a
+    question, for prefix, thoughts and tokens. `left_out`: questions too long for the model's context.
     """
 
     count: int
@@ -49,12 +51,13 @@ class Result:
     accuracy: float
     interval: tuple[float, float]
     guess: float | None
-    chain_match: float
+    chain_match: float | None
     mean_new_tokens: float
     num_thoughts: int
     passes: float
     cut: float
     seconds_per_item: float
+    left_out: int = 0
 
 
 def evaluate(
@@ -81,42 +84,49 @@ def evaluate(
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         out = lm.generate(ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts)
         thoughts = out.num_thoughts
-        written = _steps_cut(reasoning, num_thoughts)
         for i, text, length, cut in zip(chosen, out.texts, out.lengths.tolist(), out.cut.tolist(), strict=True):
-            predictions[i] = _judge(task, examples[i], text, written, reasoning.format, length, cut)
+            predictions[i] = _judge(task, examples[i], text, reasoning, out.num_thoughts, length, cut)
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
     seconds = time.perf_counter() - start
     ordered = [predictions[i] for i in range(len(examples))]
     return _summary(task, examples, ordered, thoughts, seconds), ordered
 
 
-def _steps_cut(reasoning: Reasoning, num_thoughts: int | None) -> int | None:
-    """How many steps the model is expected to have replaced by its thoughts; None: all."""
-    if num_thoughts is None or num_thoughts == reasoning.num_thoughts or not reasoning.thoughts_per_step:
-        return reasoning.steps_cut
-    return num_thoughts // reasoning.thoughts_per_step
-
-
 def _judge(
-    task: Task, example: Example, text: str, steps_cut: int | None, form: PromptFormat, length: int, cut: bool
+    task: Task, example: Example, text: str, reasoning: Reasoning, thoughts: int, length: int, cut: bool
 ) -> Prediction:
+    form = reasoning.format
     predicted = task.read_answer(text, form.answer_mark)
-    steps = task.read_steps(text, form.answer_mark, form.step_end)
-    gold_steps = [] if steps_cut is None else list(example.steps[steps_cut:])
+    if predicted is not None:
+        predicted = predicted.removesuffix(form.answer_end).strip()
+    gold = _steps_left(example, reasoning, thoughts)
+    written = task.read_steps(text, form.answer_mark, form.step_end)
     return Prediction(
         question=example.question,
         gold=example.answer,
         text=text,
         predicted=predicted,
         correct=task.judge(predicted, example.answer),
-        chain_match=[_plain(s) for s in steps] == [_plain(s) for s in gold_steps],
+        chain_match=None if gold is None else _plain(written) == _plain(gold),
         new_tokens=length,
         cut=cut,
     )
 
 
-def _plain(step: str) -> str:
-    return "".join(step.split())
+def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
+    """The steps that the model is expected to write; None if it was trained to begin within one."""
+    cut = reasoning.steps_cut
+    if cut is None or reasoning.tokens_cut is None:
+        return ()
+    if reasoning.tokens_cut:
+        return None
+    if reasoning.slot is Slot.thought and thoughts != reasoning.num_thoughts and reasoning.thoughts_per_step:
+        cut = thoughts // reasoning.thoughts_per_step
+    return example.steps[cut:]
+
+
+def _plain(steps: Sequence[str]) -> str:
+    return "".join("".join(steps).split())
 
 
 def _summary(
@@ -129,16 +139,18 @@ def _summary(
     candidates = [task.candidates(e.question) for e in examples]
     guess = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
     mean_tokens = sum(p.new_tokens for p in predictions) / count
+    mean_ends = sum(not p.cut for p in predictions) / count
+    matches = [p.chain_match for p in predictions]
     return Result(
         count=count,
         correct=correct,
         accuracy=correct / count,
         interval=(float(interval.low), float(interval.high)),
         guess=guess,
-        chain_match=sum(p.chain_match for p in predictions) / count,
+        chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
-        passes=1 + thoughts + mean_tokens,
+        passes=mean_tokens + mean_ends + (1 + thoughts if thoughts else 0),
         cut=sum(p.cut for p in predictions) / count,
         seconds_per_item=seconds / count,
     )
@@ -147,57 +159,51 @@ def _summary(
 def run(config: EvaluateConfig) -> int:
     """Evaluate a trained run on one of its splits, or on any file in the data format."""
     from coconut.checkpoint import Checkpoints, load_state
-    from coconut.data import unknown_words
-    from coconut.engine.local import autocast, choose_device
+    from coconut.engine.local import autocast, set_up
     from coconut.model import LatentLM
     from coconut.tracking import only_our_words, read_config, say, working
 
     only_our_words()
     trained = read_config(config.run)
-    path = getattr(config.data, config.split) or trained["data"][config.split]
+    own_file = getattr(config.data, config.split)
+    path = own_file or trained["data"][config.split]
     if not path:
         raise ValueError(f"The run has no {config.split} file. Name one with data.{config.split}=FILE.")
     examples = read_examples(path)[: config.limit]
     checkpoint = Checkpoints(config.run).find(config.checkpoint)
-    state = load_state(checkpoint)
-    lm = LatentLM.from_pretrained(checkpoint)
-    lm.to(choose_device(config.engine.device))
-    task = TASKS[trained["data"]["task"]]
-    thoughts = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
-    say(
-        f"Evaluating {lm.reasoning.method}, stage {lm.reasoning.stage}, {thoughts} {lm.reasoning.slot.value}s, "
-        f"update {state['step']}, on {len(examples)} questions of {path}"
-    )
-    if unknown := _unknown(lm, examples, unknown_words):
+    step = load_state(checkpoint)["step"]
+    lm = LatentLM.from_pretrained(checkpoint, trained["model"]["attention"])
+    lm.to(set_up(config.engine))
+    fitting = _fitting(lm, examples, config)
+    say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
+    if unknown := _unknown_words(lm, fitting):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
-    with working("evaluating", len(examples)) as bar, autocast(lm.device, config.engine.precision):
+    with working("evaluating", len(fitting)) as bar, autocast(lm.device, config.engine.precision):
         result, predictions = evaluate(
             lm,
-            task,
-            examples,
+            TASKS[trained["data"]["task"]],
+            fitting,
             num_thoughts=config.num_thoughts,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
         )
-    name = Path(path).stem if getattr(config.data, config.split) else config.split
-    usual = EvaluateConfig(run=config.run)
-    for key in ("checkpoint", "num_thoughts", "max_new_tokens", "limit"):
-        if getattr(config, key) != getattr(usual, key):
-            name += f"-{key}-{getattr(config, key)}"
-    if config.engine.precision is not usual.engine.precision:
-        name += f"-{config.engine.precision.value}"
+    result.left_out = len(examples) - len(fitting)
+    digest = sha256(path)
+    unusual = _unusual(config)
+    name = "-".join([f"{Path(path).stem}-{digest[:8]}" if own_file else config.split, *unusual])
     folder = Path(config.run) / "evaluation"
     record = {
         **asdict(result),
         "split": config.split,
         "file": str(path),
-        "sha256": sha256(path),
+        "sha256": digest,
         "checkpoint": config.checkpoint,
-        "step": state["step"],
+        "step": step,
         "method": lm.reasoning.method,
         "stage": lm.reasoning.stage,
-        "chose_the_checkpoint": config.split == "valid" and not config.data.valid,
+        "usual": not unusual,
+        "chose_the_checkpoint": config.split == "valid" and not own_file,
     }
     write_text(
         folder / f"{name}.predictions.jsonl",
@@ -211,25 +217,58 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
+def _fitting(lm: LatentLM, examples: list[Example], config: EvaluateConfig) -> list[Example]:
+    """The examples whose questions leave room for an answer. Raises ValueError unless others may be left out."""
+    rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
+    count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
+    room = lm.context - len(slot_ids(lm.reasoning, lm.special, count)) - 1
+    too_long = [i for i, row in enumerate(rows) if len(row) > room]
+    if too_long and config.too_long is TooLong.error:
+        shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])
+        raise ValueError(
+            f"{len(too_long)} of {len(examples)} questions leave no room for an answer in the model's context of "
+            f"{lm.context} tokens: {shown}{', ...' if len(too_long) > 5 else ''}. Leave them out with too_long=skip."
+        )
+    left_out = set(too_long)
+    return [example for i, example in enumerate(examples) if i not in left_out]
+
+
+def _asked(reasoning: Reasoning, config: EvaluateConfig) -> str:
+    """In words: which method, at which stage, with how many thoughts."""
+    count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
+    slot = "" if reasoning.slot is Slot.nothing else f", {count} {reasoning.slot.value}{'s' * (count != 1)}"
+    return f"{reasoning.method}, stage {reasoning.stage}{slot}"
+
+
+def _unusual(config: EvaluateConfig) -> list[str]:
+    """The settings that make an evaluation another one, for its name."""
+    usual = EvaluateConfig(run=config.run)
+    keys = ("checkpoint", "num_thoughts", "max_new_tokens", "limit")
+    found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(usual, key)]
+    precision = config.engine.precision
+    return found if precision is usual.engine.precision else [*found, precision.value]
+
+
 def describe(result: Result) -> str:
     """The result as a person reads it."""
     low, high = (100 * bound for bound in result.interval)
-    guess = "" if result.guess is None else f"  guessing     {100 * result.guess:.1f} %\n"
-    return (
-        f"  accuracy     {100 * result.accuracy:.1f} % ({result.correct} of {result.count}), "
-        f"95 % interval {low:.1f} to {high:.1f}\n{guess}"
-        f"  new tokens   {result.mean_new_tokens:.1f} of language, {result.num_thoughts} thoughts\n"
-        f"  chain match  {100 * result.chain_match:.1f} %\n"
-        f"  cut answers  {100 * result.cut:.1f} %\n"
-        f"  time         {1000 * result.seconds_per_item:.1f} ms a question"
-    )
+    accuracy = f"{100 * result.accuracy:.1f} % ({result.correct} of {result.count})"
+    lines = [("accuracy", f"{accuracy}, 95 % interval {low:.1f} to {high:.1f}")]
+    if result.guess is not None:
+        lines.append(("guessing", f"{100 * result.guess:.1f} %"))
+    lines.append(("new tokens", f"{result.mean_new_tokens:.1f} of language, {result.num_thoughts} thoughts"))
+    if result.chain_match is not None:
+        lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
+    lines.append(("cut answers", f"{100 * result.cut:.1f} %"))
+    if result.left_out:
+        lines.append(("left out", f"{result.left_out} questions, too long for the model's context"))
+    lines.append(("time", f"{1000 * result.seconds_per_item:.1f} ms a question"))
+    return "\n".join(f"  {name:<12} {value}" for name, value in lines)
 
 
-def _unknown(lm: LatentLM, examples: Sequence[Example], count: Any) -> int:
-    from coconut.data import TokenizedData
-
+def _unknown_words(lm: LatentLM, examples: Sequence[Example]) -> int:
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
-    return count(TokenizedData.from_lists(rows, [[len(row)] for row in rows]), lm.tokenizer)
+    return unknown_words(TokenizedData.from_lists(rows, [[len(row)] for row in rows]), lm.tokenizer)
 
 
 def read_results(run: Path | str) -> dict[str, dict[str, Any]]:

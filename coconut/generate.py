@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coconut.cli import application
 from coconut.config import GenerateConfig
-from coconut.data import encode_questions
+from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
 from coconut.methods import Slot
 
@@ -50,57 +50,99 @@ def generate(
 
     The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
     latter. Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by
-    default; `options` are those of transformers' GenerationConfig (do_sample, temperature, top_p, ...).
-    The added tokens are never produced.
+    default; `options` are those of transformers' GenerationConfig (do_sample, temperature, top_p,
+    stop_strings, ...), and what they leave open is off, whatever the base model's own settings are.
+    The added tokens are never produced. One answer a question.
 
-    Raises ValueError if a question fills the whole context.
+    Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
+    none, or for num_beams or num_return_sequences other than 1.
     """
-    from transformers import GenerationConfig
-
     reasoning, special = lm.reasoning, lm.special
+    if reasoning.slot is Slot.nothing and num_thoughts:
+        raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
+    for name in ("num_beams", "num_return_sequences"):
+        if options.get(name, 1) != 1:
+            raise ValueError(f"{name}={options[name]} is not supported: one answer a question, without beams.")
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
-    if reasoning.slot is Slot.nothing:
-        count = 0
     slot = torch.from_numpy(slot_ids(reasoning, special, count)).long().to(lm.device)
-    question_ids, is_question = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
-    B, width = question_ids.shape
-    prompt_BT = torch.cat([question_ids, slot.expand(B, -1)], dim=1)
-    is_token_BT = torch.cat([is_question, torch.ones(B, len(slot), dtype=torch.bool, device=lm.device)], dim=1)
-
-    longest = prompt_BT.shape[1]
-    limit = min(max_new_tokens or reasoning.max_new_tokens, lm.context - longest)
-    if limit < 1:
+    ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
+    lengths_B = is_question_BT.sum(1)
+    room_B = lm.context - lengths_B - len(slot)
+    if (room_B < 1).any():
+        row = int(room_B.argmin())
         raise ValueError(
-            f"A question of {width} tokens with {count} thoughts leaves no room for an answer in the model's context "
-            f"of {lm.context} tokens. Ask something shorter."
+            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {len(slot)} more before the answer it leaves "
+            f"no room in the model's context of {lm.context} tokens. Ask something shorter."
         )
+    limits_B = room_B.clamp(max=max_new_tokens or reasoning.max_new_tokens)
     was_training = lm.training
     lm.eval()
     try:
-        latent = reasoning.slot is Slot.thought and count > 0
-        cache = _think(lm, prompt_BT, is_token_BT, width + reasoning.markers, count) if latent else None
-        sequences = lm.base.generate(  # pyright: ignore[reportCallIssue]
+        tokens: list[list[int]] = [[] for _ in limits_B]
+        for limit in limits_B.unique().tolist():  # one, unless the context cuts some answers short
+            rows = (limits_B == limit).nonzero()[:, 0]
+            width = int(lengths_B[rows].max())
+            new_BN = _speak(lm, ids_BT[rows, -width:], is_question_BT[rows, -width:], slot, limit, options)
+            for row, new in zip(rows.tolist(), new_BN.tolist(), strict=True):
+                tokens[row] = new
+    finally:
+        lm.train(was_training)
+    lengths = [_length(row, special, "stop_strings" in options) for row in tokens]
+    widest = max(map(len, tokens))
+    return Generated(
+        tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
+        lengths=torch.tensor(lengths),
+        cut=torch.tensor([length == limit for length, limit in zip(lengths, limits_B.tolist(), strict=True)]),
+        num_thoughts=count if reasoning.slot is Slot.thought else 0,
+        texts=[
+            str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for row, length in zip(tokens, lengths, strict=True)
+        ],
+    )
+
+
+def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
+    """Tokens before the end; one that a stopping string ended is followed by padding."""
+    if special.eos in row:
+        return row.index(special.eos)
+    while may_stop and row and row[-1] == special.pad:
+        row = row[:-1]
+    return len(row)
+
+
+def _speak(
+    lm: LatentLM, ids_BT: Tensor, is_question_BT: Tensor, slot: Tensor, limit: int, options: dict[str, Any]
+) -> Tensor:
+    """(B, N) the tokens after question and slot."""
+    from transformers import GenerationConfig
+
+    special = lm.special
+    prompt_BT = torch.cat([ids_BT, slot.expand(len(ids_BT), -1)], dim=1)
+    is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, : len(slot)], dtype=torch.bool)], dim=1)
+    count = int((slot == special.latent).sum())
+    prefix = ids_BT.shape[1] + lm.reasoning.markers
+    cache = _think(lm, prompt_BT, is_token_BT, prefix, count) if count else None
+    every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
+    config = GenerationConfig(
+        max_new_tokens=limit,
+        eos_token_id=special.eos,
+        pad_token_id=special.pad,
+        suppress_tokens=special.added,
+        **{"do_sample": False, **every_token, **options},
+    )
+    base: Any = lm.base
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        sequences = base.generate(
             input_ids=prompt_BT,
             attention_mask=is_token_BT.long(),
             past_key_values=cache,
-            generation_config=GenerationConfig(
-                max_new_tokens=limit,
-                eos_token_id=special.eos,
-                pad_token_id=special.pad,
-                suppress_tokens=special.added,
-                **{"do_sample": False, **options},
-            ),
+            generation_config=config,
+            tokenizer=lm.tokenizer,
         )
     finally:
-        lm.train(was_training)
-    tokens_BN = sequences[:, longest:]
-    ended_BN = (tokens_BN == special.eos).cumsum(1) > 0
-    lengths_B = (~ended_BN).sum(1)
-    texts = [
-        str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for row, length in zip(tokens_BN.tolist(), lengths_B.tolist(), strict=True)
-    ]
-    return Generated(tokens_BN, lengths_B, ~ended_BN.any(1), count if latent else 0, texts)
+        base.generation_config = own
+    return sequences[:, prompt_BT.shape[1] :]
 
 
 def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
@@ -141,18 +183,19 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run."""
     from coconut.checkpoint import Checkpoints
-    from coconut.engine.local import autocast, choose_device
+    from coconut.engine.local import autocast, set_up
     from coconut.model import LatentLM
     from coconut.tracking import only_our_words, read_config
 
     only_our_words()
-    read_config(config.run)
+    trained = read_config(config.run)
     question = sys.stdin.read().strip() if config.question == "-" else config.question
     if not question:
         raise ValueError("Standard input held no question.")
     torch.manual_seed(config.seed)
-    lm = LatentLM.from_pretrained(Checkpoints(config.run).find(config.checkpoint))
-    lm.to(choose_device(config.engine.device))
+    checkpoint = Checkpoints(config.run).find(config.checkpoint)
+    lm = LatentLM.from_pretrained(checkpoint, trained["model"]["attention"])
+    lm.to(set_up(config.engine))
     options: dict[str, Any] = {}
     if config.temperature > 0:
         options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}

@@ -53,6 +53,9 @@ class Method:
     markers: bool
     summary: str
 
+    def __post_init__(self) -> None:
+        assert self.markers or self.slot is not Slot.thought, "speech begins at <eot>, after the last thought"
+
 
 METHODS: dict[str, Method] = {
     "coconut": Method(Slot.thought, Cut.steps, True, "stage k: the first k steps become k*c thoughts"),
@@ -241,10 +244,24 @@ class PromptFormat:
         for name, template in asdict(self).items():
             if template.count("{}") != 1:
                 raise ValueError(f"The prompt format of {name!r} is {template!r}; it must contain {{}} exactly once.")
+        if not self.step_end:
+            raise ValueError(
+                f"The prompt format of 'step' is {self.step!r}; something must stand after {{}} to end a step."
+            )
+
+    @staticmethod
+    def fill(template: str, text: str) -> str:
+        """The text in its place; braces of its own, and other ones of the template, stay as they are."""
+        before, after = template.split("{}")
+        return before + text + after
 
     @property
     def answer_mark(self) -> str:
         return self.answer.split("{}")[0].strip()
+
+    @property
+    def answer_end(self) -> str:
+        return self.answer.split("{}")[1].strip()
 
     @property
     def step_end(self) -> str:
@@ -265,6 +282,7 @@ class Reasoning:
     num_thoughts: int = 0
     thoughts_per_step: int = 1
     steps_cut: int | None = 0  # how many steps of the chain this stage no longer writes; None: all
+    tokens_cut: int | None = 0  # how many tokens of it, likewise (iCoT)
     max_new_tokens: int = 128
     format: PromptFormat = field(default_factory=PromptFormat)
 
@@ -278,7 +296,8 @@ class Reasoning:
             markers=stage.markers,
             num_thoughts=stage.num_thoughts,
             thoughts_per_step=plan.thoughts_per_step,
-            steps_cut=None if stage.tokens_cut is None else stage.steps_cut,
+            steps_cut=stage.steps_cut,
+            tokens_cut=stage.tokens_cut,
             max_new_tokens=max_new_tokens,
         )
 

@@ -174,9 +174,10 @@ class LatentLM(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> LatentLM:
+    def from_pretrained(cls, folder: Path | str, attention: str = "sdpa") -> LatentLM:
         """Load what `save_pretrained` wrote. No embedding is initialised again.
 
+        `attention`: transformers' attn_implementation, which a saved model does not keep.
         Raises FileNotFoundError or ValueError if the folder is no such model.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,8 +185,9 @@ class LatentLM(nn.Module):
         folder = Path(folder)
         record = folder / REASONING_FILE
         if not record.is_file():
+            what = f"holds no {REASONING_FILE}, so it" if folder.is_dir() else "does not exist, so it"
             raise FileNotFoundError(
-                f"{folder} holds no {REASONING_FILE}, so it is no saved LatentLM. "
+                f"{folder} {what} is no saved LatentLM. "
                 "A plain model is wrapped with LatentLM.from_base(model, tokenizer)."
             )
         values = read_json(record)
@@ -194,7 +196,9 @@ class LatentLM(nn.Module):
                 f"{folder} has format version {values['format_version']}; this version of coconut reads up to "
                 f"{FORMAT_VERSION}. Update coconut-latent."
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, attn_implementation=attention
+        )
         base, report = loaded
         if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
             problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
@@ -359,7 +363,10 @@ class LatentLM(nn.Module):
     def _logits(self, states: Tensor) -> Tensor:
         head: Any = self.base.get_output_embeddings()
         logits = head(states)
-        cap = getattr(self.base.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        config = self.base.config.get_text_config(decoder=True)
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @staticmethod

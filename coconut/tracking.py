@@ -141,6 +141,7 @@ def _git() -> dict[str, Any] | None:
     here = Path(__file__).parent
     try:
         ask = ["git", "-C", str(here)]
+        subprocess.run([*ask, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         revision = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

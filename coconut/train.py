@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application
-from coconut.config import NOT_IDENTITY, ModelConfig, Reset, Resume, TooLong, TrainConfig
+from coconut.config import ModelConfig, Reset, Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, build_word_tokenizer, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite
 from coconut.engine.local import LocalEngine
@@ -116,8 +117,10 @@ class Training:
 
         torch.manual_seed(config.seed)
         examples = {split: read_examples(getattr(config.data, split)) for split in ("train", "valid")}
-        found = self.checkpoints.last() if folder.exists() else None
-        self.lm = LatentLM.from_pretrained(found) if found else make_model(config, examples["train"])
+        found = self._found()
+        self.lm = (
+            LatentLM.from_pretrained(found, config.model.attention) if found else make_model(config, examples["train"])
+        )
         self.lm.train()
         self.engine: Engine = LocalEngine(self.lm, summed_loss, config.engine, config.optimizer)
         self.train, _ = self._prepare("train", examples["train"])
@@ -130,7 +133,18 @@ class Training:
             state = load_state(found)
             self.step, self.best = state["step"], state["best"]
             self.engine.load_state_dict(load_trainer(found))
+            self.checkpoints.set_aside_after(self.step)
         self.recent: deque[dict[str, float]] = deque(maxlen=5)
+
+    def _found(self) -> Path | None:
+        """The checkpoint to go on from, if the run has any."""
+        found = self.checkpoints.last()
+        if not found and self.checkpoints.steps():
+            raise ValueError(
+                f"Every checkpoint in {self.checkpoints.folder} is damaged, so this run cannot go on. Restore one, or "
+                f"remove {self.folder} to start it anew."
+            )
+        return found
 
     def _prepare(self, split: str, examples: list[Example]) -> tuple[TokenizedData, np.ndarray]:
         config = self.config.data
@@ -145,7 +159,7 @@ class Training:
 
     def _all_views(self, data: TokenizedData) -> list[EpochView]:
         mixed = self.plan.depths if self.plan.mixing_probability else ()
-        return [self._plain_view(data, stage) for stage in (*self.plan.stages, *mixed)]
+        return [self._plain_view(data, stage) for stage in (*mixed, *self.plan.stages)]
 
     def _plain_view(self, data: TokenizedData, stage: Stage) -> EpochView:
         """The data as the stage has it, nothing mixed in."""
@@ -154,12 +168,21 @@ class Training:
     def rehearse(self) -> None:
         """Run the largest micro-batch of the deepest stage, and of the one with the longest rows."""
         size = self.config.micro_batch_size or self.config.batch_size
-        views = [self._plain_view(self.train, stage) for stage in self.plan.stages]
+        views = self._all_views(self.train)
         widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
         for k in {widest, len(views) - 1}:
             longest = np.argsort(-views[k].lengths, kind="stable")[:size]
             for batch in micro_batches(views[k], longest, size):
-                self.engine.rehearse(batch)
+                try:
+                    self.engine.rehearse(batch)
+                except RuntimeError as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                        raise
+                    rows, columns = batch.input_ids.shape
+                    raise ValueError(
+                        f"Memory does not suffice for the largest micro-batch, {rows} rows of {columns} tokens. Lower "
+                        f"micro_batch_size (now {size}); the loss does not change with it. {error}"
+                    ) from error
 
     def run(self) -> int:
         """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
@@ -276,7 +299,7 @@ class Training:
             f"The loss of update {place.step + 1} (stage {place.stage.index}) is {error.loss}, its gradient norm "
             f"{error.grad_norm}. It was not applied"
             + (f", and the checkpoint of update {saved[-1]} is whole.\n" if saved else ".\n")
-            + f"  not finite first in: {first} ({len(error.culprits)} in all)\n"
+            + f"  not finite in: {first} ({len(error.culprits)} in all)\n"
             f"  losses before, with gradient norms: {before}\n"
             f"  learning rate {lr:g}, clipping {self.config.optimizer.clip or 'off'}, "
             f"{self.config.engine.precision.value}\n"
@@ -306,7 +329,8 @@ def asked_to_stop() -> Iterator[list[signal.Signals]]:
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     """The model that a new run starts from. Raises ValueError if it cannot be had."""
     if config.init:
-        return LatentLM.from_pretrained(starting_point(config.init))
+        say(f"Model, weights and tokenizer are those of {starting_point(config.init)}, not those of model.*")
+        return LatentLM.from_pretrained(starting_point(config.init), config.model.attention).float()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = config.model
@@ -326,10 +350,21 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     }
     try:
         architecture = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        _refuse_unknown(model.architecture, architecture)
         base = AutoModelForCausalLM.from_config(architecture, attn_implementation=model.attention)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"No model can be made from model.architecture={model.architecture}: {error}") from error
     return LatentLM.from_base(base, tokenizer, init=model.new_tokens)
+
+
+def _refuse_unknown(asked: dict[str, Any], architecture: Any) -> None:
+    """transformers takes any key for an attribute; a misspelt one would do nothing, without a word."""
+    known = set(type(architecture)().to_dict()) | set(architecture.attribute_map)
+    for key in asked:
+        if key not in known:
+            near = get_close_matches(key, known, n=3)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{asked['model_type']} has no {key}{meant}")
 
 
 def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example]) -> Any:
@@ -391,11 +426,10 @@ def open_folder(config: TrainConfig) -> Path:
     if (folder / CONFIG).is_file():
         if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
-        there = {key: value for key, value in read_config(folder).items() if key not in NOT_IDENTITY}
-        if differing := differences(there, config.identity()):
+        if differing := differences(identity(read_config(folder)), identity(asdict(config))):
             raise ValueError(
                 f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
-                + "\nName another folder with run=DIR, or give the same configuration to go on with that run."
+                + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
             )  # fmt: skip
         before = read_json(folder / DESCRIPTION)["data"]
         for split, checksum in checksums.items():
@@ -416,7 +450,8 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
         for split, used in [("train", training.train), ("valid", training.valid)]
     }
     here = surroundings()
-    earlier = read_json(folder / DESCRIPTION)["sessions"] if (folder / DESCRIPTION).is_file() else []
+    earlier = read_json(folder / DESCRIPTION) if training.step else {}
+    began_from = str(starting_point(config.init).resolve()) if config.init and not earlier else None
     write_json(
         folder / DESCRIPTION,
         {
@@ -427,8 +462,9 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "parameters": sum(p.numel() for p in training.lm.parameters()),
             "new_tokens": training.lm.new_tokens,
             "data": data,
-            "init": str(starting_point(config.init).resolve()) if config.init else None,
-            "sessions": [*earlier, {**here, "from_update": training.step}],
+            "model_type": training.lm.base.config.model_type,
+            "init": earlier.get("init", began_from),
+            "sessions": [*earlier.get("sessions", []), {**here, "from_update": training.step}],
         },
     )
     write_json(folder / CONFIG, asdict(config))
@@ -440,13 +476,12 @@ def run(config: TrainConfig) -> int:
     config.data = config.data.absolute()
     folder = open_folder(config)
     say(f"Run folder: {folder}")
-    is_new = not folder.exists()
-    try:
-        with sole_owner(folder):
+    with sole_owner(folder):
+        try:
             return train(config, folder)
-    finally:
-        if is_new and not (folder / DESCRIPTION).exists():
-            shutil.rmtree(folder)
+        finally:
+            if not (folder / DESCRIPTION).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def train(config: TrainConfig, folder: Path) -> int:
@@ -461,6 +496,8 @@ def train(config: TrainConfig, folder: Path) -> int:
         f"{parameters / 1e6:.1f}M parameters, {training.schedule.total:,} updates on {training.engine.device}"
     )
     unit = training.plan.unit.value
+    if config.curriculum.mixing_probability and not training.plan.mixing_probability:
+        say(f"note: {config.method} has no stages by steps, so curriculum.mixing_probability is not used")
     for stage in training.plan.stages:
         say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
     training.rehearse()

@@ -83,6 +83,8 @@ def checked(record: Any) -> Row:
     def symbol(index: Any) -> str:
         if not isinstance(index, int) or not 0 <= index < len(symbols):
             raise ValueError(f"{index!r} is not the number of a node; idx_to_symbol has {len(symbols)}.")
+        if not isinstance(symbols[index], str):
+            raise ValueError(f"idx_to_symbol holds {symbols[index]!r}; symbols must be texts.")
         return symbols[index]
 
     if not all(isinstance(edge, list) and len(edge) == 2 for edge in edges):

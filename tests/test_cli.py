@@ -64,7 +64,7 @@ def test_every_experiment_is_built(experiment: str) -> None:
     ("kind", "name"), [(kind, name) for kind in ("model", "data", "engine") for name in group(kind)]
 )
 def test_every_choice_is_built(kind: str, name: str) -> None:
-    assert isinstance(composed("train", f"{kind}={name}"), TrainConfig)
+    assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
 
 
 def test_the_papers_hyperparameters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from coconut.config import (
     ModelConfig,
     OptimizerConfig,
     Task,
+    TooLong,
     TrainConfig,
 )
 from coconut.data import Example
@@ -28,7 +30,7 @@ from coconut.evaluate import evaluate, read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import Generated
 from coconut.generate import run as run_generate
-from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.tasks import TASKS
 from coconut.train import run as run_train
 from data_builders.graphs import graph_rows
@@ -132,8 +134,46 @@ def test_what_is_unusual_has_a_name_of_its_own(trained: Path, capsys: pytest.Cap
     own = trained.parent / "own.json"
     own.write_text(json.dumps([{"question": "0 zebra ?", "steps": [], "answer": "zebra"}]))
     run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(own))))
-    assert read_results(trained)["own"]["guess"] is None
+    (name,) = (name for name in read_results(trained) if name.startswith("own-"))
+    assert read_results(trained)[name]["guess"] is None
     assert "1 words of the questions are not in the model's vocabulary" in capsys.readouterr().out
+
+
+def test_a_file_of_the_same_name_does_not_take_the_tests_place(trained: Path, tmp_path: Path) -> None:
+    run_evaluate(EvaluateConfig(run=str(trained)))
+    before = read_results(trained)["test"]
+    other = tmp_path / "test.json"
+    other.write_text(json.dumps(json.loads((trained.parent / "test.json").read_text())[:3]))
+    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(other))))
+    assert read_results(trained)["test"] == before
+    with pytest.raises(ValueError, match=r"split=test is evaluated\. Add split=valid"):
+        EvaluateConfig(run=str(trained), data=DataFiles(valid=str(other)))
+
+
+def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "long.json"
+    rows = json.loads((trained.parent / "test.json").read_text())[:2]
+    file.write_text(json.dumps([{**rows[0], "question": "0 " * 100}, rows[1]]))
+    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(file)))
+    with pytest.raises(ValueError, match=r"1 of 2 questions leave no room .* question 1 \(100 tokens\)"):
+        run_evaluate(config)
+    config.too_long = TooLong.skip
+    run_evaluate(config)
+    assert "1 questions, too long for the model's context" in capsys.readouterr().out
+
+
+def test_a_chain_that_begins_within_a_step_is_not_compared() -> None:
+    lm = saying("### 7")
+    lm.reasoning = replace(lm.reasoning, slot=Slot.nothing, steps_cut=0, tokens_cut=8)
+    result, _ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
+    assert result.chain_match is None
+
+
+def test_the_answers_own_format_is_taken_off() -> None:
+    lm = saying("\\boxed{7}")
+    lm.reasoning = replace(lm.reasoning, format=PromptFormat(answer="\\boxed{{}}"))
+    _, (prediction,) = evaluate(lm, TASKS["prosqa"], [Example("1 2", (), "7")])
+    assert (prediction.predicted, prediction.correct) == ("7", True)
 
 
 def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
+from conftest import ARCHITECTURES, build, byte_level_tokenizer
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.data import token_ids
 from coconut.generate import answer
 from coconut.layout import slot_ids
-from coconut.methods import Slot
+from coconut.methods import Reasoning, Slot
 
 QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19, 20]]
 
@@ -136,7 +138,52 @@ def test_questions_as_text() -> None:
 
 def test_a_question_that_fills_the_context_is_refused() -> None:
     lm = build("gpt2", num_thoughts=2)
-    with pytest.raises(ValueError, match=r"A question of 95 tokens with 2 thoughts leaves no room .* of 96 tokens"):
+    with pytest.raises(ValueError, match=r"Question 1 has 95 tokens; with 4 more .* no room .* of 96 tokens"):
         lm.generate(torch.full((1, 95), 5))
-    room = lm.generate(torch.full((1, 90), 5), max_new_tokens=50)
-    assert room.tokens.shape[1] <= 2
+
+
+def test_little_room_for_one_answer_is_enough_for_the_others() -> None:
+    lm = build("gpt2", num_thoughts=2)
+    rows = [[5, 6, 7], [8] * 88, [9] * 80]
+    ids, mask = padded(rows)
+    out = lm.generate(ids, mask, max_new_tokens=10)
+    alone = [rows_of(lm.generate(torch.tensor([row]), max_new_tokens=10))[0] for row in rows]
+    assert rows_of(out) == alone
+    assert len(alone[1]) <= 4 < len(alone[0])
+
+
+def test_settings_of_the_base_model_change_nothing() -> None:
+    lm = build("llama", num_thoughts=2)
+    ids, mask = padded(QUESTIONS)
+    before = rows_of(lm.generate(ids, mask, max_new_tokens=8))
+    base: Any = lm.base
+    base.generation_config.repetition_penalty = 5.0
+    base.generation_config.no_repeat_ngram_size = 1
+    assert rows_of(lm.generate(ids, mask, max_new_tokens=8)) == before
+    assert base.generation_config.repetition_penalty == 5.0
+
+
+def test_a_text_that_stops_an_answer() -> None:
+    tokenizer = byte_level_tokenizer()
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **ARCHITECTURES["llama"]
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(num_thoughts=2)).eval()
+    prefer(lm, token_ids(tokenizer, ["a"])[0])
+    ids, mask = padded(QUESTIONS)
+    out = lm.generate(ids, mask, max_new_tokens=8, stop_strings=["aaa"])
+    assert out.texts == ["aaa"] * 4
+    assert out.lengths.tolist() == [3] * 4
+    assert not out.cut.any()
+    assert lm.generate(ids, mask, max_new_tokens=8).cut.all()
+
+
+def test_what_generation_does_not_do_is_refused() -> None:
+    lm = build("llama", num_thoughts=2)
+    for option in ("num_beams", "num_return_sequences"):
+        with pytest.raises(ValueError, match=f"{option}=2 is not supported"):
+            lm.generate(torch.tensor([[5, 6]]), None, 4, **{option: 2})
+    plain = build("llama", slot=Slot.nothing, markers=False, method="cot")
+    with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):
+        plain.generate(torch.tensor([[5, 6]]), num_thoughts=2)

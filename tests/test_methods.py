@@ -97,6 +97,15 @@ def test_impossible_plans_are_named() -> None:
         plan("coconut", Curriculum(start_stage=7))
     with pytest.raises(ValueError, match="exactly once"):
         PromptFormat(step="no place")
+    with pytest.raises(ValueError, match="to end a step"):
+        PromptFormat(step="{}")
+
+
+def test_a_prompt_format_keeps_all_braces() -> None:
+    form = PromptFormat(question="Q{a}: {}\n", answer="\\boxed{{}}")
+    assert PromptFormat.fill(form.question, "{x}") == "Q{a}: {x}\n"
+    assert PromptFormat.fill(form.answer, "7") == "\\boxed{7}"
+    assert (form.answer_mark, form.answer_end) == ("\\boxed{", "}")
 
 
 def test_reasoning_survives_json() -> None:

@@ -188,13 +188,13 @@ def test_validation_accuracy_is_never_a_test_result(copy: Path):
     assert "unseen" not in text
 
 
-def test_an_evaluation_of_another_file_counts_by_its_name(copy: Path):
+def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path):
     for end in ("json", "predictions.jsonl"):
         (copy / "evaluation" / f"test.{end}").rename(copy / "evaluation" / f"other.{end}")
     found = read_json(copy / "evaluation" / "other.json")
     write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json"})
     assert "on 20 unseen questions" in words(page_of(copy))
-    (copy / "evaluation" / "other.json").rename(copy / "evaluation" / "other-num_thoughts-0.json")
+    write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json", "usual": False})
     assert "no test result yet" in words(page_of(copy))
 
 

@@ -10,19 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.tasks import TASKS, gsm8k, prontoqa, prosqa, task_named
+from coconut.tasks import TASKS, gsm8k, prontoqa, prosqa
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
 QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
 SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
-
-
-def test_task_named() -> None:
-    assert task_named("prosqa") is prosqa
-    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
-    assert [task.max_new_tokens for task in TASKS.values()] == [64, 128, 128]
-    with pytest.raises(ValueError, match=r"'mmlu'.*gsm8k, prontoqa, prosqa"):
-        task_named("mmlu")
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

@@ -34,6 +34,8 @@ from coconut.config import (
     TrainConfig,
 )
 from coconut.data import read_examples
+from coconut.engine.base import NonFinite
+from coconut.engine.local import LocalEngine
 from coconut.files import read_json
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.tracking import read_metrics
@@ -306,6 +308,46 @@ def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path)
         Checkpoints(tmp_path).find("last")
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_do_not_cost_the_new_ones(
+    finished: Path, tmp_path: Path, keep: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    checkpoints = Checkpoints(folder)
+    for step in (12, 13, 14):
+        (checkpoints.path(step) / "trainer.pt").unlink()
+    config = replace(as_config(read_json(folder / "config.json"), folder), keep_checkpoints=keep)
+    assert run(config) == 0
+    capsys.readouterr()
+    assert checkpoints.last() == checkpoints.path(14)
+    assert "damaged" not in capsys.readouterr().err
+    assert len(list(checkpoints.folder.glob("damaged-step-*"))) == 3
+    same_end(folder, finished)
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for step in Checkpoints(folder).steps():
+        (Checkpoints(folder).path(step) / "state.json").write_text("{}")
+    before = read_metrics(folder)
+    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+        run(as_config(read_json(folder / "config.json"), folder))
+    assert read_metrics(folder) == before
+    shutil.copytree(Checkpoints(finished).path(9), Checkpoints(folder).path(15))
+    with pytest.raises(ValueError, match=r"step-0000008 is damaged: state.json has"):
+        Checkpoints(folder).find("8")
+
+
+def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> None:
+    model = ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", attention="eager")
+    config = settings(data, tmp_path / "run", model=model)
+    run(config)
+    again = Training(config, tmp_path / "run")
+    assert again.lm.base.config._attn_implementation == "eager"
+
+
 # --- what is trained ------------------------------------------------------------------------------
 
 
@@ -395,6 +437,21 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_
     assert load_state(last)["step"] == found["step"] - 1
 
 
+def test_a_gradient_that_is_not_finite_is_named_alone() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module.get_parameter("1.bias").register_hook(lambda gradient: gradient * torch.nan)
+    engine = LocalEngine(module, lambda m, batch: m(batch).sum(), EngineConfig(device="cpu"), OptimizerConfig(clip=1.0))
+
+    class Rows(torch.Tensor):
+        num_targets = 2
+
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(NonFinite) as caught:
+        engine.update([torch.ones(1, 2).as_subclass(Rows)], lr=1.0)
+    assert caught.value.culprits == ["gradient of 1.bias"]
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
 def test_a_broken_weight_is_named(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     lm = LatentLM.from_pretrained(Checkpoints(finished).path(14))
     lm.save_pretrained(tmp_path / "start")
@@ -402,7 +459,7 @@ def test_a_broken_weight_is_named(finished: Path, data: DataConfig, tmp_path: Pa
     broken = load_file(file)
     broken["transformer.ln_f.weight"][3] = torch.nan
     save_file(broken, file, metadata={"format": "pt"})
-    with pytest.raises(Diverged, match=r"not finite first in: weight base.transformer.ln_f.weight \(1 in all\)"):
+    with pytest.raises(Diverged, match=r"not finite in: weight base.transformer.ln_f.weight \(1 in all\)"):
         run(settings(data, tmp_path / "run", init=str(tmp_path / "start")))
 
 
@@ -436,6 +493,9 @@ def test_a_model_out_of_reach_says_what_to_set(data: DataConfig, tmp_path: Path)
     ):
         run(settings(data, tmp_path / "run", model=away))
     assert not (tmp_path / "run").exists()
+    typo = ModelConfig(architecture={"model_type": "gpt2", "n_layers": 5}, tokenizer="words")
+    with pytest.raises(ValueError, match="gpt2 has no n_layers; did you mean n_layer"):
+        run(settings(data, tmp_path / "run", model=typo))
     odd = ModelConfig(architecture={"model_type": "no-such-type"}, tokenizer="words")
     with pytest.raises(ValueError, match=r"No model can be made from model\.architecture"):
         run(settings(data, tmp_path / "run", model=odd))

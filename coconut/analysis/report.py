@@ -114,20 +114,19 @@ def read_run(folder: Path | str) -> RunRecord:
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
-    """`test`, or else the evaluation of another file. Only one with the usual settings has a bare name."""
+    """`test`, or else the evaluation of another file, with the usual settings and on unseen questions."""
 
-    def counts(name: str, found: dict[str, Any]) -> bool:
-        usual = name in ("test", Path(found["file"]).stem)
-        return usual and found["split"] == "test" and found["sha256"] not in seen
+    def counts(found: dict[str, Any]) -> bool:
+        return found["usual"] and found["split"] == "test" and found["sha256"] not in seen
 
-    names = [name for name, found in evaluations.items() if counts(name, found)]
+    names = [name for name, found in evaluations.items() if counts(found)]
     return "test" if "test" in names else min(names, default=None)
 
 
 def _read_answers(folder: Path, test: str | None) -> tuple[list[dict[str, Any]], str]:
     predictions = folder / "evaluation" / f"{test}.predictions.jsonl"
     if test and predictions.is_file():
-        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
         return rows, f"Of the {len(rows):,} unseen questions, in the order of the file."
     samples = sorted((folder / "samples").glob("step-*.json"))
     if not samples:
@@ -202,8 +201,10 @@ def _other(run: RunRecord, name: str) -> list[str]:
 
 def _thoughts(run: RunRecord, found: dict[str, Any]) -> str:
     """How many thoughts or pauses an answer took, in words; empty if the method has none."""
-    slot = run.stages[-1].slot
-    return "" if slot is Slot.nothing else counted(found["num_thoughts"], slot.value)
+    last = run.stages[-1]
+    if last.slot is Slot.nothing:
+        return ""
+    return counted(found["num_thoughts"] if last.slot is Slot.thought else last.num_thoughts, last.slot.value)
 
 
 def learning(run: RunRecord) -> Section:
@@ -331,8 +332,7 @@ def provenance(run: RunRecord) -> Section:
     facts = [
         ("method", f"{config['method']}: {method_named(config['method']).summary}"),
         ("task", config["data"]["task"]),
-        ("model", model["base"] or _made_new(model["architecture"])),
-        ("weights", description["init"] or ("pretrained" if model["base"] else "none: drawn at random")),
+        ("model", _model(description, model)),
         ("parameters", f"{description['parameters']:,}"),
         ("updates", f"{run.step:,} of {description['updates']:,}"),
         ("an epoch", f"{description['updates_per_epoch']:,} updates"),
@@ -372,6 +372,14 @@ def command(argv: str) -> str:
     if path.suffix == ".py" and path.parent.name == "coconut":
         program = f"python -m coconut.{path.stem}"
     return program + space + rest
+
+
+def _model(description: dict[str, Any], model: dict[str, Any]) -> str:
+    if description["init"]:
+        return f"{description['model_type']}, weights and tokenizer of {description['init']}"
+    if model["base"]:
+        return f"{model['base']}, pretrained"
+    return _made_new(model["architecture"]) + "; weights drawn at random"
 
 
 def _made_new(architecture: dict[str, Any]) -> str:

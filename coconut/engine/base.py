@@ -36,7 +36,7 @@ class Update:
 
 
 class NonFinite(ArithmeticError):
-    """A loss or gradient that is not finite. No weight was changed. `culprits` names where it was seen first."""
+    """A loss or gradient that is not finite. No weight was changed. `culprits` names where it was seen."""
 
     def __init__(self, loss: float, grad_norm: float, culprits: list[str]):
         super().__init__(f"loss {loss}, gradient norm {grad_norm}")

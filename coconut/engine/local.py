@@ -29,13 +29,18 @@ def choose_device(name: str) -> torch.device:
         ) from None
 
 
+def set_up(config: EngineConfig) -> torch.device:
+    """Set the number of threads, and give the device."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return choose_device(config.device)
+
+
 class LocalEngine:
     def __init__(
         self, module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: OptimizerConfig
     ):
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.device = choose_device(config.device)
+        self.device = set_up(config)
         self.module = module.to(self.device)
         self.loss_function = loss_function
         self.precision = config.precision
@@ -62,12 +67,15 @@ class LocalEngine:
             loss_sum = self._loss_sum(batch)
             (loss_sum / num_targets).backward()
             loss += loss_sum.detach().to(loss)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip or math.inf).item()
-        mean = loss.item() / num_targets
+        weights = [weight for weight in self.module.parameters() if weight.grad is not None]
+        total = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        norm, mean = total.item(), loss.item() / num_targets
         if not (math.isfinite(mean) and math.isfinite(norm)):
             culprits = self._culprits()
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFinite(mean, norm, culprits)
+        if self.settings.clip:
+            nn.utils.clip_grads_with_norm_(weights, self.settings.clip, total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -32,10 +32,3 @@ class Task(Protocol):
 
 
 TASKS: dict[str, Task] = {"gsm8k": gsm8k, "prontoqa": prontoqa, "prosqa": prosqa}
-
-
-def task_named(name: str) -> Task:
-    """The entry of TASKS. Raises ValueError that lists the names."""
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}. The tasks are: {', '.join(TASKS)}.")
-    return TASKS[name]
