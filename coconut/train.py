@@ -8,8 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from coconut.build import make_model, starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application
-from coconut.config import ModelConfig, Reset, Resume, TooLong, TrainConfig, identity
-from coconut.data import Example, TokenizedData, build_word_tokenizer, existing, read_examples, tokenize, unknown_words
+from coconut.config import Resume, TooLong, TrainConfig, identity
+from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import evaluate
 from coconut.files import read_json, sha256, sole_owner, write_json
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
-from coconut.methods import Plan, Reasoning, Stage, Unit, plan
+from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
+from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.tasks import TASKS
 from coconut.tracking import (
     CONFIG,
@@ -46,62 +47,6 @@ class Diverged(ValueError):
     """Training stopped on a loss that is not finite; the message is the diagnosis."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the update after `step` others stands. `batch` counts within the epoch, `epoch` over the run."""
-
-    step: int
-    stage: Stage
-    stage_step: int
-    epoch: int
-    batch: int
-    ends_epoch: bool
-    ends_stage: bool
-    in_last_stage: bool
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Every place of a run, as a function of the number of updates done."""
-
-    plan: Plan
-    updates_per_epoch: int
-
-    def updates(self, stage: Stage) -> int:
-        return stage.length * (self.updates_per_epoch if self.plan.unit is Unit.epochs else 1)
-
-    @property
-    def total(self) -> int:
-        return sum(map(self.updates, self.plan.stages))
-
-    def at(self, step: int) -> Place:
-        begin, epochs = 0, 0
-        for stage in self.plan.stages:
-            length = self.updates(stage)
-            if step < begin + length:
-                break
-            begin += length
-            epochs += -(-length // self.updates_per_epoch)
-        else:
-            raise IndexError(f"The run has {begin} updates, numbered from 0; there is no update {step}.")
-        epoch, batch = divmod(step - begin, self.updates_per_epoch)
-        ends_stage = step + 1 == begin + length
-        return Place(
-            step=step,
-            stage=stage,
-            stage_step=step - begin,
-            epoch=epochs + epoch,
-            batch=batch,
-            ends_epoch=ends_stage or batch + 1 == self.updates_per_epoch,
-            ends_stage=ends_stage,
-            in_last_stage=stage is self.plan.stages[-1],
-        )
-
-
-def updates_since_reset(place: Place, reset: Reset) -> int:
-    return {Reset.stage: place.stage_step, Reset.epoch: place.batch, Reset.never: place.step}[reset]
-
-
 def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
     return module(batch.input_ids, batch.attention_mask, labels=batch.labels).loss_sum
 
@@ -117,6 +62,8 @@ class Training:
 
         torch.manual_seed(config.seed)
         examples = {split: read_examples(getattr(config.data, split)) for split in ("train", "valid")}
+        if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
+            say(f"warning: {shared:,} questions of the validation data are in the training data too.")
         found = self._found()
         self.lm = (
             LatentLM.from_pretrained(found, config.model.attention) if found else make_model(config, examples["train"])
@@ -324,84 +271,6 @@ def asked_to_stop() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
-    """The model that a new run starts from. Raises ValueError if it cannot be had."""
-    if config.init:
-        say(f"Model, weights and tokenizer are those of {starting_point(config.init)}, not those of model.*")
-        return LatentLM.from_pretrained(starting_point(config.init), config.model.attention).float()
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model = config.model
-    if model.base:
-        with reaching(model.base, "model.base"):
-            base = AutoModelForCausalLM.from_pretrained(
-                model.base, dtype=torch.float32, attn_implementation=model.attention
-            )
-        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens)
-    tokenizer = _tokenizer(model, config, examples)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **model.architecture,
-    }
-    try:
-        architecture = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        _refuse_unknown(model.architecture, architecture)
-        base = AutoModelForCausalLM.from_config(architecture, attn_implementation=model.attention)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"No model can be made from model.architecture={model.architecture}: {error}") from error
-    return LatentLM.from_base(base, tokenizer, init=model.new_tokens)
-
-
-def _refuse_unknown(asked: dict[str, Any], architecture: Any) -> None:
-    """transformers takes any key for an attribute; a misspelt one would do nothing, without a word."""
-    known = set(type(architecture)().to_dict()) | set(architecture.attribute_map)
-    for key in asked:
-        if key not in known:
-            near = get_close_matches(key, known, n=3)
-            meant = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"{asked['model_type']} has no {key}{meant}")
-
-
-def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example]) -> Any:
-    from transformers import AutoTokenizer
-
-    name = model.tokenizer or model.base
-    if name == "words":
-        return build_word_tokenizer(examples, config.data.format)
-    with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
-        return AutoTokenizer.from_pretrained(name)
-
-
-@contextmanager
-def reaching(name: str, key: str) -> Iterator[None]:
-    """Say what to do where a model or tokenizer cannot be loaded."""
-    try:
-        yield
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
-            f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
-            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror. "
-            "To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
-        ) from error
-
-
-def starting_point(init: str) -> Path:
-    """The weights that `init` names: a checkpoint's folder, or a run's best checkpoint, or else its last."""
-    path = Path(init)
-    if (path / "checkpoints").is_dir():
-        checkpoints = Checkpoints(path)
-        try:
-            return checkpoints.find("best")
-        except ValueError:
-            return checkpoints.find("last")
-    return path
 
 
 def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:

@@ -38,8 +38,9 @@ from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.files import read_json
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
+from coconut.schedule import Schedule, updates_since_reset
 from coconut.tracking import read_metrics
-from coconut.train import Diverged, Schedule, Training, differences, run, updates_since_reset
+from coconut.train import Diverged, Training, differences, run
 from data_builders.graphs import graph_rows
 
 CURRICULUM = Curriculum(max_stage=2, unit=Unit.updates, first=5, each=4, total=14, mixing_probability=0.3)
@@ -120,6 +121,11 @@ def test_a_run_describes_itself(finished: Path, data: DataConfig) -> None:
 
 def test_test_data_is_never_opened_in_training(data: DataConfig, tmp_path: Path) -> None:
     assert run(settings(replace(data, test=str(tmp_path / "not there.json")), tmp_path / "run")) == 0
+
+
+def test_a_leak_is_said_aloud(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(settings(replace(data, valid=data.train), tmp_path / "run"))
+    assert "28 questions of the validation data are in the training data too" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_of_the_last_stage(finished: Path) -> None:

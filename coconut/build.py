@@ -1,0 +1,95 @@
+"""The model that a run starts from: pretrained, new, or another run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut.checkpoint import Checkpoints
+from coconut.config import ModelConfig, TrainConfig
+from coconut.data import Example, build_word_tokenizer
+from coconut.model import LatentLM
+from coconut.tracking import say
+
+
+def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
+    """The model that a new run starts from. Raises ValueError if it cannot be had."""
+    if config.init:
+        say(f"Model, weights and tokenizer are those of {starting_point(config.init)}, not those of model.*")
+        return LatentLM.from_pretrained(starting_point(config.init), config.model.attention).float()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = config.model
+    if model.base:
+        with reaching(model.base, "model.base"):
+            base = AutoModelForCausalLM.from_pretrained(
+                model.base, dtype=torch.float32, attn_implementation=model.attention
+            )
+        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens)
+    tokenizer = _tokenizer(model, config, examples)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **model.architecture,
+    }
+    try:
+        architecture = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        _refuse_unknown(model.architecture, architecture)
+        base = AutoModelForCausalLM.from_config(architecture, attn_implementation=model.attention)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"No model can be made from model.architecture={model.architecture}: {error}") from error
+    return LatentLM.from_base(base, tokenizer, init=model.new_tokens)
+
+
+def _refuse_unknown(asked: dict[str, Any], architecture: Any) -> None:
+    """transformers takes any key for an attribute; a misspelt one would do nothing, without a word."""
+    known = set(type(architecture)().to_dict()) | set(architecture.attribute_map)
+    for key in asked:
+        if key not in known:
+            near = get_close_matches(key, known, n=3)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{asked['model_type']} has no {key}{meant}")
+
+
+def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example]) -> Any:
+    from transformers import AutoTokenizer
+
+    name = model.tokenizer or model.base
+    if name == "words":
+        return build_word_tokenizer(examples, config.data.format)
+    with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def reaching(name: str, key: str) -> Iterator[None]:
+    """Say what to do where a model or tokenizer cannot be loaded."""
+    try:
+        yield
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
+            f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
+            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror. "
+            "To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
+        ) from error
+
+
+def starting_point(init: str) -> Path:
+    """The weights that `init` names: a checkpoint's folder, or a run's best checkpoint, or else its last."""
+    path = Path(init)
+    if (path / "checkpoints").is_dir():
+        checkpoints = Checkpoints(path)
+        try:
+            return checkpoints.find("best")
+        except ValueError:
+            return checkpoints.find("last")
+    return path
