@@ -223,7 +223,7 @@ def _fitting(lm: LatentLM, examples: list[Example], config: EvaluateConfig) -> l
     count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
     room = lm.context - len(slot_ids(lm.reasoning, lm.special, count)) - 1
     too_long = [i for i, row in enumerate(rows) if len(row) > room]
-    if too_long and config.too_long is TooLong.error:
+    if too_long and (config.too_long is TooLong.error or len(too_long) == len(examples)):
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])
         raise ValueError(
             f"{len(too_long)} of {len(examples)} questions leave no room for an answer in the model's context of "
