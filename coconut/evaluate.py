@@ -174,9 +174,11 @@ def run(config: EvaluateConfig) -> int:
     step = load_state(checkpoint)["step"]
     lm = LatentLM.from_pretrained(checkpoint, trained["model"]["attention"])
     lm.to(set_up(config.engine))
-    fitting = _fitting(lm, examples, config)
+    rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
+    kept = _fitting(lm, rows, config)
+    fitting = [examples[i] for i in kept]
     say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
-    if unknown := _unknown_words(lm, fitting):
+    if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
     with working("evaluating", len(fitting)) as bar, autocast(lm.device, config.engine.precision):
         result, predictions = evaluate(
@@ -217,20 +219,18 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def _fitting(lm: LatentLM, examples: list[Example], config: EvaluateConfig) -> list[Example]:
-    """The examples whose questions leave room for an answer. Raises ValueError unless others may be left out."""
-    rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
+def _fitting(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:
+    """Which questions leave room for an answer. Raises ValueError unless the others may be left out."""
     count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
     room = lm.context - len(slot_ids(lm.reasoning, lm.special, count)) - 1
     too_long = [i for i, row in enumerate(rows) if len(row) > room]
-    if too_long and (config.too_long is TooLong.error or len(too_long) == len(examples)):
+    if too_long and (config.too_long is TooLong.error or len(too_long) == len(rows)):
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])
         raise ValueError(
-            f"{len(too_long)} of {len(examples)} questions leave no room for an answer in the model's context of "
+            f"{len(too_long)} of {len(rows)} questions leave no room for an answer in the model's context of "
             f"{lm.context} tokens: {shown}{', ...' if len(too_long) > 5 else ''}. Leave them out with too_long=skip."
         )
-    left_out = set(too_long)
-    return [example for i, example in enumerate(examples) if i not in left_out]
+    return [i for i, row in enumerate(rows) if len(row) <= room]
 
 
 def _asked(reasoning: Reasoning, config: EvaluateConfig) -> str:
@@ -266,8 +266,7 @@ def describe(result: Result) -> str:
     return "\n".join(f"  {name:<12} {value}" for name, value in lines)
 
 
-def _unknown_words(lm: LatentLM, examples: Sequence[Example]) -> int:
-    rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
+def _unknown_words(lm: LatentLM, rows: list[list[int]]) -> int:
     return unknown_words(TokenizedData.from_lists(rows, [[len(row)] for row in rows]), lm.tokenizer)
 
 

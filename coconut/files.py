@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
@@ -64,7 +66,7 @@ def sole_owner(folder: Path | str) -> Iterator[None]:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,6 +74,13 @@ def sole_owner(folder: Path | str) -> Iterator[None]:
         for left in folder.rglob(".*.part"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         yield
+
+
+def release(folder: Path | str) -> None:
+    """Take back a folder in which nothing was written but its lock. What else it holds stays."""
+    (Path(folder) / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
 
 
 def write_text(path: Path | str, text: str) -> None:

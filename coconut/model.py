@@ -284,7 +284,7 @@ class LatentLM(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool
     ) -> tuple[Tensor, Tensor]:
         """The last hidden states (B, S, D), and in which of their columns each of the T given ones is."""
-        is_token_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        is_token_BT = _is_token(input_ids, attention_mask)
         is_latent_BT = (input_ids == self.latent_id) & is_token_BT
         if position_ids is None:
             position_ids = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
@@ -391,6 +391,10 @@ def _initialise_rows(weight: Tensor, ids: list[int], old: int, init: str, tokeni
         weight[ids] = rows.to(weight.dtype)
 
 
+def _is_token(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+
 def _after_last(is_token: Tensor) -> Tensor:
     """Where nothing but padding follows. Nothing attends to it, and a mask without it is often a plain causal one."""
     return is_token.long().flip(1).cumsum(1).flip(1) == 0
@@ -407,7 +411,7 @@ def _at_targets(
     hidden_BSD: Tensor, columns_BT: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The states that predict the targets (N, D), and the targets (N,)."""
-    is_token_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_token_BT = _is_token(input_ids, attention_mask)
     previous_BT = _previous(is_token_BT)
     rows_N, places_N = ((labels != IGNORED) & is_token_BT & (previous_BT >= 0)).nonzero(as_tuple=True)
     sources_N = columns_BT[rows_N, previous_BT[rows_N, places_N]]

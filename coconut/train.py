@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections import deque
@@ -24,7 +23,7 @@ from coconut.data import Example, TokenizedData, existing, read_examples, tokeni
 from coconut.engine.base import Engine, NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import evaluate
-from coconut.files import read_json, sha256, sole_owner, write_json
+from coconut.files import read_json, release, sha256, sole_owner, write_json
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
@@ -291,7 +290,7 @@ def open_folder(config: TrainConfig) -> Path:
     Raises ValueError if it holds another one, or the data changed, or there is one and resume=never.
     """
     folder = config.folder()
-    checksums = {split: sha256(existing(getattr(config.data, split))) for split in ("train", "valid")}
+    files = {split: existing(getattr(config.data, split)) for split in ("train", "valid")}
     if (folder / CONFIG).is_file():
         if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
@@ -301,8 +300,8 @@ def open_folder(config: TrainConfig) -> Path:
                 + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
             )  # fmt: skip
         before = read_json(folder / DESCRIPTION)["data"]
-        for split, checksum in checksums.items():
-            if before[split]["sha256"] != checksum:
+        for split, file in files.items():
+            if before[split]["sha256"] != sha256(file):
                 raise ValueError(
                     f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
                     "another run with run=DIR."
@@ -350,7 +349,7 @@ def run(config: TrainConfig) -> int:
             return train(config, folder)
         finally:
             if not (folder / DESCRIPTION).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                release(folder)
 
 
 def train(config: TrainConfig, folder: Path) -> int:

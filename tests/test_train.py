@@ -242,6 +242,17 @@ def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, 
         run(settings(data, tmp_path))
 
 
+def test_a_run_that_cannot_begin_takes_nothing_with_it(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("mine")
+    away = ModelConfig(base="nobody/no-such-model")
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="could not be loaded"):
+            run(settings(data, folder, model=away))
+    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+    assert (tmp_path / ".git" / "HEAD").read_text() == "mine"
+
+
 def test_changed_data_is_noticed(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     folder, file = tmp_path / "run", tmp_path / "train.json"
     shutil.copy(data.train, file)
