@@ -9,7 +9,7 @@ from coconut.analysis.report import answers, headline, learning, provenance, rea
 from coconut.cli import application
 from coconut.config import AnalyzeConfig
 from coconut.files import write_text
-from coconut.tracking import say
+from coconut.screen import say
 
 SECTIONS = (headline, learning, answers, provenance)  # in the order of the page
 

@@ -14,7 +14,7 @@ from coconut.checkpoint import Checkpoints
 from coconut.config import ModelConfig, TrainConfig
 from coconut.data import Example, build_word_tokenizer
 from coconut.model import LatentLM
-from coconut.tracking import say
+from coconut.screen import say
 
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:

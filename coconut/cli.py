@@ -43,6 +43,9 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                     raise
                 print(f"error: {error}", file=sys.stderr)
                 status = 2
+            except KeyboardInterrupt:
+                print("\ninterrupted", file=sys.stderr)
+                status = 130
 
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
         sys.exit(status)

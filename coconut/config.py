@@ -83,19 +83,43 @@ class ModelConfig:
             raise ValueError("A new model needs model.tokenizer: a name or folder, or words.")
 
 
+NOT_BUILT = ("out_dir", "name", "source", "train", "valid", "test", "compare")
+
+
 @dataclass
 class DataConfig:
+    """A file for each split, or `files`, what the names of all three begin with, or `build`.
+
+    `files` is what a builder was given as OUT_DIR/NAME. `build`: keys of the task's builder, which makes
+    the data once, into the cache, if no file is named.
+    """
+
     task: Task = Task.prosqa
     train: str = ""
     valid: str = ""
     test: str = ""
+    files: str = ""
+    build: dict[str, Any] = field(default_factory=dict)
     too_long: TooLong = TooLong.error  # an example longer than the model's context
     format: PromptFormat = field(default_factory=PromptFormat)
-    cache_dir: str | None = None  # of the tokens; by default COCONUT_CACHE or ~/.cache/coconut
+    cache_dir: str | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
+
+    def __post_init__(self) -> None:
+        named = {split: getattr(self, split) for split in SPLITS if getattr(self, split)}
+        if self.files and named:
+            split, file = next(iter(named.items()))
+            raise ValueError(f"data.files={self.files} and data.{split}={file} are both given. Keep one of them.")
+        for key in NOT_BUILT:
+            if self.build.get(key) is not None:
+                raise ValueError(
+                    f"data.build.{key}={self.build[key]}: data.build says how rows are made. For files, name them "
+                    "with data.train, data.valid and data.test."
+                )
 
     def absolute(self) -> DataConfig:
         """The same files, named so that they are found from any folder."""
-        return replace(self, **{s: str(Path(file).resolve()) for s in SPLITS if (file := getattr(self, s))})
+        keys = (*SPLITS, "files")
+        return replace(self, **{key: str(Path(file).resolve()) for key in keys if (file := getattr(self, key))})
 
 
 SPLITS = ("train", "valid", "test")
@@ -163,10 +187,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("", self, seed=0, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_batch_size=1,
                   valid_limit=1, validate_every=0, save_every=0, keep_checkpoints=1)  # fmt: skip
+        named = [split for split in SPLITS if getattr(self.data, split)]
         for split in ("train", "valid"):
-            if not getattr(self.data, split):
+            if split not in named and not self.data.files and (named or not self.data.build):
                 raise ValueError(
-                    f"data.{split} names no file. Choose data=graphs or another, or set data.{split}=FILE."
+                    f"data.{split} names no file. Set data.{split}=FILE, or choose data=graphs or another and name no "
+                    "file at all: it is then made."
                 )
         plan(self.method, self.curriculum)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.methods import PromptFormat
+from coconut.sources import default_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -352,13 +352,6 @@ class _quiet_datasets:
     def __exit__(self, *_: object) -> None:
         if self.was_on:
             self.datasets.enable_progress_bars()
-
-
-def default_cache_dir() -> Path:
-    """COCONUT_CACHE, or `coconut` in the user's cache folder."""
-    if named := os.environ.get("COCONUT_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coconut"
 
 
 def unknown_words(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -16,6 +16,7 @@ from coconut.files import read_json, sha256, write_json, write_text
 from coconut.generate import pad_rows
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
+from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -161,12 +162,13 @@ def run(config: EvaluateConfig) -> int:
     from coconut.checkpoint import Checkpoints, load_state
     from coconut.engine.local import autocast, set_up
     from coconut.model import LatentLM
-    from coconut.tracking import only_our_words, read_config, say, working
+    from coconut.screen import only_our_words, say, working
+    from coconut.tracking import read_config
 
     only_our_words()
     trained = read_config(config.run)
     own_file = getattr(config.data, config.split)
-    path = own_file or trained["data"][config.split]
+    path = own_file or data_files(trained["data"])[config.split]
     if not path:
         raise ValueError(f"The run has no {config.split} file. Name one with data.{config.split}=FILE.")
     examples = read_examples(path)[: config.limit]

@@ -185,7 +185,8 @@ def run(config: GenerateConfig) -> int:
     from coconut.checkpoint import Checkpoints
     from coconut.engine.local import autocast, set_up
     from coconut.model import LatentLM
-    from coconut.tracking import only_our_words, read_config
+    from coconut.screen import only_our_words
+    from coconut.tracking import read_config
 
     only_our_words()
     trained = read_config(config.run)

@@ -1,4 +1,4 @@
-"""What a run tells: lines and a bar on the screen, metrics.jsonl, and the run's description of itself."""
+"""What a run writes about itself: metrics.jsonl, its configuration, where it was carried out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,51 +19,6 @@ from coconut.files import read_json, write_text
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 DESCRIPTION = "run.json"
-SECONDS_BETWEEN_LINES = 10  # where the screen is no terminal
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def only_our_words() -> None:
-    """Keep the progress bars of transformers off the screen."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def working(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on a terminal, a line now and then elsewhere; call it with what is done and a remark."""
-    start, last = time.monotonic(), time.monotonic()
-
-    if sys.stdout.isatty():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[remark]}"), transient=True) as progress:
-            bar = progress.add_task(what, total=total, completed=done, remark="")
-            yield lambda now, remark: progress.update(bar, completed=now, remark=remark)
-        return
-
-    def line(now: int, remark: str) -> None:
-        nonlocal last
-        if time.monotonic() - last < SECONDS_BETWEEN_LINES:
-            return
-        last = time.monotonic()
-        left = (last - start) / max(now - done, 1) * (total - now)
-        say(f"  {what} {now:,} of {total:,}, {remark}, about {duration(left)} left")
-
-    yield line
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 class Metrics:

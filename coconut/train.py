@@ -28,18 +28,10 @@ from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_b
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
+from coconut.screen import duration, only_our_words, say, working
+from coconut.sources import data_files
 from coconut.tasks import TASKS
-from coconut.tracking import (
-    CONFIG,
-    DESCRIPTION,
-    Metrics,
-    duration,
-    only_our_words,
-    read_config,
-    say,
-    surroundings,
-    working,
-)
+from coconut.tracking import CONFIG, DESCRIPTION, Metrics, read_config, surroundings
 
 
 class Diverged(ValueError):
@@ -53,14 +45,14 @@ def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
 class Training:
     """One run: its model, data, engine and folder."""
 
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str]):
+        self.config, self.folder, self.files = config, folder, files
         self.task = TASKS[config.data.task]
         self.plan = plan(config.method, config.curriculum)
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints)
 
         torch.manual_seed(config.seed)
-        examples = {split: read_examples(getattr(config.data, split)) for split in ("train", "valid")}
+        examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
         if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
             say(f"warning: {shared:,} questions of the validation data are in the training data too.")
         found = self._found()
@@ -96,9 +88,9 @@ class Training:
         config = self.config.data
         data = tokenize(examples, self.lm.tokenizer, config.format, config.cache_dir)
         if unknown := unknown_words(data, self.lm.tokenizer):
-            say(f"warning: {unknown:,} words of {getattr(config, split)} are not in the tokenizer's vocabulary.")
+            say(f"warning: {unknown:,} words of {self.files[split]} are not in the tokenizer's vocabulary.")
         skip = config.too_long is TooLong.skip
-        fitting, kept = fit_context(self._all_views, data, self.lm.context, skip, getattr(config, split))
+        fitting, kept = fit_context(self._all_views, data, self.lm.context, skip, self.files[split])
         if len(kept) < len(data):
             say(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
         return fitting, kept
@@ -284,13 +276,13 @@ def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
     return found
 
 
-def open_folder(config: TrainConfig) -> Path:
-    """The run's folder, made or found to hold this very run.
+def open_folder(config: TrainConfig, files: dict[str, str]) -> Path:
+    """The run's folder, made or found to hold this very run on these files.
 
     Raises ValueError if it holds another one, or the data changed, or there is one and resume=never.
     """
     folder = config.folder()
-    files = {split: existing(getattr(config.data, split)) for split in ("train", "valid")}
+    used = {split: existing(files[split]) for split in ("train", "valid")}
     if (folder / CONFIG).is_file():
         if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
@@ -300,7 +292,7 @@ def open_folder(config: TrainConfig) -> Path:
                 + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
             )  # fmt: skip
         before = read_json(folder / DESCRIPTION)["data"]
-        for split, file in files.items():
+        for split, file in used.items():
             if before[split]["sha256"] != sha256(file):
                 raise ValueError(
                     f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
@@ -314,7 +306,7 @@ def open_folder(config: TrainConfig) -> Path:
 def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
     """Write config.json and run.json: what exactly is trained, on what, with which code, where."""
     data = {
-        split: {"file": getattr(config.data, split), "sha256": sha256(getattr(config.data, split)), "used": len(used)}
+        split: {"file": training.files[split], "sha256": sha256(training.files[split]), "used": len(used)}
         for split, used in [("train", training.train), ("valid", training.valid)]
     }
     here = surroundings()
@@ -342,19 +334,20 @@ def run(config: TrainConfig) -> int:
     """Train one run, or go on with it."""
     only_our_words()
     config.data = config.data.absolute()
-    folder = open_folder(config)
+    files = data_files(asdict(config.data))
+    folder = open_folder(config, files)
     say(f"Run folder: {folder}")
     with sole_owner(folder):
         try:
-            return train(config, folder)
+            return train(config, folder, files)
         finally:
             if not (folder / DESCRIPTION).exists():
                 release(folder)
 
 
-def train(config: TrainConfig, folder: Path) -> int:
-    """The run of this configuration, in a folder that is its own."""
-    training = Training(config, folder)
+def train(config: TrainConfig, folder: Path, files: dict[str, str]) -> int:
+    """The run of this configuration on these files, in a folder that is its own."""
+    training = Training(config, folder, files)
     if training.step == training.schedule.total:
         say(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
         return 0

@@ -1,141 +1,249 @@
-"""Small directed graphs to search: ProsQA with one symbol a node, made from scratch.
+"""Random directed acyclic graphs with a question: which of two leaves can be reached from a root?
 
-Two roots are drawn, each the head of a chain of its own, and no node of one chain is reachable from
-the other root. The end of one chain is the target, the end of the other the distractor, and the
-question asks from the target's root. The two chains are drawn by one rule, so whoever does not read
-which root is asked can do no better than guess: in any graph the same pair, asked from the other
-root, is an equally likely question with the other answer.
+Nodes 0 and 1 are the two roots that are asked about. Every further node draws its parents among the
+nodes before it: from the first root's family (what only that root reaches), from the second's, or from
+all nodes. The graph of a question has a target, a leaf of the asked root's family, and a distractor, a
+leaf of the other's, which the asked root therefore does not reach.
+
+After the appendix of Hao et al. (arXiv 2412.06769), changed so far as the released data demand it;
+docs/data.md says what was found.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from math import inf
-
-from data_builders.writing import Row
+from bisect import bisect
+from dataclasses import dataclass
+from math import exp, inf, isinf
 
 Edge = tuple[int, int]
 
-SOURCE_SHARE = 0.5  # of the nodes outside the chains, those that are further roots; the others branch off
-SECOND_PARENT = 0.8  # probability of a second edge into a node, if one is possible
+TRIES = 3000  # graphs drawn for one question before giving up
+NEITHER, BOTH = 0, 3  # labels: bit f is set if root f reaches the node
 
 
-def graph_rows(seed: int, count: int, nodes: int = 8, min_hops: int = 2, max_hops: int = 3) -> list[Row]:
-    """`count` different questions. The same arguments give the same rows.
+@dataclass(frozen=True)
+class Graph:
+    """Edges run from lower to higher node; 0 and 1 are the roots, one of which is asked about."""
 
-    The target is `min_hops` to `max_hops` edges from the root, each distance equally often up to one
-    row. If the target is h away, the distractor is min_hops + max_hops - h away from its own root.
+    nodes: int
+    edges: list[Edge]
+    root: int
+    target: int
+    distractor: int
+
+
+@dataclass(frozen=True)
+class GraphDials:
+    """How graphs are drawn, and which of their leaves are asked about.
+
+    nodes: drawn; those without an edge are then dropped.
+    branching: mean number of a node's parents, Poisson distributed.
+    edges: exactly so many in every graph, in place of `branching`.
+    depth_weight: a parent d edges from its root is drawn with weight 1 + depth_weight * d.
+    first_family, second_family: share of the nodes that draw parents from this family only.
+    as_printed: as in the paper's algorithm, nodes that neither root reaches are parents for both families, too, and
+    nodes that both or neither reach have a depth above 0.
+    hops_from, hops_to: distance of the target from its root, in edges.
+    plant: lay a chain of the wanted length first, each length equally often, so that long ones are had.
+    equalize_depth: target and distractor are equally deep, and either root is asked equally often.
+    Otherwise the target is a deepest leaf of the deeper family, the distractor any leaf of the other.
     """
-    check_dials(nodes, min_hops, max_hops)
-    rng = random.Random(f"graphs {seed} {nodes} {min_hops} {max_hops}")
-    seen: set[tuple[frozenset[Edge], int, int, int]] = set()
-    rows: list[Row] = []
-    for hops in _balanced(rng, count, min_hops, max_hops):
-        for _ in range(1000):
-            edges, root, target, distractor = _draw(rng, nodes, hops, min_hops + max_hops - hops)
-            question = (frozenset(edges), root, target, distractor)
-            if question not in seen:
-                break
-        else:
+
+    nodes: int
+    branching: float
+    edges: int | None
+    depth_weight: float
+    first_family: float
+    second_family: float
+    as_printed: bool
+    hops_from: int
+    hops_to: int | None
+    plant: bool
+    equalize_depth: bool
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the dial, if no graph can be drawn so."""
+        if self.hops_from < 1 or (self.hops_to is not None and self.hops_to < self.hops_from):
             raise ValueError(
-                f"Asked for {count} different questions, but after {len(rows)} hardly any new ones come with "
-                f"nodes={nodes}, min_hops={min_hops}, max_hops={max_hops}. Ask for fewer, or raise nodes."
+                f"hops_from={self.hops_from}, hops_to={self.hops_to}; it must be 1 or more, and hops_to not less."
             )
-        seen.add(question)
-        rows.append(_row(rng, nodes, edges, root, target, distractor))
-    return rows
+        if self.plant and self.hops_to is None:
+            raise ValueError(f"plant=true draws a length from hops_from={self.hops_from} to hops_to: give hops_to=N.")
+        longest = self.hops_to if self.plant and self.hops_to else self.hops_from
+        needed = 2 + 2 * longest if self.equalize_depth else 3 + longest
+        if self.nodes < needed:
+            chains = "two chains" if self.equalize_depth else "a chain and a distractor"
+            raise ValueError(
+                f"nodes={self.nodes} is too few for {chains} of {longest} hops, which need {needed}. "
+                "Raise nodes, or lower hops_from and hops_to."
+            )
+        if not 0 < self.branching <= 20:
+            raise ValueError(f"branching={self.branching}; the mean number of parents must be above 0 and at most 20.")
+        if self.edges is not None and not needed - 2 <= self.edges <= (self.nodes - 2) ** 2 // 4:
+            raise ValueError(
+                f"edges={self.edges}; with nodes={self.nodes} and these hops it must be {needed - 2} to "
+                f"{(self.nodes - 2) ** 2 // 4}."
+            )
+        if self.depth_weight < 0:
+            raise ValueError(f"depth_weight={self.depth_weight}; it must be 0 or more.")
+        shares = self.first_family, self.second_family
+        if min(shares) <= 0 or sum(shares) > 1:
+            raise ValueError(
+                f"first_family={shares[0]}, second_family={shares[1]}: both must be above 0, and together at most 1."
+            )
 
-
-def check_dials(nodes: int, min_hops: int, max_hops: int) -> None:
-    if not 1 <= min_hops <= max_hops:
-        raise ValueError(f"min_hops={min_hops}, max_hops={max_hops}: it must be 1 <= min_hops <= max_hops.")
-    if nodes < min_hops + max_hops + 2:
+    def draw(self, rng: random.Random) -> Graph:
+        """Raises ValueError if these dials give no such graph in thousands of draws."""
+        hops = rng.randint(self.hops_from, self.hops_to or self.hops_from) if self.plant else None
+        for _ in range(TRIES):
+            parents, ends = _grow(rng, self, hops)
+            question = _ask(rng, self, parents, ends)
+            if question:
+                return _without_isolated(parents, *question)
         raise ValueError(
-            f"nodes={nodes} is too few for the chains of target and distractor with min_hops={min_hops} and "
-            f"max_hops={max_hops}: they need min_hops + max_hops + 2 = {min_hops + max_hops + 2}."
+            f"In {TRIES} graphs there was none with the hops asked for ({self}). Raise nodes, widen hops_from to "
+            "hops_to, or set plant=true, which lays a chain of the wanted length first."
         )
 
 
-def _balanced(rng: random.Random, count: int, low: int, high: int) -> Iterator[int]:
-    """`count` numbers of low..high, in random order within each round."""
-    while count > 0:
-        batch = rng.sample(range(low, high + 1), min(count, high - low + 1))
-        yield from batch
-        count -= len(batch)
+class _Pool:
+    """Nodes that may become parents, drawn by weight."""
+
+    def __init__(self) -> None:
+        self.nodes: list[int] = []
+        self.cumulated: list[float] = []
+
+    def add(self, node: int, weight: float) -> None:
+        self.nodes.append(node)
+        self.cumulated.append((self.cumulated[-1] if self.cumulated else 0.0) + weight)
+
+    def draw(self, rng: random.Random, count: int) -> list[int]:
+        """So many different ones, or all."""
+        drawn: dict[int, None] = {}
+        count = min(count, len(self.nodes))
+        while len(drawn) < count:
+            place = bisect(self.cumulated, rng.random() * self.cumulated[-1], hi=len(self.nodes) - 1)
+            drawn[self.nodes[place]] = None
+        return list(drawn)
 
 
-def _draw(rng: random.Random, nodes: int, hops: int, other_hops: int) -> tuple[list[Edge], int, int, int]:
-    """The edges of one graph, its root, target and distractor, with shuffled names and edges."""
-    while True:
-        edges, target, distractor = _build(rng, nodes, hops, other_hops)
-        if len({node for edge in edges for node in edge}) == nodes:
-            break
-    names = rng.sample(range(nodes), nodes)
-    edges = [(names[a], names[b]) for a, b in edges]
-    rng.shuffle(edges)
-    return edges, names[0], names[target], names[distractor]
-
-
-def _build(rng: random.Random, nodes: int, hops: int, other_hops: int) -> tuple[list[Edge], int, int]:
-    """Nodes 0 and 1 are the roots of the two chains; every node comes after its parents."""
-    spare = nodes - hops - other_hops - 2
-    sources = 2 + sum(rng.random() < SOURCE_SHARE for _ in range(spare))
-    kinds = [0] * hops + [1] * other_hops + [2] * (nodes - sources - hops - other_hops)
-    rng.shuffle(kinds)
-
-    distance = [[inf] * nodes, [inf] * nodes]  # from either root
-    distance[0][0] = distance[1][1] = 0
-    ends = [0, 1]  # of the chains so far
-    edges: list[Edge] = []
-    for node, kind in enumerate(kinds, start=sources):
-        if kind == 2:
-            parents = [rng.randrange(node)]
-            allowed = [p for p in range(node) if p not in parents]
+def _grow(rng: random.Random, dials: GraphDials, hops: int | None) -> tuple[list[list[int]], list[int]]:
+    """The parents of every node, and the ends of the planted chains, if any are planted: by family."""
+    counts = _numbers_of_parents(rng, dials)
+    chains = _chains(rng, dials, hops)
+    parents: list[list[int]] = [[], []]
+    labels, depths = [1, 2], [0, 0]
+    pools = [_Pool(), _Pool(), _Pool()]  # first family, second family, all
+    for root in (0, 1):
+        pools[root].add(root, 1.0)
+        pools[2].add(root, 1.0)
+    ends = [0, 1]
+    for node in range(2, dials.nodes):
+        family = chains.get(node)
+        if family is None:
+            chance = rng.random()
+            pool = 0 if chance <= dials.first_family else 1 if chance <= dials.first_family + dials.second_family else 2
+            drawn = pools[pool].draw(rng, counts[node])
         else:
-            own, other, parents = distance[kind], distance[1 - kind], [ends[kind]]
-            depth = own[ends[kind]]
-            allowed = [p for p in range(node) if own[p] >= depth and other[p] == inf and p not in parents]
-            ends[kind] = node
-        if allowed and rng.random() < SECOND_PARENT:
-            parents.append(rng.choice(allowed))
-        for steps in distance:
-            steps[node] = min(steps[p] + 1 for p in parents)
-        edges += [(p, node) for p in parents]
-    return edges, ends[0], ends[1]
+            before = ends[family]
+            others = pools[family].draw(rng, counts[node] - 1)
+            drawn = [p for p in others if depths[p] >= depths[before] and p != before]
+            drawn.append(before)
+            ends[family] = node
+        label = 0
+        for parent in drawn:
+            label |= labels[parent]
+        kin = drawn if dials.as_printed else [p for p in drawn if label not in (NEITHER, BOTH) and labels[p] == label]
+        depth = min((depths[p] for p in kin), default=-1) + 1
+        parents.append(drawn)
+        labels.append(label)
+        depths.append(depth)
+        if family is not None and depth == hops:
+            continue
+        weight = 1.0 + dials.depth_weight * depth
+        pools[2].add(node, weight)
+        offered = (0, 1) if label == NEITHER and dials.as_printed else {1: (0,), 2: (1,)}.get(label, ())
+        for pool in offered:
+            pools[pool].add(node, weight)
+    return parents, ends if chains else []
 
 
-def _row(rng: random.Random, nodes: int, edges: list[Edge], root: int, target: int, distractor: int) -> Row:
-    pair = [target, distractor]
-    rng.shuffle(pair)
-    listed = " | ".join(f"{a} {b}" for a, b in edges)
-    return {
-        "question": f"{listed} ? {pair[0]} or {pair[1]} from {root}",
-        "steps": [str(node) for node in shortest_path(edges, root, target)[1:]],
-        "answer": str(target),
-        "idx_to_symbol": [str(node) for node in range(nodes)],
-        "edges": [list(edge) for edge in edges],
-        "root": root,
-        "target": target,
-        "neg_target": distractor,
-    }
+def _numbers_of_parents(rng: random.Random, dials: GraphDials) -> list[int]:
+    """Poisson numbers; given their sum they are multinomial."""
+    if dials.edges is None:
+        return [_poisson(rng, dials.branching) for _ in range(dials.nodes)]
+    counts = [0] * dials.nodes
+    for _ in range(dials.edges):
+        counts[rng.randrange(2, dials.nodes)] += 1
+    return counts
 
 
-def shortest_path(edges: list[Edge], root: int, target: int) -> list[int]:
-    """Breadth first; among several shortest paths the one that the order of the edges gives."""
-    children: dict[int, list[int]] = {}
-    for a, b in edges:
-        children.setdefault(a, []).append(b)
-    before = {root: root}
-    queue = [root]
-    for node in queue:
-        if node == target:
-            break
-        for child in children.get(node, []):
-            if child not in before:
-                before[child] = node
-                queue.append(child)
-    path = [target]
-    while path[-1] != root:
-        path.append(before[path[-1]])
-    return path[::-1]
+def _poisson(rng: random.Random, mean: float) -> int:
+    limit, count, product = exp(-mean), 0, rng.random()
+    while product > limit:
+        count += 1
+        product *= rng.random()
+    return count
+
+
+def _chains(rng: random.Random, dials: GraphDials, hops: int | None) -> dict[int, int]:
+    """Which nodes are links of a planted chain, and of which family's."""
+    if hops is None:
+        return {}
+    families = [0, 1] if dials.equalize_depth else [rng.randrange(2)]
+    links = rng.sample(range(2, dials.nodes), hops * len(families))
+    return {node: families[place // hops] for place, node in enumerate(links)}
+
+
+def _ask(
+    rng: random.Random, dials: GraphDials, parents: list[list[int]], ends: list[int]
+) -> tuple[int, int, int] | None:
+    """Root, target and distractor; None if this graph has no such question."""
+    distances = [_distances(parents, root) for root in (0, 1)]
+    inner = {p for drawn in parents for p in drawn}
+    leaves = [
+        {node: own[node] for node in range(2, len(parents)) if not isinf(own[node]) and isinf(other[node])
+         and node not in inner}
+        for own, other in (distances, distances[::-1])
+    ]  # fmt: skip
+    if dials.edges is not None and sum(map(len, parents)) != dials.edges:
+        return None
+    if not leaves[0] or not leaves[1]:
+        return None
+    least, most = dials.hops_from, inf if dials.hops_to is None else dials.hops_to
+    if ends:
+        planted = [family for family in (0, 1) if ends[family] > 1]
+        root = rng.choice(planted)
+        return root, ends[root], ends[1 - root] if len(planted) == 2 else rng.choice(list(leaves[1 - root]))
+    if dials.equalize_depth:
+        shared = sorted({depth for depth in leaves[0].values() if least <= depth <= most} & set(leaves[1].values()))
+        if not shared:
+            return None
+        depth = rng.choice(shared)
+        pair = [rng.choice([node for node, d in family.items() if d == depth]) for family in leaves]
+        root = rng.randrange(2)
+        return root, pair[root], pair[1 - root]
+    deepest = [max(family.values()) for family in leaves]
+    root = rng.randrange(2) if deepest[0] == deepest[1] else int(deepest[1] > deepest[0])
+    if not least <= deepest[root] <= most:
+        return None
+    target = rng.choice([node for node, depth in leaves[root].items() if depth == deepest[root]])
+    return root, target, rng.choice(list(leaves[1 - root]))
+
+
+def _distances(parents: list[list[int]], root: int) -> list[float]:
+    """Edges from the root to each node; infinite where it does not reach."""
+    distances = [inf] * len(parents)
+    distances[root] = 0
+    for node, drawn in enumerate(parents):
+        if drawn:
+            distances[node] = min(distances[p] for p in drawn) + 1
+    return distances
+
+
+def _without_isolated(parents: list[list[int]], root: int, target: int, distractor: int) -> Graph:
+    used = sorted({p for drawn in parents for p in drawn} | {node for node, drawn in enumerate(parents) if drawn})
+    number = {node: place for place, node in enumerate(used)}
+    edges = [(number[p], number[node]) for node, drawn in enumerate(parents) for p in drawn]
+    return Graph(len(used), edges, number[root], number[target], number[distractor])

@@ -1,37 +1,76 @@
-"""ProntoQA: the output of the original generator, checked and converted.
+"""ProntoQA: made from scratch, or the output of the original generator, checked and converted.
 
 Run `python -m data_builders.prontoqa --help`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from coconut.cli import application
+from data_builders.building import Builder, run, text_key
+from data_builders.making import Recipe, Row
+from data_builders.ontology import Names, OntologyDials, Ordering, draw, measure
+from data_builders.prover import ASKED, check
 from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
-from data_builders.writing import Row, write_splits
 
-ASKED = "True or false: "
+
+class Preset(StrEnum):
+    released = "released"  # as the original generator writes it: 5 hops, random ordering
+
+
+COUNTS = {"train": 9000, "valid": 200, "test": 800}
+
+FIELDS = {
+    "question": "rules and facts in the order asked for, then the query",
+    "steps": "the sentences of the proof two by two; the last is the conclusion",
+    "answer": "True or False",
+    "hops": "rules that the proof applies",
+    "levels": "of the chain of concepts",
+    "entity": "asked about",
+    "chain": "concepts of the proof, from the entity's own up",
+    "property": "the word asked about",
+    "negated_query": "whether the query says not",
+}
 
 
 @dataclass
 class ProntoqaBuild(SourceKeys):
+    """Dials that are null are the generator's."""
+
     name: str = "prontoqa"
+    preset: Preset | None = None
+    hops_from: int | None = None
+    hops_to: int | None = None
+    ordering: Ordering | None = None
+    names: Names | None = None
+    spare_levels: int | None = None
+    distractors: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.files:
-            raise ValueError(
-                "No file is given. Write one with the generator at https://github.com/asaparov/prontoqa "
-                "(run_experiment.py --ontology fictional --min-hops 5 --max-hops 5 --ordering random ...), "
-                "then give it as source=FILE, or one for each split as train=FILE valid=FILE test=FILE."
-            )
+        given = {name: value for name in ("preset", *DIALS) if (value := getattr(self, name)) is not None}
+        if self.files and given:
+            (dial, value), (key, path) = next(iter(given.items())), next(iter(self.files.items()))
+            raise ValueError(f"{dial}={value} says how rows are made, but {key}={path} is read. Leave one of them out.")
+        self.dials()
+
+    def dials(self) -> OntologyDials:
+        return OntologyDials(**{name: value for name in DIALS if (value := getattr(self, name)) is not None})
+
+
+DIALS = tuple(dial.name for dial in fields(OntologyDials))
 
 
 def build(config: ProntoqaBuild) -> None:
-    made = {"task": "prontoqa", "seed": config.seed, "sources": config.described()}
-    write_splits(config.out_dir, config.name, config.read(released_rows), made)
+    run(config, BUILDER)
+
+
+def recipe(config: ProntoqaBuild) -> Recipe:
+    return Recipe(partial(draw, dials=config.dials()), text_key, check, measure)
 
 
 def released_rows(path: str) -> list[Row]:
@@ -42,7 +81,7 @@ def released_rows(path: str) -> list[Row]:
 
 
 def converted(record: Any) -> Row:
-    """Steps are the sentences of the proof two by two; the last may be one alone."""
+    """Steps are the sentences of the proof two by two; the last may be one alone. `prover.check` holds for it."""
     if not isinstance(record, dict) or "test_example" not in record:
         raise ValueError("it has no 'test_example'.")
     example = record["test_example"]
@@ -55,14 +94,26 @@ def converted(record: Any) -> Row:
     if not query.startswith(ASKED):
         raise ValueError(f"'query' is {query!r}; it must begin with {ASKED!r}.")
     proof = [sentence.strip() for sentence in proof]
-    if (proof[-1] == query.removeprefix(ASKED)) != (answer == "True"):
-        raise ValueError(f"the proof ends in {proof[-1]!r}, which does not make {query!r} {answer}.")
-    return {
-        "question": f"{question} {query}",
-        "steps": [" ".join(proof[i : i + 2]) for i in range(0, len(proof), 2)],
-        "answer": answer,
-    }
+    steps = [" ".join(proof[i : i + 2]) for i in range(0, len(proof), 2)]
+    row = {"question": f"{question} {query}", "steps": steps, "answer": answer}
+    check(row)
+    return row
 
+
+BUILDER = Builder(
+    task="prontoqa",
+    title="is a statement about an entity true or false?",
+    about=(
+        "ProntoQA (Saparov and He, arXiv 2210.01240): a fictional ontology, told in sentences, and a statement about "
+        "one entity that it proves true or false."
+    ),
+    fields=FIELDS,
+    read=lambda config, path: released_rows(path),
+    measure=measure,
+    recipe=recipe,
+    counts=lambda config: COUNTS,
+    made=lambda config: {"preset": Preset.released.value, "dials": asdict(config.dials())},
+)
 
 main = application("build_prontoqa", ProntoqaBuild, build)
 

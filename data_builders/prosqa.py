@@ -1,69 +1,228 @@
-"""ProsQA: small graphs to search, made from scratch, or the released files checked and converted.
+"""ProsQA and its relatives: random graphs with a question, made from scratch, or released files checked.
 
-Run `python -m data_builders.prosqa --help`.
+Run `python -m data_builders.prosqa --help`. The task is of Hao et al. (arXiv 2412.06769); what the
+presets are, and how they compare with the released data, docs/data.md says.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import partial
+from itertools import pairwise
 from typing import Any
+
+import networkx
 
 from coconut.cli import application
 from coconut.tasks import prosqa
-from data_builders.graphs import check_dials, graph_rows
+from data_builders.building import Builder, run
+from data_builders.chains import ChainDials
+from data_builders.graphs import GraphDials
+from data_builders.making import Recipe, Row
+from data_builders.names import Names, pools
 from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
-from data_builders.writing import Row, write_splits
-
-__all__ = ["Preset", "ProsqaBuild", "build", "graph_rows", "main", "released_rows"]
+from data_builders.statistics import Measures
 
 
 class Preset(StrEnum):
-    graphs = "graphs"  # one symbol a node, a handful of nodes
+    released = "released"  # like the released ProsQA
+    paper = "paper"  # as the paper's appendix prints it
+    graphs = "graphs"  # small graphs of two chains, in symbols
 
 
-COUNTS = {Preset.graphs: {"valid": 500, "test": 500, "train": 20000}}
+class Form(StrEnum):
+    sentences = "sentences"
+    symbols = "symbols"  # 0 3 | 4 7 | ... ? 5 or 3 from 0
+
+
+_RELEASED: dict[str, Any] = {
+    "form": Form.sentences,
+    "names": Names.released,
+    "nodes": 28,
+    "branching": 1.5,
+    "edges": None,
+    "depth_weight": 1.5,
+    "first_family": 0.35,
+    "second_family": 0.45,
+    "as_printed": False,
+    "hops_from": 3,
+    "hops_to": 6,
+    "plant": False,
+    "equalize_depth": False,
+}
+DIALS: dict[Preset, dict[str, Any]] = {
+    Preset.released: _RELEASED,
+    Preset.paper: _RELEASED | {"nodes": 26, "second_family": 0.35, "as_printed": True},
+    Preset.graphs: {"form": Form.symbols, "names": Names.released, "nodes": 10, "hops_from": 2, "hops_to": 3},
+}
+COUNTS = {
+    Preset.released: {"train": 17886, "valid": 300, "test": 500},
+    Preset.paper: {"train": 17886, "valid": 300, "test": 500},
+    Preset.graphs: {"train": 20000, "valid": 500, "test": 500},
+}
+
+FIELDS = {
+    "question": "the edges in random order, then the question; either option is named first equally often",
+    "steps": "one shortest path from the root to the target, an edge (in symbols: a node) a step",
+    "answer": "the target, in the form of the question",
+    "idx_to_symbol": "the name of each node",
+    "edges": "pairs of nodes, from parent to child",
+    "root, target, neg_target": "nodes: asked about, right, wrong",
+    "nodes_at_distance": "the nodes at 0, 1, 2, ... edges from the root; the others it does not reach",
+}
 
 
 @dataclass
 class ProsqaBuild(SourceKeys):
-    name: str = "graphs"
+    """Dials that are null are the preset's."""
+
+    name: str = "prosqa"
     preset: Preset | None = None
-    nodes: int = 8
-    min_hops: int = 2
-    max_hops: int = 3
+    form: Form | None = None
+    names: Names | None = None
+    nodes: int | None = None
+    branching: float | None = None
+    edges: int | None = None
+    depth_weight: float | None = None
+    first_family: float | None = None
+    second_family: float | None = None
+    as_printed: bool | None = None
+    hops_from: int | None = None
+    hops_to: int | None = None
+    plant: bool | None = None
+    equalize_depth: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.files:
-            self.preset = self.preset or Preset.graphs
-            check_dials(self.nodes, self.min_hops, self.max_hops)
-            return
-        key, path = next(iter(self.files.items()))
-        if self.preset:
-            raise ValueError(f"preset={self.preset} and {key}={path} are both given. Keep one of them.")
-        for dial in fields(self):
-            if dial.name in ("nodes", "min_hops", "max_hops") and getattr(self, dial.name) != dial.default:
+        given = self.given()
+        if self.files:
+            for dial, value in ({"preset": self.preset} if self.preset else given).items():
+                key, path = next(iter(self.files.items()))
                 raise ValueError(
-                    f"{dial.name}={getattr(self, dial.name)} says how graphs are made, but {key}={path} is "
-                    "read. Leave one of them out."
+                    f"{dial}={value} says how rows are made, but {key}={path} is read. Leave one of them out."
                 )
+            return
+        self.preset = self.preset or Preset.released
+        for dial, value in given.items():
+            if dial not in DIALS[self.preset]:
+                raise ValueError(
+                    f"{dial}={value} is not a dial of preset={self.preset}, which has: {', '.join(DIALS[self.preset])}."
+                )
+        if "edges" in given and "branching" in given:
+            raise ValueError(
+                f"edges={self.edges} and branching={self.branching} are both given: edges is the exact number in every "
+                "graph, branching the mean number of a node's parents. Keep one of them."
+            )
+        dials = self.dials()
+        graph = self.graph_dials()
+        if dials["form"] is Form.symbols:
+            if self.names:
+                raise ValueError(f"names={self.names} is for form=sentences; in symbols nodes are numbered.")
+            return
+        concepts = len(pools(dials["names"])[1])
+        if graph.nodes - 2 > concepts:
+            raise ValueError(
+                f"nodes={graph.nodes} may need {graph.nodes - 2} names of concepts, and names={dials['names']} has "
+                f"{concepts}. " + ("Set names=generated, or lower nodes." if concepts < 100 else "Lower nodes.")
+            )
+
+    def dials(self) -> dict[str, Any]:
+        """All that says how rows are made: the preset's, but for what is given."""
+        assert self.preset
+        return DIALS[self.preset] | self.given()
+
+    def given(self) -> dict[str, Any]:
+        return {name: value for name in _RELEASED if (value := getattr(self, name)) is not None}
+
+    def graph_dials(self) -> GraphDials | ChainDials:
+        kind = ChainDials if self.preset is Preset.graphs else GraphDials
+        return kind(**{field.name: self.dials()[field.name] for field in fields(kind)})
 
 
 def build(config: ProsqaBuild) -> None:
-    if config.preset is None:
-        splits = config.read(released_rows)
-        made: dict[str, Any] = {"seed": config.seed, "sources": config.described()}
+    run(config, BUILDER)
+
+
+def recipe(config: ProsqaBuild) -> Recipe:
+    dials = config.dials()
+    make = partial(draw_row, dials=config.graph_dials(), form=dials["form"], names=dials["names"])
+    return Recipe(make, shape, prove, measure)
+
+
+# --- making ---------------------------------------------------------------------------------------
+
+
+def draw_row(rng: random.Random, dials: GraphDials | ChainDials, form: Form, names: Names = Names.released) -> Row:
+    """Raises ValueError if these dials give no graph."""
+    while True:
+        graph = dials.draw(rng)
+        parents: list[list[int]] = [[] for _ in range(graph.nodes)]
+        for a, b in graph.edges:
+            parents[b].append(a)
+        if form is Form.symbols:
+            symbols = [str(number) for number in rng.sample(range(dials.nodes), graph.nodes)]
+            break
+        persons, concepts = pools(names)
+        rootless = [node for node in range(graph.nodes) if not parents[node]]
+        if len(rootless) <= len(persons):
+            named = dict(zip(rootless, rng.sample(persons, len(rootless)), strict=True))
+            others = iter(rng.sample(concepts, graph.nodes - len(rootless)))
+            symbols = [named[node] if node in named else next(others) for node in range(graph.nodes)]
+            break
+    levels, path = _levels_and_path(rng, parents, graph.root, graph.target)
+    told = [(symbols[a], symbols[b], not parents[a]) for a, b in graph.edges]
+    rng.shuffle(told)
+    pair = [symbols[graph.target], symbols[graph.distractor]]
+    rng.shuffle(pair)
+    root, target = symbols[graph.root], symbols[graph.target]
+    if form is Form.symbols:
+        question = " | ".join(f"{a} {b}" for a, b, _ in told) + f" ? {pair[0]} or {pair[1]} from {root}"
+        answer, steps = target, [symbols[node] for node in path[1:]]
     else:
-        asked = {split: count for split, count in config.counts.items() if count is not None}
-        counts = COUNTS[config.preset] | asked
-        dials = {"nodes": config.nodes, "min_hops": config.min_hops, "max_hops": config.max_hops}
-        rows = graph_rows(config.seed, sum(counts.values()), **dials)
-        splits = {}
-        for split, count in counts.items():
-            splits[split], rows = rows[:count], rows[count:]
-        made = {"preset": config.preset.value, "dials": dials, "seed": config.seed}
-    write_splits(config.out_dir, config.name, splits, {"task": "prosqa", **made})
+        question = " ".join(_sentence(*edge) for edge in told) + f" Is {root} a {pair[0]} or {pair[1]}?"
+        answer = f"{root} is a {target}."
+        steps = [_sentence(symbols[a], symbols[b], not parents[a]) for a, b in pairwise(path)]
+    return {
+        "question": question,
+        "steps": steps,
+        "answer": answer,
+        "idx_to_symbol": symbols,
+        "edges": [list(edge) for edge in graph.edges],
+        "root": graph.root,
+        "target": graph.target,
+        "neg_target": graph.distractor,
+        "nodes_at_distance": levels,
+    }
+
+
+def _sentence(a: str, b: str, is_person: bool) -> str:
+    return f"{a} is a {b}." if is_person else f"Every {a} is a {b}."
+
+
+def _levels_and_path(
+    rng: random.Random, parents: list[list[int]], root: int, target: int
+) -> tuple[list[list[int]], list[int]]:
+    """The nodes at each distance from the root, and one of the shortest paths, each equally likely."""
+    distance, ways = {root: 0}, {root: 1}
+    for node, above in enumerate(parents):
+        reached = [p for p in above if p in distance]
+        if reached:
+            nearest = min(distance[p] for p in reached)
+            distance[node] = nearest + 1
+            ways[node] = sum(ways[p] for p in reached if distance[p] == nearest)
+    levels: list[list[int]] = [[] for _ in range(max(distance.values()) + 1)]
+    for node, far in distance.items():
+        levels[far].append(node)
+    path = [target]
+    while path[-1] != root:
+        nearer = [p for p in parents[path[-1]] if distance.get(p) == distance[path[-1]] - 1]
+        path += rng.choices(nearer, [ways[p] for p in nearer])
+    return levels, path[::-1]
+
+
+# --- proving --------------------------------------------------------------------------------------
 
 
 def released_rows(path: str) -> list[Row]:
@@ -73,8 +232,40 @@ def released_rows(path: str) -> list[Row]:
     return rows_of(released, checked)
 
 
+def prove(row: Row) -> None:
+    """What a made row promises, from its text alone, by networkx.
+
+    Raises ValueError if `checked` does, or the target is not reached, the distractor is, the steps are
+    not a shortest path, an edge runs backwards, or `nodes_at_distance` is not so.
+    """
+    told = _consistent(row)
+    names = row["idx_to_symbol"]
+    distances = networkx.single_source_shortest_path_length(networkx.DiGraph(told.edges), told.root)
+    if names[row["neg_target"]] in distances:
+        raise ValueError(f"the distractor {names[row['neg_target']]} can be reached, too.")
+    if len(row["steps"]) != distances[names[row["target"]]]:
+        raise ValueError(f"the steps {row['steps']} are not a shortest path: {distances[names[row['target']]]} do.")
+    if any(a >= b for a, b in row["edges"]):
+        raise ValueError(
+            f"not every edge runs from a lower to a higher number, so there may be a cycle: {row['edges']}."
+        )
+    said = {names[node]: far for far, level in enumerate(row["nodes_at_distance"]) for node in level}
+    if said != dict(distances):
+        raise ValueError(f"nodes_at_distance says {said}, and the graph {dict(distances)}.")
+
+
 def checked(record: Any) -> Row:
     """The record, if text, graph, chain and answer say the same; else ValueError."""
+    _consistent(record)
+    return {
+        **record,
+        "question": record["question"].strip(),
+        "steps": [step.strip() for step in record["steps"]],
+        "answer": record["answer"].strip(),
+    }
+
+
+def _consistent(record: Any) -> prosqa.Question:
     question, answer = text_field(record, "question"), text_field(record, "answer")
     steps, symbols, edges = (_list_field(record, key) for key in ("steps", "idx_to_symbol", "edges"))
     if not all(isinstance(step, str) and step.strip() for step in steps) or not steps:
@@ -101,16 +292,16 @@ def checked(record: Any) -> Row:
             f"{root}, {target} and {other}."
         )
     path = prosqa.parse_path(steps, root if told.symbolic else None)
-    graph = prosqa.graph(question)
     if not path or path[0][0] != root or path[-1][1] != target:
         raise ValueError(f"the steps do not lead from {root} to {target}: {steps}.")
+    known = set(told.edges)
     for edge, before in zip(path, [None, *path], strict=False):
-        if not graph.has_edge(*edge) or (before and before[1] != edge[0]):
+        if edge not in known or (before and before[1] != edge[0]):
             raise ValueError(f"the steps are not a path in the graph, at {' -> '.join(edge)}: {steps}.")
-    candidates = dict(zip(told.options, prosqa.candidates(question) or [], strict=True))
-    if not prosqa.judge(answer, candidates[target]):
-        raise ValueError(f"the answer is {answer!r}, and the target's is {candidates[target]!r}.")
-    return {**record, "question": question, "steps": [step.strip() for step in steps], "answer": answer}
+    right = target if told.symbolic else f"{root} is a {target}."
+    if not prosqa.judge(answer, right):
+        raise ValueError(f"the answer is {answer!r}, and the target's is {right!r}.")
+    return told
 
 
 def _list_field(record: dict[str, Any], name: str) -> list[Any]:
@@ -118,6 +309,153 @@ def _list_field(record: dict[str, Any], name: str) -> list[Any]:
         raise ValueError(f"{name!r} is {record.get(name)!r}; it must be a list.")
     return record[name]
 
+
+_MASK = (1 << 64) - 1
+
+
+def shape(row: Row) -> int:
+    """A number that neither renaming the nodes nor reordering the edges changes.
+
+    Nodes begin as what they are (root, option or neither) and three times take up, as sums, what their
+    parents and their children are.
+    """
+    nodes = range(len(row["idx_to_symbol"]))
+    parents, children = _neighbours(row)
+    roles = {row["root"]: 2, row["target"]: 3, row["neg_target"]: 3}
+    colours = [_mix(roles.get(node, 1)) for node in nodes]
+    for _ in range(3):
+        above = [_mix(colour + 1) for colour in colours]
+        below = [_mix(colour + 2) for colour in colours]
+        colours = [
+            _mix(3 * colours[n] + 5 * sum([above[p] for p in parents[n]]) + 7 * sum([below[c] for c in children[n]]))
+            for n in nodes
+        ]
+    return _mix(sum(colours))
+
+
+def _mix(number: int) -> int:
+    number = (number & _MASK) * 0x9E3779B97F4A7C15 & _MASK
+    return ((number ^ number >> 29) * 0xBF58476D1CE4E5B9 & _MASK) ^ number >> 32
+
+
+def alike(row: Row, other: Row) -> bool:
+    """Whether two rows ask the same of the same graph, up to the names of the nodes."""
+    graphs = []
+    for r in (row, other):
+        graph = networkx.DiGraph()
+        roles = {r["root"]: "root", r["target"]: "option", r["neg_target"]: "option"}
+        graph.add_nodes_from((node, {"role": roles.get(node)}) for node in range(len(r["idx_to_symbol"])))
+        graph.add_edges_from(r["edges"])
+        graphs.append(graph)
+    return networkx.is_isomorphic(*graphs, node_match=lambda a, b: a["role"] == b["role"])
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+_LABELS = ("neither root", "the first root only", "the second root only", "both roots")
+
+
+def measure(row: Row) -> Measures:
+    """The statistics of one row that docs/data.md compares. Nodes 0 and 1 are held to be the two roots."""
+    nodes = range(len(row["idx_to_symbol"]))
+    parents, children = _neighbours(row)
+    from_root = [_distances(children, root) for root in (0, 1)]
+    root, other = row["root"], 1 - row["root"]
+    own, others = from_root[root], from_root[other]
+    labels = [(node in from_root[0]) + 2 * (node in from_root[1]) for node in nodes]
+    leaves = [[n for n in nodes if not children[n] and labels[n] == family + 1] for family in (0, 1)]
+    deepest = [max((from_root[f][n] for n in leaves[f]), default=0) for f in (0, 1)]
+    asked = prosqa.parse_question(row["question"])
+    symbols = row["idx_to_symbol"]
+    number = {name: node for node, name in enumerate(symbols)}
+    places = {tuple(edge): place for place, edge in enumerate(row["edges"])}
+    told = [places[number[a], number[b]] for a, b in asked.edges]
+    ways = {root: 1}
+    for node in sorted(own, key=own.__getitem__):
+        if node != root:
+            ways[node] = sum(ways[p] for p in parents[node] if own.get(p) == own[node] - 1)
+    persons = [node for node in nodes if not parents[node]]
+    words = {} if asked.symbolic else {
+        "form of a sentence": [
+            "Every X is a Y." if f"Every {a} is a {b}." in row["question"] else "X is a Y." for a, b in asked.edges
+        ],
+        "names of persons": [symbols[node] for node in persons],
+        "names of concepts": [symbols[node] for node in nodes if parents[node]],
+        "persons are the nodes without parents": _yes({n for n in nodes if symbols[n][0].isupper()} == set(persons)),
+    }  # fmt: skip
+    return {
+        "nodes": float(len(nodes)),
+        "edges": float(len(row["edges"])),
+        "hops to the target": str(own[row["target"]]),
+        "steps are a shortest path": _yes(len(row["steps"]) == own[row["target"]]),
+        "shortest paths to the target": float(ways[row["target"]]),
+        "root": f"node {root}",
+        "nodes reached by": [_LABELS[label] for label in labels],
+        "parents of a node": [str(min(len(parents[node]), 6)) for node in nodes if node > 1],
+        "children of a node": [str(min(len(children[node]), 7)) for node in nodes],
+        "nodes without parents": float(len(persons)),
+        "depth of a node": [float(far) for distances in from_root for far in distances.values()],
+        "leaves of the root's family": float(len(leaves[root])),
+        "leaves of the other family": float(len(leaves[other])),
+        "target is a leaf that only its root reaches": _yes(row["target"] in leaves[root]),
+        "target is a deepest such leaf": _yes(own[row["target"]] == deepest[root]),
+        "target's family against the other": _than(deepest[root], deepest[other]),
+        "distractor is a leaf that only the other root reaches": _yes(row["neg_target"] in leaves[other]),
+        "distractor is a deepest such leaf": _yes(others.get(row["neg_target"]) == deepest[other]),
+        "depth of the distractor": str(others.get(row["neg_target"], "out of reach")),
+        "distractor against target": _than(others.get(row["neg_target"], 0), own[row["target"]]),
+        "place of the target among the nodes": row["target"] / len(nodes),
+        "place of the distractor among the nodes": row["neg_target"] / len(nodes),
+        "right option named first": _yes(asked.options[0] == symbols[row["target"]]),
+        "next sentence is of a later edge": [_yes(b > a) for a, b in pairwise(told)],
+        **words,
+    }
+
+
+def _neighbours(row: Row) -> tuple[list[list[int]], list[list[int]]]:
+    """The parents and the children of every node."""
+    parents: list[list[int]] = [[] for _ in row["idx_to_symbol"]]
+    children: list[list[int]] = [[] for _ in row["idx_to_symbol"]]
+    for a, b in row["edges"]:
+        children[a].append(b)
+        parents[b].append(a)
+    return parents, children
+
+
+def _distances(children: list[list[int]], root: int) -> dict[int, int]:
+    distances, queue = {root: 0}, [root]
+    for node in queue:
+        for child in children[node]:
+            if child not in distances:
+                distances[child] = distances[node] + 1
+                queue.append(child)
+    return distances
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+def _than(a: int, b: int) -> str:
+    return "deeper" if a > b else "as deep" if a == b else "less deep"
+
+
+BUILDER = Builder(
+    task="prosqa",
+    title="which of two nodes can be reached?",
+    about=(
+        "Random directed acyclic graphs, each with a question: which of two leaves can be reached from a root? The "
+        "task is ProsQA (Hao et al., arXiv 2412.06769)."
+    ),
+    fields=FIELDS,
+    read=lambda config, path: released_rows(path),
+    measure=measure,
+    key=shape,
+    alike=alike,
+    recipe=recipe,
+    counts=lambda config: COUNTS[config.preset],
+    made=lambda config: {"preset": config.preset.value, "dials": config.dials()},
+)
 
 main = application("build_prosqa", ProsqaBuild, build)
 

@@ -51,6 +51,10 @@ class SourceKeys:
     num_train: int | None = None
     num_valid: int | None = None
     num_test: int | None = None
+    num_workers: int | None = None  # processes; by default one for each core
+    compare: str | None = None  # a file to set beside; nothing is written then
+    compare_rows: int = 10000  # made for it, if rows are made
+    tokenizer: str | None = None  # to compare lengths in its tokens, too
 
     def __post_init__(self) -> None:
         if not self.name or self.name != Path(self.name).name:
@@ -60,6 +64,10 @@ class SourceKeys:
         for split, count in self.counts.items():
             if count is not None and count < 0:
                 raise ValueError(f"num_{split} is {count}; it must be 0 or more.")
+        for key in ("num_workers", "compare_rows"):
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                raise ValueError(f"{key} is {count}; it must be 1 or more.")
         if self.source and self.train:
             raise ValueError(
                 f"source={self.source} and train={self.train} are both given: the file to be divided "

@@ -1,23 +1,51 @@
-"""How built data lies on the disk, and how a source is divided into splits."""
+"""How built data lies on the disk: the splits, a manifest that says how they were made, and a card to read."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from coconut.files import sha256, write_json, write_text
+from data_builders.statistics import Measures, summary
 
 Row = dict[str, Any]
 SPLITS = ("train", "valid", "test")
 
 
-def write_splits(out_dir: str, name: str, splits: dict[str, list[Row]], made: dict[str, Any]) -> None:
-    """Write the splits, then the manifest. Files of the same name are replaced.
+@dataclass(frozen=True)
+class Card:
+    """What the data card says besides numbers. `fields`: what a row holds, by name."""
+
+    task: str
+    title: str
+    about: str
+    fields: dict[str, str]
+    command: str
+
+
+def write_splits(
+    out_dir: str,
+    name: str,
+    splits: dict[str, list[Row]],
+    made: dict[str, Any],
+    card: Card,
+    measured: Mapping[str, Sequence[Measures]],
+    shared: dict[str, int],
+) -> None:
+    """Write the splits, the card and, last, the manifest. Files of the same name are replaced.
+
+    All are written beside their places first, and moved there together. `shared` counts the questions
+    that two splits have in common.
 
     Raises ValueError if a split lies there that this set does not have: it would look like part of it.
     """
@@ -32,25 +60,53 @@ def write_splits(out_dir: str, name: str, splits: dict[str, list[Row]], made: di
                 f"{path} is from an earlier build, and this one has no {split} rows. Make all splits of a "
                 f"set in one command, give another name than name={name}, or remove the file."
             )
-    manifest = folder / f"{name}_manifest.json"
-    manifest.unlink(missing_ok=True)
-    shared = shared_questions(splits)
     for pair, count in shared.items():
         print(f"warning: {count} questions are in two splits, {pair}", file=sys.stderr)
-    files = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{name}.*.part"):  # of a build that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
+    try:
+        manifest = {**made, "version": _version(), "shared_questions": shared, "splits": {}}
+        for split, rows in splits.items():
+            path = part / f"{name}_{split}.json"
+            lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+            write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+            manifest["splits"][split] = {"file": path.name, "rows": len(rows), "sha256": sha256(path)}
+        manifest["statistics"] = {split: summary(measured[split]) for split in splits}
+        write_text(part / f"{name}_card.md", _card_text(name, card, manifest))
+        write_json(part / f"{name}_manifest.json", manifest)
+        (folder / f"{name}_manifest.json").unlink(missing_ok=True)
+        names = [f"{name}_{which}" for which in (*(f"{split}.json" for split in splits), "card.md", "manifest.json")]
+        for file in names:
+            os.replace(part / file, folder / file)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     for split, rows in splits.items():
-        path = folder / f"{name}_{split}.json"
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
-        files[split] = {"file": path.name, "rows": len(rows), "sha256": sha256(path)}
-        print(f"{path}  {len(rows)} rows")
-    write_json(manifest, {**made, "version": _version(), "shared_questions": shared, "splits": files})
-    print(manifest)
+        print(f"{folder / f'{name}_{split}.json'}  {len(rows):,} rows")
+    print(f"{folder / f'{name}_manifest.json'}, {name}_card.md beside it")
 
 
-def shared_questions(splits: dict[str, list[Row]]) -> dict[str, int]:
-    questions = {split: {row["question"] for row in rows} for split, rows in splits.items()}
-    counts = {f"{a} and {b}": len(questions[a] & questions[b]) for a, b in combinations(questions, 2)}
+def shared_questions(
+    splits: dict[str, list[Row]],
+    keys: dict[str, list[int]],
+    alike: Callable[[Row, Row], bool],
+) -> dict[str, int]:
+    """Of each two splits, how many questions of the first are alike to one of the second.
+
+    `keys` are equal where questions are alike, row by row; only rows with equal ones are compared.
+    """
+    rows_by_key: dict[str, dict[int, list[Row]]] = {}
+    for split, rows in splits.items():
+        found = rows_by_key.setdefault(split, {})
+        for row, key in zip(rows, keys[split], strict=True):
+            found.setdefault(key, []).append(row)
+    counts = {}
+    for a, b in combinations(rows_by_key, 2):
+        common = rows_by_key[a].keys() & rows_by_key[b].keys()
+        counts[f"{a} and {b}"] = sum(
+            any(alike(row, other) for other in rows_by_key[b][key]) for key in common for row in rows_by_key[a][key]
+        )
     return {pair: count for pair, count in counts.items() if count}
 
 
@@ -65,6 +121,34 @@ def divide(rows: list[Row], counts: dict[str, int], seed: int) -> dict[str, list
     valid, rows = rows[: counts["valid"]], rows[counts["valid"] :]
     test, rows = rows[: counts["test"]], rows[counts["test"] :]
     return {"train": rows[: counts.get("train")], "valid": valid, "test": test}
+
+
+def _card_text(name: str, card: Card, manifest: dict[str, Any]) -> str:
+    splits, statistics = manifest["splits"], manifest["statistics"]
+    lines = [f"# {name}: {card.title}", "", card.about, "", "Made with", "", f"    {card.command}", ""]
+    lines += ["| split | file | rows | SHA-256 |", "| --- | --- | --- | --- |"]
+    lines += [f"| {s} | {d['file']} | {d['rows']:,} | {d['sha256'][:16]}… |" for s, d in splits.items()]
+    lines += ["", "Each file is a JSON list with one row a line. A row holds:", ""]
+    lines += [f"- `{field}`: {text}" for field, text in card.fields.items()]
+    if manifest["shared_questions"]:
+        said = ", ".join(f"{count} of {pair}" for pair, count in manifest["shared_questions"].items())
+        lines += ["", f"**Questions in two splits:** {said}."]
+    lines += ["", f"| statistic | {' | '.join(splits)} |", f"| --- |{' --- |' * len(splits)}"]
+    names = {name: None for split in splits for name in statistics[split]}
+    for statistic in names:
+        said = " | ".join(_in_words(statistics[split].get(statistic)) for split in splits)
+        lines.append(f"| {statistic} | {said} |")
+    return "\n".join([*lines, ""])
+
+
+def _in_words(value: dict[str, float] | None) -> str:
+    if value is None:
+        return ""
+    if {"mean", "sd", "min", "max"} == value.keys():
+        return f"{value['mean']:.4g} ± {value['sd']:.2g} ({value['min']:g} to {value['max']:g})"
+    if len(value) > 12:
+        return f"{len(value)} values"
+    return ", ".join(f"{name} {share:.1%}" for name, share in value.items())
 
 
 def _version() -> str:

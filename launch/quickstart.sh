@@ -19,12 +19,11 @@ echo "[1/5] Set-up"
 source launch/setup.sh base
 
 echo "[2/5] Data: random graphs of 8 nodes, and a question about each (seconds)"
-[ -f "data/$name/graphs_manifest.json" ] || "$python" -m data_builders.prosqa out_dir="data/$name" seed="$seed"
+[ -f "data/$name/graphs_manifest.json" ] || \
+    "$python" -m data_builders.prosqa preset=graphs name=graphs out_dir="data/$name" seed="$seed"
 
 echo "[3/5] Training: first with written steps, then with thoughts in their place (three to eight minutes)"
-"$python" -m coconut.train experiment=quickstart run="runs/$name" seed="$seed" \
-    data.train="data/$name/graphs_train.json" data.valid="data/$name/graphs_valid.json" \
-    data.test="data/$name/graphs_test.json"
+"$python" -m coconut.train experiment=quickstart run="runs/$name" seed="$seed" data.files="data/$name/graphs"
 
 echo "[4/5] Evaluation: 500 graphs that the model has never seen (seconds)"
 "$python" -m coconut.evaluate run="runs/$name" batch_size=250

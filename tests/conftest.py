@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from coconut.data import Example, build_word_tokenizer
 from coconut.methods import Reasoning
 from coconut.model import LatentLM
+from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
@@ -39,6 +41,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 96},
 }  # fmt: skip
+
+
+def graph_rows(seed: int, count: int, nodes: int = 8) -> list[dict[str, Any]]:
+    """Small graphs in symbols, with questions."""
+    dials = ProsqaBuild(preset=Preset.graphs, nodes=nodes).graph_dials()
+    return [draw_row(random.Random(f"{seed} {index}"), dials, Form.symbols) for index in range(count)]
 
 
 @pytest.fixture(autouse=True, scope="session")

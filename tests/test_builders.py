@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections import Counter
-from itertools import pairwise
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import networkx
+import datasets
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import byte_level_tokenizer
 
 from coconut.files import sha256
 from coconut.tasks import prontoqa as prontoqa_task
-from coconut.tasks import prosqa as prosqa_task
 from data_builders import gsm8k, prontoqa, prosqa
-from data_builders.prosqa import ProsqaBuild, graph_rows
+from data_builders.prosqa import ProsqaBuild
+from data_builders.statistics import Line, compact, compare, summary
+from data_builders.writing import SPLITS, shared_questions
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -34,87 +38,18 @@ def read(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 3), st.integers(0, 2), st.integers(0, 6))
-def test_graphs_hold_what_they_promise(seed: int, low: int, more: int, spare: int) -> None:
-    high = low + more
-    nodes = low + high + 2 + spare
-    rows = graph_rows(seed, 12, nodes=nodes, min_hops=low, max_hops=high)
-    assert len(rows) == 12
-    for row in rows:
-        graph = prosqa_task.graph(row["question"])
-        root, target, other = (str(row[key]) for key in ("root", "target", "neg_target"))
-        assert set(graph.nodes) == {str(node) for node in range(nodes)}
-        assert sorted(graph.edges) == sorted((str(a), str(b)) for a, b in row["edges"])
-        assert graph.number_of_edges() == len(row["edges"])
-        assert networkx.is_directed_acyclic_graph(graph)
-        assert max(degree for _, degree in graph.in_degree()) <= 2
-        assert graph.in_degree(root) == 0
-        assert graph.graph["root"] == root
-        assert set(graph.graph["options"]) == {target, other}
-        assert low <= networkx.shortest_path_length(graph, root, target) == len(row["steps"]) <= high
-        assert all(graph.has_edge(*edge) for edge in pairwise([root, *row["steps"]]))
-        assert row["steps"][-1] == row["answer"] == target
-        assert not networkx.has_path(graph, root, other)
-        heads = [node for node in networkx.ancestors(graph, other) if graph.in_degree(node) == 0]
-        ways = [head for head in heads if not networkx.has_path(graph, head, target)]
-        distances = [networkx.shortest_path_length(graph, head, other) for head in ways]
-        assert low + high - len(row["steps"]) in distances, "the same pair can be asked the other way round"
-
-
-def test_graphs_are_balanced_and_differ() -> None:
-    rows = graph_rows(seed=3, count=2001)
-    hops = Counter(len(row["steps"]) for row in rows)
-    assert set(hops) == {2, 3}
-    assert abs(hops[2] - hops[3]) <= 1
-    keys = ("root", "target", "neg_target")
-    asked = {(frozenset(map(tuple, row["edges"])), *(row[key] for key in keys)) for row in rows}
-    assert len(asked) == len(rows)
-    assert Counter(row["answer"] for row in rows).keys() == set("01234567")
-    assert graph_rows(seed=3, count=50) == rows[:50]
-    assert graph_rows(seed=4, count=50) != rows[:50]
-
-
-def test_target_and_distractor_look_alike() -> None:
-    """Whatever is counted without the root tells them apart half the time (4 standard errors)."""
-    rows = graph_rows(seed=0, count=4000)
-    wins: Counter[str] = Counter()
-    for row in rows:
-        graph = networkx.DiGraph(map(tuple, row["edges"]))
-        pair = row["target"], row["neg_target"]
-        first = row["question"].split(" ? ")[1].split()[0]
-        measures = {
-            "edges in": [graph.in_degree(node) for node in pair],
-            "edges out": [graph.out_degree(node) for node in pair],
-            "ancestors": [len(networkx.ancestors(graph, node)) for node in pair],
-            "named first": [first == str(node) for node in pair],
-            "place of the last mention": [_last_mention(row["edges"], node) for node in pair],
-        }
-        for name, (target, distractor) in measures.items():
-            wins[name] += (target > distractor) - (target < distractor)
-    assert all(abs(won) < 4 * len(rows) ** 0.5 for won in wins.values()), wins
-
-
-def _last_mention(edges: list[list[int]], node: int) -> int:
-    return max(place for place, edge in enumerate(edges) if node in edge)
-
-
-def test_too_many_graphs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Asked for 500 different questions.*raise nodes"):
-        graph_rows(0, 500, nodes=4, min_hops=1, max_hops=1)
+GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
 
 
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"nodes": 6}, "nodes=6 is too few.* = 7"),
-        ({"min_hops": 4}, "min_hops=4, max_hops=3"),
         ({"num_valid": -1}, "num_valid is -1"),
+        ({"num_workers": 0}, "num_workers is 0"),
+        ({"compare_rows": 0}, "compare_rows is 0"),
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"source": "a", "train": "b"}, "source=a and train=b"),
         ({"source": "a", "test": "b", "num_test": 3}, "num_test=3 and test=b"),
-        ({"source": "a", "preset": prosqa.Preset.graphs}, "preset=graphs and source=a"),
-        ({"valid": "a", "nodes": 9}, "nodes=9 .* valid=a"),
     ],
 )
 def test_keys_that_contradict(keys: dict, complaint: str) -> None:
@@ -122,47 +57,154 @@ def test_keys_that_contradict(keys: dict, complaint: str) -> None:
         ProsqaBuild(**keys)
 
 
-def test_the_command_writes_the_same_files_again(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        config = ProsqaBuild(out_dir=str(tmp_path / folder), num_train=30, num_valid=6, num_test=4, seed=5)
-        prosqa.build(config)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["graphs_manifest.json", "graphs_test.json", "graphs_train.json", "graphs_valid.json"]
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    manifest = json.loads((tmp_path / "a" / "graphs_manifest.json").read_text())
-    assert manifest["dials"] == {"nodes": 8, "min_hops": 2, "max_hops": 3}
-    assert (manifest["preset"], manifest["seed"], manifest["shared_questions"]) == ("graphs", 5, {})
-    for split, count in {"train": 30, "valid": 6, "test": 4}.items():
-        path = tmp_path / "a" / f"graphs_{split}.json"
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("config", "build"),
+    [
+        (ProsqaBuild(seed=5, **GRAPHS), prosqa.build),
+        (ProsqaBuild(seed=5, name="prosqa"), prosqa.build),
+        (prontoqa.ProntoqaBuild(seed=5), prontoqa.build),
+    ],
+    ids=["graphs", "prosqa", "prontoqa"],
+)
+def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, tmp_path: Path) -> None:
+    counts = {"num_train": 300, "num_valid": 260, "num_test": 10}
+    for workers in (1, 2):
+        build(replace(config, out_dir=str(tmp_path / str(workers)), num_workers=workers, **counts))
+    one, two = (digests(tmp_path / folder) for folder in "12")
+    card = f"{config.name}_card.md"
+    assert len(one) == 5
+    assert {k: v for k, v in one.items() if k != card} == {k: v for k, v in two.items() if k != card}
+    cards = [(tmp_path / folder / card).read_text() for folder in "12"]
+    assert cards[0].replace(" num_workers=1", "").replace("/1 ", "/2 ") == cards[1].replace(" num_workers=2", "")
+    manifest = json.loads((tmp_path / "1" / f"{config.name}_manifest.json").read_text())
+    assert (manifest["seed"], manifest["shared_questions"]) == (5, {})
+    assert manifest["preset"] == ("graphs" if config.name == "graphs" else "released")
+    assert manifest["dials"]["hops_from"] == {"graphs": 2, "prosqa": 3, "prontoqa": 5}[config.name]
+    for split, count in {"train": 300, "valid": 260, "test": 10}.items():
+        path = tmp_path / "1" / f"{config.name}_{split}.json"
         assert manifest["splits"][split] == {"file": path.name, "rows": count, "sha256": sha256(path)}
         assert len(read(path)) == count
+        assert len({row["question"] for row in read(path)}) == count
         assert len(path.read_text().splitlines()) == count + 2, "one row a line"
+        assert manifest["statistics"][split]
+        assert path.name in cards[0]
 
 
-def test_more_training_rows_leave_the_other_splits_alone(tmp_path: Path) -> None:
+def test_more_rows_leave_the_other_splits_alone(tmp_path: Path) -> None:
     for count in (5, 9):
-        prosqa.build(ProsqaBuild(str(tmp_path / str(count)), num_train=count, num_valid=4, num_test=4))
-    for split in ("valid", "test"):
-        name = f"graphs_{split}.json"
-        assert (tmp_path / "5" / name).read_bytes() == (tmp_path / "9" / name).read_bytes()
+        prosqa.build(ProsqaBuild(str(tmp_path / str(count)), **GRAPHS, num_train=count, num_valid=count, num_test=4))
+    small, large = ({split: read(tmp_path / n / f"graphs_{split}.json") for split in SPLITS} for n in "59")
+    assert small["test"] == large["test"]
+    assert small["train"] == large["train"][:5]
+    assert small["valid"] == large["valid"][:5]
+
+
+def test_no_question_is_like_one_of_another_split_even_of_another_seed(tmp_path: Path) -> None:
+    """Of so small graphs there are few, and most come again and again."""
+    splits = {}
+    for seed in (0, 1):
+        config = ProsqaBuild(str(tmp_path / str(seed)), **GRAPHS, nodes=9, seed=seed)
+        prosqa.build(replace(config, num_train=400, num_valid=60, num_test=60))
+        splits |= {f"{split} {seed}": read(tmp_path / str(seed) / f"graphs_{split}.json") for split in SPLITS}
+    keys = {split: list(map(prosqa.shape, rows)) for split, rows in splits.items()}
+    shared = shared_questions(splits, keys, prosqa.alike)
+    assert set(shared) <= {f"{split} 0 and {split} 1" for split in SPLITS}
+    assert shared["train 0 and train 1"] > 100, "the check does find what is alike"
+
+
+def test_too_many_questions_are_refused(tmp_path: Path) -> None:
+    config = ProsqaBuild(str(tmp_path), **GRAPHS, nodes=4, hops_from=1, hops_to=1, num_train=300, num_valid=0)
+    with pytest.raises(ValueError, match=r"Asked for 800 questions, but after \d+ hardly any new ones come"):
+        prosqa.build(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_split_of_another_build_is_not_left_beside(tmp_path: Path) -> None:
-    prosqa.build(ProsqaBuild(str(tmp_path), num_train=4, num_valid=4, num_test=4))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    prosqa.build(ProsqaBuild(str(tmp_path), **GRAPHS, num_train=4, num_valid=4, num_test=4))
+    before = digests(tmp_path)
     with pytest.raises(ValueError, match=r"graphs_test\.json is from an earlier build"):
-        prosqa.build(ProsqaBuild(str(tmp_path), num_train=4, num_valid=4, num_test=0))
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        prosqa.build(ProsqaBuild(str(tmp_path), **GRAPHS, num_train=4, num_valid=4, num_test=0))
+    assert digests(tmp_path) == before
 
 
 def test_questions_in_two_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(DATA / "prosqa_released.json")
     prosqa.build(ProsqaBuild(str(tmp_path), train=file, test=file))
     assert "4 questions are in two splits, train and test" in capsys.readouterr().err
-    manifest = json.loads((tmp_path / "graphs_manifest.json").read_text())
+    manifest = json.loads((tmp_path / "prosqa_manifest.json").read_text())
     assert manifest["shared_questions"] == {"train and test": 4}
     assert manifest["sources"]["test"] == {"file": "prosqa_released.json", "sha256": sha256(file)}
+    assert "**Questions in two splits:** 4 of train and test." in (tmp_path / "prosqa_card.md").read_text()
+
+
+def test_datasets_opens_what_is_written(tmp_path: Path) -> None:
+    prosqa.build(ProsqaBuild(str(tmp_path), num_train=6, num_valid=3, num_test=2))
+    files = {split: str(tmp_path / f"prosqa_{split}.json") for split in SPLITS}
+    loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 6, "valid": 3, "test": 2}
+    assert list(loaded["test"]) == read(Path(files["test"]))
+
+
+def test_comparing_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    keys: dict[str, Any] = {"compare_rows": 30, "tokenizer": str(tmp_path / "tokenizer")}
+    files = {"prosqa": "prosqa_released.json", "prontoqa": "prontoqa_generated.json", "gsm8k": "gsm8k_test.jsonl"}
+    prosqa.build(ProsqaBuild(compare=str(DATA / files["prosqa"]), **keys))
+    prontoqa.build(prontoqa.ProntoqaBuild(compare=str(DATA / files["prontoqa"]), **keys))
+    gsm8k.build(gsm8k.Gsm8kBuild(source=str(DATA / files["gsm8k"]), compare=str(DATA / files["gsm8k"]), **keys))
+    said = capsys.readouterr().out
+    assert "30 rows here" in said
+    assert "4 rows of the file" in said
+    assert re.search(r"^hops to the target: 3 +[0-9.]+ % +[0-9.]+ % +[-+][0-9.]+$", said, re.M)
+    assert said.count("tokens of the question") == 3
+    assert re.search(r"^sentences of the context +25 +25$", said, re.M), "no difference of what never varies"
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_statistics_by_hand() -> None:
+    first = [{"n": 1.0, "hops": "a", "in": ["x", "x", "y"]}, {"n": 3.0, "hops": "b", "in": ["y"]}]
+    assert summary(first) == {
+        "n": {"mean": 2.0, "sd": 1.0, "min": 1.0, "max": 3.0},
+        "hops": {"a": 0.5, "b": 0.5},
+        "in": {"x": 0.5, "y": 0.5},
+    }
+    assert summary(list(map(compact, first))) == summary(first)
+    assert all(line.distance in (0, None) for line in compare(first, first))
+    lines = {line.name: line for line in compare(first * 50, [{"n": 2.0, "hops": "a", "in": ["z"]}] * 50)}
+    assert lines["hops: b"].first == "50.0 %"
+    assert lines["in: z"] == Line("in: z", "0.0 %", "100.0 %", lines["in: z"].distance)
+    assert lines["n"].distance == 0
+    a, b = (np.random.default_rng(seed).normal(size=400) for seed in (1, 2))
+    (line,) = compare([{"n": float(x)} for x in a], [{"n": float(x)} for x in b[:100]])
+    pooled = np.concatenate([a, b[:100]]).std()
+    assert line.distance == pytest.approx((a.mean() - b[:100].mean()) / (pooled * (1 / 400 + 1 / 100) ** 0.5))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare(first, [])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_leaves_nothing(stop: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_builders.prosqa", "num_train=1000000", "num_workers=2", "out_dir=here"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE.parent)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    first = process.stdout.readline()
+    time.sleep(1)
+    os.killpg(process.pid, stop)
+    said, _ = process.communicate(timeout=60)
+    assert "Making 1,000,800 rows" in first, "it says what it does"
+    assert process.returncode == (130 if stop is signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_source_is_divided(tmp_path: Path) -> None:
@@ -207,9 +249,10 @@ def test_a_prosqa_row_that_contradicts_itself(change: dict, complaint: str, tmp_
         prosqa.released_rows(str(tmp_path / "bad.json"))
 
 
-def test_what_graphs_writes_can_be_read_back(tmp_path: Path) -> None:
-    prosqa.build(ProsqaBuild(str(tmp_path), num_train=20, num_valid=0, num_test=0))
-    path = tmp_path / "graphs_train.json"
+@pytest.mark.parametrize("preset", prosqa.Preset)
+def test_what_is_written_can_be_read_back(preset: prosqa.Preset, tmp_path: Path) -> None:
+    prosqa.build(ProsqaBuild(str(tmp_path), preset=preset, num_train=20, num_valid=0, num_test=0))
+    path = tmp_path / "prosqa_train.json"
     assert prosqa.released_rows(str(path)) == read(path)
 
 
@@ -230,7 +273,7 @@ def test_released_prontoqa(path: Path) -> None:
     [
         ({"answer": "Yes"}, "'answer' is 'Yes'"),
         ({"chain_of_thought": []}, "'chain_of_thought' is"),
-        ({"chain_of_thought": ["Max is a zumpus."]}, "the proof ends in"),
+        ({"chain_of_thought": ["Max is a zumpus."]}, "does not follow"),
         ({"query": "Max is dull."}, "must begin with 'True or false: '"),
     ],
 )
@@ -241,80 +284,6 @@ def test_a_bad_prontoqa_row(change: dict, complaint: str, tmp_path: Path) -> Non
     (tmp_path / "bad.json").write_text(json.dumps(examples))
     with pytest.raises(ValueError, match=rf"1 bad of 3 rows[^\0]*row example\d: .*{complaint}"):
         prontoqa.released_rows(str(tmp_path / "bad.json"))
-
-
-def test_released_gsm8k() -> None:
-    first, hash_sign, bare, negative, thousands = gsm8k.released_rows(str(DATA / "gsm8k_test.jsonl"))
-    assert first["steps"] == ["<<16-3-4=9>>", "<<9*2=18>>"]
-    assert first["answer"] == "18"
-    assert "#" in hash_sign["question"]
-    assert bare["steps"] == []
-    assert negative["answer"].startswith("-")
-    assert "," not in thousands["answer"]
-    assert len(thousands["answer"]) > 3
-
-
-def test_gsm8k_sentences() -> None:
-    rows = gsm8k.released_rows(str(DATA / "gsm8k_test.jsonl"), gsm8k.Steps.sentences)
-    assert rows[0]["steps"][1] == "She makes 9 * 2 = $18 every day at the farmer’s market."
-    assert rows[2]["steps"]
-    assert not any("<<" in step or "####" in step for row in rows for step in row["steps"])
-
-
-def test_released_gsm8k_aug() -> None:
-    first, bare, thousands = gsm8k.released_rows(str(DATA / "gsm8k_aug_valid.txt"))
-    assert first["question"].startswith("John cuts his grass")
-    assert first["steps"] == ["<<4-2=2>>", "<<2/.5=4>>", "<<12/4=3>>", "<<100*3=300>>"]
-    assert first["answer"] == "300"
-    assert bare["steps"] == []
-    assert "," not in thousands["answer"]
-    with pytest.raises(ValueError, match="has no sentences"):
-        gsm8k.released_rows(str(DATA / "gsm8k_aug_valid.txt"), gsm8k.Steps.sentences)
-
-
-def test_gsm8k_aug_line() -> None:
-    row = gsm8k.from_aug("Room #4 || 5 costs #### what?||<<1+1=2>> <<2*-600=-1200>> #### -1,200.50\r")
-    assert row == {
-        "question": "Room #4 || 5 costs #### what?",
-        "steps": ["<<1+1=2>>", "<<2*-600=-1200>>"],
-        "answer": "-1200.50",
-    }
-
-
-COUNTS = {
-    "gsm8k_test.jsonl": (5, 1),
-    "gsm8k_aug_valid.txt": (3, 1),
-    "train.jsonl": (7473, 95),
-    "test.jsonl": (1319, 18),
-    "aug_valid.txt": (500, 6),
-}
-
-
-@pytest.mark.parametrize(
-    "path",
-    [DATA / "gsm8k_test.jsonl", DATA / "gsm8k_aug_valid.txt", *existing("gsm8k/*.jsonl", "gsm8k/*.txt")],
-    ids=lambda path: path.name,
-)
-def test_no_gsm8k_row_has_an_empty_step(path: Path) -> None:
-    rows = gsm8k.released_rows(str(path))
-    assert (len(rows), sum(row["steps"] == [] for row in rows)) == COUNTS[path.name]
-    assert all(step.strip() for row in rows for step in row["steps"])
-
-
-def test_bad_gsm8k_rows_are_counted_before_it_stops(tmp_path: Path) -> None:
-    good = "How many?||<<1+1=2>> #### 2\n"
-    bad = ["no bars #### 2\n", "Q||<<1+1=2>>\n", "Q||<<1+1=2>> #### two\n", "Q||<<1+1=2 #### 2\n"]
-    bad += ["Q||text <<1+1=2>> #### 2\n", "||<<1+1=2>> #### 2\n"] * 4
-    (tmp_path / "train.txt").write_text(good + "\n" + "".join(bad))
-    with pytest.raises(ValueError, match="12 bad of 13 rows") as error:
-        gsm8k.released_rows(str(tmp_path / "train.txt"))
-    lines = str(error.value).splitlines()
-    assert lines[1] == "  row 3: it has no question before a '||': 'no bars #### 2'."
-    assert "####" in lines[2]
-    assert "'two' is not a number" in lines[3]
-    assert "do not match" in lines[4]
-    assert "more than <<...>>" in lines[5]
-    assert lines[-1] == "  and 2 more"
 
 
 @pytest.mark.parametrize(
@@ -368,14 +337,15 @@ def test_the_command_from_another_folder(tmp_path: Path) -> None:
     done = command(tmp_path, "data_builders.prosqa", "num_train=3", "num_valid=2", "num_test=2", "out_dir=here")
     assert (done.returncode, done.stderr) == (0, "")
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert written == [f"here/graphs_{part}.json" for part in ("manifest", "test", "train", "valid")]
+    parts = ("card.md", "manifest.json", "test.json", "train.json", "valid.json")
+    assert written == [f"here/prosqa_{part}" for part in parts]
 
 
 @pytest.mark.parametrize("name", ["prosqa", "prontoqa", "gsm8k"])
 def test_help(name: str, tmp_path: Path) -> None:
     done = command(tmp_path, f"data_builders.{name}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count(f"python -m data_builders.{name} ") == 3
+    assert done.stdout.count(f"python -m data_builders.{name}") >= 3
     assert all(key in done.stdout for key in ("out_dir", "name", "seed", "source", "num_train"))
     assert not list(tmp_path.iterdir())
 

@@ -186,8 +186,9 @@ def test_import_is_light() -> None:
 # --- structure ------------------------------------------------------------------------------------
 
 LAYERS = [
-    ["cli", "files", "methods", "tasks"],
+    ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
+    ["sources"],
     ["data", "losses", "engine", "schedule"],
     ["layout"],
     ["model"],
@@ -196,7 +197,7 @@ LAYERS = [
     ["train", "analysis"],
     ["analyze"],
 ]
-TORCHLESS = {"cli", "files", "methods", "tasks", "config", "schedule"}
+TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule"}
 
 
 def imports(path: Path) -> set[str]:
@@ -229,7 +230,7 @@ def test_imports_run_downwards() -> None:
             assert not {m for m in imports(path) if m.split(".")[-1] in ("model", "data", "methods")}
     for path in (ROOT / "data_builders").glob("*.py"):
         ours = {module for module in imports(path) if module.startswith("coconut.")}
-        assert ours <= {"coconut.cli", "coconut.files", "coconut.tasks"}
+        assert ours <= {"coconut.cli", "coconut.files", "coconut.screen", "coconut.tasks"}
 
 
 @pytest.fixture(scope="module")

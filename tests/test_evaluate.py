@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build
+from conftest import build, graph_rows
 from scipy.stats import norm
 
 from coconut import LatentLM
@@ -33,7 +33,6 @@ from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.tasks import TASKS
 from coconut.train import run as run_train
-from data_builders.graphs import graph_rows
 
 
 @pytest.fixture(scope="module")

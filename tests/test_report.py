@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import graph_rows
 
 from coconut import analyze
 from coconut.analysis.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
@@ -25,7 +26,6 @@ from coconut.config import (
 )
 from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, PromptFormat, Unit
-from data_builders.graphs import graph_rows
 
 
 @pytest.fixture(scope="module")

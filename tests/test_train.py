@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import graph_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -39,9 +40,9 @@ from coconut.engine.local import LocalEngine
 from coconut.files import read_json
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.schedule import Schedule, updates_since_reset
+from coconut.sources import data_files
 from coconut.tracking import read_metrics
 from coconut.train import Diverged, Training, differences, run
-from data_builders.graphs import graph_rows
 
 CURRICULUM = Curriculum(max_stage=2, unit=Unit.updates, first=5, each=4, total=14, mixing_probability=0.3)
 ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}  # dropout is on
@@ -361,7 +362,7 @@ def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> 
     model = ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", attention="eager")
     config = settings(data, tmp_path / "run", model=model)
     run(config)
-    again = Training(config, tmp_path / "run")
+    again = Training(config, tmp_path / "run", data_files(asdict(data)))
     assert again.lm.base.config._attn_implementation == "eager"
 
 
@@ -428,7 +429,8 @@ def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data
     config = settings(data, folder, init=str(finished), curriculum=replace(CURRICULUM, start_stage=2, total=3))
     run(config)
     assert read_json(folder / "run.json")["init"] == str(Checkpoints(finished).find("best"))
-    lm = Training(settings(data, tmp_path / "fresh", init=str(finished)), tmp_path / "fresh").lm
+    fresh = settings(data, tmp_path / "fresh", init=str(finished))
+    lm = Training(fresh, tmp_path / "fresh", data_files(asdict(data))).lm
     loaded = LatentLM.from_pretrained(Checkpoints(finished).find("best"))
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
 

@@ -32,7 +32,8 @@ from coconut.analysis.page import (
 from coconut.analysis.plots import Band, Curves, graph_picture, learning_curves
 from coconut.files import read_json
 from coconut.methods import Slot, Stage, Unit, method_named
-from coconut.tracking import CONFIG, DESCRIPTION, duration, read_config, read_metrics
+from coconut.screen import duration
+from coconut.tracking import CONFIG, DESCRIPTION, read_config, read_metrics
 
 BINS = 200  # points of the smoothed training loss, over a whole run
 SHOWN_RIGHT, SHOWN_WRONG, DRAWN = 4, 5, 2  # sample answers, and graphs drawn of each

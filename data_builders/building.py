@@ -1,0 +1,121 @@
+"""What every builder does: make rows or read them, then write the set, or set it beside a file.
+
+A builder's module says the rest in one `Builder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from typing import Any
+
+from data_builders.making import Recipe, Row, make_splits
+from data_builders.sources import SourceKeys
+from data_builders.statistics import Measures, compare, table
+from data_builders.writing import Card, shared_questions, write_splits
+
+
+def text_key(row: Row) -> int:
+    """For tasks whose questions are alike only if their text is the same."""
+    return int.from_bytes(blake2b(row["question"].encode(), digest_size=8).digest())
+
+
+def same_text(row: Row, other: Row) -> bool:
+    return row["question"] == other["question"]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One task's part, with the build's configuration handed to whatever depends on it.
+
+    read: the rows of a released file. read_splits: all that are asked for, and what the manifest says of them.
+    key: as in `Recipe`; alike decides where keys are equal.
+    If rows can be made, recipe says how, counts how many by default, made what the manifest says of them.
+    """
+
+    task: str
+    title: str
+    about: str
+    fields: dict[str, str]
+    read: Callable[[Any, str], list[Row]]
+    measure: Callable[[Row], Measures]
+    key: Callable[[Row], int] = text_key
+    alike: Callable[[Row, Row], bool] = same_text
+    read_splits: Callable[[Any], tuple[dict[str, list[Row]], dict[str, Any]]] | None = None
+    recipe: Callable[[Any], Recipe] | None = None
+    counts: Callable[[Any], dict[str, int]] = lambda config: {}
+    made: Callable[[Any], dict[str, Any]] = lambda config: {}
+
+
+def run(config: SourceKeys, builder: Builder) -> None:
+    """Carry out a build. Raises ValueError for what the user can mend."""
+    if config.compare:
+        _compare(config, builder)
+        return
+    if config.files or not builder.recipe:
+        splits, made = _read(config, builder)
+        measured = {split: [builder.measure(row) for row in rows] for split, rows in splits.items()}
+        keys = {split: [builder.key(row) for row in rows] for split, rows in splits.items()}
+    else:
+        counts = builder.counts(config) | {split: n for split, n in config.counts.items() if n is not None}
+        made = builder.made(config)
+        print(f"Making {sum(counts.values()):,} rows, {_in_words(made)}", flush=True)
+        rows = make_splits(builder.recipe(config), counts, config.seed, config.num_workers)
+        splits = {split: [one.row for one in part] for split, part in rows.items()}
+        measured = {split: [one.measures for one in part] for split, part in rows.items()}
+        keys = {split: [one.key for one in part] for split, part in rows.items()}
+    shared = shared_questions(splits, keys, builder.alike)
+    card = Card(builder.task, builder.title, builder.about, builder.fields, command(config, builder))
+    made = {"task": builder.task, "seed": config.seed, **made}
+    write_splits(config.out_dir, config.name, splits, made, card, measured, shared)
+    print(f"Train on it: python -m coconut.train data={builder.task} data.files={config.out_dir}/{config.name} ...")
+
+
+def command(config: SourceKeys, builder: Builder) -> str:
+    """The command that makes the same set again."""
+    given = [f"{f.name}={value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default]
+    return " ".join([f"python -m data_builders.{builder.task}", *given])
+
+
+def _in_words(made: dict[str, Any]) -> str:
+    """As in "preset=released, nodes=28, ..."."""
+    values = {"preset": made["preset"], **made["dials"]}
+    return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None)
+
+
+def _read(config: SourceKeys, builder: Builder) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    if builder.read_splits:
+        return builder.read_splits(config)
+    return config.read(lambda path: builder.read(config, path)), {"sources": config.described()}
+
+
+def _compare(config: SourceKeys, builder: Builder) -> None:
+    assert config.compare
+    there = builder.read(config, config.compare)
+    if config.files or not builder.recipe:
+        rows = [row for split in _read(config, builder)[0].values() for row in split]
+        here = [builder.measure(row) for row in rows]
+    else:
+        made = make_splits(builder.recipe(config), {"train": config.compare_rows}, config.seed, config.num_workers)
+        rows, here = [one.row for one in made["train"]], [one.measures for one in made["train"]]
+    others = [builder.measure(row) for row in there]
+    if config.tokenizer:
+        lengths = [_lengths(part, config.tokenizer) for part in (rows, there)]
+        here = [a | b for a, b in zip(here, lengths[0], strict=True)]
+        others = [a | b for a, b in zip(others, lengths[1], strict=True)]
+    print(table(compare(here, others), f"{len(rows):,} rows here", f"{len(there):,} rows of the file"))
+
+
+def _lengths(rows: Sequence[Row], tokenizer: str) -> list[Measures]:
+    """In tokens, in the common text form: the question and its newline; the steps with theirs; the answer."""
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    parts = {
+        "tokens of the question": [f"{row['question']}\n" for row in rows],
+        "tokens of the steps": ["".join(f"{step}\n" for step in row["steps"]) for row in rows],
+        "tokens of the answer": [f"### {row['answer']}" for row in rows],
+    }
+    counted = {name: [float(len(ids)) for ids in encode(texts)["input_ids"]] for name, texts in parts.items()}
+    return [{name: counts[place] for name, counts in counted.items()} for place in range(len(rows))]

@@ -1,0 +1,83 @@
+"""Small graphs of two chains, for a first look: easy to learn, and nothing but the root gives the answer away.
+
+Nodes 0 and 1 are the roots of two chains, and no node of one chain is reached from the other root. The end
+of one chain is the target, the end of the other the distractor, and the question asks from the target's
+root. The two chains are drawn by one rule, so whoever does not read which root is asked can do no better
+than guess: in any graph the same pair, asked from the other root, is an equally likely question with the
+other answer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from math import inf
+
+from data_builders.graphs import Edge, Graph
+
+SOURCE_SHARE = 0.5  # of the nodes outside the chains, those that are further roots; the others branch off
+SECOND_PARENT = 0.8  # probability of a second edge into a node, if one is possible
+
+
+@dataclass(frozen=True)
+class ChainDials:
+    """The target is `hops_from` to `hops_to` edges from its root, each distance equally often.
+
+    If it is h away, the distractor is hops_from + hops_to - h away from its own root.
+    """
+
+    nodes: int
+    hops_from: int
+    hops_to: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the dial, if no graph can be drawn so."""
+        if not 1 <= self.hops_from <= self.hops_to:
+            raise ValueError(f"hops_from={self.hops_from}, hops_to={self.hops_to}; it must be 1 <= from <= to.")
+        needed = self.hops_from + self.hops_to + 2
+        if self.nodes < needed:
+            raise ValueError(
+                f"nodes={self.nodes} is too few for two chains with hops_from={self.hops_from} and "
+                f"hops_to={self.hops_to}, which need hops_from + hops_to + 2 = {needed}. Raise nodes or lower the hops."
+            )
+
+    def draw(self, rng: random.Random) -> Graph:
+        hops = rng.randint(self.hops_from, self.hops_to)
+        while True:
+            edges, ends = _grow(rng, self.nodes, hops, self.hops_from + self.hops_to - hops)
+            if len({node for edge in edges for node in edge}) == self.nodes:
+                return Graph(self.nodes, edges, 0, *ends) if rng.random() < 0.5 else _turned(self.nodes, edges, ends)
+
+
+def _grow(rng: random.Random, nodes: int, hops: int, other_hops: int) -> tuple[list[Edge], list[int]]:
+    """The edges, and the ends of the two chains. Every node comes after its parents."""
+    spare = nodes - hops - other_hops - 2
+    sources = 2 + sum(rng.random() < SOURCE_SHARE for _ in range(spare))
+    kinds = [0] * hops + [1] * other_hops + [2] * (nodes - sources - hops - other_hops)
+    rng.shuffle(kinds)
+
+    distance = [[inf] * nodes, [inf] * nodes]  # from either root
+    distance[0][0] = distance[1][1] = 0
+    ends = [0, 1]  # of the chains so far
+    edges: list[Edge] = []
+    for node, kind in enumerate(kinds, start=sources):
+        if kind == 2:
+            parents = [rng.randrange(node)]
+            allowed = [p for p in range(node) if p not in parents]
+        else:
+            own, other, parents = distance[kind], distance[1 - kind], [ends[kind]]
+            depth = own[ends[kind]]
+            allowed = [p for p in range(node) if own[p] >= depth and other[p] == inf and p not in parents]
+            ends[kind] = node
+        if allowed and rng.random() < SECOND_PARENT:
+            parents.append(rng.choice(allowed))
+        for steps in distance:
+            steps[node] = min(steps[p] + 1 for p in parents)
+        edges += [(p, node) for p in parents]
+    return edges, ends
+
+
+def _turned(nodes: int, edges: list[Edge], ends: list[int]) -> Graph:
+    """With the names of the two roots exchanged, so that either is asked about equally often."""
+    number = {0: 1, 1: 0}
+    return Graph(nodes, [(number.get(a, a), b) for a, b in edges], 1, *ends)

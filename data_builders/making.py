@@ -1,0 +1,121 @@
+"""Rows made from scratch: drawn, proved and measured, on as many processes as there are cores.
+
+Every row is a function of the seed, its split and its place, so the number of processes and the size of
+other splits change nothing. Which split a question may stand in depends on nothing but the question: on
+its key, which is the same for all questions that are alike (for graphs: up to the names of the nodes). So
+no question is like one of another split, not even of a set made with another seed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from coconut.screen import working
+from data_builders.statistics import Measures, compact
+
+Row = dict[str, Any]
+
+BATCH = 250  # rows that a process is given at once
+ATTEMPTS = 500  # draws for one place before the dials are held to be exhausted
+ORDER = ("valid", "test", "train")
+SHARES = {"valid": (0, 10), "test": (10, 20), "train": (20, 100)}  # of all possible questions, in per cent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one task's rows are made. Functions of modules or partials of them: processes get a copy.
+
+    draw: a row, from nothing but the random numbers; raises ValueError if the dials allow none.
+    key: a whole number, equal for questions that are alike, else evenly spread.
+    prove: raises ValueError if anything in the row is wrong; it must not trust what `draw` did.
+    measure: the row's statistics.
+    """
+
+    draw: Callable[[random.Random], Row]
+    key: Callable[[Row], int]
+    prove: Callable[[Row], object]
+    measure: Callable[[Row], Measures]
+
+
+@dataclass(frozen=True)
+class Made:
+    row: Row
+    key: int
+    measures: Measures
+    attempt: int
+
+
+def make_splits(
+    recipe: Recipe, counts: dict[str, int], seed: int, num_workers: int | None = None
+) -> dict[str, list[Made]]:
+    """So many rows of each split; `num_workers` processes, by default one for each core.
+
+    Raises ValueError if there are not so many different questions.
+    """
+    places = [(split, index) for split in ORDER for index in range(counts.get(split, 0))]
+    splits: dict[str, list[Made]] = {split: [] for split in ORDER if counts.get(split)}
+    questions: set[str] = set()
+    with working("making rows", len(places)) as bar:
+        rows = _make_all(recipe, places, seed, num_workers or _cores())
+        for done, (split, index) in enumerate(places, start=1):
+            made = next(rows)
+            while made and made.row["question"] in questions:
+                made = _make(recipe, seed, split, index, made.attempt + 1)
+            if not made:
+                raise ValueError(
+                    f"Asked for {len(places)} questions, but after {done - 1} hardly any new ones come. Ask for fewer, "
+                    "or turn the dials so that there are more."
+                )
+            questions.add(made.row["question"])
+            splits[split].append(made)
+            bar(done, split)
+    return splits
+
+
+def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_workers: int) -> Iterator[Made | None]:
+    batches = [places[start : start + BATCH] for start in range(0, len(places), BATCH)]
+    num_workers = min(num_workers, len(batches))
+    if num_workers < 2:
+        yield from (_make(recipe, seed, *place) for place in places)
+        return
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(num_workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        for batch in executor.map(partial(_make_batch, recipe, seed), batches):
+            yield from batch
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _make_batch(recipe: Recipe, seed: int, places: list[tuple[str, int]]) -> list[Made | None]:
+    return [_make(recipe, seed, split, index) for split, index in places]
+
+
+def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int = 0) -> Made | None:
+    """The row of this place, or None if no draw gives one that may stand in this split."""
+    low, high = SHARES[split]
+    for attempt in range(first_attempt, ATTEMPTS):
+        row = recipe.draw(random.Random(f"{seed} {split} {index} {attempt}"))
+        key = recipe.key(row)
+        if low <= key % 100 < high:
+            break
+    else:
+        return None
+    try:
+        recipe.prove(row)
+    except ValueError as error:
+        raise AssertionError(f"A row came out wrong ({error}): {row}") from error
+    return Made(row, key, compact(recipe.measure(row)), attempt)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
