@@ -5,14 +5,15 @@ A builder's module says the rest in one `Builder`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from data_builders.making import Recipe, Row, make_splits
+from data_builders.making import Recipe, Row, as_line, make_splits
 from data_builders.sources import SourceKeys
-from data_builders.statistics import Measures, compare, table
+from data_builders.statistics import Measures, compact, compare, table
 from data_builders.writing import Card, shared_questions, write_splits
 
 
@@ -54,15 +55,16 @@ def run(config: SourceKeys, builder: Builder) -> None:
         _compare(config, builder)
         return
     if config.files or not builder.recipe:
-        splits, made = _read(config, builder)
-        measured = {split: [builder.measure(row) for row in rows] for split, rows in splits.items()}
-        keys = {split: [builder.key(row) for row in rows] for split, rows in splits.items()}
+        read, made = _read(config, builder)
+        splits = {split: [as_line(row) for row in rows] for split, rows in read.items()}
+        measured = {split: [compact(builder.measure(row)) for row in rows] for split, rows in read.items()}
+        keys = {split: [builder.key(row) for row in rows] for split, rows in read.items()}
     else:
         counts = builder.counts(config) | {split: n for split, n in config.counts.items() if n is not None}
         made = builder.made(config)
         print(f"Making {sum(counts.values()):,} rows, {_in_words(made)}", flush=True)
         rows = make_splits(builder.recipe(config), counts, config.seed, config.num_workers)
-        splits = {split: [one.row for one in part] for split, part in rows.items()}
+        splits = {split: [one.line for one in part] for split, part in rows.items()}
         measured = {split: [one.measures for one in part] for split, part in rows.items()}
         keys = {split: [one.key for one in part] for split, part in rows.items()}
     shared = shared_questions(splits, keys, builder.alike)
@@ -98,7 +100,7 @@ def _compare(config: SourceKeys, builder: Builder) -> None:
         here = [builder.measure(row) for row in rows]
     else:
         made = make_splits(builder.recipe(config), {"train": config.compare_rows}, config.seed, config.num_workers)
-        rows, here = [one.row for one in made["train"]], [one.measures for one in made["train"]]
+        rows, here = [json.loads(one.line) for one in made["train"]], [one.measures for one in made["train"]]
     others = [builder.measure(row) for row in there]
     if config.tokenizer:
         lengths = [_lengths(part, config.tokenizer) for part in (rows, there)]

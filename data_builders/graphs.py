@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from dataclasses import dataclass
+from functools import cache
 from math import exp, inf, isinf
 
 Edge = tuple[int, int]
@@ -172,19 +173,23 @@ def _grow(rng: random.Random, dials: GraphDials, hops: int | None) -> tuple[list
 def _numbers_of_parents(rng: random.Random, dials: GraphDials) -> list[int]:
     """Poisson numbers; given their sum they are multinomial."""
     if dials.edges is None:
-        return [_poisson(rng, dials.branching) for _ in range(dials.nodes)]
+        cumulated = _poisson(dials.branching)
+        return [bisect(cumulated, rng.random()) for _ in range(dials.nodes)]
     counts = [0] * dials.nodes
     for _ in range(dials.edges):
         counts[rng.randrange(2, dials.nodes)] += 1
     return counts
 
 
-def _poisson(rng: random.Random, mean: float) -> int:
-    limit, count, product = exp(-mean), 0, rng.random()
-    while product > limit:
-        count += 1
-        product *= rng.random()
-    return count
+@cache
+def _poisson(mean: float) -> list[float]:
+    """The cumulated distribution, up to where it is 1 in floating point."""
+    probability = exp(-mean)
+    cumulated = [probability]
+    while cumulated[-1] + probability > cumulated[-1]:
+        probability *= mean / len(cumulated)
+        cumulated.append(cumulated[-1] + probability)
+    return cumulated
 
 
 def _chains(rng: random.Random, dials: GraphDials, hops: int | None) -> dict[int, int]:

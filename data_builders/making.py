@@ -8,6 +8,7 @@ no question is like one of another split, not even of a set made with another se
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -47,7 +48,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Made:
-    row: Row
+    question: str
+    line: str  # the row as JSON
     key: int
     measures: Measures
     attempt: int
@@ -67,14 +69,14 @@ def make_splits(
         rows = _make_all(recipe, places, seed, num_workers or _cores())
         for done, (split, index) in enumerate(places, start=1):
             made = next(rows)
-            while made and made.row["question"] in questions:
+            while made and made.question in questions:
                 made = _make(recipe, seed, split, index, made.attempt + 1)
             if not made:
                 raise ValueError(
                     f"Asked for {len(places)} questions, but after {done - 1} hardly any new ones come. Ask for fewer, "
                     "or turn the dials so that there are more."
                 )
-            questions.add(made.row["question"])
+            questions.add(made.question)
             splits[split].append(made)
             bar(done, split)
     return splits
@@ -113,7 +115,11 @@ def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int 
         recipe.prove(row)
     except ValueError as error:
         raise AssertionError(f"A row came out wrong ({error}): {row}") from error
-    return Made(row, key, compact(recipe.measure(row)), attempt)
+    return Made(row["question"], as_line(row), key, compact(recipe.measure(row)), attempt)
+
+
+def as_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False)
 
 
 def _cores() -> int:

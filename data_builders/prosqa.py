@@ -316,24 +316,21 @@ _MASK = (1 << 64) - 1
 def shape(row: Row) -> int:
     """A number that neither renaming the nodes nor reordering the edges changes.
 
-    Nodes begin as what they are (root, option or neither) and three times take up, as sums, what their
-    parents and their children are.
+    Nodes begin as what they are (root, option or neither) and three times take up what their parents and
+    what their children are.
     """
-    nodes = range(len(row["idx_to_symbol"]))
     parents, children = _neighbours(row)
+    nodes = range(len(parents))
     roles = {row["root"]: 2, row["target"]: 3, row["neg_target"]: 3}
     colours = [_mix(roles.get(node, 1)) for node in nodes]
     for _ in range(3):
-        above = [_mix(colour + 1) for colour in colours]
-        below = [_mix(colour + 2) for colour in colours]
-        colours = [
-            _mix(3 * colours[n] + 5 * sum([above[p] for p in parents[n]]) + 7 * sum([below[c] for c in children[n]]))
-            for n in nodes
-        ]
+        of = colours.__getitem__
+        colours = [_mix(3 * colours[n] + 5 * sum(map(of, parents[n])) + 7 * sum(map(of, children[n]))) for n in nodes]
     return _mix(sum(colours))
 
 
 def _mix(number: int) -> int:
+    """64 bits, of which every one depends on all of the number's."""
     number = (number & _MASK) * 0x9E3779B97F4A7C15 & _MASK
     return ((number ^ number >> 29) * 0xBF58476D1CE4E5B9 & _MASK) ^ number >> 32
 
@@ -375,10 +372,9 @@ def measure(row: Row) -> Measures:
         if node != root:
             ways[node] = sum(ways[p] for p in parents[node] if own.get(p) == own[node] - 1)
     persons = [node for node in nodes if not parents[node]]
+    every = row["question"].count("Every ")
     words = {} if asked.symbolic else {
-        "form of a sentence": [
-            "Every X is a Y." if f"Every {a} is a {b}." in row["question"] else "X is a Y." for a, b in asked.edges
-        ],
+        "form of a sentence": {"Every X is a Y.": every, "X is a Y.": len(asked.edges) - every},
         "names of persons": [symbols[node] for node in persons],
         "names of concepts": [symbols[node] for node in nodes if parents[node]],
         "persons are the nodes without parents": _yes({n for n in nodes if symbols[n][0].isupper()} == set(persons)),

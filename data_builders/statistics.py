@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-Value = float | str | Sequence[float] | Sequence[str] | Counter[str]
+Value = float | str | Sequence[float] | Sequence[str] | dict[str, int]
 Measures = dict[str, Value]
 
 SHOWN_VALUES = 12  # of a measure with more, the comparison shows how many there are, not each one's share
@@ -43,7 +43,7 @@ def compact(measures: Measures) -> Measures:
     compacted: Measures = {}
     for name, value in measures.items():
         texts = [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
-        compacted[name] = Counter(texts) if texts else value
+        compacted[name] = dict(Counter(texts)) if texts else value
     return compacted
 
 
@@ -151,7 +151,7 @@ def _columns(measured: Sequence[Measures]) -> tuple[dict[str, list[list[float]]]
     words: dict[str, list[Counter[str]]] = {}
     for name in _names(measured):
         values: list[Any] = [row.get(name, []) for row in measured]
-        if any(isinstance(v, (str, Counter)) or (isinstance(v, list) and v and isinstance(v[0], str)) for v in values):
+        if any(isinstance(v, (str, dict)) or (isinstance(v, list) and v and isinstance(v[0], str)) for v in values):
             words[name] = [Counter([v] if isinstance(v, str) else v) for v in values]
         else:
             numbers[name] = [list(v) if isinstance(v, (list, tuple)) else [v] for v in values]

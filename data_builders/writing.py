@@ -36,16 +36,16 @@ class Card:
 def write_splits(
     out_dir: str,
     name: str,
-    splits: dict[str, list[Row]],
+    splits: dict[str, list[str]],
     made: dict[str, Any],
     card: Card,
     measured: Mapping[str, Sequence[Measures]],
     shared: dict[str, int],
 ) -> None:
-    """Write the splits, the card and, last, the manifest. Files of the same name are replaced.
+    """Write the splits, given as a JSON text for each row, the card and, last, the manifest.
 
-    All are written beside their places first, and moved there together. `shared` counts the questions
-    that two splits have in common.
+    Files of the same name are replaced: all are written beside their places first, and moved there
+    together. `shared` counts the questions that two splits have in common.
 
     Raises ValueError if a split lies there that this set does not have: it would look like part of it.
     """
@@ -70,8 +70,7 @@ def write_splits(
         manifest = {**made, "version": _version(), "shared_questions": shared, "splits": {}}
         for split, rows in splits.items():
             path = part / f"{name}_{split}.json"
-            lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-            write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+            write_text(path, "[\n" + ",\n".join(rows) + "\n]\n")
             manifest["splits"][split] = {"file": path.name, "rows": len(rows), "sha256": sha256(path)}
         manifest["statistics"] = {split: summary(measured[split]) for split in splits}
         write_text(part / f"{name}_card.md", _card_text(name, card, manifest))
@@ -88,15 +87,16 @@ def write_splits(
 
 
 def shared_questions(
-    splits: dict[str, list[Row]],
+    splits: dict[str, list[str]],
     keys: dict[str, list[int]],
     alike: Callable[[Row, Row], bool],
 ) -> dict[str, int]:
     """Of each two splits, how many questions of the first are alike to one of the second.
 
-    `keys` are equal where questions are alike, row by row; only rows with equal ones are compared.
+    `splits` hold a JSON text for each row. `keys` are equal where questions are alike, row by row; only rows
+    with equal ones are compared.
     """
-    rows_by_key: dict[str, dict[int, list[Row]]] = {}
+    rows_by_key: dict[str, dict[int, list[str]]] = {}
     for split, rows in splits.items():
         found = rows_by_key.setdefault(split, {})
         for row, key in zip(rows, keys[split], strict=True):
@@ -105,7 +105,9 @@ def shared_questions(
     for a, b in combinations(rows_by_key, 2):
         common = rows_by_key[a].keys() & rows_by_key[b].keys()
         counts[f"{a} and {b}"] = sum(
-            any(alike(row, other) for other in rows_by_key[b][key]) for key in common for row in rows_by_key[a][key]
+            any(alike(json.loads(row), json.loads(other)) for other in rows_by_key[b][key])
+            for key in common
+            for row in rows_by_key[a][key]
         )
     return {pair: count for pair, count in counts.items() if count}
 
