@@ -282,6 +282,7 @@ def measure(row: Row) -> Measures:
         "the fact of the proof is the last": float(question.context[-1].text == proof[0].text),
         "entity": query.subject,
         "answer": row["answer"],
+        "query": "negated" if query.negated else "plain",
         "answer and query": f"{row['answer']}, query {'negated' if query.negated else 'plain'}",
         "conclusion": "negated" if end.negated else "plain",
         "property asked about": query.word,

@@ -111,7 +111,8 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         (["method=cocnut"], "There is no method 'cocnut'"),
         (["optimizer.lr=0"], "optimizer.lr is 0"),
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
-        (["data.train=''"], "data.train names no file"),
+        (["data=own"], "data.train names no file"),
+        (["data.train=a.json"], "data.valid names no file"),
     ],
 )
 def test_unknown_keys_and_wrong_values_are_refused(overrides: list[str], words: str) -> None:
@@ -122,7 +123,7 @@ def test_unknown_keys_and_wrong_values_are_refused(overrides: list[str], words: 
 def test_an_error_is_one_message(tmp_path: Path) -> None:
     for overrides, words in [
         (["curriculum.total=3"], "error: The stages of coconut before the last one"),
-        (["data.train=away.json"], "away.json does not exist"),
+        (["data.train=away.json", "data.valid=away.json"], "away.json does not exist"),
     ]:
         done = python("-m", "coconut.train", "experiment=quickstart", *overrides, cwd=tmp_path)
         assert done.returncode == 2
@@ -264,4 +265,4 @@ def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Pa
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "data" / "graphs_train.json").read_text())) == 5
+    assert len(json.loads((tmp_path / "data" / "prosqa_train.json").read_text())) == 5

@@ -1,0 +1,1 @@
+"""Measurements against a named baseline; none of them is a test."""

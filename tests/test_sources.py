@@ -1,0 +1,92 @@
+"""Data that nobody named is made once, and found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coconut.config import DataConfig, EngineConfig, EvaluateConfig, ModelConfig, Task, TrainConfig
+from coconut.evaluate import read_results
+from coconut.evaluate import run as run_evaluate
+from coconut.files import read_json
+from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.sources import data_files, default_cache_dir
+from coconut.train import run
+
+BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_test": 8, "nodes": None}
+
+
+def config(**changes: Any) -> DataConfig:
+    return DataConfig(**{"task": Task.prosqa, "build": BUILD, **changes})
+
+
+def test_files_that_are_named(tmp_path: Path) -> None:
+    own = DataConfig(train="a.json", valid="b.json", build=BUILD)
+    assert data_files(asdict(own)) == {"train": "a.json", "valid": "b.json", "test": ""}
+    (tmp_path / "mine_test.json").touch()
+    common = data_files(asdict(config(files=str(tmp_path / "mine"))))
+    assert common == {split: str(tmp_path / f"mine_{split}.json") for split in ("train", "valid", "test")}
+    assert data_files(asdict(config(files=str(tmp_path / "other"))))["test"] == "", "a set need not have one"
+
+
+def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = config(cache_dir=str(tmp_path))
+    files = data_files(asdict(data))
+    said = capfd.readouterr().out
+    assert 'Making the data, once: python -m data_builders.prosqa preset="graphs" seed=3' in said
+    assert "The data lie in" in said
+    counts = {split: len(json.loads(Path(file).read_text())) for split, file in files.items()}
+    assert counts == {"train": 24, "valid": 8, "test": 8}
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert data_files(asdict(data)) == files
+    assert capfd.readouterr().out == ""
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    other = data_files(asdict(replace(data, build=BUILD | {"seed": 4})))
+    assert Path(other["train"]).read_text() != Path(files["train"]).read_text()
+    assert len(list((tmp_path / "data").iterdir())) == 2, "nothing half-made is left beside"
+
+
+def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = config(cache_dir=str(tmp_path), build=BUILD | {"nodes": 4})
+    with pytest.raises(ValueError, match=r"could not make the data.*data\.train=FILE"):
+        data_files(asdict(data))
+    assert "error: nodes=4 is too few for two chains" in capfd.readouterr().err
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"files": "a", "train": "b"}, "data.files=a and data.train=b are both given"),
+        ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
+        ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
+    ],
+)
+def test_keys_that_contradict(keys: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        DataConfig(**keys)
+
+
+def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains, goes on from another cache, and is evaluated on the test split that was made with its data."""
+    tiny = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    trained = TrainConfig(
+        run=str(tmp_path / "run"), data=config(format=PromptFormat("{}", "{} ", "### {}")),
+        curriculum=Curriculum(max_stage=1, unit=Unit.updates, first=2, each=1, total=4), batch_size=8,
+        model=ModelConfig(architecture=tiny, tokenizer="words"), engine=EngineConfig(device="cpu"), max_new_tokens=4,
+    )  # fmt: skip
+    assert run(replace(trained)) == 0
+    first = read_json(tmp_path / "run" / "run.json")["data"]["train"]
+    assert first["file"].startswith(str(default_cache_dir()))
+    monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "elsewhere"))
+    assert run(replace(trained)) == 0, "the same bytes, so the same run"
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"))) == 0
+    (result,) = read_results(tmp_path / "run").values()
+    assert result["count"] == 8
+    assert result["file"].startswith(str(tmp_path / "elsewhere"))
