@@ -13,8 +13,10 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,12 +91,39 @@ def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_work
         yield from (_make(recipe, seed, *place) for place in places)
         return
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    executor = ProcessPoolExecutor(num_workers, context, _follow_parent)
     try:
-        for batch in executor.map(partial(_make_batch, recipe, seed), batches):
+        with _interrupts_ignored():
+            made = executor.map(partial(_make_batch, recipe, seed), batches)
+        for batch in made:
             yield from batch
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started here leave interrupts to this one from their first moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _follow_parent() -> None:
+    """A worker ends with its parent, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make_batch(recipe: Recipe, seed: int, places: list[tuple[str, int]]) -> list[Made | None]:

@@ -200,12 +200,18 @@ def test_an_interrupted_build_leaves_nothing(stop: signal.Signals, tmp_path: Pat
     assert process.stdout
     first = process.stdout.readline()
     time.sleep(1)
-    os.killpg(process.pid, stop)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    process.send_signal(stop) if stop is signal.SIGKILL else os.killpg(process.pid, stop)
     said, _ = process.communicate(timeout=60)
     assert "Making 1,000,800 rows" in first, "it says what it does"
     assert process.returncode == (130 if stop is signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in said
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < until, "workers outlive their parent"
+        time.sleep(0.1)
 
 
 def test_a_source_is_divided(tmp_path: Path) -> None:
