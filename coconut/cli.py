@@ -14,6 +14,11 @@ CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent /
 
 # Values of these keys are text, taken to the letter: no quoting, lists or interpolation.
 TEXT_KEYS = ("question",)
+# Values of these, or of keys that end in one of them after a dot, are names of files and folders: what Hydra's
+# grammar would not take is quoted for them. Lists for a multirun and quotes of one's own stay.
+PATH_KEYS = ("run", "init", "output", "out_dir", "source", "train", "valid", "test", "compare", "tokenizer", "files",
+             "cache_dir", "base", "hub")  # fmt: skip
+PLAIN = re.compile(r"[A-Za-z0-9_./:~+@%=,\-?]*|['\"\[{].*|.*\$\{.*", re.DOTALL)
 
 
 def application(config_name: str, schema: type, run: Callable[[Any], int | None]) -> Callable[[], None]:
@@ -68,9 +73,15 @@ def refuse_namesake() -> None:
 def quote_text(argument: str) -> str:
     """`question=any text` as an override that Hydra's grammar and OmegaConf give back to the letter."""
     key, sign, text = argument.partition("=")
-    if not sign or key not in TEXT_KEYS:
+    is_path = key.lstrip("+").split(".")[-1] in PATH_KEYS and not PLAIN.fullmatch(text)
+    if not sign or not (key in TEXT_KEYS or is_path):
         return argument
+    return f"{key}={quoted(text)}"
+
+
+def quoted(text: str) -> str:
+    """Any text as a value that Hydra's grammar and OmegaConf give back to the letter."""
     text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
     text = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)
     text = re.sub(r"(\\+)$", lambda m: m[1] * 2, text)
-    return f"{key}='{text}'"
+    return f"'{text}'"

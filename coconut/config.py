@@ -115,6 +115,14 @@ class DataConfig:
                     f"data.build.{key}={self.build[key]}: data.build says how rows are made. For files, name them "
                     "with data.train, data.valid and data.test."
                 )
+        for key in ("num_train", "num_valid"):
+            if self.build.get(key) == 0:
+                raise ValueError(f"data.build.{key} is 0, and a run needs such rows. Leave it out, or raise it.")
+        if (hub := self.build.get("hub")) and Path(hub).exists():
+            raise ValueError(
+                f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
+                f"data_builders.{self.task} hub={hub}, and name the files with data.files=data/{self.task}."
+            )
 
     def absolute(self) -> DataConfig:
         """The same files, named so that they are found from any folder."""

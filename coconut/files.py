@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def sole_owner(folder: Path | str) -> Iterator[None]:
         for left in folder.rglob(".*.part"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         yield
+
+
+def clear_abandoned(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left half-written: hidden entries of this pattern, a day old or more."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def release(folder: Path | str) -> None:

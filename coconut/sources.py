@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from coconut.cli import quoted
 from coconut.config import SPLITS
+from coconut.files import clear_abandoned
 from coconut.screen import say
 
 
@@ -47,24 +52,58 @@ def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
-    keys = [f"{key}={json.dumps(value)}" for key, value in build.items()]
-    say(f"Making the data, once: python -m data_builders.{task} {' '.join(keys)}")
     cache.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(cache, f".{task}-*")
+    say(" ".join([f"Making the data, once: python -m data_builders.{task}", *(f"{k}={v}" for k, v in build.items())]))
+    keys = [f"{key}={_as_override(value)}" for key, value in build.items()]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
-        place = Path(part) / folder.name
-        command = [sys.executable, "-m", f"data_builders.{task}", *keys, f"out_dir={json.dumps(str(place))}"]
-        if subprocess.run([*command, f"name={task}"], check=False).returncode:
+        if _run([f"data_builders.{task}", *keys, f"out_dir={folder.name}", f"name={task}"], part):
             raise ValueError(
                 f"data_builders.{task} could not make the data; its message stands above. Change data.build, or name "
                 "files: data.train=FILE data.valid=FILE, or data.files=FOLDER/NAME for what a builder wrote."
             )
         try:
-            place.rename(folder)
+            (Path(part) / folder.name).rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
     say(f"The data lie in {folder}")
     return folder
+
+
+def _run(module_and_keys: list[str], folder: str) -> int:
+    """The exit status of a module run in a folder. SIGTERM to this process ends that one, too."""
+    here = str(Path(__file__).parent.parent)
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    with (
+        _sigterm_raised(),
+        subprocess.Popen([sys.executable, "-m", *module_and_keys], cwd=folder, env=known) as process,
+    ):
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """As SystemExit, so that what was begun is cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_override(value: Any) -> str:
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _version() -> str:

@@ -6,6 +6,7 @@ A builder's module says the rest in one `Builder`.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
@@ -14,7 +15,7 @@ from typing import Any
 from data_builders.making import Recipe, Row, as_line, make_splits
 from data_builders.sources import SourceKeys
 from data_builders.statistics import Measures, compact, compare, table
-from data_builders.writing import Card, shared_questions, write_splits
+from data_builders.writing import Card, check_place, shared_questions, write_splits
 
 
 def text_key(row: Row) -> int:
@@ -61,6 +62,7 @@ def run(config: SourceKeys, builder: Builder) -> None:
         keys = {split: [builder.key(row) for row in rows] for split, rows in read.items()}
     else:
         counts = builder.counts(config) | {split: n for split, n in config.counts.items() if n is not None}
+        check_place(config.out_dir, config.name, [split for split, count in counts.items() if count], builder.task)
         made = builder.made(config)
         print(f"Making {sum(counts.values()):,} rows, {_in_words(made)}", flush=True)
         rows = make_splits(builder.recipe(config), counts, config.seed, config.num_workers)
@@ -71,13 +73,15 @@ def run(config: SourceKeys, builder: Builder) -> None:
     card = Card(builder.task, builder.title, builder.about, builder.fields, command(config, builder))
     made = {"task": builder.task, "seed": config.seed, **made}
     write_splits(config.out_dir, config.name, splits, made, card, measured, shared)
-    print(f"Train on it: python -m coconut.train data={builder.task} data.files={config.out_dir}/{config.name} ...")
 
 
 def command(config: SourceKeys, builder: Builder) -> str:
     """The command that makes the same set again."""
-    given = [f"{f.name}={value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default]
-    return " ".join([f"python -m data_builders.{builder.task}", *given])
+    left_out = ("num_workers", "out_dir")
+    given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
+    return shlex.join(
+        ["python", "-m", f"data_builders.{builder.task}", *(f"{f.name}={getattr(config, f.name)}" for f in given)]
+    )
 
 
 def _in_words(made: dict[str, Any]) -> str:
@@ -107,6 +111,8 @@ def _compare(config: SourceKeys, builder: Builder) -> None:
         here = [a | b for a, b in zip(here, lengths[0], strict=True)]
         others = [a | b for a, b in zip(others, lengths[1], strict=True)]
     print(table(compare(here, others), f"{len(rows):,} rows here", f"{len(there):,} rows of the file"))
+    if alone := sorted({name for m in here for name in m} ^ {name for m in others for name in m}):
+        print(f"Only one of the two has: {', '.join(alone)}.")
 
 
 def _lengths(rows: Sequence[Row], tokenizer: str) -> list[Measures]:

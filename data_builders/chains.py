@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from math import inf
 
-from data_builders.graphs import Edge, Graph
+from data_builders.graphs import TRIES, Edge, Graph
 
 SOURCE_SHARE = 0.5  # of the nodes outside the chains, those that are further roots; the others branch off
 SECOND_PARENT = 0.8  # probability of a second edge into a node, if one is possible
@@ -43,10 +43,14 @@ class ChainDials:
 
     def draw(self, rng: random.Random) -> Graph:
         hops = rng.randint(self.hops_from, self.hops_to)
-        while True:
+        for _ in range(TRIES):
             edges, ends = _grow(rng, self.nodes, hops, self.hops_from + self.hops_to - hops)
             if len({node for edge in edges for node in edge}) == self.nodes:
                 return Graph(self.nodes, edges, 0, *ends) if rng.random() < 0.5 else _turned(self.nodes, edges, ends)
+        raise ValueError(
+            f"nodes={self.nodes} is too many for two chains of {self.hops_from} to {self.hops_to} hops: in {TRIES} "
+            "graphs some node was always left without an edge. Lower nodes, or take preset=released form=symbols."
+        )
 
 
 def _grow(rng: random.Random, nodes: int, hops: int, other_hops: int) -> tuple[list[Edge], list[int]]:

@@ -13,14 +13,25 @@ from __future__ import annotations
 
 import random
 from bisect import bisect
+from collections import Counter
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from math import exp, inf, isinf
 
 Edge = tuple[int, int]
 
 TRIES = 3000  # graphs drawn for one question before giving up
+MOST_NODES = 500
 NEITHER, BOTH = 0, 3  # labels: bit f is set if root f reaches the node
+
+
+class Wanting(Enum):
+    """Why a graph gives no question, and what to do."""
+
+    edges = "they have another number of edges. Change edges, or raise nodes."
+    leaves = "no leaf is reached by one root only. Raise nodes, or lower branching or edges."
+    hops = "no leaf is as far from its root as asked. Widen the hops, raise nodes, lower branching, or set plant=true."
 
 
 @dataclass(frozen=True)
@@ -81,15 +92,17 @@ class GraphDials:
             )
         if not 0 < self.branching <= 20:
             raise ValueError(f"branching={self.branching}; the mean number of parents must be above 0 and at most 20.")
+        if self.nodes > MOST_NODES:
+            raise ValueError(f"nodes={self.nodes}; at most {MOST_NODES} are drawn.")
         if self.edges is not None and not needed - 2 <= self.edges <= (self.nodes - 2) ** 2 // 4:
             raise ValueError(
                 f"edges={self.edges}; with nodes={self.nodes} and these hops it must be {needed - 2} to "
                 f"{(self.nodes - 2) ** 2 // 4}."
             )
-        if self.depth_weight < 0:
-            raise ValueError(f"depth_weight={self.depth_weight}; it must be 0 or more.")
+        if not 0 <= self.depth_weight <= 1000:
+            raise ValueError(f"depth_weight={self.depth_weight}; it must be 0 to 1000.")
         shares = self.first_family, self.second_family
-        if min(shares) <= 0 or sum(shares) > 1:
+        if not (shares[0] > 0 and shares[1] > 0 and sum(shares) <= 1):
             raise ValueError(
                 f"first_family={shares[0]}, second_family={shares[1]}: both must be above 0, and together at most 1."
             )
@@ -97,15 +110,17 @@ class GraphDials:
     def draw(self, rng: random.Random) -> Graph:
         """Raises ValueError if these dials give no such graph in thousands of draws."""
         hops = rng.randint(self.hops_from, self.hops_to or self.hops_from) if self.plant else None
+        wanting: Counter[Wanting] = Counter()
         for _ in range(TRIES):
             parents, ends = _grow(rng, self, hops)
-            question = _ask(rng, self, parents, ends)
-            if question:
-                return _without_isolated(parents, *question)
-        raise ValueError(
-            f"In {TRIES} graphs there was none with the hops asked for ({self}). Raise nodes, widen hops_from to "
-            "hops_to, or set plant=true, which lays a chain of the wanted length first."
-        )
+            found = _ask(rng, self, parents, ends)
+            if not isinstance(found, Wanting):
+                return _without_isolated(parents, *found)
+            wanting[found] += 1
+        (reason, count), *_ = wanting.most_common()
+        drawn = f"branching={self.branching}" if self.edges is None else f"edges={self.edges}"
+        asked = f"nodes={self.nodes}, {drawn}, hops_from={self.hops_from}, hops_to={self.hops_to}"
+        raise ValueError(f"None of {TRIES} graphs gives a question with {asked}. Of {count}: {reason.value}")
 
 
 class _Pool:
@@ -203,8 +218,10 @@ def _chains(rng: random.Random, dials: GraphDials, hops: int | None) -> dict[int
 
 def _ask(
     rng: random.Random, dials: GraphDials, parents: list[list[int]], ends: list[int]
-) -> tuple[int, int, int] | None:
-    """Root, target and distractor; None if this graph has no such question."""
+) -> tuple[int, int, int] | Wanting:
+    """Root, target and distractor, or what the graph lacks."""
+    if dials.edges is not None and sum(map(len, parents)) != dials.edges:
+        return Wanting.edges
     distances = [_distances(parents, root) for root in (0, 1)]
     inner = {p for drawn in parents for p in drawn}
     leaves = [
@@ -212,10 +229,8 @@ def _ask(
          and node not in inner}
         for own, other in (distances, distances[::-1])
     ]  # fmt: skip
-    if dials.edges is not None and sum(map(len, parents)) != dials.edges:
-        return None
     if not leaves[0] or not leaves[1]:
-        return None
+        return Wanting.leaves
     least, most = dials.hops_from, inf if dials.hops_to is None else dials.hops_to
     if ends:
         planted = [family for family in (0, 1) if ends[family] > 1]
@@ -224,7 +239,7 @@ def _ask(
     if dials.equalize_depth:
         shared = sorted({depth for depth in leaves[0].values() if least <= depth <= most} & set(leaves[1].values()))
         if not shared:
-            return None
+            return Wanting.hops
         depth = rng.choice(shared)
         pair = [rng.choice([node for node, d in family.items() if d == depth]) for family in leaves]
         root = rng.randrange(2)
@@ -232,7 +247,7 @@ def _ask(
     deepest = [max(family.values()) for family in leaves]
     root = rng.randrange(2) if deepest[0] == deepest[1] else int(deepest[1] > deepest[0])
     if not least <= deepest[root] <= most:
-        return None
+        return Wanting.hops
     target = rng.choice([node for node, depth in leaves[root].items() if depth == deepest[root]])
     return root, target, rng.choice(list(leaves[1 - root]))
 

@@ -74,6 +74,8 @@ class Gsm8kBuild(SourceKeys):
         super().__post_init__()
         given = {"preset": self.preset, "hub": self.hub, **self.files}
         given = [f"{key}={value}" for key, value in given.items() if value]
+        if not given and self.compare:
+            raise ValueError(f"compare={self.compare} needs rows to be set beside it: give source=FILE, hub or preset.")
         if not given:
             presets = ", or ".join(f"preset={preset} ({name})" for preset, name in HUB_NAMES.items())
             raise ValueError(

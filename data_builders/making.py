@@ -16,6 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -75,8 +76,8 @@ def make_splits(
                 made = _make(recipe, seed, split, index, made.attempt + 1)
             if not made:
                 raise ValueError(
-                    f"Asked for {len(places)} questions, but after {done - 1} hardly any new ones come. Ask for fewer, "
-                    "or turn the dials so that there are more."
+                    f"Asked for {len(places)} questions, but after {done - 1} hardly any new ones come that may stand "
+                    f"in {split}: with these dials there are too few different ones. Ask for fewer, or raise nodes."
                 )
             questions.add(made.question)
             splits[split].append(made)
@@ -93,25 +94,29 @@ def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_work
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(num_workers, context, _follow_parent)
     try:
-        with _interrupts_ignored():
+        with _interrupts_held():
             made = executor.map(partial(_make_batch, recipe, seed), batches)
         for batch in made:
             yield from batch
+    except BrokenProcessPool:
+        raise OSError(
+            "A process that made rows was killed, perhaps for want of memory. Try again with num_workers=1."
+        ) from None
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started here leave interrupts to this one from their first moment."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held() -> Iterator[None]:
+    """Processes started here leave interrupts to this one, which gets its own when the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow_parent() -> None:

@@ -74,10 +74,19 @@ def recipe(config: ProntoqaBuild) -> Recipe:
 
 
 def released_rows(path: str) -> list[Row]:
-    """The test example of every record; what a few-shot file holds beside it is left out."""
+    """The test example of every record; what a few-shot file holds beside it is left out. Also rows made here."""
     released = open_released(path)
-    expect(released, Kind.prontoqa)
-    return rows_of(released, converted)
+    expect(released, Kind.prontoqa, Kind.rows)
+    return rows_of(released, converted if released.kind is Kind.prontoqa else checked)
+
+
+def checked(record: Any) -> Row:
+    """A row in the common format, if `prover.check` holds for it."""
+    row = {**record, **{key: text_field(record, key) for key in ("question", "answer")}}
+    if not isinstance(row.get("steps"), list) or not all(isinstance(step, str) for step in row["steps"]):
+        raise ValueError(f"'steps' is {row.get('steps')!r}; it must be a list of sentences.")
+    check(row)
+    return row
 
 
 def converted(record: Any) -> Row:

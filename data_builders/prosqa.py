@@ -138,7 +138,10 @@ class ProsqaBuild(SourceKeys):
 
     def graph_dials(self) -> GraphDials | ChainDials:
         kind = ChainDials if self.preset is Preset.graphs else GraphDials
-        return kind(**{field.name: self.dials()[field.name] for field in fields(kind)})
+        values = {field.name: self.dials()[field.name] for field in fields(kind)}
+        if kind is GraphDials:
+            values["hops_to"] = values["hops_to"] or None
+        return kind(**values)
 
 
 def build(config: ProsqaBuild) -> None:
@@ -233,7 +236,7 @@ def released_rows(path: str) -> list[Row]:
 
 
 def prove(row: Row) -> None:
-    """What a made row promises, from its text alone, by networkx.
+    """What a made row promises: its text is told by networkx, and its other fields are held against that.
 
     Raises ValueError if `checked` does, or the target is not reached, the distractor is, the steps are
     not a shortest path, an edge runs backwards, or `nodes_at_distance` is not so.
@@ -353,12 +356,20 @@ _LABELS = ("neither root", "the first root only", "the second root only", "both 
 
 
 def measure(row: Row) -> Measures:
-    """The statistics of one row that docs/data.md compares. Nodes 0 and 1 are held to be the two roots."""
+    """The statistics of one row that docs/data.md compares.
+
+    The other root is the first node without parents from which the distractor is reached and the target is
+    not: node 0 or 1 in rows made here and in the released ones.
+    """
     nodes = range(len(row["idx_to_symbol"]))
     parents, children = _neighbours(row)
-    from_root = [_distances(children, root) for root in (0, 1)]
-    root, other = row["root"], 1 - row["root"]
-    own, others = from_root[root], from_root[other]
+    own = _distances(children, row["root"])
+    heads = {node: _distances(children, node) for node in nodes if not parents[node] and node != row["root"]}
+    reaching = [node for node, far in heads.items() if row["neg_target"] in far and row["target"] not in far]
+    others = heads[reaching[0]] if reaching else {}
+    roots = sorted([row["root"], *reaching[:1]])
+    root, other = roots.index(row["root"]), 1 - roots.index(row["root"])
+    from_root = [own, others] if root == 0 else [others, own]
     labels = [(node in from_root[0]) + 2 * (node in from_root[1]) for node in nodes]
     leaves = [[n for n in nodes if not children[n] and labels[n] == family + 1] for family in (0, 1)]
     deepest = [max((from_root[f][n] for n in leaves[f]), default=0) for f in (0, 1)]
@@ -385,10 +396,10 @@ def measure(row: Row) -> Measures:
         "hops to the target": str(own[row["target"]]),
         "steps are a shortest path": _yes(len(row["steps"]) == own[row["target"]]),
         "shortest paths to the target": float(ways[row["target"]]),
-        "root": f"node {root}",
+        "root": f"node {row['root']}",
         "nodes reached by": [_LABELS[label] for label in labels],
-        "parents of a node": [str(min(len(parents[node]), 6)) for node in nodes if node > 1],
-        "children of a node": [str(min(len(children[node]), 7)) for node in nodes],
+        "parents of a node": [_up_to(len(parents[node]), 6) for node in nodes if node not in roots],
+        "children of a node": [_up_to(len(children[node]), 7) for node in nodes],
         "nodes without parents": float(len(persons)),
         "depth of a node": [float(far) for distances in from_root for far in distances.values()],
         "leaves of the root's family": float(len(leaves[root])),
@@ -430,6 +441,10 @@ def _distances(children: list[list[int]], root: int) -> dict[int, int]:
 
 def _yes(true: bool) -> str:
     return "yes" if true else "no"
+
+
+def _up_to(count: int, most: int) -> str:
+    return str(count) if count < most else f"{most}+"
 
 
 def _than(a: int, b: int) -> str:

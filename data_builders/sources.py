@@ -15,6 +15,9 @@ from data_builders.writing import SPLITS, Row, divide
 SHOWN = 10  # bad rows that an error names; it counts them all
 
 
+PROSQA_KEYS = {"question", "edges", "idx_to_symbol"}
+
+
 class Kind(StrEnum):
     prosqa = "ProsQA as released (a JSON list of question, steps, answer, idx_to_symbol, edges, ...)"
     prontoqa = "the output of ProntoQA's generator (a JSON object example1, example2, ...)"
@@ -64,6 +67,10 @@ class SourceKeys:
         for split, count in self.counts.items():
             if count is not None and count < 0:
                 raise ValueError(f"num_{split} is {count}; it must be 0 or more.")
+        if not self.out_dir:
+            raise ValueError("out_dir is empty; it names the folder to write into.")
+        if self.tokenizer and not self.compare:
+            raise ValueError(f"tokenizer={self.tokenizer} is for compare=FILE: give both, or leave it out.")
         for key in ("num_workers", "compare_rows"):
             count = getattr(self, key)
             if count is not None and count < 1:
@@ -97,7 +104,7 @@ class SourceKeys:
             counts = {split: 0 if split in splits else share for split in ("valid", "test")}
             counts |= {split: count for split, count in self.counts.items() if count is not None}
             return divide(rows, counts, self.seed) | splits
-        if unused := [f"num_{split}={count}" for split, count in self.counts.items() if count is not None]:
+        if unused := [f"num_{split}={count}" for split, count in self.counts.items() if count]:
             raise ValueError(
                 f"{unused[0]} has no file to divide: train, valid and test are taken whole. Leave it out, or "
                 "give the file as source=FILE."
@@ -133,8 +140,7 @@ def open_released(path: str | Path) -> Released:
         return _open_lines(path, lines)
     if isinstance(value, list):
         first = value[0] if value and isinstance(value[0], dict) else {}
-        rows, prosqa = {"question", "steps", "answer"}, {"question", "edges", "idx_to_symbol"}
-        kinds = [(Kind.prosqa, prosqa), (Kind.rows, rows)]
+        kinds = [(Kind.prosqa, PROSQA_KEYS), (Kind.rows, {"question", "steps", "answer"})]
         kind = next((kind for kind, keys in kinds if keys <= first.keys()), Kind.unknown)
         return Released(path, kind, list(enumerate(value, start=1)))
     if isinstance(value, dict) and "example1" in value:
@@ -176,6 +182,14 @@ def text_field(record: Any, name: str) -> str:
     return value.strip()
 
 
+def _parsed(line: str) -> Any:
+    """The JSON of a line; what is none becomes a bad row, and its reader says so."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
 def _open_lines(path: Path, lines: list[tuple[int, str]]) -> Released:
     try:
         first = json.loads(lines[0][1])
@@ -184,4 +198,6 @@ def _open_lines(path: Path, lines: list[tuple[int, str]]) -> Released:
         return Released(path, Kind.gsm8k_aug if aug else Kind.unknown, list(lines))
     if not isinstance(first, dict) or not {"question", "answer"} <= first.keys():
         return Released(path, Kind.unknown, list(lines))
+    if first.keys() >= PROSQA_KEYS:
+        return Released(path, Kind.prosqa, [(number, _parsed(line)) for number, line in lines])
     return Released(path, Kind.gsm8k, list(lines))

@@ -97,7 +97,7 @@ def _compare_shares(name: str, first: dict[str, Mean], second: dict[str, Mean]) 
     if len(values) > SHOWN_VALUES:
         squares = [d * d for d in distances.values() if d is not None]
         spread = (sum(squares) - len(squares)) / sqrt(2 * len(squares)) if squares else None
-        return [Line(name, f"{len(first)} values", f"{len(second)} values", spread)]
+        return [Line(f"{name}*", f"{len(first)} values", f"{len(second)} values", spread)]
     return [
         Line(f"{name}: {value}", f"{a.value * 100:.1f} %", f"{b.value * 100:.1f} %", distances[value])
         for value, (a, b) in pairs.items()
@@ -128,9 +128,11 @@ def table(lines: Sequence[Line], first: str, second: str) -> str:
         far = max(known, key=lambda line: abs(line.distance or 0))
         beyond = sum(abs(line.distance or 0) > 2 for line in known)
         text.append(
-            f"Differences are in standard errors. Of {len(known)}, {beyond} are beyond 2 (of {len(known)} independent "
-            f"ones {len(known) * 0.0455:.0f} would be by chance); the largest is {_signed(far.distance)}, {far.name}."
+            f"Differences are in standard errors. Beyond 2: {beyond} of {len(known)} (by chance "
+            f"{len(known) * 0.0455:.0f}, were they independent); the largest: {_signed(far.distance)}, {far.name}."
         )
+    if any(line.name.endswith("*") for line in lines):
+        text.append("* all values together: the sum of their squared differences, in its own standard deviations.")
     return "\n".join(text)
 
 

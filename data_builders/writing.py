@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from coconut.files import sha256, write_json, write_text
+from coconut.files import clear_abandoned, read_json, sha256, write_json, write_text
 from data_builders.statistics import Measures, summary
 
 Row = dict[str, Any]
@@ -47,24 +47,14 @@ def write_splits(
     Files of the same name are replaced: all are written beside their places first, and moved there
     together. `shared` counts the questions that two splits have in common.
 
-    Raises ValueError if a split lies there that this set does not have: it would look like part of it.
+    Raises ValueError or OSError as `check_place`.
     """
     splits = {split: splits[split] for split in SPLITS if splits.get(split)}
-    if not splits:
-        raise ValueError("There is not a single row to write. Raise num_train, num_valid or num_test.")
-    folder = Path(out_dir)
-    for split in SPLITS:
-        path = folder / f"{name}_{split}.json"
-        if split not in splits and path.exists():
-            raise ValueError(
-                f"{path} is from an earlier build, and this one has no {split} rows. Make all splits of a "
-                f"set in one command, give another name than name={name}, or remove the file."
-            )
+    folder = check_place(out_dir, name, list(splits), made["task"])
     for pair, count in shared.items():
         print(f"warning: {count} questions are in two splits, {pair}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f".{name}.*.part"):  # of a build that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    clear_abandoned(folder, f".{name}.*.part")
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
     try:
         manifest = {**made, "version": _version(), "shared_questions": shared, "splits": {}}
@@ -84,6 +74,32 @@ def write_splits(
     for split, rows in splits.items():
         print(f"{folder / f'{name}_{split}.json'}  {len(rows):,} rows")
     print(f"{folder / f'{name}_manifest.json'}, {name}_card.md beside it")
+
+
+def check_place(out_dir: str, name: str, splits: Sequence[str], task: str | None = None) -> Path:
+    """The folder, if a set of these splits can be written there.
+
+    Raises ValueError if there is no split, if another task's set of this name lies there, or a split that
+    this set does not have, which would look like part of it; OSError if the folder cannot be written to.
+    """
+    if not splits:
+        raise ValueError("There is not a single row to write. Raise num_train, num_valid or num_test.")
+    folder = Path(out_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise OSError(f"{there} {what}, so out_dir={out_dir} cannot be made. Name another with out_dir=FOLDER.")
+    manifest = folder / f"{name}_manifest.json"
+    if task and manifest.exists() and (other := read_json(manifest).get("task")) != task:
+        raise ValueError(f"{manifest} is of a {other} set. Give this one another name than name={name}.")
+    for split in SPLITS:
+        path = folder / f"{name}_{split}.json"
+        if split not in splits and path.exists():
+            raise ValueError(
+                f"{path} is from an earlier build, and this one has no {split} rows. Make all splits of a "
+                f"set in one command, give another name than name={name}, or remove the file."
+            )
+    return folder
 
 
 def shared_questions(

@@ -18,7 +18,7 @@ name=quickstart
 echo "[1/5] Set-up"
 source launch/setup.sh base
 
-echo "[2/5] Data: random graphs of 8 nodes, and a question about each (seconds)"
+echo "[2/5] Data: random graphs of 10 nodes, and a question about each (seconds)"
 [ -f "data/$name/graphs_manifest.json" ] || \
     "$python" -m data_builders.prosqa preset=graphs name=graphs out_dir="data/$name" seed="$seed"
 

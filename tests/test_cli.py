@@ -156,6 +156,13 @@ def test_other_arguments_are_left_alone() -> None:
         assert quote_text(argument) == argument
 
 
+@pytest.mark.parametrize("name", ["/home/é/data", "it's (a, b)", "a b", "back\\ slash", "#1", "a&b"])
+def test_any_name_of_a_folder_survives(name: str) -> None:
+    config = composed("evaluate", quote_text(f"run={name}"), quote_text(f"data.test={name}"))
+    assert isinstance(config, EvaluateConfig)
+    assert (config.run, config.data.test) == (name, name)
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)

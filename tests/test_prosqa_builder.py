@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from itertools import pairwise
@@ -22,6 +23,7 @@ from data_builders.prosqa import (
     Preset,
     ProsqaBuild,
     alike,
+    checked,
     draw_row,
     measure,
     prove,
@@ -259,7 +261,6 @@ def corrupted(row: dict) -> dict[str, dict]:
         "neg_target": row["target"],
         "answer": f"{root} is a {names[row['neg_target']]}.",
     }
-    leak = [row["target"], row["neg_target"]] if row["target"] < row["neg_target"] else [0, row["neg_target"]]
     leak = [row["root"], row["neg_target"]]
     sentence = f"{root} is a {names[row['neg_target']]}. "
     levels = row["nodes_at_distance"]
@@ -309,6 +310,11 @@ def test_the_oracle_refuses_a_detour() -> None:
         ({"edges": 3}, "edges=3; with nodes=28"),
         ({"edges": 300}, "edges=300; with nodes=28"),
         ({"branching": 0.0}, "branching=0.0"),
+        ({"branching": math.nan}, "branching=nan"),
+        ({"depth_weight": math.inf}, "depth_weight=inf"),
+        ({"first_family": math.nan}, "first_family=nan"),
+        ({"nodes": 1000, "names": Names.generated}, "nodes=1000; at most 500"),
+        ({"plant": True, "hops_to": 0}, "plant=true draws a length"),
         ({"depth_weight": -1.0}, "depth_weight=-1.0"),
         ({"first_family": 0.7}, "first_family=0.7, second_family=0.45"),
         ({"preset": Preset.graphs, "branching": 2.0}, "branching=2.0 is not a dial of preset=graphs, which has: form"),
@@ -324,8 +330,36 @@ def test_impossible_dials_are_named(keys: dict, complaint: str) -> None:
 
 def test_dials_that_never_come_off_are_named() -> None:
     keys = ProsqaBuild(hops_from=12, hops_to=12, nodes=16)
-    with pytest.raises(ValueError, match=r"there was none with the hops asked for.*plant=true"):
+    with pytest.raises(ValueError, match=r"None of 3000 graphs gives a question with nodes=16.*plant=true"):
         keys.graph_dials().draw(random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"edges": 160}, r"edges=160.*another number of edges"),
+        ({"branching": 20.0}, r"branching=20.0.*lower branching"),
+        ({"preset": Preset.graphs, "nodes": 200}, r"nodes=200 is too many for two chains"),
+    ],
+)
+def test_what_never_comes_off_says_why(keys: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        rows_of(1, **keys)
+
+
+def test_without_a_limit_there_are_longer_ways() -> None:
+    assert max(len(row["steps"]) for row in rows_of(1500, hops_to=0)) > 6
+
+
+def test_rows_of_others_need_not_number_their_roots_0_and_1() -> None:
+    (row,) = rows_of(1)
+    count = len(row["idx_to_symbol"])
+    number = [count - 1 - node for node in range(count)]
+    turned = row | {key: number[row[key]] for key in ("root", "target", "neg_target")}
+    turned["idx_to_symbol"] = row["idx_to_symbol"][::-1]
+    turned["edges"] = [[number[a], number[b]] for a, b in row["edges"]]
+    same = ("nodes", "edges", "hops to the target", "depth of the distractor", "distractor against target")
+    assert all(measure(checked(turned))[name] == measure(row)[name] for name in same)
 
 
 def test_graph_rows_are_of_one_size() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     data = config(cache_dir=str(tmp_path))
     files = data_files(asdict(data))
     said = capfd.readouterr().out
-    assert 'Making the data, once: python -m data_builders.prosqa preset="graphs" seed=3' in said
+    assert "Making the data, once: python -m data_builders.prosqa preset=graphs seed=3" in said
     assert "The data lie in" in said
     counts = {split: len(json.loads(Path(file).read_text())) for split, file in files.items()}
     assert counts == {"train": 24, "valid": 8, "test": 8}
@@ -49,6 +51,30 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     other = data_files(asdict(replace(data, build=BUILD | {"seed": 4})))
     assert Path(other["train"]).read_text() != Path(files["train"]).read_text()
     assert len(list((tmp_path / "data").iterdir())) == 2, "nothing half-made is left beside"
+
+
+@pytest.mark.parametrize("name", ["café", "it's (a, b)", "back\\slash", "a${b}"])
+def test_a_cache_of_any_name(name: str, tmp_path: Path) -> None:
+    files = data_files(asdict(config(cache_dir=str(tmp_path / name))))
+    assert all(Path(file).is_file() for file in files.values())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_sigterm_ends_the_builder_too(tmp_path: Path) -> None:
+    keys = ["data=graphs", "data.build.num_train=900000", f"data.cache_dir={tmp_path}", f"run={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coconut.train", *keys], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout
+    said = ""
+    while "Making 901,000 rows" not in said:
+        said += (line := process.stdout.readline())
+        assert line, said
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)  # the builder holds the pipe as long as it lives
+    assert process.returncode == 143
+    assert "Traceback" not in rest
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +91,8 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
         ({"files": "a", "train": "b"}, "data.files=a and data.train=b are both given"),
         ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
+        ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),
+        ({"build": {"hub": "."}}, "data.build.hub=. is a folder here"),
     ],
 )
 def test_keys_that_contradict(keys: dict[str, Any], complaint: str) -> None:
