@@ -106,11 +106,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         named = {split: getattr(self, split) for split in SPLITS if getattr(self, split)}
+        self.build = {key: value for key, value in self.build.items() if value is not None}
         if self.files and named:
             split, file = next(iter(named.items()))
             raise ValueError(f"data.files={self.files} and data.{split}={file} are both given. Keep one of them.")
+        if self.files or named:
+            self.build = {}  # nothing is built, so it is no part of what the run is
         for key in NOT_BUILT:
-            if self.build.get(key) is not None:
+            if key in self.build:
                 raise ValueError(
                     f"data.build.{key}={self.build[key]}: data.build says how rows are made. For files, name them "
                     "with data.train, data.valid and data.test."

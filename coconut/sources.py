@@ -33,7 +33,7 @@ def data_files(data: Mapping[str, Any]) -> dict[str, str]:
         return {split: file if split != "test" or Path(file).is_file() else "" for split, file in named.items()}
     if any(data[split] for split in SPLITS):
         return {split: data[split] for split in SPLITS}
-    folder = _made(str(data["task"]), {k: v for k, v in data["build"].items() if v is not None}, data["cache_dir"])
+    folder = _made(str(data["task"]), data["build"], data["cache_dir"])
     made = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
     return {split: str(file) if file.is_file() else "" for split, file in made.items()}
 

@@ -30,6 +30,7 @@ def config(**changes: Any) -> DataConfig:
 def test_files_that_are_named(tmp_path: Path) -> None:
     own = DataConfig(train="a.json", valid="b.json", build=BUILD)
     assert data_files(asdict(own)) == {"train": "a.json", "valid": "b.json", "test": ""}
+    assert own.build == {}, "what is not built is no part of the run's configuration"
     (tmp_path / "mine_test.json").touch()
     common = data_files(asdict(config(files=str(tmp_path / "mine"))))
     assert common == {split: str(tmp_path / f"mine_{split}.json") for split in ("train", "valid", "test")}
