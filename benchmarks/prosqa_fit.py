@@ -12,7 +12,8 @@ import sys
 
 import numpy as np
 
-from data_builders.prosqa import ProsqaBuild, measure, recipe, released_rows
+from data_builders.graph_measures import measure
+from data_builders.prosqa import ProsqaBuild, recipe, released_rows
 from data_builders.statistics import Measures
 
 SETTINGS: list[dict[str, float | int | bool]] = [

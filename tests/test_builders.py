@@ -20,7 +20,7 @@ from conftest import byte_level_tokenizer
 
 from coconut.files import sha256
 from coconut.tasks import prontoqa as prontoqa_task
-from data_builders import gsm8k, prontoqa, prosqa
+from data_builders import graph_measures, gsm8k, prontoqa, prosqa
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
 from data_builders.writing import SPLITS, shared_questions
@@ -110,9 +110,9 @@ def test_no_question_is_like_one_of_another_split_even_of_another_seed(tmp_path:
         config = ProsqaBuild(str(tmp_path / str(seed)), **GRAPHS, nodes=9, seed=seed)
         prosqa.build(replace(config, num_train=400, num_valid=60, num_test=60))
         splits |= {f"{split} {seed}": read(tmp_path / str(seed) / f"graphs_{split}.json") for split in SPLITS}
-    keys = {split: list(map(prosqa.shape, rows)) for split, rows in splits.items()}
+    keys = {split: list(map(graph_measures.shape, rows)) for split, rows in splits.items()}
     lines = {split: list(map(json.dumps, rows)) for split, rows in splits.items()}
-    shared = shared_questions(lines, keys, prosqa.alike)
+    shared = shared_questions(lines, keys, graph_measures.alike)
     assert set(shared) <= {f"{split} 0 and {split} 1" for split in SPLITS}
     assert shared["train 0 and train 1"] > 100, "the check does find what is alike"
     for a, b in [("train 0", "test 1"), ("valid 0", "test 0"), ("valid 1", "train 0")]:
@@ -121,7 +121,7 @@ def test_no_question_is_like_one_of_another_split_even_of_another_seed(tmp_path:
             by_degrees.setdefault(degrees(row), []).append(row)
         pairs = [(row, other) for row in splits[b] for other in by_degrees.get(degrees(row), [])]
         assert pairs, "there are rows that have to be told apart"
-        assert not any(prosqa.alike(*pair) for pair in pairs)
+        assert not any(graph_measures.alike(*pair) for pair in pairs)
 
 
 def degrees(row: dict) -> Any:

@@ -17,20 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coconut.tasks import prosqa as task
+from data_builders.graph_measures import alike, measure, shape
 from data_builders.names import CONCEPTS, PERSONS, Names, pools
-from data_builders.prosqa import (
-    Form,
-    Preset,
-    ProsqaBuild,
-    alike,
-    checked,
-    draw_row,
-    measure,
-    prove,
-    recipe,
-    released_rows,
-    shape,
-)
+from data_builders.prosqa import Form, Preset, ProsqaBuild, checked, draw_row, prove, recipe, released_rows
 from data_builders.statistics import compare
 
 DATA = Path(__file__).parent / "data"
