@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import networkx
@@ -13,15 +15,15 @@ from data_builders.statistics import Measures
 _MASK = (1 << 64) - 1
 
 
-def shape(row: Row) -> int:
+def shape(count: int, edges: Iterable[Sequence[int]], root: int, options: tuple[int, int]) -> int:
     """A number that neither renaming the nodes nor reordering the edges changes.
 
     Nodes begin as what they are (root, option or neither) and three times take up what their parents and
     what their children are.
     """
-    parents, children = _neighbours(row)
-    nodes = range(len(parents))
-    roles = {row["root"]: 2, row["target"]: 3, row["neg_target"]: 3}
+    parents, children = _neighbours(count, edges)
+    nodes = range(count)
+    roles = {root: 2, options[0]: 3, options[1]: 3}
     colours = [_mix(roles.get(node, 1)) for node in nodes]
     for _ in range(3):
         of = colours.__getitem__
@@ -33,6 +35,14 @@ def _mix(number: int) -> int:
     """64 bits, of which every one depends on all of the number's."""
     number = (number & _MASK) * 0x9E3779B97F4A7C15 & _MASK
     return ((number ^ number >> 29) * 0xBF58476D1CE4E5B9 & _MASK) ^ number >> 32
+
+
+def key_of(row: Row) -> int:
+    return shape(len(row["idx_to_symbol"]), row["edges"], row["root"], (row["target"], row["neg_target"]))
+
+
+# A row is proved and measured one after the other, and its text told only once for both.
+parsed = lru_cache(maxsize=1)(prosqa.parse_question)
 
 
 def alike(row: Row, other: Row) -> bool:
@@ -57,7 +67,7 @@ def measure(row: Row) -> Measures:
     not: node 0 or 1 in rows made here and in the released ones.
     """
     nodes = range(len(row["idx_to_symbol"]))
-    parents, children = _neighbours(row)
+    parents, children = _neighbours(len(row["idx_to_symbol"]), row["edges"])
     own = _distances(children, row["root"])
     heads = {node: _distances(children, node) for node in nodes if not parents[node] and node != row["root"]}
     reaching = [node for node, far in heads.items() if row["neg_target"] in far and row["target"] not in far]
@@ -68,7 +78,7 @@ def measure(row: Row) -> Measures:
     labels = [(node in from_root[0]) + 2 * (node in from_root[1]) for node in nodes]
     leaves = [[n for n in nodes if not children[n] and labels[n] == family + 1] for family in (0, 1)]
     deepest = [max((from_root[f][n] for n in leaves[f]), default=0) for f in (0, 1)]
-    asked = prosqa.parse_question(row["question"])
+    asked = parsed(row["question"])
     symbols = row["idx_to_symbol"]
     number = {name: node for node, name in enumerate(symbols)}
     places = {tuple(edge): place for place, edge in enumerate(row["edges"])}
@@ -114,11 +124,11 @@ def measure(row: Row) -> Measures:
     }
 
 
-def _neighbours(row: Row) -> tuple[list[list[int]], list[list[int]]]:
+def _neighbours(count: int, edges: Iterable[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
     """The parents and the children of every node."""
-    parents: list[list[int]] = [[] for _ in row["idx_to_symbol"]]
-    children: list[list[int]] = [[] for _ in row["idx_to_symbol"]]
-    for a, b in row["edges"]:
+    parents: list[list[int]] = [[] for _ in range(count)]
+    children: list[list[int]] = [[] for _ in range(count)]
+    for a, b in edges:
         children[a].append(b)
         parents[b].append(a)
     return parents, children

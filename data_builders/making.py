@@ -37,14 +37,13 @@ SHARES = {"valid": (0, 10), "test": (10, 20), "train": (20, 100)}  # of all poss
 class Recipe:
     """How one task's rows are made. Functions of modules or partials of them: processes get a copy.
 
-    draw: a row, from nothing but the random numbers; raises ValueError if the dials allow none.
-    key: a whole number, equal for questions that are alike, else evenly spread.
+    draw: a row and its key, from nothing but the random numbers, or None if the key is not wanted; raises
+    ValueError if the dials allow none. Keys are equal for questions that are alike, else evenly spread.
     prove: raises ValueError if anything in the row is wrong; it must not trust what `draw` did.
     measure: the row's statistics.
     """
 
-    draw: Callable[[random.Random], Row]
-    key: Callable[[Row], int]
+    draw: Callable[[random.Random, Callable[[int], bool]], tuple[Row, int] | None]
     prove: Callable[[Row], object]
     measure: Callable[[Row], Measures]
 
@@ -139,12 +138,12 @@ def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int 
     """The row of this place, or None if no draw gives one that may stand in this split."""
     low, high = SHARES[split]
     for attempt in range(first_attempt, ATTEMPTS):
-        row = recipe.draw(random.Random(f"{seed} {split} {index} {attempt}"))
-        key = recipe.key(row)
-        if low <= key % 100 < high:
+        drawn = recipe.draw(random.Random(f"{seed} {split} {index} {attempt}"), lambda key: low <= key % 100 < high)
+        if drawn:
             break
     else:
         return None
+    row, key = drawn
     try:
         recipe.prove(row)
     except ValueError as error:

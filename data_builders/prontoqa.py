@@ -5,6 +5,8 @@ Run `python -m data_builders.prontoqa --help`.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from functools import partial
@@ -70,7 +72,13 @@ def build(config: ProntoqaBuild) -> None:
 
 
 def recipe(config: ProntoqaBuild) -> Recipe:
-    return Recipe(partial(draw, dials=config.dials()), text_key, check, measure)
+    return Recipe(partial(drawn, dials=config.dials()), check, measure)
+
+
+def drawn(rng: random.Random, wanted: Callable[[int], bool], dials: OntologyDials) -> tuple[Row, int] | None:
+    row = draw(rng, dials)
+    key = text_key(row)
+    return (row, key) if wanted(key) else None
 
 
 def released_rows(path: str) -> list[Row]:

@@ -7,6 +7,7 @@ presets are, and how they compare with the released data, docs/data.md says.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import partial
@@ -19,7 +20,7 @@ from coconut.cli import application
 from coconut.tasks import prosqa
 from data_builders.building import Builder, run
 from data_builders.chains import ChainDials
-from data_builders.graph_measures import alike, measure, shape
+from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
 from data_builders.making import Recipe, Row
 from data_builders.names import Names, pools
@@ -151,16 +152,25 @@ def build(config: ProsqaBuild) -> None:
 def recipe(config: ProsqaBuild) -> Recipe:
     dials = config.dials()
     make = partial(draw_row, dials=config.graph_dials(), form=dials["form"], names=dials["names"])
-    return Recipe(make, shape, prove, measure)
+    return Recipe(make, prove, measure)
 
 
 # --- making ---------------------------------------------------------------------------------------
 
 
-def draw_row(rng: random.Random, dials: GraphDials | ChainDials, form: Form, names: Names = Names.released) -> Row:
-    """Raises ValueError if these dials give no graph."""
+def draw_row(
+    rng: random.Random,
+    wanted: Callable[[int], bool],
+    dials: GraphDials | ChainDials,
+    form: Form,
+    names: Names = Names.released,
+) -> tuple[Row, int] | None:
+    """A row and its key, or None if the key is not wanted. Raises ValueError if these dials give no graph."""
     while True:
         graph = dials.draw(rng)
+        key = shape(graph.nodes, graph.edges, graph.root, (graph.target, graph.distractor))
+        if not wanted(key):
+            return None
         parents: list[list[int]] = [[] for _ in range(graph.nodes)]
         for a, b in graph.edges:
             parents[b].append(a)
@@ -187,7 +197,7 @@ def draw_row(rng: random.Random, dials: GraphDials | ChainDials, form: Form, nam
         question = " ".join(_sentence(*edge) for edge in told) + f" Is {root} a {pair[0]} or {pair[1]}?"
         answer = f"{root} is a {target}."
         steps = [_sentence(symbols[a], symbols[b], not parents[a]) for a, b in pairwise(path)]
-    return {
+    row: Row = {
         "question": question,
         "steps": steps,
         "answer": answer,
@@ -198,6 +208,7 @@ def draw_row(rng: random.Random, dials: GraphDials | ChainDials, form: Form, nam
         "neg_target": graph.distractor,
         "nodes_at_distance": levels,
     }
+    return row, key
 
 
 def _sentence(a: str, b: str, is_person: bool) -> str:
@@ -285,7 +296,7 @@ def _consistent(record: Any) -> prosqa.Question:
         raise ValueError("'edges' must be a list of pairs.")
     listed = [(symbol(a), symbol(b)) for a, b in edges]
     root, target, other = (symbol(record.get(key)) for key in ("root", "target", "neg_target"))
-    told = prosqa.parse_question(question)
+    told = parsed(question)
     if sorted(told.edges) != sorted(listed):
         differing = sorted(set(told.edges) ^ set(listed)) or "the same ones, some of them repeated"
         raise ValueError(f"the question's text and 'edges' differ: {differing}.")
@@ -323,7 +334,7 @@ BUILDER = Builder(
     fields=FIELDS,
     read=lambda config, path: released_rows(path),
     measure=measure,
-    key=shape,
+    key=key_of,
     alike=alike,
     recipe=recipe,
     counts=lambda config: COUNTS[config.preset],

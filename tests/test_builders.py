@@ -110,7 +110,7 @@ def test_no_question_is_like_one_of_another_split_even_of_another_seed(tmp_path:
         config = ProsqaBuild(str(tmp_path / str(seed)), **GRAPHS, nodes=9, seed=seed)
         prosqa.build(replace(config, num_train=400, num_valid=60, num_test=60))
         splits |= {f"{split} {seed}": read(tmp_path / str(seed) / f"graphs_{split}.json") for split in SPLITS}
-    keys = {split: list(map(graph_measures.shape, rows)) for split, rows in splits.items()}
+    keys = {split: list(map(graph_measures.key_of, rows)) for split, rows in splits.items()}
     lines = {split: list(map(json.dumps, rows)) for split, rows in splits.items()}
     shared = shared_questions(lines, keys, graph_measures.alike)
     assert set(shared) <= {f"{split} 0 and {split} 1" for split in SPLITS}

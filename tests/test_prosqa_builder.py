@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coconut.tasks import prosqa as task
-from data_builders.graph_measures import alike, measure, shape
+from data_builders.graph_measures import alike, key_of, measure
 from data_builders.names import CONCEPTS, PERSONS, Names, pools
 from data_builders.prosqa import Form, Preset, ProsqaBuild, checked, draw_row, prove, recipe, released_rows
 from data_builders.statistics import compare
@@ -29,7 +29,8 @@ RELEASED = [DATA / "prosqa_released.json", *([REAL] if REAL.is_file() else [])]
 
 def rows_of(count: int, seed: int = 0, **keys: Any) -> list[dict]:
     make = recipe(ProsqaBuild(**keys))
-    return [make.draw(random.Random(f"{seed} {index}")) for index in range(count)]
+    drawn = (make.draw(random.Random(f"{seed} {index}"), lambda key: True) for index in range(count))
+    return [found[0] for found in drawn if found]
 
 
 @st.composite
@@ -227,17 +228,17 @@ def test_renaming_changes_neither_key_nor_likeness(seed: int, preset: Preset, rn
     number = rng.sample(range(count), count)
     renamed = row | {key: number[row[key]] for key in ("root", "target", "neg_target")}
     renamed["edges"] = rng.sample([[number[a], number[b]] for a, b in row["edges"]], len(row["edges"]))
-    assert shape(renamed) == shape(row)
+    assert key_of(renamed) == key_of(row)
     assert alike(renamed, row)
     without = row | {"edges": row["edges"][:-1]}
     turned = row | {"root": 1 - row["root"]}
     for other in (without, turned):
-        assert not alike(other, row) or shape(other) == shape(row)
-    assert shape(without) != shape(row)
+        assert not alike(other, row) or key_of(other) == key_of(row)
+    assert key_of(without) != key_of(row)
 
 
 def test_keys_are_spread_evenly() -> None:
-    hundredths = Counter(shape(row) % 100 for row in rows_of(4000))
+    hundredths = Counter(key_of(row) % 100 for row in rows_of(4000))
     assert max(hundredths.values()) < 80, hundredths
     assert min(hundredths.values()) > 12, hundredths
 
@@ -355,7 +356,15 @@ def test_graph_rows_are_of_one_size() -> None:
     assert all(
         set(row["question"].split()) <= {*map(str, range(8)), "|", "?", "or", "from"} for row in graph_rows(0, 9)
     )
-    assert draw_row(random.Random(1), ProsqaBuild().graph_dials(), Form.sentences)["answer"].endswith(".")
+
+
+def test_what_is_not_wanted_is_not_drawn() -> None:
+    dials = ProsqaBuild().graph_dials()
+    asked: list[int] = []
+    found = draw_row(random.Random(1), lambda key: not asked.append(key), dials, Form.sentences)
+    assert found
+    assert asked == [found[1]] == [key_of(found[0])]
+    assert draw_row(random.Random(1), lambda key: False, dials, Form.sentences) is None
 
 
 def test_rows_are_json() -> None:
