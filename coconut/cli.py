@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
         sys.exit(status)
 
     return main
+
+
+def own_version() -> str:
+    """Of this package, as it is installed."""
+    try:
+        return version("coconut-latent")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def refuse_namesake() -> None:

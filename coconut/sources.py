@@ -12,11 +12,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import quoted
+from coconut.cli import own_version, quoted
 from coconut.config import SPLITS
 from coconut.files import clear_abandoned
 from coconut.screen import say
@@ -47,7 +46,7 @@ def default_cache_dir() -> Path:
 
 def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     """The folder of this set, made if it is not there. It appears whole: two processes may make it at once."""
-    asked = json.dumps([task, build, _version()], sort_keys=True)
+    asked = json.dumps([task, build, own_version()], sort_keys=True)
     cache = Path(cache_dir or default_cache_dir()).absolute() / "data"
     folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if folder.is_dir():
@@ -104,10 +103,3 @@ def _sigterm_raised() -> Iterator[None]:
 
 def _as_override(value: Any) -> str:
     return quoted(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _version() -> str:
-    try:
-        return version("coconut-latent")
-    except PackageNotFoundError:
-        return "not installed"

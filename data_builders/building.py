@@ -70,7 +70,7 @@ def run(config: SourceKeys, builder: Builder) -> None:
         measured = {split: [one.measures for one in part] for split, part in rows.items()}
         keys = {split: [one.key for one in part] for split, part in rows.items()}
     shared = shared_questions(splits, keys, builder.alike)
-    card = Card(builder.task, builder.title, builder.about, builder.fields, command(config, builder))
+    card = Card(builder.title, builder.about, builder.fields, command(config, builder))
     made = {"task": builder.task, "seed": config.seed, **made}
     write_splits(config.out_dir, config.name, splits, made, card, measured, shared)
 

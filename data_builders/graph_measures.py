@@ -83,9 +83,9 @@ def measure(row: Row) -> Measures:
     number = {name: node for node, name in enumerate(symbols)}
     places = {tuple(edge): place for place, edge in enumerate(row["edges"])}
     told = [places[number[a], number[b]] for a, b in asked.edges]
-    ways = {root: 1}
+    ways = {row["root"]: 1}
     for node in sorted(own, key=own.__getitem__):
-        if node != root:
+        if node != row["root"]:
             ways[node] = sum(ways[p] for p in parents[node] if own.get(p) == own[node] - 1)
     persons = [node for node in nodes if not parents[node]]
     every = row["question"].count("Every ")

@@ -20,12 +20,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from coconut.screen import working
 from data_builders.statistics import Measures, compact
-
-Row = dict[str, Any]
+from data_builders.writing import Row
 
 BATCH = 250  # rows that a process is given at once
 ATTEMPTS = 500  # draws for one place before the dials are held to be exhausted

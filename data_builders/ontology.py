@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise, product
 
+from data_builders.names import Names
 from data_builders.prover import ASKED, Claim, Sentence, parse_proof, parse_question
 from data_builders.statistics import Measures
 from data_builders.writing import Row
@@ -76,11 +77,7 @@ class Ordering(StrEnum):
     backward = "backward"  # from the most general concept down: the original's preorder
 
 
-class Names(StrEnum):
-    released = "released"  # the 17 of the original
-    generated = "generated"  # hundreds of others, all of three syllables, which no released name has
-
-
+# The 17 of the original; or hundreds of others, all of three syllables, which no released name has.
 NAMES = {
     Names.released: (
         *("wumpus", "yumpus", "zumpus", "dumpus", "rompus", "numpus", "tumpus", "vumpus", "impus"),

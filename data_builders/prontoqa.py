@@ -55,9 +55,7 @@ class ProntoqaBuild(SourceKeys):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = {name: value for name in ("preset", *DIALS) if (value := getattr(self, name)) is not None}
-        if self.files and given:
-            (dial, value), (key, path) = next(iter(given.items())), next(iter(self.files.items()))
-            raise ValueError(f"{dial}={value} says how rows are made, but {key}={path} is read. Leave one of them out.")
+        self.refuse_dials(given)
         self.dials()
 
     def dials(self) -> OntologyDials:

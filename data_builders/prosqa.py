@@ -98,12 +98,8 @@ class ProsqaBuild(SourceKeys):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.given()
+        self.refuse_dials({"preset": self.preset} if self.preset else given)
         if self.files:
-            for dial, value in ({"preset": self.preset} if self.preset else given).items():
-                key, path = next(iter(self.files.items()))
-                raise ValueError(
-                    f"{dial}={value} says how rows are made, but {key}={path} is read. Leave one of them out."
-                )
             return
         self.preset = self.preset or Preset.released
         for dial, value in given.items():

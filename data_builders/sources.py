@@ -87,6 +87,14 @@ class SourceKeys:
                     "own is taken whole. Keep one of them."
                 )
 
+    def refuse_dials(self, given: dict[str, Any]) -> None:
+        """Raises ValueError if a file is read and something is given that says how rows are made."""
+        for key, path in self.files.items():
+            for dial, value in given.items():
+                raise ValueError(
+                    f"{dial}={value} says how rows are made, but {key}={path} is read. Leave one of them out."
+                )
+
     @property
     def counts(self) -> dict[str, int | None]:
         return {split: getattr(self, f"num_{split}") for split in SPLITS}

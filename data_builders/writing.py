@@ -10,11 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from coconut.cli import own_version
 from coconut.files import clear_abandoned, read_json, sha256, write_json, write_text
 from data_builders.statistics import Measures, summary
 
@@ -26,7 +26,6 @@ SPLITS = ("train", "valid", "test")
 class Card:
     """What the data card says besides numbers. `fields`: what a row holds, by name."""
 
-    task: str
     title: str
     about: str
     fields: dict[str, str]
@@ -57,7 +56,7 @@ def write_splits(
     clear_abandoned(folder, f".{name}.*.part")
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
     try:
-        manifest = {**made, "version": _version(), "shared_questions": shared, "splits": {}}
+        manifest = {**made, "version": own_version(), "shared_questions": shared, "splits": {}}
         for split, rows in splits.items():
             path = part / f"{name}_{split}.json"
             write_text(path, "[\n" + ",\n".join(rows) + "\n]\n")
@@ -167,10 +166,3 @@ def _in_words(value: dict[str, float] | None) -> str:
     if len(value) > 12:
         return f"{len(value)} values"
     return ", ".join(f"{name} {share:.1%}" for name, share in value.items())
-
-
-def _version() -> str:
-    try:
-        return version("coconut-latent")
-    except PackageNotFoundError:
-        return "not installed"

@@ -348,7 +348,14 @@ def test_rows_of_others_need_not_number_their_roots_0_and_1() -> None:
     turned = row | {key: number[row[key]] for key in ("root", "target", "neg_target")}
     turned["idx_to_symbol"] = row["idx_to_symbol"][::-1]
     turned["edges"] = [[number[a], number[b]] for a, b in row["edges"]]
-    same = ("nodes", "edges", "hops to the target", "depth of the distractor", "distractor against target")
+    same = (
+        "nodes",
+        "edges",
+        "hops to the target",
+        "shortest paths to the target",
+        "depth of the distractor",
+        "distractor against target",
+    )
     assert all(measure(checked(turned))[name] == measure(row)[name] for name in same)
 
 
