@@ -30,11 +30,15 @@ STATE = "state.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run. `keep` is how many of the newest stay; the best one always does."""
+    """The checkpoints of one run.
 
-    def __init__(self, run: Path | str, keep: int = 2):
+    `keep` is how many of the newest stay. The best one always does, and so do those whose number is a
+    multiple of `keep_every`.
+    """
+
+    def __init__(self, run: Path | str, keep: int = 2, keep_every: int = 0):
         self.folder = Path(run) / "checkpoints"
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
 
     def save(self, step: int, lm: LatentLM, trainer: dict[str, Any], state: dict[str, Any]) -> Path:
         """Write a checkpoint, then remove those that are no longer kept.
@@ -64,7 +68,7 @@ class Checkpoints:
             ) from error
         best = (state.get("best") or {}).get("step")
         for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
-            if old != best:
+            if old != best and not (self.keep_every and old % self.keep_every == 0):
                 shutil.rmtree(self.path(old))
         return path
 

@@ -16,7 +16,7 @@ from coconut.methods import Curriculum, PromptFormat, plan
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others.
-NOT_IDENTITY = ("run", "resume", "keep_checkpoints", "save_every", "data.cache_dir", "engine.threads")
+NOT_IDENTITY = ("run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "engine.threads")
 
 
 class Task(StrEnum):
@@ -194,10 +194,11 @@ class TrainConfig:
     validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
     save_every: int = 0  # updates between further checkpoints; 0: only with each validation
     keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
+    keep_every: int = 0  # updates; a checkpoint at each multiple is written and stays
 
     def __post_init__(self) -> None:
         _at_least("", self, seed=0, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_batch_size=1,
-                  valid_limit=1, validate_every=0, save_every=0, keep_checkpoints=1)  # fmt: skip
+                  valid_limit=1, validate_every=0, save_every=0, keep_checkpoints=1, keep_every=0)  # fmt: skip
         named = [split for split in SPLITS if getattr(self.data, split)]
         for split in ("train", "valid"):
             if split not in named and not self.data.files and (named or not self.data.build):

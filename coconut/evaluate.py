@@ -7,19 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coconut.cli import application
 from coconut.config import EvaluateConfig, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.files import read_json, sha256, write_json, write_text
-from coconut.generate import pad_rows
+from coconut.generate import Stop, pad_rows
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from coconut.model import LatentLM
 
 
@@ -33,6 +35,7 @@ class Prediction:
     predicted: str | None
     correct: bool
     chain_match: bool | None
+    num_thoughts: int
     new_tokens: int
     cut: bool
 
@@ -43,8 +46,9 @@ class Result:
 
     `guess`: the expected accuracy of choosing among the answers that the question names, where it names
     any. `chain_match`: share of questions whose written steps are exactly those of the data that the
-    model still writes; None where that is not a number of whole steps. `passes`: forward passes a
-    question, for prefix, thoughts and tokens. `left_out`: questions too long for the model's context.
+    model still writes; None where that is not a number of whole steps. `num_thoughts` is their mean,
+    `passes` the mean number of forward passes, for prefix, thoughts and tokens. `left_out`: questions too
+    long for the model's context.
     """
 
     count: int
@@ -54,11 +58,19 @@ class Result:
     guess: float | None
     chain_match: float | None
     mean_new_tokens: float
-    num_thoughts: int
+    num_thoughts: float
     passes: float
     cut: float
     seconds_per_item: float
     left_out: int = 0
+
+
+class Evaluated(NamedTuple):
+    """`thoughts` (N, K, D) are what was fed, in the order of the examples, zeros after an example's last."""
+
+    result: Result
+    predictions: list[Prediction]
+    thoughts: Tensor
 
 
 def evaluate(
@@ -67,30 +79,41 @@ def evaluate(
     examples: Sequence[Example],
     *,
     num_thoughts: int | None = None,
+    thoughts: Tensor | None = None,
+    stop: Stop | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int, int], None] = lambda done, correct: None,
-) -> tuple[Result, list[Prediction]]:
+) -> Evaluated:
     """Answer and judge every example, longest questions first, greedily.
 
+    `thoughts` (N, K, D) are fed in place of the model's own; `stop` ends them early (see `generate`).
     `on_batch(done, correct)` is called after each batch.
     """
+    import torch
+
     reasoning = lm.reasoning
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], reasoning.format)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     predictions: dict[int, Prediction] = {}
-    thoughts, start = 0, time.perf_counter()
+    fed: dict[int, Tensor] = {}
+    start = time.perf_counter()
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
-        out = lm.generate(ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts)
-        thoughts = out.num_thoughts
-        for i, text, length, cut in zip(chosen, out.texts, out.lengths.tolist(), out.cut.tolist(), strict=True):
-            predictions[i] = _judge(task, examples[i], text, reasoning, out.num_thoughts, length, cut)
+        given = None if thoughts is None else thoughts[chosen]
+        out = lm.generate(
+            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given, stop=stop
+        )
+        counts, lengths, cuts = out.num_thoughts.tolist(), out.lengths.tolist(), out.cut.tolist()
+        for i, text, count, length, cut in zip(chosen, out.texts, counts, lengths, cuts, strict=True):
+            predictions[i] = _judge(task, examples[i], text, reasoning, count, length, cut)
+        fed |= zip(chosen, out.thoughts, strict=True)
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
     seconds = time.perf_counter() - start
     ordered = [predictions[i] for i in range(len(examples))]
-    return _summary(task, examples, ordered, thoughts, seconds), ordered
+    in_order = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
+    return Evaluated(_summary(task, examples, ordered, seconds), ordered, in_order)
 
 
 def _judge(
@@ -109,6 +132,7 @@ def _judge(
         predicted=predicted,
         correct=task.judge(predicted, example.answer),
         chain_match=None if gold is None else _plain(written) == _plain(gold),
+        num_thoughts=thoughts,
         new_tokens=length,
         cut=cut,
     )
@@ -130,9 +154,7 @@ def _plain(steps: Sequence[str]) -> str:
     return "".join("".join(steps).split())
 
 
-def _summary(
-    task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], thoughts: int, seconds: float
-) -> Result:
+def _summary(task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float) -> Result:
     from scipy.stats import binomtest
 
     count, correct = len(predictions), sum(p.correct for p in predictions)
@@ -142,6 +164,8 @@ def _summary(
     mean_tokens = sum(p.new_tokens for p in predictions) / count
     mean_ends = sum(not p.cut for p in predictions) / count
     matches = [p.chain_match for p in predictions]
+    thoughts = sum(p.num_thoughts for p in predictions) / count
+    prefixes = sum(p.num_thoughts > 0 for p in predictions) / count
     return Result(
         count=count,
         correct=correct,
@@ -151,7 +175,7 @@ def _summary(
         chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
-        passes=mean_tokens + mean_ends + (1 + thoughts if thoughts else 0),
+        passes=mean_tokens + mean_ends + prefixes + thoughts,
         cut=sum(p.cut for p in predictions) / count,
         seconds_per_item=seconds / count,
     )
@@ -183,7 +207,7 @@ def run(config: EvaluateConfig) -> int:
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
     with working("evaluating", len(fitting)) as bar, autocast(lm.device, config.engine.precision):
-        result, predictions = evaluate(
+        result, predictions, _ = evaluate(
             lm,
             TASKS[trained["data"]["task"]],
             fitting,
@@ -258,7 +282,7 @@ def describe(result: Result) -> str:
     lines = [("accuracy", f"{accuracy}, 95 % interval {low:.1f} to {high:.1f}")]
     if result.guess is not None:
         lines.append(("guessing", f"{100 * result.guess:.1f} %"))
-    lines.append(("new tokens", f"{result.mean_new_tokens:.1f} of language, {result.num_thoughts} thoughts"))
+    lines.append(("new tokens", f"{result.mean_new_tokens:.1f} of language, {result.num_thoughts:.3g} thoughts"))
     if result.chain_match is not None:
         lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
     lines.append(("cut answers", f"{100 * result.cut:.1f} %"))

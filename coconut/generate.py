@@ -5,9 +5,10 @@ Shapes: B questions, T columns of the prompts, N new tokens.
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,14 +27,75 @@ if TYPE_CHECKING:
 class Generated:
     """`tokens` (B, N): new tokens, padded after their end. `lengths` (B,): without the end-of-sequence token.
 
-    `cut` (B,): whether the limit ended the answer. `num_thoughts`: latent thoughts before it, each row.
+    `cut` (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it.
+    `thoughts` (B, K, D): what was fed as thoughts, K for the row that had most; zeros after a row's last.
     """
 
     tokens: Tensor
     lengths: Tensor
     cut: Tensor
-    num_thoughts: int
+    num_thoughts: Tensor
     texts: list[str]
+    thoughts: Tensor
+
+
+@dataclass
+class Thinking:
+    """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).
+
+    `states` (B, D): the last hidden states.
+    """
+
+    cache: Any
+    thoughts: Tensor
+    counts: Tensor
+    states: Tensor
+
+
+class Stop(Protocol):
+    """Decides from the thoughts (B, D) which rows have thought enough (B,)."""
+
+    def __call__(self, thoughts_BD: Tensor, /) -> Tensor: ...
+
+
+@torch.no_grad()
+def think(
+    lm: LatentLM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_thoughts: int,
+    *,
+    thoughts: Tensor | None = None,
+    stop: Stop | None = None,
+) -> Thinking:
+    """Run prompts (B, T), padded on the left, and the thoughts that follow them.
+
+    `thoughts` (B, K, D) are fed in place of the model's own. With `stop`, a row ends with the first
+    thought at which it says so; the loop ends when all rows have ended.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=lm.base.config)
+    is_token_BT = attention_mask.bool()
+    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+    embeds_BTD = lm.base.get_input_embeddings()(input_ids)
+    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache)[:, -1]
+    fed: list[Tensor] = []
+    thinking_B = torch.ones_like(is_token_BT[:, 0])
+    counts_B = torch.zeros_like(positions_BT[:, 0])
+    for k in range(num_thoughts):
+        thought_BD = (last_BD if thoughts is None else thoughts[:, k]).to(embeds_BTD)
+        fed.append(thought_BD)
+        counts_B += thinking_B
+        is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
+        positions_B1 = positions_BT[:, -1:] + k + 1
+        last_BD = lm.states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
+        if stop is not None:
+            thinking_B = thinking_B & ~stop(thought_BD)
+            if not thinking_B.any():
+                break
+    thoughts_BKD = torch.stack(fed, dim=1) if fed else embeds_BTD[:, :0]
+    return Thinking(cache, thoughts_BKD, counts_B, last_BD)
 
 
 @torch.no_grad()
@@ -44,15 +106,19 @@ def generate(
     *,
     max_new_tokens: int | None = None,
     num_thoughts: int | None = None,
+    thoughts: Tensor | None = None,
+    stop: Stop | None = None,
     **options: Any,
 ) -> Generated:
     """Answer questions (B, T) of any lengths, padded on either side.
 
     The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
-    latter. Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by
-    default; `options` are those of transformers' GenerationConfig (do_sample, temperature, top_p,
-    stop_strings, ...), and what they leave open is off, whatever the base model's own settings are.
-    The added tokens are never produced. One answer a question.
+    latter. `thoughts` (B, K, D) are fed in place of the model's own; `stop` ends the thoughts of each row
+    by itself, after at least one and at most `num_thoughts` of them (see `think`). Thoughts run in the
+    model's cache, from which Hugging Face generation goes on: greedy by default; `options` are those of
+    transformers' GenerationConfig (do_sample, temperature, top_p, stop_strings, ...), and what they leave
+    open is off, whatever the base model's own settings are. The added tokens are never produced. One
+    answer a question.
 
     Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
     none, or for num_beams or num_return_sequences other than 1.
@@ -60,45 +126,59 @@ def generate(
     reasoning, special = lm.reasoning, lm.special
     if reasoning.slot is Slot.nothing and num_thoughts:
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
+    if reasoning.slot is not Slot.thought and (thoughts is not None or stop is not None):
+        raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:
             raise ValueError(f"{name}={options[name]} is not supported: one answer a question, without beams.")
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
-    slot = torch.from_numpy(slot_ids(reasoning, special, count)).long().to(lm.device)
+    if thoughts is not None:
+        count = thoughts.shape[1]
+    in_slot = len(slot_ids(reasoning, special, count))
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
     lengths_B = is_question_BT.sum(1)
-    room_B = lm.context - lengths_B - len(slot)
+    room_B = lm.context - lengths_B - in_slot
     if (room_B < 1).any():
         row = int(room_B.argmin())
         raise ValueError(
-            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {len(slot)} more before the answer it leaves "
+            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {in_slot} more before the answer it leaves "
             f"no room in the model's context of {lm.context} tokens. Ask something shorter."
         )
     limits_B = room_B.clamp(max=max_new_tokens or reasoning.max_new_tokens)
     was_training = lm.training
     lm.eval()
+    answers: dict[int, _Answer] = {}
     try:
-        tokens: list[list[int]] = [[] for _ in limits_B]
         for limit in limits_B.unique().tolist():  # one, unless the context cuts some answers short
             rows = (limits_B == limit).nonzero()[:, 0]
             width = int(lengths_B[rows].max())
-            new_BN = _speak(lm, ids_BT[rows, -width:], is_question_BT[rows, -width:], slot, limit, options)
-            for row, new in zip(rows.tolist(), new_BN.tolist(), strict=True):
-                tokens[row] = new
+            ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
+            given = None if thoughts is None else thoughts.to(lm.device)[rows]
+            found = _think_and_speak(lm, ids, is_token, count, given, stop, {**options, "max_new_tokens": limit})
+            answers |= zip(rows.tolist(), found, strict=True)
     finally:
         lm.train(was_training)
+    tokens = [answers[row].tokens for row in range(len(ids_BT))]
+    fed = [answers[row].thoughts for row in range(len(ids_BT))]
     lengths = [_length(row, special, "stop_strings" in options) for row in tokens]
     widest = max(map(len, tokens))
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
         lengths=torch.tensor(lengths),
         cut=torch.tensor([length == limit for length, limit in zip(lengths, limits_B.tolist(), strict=True)]),
-        num_thoughts=count if reasoning.slot is Slot.thought else 0,
+        num_thoughts=torch.tensor([len(row) for row in fed]),
         texts=[
             str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
             for row, length in zip(tokens, lengths, strict=True)
         ],
+        thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
     )
+
+
+@dataclass
+class _Answer:
+    tokens: list[int]
+    thoughts: Tensor  # (K, D)
 
 
 def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
@@ -110,21 +190,52 @@ def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
     return len(row)
 
 
-def _speak(
-    lm: LatentLM, ids_BT: Tensor, is_question_BT: Tensor, slot: Tensor, limit: int, options: dict[str, Any]
-) -> Tensor:
-    """(B, N) the tokens after question and slot."""
+def _think_and_speak(
+    lm: LatentLM,
+    ids_BT: Tensor,
+    is_question_BT: Tensor,
+    count: int,
+    thoughts: Tensor | None,
+    stop: Stop | None,
+    options: dict[str, Any],
+) -> list[_Answer]:
+    """The answers to questions padded on the left."""
+    B, T = ids_BT.shape
+    slot = torch.from_numpy(slot_ids(lm.reasoning, lm.special, count)).long().to(lm.device)
+    prompt_BT = torch.cat([ids_BT, slot.expand(B, -1)], dim=1)
+    is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
+    if lm.reasoning.slot is not Slot.thought or not count:
+        none = torch.zeros(0, lm.base.get_input_embeddings().embedding_dim)
+        return [_Answer(new, none) for new in _speak(lm, prompt_BT, is_token_BT, None, options).tolist()]
+    prefix = T + 1  # with <bot>
+    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop)
+    answers: dict[int, _Answer] = {}
+    for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
+        rows = (thinking.counts == n).nonzero()[:, 0]
+        cache = thinking.cache if len(rows) == B else _part_of(thinking.cache, rows, prefix + n)
+        columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
+        prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
+        new_BN = _speak(lm, prompts, masks, cache, options)
+        for row, new in zip(rows.tolist(), new_BN.tolist(), strict=True):
+            answers[row] = _Answer(new, thinking.thoughts[row, :n].float().cpu())
+    return [answers[row] for row in range(B)]
+
+
+def _part_of(cache: Any, rows: Tensor, columns: int) -> Any:
+    """A copy of these rows of a cache, up to so many columns."""
+    part = copy.deepcopy(cache)
+    part.batch_select_indices(rows)
+    part.crop(columns)
+    return part
+
+
+def _speak(lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, options: dict[str, Any]) -> Tensor:
+    """(B, N) the tokens after prompts, of which the cache, if there is one, holds all but the last column."""
     from transformers import GenerationConfig
 
     special = lm.special
-    prompt_BT = torch.cat([ids_BT, slot.expand(len(ids_BT), -1)], dim=1)
-    is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, : len(slot)], dtype=torch.bool)], dim=1)
-    count = int((slot == special.latent).sum())
-    prefix = ids_BT.shape[1] + lm.reasoning.markers
-    cache = _think(lm, prompt_BT, is_token_BT, prefix, count) if count else None
     every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
     config = GenerationConfig(
-        max_new_tokens=limit,
         eos_token_id=special.eos,
         pad_token_id=special.pad,
         suppress_tokens=special.added,
@@ -153,17 +264,6 @@ def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tup
     width = int(is_token.sum(1).max())
     ids = torch.where(is_token, input_ids.gather(1, order), pad)
     return ids[:, -width:], is_token[:, -width:]
-
-
-def _think(lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, prefix: int, count: int) -> Any:
-    """The cache after the prefix and all thoughts."""
-    end = prefix + count
-    borders = [0, *range(prefix, end + 1)]
-    ids_BT, is_token_BT = prompt_BT[:, :end], is_token_BT[:, :end]
-    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-    embeds_BTD = lm.base.get_input_embeddings()(ids_BT)
-    _, cache = lm.run_blocks(embeds_BTD, is_token_BT, ids_BT == lm.latent_id, positions_BT, borders)
-    return cache
 
 
 def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
@@ -204,7 +304,8 @@ def run(config: GenerateConfig) -> int:
         result = answer(
             lm, [question], num_thoughts=config.num_thoughts, max_new_tokens=config.max_new_tokens, **options
         )
-    thoughts = f"{result.num_thoughts} thought{'s' * (result.num_thoughts != 1)}"
+    count = int(result.num_thoughts[0])
+    thoughts = f"{count} thought{'s' * (count != 1)}"
     print(f"[{thoughts}, {int(result.lengths[0])} tokens]", file=sys.stderr)
     print(result.texts[0].strip())
     if result.cut[0]:

@@ -250,10 +250,10 @@ class LatentLM(nn.Module):
         if labels is not None:
             states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
             output.num_targets = len(targets_N)
-            output.loss_sum = summed_cross_entropy(self._logits(states_ND), targets_N)
+            output.loss_sum = summed_cross_entropy(self.logits(states_ND), targets_N)
         if return_logits:
             index = columns_BT.clamp(max=hidden_BSD.shape[1] - 1)
-            output.logits = self._logits(hidden_BSD.gather(1, index[..., None].expand(-1, -1, hidden_BSD.shape[2])))
+            output.logits = self.logits(hidden_BSD.gather(1, index[..., None].expand(-1, -1, hidden_BSD.shape[2])))
         return output
 
     def log_probs(
@@ -270,7 +270,7 @@ class LatentLM(nn.Module):
             raise ValueError("log_probs needs labels: they say which tokens to score (-100 elsewhere).")
         hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache)
         states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
-        return target_log_probs(self._logits(states_ND), targets_N)
+        return target_log_probs(self.logits(states_ND), targets_N)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, **options: Any
@@ -301,16 +301,12 @@ class LatentLM(nn.Module):
         is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
         positions_BS = position_ids.gather(1, source_BS)
         embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
-        hidden, _ = self.run_blocks(embeds_BSD, is_token_BS, is_latent_BS, positions_BS, way.borders)
-        return hidden, way.column_BT
+        return self._run_blocks(embeds_BSD, is_token_BS, is_latent_BS, positions_BS, way.borders), way.column_BT
 
-    def run_blocks(
+    def _run_blocks(
         self, embeds_BSD: Tensor, is_token_BS: Tensor, is_latent_BS: Tensor, positions_BS: Tensor, borders: list[int]
-    ) -> tuple[Tensor, Any]:
-        """The loop: one pass a block, each beginning with the state that the one before ended with.
-
-        Gives the hidden states (B, S, D) and the cache.
-        """
+    ) -> Tensor:
+        """The loop: one pass a block, each beginning with the state that the one before ended with. (B, S, D)."""
         from transformers import DynamicCache
 
         several = len(borders) > 2
@@ -327,12 +323,12 @@ class LatentLM(nn.Module):
             block_BSD = embeds_BSD[:, start:stop]
             if last_BD is not None:
                 block_BSD = torch.where(is_latent_BS[:, start:stop, None], last_BD[:, None].to(block_BSD), block_BSD)
-            hidden_BSD = self._body(block_BSD, attended_BS[:, :stop], positions_BS[:, start:stop], cache)
+            hidden_BSD = self.states(block_BSD, attended_BS[:, :stop], positions_BS[:, start:stop], cache)
             states.append(hidden_BSD)
             ends_here_B1 = is_token_BS[:, stop - 1, None]
             end_BD = hidden_BSD[:, -1]
             last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
-        return torch.cat(states, dim=1) if several else states[0], cache
+        return torch.cat(states, dim=1) if several else states[0]
 
     def _recomputed(
         self, input_ids: Tensor, is_token_BT: Tensor, is_latent_BT: Tensor, position_ids: Tensor
@@ -343,14 +339,18 @@ class LatentLM(nn.Module):
         previous_BT = _previous(is_token_BT).clamp(min=0)
         number_BT = is_latent_BT.long().cumsum(1) * is_latent_BT
         for number in range(1, int(number_BT.max()) + 1):
-            hidden_BTD = self._body(embeds_BTD, is_token_BT, position_ids)
+            hidden_BTD = self.states(embeds_BTD, is_token_BT, position_ids)
             before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)).to(embeds_BTD)
             embeds_BTD = torch.where((number_BT == number)[..., None], before_BTD, embeds_BTD)
         columns_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self._body(embeds_BTD, is_token_BT, position_ids), columns_BT
+        return self.states(embeds_BTD, is_token_BT, position_ids), columns_BT
 
-    def _body(self, embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
-        """The model without its head: states after the final norm."""
+    def states(self, embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
+        """The model without its head: the last hidden states (B, T, D), after the final norm.
+
+        `embeds` (B, T, D) are input embeddings, `mask` covers them and what the cache holds. The cache, a
+        transformers DynamicCache, is extended by them.
+        """
         output = self.base.base_model(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
@@ -360,7 +360,8 @@ class LatentLM(nn.Module):
         )
         return output.last_hidden_state
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
+        """What the head makes of last hidden states: (..., D) to (..., V)."""
         head: Any = self.base.get_output_embeddings()
         logits = head(states)
         config = self.base.config.get_text_config(decoder=True)

@@ -18,6 +18,7 @@ from torch import nn
 from coconut.build import make_model, starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application
+from coconut.collapse import look_at
 from coconut.config import Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite
@@ -49,7 +50,7 @@ class Training:
         self.config, self.folder, self.files = config, folder, files
         self.task = TASKS[config.data.task]
         self.plan = plan(config.method, config.curriculum)
-        self.checkpoints = Checkpoints(folder, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
 
         torch.manual_seed(config.seed)
         examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
@@ -73,6 +74,7 @@ class Training:
             self.engine.load_state_dict(load_trainer(found))
             self.checkpoints.set_aside_after(self.step)
         self.recent: deque[dict[str, float]] = deque(maxlen=5)
+        self.collapse: list[str] = []  # what was last found wrong with the thoughts
 
     def _found(self) -> Path | None:
         """The checkpoint to go on from, if the run has any."""
@@ -152,7 +154,7 @@ class Training:
                     result = self.validate(place)
                     metrics.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **result)
                     self._report(place, row, result, time.monotonic() - started, first)
-                if due or asked or (config.save_every and self.step % config.save_every == 0):
+                if due or asked or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
                     self.save()
                 if asked:
                     say(f"Stopped by {asked[0].name}; saved at update {self.step}. The same command goes on from here.")
@@ -189,7 +191,7 @@ class Training:
             for batch in micro_batches(view, np.argsort(view.lengths, kind="stable"), self.config.eval_batch_size):
                 loss_sum += summed_loss(self.lm, batch.to(self.engine.device)).item()
                 targets += batch.num_targets
-            result, predictions = evaluate(
+            result, predictions, thoughts = evaluate(
                 self.lm, self.task, self.valid_examples, batch_size=self.config.eval_batch_size
             )
         self.lm.train()
@@ -198,6 +200,7 @@ class Training:
             rank = (result.accuracy, -loss)
             if not self.best or rank > (self.best["accuracy"], -self.best["loss"]):
                 self.best = {"step": self.step, "accuracy": result.accuracy, "loss": loss}
+        watched = self._watch(thoughts) if thoughts.shape[1] else {}
         samples = [asdict(prediction) for prediction in predictions[:5]]
         write_json(self.folder / "samples" / f"step-{self.step:07d}.json", samples)
         return {
@@ -206,7 +209,19 @@ class Training:
             "chain_match": result.chain_match,
             "new_tokens": result.mean_new_tokens,
             "cut": result.cut,
+            **watched,
         }
+
+    def _watch(self, thoughts: torch.Tensor) -> dict[str, Any]:
+        """What the thoughts of the validation questions look like; warns when they collapse, once in a row."""
+        table: Any = self.lm.base.get_input_embeddings()
+        found = look_at(thoughts, table.weight)
+        collapse = found.collapse()
+        for problem in collapse:
+            if problem not in self.collapse:
+                say(f"warning: the thoughts of the validation questions {problem} ({found.told()})")
+        self.collapse = collapse
+        return {f"thought_{name}": value for name, value in found.as_dict().items()}
 
     def save(self) -> None:
         self.checkpoints.save(self.step, self.lm, self.engine.state_dict(), {"best": self.best})

@@ -405,8 +405,8 @@ def _date(text: str) -> str:
     return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+def counted(count: float, noun: str) -> str:
+    return f"{count:.3g} {noun}{'s' * (count != 1)}"
 
 
 def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section]]) -> str:
