@@ -205,7 +205,8 @@ def _think_and_speak(
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1)], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
     if lm.reasoning.slot is not Slot.thought or not count:
-        none = torch.zeros(0, lm.base.get_input_embeddings().embedding_dim)
+        table: Any = lm.base.get_input_embeddings()
+        none = torch.zeros(0, table.embedding_dim)
         return [_Answer(new, none) for new in _speak(lm, prompt_BT, is_token_BT, None, options).tolist()]
     prefix = T + 1  # with <bot>
     thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop)
@@ -222,10 +223,11 @@ def _think_and_speak(
 
 
 def _part_of(cache: Any, rows: Tensor, columns: int) -> Any:
-    """A copy of these rows of a cache, up to so many columns."""
+    """A copy of these rows of a cache, its first columns."""
     part = copy.deepcopy(cache)
     part.batch_select_indices(rows)
-    part.crop(columns)
+    if surplus := part.get_seq_length() - columns:
+        part.crop(-surplus)
     return part
 
 

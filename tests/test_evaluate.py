@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import build, graph_rows
 from scipy.stats import norm
 
@@ -69,7 +70,8 @@ def saying(*texts: str) -> Any:
             said = [queue.pop(0) for _ in range(len(input_ids))]
             lengths = [len(text.split()) for text in said]
             tensor = input_ids.new_tensor
-            return Generated(input_ids, tensor(lengths), tensor([n > 8 for n in lengths]), 3, said)
+            cut, fed = tensor([n > 8 for n in lengths]), torch.zeros(len(said), 3, 4)
+            return Generated(input_ids, tensor(lengths), cut, tensor([3] * len(said)), said, fed)
 
     lm = build("gpt2", num_thoughts=3, steps_cut=1, format=PromptFormat())
     return Scripted(lm.base, lm.tokenizer, lm.special, lm.reasoning)
@@ -83,7 +85,7 @@ def test_what_is_counted() -> None:
         Example("1 2 3", ("s1",), "7"),
     ]
     lm = saying("s2\n### 7", "s1\ns2\n### 7", "### 8", "and on and on and on and on and on")
-    result, predictions = evaluate(lm, TASKS["gsm8k"], examples, batch_size=2)
+    result, predictions, _ = evaluate(lm, TASKS["gsm8k"], examples, batch_size=2)
     assert [p.correct for p in predictions] == [True, True, False, False]
     assert [p.chain_match for p in predictions] == [True, False, True, False]
     assert [p.predicted for p in predictions] == ["7", "7", "8", None]
@@ -97,7 +99,7 @@ def test_what_is_counted() -> None:
 
 def test_the_interval_is_wilsons() -> None:
     lm = saying(*["### 7"] * 9, "### 8")
-    result, _ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", (), "7")] * 10)
+    result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", (), "7")] * 10)
     z, p, n = norm.ppf(0.975), 0.9, 10
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
@@ -164,14 +166,14 @@ def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: 
 def test_a_chain_that_begins_within_a_step_is_not_compared() -> None:
     lm = saying("### 7")
     lm.reasoning = replace(lm.reasoning, slot=Slot.nothing, steps_cut=0, tokens_cut=8)
-    result, _ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
+    result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
     assert result.chain_match is None
 
 
 def test_the_answers_own_format_is_taken_off() -> None:
     lm = saying("\\boxed{7}")
     lm.reasoning = replace(lm.reasoning, format=PromptFormat(answer="\\boxed{{}}"))
-    _, (prediction,) = evaluate(lm, TASKS["prosqa"], [Example("1 2", (), "7")])
+    _, (prediction,), _ = evaluate(lm, TASKS["prosqa"], [Example("1 2", (), "7")])
     assert (prediction.predicted, prediction.correct) == ("7", True)
 
 

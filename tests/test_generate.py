@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.data import token_ids
-from coconut.generate import answer
+from coconut.generate import answer, think
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
 
@@ -53,7 +53,7 @@ def test_a_batch_says_what_each_question_would(family: str, slot: Slot, count: i
     lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
     ids, mask = padded(QUESTIONS, right)
     out = lm.generate(ids, mask, max_new_tokens=6)
-    assert out.num_thoughts == (count if slot is Slot.thought else 0)
+    assert out.num_thoughts.tolist() == [count if slot is Slot.thought else 0] * len(QUESTIONS)
     expected = [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
     assert rows_of(out) == expected
     alone = [rows_of(lm.generate(torch.tensor([question]), max_new_tokens=6))[0] for question in QUESTIONS]
@@ -65,7 +65,7 @@ def test_the_number_of_thoughts_can_be_set(count: int) -> None:
     lm = build("llama", num_thoughts=2)
     ids, mask = padded(QUESTIONS)
     out = lm.generate(ids, mask, max_new_tokens=6, num_thoughts=count)
-    assert out.num_thoughts == count
+    assert out.num_thoughts.tolist() == [count] * len(QUESTIONS)
     assert rows_of(out) == [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
 
 
@@ -75,6 +75,55 @@ def test_thoughts_matter() -> None:
     ids, mask = padded(QUESTIONS)
     said = [rows_of(lm.generate(ids, mask, max_new_tokens=6, num_thoughts=n)) for n in (0, 1, 2, 3)]
     assert len({str(text) for text in said}) == 4
+
+
+def test_its_own_thoughts_fed_back_change_nothing_and_others_do(family: str) -> None:
+    lm = build(family, num_thoughts=3)
+    ids, mask = padded(QUESTIONS)
+    usual = lm.generate(ids, mask, max_new_tokens=6)
+    assert usual.thoughts.shape == (len(QUESTIONS), 3, lm.base.config.hidden_size)
+    again = lm.generate(ids, mask, max_new_tokens=6, thoughts=usual.thoughts)
+    assert rows_of(again) == rows_of(usual)
+    torch.testing.assert_close(again.thoughts, usual.thoughts, rtol=0, atol=0)
+    other = lm.generate(ids, mask, max_new_tokens=6, thoughts=usual.thoughts.flip(0) * 3)
+    assert rows_of(other) != rows_of(usual)
+
+
+def test_thoughts_are_the_states_that_training_feeds_back(family: str) -> None:
+    lm = build(family, num_thoughts=3)
+    ids, mask = padded(QUESTIONS)
+    prompts = torch.cat([ids, torch.full_like(ids[:, :1], lm.special.bot)], dim=1)
+    is_token = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    thinking = think(lm, prompts, is_token, 3)
+    whole = torch.cat([prompts, torch.full_like(ids[:, :3], lm.latent_id)], dim=1)
+    logits = lm(whole, torch.cat([is_token, torch.ones_like(mask[:, :3])], dim=1), return_logits=True).logits
+    states = torch.cat([thinking.thoughts, thinking.states[:, None]], dim=1)
+    torch.testing.assert_close(lm.logits(states), logits[:, -4:])
+    assert thinking.counts.tolist() == [3] * len(QUESTIONS)
+
+
+def test_each_row_stops_thinking_by_itself(family: str) -> None:
+    lm = build(family, num_thoughts=4)
+    ids, mask = padded(QUESTIONS)
+    usual = lm.generate(ids, mask, max_new_tokens=6).thoughts
+    ends = [1, 3, 4, 2]
+    last = torch.stack([usual[row, ends[row % 4] - 1] for row in range(len(QUESTIONS))])
+
+    def stop(thoughts_BD: torch.Tensor) -> torch.Tensor:
+        return (thoughts_BD[:, None].float() - last).abs().amax(-1).lt(1e-9).any(1)
+
+    out = lm.generate(ids, mask, max_new_tokens=6, stop=stop)
+    counts = [ends[row % 4] for row in range(len(QUESTIONS))]
+    assert out.num_thoughts.tolist() == counts
+    for row, (question, count) in enumerate(zip(QUESTIONS, counts, strict=True)):
+        assert rows_of(out)[row] == by_recomputation(lm, question, count, 6)
+        assert (out.thoughts[row, count:] == 0).all()
+
+
+def test_a_method_without_latent_thoughts_has_none_to_replace_or_stop() -> None:
+    lm = build("gpt2", slot=Slot.pause, num_thoughts=2)
+    with pytest.raises(ValueError, match="no latent thoughts"):
+        lm.generate(torch.tensor([[5, 6]]), thoughts=torch.zeros(1, 2, 32))
 
 
 def prefer(lm: LatentLM, token: int) -> None:
