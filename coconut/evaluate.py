@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coconut.cli import application
-from coconut.config import EvaluateConfig, TooLong
+from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.files import read_json, sha256, write_json, write_text
 from coconut.generate import Stop, pad_rows
@@ -187,6 +187,7 @@ def run(config: EvaluateConfig) -> int:
     from coconut.engine.local import autocast, set_up
     from coconut.model import LatentLM
     from coconut.screen import only_our_words, say, working
+    from coconut.stopping import classifier_of
     from coconut.tracking import read_config
 
     only_our_words()
@@ -203,6 +204,9 @@ def run(config: EvaluateConfig) -> int:
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting(lm, rows, config)
     fitting = [examples[i] for i in kept]
+    stop = None
+    if config.stop is StopRule.classifier:
+        stop = classifier_of(config.run, lm, trained, step, config.batch_size).stop
     say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
@@ -212,6 +216,7 @@ def run(config: EvaluateConfig) -> int:
             TASKS[trained["data"]["task"]],
             fitting,
             num_thoughts=config.num_thoughts,
+            stop=stop,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
@@ -226,6 +231,7 @@ def run(config: EvaluateConfig) -> int:
         "split": config.split,
         "file": str(path),
         "sha256": digest,
+        "batch_size": config.batch_size,
         "checkpoint": config.checkpoint,
         "step": step,
         "method": lm.reasoning.method,
@@ -269,7 +275,7 @@ def _asked(reasoning: Reasoning, config: EvaluateConfig) -> str:
 def _unusual(config: EvaluateConfig) -> list[str]:
     """The settings that make an evaluation another one, for its name."""
     usual = EvaluateConfig(run=config.run)
-    keys = ("checkpoint", "num_thoughts", "max_new_tokens", "limit")
+    keys = ("checkpoint", "num_thoughts", "stop", "max_new_tokens", "limit")
     found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(usual, key)]
     precision = config.engine.precision
     return found if precision is usual.engine.precision else [*found, precision.value]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coconut.cli import application
-from coconut.config import GenerateConfig
+from coconut.config import GenerateConfig, StopRule
 from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
 from coconut.methods import Slot
@@ -284,10 +284,11 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run."""
-    from coconut.checkpoint import Checkpoints
+    from coconut.checkpoint import Checkpoints, load_state
     from coconut.engine.local import autocast, set_up
     from coconut.model import LatentLM
     from coconut.screen import only_our_words
+    from coconut.stopping import classifier_of
     from coconut.tracking import read_config
 
     only_our_words()
@@ -300,8 +301,10 @@ def run(config: GenerateConfig) -> int:
     lm = LatentLM.from_pretrained(checkpoint, trained["model"]["attention"])
     lm.to(set_up(config.engine))
     options: dict[str, Any] = {}
+    if config.stop is StopRule.classifier:
+        options["stop"] = classifier_of(config.run, lm, trained, load_state(checkpoint)["step"]).stop
     if config.temperature > 0:
-        options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+        options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):
         result = answer(
             lm, [question], num_thoughts=config.num_thoughts, max_new_tokens=config.max_new_tokens, **options

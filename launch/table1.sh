@@ -22,8 +22,8 @@ source launch/setup.sh base
 runs=runs/$experiment
 mkdir -p "$runs"
 curriculum=$("$python" -m coconut.train experiment="$experiment" --cfg job --package curriculum)
-first=$(awk '$1 == "first:" { print $2 }' <<<"$curriculum")
-total=$(awk '$1 == "total:" { print $2 }' <<<"$curriculum")
+setting() { awk -v key="$1:" '$1 == key { print $2 }' <<<"$curriculum"; }
+unit=$(setting unit) first=$(setting first) total=$(setting total)
 
 train() { # method, seed, further keys
     local run=$runs/$1-seed$2 began=$SECONDS
@@ -36,21 +36,27 @@ train() { # method, seed, further keys
 }
 
 after_first_stage() { # method, whose first stage, seed
+    if [ "$unit" != updates ]; then # then which update ends stage 0 depends on the data
+        train "$1" "$3"
+        return
+    fi
     train "$1" "$3" init="$runs/$2-seed$3/checkpoints/$(printf step-%07d "$first")" \
         curriculum.start_stage=1 curriculum.total=$((total - first))
 }
 
 in_words() {
-    train cot "$1" keep_every="$first" && after_first_stage without_thought cot "$1" &&
+    train cot "$1" ${keep[@]+"${keep[@]}"} && after_first_stage without_thought cot "$1" &&
         after_first_stage icot cot "$1" && train no_cot "$1"
 }
 
 between_markers() {
-    train coconut "$1" keep_every="$first" && after_first_stage pause_as_thought coconut "$1" &&
+    train coconut "$1" ${keep[@]+"${keep[@]}"} && after_first_stage pause_as_thought coconut "$1" &&
         train without_curriculum "$1" && train pause "$1"
 }
 
-echo "[2/4] Training: $((5 * total + 3 * (total - first))) updates a seed, $jobs at a time"
+keep=()
+[ "$unit" != updates ] || keep=(keep_every="$first")
+echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time"
 threads=$(($(getconf _NPROCESSORS_ONLN) / jobs))
 [ "$threads" -gt 0 ] || threads=1
 trap 'trap - TERM; kill -TERM 0' INT TERM

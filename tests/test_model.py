@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from conftest import WORDS, build, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from coconut import LatentLM
 from coconut.data import ADDED_TOKENS, build_word_tokenizer
+from coconut.methods import Slot
 from coconut.model import REASONING_FILE, align
 
 
@@ -172,6 +174,32 @@ def test_gradients_flow_through_the_thoughts() -> None:
         weight.sub_(2e-6 * direction)
         below = lm(**batch).loss
     assert float((above - below) / 2e-6) == pytest.approx(slope, rel=1e-6)
+
+
+def test_pauses_fed_one_by_one_equal_pauses_fed_at_once(family: str) -> None:
+    """In a causal model: so passing over pauses several times adds nothing to passing over them once."""
+    lm = build(family, slot=Slot.pause, num_thoughts=3)
+    question, special = [5, 6, 7, 8], lm.special
+    row = torch.tensor([[*question, special.bot, *[special.pause] * 3, special.eot, 9, 10]])
+    labels = torch.where(torch.arange(row.shape[1]) > 8, row, -100)
+    at_once = lm(row, labels=labels)
+    at_once.loss_sum.backward()
+    expected = gradients(lm)
+    lm.zero_grad()
+
+    embeds = lm.base.get_input_embeddings()(row)
+    positions = torch.arange(row.shape[1])[None]
+    cache = DynamicCache(config=lm.base.config)
+    states = []
+    for start, stop in pairwise([0, 5, 6, 7, 8, row.shape[1]]):
+        mask = torch.ones_like(row[:, :stop])
+        states.append(lm.states(embeds[:, start:stop], mask, positions[:, start:stop], cache))
+    logits = lm.logits(torch.cat(states, dim=1))[0, 8:-1]
+    loss = torch.nn.functional.cross_entropy(logits, row[0, 9:], reduction="sum")
+    torch.testing.assert_close(loss, at_once.loss_sum, rtol=1e-9, atol=1e-9)
+    loss.backward()
+    for name, gradient in gradients(lm).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-9, msg=name)
 
 
 def test_a_batch_equals_its_parts() -> None:

@@ -326,6 +326,25 @@ def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path)
         Checkpoints(tmp_path).find("last")
 
 
+def test_checkpoints_at_multiples_stay(data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(settings(data, folder, keep_checkpoints=1, keep_every=5))
+    checkpoints = Checkpoints(folder)
+    best = load_state(checkpoints.path(14))["best"]["step"]
+    assert checkpoints.steps() == sorted({5, 10, 14, best})
+
+
+def test_what_the_thoughts_look_like_is_logged(finished: Path) -> None:
+    rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
+    assert {row["stage"] for row in rows if "thought_norm" in row} == {1, 2}
+    last = rows[-1]
+    assert last["thought_norm"] > 0
+    assert last["thought_across"] > 0
+    assert last["thought_within"] > 0
+    assert last["thought_to_table"] > 0
+    assert 1 <= last["thought_rank"] <= ARCHITECTURE["n_embd"]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_checkpoints_do_not_cost_the_new_ones(
     finished: Path, tmp_path: Path, keep: int, capsys: pytest.CaptureFixture[str]

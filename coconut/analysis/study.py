@@ -1,0 +1,35 @@
+"""The data of a figure, as it is computed, kept on disk and drawn."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coconut.files import read_json, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Study:
+    """`rows` are flat, with the same keys in each; `facts` hold for all of them."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """As NAME.json and, rows alone, as NAME.csv."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(self.rows[0]) if self.rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(folder / f"{self.name}.csv", table.getvalue())
+        write_json(folder / f"{self.name}.json", {"facts": self.facts, "rows": self.rows})
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> Study | None:
+        """None if it was never written."""
+        file = folder / f"{name}.json"
+        return cls(name, **read_json(file)) if file.is_file() else None

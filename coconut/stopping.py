@@ -1,0 +1,176 @@
+"""When to stop thinking: a binary classifier on the latent thought.
+
+The paper names two rules: a classifier that lets the model decide for itself, and a constant number of
+thoughts (Hao et al., arXiv 2412.06769, section 3, "Inference process"). The second one is Reasoning.num_thoughts;
+this is the first, fitted to a trained model whose weights stay as they are. Its target
+at thought i is whether all steps of the example have been replaced by then: i >= thoughts_per_step * steps.
+
+Shapes: N examples, K thoughts, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from coconut.data import Example, encode_questions, read_examples
+from coconut.files import whole_file
+from coconut.generate import pad_rows, think
+from coconut.methods import Slot
+from coconut.screen import say
+from coconut.sources import data_files
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+FOLDER = "stopping"
+MOST_EXAMPLES = 8000  # that it is fitted to
+WIDTH, EPOCHS, BATCH = 256, 10, 256
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a classifier was fitted to, and how good it is on validation examples.
+
+    `accuracy`: share of right decisions, over all their thoughts. `by_place`: the same at the first, second,
+    ... thought, and `positives` the share of examples for which to stop there was right: where that is 0 or 1
+    the place alone decides. `trained_on`: examples.
+    """
+
+    trained_on: int
+    accuracy: float
+    by_place: list[float]
+    positives: list[float]
+
+
+class StopClassifier(nn.Module):
+    """One hidden layer over a thought; a score above 0 says that it is the last."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, size: int, measured: Measured | None = None):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+        self.layers = nn.Sequential(nn.Linear(size, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
+        self.measured = measured
+
+    def forward(self, thoughts_BD: Tensor) -> Tensor:
+        """Scores (B,) of thoughts (B, D)."""
+        return self.layers((thoughts_BD.float() - self.mean) / self.scale)[..., 0]
+
+    @torch.no_grad()
+    def stop(self, thoughts_BD: Tensor) -> Tensor:
+        """Which rows (B,) have thought enough."""
+        return self(thoughts_BD) > 0
+
+    def save(self, file: Path) -> None:
+        assert self.measured
+        with whole_file(file) as part:
+            save_file(self.state_dict(), part, {"measured": json.dumps(asdict(self.measured))})
+
+    @classmethod
+    def load(cls, file: Path) -> StopClassifier:
+        with safe_open(file, "pt") as opened:
+            measured = Measured(**json.loads(opened.metadata()["measured"]))
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        classifier = cls(len(state["mean"]), measured)
+        classifier.load_state_dict(state)
+        return classifier
+
+
+def fit(thoughts_NKD: Tensor, last_NK: Tensor) -> StopClassifier:
+    """A classifier of `last` (N, K), whether a thought is the last one needed, from thoughts (N, K, D)."""
+    rows, targets = thoughts_NKD.flatten(0, 1).float(), last_NK.flatten().float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = StopClassifier(rows.shape[1])
+        classifier.mean.copy_(rows.mean(0))
+        classifier.scale.copy_(rows.std(0).clamp(min=1e-6))
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=0.1)
+        for _ in range(EPOCHS):
+            for chosen in torch.randperm(len(rows)).split(BATCH):
+                loss = nn.functional.binary_cross_entropy_with_logits(classifier(rows[chosen]), targets[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return classifier.eval()
+
+
+def fit_classifier(lm: LatentLM, train: Sequence[Example], valid: Sequence[Example], batch_size: int) -> StopClassifier:
+    """A classifier for a trained model, fitted to the thoughts of training examples, measured on validation ones.
+
+    Raises ValueError if in all examples the same thought is the last one needed.
+    """
+    thoughts, last = _thoughts_and_targets(lm, train, batch_size)
+    if (last == last[0]).all():
+        raise ValueError(
+            f"stop=classifier: in all {len(train):,} training examples thinking should end at the same thought, so "
+            "there is nothing to learn. Keep stop=constant and set num_thoughts."
+        )
+    classifier = fit(thoughts, last)
+    unseen, wanted = _thoughts_and_targets(lm, valid, batch_size)
+    right = (classifier.stop(unseen) == wanted).double()
+    classifier.measured = Measured(
+        len(train), right.mean().item(), right.mean(0).tolist(), wanted.double().mean(0).tolist()
+    )
+    return classifier.to(lm.device)
+
+
+def _thoughts_and_targets(lm: LatentLM, examples: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Thoughts (N, K, D) of the questions, and whether each has replaced all of its example's steps (N, K)."""
+    count = lm.reasoning.num_thoughts
+    rows = [
+        [*row, lm.special.bot]
+        for row in encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
+    ]
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    thoughts: list[Tensor] = [torch.empty(0)] * len(rows)
+    for chosen in np.split(order, range(batch_size, len(order), batch_size)):
+        ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
+        found = think(lm, ids.to(lm.device), mask.to(lm.device), count).thoughts.float().cpu()
+        for i, thought in zip(chosen, found, strict=True):
+            thoughts[i] = thought
+    needed_N1 = torch.tensor([[lm.reasoning.thoughts_per_step * len(e.steps)] for e in examples])
+    return torch.stack(thoughts), torch.arange(1, count + 1) >= needed_N1
+
+
+def refuse_untrained(lm: LatentLM, curriculum: dict[str, Any]) -> None:
+    """Raise ValueError if a model of this curriculum cannot speak after fewer thoughts than its stage has."""
+    if lm.reasoning.slot is not Slot.thought or not lm.reasoning.num_thoughts:
+        raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
+    if not curriculum["mixing_probability"] and curriculum["pad_thoughts"]:
+        raise ValueError(
+            f"stop=classifier ends the thoughts early, but this model always had {lm.reasoning.num_thoughts} of them "
+            "in training and never learned to speak after fewer. Train with curriculum.mixing_probability=0.1, or with "
+            "curriculum.pad_thoughts=false."
+        )
+
+
+def classifier_of(
+    run: Path | str, lm: LatentLM, trained: dict[str, Any], step: int, batch_size: int = 64
+) -> StopClassifier:
+    """The classifier of a run's checkpoint; fitted, and kept in the run's folder, when it is first asked for.
+
+    `trained` is the run's configuration. Raises ValueError if the run was not trained for it.
+    """
+    refuse_untrained(lm, trained["curriculum"])
+    file = Path(run) / FOLDER / f"step-{step:07d}.safetensors"
+    if file.is_file():
+        return StopClassifier.load(file).to(lm.device)
+    files = data_files(trained["data"])
+    train, valid = (read_examples(files[split])[:MOST_EXAMPLES] for split in ("train", "valid"))
+    say(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
+    classifier = fit_classifier(lm, train, valid, batch_size)
+    classifier.save(file)
+    return classifier
