@@ -1,22 +1,39 @@
-"""One page about a run: what was trained, how it learned, how good it is, and some of its answers."""
+"""Look into a trained run and write one page about it; after the word `table`, compare several runs."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from coconut.analysis import table
+from coconut.analysis.charts import save_png
+from coconut.analysis.findings import WIDE, are_they_used, drawings, how_many, what_they_hold
 from coconut.analysis.page import percent
-from coconut.analysis.report import answers, headline, learning, provenance, read_run, report
+from coconut.analysis.report import RunRecord, answers, headline, learning, provenance, read_run, report
+from coconut.analysis.study import FOLDER, Study, Unfit
 from coconut.cli import application
-from coconut.config import AnalyzeConfig
-from coconut.files import write_text
-from coconut.screen import say
+from coconut.config import AnalyzeConfig, Part
+from coconut.files import whole_folder, write_text
+from coconut.screen import only_our_words, say, working
 
-SECTIONS = (headline, learning, answers, provenance)  # in the order of the page
+if TYPE_CHECKING:
+    from coconut.analysis.probes import Subject
+    from coconut.build import Trained
+
+DECODED = 20  # questions, among which the page finds a telling one
+SECTIONS = (headline, how_many, what_they_hold, are_they_used, learning, answers, provenance)  # as on the page
 
 
 def run(config: AnalyzeConfig) -> int:
-    """Write the report of a run."""
+    """Examine a run's model, if it has come so far, and write its page."""
+    only_our_words()
     record = read_run(config.run)
+    if config.parts or (config.parts is None and record.best):
+        examine(config, record)
+        record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
     write_text(path, report(record, SECTIONS))
     if record.test:
@@ -26,7 +43,97 @@ def run(config: AnalyzeConfig) -> int:
     return 0
 
 
-main = application("analyze", AnalyzeConfig, run)
+def examine(config: AnalyzeConfig, record: RunRecord) -> None:
+    """Carry out the studies of a run, and keep their data and pictures in RUN/analysis.
+
+    Raises ValueError if a part that was asked for by name does not fit the run; others are left out, and said so.
+    """
+    from coconut.analysis.probes import MORE, Subject
+    from coconut.build import load_run
+    from coconut.data import read_examples
+    from coconut.engine.local import autocast
+    from coconut.evaluate import fitting
+    from coconut.files import sha256
+    from coconut.sources import data_files
+    from coconut.tasks import TASKS
+
+    path = data_files(record.config["data"])["test"]
+    if not path:
+        raise ValueError("The run has no test file, so there is nothing to ask. parts=[] writes the page alone.")
+    trained = load_run(config.run, config.checkpoint, config.engine)
+    examples = read_examples(path)[: config.limit]
+    kept = fitting(trained.lm, [example.question for example in examples], MORE)
+    subject = Subject(
+        trained.lm,
+        TASKS[record.config["data"]["task"]],
+        [examples[i] for i in kept],
+        batch_size=config.batch_size,
+        mixing=record.config["curriculum"]["mixing_probability"],
+    )
+    asked_of = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
+    wanted = config.parts or list(Part)
+    say(f"Looking into update {trained.step:,} with {len(kept):,} questions of {path}")
+    if len(kept) < len(examples):
+        say(f"Left out {len(examples) - len(kept):,} questions that leave no room for {MORE} thoughts more.")
+    studies: list[Study] = []
+    with working("parts", len(wanted)) as bar, autocast(trained.lm.device, config.engine.precision):
+        for done, part in enumerate(wanted):
+            bar(done, part.value)
+            try:
+                made = _carry_out(part, subject, trained, config)
+            except Unfit as reason:
+                if config.parts:
+                    raise
+                say(f"Left out {part.value}: {reason}")
+                continue
+            studies += [_as_in_file(study, kept, asked_of) for study in made]
+    with whole_folder(record.folder / FOLDER) as folder:
+        for study in studies:
+            study.write(folder)
+        for name, draw in drawings(replace(record, studies={study.name: study for study in studies})).items():
+            save_png(draw(WIDE), folder / f"{name}.png")
+    say(f"Data and pictures: {record.folder / FOLDER}")
+
+
+def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
+    """With the facts that all studies share, and questions numbered as in their file."""
+    rows = [row | {"question": kept[row["question"]]} if "question" in row else row for row in study.rows]
+    return Study(study.name, rows, study.facts | facts)
+
+
+def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeConfig) -> list[Study]:
+    from coconut.analysis import audit, probes
+    from coconut.stopping import classifier_of
+
+    def stopping() -> list[Study]:
+        try:
+            classifier = classifier_of(config.run, trained, config.batch_size)
+        except ValueError as reason:
+            raise Unfit(str(reason)) from None
+        return [probes.stopping(subject, classifier)]
+
+    make: dict[Part, Callable[[], list[Study]]] = {
+        Part.k_forcing: lambda: [probes.k_forcing(subject)],
+        Part.values: lambda: probes.next_step_values(subject),
+        Part.inner_products: lambda: [probes.inner_products(subject)],
+        Part.decoded: lambda: [probes.decoded(subject, count=DECODED)],
+        Part.audit_thoughts: lambda: [audit.audit_thoughts(subject)],
+        Part.audit_edges: lambda: [audit.audit_edges(subject)],
+        Part.stopping: stopping,
+    }
+    return make[part]()
+
+
+one_run = application("analyze", AnalyzeConfig, run)
+
+
+def main() -> None:
+    """About one run, or, after the word `table`, about several."""
+    if sys.argv[1:2] == ["table"]:
+        del sys.argv[1]
+        table.main()
+    one_run()
+
 
 if __name__ == "__main__":
     main()

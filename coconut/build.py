@@ -1,20 +1,23 @@
-"""The model that a run starts from: pretrained, new, or another run's."""
+"""The model that a run starts from, pretrained, new, or another run's; and the one that it made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coconut.checkpoint import Checkpoints
-from coconut.config import ModelConfig, TrainConfig
+from coconut.checkpoint import Checkpoints, load_state
+from coconut.config import EngineConfig, ModelConfig, TrainConfig
 from coconut.data import Example, build_word_tokenizer
+from coconut.engine.local import set_up
 from coconut.model import LatentLM
 from coconut.screen import say
+from coconut.tracking import read_config
 
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
@@ -93,3 +96,21 @@ def starting_point(init: str) -> Path:
         except ValueError:
             return checkpoints.find("last")
     return path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model at a checkpoint, on its device. `config` is what the run was made with."""
+
+    lm: LatentLM
+    config: dict[str, Any]
+    step: int
+
+
+def load_run(run: Path | str, checkpoint: str, engine: EngineConfig) -> Trained:
+    """Raises ValueError if the folder is no run, or has no such checkpoint."""
+    config = read_config(run)
+    path = Checkpoints(run).find(checkpoint)
+    lm = LatentLM.from_pretrained(path, config["model"]["attention"])
+    lm.to(set_up(engine))
+    return Trained(lm.eval(), config, load_state(path)["step"])

@@ -19,6 +19,8 @@ TEXT_KEYS = ("question",)
 # grammar would not take is quoted for them. Lists for a multirun and quotes of one's own stay.
 PATH_KEYS = ("run", "init", "output", "out_dir", "source", "train", "valid", "test", "compare", "tokenizer", "files",
              "cache_dir", "base", "hub")  # fmt: skip
+# Values of these are such names or patterns of them, several parted by commas or spaces. A list of Hydra's stays.
+LIST_KEYS = ("runs",)
 PLAIN = re.compile(r"[A-Za-z0-9_./:~+@%=,\-?]*|['\"\[{].*|.*\$\{.*", re.DOTALL)
 
 
@@ -82,10 +84,20 @@ def refuse_namesake() -> None:
 def quote_text(argument: str) -> str:
     """`question=any text` as an override that Hydra's grammar and OmegaConf give back to the letter."""
     key, sign, text = argument.partition("=")
+    if sign and key in LIST_KEYS:
+        return f"{key}={_as_list(text)}"
     is_path = key.lstrip("+").split(".")[-1] in PATH_KEYS and not PLAIN.fullmatch(text)
     if not sign or not (key in TEXT_KEYS or is_path):
         return argument
     return f"{key}={quoted(text)}"
+
+
+def _as_list(text: str) -> str:
+    body = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if re.search(r"""(^|[,\s])['"]""", body):  # items in quotes of one's own
+        return f"[{body}]"
+    items = [quoted(item) for item in re.split(r"[,\s]+", body) if item]
+    return f"[{','.join(items)}]"
 
 
 def quoted(text: str) -> str:

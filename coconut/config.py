@@ -222,6 +222,13 @@ def identity(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
+class StopRule(StrEnum):
+    """How many thoughts a question gets."""
+
+    constant = "constant"  # as many as the model's last stage had, or num_thoughts
+    classifier = "classifier"  # a classifier on the thoughts ends them, at the latest after so many
+
+
 @dataclass
 class DataFiles:
     """Files to take in place of those that the run was made with."""
@@ -238,6 +245,7 @@ class EvaluateConfig:
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
     num_thoughts: int | None = None  # by default the model's own
+    stop: StopRule = StopRule.constant
     max_new_tokens: int | None = None
     batch_size: int = 64
     limit: int | None = None  # the first so many questions
@@ -260,6 +268,7 @@ class GenerateConfig:
     checkpoint: str = "best"
     question: str = ""  # "-" reads standard input
     num_thoughts: int | None = None
+    stop: StopRule = StopRule.constant
     max_new_tokens: int | None = None
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
@@ -275,13 +284,42 @@ class GenerateConfig:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
 
 
+class Part(StrEnum):
+    """What can be measured of a trained run, besides its accuracy."""
+
+    k_forcing = "k_forcing"  # accuracy and reasoning paths with any number of thoughts
+    values = "values"  # the latent search tree: what the next step would be after each thought
+    inner_products = "inner_products"  # thoughts against the embeddings of nodes
+    decoded = "decoded"  # the tokens that a thought is closest to saying
+    audit_thoughts = "audit_thoughts"  # other thoughts in place of its own
+    audit_edges = "audit_edges"  # questions with an edge changed
+    stopping = "stopping"  # a classifier that ends the thoughts against their constant number
+
+
 @dataclass
 class AnalyzeConfig:
     run: str = ""
+    checkpoint: str = "best"
+    parts: list[Part] | None = None  # by default all that fit the run; []: the page alone
+    limit: int | None = None  # the first so many test questions
+    batch_size: int = 64
     output: str | None = None  # by default RUN/report.html
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         _needs_run(self.run)
+        _at_least("", self, limit=1, batch_size=1)
+
+
+@dataclass
+class TableConfig:
+    runs: list[str] = field(default_factory=list)  # folders, or patterns of folders
+    split: str = "test"  # or the name of another evaluation that all of them have
+    output: str | None = None  # a folder; by default the one that all runs lie in
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed*'.")
 
 
 def _needs_run(run: str) -> None:

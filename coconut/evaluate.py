@@ -183,37 +183,34 @@ def _summary(task: Task, examples: Sequence[Example], predictions: Sequence[Pred
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate a trained run on one of its splits, or on any file in the data format."""
-    from coconut.checkpoint import Checkpoints, load_state
-    from coconut.engine.local import autocast, set_up
-    from coconut.model import LatentLM
+    from coconut.build import load_run
+    from coconut.engine.local import autocast
     from coconut.screen import only_our_words, say, working
     from coconut.stopping import classifier_of
     from coconut.tracking import read_config
 
     only_our_words()
-    trained = read_config(config.run)
+    data = read_config(config.run)["data"]
     own_file = getattr(config.data, config.split)
-    path = own_file or data_files(trained["data"])[config.split]
+    path = own_file or data_files(data)[config.split]
     if not path:
         raise ValueError(f"The run has no {config.split} file. Name one with data.{config.split}=FILE.")
     examples = read_examples(path)[: config.limit]
-    checkpoint = Checkpoints(config.run).find(config.checkpoint)
-    step = load_state(checkpoint)["step"]
-    lm = LatentLM.from_pretrained(checkpoint, trained["model"]["attention"])
-    lm.to(set_up(config.engine))
+    trained = load_run(config.run, config.checkpoint, config.engine)
+    lm, step = trained.lm, trained.step
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
-    kept = _fitting(lm, rows, config)
+    kept = _fitting_or_told(lm, rows, config)
     fitting = [examples[i] for i in kept]
     stop = None
     if config.stop is StopRule.classifier:
-        stop = classifier_of(config.run, lm, trained, step, config.batch_size).stop
+        stop = classifier_of(config.run, trained, config.batch_size).stop
     say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
     with working("evaluating", len(fitting)) as bar, autocast(lm.device, config.engine.precision):
         result, predictions, _ = evaluate(
             lm,
-            TASKS[trained["data"]["task"]],
+            TASKS[data["task"]],
             fitting,
             num_thoughts=config.num_thoughts,
             stop=stop,
@@ -251,10 +248,21 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def _fitting(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:
+def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0) -> list[int]:
+    """Which questions leave room for so many thoughts more than the model's own, and an answer."""
+    rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    room = _room(lm, lm.reasoning.num_thoughts + more)
+    return [i for i, row in enumerate(rows) if len(row) <= room]
+
+
+def _room(lm: LatentLM, count: int) -> int:
+    """Tokens that a question may have, with so many thoughts after it and an answer."""
+    return lm.context - len(slot_ids(lm.reasoning, lm.special, count)) - 1
+
+
+def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:
     """Which questions leave room for an answer. Raises ValueError unless the others may be left out."""
-    count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
-    room = lm.context - len(slot_ids(lm.reasoning, lm.special, count)) - 1
+    room = _room(lm, lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts)
     too_long = [i for i, row in enumerate(rows) if len(row) > room]
     if too_long and (config.too_long is TooLong.error or len(too_long) == len(rows)):
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])

@@ -284,25 +284,21 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run."""
-    from coconut.checkpoint import Checkpoints, load_state
-    from coconut.engine.local import autocast, set_up
-    from coconut.model import LatentLM
+    from coconut.build import load_run
+    from coconut.engine.local import autocast
     from coconut.screen import only_our_words
     from coconut.stopping import classifier_of
-    from coconut.tracking import read_config
 
     only_our_words()
-    trained = read_config(config.run)
     question = sys.stdin.read().strip() if config.question == "-" else config.question
     if not question:
         raise ValueError("Standard input held no question.")
     torch.manual_seed(config.seed)
-    checkpoint = Checkpoints(config.run).find(config.checkpoint)
-    lm = LatentLM.from_pretrained(checkpoint, trained["model"]["attention"])
-    lm.to(set_up(config.engine))
+    trained = load_run(config.run, config.checkpoint, config.engine)
+    lm = trained.lm
     options: dict[str, Any] = {}
     if config.stop is StopRule.classifier:
-        options["stop"] = classifier_of(config.run, lm, trained, load_state(checkpoint)["step"]).stop
+        options["stop"] = classifier_of(config.run, trained).stop
     if config.temperature > 0:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):

@@ -30,6 +30,7 @@ from coconut.screen import say
 from coconut.sources import data_files
 
 if TYPE_CHECKING:
+    from coconut.build import Trained
     from coconut.model import LatentLM
 
 FOLDER = "stopping"
@@ -157,18 +158,17 @@ def refuse_untrained(lm: LatentLM, curriculum: dict[str, Any]) -> None:
         )
 
 
-def classifier_of(
-    run: Path | str, lm: LatentLM, trained: dict[str, Any], step: int, batch_size: int = 64
-) -> StopClassifier:
+def classifier_of(run: Path | str, trained: Trained, batch_size: int = 64) -> StopClassifier:
     """The classifier of a run's checkpoint; fitted, and kept in the run's folder, when it is first asked for.
 
-    `trained` is the run's configuration. Raises ValueError if the run was not trained for it.
+    Raises ValueError if the run was not trained for it.
     """
-    refuse_untrained(lm, trained["curriculum"])
-    file = Path(run) / FOLDER / f"step-{step:07d}.safetensors"
+    lm = trained.lm
+    refuse_untrained(lm, trained.config["curriculum"])
+    file = Path(run) / FOLDER / f"step-{trained.step:07d}.safetensors"
     if file.is_file():
         return StopClassifier.load(file).to(lm.device)
-    files = data_files(trained["data"])
+    files = data_files(trained.config["data"])
     train, valid = (read_examples(files[split])[:MOST_EXAMPLES] for split in ("train", "valid"))
     say(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
     classifier = fit_classifier(lm, train, valid, batch_size)

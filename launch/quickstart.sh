@@ -28,8 +28,8 @@ echo "[3/5] Training: first with written steps, then with thoughts in their plac
 echo "[4/5] Evaluation: 500 graphs that the model has never seen (seconds)"
 "$python" -m coconut.evaluate run="runs/$name" batch_size=250
 
-echo "[5/5] Report (seconds)"
+echo "[5/5] What its thoughts do, and the report (a minute)"
 question=$("$python" -c "import json; print(json.load(open('data/$name/graphs_test.json'))[0]['question'])")
 echo "Ask it yourself:"
 echo "  $(dirname "$python" | sed "s|^$PWD/||")/python -m coconut.generate run=runs/$name question=\"$question\""
-"$python" -m coconut.analyze run="runs/$name"
+"$python" -m coconut.analyze run="runs/$name" batch_size=250

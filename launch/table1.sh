@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The eight methods of the paper's Table 1 on small graphs, from scratch, on a CPU: trained, evaluated, put in one table.
 #
-#   bash launch/table1.sh [seeds=0,1,2] [experiment=table1] [jobs=2]
+#   bash launch/table1.sh [seeds=0,1,2] [experiment=table1] [jobs=1|2]
 #
 # Every method takes equally many updates; those that begin with the same stage 0 share it. The same command again goes
 # on with a run that was stopped, and leaves alone what is complete.

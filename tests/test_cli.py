@@ -197,11 +197,11 @@ LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
     ["sources"],
-    ["data", "losses", "engine", "schedule"],
+    ["collapse", "data", "losses", "engine", "schedule"],
     ["layout"],
     ["model"],
     ["checkpoint", "generate", "tracking"],
-    ["build", "evaluate"],
+    ["build", "evaluate", "stopping"],
     ["train", "analysis"],
     ["analyze"],
 ]

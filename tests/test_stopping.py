@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import build, graph_rows
 
-from coconut.checkpoint import Checkpoints
+from coconut.build import load_run
 from coconut.config import (
     DataConfig,
     EngineConfig,
@@ -26,9 +26,7 @@ from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
-from coconut.model import LatentLM
 from coconut.stopping import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
-from coconut.tracking import read_config
 from coconut.train import run as train
 
 
@@ -127,8 +125,7 @@ def test_an_evaluation_with_it_fits_it_once_and_counts_the_thoughts(trained: Pat
 
     assert run_evaluate(config) == 0
     assert "Fitting" not in capsys.readouterr().out
-    lm = LatentLM.from_pretrained(Checkpoints(trained).find("last"))
-    kept = classifier_of(trained, lm, read_config(trained), step=4)
+    kept = classifier_of(trained, load_run(trained, "last", EngineConfig(device="cpu")))
     assert isinstance(kept, StopClassifier)
     assert kept.measured
     assert kept.measured.trained_on == 40

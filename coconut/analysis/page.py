@@ -6,6 +6,7 @@ looks and nothing of runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,7 +89,36 @@ class Folded:
     text: str
 
 
-Part = Text | Code | Score | Figure | Table | Facts | Answers | Legend | Folded
+@dataclass(frozen=True)
+class Heading:
+    """Of a part of a section."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What a section comes to, in sentences that stand out."""
+
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Lines of words, each word with its share, the largest first."""
+
+    rows: list[tuple[str, list[tuple[str, float]]]]
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Parts that are shown when asked for."""
+
+    title: str
+    parts: list[Part]
+
+
+Part = Text | Code | Score | Figure | Table | Facts | Answers | Legend | Folded | Heading | Lead | Ranked | Aside
 
 
 @dataclass(frozen=True)
@@ -100,12 +130,19 @@ class Section:
     parts: list[Part]
 
 
+def typeset(text: str) -> str:
+    """With signs of minus, and no line ending before a sign of percent."""
+    return re.sub(r"(?<![\w.\-])-(?=\d)", "−", text).replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def page(name: str, method: str, summary: str, folder: Path, sections: Sequence[Section]) -> str:
-    """The whole page about a run: one HTML text that loads nothing."""
+def page(
+    name: str, subject: str, summary: str, folder: Path, sections: Sequence[Section], *, kicker: str = "run report"
+) -> str:
+    """The whole page: one HTML text that loads nothing. `kicker` says what page it is, `subject` what it is about."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -116,10 +153,12 @@ def page(name: str, method: str, summary: str, folder: Path, sections: Sequence[
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["typeset"] = typeset
     environment.filters["kind"] = lambda part: type(part).__name__
     text = environment.get_template("report.html.j2").render(
         name=name,
-        method=method,
+        kicker=kicker,
+        subject=subject,
         summary=summary,
         folder=str(folder.resolve()),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

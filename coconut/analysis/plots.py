@@ -33,6 +33,11 @@ LIGHT = {
     "red": "#b8401f",
     "node": "#e6e8e4",
     "light": "#ffffff",
+    "amber": "#f2b632",
+    "mint": "#8fc5a8",
+    "sky": "#9fbce8",
+    "peach": "#ebb8a4",
+    "plum": "#76547f",
 }
 DARK = {
     "paper": "#15171a",
@@ -46,6 +51,11 @@ DARK = {
     "red": "#f08a67",
     "node": "#363b42",
     "light": "#15171a",
+    "amber": "#946a12",
+    "mint": "#2f7050",
+    "sky": "#3f639f",
+    "peach": "#8a4c38",
+    "plum": "#b796c2",
 }
 STYLE: dict[Any, dict[str, Any]] = {
     "svg": {"fonttype": "none", "hashsalt": "coconut"},
@@ -107,7 +117,7 @@ class Curves:
 def learning_curves(curves: Curves, width: float, name: str) -> str:
     """Accuracy above, losses below, stages as bands behind both. `width` in points."""
     height, left, right = 350, 40, 14
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.subplots_adjust(left / width, 36 / height, 1 - right / width, 1 - 54 / height, hspace=0.3)
     last = max([band.end for band in curves.bands], default=1)
@@ -127,23 +137,23 @@ def learning_curves(curves: Curves, width: float, name: str) -> str:
                        textcoords="offset points", ha="right", va="top", fontsize="small",
                        color=LIGHT["muted"])  # fmt: skip
     dots = len(curves.accuracy) <= MOST_DOTS
-    _line(upper, curves.accuracy, "blue", 1.8, "accuracy", dots)
+    draw_line(upper, curves.accuracy, "blue", 1.8, "accuracy", dots)
     if curves.best:
         upper.plot(*curves.best, "o", markersize=9, fillstyle="none", color=LIGHT["blue"], clip_on=False)
     upper.set_ylim(0, 1)
     upper.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     upper.set_title("Accuracy on validation data", loc="left", pad=32)
 
-    _line(lower, curves.train_loss, "muted", 1.2, "training", dots=False)
-    _line(lower, curves.valid_loss, "red", 1.8, "validation", dots)
+    draw_line(lower, curves.train_loss, "muted", 1.2, "training", dots=False)
+    draw_line(lower, curves.valid_loss, "red", 1.8, "validation", dots)
     if curves.train_loss or curves.valid_loss:
         lower.legend(loc="upper right", ncols=2)
         lower.set_ylim(0, None)
     lower.set_title("Loss", loc="left")
     lower.set_xlabel("updates", loc="right")
-    lower.xaxis.set_major_locator(_ticks(5 if width < 400 else 8))
+    lower.xaxis.set_major_locator(whole_ticks(5 if width < 400 else 8))
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    return _svg(figure, name)
+    return as_svg(figure, name)
 
 
 def _name_bands(axes: Axes, bands: Sequence[Band], points_per_update: float) -> None:
@@ -166,7 +176,8 @@ def _name_bands(axes: Axes, bands: Sequence[Band], points_per_update: float) -> 
         axes.annotate("stage", (0, 1), (-5, 5), xycoords="axes fraction", ha="right", **small)
 
 
-def _line(axes: Axes, points: Sequence[Point], colour: str, width: float, label: str, dots: bool) -> None:
+def draw_line(axes: Axes, points: Sequence[Point], colour: str, width: float, label: str, dots: bool) -> None:
+    """A line in a colour of the page; nothing if there are no points."""
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=LIGHT[colour], linewidth=width, marker="o" if dots else "", markersize=3.5,
@@ -193,10 +204,10 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
     if networkx.has_path(told, parsed.root, target):
         way = set(networkx.utils.pairwise(networkx.shortest_path(told, parsed.root, target)))
 
-    places = _places(told, parsed.root)
+    places = place_nodes(told, parsed.root)
     columns = 1 + max(x for x, _ in places.values())
     rows = 1 + max(-y for _, y in places.values())
-    figure = _figure(300, 26 + 34 * rows)
+    figure = new_figure(300, 26 + 34 * rows)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(-0.5, max(columns, 3) - 0.5)
@@ -215,10 +226,10 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
         axes.text(x, y, node, ha="center", va="center_baseline", parse_math=False, zorder=3,
                   color=LIGHT["light" if node in colours else "ink"],
                   fontweight="bold" if node in colours else "normal")  # fmt: skip
-    return _svg(figure, name)
+    return as_svg(figure, name)
 
 
-def _places(told: networkx.DiGraph, root: str) -> dict[str, tuple[float, float]]:
+def place_nodes(told: networkx.DiGraph, root: str) -> dict[str, Point]:
     """Column and, downwards from 0, row: by distance from the root, and below what it does not reach."""
     reached = networkx.single_source_shortest_path_length(told, root)
     rest = told.subgraph(node for node in told if node not in reached)
@@ -226,7 +237,7 @@ def _places(told: networkx.DiGraph, root: str) -> dict[str, tuple[float, float]]
     if networkx.is_directed_acyclic_graph(rest):
         for column, nodes in enumerate(networkx.topological_generations(rest)):
             apart |= dict.fromkeys(nodes, column)
-    places: dict[str, tuple[float, float]] = {}
+    places: dict[str, Point] = {}
     top = 0.0
     for depth in (reached, apart):
         columns = _columns(told, depth)
@@ -256,19 +267,22 @@ def _columns(told: networkx.DiGraph, depth: dict[str, int]) -> list[list[str]]:
     return columns
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Empty, of this size in points, and not known to pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
-def _ticks(count: int) -> Any:
+def whole_ticks(count: int) -> Any:
+    """Up to `count` ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(count, steps=[1, 2, 5, 10], integer=True)
 
 
-def _svg(figure: Figure, name: str) -> str:
+@styled()
+def as_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element whose ids begin with `name` and that names no address."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True)

@@ -1,6 +1,6 @@
 """What a run's folder holds, and the sections of a page that are made from it.
 
-A section is a function from a RunRecord to a Section: a title and parts.
+A section is a function from a RunRecord to a Section, a title and parts, or to None.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from coconut.analysis.page import (
     percent,
 )
 from coconut.analysis.plots import Band, Curves, graph_picture, learning_curves
+from coconut.analysis.study import FOLDER, Study
 from coconut.files import read_json
 from coconut.methods import Slot, Stage, Unit, method_named
 from coconut.screen import duration
@@ -49,7 +50,8 @@ class RunRecord:
 
     `test` names the evaluation that is the run's test result: one of a file that the run was neither
     trained on nor validated with, whole, with the model's own number of thoughts. `answers` are that
-    evaluation's predictions, or else the newest samples of training, which `answers_of` says.
+    evaluation's predictions, or else the newest samples of training, which `answers_of` says. `studies`
+    by name: what coconut.analyze measured.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class RunRecord:
     test: str | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
     answers_of: str = ""
+    studies: dict[str, Study] = field(default_factory=dict)
 
     @property
     def stages(self) -> list[Stage]:
@@ -111,7 +114,13 @@ def read_run(folder: Path | str) -> RunRecord:
         test=test,
         answers=answers,
         answers_of=answers_of,
+        studies=_read_studies(folder / FOLDER),
     )
+
+
+def _read_studies(folder: Path) -> dict[str, Study]:
+    found = {file.stem: Study.read(folder, file.stem) for file in sorted(folder.glob("*.json"))}
+    return {name: study for name, study in found.items() if study}
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
@@ -409,8 +418,8 @@ def counted(count: float, noun: str) -> str:
     return f"{count:.3g} {noun}{'s' * (count != 1)}"
 
 
-def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section]]) -> str:
-    """The page with these sections, in their order."""
+def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section | None]]) -> str:
+    """The page with these sections, in their order; one that is None has nothing to say of this run."""
     method = run.config["method"]
-    made = [section(run) for section in sections]
+    made = [made for section in sections if (made := section(run))]
     return page(run.description["name"], method, method_named(method).summary, run.folder, made)

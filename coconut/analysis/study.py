@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coconut.files import read_json, write_json, write_text
+from coconut.files import read_json, write_text
+
+FOLDER = "analysis"  # within that of the run
+
+
+class Unfit(ValueError):
+    """The run or its questions do not have what a study needs; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,9 @@ class Study:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(folder / f"{self.name}.csv", table.getvalue())
-        write_json(folder / f"{self.name}.json", {"facts": self.facts, "rows": self.rows})
+        facts = json.dumps(self.facts, indent=2, ensure_ascii=False)
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
+        write_text(folder / f"{self.name}.json", f'{{"facts": {facts},\n"rows": [\n{rows}\n]}}\n')
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Study | None:

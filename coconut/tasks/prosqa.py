@@ -8,6 +8,7 @@ the name of the next node.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import networkx
 from coconut.tasks.chain import read_answer, read_steps, tidy
 
 __all__ = ["candidates", "graph", "judge", "max_new_tokens", "name", "parse_path", "parse_question",
-           "read_answer", "read_steps", "read_target"]  # fmt: skip
+           "read_answer", "read_steps", "read_target", "with_edges"]  # fmt: skip
 
 name = "prosqa"
 max_new_tokens = 128
@@ -26,6 +27,8 @@ Edge = tuple[str, str]
 _SENTENCE = re.compile(r"(?:Every (\w+)|(\w+)) is an? (\w+)\.?")
 _QUERY = re.compile(r"(.*?)\s*Is (\w+) an? (\w+) or (?:an? )?(\w+)\?")
 _SYMBOLIC = re.compile(r"([^?]*)\? (\S+) or (\S+) from (\S+)")
+_EDGE_SENTENCE = re.compile(r"(?:Every\s+)?(\w+)\s+is\s+an?\s+(\w+)(\s*\.?\s*)")
+_EDGE_SYMBOLS = re.compile(r"([^\s|?]+)\s+([^\s|?]+)(\s*\|?\s*)")
 
 
 class Question(NamedTuple):
@@ -66,15 +69,41 @@ def graph(question: str) -> networkx.DiGraph:
     return told
 
 
-def parse_path(steps: list[str], root: str | None = None) -> list[Edge] | None:
+def with_edges(question: str, edges: Sequence[Edge | None]) -> str:
+    """The question with other edges in place of its own, one for one; None takes an edge out.
+
+    All else stays as it was: order, spaces, the end of the question. Raises ValueError if the number of
+    edges is another one, or none is left.
+    """
+    parsed = parse_question(question)
+    if len(edges) != len(parsed.edges) or not any(edges):
+        raise ValueError(f"The question tells {len(parsed.edges)} edges; {len(edges)} were given for them: {edges}.")
+    found = list((_EDGE_SYMBOLS if parsed.symbolic else _EDGE_SENTENCE).finditer(question))[: len(edges)]
+    parts = []
+    for match, edge in zip(found, edges, strict=True):
+        if edge is not None:
+            (tail, tail_end), (head, head_end) = match.span(1), match.span(2)
+            between = question[tail_end:head]
+            parts += [question[match.start() : tail], edge[0], between, edge[1], question[head_end : match.start(3)]]
+            parts.append(match[3])
+    parts[-1] = found[-1][3]
+    changed = question[: found[0].start()] + "".join(parts) + question[found[-1].end() :]
+    assert parse_question(changed).edges == [edge for edge in edges if edge]
+    return changed
+
+
+def parse_path(steps: list[str], root: str | None = None, symbolic: bool | None = None) -> list[Edge] | None:
     """The edges that a written chain names, in its order; None if a step is not of the written form.
 
     Whether they are in the graph and hang together is not asked here. A chain in symbols does not
-    name its root: give it, or the edge to the first step is missing.
+    name its root: give it, or the edge to the first step is missing. `symbolic` says which form is meant;
+    by default the steps tell.
     """
     sentences = [_edges(step) for step in steps]
-    if all(edges for edges in sentences):
+    if not symbolic and all(edges for edges in sentences):
         return [edge for edges in sentences for edge in edges or []]
+    if symbolic is False:
+        return None
     names = [tidy(step).rstrip(".") for step in steps]
     if any(len(name.split()) != 1 for name in names):
         return None

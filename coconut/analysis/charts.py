@@ -1,0 +1,525 @@
+"""Figures of what was measured in a run, each drawn from its study.
+
+Every chart is as wide as it is asked to be, in points, and in the colours of the light page. `as_svg`
+makes it part of a page; `save_png` writes it to a file of its own.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import networkx
+
+from coconut.analysis.plots import LIGHT, MOST_NODES, new_figure, place_nodes, styled, whole_ticks
+from coconut.analysis.study import Study
+from coconut.files import whole_file
+from coconut.tasks import prosqa
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What became of an answer, from the bottom of a bar to its top: the right ones first.
+OUTCOMES = {
+    "correct_path": ("green", "shortest path"),
+    "longer_path": ("mint", "longer path"),
+    "correct_label": ("sky", "right answer, no path"),
+    "incorrect_label": ("peach", "wrong answer, no path"),
+    "wrong_target": ("red", "path to the wrong end"),
+    "hallucination": ("plum", "path with an edge that is not there"),
+}
+# Where nodes are, seen from a thought that stands for a distance: the colour, the label, and in a sentence.
+GROUPS = {
+    "optimal": ("green", "on a shortest way", "on a shortest way"),
+    "frontier": ("blue", "as far, on no such way", "as far but on no such way"),
+    "reachable": ("muted", "nearer", "nearer to the start"),
+    "other": ("muted", "farther or out of reach", "farther or out of reach"),
+}
+FEW = 10  # nodes behind a point that is drawn hollow
+MOST_COLUMNS = 8  # of a search tree
+NARROW = 500  # points; below it a chart is laid out for a phone
+SMALL: dict[str, Any] = {"fontsize": "small", "color": LIGHT["muted"]}
+DASHED = (0, (4, 3))
+
+
+def save_png(figure: Figure, path: Path | str) -> None:
+    """On white, 200 dots an inch; the file appears whole or not at all."""
+    with styled(), whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=200, facecolor="white")
+
+
+def counted_thoughts(count: int) -> str:
+    return "no thought yet" if count == 0 else f"{count} thought{'s' * (count != 1)}"
+
+
+def _moment(count: int) -> str:
+    return f"After {counted_thoughts(count)}" if count else "No thought yet"
+
+
+# Accuracy and outcomes.
+
+
+@styled()
+def k_forcing(study: Study, width: float, guess: float | None = None, noun: str = "thought") -> Figure:
+    """Accuracy for each number of thoughts (or what `noun` says) and below it, for graphs, what came out.
+
+    The model's own number of thoughts stands on a band. (Hao et al., arXiv 2412.06769, Fig. 3.)
+    """
+    rows = sorted(study.rows, key=lambda row: row["thoughts"])
+    seen = [name for name in OUTCOMES if any(row[name] for row in rows)]
+    columns = 2 if width < NARROW else 3
+    lines = -(-len(seen) // columns)
+    left, right, top, bottom, above, gap, below = 40, 14, 46, 36, 130, 46 + 14 * lines, 170
+    height = top + above + bottom + (gap + below if seen else 0)
+    figure = new_figure(width, height)
+    upper = _panel(figure, left, top, width - left - right, above)
+    panels = [upper]
+    if seen:
+        lower = _panel(figure, left, top + above + gap, width - left - right, below)
+        panels.append(lower)
+        _outcomes(lower, rows, seen, columns)
+    own = study.facts["own"]
+    for axes in panels:
+        axes.axvspan(own - 0.5, own + 0.5, color=LIGHT["band"], linewidth=0, zorder=0)
+        axes.set_xlim(rows[0]["thoughts"] - 0.5, rows[-1]["thoughts"] + 0.5)
+        axes.set_xticks([row["thoughts"] for row in rows])
+        axes.xaxis.set_tick_params(length=0)
+        _share_axis(axes.yaxis, 5)
+    panels[-1].set_xlabel(f"{noun}s before the answer", loc="right")
+
+    upper.set_title("Accuracy", loc="left", pad=24)
+    places = [row["thoughts"] for row in rows]
+    shares = [row["accuracy"] for row in rows]
+    _guess_line(upper, guess)
+    upper.vlines(places, [row["low"] for row in rows], [row["high"] for row in rows],
+                 color=LIGHT["blue"], alpha=0.45, linewidth=4.5, clip_on=False)  # fmt: skip
+    upper.plot(places, shares, color=LIGHT["blue"], linewidth=1.2, marker="o", markersize=4, clip_on=False)
+    if (width - left - right) / len(rows) > 34:
+        for row in rows:
+            upper.annotate(f"{100 * row['accuracy']:.1f}", (row["thoughts"], row["high"]), (0, 4),
+                           textcoords="offset points", ha="center", va="bottom", fontsize="small",
+                           annotation_clip=False)  # fmt: skip
+    upper.annotate("its own number", (own, 1), (0, 16), xycoords=("data", "axes fraction"),
+                   textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
+    return figure
+
+
+def _outcomes(axes: Axes, rows: list[dict[str, Any]], seen: list[str], columns: int) -> None:
+    floor = [0.0] * len(rows)
+    for name in seen:
+        colour, told = OUTCOMES[name]
+        shares = [row[name] / row["questions"] for row in rows]
+        axes.bar([row["thoughts"] for row in rows], shares, 0.58, floor, color=LIGHT[colour], label=told,
+                 edgecolor=LIGHT["paper"], linewidth=0.8)  # fmt: skip
+        floor = [sum(pair) for pair in zip(floor, shares, strict=True)]
+    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=0.9, handleheight=0.9,
+                columnspacing=1.4, handletextpad=0.5, borderaxespad=0)  # fmt: skip
+    axes.set_title("What came out", loc="left", pad=14 + 14 * -(-len(seen) // columns))
+
+
+# The search tree.
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node in the picture: its middle, in points from the upper left corner, and its size."""
+
+    name: str
+    x: float
+    y: float
+    wide: float
+    high: float
+    share: float | None  # the probability of being named, where it was measured
+
+
+@styled()
+def search_tree(question: str, answer: str, values: Study, width: float) -> Figure:
+    """A question's graph from left to right, each node with the probability that the model names it next.
+
+    `values` are the rows of this question. A node at distance d is looked up after as many thoughts as
+    the next step needs to be d edges from the root; above its column stands what fell on other nodes and
+    on no node at all. Of a graph of more than MOST_NODES nodes what the root does not reach is left out,
+    but for the two options. (Hao et al., arXiv 2412.06769, Figs. 5 and 6.)
+
+    Raises ValueError if the question tells no graph; whether there is room for it says `drawable`.
+    """
+    told = shown_graph(question)
+    root, options, target = told.graph["root"], told.graph["options"], prosqa.read_target(answer)
+    reached = networkx.single_source_shortest_path_length(told, root)
+    after = {
+        d: (d - values.facts["offset"]) * values.facts["thoughts_per_step"] for d in range(1 + max(reached.values()))
+    }
+    share = {(row["after"], row["node"]): row["value"] for row in values.rows if row["ahead"]}
+    heads = _heads(values, after)
+
+    margin, head, pitch, below = 8.0, 16 + 13 * max(map(len, heads.values()), default=0), 44.0, 30.0
+    places = place_nodes(told, root)
+    rest = [name for name in told if name not in reached]
+    steps = {part: (width - 2 * margin) / (1 + max(places[name][0] for name in names))
+             for part, names in ((True, reached), (False, rest)) if names}  # fmt: skip
+    size = min(10.0, (min(steps.values()) - 14) / (0.66 * max(4, *map(len, told))))
+    depth = 1 + max(-places[name][1] for name in reached)
+    nodes: dict[str, _Node] = {}
+    for name, (column, row) in places.items():
+        found = share.get((after[reached[name]], name)) if reached.get(name) else None
+        y = head + pitch * (-row + 0.5) if name in reached else head + pitch * depth + 22 + below * (-row - depth + 0.5)
+        x = margin + steps[name in reached] * (column + 0.5)
+        wide = max(24.0, 0.66 * size * max(len(name), 4 if found is not None else 1) + 12)
+        nodes[name] = _Node(name, x, y, wide, 22.0 if found is None else 31.0, found)
+    height = max(node.y for node in nodes.values()) + (below if rest else pitch) / 2 + 4
+    step = steps[True]
+
+    figure = new_figure(width, height)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    bottom = head + pitch * depth
+    for d in range(1 + max(reached.values())):
+        if d % 2 == 0:
+            axes.axvspan(margin + step * d, margin + step * (d + 1), 1 - bottom / height, 1,
+                         color=LIGHT["band"], linewidth=0, zorder=0)  # fmt: skip
+        for i, line in enumerate(["start"] if d == 0 else heads.get(d, [])):
+            axes.text(margin + step * (d + 0.5), 14 + 13 * i, line, ha="center", va="center_baseline",
+                      fontsize=min(8.3, step / 8.5), color=LIGHT["muted" if i else "ink"])  # fmt: skip
+    if rest:
+        axes.text(margin, bottom + 12, f"out of reach from {root}", parse_math=False, va="center_baseline", **SMALL)
+
+    way: set[tuple[str, str]] = set()
+    if target in reached:
+        way = set(networkx.utils.pairwise(networkx.shortest_path(told, root, target)))
+    colours = dict.fromkeys(options, "red") | {target: "green", root: "blue"}
+    boxes = {name: _box(axes, node, colours.get(name), size) for name, node in nodes.items()}
+    for a, b in told.edges:
+        _arrow(axes, nodes[a], nodes[b], boxes, steps[a in reached], (a, b) in way, a in reached)
+    return figure
+
+
+def drawable(question: str) -> bool:
+    """Whether the text is a question about a graph, and `search_tree` has room for it."""
+    try:
+        told = shown_graph(question)
+    except ValueError:
+        return False
+    columns = 1 + max(column for column, _ in place_nodes(told, told.graph["root"]).values())
+    return len(told) <= MOST_NODES and columns <= MOST_COLUMNS
+
+
+def shown_graph(question: str) -> networkx.DiGraph:
+    """The graph of a question; of a large one what the root reaches, and the options."""
+    told = prosqa.graph(question)
+    if len(told) <= MOST_NODES:
+        return told
+    root = told.graph["root"]
+    return networkx.DiGraph(told.subgraph(networkx.descendants(told, root) | {root, *told.graph["options"]}))
+
+
+def _heads(values: Study, after: dict[int, int]) -> dict[int, list[str]]:
+    """Lines above the columns, by distance: how many thoughts, and the probability that fell elsewhere."""
+    heads = {}
+    for d, thoughts in after.items():
+        rows = [row for row in values.rows if row["after"] == thoughts]
+        if any(row["ahead"] for row in rows):
+            ahead = sum(row["value"] for row in rows if row["ahead"])
+            nodes = sum(row["value"] for row in rows)
+            heads[d] = [counted_thoughts(thoughts), f"elsewhere {percent_of(nodes - ahead)}"]
+            if nodes < 0.995:
+                heads[d].append(f"no node {percent_of(1 - nodes)}")
+    return heads
+
+
+def percent_of(share: float) -> str:
+    """Whole, but nothing that is there becomes 0 and nothing that is missing 100."""
+    share = min(max(share, 0.0), 1.0)
+    if 0.0005 < share < 0.005:
+        return "<1 %"
+    return ">99 %" if 0.995 <= share < 0.9995 else f"{100 * share:.0f} %"
+
+
+def _box(axes: Axes, node: _Node, colour: str | None, size: float) -> Any:
+    from matplotlib.patches import FancyBboxPatch
+
+    is_root = colour == "blue"
+    corner, shape = (node.x - node.wide / 2, node.y - node.high / 2), "round,pad=0,rounding_size=9"
+    ground = FancyBboxPatch(corner, node.wide, node.high, shape, linewidth=0, zorder=2,
+                            facecolor=LIGHT["blue" if is_root else "node"])  # fmt: skip
+    axes.add_patch(ground)
+    if node.share:
+        axes.add_patch(FancyBboxPatch(corner, node.wide, node.high, shape, linewidth=0, zorder=3,
+                                      facecolor=LIGHT["amber"], alpha=min(node.share, 1.0)))  # fmt: skip
+    if colour and not is_root:
+        axes.add_patch(FancyBboxPatch(corner, node.wide, node.high, shape, fill=False, zorder=4,
+                                      edgecolor=LIGHT[colour], linewidth=2.2))  # fmt: skip
+    middle = node.y if node.share is None else node.y - 6
+    axes.text(node.x, middle, node.name, ha="center", va="center_baseline", parse_math=False, zorder=5, fontsize=size,
+              color=LIGHT["light" if is_root else "ink"], fontweight="bold" if colour else "normal")  # fmt: skip
+    if node.share is not None:
+        axes.text(node.x, node.y + 7, percent_of(node.share), ha="center", va="center_baseline", zorder=5,
+                  fontsize=0.85 * size)  # fmt: skip
+    return ground
+
+
+def _arrow(axes: Axes, a: _Node, b: _Node, boxes: dict[str, Any], step: float, on_way: bool, reached: bool) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    beside = abs(b.x - a.x - step) < 1 or (abs(a.x - b.x) < 1 and abs(a.y - b.y) < 50)
+    colour = "green" if on_way else "muted" if reached else "line"
+    axes.add_patch(FancyArrowPatch(
+        (a.x, a.y), (b.x, b.y), patchA=boxes[a.name], patchB=boxes[b.name], shrinkA=1, shrinkB=1.5, zorder=1,
+        arrowstyle="-|>", mutation_scale=9, color=LIGHT[colour], linewidth=2.2 if on_way else 1,
+        connectionstyle=f"arc3,rad={0.0 if beside else 0.28 if reached else 0.15}",
+    ))  # fmt: skip
+
+
+# Values of nodes.
+
+
+def moments(study: Study) -> list[int]:
+    """The numbers of thoughts that `parallelism` has a panel for: none, if it was measured, and the first two."""
+    numbers = sorted({row["after"] for row in study.rows})
+    return numbers[: 3 if 0 in numbers else 2]
+
+
+@styled()
+def parallelism(study: Study, width: float) -> Figure:
+    """Cumulated probability of the 1, 2 and 3 likeliest nodes ahead against the percentile of questions.
+
+    One panel before any thought, where that was measured, and one after the first step's and the second
+    step's thoughts. (arXiv 2412.06769, section 5.)
+    """
+    numbers = moments(study)
+    figure, panels = _grid(len(numbers), width, 1 if width < NARROW else max(2, len(numbers)), 130, legend=16)
+    for axes, after in zip(panels, numbers, strict=True):
+        rows = sorted((row for row in study.rows if row["after"] == after), key=lambda row: row["percentile"])
+        x = [row["percentile"] for row in rows]
+        floor = [0.0] * len(x)
+        for most, alpha in ((1, 0.5), (2, 0.28), (3, 0.14)):
+            y = [row[f"top{most}"] for row in rows]
+            axes.fill_between(x, floor, y, color=LIGHT["blue"], alpha=alpha, linewidth=0,
+                              label="the likeliest" if most == 1 else f"{most} likeliest")  # fmt: skip
+            axes.plot(x, y, color=LIGHT["blue"], linewidth=1.4, clip_on=False)
+            floor = y
+        axes.set_xlim(0, 100)
+        axes.set_xticks([0, 25, 50, 75, 100])
+        _share_axis(axes.yaxis, 5)
+        axes.set_title(_moment(after), loc="left")
+        axes.set_xlabel("percentile of questions", loc="right")
+    _legend(figure, panels[0], 0.9)
+    return figure
+
+
+@styled()
+def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
+    """Mean value of a node ahead against its height, by whether it leads to the target; with standard errors.
+
+    `kind` of height: "shortest", edges to the nearest leaf, or "longest", to the farthest. One panel for
+    each number of thoughts. (arXiv 2412.06769, section 5.)
+    """
+    chosen = [row for row in study.rows if row["kind"] == kind]
+    numbers = sorted({row["after"] for row in chosen})
+    columns = 2 if width < NARROW else max(2, min(3, len(numbers)))
+    figure, panels = _grid(len(numbers), width, columns, 120, legend=16)
+    highest = max(row["height"] for row in chosen)
+    for axes, after in zip(panels, numbers, strict=True):
+        for leads, colour, marker, told in (
+            (True, "green", "o", "leads to the target"),
+            (False, "red", "D", "does not"),
+        ):
+            rows = sorted((row for row in chosen if row["after"] == after and row["leads"] is leads),
+                          key=lambda row: row["height"])  # fmt: skip
+            x, y = [row["height"] for row in rows], [row["mean"] for row in rows]
+            axes.plot(
+                x, y, color=LIGHT[colour], linewidth=1.6, marker=marker, markersize=4.5, label=told, clip_on=False
+            )
+            axes.vlines(x, [max(0.0, row["mean"] - (row["se"] or 0)) for row in rows],
+                        [min(1.0, row["mean"] + (row["se"] or 0)) for row in rows], color=LIGHT[colour],
+                        linewidth=1.2, clip_on=False)  # fmt: skip
+            few = [row for row in rows if row["count"] < FEW]
+            axes.plot([row["height"] for row in few], [row["mean"] for row in few], marker, markersize=2.6,
+                      color=LIGHT["paper"], zorder=4, clip_on=False)  # fmt: skip
+        axes.set_xlim(-0.3, highest + 0.3)
+        axes.xaxis.set_major_locator(whole_ticks(6))
+        _share_axis(axes.yaxis, 5)
+        axes.set_title(_moment(after), loc="left")
+    panels[-1].set_xlabel(f"edges to the {'nearest' if kind == 'shortest' else 'farthest'} leaf", loc="right")
+    _legend(figure, panels[0], 1.4)
+    return figure
+
+
+@styled()
+def inner_products(study: Study, width: float) -> Figure:
+    """Inner product of a thought with the embeddings of nodes: mean and standard deviation of four groups.
+
+    One panel for each thought. (Zhu et al., arXiv 2505.12514.)
+    """
+    thoughts = sorted({row["thought"] for row in study.rows})
+    columns = 1 if width < NARROW else max(2, min(3, len(thoughts)))
+    low = min(0.0, *(row["mean"] - (row["sd"] or 0.0) for row in study.rows))
+    high = max(0.0, *(row["mean"] + (row["sd"] or 0.0) for row in study.rows))
+    margin = 0.04 * (high - low)
+    figure, panels = _grid(len(thoughts), width, columns, 84, left=128, gap=16)
+    for i, (axes, thought) in enumerate(zip(panels, thoughts, strict=True)):
+        found = {row["group"]: row for row in study.rows if row["thought"] == thought}
+        for place, (group, (colour, *_)) in enumerate(GROUPS.items()):
+            if row := found.get(group):
+                mean, spread = row["mean"], row["sd"] or 0.0
+                _dot(axes, place, mean, mean - spread, mean + spread, colour)
+        axes.set_ylim(len(GROUPS) - 0.5, -0.5)
+        axes.set_yticks(range(len(GROUPS)), [told for _, told, _ in GROUPS.values()] if i % columns == 0 else [])
+        axes.tick_params("y", labelcolor=LIGHT["ink"])
+        axes.axvline(0, color=LIGHT["line"], linewidth=1, zorder=0)
+        axes.xaxis.set_major_locator(whole_ticks(5))
+        axes.set_title(f"Thought {thought}", loc="left")
+        axes.set_xlim(low - margin, high + margin)
+    panels[-1].set_xlabel("inner product", loc="right")
+    return figure
+
+
+# Are the thoughts used?
+
+
+@dataclass(frozen=True)
+class _Dots:
+    """A panel of shares with intervals, a row each; None where there is nothing to show."""
+
+    title: str
+    colour: str
+    shares: Sequence[tuple[float, float, float] | None]  # itself, low, high
+    trained: float | None = None
+    guess: float | None = None
+
+
+@styled()
+def audit(study: Study, width: float) -> Figure:
+    """Accuracy under each change of the thoughts, and the share of answers that it changed."""
+    rows = study.rows
+    trained = next((row["accuracy"] for row in rows if row["change"] == "none"), None)
+    accuracy = [(row["accuracy"], row["low"], row["high"]) for row in rows]
+    changed = [None if row["change"] == "none" else _interval(row, "changed") for row in rows]
+    panels = [
+        _Dots("Accuracy", "blue", accuracy, trained, study.facts.get("guess")),
+        _Dots("Answers changed", "red", changed),
+    ]
+    return _dot_chart([row["told"] for row in rows], panels, width)
+
+
+@styled()
+def edges(study: Study, width: float) -> Figure:
+    """How many answers follow a change of the graph, and how many change at all."""
+    panels = [
+        _Dots("Answers that follow", "green", [_interval(row, "followed") for row in study.rows]),
+        _Dots("Answers changed", "red", [_interval(row, "changed") for row in study.rows]),
+    ]
+    return _dot_chart([row["told"] for row in study.rows], panels, width)
+
+
+def _interval(row: dict[str, Any], name: str) -> tuple[float, float, float] | None:
+    return None if row[name] is None else (row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
+    """Rows of dots; their names stand on the left, on a phone above them."""
+    narrow = width < NARROW
+    left, right, gap, bottom = (14.0, 14.0, 34.0, 26.0) if narrow else (0.34 * width, 16.0, 40.0, 26.0)
+    top = 40.0 if any(panel.guess is not None for panel in panels) else 26.0
+    most = int((width - left if narrow else left - 14) / 5.6)
+    told = [_wrapped(name, most) for name in names]
+    highs = [22 + 13 * len(lines) if narrow else max(28, 12 + 13 * len(lines)) for lines in told]
+    begins = [sum(highs[:i]) for i in range(len(highs))]
+    high, wide = sum(highs), (width - left - right - gap * (len(panels) - 1)) / len(panels)
+    places = [begin + (h - 11 if narrow else h / 2) for begin, h in zip(begins, highs, strict=True)]
+    figure = new_figure(width, top + high + bottom)
+    for number, panel in enumerate(panels):
+        axes = _panel(figure, left + number * (wide + gap), top, wide, high)
+        axes.set_ylim(high, 0)
+        axes.set_yticks([])
+        axes.grid(visible=not narrow, axis="x")
+        for place, share in zip(places, panel.shares, strict=True):
+            if share is None:
+                continue
+            axes.hlines(place, 0, 1, color=LIGHT["line"], linewidth=0.8, zorder=0)
+            _dot(axes, place, *share, panel.colour)
+        begin, end = ([y - 6 for y in places], [y + 6 for y in places]) if narrow else ([0], [high])
+        if panel.trained is not None:
+            axes.vlines([panel.trained] * len(begin), begin, end, color=LIGHT["blue"], linewidth=1, zorder=1)
+        if panel.guess is not None:
+            axes.vlines([panel.guess] * len(begin), begin, end, color=LIGHT["muted"], linewidth=1,
+                        linestyle=DASHED, zorder=1)  # fmt: skip
+            axes.annotate("guessing", (panel.guess, 1), (0, 3), xycoords=("data", "axes fraction"),
+                          textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
+        _share_axis(axes.xaxis, 3 if narrow else 5)
+        axes.set_title(panel.title, loc="left", pad=top - 18)
+    width, height = figure.get_size_inches() * 72
+    for lines, begin, h in zip(told, begins, highs, strict=True):
+        x, y = (left, begin + h - 21) if narrow else (left - 14, begin + h / 2)
+        figure.text(x / width, 1 - (top + y) / height, "\n".join(lines), ha="left" if narrow else "right",
+                    va="bottom" if narrow else "center", fontsize=10 if narrow else 9.5)  # fmt: skip
+    return figure
+
+
+def _wrapped(text: str, most: int) -> list[str]:
+    """In as few lines as `most` characters allow, of about the same length."""
+    lines = textwrap.wrap(text, most)
+    for width in range(max(map(len, text.split())), most):
+        if len(even := textwrap.wrap(text, width)) == len(lines):
+            return even
+    return lines
+
+
+# Pieces.
+
+
+def _panel(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
+    """Axes at a place counted in points from the upper left corner."""
+    width, height = figure.get_size_inches() * 72
+    axes = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _grid(
+    count: int, width: float, columns: int, high: float, left: float = 40, gap: float = 44, legend: float = 0
+) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of `columns`. `legend`: points left free for it above them all."""
+    right, top, bottom = 14.0, 24.0, 30.0
+    lines = -(-count // columns)
+    wide = (width - left - right - gap * (columns - 1)) / columns
+    figure = new_figure(width, legend + lines * (top + high + bottom) + 8)
+    panels = []
+    for i in range(count):
+        line, column = divmod(i, columns)
+        panels.append(
+            _panel(figure, left + column * (wide + gap), legend + top + line * (top + high + bottom), wide, high)
+        )
+    return figure, panels
+
+
+def _legend(figure: Figure, axes: Axes, handle: float) -> None:
+    """What the colours of `axes` stand for, above all panels."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, ncols=len(names), loc="upper left", bbox_to_anchor=(axes.get_position().x0, 1),
+                  handlelength=handle, handleheight=0.9, columnspacing=1.4, handletextpad=0.5,
+                  borderaxespad=0.6)  # fmt: skip
+
+
+def _dot(axes: Axes, place: float, mean: float, low: float, high: float, colour: str) -> None:
+    axes.hlines(place, low, high, color=LIGHT[colour], alpha=0.45, linewidth=5, clip_on=False)
+    axes.plot([mean], [place], "o", color=LIGHT[colour], markersize=5, clip_on=False)
+
+
+def _share_axis(axis: Any, count: int) -> None:
+    shares = [i / (count - 1) for i in range(count)]
+    axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})
+    axis.set_ticks(shares, [f"{100 * share:.0f} %" for share in shares])
+
+
+def _guess_line(axes: Axes, guess: float | None) -> None:
+    if guess is not None:
+        axes.axhline(guess, color=LIGHT["muted"], linewidth=1, linestyle=DASHED)
+        axes.annotate(f"guessing, {100 * guess:.1f} %", (1, guess), (-4, -4), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", va="top", **SMALL)  # fmt: skip

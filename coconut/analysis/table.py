@@ -1,0 +1,362 @@
+"""One table of several runs: on the screen, as a page, as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from coconut.analysis.compare import (
+    RESAMPLES,
+    Comparison,
+    Group,
+    Pair,
+    compare,
+    differing,
+    points,
+    ranked,
+    same_in_all,
+    told_p,
+    told_range,
+    told_seeds,
+)
+from coconut.analysis.entrants import Entrant
+from coconut.analysis.page import (
+    Aside,
+    Code,
+    Facts,
+    Figure,
+    Folded,
+    Lead,
+    Part,
+    Score,
+    Section,
+    Table,
+    Text,
+    page,
+    percent,
+)
+from coconut.analysis.plots import LIGHT, as_svg, new_figure, styled
+from coconut.analysis.report import NONE, command, counted
+from coconut.analysis.study import Study
+from coconut.cli import application
+from coconut.config import TableConfig
+from coconut.files import write_text
+from coconut.methods import method_named
+from coconut.screen import say
+
+SCREEN = 100  # columns
+FEW_PAIRS = 6  # that are all shown at once
+COLUMNS = ["method", "seeds", "accuracy", "95 % interval", "sd", "new tokens", "passes", "ms a question", "updates"]
+
+
+# The table in text.
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as the reader sees it, in the order of COLUMNS."""
+    return [
+        row["method"],
+        row["seeds"],
+        percent(row["accuracy"]),
+        f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+        NONE if row["sd"] is None else f"{100 * row['sd']:.1f}",
+        f"{row['new_tokens']:.1f}",
+        f"{row['passes']:.1f}",
+        f"{1000 * row['seconds_per_item']:.2f}",
+        f"{row['updates']:,.0f}",
+    ]
+
+
+def on_screen(compared: Comparison) -> str:
+    """The table within 100 columns, and the pairs if they are few."""
+    columns = [*COLUMNS[:7], "ms", "updates"]
+    lines = [f"Accuracy on {compared.found['count']:,} unseen questions of {Path(compared.found['file']).name}", ""]
+    lines += aligned([columns, *map(cells, compared.rows)])
+    lines += ["", wrapped(" ".join(_notes(compared)[:2]))]
+    if 0 < len(compared.pairs) <= FEW_PAIRS:
+        lines += ["", *aligned([PAIR_COLUMNS, *map(pair_cells, compared.pairs)])]
+    return "\n".join(lines)
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, SCREEN, break_long_words=False, break_on_hyphens=False)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right; a first cell without room has a line to itself."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first = min(widths[0], SCREEN - sum(width + 2 for width in widths[1:]))
+    lines = []
+    for name, *rest in rows:
+        numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
+        lines += [f"{name:<{first}}{numbers}"] if len(name) <= first else [name, " " * first + numbers]
+    return lines
+
+
+PAIR_COLUMNS = ["a pair", "difference", "95 % interval", "p", "p (Holm)"]
+
+
+def pair_cells(pair: Pair) -> list[str]:
+    p, corrected = (told_p(value).removeprefix("p ") for value in (pair.p, pair.p_holm))
+    return [f"{pair.a} to {pair.b}", points(pair.difference), told_range(pair), p, corrected]
+
+
+def _notes(compared: Comparison) -> list[str]:
+    """What the columns mean."""
+    size = same_in_all([row["batch_size"] for row in compared.rows])
+    at = f"in batches of {size}" if size else "in the batches of each evaluation"
+    guess = compared.found["guess"]
+    notes = [
+        ("" if guess is None else f"Guessing: {percent(guess)}. ")
+        + "Accuracy: mean over seeds; sd: over seeds; interval: other questions and seeds.",
+        f"New tokens: language and thoughts. Passes: forward passes an answer. ms: a question, {at}.",
+        f"Intervals: percentiles of {RESAMPLES:,} resamples of seeds and questions. Tests: exact, of sign flips over "
+        "questions (McNemar's with one seed), two-sided; p corrected over all pairs by Holm's rule.",
+    ]
+    if any(run.before for run in compared.runs):
+        notes.append("Updates: with those of the run whose weights a run began with.")
+    return notes
+
+
+def markdown(compared: Comparison) -> str:
+    """The table for a README, with what was measured, on what and when."""
+    found = compared.found
+    rows = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, compared.rows)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    sessions = [session for run in compared.runs for session in run.record.description["sessions"]]
+    dates = sorted({datetime.fromisoformat(session["started"]).date().isoformat() for session in sessions})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    seeds = sorted({run.seed for run in compared.runs})
+    measured = (
+        f"{found['count']:,} questions of {Path(found['file']).name} (SHA-256 {found['sha256'][:12]}), asked once of "
+        f"each run's best checkpoint; seed{'s' * (len(seeds) > 1)} {told_seeds(seeds)}; "
+        f"{'; '.join(_machines(compared.runs))}; {when}."
+    )
+    lines += ["", measured, *_notes(compared), "", f"`{compared.command}`"]
+    if compared.warnings:
+        lines += ["", *(f"- {warning}" for warning in compared.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def _machines(runs: Sequence[Entrant]) -> list[str]:
+    """Those that the runs ended on."""
+    machines = [run.record.description["sessions"][-1]["machine"] for run in runs]
+    told = [
+        f"{m['gpu'] or 'CPU'}, {counted(m['cpus'], 'core')}, {counted(m['threads'], 'thread')}, {m['system']}"
+        for m in machines
+    ]
+    return list(dict.fromkeys(told))
+
+
+def study(compared: Comparison) -> Study:
+    """All that the table says, as data."""
+    found = compared.found
+    facts = {
+        "questions": found["count"],
+        "file": found["file"],
+        "sha256": found["sha256"],
+        "guess": found["guess"],
+        "command": compared.command,
+        "resamples": RESAMPLES,
+        "pairs": [{**asdict(pair), "told_apart": pair.told_apart} for pair in compared.pairs],
+        "warnings": compared.warnings,
+        "runs": [_run_facts(group, run) for group in compared.groups for run in group.runs],
+    }
+    return Study("table", compared.rows, facts)
+
+
+def _run_facts(group: Group, run: Entrant) -> dict[str, Any]:
+    description = run.record.description
+    return {
+        "group": group.label,
+        "run": str(run.folder),
+        "seed": run.seed,
+        "checkpoint": run.found["step"],
+        "accuracy": run.found["accuracy"],
+        "correct": run.found["correct"],
+        "updates": description["updates"],
+        "updates_before": run.before,
+        "init": description["init"],
+        "data": description["data"],
+        "sessions": description["sessions"],
+    }
+
+
+# The page.
+
+
+def html(compared: Comparison, folder: Path) -> str:
+    """One page that loads nothing, about the runs in this folder."""
+    made = [section(compared) for section in (headline, table, differences, provenance)]
+    title = counted(len(compared.groups), "method")
+    summary = f"on {compared.found['count']:,} unseen questions of {Path(compared.found['file']).name}"
+    return page(title, counted(len(compared.runs), "run"), summary, folder, made, kicker="table of runs")
+
+
+def headline(compared: Comparison) -> Section:
+    best = compared.best
+    what = best["method"] + (f", the highest of {len(compared.groups)}" if len(compared.groups) > 1 else "")
+    parts: list[Part] = [Score(best["accuracy"], what, (best["low"], best["high"]), compared.found["guess"])]
+    if compared.warnings:
+        parts.append(Lead(compared.warnings))
+    return Section("headline", None, parts)
+
+
+def table(compared: Comparison) -> Section:
+    told = "; ".join(f"{row['method']} {percent(row['accuracy'])}" for row in compared.rows)
+    caption = "The dot is the mean over seeds, the bar its 95 % interval, each ring a seed."
+    figure = Figure(
+        accuracies(compared, 720, "accuracies-wide"),
+        accuracies(compared, 350, "accuracies-narrow"),
+        f"Accuracies with their intervals: {told}.",
+        caption if compared.found["guess"] is None else f"{caption} The dashed line is guessing.",
+    )
+    shown = Table(COLUMNS, [cells(row) for row in compared.rows], len(COLUMNS) - 1)
+    return Section("table", "The table", [figure, shown, Text(" ".join(_notes(compared)))])
+
+
+def differences(compared: Comparison) -> Section:
+    """Every pair; many of them as a matrix first."""
+    if not compared.pairs:
+        why = "There is one method only." if len(compared.groups) == 1 else "No two methods have a seed in common."
+        return Section("pairs", "Pairs", [Text(f"{why} Nothing is compared.")])
+    note = Text(
+        "Differences of accuracy in points, on the same questions and seeds. A pair is told apart if p, corrected, is "
+        "at most 0.05 and the interval leaves out 0. The test takes these models as given; the interval asks what "
+        "other seeds would have done, for which a few seeds are a coarse guide."
+    )
+    every = Table(PAIR_COLUMNS, [pair_cells(pair) for pair in compared.pairs], 4)
+    if len(compared.pairs) <= FEW_PAIRS:
+        return Section("pairs", "Pairs", [every, note])
+    how = Text("The row's accuracy minus the column's, in points; in brackets if the two cannot be told apart.")
+    return Section("pairs", "Pairs", [_matrix(compared), how, note, Aside("Every pair, with interval and p", [every])])
+
+
+def _matrix(compared: Comparison) -> Table:
+    order = [group.label for group in ranked(compared.groups)]
+    at = {pair: cell for one in compared.pairs for pair, cell in _both_ways(one)}
+    rows = [[f"{i} {row}", *(at.get((row, column), "") for column in order)] for i, row in enumerate(order, 1)]
+    return Table(["", *(str(i) for i in range(1, len(order) + 1))], rows, len(order))
+
+
+def _both_ways(pair: Pair) -> list[tuple[tuple[str, str], str]]:
+    shown = [points(pair.difference), points(-pair.difference)]
+    one, other = shown if pair.told_apart else [f"({text})" for text in shown]
+    return [((pair.a, pair.b), one), ((pair.b, pair.a), other)]
+
+
+def provenance(compared: Comparison) -> Section:
+    """What exactly was compared."""
+    runs, found = compared.runs, compared.found
+    rows = [_run_row(group.label, run) for group in compared.groups for run in group.runs]
+    methods = list(dict.fromkeys(group.runs[0].method for group in compared.groups))
+    data = {(split, row["sha256"]): row for run in runs for split, row in run.record.description["data"].items()}
+    files = [[split, row["file"], f"{row['used']:,}", digest[:12]] for (split, digest), row in data.items()]
+    files.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
+    versions = [run.record.description["sessions"][-1]["versions"] for run in runs]
+    told = [", ".join(f"{name} {number}" for name, number in each.items() if number) for each in versions]
+    keys = differing([run.settings for run in runs])
+    facts = [
+        *((method, method_named(method).summary) for method in methods),
+        ("settings that differ", ", ".join(keys) if keys else "none but the seed"),
+        ("machine", "; ".join(_machines(runs))),
+        ("versions", "; ".join(dict.fromkeys(told))),
+        ("code", "; ".join(dict.fromkeys(map(_revision, runs)))),
+    ]
+    commands = [command(run.record.description["sessions"][0]["command"]) for run in runs]
+    return Section(
+        "provenance",
+        "What exactly was compared",
+        [
+            Facts(facts),
+            Table(["run", "method", "seed", "updates", "checkpoint", "right"], rows, 4),
+            Table(["data", "file", "questions", "SHA-256 begins"], files, 2),
+            Text("This page:"),
+            Code(compared.command),
+            Folded("The commands that trained the runs", "\n".join(commands)),
+        ],
+    )
+
+
+def _run_row(label: str, run: Entrant) -> list[str]:
+    updates = f"{run.record.description['updates']:,}"
+    if origin := run.record.description["init"]:
+        updates = f"{run.before:,} of {Path(origin).parent.parent.name} + {updates}"
+    right = f"{run.found['correct']:,} of {run.found['count']:,}"
+    return [str(run.folder), label, str(run.seed), updates, f"{run.found['step']:,}", right]
+
+
+def _revision(run: Entrant) -> str:
+    git = run.record.description["sessions"][-1]["git"]
+    return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "") if git else "git not known"
+
+
+@styled()
+def accuracies(compared: Comparison, width: float, name: str) -> str:
+    """Each method's accuracy, interval and seeds on a common scale. `width` in points."""
+    longest = max(len(row["method"]) for row in compared.rows)
+    above = 6 * longest > 0.3 * width  # no room beside the scale
+    left, right, each = (8 if above else 6 * longest + 12), 46, (42 if above else 26)
+    height = each * len(compared.rows) + 30
+    figure = new_figure(width, height)
+    axes = figure.add_axes((left / width, 26 / height, 1 - (left + right) / width, 1 - 30 / height))
+    guess = compared.found["guess"]
+    seeds = [[run.found["accuracy"] for run in group.runs] for group in compared.groups]
+    lowest = min([row["low"] for row in compared.rows] + [min(each) for each in seeds] + [guess or 1.0])
+    axes.set_xlim(max(0.0, (20 * lowest - 0.5) // 1 / 20), 1)
+    axes.set_ylim(len(compared.rows) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    if guess is not None:
+        axes.axvline(guess, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
+    for y, (row, found) in enumerate(zip(compared.rows, seeds, strict=True)):
+        line = y + 0.2 if above else y
+        axes.plot([row["low"], row["high"]], [line, line], color=LIGHT["blue"], linewidth=5, alpha=0.35,
+                  solid_capstyle="round", clip_on=False)  # fmt: skip
+        if len(found) > 1:
+            axes.plot(found, [line] * len(found), "o", markersize=6, fillstyle="none", color=LIGHT["muted"],
+                      clip_on=False)  # fmt: skip
+        axes.plot([row["accuracy"]], [line], "o", markersize=7, color=LIGHT["blue"], clip_on=False)
+        axes.annotate(row["method"], (0, line), (0, 14) if above else (-left, 0),
+                      xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
+                      color=LIGHT["ink"], parse_math=False,
+                      bbox={"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 1})  # fmt: skip
+        axes.annotate(percent(row["accuracy"]), (1, line), (right, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", va="center", ha="right", color=LIGHT["ink"])  # fmt: skip
+    return as_svg(figure, name)
+
+
+# The command.
+
+
+def run(config: TableConfig) -> int:
+    """Compare runs and write the table in all its forms."""
+    compared = compare(config)
+    of_runs = _common_folder([run.folder for run in compared.runs])
+    if not config.output and of_runs == of_runs.parent:
+        raise ValueError("The runs lie in no common folder. Name one for the table: output=DIR.")
+    folder = Path(config.output) if config.output else of_runs
+    texts = {"table.md": markdown(compared), "table.html": html(compared, of_runs)}
+    study(compared).write(folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    say(on_screen(compared))
+    for warning in compared.warnings:
+        say(wrapped(f"warning: {warning}"))
+    say(f"Table: {folder / 'table.html'}, and beside it .md, .csv, .json")
+    return 0
+
+
+def _common_folder(runs: Sequence[Path]) -> Path:
+    common = Path(os.path.commonpath([path.resolve().parent for path in runs]))
+    return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common
+
+
+main = application("table", TableConfig, run)
