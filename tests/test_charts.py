@@ -350,7 +350,7 @@ def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
     told = " ".join(part.text for part in parts_of(found, Text))
     assert "Clearly worse" in told
     assert "It stops after 2.25 on average; 87.5 % of the answers are right then" in told
-    assert "93.0 % are right; always the same decision would be right in 75.0 %" in told
+    assert "93.0 % are right; who decides by the thought's place alone gets 75.0 %" in told
     assert parts_of(found, Table)[1].rows[2] == ["2", "94.0 %", "91.0 to 96.0", "3.0"]
     warned = Study("k_forcing", K_FORCING.rows, {**K_FORCING.facts, "warning": "Trained without mixing."})
     failed = Study("stopping", [], {"reason": "thinking always ends at the same thought."})
