@@ -118,6 +118,9 @@ def test_every_change_of_the_thoughts_is_counted(examined: Subject, thoughts: St
         interval = binomtest(changed, len(EXAMPLES)).proportion_ci(method="wilson")
         assert (row["changed"], row["changed_low"]) == (changed / len(EXAMPLES), pytest.approx(interval.low))
         assert row["questions"] == len(EXAMPLES)
+        options_of = [prosqa.candidates(example.question) or [] for example in EXAMPLES]
+        outside = [text not in options for text, options in zip(said(found), options_of, strict=True)]
+        assert row["neither"] == sum(outside) / len(EXAMPLES)
     assert rows["none"]["accuracy"] == was.result.accuracy
     assert {rows["none"][key] for key in rows["none"] if key.startswith(("difference", "changed"))} == {0.0}
     assert len({tuple(row) for row in thoughts.rows}) == 1
@@ -245,6 +248,7 @@ def row(accuracy: float, half: float = 0.04, trained: float = 0.98) -> dict[str,
         "difference": accuracy - trained,
         "difference_low": accuracy - trained - half,
         "difference_high": accuracy - trained + half,
+        "neither": 0.41,
     }
 
 

@@ -48,7 +48,8 @@ def audit_thoughts(subject: Subject) -> Study:
     leaves what later ones took from it.
 
     The interval of the difference is bootstrapped over pairs; `changed` counts answers that are not the same,
-    right or wrong. `facts` has the verdict: sentences chosen by the numbers.
+    right or wrong; `neither` is the share that is none of the answers that the question names, where it
+    names any. `facts` has the verdict: sentences chosen by the numbers.
 
     Raises Unfit if the model has no latent thoughts.
     """
@@ -103,10 +104,10 @@ def _row(subject: Subject, change: str, told: str, found: Evaluated) -> dict[str
     accuracy, low, high = _share(is_right)
     row: dict[str, Any] = {"change": change, "told": told, "questions": len(is_right), "accuracy": accuracy, "low": low,
                            "high": high}  # fmt: skip
+    neither = {"neither": _neither(subject, found.predictions)}
     if change == "none":
-        return row | dict.fromkeys(
-            ("difference", "difference_low", "difference_high", "changed", "changed_low", "changed_high"), 0.0
-        )
+        same = ("difference", "difference_low", "difference_high", "changed", "changed_low", "changed_high")
+        return row | dict.fromkeys(same, 0.0) | neither
     difference_low, difference_high = difference_interval(np.array([is_right]), np.array([was_right]))
     return {
         **row,
@@ -114,7 +115,19 @@ def _row(subject: Subject, change: str, told: str, found: Evaluated) -> dict[str
         "difference_low": difference_low,
         "difference_high": difference_high,
         **_named("changed", _share(_unlike(subject.task, before, found.predictions))),
+        **neither,
     }
+
+
+def _neither(subject: Subject, predictions: Sequence[Prediction]) -> float | None:
+    named = [subject.task.candidates(prediction.question) for prediction in predictions]
+    if not all(named):
+        return None
+    outside = [
+        prediction.predicted is None or not any(subject.task.judge(prediction.predicted, name) for name in names or [])
+        for prediction, names in zip(predictions, named, strict=True)
+    ]
+    return sum(outside) / len(outside)
 
 
 def _unlike(task: Task, before: Sequence[Prediction], after: Sequence[Prediction]) -> list[bool]:
@@ -163,6 +176,8 @@ def thoughts_verdict(rows: Rows, guess: float | None) -> list[str]:
     else:
         first = "It cannot be told whether the thoughts are used"
     numbers = f"{_told(other)} are right instead of {_percent(usual['accuracy'])}{than}"
+    if other["neither"]:
+        numbers += f"; {_percent(other['neither'])} of the answers are then none of the options"
     found = [f"{first}: with the thoughts of another question {numbers}."]
     if "mean" in rows:
         found.append(_on_content(rows["mean"], guess))
