@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -23,8 +24,10 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
 from coconut.data import Example, build_word_tokenizer
-from coconut.methods import Reasoning
+from coconut.files import write_json
+from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
 from coconut.model import LatentLM
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
@@ -48,6 +51,33 @@ def graph_rows(seed: int, count: int, nodes: int = 8) -> list[dict[str, Any]]:
     dials = ProsqaBuild(preset=Preset.graphs, nodes=nodes).graph_dials()
     drawn = (draw_row(random.Random(f"{seed} {i}"), lambda key: True, dials, Form.symbols) for i in range(count))
     return [found[0] for found in drawn if found]
+
+
+def graph_files(folder: Path, train: int, valid: int, test: int) -> DataConfig:
+    """Files of so many graphs in a folder."""
+    rows = iter(graph_rows(seed=0, count=train + valid + test))
+    files: dict[str, Any] = {}
+    for split, count in (("train", train), ("valid", valid), ("test", test)):
+        write_json(folder / f"{split}.json", list(islice(rows, count)))
+        files[split] = str(folder / f"{split}.json")
+    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
+    """A run of seconds, of three stages."""
+    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "curriculum": Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=6),
+        "model": ModelConfig(architecture=architecture, tokenizer="words", new_tokens="random"),
+        "data": data,
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "engine": EngineConfig(device="cpu", threads=1),
+        "batch_size": 16,
+        "max_new_tokens": 6,
+    }
+    return TrainConfig(**{**values, **changes})
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import graph_rows
+from conftest import graph_files, graph_rows, small_run
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hypothesis import given
@@ -33,13 +33,10 @@ from coconut.config import (
     DataFiles,
     EngineConfig,
     EvaluateConfig,
-    ModelConfig,
-    OptimizerConfig,
     TableConfig,
-    TrainConfig,
 )
 from coconut.files import read_json, write_json
-from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.methods import Curriculum, Unit
 
 ConfigStore.instance().store(name="table_schema", node=TableConfig)
 CPU = EngineConfig(device="cpu", threads=1)
@@ -146,34 +143,18 @@ def test_holms_correction_of_known_values() -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds each of Coconut and CoT, and one run that goes on from Coconut's first stage; evaluated."""
     folder = tmp_path_factory.mktemp("table")
-    rows = graph_rows(seed=0, count=70, nodes=8)
-    files = {"train": rows[:32], "valid": rows[32:40], "test": rows[40:]}
-    for split, part in files.items():
-        write_json(folder / f"{split}.json", part)
+    data = graph_files(folder, 32, 8, 30)
     for method in ("coconut", "cot"):
         for seed in (0, 1):
-            make(folder, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
+            make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
     started = str(folder / "runs" / "coconut-seed0" / "checkpoints" / "step-0000002")
     later = Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=4, start_stage=1)
-    make(folder, "pause_as_thought-seed0", method="pause_as_thought", init=started, curriculum=later)
+    make(folder, data, "pause_as_thought-seed0", method="pause_as_thought", init=started, curriculum=later)
     return folder / "runs"
 
 
-def make(folder: Path, name: str, **values: Any) -> None:
-    files: Any = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
-    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
-    curriculum = Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=6)
-    config = TrainConfig(
-        run=str(folder / "runs" / name),
-        model=ModelConfig(architecture=architecture, tokenizer="words", new_tokens="random"),
-        data=DataConfig(**files, format=PromptFormat("{}", "{} ", "### {}"), cache_dir=str(folder / "tokens")),
-        optimizer=OptimizerConfig(lr=1e-2),
-        engine=CPU,
-        batch_size=16,
-        max_new_tokens=6,
-        **{"curriculum": curriculum, **values},
-    )
+def make(folder: Path, data: DataConfig, name: str, **values: Any) -> None:
+    config = small_run(folder / "runs" / name, data, **values)
     assert train.run(config) == 0
     assert evaluate.run(EvaluateConfig(run=str(config.run), batch_size=15, engine=CPU)) == 0
 

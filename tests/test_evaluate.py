@@ -9,29 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, graph_rows
+from conftest import build, graph_files, graph_rows, small_run
 from scipy.stats import norm
 
 from coconut import LatentLM
 from coconut.checkpoint import Checkpoints
 from coconut.config import (
-    DataConfig,
     DataFiles,
-    EngineConfig,
     EvaluateConfig,
     GenerateConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Task,
     TooLong,
-    TrainConfig,
 )
 from coconut.data import Example
 from coconut.evaluate import evaluate, read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import Generated
 from coconut.generate import run as run_generate
-from coconut.methods import Curriculum, PromptFormat, Slot, Unit
+from coconut.methods import PromptFormat, Slot
 from coconut.tasks import TASKS
 from coconut.train import run as run_train
 
@@ -39,23 +33,7 @@ from coconut.train import run as run_train
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    rows = graph_rows(seed=0, count=60)
-    for split, part in [("train", rows[:32]), ("valid", rows[32:40]), ("test", rows[40:])]:
-        (folder / f"{split}.json").write_text(json.dumps(part))
-    files: dict[str, Any] = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
-    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
-    config = TrainConfig(
-        run=str(folder / "run"),
-        curriculum=Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=6),
-        model=ModelConfig(architecture=architecture, tokenizer="words", new_tokens="random"),
-        data=DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}")),
-        optimizer=OptimizerConfig(lr=1e-2),
-        engine=EngineConfig(device="cpu", threads=1),
-        batch_size=16,
-        max_new_tokens=6,
-    )
-    assert run_train(config) == 0
+    assert run_train(small_run(folder / "run", graph_files(folder, 32, 8, 20))) == 0
     return folder / "run"
 
 

@@ -10,22 +10,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import graph_rows
+from conftest import graph_files, small_run
 
 from coconut import analyze
 from coconut.analysis.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
 from coconut.analysis.report import RunRecord, answers, command, headline, read_run, report
 from coconut.config import (
     AnalyzeConfig,
-    DataConfig,
     EngineConfig,
     EvaluateConfig,
     ModelConfig,
     OptimizerConfig,
-    TrainConfig,
 )
 from coconut.files import read_json, write_json
-from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.methods import Curriculum, Unit
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +32,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from coconut import train
 
     folder = tmp_path_factory.mktemp("report")
-    rows = graph_rows(seed=0, count=60, nodes=8)
-    files = {"train": rows[:32], "valid": rows[32:40], "test": rows[40:]}
-    for split, part in files.items():
-        write_json(folder / f"{split}.json", part)
     architecture = {
         "model_type": "llama",
         "hidden_size": 32,
@@ -47,22 +41,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "intermediate_size": 32,
         "max_position_embeddings": 128,
     }
-    config = TrainConfig(
+    config = small_run(
+        folder / "run",
+        replace(graph_files(folder, 32, 8, 20), cache_dir=str(folder / "tokens")),
         name="small & quick",
-        run=str(folder / "run"),
         curriculum=Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=8),
         model=ModelConfig(architecture=architecture, tokenizer="words", attention="eager"),
-        data=DataConfig(
-            train=str(folder / "train.json"),
-            valid=str(folder / "valid.json"),
-            test=str(folder / "test.json"),
-            format=PromptFormat(question="{}", step="{} "),
-            cache_dir=str(folder / "tokens"),
-        ),
         optimizer=OptimizerConfig(lr=1e-3),
         engine=EngineConfig(device="cpu"),
         batch_size=8,
-        max_new_tokens=6,
     )
     assert train.run(config) == 0
     return folder / "run"

@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, graph_rows
+from conftest import build, graph_files, graph_rows, small_run
 
 from coconut.build import load_run
 from coconut.config import (
-    DataConfig,
     EngineConfig,
     EvaluateConfig,
-    ModelConfig,
-    OptimizerConfig,
     StopRule,
-    Task,
-    TrainConfig,
 )
 from coconut.data import Example
 from coconut.evaluate import read_results
@@ -88,25 +83,8 @@ def test_a_model_that_never_learned_to_speak_early_is_refused(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopping")
-    rows = graph_rows(seed=0, count=60)
-    for split, part in [("train", rows[:40]), ("valid", rows[40:50]), ("test", rows[50:])]:
-        (folder / f"{split}.json").write_text(json.dumps(part))
-    files: dict[str, Any] = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
-    config = TrainConfig(
-        run=str(folder / "run"),
-        curriculum=Curriculum(max_stage=3, unit=Unit.updates, first=1, each=1, total=4, mixing_probability=0.3),
-        model=ModelConfig(
-            architecture={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96},
-            tokenizer="words",
-            new_tokens="random",
-        ),
-        data=DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}")),
-        optimizer=OptimizerConfig(lr=1e-2),
-        engine=EngineConfig(device="cpu", threads=1),
-        batch_size=20,
-        max_new_tokens=6,
-    )
-    assert train(config) == 0
+    curriculum = Curriculum(max_stage=3, unit=Unit.updates, first=1, each=1, total=4, mixing_probability=0.3)
+    assert train(small_run(folder / "run", graph_files(folder, 40, 10, 10), curriculum=curriculum)) == 0
     return folder / "run"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import graph_rows
+from conftest import graph_files, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,6 @@ from coconut.config import (
     OptimizerConfig,
     Reset,
     Resume,
-    Task,
     TooLong,
     TrainConfig,
 )
@@ -50,29 +49,20 @@ ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    folder = tmp_path_factory.mktemp("data")
-    rows = graph_rows(seed=0, count=48)
-    for split, part in [("train", rows[:28]), ("valid", rows[28:40]), ("test", rows[40:])]:
-        (folder / f"{split}.json").write_text(json.dumps(part))
-    files: dict[str, Any] = {split: str(folder / f"{split}.json") for split in ("train", "valid", "test")}
-    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+    return graph_files(tmp_path_factory.mktemp("data"), 28, 12, 8)
 
 
 def settings(data: DataConfig, folder: Path, **changes: Any) -> TrainConfig:
     """A run of 14 updates, 4 in an epoch, with everything random switched on."""
-    values: dict[str, Any] = {
-        "run": str(folder),
+    random: dict[str, Any] = {
         "curriculum": CURRICULUM,
         "model": ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", new_tokens="random"),
-        "data": data,
         "optimizer": OptimizerConfig(lr=1e-2, clip=1.0, warmup=2),
-        "engine": EngineConfig(device="cpu", threads=1),
         "batch_size": 8,
         "micro_batch_size": 3,
-        "max_new_tokens": 6,
         "keep_checkpoints": 100,
     }
-    return TrainConfig(**{**values, **changes})
+    return small_run(folder, data, **random | changes)
 
 
 @pytest.fixture(scope="module")
