@@ -17,6 +17,7 @@ from coconut.analysis.study import FOLDER, Study, Unfit
 from coconut.cli import application
 from coconut.config import AnalyzeConfig, Part
 from coconut.files import whole_folder, write_text
+from coconut.methods import Curriculum, plan
 from coconut.screen import only_our_words, say, working
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ def run(config: AnalyzeConfig) -> int:
 def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     """Carry out the studies of a run, and keep their data and pictures in RUN/analysis.
 
+    Parts asked for by name join what was measured before on the same update and questions.
+
     Raises ValueError if a part that was asked for by name does not fit the run; others are left out, and said so.
     """
-    from coconut.analysis.probes import MORE, Subject
+    from coconut.analysis.probes import MORE, Subject, asked
     from coconut.build import load_run
     from coconut.data import read_examples
     from coconut.engine.local import autocast
@@ -68,14 +71,16 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
         TASKS[record.config["data"]["task"]],
         [examples[i] for i in kept],
         batch_size=config.batch_size,
-        mixing=record.config["curriculum"]["mixing_probability"],
+        knows_fewer=plan(record.config["method"], Curriculum.from_dict(record.config["curriculum"])).knows_fewer,
     )
-    asked_of = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
+    about = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
     wanted = config.parts or list(Part)
     say(f"Looking into update {trained.step:,} with {len(kept):,} questions of {path}")
     if len(kept) < len(examples):
         say(f"Left out {len(examples) - len(kept):,} questions that leave no room for {MORE} thoughts more.")
-    studies: list[Study] = []
+    studies = {
+        name: study for name, study in record.studies.items() if config.parts and study.facts == study.facts | about
+    }
     with working("parts", len(wanted)) as bar, autocast(trained.lm.device, config.engine.precision):
         for done, part in enumerate(wanted):
             bar(done, part.value)
@@ -86,11 +91,11 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
                     raise
                 say(f"Left out {part.value}: {reason}")
                 continue
-            studies += [_as_in_file(study, kept, asked_of) for study in made]
+            studies |= {study.name: _as_in_file(study, kept, about) for study in [asked(subject), *made]}
     with whole_folder(record.folder / FOLDER) as folder:
-        for study in studies:
+        for study in studies.values():
             study.write(folder)
-        for name, draw in drawings(replace(record, studies={study.name: study for study in studies})).items():
+        for name, draw in drawings(replace(record, studies=studies)).items():
             save_png(draw(WIDE), folder / f"{name}.png")
     say(f"Data and pictures: {record.folder / FOLDER}")
 

@@ -22,8 +22,8 @@ class Thoughts:
 
     `within`: between two thoughts of a chain; None if it has one. `across`: between the thoughts of two
     questions at the same place; None if there is one question. `to_table`: to the nearest input embedding.
-    `rank`: effective rank, exp of the entropy of the singular values of the centred thoughts (Roy and
-    Vetterli 2007).
+    `rank`: effective rank, exp of the entropy of the singular values (Roy and Vetterli 2007) of the thoughts
+    less the mean of their place.
     """
 
     norm: float
@@ -62,7 +62,7 @@ def look_at(thoughts_NKD: Tensor, table_VD: Tensor) -> Thoughts:
     if not torch.isfinite(rows).all():
         return Thoughts(math.nan, None, None, math.nan, math.nan)
     nearest = torch.cat([torch.cdist(part, table).amin(1) for part in rows.split(512)])
-    singular = torch.linalg.svdvals(rows - rows.mean(0))
+    singular = torch.linalg.svdvals((thoughts - thoughts.mean(0)).reshape(N * K, D))
     shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return Thoughts(
         norm=rows.norm(dim=1).mean().item(),

@@ -5,7 +5,6 @@ Shapes: B questions, T columns of the prompts, N new tokens.
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -113,9 +112,9 @@ def generate(
     """Answer questions (B, T) of any lengths, padded on either side.
 
     The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
-    latter. `thoughts` (B, K, D) are fed in place of the model's own; `stop` ends the thoughts of each row
-    by itself, after at least one and at most `num_thoughts` of them (see `think`). Thoughts run in the
-    model's cache, from which Hugging Face generation goes on: greedy by default; `options` are those of
+    latter. `thoughts` (B, K, D) are fed in place of the model's own, K of them to every question; `stop`
+    ends the thoughts of each row by itself, after at least one and at most `num_thoughts` of them (see
+    `think`). Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by default; `options` are those of
     transformers' GenerationConfig (do_sample, temperature, top_p, stop_strings, ...), and what they leave
     open is off, whatever the base model's own settings are. The added tokens are never produced. One
     answer a question.
@@ -133,6 +132,11 @@ def generate(
             raise ValueError(f"{name}={options[name]} is not supported: one answer a question, without beams.")
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
     if thoughts is not None:
+        if len(thoughts) != len(input_ids) or num_thoughts not in (None, thoughts.shape[1]):
+            raise ValueError(
+                f"thoughts has the shape {tuple(thoughts.shape)}, for {len(input_ids)} questions and num_thoughts="
+                f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
+            )
         count = thoughts.shape[1]
     in_slot = len(slot_ids(reasoning, special, count))
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
@@ -213,22 +217,16 @@ def _think_and_speak(
     answers: dict[int, _Answer] = {}
     for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
         rows = (thinking.counts == n).nonzero()[:, 0]
-        cache = thinking.cache if len(rows) == B else _part_of(thinking.cache, rows, prefix + n)
+        cache = thinking.cache
+        if len(rows) < B:  # a cache cannot be cut where a model looks through a sliding window, so they think again
+            given = None if thoughts is None else thoughts[rows]
+            cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given).cache
         columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
         new_BN = _speak(lm, prompts, masks, cache, options)
         for row, new in zip(rows.tolist(), new_BN.tolist(), strict=True):
             answers[row] = _Answer(new, thinking.thoughts[row, :n].float().cpu())
     return [answers[row] for row in range(B)]
-
-
-def _part_of(cache: Any, rows: Tensor, columns: int) -> Any:
-    """A copy of these rows of a cache, its first columns."""
-    part = copy.deepcopy(cache)
-    part.batch_select_indices(rows)
-    if surplus := part.get_seq_length() - columns:
-        part.crop(-surplus)
-    return part
 
 
 def _speak(lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, options: dict[str, Any]) -> Tensor:

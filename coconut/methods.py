@@ -104,6 +104,11 @@ class Curriculum:
                 f"curriculum.mixing_probability is {self.mixing_probability}; it is a share between 0 and 1."
             )
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Curriculum:
+        """As a run's configuration keeps it."""
+        return cls(**{**values, "unit": Unit(values["unit"]), "mixing": Mixing(values["mixing"])})
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -151,6 +156,11 @@ class Plan:
     pad_thoughts: bool = True
     mixing: Mixing = Mixing.current
     mixing_probability: float = 0.0
+
+    @property
+    def knows_fewer(self) -> bool:
+        """Whether the last stage is also trained with fewer thoughts than its own."""
+        return self.mixing_probability > 0 or not self.pad_thoughts
 
     def as_dict(self) -> dict[str, Any]:
         return {"method": self.method, "unit": self.unit.value, "stages": [asdict(s) for s in self.stages]}

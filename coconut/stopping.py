@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from coconut.data import Example, encode_questions, read_examples
 from coconut.files import whole_file
 from coconut.generate import pad_rows, think
-from coconut.methods import Slot
+from coconut.methods import Curriculum, Plan, Slot, plan
 from coconut.screen import say
 from coconut.sources import data_files
 
@@ -119,7 +119,8 @@ def fit_classifier(lm: LatentLM, train: Sequence[Example], valid: Sequence[Examp
             f"stop=classifier: in all {len(train):,} training examples thinking should end at the same thought, so "
             "there is nothing to learn. Keep stop=constant and set num_thoughts."
         )
-    classifier = fit(thoughts, last)
+    with torch.autocast(lm.device.type, enabled=False):
+        classifier = fit(thoughts, last)
     unseen, wanted = _thoughts_and_targets(lm, valid, batch_size)
     right = (classifier.stop(unseen) == wanted).double()
     classifier.measured = Measured(
@@ -146,11 +147,11 @@ def _thoughts_and_targets(lm: LatentLM, examples: Sequence[Example], batch_size:
     return torch.stack(thoughts), torch.arange(1, count + 1) >= needed_N1
 
 
-def refuse_untrained(lm: LatentLM, curriculum: dict[str, Any]) -> None:
-    """Raise ValueError if a model of this curriculum cannot speak after fewer thoughts than its stage has."""
+def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
+    """Raise ValueError if a model so trained cannot speak after fewer thoughts than its stage has."""
     if lm.reasoning.slot is not Slot.thought or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
-    if not curriculum["mixing_probability"] and curriculum["pad_thoughts"]:
+    if not trained.knows_fewer:
         raise ValueError(
             f"stop=classifier ends the thoughts early, but this model always had {lm.reasoning.num_thoughts} of them "
             "in training and never learned to speak after fewer. Train with curriculum.mixing_probability=0.1, or with "
@@ -164,7 +165,7 @@ def classifier_of(run: Path | str, trained: Trained, batch_size: int = 64) -> St
     Raises ValueError if the run was not trained for it.
     """
     lm = trained.lm
-    refuse_untrained(lm, trained.config["curriculum"])
+    refuse_untrained(lm, plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"])))
     file = Path(run) / FOLDER / f"step-{trained.step:07d}.safetensors"
     if file.is_file():
         return StopClassifier.load(file).to(lm.device)

@@ -3,8 +3,8 @@
 #
 #   bash launch/table1.sh [seeds=0,1,2] [experiment=table1] [jobs=1|2]
 #
-# Every method takes equally many updates; those that begin with the same stage 0 share it. The same command again goes
-# on with a run that was stopped, and leaves alone what is complete.
+# Every method takes equally many updates; where stages are counted in updates, those that begin with the same stage 0
+# share it. The same command again goes on with a run that was stopped, and leaves alone what is complete.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,24 +12,34 @@ usage="Usage: bash launch/table1.sh [seeds=0,1,2] [experiment=table1] [jobs=1|2]
 seeds=0 experiment=table1 jobs=2
 for argument in "$@"; do
     case $argument in
-        seeds=* | experiment=* | jobs=1 | jobs=2) declare "${argument%%=*}=${argument#*=}" ;;
+        seeds=[0-9]* | experiment=?* | jobs=1 | jobs=2) declare "${argument%%=*}=${argument#*=}" ;;
         *) echo "error: '$argument' is not known here. $usage" >&2; exit 2 ;;
     esac
 done
 
 echo "[1/4] Set-up"
 source launch/setup.sh base
-runs=runs/$experiment
-mkdir -p "$runs"
 curriculum=$("$python" -m coconut.train experiment="$experiment" --cfg job --package curriculum)
 setting() { awk -v key="$1:" '$1 == key { print $2 }' <<<"$curriculum"; }
 unit=$(setting unit) first=$(setting first) total=$(setting total)
+threads=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / jobs))}
+[ "$threads" -gt 0 ] || threads=1
+keep=()
+[ "$unit" != updates ] || keep=(keep_every="$first")
+runs=runs/$experiment
+mkdir -p "$runs"
+main=$$
 
 train() { # method, seed, further keys
-    local run=$runs/$1-seed$2 began=$SECONDS
-    if ! OMP_NUM_THREADS=$threads "$python" -m coconut.train experiment="$experiment" method="$1" seed="$2" run="$run" \
-        "${@:3}" >>"$run.log" 2>&1; then
-        { echo "error: $1, seed $2, stopped. The end of $run.log:"; tail -n 5 "$run.log"; } >&2
+    local run=$runs/$1-seed$2 began=$SECONDS status=0
+    kill -0 "$main" 2>/dev/null || return 1 # nobody waits any more
+    OMP_NUM_THREADS=$threads "$python" -m coconut.train experiment="$experiment" method="$1" seed="$2" run="$run" \
+        "${@:3}" >>"$run.log" 2>&1 &
+    training=$!
+    wait "$training" || status=$?
+    training=
+    if [ "$status" != 0 ]; then
+        { echo "error: $1, seed $2, stopped (status $status). The end of $run.log:"; tail -n 5 "$run.log"; } >&2
         return 1
     fi
     echo "  $1, seed $2: $(sed -n 's/^Best checkpoint: //p' "$run.log" | tail -n 1) ($(((SECONDS - began + 30) / 60)) min)"
@@ -54,30 +64,44 @@ between_markers() {
         train without_curriculum "$1" && train pause "$1"
 }
 
-keep=()
-[ "$unit" != updates ] || keep=(keep_every="$first")
-echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time"
-threads=$(($(getconf _NPROCESSORS_ONLN) / jobs))
-[ "$threads" -gt 0 ] || threads=1
-trap 'trap - TERM; kill -TERM 0' INT TERM
+lane() { # what to do, seed: in a process of its own, which takes its training with it when it is stopped
+    training=
+    trap '[ -z "$training" ] || { kill -TERM "$training"; wait "$training"; } 2>/dev/null; exit 143' TERM
+    "$@"
+}
+
+echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time; each writes $runs/METHOD-seedN.log"
+lanes=()
+stopped() {
+    trap '' INT TERM
+    echo "Stopping: every training saves where it stands. The same command goes on from there." >&2
+    [ ${#lanes[@]} = 0 ] || kill -TERM "${lanes[@]}" 2>/dev/null || true
+    wait
+    exit 130
+}
+trap stopped INT TERM
 for seed in ${seeds//,/ }; do
-    if [ "$jobs" = 2 ]; then
-        in_words "$seed" & one=$!
-        between_markers "$seed" & other=$!
-        failed=0
-        wait $one || failed=1
-        wait $other || failed=1
-        [ $failed = 0 ] || exit 1
-    else
-        in_words "$seed"
-        between_markers "$seed"
-    fi
+    lanes=()
+    failed=0
+    for work in in_words between_markers; do
+        lane "$work" "$seed" &
+        lanes+=($!)
+        [ "$jobs" = 2 ] || wait $! || failed=1
+    done
+    for process in "${lanes[@]}"; do wait "$process" || failed=1; done
+    [ $failed = 0 ] || exit 1
 done
+trap - INT TERM
 
 echo "[3/4] Evaluation, one run after the other"
-for run in "$runs"/*-seed*/; do
-    [ -f "${run}evaluation/test.json" ] || "$python" -m coconut.evaluate run="${run%/}" batch_size=250 >/dev/null
+made=()
+for seed in ${seeds//,/ }; do
+    for method in coconut cot no_cot icot pause without_curriculum without_thought pause_as_thought; do
+        run=$runs/$method-seed$seed
+        made+=("$run")
+        [ -f "$run/evaluation/test.json" ] || "$python" -m coconut.evaluate run="$run" batch_size=250 >/dev/null
+    done
 done
 
 echo "[4/4] The table"
-"$python" -m coconut.analyze table runs="$runs/*-seed*"
+"$python" -m coconut.analyze table runs="${made[*]}" output="$runs"

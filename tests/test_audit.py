@@ -21,6 +21,7 @@ from coconut.analysis.audit import (
     changed_thoughts,
     edges_verdict,
     others,
+    share_lost,
     thoughts_verdict,
 )
 from coconut.analysis.compare import difference_interval
@@ -252,59 +253,70 @@ def row(accuracy: float, half: float = 0.04, trained: float = 0.98) -> dict[str,
     }
 
 
+LOST = (0.9, 0.8, 1.0)
+
+
 def rows_with(**changes: float) -> dict[str, dict[str, Any]]:
     usual = {"none": 0.98, "zeros": 0.5, "noise": 0.5, "mean": 0.52, "other": 0.4, "order": 0.9, "thought_1": 0.97,
              "thought_2": 0.7, "count_0": 0.6}  # fmt: skip
     return {name: row(value) | {"change": name} for name, value in (usual | changes).items()}
 
 
-@pytest.mark.parametrize(
-    ("other", "first"),
-    [
-        (0.40, "The thoughts are used:"),
-        (0.70, "The thoughts are used:"),
-        (0.80, "The thoughts are used in part:"),
-        (0.92, "The thoughts are used in part:"),
-        (0.95, "It cannot be told whether the thoughts are used:"),  # nothing, or 15 % of what there is to lose
-    ],
-)
-def test_the_thoughts_of_others_decide(other: float, first: str) -> None:
-    verdict = thoughts_verdict(rows_with(other=other), guess=0.5)
-    assert verdict[0].startswith(first)
-    assert f"{100 * other:.1f} %" in verdict[0]
-    assert "98.0 %, where guessing gives 50.0 %" in verdict[0]
+def test_what_is_lost_is_measured_in_what_was_above_guessing() -> None:
+    before = np.array([True] * 180 + [False] * 20)
+    after = np.array([True] * 120 + [False] * 80)
+    found = share_lost(before, after, guess=0.5)
+    assert found
+    share, low, high = found
+    assert share == pytest.approx((0.9 - 0.6) / (0.9 - 0.5))
+    assert low < share < high
+    kept = share_lost(before, before, guess=0.5)
+    assert kept == (0.0, 0.0, 0.0)
 
 
-def test_hardly_used_is_said_only_when_it_is_sure() -> None:
-    narrow = rows_with() | {"other": row(0.97, half=0.02) | {"change": "other"}}
-    assert thoughts_verdict(narrow, 0.5)[0].startswith("The thoughts are hardly used:")
-    sure = rows_with() | {"other": row(0.95, half=0.01) | {"change": "other"}}  # a loss, and a small one
-    assert thoughts_verdict(sure, 0.5)[0].startswith("The thoughts are hardly used:")
-    wide = rows_with() | {"other": row(0.97, half=0.06) | {"change": "other"}}
-    assert thoughts_verdict(wide, 0.5)[0].startswith("It cannot be told")
-
-
-def test_who_guesses_has_nothing_to_lose() -> None:
-    verdict = thoughts_verdict(rows_with(none=0.52), guess=0.5)
+@pytest.mark.parametrize("right", [100, 104, 90])
+def test_who_does_not_surely_beat_guessing_has_nothing_to_lose(right: int) -> None:
+    before = np.array([True] * right + [False] * (200 - right))
+    assert share_lost(before, ~before, guess=0.5) is None
+    verdict = thoughts_verdict(rows_with(none=0.52), 0.5, None)
     assert len(verdict) == 1
     assert verdict[0].startswith("It cannot be told")
     assert "52.0 % of 500 questions are right as trained, where guessing gives 50.0 %" in verdict[0]
 
 
+@pytest.mark.parametrize(
+    ("lost", "first"),
+    [
+        ((0.9, 0.8, 1.0), "The thoughts are used:"),
+        ((0.5, 0.1, 0.9), "The thoughts are used:"),
+        ((0.4, 0.1, 0.7), "The thoughts are used in part:"),
+        ((0.6, 0.05, 1.1), "It cannot be told whether the thoughts are used:"),
+        ((0.05, -0.1, 0.2), "It cannot be told whether the thoughts are used:"),
+        ((0.05, 0.01, 0.09), "The thoughts are hardly used:"),
+        ((0.0, -0.05, 0.05), "The thoughts are hardly used:"),
+    ],
+)
+def test_the_thoughts_of_others_decide(lost: tuple[float, float, float], first: str) -> None:
+    verdict = thoughts_verdict(rows_with(other=0.4), 0.5, lost)
+    assert verdict[0].startswith(first)
+    assert "40.0 %" in verdict[0]
+    assert "98.0 %, where guessing gives 50.0 %" in verdict[0]
+
+
 def test_where_answers_are_open_guessing_is_not_spoken_of() -> None:
-    verdict = thoughts_verdict(rows_with(), guess=None)
+    verdict = thoughts_verdict(rows_with(), None, LOST)
     assert verdict[0].startswith("The thoughts are used:")
     assert "guessing" not in " ".join(verdict)
 
 
 def test_each_sentence_says_what_its_numbers_say() -> None:
-    falls = thoughts_verdict(rows_with(), guess=0.5)
+    falls = thoughts_verdict(rows_with(), 0.5, LOST)
     assert falls[1] == ("Their content is needed: with the mean over questions in place of each thought 52.0 % "
-                        "(-46.0 points, -50.0 to -42.0), which is no better than guessing.")  # fmt: skip
-    assert "better than guessing" not in thoughts_verdict(rows_with(mean=0.7), guess=0.5)[1]
+                        "(-46.0 points, -50.0 to -42.0), which is not surely better than guessing.")  # fmt: skip
+    assert "better than guessing" not in thoughts_verdict(rows_with(mean=0.7), 0.5, LOST)[1]
     assert "order matters: in another order 90.0 %" in falls[3]
     assert "number 2 is missed most: with its mean in its place 70.0 %" in falls[4]
-    stays = thoughts_verdict(rows_with(mean=0.98, order=0.97, thought_2=0.98), guess=0.5)
+    stays = thoughts_verdict(rows_with(mean=0.98, order=0.97, thought_2=0.98), 0.5, LOST)
     assert stays[1].startswith("That their content is needed is not seen")
     assert stays[3].startswith("That their order matters is not seen")
     assert stays[4].startswith("No single thought is surely missed; number 1")
@@ -324,7 +336,7 @@ def followed(**shares: float) -> dict[str, dict[str, Any]]:
     [
         (0.03, 0.95, "The thoughts carry the answer:"),
         (0.95, 0.03, "The thoughts do not carry the answer, the question itself is read:"),
-        (0.95, 0.95, "Neither thoughts nor question carry the answer alone:"),
+        (0.95, 0.95, "Either of them alone turns most answers:"),
         (0.03, 0.03, "Neither thoughts nor question carry the answer alone:"),
         (0.49, 0.95, "It cannot be told whether thoughts or question carry the answer:"),
     ],
@@ -334,7 +346,7 @@ def test_old_thoughts_and_new_ones_decide_what_carries_the_answer(old: float, on
     assert verdict[0].startswith(first)
     assert f"{100 * old:.1f} % of the answers follow" in verdict[0]
     assert verdict[1].startswith("The answer follows the graph: of 400 answers, 98.0 %")
-    assert "cut, 60.0 %" in verdict[2]
+    assert "no option is right, 60.0 %" in verdict[2]
     assert "1.0 %" in verdict[3]
 
 

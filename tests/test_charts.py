@@ -61,7 +61,12 @@ def values_of(rows: list[dict[str, Any]], offset: int = 1) -> Study:
                     "ahead": node in ahead, "height_shortest": draw.randrange(3), "height_longest": draw.randrange(4),
                     "leads": node in leading, "value": weight[node] / total,
                 })  # fmt: skip
-    return Study("values", found, {"form": "symbols", "offset": offset, "thoughts_per_step": 1})
+    return Study(
+        "values", found, FACTS | {"form": "symbols", "offset": offset, "thoughts_per_step": 1, "warning": None}
+    )
+
+
+FACTS = {"step": 8, "sha256": "0123", "questions": 8, "file": "data/test.json"}  # of every study
 
 
 def changed(change: str, told: str, accuracy: float, share: float) -> dict[str, Any]:
@@ -86,7 +91,7 @@ K_FORCING = Study(
         forced(3, 95, correct_label=95, incorrect_label=5),
         forced(4, 96, correct_label=96, incorrect_label=4),
     ],
-    {"own": OWN, "mixing": 0.1, "warning": None},
+    {"own": OWN, "warning": None} | FACTS,
 )
 
 
@@ -133,7 +138,13 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
         {"rule": rule, "thoughts": mean, "questions": 40, "accuracy": share, "low": share - 0.1, "high": share + 0.05}
         for rule, mean, share in (("constant", 3.0, 0.9), ("classifier", 2.25, 0.875))
     ]
+    asked = [
+        {"question": number, "text": row["question"], "gold": row["answer"], "predicted": row["answer"],
+         "correct": number != 1}
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
     studies = [
+        Study("asked", asked),
         K_FORCING,
         values_of(rows),
         Study("parallelism", parallel),
@@ -145,20 +156,15 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
         Study("stopping", stopping, {"classifier_accuracy": 0.93, "by_place_alone": 0.75, "trained_on": 1000}),
     ]
     stage = {"index": 3, "slot": "thought", "num_thoughts": OWN, "steps_cut": 3, "length": 8, "markers": True}
-    answers = [
-        {"question": row["question"], "gold": row["answer"], "predicted": row["answer"], "correct": number != 1}
-        for number, row in enumerate(rows)
-    ]
     return RunRecord(
         folder=Path("runs/mine"),
         config={"method": "coconut"},
         description={"name": "mine", "plan": {"stages": [stage]}},
         train=[],
         valid=[{"stage": 3, "accuracy": 0.9, "loss": 0.1, "step": 8}],
-        evaluations={"test": {"guess": 0.5}},
+        evaluations={"test": {"guess": 0.5, "step": 8, "sha256": "0123", "count": 8}},
         test="test",
-        answers=answers,
-        studies={study.name: study for study in studies},
+        studies={study.name: replace(study, facts=study.facts | FACTS) for study in studies},
     )
 
 
@@ -300,7 +306,7 @@ def test_what_other_numbers_of_thoughts_do_is_told_by_their_intervals():
     assert "Clearly better" not in told
     assert "Clearly worse: no thoughts (70.0 %) and 1 thought (80.0 %)." in told
     assert "No clear difference: 2 thoughts (94.0 %) and 4 thoughts (96.0 %)." in told
-    assert told.endswith("not there: 20.0 % with no thoughts and 10.0 % with 1 thought.")
+    assert told.endswith("no way through the graph: 20.0 % with no thoughts and 10.0 % with 1 thought.")
     reverse = Study("k_forcing", K_FORCING.rows, {"own": 0})
     assert "Clearly better: 1 thought (80.0 %), 2 thoughts (94.0 %)" in " ".join(told_k_forcing(reverse))
     plain = Study("k_forcing", [forced(0, 60), forced(1, 90)], {"own": 1})
@@ -328,21 +334,41 @@ def test_the_sample_has_most_forks_of_the_questions_that_were_answered_rightly(r
 
     chosen = sample(run)
     assert chosen
-    possible = [number for number in range(6) if run.answers[number]["correct"]]  # those decoded
+    answers = run.studies["asked"].rows
+    possible = [number for number in range(6) if answers[number]["correct"]]  # those decoded
     assert chosen.index == max(possible, key=forks)
     assert forks(chosen.index) > 0
     assert chosen.count == 6
     assert {row["question"] for row in chosen.values.rows} == {chosen.index}
-    wrong = [answer | {"correct": number != chosen.index} for number, answer in enumerate(run.answers)]
-    other = sample(replace(run, answers=wrong))
+    wrong = Study("asked", [answer | {"correct": answer["question"] != chosen.index} for answer in answers], FACTS)
+    other = sample(replace(run, studies=run.studies | {"asked": wrong}))
     assert other
     assert other.index != chosen.index
-
-
-def test_values_of_other_questions_are_no_sample(run: RunRecord):
-    assert sample(replace(run, answers=run.answers[1:])) is None
-    assert sample(replace(run, test=None)) is None
     assert sample(replace(run, studies={})) is None
+
+
+def test_another_checkpoint_or_other_questions_are_said(run: RunRecord):
+    assert run.examined == ""
+    for other in ({"step": 7}, {"sha256": "4567"}, {"count": 500}):
+        found = replace(run, evaluations={"test": run.evaluations["test"] | other})
+        first = section(how_many, found).parts[0]
+        assert first == Text("What follows was measured on update 8, with 8 questions of test.json.")
+    assert section(how_many, replace(run, test=None)).parts[0] == first
+
+
+def test_shares_of_next_to_nothing_are_said_to_be_so(run: RunRecord):
+    rows = [row | {"value": row["value"] / 100} for row in run.studies["values"].rows]
+    facts = run.studies["values"].facts | {"warning": "Never trained so."}
+    silent = replace(run, studies=run.studies | {"values": Study("values", rows, facts)})
+    told = parts_of(section(what_they_hold, silent), Text)[1].text
+    assert told.startswith("Never trained so. It hardly speaks in steps there: all nodes together get 1 % before")
+
+
+def test_a_model_that_guesses_is_said_to(run: RunRecord):
+    rows = [row | {"accuracy": 0.52, "low": 0.48, "high": 0.56} for row in K_FORCING.rows]
+    guessing = replace(run, studies=run.studies | {"k_forcing": Study("k_forcing", rows, K_FORCING.facts)})
+    told = parts_of(section(how_many, guessing), Text)[0].text
+    assert "That is not surely better than guessing (50.0 %), so the rest says little." in told
 
 
 def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
@@ -380,8 +406,8 @@ def test_what_they_hold_shows_the_tree_and_the_words_of_one_question(run: RunRec
     assert [name for name, _ in ranked.rows] == ["thought 1", "thought 2", "thought 3"]
     expected = [row for row in run.studies["decoded"].rows if (row["question"], row["thought"]) == (chosen.index, 2)]
     assert ranked.rows[1][1] == [(row["token"], row["probability"]) for row in expected]
-    only = section(what_they_hold, replace(run, studies={"decoded": run.studies["decoded"]}))
-    assert run.answers[0]["question"] in parts_of(only, Text)[0].text
+    only = section(what_they_hold, replace(run, studies={name: run.studies[name] for name in ("decoded", "asked")}))
+    assert run.studies["asked"].rows[0]["text"] in parts_of(only, Text)[0].text
 
 
 def test_the_verdict_stands_before_the_figures(run: RunRecord):

@@ -88,7 +88,15 @@ def test_a_partial_path_is_completed(nodes: str, expected: Outcome) -> None:
 
 def test_nothing_may_be_hidden_before_sentences() -> None:
     assert classify(SENTENCES, told("abt"), True, hidden=True) is Outcome.correct_path
-    assert classify(SYMBOLS, ["a", "b", "t"], True, hidden=True) is Outcome.hallucination  # no edge leads to a
+    assert classify(SYMBOLS, ["a", "b", "t"], True, hidden=True) is Outcome.correct_path
+
+
+def test_a_path_in_symbols_may_begin_with_the_root_itself() -> None:
+    for hidden in (True, False):
+        assert classify(SYMBOLS, list("acdt"), True, hidden=hidden) is Outcome.longer_path
+        assert classify(SYMBOLS, list("ac"), True, hidden=hidden) is Outcome.wrong_target
+        assert classify(SYMBOLS, list("at"), True, hidden=hidden) is Outcome.hallucination
+        assert classify(SYMBOLS, list("a"), True, hidden=hidden) is Outcome.wrong_target
 
 
 @pytest.mark.parametrize("hidden", [True, False])
@@ -115,6 +123,10 @@ def test_disconnected_edges_are_hallucinations() -> None:
 def by_enumeration(asked: GraphQuestion, written: list[str], hidden: bool) -> set[Outcome]:
     """All classes whose definition fits the written nodes (a chain in symbols), from the list of all paths."""
     graph, root = asked.graph, asked.root
+    if written[0] == root:
+        if len(written) == 1:
+            return {Outcome.wrong_target}
+        written, hidden = written[1:], False
     shortest = [path[1:] for path in networkx.all_shortest_paths(graph, root, asked.target)]
     every = [path[1:] for node in graph if node != root for path in networkx.all_simple_paths(graph, root, node)]
     paths = [path for path in every if (path[-len(written) :] if hidden else path) == written]

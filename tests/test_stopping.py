@@ -20,7 +20,7 @@ from coconut.data import Example
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json
-from coconut.methods import Curriculum, PromptFormat, Slot, Unit
+from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
 from coconut.stopping import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
 from coconut.train import run as train
 
@@ -66,18 +66,26 @@ def test_where_all_chains_are_alike_there_is_nothing_to_learn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reasoning", "curriculum", "message"),
+    ("reasoning", "mixing", "message"),
     [
-        ({"num_thoughts": 3}, {"mixing_probability": 0.0, "pad_thoughts": True}, "never learned to speak"),
-        ({"slot": Slot.pause, "num_thoughts": 3}, {"mixing_probability": 0.1, "pad_thoughts": True}, "no latent"),
-        ({"num_thoughts": 0}, {"mixing_probability": 0.1, "pad_thoughts": True}, "no latent"),
+        ({"num_thoughts": 6, "method": "coconut"}, 0.0, "never learned to speak"),
+        ({"num_thoughts": 6, "method": "without_curriculum"}, 0.1, "never learned to speak"),
+        ({"num_thoughts": 6, "method": "pause", "slot": Slot.pause}, 0.1, "no latent"),
+        ({"num_thoughts": 0, "method": "coconut"}, 0.1, "no latent"),
     ],
 )
 def test_a_model_that_never_learned_to_speak_early_is_refused(
-    reasoning: dict[str, Any], curriculum: dict[str, Any], message: str
+    reasoning: dict[str, Any], mixing: float, message: str
 ) -> None:
+    trained = plan(reasoning["method"], Curriculum(mixing_probability=mixing))
     with pytest.raises(ValueError, match=message):
-        refuse_untrained(build("gpt2", **reasoning), curriculum)
+        refuse_untrained(build("gpt2", **reasoning), trained)
+
+
+def test_a_model_that_learned_to_speak_early_is_not() -> None:
+    lm = build("gpt2", num_thoughts=6, method="coconut")
+    refuse_untrained(lm, plan("coconut", Curriculum(mixing_probability=0.1)))
+    refuse_untrained(lm, plan("without_curriculum", Curriculum(pad_thoughts=False)))
 
 
 @pytest.fixture(scope="module")

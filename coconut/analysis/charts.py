@@ -30,7 +30,7 @@ OUTCOMES = {
     "correct_label": ("sky", "right answer, no path"),
     "incorrect_label": ("peach", "wrong answer, no path"),
     "wrong_target": ("red", "path to the wrong end"),
-    "hallucination": ("plum", "path with an edge that is not there"),
+    "hallucination": ("plum", "no way through the graph"),
 }
 # Where nodes are, seen from a thought that stands for a distance: the colour, the label, and in a sentence.
 GROUPS = {

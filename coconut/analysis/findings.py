@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 WIDE, NARROW = 720, 350  # points
+SILENT = 0.05  # mean probability of all nodes together, below which their shares say little
 PATHS = ("correct_path", "longer_path", "wrong_target", "hallucination")
 Row = dict[str, Any]
 Drawings = dict[str, "Callable[[float], Drawing]"]  # each a function of its width in points
@@ -44,14 +45,15 @@ Drawings = dict[str, "Callable[[float], Drawing]"]  # each a function of its wid
 
 def how_many(run: RunRecord) -> Section | None:
     """How it answers with other numbers of thoughts than its own, and whether it knows when to stop."""
-    noun = run.stages[-1].slot.value
+    noun, seen = run.stages[-1].slot.value, run.examined
     title = f"How many {noun}s"
     if not run.studies and run.best and run.stages[-1].slot is Slot.thought:
         hint = f"python -m coconut.analyze run={shlex.quote(str(run.folder))}"
         return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
-    parts: list[Part] = []
+    parts: list[Part] = [Text(seen)] if seen else []
     if study := run.studies.get("k_forcing"):
-        parts.append(Text(" ".join(told_k_forcing(study, noun))))
+        guess = next((found["guess"] for found in run.evaluations.values()), None)
+        parts.append(Text(" ".join(told_k_forcing(study, noun, guess))))
         if study.facts["warning"]:
             parts.append(Text(study.facts["warning"]))
         caption = (
@@ -75,7 +77,7 @@ def how_many(run: RunRecord) -> Section | None:
     return Section("how-many", title, parts) if parts else None
 
 
-def told_k_forcing(study: Study, noun: str = "thought") -> list[str]:
+def told_k_forcing(study: Study, noun: str = "thought", guess: float | None = None) -> list[str]:
     """In sentences, how the accuracy depends on the number of thoughts."""
     own = next(row for row in study.rows if row["thoughts"] == study.facts["own"])
     others = [row for row in study.rows if row is not own]
@@ -90,7 +92,9 @@ def told_k_forcing(study: Study, noun: str = "thought") -> list[str]:
     better = [row for row in others if row["low"] > own["high"]]
     worse = [row for row in others if row["high"] < own["low"]]
     even = [row for row in others if row not in better and row not in worse]
-    if others and not any(row["accuracy"] > own["accuracy"] for row in others):
+    if guess is not None and own["low"] <= guess:
+        told.append(f"That is not surely better than guessing ({percent(guess)}), so the rest says little.")
+    elif others and not any(row["accuracy"] > own["accuracy"] for row in others):
         told.append("No other number does better.")
     for rows, words in ((better, "Clearly better"), (worse, "Clearly worse"), (even, "No clear difference")):
         if rows:
@@ -103,7 +107,7 @@ def told_k_forcing(study: Study, noun: str = "thought") -> list[str]:
         shares = _list(
             f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in written
         )
-        told.append(f"Of the paths that it then writes itself, so many name an edge that is not there: {shares}.")
+        told.append(f"Of the paths that it then writes itself, so many are no way through the graph: {shares}.")
     return told
 
 
@@ -149,8 +153,8 @@ def sample(run: RunRecord) -> Sample | None:
     A fork is a moment when one node ahead leads to the target and another does not. It is chosen from the
     questions whose thoughts were decoded, if one of them is such a question.
     """
-    study = run.studies.get("values")
-    if not study or not run.test:
+    study, questions = run.studies.get("values"), _asked(run)
+    if not study:
         return None
     rows_of: dict[int, list[Row]] = {}
     for row in study.rows:
@@ -159,16 +163,22 @@ def sample(run: RunRecord) -> Sample | None:
     for pool in (decoded & rows_of.keys(), rows_of.keys()):
         found: list[tuple[int, Sample]] = []
         for index in sorted(pool):
-            if index < len(run.answers) and _may_be_shown(run.answers[index], rows_of[index]):
-                asked, rows = run.answers[index], Study("values", rows_of[index], study.facts)
-                found.append((_forks(rows), Sample(index, len(pool), asked["question"], asked["gold"], rows)))
+            if index in questions and _may_be_shown(questions[index], rows_of[index]):
+                asked, rows = questions[index], Study("values", rows_of[index], study.facts)
+                found.append((_forks(rows), Sample(index, len(pool), asked["text"], asked["gold"], rows)))
         if found:
             return max(found, key=lambda pair: pair[0])[1]
     return None
 
 
+def _asked(run: RunRecord) -> dict[int, Row]:
+    """The questions that the studies asked, and what the model answered, by their place in the file."""
+    study = run.studies.get("asked")
+    return {row["question"]: row for row in study.rows} if study else {}
+
+
 def _may_be_shown(asked: Row, rows: list[Row]) -> bool:
-    if not asked["correct"] or not charts.drawable(asked["question"]) or not _is_of(rows, asked["question"]):
+    if not asked["correct"] or not charts.drawable(asked["text"]):
         return False
     target = prosqa.read_target(asked["gold"])
     return any(row["node"] == target and (row["distance"] or 0) >= 2 for row in rows)
@@ -177,15 +187,6 @@ def _may_be_shown(asked: Row, rows: list[Row]) -> bool:
 def _forks(values: Study) -> int:
     moments = {(row["after"], row["leads"]) for row in values.rows if row["ahead"]}
     return sum(leads and (after, False) in moments for after, leads in moments)
-
-
-def _is_of(rows: list[Row], question: str) -> bool:
-    """Whether the rows are of this question: the same nodes at the same distances."""
-    import networkx
-
-    told = prosqa.graph(question)
-    distance = networkx.single_source_shortest_path_length(told, told.graph["root"])
-    return {row["node"]: row["distance"] for row in rows} == {node: distance.get(node) for node in told}
 
 
 def what_they_hold(run: RunRecord) -> Section | None:
@@ -204,10 +205,25 @@ def what_they_hold(run: RunRecord) -> Section | None:
             "A thought is a vector and has no words. But after any thought the model can be made to speak: then the "
             "probabilities of what it would name next show which ways it sees, and which it prefers."
         )
-        parts.insert(0, Text(intro))
+        parts = [Text(intro), *_beware(run.studies["values"]), *parts]
     if "inner_products" in drawn:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
     return Section("what-they-hold", "What the thoughts hold", parts) if parts else None
+
+
+def _beware(values: Study) -> list[Part]:
+    """What to know before the probabilities of nodes are read."""
+    told = [values.facts["warning"]] if values.facts["warning"] else []
+    named: dict[int, dict[int, float]] = {}
+    for row in values.rows:
+        of = named.setdefault(row["after"], {})
+        of[row["question"]] = of.get(row["question"], 0.0) + row["value"]
+    means = {after: sum(shares.values()) / len(shares) for after, shares in named.items()}
+    silent = [after for after, mean in sorted(means.items()) if mean < SILENT]
+    if silent:
+        shares = _list(f"{charts.percent_of(means[after])} {_moment(after)}" for after in silent)
+        told.append(f"It hardly speaks in steps there: all nodes together get {shares}, so their shares say little.")
+    return [Text(" ".join(told))] if told else []
 
 
 def _tree(drawn: Drawings, chosen: Sample) -> list[Part]:
@@ -240,12 +256,12 @@ def _tree(drawn: Drawings, chosen: Sample) -> list[Part]:
 
 
 def _decoded(run: RunRecord, chosen: Sample | None) -> list[Part]:
-    study = run.studies.get("decoded")
-    if not study or not study.rows or not run.test:
+    study, questions = run.studies.get("decoded"), _asked(run)
+    if not study or not study.rows:
         return []
     index = chosen.index if chosen else study.rows[0]["question"]
     rows = [row for row in study.rows if row["question"] == index]
-    if not rows or index >= len(run.answers):
+    if not rows or index not in questions:
         return []
     thoughts = sorted({row["thought"] for row in rows})
     words = [
@@ -259,7 +275,7 @@ def _decoded(run: RunRecord, chosen: Sample | None) -> list[Part]:
         )
         for thought in thoughts
     ]
-    of = "this question" if chosen else f"the question “{run.answers[index]['question'].strip()}”"
+    of = "this question" if chosen else f"the question “{questions[index]['text'].strip()}”"
     told = (
         f"The thoughts of {of}, read as if each were about to be spoken: the likeliest words of the model's output "
         "layer. Nothing in training asks for this, so take it as a hint."

@@ -99,14 +99,17 @@ def classify(asked: GraphQuestion, steps: Sequence[str], answered_right: bool, *
 
     With `hidden`, what comes before the steps was thought and not written: they may begin at any node to
     which the root leads, and the shortest way there completes them. Otherwise they begin at the root. In
-    symbols a step names the node that it goes to, and the edge to the first one is hidden or the root's.
+    symbols a step names the node that it goes to, and the edge to the first one is hidden or the root's; a
+    path that names the root first is written whole.
     """
     if not steps:
         return Outcome.correct_label if answered_right else Outcome.incorrect_label
     edges = prosqa.parse_path(list(steps), asked.root, asked.symbolic)
     if not edges:
         return Outcome.hallucination
-    if hidden and asked.symbolic:
+    if asked.symbolic and edges[0][1] == asked.root:
+        begin, before, edges = asked.root, 0, edges[1:]
+    elif hidden and asked.symbolic:
         begin, edges = edges[0][1], edges[1:]
         before = _least_edges_to(asked, begin)
     elif hidden:
@@ -177,9 +180,14 @@ def redirect(question: str, asked: GraphQuestion, random: Random) -> Redirection
 
 
 def remove_on_way(question: str, asked: GraphQuestion, random: Random) -> str | None:
-    """Without an edge that all ways to the target take, so that neither option is reachable; None if there is none."""
+    """Without an edge that all ways to the target take, so that neither option is reachable; None if there is none.
+
+    The root keeps an edge where it can, so that the question still tells where it starts.
+    """
     edges = prosqa.parse_question(question).edges
     cuts = _cuts(edges, asked)
+    alone = [i for i, edge in enumerate(edges) if asked.root in edge]
+    cuts = [i for i in cuts if alone != [i]] or cuts
     return _with_changes(question, edges, {random.choice(cuts): None}) if cuts else None
 
 

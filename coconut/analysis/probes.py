@@ -35,15 +35,15 @@ SHOWN_TOKENS = 5
 class Subject:
     """A trained model and the questions that it is examined with; what several studies need is made once.
 
-    Every question leaves room for MORE thoughts than the model's own. `mixing`: the share of examples
-    that the run trained at a random stage.
+    Every question leaves room for MORE thoughts than the model's own. `knows_fewer`: whether the run was
+    also trained with fewer.
     """
 
     lm: LatentLM
     task: Task
     examples: Sequence[Example]
     batch_size: int = 64
-    mixing: float = 0.0
+    knows_fewer: bool = False
     _made: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -101,6 +101,17 @@ class Subject:
         except ValueError:
             return False
 
+    @property
+    def warning(self) -> str:
+        """What to beware of with other numbers of thoughts than its own."""
+        noun = self.lm.reasoning.slot.value
+        if self.knows_fewer:
+            return f"More {noun}s than its own {self.own} were never trained: what is seen there may be surprise."
+        return (
+            f"The run was trained without mixing, so its last stage knows {self.own} {noun}s and no other number: "
+            "what is seen with fewer or more may be surprise."
+        )
+
     def need_thoughts(self) -> None:
         """Raises Unfit if the model has no latent thoughts."""
         reasoning = self.lm.reasoning
@@ -146,12 +157,7 @@ def k_forcing(subject: Subject) -> Study:
                 **_outcomes(subject, predictions, hidden=count > 0),
             }
         )
-    warning = (
-        f"The run was trained without mixing, so it hardly knows other numbers of {reasoning.slot.value}s than its "
-        f"own {subject.own}: what is seen there may be unfamiliarity."
-    )
-    facts = {"own": subject.own, "mixing": subject.mixing, "warning": None if subject.mixing else warning}
-    return Study("k_forcing", rows, facts)
+    return Study("k_forcing", rows, {"own": subject.own, "warning": subject.warning})
 
 
 def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool) -> dict[str, int | None]:
@@ -193,6 +199,15 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
 # --- the values of nodes --------------------------------------------------------------------------
 
 
+def asked(subject: Subject) -> Study:
+    """The questions, and what the model answers as trained; `question` is the place, `text` the question."""
+    rows = [
+        {"question": i, "text": p.question, "gold": p.gold, "predicted": p.predicted, "correct": p.correct}
+        for i, p in enumerate(subject.usual.predictions)
+    ]
+    return Study("asked", rows)
+
+
 def next_step_values(subject: Subject) -> list[Study]:
     """What the model would name next after each number of thoughts: the studies values, parallelism, heights.
 
@@ -227,7 +242,12 @@ def next_step_values(subject: Subject) -> list[Study]:
                     "value": float(f"{value:.6g}"),
                 }
             )
-    facts = {"form": "symbols" if subject.symbolic else "sentences", "offset": offset, "thoughts_per_step": c}
+    facts = {
+        "form": "symbols" if subject.symbolic else "sentences",
+        "offset": offset,
+        "thoughts_per_step": c,
+        "warning": None if subject.knows_fewer else subject.warning,
+    }
     return [Study("values", rows, facts), _parallelism(rows), _heights(rows)]
 
 

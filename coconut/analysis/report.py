@@ -80,6 +80,19 @@ class RunRecord:
         last = _in_stage(self.valid, self.stages[-1])
         return max(last, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
 
+    @property
+    def examined(self) -> str:
+        """What the studies were made with, where that is not what the test result was."""
+        facts = next((study.facts for study in self.studies.values()), {})
+        keys = ("step", "sha256", "count")
+        test = self.evaluations[self.test] if self.test else dict.fromkeys(keys)
+        if not facts or (facts["step"], facts["sha256"], facts["questions"]) == tuple(test[key] for key in keys):
+            return ""
+        return (
+            f"What follows was measured on update {facts['step']:,}, with {facts['questions']:,} questions of "
+            f"{Path(facts['file']).name}."
+        )
+
     def updates(self, stage: Stage) -> int:
         in_epochs = self.description["plan"]["unit"] == Unit.epochs
         return stage.length * (self.description["updates_per_epoch"] if in_epochs else 1)
@@ -165,6 +178,8 @@ def headline(run: RunRecord) -> Section:
             f"An answer takes {takes}{found['mean_new_tokens']:.1f} tokens of language; "
             f"{percent(found['cut'])} were cut off."
         )
+        if found["left_out"]:
+            told += f" {found['left_out']:,} questions were left out, too long for the model's context."
         parts += [Score(found["accuracy"], what, found["interval"], found["guess"]), Text(told)]
     else:
         parts += _how_to_test(run)
@@ -182,7 +197,8 @@ def _how_to_test(run: RunRecord) -> list[Part]:
     why = "It has no test result yet."
     if "test" in run.evaluations:
         why = "Its evaluation was on a file that it was trained or validated on, which is no test."
-    ready = run.config["data"]["test"] and "test" not in run.evaluations
+    data = run.config["data"]
+    ready = (data["test"] or data["files"] or data["build"]) and "test" not in run.evaluations
     file = "" if ready else " data.test=FILE"
     return [
         Text(f"{why} This measures it on questions that it has never seen:"),
