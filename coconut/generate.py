@@ -114,13 +114,13 @@ def generate(
     The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
     latter. `thoughts` (B, K, D) are fed in place of the model's own, K of them to every question; `stop`
     ends the thoughts of each row by itself, after at least one and at most `num_thoughts` of them (see
-    `think`). Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by default; `options` are those of
-    transformers' GenerationConfig (do_sample, temperature, top_p, stop_strings, ...), and what they leave
-    open is off, whatever the base model's own settings are. The added tokens are never produced. One
-    answer a question.
+    `think`). Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by
+    default; `options` are those of transformers' GenerationConfig (do_sample, temperature, top_p,
+    stop_strings, ...), and what they leave open is off, whatever the base model's own settings are. The
+    added tokens are never produced. One answer a question.
 
     Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
-    none, or for num_beams or num_return_sequences other than 1.
+    none, if `thoughts` has another shape, or for num_beams or num_return_sequences other than 1.
     """
     reasoning, special = lm.reasoning, lm.special
     if reasoning.slot is Slot.nothing and num_thoughts:

@@ -63,14 +63,26 @@ def test_the_usual_number_of_thoughts_gives_the_evaluations_accuracy(trained: Pa
     assert own["questions"] == found["count"]
 
 
-def test_parts_by_name_replace_what_was_there(trained: Path, tmp_path: Path, data: DataConfig) -> None:
+def kept(folder: Path) -> set[str]:
+    return {path.stem for path in (folder / "analysis").glob("*.json")}
+
+
+def test_parts_by_name_join_what_was_measured_on_the_same(tmp_path: Path, data: DataConfig) -> None:
     folder = tmp_path / "run"
     train(small_run(folder, data, curriculum=MIXED))
-    parts = [Part.k_forcing, Part.decoded]
-    assert analyze.run(AnalyzeConfig(run=str(folder), parts=parts, limit=5, engine=CPU)) == 0
-    assert analyze.run(AnalyzeConfig(run=str(folder), parts=[Part.k_forcing], limit=5, engine=CPU)) == 0
-    assert {path.stem for path in (folder / "analysis").iterdir()} == {"k_forcing"}
-    assert read_json(folder / "analysis" / "k_forcing.json")["facts"]["questions"] == 5
+
+    def measure(*parts: Part, **options: Any) -> None:
+        assert analyze.run(AnalyzeConfig(run=str(folder), parts=list(parts), engine=CPU, **options)) == 0
+
+    measure(Part.decoded, limit=5)
+    measure(Part.k_forcing, limit=5)
+    assert kept(folder) == {"asked", "decoded", "k_forcing"}
+    assert read_json(folder / "analysis" / "decoded.json")["facts"]["questions"] == 5
+    measure(Part.k_forcing, limit=4)
+    assert kept(folder) == {"asked", "k_forcing"}, "of other questions"
+    measure(Part.decoded, limit=4, checkpoint="last")
+    measure(Part.decoded, limit=4, checkpoint=str(read_run(folder).step))
+    assert kept(folder) >= {"asked", "decoded"}
 
 
 def test_the_page_alone_needs_no_model(trained: Path, tmp_path: Path) -> None:

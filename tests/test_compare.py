@@ -298,13 +298,44 @@ def test_other_settings_make_another_row_with_their_name(copy: Path) -> None:
     assert "cot (batch_size=1, ...)" in [group.label for group in compare(named(copy)).groups]
 
 
-def test_a_run_that_skipped_stages_is_the_same_method(copy: Path) -> None:
-    config = copy / "coconut-seed1" / "config.json"
-    curriculum = read_json(config)["curriculum"]
-    change(config, curriculum={**curriculum, "start_stage": 1, "total": 4}, init="elsewhere")
-    assert [group.label for group in compare(named(copy)).groups] == ["coconut", "cot", "pause_as_thought"]
-    change(config, curriculum={**curriculum, "start_stage": 1, "total": 5}, init="elsewhere")
-    assert "coconut (curriculum.total=7)" in [group.label for group in compare(named(copy)).groups]
+def began(run: Path, origin: Path, step: int, total: int) -> None:
+    """Say that a run began in stage 1 with the weights of another."""
+    curriculum = read_json(run / "config.json")["curriculum"]
+    init = str(origin / "checkpoints" / f"step-{step:07d}")
+    change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total": total}, init=init)
+    change(run / "run.json", init=init)
+
+
+def labels(folder: Path) -> list[str]:
+    return [group.label for group in compare(named(folder)).groups]
+
+
+def test_a_run_that_took_up_its_methods_curriculum_is_a_whole_one(copy: Path) -> None:
+    run, origin = copy / "coconut-seed1", copy / "coconut-seed0"
+    began(run, origin, step=2, total=4)
+    assert labels(copy) == ["coconut", "cot", "pause_as_thought"]
+    began(run, origin, step=2, total=5)
+    assert "coconut (curriculum.total=7)" in labels(copy)
+
+
+def test_what_a_run_began_with_makes_it_another(copy: Path) -> None:
+    run = copy / "coconut-seed1"
+    for origin, step in ((copy / "coconut-seed0", 1), (copy / "cot-seed0", 2), (copy / "elsewhere", 2)):
+        began(run, origin, step=step, total=4)
+        assert len(labels(copy)) == 4, origin
+    change(run / "config.json", init=None)
+    change(run / "run.json", init=None)
+    assert any("init=nothing" in label for label in labels(copy)), "the stages before were never trained"
+
+
+def test_origins_of_one_making_are_one(copy: Path) -> None:
+    shutil.copytree(copy / "pause_as_thought-seed0", copy / "pause_as_thought-seed1")
+    run = copy / "pause_as_thought-seed1"
+    change(run / "config.json", seed=1)
+    change(run / "run.json", init=str(copy / "coconut-seed1" / "checkpoints" / "step-0000002"))
+    assert labels(copy) == ["coconut", "cot", "pause_as_thought"]
+    change(run / "run.json", init=str(copy / "cot-seed1" / "checkpoints" / "step-0000002"))
+    assert len(labels(copy)) == 4
 
 
 def test_what_else_a_reader_is_warned_of(copy: Path) -> None:
@@ -312,7 +343,7 @@ def test_what_else_a_reader_is_warned_of(copy: Path) -> None:
     change(copy / "cot-seed1" / "run.json", init="/elsewhere/run/checkpoints/step-0000100")
     told = "\n".join(compare(named(copy)).warnings)
     assert "different batch sizes (15, 64)" in told
-    assert re.search(r"cut off at the limit of new tokens: .*cot \d+\.\d %", told)
+    assert re.search(r"cut off at the limit of new tokens: .*cot .* 30\.0 %", told)
     assert "Not all were trained equally long: 6 to 106 updates." in told
 
 

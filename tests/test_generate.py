@@ -120,6 +120,32 @@ def test_each_row_stops_thinking_by_itself(family: str) -> None:
         assert (out.thoughts[row, count:] == 0).all()
 
 
+def test_rows_stop_by_themselves_behind_a_sliding_window_too() -> None:
+    tokenizer = byte_level_tokenizer()
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=96, sliding_window=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(num_thoughts=3)).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+    first = lm.generate(ids, max_new_tokens=5).thoughts[1, 0]
+    out = lm.generate(ids, max_new_tokens=5, stop=lambda thoughts: (thoughts.cpu() == first).all(1))
+    assert out.num_thoughts.tolist() == [3, 1]
+    for row, count in enumerate((3, 1)):
+        alone = lm.generate(ids[row : row + 1], max_new_tokens=5, num_thoughts=count)
+        assert rows_of(alone)[0] == rows_of(out)[row]
+
+
+def test_thoughts_of_another_shape_are_refused() -> None:
+    lm = build("gpt2", num_thoughts=2)
+    ids, mask = padded(QUESTIONS)
+    for thoughts, count in ((torch.zeros(3, 2, 32), None), (torch.zeros(4, 2, 32), 1)):
+        with pytest.raises(ValueError, match="for 4 questions"):
+            lm.generate(ids, mask, thoughts=thoughts, num_thoughts=count)
+
+
 def test_a_method_without_latent_thoughts_has_none_to_replace_or_stop() -> None:
     lm = build("gpt2", slot=Slot.pause, num_thoughts=2)
     with pytest.raises(ValueError, match="no latent thoughts"):

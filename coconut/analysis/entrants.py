@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import re
 import shlex
@@ -16,8 +17,8 @@ import numpy as np
 
 from coconut.config import identity
 from coconut.files import read_json
-from coconut.methods import Curriculum, Mixing, Unit, plan
-from coconut.tracking import CONFIG, DESCRIPTION
+from coconut.methods import Curriculum, Unit, plan
+from coconut.tracking import CONFIG, DESCRIPTION, read_config
 
 if TYPE_CHECKING:
     from coconut.analysis.report import RunRecord
@@ -223,27 +224,49 @@ def _refuse_other_questions(runs: Sequence[Entrant], name: str) -> None:
 def settings_of(record: RunRecord) -> dict[str, Any]:
     """What a run is but for its method and seed.
 
-    Data files count by their content. A run that begins with another one's weights at a later stage counts as
-    one that went through the stages before.
+    Data files count by their content, and the weights that it began with by what made them. A run that took
+    up its own method's curriculum where another had trained just the stages before counts as a whole one.
     """
-    config, files = record.config, record.description["data"]
-    curriculum = config["curriculum"]
+    return _settings(record.config, record.description)
+
+
+def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    files, curriculum = description["data"], config["curriculum"]
     data = {
         **{key: config["data"][key] for key in ("task", "too_long", "format")},
         **{split: row["sha256"][:12] for split, row in files.items()},
     }
-    made_of = {
-        **identity(config),
-        "data": data,
-        "curriculum": {**curriculum, "total": curriculum["total"] + _skipped(config["method"], curriculum)},
-        "init": bool(config["init"]) and not curriculum["start_stage"],
-    }
-    return {key: value for key, value in _flat(made_of).items() if key not in NO_SETTINGS}
+    began, length = _origin(config, description)
+    made_of = {**identity(config), "data": data, "curriculum": {**curriculum, "total": length}, "init": began}
+    settings = {key: value for key, value in _flat(made_of).items() if key not in NO_SETTINGS}
+    if began and curriculum["start_stage"]:
+        settings["curriculum.start_stage"] = curriculum["start_stage"]
+    return settings
 
 
-def _skipped(method: str, values: Mapping[str, Any]) -> int:
-    """The length of the stages before the one with which a run began."""
-    curriculum = Curriculum(**{**values, "unit": Unit(values["unit"]), "mixing": Mixing(values["mixing"])})
+def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | None, int]:
+    """What the weights came from, None if the run went through all of its own stages; the length of it all."""
+    curriculum, init = config["curriculum"], description["init"]
+    total = curriculum["total"]
+    if not init:
+        return (None, total) if not curriculum["start_stage"] else ("nothing", total)
+    step, folder = re.fullmatch(r"step-(\d+)", Path(init).name), Path(init).parent.parent
+    if not step or not (folder / DESCRIPTION).is_file() or not (folder / CONFIG).is_file():
+        return str(init), total
+    earlier_config, earlier = read_config(folder), read_json(folder / DESCRIPTION)
+    made = json.dumps([earlier_config["method"], int(step[1]), _settings(earlier_config, earlier)], sort_keys=True)
+    length = total + int(step[1]) if curriculum["unit"] == Unit.updates else total
+    if earlier_config["method"] == config["method"] and int(step[1]) == _skipped(config["method"], curriculum):
+        return None, length
+    digest = hashlib.sha256(made.encode()).hexdigest()[:8]
+    return f"{earlier_config['method']}, update {int(step[1])}, {digest}", length
+
+
+def _skipped(method: str, values: Mapping[str, Any]) -> int | None:
+    """The updates of the stages before the one with which a run began; None where stages are counted in epochs."""
+    curriculum = Curriculum.from_dict(dict(values))
+    if curriculum.unit is not Unit.updates:
+        return None
     whole = plan(method, replace(curriculum, start_stage=0, total=10**9))
     return sum(stage.length for stage in whole.stages if stage.index < curriculum.start_stage)
 

@@ -47,11 +47,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """`numbers`: how many columns, counted from the right, hold numbers."""
+    """`numbers`: how many columns, counted from the right, hold numbers. `names`: of the columns, where each
+    row of a narrow page is a list; by default `columns`.
+    """
 
     columns: list[str]
     rows: list[list[str]]
     numbers: int = 0
+    names: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def _matrix(compared: Comparison) -> Table:
     order = [group.label for group in ranked(compared.groups)]
     at = {pair: cell for one in compared.pairs for pair, cell in _both_ways(one)}
     rows = [[f"{i} {row}", *(at.get((row, column), "") for column in order)] for i, row in enumerate(order, 1)]
-    return Table(["", *(str(i) for i in range(1, len(order) + 1))], rows, len(order))
+    return Table(["", *(str(i) for i in range(1, len(order) + 1))], rows, len(order), ["", *order])
 
 
 def _both_ways(pair: Pair) -> list[tuple[tuple[str, str], str]]:
