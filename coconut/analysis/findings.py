@@ -214,8 +214,11 @@ def what_they_hold(run: RunRecord) -> Section | None:
 def _beware(values: Study) -> list[Part]:
     """What to know before the probabilities of nodes are read."""
     told = [values.facts["warning"]] if values.facts["warning"] else []
+    go_on = {(row["question"], row["after"]) for row in values.rows if row["ahead"]}
     named: dict[int, dict[int, float]] = {}
     for row in values.rows:
+        if (row["question"], row["after"]) not in go_on:
+            continue
         of = named.setdefault(row["after"], {})
         of[row["question"]] = of.get(row["question"], 0.0) + row["value"]
     means = {after: sum(shares.values()) / len(shares) for after, shares in named.items()}
@@ -361,7 +364,7 @@ def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
     ]
     number = thoughts[-1]
     groups = [(group, mean[number, group]) for group in charts.GROUPS if (number, group) in mean]
-    values = _list(f"{value:.1f} for nodes {charts.GROUPS[group][2]}" for group, value in groups)
+    values = _list(f"{value:z.1f} for nodes {charts.GROUPS[group][2]}" for group, value in groups)
     caption = (
         "The inner product of a thought with the vectors of the nodes' names, at the distance that the thought stands "
         "for: the farther right, the more of these nodes it holds. The bars reach one standard deviation to each side. "
