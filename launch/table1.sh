@@ -64,10 +64,11 @@ between_markers() {
         train without_curriculum "$1" && train pause "$1"
 }
 
-lane() { # what to do, seed: in a process of its own, which takes its training with it when it is stopped
+lane() { # what to do for each seed: in a process of its own, which takes its training with it when it is stopped
+    local seed
     training=
     trap '[ -z "$training" ] || { kill -TERM "$training"; wait "$training"; } 2>/dev/null; exit 143' TERM
-    "$@"
+    for seed in ${seeds//,/ }; do "$1" "$seed" || return 1; done
 }
 
 echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time; each writes $runs/METHOD-seedN.log"
@@ -80,17 +81,14 @@ stopped() {
     exit 130
 }
 trap stopped INT TERM
-for seed in ${seeds//,/ }; do
-    lanes=()
-    failed=0
-    for work in in_words between_markers; do
-        lane "$work" "$seed" &
-        lanes+=($!)
-        [ "$jobs" = 2 ] || wait $! || failed=1
-    done
-    for process in "${lanes[@]}"; do wait "$process" || failed=1; done
-    [ $failed = 0 ] || exit 1
+failed=0
+for work in in_words between_markers; do
+    lane "$work" &
+    lanes+=($!)
+    [ "$jobs" = 2 ] || wait $! || failed=1
 done
+for process in "${lanes[@]}"; do wait "$process" || failed=1; done
+[ $failed = 0 ] || exit 1
 trap - INT TERM
 
 echo "[3/4] Evaluation, one run after the other"
