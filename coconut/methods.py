@@ -87,7 +87,7 @@ class Curriculum:
     start_stage: int = 0  # skip the stages before this one (with init=RUN)
     pad_thoughts: bool = True  # an example with fewer steps than the stage gets the stage's thoughts all the same
     mixing: Mixing = Mixing.current
-    mixing_probability: float = 0.0  # share of the examples that are trained at a random stage
+    mixing_probability: float = 0.0  # share of the examples that are trained at a random stage, if the slot shows it
     icot_tokens: int = 8  # tokens that each stage of icot removes more than the one before
     icot_limit: int = 39  # when more than this many are due, the whole chain goes
     icot_each: int = 1  # length of a stage of icot
@@ -204,7 +204,7 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
             "curriculum.first, curriculum.each or curriculum.max_stage."
         )
     stages[-1] = replace(stages[-1], length=total - before)
-    mixes = method.cut is Cut.steps
+    mixes = method.cut is Cut.steps and method.slot is not Slot.nothing  # what else would tell the stages apart
     return Plan(
         method=name,
         unit=curriculum.unit,

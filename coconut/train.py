@@ -373,7 +373,7 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str]) -> int:
     )
     unit = training.plan.unit.value
     if config.curriculum.mixing_probability and not training.plan.mixing_probability:
-        say(f"note: {config.method} has no stages by steps, so curriculum.mixing_probability is not used")
+        say(f"note: {config.method} has no slot that tells stages apart, so curriculum.mixing_probability is not used")
     for stage in training.plan.stages:
         say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
     training.rehearse()

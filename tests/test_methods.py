@@ -211,3 +211,10 @@ def test_icot_offsets_follow_their_law() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(golden_text(), encoding="utf-8")
+
+
+def test_examples_are_mixed_only_where_the_slot_tells_stages_apart() -> None:
+    curriculum = Curriculum(mixing_probability=0.1)
+    mixed = {name for name in METHODS if plan(name, curriculum).mixing_probability}
+    assert mixed == {"coconut", "pause_as_thought"}
+    assert all(plan(name, curriculum).knows_fewer == (name in mixed) for name in METHODS)
