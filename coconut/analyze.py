@@ -91,7 +91,9 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
                     raise
                 say(f"Left out {part.value}: {reason}")
                 continue
-            studies |= {study.name: _as_in_file(study, kept, about) for study in [asked(subject), *made]}
+            studies |= {study.name: _as_in_file(study, kept, about) for study in made}
+    if studies:
+        studies["asked"] = _as_in_file(asked(subject), kept, about)
     with whole_folder(record.folder / FOLDER) as folder:
         for study in studies.values():
             study.write(folder)

@@ -13,7 +13,7 @@ from coconut.cli import application
 from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.files import read_json, sha256, write_json, write_text
-from coconut.generate import Stop, pad_rows
+from coconut.generate import Stop, longest_first, pad_rows
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
 from coconut.sources import data_files
@@ -94,12 +94,10 @@ def evaluate(
 
     reasoning = lm.reasoning
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], reasoning.format)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     predictions: dict[int, Prediction] = {}
     fed: dict[int, Tensor] = {}
     start = time.perf_counter()
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    for chosen in longest_first(rows, batch_size):
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         given = None if thoughts is None else thoughts[chosen]
         out = lm.generate(

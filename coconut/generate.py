@@ -6,6 +6,7 @@ Shapes: B questions, T columns of the prompts, N new tokens.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +17,7 @@ from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
 from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
-from coconut.methods import Slot
+from coconut.methods import Reasoning, Slot
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -123,21 +124,10 @@ def generate(
     none, if `thoughts` has another shape, or for num_beams or num_return_sequences other than 1.
     """
     reasoning, special = lm.reasoning, lm.special
-    if reasoning.slot is Slot.nothing and num_thoughts:
-        raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
-    if reasoning.slot is not Slot.thought and (thoughts is not None or stop is not None):
-        raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:
             raise ValueError(f"{name}={options[name]} is not supported: one answer a question, without beams.")
-    count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
-    if thoughts is not None:
-        if len(thoughts) != len(input_ids) or num_thoughts not in (None, thoughts.shape[1]):
-            raise ValueError(
-                f"thoughts has the shape {tuple(thoughts.shape)}, for {len(input_ids)} questions and num_thoughts="
-                f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
-            )
-        count = thoughts.shape[1]
+    count = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop)
     in_slot = len(slot_ids(reasoning, special, count))
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
     lengths_B = is_question_BT.sum(1)
@@ -177,6 +167,24 @@ def generate(
         ],
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
     )
+
+
+def _how_many(
+    reasoning: Reasoning, questions: int, num_thoughts: int | None, thoughts: Tensor | None, stop: Stop | None
+) -> int:
+    """Tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
+    if reasoning.slot is Slot.nothing and num_thoughts:
+        raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
+    if reasoning.slot is not Slot.thought and (thoughts is not None or stop is not None):
+        raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
+    if thoughts is None:
+        return reasoning.num_thoughts if num_thoughts is None else num_thoughts
+    if len(thoughts) != questions or num_thoughts not in (None, thoughts.shape[1]):
+        raise ValueError(
+            f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions and num_thoughts="
+            f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
+        )
+    return thoughts.shape[1]
 
 
 @dataclass
@@ -270,6 +278,13 @@ def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
     """Answer questions given as text, in one batch; `options` as for `generate`."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     return generate(lm, *pad_rows(rows, lm.special.pad), **options)
+
+
+def longest_first(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """The places of rows in batches of like lengths, the longest first."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
 
 
 def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

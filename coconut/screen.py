@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 SECONDS_BETWEEN_LINES = 10  # where the screen is no terminal
 
@@ -44,6 +44,12 @@ def working(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str
         say(f"  {what} {now:,} of {total:,}, {remark}, about {duration(left)} left")
 
     yield line
+
+
+def listed(items: Iterable[str]) -> str:
+    """In words: "a", "a and b", "a, b and c"."""
+    *most, last = items
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def duration(seconds: float) -> str:

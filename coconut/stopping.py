@@ -1,9 +1,10 @@
 """When to stop thinking: a binary classifier on the latent thought.
 
 The paper names two rules: a classifier that lets the model decide for itself, and a constant number of
-thoughts (Hao et al., arXiv 2412.06769, section 3, "Inference process"). The second one is Reasoning.num_thoughts;
-this is the first, fitted to a trained model whose weights stay as they are. Its target
-at thought i is whether all steps of the example have been replaced by then: i >= thoughts_per_step * steps.
+thoughts (Hao et al., arXiv 2412.06769, section 3, "Inference process"). The second one is
+Reasoning.num_thoughts; this is the first, fitted to a trained model whose weights stay as they are. Its
+target at thought i is whether all steps of the example have been replaced by then:
+i >= thoughts_per_step * steps.
 
 Shapes: N examples, K thoughts, D hidden.
 """
@@ -16,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from coconut.data import Example, encode_questions, read_examples
 from coconut.files import whole_file
-from coconut.generate import pad_rows, think
+from coconut.generate import longest_first, pad_rows, think
 from coconut.methods import Curriculum, Plan, Slot, plan
 from coconut.screen import say
 from coconut.sources import data_files
@@ -136,9 +136,8 @@ def _thoughts_and_targets(lm: LatentLM, examples: Sequence[Example], batch_size:
         [*row, lm.special.bot]
         for row in encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     ]
-    order = np.argsort([len(row) for row in rows], kind="stable")
     thoughts: list[Tensor] = [torch.empty(0)] * len(rows)
-    for chosen in np.split(order, range(batch_size, len(order), batch_size)):
+    for chosen in longest_first(rows, batch_size):
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         found = think(lm, ids.to(lm.device), mask.to(lm.device), count).thoughts.float().cpu()
         for i, thought in zip(chosen, found, strict=True):

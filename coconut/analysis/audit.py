@@ -57,18 +57,18 @@ def audit_thoughts(subject: Subject) -> Study:
     subject.need_thoughts()
     usual = subject.usual
     rows: Rows = {"none": _row(subject, "none", "as trained", usual)}
+    guess = usual.result.guess
+    lost = None
     for name, told, thoughts_NKD in changed_thoughts(usual.thoughts):
-        rows[name] = _row(subject, name, told, subject.ask(thoughts=thoughts_NKD))
+        found = subject.ask(thoughts=thoughts_NKD)
+        rows[name] = _row(subject, name, told, found)
+        if name == "other":
+            before, after = (np.array([p.correct for p in each.predictions]) for each in (usual, found))
+            lost = share_lost(before, after, guess or 0.0)
     for count in range(subject.own + MORE + 1):
         if count != subject.own:
             name, told = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
             rows[name] = _row(subject, name, told, subject.forced(count))
-    guess = usual.result.guess
-    lost = None
-    if "other" in rows:
-        with_others = subject.ask(thoughts=usual.thoughts[others(len(usual.thoughts))]).predictions
-        before, after = (np.array([p.correct for p in found]) for found in (usual.predictions, with_others))
-        lost = share_lost(before, after, guess or 0.0)
     facts = {"guess": guess, "lost": lost, "verdict": thoughts_verdict(rows, guess, lost)}
     return Study("audit_thoughts", list(rows.values()), facts)
 

@@ -26,6 +26,7 @@ from coconut.analysis.entrants import Entrant, entrants, natural
 from coconut.cli import quoted
 from coconut.config import TableConfig
 from coconut.methods import METHODS
+from coconut.screen import listed
 
 RESAMPLES = 10_000
 LEVEL = 0.05  # a p value above it tells nothing apart
@@ -341,7 +342,7 @@ def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     told = [_alike(labels, pairs) for labels in alike(groups, pairs)]
     single = [group.label for group in groups if len(group.runs) == 1]
     if single and len(groups) > 1:
-        told.append(f"Only one seed of {_listed(single)}: a difference may be the seed's and not the method's.")
+        told.append(f"Only one seed of {listed(single)}: a difference may be the seed's and not the method's.")
     compared = {frozenset((pair.a, pair.b)) for pair in pairs}
     order = [group.label for group in ranked(groups)]
     apart = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if frozenset((a, b)) not in compared]
@@ -358,7 +359,7 @@ def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
         told.append(f"Not all were trained equally long: {least:,} to {most:,} updates.")
     cut = [f"{group.label} {100 * group.mean('cut'):.1f} %" for group in groups if group.mean("cut") >= CUT]
     if cut:
-        told.append(f"Answers cut off at the limit of new tokens: {_listed(cut)}.")
+        told.append(f"Answers cut off at the limit of new tokens: {listed(cut)}.")
     if left_out := max(run.found["left_out"] for run in runs):
         told.append(f"{left_out:,} questions of the file were left out, too long for the model's context.")
     return told
@@ -367,14 +368,10 @@ def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
 def _alike(labels: Sequence[str], pairs: Sequence[Pair]) -> str:
     among = [pair for pair in pairs if pair.a in labels and pair.b in labels]
     widest = max(among, key=lambda pair: abs(pair.difference))
-    told = f"{_listed(labels)} cannot be told apart on these questions: "
+    told = f"{listed(labels)} cannot be told apart on these questions: "
     told += "difference" if len(among) == 1 else f"the largest difference, {widest.a} to {widest.b}, is"
     told += f" {points(widest.difference)} points, 95 % interval {told_range(widest)}, {told_p(widest.p_holm)}."
     return told if widest.p_holm > LEVEL else f"{told} These runs differ; with other seeds it may be otherwise."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def points(share: float) -> str:

@@ -164,12 +164,18 @@ def began_with(record: RunRecord) -> list[tuple[int, dict[str, Any]]]:
     """The runs whose weights this one began with, the nearest first: the update, and their run.json if it is there."""
     found, init = [], record.description["init"]
     while init:
-        step = re.fullmatch(r"step-(\d+)", Path(init).name)
-        file = Path(init).parent.parent / DESCRIPTION
+        step, folder = _checkpoint(init)
+        file = folder / DESCRIPTION
         earlier = read_json(file) if step and file.is_file() else {}
-        found.append((int(step[1]) if step else 0, earlier))
+        found.append((step, earlier))
         init = earlier.get("init")
     return found
+
+
+def _checkpoint(init: str) -> tuple[int, Path]:
+    """The update and the run of RUN/checkpoints/step-N; update 0 if the weights are not of a run."""
+    step = re.fullmatch(r"step-(\d+)", Path(init).name)
+    return int(step[1]) if step else 0, Path(init).parent.parent
 
 
 def _refuse_known(runs: Sequence[Entrant], name: str) -> None:
@@ -250,16 +256,16 @@ def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | 
     total = curriculum["total"]
     if not init:
         return (None, total) if not curriculum["start_stage"] else ("nothing", total)
-    step, folder = re.fullmatch(r"step-(\d+)", Path(init).name), Path(init).parent.parent
+    step, folder = _checkpoint(init)
     if not step or not (folder / DESCRIPTION).is_file() or not (folder / CONFIG).is_file():
         return str(init), total
     earlier_config, earlier = read_config(folder), read_json(folder / DESCRIPTION)
-    made = json.dumps([earlier_config["method"], int(step[1]), _settings(earlier_config, earlier)], sort_keys=True)
-    length = total + int(step[1]) if curriculum["unit"] == Unit.updates else total
-    if earlier_config["method"] == config["method"] and int(step[1]) == _skipped(config["method"], curriculum):
+    made = json.dumps([earlier_config["method"], step, _settings(earlier_config, earlier)], sort_keys=True)
+    length = total + step if curriculum["unit"] == Unit.updates else total
+    if earlier_config["method"] == config["method"] and step == _skipped(config["method"], curriculum):
         return None, length
     digest = hashlib.sha256(made.encode()).hexdigest()[:8]
-    return f"{earlier_config['method']}, update {int(step[1])}, {digest}", length
+    return f"{earlier_config['method']}, update {step}, {digest}", length
 
 
 def _skipped(method: str, values: Mapping[str, Any]) -> int | None:

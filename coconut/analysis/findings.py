@@ -7,7 +7,7 @@ Every sentence that judges is chosen by numbers, and says no more than they do.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from coconut.analysis.plots import as_svg
 from coconut.analysis.report import NONE, RunRecord, counted
 from coconut.analysis.study import Study
 from coconut.methods import Slot
+from coconut.screen import listed
 from coconut.tasks import prosqa
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def how_many(run: RunRecord) -> Section | None:
         return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
     parts: list[Part] = [Text(seen)] if seen else []
     if study := run.studies.get("k_forcing"):
-        guess = next((found["guess"] for found in run.evaluations.values()), None)
-        parts.append(Text(" ".join(told_k_forcing(study, noun, guess))))
+        parts.append(Text(" ".join(told_k_forcing(study, noun, run.guess))))
         if study.facts["warning"]:
             parts.append(Text(study.facts["warning"]))
         caption = (
@@ -82,8 +82,8 @@ def told_k_forcing(study: Study, noun: str = "thought", guess: float | None = No
     own = next(row for row in study.rows if row["thoughts"] == study.facts["own"])
     others = [row for row in study.rows if row is not own]
 
-    def listed(rows: list[Row]) -> str:
-        return _list(f"{_count(row['thoughts'], noun)} ({percent(row['accuracy'])})" for row in rows)
+    def with_numbers(rows: list[Row]) -> str:
+        return listed(f"{_count(row['thoughts'], noun)} ({percent(row['accuracy'])})" for row in rows)
 
     told = [
         f"With its own {counted(own['thoughts'], noun)} the model is right on {percent(own['accuracy'])} of "
@@ -98,13 +98,13 @@ def told_k_forcing(study: Study, noun: str = "thought", guess: float | None = No
         told.append("No other number does better.")
     for rows, words in ((better, "Clearly better"), (worse, "Clearly worse"), (even, "No clear difference")):
         if rows:
-            told.append(f"{words}: {listed(rows)}.")
+            told.append(f"{words}: {with_numbers(rows)}.")
     written = [(row, sum(row[name] or 0 for name in PATHS)) for row in study.rows if row["thoughts"] < own["thoughts"]]
     written = [(row, count) for row, count in written if count]
     if written:
         if len(written) > 4:
             written = [written[0], written[-1]]
-        shares = _list(
+        shares = listed(
             f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in written
         )
         told.append(f"Of the paths that it then writes itself, so many are no way through the graph: {shares}.")
@@ -224,7 +224,7 @@ def _beware(values: Study) -> list[Part]:
     means = {after: sum(shares.values()) / len(shares) for after, shares in named.items()}
     silent = [after for after, mean in sorted(means.items()) if mean < SILENT]
     if silent:
-        shares = _list(f"{charts.percent_of(means[after])} {_moment(after)}" for after in silent)
+        shares = listed(f"{charts.percent_of(means[after])} {_moment(after)}" for after in silent)
         told.append(f"It hardly speaks in steps there: all nodes together get {shares}, so their shares say little.")
     return [Text(" ".join(told))] if told else []
 
@@ -244,7 +244,7 @@ def _tree(drawn: Drawings, chosen: Sample) -> list[Part]:
     caption = (
         "Each column is one edge farther from the start; above it stands how many thoughts the model had when it was "
         "made to name the next node. The more amber, the likelier the name; “elsewhere” is what nodes of other columns "
-        f"got. Here the nodes from which {target} can still be reached get {_list(shares)}."
+        f"got. Here the nodes from which {target} can still be reached get {listed(shares)}."
     )
     legend = Legend(
         [
@@ -308,10 +308,10 @@ def _parallelism(run: RunRecord, drawn: Drawings) -> list[Part]:
     caption = (
         "Questions from the least to the most decided one. The dark area is the probability of the likeliest node "
         "ahead, the lighter ones add the second and the third: where they are wide, the model holds several ways open. "
-        f"In half of the questions with a step still to go, the likeliest node gets at least {_list(halves)}."
+        f"In half of the questions with a step still to go, the likeliest node gets at least {listed(halves)}."
     )
     if single := _single(run, numbers):
-        caption += f" Only one node is ahead, and there is nothing to choose, in {_list(single)}."
+        caption += f" Only one node is ahead, and there is nothing to choose, in {listed(single)}."
     return _figure(drawn, "parallelism", "Cumulated probabilities of the likeliest nodes over the questions.", caption)
 
 
@@ -348,7 +348,7 @@ def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
         f"standard errors, hollow if there are fewer than {charts.FEW} nodes. "
     )
     if against:
-        caption += f"Here a node that leads to the target gets {_list(against)} for one that does not."
+        caption += f"Here a node that leads to the target gets {listed(against)} for one that does not."
     told = "Mean probability of nodes by their height."
     other = "The same, but height is the number of edges to the farthest leaf."
     farthest = Aside("By the farthest leaf", _figure(drawn, "heights_longest", told, other))
@@ -364,7 +364,7 @@ def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
     ]
     number = thoughts[-1]
     groups = [(group, mean[number, group]) for group in charts.GROUPS if (number, group) in mean]
-    values = _list(f"{value:z.1f} for nodes {charts.GROUPS[group][2]}" for group, value in groups)
+    values = listed(f"{value:z.1f} for nodes {charts.GROUPS[group][2]}" for group, value in groups)
     caption = (
         "The inner product of a thought with the vectors of the nodes' names, at the distance that the thought stands "
         "for: the farther right, the more of these nodes it holds. The bars reach one standard deviation to each side. "
@@ -429,9 +429,7 @@ def drawings(run: RunRecord) -> Drawings:
     found: Drawings = {}
     studies = {name: study for name, study in run.studies.items() if study.rows}
     if study := studies.get("k_forcing"):
-        guesses = [evaluation["guess"] for evaluation in run.evaluations.values()]
-        guess = next((guess for guess in guesses if guess is not None), None)
-        found["k_forcing"] = partial(charts.k_forcing, study, guess=guess, noun=run.stages[-1].slot.value)
+        found["k_forcing"] = partial(charts.k_forcing, study, guess=run.guess, noun=run.stages[-1].slot.value)
     if chosen := sample(run):
         found["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
     if study := studies.get("parallelism"):
@@ -459,11 +457,6 @@ def _figure(drawn: Drawings, name: str, told: str, caption: str) -> list[Part]:
 
 
 # Words.
-
-
-def _list(items: Iterable[str]) -> str:
-    *most, last = items
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _count(count: int, noun: str) -> str:

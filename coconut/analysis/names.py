@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coconut.generate import pad_rows, think
+from coconut.generate import longest_first, pad_rows, think
 from coconut.methods import PromptFormat
 
 if TYPE_CHECKING:
@@ -59,13 +59,11 @@ def name_probabilities(
     `prompts`: token ids of the questions. After the thoughts come `<eot>` and what stands before the name; the
     probability is the product over the name's tokens, in float32. The numbers of thoughts are `counts`.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: dict[tuple[int, int], list[float]] = {}
     was_training = lm.training
     lm.eval()
     try:
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
+        for chosen in longest_first(prompts, batch_size):
             for count, context in _after_each(lm, [prompts[i] for i in chosen], counts):
                 values = _probabilities(lm, context, [candidates[i] for i in chosen])
                 found |= {(i, count): each for i, each in zip(chosen, values, strict=True)}

@@ -1,6 +1,6 @@
 """What is in the thoughts: how the model does with any number of them, and what it reads out of each.
 
-Shapes: N questions, of one of them N nodes, K thoughts, D hidden, V vocabulary, R ranks.
+Shapes: N questions (or the nodes of one), K thoughts, D hidden, V vocabulary, R ranks.
 """
 
 from __future__ import annotations

@@ -81,6 +81,12 @@ class RunRecord:
         return max(last, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
 
     @property
+    def guess(self) -> float | None:
+        """The share that guessing gets right, where an evaluation says so, the test result first."""
+        guesses = [self.evaluations[name]["guess"] for name in [self.test, *self.evaluations] if name]
+        return next((guess for guess in guesses if guess is not None), None)
+
+    @property
     def examined(self) -> str:
         """What the studies were made with, where that is not what the test result was."""
         facts = next((study.facts for study in self.studies.values()), {})
@@ -237,13 +243,12 @@ def learning(run: RunRecord) -> Section:
     """How it learned: accuracy and losses over updates, stage by stage."""
     every = max(1, -(-run.description["updates"] // BINS))
     smooth = {stage.index: smoothed(_in_stage(run.train, stage), every) for stage in run.stages}
-    guesses = [run.evaluations[name]["guess"] for name in [run.test, *run.evaluations] if name]
     curves = Curves(
         bands=_bands(run),
         accuracy=[(row["step"], row["accuracy"]) for row in run.valid],
         train_loss=[point for points in smooth.values() for point in points],
         valid_loss=[(row["step"], row["loss"]) for row in run.valid],
-        guess=next((guess for guess in guesses if guess is not None), None),
+        guess=run.guess,
         best=(run.best["step"], run.best["accuracy"]) if run.best else None,
     )
     mean = f"the mean of each {every} updates" if every > 1 else "of each update"
