@@ -16,6 +16,7 @@ from coconut.analysis.report import RunRecord, answers, headline, learning, prov
 from coconut.analysis.study import FOLDER, Study, Unfit
 from coconut.cli import application
 from coconut.config import AnalyzeConfig, Part
+from coconut.engine.world import seat
 from coconut.files import whole_folder, write_text
 from coconut.methods import Curriculum, plan
 from coconut.screen import only_our_words, say, working
@@ -30,6 +31,8 @@ SECTIONS = (headline, how_many, what_they_hold, are_they_used, learning, answers
 
 def run(config: AnalyzeConfig) -> int:
     """Examine a run's model, if it has come so far, and write its page."""
+    if seat().rank:
+        return 0  # of several processes one is enough
     only_our_words()
     record = read_run(config.run)
     if config.parts or (config.parts is None and record.best):
@@ -54,7 +57,7 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.analysis.probes import MORE, Subject, asked
     from coconut.build import load_run
     from coconut.data import read_examples
-    from coconut.engine.local import autocast
+    from coconut.engine.base import autocast
     from coconut.evaluate import fitting
     from coconut.files import sha256
     from coconut.sources import data_files

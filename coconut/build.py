@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from coconut.checkpoint import Checkpoints, load_state
-from coconut.config import EngineConfig, ModelConfig, TrainConfig
+from coconut.config import EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data import Example, build_word_tokenizer
-from coconut.engine.local import set_up
+from coconut.engine.base import set_up
+from coconut.engine.world import World
 from coconut.model import LatentLM
 from coconut.screen import say
 from coconut.tracking import read_config
@@ -22,18 +23,39 @@ from coconut.tracking import read_config
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     """The model that a new run starts from. Raises ValueError if it cannot be had."""
+    lm, place = _starting_model(config, examples)
+    lora = config.model.lora
+    if lm.adapter and lora.rank and lora != lm.adapter.settings:
+        raise ValueError(
+            f"{place} has LoRA already, {lm.adapter.settings}, and {lora} is asked for. Leave model.lora out to go on "
+            "with its own, or write it whole first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
+        )
+    if lora.rank and not lm.adapter:
+        lm.add_lora(lora, place)
+    return lm
+
+
+def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[LatentLM, str]:
+    """The model before LoRA, and where it comes from."""
     if config.init:
-        say(f"Model, weights and tokenizer are those of {starting_point(config.init)}, not those of model.*")
-        return LatentLM.from_pretrained(starting_point(config.init), config.model.attention).float()
+        place = starting_point(config.init)
+        say(f"Model, weights and tokenizer are those of {place}, not those of model.*")
+        lm = LatentLM.from_pretrained(place, config.model.attention)
+        return (lm if lm.adapter else lm.to(_dtype(config))), str(place)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = config.model
     if model.base:
+        if (Path(model.base) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model.base={model.base} holds LoRA weights and no model. Go on with them with init={model.base}, or "
+                "write the model whole first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
+            )
         with reaching(model.base, "model.base"):
             base = AutoModelForCausalLM.from_pretrained(
-                model.base, dtype=torch.float32, attn_implementation=model.attention
+                model.base, dtype=_dtype(config), attn_implementation=model.attention
             )
-        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens)
+        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens), model.base
     tokenizer = _tokenizer(model, config, examples)
     settings = {
         "vocab_size": len(tokenizer),
@@ -48,7 +70,13 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
         base = AutoModelForCausalLM.from_config(architecture, attn_implementation=model.attention)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"No model can be made from model.architecture={model.architecture}: {error}") from error
-    return LatentLM.from_base(base, tokenizer, init=model.new_tokens)
+    return LatentLM.from_base(base, tokenizer, init=model.new_tokens), ""
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    """What LoRA leaves as it is need not be more precise than it is computed with."""
+    lowered = config.model.lora.rank and config.engine.precision is Precision.bfloat16
+    return torch.bfloat16 if lowered else torch.float32
 
 
 def _refuse_unknown(asked: dict[str, Any], architecture: Any) -> None:
@@ -107,10 +135,11 @@ class Trained:
     step: int
 
 
-def load_run(run: Path | str, checkpoint: str, engine: EngineConfig) -> Trained:
+def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> Trained:
     """Raises ValueError if the folder is no run, or has no such checkpoint."""
+    world = world or World()
     config = read_config(run)
-    path = Checkpoints(run).find(checkpoint)
+    path = world.first_does(lambda: Checkpoints(run).find(checkpoint))
     lm = LatentLM.from_pretrained(path, config["model"]["attention"])
-    lm.to(set_up(engine))
+    lm.to(set_up(engine, world))
     return Trained(lm.eval(), config, load_state(path)["step"])

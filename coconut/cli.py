@@ -61,6 +61,12 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     return main
 
 
+def own_environment() -> dict[str, str]:
+    """In which `python -m coconut.NAME` is found from any folder, and is one process of no launcher."""
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": path}
+
+
 def own_version() -> str:
     """Of this package, as it is installed."""
     try:

@@ -16,7 +16,11 @@ from coconut.methods import Curriculum, PromptFormat, plan
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others.
-NOT_IDENTITY = ("run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "engine.threads")
+NOT_IDENTITY = (
+    "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "launch", "tracking",
+    "engine.kind", "engine.threads", "engine.activations", "engine.timeout", "engine.zero_stage",
+    "engine.offload_optimizer", "engine.offload_parameters",
+)  # fmt: skip
 
 
 class Task(StrEnum):
@@ -56,6 +60,31 @@ def _at_least(owner: str, config: Any, **bounds: float) -> None:
 
 
 @dataclass
+class LoraConfig:
+    """Train a low-rank correction of linear layers in place of the model; `rank` 0 trains the model itself.
+
+    A correction is scaled by alpha / rank; `alpha` is by default twice the rank. `targets`: names of layers,
+    or ends of them (q_proj, attn.c_proj); by default all linear layers but the head.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora.", self, rank=0)
+        if self.rank == 0:
+            for name in ("alpha", "dropout", "targets"):
+                if value := getattr(self, name):
+                    raise ValueError(f"model.lora.{name}={value} needs LoRA. Set model.lora.rank, for example to 16.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"model.lora.alpha is {self.alpha}; it must be above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.lora.dropout is {self.dropout}; it must be in [0, 1).")
+
+
+@dataclass
 class ModelConfig:
     """A pretrained model by name or folder (`base`), or a new one from its `architecture`.
 
@@ -69,6 +98,7 @@ class ModelConfig:
     tokenizer: str | None = None
     new_tokens: str = "mean"
     attention: str = "sdpa"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         if bool(self.base) == bool(self.architecture):
@@ -161,16 +191,101 @@ class OptimizerConfig:
         return self.lr * min(1.0, (updates + 1) / max(self.warmup, 1))
 
 
+class Activations(StrEnum):
+    """What is done with what a layer computes on its way to its output, which its gradient needs."""
+
+    keep = "keep"
+    recompute = "recompute"  # in the backward pass: memory of inputs of layers alone, for about a third more time
+
+
+class EngineKind(StrEnum):
+    local = "local"  # one device; on several processes DistributedDataParallel
+    deepspeed = "deepspeed"  # ZeRO
+
+
 @dataclass
 class EngineConfig:
-    """`device`: auto, cpu, cuda, cuda:1, mps. `threads`: CPU threads, 0 for torch's own choice."""
+    """`device`: auto, cpu, cuda, cuda:1, mps; on several processes each takes a GPU of its own.
 
+    `threads`: CPU threads of a process, 0 for its share of the cores. `timeout`: seconds after which a
+    process of several that does not get on ends the run. The rest is for DeepSpeed: ZeRO's stage (1 shards
+    the optimizer, 2 the gradients too, 3 the weights too), and what stays in the memory of the host.
+    """
+
+    kind: EngineKind = EngineKind.local
     device: str = "auto"
     precision: Precision = Precision.float32
     threads: int = 0
+    activations: Activations = Activations.keep
+    timeout: float = 600
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("engine.", self, threads=0)
+        _at_least("engine.", self, threads=0, timeout=1)
+        if self.kind is EngineKind.local:
+            for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
+                if value := getattr(self, name):
+                    raise ValueError(f"engine.{name}={value} needs DeepSpeed. Add engine=deepspeed.")
+        if self.zero_stage not in range(4):
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}; it is 0, 1, 2 or 3.")
+        if self.offload_optimizer and self.zero_stage < 1:
+            raise ValueError("engine.offload_optimizer needs the optimizer sharded: engine.zero_stage=1, 2 or 3.")
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(
+                f"engine.offload_parameters needs the weights sharded, and engine.zero_stage is {self.zero_stage}. "
+                "Set engine.zero_stage=3."
+            )
+
+
+class Tracker(StrEnum):
+    """Where a run's numbers go besides metrics.jsonl."""
+
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class TrackingMode(StrEnum):
+    online = "online"
+    offline = "offline"  # into the run's folder; `wandb sync` sends it later
+
+
+@dataclass
+class TrackingConfig:
+    """`project`, `entity`, `name`, `group` and `tags` are W&B's; the name is by default that of the run's folder.
+
+    `wait`: seconds that the end of training waits at most for the tracker.
+    """
+
+    to: Tracker = Tracker.none
+    mode: TrackingMode = TrackingMode.online
+    project: str = "coconut"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    wait: float = 60
+
+    def __post_init__(self) -> None:
+        _at_least("tracking.", self, wait=1)
+        if not self.project or set(self.project) & set("/\\#?%:"):
+            raise ValueError(f"tracking.project is {self.project!r}; W&B takes a name without / \\ # ? % and :.")
+
+
+@dataclass
+class LaunchConfig:
+    """The processes that the command starts on this machine to do the work.
+
+    `num_processes`: null for one a GPU. `grace`: seconds that they have to save when they are asked to stop.
+    """
+
+    num_processes: int | None = 1
+    grace: int = 300
+
+    def __post_init__(self) -> None:
+        _at_least("launch.", self, num_processes=1, grace=1)
 
 
 @dataclass
@@ -186,8 +301,10 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    batch_size: int = 128  # examples an update
-    micro_batch_size: int | None = None  # examples a forward pass; by default the whole batch
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    batch_size: int = 128  # examples an update, over all processes
+    micro_batch_size: int | None = None  # examples a forward pass of one process; by default its whole share
     max_new_tokens: int | None = None  # by default the task's
     eval_batch_size: int = 64
     valid_limit: int | None = None  # validate on the first so many examples
@@ -206,6 +323,11 @@ class TrainConfig:
                     f"data.{split} names no file. Set data.{split}=FILE, or choose data=graphs or another and name no "
                     "file at all: it is then made."
                 )
+        if self.model.lora.rank and not (self.model.base or self.init):
+            raise ValueError(
+                f"model.lora.rank={self.model.lora.rank} corrects a pretrained model, and model.architecture makes a "
+                "new one. Set model.base=NAME_OR_FOLDER or init=RUN, or leave LoRA out."
+            )
         plan(self.method, self.curriculum)
 
     def folder(self) -> Path:
@@ -251,6 +373,7 @@ class EvaluateConfig:
     limit: int | None = None  # the first so many questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
     engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         _needs_run(self.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coconut.cli import application
 from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
+from coconut.engine.world import World, joined
 from coconut.files import read_json, sha256, write_json, write_text
 from coconut.generate import Stop, longest_first, pad_rows
 from coconut.layout import slot_ids
@@ -65,6 +67,10 @@ class Result:
     left_out: int = 0
 
 
+class Abandoned(Exception):
+    """The evaluation was asked to stop before its end."""
+
+
 class Evaluated(NamedTuple):
     """`thoughts` (N, K, D) are what was fed, in the order of the examples, zeros after an example's last."""
 
@@ -84,20 +90,29 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int, int], None] = lambda done, correct: None,
+    world: World | None = None,
+    asked: object = None,
 ) -> Evaluated:
     """Answer and judge every example, longest questions first, greedily.
 
     `thoughts` (N, K, D) are fed in place of the model's own; `stop` ends them early (see `generate`).
-    `on_batch(done, correct)` is called after each batch.
+    `on_batch(done, correct)` is called after each batch. The processes of a `world` share the examples, and
+    each is given the whole result. Raises Abandoned, in all of them, once `asked` is true in one.
     """
     import torch
 
+    world = world or World()
     reasoning = lm.reasoning
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], reasoning.format)
     predictions: dict[int, Prediction] = {}
     fed: dict[int, Tensor] = {}
     start = time.perf_counter()
-    for chosen in longest_first(rows, batch_size):
+    mine = range(world.rank, len(examples), world.size)
+    for places in longest_first([rows[i] for i in mine], batch_size):
+        if asked:
+            break
+        world.mark("in an evaluation")
+        chosen = [mine[place] for place in places]
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         given = None if thoughts is None else thoughts[chosen]
         out = lm.generate(
@@ -108,6 +123,10 @@ def evaluate(
             predictions[i] = _judge(task, examples[i], text, reasoning, count, length, cut)
         fed |= zip(chosen, out.thoughts, strict=True)
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
+    if world.any(bool(asked)):
+        raise Abandoned
+    predictions = {i: p for part in world.gather(predictions) for i, p in part.items()}
+    fed = {i: thought for part in world.gather(fed) for i, thought in part.items()}
     seconds = time.perf_counter() - start
     ordered = [predictions[i] for i in range(len(examples))]
     in_order = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
@@ -181,31 +200,45 @@ def _summary(task: Task, examples: Sequence[Example], predictions: Sequence[Pred
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate a trained run on one of its splits, or on any file in the data format."""
+    from coconut.engine.launch import started_workers
+    from coconut.screen import only_our_words
+
+    only_our_words()
+    status = started_workers(config.launch, config.engine, "coconut.evaluate", sys.argv[1:])
+    if status is not None:
+        return status
+    with joined(config.engine) as world:
+        return evaluate_together(config, world)
+
+
+def evaluate_together(config: EvaluateConfig, world: World) -> int:
+    """What each process of an evaluation does."""
     from coconut.build import load_run
-    from coconut.engine.local import autocast
-    from coconut.screen import only_our_words, say, working
+    from coconut.engine.base import autocast
+    from coconut.screen import say, working
     from coconut.stopping import classifier_of
     from coconut.tracking import read_config
 
-    only_our_words()
     data = read_config(config.run)["data"]
     own_file = getattr(config.data, config.split)
-    path = own_file or data_files(data)[config.split]
+    path = own_file or world.first_does(lambda: data_files(data))[config.split]
     if not path:
         raise ValueError(f"The run has no {config.split} file. Name one with data.{config.split}=FILE.")
     examples = read_examples(path)[: config.limit]
-    trained = load_run(config.run, config.checkpoint, config.engine)
+    trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm, step = trained.lm, trained.step
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting_or_told(lm, rows, config)
     fitting = [examples[i] for i in kept]
     stop = None
     if config.stop is StopRule.classifier:
-        stop = classifier_of(config.run, trained, config.batch_size).stop
+        with world.first_before_others():
+            stop = classifier_of(config.run, trained, config.batch_size).stop
     say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
-    with working("evaluating", len(fitting)) as bar, autocast(lm.device, config.engine.precision):
+    share = -(-len(fitting) // world.size)
+    with working("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
         result, predictions, _ = evaluate(
             lm,
             TASKS[data["task"]],
@@ -215,7 +248,10 @@ def run(config: EvaluateConfig) -> int:
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
+            world=world,
         )
+    if not world.first:
+        return 0
     result.left_out = len(examples) - len(fitting)
     digest = sha256(path)
     unusual = _unusual(config)

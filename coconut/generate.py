@@ -298,10 +298,13 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run."""
     from coconut.build import load_run
-    from coconut.engine.local import autocast
+    from coconut.engine.base import autocast
+    from coconut.engine.world import seat
     from coconut.screen import only_our_words
     from coconut.stopping import classifier_of
 
+    if seat().rank:
+        return 0  # of several processes one is enough
     only_our_words()
     question = sys.stdin.read().strip() if config.question == "-" else config.question
     if not question:

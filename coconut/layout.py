@@ -77,7 +77,8 @@ def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.nd
 class EpochView:
     """A data set as one epoch of one stage sees it.
 
-    `lengths` (N,) counts the tokens of each sequence, without building it; `layout(i)` builds one.
+    `lengths` (N,) counts the tokens of each sequence, without building it, and `passes` (N,) the forward
+    passes that its thoughts need; `layout(i)` builds one.
     """
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
@@ -93,6 +94,8 @@ class EpochView:
 
         thoughts = np.stack([thoughts_for(form, plan, data.num_steps) for form in forms])
         self.num_thoughts = thoughts[which, np.arange(len(data))]
+        latent = np.array([form.slot is Slot.thought for form in forms])[which]
+        self.passes = np.where(latent, self.num_thoughts, 0) + 1
         markers = np.array([2 * form.markers for form in forms])[which]
         every = np.iinfo(np.int64).max
         steps_cut = np.array([every if form.steps_cut is None else form.steps_cut for form in forms])[which]
@@ -151,18 +154,25 @@ def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> li
 
 @dataclass
 class Batch:
-    """Token ids, mask and labels, each (B, T); labels are IGNORED where there is no target."""
+    """Token ids, mask and labels, each (B, T); labels are IGNORED where there is no target.
+
+    `passes`: how many forward passes it is to take at least, so that several processes keep step.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    passes: int = 1
 
     @property
     def num_targets(self) -> int:
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)))
+        ids, mask, labels = (
+            t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)
+        )
+        return Batch(ids, mask, labels, self.passes)
 
 
 def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
@@ -181,10 +191,21 @@ def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
 
 
-def micro_batches(view: EpochView, batch: np.ndarray, size: int) -> Iterator[Batch]:
-    """One update in parts of at most `size` rows."""
-    for start in range(0, len(batch), size):
-        yield collate([view.layout(i) for i in batch[start : start + size]], view.special)
+def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """What one process of `ranks` does of an update, in parts of at most `size` rows.
+
+    All processes get equally many parts, with equally many passes each; one for which no row is left gets
+    a row without targets.
+    """
+    shares = [batch[other::ranks] for other in range(ranks)]
+    for start in range(0, len(shares[0]), size):
+        parts = [share[start : start + size] for share in shares]
+        rows = parts[rank] if len(parts[rank]) else parts[0][:1]
+        made = collate([view.layout(i) for i in rows], view.special)
+        if not len(parts[rank]):
+            made.labels.fill_(IGNORED)
+        made.passes = max(int(view.passes[part].max()) for part in parts if len(part))
+        yield made
 
 
 def fit_context(

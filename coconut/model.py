@@ -13,6 +13,7 @@ K thoughts of the row that has most, N targets.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +29,11 @@ from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import Reasoning
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
+    from coconut.config import LoraConfig
     from coconut.generate import Generated
+    from coconut.lora import Adapter
 
 FORMAT_VERSION = 1
 REASONING_FILE = "coconut.json"
@@ -66,13 +69,14 @@ class Alignment:
     borders: list[int]
 
 
-def align(is_latent_BT: Tensor, is_token_BT: Tensor) -> Alignment:
-    """Cut rows at their thoughts so that K + 1 passes serve all of them.
+def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1) -> Alignment:
+    """Cut rows at their thoughts so that K + 1 passes serve all of them, or `min_passes` if that is more.
 
     Each row's last thought stands at the head of the last pass, the one before at the head of the pass
     before, and so on; what precedes a row's first thought is the first pass. All passes but the last
     are padded on the left, so that a pass ends with the state that the next one feeds back. A row
-    without thoughts fills the first pass as far as the other rows do and goes on in the last.
+    without thoughts fills the first pass as far as the other rows do and goes on in the last. Further
+    passes are cut off the head of the first.
     """
     B, T = is_token_BT.shape
     tokens_BT = is_token_BT.long()
@@ -89,6 +93,8 @@ def align(is_latent_BT: Tensor, is_token_BT: Tensor) -> Alignment:
     count_BK = torch.zeros(B, K + 1, dtype=torch.long, device=block_BT.device).scatter_add(1, block_BT, tokens_BT)
     before_BK = count_BK.cumsum(1) - count_BK
     widths_K = count_BK.amax(0)
+    more = max(min_passes - K - 1, 0)
+    widths_K[0] = widths_K[0].clamp(min=more + 1)
     starts_K = widths_K.cumsum(0) - widths_K
     pads_BK = widths_K - count_BK
     pads_BK[:, -1] = 0
@@ -98,8 +104,8 @@ def align(is_latent_BT: Tensor, is_token_BT: Tensor) -> Alignment:
     column_BT = torch.where(is_token_BT, rank_BT + offset_BK.gather(1, block_BT), S)
     columns_T = torch.arange(T, device=column_BT.device).expand(B, T)
     source_BS = torch.full((B, S + 1), -1, device=column_BT.device).scatter(1, column_BT, columns_T)[:, :S]
-    borders = [0]
-    for width in widths:
+    borders = list(range(more + 1))
+    for width in [widths[0] - more, *widths[1:]]:
         borders.append(borders[-1] + width)
     return Alignment(column_BT, source_BS, borders)
 
@@ -121,6 +127,8 @@ class LatentLM(nn.Module):
         self.special = special
         self.reasoning = reasoning or Reasoning()
         self.new_tokens = new_tokens or {}
+        self.adapter: Adapter | None = None
+        self._recompute = False
 
     # --- making, saving, loading ------------------------------------------------------------------
 
@@ -150,8 +158,7 @@ class LatentLM(nn.Module):
         if init not in ("mean", "random") and init not in tokenizer.get_vocab():
             raise ValueError(f'init={init!r} is neither "mean", "random" nor a token of this tokenizer.')
         special = add_special_tokens(tokenizer)
-        if len(tokenizer) > table.num_embeddings:
-            base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        _make_room(base, len(tokenizer))
         new_ids = list(range(old, len(tokenizer)))
         both: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
         for weight in {id(table.weight): table.weight for table in both}.values():
@@ -159,9 +166,40 @@ class LatentLM(nn.Module):
         new_tokens = {"init": init, "tokens": tokenizer.convert_ids_to_tokens(new_ids)}
         return cls(base, tokenizer, special, reasoning, new_tokens)
 
+    def add_lora(self, settings: LoraConfig, place: str) -> None:
+        """Train from now on a LoRA correction and the added tokens' embeddings; all else is frozen.
+
+        `place`: the name or folder that `base` was loaded from, and will be loaded from again: only what is
+        trained is saved. Raises ValueError if peft is missing, if a target is no linear layer of the model,
+        or if the model has LoRA already.
+        """
+        from coconut.lora import Adapter, attach
+
+        if self.adapter:
+            raise ValueError("This model has LoRA already. Write it whole first: lm.merged().save_pretrained(FOLDER).")
+        adapter = Adapter.of(self.base, place, settings)
+        attach(self.base, self.special.added, settings, adapter.base)
+        self.adapter = adapter
+
+    def merged(self) -> LatentLM:
+        """A copy without LoRA that computes the same: the correction is written into the weights."""
+        if not self.adapter:
+            raise ValueError("This model has no LoRA to merge; it is whole already.")
+        from coconut.lora import merged
+
+        return LatentLM(merged(self.base), self.tokenizer, self.special, self.reasoning, self.new_tokens)
+
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write weights, tokenizer and reasoning. AutoModelForCausalLM and AutoTokenizer open the folder too."""
-        self.base.save_pretrained(folder)
+        """Write weights, tokenizer and reasoning. AutoModelForCausalLM and AutoTokenizer open the folder too.
+
+        Of a LoRA model only what is trained is written; `merged` gives one that is written whole.
+        """
+        if self.adapter:
+            from coconut.lora import save
+
+            save(self.base, folder)
+        else:
+            self.base.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_json(
             Path(folder) / REASONING_FILE,
@@ -170,17 +208,19 @@ class LatentLM(nn.Module):
                 "reasoning": self.reasoning.as_dict(),
                 "new_tokens": self.new_tokens,
                 "special": asdict(self.special),
+                "lora": asdict(self.adapter) if self.adapter else None,
             },
         )
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, attention: str = "sdpa") -> LatentLM:
+    def from_pretrained(cls, folder: Path | str, attention: str = "sdpa", base: str | None = None) -> LatentLM:
         """Load what `save_pretrained` wrote. No embedding is initialised again.
 
-        `attention`: transformers' attn_implementation, which a saved model does not keep.
-        Raises FileNotFoundError or ValueError if the folder is no such model.
+        `attention`: transformers' attn_implementation, which a saved model does not keep. `base`: where the
+        model that LoRA corrects lies, if not where it lay. Raises FileNotFoundError or ValueError if the
+        folder is no such model.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         folder = Path(folder)
         record = folder / REASONING_FILE
@@ -196,18 +236,22 @@ class LatentLM(nn.Module):
                 f"{folder} has format version {values['format_version']}; this version of coconut reads up to "
                 f"{FORMAT_VERSION}. Update coconut-latent."
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, attn_implementation=attention
-        )
-        base, report = loaded
-        if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-            problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
-            raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         special = SpecialIds(**values["special"])
         if token_ids(tokenizer, ADDED_TOKENS) != special.added:
             raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
-        return cls(base, tokenizer, special, Reasoning.from_dict(values["reasoning"]), values["new_tokens"])
+        reasoning = Reasoning.from_dict(values["reasoning"])
+        if not values.get("lora"):
+            return cls(_open_whole(folder, attention), tokenizer, special, reasoning, values["new_tokens"])
+        from coconut.lora import Adapter, load
+
+        adapter = Adapter.from_dict(values["lora"])
+        under = adapter.open_base(base, attention)
+        _make_room(under, len(tokenizer))
+        lm = cls(under, tokenizer, special, reasoning, values["new_tokens"])
+        lm.add_lora(adapter.settings, base or adapter.base)
+        load(lm.base, folder)
+        return lm
 
     @property
     def latent_id(self) -> int:
@@ -223,6 +267,36 @@ class LatentLM(nn.Module):
         config = self.base.config.get_text_config(decoder=True)
         return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
+    @property
+    def recompute(self) -> bool:
+        """Whether layers run again in the backward pass, in training, instead of keeping their activations.
+
+        Losses and gradients are the same. Setting it raises ValueError if the model's layers cannot.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        if wanted:
+            from coconut.recompute import check_recomputable
+
+            check_recomputable(self.base)
+        self._recompute = wanted
+
+    @property
+    def _recomputes_now(self) -> bool:
+        return self._recompute and self.training and torch.is_grad_enabled()
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for `states`."""
+        if self._recomputes_now:
+            from coconut.recompute import PassesCache
+
+            return PassesCache(self.base.config)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.base.config)
+
     # --- the feedback loop ------------------------------------------------------------------------
 
     def forward(
@@ -234,18 +308,20 @@ class LatentLM(nn.Module):
         *,
         return_logits: bool = False,
         use_cache: bool = True,
+        min_passes: int = 1,
     ) -> LatentOutput:
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
         All arguments are (B, T). Padding may stand on either side, and rows may differ in how many
         thoughts they have and where. `position_ids` come from the mask by default. `labels` follow the
         convention of transformers: the label of a column is the token in it, -100 where there is no
-        target. A label on the first token of a row is not counted: nothing precedes it.
+        target. A label on the first token of a row is not counted: nothing precedes it. The rows take at
+        least `min_passes` passes: processes that share one model have to keep step.
 
         Raises ValueError if a row begins with a thought, or if gradient checkpointing is on together
         with the cache (transformers would then drop the cache, and thoughts would lose their context).
         """
-        hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache)
+        hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache, min_passes)
         output = LatentOutput()
         if labels is not None:
             states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
@@ -281,7 +357,12 @@ class LatentLM(nn.Module):
         return generate(self, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
 
     def _hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, use_cache: bool
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        use_cache: bool,
+        min_passes: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """The last hidden states (B, S, D), and in which of their columns each of the T given ones is."""
         is_token_BT = _is_token(input_ids, attention_mask)
@@ -289,13 +370,14 @@ class LatentLM(nn.Module):
         if position_ids is None:
             position_ids = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
         if use_cache:
-            return self._cached(input_ids, is_token_BT, is_latent_BT, position_ids.expand_as(input_ids))
+            position_ids = position_ids.expand_as(input_ids)
+            return self._cached(input_ids, is_token_BT, is_latent_BT, position_ids, min_passes)
         return self._recomputed(input_ids, is_token_BT, is_latent_BT, position_ids)
 
     def _cached(
-        self, input_ids: Tensor, is_token_BT: Tensor, is_latent_BT: Tensor, position_ids: Tensor
+        self, input_ids: Tensor, is_token_BT: Tensor, is_latent_BT: Tensor, position_ids: Tensor, min_passes: int
     ) -> tuple[Tensor, Tensor]:
-        way = align(is_latent_BT, is_token_BT)
+        way = align(is_latent_BT, is_token_BT, min_passes)
         source_BS, is_token_BS = way.source_BS.clamp(min=0), way.source_BS >= 0
         self._refuse_headless(is_latent_BT, is_token_BT)
         is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
@@ -307,16 +389,14 @@ class LatentLM(nn.Module):
         self, embeds_BSD: Tensor, is_token_BS: Tensor, is_latent_BS: Tensor, positions_BS: Tensor, borders: list[int]
     ) -> Tensor:
         """The loop: one pass a block, each beginning with the state that the one before ended with. (B, S, D)."""
-        from transformers import DynamicCache
-
         several = len(borders) > 2
         if several and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
             raise ValueError(
                 "Gradient checkpointing switches the cache off inside transformers, and the thoughts would lose "
-                "their context without a word. Turn it off (gradient_checkpointing_disable), or run the plain path "
-                "with use_cache=False."
+                "their context without a word. Turn it off (gradient_checkpointing_disable) and set recompute=True "
+                "on the LatentLM, or run the plain path with use_cache=False."
             )
-        cache = DynamicCache(config=self.base.config) if several else None
+        cache = self.new_cache() if several else None
         attended_BS = is_token_BS | _after_last(is_token_BS)
         states, last_BD = [], None
         for start, stop in pairwise(borders):
@@ -348,17 +428,25 @@ class LatentLM(nn.Module):
     def states(self, embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
         """The model without its head: the last hidden states (B, T, D), after the final norm.
 
-        `embeds` (B, T, D) are input embeddings, `mask` covers them and what the cache holds. The cache, a
-        transformers DynamicCache, is extended by them.
+        `embeds` (B, T, D) are input embeddings, `mask` covers them and what the cache holds. The cache, of
+        `new_cache`, is extended by them.
         """
-        output = self.base.base_model(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with self._layers_as_set():
+            output = self.base.base_model(
+                inputs_embeds=embeds,
+                attention_mask=mask.long(),
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return output.last_hidden_state
+
+    def _layers_as_set(self) -> AbstractContextManager[None]:
+        if not self._recomputes_now:
+            return nullcontext()
+        from coconut.recompute import recomputing
+
+        return recomputing(self.base)
 
     def logits(self, states: Tensor) -> Tensor:
         """What the head makes of last hidden states: (..., D) to (..., V)."""
@@ -376,6 +464,23 @@ class LatentLM(nn.Module):
         if headless.any():
             row = int(headless.nonzero()[0])
             raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
+
+
+def _open_whole(folder: Path, attention: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation=attention)
+    base, report = loaded
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
+        raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
+    return base
+
+
+def _make_room(base: PreTrainedModel, tokens: int) -> None:
+    table: Any = base.get_input_embeddings()
+    if tokens > table.num_embeddings:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
 
 
 def _initialise_rows(weight: Tensor, ids: list[int], old: int, init: str, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,8 +10,23 @@ from collections.abc import Callable, Iterable, Iterator
 SECONDS_BETWEEN_LINES = 10  # where the screen is no terminal
 
 
+_hushed = False
+
+
 def say(text: str) -> None:
-    print(text, flush=True)
+    if not _hushed:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def hush() -> Iterator[None]:
+    """Say nothing: another process does."""
+    global _hushed
+    _hushed = True
+    try:
+        yield
+    finally:
+        _hushed = False
 
 
 def only_our_words() -> None:
@@ -26,7 +41,7 @@ def working(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str
     """A progress bar on a terminal, a line now and then elsewhere; call it with what is done and a remark."""
     start, last = time.monotonic(), time.monotonic()
 
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not _hushed:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_version, quoted
+from coconut.cli import own_environment, own_version, quoted
 from coconut.config import SPLITS
 from coconut.files import clear_abandoned
 from coconut.screen import say
@@ -72,11 +72,9 @@ def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
 
 def _run(module_and_keys: list[str], folder: str) -> int:
     """The exit status of a module run in a folder. SIGTERM to this process ends that one, too."""
-    here = str(Path(__file__).parent.parent)
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
     with (
         _sigterm_raised(),
-        subprocess.Popen([sys.executable, "-m", *module_and_keys], cwd=folder, env=known) as process,
+        subprocess.Popen([sys.executable, "-m", *module_and_keys], cwd=folder, env=own_environment()) as process,
     ):
         try:
             return process.wait()

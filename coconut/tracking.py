@@ -1,4 +1,8 @@
-"""What a run writes about itself: metrics.jsonl, its configuration, where it was carried out."""
+"""What a run writes about itself: metrics.jsonl, samples, its configuration, where it was carried out.
+
+W&B and TensorBoard are fed by a process of their own (`coconut.trackers`) that reads the run's folder
+while it grows. Training writes files and waits for nothing else, whatever a library or a network does.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,28 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from coconut.files import read_json, write_text
+from coconut.cli import own_environment
+from coconut.config import Tracker, TrackingConfig, TrackingMode
+from coconut.files import read_json, write_json, write_text
+from coconut.screen import say
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 DESCRIPTION = "run.json"
+TRACKING = "tracking.json"  # what the tracker is told, the id of the W&B run among it
+TRACKING_LOG = "tracking.log"  # what the tracker and its library say
+LOGIN_SECONDS = 30
+QUIET_SECONDS = 5  # the end of training waits so long without a word
 
 
 class Metrics:
@@ -37,11 +50,161 @@ class Metrics:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
 
-    def __enter__(self) -> Metrics:
+    def close(self) -> None:
+        self.file.close()
+
+
+def samples_file(run: Path | str, step: int) -> Path:
+    """Where the samples of the validation after this update lie."""
+    return Path(run) / "samples" / f"step-{step:07d}.json"
+
+
+def ready(config: TrackingConfig) -> None:
+    """Raise ValueError if the tracker is not installed, or W&B is to be online and has no login."""
+    if config.to is Tracker.none:
+        return
+    if _version(config.to) is None:
+        raise ValueError(
+            f"tracking={config.to} needs the package {config.to}, which is not installed here. Install it with "
+            f'pip install "coconut-latent[{config.to}]", or leave tracking={config.to} out.'
+        )
+    if config.to is Tracker.wandb and config.mode is TrackingMode.online and (problem := _no_login()):
+        raise ValueError(
+            f"tracking=wandb is to send the run to W&B, and there is no login: {problem}\nLog in with `wandb login`, "
+            "set WANDB_API_KEY, or keep the run here with tracking.mode=offline; `wandb sync` sends it later."
+        )
+
+
+def _no_login() -> str | None:
+    """W&B's own word on why nobody is logged in. It looks for a key here and does not ask the server."""
+    code = "import wandb, sys; wandb.login(verify=False) or sys.exit('W&B is switched off by its settings.')"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            env={**os.environ, "WANDB_SILENT": "true", "WANDB_MODE": "online"}, timeout=LOGIN_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stderr.strip().splitlines()[-1].split(": ", 1)[-1] if done.returncode else None
+
+
+class Sender:
+    """The process that sends a run's numbers on to W&B or TensorBoard.
+
+    Nothing that it does or fails to do reaches training but its words, which are passed on. It begins with
+    the rows after update `step`.
+    """
+
+    def __init__(self, config: TrackingConfig, folder: Path, step: int, about: dict[str, Any]):
+        self.config, self.folder = config, folder
+        earlier = read_json(folder / TRACKING) if (folder / TRACKING).is_file() else {}
+        told = {
+            **asdict(config),
+            "id": earlier.get("id", secrets.token_hex(6)),
+            "name": config.name or folder.resolve().name,
+            "step": step,
+            "process": os.getpid(),
+            "about": about,
+        }
+        write_json(folder / TRACKING, told)
+        with (folder / TRACKING_LOG).open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "coconut.trackers", str(folder)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, env=own_environment(), start_new_session=True,
+            )  # fmt: skip
+        assert self.process.stdout
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def hear(self) -> None:
+        """Pass on what the process has to say, without waiting for it."""
+        assert self.process.stdout
+        with contextlib.suppress(BlockingIOError):
+            for line in os.read(self.process.stdout.fileno(), 1 << 16).decode(errors="replace").splitlines():
+                say(line)
+
+    def finish(self, failed: bool, artifacts: dict[str, str]) -> None:
+        """Tell the process that the run has ended, and give it `config.wait` seconds for what is left."""
+        assert self.process.stdout
+        assert self.process.stdin
+        try:
+            with contextlib.suppress(OSError):  # it may have ended
+                self.process.stdin.write(json.dumps({"failed": failed, "artifacts": artifacts}).encode() + b"\n")
+                self.process.stdin.close()
+            if not self._ends_within(min(QUIET_SECONDS, self.config.wait)):
+                say(f"Waiting for {self.config.to} to take the rest, at most {self.config.wait:g} seconds")
+                self._ends_within(self.config.wait - QUIET_SECONDS)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.hear()
+            self.process.stdout.close()
+        if self.process.returncode:
+            say(
+                f"warning: {self.config.to} did not finish and was left behind. {METRICS} has all of the run; "
+                f"{self.folder / TRACKING_LOG} tells more."
+            )
+            if self.config.to is Tracker.wandb:
+                say(f"  What W&B had taken is sent with: wandb sync --include-online {self.folder}/wandb/latest-run")
+
+    def _ends_within(self, seconds: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.process.returncode is not None
+
+
+class Tracking:
+    """What a run tells while it goes on: rows, samples, and at its end further files.
+
+    A context manager. Of several processes of one run, one writes; to the others it does nothing.
+    """
+
+    def __init__(self, metrics: Metrics | None, sender: Sender | None):
+        self.metrics, self.sender = metrics, sender
+        self.artifacts: dict[str, str] = {}
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """A row of metrics.jsonl. Numbers among the values go to the tracker as KIND/NAME."""
+        if self.metrics:
+            self.metrics.log(kind, step, **values)
+        if self.sender:
+            self.sender.hear()
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Validation samples after this update, to RUN/samples; to be called before the row that belongs to them."""
+        if self.metrics:
+            write_json(samples_file(self.metrics.path.parent, step), rows)
+
+    def artifact(self, path: Path | str, name: str) -> None:
+        """A file or folder that belongs to the run, sent on when it ends."""
+        self.artifacts[name] = str(Path(path).resolve())
+
+    def __enter__(self) -> Tracking:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.metrics:
+            self.metrics.close()
+        if self.sender:
+            self.sender.finish(kind is not None, self.artifacts)
+
+
+def open_tracking(
+    config: TrackingConfig, folder: Path | str, step: int, about: dict[str, Any], writes: bool = True
+) -> Tracking:
+    """The tracking of a run that stands at update `step`; `ready` has been asked before.
+
+    `about`: its `config`, and what else W&B is to keep, under `about`. Only one of a run's processes `writes`.
+    """
+    if not writes:
+        return Tracking(None, None)
+    metrics = Metrics(folder, step)
+    if config.to is Tracker.none:
+        return Tracking(metrics, None)
+    try:
+        return Tracking(metrics, Sender(config, Path(folder), step, about))
+    except OSError as error:
+        say(f"warning: {config.to} could not be started: {error}. {METRICS} has all of the run.")
+        return Tracking(metrics, None)
 
 
 def read_metrics(run: Path | str) -> list[dict[str, Any]]:
@@ -68,11 +231,12 @@ def surroundings() -> dict[str, Any]:
     import torch
 
     names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "coconut-latent")
+    optional = {name: found for name in ("deepspeed", "wandb", "peft") if (found := _version(name))}
     return {
         "command": shlex.join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}, **optional},
         "machine": {
             "system": platform.platform(),
             "cpus": os.cpu_count(),

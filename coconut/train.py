@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ from torch import nn
 
 from coconut.build import make_model, starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
-from coconut.cli import application
+from coconut.cli import application, own_environment
 from coconut.collapse import look_at
 from coconut.config import Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
-from coconut.engine.base import Engine, NonFinite
-from coconut.engine.local import LocalEngine
-from coconut.evaluate import evaluate
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
+from coconut.engine.launch import started_workers
+from coconut.engine.world import World, joined, seat
+from coconut.evaluate import Abandoned, evaluate
 from coconut.files import read_json, release, sha256, sole_owner, write_json
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
 from coconut.methods import Reasoning, Stage, plan
@@ -32,7 +36,7 @@ from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.screen import duration, only_our_words, say, working
 from coconut.sources import data_files
 from coconut.tasks import TASKS
-from coconut.tracking import CONFIG, DESCRIPTION, Metrics, read_config, surroundings
+from coconut.tracking import CONFIG, DESCRIPTION, Tracking, open_tracking, read_config, ready, surroundings
 
 
 class Diverged(ValueError):
@@ -40,14 +44,14 @@ class Diverged(ValueError):
 
 
 def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-    return module(batch.input_ids, batch.attention_mask, labels=batch.labels).loss_sum
+    return module(batch.input_ids, batch.attention_mask, labels=batch.labels, min_passes=batch.passes).loss_sum
 
 
 class Training:
-    """One run: its model, data, engine and folder."""
+    """One run, as one of its processes sees it: model, data, engine and folder."""
 
-    def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str]):
-        self.config, self.folder, self.files = config, folder, files
+    def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
+        self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.task]
         self.plan = plan(config.method, config.curriculum)
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
@@ -56,23 +60,26 @@ class Training:
         examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
         if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
             say(f"warning: {shared:,} questions of the validation data are in the training data too.")
-        found = self._found()
+        self.found = world.first_does(self._found)
         self.lm = (
-            LatentLM.from_pretrained(found, config.model.attention) if found else make_model(config, examples["train"])
+            LatentLM.from_pretrained(self.found, config.model.attention)
+            if self.found
+            else make_model(config, examples["train"])
         )
         self.lm.train()
-        self.engine: Engine = LocalEngine(self.lm, summed_loss, config.engine, config.optimizer)
-        self.train, _ = self._prepare("train", examples["train"])
-        self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
+        self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
+        with world.first_before_others():  # which then find the tokens in the cache
+            self.train, _ = self._prepare("train", examples["train"])
+            self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
         self.valid_examples = [examples["valid"][i] for i in kept]
         self.schedule = Schedule(self.plan, -(-len(self.train) // config.batch_size))
+        if world.rank:
+            torch.manual_seed(config.seed + world.rank)  # the model is the same everywhere, what dropout drops is not
+        self.engine: Engine = make_engine(self.lm, summed_loss, config.engine, config.optimizer, world)
 
-        self.step, self.best = 0, None
-        if found:
-            state = load_state(found)
-            self.step, self.best = state["step"], state["best"]
-            self.engine.load_state_dict(load_trainer(found))
-            self.checkpoints.set_aside_after(self.step)
+        state = load_state(self.found) if self.found else {"step": 0, "best": None, "pending": False}
+        self.step, self.best = state["step"], state["best"]
+        self.pending = state["pending"]  # a validation that is due, and was left for being asked to stop
         self.recent: deque[dict[str, float]] = deque(maxlen=5)
         self.collapse: list[str] = []  # what was last found wrong with the thoughts
 
@@ -105,14 +112,19 @@ class Training:
         """The data as the stage has it, nothing mixed in."""
         return EpochView(data, replace(self.plan, mixing_probability=0.0), stage, self.lm.special, seed=0, epoch=0)
 
+    @property
+    def micro_batch_size(self) -> int:
+        share = self.config.batch_size // self.world.size
+        return min(self.config.micro_batch_size or share, share)
+
     def rehearse(self) -> None:
         """Run the largest micro-batch of the deepest stage, and of the one with the longest rows."""
-        size = self.config.micro_batch_size or self.config.batch_size
+        world, size = self.world, self.micro_batch_size
         views = self._all_views(self.train)
         widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
         for k in {widest, len(views) - 1}:
-            longest = np.argsort(-views[k].lengths, kind="stable")[:size]
-            for batch in micro_batches(views[k], longest, size):
+            longest = np.argsort(-views[k].lengths, kind="stable")[: size * world.size]
+            for batch in micro_batches(views[k], longest, size, world.rank, world.size):
                 try:
                     self.engine.rehearse(batch)
                 except RuntimeError as error:
@@ -124,16 +136,27 @@ class Training:
                         f"micro_batch_size (now {size}); the loss does not change with it. {error}"
                     ) from error
 
+    def take_up(self) -> None:
+        """Go on where the last checkpoint was written. After the rehearsal, which some engines need for it."""
+        if self.found:
+            self.engine.load_state_dict(load_trainer(self.found))
+            self.world.first_does(lambda: self.checkpoints.set_aside_after(self.step))
+
     def run(self) -> int:
         """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
         config, schedule = self.config, self.schedule
         started, first = time.monotonic(), self.step
         view, batches = None, []
         with (
-            Metrics(self.folder, self.step) as metrics,
-            asked_to_stop() as asked,
+            asked_to_stop(self.world) as asked,
+            self._tracking() as track,
             working("training", schedule.total, self.step) as bar,
         ):
+            if self.pending:
+                self.validate(schedule.at(self.step - 1), track, asked)
+                self.save()
+                if number := asked.anywhere():
+                    return self._stopped(number)
             for step in range(self.step, schedule.total):
                 place = schedule.at(step)
                 if updates_since_reset(place, config.optimizer.reset) == 0:
@@ -146,19 +169,21 @@ class Training:
                     batches = epoch_batches(view, config.batch_size, config.seed, place.epoch)
 
                 row = self.update(place, view, batches[place.batch])
-                metrics.log("train", step + 1, stage=place.stage.index, epoch=place.epoch, **row)
+                track.log("train", step + 1, stage=place.stage.index, epoch=place.epoch, **row)
                 bar(step + 1, f"stage {place.stage.index}, loss {row['loss']:.3f}")
                 self.step = step + 1
 
-                if due := self._validation_due(place):
-                    result = self.validate(place)
-                    metrics.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **result)
-                    self._report(place, row, result, time.monotonic() - started, first)
-                if due or asked or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
+                due = self.pending = self._validation_due(place)
+                if due and not asked.anywhere():
+                    self.validate(place, track, asked)
+                    self._report(place, time.monotonic() - started, first)
+                number = asked.anywhere()
+                if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
                     self.save()
-                if asked:
-                    say(f"Stopped by {asked[0].name}; saved at update {self.step}. The same command goes on from here.")
-                    return 128 + asked[0]
+                if number:
+                    return self._stopped(number)
+            if track.sender:
+                self._write_page(track)
         say(f"Done: {schedule.total:,} updates in {self.folder}")
         if self.best:
             say(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
@@ -166,9 +191,10 @@ class Training:
         return 0
 
     def update(self, place: Place, view: EpochView, batch: np.ndarray) -> dict[str, float]:
-        config = self.config
+        config, world = self.config, self.world
+        world.mark(f"in update {place.step + 1}")
         begin = time.perf_counter()
-        parts = list(micro_batches(view, batch, config.micro_batch_size or config.batch_size))
+        parts = list(micro_batches(view, batch, self.micro_batch_size, world.rank, world.size))
         lr = config.optimizer.learning_rate(updates_since_reset(place, config.optimizer.reset))
         try:
             done = self.engine.update(parts, lr)
@@ -176,34 +202,51 @@ class Training:
             raise Diverged(self._diagnosis(place, error, batch, lr)) from error
         row = {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "targets": done.num_targets}
         self.recent.append({"step": place.step + 1, **row})
-        return {**row, "seconds": time.perf_counter() - begin}
+        return {
+            **row,
+            "tokens": int(view.lengths[batch].sum()),
+            "seconds": time.perf_counter() - begin,
+            "memory": peak_memory(self.engine.device),
+        }
 
     def _validation_due(self, place: Place) -> bool:
         every = self.config.validate_every
         return place.ends_stage or (self.step % every == 0 if every else place.ends_epoch)
 
-    def validate(self, place: Place) -> dict[str, Any]:
-        """Loss and accuracy by generation on validation data, as the stage has it; keeps the best."""
-        loss_sum, targets = 0.0, 0
+    def validate(self, place: Place, track: Tracking, asked: Asked) -> None:
+        """Loss and accuracy by generation on validation data, as the stage has it; keeps the best.
+
+        When asked to stop it is left, and stays pending.
+        """
+        world, size = self.world, self.config.eval_batch_size
         view = self._plain_view(self.valid, place.stage)
-        self.lm.eval()
-        with torch.no_grad(), self.engine.autocast():
-            for batch in micro_batches(view, np.argsort(view.lengths, kind="stable"), self.config.eval_batch_size):
-                loss_sum += summed_loss(self.lm, batch.to(self.engine.device)).item()
-                targets += batch.num_targets
-            result, predictions, thoughts = evaluate(
-                self.lm, self.task, self.valid_examples, batch_size=self.config.eval_batch_size
-            )
-        self.lm.train()
-        loss = loss_sum / max(targets, 1)
+        order = np.argsort(view.lengths, kind="stable")
+        loss_sum, targets = 0.0, 0
+        try:
+            with self.engine.whole() as lm, torch.no_grad(), self.engine.autocast():
+                lm.eval()
+                lm.reasoning = self.lm.reasoning
+                for batch in micro_batches(view, order, size, world.rank, world.size):
+                    world.mark(f"in the validation after update {self.step}")
+                    loss_sum += summed_loss(lm, batch.to(self.engine.device)).item()
+                    targets += batch.num_targets
+                    if asked:
+                        break
+                result, predictions, thoughts = evaluate(
+                    lm, self.task, self.valid_examples, batch_size=size, world=world, asked=asked
+                )
+                watched = self._watch(lm, thoughts) if thoughts.shape[1] else {}
+        except Abandoned:
+            return
+        finally:
+            self.lm.train()
+        loss = world.sum(loss_sum) / max(world.sum(targets), 1)
         if place.in_last_stage:
             rank = (result.accuracy, -loss)
             if not self.best or rank > (self.best["accuracy"], -self.best["loss"]):
                 self.best = {"step": self.step, "accuracy": result.accuracy, "loss": loss}
-        watched = self._watch(thoughts) if thoughts.shape[1] else {}
-        samples = [asdict(prediction) for prediction in predictions[:5]]
-        write_json(self.folder / "samples" / f"step-{self.step:07d}.json", samples)
-        return {
+        track.samples(self.step, [asdict(prediction) for prediction in predictions[:5]])
+        self.validated = {
             "loss": loss,
             "accuracy": result.accuracy,
             "chain_match": result.chain_match,
@@ -211,10 +254,12 @@ class Training:
             "cut": result.cut,
             **watched,
         }
+        track.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **self.validated)
+        self.pending = False
 
-    def _watch(self, thoughts: torch.Tensor) -> dict[str, Any]:
+    def _watch(self, lm: LatentLM, thoughts: torch.Tensor) -> dict[str, Any]:
         """What the thoughts of the validation questions look like; warns when they collapse, once in a row."""
-        table: Any = self.lm.base.get_input_embeddings()
+        table: Any = lm.base.get_input_embeddings()
         found = look_at(thoughts, table.weight)
         collapse = found.collapse()
         for problem in collapse:
@@ -224,17 +269,43 @@ class Training:
         return {f"thought_{name}": value for name, value in found.as_dict().items()}
 
     def save(self) -> None:
-        self.checkpoints.save(self.step, self.lm, self.engine.state_dict(), {"best": self.best})
+        self.world.mark(f"saving update {self.step}")
+        trainer, state = self.engine.state_dict(), {"best": self.best, "pending": self.pending}
+        with self.engine.whole() as lm:
+            lm.reasoning = self.lm.reasoning
+            self.world.first_does(lambda: self.checkpoints.save(self.step, lm, trainer, state))
+
+    def _stopped(self, number: int) -> int:
+        name = signal.Signals(number).name
+        say(f"Stopped by {name}; saved at update {self.step}. The same command goes on from here.")
+        return 128 + number
+
+    def _tracking(self) -> Tracking:
+        described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
+        about = {"config": asdict(self.config), **described}
+        return open_tracking(self.config.tracking, self.folder, self.step, about, writes=self.world.first)
 
     def _reasoning(self, stage: Stage) -> Reasoning:
         limit = self.config.max_new_tokens or self.task.max_new_tokens
         return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
 
-    def _report(self, place: Place, row: dict[str, float], result: dict[str, Any], seconds: float, first: int) -> None:
+    def _write_page(self, track: Tracking) -> None:
+        """RUN/report.html for the tracker, made by the command that makes it for people."""
+        command = [sys.executable, "-P", "-m", "coconut.analyze", f"run={self.folder}", "parts=[]"]
+        made = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=False)
+        if made.returncode:
+            say(f"warning: the report for the tracker could not be made: {made.stderr.strip()}")
+        else:
+            track.artifact(self.folder / "report.html", "report")
+
+    def _report(self, place: Place, seconds: float, first: int) -> None:
+        if self.pending:
+            return
         left = seconds / (self.step - first) * (self.schedule.total - self.step)
+        loss, found = self.recent[-1]["loss"], self.validated
         say(
-            f"  update {self.step:>6,} of {self.schedule.total:,}  stage {place.stage.index}  loss {row['loss']:.3f}  "
-            f"valid loss {result['loss']:.3f}  accuracy {100 * result['accuracy']:5.1f} %  "
+            f"  update {self.step:>6,} of {self.schedule.total:,}  stage {place.stage.index}  loss {loss:.3f}  "
+            f"valid loss {found['loss']:.3f}  accuracy {100 * found['accuracy']:5.1f} %  "
             f"{duration(seconds)} so far, about {duration(left)} left"
         )
 
@@ -244,7 +315,8 @@ class Training:
             "loss": str(error.loss), "grad_norm": str(error.grad_norm), "not_finite": error.culprits,
             "examples": [int(i) for i in batch], "before": list(self.recent),
         }  # fmt: skip
-        write_json(self.folder / "diverged.json", found)
+        if self.world.first:
+            write_json(self.folder / "diverged.json", found)
         saved = self.checkpoints.steps()
         before = "; ".join(f"{r['loss']:.3g} ({r['grad_norm']:.3g})" for r in self.recent) or "none"
         first = error.culprits[0] if error.culprits else "the loss alone"
@@ -262,16 +334,33 @@ class Training:
         )
 
 
+class Asked:
+    """Whether a signal has asked this process to stop, and whether one has asked any of them."""
+
+    def __init__(self, world: World):
+        self.world, self.number = world, 0
+
+    def __bool__(self) -> bool:
+        return self.number > 0
+
+    def anywhere(self) -> int:
+        """The number of the signal, 0 for none."""
+        return max(self.world.gather(self.number)) if self.world.any(self.number > 0) else 0
+
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
 @contextmanager
-def asked_to_stop() -> Iterator[list[signal.Signals]]:
-    """A list that SIGTERM or SIGINT (once) writes into; a second SIGINT interrupts as usual."""
-    asked: list[signal.Signals] = []
+def asked_to_stop(world: World) -> Iterator[Asked]:
+    """Note SIGTERM, SIGUSR1 and SIGINT in place of what they do; a second SIGINT interrupts as usual."""
+    asked = Asked(world)
 
     def note(number: int, frame: Any) -> None:
-        asked.append(signal.Signals(number))
+        asked.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield asked
     finally:
@@ -334,42 +423,67 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "plan": training.plan.as_dict(),
             "updates": training.schedule.total,
             "updates_per_epoch": training.schedule.updates_per_epoch,
-            "parameters": sum(p.numel() for p in training.lm.parameters()),
+            "parameters": training.num_parameters,
             "new_tokens": training.lm.new_tokens,
             "data": data,
             "model_type": training.lm.base.config.model_type,
             "init": earlier.get("init", began_from),
-            "sessions": [*earlier.get("sessions", []), {**here, "from_update": training.step}],
+            "sessions": [
+                *earlier.get("sessions", []),
+                {**here, "processes": training.world.size, "from_update": training.step},
+            ],
         },
     )
     write_json(folder / CONFIG, asdict(config))
 
 
 def run(config: TrainConfig) -> int:
-    """Train one run, or go on with it."""
+    """Train one run, or go on with it, on as many processes as asked for."""
     only_our_words()
+    if seat().rank == 0:
+        ready(config.tracking)
+    status = started_workers(config.launch, config.engine, "coconut.train", sys.argv[1:])
+    if status is not None:
+        return status
+    with joined(config.engine) as world:
+        return train_together(config, world)
+
+
+def train_together(config: TrainConfig, world: World) -> int:
+    """What each process of a run does."""
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is not divisible by {world.size} processes. It is the number of examples "
+            "of an update, over all of them: choose a multiple."
+        )
     config.data = config.data.absolute()
-    files = data_files(asdict(config.data))
-    folder = open_folder(config, files)
+    files = world.first_does(lambda: data_files(asdict(config.data)))
+    folder = world.first_does(lambda: open_folder(config, files))
     say(f"Run folder: {folder}")
-    with sole_owner(folder):
+    with ExitStack() as held:
+        world.first_does(lambda: held.enter_context(sole_owner(folder)) if world.first else None)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder}, the run's folder, is not to be seen from {platform.node()}. All nodes need it: name a "
+                "folder that they share with run=DIR."
+            )
         try:
-            return train(config, folder, files)
+            return train(config, folder, files, world)
         finally:
-            if not (folder / DESCRIPTION).exists():
+            if world.first and not (folder / DESCRIPTION).exists():
                 release(folder)
 
 
-def train(config: TrainConfig, folder: Path, files: dict[str, str]) -> int:
+def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World) -> int:
     """The run of this configuration on these files, in a folder that is its own."""
-    training = Training(config, folder, files)
-    if training.step == training.schedule.total:
+    training = Training(config, folder, files, world)
+    if training.step == training.schedule.total and not training.pending:
         say(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
         return 0
-    parameters = sum(p.numel() for p in training.lm.parameters())
+    where = f"{world.size} processes, {config.engine.kind}" if world.size > 1 else str(training.engine.device)
     say(
         f"{config.method}: {len(training.train):,} training and {len(training.valid):,} validation examples, "
-        f"{parameters / 1e6:.1f}M parameters, {training.schedule.total:,} updates on {training.engine.device}"
+        f"{training.num_parameters / 1e6:.1f}M parameters, {training.schedule.total:,} updates on {where}"
     )
     unit = training.plan.unit.value
     if config.curriculum.mixing_probability and not training.plan.mixing_probability:
@@ -377,9 +491,13 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str]) -> int:
     for stage in training.plan.stages:
         say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
     training.rehearse()
-    describe_run(config, folder, training)
+    training.take_up()
+    world.first_does(lambda: describe_run(config, folder, training))
     if training.step:
         say(f"Going on from update {training.step:,}")
+        before = read_json(folder / DESCRIPTION)["sessions"][-2].get("processes", 1) if world.first else world.size
+        if before != world.size:
+            say(f"note: on {world.size} processes, {before} before. Batches and losses are the same; dropout is not")
     return training.run()
 
 

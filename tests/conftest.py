@@ -21,14 +21,17 @@ if not Path(coconut.__file__).with_name("methods.py").is_file():
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
 from coconut.data import Example, build_word_tokenizer
 from coconut.files import write_json
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
 from coconut.model import LatentLM
+from coconut.tracking import read_metrics
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -78,6 +81,28 @@ def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
         "max_new_tokens": 6,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def same_end(folder: Path, other: Path) -> None:
+    """Bit for bit: weights, optimizer, random states, best so far, and every number in metrics.jsonl."""
+    ends = [Checkpoints(run).last() for run in (folder, other)]
+    assert ends[0]
+    assert ends[1]
+    assert ends[0].name == ends[1].name
+    ours, theirs = (load_file(end / "model.safetensors") for end in ends if end)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    a, b = (load_trainer(end) for end in ends if end)
+    for mine, its in zip(a["random"], b["random"], strict=True):
+        assert torch.equal(mine["cpu"], its["cpu"])
+    for index, state in b["optimizer"]["state"].items():
+        assert all(torch.equal(value, a["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert load_state(ends[0]) == load_state(ends[1])
+    rows, its_rows = (
+        [{key: value for key, value in row.items() if key not in ("seconds", "memory")} for row in read_metrics(run)]
+        for run in (folder, other)
+    )
+    assert rows == its_rows
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -61,7 +61,7 @@ def test_every_experiment_is_built(experiment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in ("model", "data", "engine") for name in group(kind)]
+    ("kind", "name"), [(kind, name) for kind in ("model", "data", "engine", "tracking") for name in group(kind)]
 )
 def test_every_choice_is_built(kind: str, name: str) -> None:
     assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
@@ -197,11 +197,11 @@ LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
     ["sources"],
-    ["collapse", "data", "losses", "engine", "schedule"],
+    ["collapse", "data", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
     ["checkpoint", "generate", "tracking"],
-    ["build", "evaluate", "stopping"],
+    ["build", "evaluate", "stopping", "trackers"],
     ["train", "analysis"],
     ["analyze"],
 ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import graph_files, small_run
+from conftest import graph_files, same_end, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,7 @@ from coconut.config import (
 from coconut.data import read_examples
 from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
+from coconut.engine.world import World
 from coconut.files import read_json
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.schedule import Schedule, updates_since_reset
@@ -75,20 +76,6 @@ def finished(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def weights(folder: Path, step: int = 14) -> dict[str, torch.Tensor]:
     return load_file(Checkpoints(folder).path(step) / "model.safetensors")
-
-
-def same_end(folder: Path, finished: Path) -> None:
-    """Bit for bit: weights, optimizer, random state, best so far, and every number in metrics.jsonl."""
-    ours, theirs = weights(folder), weights(finished)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    a, b = (load_trainer(Checkpoints(f).path(14)) for f in (folder, finished))
-    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
-    for index, state in b["optimizer"]["state"].items():
-        assert all(torch.equal(value, a["optimizer"]["state"][index][key]) for key, value in state.items())
-    assert load_state(Checkpoints(folder).path(14)) == load_state(Checkpoints(finished).path(14))
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(f)] for f in (folder, finished)]
-    assert rows[0] == rows[1]
 
 
 # --- a run describes itself -----------------------------------------------------------------------
@@ -371,7 +358,7 @@ def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> 
     model = ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", attention="eager")
     config = settings(data, tmp_path / "run", model=model)
     run(config)
-    again = Training(config, tmp_path / "run", data_files(asdict(data)))
+    again = Training(config, tmp_path / "run", data_files(asdict(data)), World())
     assert again.lm.base.config._attn_implementation == "eager"
 
 
@@ -439,7 +426,7 @@ def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data
     run(config)
     assert read_json(folder / "run.json")["init"] == str(Checkpoints(finished).find("best"))
     fresh = settings(data, tmp_path / "fresh", init=str(finished))
-    lm = Training(fresh, tmp_path / "fresh", data_files(asdict(data))).lm
+    lm = Training(fresh, tmp_path / "fresh", data_files(asdict(data)), World()).lm
     loaded = LatentLM.from_pretrained(Checkpoints(finished).find("best"))
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
 

@@ -5,13 +5,18 @@ An engine is given an `nn.Module` and a loss function. It knows neither models, 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
+from coconut.engine.world import World
 
 
 class MicroBatch(Protocol):
@@ -44,14 +49,20 @@ class NonFinite(ArithmeticError):
 
 
 class Engine(Protocol):
+    """Each process has one. All of them call the same methods in the same order, with parts of the same update."""
+
     device: torch.device
+    world: World
 
     def reset_optimizer(self) -> None:
         """Make the optimizer anew: no moments, no step count."""
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
-        """One update: the mean of the loss over all targets of all micro-batches. Raises NonFinite."""
+        """One update: the mean of the loss over all targets of all micro-batches of all processes.
+
+        Every process gives equally many micro-batches, with equally many passes each. Raises NonFinite.
+        """
         ...
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
@@ -60,8 +71,127 @@ class Engine(Protocol):
 
     def autocast(self) -> AbstractContextManager[Any]: ...
 
+    def whole(self) -> AbstractContextManager[Any]:
+        """The module with all its weights, to evaluate or save, whatever part of them a process keeps."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and random number generators, as tensors and plain values."""
+        """Optimizer and random number generators, as tensors and plain values.
+
+        The form is the same for all engines and numbers of processes: `optimizer` is torch's own for AdamW over
+        the trained parameters in their order, `random` has an entry for each process, and `master` (names to
+        tensors) the weights in float32 if the module has them in less. Whole in the first process only.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def make_engine(
+    module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: OptimizerConfig, world: World
+) -> Engine:
+    """Raises ValueError if what the engine needs is not installed."""
+    if config.kind is EngineKind.deepspeed:
+        from coconut.engine.zero import ZeroEngine
+
+        return ZeroEngine(module, loss_function, config, optimizer, world)
+    from coconut.engine.local import LocalEngine
+
+    return LocalEngine(module, loss_function, config, optimizer, world)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, on several GPUs the process's own; `auto` takes a GPU if there is one.
+
+    Raises ValueError if it is not there.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
+    if name == "cuda" and torch.cuda.is_available():
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"This machine has {count} GPU{'s' * (count > 1)} and more processes than that. Start as many "
+                "processes as GPUs, or run on the CPU with engine.device=cpu."
+            )
+        name = f"cuda:{local_rank}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"engine.device={name} cannot be used here ({reason}). Set engine.device=cpu or auto."
+        ) from None
+
+
+def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
+    """Set the number of threads, and give the device."""
+    world = world or World()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif world.local_size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
+    device = choose_device(config.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed if it is there
+    return device
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    if precision is Precision.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def adamw(module: nn.Module, settings: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+    """The optimizer of the parameters that are trained."""
+    return torch.optim.AdamW(
+        trained(module),
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in module.parameters() if weight.requires_grad]
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def own_random_state(states: list[dict[str, torch.Tensor]], world: World, device: torch.device) -> None:
+    """Take up this process's generator where it was; one that there was not yet goes on from the first one's."""
+    if world.rank < len(states):
+        set_random_state(states[world.rank], device)
+    else:
+        set_random_state(states[0], device)
+        torch.manual_seed(torch.randint(2**62, ()).item() + world.rank)
+
+
+def peak_memory(device: torch.device) -> float:
+    """In GiB: of the GPU since the last call, or of the process since it began."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,272 @@
+"""Memory and time of a training step, with activations kept and recomputed: python -m benchmarks.memory [times]
+
+GPT-2's architecture (124M), float32, one thread, 8 rows as long as ProsQA's, 3 and 6 thoughts. First it is seen
+that both ways give the same gradients; then each step runs in a process of its own, in turn, and the medians
+are printed: CPU time, the process's largest resident set, and the largest sum of tensors that live at once, which
+is compared with what `activations` computes from sizes. The last table is computed too: what fits where.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from coconut import LatentLM
+from coconut.data import ADDED_TOKENS, Example, build_word_tokenizer
+
+GIB = 2**30
+ROWS, QUESTION, AFTER = 8, 160, 50
+
+
+# --- computed ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder: widths of the hidden state, of keys (or values) of a token, and of the feed-forward layer.
+
+    `gated`: as in Llama, with RMS norms and untied tables; else as GPT-2.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    keys: int
+    inner: int
+    vocabulary: int
+    gated: bool = True
+    tied: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Matrices alone; norms and biases are less than a thousandth."""
+        attention = 2 * self.hidden * (self.hidden + self.keys)
+        layer = attention + (3 if self.gated else 2) * self.hidden * self.inner
+        return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+    def lora(self, rank: int) -> int:
+        """Parameters of a correction of all linear layers but the head."""
+        pairs = 2 * (2 * self.hidden) + 2 * (self.hidden + self.keys)
+        if not self.gated:  # queries, keys and values are one layer
+            pairs = (4 * self.hidden) + (2 * self.hidden)
+        pairs += (3 if self.gated else 2) * (self.hidden + self.inner)
+        return self.layers * rank * pairs
+
+    def inside(self, size: int) -> int:
+        """Numbers of `size` bytes that a token's way through one layer leaves for the gradient."""
+        if not self.gated:
+            return 6 * self.hidden + 2 * self.keys + 5 * self.inner
+        norms = 2 * self.hidden * (4 // size - 1)  # RMS norms compute in float32
+        return 8 * self.hidden + norms + 2 * self.keys + 4 * self.inner
+
+
+def states(weights: int, trained: int, size: int, shards: int = 1, zero: int = 0, offload: bool = False) -> float:
+    """Bytes on each device of weights, gradients and AdamW, activations aside.
+
+    float32 (`size` 4): 4 + 4 + 8 a trained weight. bfloat16 (2) with a float32 master copy and gradients added
+    up in float32: 2 + 4 + 12. What is frozen has neither gradient nor optimizer, and what is trained beside it
+    is float32. ZeRO shards the optimizer (1), gradients (2) and weights (3); `offload` has the optimizer on the host.
+    """
+    frozen = weights - trained
+    own = 4 if frozen else size
+    optimizer = trained * (8 if own == 4 else 12)
+    parts = [0 if offload else optimizer, trained * 4, trained * own + frozen * size]
+    return sum(part / (shards if zero > level else 1) for level, part in enumerate(parts))
+
+
+def activations(shape: Shape, rows: int, widths: list[int], size: int, recompute: bool) -> float:
+    """Bytes that live at the end of the forward pass, logits aside; `widths`: columns of each pass."""
+    columns = rows * sum(widths)
+    several = len(widths) > 1
+    if recompute:
+        return size * shape.layers * columns * (shape.hidden + several * 2 * shape.keys)
+    joined = rows * sum(accumulate(widths)) if several else 0  # each pass keeps keys and values of all before it
+    return size * shape.layers * (columns * shape.inside(size) + joined * 2 * shape.keys)
+
+
+def working(shape: Shape, rows: int, widths: list[int], size: int) -> float:
+    """Bytes inside the one layer that runs again, for the widest pass."""
+    seen = rows * sum(widths) if len(widths) > 1 else 0
+    return size * (rows * max(widths) * shape.inside(size) + seen * 2 * shape.keys)
+
+
+def head(shape: Shape, targets: int) -> float:
+    """Bytes of logits, their float32 logarithms and gradients, at targets alone."""
+    return 3 * 4 * targets * shape.vocabulary
+
+
+GPT2 = Shape("GPT-2", 12, 768, 768, 3072, 50261, gated=False, tied=True)
+MODELS = [
+    GPT2,
+    Shape("Llama 3.2 1B", 16, 2048, 512, 8192, 128260, tied=True),
+    Shape("Llama 3.1 8B", 32, 4096, 1024, 14336, 128260),
+    Shape("Llama 3.1 70B", 80, 8192, 1024, 28672, 128260),
+]
+
+
+RECIPES: list[tuple[str, dict[str, Any]]] = [
+    ("float32", {"size": 4}),
+    ("bfloat16", {"size": 2}),
+    ("8: ZeRO 2", {"size": 2, "shards": 8, "zero": 2}),
+    ("8: ZeRO 3", {"size": 2, "shards": 8, "zero": 3}),
+    ("8: offload", {"size": 2, "shards": 8, "zero": 3, "offload": True}),
+    ("LoRA", {"size": 2, "rank": 16}),
+    ("8: LoRA", {"size": 2, "rank": 16, "shards": 8, "zero": 3}),
+]
+
+
+def fits() -> None:
+    """What a device needs: states after each recipe, and the activations of a micro-batch."""
+    widths, targets = [QUESTION, *[1] * 5, 1 + AFTER], ROWS * AFTER
+    print(f"\ncomputed: GB on each of 1 or 8 devices; {ROWS} rows of {sum(widths)} columns, 6 thoughts, in bfloat16")
+    print(f"{'':14}" + "".join(f"{name:>11}" for name, _ in RECIPES) + f"{'kept':>11}{'recomputed':>12}")
+    for shape in MODELS:
+        needed = []
+        for _, recipe in RECIPES:
+            lora = shape.lora(recipe.get("rank", 0))
+            how = {key: value for key, value in recipe.items() if key != "rank"}
+            needed.append(states(shape.parameters + lora, lora or shape.parameters, **how))
+        kept = activations(shape, ROWS, widths, 2, recompute=False)
+        again = activations(shape, ROWS, widths, 2, recompute=True) + working(shape, ROWS, widths, 2)
+        row = [*needed, *(found + head(shape, targets) for found in (kept, again))]
+        print(f"{shape.name:14}" + "".join(f"{found / 1e9:11.1f}" for found in row))
+
+
+# --- measured ---------------------------------------------------------------------------------------
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the tensors made within that live now (`now`), and of the most that lived at once (`peak`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen.update(t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def make_model(dropout: float = 0.0) -> LatentLM:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    vocabulary = GPT2.vocabulary - len(ADDED_TOKENS)
+    tokenizer = build_word_tokenizer([Example(" ".join(f"w{i}" for i in range(100)), ("a",), "b")])
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=vocabulary, bos_token_id=None, eos_token_id=1, pad_token_id=0, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=dropout,
+    )  # fmt: skip
+    return LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, init="random").train()
+
+
+def make_batch(lm: LatentLM, thoughts: int) -> dict[str, Tensor]:
+    """Questions of equal length, thoughts, and what is learnt after them."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (ROWS, QUESTION + thoughts + AFTER), generator=random)
+    ids[:, QUESTION : QUESTION + thoughts] = lm.latent_id
+    labels = ids.clone()
+    labels[:, : QUESTION + thoughts] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(lm: LatentLM, batch: dict[str, Tensor]) -> None:
+    torch.manual_seed(1)
+    loss = lm(**batch).loss
+    assert loss is not None
+    loss.backward()
+
+
+def measure(thoughts: int, recompute: bool) -> dict[str, float]:
+    """In this process: a step for its time and resident set, then one for the tensors that live."""
+    lm = make_model()
+    lm.recompute = recompute
+    batch = make_batch(lm, thoughts)
+    before = time.process_time()
+    step(lm, batch)
+    seconds = time.process_time() - before
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with Living() as living:  # the gradients are there already
+        torch.manual_seed(1)
+        loss = lm(**batch).loss
+        assert loss is not None
+        held = living.now
+        loss.backward()
+    return {"seconds": seconds, "resident": resident, "held": held, "peak": living.peak}
+
+
+def difference(thoughts: int) -> float:
+    """The largest |a - b| / |b| over the parameters' gradients, dropout on, one seed."""
+    lm = make_model(dropout=0.1)
+    found: list[dict[str, Tensor]] = []
+    for lm.recompute in (False, True):
+        lm.zero_grad()
+        step(lm, make_batch(lm, thoughts))
+        found.append({name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None})
+    kept, again = found
+    return max(float((again[name] - kept[name]).norm() / kept[name].norm().clamp(min=1e-12)) for name in kept)
+
+
+def elsewhere(*arguments: str) -> Any:
+    """What this file does with the arguments, in a process of its own, which begins with a small resident set."""
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    match sys.argv[1:]:
+        case ["measure", thoughts, way]:
+            print(json.dumps(measure(int(thoughts), way == "recompute")))
+        case ["difference", thoughts]:
+            print(json.dumps(difference(int(thoughts))))
+        case [*times]:
+            report(int(times[0]) if times else 3)
+
+
+def report(times: int) -> None:
+    print(f"gradients of both ways differ by at most {elsewhere('difference', '3'):.1e} of their norm", flush=True)
+    cases = [(thoughts, way) for thoughts in (3, 6) for way in ("keep", "recompute")]
+    found: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
+    for _ in range(times):
+        for thoughts, way in cases:
+            found[thoughts, way].append(elsewhere("measure", str(thoughts), way))
+    print(f"{times} processes each, medians; GiB")
+    print("thoughts  activations  CPU seconds   resident   tensors: peak  held  computed")
+    for (thoughts, way), rows in found.items():
+        m = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        widths = [QUESTION, *[1] * (thoughts - 1), 1 + AFTER]
+        held = activations(GPT2, ROWS, widths, 4, way == "recompute") + head(GPT2, ROWS * AFTER) / 3
+        print(
+            f"{thoughts:8}  {way:11} {m['seconds']:10.1f} {m['resident'] / GIB:10.2f} {m['peak'] / GIB:15.2f} "
+            f"{m['held'] / GIB:5.2f} {held / GIB:9.2f}"
+        )
+    fits()
+
+
+if __name__ == "__main__":
+    main()

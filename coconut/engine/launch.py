@@ -1,0 +1,74 @@
+"""Starting the processes of a run on this machine, with torch's elastic launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import uuid
+
+import torch
+
+from coconut.config import EngineConfig, LaunchConfig
+from coconut.engine.world import seat
+
+
+def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arguments: list[str]) -> int | None:
+    """Run `python -m MODULE ARGUMENTS` on as many processes as asked for, and give its exit status.
+
+    None if this process is to do the work: it is the only one, or one that a launcher started. Raises
+    ValueError if there are fewer GPUs than processes, or if their number is left to GPUs and there are none.
+    """
+    if seat().size > 1:
+        return None
+    gpus = torch.cuda.device_count() if engine.device in ("auto", "cuda") else 0
+    count = gpus if launch.num_processes is None else launch.num_processes
+    if not count:
+        raise ValueError("There is no GPU to count processes by. Say how many: launch.num_processes=2.")
+    if gpus and count > gpus:
+        raise ValueError(
+            f"launch.num_processes={count}, and this machine has {gpus} GPU{'s' * (gpus > 1)}. Lower it, or run on "
+            "the CPU with engine.device=cpu."
+        )
+    return None if count == 1 else _run(count, launch.grace, module, arguments)
+
+
+def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig as Elastic
+    from torch.distributed.launcher.api import elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it logs is said below, in words
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    elastic = Elastic(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        shutdown_timeout=grace,
+    )
+    try:
+        elastic_launch(elastic, sys.executable)("-m", module, *arguments)
+    except SignalException as asked:
+        return 128 + asked.sigval
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = str(-failure.exitcode)
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-failure.exitcode).name
+        print(f"error: process {rank} was ended by {name}; the others were stopped.", file=sys.stderr)
+        return 128 - failure.exitcode
+    return 0

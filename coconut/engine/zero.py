@@ -1,0 +1,248 @@
+"""DeepSpeed: ZeRO shards the optimizer (1), the gradients (2) and the weights (3) over the processes.
+
+Weights are in float32; with precision=bfloat16 stages 1 to 3 keep them in bfloat16 beside float32 master
+weights, which the optimizer changes, and stage 0 computes in bfloat16 as the local engine does.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import nn
+
+from coconut.config import EngineConfig, OptimizerConfig, Precision
+from coconut.engine.base import (
+    LossFunction,
+    MicroBatch,
+    NonFinite,
+    Update,
+    adamw,
+    autocast,
+    own_random_state,
+    random_state,
+    set_random_state,
+    set_up,
+    trained,
+)
+from coconut.engine.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed() -> Any:
+    """Raises ValueError if it is not installed."""
+    try:
+        with quiet():
+            import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f'engine=deepspeed needs DeepSpeed ({error}). Install it: pip install "coconut-latent[deepspeed]"'
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    return deepspeed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without DeepSpeed's warnings of old names in torch, and what it prints of its operators."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+class ZeroEngine:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_function: LossFunction,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+    ):
+        self.world = world
+        self.device = set_up(config, world)
+        self.stage = config.zero_stage
+        self.lowered = config.precision is Precision.bfloat16 and self.stage > 0
+        self.precision = Precision.float32 if self.lowered else config.precision
+        self.loss_function = loss_function
+        self.settings = optimizer
+        self.module = module
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        if self.lowered:
+            for weight in module.parameters():
+                weight.data = weight.data.to(torch.bfloat16)
+        self.replica = without_weights(module).to(self.device) if self.stage == 3 else None
+        if not config.offload_parameters:
+            module.to(self.device)
+        deepspeed = import_deepspeed()
+        if not torch.distributed.is_initialized():
+            alone()
+        home = torch.device("cpu") if config.offload_optimizer else self.device
+        with quiet():
+            self.deepspeed, self.sharded, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=adamw(module, optimizer, home),
+                config=settings(config, optimizer, sum(weight.numel() for weight in module.parameters())),
+                dist_init_required=False,
+            )
+        for name, buffer in self.module.named_buffers():  # DeepSpeed lowers them, too: rotary frequencies lose by it
+            buffer.data = buffers[name].to(self.device)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over what this process has of the weights."""
+        return self.sharded.optimizer if self.stage else self.sharded
+
+    def reset_optimizer(self) -> None:
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()  # in place: ZeRO keeps views of them
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.device, self.precision)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """With stage 3 a copy with all weights, for as long as it is used: passes need not be in step with others'."""
+        if self.replica is None:
+            yield self.module
+            return
+        import deepspeed
+
+        for weight, copied in zip(self.module.parameters(), self.replica.parameters(), strict=True):
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([weight]):
+                copied.data = weight.detach().to(self.device, copy=True)
+        try:
+            yield self.replica
+        finally:
+            for copied in self.replica.parameters():
+                copied.data = copied.data.new_empty(0)
+
+    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+        world = self.world
+        num_targets = int(world.sum(sum(batch.num_targets for batch in micro_batches)))
+        loss = torch.zeros((), dtype=torch.float64)
+        for batch in micro_batches:
+            self.deepspeed.set_gradient_accumulation_boundary(batch is micro_batches[-1])
+            with self.autocast():
+                loss_sum = self.loss_function(self.deepspeed, batch.to(self.device))
+            self.deepspeed.backward(loss_sum * world.size / num_targets, scale_wrt_gas=False)
+            loss += loss_sum.detach().to(loss)
+        mean = world.sum(loss.item()) / num_targets
+        norm = math.nan if self.stage else self._clip()
+        if not math.isfinite(mean) or (not self.stage and not math.isfinite(norm)):
+            raise NonFinite(mean, norm, [])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        if self.stage:
+            norm = float(self.deepspeed.get_global_grad_norm())
+            if self.sharded.overflow:  # then ZeRO has left the weights alone
+                raise NonFinite(mean, norm, [])
+        return Update(mean, norm, num_targets)
+
+    def _clip(self) -> float:
+        weights = trained(self.module)
+        total = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.settings.clip:
+            nn.utils.clip_grads_with_norm_(weights, self.settings.clip, total)
+        return total.item()
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """An update that changes nothing, its learning rate being 0: the moments take their memory, too."""
+        before = random_state(self.device)
+        self.update([micro_batch], lr=0.0)
+        self.reset_optimizer()
+        set_random_state(before, self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        random = self.world.gather(random_state(self.device))
+        if not self.stage:
+            return {"optimizer": self.optimizer.state_dict(), "random": random}
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        step = next(iter(self.optimizer.state.values()))["step"]
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        master: dict[str, torch.Tensor] = {}
+        named = [(name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad]
+        for index, (name, weight) in enumerate(named):
+            moments = {key: self._kept(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
+            state[index] = {"step": step.cpu().clone(), **moments}  # AdamW counts on in each by itself
+            if self.lowered:
+                master[name] = self._kept(safe_get_full_fp32_param(weight))
+        group = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
+        groups = [{**group, "params": list(state)}]
+        found: dict[str, Any] = {"optimizer": {"state": state, "param_groups": groups}, "random": random}
+        return {**found, "master": master} if self.lowered else found
+
+    def _kept(self, value: torch.Tensor | None) -> torch.Tensor:
+        assert value is not None
+        return value.cpu() if self.world.first else value.new_empty(0)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """To be called after `rehearse`, which makes the moments."""
+        own_random_state(state["random"], self.world, self.device)
+        if not self.stage:
+            self.optimizer.load_state_dict(state["optimizer"])
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        saved, master = state["optimizer"]["state"], state.get("master", {})
+        named = [(name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad]
+        for index, (name, weight) in enumerate(named):
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(weight, saved[index][key].to(self.device), key)
+            if self.lowered and name in master:
+                safe_set_full_fp32_param(weight, master[name].to(self.device))
+        for own in self.optimizer.state.values():
+            own["step"].copy_(saved[0]["step"])
+
+
+def settings(config: EngineConfig, optimizer: OptimizerConfig, weights: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Updates and their parts are the engine's own business, so it hears of one part."""
+    bucket = min(500_000_000, weights)
+    offload = {
+        "offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
+        "offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
+    }
+    asked = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision is Precision.bfloat16 and config.zero_stage > 0},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket // 10,
+            "stage3_param_persistence_threshold": min(100_000, weights // 1000),
+            **{key: value for key, value in offload.items() if asked[key]},
+        },
+    }
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy with empty parameters, shared where the module shares them."""
+    memo = {id(weight): nn.Parameter(weight.data.new_empty(0), requires_grad=False) for weight in module.parameters()}
+    return copy.deepcopy(module, memo).eval()
+
+
+def alone() -> None:
+    """A process group of one, which DeepSpeed cannot do without."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = torch.distributed.HashStore()  # pyright: ignore
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

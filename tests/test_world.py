@@ -1,0 +1,263 @@
+"""A run on several processes: it means the same, goes on exactly, and ends as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import graph_files, same_end, small_run
+from processes import CLEAN, HERE, together
+
+from coconut.checkpoint import Checkpoints
+from coconut.config import (
+    DataConfig,
+    EngineConfig,
+    EngineKind,
+    EvaluateConfig,
+    LaunchConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from coconut.engine.base import choose_device
+from coconut.engine.launch import started_workers
+from coconut.engine.world import Seat, World, joined, seat
+from coconut.evaluate import evaluate_together
+from coconut.evaluate import run as evaluate_alone
+from coconut.methods import Curriculum, Unit
+from coconut.tracking import read_metrics
+from coconut.train import run, train_together
+
+ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
+ZERO_3 = replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return graph_files(tmp_path_factory.mktemp("data"), 25, 11, 7)
+
+
+def settings(folder: Path, data: DataConfig, engine: EngineConfig = ENGINE, **changes: Any) -> TrainConfig:
+    """A run of 10 updates, 4 in an epoch, the last of them with one row; mixing is on."""
+    values: dict[str, Any] = {
+        "curriculum": Curriculum(max_stage=2, unit=Unit.updates, first=3, each=3, total=10, mixing_probability=0.3),
+        "engine": engine,
+        "optimizer": OptimizerConfig(lr=1e-2, clip=1.0),
+        "batch_size": 8,
+        "micro_batch_size": 3,
+        "save_every": 1,
+        "keep_checkpoints": 100,
+    }
+    return small_run(folder, data, **values | changes)
+
+
+def numbers(folder: Path) -> list[list[float]]:
+    """What a run's metrics tell of the model, not of the machine."""
+    names = ("step", "stage", "loss", "grad_norm", "lr", "targets", "tokens", "accuracy", "new_tokens", "thought_norm")
+    return [[row[name] for name in names if row.get(name) is not None] for row in read_metrics(folder)]
+
+
+def forget_after(folder: Path, step: int) -> None:
+    for later in Checkpoints(folder).steps():
+        if later > step:
+            shutil.rmtree(Checkpoints(folder).path(later))
+
+
+def runs_of_two(folder: str, files: dict[str, str]) -> None:
+    """What the fixture `made` has done by each of two processes."""
+    data = graph_data(files)
+    where = Path(folder)
+    with joined(ENGINE) as world:
+        for name, engine in {"ddp": ENGINE, "zero": ZERO_3, "ddp_from_one": ENGINE, "zero_from_one": ZERO_3}.items():
+            assert train_together(settings(where / name, data, engine), world) == 0
+        assert evaluate_together(EvaluateConfig(str(where / "one"), engine=ENGINE, batch_size=2), world) == 0
+
+
+def graph_data(files: dict[str, Any]) -> DataConfig:
+    from coconut.config import Task
+    from coconut.methods import PromptFormat
+
+    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+@pytest.fixture(scope="module")
+def made(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs: by one process; by two, from the start and from update 5 of the one; by one, from update 5 of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert run(settings(folder / "one", data)) == 0
+    for name in ("ddp_from_one", "zero_from_one"):
+        shutil.copytree(folder / "one", folder / name)
+        forget_after(folder / name, 5)
+    assert evaluate_alone(EvaluateConfig(str(folder / "one"), engine=ENGINE, batch_size=2)) == 0
+    shutil.move(folder / "one" / "evaluation", folder / "evaluation")
+    together(
+        "test_world.runs_of_two", str(folder), {split: getattr(data, split) for split in ("train", "valid", "test")}
+    )
+    shutil.copytree(folder / "zero", folder / "one_from_zero")
+    forget_after(folder / "one_from_zero", 5)
+    assert run(settings(folder / "one_from_zero", data)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero", "ddp_from_one", "zero_from_one", "one_from_zero"])
+def test_two_processes_train_as_one_does(made: Path, name: str) -> None:
+    ours, theirs = numbers(made / name), numbers(made / "one")
+    assert len(ours) == len(theirs) == 10 + 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_two_processes_evaluate_as_one_does(made: Path) -> None:
+    ours, theirs = (
+        (folder / "test.predictions.jsonl").read_text() for folder in (made / "one" / "evaluation", made / "evaluation")
+    )
+    assert len(ours.splitlines()) == 7
+    assert ours == theirs
+
+
+# --- going on, and ending -------------------------------------------------------------------------
+
+
+class Launched:
+    """`coconut.train` on two processes that it starts itself."""
+
+    def __init__(self, folder: Path, data: DataConfig, *keys: str):
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        size = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+        given = [
+            "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
+            *(f"model.architecture.{name}={value}" for name, value in size.items()),
+            "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
+            "curriculum.first=6", "curriculum.each=5", "curriculum.max_stage=2", "curriculum.total=16",
+            "optimizer.warmup=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",
+            "engine.device=cpu", "launch=local", "launch.num_processes=2",
+        ]  # fmt: skip
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "coconut.train", *given, *keys], cwd=HERE.parent, stdout=log, stderr=log,
+                env={**CLEAN, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def workers(self) -> list[int]:
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def reaches(self, update: int) -> None:
+        end = time.monotonic() + 90
+        while not any(step >= update for step in Checkpoints(self.folder).steps()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.02)
+
+    def ends(self) -> int:
+        workers = self.workers()
+        status = self.process.wait(timeout=90)
+        assert not any(alive(pid) for pid in workers), "a worker was left behind"
+        return status
+
+
+def alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_what_was_stopped_and_killed_ends_as_if_it_had_not_been(data: DataConfig, tmp_path: Path) -> None:
+    whole = Launched(tmp_path / "whole", data)
+    assert whole.ends() == 0, whole.log.read_text()
+
+    asked = Launched(tmp_path / "broken", data)
+    asked.reaches(4)
+    asked.process.send_signal(signal.SIGUSR1)
+    assert asked.ends() == 128 + signal.SIGUSR1
+    assert "Stopped by SIGUSR1; saved at update" in asked.log.read_text()
+
+    killed = Launched(tmp_path / "broken", data)
+    killed.reaches(9)
+    os.kill(killed.workers()[1], signal.SIGKILL)
+    assert killed.ends() == 128 + signal.SIGKILL
+    assert "was ended by SIGKILL; the others were stopped" in killed.log.read_text()
+
+    last = Launched(tmp_path / "broken", data)
+    assert last.ends() == 0, last.log.read_text()
+    same_end(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_process_that_does_not_get_on_ends_the_run(data: DataConfig, tmp_path: Path) -> None:
+    hung = Launched(tmp_path / "hung", data, "engine.timeout=4")
+    hung.reaches(3)
+    os.kill(hung.workers()[1], signal.SIGSTOP)
+    began = time.monotonic()
+    assert hung.ends() in (3, 128 + signal.SIGKILL)
+    assert time.monotonic() - began < 30
+    assert "gave no sign of life for 4 s. The run ends" in hung.log.read_text()
+
+
+# --- who is who -----------------------------------------------------------------------------------
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "n1", "MASTER_PORT": "7"}  # fmt: skip
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "81234", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_STEP_NODELIST": "n[1-4]",
+        "MASTER_ADDR": "n1"}  # fmt: skip
+
+
+def test_launchers_tell_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, expected in [
+        ({}, Seat()),
+        (TORCHRUN, Seat(3, 4, 1, 2, "n1", 7)),
+        (SRUN, Seat(5, 7, 1, 2, "n1", 21234)),
+        ({**SRUN, "MASTER_PORT": "9"}, Seat(5, 7, 1, 2, "n1", 9)),
+        ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}, Seat()),  # sbatch's own script
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, Seat()),
+        ({**SRUN, **TORCHRUN}, Seat(3, 4, 1, 2, "n1", 7)),
+    ]:
+        with monkeypatch.context() as here:
+            for name, value in told.items():
+                here.setenv(name, value)
+            assert seat() == expected
+
+
+def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="not MASTER_ADDR and MASTER_PORT"):
+        seat()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size=8 is not divisible by 3 processes"):
+        train_together(settings(tmp_path / "run", data), World(Seat(size=3)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_without_a_gpu_are_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs here")
+    with pytest.raises(ValueError, match="no GPU to count processes by"):
+        started_workers(LaunchConfig(None), EngineConfig(), "coconut.train", [])
+    with pytest.raises(ValueError, match=r"engine.device=cuda cannot be used here"):
+        choose_device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"zero_stage": 2}, "engine.zero_stage=2 needs DeepSpeed. Add engine=deepspeed"),
+        ({"kind": EngineKind.deepspeed, "zero_stage": 4}, "it is 0, 1, 2 or 3"),
+        ({"kind": EngineKind.deepspeed, "offload_optimizer": True}, "needs the optimizer sharded"),
+        ({"kind": EngineKind.deepspeed, "zero_stage": 2, "offload_parameters": True}, "Set engine.zero_stage=3"),
+    ],
+)
+def test_what_zero_cannot_do_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**values)
