@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,17 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list
     return keys
 
 
-def start(*command: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(*command: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**HERE_ONLY, **environment},
     )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> bool:
@@ -81,8 +88,8 @@ def test_scripts_are_bash(script: Path) -> None:
     ],
 )
 def test_what_a_launcher_lacks_is_named(script: str, arguments: list[str], wrong: str) -> None:
-    done = start("bash", f"launch/{script}", *arguments)
-    printed, _ = done.communicate(timeout=60)
+    with started("bash", f"launch/{script}", *arguments) as done:
+        printed, _ = done.communicate(timeout=60)
     assert done.returncode == 2
     assert printed.startswith("error: ")
     assert wrong in printed
@@ -90,13 +97,10 @@ def test_what_a_launcher_lacks_is_named(script: str, arguments: list[str], wrong
 
 def test_torchrun_lets_its_workers_save(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launcher = start("bash", "launch/torchrun.sh", 2, *keys(run, LONG))
-    try:
+    with started("bash", "launch/torchrun.sh", 2, *keys(run, LONG)) as launcher:
         assert wait_until(lambda: trains(run) or launcher.poll() is not None, 120)
         launcher.send_signal(signal.SIGTERM)
         printed, _ = launcher.communicate(timeout=60)
-    finally:
-        launcher.kill()
     assert "100,000 updates on 2 processes" in printed
     assert "Stopped by SIGTERM; saved at update" in printed, printed
     assert Checkpoints(run).steps()[-1] == max(row["step"] for row in read_metrics(run))
@@ -105,12 +109,10 @@ def test_torchrun_lets_its_workers_save(keys: Callable[[Path, int], list[str]], 
 def test_torchrun_on_two_nodes(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     meet = {"NODES": "2", "MEET": f"localhost:{free_port()}"}
-    nodes = [start("bash", "launch/torchrun_nodes.sh", 1, *keys(run, 6), **meet) for _ in range(2)]
-    try:
+    with ExitStack() as held:
+        command = ("bash", "launch/torchrun_nodes.sh", 1, *keys(run, 6))
+        nodes = [held.enter_context(started(*command, **meet)) for _ in range(2)]
         printed = [node.communicate(timeout=120)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert "6 updates on 2 processes" in "".join(printed)
     assert Checkpoints(run).last() == Checkpoints(run).path(6)
@@ -118,11 +120,11 @@ def test_torchrun_on_two_nodes(keys: Callable[[Path, int], list[str]], tmp_path:
 
 def test_a_failed_job_of_a_sweep_is_no_success(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
-    sweep = start(
+    with started(
         sys.executable, "-m", "coconut.train", "--multirun", "hydra/launcher=submitit_local",
         f"hydra.sweep.dir={tmp_path / 'sweep'}", *keys(tmp_path / "run-${batch_size}", 6), "batch_size=0,8",
-    )  # fmt: skip
-    printed, _ = sweep.communicate(timeout=120)
+    ) as sweep:  # fmt: skip
+        printed, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 1, printed
     assert "error: batch_size is 0" in printed
     assert Checkpoints(tmp_path / "run-8").last() == Checkpoints(tmp_path / "run-8").path(6)
@@ -130,16 +132,13 @@ def test_a_failed_job_of_a_sweep_is_no_success(keys: Callable[[Path, int], list[
 
 
 def test_a_sweep_stops_as_a_whole(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
-    sweep = start(
+    with started(
         sys.executable, "-m", "coconut.train", "--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}",
-        *keys(tmp_path / "run-${seed}", LONG), "seed=0,1", "launch=local", "launch.num_processes=2",
-    )  # fmt: skip
-    try:
+        *keys(tmp_path / "run-${seed}", LONG), "seed=0,1",
+    ) as sweep:  # fmt: skip
         assert wait_until(lambda: trains(tmp_path / "run-0") or sweep.poll() is not None, 120)
         sweep.send_signal(signal.SIGTERM)
         printed, _ = sweep.communicate(timeout=60)
-    finally:
-        sweep.kill()
     assert sweep.returncode == 143, printed
     assert "Stopped by SIGTERM; saved at update" in printed
     assert not (tmp_path / "run-1").exists()

@@ -51,6 +51,23 @@ def plans(draw: st.DrawFn) -> Plan:
     return plan(draw(st.sampled_from(list(METHODS))), curriculum)
 
 
+@given(data_sets(), plans(), st.integers(1, 4), st.integers(1, 3))
+def test_processes_share_an_update_and_keep_step(data: TokenizedData, stages: Plan, ranks: int, size: int) -> None:
+    """Every row and target once; equally many parts for all, with the passes that the longest of them needs."""
+    view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
+    batch = np.arange(len(data))
+    shares = [list(micro_batches(view, batch, size, rank, ranks)) for rank in range(ranks)]
+    alone = list(micro_batches(view, batch, len(batch)))
+    assert len({len(share) for share in shares}) == 1
+    assert sum(part.num_targets for share in shares for part in share) == alone[0].num_targets
+    rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if part.num_targets
+            for row, mask in zip(part.input_ids, part.attention_mask, strict=True)]  # fmt: skip
+    assert sorted(rows) == sorted(tuple(view.layout(i).ids.tolist()) for i in range(len(data)))
+    for parts in zip(*shares, strict=True):
+        needed = max(int((part.input_ids == SPECIAL.latent).sum(1).max()) for part in parts) + 1
+        assert {part.passes for part in parts} == {needed}
+
+
 @given(data_sets(), plans(), st.integers(0, 3))
 def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, stages: Plan, epoch: int) -> None:
     for stage in stages.stages:

@@ -117,6 +117,25 @@ def test_any_layout_gives_equal_losses(layout: tuple[Any, Any]) -> None:
     torch.testing.assert_close(cached.loss_sum, plain.loss_sum, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("min_passes", [2, 4, 7, 30])
+def test_more_passes_than_needed_change_nothing(family: str, min_passes: int) -> None:
+    lm = build(family)
+    batch = mixed_batch(lm)
+    found = []
+    for passes in (1, min_passes):
+        calls: list[int] = []
+        hook = lm.base.base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        lm.zero_grad()
+        out = lm(**batch, min_passes=passes)
+        out.loss_sum.backward()
+        hook.remove()
+        found.append((out.loss_sum.item(), gradients(lm), len(calls)))
+    (loss, grads, few), (more_loss, more_grads, many) = found
+    assert many == max(few, min_passes)
+    assert more_loss == pytest.approx(loss, rel=1e-9)
+    assert relative(more_grads, grads) < 1e-9
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_without_thoughts_it_is_the_plain_model(family: str, use_cache: bool) -> None:
     lm = build(family)

@@ -37,6 +37,7 @@ from coconut.data import read_examples
 from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
+from coconut.evaluate import evaluate
 from coconut.files import read_json
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.schedule import Schedule, updates_since_reset
@@ -172,6 +173,28 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 12
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "the run did not get so far"
         time.sleep(0.002)
+
+
+def test_a_validation_left_for_a_signal_is_made_up_for(
+    finished: Path, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the training, and at its very end."""
+    folder = tmp_path / "run"
+    for left_at in (9, 14):  # the third validation of a session
+        validations: list[int] = []
+
+        def evaluated(*args: Any, begun: list[int] = validations, **kwargs: Any) -> Any:
+            begun.append(1)
+            if len(begun) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **kwargs)
+
+        monkeypatch.setattr("coconut.train.evaluate", evaluated)
+        assert run(settings(data, folder, save_every=1)) == 128 + signal.SIGTERM
+        assert load_state(Checkpoints(folder).path(left_at))["pending"]
+        assert not Checkpoints(folder).path(left_at + 1).exists()
+    assert run(settings(data, folder, save_every=1)) == 0
+    same_end(folder, finished)
 
 
 def test_killed_and_started_again(finished: Path, data: DataConfig, tmp_path: Path) -> None:
