@@ -195,7 +195,7 @@ class Activations(StrEnum):
     """What is done with what a layer computes on its way to its output, which its gradient needs."""
 
     keep = "keep"
-    recompute = "recompute"  # in the backward pass: memory of inputs of layers alone, for about a third more time
+    recompute = "recompute"  # in the backward pass, from the inputs of layers, which alone are kept
 
 
 class EngineKind(StrEnum):

@@ -22,7 +22,7 @@ from coconut.build import make_model, starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application, own_environment
 from coconut.collapse import look_at
-from coconut.config import Resume, TooLong, TrainConfig, identity
+from coconut.config import Activations, Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import started_workers
@@ -67,6 +67,7 @@ class Training:
             else make_model(config, examples["train"])
         )
         self.lm.train()
+        self.lm.recompute = config.engine.activations is Activations.recompute
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         with world.first_before_others():  # which then find the tokens in the cache
             self.train, _ = self._prepare("train", examples["train"])

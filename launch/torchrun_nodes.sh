@@ -5,7 +5,8 @@
 #
 # NODES: how many machines. MEET: one of them, and a free port. The number is that of processes on this machine.
 # All machines need the same folder of this repository and the same files under data/ and runs/.
-# Ctrl-C or SIGTERM on one of them: its workers ask all others to stop, too, and the run is saved (GRACE as in torchrun.sh).
+# Ctrl-C or SIGTERM on one of them: all workers finish their update, the run is saved and ends on all machines (GRACE as in
+# torchrun.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/command.sh "$@"

@@ -19,11 +19,13 @@ from processes import CLEAN, HERE, together
 
 from coconut.checkpoint import Checkpoints
 from coconut.config import (
+    Activations,
     DataConfig,
     EngineConfig,
     EngineKind,
     EvaluateConfig,
     LaunchConfig,
+    LoraConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -71,6 +73,12 @@ def forget_after(folder: Path, step: int) -> None:
             shutil.rmtree(Checkpoints(folder).path(later))
 
 
+def corrected(where: Path, name: str, data: DataConfig, engine: EngineConfig) -> TrainConfig:
+    """LoRA on what the run of one process made."""
+    plain = settings(where / name, data, engine, init=str(where / "one"))
+    return replace(plain, model=replace(plain.model, lora=LoraConfig(rank=2)))
+
+
 def runs_of_two(folder: str, files: dict[str, str]) -> None:
     """What the fixture `made` has done by each of two processes."""
     data = graph_data(files)
@@ -78,6 +86,8 @@ def runs_of_two(folder: str, files: dict[str, str]) -> None:
     with joined(ENGINE) as world:
         for name, engine in {"ddp": ENGINE, "zero": ZERO_3, "ddp_from_one": ENGINE, "zero_from_one": ZERO_3}.items():
             assert train_together(settings(where / name, data, engine), world) == 0
+        sparing = replace(ZERO_3, activations=Activations.recompute)
+        assert train_together(corrected(where, "zero_lora", data, sparing), world) == 0
         assert evaluate_together(EvaluateConfig(str(where / "one"), engine=ENGINE, batch_size=2), world) == 0
 
 
@@ -93,6 +103,7 @@ def made(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs: by one process; by two, from the start and from update 5 of the one; by one, from update 5 of two."""
     folder = tmp_path_factory.mktemp("runs")
     assert run(settings(folder / "one", data)) == 0
+    assert run(corrected(folder, "one_lora", data, ENGINE)) == 0
     for name in ("ddp_from_one", "zero_from_one"):
         shutil.copytree(folder / "one", folder / name)
         forget_after(folder / name, 5)
@@ -107,9 +118,9 @@ def made(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero", "ddp_from_one", "zero_from_one", "one_from_zero"])
+@pytest.mark.parametrize("name", ["ddp", "zero", "ddp_from_one", "zero_from_one", "one_from_zero", "zero_lora"])
 def test_two_processes_train_as_one_does(made: Path, name: str) -> None:
-    ours, theirs = numbers(made / name), numbers(made / "one")
+    ours, theirs = numbers(made / name), numbers(made / ("one_lora" if name == "zero_lora" else "one"))
     assert len(ours) == len(theirs) == 10 + 3
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
