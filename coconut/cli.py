@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +36,9 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
         refuse_namesake()
         import hydra
         from hydra.core.config_store import ConfigStore
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.errors import CompactHydraException
+        from hydra.types import RunMode
         from omegaconf import DictConfig, OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
@@ -44,21 +48,39 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
 
         def job(config: DictConfig) -> None:
             nonlocal status
+            several, failure = HydraConfig.get().mode is RunMode.MULTIRUN, ""
             try:
+                if several and OmegaConf.select(config, "launch.num_processes", default=1) != 1:
+                    raise ValueError(
+                        "launch=local does not go with --multirun. Start one run after the other, or give each job its "
+                        "processes: hydra/launcher=slurm hydra.launcher.tasks_per_node=NUMBER."
+                    )
                 status = run(OmegaConf.to_object(config)) or 0
             except (ValueError, OSError, OmegaConfBaseException) as error:
                 if os.environ.get("COCONUT_TRACEBACK"):
                     raise
-                print(f"error: {error}", file=sys.stderr)
+                failure = f"error: {error}"
+                print(failure, file=sys.stderr)
                 status = 2
             except KeyboardInterrupt:
                 print("\ninterrupted", file=sys.stderr)
                 status = 130
+            if several and status > 128:  # asked to stop: so are the jobs after this one
+                hand_on(status - 128)
+                sys.exit(status)
+            if several and status:
+                raise CompactHydraException(failure or f"error: the run ended with status {status}")
 
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
         sys.exit(status)
 
     return main
+
+
+def hand_on(number: int) -> None:
+    """Tell whoever listened to this signal before us, such as submitit, which can start the job again."""
+    if callable(signal.getsignal(number)) and number != signal.SIGINT:
+        signal.raise_signal(number)
 
 
 def own_environment() -> dict[str, str]:

@@ -349,17 +349,23 @@ class Asked:
         return max(self.world.gather(self.number)) if self.world.any(self.number > 0) else 0
 
 
-STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 @contextmanager
 def asked_to_stop(world: World) -> Iterator[Asked]:
-    """Note SIGTERM, SIGUSR1 and SIGINT in place of what they do; a second SIGINT interrupts as usual."""
+    """Note SIGTERM, SIGUSR1, SIGUSR2 and SIGINT in place of what they do; a later SIGINT interrupts as usual.
+
+    Under a launcher the first may come twice: from the terminal, and handed on.
+    """
     asked = Asked(world)
+    first = float("inf")
 
     def note(number: int, frame: Any) -> None:
-        asked.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        nonlocal first
+        if number == signal.SIGINT and time.monotonic() > first + 2:
+            raise KeyboardInterrupt
+        asked.number, first = number, min(first, time.monotonic())
 
     before = {number: signal.signal(number, note) for number in STOPPING}
     try:

@@ -14,6 +14,10 @@ import torch
 from coconut.config import EngineConfig, LaunchConfig
 from coconut.engine.world import seat
 
+PASSED_ON = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+
 
 def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arguments: list[str]) -> int | None:
     """Run `python -m MODULE ARGUMENTS` on as many processes as asked for, and give its exit status.
@@ -55,9 +59,10 @@ def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        signals_to_handle=",".join(number.name for number in PASSED_ON),
         shutdown_timeout=grace,
     )
+    before = {number: signal.getsignal(number) for number in PASSED_ON}
     try:
         elastic_launch(elastic, sys.executable)("-m", module, *arguments)
     except SignalException as asked:
@@ -71,4 +76,7 @@ def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:
             name = signal.Signals(-failure.exitcode).name
         print(f"error: process {rank} was ended by {name}; the others were stopped.", file=sys.stderr)
         return 128 - failure.exitcode
+    finally:
+        for number, handler in before.items():  # torch leaves its own
+            signal.signal(number, handler)
     return 0
