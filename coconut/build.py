@@ -140,6 +140,7 @@ def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: Worl
     world = world or World()
     config = read_config(run)
     path = world.first_does(lambda: Checkpoints(run).find(checkpoint))
+    device = set_up(engine, world)
     lm = LatentLM.from_pretrained(path, config["model"]["attention"])
-    lm.to(set_up(engine, world))
+    lm.to(device)
     return Trained(lm.eval(), config, load_state(path)["step"])

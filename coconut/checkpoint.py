@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,15 @@ class Checkpoints:
         self.folder = Path(run) / "checkpoints"
         self.keep, self.keep_every = keep, keep_every
 
-    def save(self, step: int, lm: LatentLM, trainer: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Write a checkpoint, then remove those that are no longer kept.
+    def save(
+        self,
+        step: int,
+        lm: LatentLM,
+        trainer: dict[str, Any],
+        state: dict[str, Any],
+        on_file: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Write a checkpoint, then remove those that are no longer kept. `on_file` is called as it gets on.
 
         Raises OSError if it cannot be written; the earlier ones stay as they are.
         """
@@ -49,13 +57,15 @@ class Checkpoints:
         try:
             with whole_folder(path) as part:
                 lm.save_pretrained(part)
+                on_file()
                 torch.save(trainer, part / TRAINER)
                 write_json(part / STATE, {"step": step, **state})
                 files = sorted(file for file in part.rglob("*") if file.is_file())
-                manifest = {
-                    str(file.relative_to(part)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                    for file in files
-                }
+                manifest = {}
+                for file in files:
+                    on_file()
+                    told = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                    manifest[str(file.relative_to(part))] = told
                 write_json(part / MANIFEST, manifest)
         except Exception as error:
             free = shutil.disk_usage(self.folder).free / 2**20
@@ -137,7 +147,8 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_trainer(path: Path) -> dict[str, Any]:
-    return torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+    """Left on disk until it is used: processes of one machine share it."""
+    return torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=True)
 
 
 def damage_of(path: Path) -> str | None:

@@ -86,7 +86,8 @@ def hand_on(number: int) -> None:
 def own_environment() -> dict[str, str]:
     """In which `python -m coconut.NAME` is found from any folder, and is one process of no launcher."""
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": path}
+    launched = ("RANK", "SLURM_STEP_ID")
+    return {name: value for name, value in os.environ.items() if name not in launched} | {"PYTHONPATH": path}
 
 
 def own_version() -> str:

@@ -230,6 +230,12 @@ class EngineConfig:
                     raise ValueError(f"engine.{name}={value} needs DeepSpeed. Add engine=deepspeed.")
         if self.zero_stage not in range(4):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; it is 0, 1, 2 or 3.")
+        deepspeed = self.kind is EngineKind.deepspeed
+        if deepspeed and self.precision is Precision.bfloat16 and self.zero_stage < 1:
+            raise ValueError(
+                "engine.precision=bfloat16 keeps float32 master weights, which DeepSpeed does with "
+                "engine.zero_stage=1, 2 or 3. Choose one of them, or engine=local."
+            )
         if self.offload_optimizer and self.zero_stage < 1:
             raise ValueError("engine.offload_optimizer needs the optimizer sharded: engine.zero_stage=1, 2 or 3.")
         if self.offload_parameters and self.zero_stage < 3:

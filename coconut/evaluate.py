@@ -121,7 +121,7 @@ def evaluate(
         counts, lengths, cuts = out.num_thoughts.tolist(), out.lengths.tolist(), out.cut.tolist()
         for i, text, count, length, cut in zip(chosen, out.texts, counts, lengths, cuts, strict=True):
             predictions[i] = _judge(task, examples[i], text, reasoning, count, length, cut)
-        fed |= zip(chosen, out.thoughts, strict=True)
+        fed |= zip(chosen, (thoughts.clone() for thoughts in out.thoughts), strict=True)  # not views of the batch's
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
     if world.any(bool(asked)):
         raise Abandoned

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
+BEFORE = ".before"  # a folder that is being replaced
 
 
 @contextlib.contextmanager
@@ -46,10 +47,12 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
             _sync(file)
         _sync(part)
         part.chmod(0o777 & ~_umask())
+        before = path.with_name(f".{path.name}{BEFORE}")
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, before)
         os.replace(part, path)
         _sync(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -72,9 +75,17 @@ def sole_owner(folder: Path | str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"Another process is at work in {folder}. Wait for it to end, or stop it first.") from None
+        for before in folder.rglob(f".*{BEFORE}"):
+            _put_back(before)
         for left in folder.rglob(".*.part"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         yield
+
+
+def _put_back(before: Path) -> None:
+    """Undo a replacement of a folder that was killed between its two steps."""
+    path = before.with_name(before.name[1:].removesuffix(BEFORE))
+    shutil.rmtree(before) if path.exists() else os.replace(before, path)
 
 
 def clear_abandoned(folder: Path, pattern: str) -> None:

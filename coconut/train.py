@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import signal
 import subprocess
@@ -24,8 +25,8 @@ from coconut.cli import application, own_environment
 from coconut.collapse import look_at
 from coconut.config import Activations, Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
-from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
-from coconut.engine.launch import started_workers
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
+from coconut.engine.launch import started_workers, stopping_signals
 from coconut.engine.world import World, joined, seat
 from coconut.evaluate import Abandoned, evaluate
 from coconut.files import read_json, release, sha256, sole_owner, write_json
@@ -66,6 +67,8 @@ class Training:
             if self.found
             else make_model(config, examples["train"])
         )
+        self.trainer = load_trainer(self.found) if self.found else {}
+        restore_master(self.lm, self.trainer)
         self.lm.train()
         self.lm.recompute = config.engine.activations is Activations.recompute
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
@@ -140,7 +143,8 @@ class Training:
     def take_up(self) -> None:
         """Go on where the last checkpoint was written. After the rehearsal, which some engines need for it."""
         if self.found:
-            self.engine.load_state_dict(load_trainer(self.found))
+            self.engine.load_state_dict(self.trainer)
+            self.trainer = {}
             self.world.first_does(lambda: self.checkpoints.set_aside_after(self.step))
 
     def run(self) -> int:
@@ -274,7 +278,7 @@ class Training:
         trainer, state = self.engine.state_dict(), {"best": self.best, "pending": self.pending}
         with self.engine.whole() as lm:
             lm.reasoning = self.lm.reasoning
-            self.world.first_does(lambda: self.checkpoints.save(self.step, lm, trainer, state))
+            self.world.first_does(lambda: self.checkpoints.save(self.step, lm, trainer, state, self.world.tick))
 
     def _stopped(self, number: int) -> int:
         name = signal.Signals(number).name
@@ -320,12 +324,13 @@ class Training:
             write_json(self.folder / "diverged.json", found)
         saved = self.checkpoints.steps()
         before = "; ".join(f"{r['loss']:.3g} ({r['grad_norm']:.3g})" for r in self.recent) or "none"
-        first = error.culprits[0] if error.culprits else "the loss alone"
+        unnamed = "a gradient" if math.isfinite(error.loss) else "the loss"
+        first = f"{error.culprits[0]} ({len(error.culprits)} in all)" if error.culprits else unnamed
         return (
             f"The loss of update {place.step + 1} (stage {place.stage.index}) is {error.loss}, its gradient norm "
             f"{error.grad_norm}. It was not applied"
             + (f", and the checkpoint of update {saved[-1]} is whole.\n" if saved else ".\n")
-            + f"  not finite in: {first} ({len(error.culprits)} in all)\n"
+            + f"  not finite in: {first}\n"
             f"  losses before, with gradient norms: {before}\n"
             f"  learning rate {lr:g}, clipping {self.config.optimizer.clip or 'off'}, "
             f"{self.config.engine.precision.value}\n"
@@ -349,12 +354,9 @@ class Asked:
         return max(self.world.gather(self.number)) if self.world.any(self.number > 0) else 0
 
 
-STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-
-
 @contextmanager
 def asked_to_stop(world: World) -> Iterator[Asked]:
-    """Note SIGTERM, SIGUSR1, SIGUSR2 and SIGINT in place of what they do; a later SIGINT interrupts as usual.
+    """Note a signal that asks to stop, in place of what it does; a later SIGINT interrupts as usual.
 
     Under a launcher the first may come twice: from the terminal, and handed on.
     """
@@ -367,7 +369,7 @@ def asked_to_stop(world: World) -> Iterator[Asked]:
             raise KeyboardInterrupt
         asked.number, first = number, min(first, time.monotonic())
 
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    before = {number: signal.signal(number, note) for number in stopping_signals()}
     try:
         yield asked
     finally:

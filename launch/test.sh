@@ -12,4 +12,5 @@ echo "Lint"
 echo "Types"
 "$python" -m pyright
 echo "Tests"
-exec "$python" -m pytest "$@"
+cores=$(getconf _NPROCESSORS_ONLN)
+exec "$python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist loadfile "$@"

@@ -3,8 +3,8 @@
     python tests/kill.py [kills=10] [seed=0]
 
 Trains the same run without and with interruptions, on one process and on two, by SIGKILL to the command, a worker, or
-all of them: at random, while a checkpoint is being written, at the border of a stage, in a validation. The end must be
-the same bit for bit: weights, optimizer, random states and every number in metrics.jsonl.
+all of them: at random, before the first update, while a checkpoint is being written, at the border of a stage. The end
+must be the same bit for bit: weights, optimizer, random states and every number in metrics.jsonl.
 """
 
 from __future__ import annotations

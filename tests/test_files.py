@@ -69,3 +69,25 @@ with sole_owner(sys.argv[1]), whole_folder(sys.argv[1] + "/x") as part:
     with sole_owner(tmp_path):
         assert not left.exists()
         assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_replacement_killed_half_way_is_undone(tmp_path: Path) -> None:
+    write_text(tmp_path / "x" / "old", "kept")
+    code = """
+import os, signal, sys
+from pathlib import Path
+from coconut.files import sole_owner, whole_folder
+replace = os.replace
+def replace_and_die(*paths):
+    replace(*paths)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_and_die
+with sole_owner(sys.argv[1]), whole_folder(sys.argv[1] + "/x") as part:
+    (part / "new").touch()
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "x").exists()
+    with sole_owner(tmp_path):
+        assert (tmp_path / "x" / "old").read_text() == "kept"
+        assert sorted(os.listdir(tmp_path)) == [".lock", "x"]

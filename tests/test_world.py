@@ -209,7 +209,7 @@ def test_a_process_that_does_not_get_on_ends_the_run(data: DataConfig, tmp_path:
     began = time.monotonic()
     assert hung.ends() in (3, 128 + signal.SIGKILL)
     assert time.monotonic() - began < 30
-    assert "gave no sign of life for 4 s. The run ends" in hung.log.read_text()
+    assert "gave no sign of life for engine.timeout=4 s. The run ends" in hung.log.read_text()
 
 
 # --- who is who -----------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_launchers_tell_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
     for told, expected in [
         ({}, Seat()),
         (TORCHRUN, Seat(3, 4, 1, 2, "n1", 7)),
-        (SRUN, Seat(5, 7, 1, 2, "n1", 21234)),
+        (SRUN, Seat(5, 7, 1, 2, "n1", 29234)),
         ({**SRUN, "MASTER_PORT": "9"}, Seat(5, 7, 1, 2, "n1", 9)),
         ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}, Seat()),  # sbatch's own script
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, Seat()),

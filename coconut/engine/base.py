@@ -80,11 +80,14 @@ class Engine(Protocol):
 
         The form is the same for all engines and numbers of processes: `optimizer` is torch's own for AdamW over
         the trained parameters in their order, `random` has an entry for each process, and `master` (names to
-        tensors) the weights in float32 if the module has them in less. Whole in the first process only.
+        tensors) the weights in float32 if the module has them in less: `restore_master` puts them into a module
+        before another engine is made of it. Whole in the first process only.
         """
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, after a rehearsal. Nothing of `state` is changed later."""
+        ...
 
 
 def make_engine(
@@ -98,6 +101,13 @@ def make_engine(
     from coconut.engine.local import LocalEngine
 
     return LocalEngine(module, loss_function, config, optimizer, world)
+
+
+def restore_master(module: nn.Module, state: dict[str, Any]) -> None:
+    """Put the float32 weights of a saved engine that computed in less into the module."""
+    named = dict(module.named_parameters())
+    for name, weight in state.get("master", {}).items():
+        named[name].data = weight.clone()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -130,13 +140,11 @@ def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
     world = world or World()
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif world.local_size > 1:
+    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     device = choose_device(config.device, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed if it is there
     return device
 
 

@@ -7,16 +7,22 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 
 from coconut.config import EngineConfig, LaunchConfig
-from coconut.engine.world import seat
+from coconut.engine.world import FAILED, seat
 
-PASSED_ON = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
+
+def stopping_signals() -> list[signal.Signals]:
+    """What asks a run to save and leave, but for what is ignored here, as nohup does with SIGHUP."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arguments: list[str]) -> int | None:
@@ -50,6 +56,8 @@ def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what it logs is said below, in words
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    passed_on = stopping_signals()
+    newer = {"signals_to_handle": ",".join(number.name for number in passed_on), "shutdown_timeout": grace}
     elastic = Elastic(
         min_nodes=1,
         max_nodes=1,
@@ -59,14 +67,15 @@ def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle=",".join(number.name for number in PASSED_ON),
-        shutdown_timeout=grace,
+        **{name: value for name, value in newer.items() if name in {field.name for field in fields(Elastic)}},
     )
-    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    before = {number: signal.getsignal(number) for number in passed_on}
+    place = tempfile.TemporaryDirectory()
+    os.environ[FAILED] = str(Path(place.name) / "failed")
     try:
         elastic_launch(elastic, sys.executable)("-m", module, *arguments)
     except SignalException as asked:
-        return 128 + asked.sigval
+        return 2 if Path(os.environ[FAILED]).exists() else 128 + asked.sigval
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode >= 0:
@@ -77,6 +86,7 @@ def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:
         print(f"error: process {rank} was ended by {name}; the others were stopped.", file=sys.stderr)
         return 128 - failure.exitcode
     finally:
+        place.cleanup()
         for number, handler in before.items():  # torch leaves its own
             signal.signal(number, handler)
     return 0

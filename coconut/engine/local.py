@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ class LocalEngine:
         num_targets = int(world.sum(sum(batch.num_targets for batch in micro_batches)))
         loss = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         for batch in micro_batches:
+            world.tick()
             with self._communicating(batch is micro_batches[-1]):
                 loss_sum = self._loss_sum(batch)
                 (loss_sum * world.size / num_targets).backward()  # processes are averaged
@@ -97,12 +99,7 @@ class LocalEngine:
         return {"optimizer": self.optimizer.state_dict(), "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if master := state.get("master"):
-            named = dict(self.module.named_parameters())
-            with torch.no_grad():
-                for name, weight in master.items():
-                    named[name].copy_(weight)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         own_random_state(state["random"], self.world, self.device)
 
     def _communicating(self, last: bool) -> AbstractContextManager[Any]:

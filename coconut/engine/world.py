@@ -17,18 +17,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from coconut.config import EngineConfig
 from coconut.screen import hush, listed
 
 T = TypeVar("T")
+FAILED = "COCONUT_FAILED"  # names a file that a failed process of `launch=local` leaves
 LOST = 3  # exit status of a process that ends because another one did, or does not get on
-STARTING = "starting"  # loading libraries, data and models takes as long as it takes
-CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
+STARTING, ENDING = "starting", "ending"  # what takes as long as it takes: loading data and models, the last words
+CONNECTION = re.compile(r"connection (closed|reset)|broken pipe|remote process|timed out", re.IGNORECASE)
+FOR_EVER = timedelta(days=30)  # `Watch` knows better than a clock when a process has waited enough
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,12 @@ class World:
 
     def mark(self, doing: str) -> None:
         """Note that this process gets on, and with what."""
-        self.doing, self.count = doing, self.count + 1
+        self.doing = doing
+        self.tick()
+
+    def tick(self) -> None:
+        """Note that this process gets on."""
+        self.count += 1
 
     def share(self, value: T) -> T:
         """What the first process gives."""
@@ -173,7 +182,7 @@ class World:
             yield
         finally:
             self.waiting = False
-            self.count += 1
+            self.tick()
 
 
 @contextlib.contextmanager
@@ -185,28 +194,36 @@ def joined(config: EngineConfig) -> Iterator[World]:
     with status 3.
     """
     place = seat()
+    gpus = torch.cuda.is_available() and not config.device.startswith("cpu")
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
     if place.size == 1:
         yield World()
         return
+    if config.device.startswith("cuda:"):
+        raise ValueError(
+            f"engine.device={config.device} is one GPU, for {place.size} processes. Leave it out: each takes its own."
+        )
     os.environ |= {
         "RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank),
         "LOCAL_WORLD_SIZE": str(place.local_size), "MASTER_ADDR": place.host, "MASTER_PORT": str(place.port),
     }  # fmt: skip
-    span = timedelta(seconds=config.timeout)
-    gpus = torch.cuda.is_available() and not config.device.startswith("cpu")
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, timeout=span + timedelta(minutes=1))  # so that `Watch`, which knows more, is first
     world = World(place)
-    watch = Watch(world, _store(place, span), config.timeout)
+    watch = Watch(world, _meet(place, config.timeout, gpus), config.timeout)
     try:
         with hush() if world.rank else contextlib.nullcontext():
             dist.barrier()
             watch.start()
             yield world
+            world.mark(ENDING)
             dist.barrier()
             watch.end("done")
     except (ValueError, OSError) as error:
         watch.end("failed")
+        if told := os.environ.get(FAILED):
+            Path(told).touch()
+        if world.rank:
+            time.sleep(1)  # if the first process has the same error, it says so
         if not watch.says_first(str(error)):
             raise SystemExit(2) from error
         if world.first:
@@ -230,9 +247,38 @@ def joined(config: EngineConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _store(place: Seat, span: timedelta) -> Any:
-    """A connection of its own to where the processes leave word for each other."""
-    return dist.TCPStore(place.host, place.port, is_master=False, timeout=span)  # pyright: ignore
+def _meet(place: Seat, seconds: float, gpus: bool) -> Any:
+    """Make the process group, and give a store in which the processes leave word for each other.
+
+    Raises ValueError if the others do not come.
+    """
+    waiting = threading.Timer(10, print, [f"Waiting for {place.size} processes at {place.host}:{place.port}"])
+    waiting.daemon = True
+    if not place.rank:
+        waiting.start()
+    try:
+        span = timedelta(seconds=seconds)
+        store, *_ = next(rendezvous("env://", timeout=span))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=place.rank, world_size=place.size,
+            timeout=FOR_EVER,
+        )  # fmt: skip
+        return dist.TCPStore(place.host, place.port, is_master=False, timeout=span)  # pyright: ignore
+    except RuntimeError as error:
+        raise ValueError(
+            f"Process {place.rank} did not meet the {place.size - 1} others at {place.host}:{place.port}: "
+            f"{str(error).splitlines()[0]}. Were all of them started, and is the port free? MASTER_PORT names another."
+        ) from error
+    finally:
+        waiting.cancel()
+
+
+def _machine() -> str:
+    """Tells machines apart, and parts of one that do not see each other's processes."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        found += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(found)
 
 
 class Watch(threading.Thread):
@@ -245,7 +291,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True, name="watch")
         self.world, self.store, self.timeout = world, store, timeout
         self.pause = min(2.0, timeout / 4)
-        self.parent = os.getppid()
+        self.parent, self.machine = os.getppid(), _machine()
         self.ended = threading.Event()
         self.beats = 0
         self.seen: dict[int, tuple[dict[str, Any], float, float]] = {}  # what it told, when it lived, when it got on
@@ -254,7 +300,7 @@ class Watch(threading.Thread):
     def tell(self, state: str) -> None:
         world, self.beats = self.world, self.beats + 1
         told = {"count": world.count, "doing": world.doing, "waiting": world.waiting, "beats": self.beats,
-                "state": state, "pid": os.getpid(), "host": socket.gethostname()}  # fmt: skip
+                "state": state, "pid": os.getpid(), "host": socket.gethostname(), "machine": self.machine}  # fmt: skip
         self.store.set(f"watch/{world.rank}", json.dumps(told))
 
     def says_first(self, message: str) -> bool:
@@ -281,7 +327,7 @@ class Watch(threading.Thread):
                 self.tell("")
                 told = self.store.multi_get([f"watch/{rank}" for rank in range(self.world.size)])
             except RuntimeError as error:
-                if self.ended.is_set():
+                if self.ended.wait(self.pause):
                     return
                 self._leave(f"the process that keeps the others together has gone ({str(error).splitlines()[0]})")
             self._look([json.loads(text) for text in told])
@@ -293,24 +339,23 @@ class Watch(threading.Thread):
             lived = now if new["beats"] != old["beats"] else lived
             got_on = now if new["count"] != old["count"] else got_on
             self.seen[rank] = (new, lived, got_on)
-        here = socket.gethostname()
         at_work = {rank: entry for rank, entry in self.seen.items() if entry[0]["state"] != "done"}
         dead = [
             rank for rank, (new, _, _) in at_work.items()
-            if new["state"] or (new["host"] == here and not _lives(new["pid"]))
+            if new["state"] or (new["machine"] == self.machine and not _lives(new["pid"]))
         ]  # fmt: skip
         if dead:
             self.ended.wait(10)  # its message, and the end of this process by an error of its own
             self._judge(dead, "ended")
         silent = [rank for rank, (_, lived, _) in at_work.items() if now - lived > self.timeout]
         if silent:
-            self._judge(silent, f"gave no sign of life for {self.timeout:g} s")
-        begun = at_work and all(new["doing"] != STARTING for new, _, _ in at_work.values())
+            self._judge(silent, f"gave no sign of life for engine.timeout={self.timeout:g} s")
+        begun = at_work and all(new["doing"] not in (STARTING, ENDING) for new, _, _ in at_work.values())
         if begun and all(now - got_on > self.timeout for _, _, got_on in at_work.values()):
             busy = [rank for rank, (new, _, _) in at_work.items() if not new["waiting"]] or list(at_work)
             least = min(self.seen[rank][0]["count"] for rank in busy)
             behind = [rank for rank in busy if self.seen[rank][0]["count"] == least]
-            self._judge(behind, f"did not get on for {self.timeout:g} s")
+            self._judge(behind, f"did not get on for engine.timeout={self.timeout:g} s")
 
     def _judge(self, ranks: list[int], why: str) -> NoReturn:
         """End this process, and those at fault that are on this machine."""
@@ -331,7 +376,7 @@ class Watch(threading.Thread):
         else:
             time.sleep(1)  # for the one that says it
         for new in at_fault or []:
-            if new["host"] == socket.gethostname() and new["pid"] != os.getpid():
+            if new["machine"] == self.machine and new["pid"] != os.getpid() and not new["state"]:
                 with contextlib.suppress(OSError):
                     os.kill(new["pid"], signal.SIGKILL)
         os._exit(LOST)

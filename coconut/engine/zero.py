@@ -1,7 +1,7 @@
 """DeepSpeed: ZeRO shards the optimizer (1), the gradients (2) and the weights (3) over the processes.
 
-Weights are in float32; with precision=bfloat16 stages 1 to 3 keep them in bfloat16 beside float32 master
-weights, which the optimizer changes, and stage 0 computes in bfloat16 as the local engine does.
+Weights are in float32; with precision=bfloat16 they are in bfloat16 beside float32 master weights, which the
+optimizer changes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import copy
 import io
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from coconut.engine.base import (
     NonFinite,
     Update,
     adamw,
-    autocast,
     own_random_state,
     random_state,
     set_random_state,
@@ -46,6 +46,7 @@ def import_deepspeed() -> Any:
         raise ValueError(
             f'engine=deepspeed needs DeepSpeed ({error}). Install it: pip install "coconut-latent[deepspeed]"'
         ) from error
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on CPUs it would be compiled, for a minute
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed
@@ -71,13 +72,14 @@ class ZeroEngine:
         self.world = world
         self.device = set_up(config, world)
         self.stage = config.zero_stage
-        self.lowered = config.precision is Precision.bfloat16 and self.stage > 0
-        self.precision = Precision.float32 if self.lowered else config.precision
+        self.lowered = config.precision is Precision.bfloat16
         self.loss_function = loss_function
         self.settings = optimizer
         self.module = module
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        exact: dict[str, torch.Tensor] = {}
         if self.lowered:
+            exact = {name: weight.data for name, weight in _trained(module) if weight.dtype is torch.float32}
             for weight in module.parameters():
                 weight.data = weight.data.to(torch.bfloat16)
         self.replica = without_weights(module).to(self.device) if self.stage == 3 else None
@@ -85,17 +87,19 @@ class ZeroEngine:
             module.to(self.device)
         deepspeed = import_deepspeed()
         if not torch.distributed.is_initialized():
-            alone()
-        home = torch.device("cpu") if config.offload_optimizer else self.device
+            self._alone()
         with quiet():
             self.deepspeed, self.sharded, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=adamw(module, optimizer, home),
+                optimizer=adamw(module, optimizer, self.device),
                 config=settings(config, optimizer, sum(weight.numel() for weight in module.parameters())),
                 dist_init_required=False,
             )
         for name, buffer in self.module.named_buffers():  # DeepSpeed lowers them, too: rotary frequencies lose by it
             buffer.data = buffers[name].to(self.device)
+        for name, weight in _trained(module):
+            if name in exact:  # DeepSpeed has made master weights of what bfloat16 left
+                self._set(weight, exact[name], None)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -108,7 +112,7 @@ class ZeroEngine:
                 value.zero_()  # in place: ZeRO keeps views of them
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.device, self.precision)
+        return nullcontext()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -133,8 +137,8 @@ class ZeroEngine:
         loss = torch.zeros((), dtype=torch.float64)
         for batch in micro_batches:
             self.deepspeed.set_gradient_accumulation_boundary(batch is micro_batches[-1])
-            with self.autocast():
-                loss_sum = self.loss_function(self.deepspeed, batch.to(self.device))
+            world.tick()
+            loss_sum = self.loss_function(self.deepspeed, batch.to(self.device))
             self.deepspeed.backward(loss_sum * world.size / num_targets, scale_wrt_gas=False)
             loss += loss_sum.detach().to(loss)
         mean = world.sum(loss.item()) / num_targets
@@ -160,7 +164,8 @@ class ZeroEngine:
     def rehearse(self, micro_batch: MicroBatch) -> None:
         """An update that changes nothing, its learning rate being 0: the moments take their memory, too."""
         before = random_state(self.device)
-        self.update([micro_batch], lr=0.0)
+        with suppress(NonFinite):  # the first update says so
+            self.update([micro_batch], lr=0.0)
         self.reset_optimizer()
         set_random_state(before, self.device)
 
@@ -173,8 +178,8 @@ class ZeroEngine:
         step = next(iter(self.optimizer.state.values()))["step"]
         state: dict[int, dict[str, torch.Tensor]] = {}
         master: dict[str, torch.Tensor] = {}
-        named = [(name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad]
-        for index, (name, weight) in enumerate(named):
+        for index, (name, weight) in enumerate(_trained(self.module)):
+            self.world.tick()
             moments = {key: self._kept(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
             state[index] = {"step": step.cpu().clone(), **moments}  # AdamW counts on in each by itself
             if self.lowered:
@@ -192,19 +197,52 @@ class ZeroEngine:
         """To be called after `rehearse`, which makes the moments."""
         own_random_state(state["random"], self.world, self.device)
         if not self.stage:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        saved, master = state["optimizer"]["state"], state.get("master", {})
-        named = [(name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad]
-        for index, (name, weight) in enumerate(named):
+        saved = state["optimizer"]["state"]
+        for index, (_, weight) in enumerate(_trained(self.module)):
             for key in MOMENTS:
-                safe_set_full_optimizer_state(weight, saved[index][key].to(self.device), key)
-            if self.lowered and name in master:
-                safe_set_full_fp32_param(weight, master[name].to(self.device))
+                self._set(weight, saved[index][key], key)
         for own in self.optimizer.state.values():
             own["step"].copy_(saved[0]["step"])
+
+    def _set(self, weight: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+        """A moment, or for None the master weight: of all of it this process keeps its part."""
+        from deepspeed.utils import (
+            safe_get_local_fp32_param,
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        value = value.to(self.device)
+        if self.stage < 3:
+            safe_set_full_fp32_param(weight, value) if key is None else safe_set_full_optimizer_state(
+                weight, value, key
+            )
+            return
+        part = safe_get_local_fp32_param(weight)
+        assert part is not None
+        first = self.world.rank * part.numel()
+        own = part.new_zeros(part.numel())  # the last part is padded
+        rest = value.flatten()[first : first + part.numel()]
+        own[: rest.numel()] = rest
+        if key is None:
+            safe_set_local_fp32_param(weight, own)
+        else:
+            safe_set_local_optimizer_state(weight, own, key)
+
+    def _alone(self) -> None:
+        """A process group of one, which DeepSpeed cannot do without."""
+        os.environ["LOCAL_RANK"] = str(self.device.index or 0)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        store = torch.distributed.HashStore()  # pyright: ignore
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
 
 
 def settings(config: EngineConfig, optimizer: OptimizerConfig, weights: int) -> dict[str, Any]:
@@ -221,7 +259,7 @@ def settings(config: EngineConfig, optimizer: OptimizerConfig, weights: int) -> 
         "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision is Precision.bfloat16 and config.zero_stage > 0},
+        "bf16": {"enabled": config.precision is Precision.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -239,10 +277,3 @@ def without_weights(module: nn.Module) -> nn.Module:
     """A copy with empty parameters, shared where the module shares them."""
     memo = {id(weight): nn.Parameter(weight.data.new_empty(0), requires_grad=False) for weight in module.parameters()}
     return copy.deepcopy(module, memo).eval()
-
-
-def alone() -> None:
-    """A process group of one, which DeepSpeed cannot do without."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    store = torch.distributed.HashStore()  # pyright: ignore
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
