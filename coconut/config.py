@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -341,10 +341,29 @@ class TrainConfig:
         return Path(self.run) if self.run else Path("runs") / f"{self.name}-{digest[:8]}"
 
 
-def identity(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What makes a run this run: its configuration but for NOT_IDENTITY."""
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run: its configuration but for NOT_IDENTITY.
+
+    A key that there was not yet when the run began has its default.
+    """
+    made: dict[str, Any] = {f.name: f.default_factory() for f in fields(TrainConfig) if callable(f.default_factory)}
+    defaults = {name: asdict(value) for name, value in made.items() if is_dataclass(value) and not isinstance(value, type)}
+    return _but_for_how(_completed(config, defaults))
+
+
+def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    found = {**defaults, **config}
     return {
-        key: identity(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: _completed(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and defaults[key]
+        else value
+        for key, value in found.items()
+    }
+
+
+def _but_for_how(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _but_for_how(value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in config.items()
         if f"{prefix}{key}" not in NOT_IDENTITY
     }

@@ -25,7 +25,7 @@ from test_world import Launched
 from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig
 
-KEYS = ("curriculum.total=60", "keep_checkpoints=3")
+KEYS = ("curriculum.total=200", "keep_checkpoints=3")
 BORDERS = (6, 11)  # where a stage ends
 
 

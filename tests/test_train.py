@@ -38,7 +38,7 @@ from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
 from coconut.evaluate import evaluate
-from coconut.files import read_json
+from coconut.files import read_json, write_json
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.schedule import Schedule, updates_since_reset
 from coconut.sources import data_files
@@ -577,3 +577,16 @@ def test_differences_are_named_by_their_keys() -> None:
 def test_samples_read_like_the_data(finished: Path, data: DataConfig) -> None:
     samples = read_json(finished / "samples" / "step-0000014.json")
     assert [s["question"] for s in samples] == [e.question for e in read_examples(data.valid)[:5]]
+
+
+def test_a_run_begun_before_a_key_was_there_goes_on(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = read_json(folder / "config.json")
+    del config["model"]["lora"], config["launch"], config["engine"]["zero_stage"]
+    write_json(folder / "config.json", config)
+    assert run(settings(data, folder, save_every=1)) == 0
+    config["model"]["attention"] = "eager"
+    write_json(folder / "config.json", config)
+    with pytest.raises(ValueError, match=r"model.attention: eager there, sdpa asked for\nName"):
+        run(settings(data, folder, save_every=1))
