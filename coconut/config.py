@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -346,9 +346,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
     A key that there was not yet when the run began has its default.
     """
-    made: dict[str, Any] = {f.name: f.default_factory() for f in fields(TrainConfig) if callable(f.default_factory)}
-    defaults = {name: asdict(value) for name, value in made.items() if is_dataclass(value) and not isinstance(value, type)}
-    return _but_for_how(_completed(config, defaults))
+    parts: dict[str, Any] = {f.name: f.default_factory() for f in fields(TrainConfig) if callable(f.default_factory)}
+    return _but_for_how(_completed(config, {name: asdict(part) for name, part in parts.items()}))
 
 
 def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
