@@ -276,6 +276,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _at_least("tracking.", self, wait=1)
+        if self.to is Tracker.none and self.mode is TrackingMode.offline:
+            raise ValueError("tracking.mode=offline says nothing of where to. Add tracking=wandb.")
         if not self.project or set(self.project) & set("/\\#?%:"):
             raise ValueError(f"tracking.project is {self.project!r}; W&B takes a name without / \\ # ? % and :.")
 

@@ -460,10 +460,12 @@ def run(config: TrainConfig) -> int:
 
 def train_together(config: TrainConfig, world: World) -> int:
     """What each process of a run does."""
-    if config.batch_size % world.size:
+    if over := config.batch_size % world.size:
+        below = config.batch_size - over
+        near = f"{below} or {below + world.size}" if below else f"{world.size}"
         raise ValueError(
             f"batch_size={config.batch_size} is not divisible by {world.size} processes. It is the number of examples "
-            "of an update, over all of them: choose a multiple."
+            f"of an update, over all of them: choose a multiple, such as {near}."
         )
     config.data = config.data.absolute()
     files = world.first_does(lambda: data_files(asdict(config.data)))
@@ -506,7 +508,7 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
         say(f"Going on from update {training.step:,}")
         before = read_json(folder / DESCRIPTION)["sessions"][-2].get("processes", 1) if world.first else world.size
         if before != world.size:
-            say(f"note: on {world.size} processes, {before} before. Batches and losses are the same; dropout is not")
+            say(f"note: on {world.size} process(es), {before} before. Batches and losses are the same; dropout is not")
     return training.run()
 
 
