@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coconut.cli import application
 from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
-from coconut.engine.world import World, joined
+from coconut.engine.world import World
 from coconut.files import read_json, sha256, write_json, write_text
 from coconut.generate import Stop, longest_first, pad_rows
 from coconut.layout import slot_ids
@@ -200,15 +199,11 @@ def _summary(task: Task, examples: Sequence[Example], predictions: Sequence[Pred
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate a trained run on one of its splits, or on any file in the data format."""
-    from coconut.engine.launch import started_workers
+    from coconut.engine.launch import on_processes
     from coconut.screen import only_our_words
 
     only_our_words()
-    status = started_workers(config.launch, config.engine, "coconut.evaluate", sys.argv[1:])
-    if status is not None:
-        return status
-    with joined(config.engine) as world:
-        return evaluate_together(config, world)
+    return on_processes(config.launch, config.engine, "coconut.evaluate", lambda w: evaluate_together(config, w))
 
 
 def evaluate_together(config: EvaluateConfig, world: World) -> int:

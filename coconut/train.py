@@ -26,8 +26,8 @@ from coconut.collapse import look_at
 from coconut.config import Activations, Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
-from coconut.engine.launch import started_workers, stopping_signals
-from coconut.engine.world import World, joined, seat
+from coconut.engine.launch import on_processes, stopping_signals
+from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, evaluate
 from coconut.files import read_json, release, sha256, sole_owner, write_json
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
@@ -451,11 +451,7 @@ def run(config: TrainConfig) -> int:
     only_our_words()
     if seat().rank == 0:
         ready(config.tracking)
-    status = started_workers(config.launch, config.engine, "coconut.train", sys.argv[1:])
-    if status is not None:
-        return status
-    with joined(config.engine) as world:
-        return train_together(config, world)
+    return on_processes(config.launch, config.engine, "coconut.train", lambda world: train_together(config, world))
 
 
 def train_together(config: TrainConfig, world: World) -> int:

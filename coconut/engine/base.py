@@ -5,6 +5,7 @@ An engine is given an `nn.Module` and a loss function. It knows neither models, 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -157,7 +158,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def adamw(module: nn.Module, settings: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     """The optimizer of the parameters that are trained."""
     return torch.optim.AdamW(
-        trained(module),
+        [weight for _, weight in trained(module)],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
@@ -165,8 +166,19 @@ def adamw(module: nn.Module, settings: OptimizerConfig, device: torch.device) ->
     )
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in module.parameters() if weight.requires_grad]
+def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, with their names, in the optimizer's order."""
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+
+
+def clip_gradients(module: nn.Module, limit: float) -> float:
+    """The norm of all gradients, which are clipped to the limit if there is one and the norm is finite."""
+    weights = [weight for _, weight in trained(module) if weight.grad is not None]
+    total = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    norm = total.item()
+    if limit and math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(weights, limit, total)
+    return norm
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

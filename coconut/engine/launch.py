@@ -9,13 +9,14 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from coconut.config import EngineConfig, LaunchConfig
-from coconut.engine.world import FAILED, seat
+from coconut.engine.world import FAILED, World, joined, seat
 
 
 def stopping_signals() -> list[signal.Signals]:
@@ -43,6 +44,18 @@ def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arg
             "the CPU with engine.device=cpu."
         )
     return None if count == 1 else _run(count, launch.grace, module, arguments)
+
+
+def on_processes(launch: LaunchConfig, engine: EngineConfig, module: str, work: Callable[[World], int]) -> int:
+    """The exit status of `work` in each process of the world, or of the workers that this command starts for it.
+
+    Workers are given this command's own arguments. Raises ValueError as `started_workers` does.
+    """
+    status = started_workers(launch, engine, module, sys.argv[1:])
+    if status is not None:
+        return status
+    with joined(engine) as world:
+        return work(world)
 
 
 def _run(count: int, grace: int, module: str, arguments: list[str]) -> int:

@@ -21,11 +21,11 @@ from coconut.engine.base import (
     Update,
     adamw,
     autocast,
+    clip_gradients,
     own_random_state,
     random_state,
     set_random_state,
     set_up,
-    trained,
 )
 from coconut.engine.world import World
 
@@ -73,15 +73,11 @@ class LocalEngine:
                 loss_sum = self._loss_sum(batch)
                 (loss_sum * world.size / num_targets).backward()  # processes are averaged
             loss += loss_sum.detach().to(loss)
-        weights = [weight for weight in trained(self.module) if weight.grad is not None]
-        total = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        norm, mean = total.item(), world.sum(loss.item()) / num_targets
+        norm, mean = clip_gradients(self.module, self.settings.clip), world.sum(loss.item()) / num_targets
         if not (math.isfinite(mean) and math.isfinite(norm)):
             culprits = self._culprits()
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFinite(mean, norm, culprits)
-        if self.settings.clip:
-            nn.utils.clip_grads_with_norm_(weights, self.settings.clip, total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

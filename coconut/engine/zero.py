@@ -26,6 +26,7 @@ from coconut.engine.base import (
     NonFinite,
     Update,
     adamw,
+    clip_gradients,
     own_random_state,
     random_state,
     set_random_state,
@@ -79,7 +80,7 @@ class ZeroEngine:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         exact: dict[str, torch.Tensor] = {}
         if self.lowered:
-            exact = {name: weight.data for name, weight in _trained(module) if weight.dtype is torch.float32}
+            exact = {name: weight.data for name, weight in trained(module) if weight.dtype is torch.float32}
             for weight in module.parameters():
                 weight.data = weight.data.to(torch.bfloat16)
         self.replica = without_weights(module).to(self.device) if self.stage == 3 else None
@@ -97,7 +98,7 @@ class ZeroEngine:
             )
         for name, buffer in self.module.named_buffers():  # DeepSpeed lowers them, too: rotary frequencies lose by it
             buffer.data = buffers[name].to(self.device)
-        for name, weight in _trained(module):
+        for name, weight in trained(module):
             if name in exact:  # DeepSpeed has made master weights of what bfloat16 left
                 self._set(weight, exact[name], None)
 
@@ -142,7 +143,7 @@ class ZeroEngine:
             self.deepspeed.backward(loss_sum * world.size / num_targets, scale_wrt_gas=False)
             loss += loss_sum.detach().to(loss)
         mean = world.sum(loss.item()) / num_targets
-        norm = math.nan if self.stage else self._clip()
+        norm = math.nan if self.stage else clip_gradients(self.module, self.settings.clip)
         if not math.isfinite(mean) or (not self.stage and not math.isfinite(norm)):
             raise NonFinite(mean, norm, [])
         for group in self.optimizer.param_groups:
@@ -153,13 +154,6 @@ class ZeroEngine:
             if self.sharded.overflow:  # then ZeRO has left the weights alone
                 raise NonFinite(mean, norm, [])
         return Update(mean, norm, num_targets)
-
-    def _clip(self) -> float:
-        weights = trained(self.module)
-        total = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.settings.clip:
-            nn.utils.clip_grads_with_norm_(weights, self.settings.clip, total)
-        return total.item()
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
         """An update that changes nothing, its learning rate being 0: the moments take their memory, too."""
@@ -178,7 +172,7 @@ class ZeroEngine:
         step = next(iter(self.optimizer.state.values()))["step"]
         state: dict[int, dict[str, torch.Tensor]] = {}
         master: dict[str, torch.Tensor] = {}
-        for index, (name, weight) in enumerate(_trained(self.module)):
+        for index, (name, weight) in enumerate(trained(self.module)):
             self.world.tick()
             moments = {key: self._kept(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
             state[index] = {"step": step.cpu().clone(), **moments}  # AdamW counts on in each by itself
@@ -200,7 +194,7 @@ class ZeroEngine:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             return
         saved = state["optimizer"]["state"]
-        for index, (_, weight) in enumerate(_trained(self.module)):
+        for index, (_, weight) in enumerate(trained(self.module)):
             for key in MOMENTS:
                 self._set(weight, saved[index][key], key)
         for own in self.optimizer.state.values():
@@ -218,9 +212,10 @@ class ZeroEngine:
 
         value = value.to(self.device)
         if self.stage < 3:
-            safe_set_full_fp32_param(weight, value) if key is None else safe_set_full_optimizer_state(
-                weight, value, key
-            )
+            if key is None:
+                safe_set_full_fp32_param(weight, value)
+            else:
+                safe_set_full_optimizer_state(weight, value, key)
             return
         part = safe_get_local_fp32_param(weight)
         assert part is not None
@@ -239,10 +234,6 @@ class ZeroEngine:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         store = torch.distributed.HashStore()  # pyright: ignore
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-
-
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
 
 
 def settings(config: EngineConfig, optimizer: OptimizerConfig, weights: int) -> dict[str, Any]:
