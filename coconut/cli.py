@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 PACKAGE = Path(__file__).parent
 CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -29,7 +31,8 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     """The `main` of a Hydra application over conf/CONFIG_NAME.yaml.
 
     `schema` is the dataclass that the composed configuration must fit; `run` is given an instance and
-    returns an exit status. ValueError and OSError are messages for the user and end with status 2.
+    returns an exit status. ValueError and OSError are messages for the user and end with status 2, as does
+    a configuration that cannot be composed, and a sweep of which a job failed.
     """
 
     def main() -> None:
@@ -44,6 +47,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
 
         ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
         sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra has to say it raises, and it is said below
         status = 0
 
         def job(config: DictConfig) -> None:
@@ -55,11 +59,11 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                         "launch=local does not go with --multirun. Start one run after the other, or give each job its "
                         "processes: hydra/launcher=slurm hydra.launcher.tasks_per_node=NUMBER."
                     )
-                status = run(OmegaConf.to_object(config)) or 0
+                status = run(built(config, schema)) or 0
             except (ValueError, OSError, OmegaConfBaseException) as error:
                 if os.environ.get("COCONUT_TRACEBACK"):
                     raise
-                failure = f"error: {error}"
+                failure = f"error: {in_words(error, schema)}"
                 print(failure, file=sys.stderr)
                 status = 2
             except KeyboardInterrupt:
@@ -71,10 +75,83 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
             if several and status:
                 raise CompactHydraException(failure or f"error: the run ended with status {status}")
 
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+        except CompactHydraException as error:
+            if os.environ.get("COCONUT_TRACEBACK"):
+                raise
+            words = in_words(error, schema)
+            print(words if words.startswith("error: ") else f"error: {words}", file=sys.stderr)
+            status = 2
         sys.exit(status)
 
     return main
+
+
+def built(config: Any, schema: type) -> Any:
+    """The schema's instance. Raises ValueError for a key that +KEY=VALUE added where the schema has none."""
+    from omegaconf import OmegaConf
+
+    if added := next(_unknown(config), None):
+        raise ValueError(no_key(added, schema))
+    return OmegaConf.to_object(config)
+
+
+def in_words(error: Exception, schema: type) -> str:
+    """What an error says, and for one of Hydra's or OmegaConf's what came and what could have come."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        choices = ", ".join(error.options)
+        return f"There is no {group}={name}. {_nearest(name, error.options)}The choices are: {choices}."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read as KEY=VALUE. Quote a value with marks in it: 'KEY=\"a value\"'"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return str(error)
+    if isinstance(cause, KeyError | AttributeError):
+        inside = cause.full_key.rpartition(".")[0]
+        if cause.object_type is dict:
+            return f"{inside} has no key {cause.key}. To add it: +{cause.full_key}=VALUE"
+        return no_key(cause.full_key, schema)
+    given = cause.full_key if cause.value is None else f"{cause.full_key}={cause.value}"
+    return f"{given}: {str(cause).splitlines()[0]}"
+
+
+def no_key(name: str, schema: type) -> str:
+    """That there is no such key, and which one may have been meant."""
+    known = [*_keys(schema), *(path.name for path in CONF_DIR.iterdir() if path.is_dir())]
+    alike = [key for key in known if key.rpartition(".")[2] == name]
+    alike = alike or [key for key in known if not name.startswith(f"{key}.")]
+    return f"There is no key {name}. {_nearest(name, alike)}All keys with their values: --cfg job; about them: --help"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    found = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {found[0]}? " if found else ""
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """All keys of a dataclass and of those in it, parted by dots."""
+    for name, kind in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if is_dataclass(kind):
+            yield from _keys(kind, f"{prefix}{name}.")  # pyright: ignore
+
+
+def _unknown(config: Any, prefix: str = "") -> Iterator[str]:
+    """Keys that +KEY=VALUE has added where the schema has none."""
+    from omegaconf import DictConfig, OmegaConf
+
+    kind = OmegaConf.get_type(config)
+    known = {field.name for field in fields(kind)} if kind and is_dataclass(kind) else config.keys()
+    for name in config:
+        if name not in known:
+            yield f"{prefix}{name}"
+        elif isinstance(node := config._get_node(name), DictConfig) and not node._is_none():
+            yield from _unknown(node, f"{prefix}{name}.")
 
 
 def hand_on(number: int) -> None:

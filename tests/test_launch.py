@@ -125,7 +125,7 @@ def test_a_failed_job_of_a_sweep_is_no_success(keys: Callable[[Path, int], list[
         f"hydra.sweep.dir={tmp_path / 'sweep'}", *keys(tmp_path / "run-${batch_size}", 6), "batch_size=0,8",
     ) as sweep:  # fmt: skip
         printed, _ = sweep.communicate(timeout=120)
-    assert sweep.returncode == 1, printed
+    assert sweep.returncode == 2, printed
     assert "error: batch_size is 0" in printed
     assert Checkpoints(tmp_path / "run-8").last() == Checkpoints(tmp_path / "run-8").path(6)
     assert not (tmp_path / "run-0").exists()
