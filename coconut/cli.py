@@ -67,7 +67,8 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                 print(failure, file=sys.stderr)
                 status = 2
             except KeyboardInterrupt:
-                print("\ninterrupted", file=sys.stderr)
+                if os.environ.get("RANK", "0") == "0":
+                    print("\ninterrupted", file=sys.stderr)
                 status = 130
             if several and status > 128:  # asked to stop: so are the jobs after this one
                 hand_on(status - 128)

@@ -105,7 +105,8 @@ class ModelConfig:
             given = "both are given" if self.base else "neither is given"
             raise ValueError(
                 f"The model is either pretrained (model.base) or new (model.architecture); {given}. "
-                "Choose one with model=gpt2, model=gpt2_new or model=tiny, or set model.base=NAME_OR_FOLDER."
+                "For a pretrained one, also in place of an experiment's own: model=gpt2, or model=gpt2 "
+                "model.base=NAME_OR_FOLDER. For a new one: model=gpt2_new or model=tiny."
             )
         if self.architecture and "model_type" not in self.architecture:
             raise ValueError(f"model.architecture names no model_type; its keys are {list(self.architecture)}.")

@@ -56,13 +56,14 @@ class Adapter:
         from transformers import AutoModelForCausalLM
 
         place = place or self.base
-        moved = "If it has moved, name its place: LatentLM.from_pretrained(folder, base=PLACE), or link it there."
+        moved = f"If it has moved: ln -s PLACE {place}, or in Python LatentLM.from_pretrained(FOLDER, base=PLACE)."
         try:
             base = AutoModelForCausalLM.from_pretrained(
                 place, dtype=getattr(torch, self.dtype), attn_implementation=attention
             )
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+            lost = Path(place).is_absolute() and not Path(place).exists()
+            first = "there is no such folder" if lost else str(error).strip().splitlines()[0]
             raise ValueError(
                 f"The LoRA weights need the model {place}, which cannot be opened: {first}\n{moved}"
             ) from None

@@ -59,10 +59,7 @@ class Wandb:
                 raise
             wandb.teardown()
             self.run = begin("offline")
-            say(
-                f"warning: W&B was not reached ({error}). The run is kept here; send it later with\n"
-                f"  wandb sync {Path(self.run.dir).parent}"
-            )
+            say(f"warning: W&B was not reached ({error}). The run is kept here, to be sent later.")
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
@@ -83,6 +80,8 @@ class Wandb:
                 self.run.log_artifact(artifact)
         finally:
             self.run.finish(exit_code=int(failed))
+            if self.run.offline:
+                say(f"W&B has not got this run yet. Send it with: wandb sync {Path(self.run.dir).parent}")
 
 
 class TensorBoard:

@@ -77,7 +77,12 @@ def ready(config: TrackingConfig) -> None:
 
 def _no_login() -> str | None:
     """W&B's own word on why nobody is logged in. It looks for a key here and does not ask the server."""
-    code = "import wandb, sys; wandb.login(verify=False) or sys.exit('W&B is switched off by its settings.')"
+    code = (
+        "import wandb, sys\n"
+        "try: there = wandb.login(verify=False)\n"
+        "except Exception as error: sys.exit(' '.join(str(error).split('For further')[0].split()))\n"
+        "there or sys.exit('W&B is switched off by its settings.')"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -85,7 +90,7 @@ def _no_login() -> str | None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
-    return done.stderr.strip().splitlines()[-1].split(": ", 1)[-1] if done.returncode else None
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
 class Sender:

@@ -26,7 +26,7 @@ from coconut.collapse import look_at
 from coconut.config import Activations, Resume, TooLong, TrainConfig, identity
 from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
-from coconut.engine.launch import on_processes, stopping_signals
+from coconut.engine.launch import on_processes, processes, stopping_signals
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, evaluate
 from coconut.files import read_json, release, sha256, sole_owner, write_json
@@ -439,30 +439,40 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "init": earlier.get("init", began_from),
             "sessions": [
                 *earlier.get("sessions", []),
-                {**here, "processes": training.world.size, "from_update": training.step},
+                {**here, **spread(config, training.world), "from_update": training.step},
             ],
         },
     )
     write_json(folder / CONFIG, asdict(config))
 
 
+def spread(config: TrainConfig, world: World) -> dict[str, Any]:
+    """What a run is carried out by. It may change from session to session."""
+    return {"processes": world.size, "engine": str(config.engine.kind)}
+
+
 def run(config: TrainConfig) -> int:
     """Train one run, or go on with it, on as many processes as asked for."""
     only_our_words()
+    share_out(config.batch_size, processes(config.launch, config.engine))
     if seat().rank == 0:
         ready(config.tracking)
     return on_processes(config.launch, config.engine, "coconut.train", lambda world: train_together(config, world))
 
 
+def share_out(batch_size: int, processes: int) -> None:
+    """Raise ValueError if an update's examples cannot be shared out evenly."""
+    if over := batch_size % processes:
+        below = batch_size - over
+        near = f"{below} or {below + processes}" if below else f"{processes}"
+        raise ValueError(
+            f"batch_size={batch_size} is not divisible by {processes} processes. It is the number of examples of an "
+            f"update, over all of them: choose a multiple, such as {near}."
+        )
+
+
 def train_together(config: TrainConfig, world: World) -> int:
     """What each process of a run does."""
-    if over := config.batch_size % world.size:
-        below = config.batch_size - over
-        near = f"{below} or {below + world.size}" if below else f"{world.size}"
-        raise ValueError(
-            f"batch_size={config.batch_size} is not divisible by {world.size} processes. It is the number of examples "
-            f"of an update, over all of them: choose a multiple, such as {near}."
-        )
     config.data = config.data.absolute()
     files = world.first_does(lambda: data_files(asdict(config.data)))
     folder = world.first_does(lambda: open_folder(config, files))
@@ -502,9 +512,11 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
     world.first_does(lambda: describe_run(config, folder, training))
     if training.step:
         say(f"Going on from update {training.step:,}")
-        before = read_json(folder / DESCRIPTION)["sessions"][-2].get("processes", 1) if world.first else world.size
-        if before != world.size:
-            say(f"note: on {world.size} process(es), {before} before. Batches and losses are the same; dropout is not")
+        now = spread(config, world)
+        session = read_json(folder / DESCRIPTION)["sessions"][-2] if world.first else now
+        differing = [key for key in now if session.get(key, now[key]) != now[key]]
+        if changed := [f"{key}: {session[key]} before, {now[key]} now" for key in differing]:
+            say(f"note: {', '.join(changed)}. Batches and losses are the same; dropout is not")
     return training.run()
 
 

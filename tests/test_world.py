@@ -31,7 +31,7 @@ from coconut.config import (
 )
 from coconut.engine.base import choose_device
 from coconut.engine.launch import started_workers
-from coconut.engine.world import Seat, World, joined, seat
+from coconut.engine.world import Seat, joined, seat
 from coconut.evaluate import evaluate_together
 from coconut.evaluate import run as evaluate_alone
 from coconut.methods import Curriculum, Unit
@@ -247,7 +247,7 @@ def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_that_processes_cannot_share_is_refused(data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size=8 is not divisible by 3 processes.* such as 6 or 9"):
-        train_together(settings(tmp_path / "run", data), World(Seat(size=3)))
+        run(settings(tmp_path / "run", data, launch=LaunchConfig(3)))
     assert not (tmp_path / "run").exists()
 
 

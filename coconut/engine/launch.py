@@ -26,14 +26,13 @@ def stopping_signals() -> list[signal.Signals]:
     return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arguments: list[str]) -> int | None:
-    """Run `python -m MODULE ARGUMENTS` on as many processes as asked for, and give its exit status.
+def processes(launch: LaunchConfig, engine: EngineConfig) -> int:
+    """How many a run is on: those of the launcher that started this one, or those asked for.
 
-    None if this process is to do the work: it is the only one, or one that a launcher started. Raises
-    ValueError if there are fewer GPUs than processes, or if their number is left to GPUs and there are none.
+    Raises ValueError if there are fewer GPUs than that, or if their number is left to GPUs and there are none.
     """
-    if seat().size > 1:
-        return None
+    if (there := seat().size) > 1:
+        return there
     gpus = torch.cuda.device_count() if engine.device in ("auto", "cuda") else 0
     count = gpus if launch.num_processes is None else launch.num_processes
     if not count:
@@ -43,13 +42,23 @@ def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arg
             f"launch.num_processes={count}, and this machine has {gpus} GPU{'s' * (gpus > 1)}. Lower it, or run on "
             "the CPU with engine.device=cpu."
         )
-    return None if count == 1 else _run(count, launch.grace, module, arguments)
+    return count
+
+
+def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arguments: list[str]) -> int | None:
+    """Run `python -m MODULE ARGUMENTS` on as many processes as asked for, and give its exit status.
+
+    None if this process is to do the work: it is the only one, or one that a launcher started. Raises
+    ValueError as `processes` does.
+    """
+    count = processes(launch, engine)
+    return None if count == 1 or seat().size > 1 else _run(count, launch.grace, module, arguments)
 
 
 def on_processes(launch: LaunchConfig, engine: EngineConfig, module: str, work: Callable[[World], int]) -> int:
     """The exit status of `work` in each process of the world, or of the workers that this command starts for it.
 
-    Workers are given this command's own arguments. Raises ValueError as `started_workers` does.
+    Workers are given this command's own arguments. Raises ValueError as `processes` does.
     """
     status = started_workers(launch, engine, module, sys.argv[1:])
     if status is not None:

@@ -235,6 +235,7 @@ def joined(config: EngineConfig) -> Iterator[World]:
             watch.end("failed")
             raise
         watch.end("lost")
+        time.sleep(1)  # for a signal that was meant for all, and has reached the other one first
         if watch.says_first("lost"):
             reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
             watch.say(f"process {world.rank} lost its connection to another one while {world.doing}: {reason}")
