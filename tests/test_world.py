@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import graph_files, same_end, small_run
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from processes import CLEAN, HERE, together
 
 from coconut.checkpoint import Checkpoints
+from coconut.cli import CONF_DIR, built
 from coconut.config import (
     Activations,
     DataConfig,
@@ -88,7 +91,27 @@ def runs_of_two(folder: str, files: dict[str, str]) -> None:
             assert train_together(settings(where / name, data, engine), world) == 0
         sparing = replace(ZERO_3, activations=Activations.recompute)
         assert train_together(corrected(where, "zero_lora", data, sparing), world) == 0
+        assert train_together(composed(keys(where / "whole", data)), world) == 0
         assert evaluate_together(EvaluateConfig(str(where / "one"), engine=ENGINE, batch_size=2), world) == 0
+
+
+def keys(folder: Path, data: DataConfig) -> list[str]:
+    """Of a run of 16 updates with dropout, saved after each."""
+    size = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    return [
+        "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
+        *(f"model.architecture.{name}={value}" for name, value in size.items()),
+        "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
+        "curriculum.first=6", "curriculum.each=5", "curriculum.max_stage=2", "curriculum.total=16",
+        "optimizer.warmup=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",
+        "engine.device=cpu", "engine.threads=1",
+    ]  # fmt: skip
+
+
+def composed(given: list[str]) -> TrainConfig:
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return built(compose("train", given), TrainConfig)
 
 
 def graph_data(files: dict[str, Any]) -> DataConfig:
@@ -140,21 +163,13 @@ def test_two_processes_evaluate_as_one_does(made: Path) -> None:
 class Launched:
     """`coconut.train` on two processes that it starts itself."""
 
-    def __init__(self, folder: Path, data: DataConfig, *keys: str):
+    def __init__(self, folder: Path, data: DataConfig, *more: str):
         self.folder = folder
         self.log = folder.with_suffix(".log")
-        size = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-        given = [
-            "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
-            *(f"model.architecture.{name}={value}" for name, value in size.items()),
-            "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
-            "curriculum.first=6", "curriculum.each=5", "curriculum.max_stage=2", "curriculum.total=16",
-            "optimizer.warmup=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",
-            "engine.device=cpu", "launch=local", "launch.num_processes=2",
-        ]  # fmt: skip
+        given = [*keys(folder, data), "launch=local", "launch.num_processes=2", *more]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "coconut.train", *given, *keys], cwd=HERE.parent, stdout=log, stderr=log,
+                [sys.executable, "-m", "coconut.train", *given], cwd=HERE.parent, stdout=log, stderr=log,
                 env={**CLEAN, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
@@ -181,10 +196,9 @@ def alive(pid: int) -> bool:
     return bool(state) and not state.startswith("Z")
 
 
-def test_what_was_stopped_and_killed_ends_as_if_it_had_not_been(data: DataConfig, tmp_path: Path) -> None:
-    whole = Launched(tmp_path / "whole", data)
-    assert whole.ends() == 0, whole.log.read_text()
-
+def test_what_was_stopped_killed_and_hung_ends_as_if_it_had_not_been(
+    made: Path, data: DataConfig, tmp_path: Path
+) -> None:
     asked = Launched(tmp_path / "broken", data)
     asked.reaches(4)
     asked.process.send_signal(signal.SIGUSR1)
@@ -192,24 +206,22 @@ def test_what_was_stopped_and_killed_ends_as_if_it_had_not_been(data: DataConfig
     assert "Stopped by SIGUSR1; saved at update" in asked.log.read_text()
 
     killed = Launched(tmp_path / "broken", data)
-    killed.reaches(9)
+    killed.reaches(8)
     os.kill(killed.workers()[1], signal.SIGKILL)
     assert killed.ends() == 128 + signal.SIGKILL
     assert "was ended by SIGKILL; the others were stopped" in killed.log.read_text()
 
-    last = Launched(tmp_path / "broken", data)
-    assert last.ends() == 0, last.log.read_text()
-    same_end(tmp_path / "broken", tmp_path / "whole")
-
-
-def test_a_process_that_does_not_get_on_ends_the_run(data: DataConfig, tmp_path: Path) -> None:
-    hung = Launched(tmp_path / "hung", data, "engine.timeout=4")
-    hung.reaches(3)
+    hung = Launched(tmp_path / "broken", data, "engine.timeout=4")
+    hung.reaches(12)
     os.kill(hung.workers()[1], signal.SIGSTOP)
     began = time.monotonic()
     assert hung.ends() in (3, 128 + signal.SIGKILL)
     assert time.monotonic() - began < 30
     assert "gave no sign of life for engine.timeout=4 s. The run ends" in hung.log.read_text()
+
+    last = Launched(tmp_path / "broken", data)
+    assert last.ends() == 0, last.log.read_text()
+    same_end(tmp_path / "broken", made / "whole")
 
 
 # --- who is who -----------------------------------------------------------------------------------
