@@ -408,7 +408,7 @@ def test_help(name: str, tmp_path: Path) -> None:
 def test_errors_of_the_command_are_for_people(tmp_path: Path) -> None:
     unknown = command(tmp_path, "data_builders.prosqa", "hops=3")
     assert unknown.returncode != 0
-    assert "Key 'hops' not in 'ProsqaBuild'" in unknown.stderr
+    assert "There is no key hops. Did you mean" in unknown.stderr
     missing = command(tmp_path, "data_builders.gsm8k")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: No file is given.")
