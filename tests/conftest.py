@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,8 @@ from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and in all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = [Example(" ".join(map(str, range(40))), ("a b",), "c")]
 ARCHITECTURES: dict[str, dict[str, Any]] = {
