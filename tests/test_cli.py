@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
@@ -142,6 +142,7 @@ def test_an_error_is_one_message(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@settings(max_examples=40)
 @given(st.text(min_size=1))
 def test_any_text_survives_hydra(text: str) -> None:
     if not text.strip() or "\0" in text:

@@ -1,0 +1,285 @@
+"""Time and memory of training steps and answers, against the released way and plain fine-tuning.
+
+    python -m benchmarks.run                     the short form, under ten minutes on two cores
+    python -m benchmarks.run full=FOLDER         all sizes and numbers of thoughts; a table and a plot into FOLDER
+
+What is measured is in benchmarks/ways.py. First it is seen that the released way and ours agree in loss, gradient and
+answers; then the ways are timed in one process in turn, forward and backward without the optimizer, and the medians are
+printed, with the ratio to plain fine-tuning and to the released way of the same round. Memory is the resident set
+of a process of its own. OMP_NUM_THREADS says on how many cores.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ways import (
+    NEW_TOKENS,
+    SIZES,
+    WAYS,
+    make_batch,
+    make_data,
+    make_model,
+    make_view,
+    our_answers,
+    pushed_left,
+    released_answer,
+)  # fmt: skip
+from coconut import LatentLM
+from coconut.analysis.charts import save_png
+from coconut.analysis.plots import LIGHT, new_figure
+from coconut.files import write_json
+from coconut.generate import pad_rows
+from coconut.layout import Batch, epoch_batches, micro_batches
+
+GIB = 2**30
+QUESTIONS = 64  # answered in one go
+
+
+def precision(name: str) -> AbstractContextManager[Any]:
+    return nullcontext() if name == "float32" else torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def step(way: str, lm: LatentLM, batch: Batch, kind: str) -> float:
+    lm.zero_grad(set_to_none=True)
+    with precision(kind):
+        loss = WAYS[way](lm, batch)
+    loss.backward()
+    return loss.item()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# --- that the ways are the same ---------------------------------------------------------------------
+
+
+def agreement(size: str, thoughts: int) -> tuple[float, float, str]:
+    """Relative differences of loss and gradient of the released way and ours, and how many answers are the same."""
+    lm = make_model(SIZES[size])
+    batch = make_batch(lm, make_data(64), thoughts, 2)
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    for way in ("released", "ours"):
+        loss = step(way, lm, batch, "float32")
+        found.append((loss, {name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None}))
+    (theirs, before), (mine, after) = found
+    apart = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
+    norm = sum(float(gradient.square().sum()) for gradient in before.values()) ** 0.5
+    rows = questions(2)
+    same = [released_answer(lm.eval(), torch.tensor(row), thoughts) for row in rows]
+    our = our_answers(lm, *pad_rows(rows, lm.special.pad), thoughts)
+    agree = sum(a == b for a, b in zip(same, our, strict=True))
+    return abs(mine - theirs) / theirs, apart / norm, f"{agree} of {len(rows)}"
+
+
+def questions(count: int) -> list[list[int]]:
+    data = make_data(count)
+    return [data.question(i).tolist() for i in range(count)]
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+
+def train_times(size: str, thoughts: int, kind: str, ways: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step in each round, after one that is not counted."""
+    lm = make_model(SIZES[size])
+    batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
+    batches = {"released": batch, "plain": pushed_left(batch, lm.special.pad), "ours": batch}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds + 1):
+        for way in ways:
+            spent = seconds(lambda way=way: step(way, lm, batches[way], kind))
+            if number:
+                taken[way].append(spent)
+    return taken
+
+
+def answer_times(size: str, thoughts: int, kind: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds a question: the released way on another one in each round, ours on all QUESTIONS at once, in turn."""
+    lm = make_model(SIZES[size]).eval()
+    rows = questions(QUESTIONS)
+    ids, mask = pad_rows(rows, lm.special.pad)
+    theirs, mine = [], []
+    with precision(kind):
+        our_answers(lm, ids, mask, thoughts)
+        for row in rows[:rounds]:
+            theirs.append(seconds(lambda row=row: released_answer(lm, torch.tensor(row), thoughts)))
+            mine.append(seconds(lambda: our_answers(lm, ids, mask, thoughts)) / QUESTIONS)
+    return theirs, mine
+
+
+def padding_and_loading(size: str, thoughts: int) -> tuple[float, float]:
+    """Share of padding among the columns of an epoch's batches, and seconds to make one of them."""
+    lm = make_model(replace(SIZES[size], layers=1, width=8, heads=1))
+    view = make_view(lm, make_data(4096), thoughts)
+    rows = SIZES[size].rows
+    start = time.perf_counter()
+    batches = epoch_batches(view, rows, seed=0, epoch=0)
+    made = [next(micro_batches(view, batch, rows)) for batch in batches]
+    spent = (time.perf_counter() - start) / len(batches)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in made)
+    return 1 - tokens / sum(batch.attention_mask.numel() for batch in made), spent
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+def resident(size: str, thoughts: int, kind: str, way: str) -> int:
+    """Bytes of this process at their most, after one step."""
+    lm = make_model(SIZES[size])
+    batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
+    step(way, lm, pushed_left(batch, lm.special.pad) if way == "plain" else batch, kind)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def elsewhere(*arguments: str) -> Any:
+    """`resident` of these arguments in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.run", "resident", *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+# --- the report -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is measured: sizes, numbers of thoughts, those of them with the released way, and how often."""
+
+    sizes: tuple[str, ...]
+    thoughts: tuple[int, ...]
+    released: tuple[int, ...]
+    rounds: int
+
+
+SHORT = Form(("2 x 768", "12 x 768"), (0, 3, 12), (3,), 3)
+FULL = Form(tuple(SIZES), (0, 1, 2, 3, 6, 9, 12), (0, 3, 12), 5)
+KINDS = ("float32", "bfloat16")
+Row = dict[str, Any]
+
+
+def training_rows(form: Form) -> Iterator[Row]:
+    for size, kind, thoughts in product(form.sizes, KINDS, form.thoughts):
+        ways = [way for way in WAYS if way != "released" or thoughts in form.released]
+        taken = train_times(size, thoughts, kind, ways, form.rounds)
+        medians = {way: statistics.median(taken[way]) if way in taken else "" for way in WAYS}
+        ratios = {
+            f"{a} / {b}": statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True))
+            if a in taken
+            else ""
+            for a, b in (("ours", "plain"), ("released", "ours"))
+        }
+        yield {"model": size, "rows": SIZES[size].rows, "precision": kind, "thoughts": thoughts, **medians, **ratios}
+
+
+def memory_rows(form: Form) -> Iterator[Row]:
+    for size, kind in product(form.sizes, KINDS):
+        used = {way: elsewhere(size, "3", kind, way) / GIB for way in WAYS}
+        yield {"model": size, "precision": kind, **used, "released / ours": used["released"] / used["ours"]}
+
+
+def answer_rows(form: Form) -> Iterator[Row]:
+    for size, kind in product(form.sizes, KINDS):
+        theirs, mine = (statistics.median(values) for values in answer_times(size, 3, kind, form.rounds))
+        yield {"model": size, "precision": kind, "released": theirs, "ours": mine, "released / ours": theirs / mine}
+
+
+def loading_rows(form: Form) -> Iterator[Row]:
+    for size in form.sizes:
+        padding, spent = padding_and_loading(size, 3)
+        yield {"model": size, "rows": SIZES[size].rows, "padding, %": 100 * padding, "loading, ms": 1000 * spent}
+
+
+def agreement_rows(form: Form) -> Iterator[Row]:
+    for size in form.sizes:
+        loss, gradient, same = agreement(size, 3)
+        yield {"model": size, "loss differs by": f"{loss:.1e}", "gradient by": f"{gradient:.1e}", "same answers": same}
+
+
+PARTS: dict[str, tuple[str, Callable[[Form], Iterator[Row]]]] = {
+    "agreement": ("Released and ours, relative differences, 3 thoughts", agreement_rows),
+    "training": ("Training step, seconds", training_rows),
+    "memory": ("Largest resident set of a training step, GiB, 3 thoughts", memory_rows),
+    "answers": (f"Answering, seconds a question, 3 thoughts and {NEW_TOKENS} tokens; released one by one, "
+                f"ours {QUESTIONS} at once", answer_rows),
+    "loading": ("Batches, 3 thoughts", loading_rows),
+}  # fmt: skip
+
+
+def report(form: Form, folder: Path | None) -> None:
+    print(f"{date.today()}, {machine()}")
+    found: dict[str, list[Row]] = {}
+    for name, (title, rows) in PARTS.items():
+        print(f"\n{title}\n")
+        found[name] = []
+        for row in rows(form):
+            if not found[name]:
+                print(f"| {' | '.join(row)} |\n|{' --- |' * len(row)}")
+            found[name].append(row)
+            print(f"| {' | '.join(map(_cell, row.values()))} |", flush=True)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "performance.json", {"date": str(date.today()), "machine": machine(), **found})
+        plot(found["training"], folder / "performance.png")
+        print(f"\n{folder}/performance.json and performance.png hold this.")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Ours in multiples of plain fine-tuning, over the number of thoughts: a panel a precision, a line a model."""
+    figure = new_figure(620, 260)
+    for place, kind in enumerate(KINDS):
+        axes = figure.add_subplot(1, 2, place + 1)
+        for colour, size in zip(("blue", "green", "red"), dict.fromkeys(row["model"] for row in rows), strict=False):
+            mine = [row for row in rows if (row["model"], row["precision"]) == (size, kind)]
+            points = [(row["thoughts"], row["ours / plain"]) for row in mine]
+            axes.plot(*zip(*points, strict=True), color=LIGHT[colour], marker="o", markersize=3, label=f"{size} layers")
+        axes.set(title=kind, xlabel="thoughts", ylabel="times plain fine-tuning", ylim=(0, None))
+        axes.axhline(1, color=LIGHT["muted"], linewidth=0.8, linestyle=":")
+        axes.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    save_png(figure, file)
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
+    return f"{names[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["resident", size, thoughts, kind, way]:
+            print(json.dumps(resident(size, int(thoughts), kind, way)))
+        case []:
+            report(SHORT, None)
+        case [text] if text.startswith("full="):
+            report(FULL, Path(text.removeprefix("full=")))
+        case other:
+            sys.exit(f"error: {' '.join(other)} came. Usage: python -m benchmarks.run [full=FOLDER]")
+
+
+if __name__ == "__main__":
+    main()

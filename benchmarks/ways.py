@@ -1,0 +1,186 @@
+"""Ways to do the same work, on the same weights, and the work: questions as long as ProsQA's.
+
+`released` is written after the paper's description and what the released code is known to do (Hao et al., arXiv
+2412.06769, section 3): n + 1 passes of the whole model with its head, each over the columns since the last one
+with a cache; the input embeddings taken apart into vectors and stacked again for every thought; the loss over
+logits at every position; one question at a time, and for each new token the whole sequence again, without a cache.
+
+`plain` is ordinary fine-tuning on the same tokens, the thoughts among them being tokens like others, with one pass
+and logits at the targets alone: what a training step costs if nothing is sequential.
+
+`ours` is this project. Shapes: B rows, T columns, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coconut import LatentLM
+from coconut.data import ADDED_TOKENS, Example, TokenizedData, build_word_tokenizer
+from coconut.layout import IGNORED, Batch, EpochView, epoch_batches, micro_batches
+from coconut.methods import Curriculum, plan
+
+VOCABULARY = 50257 + len(ADDED_TOKENS)
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT-2 of so many layers of this width, and the batch that it is measured at."""
+
+    layers: int
+    width: int
+    heads: int
+    rows: int
+
+
+SIZES = {
+    "2 x 128": Size(2, 128, 8, 16),
+    "2 x 768": Size(2, 768, 8, 16),
+    "12 x 768": Size(12, 768, 12, 8),  # GPT-2, 124M
+}
+
+
+def make_model(size: Size) -> LatentLM:
+    """With GPT-2's vocabulary and context, without dropout: the ways are compared to the last digits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = build_word_tokenizer([Example(" ".join(f"w{i}" for i in range(100)), ("a",), "b")])
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=VOCABULARY - len(ADDED_TOKENS), n_embd=size.width, n_layer=size.layers, n_head=size.heads,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, init="random").train()
+
+
+# --- the work ---------------------------------------------------------------------------------------
+
+
+def make_data(rows: int) -> TokenizedData:
+    """Random tokens in segments as long as ProsQA's are in GPT-2's.
+
+    Questions of 362 tokens on average, standard deviation 56, from 210 to 525; 3 to 6 steps of 8 to 12 tokens;
+    answers of 9 (the 300 released validation rows).
+    """
+    random = np.random.default_rng(0)
+    questions = np.clip(random.normal(362, 56, rows).round().astype(int), 210, 525)
+    steps = random.choice([3, 4, 5, 6], rows, p=[0.41, 0.45, 0.12, 0.02])
+    lengths = [[q, *random.integers(8, 13, s), 9] for q, s in zip(questions, steps, strict=True)]
+    return TokenizedData.from_lists([random.integers(3, 100, sum(row)) for row in lengths], lengths)
+
+
+def make_view(lm: LatentLM, data: TokenizedData, thoughts: int) -> EpochView:
+    """The stage in which three steps are cut, with so many thoughts in their place."""
+    made = plan("coconut", Curriculum(max_stage=3, total=50))
+    return EpochView(data, made, replace(made.stages[3], num_thoughts=thoughts), lm.special, seed=0, epoch=0)
+
+
+def make_batch(lm: LatentLM, data: TokenizedData, thoughts: int, rows: int) -> Batch:
+    """One update's rows, as training takes them."""
+    view = make_view(lm, data, thoughts)
+    return next(micro_batches(view, epoch_batches(view, rows, seed=0, epoch=0)[0], rows))
+
+
+# --- training steps ---------------------------------------------------------------------------------
+
+
+def released(lm: LatentLM, batch: Batch) -> Tensor:
+    from transformers import DynamicCache
+
+    base: Any = lm.base
+    ids_BT, mask_BT = batch.input_ids, batch.attention_mask
+    positions_BT = mask_BT.cumsum(1).sub(1).clamp(min=0)
+    places = [(row == lm.latent_id).nonzero()[:, 0].tolist() for row in ids_BT]
+    most = max(map(len, places))
+    embeds_BTD = base.get_input_embeddings()(ids_BT)
+    cache = DynamicCache(config=base.config)
+    start, stop = 0, min((row[0] for row in places if row), default=ids_BT.shape[1])
+    logits, end = [], ids_BT.shape[1]
+    for k in range(most + 1):
+        out = base(
+            inputs_embeds=embeds_BTD[:, start:stop], attention_mask=mask_BT[:, :stop],
+            position_ids=positions_BT[:, start:stop], past_key_values=cache, use_cache=True, output_hidden_states=True,
+        )  # fmt: skip
+        logits.append(out.logits)
+        if k < most:
+            states_BSD = out.hidden_states[-1]
+            vectors = [[embeds_BTD[b, t] for t in range(end)] for b in range(len(ids_BT))]
+            for b, row in enumerate(places):
+                if k < len(row):
+                    vectors[b][row[k]] = states_BSD[b, row[k] - 1 - start]
+            embeds_BTD = torch.stack([torch.stack(row) for row in vectors])
+        start, stop = stop, stop + 1 if k + 1 < most else end
+    logits_BTV = torch.cat(logits, dim=1)
+    return F.cross_entropy(
+        logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]).float(), batch.labels[:, 1:].reshape(-1),
+        ignore_index=IGNORED,
+    )  # fmt: skip
+
+
+def plain(lm: LatentLM, batch: Batch) -> Tensor:
+    """`batch` is padded on the right, so causal attention alone keeps the padding out."""
+    embeds_BTD = lm.base.get_input_embeddings()(batch.input_ids)
+    states_BTD = lm.base.base_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    targets_BT = batch.labels[:, 1:]
+    is_target_BT = targets_BT != IGNORED
+    logits_NV = lm.logits(states_BTD[:, :-1][is_target_BT])
+    return F.cross_entropy(logits_NV.float(), targets_BT[is_target_BT])
+
+
+def ours(lm: LatentLM, batch: Batch) -> Tensor:
+    loss = lm(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
+    assert loss is not None
+    return loss
+
+
+def pushed_left(batch: Batch, pad: int) -> Batch:
+    """The same rows with all padding on the right."""
+    order = batch.attention_mask.sort(dim=1, descending=True, stable=True).indices
+    ids, mask, labels = (part.gather(1, order) for part in (batch.input_ids, batch.attention_mask, batch.labels))
+    width = int(mask.sum(1).max())
+    return Batch(ids[:, :width].masked_fill(mask[:, :width] == 0, pad), mask[:, :width], labels[:, :width])
+
+
+WAYS: dict[str, Callable[[LatentLM, Batch], Tensor]] = {"released": released, "plain": plain, "ours": ours}
+
+
+# --- answering --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def released_answer(lm: LatentLM, ids_T: Tensor, thoughts: int) -> list[int]:
+    """Greedily, NEW_TOKENS of them, none of which ends the sequence."""
+    from transformers import DynamicCache
+
+    base: Any = lm.base
+    table = base.get_input_embeddings()
+    special = lm.special
+    embeds_TD = table(torch.cat([ids_T, torch.tensor([special.bot])]))
+    cache = DynamicCache(config=base.config)
+    out = base(inputs_embeds=embeds_TD[None], past_key_values=cache, use_cache=True, output_hidden_states=True)
+    for _ in range(thoughts):
+        thought_1D = out.hidden_states[-1][0, -1:]
+        embeds_TD = torch.cat([embeds_TD, thought_1D])
+        out = base(inputs_embeds=thought_1D[None], past_key_values=cache, use_cache=True, output_hidden_states=True)
+    embeds_TD = torch.cat([embeds_TD, table(torch.tensor([special.eot]))])
+    new: list[int] = []
+    for _ in range(NEW_TOKENS):
+        logits_V = base(inputs_embeds=embeds_TD[None], use_cache=False).logits[0, -1]
+        logits_V[[special.eos, *special.added]] = -torch.inf
+        new.append(int(logits_V.argmax()))
+        embeds_TD = torch.cat([embeds_TD, table(torch.tensor(new[-1:]))])
+    return new
+
+
+def our_answers(lm: LatentLM, ids_BT: Tensor, mask_BT: Tensor, thoughts: int) -> list[list[int]]:
+    return lm.generate(
+        ids_BT, mask_BT, num_thoughts=thoughts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+    ).tokens.tolist()

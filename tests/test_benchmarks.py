@@ -1,0 +1,52 @@
+"""What benchmarks compare does the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import gradients
+
+from benchmarks import ways
+from benchmarks.run import questions
+from coconut import LatentLM
+from coconut.generate import pad_rows
+from coconut.layout import Batch
+
+
+@pytest.fixture(scope="module")
+def lm() -> LatentLM:
+    lm = ways.make_model(ways.Size(2, 16, 2, 3))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return lm
+
+
+def done(way: Callable[[LatentLM, Batch], torch.Tensor], lm: LatentLM, batch: Batch) -> dict[str, torch.Tensor]:
+    lm.zero_grad()
+    loss = way(lm, batch)
+    loss.backward()
+    return gradients(lm) | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("thoughts", [0, 1, 3])
+def test_the_released_way_is_ours(lm: LatentLM, thoughts: int) -> None:
+    batch = ways.make_batch(lm, ways.make_data(8), thoughts, 3)
+    assert len(set(batch.attention_mask.sum(1).tolist())) > 1, "rows differ in length"
+    torch.testing.assert_close(done(ways.ours, lm, batch), done(ways.released, lm, batch), rtol=1e-4, atol=1e-6)
+
+
+def test_without_thoughts_plain_fine_tuning_is_ours(lm: LatentLM) -> None:
+    batch = ways.make_batch(lm, ways.make_data(8), 0, 3)
+    whole = ways.pushed_left(batch, lm.special.pad)
+    torch.testing.assert_close(done(ways.ours, lm, batch), done(ways.plain, lm, whole), rtol=1e-4, atol=1e-6)
+
+
+def test_the_released_way_answers_as_ours_does(lm: LatentLM) -> None:
+    lm.eval()
+    rows = questions(2)
+    ours = ways.our_answers(lm, *pad_rows(rows, lm.special.pad), 2)
+    assert ours == [ways.released_answer(lm, torch.tensor(row), 2) for row in rows]
+    assert all(len(row) == ways.NEW_TOKENS for row in ours)
