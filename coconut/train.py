@@ -454,8 +454,8 @@ def spread(config: TrainConfig, world: World) -> dict[str, Any]:
 def run(config: TrainConfig) -> int:
     """Train one run, or go on with it, on as many processes as asked for."""
     only_our_words()
-    share_out(config.batch_size, processes(config.launch, config.engine))
-    if seat().rank == 0:
+    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
+        share_out(config.batch_size, count)
         ready(config.tracking)
     return on_processes(config.launch, config.engine, "coconut.train", lambda world: train_together(config, world))
 
@@ -473,6 +473,8 @@ def share_out(batch_size: int, processes: int) -> None:
 
 def train_together(config: TrainConfig, world: World) -> int:
     """What each process of a run does."""
+    share_out(config.batch_size, world.size)
+    world.first_does(lambda: ready(config.tracking))
     config.data = config.data.absolute()
     files = world.first_does(lambda: data_files(asdict(config.data)))
     folder = world.first_does(lambda: open_folder(config, files))
