@@ -1,0 +1,77 @@
+"""Where a training step's time goes, and what its floor is: python -m benchmarks.profile [thoughts]
+
+For each size of benchmarks/ways.py, ours and plain fine-tuning, in both precisions: the operators' time by kind, what is
+left for Python between them, system time (page faults, mostly), and the floor: the step's matrix products, counted by
+torch, at the rate that this machine reaches in one product of the step's own shape in the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.run import machine, step
+from benchmarks.ways import SIZES, Size, make_batch, make_data, make_model, pushed_left
+
+KINDS = {
+    "products": ("mm", "linear", "matmul", "mkldnn"),
+    "attention": ("attention", "softmax", "scaled_dot"),
+    "loss": ("nll", "cross_entropy", "log_softmax"),
+    "norms": ("norm",),
+    "copies": ("copy", "cat", "clone", "contiguous", "index", "gather", "slice_backward", "embedding", "fill", "zero"),
+}
+
+
+def kind_of(name: str) -> str:
+    """The longest part that a kind names decides: log_softmax is of the loss, softmax of attention."""
+    found = [(len(part), kind) for kind, parts in KINDS.items() for part in parts if part in name]
+    return max(found)[1] if found else "the rest"
+
+
+def rate(size: Size, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the feed-forward layer's product."""
+    a = torch.randn(size.rows * 400, size.width, dtype=dtype)
+    b = torch.randn(size.width, 4 * size.width, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
+
+
+def main() -> None:
+    thoughts = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    print(f"{machine()}; {thoughts} thoughts; seconds a step")
+    columns = ["step", *KINDS, "the rest", "Python", "system", "floor"]
+    print(f"| model | precision | way | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 3)}")
+    for name, size in SIZES.items():
+        lm = make_model(size)
+        batch = make_batch(lm, make_data(512), thoughts, size.rows)
+        for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            for way, given in (("plain", pushed_left(batch, lm.special.pad)), ("ours", batch)):
+                with FlopCounterMode(display=False) as counted:
+                    step(way, lm, given, precision)
+                before = os.times()
+                start = time.perf_counter()
+                step(way, lm, given, precision)
+                whole, system = time.perf_counter() - start, os.times().system - before.system
+                with profile(activities=[ProfilerActivity.CPU]) as seen:
+                    step(way, lm, given, precision)
+                spent: Counter[str] = Counter()
+                for event in seen.key_averages():
+                    spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+                python = max(whole - sum(spent.values()), 0.0)
+                floor = counted.get_total_flops() / rate(size, dtype)
+                values = [whole, *(spent[kind] for kind in [*KINDS, "the rest"]), python, system, floor]
+                print(f"| {name} | {precision} | {way} | {' | '.join(f'{v:.3f}' for v in values)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
