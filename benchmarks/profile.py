@@ -1,8 +1,8 @@
 """Where a training step's time goes, and what its floor is: python -m benchmarks.profile [thoughts]
 
-For each size of benchmarks/ways.py, ours and plain fine-tuning, in both precisions: the operators' time by kind, what is
-left for Python between them, system time (page faults, mostly), and the floor: the step's matrix products, counted by
-torch, at the rate that this machine reaches in one product of the step's own shape in the same run.
+For each size of benchmarks/ways.py, ours and plain fine-tuning, in both precisions: the operators' time by kind, what
+is left for Python between them, system time (page faults, mostly), and the floor: the step's matrix products, counted
+by torch, at the rate that this machine reaches in one product of the step's own shape in the same run.
 """
 
 from __future__ import annotations
