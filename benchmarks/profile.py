@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.run import machine, step
 from benchmarks.ways import SIZES, Size, make_batch, make_data, make_model, pushed_left
+from coconut.engine.base import keep_memory
 
 KINDS = {
     "products": ("mm", "linear", "matmul", "mkldnn"),
@@ -47,6 +48,7 @@ def rate(size: Size, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
+    keep_memory()
     thoughts = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{machine()}; {thoughts} thoughts; seconds a step")
     columns = ["step", *KINDS, "the rest", "Python", "system", "floor"]

@@ -12,6 +12,7 @@ of a process of its own. OMP_NUM_THREADS says on how many cores.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -44,6 +45,7 @@ from benchmarks.ways import (
 from coconut import LatentLM
 from coconut.analysis.charts import save_png
 from coconut.analysis.plots import LIGHT, new_figure
+from coconut.engine.base import keep_memory
 from coconut.files import write_json
 from coconut.generate import pad_rows
 from coconut.layout import Batch, epoch_batches, micro_batches
@@ -145,15 +147,31 @@ def padding_and_loading(size: str, thoughts: int) -> tuple[float, float]:
 
 def resident(size: str, thoughts: int, kind: str, way: str) -> int:
     """Bytes of this process at their most, after one step."""
+    keep_memory()
     lm = make_model(SIZES[size])
     batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
     step(way, lm, pushed_left(batch, lm.special.pad) if way == "plain" else batch, kind)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def allocated(size: str, kept: bool) -> Row:
+    """Medians of five steps of this process, after one that is not counted."""
+    if kept:
+        keep_memory()
+    lm = make_model(SIZES[size])
+    batch = make_batch(lm, make_data(512), 3, SIZES[size].rows)
+    spent, system = [], []
+    for _ in range(6):
+        before = os.times().system
+        spent.append(seconds(lambda: step("ours", lm, batch, "float32")))
+        system.append(os.times().system - before)
+    found = {"step": statistics.median(spent[1:]), "kernel": statistics.median(system[1:])}
+    return {**found, "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+
+
 def elsewhere(*arguments: str) -> Any:
-    """`resident` of these arguments in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.run", "resident", *arguments]
+    """What `main` prints for these arguments in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.run", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -192,7 +210,7 @@ def training_rows(form: Form) -> Iterator[Row]:
 
 def memory_rows(form: Form) -> Iterator[Row]:
     for size, kind in product(form.sizes, KINDS):
-        used = {way: elsewhere(size, "3", kind, way) / GIB for way in WAYS}
+        used = {way: elsewhere("resident", size, "3", kind, way) / GIB for way in WAYS}
         yield {"model": size, "precision": kind, **used, "released / ours": used["released"] / used["ours"]}
 
 
@@ -200,6 +218,12 @@ def answer_rows(form: Form) -> Iterator[Row]:
     for size, kind in product(form.sizes, KINDS):
         theirs, mine = (statistics.median(values) for values in answer_times(size, 3, kind, form.rounds))
         yield {"model": size, "precision": kind, "released": theirs, "ours": mine, "released / ours": theirs / mine}
+
+
+def allocator_rows(form: Form) -> Iterator[Row]:
+    for size in form.sizes:
+        found = {kept: elsewhere("step", size, kept) for kept in ("given back", "kept")}
+        yield {"model": size, **{f"{name} {kept}": found[kept][name] for name in found["kept"] for kept in found}}
 
 
 def loading_rows(form: Form) -> Iterator[Row]:
@@ -217,6 +241,8 @@ def agreement_rows(form: Form) -> Iterator[Row]:
 PARTS: dict[str, tuple[str, Callable[[Form], Iterator[Row]]]] = {
     "agreement": ("Released and ours, relative differences, 3 thoughts", agreement_rows),
     "training": ("Training step, seconds", training_rows),
+    "allocator": ("Ours, float32, 3 thoughts, freed memory given back or kept: seconds a step, seconds of them in "
+                  "the kernel, largest resident set in GiB", allocator_rows),
     "memory": ("Largest resident set of a training step, GiB, 3 thoughts", memory_rows),
     "answers": (f"Answering, seconds a question, 3 thoughts and {NEW_TOKENS} tokens; released one by one, "
                 f"ours {QUESTIONS} at once", answer_rows),
@@ -225,6 +251,7 @@ PARTS: dict[str, tuple[str, Callable[[Form], Iterator[Row]]]] = {
 
 
 def report(form: Form, folder: Path | None) -> None:
+    keep_memory()
     print(f"{date.today()}, {machine()}")
     found: dict[str, list[Row]] = {}
     for name, (title, rows) in PARTS.items():
@@ -273,6 +300,8 @@ def main() -> None:
     match sys.argv[1:]:
         case ["resident", size, thoughts, kind, way]:
             print(json.dumps(resident(size, int(thoughts), kind, way)))
+        case ["step", size, kept]:
+            print(json.dumps(allocated(size, kept == "kept")))
         case []:
             report(SHORT, None)
         case [text] if text.startswith("full="):

@@ -5,6 +5,7 @@ An engine is given an `nn.Module` and a loss function. It knows neither models, 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
@@ -136,6 +137,20 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         ) from None
 
 
+def keep_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones.
+
+    By default it maps large blocks anew each time, and the kernel clears their pages: half of a small model's
+    step (docs/performance.md). Elsewhere than on glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((-4, 0), (-1, -1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)
+
+
 def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
     """Set the number of threads, and give the device."""
     world = world or World()
@@ -144,6 +159,8 @@ def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     device = choose_device(config.device, world.local_rank)
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
