@@ -1,7 +1,7 @@
 """Time and memory of training steps and answers, against the released way and plain fine-tuning.
 
-    python -m benchmarks.run                     the short form, under ten minutes on two cores
-    python -m benchmarks.run full=FOLDER         all sizes and numbers of thoughts; a table and a plot into FOLDER
+    python -m benchmarks.run                     the short form, in float32: under ten minutes on two cores
+    python -m benchmarks.run full=FOLDER         all sizes, thoughts and precisions; a table and a plot into FOLDER
 
 What is measured is in benchmarks/ways.py. First it is seen that the released way and ours agree in loss, gradient and
 answers; then the ways are timed in one process in turn, forward and backward without the optimizer, and the medians are
@@ -180,22 +180,22 @@ def elsewhere(*arguments: str) -> Any:
 
 @dataclass(frozen=True)
 class Form:
-    """What is measured: sizes, numbers of thoughts, those of them with the released way, and how often."""
+    """What is measured: sizes, precisions, numbers of thoughts, those with the released way, and how often."""
 
     sizes: tuple[str, ...]
+    kinds: tuple[str, ...]
     thoughts: tuple[int, ...]
     released: tuple[int, ...]
     rounds: int
 
 
-SHORT = Form(("2 x 768", "12 x 768"), (0, 3, 12), (3,), 3)
-FULL = Form(tuple(SIZES), (0, 1, 2, 3, 6, 9, 12), (0, 3, 12), 5)
-KINDS = ("float32", "bfloat16")
+SHORT = Form(("2 x 768", "12 x 768"), ("float32",), (0, 3, 12), (3,), 2)
+FULL = Form(tuple(SIZES), ("float32", "bfloat16"), (0, 1, 2, 3, 6, 9, 12), (0, 3, 12), 5)
 Row = dict[str, Any]
 
 
 def training_rows(form: Form) -> Iterator[Row]:
-    for size, kind, thoughts in product(form.sizes, KINDS, form.thoughts):
+    for size, kind, thoughts in product(form.sizes, form.kinds, form.thoughts):
         ways = [way for way in WAYS if way != "released" or thoughts in form.released]
         taken = train_times(size, thoughts, kind, ways, form.rounds)
         medians = {way: statistics.median(taken[way]) if way in taken else "" for way in WAYS}
@@ -209,13 +209,13 @@ def training_rows(form: Form) -> Iterator[Row]:
 
 
 def memory_rows(form: Form) -> Iterator[Row]:
-    for size, kind in product(form.sizes, KINDS):
+    for size, kind in product(form.sizes, form.kinds):
         used = {way: elsewhere("resident", size, "3", kind, way) / GIB for way in WAYS}
         yield {"model": size, "precision": kind, **used, "released / ours": used["released"] / used["ours"]}
 
 
 def answer_rows(form: Form) -> Iterator[Row]:
-    for size, kind in product(form.sizes, KINDS):
+    for size, kind in product(form.sizes, form.kinds):
         theirs, mine = (statistics.median(values) for values in answer_times(size, 3, kind, form.rounds))
         yield {"model": size, "precision": kind, "released": theirs, "ours": mine, "released / ours": theirs / mine}
 
@@ -276,7 +276,7 @@ def _cell(value: Any) -> str:
 def plot(rows: list[Row], file: Path) -> None:
     """Ours in multiples of plain fine-tuning, over the number of thoughts: a panel a precision, a line a model."""
     figure = new_figure(620, 260)
-    for place, kind in enumerate(KINDS):
+    for place, kind in enumerate(dict.fromkeys(row["precision"] for row in rows)):
         axes = figure.add_subplot(1, 2, place + 1)
         for colour, size in zip(("blue", "green", "red"), dict.fromkeys(row["model"] for row in rows), strict=False):
             mine = [row for row in rows if (row["model"], row["precision"]) == (size, kind)]
