@@ -7,17 +7,16 @@ by torch, at the rate that this machine reaches in one product of the step's own
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections import Counter
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.run import machine, step
-from benchmarks.ways import SIZES, Size, make_batch, make_data, make_model, pushed_left
+from benchmarks.run import machine, seconds, step, timed
+from benchmarks.ways import SIZES, Size, make_batches, make_model
 from coconut.engine.base import keep_memory
 
 KINDS = {
@@ -39,11 +38,7 @@ def rate(size: Size, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the feed-forward layer's product."""
     a = torch.randn(size.rows * 400, size.width, dtype=dtype)
     b = torch.randn(size.width, 4 * size.width, dtype=dtype)
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
+    best = min(seconds(lambda: torch.mm(a, b)) for _ in range(10))
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
 
 
@@ -55,17 +50,15 @@ def main() -> None:
     print(f"| model | precision | way | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 3)}")
     for name, size in SIZES.items():
         lm = make_model(size)
-        batch = make_batch(lm, make_data(512), thoughts, size.rows)
+        batches = make_batches(lm, thoughts, size.rows)
         for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            for way, given in (("plain", pushed_left(batch, lm.special.pad)), ("ours", batch)):
+            for way in ("plain", "ours"):
+                work = partial(step, way, lm, batches[way], precision)
                 with FlopCounterMode(display=False) as counted:
-                    step(way, lm, given, precision)
-                before = os.times()
-                start = time.perf_counter()
-                step(way, lm, given, precision)
-                whole, system = time.perf_counter() - start, os.times().system - before.system
+                    work()
+                whole, system = timed(work)
                 with profile(activities=[ProfilerActivity.CPU]) as seen:
-                    step(way, lm, given, precision)
+                    work()
                 spent: Counter[str] = Counter()
                 for event in seen.key_averages():
                     spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6

@@ -1,6 +1,6 @@
 """Time and memory of training steps and answers, against the released way and plain fine-tuning.
 
-    python -m benchmarks.run                     the short form, in float32: under ten minutes on two cores
+    python -m benchmarks.run                     the short form, in float32
     python -m benchmarks.run full=FOLDER         all sizes, thoughts and precisions; a table and a plot into FOLDER
 
 What is measured is in benchmarks/ways.py. First it is seen that the released way and ours agree in loss, gradient and
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
@@ -35,17 +35,18 @@ from benchmarks.ways import (
     SIZES,
     WAYS,
     make_batch,
+    make_batches,
     make_data,
     make_model,
     make_view,
     our_answers,
-    pushed_left,
     released_answer,
 )  # fmt: skip
 from coconut import LatentLM
 from coconut.analysis.charts import save_png
 from coconut.analysis.plots import LIGHT, new_figure
-from coconut.engine.base import keep_memory
+from coconut.config import Precision
+from coconut.engine.base import autocast, keep_memory
 from coconut.files import write_json
 from coconut.generate import pad_rows
 from coconut.layout import Batch, epoch_batches, micro_batches
@@ -55,7 +56,7 @@ QUESTIONS = 64  # answered in one go
 
 
 def precision(name: str) -> AbstractContextManager[Any]:
-    return nullcontext() if name == "float32" else torch.autocast("cpu", dtype=torch.bfloat16)
+    return autocast(torch.device("cpu"), Precision(name))
 
 
 def step(way: str, lm: LatentLM, batch: Batch, kind: str) -> float:
@@ -66,10 +67,15 @@ def step(way: str, lm: LatentLM, batch: Batch, kind: str) -> float:
     return loss.item()
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and those that all threads spent in the kernel."""
+    before, start = os.times().system, time.perf_counter()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, os.times().system - before
+
+
+def seconds(work: Callable[[], object]) -> float:
+    return timed(work)[0]
 
 
 # --- that the ways are the same ---------------------------------------------------------------------
@@ -104,8 +110,7 @@ def questions(count: int) -> list[list[int]]:
 def train_times(size: str, thoughts: int, kind: str, ways: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of a step in each round, after one that is not counted."""
     lm = make_model(SIZES[size])
-    batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
-    batches = {"released": batch, "plain": pushed_left(batch, lm.special.pad), "ours": batch}
+    batches = make_batches(lm, thoughts, SIZES[size].rows)
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way in ways:
@@ -158,8 +163,7 @@ def resident(size: str, thoughts: int, kind: str, way: str) -> int:
     """Bytes of this process at their most, after one step."""
     keep_memory()
     lm = make_model(SIZES[size])
-    batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
-    step(way, lm, pushed_left(batch, lm.special.pad) if way == "plain" else batch, kind)
+    step(way, lm, make_batches(lm, thoughts, SIZES[size].rows)[way], kind)
     return largest()
 
 
@@ -168,12 +172,8 @@ def allocated(size: str, kept: bool) -> Row:
     if kept:
         keep_memory()
     lm = make_model(SIZES[size])
-    batch = make_batch(lm, make_data(512), 3, SIZES[size].rows)
-    spent, system = [], []
-    for _ in range(6):
-        before = os.times().system
-        spent.append(seconds(lambda: step("ours", lm, batch, "float32")))
-        system.append(os.times().system - before)
+    batch = make_batches(lm, 3, SIZES[size].rows)["ours"]
+    spent, system = zip(*[timed(lambda: step("ours", lm, batch, "float32")) for _ in range(6)], strict=True)
     found = {"step": statistics.median(spent[1:]), "kernel": statistics.median(system[1:])}
     return {**found, "resident": largest() / GIB}
 

@@ -89,6 +89,12 @@ def make_batch(lm: LatentLM, data: TokenizedData, thoughts: int, rows: int) -> B
     return next(micro_batches(view, epoch_batches(view, rows, seed=0, epoch=0)[0], rows))
 
 
+def make_batches(lm: LatentLM, thoughts: int, rows: int) -> dict[str, Batch]:
+    """The same rows for each way: as training takes them, and with all padding on the right."""
+    batch = make_batch(lm, make_data(512), thoughts, rows)
+    return {"released": batch, "plain": pushed_left(batch, lm.special.pad), "ours": batch}
+
+
 # --- training steps ---------------------------------------------------------------------------------
 
 

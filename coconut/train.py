@@ -460,13 +460,13 @@ def run(config: TrainConfig) -> int:
     return on_processes(config.launch, config.engine, "coconut.train", lambda world: train_together(config, world))
 
 
-def share_out(batch_size: int, processes: int) -> None:
+def share_out(batch_size: int, ranks: int) -> None:
     """Raise ValueError if an update's examples cannot be shared out evenly."""
-    if over := batch_size % processes:
+    if over := batch_size % ranks:
         below = batch_size - over
-        near = f"{below} or {below + processes}" if below else f"{processes}"
+        near = f"{below} or {below + ranks}" if below else f"{ranks}"
         raise ValueError(
-            f"batch_size={batch_size} is not divisible by {processes} processes. It is the number of examples of an "
+            f"batch_size={batch_size} is not divisible by {ranks} processes. It is the number of examples of an "
             f"update, over all of them: choose a multiple, such as {near}."
         )
 

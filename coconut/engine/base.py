@@ -140,8 +140,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def keep_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones.
 
-    By default it maps large blocks anew each time, and the kernel clears their pages: half of a small model's
-    step (docs/performance.md). Elsewhere than on glibc nothing happens.
+    By default it maps large blocks anew each time, and the kernel clears their pages: a quarter of a two-layer
+    model's step (docs/performance.md). Elsewhere than on glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
