@@ -16,7 +16,6 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class Shape:
     def inside(self, size: int) -> int:
         """Numbers of `size` bytes that a token's way through one layer leaves for the gradient."""
         if not self.gated:
-            return 6 * self.hidden + 2 * self.keys + 5 * self.inner
+            return 6 * self.hidden + 2 * self.keys + 2 * self.inner
         norms = 2 * self.hidden * (4 // size - 1)  # RMS norms compute in float32
         return 8 * self.hidden + norms + 2 * self.keys + 4 * self.inner
 
@@ -93,8 +92,9 @@ def activations(shape: Shape, rows: int, widths: list[int], size: int, recompute
     several = len(widths) > 1
     if recompute:
         return size * shape.layers * columns * (shape.hidden + several * 2 * shape.keys)
-    joined = rows * sum(accumulate(widths)) if several else 0  # each pass keeps keys and values of all before it
-    return size * shape.layers * (columns * shape.inside(size) + joined * 2 * shape.keys)
+    cached = 0 if shape.gated else 2 * shape.keys  # beside those that GPT-2 computes in one with the queries
+    repeated = 2 * shape.hidden if shape.keys < shape.hidden else 0  # for the last pass, whose attention has a mask
+    return size * shape.layers * columns * (shape.inside(size) + several * (cached + repeated))
 
 
 def working(shape: Shape, rows: int, widths: list[int], size: int) -> float:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generated:
-    """`tokens` (B, N): new tokens, padded after their end. `lengths` (B,): without the end-of-sequence token.
+    """B answers; several to one question stand together.
 
+    `tokens` (B, N): new tokens, padded after their end. `lengths` (B,): without the end-of-sequence token.
     `cut` (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it.
     `thoughts` (B, K, D): what was fed as thoughts, K for the row that had most; zeros after a row's last.
     """
@@ -67,15 +68,15 @@ def think(
     *,
     thoughts: Tensor | None = None,
     stop: Stop | None = None,
+    room: int = 0,
 ) -> Thinking:
     """Run prompts (B, T), padded on the left, and the thoughts that follow them.
 
     `thoughts` (B, K, D) are fed in place of the model's own. With `stop`, a row ends with the first
-    thought at which it says so; the loop ends when all rows have ended.
+    thought at which it says so; the loop ends when all rows have ended. `room`: how many tokens will be
+    read on from the cache, if that is known.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=lm.base.config)
+    cache = lm.new_cache(input_ids.shape[1] + num_thoughts + room)
     is_token_BT = attention_mask.bool()
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
@@ -118,15 +119,18 @@ def generate(
     `think`). Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by
     default; `options` are those of transformers' GenerationConfig (do_sample, temperature, top_p,
     stop_strings, ...), and what they leave open is off, whatever the base model's own settings are. The
-    added tokens are never produced. One answer a question.
+    added tokens are never produced. With num_return_sequences=n each question is read and thought about once
+    and answered n times; its answers stand together.
 
     Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
-    none, if `thoughts` has another shape, or for num_beams or num_return_sequences other than 1.
+    none, if `thoughts` has another shape, for num_beams other than 1, or for several answers without do_sample.
     """
     reasoning, special = lm.reasoning, lm.special
-    for name in ("num_beams", "num_return_sequences"):
-        if options.get(name, 1) != 1:
-            raise ValueError(f"{name}={options[name]} is not supported: one answer a question, without beams.")
+    if options.get("num_beams", 1) != 1:
+        raise ValueError(f"num_beams={options['num_beams']} is not supported. Leave it out.")
+    samples = options.pop("num_return_sequences", None) or 1
+    if samples > 1 and not options.get("do_sample"):
+        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
     count = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop)
     in_slot = len(slot_ids(reasoning, special, count))
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
@@ -148,18 +152,20 @@ def generate(
             width = int(lengths_B[rows].max())
             ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
             given = None if thoughts is None else thoughts.to(lm.device)[rows]
-            found = _think_and_speak(lm, ids, is_token, count, given, stop, {**options, "max_new_tokens": limit})
-            answers |= zip(rows.tolist(), found, strict=True)
+            settings = {**options, "max_new_tokens": limit}
+            found = _think_and_speak(lm, ids, is_token, count, given, stop, samples, settings)
+            answers |= zip([row * samples + i for row in rows.tolist() for i in range(samples)], found, strict=True)
     finally:
         lm.train(was_training)
-    tokens = [answers[row].tokens for row in range(len(ids_BT))]
-    fed = [answers[row].thoughts for row in range(len(ids_BT))]
+    tokens = [answers[place].tokens for place in range(len(answers))]
+    fed = [answers[place].thoughts for place in range(len(answers))]
+    limits = limits_B.repeat_interleave(samples).tolist()
     lengths = [_length(row, special, "stop_strings" in options) for row in tokens]
     widest = max(map(len, tokens))
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
         lengths=torch.tensor(lengths),
-        cut=torch.tensor([length == limit for length, limit in zip(lengths, limits_B.tolist(), strict=True)]),
+        cut=torch.tensor([length == limit for length, limit in zip(lengths, limits, strict=True)]),
         num_thoughts=torch.tensor([len(row) for row in fed]),
         texts=[
             str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -209,38 +215,48 @@ def _think_and_speak(
     count: int,
     thoughts: Tensor | None,
     stop: Stop | None,
+    samples: int,
     options: dict[str, Any],
 ) -> list[_Answer]:
-    """The answers to questions padded on the left."""
+    """So many answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
     slot = torch.from_numpy(slot_ids(lm.reasoning, lm.special, count)).long().to(lm.device)
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1)], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
-    if lm.reasoning.slot is not Slot.thought or not count:
+    if lm.reasoning.slot is not Slot.thought:
+        count = 0
+    prefix = T + 1 if count else prompt_BT.shape[1] - 1  # with <bot>, or all but the last
+    room = 1 + options["max_new_tokens"]
+    if not prefix:  # a question of one token, and nothing after it
         table: Any = lm.base.get_input_embeddings()
-        none = torch.zeros(0, table.embedding_dim)
-        return [_Answer(new, none) for new in _speak(lm, prompt_BT, is_token_BT, None, options).tolist()]
-    prefix = T + 1  # with <bot>
-    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop)
-    answers: dict[int, _Answer] = {}
+        new_BN = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples, options)
+        return [_Answer(new, torch.zeros(0, table.embedding_dim)) for new in new_BN.tolist()]
+    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop, room=room)
+    answers: dict[int, list[_Answer]] = {}
     for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
         rows = (thinking.counts == n).nonzero()[:, 0]
         cache = thinking.cache
         if len(rows) < B:  # a cache cannot be cut where a model looks through a sliding window, so they think again
             given = None if thoughts is None else thoughts[rows]
-            cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given).cache
+            cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given, room=room).cache
         columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
-        new_BN = _speak(lm, prompts, masks, cache, options)
-        for row, new in zip(rows.tolist(), new_BN.tolist(), strict=True):
-            answers[row] = _Answer(new, thinking.thoughts[row, :n].float().cpu())
-    return [answers[row] for row in range(B)]
+        new_BSN = _speak(lm, prompts, masks, cache, samples, options).unflatten(0, (len(rows), samples))
+        for row, several in zip(rows.tolist(), new_BSN.tolist(), strict=True):
+            fed = thinking.thoughts[row, :n].float().cpu()
+            answers[row] = [_Answer(new, fed) for new in several]
+    return [one for row in range(B) for one in answers[row]]
 
 
-def _speak(lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, options: dict[str, Any]) -> Tensor:
-    """(B, N) the tokens after prompts, of which the cache, if there is one, holds all but the last column."""
+def _speak(
+    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples: int, options: dict[str, Any]
+) -> Tensor:
+    """(B * samples, N) the tokens after prompts, of which the cache holds all but the last column."""
     from transformers import GenerationConfig
 
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+        prompt_BT, is_token_BT = (part.repeat_interleave(samples, dim=0) for part in (prompt_BT, is_token_BT))
     special = lm.special
     every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
     config = GenerationConfig(

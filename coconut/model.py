@@ -29,8 +29,9 @@ from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import Reasoning
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from coconut.cache import GrowingCache
     from coconut.config import LoraConfig
     from coconut.generate import Generated
     from coconut.lora import Adapter
@@ -122,6 +123,7 @@ class LatentLM(nn.Module):
         new_tokens: dict[str, Any] | None = None,
     ):
         super().__init__()
+        _fuse_gelu(base)
         self.base = base
         self.tokenizer = tokenizer
         self.special = special
@@ -141,6 +143,8 @@ class LatentLM(nn.Module):
         reasoning: Reasoning | None = None,
     ) -> LatentLM:
         """Wrap a causal language model; add `<bot>`, `<eot>`, `<latent>`, `<pause>` where they are missing.
+
+        `base` is kept and changed: its tables grow, and GPT-2's GELU is computed in one kernel.
 
         `init` says what the embeddings of new tokens start from: "mean" of the table, "random" (normal
         with the table's standard deviation), or any one token of the tokenizer by its name.
@@ -287,15 +291,11 @@ class LatentLM(nn.Module):
     def _recomputes_now(self) -> bool:
         return self._recompute and self.training and torch.is_grad_enabled()
 
-    def new_cache(self) -> DynamicCache:
-        """An empty cache for `states`."""
-        if self._recomputes_now:
-            from coconut.recompute import PassesCache
+    def new_cache(self, columns: int = 0) -> GrowingCache:
+        """An empty cache for `states`, with room for so many columns from the start."""
+        from coconut.cache import GrowingCache
 
-            return PassesCache(self.base.config)
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.base.config)
+        return GrowingCache(self.base.config, columns)
 
     # --- the feedback loop ------------------------------------------------------------------------
 
@@ -396,18 +396,20 @@ class LatentLM(nn.Module):
                 "their context without a word. Turn it off (gradient_checkpointing_disable) and set recompute=True "
                 "on the LatentLM, or run the plain path with use_cache=False."
             )
-        cache = self.new_cache() if several else None
+        cache = self.new_cache(borders[-1]) if several else None
         attended_BS = is_token_BS | _after_last(is_token_BS)
         states, last_BD = [], None
-        for start, stop in pairwise(borders):
-            block_BSD = embeds_BSD[:, start:stop]
-            if last_BD is not None:
-                block_BSD = torch.where(is_latent_BS[:, start:stop, None], last_BD[:, None].to(block_BSD), block_BSD)
-            hidden_BSD = self.states(block_BSD, attended_BS[:, :stop], positions_BS[:, start:stop], cache)
-            states.append(hidden_BSD)
-            ends_here_B1 = is_token_BS[:, stop - 1, None]
-            end_BD = hidden_BSD[:, -1]
-            last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
+        with self._over_passes() if several else nullcontext():
+            for start, stop in pairwise(borders):
+                block_BSD = embeds_BSD[:, start:stop]
+                if last_BD is not None:
+                    fed_B1D = last_BD[:, None].to(block_BSD)
+                    block_BSD = torch.where(is_latent_BS[:, start:stop, None], fed_B1D, block_BSD)
+                hidden_BSD = self.states(block_BSD, attended_BS[:, :stop], positions_BS[:, start:stop], cache)
+                states.append(hidden_BSD)
+                ends_here_B1 = is_token_BS[:, stop - 1, None]
+                end_BD = hidden_BSD[:, -1]
+                last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
         return torch.cat(states, dim=1) if several else states[0]
 
     def _recomputed(
@@ -440,6 +442,13 @@ class LatentLM(nn.Module):
                 use_cache=cache is not None,
             )
         return output.last_hidden_state
+
+    def _over_passes(self) -> AbstractContextManager[None]:
+        if not torch.is_grad_enabled() or self._recomputes_now:
+            return nullcontext()
+        from coconut.linear import weights_summed_once
+
+        return weights_summed_once(self.base)
 
     def _layers_as_set(self) -> AbstractContextManager[None]:
         if not self._recomputes_now:
@@ -475,6 +484,16 @@ def _open_whole(folder: Path, attention: str) -> PreTrainedModel:
         problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
         raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
     return base
+
+
+def _fuse_gelu(base: PreTrainedModel) -> None:
+    """GPT-2's GELU in one kernel: transformers spells it out in eight (docs/performance.md)."""
+    from transformers.activations import NewGELUActivation
+
+    for module in list(base.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _make_room(base: PreTrainedModel, tokens: int) -> None:

@@ -2,8 +2,7 @@
 
 transformers' own gradient checkpointing switches the cache off, and thoughts would lose their context. Here
 a layer is a pure function of its arguments and of the keys and values of the passes before; what it adds
-to the cache is part of what it gives back, and a second run adds nothing. Keys and values are kept as each
-pass made them and joined only inside a layer: joined ones would be kept once for every pass.
+to the cache is part of what it gives back, and a second run adds nothing.
 """
 
 from __future__ import annotations
@@ -13,72 +12,12 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-class PassesLayer(DynamicLayer):
-    """Keys and values of one layer, (B, heads, tokens, head size) for each pass."""
-
-    passes: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.passes = (*self.passes, (_alone(key_states), _alone(value_states)))
-        keys, values = zip(*self.passes, strict=True)
-        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
-
-    def get_seq_length(self) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.passes)
-
-
-def _alone(states: Tensor) -> Tensor:
-    """A copy where they are a part of a larger tensor (queries, keys and values in one), which they would keep."""
-    return states.clone() if states.untyped_storage().nbytes() > states.nbytes else states
-
-
-class SlidingPassesLayer(PassesLayer, DynamicSlidingWindowLayer):
-    """The same where a token sees no more than a window."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states)
-        self.cumulative_length = keys.shape[-2]
-        seen = self.sliding_window - 1 + key_states.shape[-2]
-        return keys[..., -seen:, :], values[..., -seen:, :]
-
-
-class PassesCache(DynamicCache):
-    """A DynamicCache whose copies are cheap and independent: an update replaces a layer, it changes none.
-
-    Raises ValueError if the model has layers that remember in another way than by keys and values.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__(config=config)
-        self.layers = [_in_passes(layer, config) for layer in self.layers]
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.layers[layer_idx] = copy(self.layers[layer_idx])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def __copy__(self) -> PassesCache:
-        other = object.__new__(PassesCache)
-        other.__dict__ = {**self.__dict__, "layers": list(self.layers)}
-        return other
-
-
-def _in_passes(layer: Any, config: Any) -> PassesLayer:
-    if type(layer) is DynamicLayer:
-        return PassesLayer()
-    if type(layer) is DynamicSlidingWindowLayer:
-        return SlidingPassesLayer(sliding_window=layer.sliding_window)
-    raise ValueError(
-        f"{config.model_type} keeps a {type(layer).__name__}, and only keys and values can be kept while layers are "
-        "recomputed. Keep the activations (engine.activations=keep) and lower micro_batch_size."
-    )
+from coconut.cache import GrowingCache, GrowingLayer
 
 
 def check_recomputable(model: PreTrainedModel) -> None:
@@ -88,14 +27,19 @@ def check_recomputable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no layers that transformers marks as recomputable. Keep the activations "
             "(engine.activations=keep) and lower micro_batch_size."
         )
-    PassesCache(model.config)
+    for layer in GrowingCache(model.config).layers:
+        if not isinstance(layer, GrowingLayer):
+            raise ValueError(
+                f"{model.config.model_type} keeps a {type(layer).__name__}, and only keys and values can be kept while "
+                "layers are recomputed. Keep the activations (engine.activations=keep) and lower micro_batch_size."
+            )
 
 
 @contextmanager
 def recomputing(model: PreTrainedModel) -> Iterator[None]:
     """Within, a forward pass of the model keeps the inputs of its layers and nothing inside them.
 
-    Their modules' hooks run again with them. A cache must be a PassesCache.
+    Their modules' hooks run again with them. A cache must be a GrowingCache.
     """
     layers = _layers(model)
     own = [vars(layer).get("forward") for layer in layers]
@@ -119,12 +63,12 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is None:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        if not isinstance(cache, PassesCache):
+        if not isinstance(cache, GrowingCache):
             raise ValueError(f"A layer that is recomputed was given a {type(cache).__name__}. Give lm.new_cache().")
         # What the graph holds must not hold what comes after it: such a circle would never be freed.
         before = copy(cache)
 
-        def run(*args: Any, **kwargs: Any) -> tuple[Any, PassesCache]:
+        def run(*args: Any, **kwargs: Any) -> tuple[Any, GrowingCache]:
             after = copy(before)
 
             def given(value: Any) -> Any:

@@ -207,8 +207,8 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["sources"],
-    ["collapse", "data", "losses", "lora", "recompute", "engine", "schedule"],
+    ["cache", "sources"],
+    ["collapse", "data", "linear", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
     ["checkpoint", "generate", "tracking"],

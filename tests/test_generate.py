@@ -254,10 +254,33 @@ def test_a_text_that_stops_an_answer() -> None:
     assert lm.generate(ids, mask, max_new_tokens=8).cut.all()
 
 
+@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.nothing, 0)])
+def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those to the question asked so often, but it is read and thought about once."""
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
+    ids, mask = padded(QUESTIONS)
+    how = {"max_new_tokens": 6, "do_sample": True}
+    torch.manual_seed(0)
+    asked_often = lm.generate(ids.repeat_interleave(3, dim=0), mask.repeat_interleave(3, dim=0), **how)
+    read: list[int] = []
+    states = LatentLM.states
+    monkeypatch.setattr(
+        LatentLM, "states", lambda lm, embeds, *rest: read.append(len(embeds)) or states(lm, embeds, *rest)
+    )
+    torch.manual_seed(0)
+    out = lm.generate(ids, mask, num_return_sequences=3, **how)
+    assert read == [len(QUESTIONS)] * (1 + (count if slot is Slot.thought else 0))
+    assert rows_of(out) == rows_of(asked_often)
+    assert len({tuple(row) for row in rows_of(out)[:3]}) > 1, "they are sampled one by one"
+    assert out.texts == asked_often.texts
+    assert torch.equal(out.cut, asked_often.cut)
+    torch.testing.assert_close(out.thoughts, asked_often.thoughts)
+
+
 def test_what_generation_does_not_do_is_refused() -> None:
     lm = build("llama", num_thoughts=2)
-    for option in ("num_beams", "num_return_sequences"):
-        with pytest.raises(ValueError, match=f"{option}=2 is not supported"):
+    for option, message in (("num_beams", "is not supported"), ("num_return_sequences", "without do_sample=True")):
+        with pytest.raises(ValueError, match=f"{option}=2 {message}"):
             lm.generate(torch.tensor([[5, 6]]), None, 4, **{option: 2})
     plain = build("llama", slot=Slot.nothing, markers=False, method="cot")
     with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from benchmarks.memory import Living, Shape, activations, states
 from coconut import LatentLM
-from coconut.recompute import PassesCache
 
 FUSED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -121,21 +120,20 @@ def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pyt
             found[one.layers, lm.recompute] = after
     for again in (False, True):
         computed = [activations(one, 4, widths, 4, again) for one in shapes]
-        assert found[4, again] - found[2, again] == pytest.approx(computed[1] - computed[0], rel=0.02)
+        assert found[4, again] - found[2, again] == pytest.approx(computed[1] - computed[0], rel=0.03)
     assert found[4, True] < found[4, False] / 4
 
 
 def test_only_training_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("llama", torch.float32)
     lm.recompute = True
-    assert type(lm.new_cache()) is DynamicCache
+    passed = torch.zeros(1, 3, 32), torch.ones(1, 3), torch.arange(3)[None]
+    lm.states(*passed, DynamicCache(config=lm.base.config))
     lm.train()
-    assert type(lm.new_cache()) is PassesCache
-    with torch.no_grad():
-        assert type(lm.new_cache()) is DynamicCache
-    embeds = torch.zeros(1, 3, 32)
     with pytest.raises(ValueError, match=r"DynamicCache.*new_cache"):
-        lm.states(embeds, torch.ones(1, 3), torch.arange(3)[None], DynamicCache(config=lm.base.config))
+        lm.states(*passed, DynamicCache(config=lm.base.config))
+    with torch.no_grad():
+        lm.states(*passed, DynamicCache(config=lm.base.config))
     assert not any("forward" in vars(module) for module in lm.base.modules()), "nothing of it stays on the layers"
     assert deepcopy(lm).recompute
 

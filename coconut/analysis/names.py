@@ -5,9 +5,9 @@ Shapes: B questions of a batch, T columns, D hidden, V vocabulary, L forced toke
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +88,8 @@ class _Context:
         return _Context(fork.cache, self.is_token_BT[index], self.next_B[index])
 
     def fork(self) -> _Context:
-        """The same once more, to be read on from. A DynamicCache concatenates, so the tensors can be shared."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return _Context(cache, self.is_token_BT, self.next_B)
+        """The same once more, to be read on from."""
+        return _Context(copy(self.cache), self.is_token_BT, self.next_B)
 
     def read(self, lm: LatentLM, embeds_BLD: Tensor) -> Tensor:
         """Read on; the last hidden states (B, L, D)."""

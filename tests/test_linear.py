@@ -1,0 +1,108 @@
+"""Gradients of weights, summed once over all passes: those of a sum pass by pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build, gradients
+from test_model import mixed_batch, relative
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from coconut import LatentLM
+from coconut.linear import _Product
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coconut.linear.LEAST", 1)
+
+
+def both(lm: LatentLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """Gradients summed pass by pass, and once."""
+    found = []
+    for least in (2**40, 1):
+        monkeypatch.setattr("coconut.linear.LEAST", least)
+        lm.zero_grad()
+        lm(**batch).loss.backward()
+        found.append(gradients(lm))
+    return found
+
+
+def test_equals_the_plain_path(family: str) -> None:
+    lm = build(family)
+    batch = mixed_batch(lm)
+    lm(**batch, use_cache=False).loss.backward()
+    plain = gradients(lm)
+    lm.zero_grad()
+    loss = lm(**batch).loss
+    assert uses(loss) > 0
+    loss.backward()
+    assert relative(gradients(lm), plain) < 1e-9
+    linear = [module for module in lm.base.modules() if isinstance(module, nn.Linear | Conv1D)]
+    assert not any("forward" in vars(module) for module in linear), "nothing of it stays on the layers"
+
+
+def uses(loss: Tensor) -> int:
+    """Of _Product in the graph of a loss."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [next_node for next_node, _ in node.next_functions]
+    return sum(type(node).__name__ == f"{_Product.__name__}Backward" for node in seen)
+
+
+def test_only_where_there_are_several_passes_and_gradients() -> None:
+    lm = build("gpt2", torch.float32)
+    batch = mixed_batch(lm)
+    words = {key: value[:, :3] for key, value in batch.items()}
+    words["input_ids"] = words["input_ids"].clamp(max=20)
+    assert not uses(lm(**words).loss)
+    with torch.no_grad():
+        assert lm(**batch).loss.grad_fn is None
+    for name, weight in lm.named_parameters():
+        weight.requires_grad = "c_fc" in name
+    frozen = uses(lm(**batch).loss)
+    for weight in lm.parameters():
+        weight.requires_grad = True
+    assert 0 < frozen < uses(lm(**batch).loss)
+
+
+def test_in_bfloat16_it_is_as_close_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build("llama", torch.float32)
+    batch = mixed_batch(lm)
+    exact, _ = both(lm, batch, monkeypatch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        each, once = both(lm, batch, monkeypatch)
+    assert all(gradient.dtype == torch.float32 for gradient in once.values())
+    assert relative(once, exact) < 1.2 * relative(each, exact) < 0.5
+
+
+def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
+    lm = build("gpt2")
+    loss = lm(**mixed_batch(lm)).loss
+    loss.backward(retain_graph=True)
+    first = gradients(lm)
+    some = [weight for name, weight in lm.named_parameters() if "ln_f" in name or "wte" in name]
+    torch.autograd.grad(loss, some, retain_graph=True)
+    lm.zero_grad()
+    loss.backward()
+    assert relative(gradients(lm), first) < 1e-12
+
+
+def test_under_distributed_data_parallel(tmp_path: Path) -> None:
+    lm = build("gpt2", torch.float32)
+    batch = mixed_batch(lm)
+    lm(**batch).loss.backward()
+    alone = gradients(lm)
+    lm.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert relative(gradients(lm), alone) < 1e-6
