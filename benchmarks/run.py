@@ -5,8 +5,9 @@
 
 What is measured is in benchmarks/ways.py. First it is seen that the released way and ours agree in loss, gradient and
 answers; then the ways are timed in one process in turn, forward and backward without the optimizer, and the medians are
-printed, with the ratio to plain fine-tuning and to the released way of the same round. Memory is the resident set
-of a process of its own. OMP_NUM_THREADS says on how many cores.
+printed, with the ratio to plain fine-tuning and to the released way of the same round; all of them keep freed memory
+(coconut.engine.base.keep_memory). Then each is run in a process of its own, the released way as its user would, and
+ours with freed memory given back and kept, and kept with the layers' activations recomputed. OMP_NUM_THREADS says on how many cores.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from coconut.generate import pad_rows
 from coconut.layout import Batch, epoch_batches, micro_batches
 
 GIB = 2**30
-QUESTIONS = 64  # answered in one go
+QUESTIONS = 32  # answered in one go
 
 
 def precision(name: str) -> AbstractContextManager[Any]:
@@ -127,7 +128,7 @@ def answer_times(size: str, thoughts: int, kind: str, rounds: int) -> tuple[list
     ids, mask = pad_rows(rows, lm.special.pad)
     theirs, mine = [], []
     with precision(kind):
-        our_answers(lm, ids, mask, thoughts)
+        our_answers(lm, ids[:2], mask[:2], thoughts)
         for row in rows[:rounds]:
             theirs.append(seconds(lambda row=row: released_answer(lm, torch.tensor(row), thoughts)))
             mine.append(seconds(lambda: our_answers(lm, ids, mask, thoughts)) / QUESTIONS)
@@ -159,23 +160,16 @@ def largest() -> int:
     return int(line.split()[1]) * 1024
 
 
-def resident(size: str, thoughts: int, kind: str, way: str) -> int:
-    """Bytes of this process at their most, after one step."""
-    keep_memory()
-    lm = make_model(SIZES[size])
-    step(way, lm, make_batches(lm, thoughts, SIZES[size].rows)[way], kind)
-    return largest()
-
-
-def allocated(size: str, kept: bool) -> Row:
-    """Medians of five steps of this process, after one that is not counted."""
-    if kept:
+def steps_alone(size: str, kind: str, way: str, how: str, rounds: int) -> Row:
+    """Medians of so many steps of this process, after one that is not counted, and its largest resident set in GiB."""
+    if how != "given back":
         keep_memory()
     lm = make_model(SIZES[size])
-    batch = make_batches(lm, 3, SIZES[size].rows)["ours"]
-    spent, system = zip(*[timed(lambda: step("ours", lm, batch, "float32")) for _ in range(6)], strict=True)
-    found = {"step": statistics.median(spent[1:]), "kernel": statistics.median(system[1:])}
-    return {**found, "resident": largest() / GIB}
+    lm.recompute = how == "recomputed"
+    thoughts = 3
+    batch = make_batches(lm, thoughts, SIZES[size].rows)[way]
+    spent, system = zip(*[timed(lambda: step(way, lm, batch, kind)) for _ in range(rounds + 1)], strict=True)
+    return {"step": statistics.median(spent[1:]), "kernel": statistics.median(system[1:]), "memory": largest() / GIB}
 
 
 def elsewhere(*arguments: str) -> Any:
@@ -198,8 +192,15 @@ class Form:
     rounds: int
 
 
-SHORT = Form(("2 x 768", "12 x 768"), ("float32",), (0, 3, 12), (3,), 2)
-FULL = Form(tuple(SIZES), ("float32", "bfloat16"), (0, 1, 2, 3, 6, 9, 12), (0, 3, 12), 5)
+SHORT = Form(("2 x 768", "12 x 768"), ("float32",), (3, 12), (3,), 2)
+FULL = Form(tuple(SIZES), ("float32", "bfloat16"), (0, 3, 6, 12), (3,), 3)
+ALONE = [
+    ("released", "given back"),
+    ("plain", "kept"),
+    ("ours", "given back"),
+    ("ours", "kept"),
+    ("ours", "recomputed"),
+]
 Row = dict[str, Any]
 
 
@@ -217,10 +218,14 @@ def training_rows(form: Form) -> Iterator[Row]:
         yield {"model": size, "rows": SIZES[size].rows, "precision": kind, "thoughts": thoughts, **medians, **ratios}
 
 
-def memory_rows(form: Form) -> Iterator[Row]:
+def alone_rows(form: Form) -> Iterator[Row]:
     for size, kind in product(form.sizes, form.kinds):
-        used = {way: elsewhere("resident", size, "3", kind, way) / GIB for way in WAYS}
-        yield {"model": size, "precision": kind, **used, "released / ours": used["released"] / used["ours"]}
+        released: Row = {}
+        for way, how in ALONE:
+            found = elsewhere(size, kind, way, how, str(form.rounds - 1))
+            released = released or found
+            ratios = {f"{name}: released / this": released[name] / found[name] for name in ("step", "memory")}
+            yield {"model": size, "precision": kind, "way": way, "memory is": how, **found, **ratios}
 
 
 def answer_rows(form: Form) -> Iterator[Row]:
@@ -229,16 +234,14 @@ def answer_rows(form: Form) -> Iterator[Row]:
         yield {"model": size, "precision": kind, "released": theirs, "ours": mine, "released / ours": theirs / mine}
 
 
-def allocator_rows(form: Form) -> Iterator[Row]:
-    for size in form.sizes:
-        found = {kept: elsewhere("step", size, kept) for kept in ("given back", "kept")}
-        yield {"model": size, **{f"{name} {kept}": found[kept][name] for name in found["kept"] for kept in found}}
-
-
 def loading_rows(form: Form) -> Iterator[Row]:
     for size in form.sizes:
         padding, spent = padding_and_loading(size, 3)
-        yield {"model": size, "rows": SIZES[size].rows, "padding, %": 100 * padding, "loading, ms": 1000 * spent}
+        lm = make_model(SIZES[size])
+        batch = make_batch(lm, make_data(512), 3, SIZES[size].rows)
+        whole = seconds(lambda lm=lm, batch=batch: step("ours", lm, batch, "float32"))
+        found = {"padding, %": 100 * padding, "loading, ms": 1000 * spent, "of a step, %": 100 * spent / whole}
+        yield {"model": size, "rows": SIZES[size].rows, **found}
 
 
 def agreement_rows(form: Form) -> Iterator[Row]:
@@ -250,9 +253,8 @@ def agreement_rows(form: Form) -> Iterator[Row]:
 PARTS: dict[str, tuple[str, Callable[[Form], Iterator[Row]]]] = {
     "agreement": ("Released and ours, relative differences, 3 thoughts", agreement_rows),
     "training": ("Training step, seconds", training_rows),
-    "allocator": ("Ours, float32, 3 thoughts, freed memory given back or kept: seconds a step, seconds of them in "
-                  "the kernel, largest resident set in GiB", allocator_rows),
-    "memory": ("Largest resident set of a training step, GiB, 3 thoughts", memory_rows),
+    "alone": ("Training step, each in a process of its own, 3 thoughts: seconds, those of both cores in the kernel, "
+              "largest resident set in GiB", alone_rows),
     "answers": (f"Answering, seconds a question, 3 thoughts and {NEW_TOKENS} tokens; released one by one, "
                 f"ours {QUESTIONS} at once", answer_rows),
     "loading": ("Batches, 3 thoughts", loading_rows),
@@ -307,10 +309,8 @@ def machine() -> str:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["resident", size, thoughts, kind, way]:
-            print(json.dumps(resident(size, int(thoughts), kind, way)))
-        case ["step", size, kept]:
-            print(json.dumps(allocated(size, kept == "kept")))
+        case [size, kind, way, how, rounds]:
+            print(json.dumps(steps_alone(size, kind, way, how, int(rounds))))
         case []:
             report(SHORT, None)
         case [text] if text.startswith("full="):

@@ -3,10 +3,11 @@
 `released` is written after the paper's description and what the released code is known to do (Hao et al., arXiv
 2412.06769, section 3): n + 1 passes of the whole model with its head, each over the columns since the last one
 with a cache; the input embeddings taken apart into vectors and stacked again for every thought; the loss over
-logits at every position; one question at a time, and for each new token the whole sequence again, without a cache.
+logits at every position; one question at a time, and for each new token the whole sequence again, without a cache;
+the model as transformers makes it.
 
 `plain` is ordinary fine-tuning on the same tokens, the thoughts among them being tokens like others, with one pass
-and logits at the targets alone: what a training step costs if nothing is sequential.
+and logits at the targets alone: what a training step costs if nothing is sequential. It has our GELU.
 
 `ours` is this project. Shapes: B rows, T columns, D hidden.
 """
@@ -14,6 +15,7 @@ and logits at the targets alone: what a training step costs if nothing is sequen
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,10 +100,21 @@ def make_batches(lm: LatentLM, thoughts: int, rows: int) -> dict[str, Batch]:
 # --- training steps ---------------------------------------------------------------------------------
 
 
+def as_transformers_makes_it(lm: LatentLM) -> Any:
+    """The base model, on the same weights, with GPT-2's GELU spelled out."""
+    from transformers.activations import ACT2FN
+
+    weights: dict[int, Any] = {id(weight): weight for weight in lm.base.parameters()}
+    base: Any = deepcopy(lm.base, weights)
+    for block in base.transformer.h:
+        block.mlp.act = ACT2FN[base.config.activation_function]
+    return base
+
+
 def released(lm: LatentLM, batch: Batch) -> Tensor:
     from transformers import DynamicCache
 
-    base: Any = lm.base
+    base = as_transformers_makes_it(lm)
     ids_BT, mask_BT = batch.input_ids, batch.attention_mask
     positions_BT = mask_BT.cumsum(1).sub(1).clamp(min=0)
     places = [(row == lm.latent_id).nonzero()[:, 0].tolist() for row in ids_BT]
@@ -166,7 +179,7 @@ def released_answer(lm: LatentLM, ids_T: Tensor, thoughts: int) -> list[int]:
     """Greedily, NEW_TOKENS of them, none of which ends the sequence."""
     from transformers import DynamicCache
 
-    base: Any = lm.base
+    base = as_transformers_makes_it(lm)
     table = base.get_input_embeddings()
     special = lm.special
     embeds_TD = table(torch.cat([ids_T, torch.tensor([special.bot])]))
