@@ -7,7 +7,8 @@ What is measured is in benchmarks/ways.py. First it is seen that the released wa
 answers; then the ways are timed in one process in turn, forward and backward without the optimizer, and the medians are
 printed, with the ratio to plain fine-tuning and to the released way of the same round; all of them keep freed memory
 (coconut.engine.base.keep_memory). Then each is run in a process of its own, the released way as its user would, and
-ours with freed memory given back and kept, and kept with the layers' activations recomputed. OMP_NUM_THREADS says on how many cores.
+ours with freed memory given back, kept, and kept with the layers' activations recomputed. OMP_NUM_THREADS says on how
+many cores.
 """
 
 from __future__ import annotations
