@@ -120,13 +120,15 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
 class GrowingCache(DynamicCache):
     """A DynamicCache for a model of this config whose layers have room for `columns` from the start.
 
+    Without `windows` every layer is given all that there is: masks say what it may see.
+
     Copies are cheap and independent: an update replaces a layer, it changes none, and what a copy writes does not
     reach the other. Layers that remember in another way than by keys and values are as in a DynamicCache.
     """
 
-    def __init__(self, config: Any, columns: int = 0):
+    def __init__(self, config: Any, columns: int = 0, windows: bool = True):
         super().__init__(config=config)
-        self.layers = [_growing(layer, columns) for layer in self.layers]
+        self.layers = [_growing(layer, columns, windows) for layer in self.layers]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.layers[layer_idx], GrowingLayer):
@@ -139,8 +141,8 @@ class GrowingCache(DynamicCache):
         return other
 
 
-def _growing(layer: Any, columns: int) -> Any:
-    if type(layer) is DynamicLayer:
+def _growing(layer: Any, columns: int, windows: bool) -> Any:
+    if type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and not windows):
         return GrowingLayer(columns)
     if type(layer) is DynamicSlidingWindowLayer:
         return GrowingSlidingLayer(columns, layer.sliding_window)

@@ -416,7 +416,11 @@ class EvaluateConfig:
 class GenerateConfig:
     run: str = ""
     checkpoint: str = "best"
-    question: str = ""  # "-" reads standard input
+    question: str = ""  # "-" reads standard input; with neither a question nor a file they are typed in
+    file: str = ""  # questions, one a line, or rows of JSON
+    output: str = ""  # where the answers to a file go, as JSON lines; by default to the screen
+    batch_size: int = 64
+    show_thoughts: bool = False
     num_thoughts: int | None = None
     stop: StopRule = StopRule.constant
     max_new_tokens: int | None = None
@@ -427,11 +431,43 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _needs_run(self.run)
-        _at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0)
-        if not self.question.strip():
-            raise ValueError('There is no question. Ask one with question="..." or pipe it in with question=-.')
+        _at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0, batch_size=1)
+        if self.question and not self.question.strip():
+            raise ValueError('The question is empty. Ask one with question="..." or pipe it in with question=-.')
+        if self.question and self.file:
+            raise ValueError("question and file are both given. Leave one of them out.")
+        if self.output and not self.file:
+            raise ValueError("output is for the answers to file=FILE; one answer goes to the screen.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+
+
+@dataclass
+class ExportConfig:
+    run: str = ""
+    checkpoint: str = "best"
+    released: str = ""  # in place of a run: a checkpoint of the code released with the paper
+    base: str = ""  # the model that it was trained from: its config and tokenizer
+    tokenizer: str = ""  # if it is not the base's
+    method: str = "coconut"  # how the released checkpoint was trained
+    stage: int = 0
+    thoughts_per_step: int = 1
+    output: str = ""
+    merge: bool = True  # write a LoRA model whole
+    max_shard_size: str = "5GB"  # no file of weights is larger
+    push: str = ""  # OWNER/NAME on the Hugging Face hub
+    private: bool = True
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if bool(self.run) == bool(self.released):
+            raise ValueError("Name either run=DIR, a trained run, or released=FILE, a checkpoint of the released code.")
+        if not self.output:
+            raise ValueError("Name the folder to write with output=FOLDER.")
+        if self.released and not self.base:
+            raise ValueError("Name the model that the checkpoint was trained from with base=NAME (for its config).")
+        _at_least("", self, stage=0, thoughts_per_step=0)
+        plan(self.method, Curriculum())
 
 
 class Part(StrEnum):
@@ -475,3 +511,19 @@ class TableConfig:
 def _needs_run(run: str) -> None:
     if not run:
         raise ValueError("Name the run: run=DIR, the folder that coconut.train wrote.")
+
+
+@dataclass
+class DemoConfig:
+    run: str = ""
+    checkpoint: str = "best"
+    host: str = "127.0.0.1"  # who can open the page: this machine alone
+    port: int = 8000  # 0: any that is free
+    max_new_tokens: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        _needs_run(self.run)
+        _at_least("", self, port=0, max_new_tokens=1)
+        if self.port > 65535:
+            raise ValueError(f"port is {self.port}; it must be at most 65535.")

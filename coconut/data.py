@@ -45,7 +45,7 @@ def read_examples(path: Path | str) -> list[Example]:
     """
     path = existing(path)
     examples, problems = [], []
-    for where, row in _rows(path):
+    for where, row in json_rows(path):
         if problem := _problem(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
@@ -76,7 +76,8 @@ class _Unreadable(str):
     """Why a row could not be parsed."""
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row of a JSON list, or of one JSON object a line, stands, and the row; what is no JSON is no dict."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -190,12 +191,30 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
 def encode_questions(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], prompt_format: PromptFormat
 ) -> list[list[int]]:
-    """Token ids of questions as a model is asked them, with the tokenizer's own beginning-of-sequence token."""
-    start = _start_ids(tokenizer)
-    return [
-        start + ids
-        for ids in encode_texts(tokenizer, [PromptFormat.fill(prompt_format.question, q) for q in questions])
-    ]
+    """Token ids of questions as a model is asked them: within the chat template, or after the tokenizer's own start."""
+    before, after = _around_questions(tokenizer, prompt_format)
+    texts = [PromptFormat.fill(prompt_format.question, question) for question in questions]
+    return [before + ids + after for ids in encode_texts(tokenizer, texts)]
+
+
+def _around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> tuple[list[int], list[int]]:
+    """Token ids before and after every question.
+
+    Raises ValueError if a chat template is asked for and there is none, or it does not give the question once.
+    """
+    if not prompt_format.chat:
+        return _start_ids(tokenizer), []
+    if not tokenizer.chat_template:
+        raise ValueError("data.format.chat=true, but the tokenizer has no chat template. Take an instruct model's.")
+    mark = "[the question stands here]"
+    said = [{"role": "user", "content": mark}]
+    text: Any = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    if text.count(mark) != 1:
+        raise ValueError(
+            f"The tokenizer's chat template gives the question {text.count(mark)} times, not once: {text!r}"
+        )
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark))
+    return list(before), list(after)
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -277,7 +296,7 @@ def tokenize(
     import datasets
 
     prompt_format = prompt_format or PromptFormat()
-    start, eos = _start_ids(tokenizer), tokenizer.eos_token_id
+    (before, after), eos = _around_questions(tokenizer, prompt_format), tokenizer.eos_token_id
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts: list[str] = []
@@ -286,14 +305,14 @@ def tokenize(
         ids = iter(encode_texts(tokenizer, texts))
         rows, lengths = [], []
         for steps in batch["steps"]:
-            segments = [start + next(ids), *(next(ids) for _ in steps), [*next(ids), eos]]
+            segments = [before + next(ids) + after, *(next(ids) for _ in steps), [*next(ids), eos]]
             rows.append([token for segment in segments for token in segment])
             lengths.append([len(segment) for segment in segments])
         return {"tokens": rows, "lengths": lengths}
 
     content = hashlib.sha256(json.dumps(asdict(prompt_format)).encode())
     content.update(tokenizer.backend_tokenizer.to_str().encode())
-    content.update(json.dumps([start, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
+    content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
     key = content.hexdigest()[:32]
     folder = Path(cache_dir or default_cache_dir()) / "tokens"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
-"""Think, then speak: batched, cached. Also the command that asks a model one question.
+"""Think, then speak: batched, cached. Also the command that asks a model.
 
 Shapes: B questions, T columns of the prompts, N new tokens.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
-from coconut.data import SpecialIds, encode_questions
+from coconut.data import SpecialIds, encode_questions, existing, json_rows
+from coconut.files import write_text
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
 
@@ -99,6 +102,9 @@ def think(
     return Thinking(cache, thoughts_BKD, counts_B, last_BD)
 
 
+HANDED_ON = ("streamer", "stopping_criteria", "logits_processor")  # arguments of generate that no config holds
+
+
 @torch.no_grad()
 def generate(
     lm: LatentLM,
@@ -106,7 +112,7 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int | None = None,
-    num_thoughts: int | None = None,
+    num_thoughts: int | Sequence[int] | Tensor | None = None,
     thoughts: Tensor | None = None,
     stop: Stop | None = None,
     **options: Any,
@@ -114,41 +120,53 @@ def generate(
     """Answer questions (B, T) of any lengths, padded on either side.
 
     The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
-    latter. `thoughts` (B, K, D) are fed in place of the model's own, K of them to every question; `stop`
-    ends the thoughts of each row by itself, after at least one and at most `num_thoughts` of them (see
-    `think`). Thoughts run in the model's cache, from which Hugging Face generation goes on: greedy by
-    default; `options` are those of transformers' GenerationConfig (do_sample, temperature, top_p,
-    stop_strings, ...), and what they leave open is off, whatever the base model's own settings are. The
-    added tokens are never produced. With num_return_sequences=n each question is read and thought about once
-    and answered n times; its answers stand together.
+    latter, for all questions or (B,) for each. `thoughts` (B, K, D) are fed in place of the model's own, K of
+    them to every question; `stop` ends the thoughts of each row by itself, after at least one and at most
+    `num_thoughts` of them (see `think`). Thoughts run in the model's cache, from which Hugging Face generation
+    goes on, greedily by default.
+
+    `options` are those of transformers' generate: what a GenerationConfig holds (do_sample, temperature, top_p,
+    stop_strings, ...), one by one or as `generation_config`, and `streamer` (one question; the prompt is put to
+    it too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`. What they leave open is
+    off, whatever the base model's own settings are. The added tokens are never produced. With
+    num_return_sequences=n each question is read and thought about once and answered n times; its answers stand
+    together.
 
     Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
-    none, if `thoughts` has another shape, for num_beams other than 1, or for several answers without do_sample.
+    none, if `thoughts` or `num_thoughts` have another shape, for num_beams other than 1, for several answers
+    without do_sample, or for several to one streamer.
     """
     reasoning, special = lm.reasoning, lm.special
-    if options.get("num_beams", 1) != 1:
-        raise ValueError(f"num_beams={options['num_beams']} is not supported. Leave it out.")
+    options = {**_asked_in(options.pop("generation_config", None)), **options}
+    own_limit = options.pop("max_new_tokens", None)
+    if (beams := options.pop("num_beams", None) or 1) != 1:
+        raise ValueError(f"num_beams={beams} is not supported. Leave it out.")
     samples = options.pop("num_return_sequences", None) or 1
     if samples > 1 and not options.get("do_sample"):
         raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
-    count = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop)
-    in_slot = len(slot_ids(reasoning, special, count))
+    if "streamer" in options and samples * len(input_ids) > 1:
+        raise ValueError(f"A streamer takes one answer to one question, not {samples} to {len(input_ids)}.")
+    counts_B = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop).to(lm.device)
+    in_slot_B = len(slot_ids(reasoning, special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
     lengths_B = is_question_BT.sum(1)
-    room_B = lm.context - lengths_B - in_slot
+    room_B = lm.context - lengths_B - in_slot_B
     if (room_B < 1).any():
         row = int(room_B.argmin())
         raise ValueError(
-            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {in_slot} more before the answer it leaves "
-            f"no room in the model's context of {lm.context} tokens. Ask something shorter."
+            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(in_slot_B[row])} more before the answer "
+            f"it leaves no room in the model's context of {lm.context} tokens. Ask something shorter."
         )
-    limits_B = room_B.clamp(max=max_new_tokens or reasoning.max_new_tokens)
+    limits_B = room_B.clamp(max=max_new_tokens or own_limit or reasoning.max_new_tokens)
     was_training = lm.training
     lm.eval()
     answers: dict[int, _Answer] = {}
+    kinds_BC = torch.stack([limits_B, counts_B], dim=1)
     try:
-        for limit in limits_B.unique().tolist():  # one, unless the context cuts some answers short
-            rows = (limits_B == limit).nonzero()[:, 0]
+        for limit, count in kinds_BC.unique(
+            dim=0
+        ).tolist():  # one, unless rows differ or the context cuts answers short
+            rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
             width = int(lengths_B[rows].max())
             ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
             given = None if thoughts is None else thoughts.to(lm.device)[rows]
@@ -160,7 +178,7 @@ def generate(
     tokens = [answers[place].tokens for place in range(len(answers))]
     fed = [answers[place].thoughts for place in range(len(answers))]
     limits = limits_B.repeat_interleave(samples).tolist()
-    lengths = [_length(row, special, "stop_strings" in options) for row in tokens]
+    lengths = [_length(row, special, bool(options.keys() & {"stop_strings", "stopping_criteria"})) for row in tokens]
     widest = max(map(len, tokens))
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
@@ -175,22 +193,37 @@ def generate(
     )
 
 
+def _asked_in(config: Any) -> dict[str, Any]:
+    """What a GenerationConfig says beyond the defaults, but for tokens: those are the tokenizer's."""
+    said = {} if config is None else config.to_diff_dict()
+    return {key: value for key, value in said.items() if key != "transformers_version" and not key.endswith("token_id")}
+
+
 def _how_many(
-    reasoning: Reasoning, questions: int, num_thoughts: int | None, thoughts: Tensor | None, stop: Stop | None
-) -> int:
-    """Tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
-    if reasoning.slot is Slot.nothing and num_thoughts:
+    reasoning: Reasoning,
+    questions: int,
+    num_thoughts: int | Sequence[int] | Tensor | None,
+    thoughts: Tensor | None,
+    stop: Stop | None,
+) -> Tensor:
+    """(B,) tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
+    asked = None if num_thoughts is None else torch.as_tensor(num_thoughts)
+    if asked is not None and (asked.shape not in ((), (questions,)) or asked.is_floating_point() or (asked < 0).any()):
+        raise ValueError(
+            f"num_thoughts is {num_thoughts}; it must be a number, or one for each of {questions} questions."
+        )
+    if reasoning.slot is Slot.nothing and asked is not None and asked.any():
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
     if reasoning.slot is not Slot.thought and (thoughts is not None or stop is not None):
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
     if thoughts is None:
-        return reasoning.num_thoughts if num_thoughts is None else num_thoughts
-    if len(thoughts) != questions or num_thoughts not in (None, thoughts.shape[1]):
+        return (torch.tensor(reasoning.num_thoughts) if asked is None else asked).expand(questions)
+    if len(thoughts) != questions or (asked is not None and (asked != thoughts.shape[1]).any()):
         raise ValueError(
             f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions and num_thoughts="
             f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
         )
-    return thoughts.shape[1]
+    return torch.tensor(thoughts.shape[1]).expand(questions)
 
 
 @dataclass
@@ -258,6 +291,8 @@ def _speak(
         cache.batch_repeat_interleave(samples)
         prompt_BT, is_token_BT = (part.repeat_interleave(samples, dim=0) for part in (prompt_BT, is_token_BT))
     special = lm.special
+    handed_on = {name: options[name] for name in HANDED_ON if name in options}
+    options = {name: value for name, value in options.items() if name not in HANDED_ON}
     every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
     config = GenerationConfig(
         eos_token_id=special.eos,
@@ -274,6 +309,7 @@ def _speak(
             past_key_values=cache,
             generation_config=config,
             tokenizer=lm.tokenizer,
+            **handed_on,
         )
     finally:
         base.generation_config = own
@@ -311,8 +347,20 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
+@torch.no_grad()
+def likeliest(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
+    """What the model's head makes of each of the thoughts (N, D): the likeliest tokens and their probabilities."""
+    logits_NV = lm.logits(thoughts.to(lm.device, lm.base.dtype)).float()
+    values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
+    texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())
+    return [list(zip(row, of_row, strict=True)) for row, of_row in zip(texts, values.tolist(), strict=True)]
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
 def run(config: GenerateConfig) -> int:
-    """Answer one question with a trained run."""
+    """Answer one question with a trained run, or those of a file, or those that are typed in."""
     from coconut.build import load_run
     from coconut.engine.base import autocast
     from coconut.engine.world import seat
@@ -322,28 +370,99 @@ def run(config: GenerateConfig) -> int:
     if seat().rank:
         return 0  # of several processes one is enough
     only_our_words()
+    typed = not config.question and not config.file
+    if typed and not sys.stdin.isatty():
+        raise ValueError('There is no question. Ask one with question="...", question=- (standard input) or file=FILE.')
     question = sys.stdin.read().strip() if config.question == "-" else config.question
-    if not question:
+    if config.question and not question:
         raise ValueError("Standard input held no question.")
+    questions = read_questions(config.file) if config.file else []
     torch.manual_seed(config.seed)
     trained = load_run(config.run, config.checkpoint, config.engine)
     lm = trained.lm
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
     if config.stop is StopRule.classifier:
         options["stop"] = classifier_of(config.run, trained).stop
     if config.temperature > 0:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):
-        result = answer(
-            lm, [question], num_thoughts=config.num_thoughts, max_new_tokens=config.max_new_tokens, **options
-        )
+        if question:
+            _print_answer(lm, answer(lm, [question], **options), config.show_thoughts)
+        elif questions:
+            _answer_file(lm, questions, config, options)
+        else:
+            _converse(lm, config.show_thoughts, options)
+    return 0
+
+
+def _print_answer(lm: LatentLM, result: Generated, show_thoughts: bool, spoken: bool = False) -> None:
     count = int(result.num_thoughts[0])
-    thoughts = f"{count} thought{'s' * (count != 1)}"
-    print(f"[{thoughts}, {int(result.lengths[0])} tokens]", file=sys.stderr)
-    print(result.texts[0].strip())
+    print(f"[{count} thought{'s' * (count != 1)}, {int(result.lengths[0])} tokens]", file=sys.stderr)
+    if show_thoughts:
+        for number, tokens in enumerate(likeliest(lm, result.thoughts[0]), 1):
+            said = ", ".join(f"{text.strip() or repr(text)} {probability:.2f}" for text, probability in tokens)
+            print(f"[thought {number} is close to: {said}]", file=sys.stderr)
+    if not spoken:
+        print(result.texts[0].strip())
     if result.cut[0]:
         print("warning: the answer was cut at the limit; raise max_new_tokens.", file=sys.stderr)
-    return 0
+
+
+def read_questions(path: str) -> list[str]:
+    """One a line, or the `question` of each row of a JSON list or of one JSON object a line.
+
+    Raises FileNotFoundError or ValueError if there are none.
+    """
+    rows = json_rows(existing(path)) if Path(path).suffix in (".json", ".jsonl") else None
+    if rows is None:
+        found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        found = []
+        for where, row in rows:
+            if not isinstance(row, dict) or not str(row.get("question", "")).strip():
+                raise ValueError(f"{path}, {where}: there is no question in it.")
+            found.append(str(row["question"]))
+    if not found:
+        raise ValueError(f"{path} holds no question.")
+    return found
+
+
+def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, options: dict[str, Any]) -> None:
+    """A JSON object a line, in the order of the questions."""
+    encoded = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    found: dict[int, dict[str, Any]] = {}
+    for places in longest_first(encoded, config.batch_size):
+        out = generate(lm, *pad_rows([encoded[i] for i in places], lm.special.pad), **options)
+        for row, i in enumerate(places):
+            found[i] = {"question": questions[i], "text": out.texts[row].strip(), "cut": bool(out.cut[row]),
+                        "num_thoughts": int(out.num_thoughts[row])}  # fmt: skip
+            if config.show_thoughts:
+                found[i]["thoughts"] = likeliest(lm, out.thoughts[row][: int(out.num_thoughts[row])])
+    lines = "".join(json.dumps(found[i], ensure_ascii=False) + "\n" for i in range(len(questions)))
+    if config.output:
+        write_text(Path(config.output), lines)
+        print(f"{len(questions)} answers are in {config.output}", file=sys.stderr)
+    else:
+        print(lines, end="")
+
+
+def _converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> None:
+    """Questions as they are typed, answers as they come. No question knows of another."""
+    from transformers import TextStreamer
+
+    print("Each question by itself; an empty line ends it.", file=sys.stderr)
+    while True:
+        try:
+            question = input("? ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        streamer = TextStreamer(lm.tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)  # pyright: ignore
+        try:
+            _print_answer(lm, answer(lm, [question], streamer=streamer, **options), show_thoughts, spoken=True)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 main = application("generate", GenerateConfig, run)

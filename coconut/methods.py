@@ -244,14 +244,18 @@ def _icot_stages(curriculum: Curriculum) -> list[Stage]:
 
 @dataclass
 class PromptFormat:
-    """How a question, its steps and its answer become text. Encoded segment by segment."""
+    """How a question, its steps and its answer become text. Encoded segment by segment.
+
+    `chat`: the question is what a user says in the tokenizer's chat template, and the assistant's turn begins after it.
+    """
 
     question: str = "{}\n"
     step: str = "{}\n"
     answer: str = "### {}"
+    chat: bool = False
 
     def __post_init__(self) -> None:
-        for name, template in asdict(self).items():
+        for name, template in (("question", self.question), ("step", self.step), ("answer", self.answer)):
             if template.count("{}") != 1:
                 raise ValueError(f"The prompt format of {name!r} is {template!r}; it must contain {{}} exactly once.")
         if not self.step_end:

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coconut.cache import GrowingCache
 from coconut.data import ADDED_TOKENS, SpecialIds, add_special_tokens, token_ids
+from coconut.families import Windows, check_family, check_head, finish, fuse_gelu, text_config
 from coconut.files import read_json, write_json
 from coconut.layout import IGNORED
 from coconut.losses import summed_cross_entropy, target_log_probs
@@ -31,7 +33,6 @@ from coconut.methods import Reasoning
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from coconut.cache import GrowingCache
     from coconut.config import LoraConfig
     from coconut.generate import Generated
     from coconut.lora import Adapter
@@ -123,8 +124,9 @@ class LatentLM(nn.Module):
         new_tokens: dict[str, Any] | None = None,
     ):
         super().__init__()
-        _fuse_gelu(base)
+        fuse_gelu(base)
         self.base = base
+        self._windows = Windows.of(base)
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
@@ -149,9 +151,12 @@ class LatentLM(nn.Module):
         `init` says what the embeddings of new tokens start from: "mean" of the table, "random" (normal
         with the table's standard deviation), or any one token of the tokenizer by its name.
 
-        Raises ValueError if the tokenizer has no end-of-sequence token, has more entries than the model,
-        or does not know the token that `init` names.
+        Raises ValueError if the model is of a family that cannot be fed its own states (docs/models.md), if the
+        tokenizer has no end-of-sequence token or more entries than the model, or if it does not know the token
+        that `init` names.
         """
+        check_family(base)
+        check_head(base)
         table: Any = base.get_input_embeddings()
         old = len(tokenizer)
         if table.num_embeddings < old:
@@ -193,17 +198,18 @@ class LatentLM(nn.Module):
 
         return LatentLM(merged(self.base), self.tokenizer, self.special, self.reasoning, self.new_tokens)
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, max_shard_size: str = "5GB") -> None:
         """Write weights, tokenizer and reasoning. AutoModelForCausalLM and AutoTokenizer open the folder too.
 
-        Of a LoRA model only what is trained is written; `merged` gives one that is written whole.
+        Weights larger than `max_shard_size` are split into several files. Of a LoRA model only what is trained
+        is written; `merged` gives one that is written whole.
         """
         if self.adapter:
             from coconut.lora import save
 
             save(self.base, folder)
         else:
-            self.base.save_pretrained(folder)
+            self.base.save_pretrained(folder, max_shard_size=max_shard_size)
         self.tokenizer.save_pretrained(folder)
         write_json(
             Path(folder) / REASONING_FILE,
@@ -215,6 +221,20 @@ class LatentLM(nn.Module):
                 "lora": asdict(self.adapter) if self.adapter else None,
             },
         )
+
+    def push_to_hub(self, name: str, private: bool = True) -> None:
+        """Put it with a card on the Hugging Face hub as OWNER/NAME; `python -m coconut.export` adds a run's numbers.
+
+        Raises ValueError if the hub does not take it.
+        """
+        from tempfile import TemporaryDirectory
+
+        from coconut.export import card, push
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(card(self), encoding="utf-8")
+            push(Path(folder), name, private)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, attention: str = "sdpa", base: str | None = None) -> LatentLM:
@@ -268,8 +288,7 @@ class LatentLM(nn.Module):
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, in tokens."""
-        config = self.base.config.get_text_config(decoder=True)
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return int(getattr(text_config(self.base), "max_position_embeddings", None) or 2**31)
 
     @property
     def recompute(self) -> bool:
@@ -291,11 +310,12 @@ class LatentLM(nn.Module):
     def _recomputes_now(self) -> bool:
         return self._recompute and self.training and torch.is_grad_enabled()
 
-    def new_cache(self, columns: int = 0) -> GrowingCache:
-        """An empty cache for `states`, with room for so many columns from the start."""
-        from coconut.cache import GrowingCache
+    def new_cache(self, columns: int = 0, windows: bool = True) -> GrowingCache:
+        """An empty cache for `states`, with room for so many columns from the start.
 
-        return GrowingCache(self.base.config, columns)
+        `windows`: whether a layer with a sliding window is given no more than that.
+        """
+        return GrowingCache(self.base.config, columns, windows)
 
     # --- the feedback loop ------------------------------------------------------------------------
 
@@ -396,7 +416,8 @@ class LatentLM(nn.Module):
                 "their context without a word. Turn it off (gradient_checkpointing_disable) and set recompute=True "
                 "on the LatentLM, or run the plain path with use_cache=False."
             )
-        cache = self.new_cache(borders[-1]) if several else None
+        windows = self._windows if self._windows and self._windows.matter(is_token_BS) else None
+        cache = self.new_cache(borders[-1], windows=windows is None) if several else None
         attended_BS = is_token_BS | _after_last(is_token_BS)
         states, last_BD = [], None
         with self._over_passes() if several else nullcontext():
@@ -405,7 +426,9 @@ class LatentLM(nn.Module):
                 if last_BD is not None:
                     fed_B1D = last_BD[:, None].to(block_BSD)
                     block_BSD = torch.where(is_latent_BS[:, start:stop, None], fed_B1D, block_BSD)
-                hidden_BSD = self.states(block_BSD, attended_BS[:, :stop], positions_BS[:, start:stop], cache)
+                mask_BS = attended_BS[:, :stop]
+                mask = windows.masks(mask_BS, positions_BS[:, :stop], start, block_BSD.dtype) if windows else mask_BS
+                hidden_BSD = self.states(block_BSD, mask, positions_BS[:, start:stop], cache)
                 states.append(hidden_BSD)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
                 end_BD = hidden_BSD[:, -1]
@@ -420,23 +443,26 @@ class LatentLM(nn.Module):
         embeds_BTD = self.base.get_input_embeddings()(input_ids)
         previous_BT = _previous(is_token_BT).clamp(min=0)
         number_BT = is_latent_BT.long().cumsum(1) * is_latent_BT
+        mask: Any = is_token_BT
+        if self._windows and self._windows.matter(is_token_BT):
+            mask = self._windows.masks(is_token_BT, position_ids.expand_as(input_ids), 0, embeds_BTD.dtype)
         for number in range(1, int(number_BT.max()) + 1):
-            hidden_BTD = self.states(embeds_BTD, is_token_BT, position_ids)
+            hidden_BTD = self.states(embeds_BTD, mask, position_ids)
             before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)).to(embeds_BTD)
             embeds_BTD = torch.where((number_BT == number)[..., None], before_BTD, embeds_BTD)
         columns_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.states(embeds_BTD, is_token_BT, position_ids), columns_BT
+        return self.states(embeds_BTD, mask, position_ids), columns_BT
 
-    def states(self, embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
+    def states(self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None) -> Tensor:
         """The model without its head: the last hidden states (B, T, D), after the final norm.
 
-        `embeds` (B, T, D) are input embeddings, `mask` covers them and what the cache holds. The cache, of
-        `new_cache`, is extended by them.
+        `embeds` (B, T, D) are input embeddings; `mask` covers them and what the cache holds, (B, S) or as the
+        base takes masks that are made for it. The cache, of `new_cache`, is extended by them.
         """
         with self._layers_as_set():
             output = self.base.base_model(
                 inputs_embeds=embeds,
-                attention_mask=mask.long(),
+                attention_mask=mask.long() if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -460,12 +486,7 @@ class LatentLM(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """What the head makes of last hidden states: (..., D) to (..., V)."""
         head: Any = self.base.get_output_embeddings()
-        logits = head(states)
-        config = self.base.config.get_text_config(decoder=True)
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return finish(text_config(self.base), head(states))
 
     @staticmethod
     def _refuse_headless(is_latent_BT: Tensor, is_token_BT: Tensor) -> None:
@@ -484,16 +505,6 @@ def _open_whole(folder: Path, attention: str) -> PreTrainedModel:
         problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
         raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
     return base
-
-
-def _fuse_gelu(base: PreTrainedModel) -> None:
-    """GPT-2's GELU in one kernel: transformers spells it out in eight (docs/performance.md)."""
-    from transformers.activations import NewGELUActivation
-
-    for module in list(base.modules()):
-        for name, part in module.named_children():
-            if isinstance(part, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _make_room(base: PreTrainedModel, tokens: int) -> None:

@@ -139,7 +139,9 @@ def in_float64(lm: LatentLM) -> LatentLM:
     """The RMS norms of transformers go through float32 whatever the model is in; here they keep float64."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        small = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        scale = 1 + self.weight if "Gemma" in type(self).__name__ else self.weight
+        return scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + small))
 
     for module in lm.modules():
         if type(module).__name__.endswith("RMSNorm"):

@@ -22,8 +22,10 @@ import coconut
 from coconut.cli import CONF_DIR, built, in_words, quote_text
 from coconut.config import (
     AnalyzeConfig,
+    DemoConfig,
     EngineConfig,
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
@@ -32,9 +34,10 @@ from coconut.config import (
 from coconut.methods import plan
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train", "evaluate", "generate", "analyze"]
+COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo"]
 BUILDERS = ["prosqa", "prontoqa", "gsm8k"]
-SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig}
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
+           "export": ExportConfig, "demo": DemoConfig}  # fmt: skip
 for name, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
@@ -208,13 +211,13 @@ LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
     ["cache", "sources"],
-    ["collapse", "data", "linear", "losses", "lora", "recompute", "engine", "schedule"],
+    ["collapse", "data", "families", "linear", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
     ["checkpoint", "generate", "tracking"],
     ["build", "evaluate", "stopping", "trackers"],
-    ["train", "analysis"],
-    ["analyze"],
+    ["train", "analysis", "export"],
+    ["analyze", "demo"],
 ]
 TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule"}
 

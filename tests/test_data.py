@@ -171,3 +171,28 @@ def test_the_word_tokenizer_is_saved_with_all_it_needs(tmp_path: Path) -> None:
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert add_special_tokens(again) == special
     assert encode_texts(again, ["Tom is a <bot> dog.\n"]) == encode_texts(tokenizer, ["Tom is a <bot> dog.\n"])
+
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>me:{% endif %}"
+)
+
+
+def test_a_question_in_a_chat_template() -> None:
+    tokenizer = byte_level_tokenizer(start=True)
+    asked = PromptFormat(question="{}", chat=True)
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_questions(tokenizer, ["Is Tom a cat?"], asked)
+    tokenizer.chat_template = CHAT
+    (ids,) = encode_questions(tokenizer, ["Is <s> a cat?"], asked)
+    assert tokenizer.decode(ids) == "<s>user: Is <s> a cat?</s><s>me:"
+    special = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    assert [i for i in ids if i in special] == [special[0], special[1], special[0]], "the question's own stays text"
+    data = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, asked)
+    assert data.question(0).tolist() == ids
+    plain = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, PromptFormat(question="{}"))
+    assert plain.question(0).tolist() != ids
+    tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="gives the question 2 times"):
+        encode_questions(tokenizer, ["Is Tom a cat?"], asked)

@@ -169,6 +169,43 @@ def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str
     assert "[1 thought, " in capsys.readouterr().err
 
 
+def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [row["question"] for row in graph_rows(seed=0, count=8)]
+    (tmp_path / "some.txt").write_text("\n\n".join(questions))
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in questions))
+    run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt"), batch_size=3))
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["question"] for row in printed] == questions
+    output = tmp_path / "answers.jsonl"
+    run_generate(
+        GenerateConfig(run=str(trained), file=str(tmp_path / "some.jsonl"), output=str(output), show_thoughts=True)
+    )
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["text"] for row in written] == [row["text"] for row in printed]
+    assert [len(row["thoughts"]) for row in written] == [2] * 8
+    for content, message in (("", "holds no question"), ('{"q": "a"}', "line 1: there is no question")):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "bad.jsonl")))
+
+
+def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    questions = [row["question"] for row in graph_rows(seed=0, count=2)]
+    run_generate(GenerateConfig(run=str(trained), question=questions[0]))
+    said = capsys.readouterr().out.split()
+    typed = iter([*questions, "1 " * 200, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert run_generate(GenerateConfig(run=str(trained), show_thoughts=True)) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split()[: len(said)] == said
+    assert shown.err.count("[thought 2 is close to: ") == 2
+    assert "leaves no room" in shown.err, "and the conversation goes on"
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO())
+    with pytest.raises(ValueError, match="There is no question"):
+        run_generate(GenerateConfig(run=str(trained)))
+
+
 def test_a_run_before_its_last_stage_has_no_best_checkpoint(trained: Path, tmp_path: Path) -> None:
     import shutil
 

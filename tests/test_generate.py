@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, build, byte_level_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from coconut import LatentLM
 from coconut.data import token_ids
@@ -285,3 +292,46 @@ def test_what_generation_does_not_do_is_refused() -> None:
     plain = build("llama", slot=Slot.nothing, markers=False, method="cot")
     with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):
         plain.generate(torch.tensor([[5, 6]]), num_thoughts=2)
+
+
+def test_each_question_with_its_own_number_of_thoughts(family: str) -> None:
+    lm = build(family, num_thoughts=3)
+    counts = [2, 0, 5, 2]
+    ids, mask = padded(QUESTIONS)
+    out = lm.generate(ids, mask, num_thoughts=counts, max_new_tokens=6)
+    assert out.num_thoughts.tolist() == counts
+    assert rows_of(out) == [by_recomputation(lm, q, n, 6) for q, n in zip(QUESTIONS, counts, strict=True)]
+    for wrong in ([1, 2], [1, 2, 3, -1], 1.5):
+        with pytest.raises(ValueError, match="one for each of 4 questions"):
+            lm.generate(ids, mask, num_thoughts=wrong)
+
+
+def test_what_transformers_takes_is_taken() -> None:
+    lm = build("llama", torch.float32, num_thoughts=2)
+    ids, mask = padded(QUESTIONS)
+    asked = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=5, num_return_sequences=2)
+    torch.manual_seed(0)
+    one_by_one = lm.generate(ids, mask, 5, do_sample=True, temperature=0.7, top_p=0.9, num_return_sequences=2)
+    torch.manual_seed(0)
+    at_once = lm.generate(ids, mask, generation_config=asked)
+    assert rows_of(at_once) == rows_of(one_by_one)
+    seen: list[int] = []
+
+    class Ends(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            seen.append(input_ids.shape[1])
+            return torch.full((len(input_ids),), len(seen) == 2)
+
+    out = lm.generate(ids, mask, 5, stopping_criteria=StoppingCriteriaList([Ends()]))
+    assert out.tokens.shape[1] == 2
+    assert not out.cut.any()
+
+
+def test_an_answer_is_streamed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    lm = build("llama", torch.float32, num_thoughts=2)
+    ids = torch.tensor([QUESTIONS[1]])
+    streamer = TextStreamer(lm.tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
+    out = lm.generate(ids, max_new_tokens=5, streamer=streamer)
+    assert capsys.readouterr().out.split() == out.texts[0].split()
+    with pytest.raises(ValueError, match="not 1 to 4"):
+        lm.generate(*padded(QUESTIONS), streamer=streamer)

@@ -20,6 +20,7 @@ from coconut.analysis.paths import GraphQuestion, Outcome, classify
 from coconut.analysis.study import Study, Unfit
 from coconut.data import Example, encode_questions
 from coconut.evaluate import Evaluated, Prediction, evaluate
+from coconut.generate import likeliest
 from coconut.methods import METHODS, Slot
 from coconut.tasks import TASKS, Task
 
@@ -355,13 +356,9 @@ def decoded(subject: Subject, count: int = 3) -> Study:
     subject.need_thoughts()
     lm = subject.lm
     rows = []
-    thoughts_NKD = subject.usual.thoughts[:count].to(lm.device, lm.base.dtype)
-    probabilities_NKV = lm.logits(thoughts_NKD).float().softmax(-1)
-    values_NKR, ids_NKR = probabilities_NKV.topk(min(SHOWN_TOKENS, probabilities_NKV.shape[-1]))
-    for question, (of_thoughts, ids_KR) in enumerate(zip(values_NKR.tolist(), ids_NKR.tolist(), strict=True)):
-        for thought, (values, ids) in enumerate(zip(of_thoughts, ids_KR, strict=True), 1):
-            for rank, (value, token) in enumerate(zip(values, ids, strict=True), 1):
-                text = str(lm.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    for question, thoughts_KD in enumerate(subject.usual.thoughts[:count]):
+        for thought, tokens in enumerate(likeliest(lm, thoughts_KD, SHOWN_TOKENS), 1):
+            for rank, (text, value) in enumerate(tokens, 1):
                 rows.append({"question": question, "thought": thought, "rank": rank, "token": text,
                              "probability": value})  # fmt: skip
     return Study("decoded", rows)

@@ -1,0 +1,211 @@
+"""A model to hand on: out of a run with a card, onto the hub; and in from the released code's checkpoints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coconut.cli import application
+from coconut.config import ExportConfig
+from coconut.evaluate import read_results
+from coconut.files import read_json, write_text
+from coconut.methods import Curriculum, Reasoning, Slot, plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coconut.model import LatentLM
+
+RELEASED_TOKENS = ("<bot>", "<eot>", "<latent>")  # in the order in which the released code adds its own three
+WRAPPED_IN = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_causallm\.)+")
+DERIVED = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
+
+
+def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None) -> str:
+    """The README.md of a model's folder; with a run, how it was trained and how well it did at this update."""
+    reasoning = lm.reasoning
+    of_slot = {
+        Slot.thought: f"{reasoning.num_thoughts} continuous thoughts",
+        Slot.pause: f"{reasoning.num_thoughts} pauses",
+        Slot.nothing: "neither thoughts nor pauses",
+    }[reasoning.slot]
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [coconut, latent-reasoning]",
+        "---",
+        "", f"# {reasoning.method}, {lm.base.config.model_type}", "",
+        f"Trained with [coconut](https://pypi.org/project/coconut-latent/): method `{reasoning.method}`, stage "
+        f"{reasoning.stage}. Between question and answer it has {of_slot}.", "",
+        "```python", "from coconut import LatentLM", "from coconut.generate import answer", "",
+        'lm = LatentLM.from_pretrained("THIS FOLDER")', 'print(answer(lm, ["a question"]).texts[0])', "```", "",
+        "The folder holds a LoRA correction; `coconut.json` names the model that it corrects." if lm.adapter else
+        "`AutoModelForCausalLM` and `AutoTokenizer` open the folder as the plain model, which does not think.", "",
+        f"Prompt format (`coconut.json`): question `{reasoning.format.question!r}`, step `{reasoning.format.step!r}`, "
+        f"answer `{reasoning.format.answer!r}`{', in the chat template' if reasoning.format.chat else ''}.", "",
+    ]  # fmt: skip
+    return "\n".join(lines + ([] if run is None else _of_run(run, step)))
+
+
+def _of_run(run: Path | str, step: int | None) -> list[str]:
+    from coconut.tracking import DESCRIPTION, read_config
+
+    record, config = read_json(Path(run) / DESCRIPTION), read_config(run)
+    data = [f"{Path(file['file']).name} ({file['used']} rows, sha256 {file['sha256'][:12]}...)"
+            for file in record["data"].values()]  # fmt: skip
+    session = record["sessions"][-1]
+    lines = [
+        "## Training", "",
+        f"Experiment `{record['name']}`, update {step} of {record['updates']}, {record['parameters']:,} parameters, "
+        f"batch {config['batch_size']}, lr {config['optimizer']['lr']}, seed {config['seed']}; {', '.join(data)}; "
+        f"revision {(session['git'] or {}).get('revision', 'unknown')}, torch {session['versions']['torch']}, "
+        f"transformers {session['versions']['transformers']}.", "",
+    ]  # fmt: skip
+    results = {name: found for name, found in read_results(run).items() if found["step"] == step}
+    if not results:
+        return [*lines, "It was not evaluated at this update."]
+    lines += ["## Results", "", "| file | accuracy | 95 % interval | questions | thoughts | passes |",
+              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for name, found in results.items():
+        low, high = (100 * bound for bound in found["interval"])
+        chose = " (chose the checkpoint: no test result)" if found["chose_the_checkpoint"] else ""
+        lines.append(
+            f"| {name}{chose} | {100 * found['accuracy']:.1f} % | {low:.1f} to {high:.1f} | {found['count']} | "
+            f"{found['num_thoughts']:.3g} | {found['passes']:.1f} |"
+        )
+    return [*lines, ""]
+
+
+# --- the released code's checkpoints ----------------------------------------------------------------
+
+
+def from_released(
+    file: Path | str, base: str, reasoning: Reasoning, tokenizer: str = "", attention: str = "sdpa"
+) -> LatentLM:
+    """A checkpoint that the code released with arXiv 2412.06769 wrote: a state dict, its names perhaps with a prefix.
+
+    `base` names the model that it was trained from, for its config and (if `tokenizer` is not given) its tokenizer;
+    its weights are not read. The three added tokens become `<bot>`, `<eot>` and `<latent>`. The file does not say how
+    the model is to be asked: that is `reasoning`.
+
+    Raises FileNotFoundError, or ValueError if the file holds anything but tensors or does not fit the base.
+    """
+    from tokenizers import AddedToken
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from coconut.build import reaching
+    from coconut.model import LatentLM
+
+    state = _tensors(Path(file))
+    with reaching(base, "base"):
+        config = AutoConfig.from_pretrained(base)
+    with reaching(tokenizer or base, "tokenizer" if tokenizer else "base"):
+        words = AutoTokenizer.from_pretrained(tokenizer or base)
+    rows = _rows_of_table(config, state, file)
+    if rows == len(words) + len(RELEASED_TOKENS):
+        words.add_tokens([AddedToken(token, special=True, normalized=False) for token in RELEASED_TOKENS],
+                         special_tokens=True)  # fmt: skip
+    elif rows < len(words) or rows == config.vocab_size:
+        if reasoning.slot is not Slot.nothing:
+            raise ValueError(
+                f"{file} has {rows} embeddings, as many as {base}: it was saved without the markers that "
+                f"{reasoning.method} needs. Name its method: cot, no_cot, icot."
+            )
+    else:
+        raise ValueError(f"{file} has {rows} embeddings; {base} has {len(words)} tokens, and the released code adds 3.")
+    config.get_text_config(decoder=True).vocab_size = rows
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    report = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in report.missing_keys if name not in tied]
+    if missing or report.unexpected_keys:
+        raise ValueError(
+            f"The weights in {file} are not those of {base}: {len(missing)} are missing ({', '.join(missing[:3])}), "
+            f"{len(report.unexpected_keys)} too many ({', '.join(report.unexpected_keys[:3])})."
+        )
+    return LatentLM.from_base(model, words, reasoning=reasoning)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    import pickle
+
+    import torch
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is no file of tensors alone, and nothing else is read: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds no state dict (names to tensors).")
+    found = {WRAPPED_IN.sub("", name): value for name, value in state.items() if not DERIVED.search(name)}
+    found.pop("embedding.weight", None)  # the wrapper's second name for the table
+    return found
+
+
+def _rows_of_table(config: Any, state: dict[str, Tensor], file: Path | str) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config)
+    table = shape.get_input_embeddings().weight
+    name = next(name for name, weight in shape.named_parameters() if weight is table)
+    if name not in state:
+        raise ValueError(f"{file} has no {name}, so its weights are not those of a {config.model_type}.")
+    return len(state[name])
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def run(config: ExportConfig) -> int:
+    """Write a folder that others can open; from there to the hub if asked."""
+    from coconut.build import load_run
+    from coconut.screen import only_our_words, say
+
+    only_our_words()
+    folder = Path(config.output)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output={folder} is not empty. Name a new folder.")
+    if config.released:
+        stages = Curriculum(max_stage=config.stage, thoughts_per_step=config.thoughts_per_step, total=10**6)
+        made = plan(config.method, stages)
+        asked = Reasoning.at(made, made.stages[-1])
+        lm = from_released(config.released, config.base, asked, config.tokenizer)
+        text = card(lm)
+    else:
+        trained = load_run(config.run, config.checkpoint, config.engine)
+        lm = trained.lm
+        if lm.adapter and config.merge:
+            lm = lm.merged()
+        text = card(lm, config.run, trained.step)
+    lm.save_pretrained(folder, max_shard_size=config.max_shard_size)
+    write_text(folder / "README.md", text)
+    say(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
+    if config.push:
+        push(folder, config.push, config.private)
+        say(f"It is at https://huggingface.co/{config.push}")
+    return 0
+
+
+def push(folder: Path, name: str, private: bool = True) -> None:
+    """Put a saved folder on the Hugging Face hub as OWNER/NAME. Raises ValueError if the hub does not take it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise ValueError(
+            f"The hub did not take {name}: {str(error).splitlines()[0]} The model is in {folder}. Log in with "
+            f"`hf auth login`, then `hf upload {name} {folder}` does the rest."
+        ) from error
+
+
+main = application("export", ExportConfig, run)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A model handed on: opened by plain transformers elsewhere, and brought in from the released code's files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build, byte_level_tokenizer, graph_files, small_run
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coconut import LatentLM
+from coconut.config import EvaluateConfig, ExportConfig
+from coconut.evaluate import run as run_evaluate
+from coconut.export import from_released, push
+from coconut.export import run as run_export
+from coconut.generate import answer
+from coconut.methods import Reasoning, Slot
+from coconut.train import run as run_train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    run_train(small_run(folder / "run", graph_files(folder, 64, 16, 16)))
+    run_evaluate(EvaluateConfig(run=str(folder / "run")))
+    return folder / "run"
+
+
+def test_a_folder_with_a_card_that_transformers_opens_elsewhere(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    run_export(ExportConfig(run=str(trained), output=str(folder), max_shard_size="10KB"))
+    assert len(list(folder.glob("model-*.safetensors"))) > 1, "weights are split"
+    card = (folder / "README.md").read_text()
+    result = json.loads((trained / "evaluation" / "test.json").read_text())
+    assert f"| test | {100 * result['accuracy']:.1f} % |" in card
+    assert "2 continuous thoughts" in card
+    lm = LatentLM.from_pretrained(folder)
+    ids = [[5, 6, 7, 8]]
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        f"m, t = (kind.from_pretrained({str(folder)!r}) for kind in (AutoModelForCausalLM, AutoTokenizer));"
+        f"assert 'coconut' not in sys.modules; print(m(torch.tensor({ids})).logits.double().sum().item(), len(t))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    total, words = done.stdout.split()[-2:]
+    assert float(total) == pytest.approx(lm.base(torch.tensor(ids)).logits.double().sum().item(), rel=1e-5)
+    assert int(words) == len(lm.tokenizer)
+    with pytest.raises(ValueError, match="not empty"):
+        run_export(ExportConfig(run=str(trained), output=str(folder)))
+
+
+def test_what_the_hub_does_not_take_is_still_here(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    folder = tmp_path / "model"
+    build("gpt2", torch.float32).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"did not take someone/thing.*hf upload someone/thing"):
+        push(folder, "someone/thing")
+    assert (folder / "model.safetensors").is_file()
+
+
+# --- the released code's checkpoints ----------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with a config and a tokenizer, as the hub has for GPT-2."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **ARCHITECTURES["gpt2"]
+    )
+    config.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def as_released(base: Path, file: Path, prefix: str = "base_causallm.", more: int = 3) -> Any:
+    """A state dict as the released code leaves it, and the model it is of."""
+    config = AutoConfig.from_pretrained(base)
+    config.vocab_size += more
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    if prefix:
+        state["embedding.weight"] = model.get_input_embeddings().weight.data
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # as older transformers kept it
+    torch.save(state, file)
+    return model.eval()
+
+
+@pytest.mark.parametrize("prefix", ["base_causallm.", "module.base_causallm.", "_fsdp_wrapped_module.base_causallm."])
+def test_a_released_checkpoint_thinks_here_as_it_did(base: Path, tmp_path: Path, prefix: str) -> None:
+    model = as_released(base, tmp_path / "checkpoint_6", prefix)
+    output = tmp_path / "model"
+    run_export(ExportConfig(released=str(tmp_path / "checkpoint_6"), base=str(base), stage=2, output=str(output)))
+    lm = LatentLM.from_pretrained(output)
+    assert (lm.reasoning.num_thoughts, lm.reasoning.stage, lm.reasoning.slot) == (2, 2, Slot.thought)
+    assert lm.new_tokens["tokens"] == ["<pause>"], "the other three are as they were trained"
+    first = model.config.vocab_size - 3
+    assert [lm.special.bot, lm.special.eot, lm.special.latent] == [first, first + 1, first + 2]
+
+    question = lm.tokenizer("Is Tom a cat?\n")["input_ids"]
+    embeds = model.get_input_embeddings()(torch.tensor([[*question, first]]))
+    for _ in range(2):
+        thought = model.transformer(inputs_embeds=embeds).last_hidden_state[:, -1:]
+        embeds = torch.cat([embeds, thought], dim=1)
+    embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([[first + 1]]))], dim=1)
+    logits = model(inputs_embeds=embeds).logits[0, -1, :first]
+    assert answer(lm, ["Is Tom a cat?"], max_new_tokens=1).tokens.tolist() == [[int(logits.argmax())]]
+
+
+def test_a_released_baseline_has_no_markers(base: Path, tmp_path: Path) -> None:
+    as_released(base, tmp_path / "cot", prefix="", more=0)
+    lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=Slot.nothing, markers=False))
+    assert lm.reasoning.method == "cot"
+    with pytest.raises(ValueError, match="without the markers that coconut needs"):
+        from_released(tmp_path / "cot", str(base), Reasoning(num_thoughts=2))
+
+
+def test_other_files_are_named(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    thinking = Reasoning(num_thoughts=2)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        from_released(file, str(base), thinking)
+    for content, message in (
+        ([1, 2], "no state dict"),
+        (Reasoning(), "no file of tensors alone"),
+        ({"base_causallm.other": torch.zeros(3)}, r"no transformer\.wte\.weight"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=message):
+            from_released(file, str(base), thinking)
+    as_released(base, file, more=7)
+    with pytest.raises(ValueError, match="the released code adds 3"):
+        from_released(file, str(base), thinking)
+    state = torch.load(file, weights_only=True)
+    as_released(base, file)
+    state = {**torch.load(file, weights_only=True), "base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="1 too many"):
+        from_released(file, str(base), thinking)
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="no file of tensors alone"):
+        from_released(file, str(base), thinking)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({}, "either run=DIR"), ({"run": "a", "released": "b"}, "either run=DIR"), ({"run": "a"}, "output=FOLDER"),
+     ({"released": "a", "output": "b"}, "base=NAME"), ({"run": "a", "output": "b", "method": "x"}, "'?x'?")],
+)  # fmt: skip
+def test_what_is_missing_is_said(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig(**values)

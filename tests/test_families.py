@@ -1,0 +1,114 @@
+"""Every family of docs/models.md: what holds for GPT-2 holds for it, or it is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS, gradients, in_float64
+from families import FAMILIES, PAGE, REFUSED, Family, page
+from test_generate import by_recomputation, padded, rows_of
+from test_model import mixed_batch, relative
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from coconut import LatentLM
+from coconut.data import build_word_tokenizer
+from coconut.methods import Reasoning
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def lm(request: pytest.FixtureRequest) -> LatentLM:
+    torch.manual_seed(0)
+    lm = LatentLM.from_base(base_of(request.param), new_tokenizer(), init="random", reasoning=Reasoning(num_thoughts=3))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return in_float64(lm.to(torch.float64).eval()) if request.param.float64 else lm.eval()
+
+
+def new_tokenizer() -> Any:
+    return build_word_tokenizer(WORDS)
+
+
+def base_of(family: Family) -> Any:
+    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(family.model_type, vocab_size=len(new_tokenizer()), **{**special, **family.sizes})
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_config(config, experts_implementation="eager")  # the grouped one knows no float64
+
+
+def done(lm: LatentLM, **batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    lm.zero_grad()
+    loss = lm(**batch).loss_sum
+    loss.backward()
+    return loss.detach(), gradients(lm)
+
+
+def same(one: tuple[torch.Tensor, dict[str, Any]], other: tuple[torch.Tensor, dict[str, Any]]) -> None:
+    exact = next(iter(one[1].values())).dtype is torch.float64
+    torch.testing.assert_close(one[0].double(), other[0].double(), rtol=1e-7 if exact else 1e-5, atol=0)
+    assert relative(one[1], other[1]) < (1e-6 if exact else 1e-4)
+
+
+def test_the_cached_passes_equal_plain_recomputation(lm: LatentLM) -> None:
+    batch = mixed_batch(lm)
+    same(done(lm, **batch), done(lm, **batch, use_cache=False))
+
+
+def test_neither_padding_nor_company_changes_a_row(lm: LatentLM) -> None:
+    batch = mixed_batch(lm)
+    together = done(lm, **batch)
+    lm.zero_grad()
+    alone = torch.zeros((), dtype=torch.float64)
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+        loss = lm(ids[mask][None], labels=labels[mask][None]).loss_sum
+        loss.backward()
+        alone += loss.detach()
+    same(together, (alone, gradients(lm)))
+
+
+def test_without_thoughts_it_is_the_plain_model(lm: LatentLM) -> None:
+    ids = torch.randint(3, 35, (2, 12))
+    same(done(lm, input_ids=ids, labels=ids), plainly(lm, ids))
+    torch.testing.assert_close(lm(ids, return_logits=True).logits, lm.base(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def plainly(lm: LatentLM, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    lm.zero_grad()
+    logits = lm.base(ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    return loss.detach(), gradients(lm)
+
+
+def test_a_batch_answers_as_each_question_by_itself(lm: LatentLM) -> None:
+    questions = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [15], [16, 17, 18, 19, 20]]
+    out = lm.generate(*padded(questions), max_new_tokens=6)
+    assert rows_of(out) == [by_recomputation(lm, question, 3, 6) for question in questions]
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
+def test_what_cannot_work_is_refused_by_name(family: Family) -> None:
+    base = base_of(family)
+    before = base.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match=family.model_type):
+        LatentLM.from_base(base, new_tokenizer())
+    assert base.get_input_embeddings().num_embeddings == before, "nothing changed"
+
+
+def test_a_head_that_is_not_known_is_noticed() -> None:
+    base = base_of(FAMILIES[4])
+    inner = base.forward
+    base.forward = lambda *args, **kwargs: _scaled(inner(*args, **kwargs))
+    with pytest.raises(ValueError, match="llama makes other logits"):
+        LatentLM.from_base(base, new_tokenizer())
+
+
+def _scaled(output: Any) -> Any:
+    output.logits = output.logits * 1.1
+    return output
+
+
+def test_the_page_says_what_is_tested() -> None:
+    assert page(PAGE.read_text()) == PAGE.read_text(), "python tests/families.py writes it"
