@@ -17,6 +17,7 @@ from coconut.data import (
     encode_questions,
     encode_texts,
     read_examples,
+    token_ids,
     tokenize,
     unknown_words,
 )
@@ -187,8 +188,8 @@ def test_a_question_in_a_chat_template() -> None:
     tokenizer.chat_template = CHAT
     (ids,) = encode_questions(tokenizer, ["Is <s> a cat?"], asked)
     assert tokenizer.decode(ids) == "<s>user: Is <s> a cat?</s><s>me:"
-    special = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
-    assert [i for i in ids if i in special] == [special[0], special[1], special[0]], "the question's own stays text"
+    start, end = token_ids(tokenizer, ["<s>", "</s>"])
+    assert [i for i in ids if i in (start, end)] == [start, end, start], "the question's own stays text"
     data = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, asked)
     assert data.question(0).tolist() == ids
     plain = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, PromptFormat(question="{}"))
