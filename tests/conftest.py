@@ -154,6 +154,14 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def gradients(lm: LatentLM) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
 

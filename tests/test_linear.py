@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import build, gradients
@@ -94,15 +92,12 @@ def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
     assert relative(gradients(lm), first) < 1e-12
 
 
-def test_under_distributed_data_parallel(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("group_of_one")
+def test_under_distributed_data_parallel() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
     lm(**batch).loss.backward()
     alone = gradients(lm)
     lm.zero_grad()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
     assert relative(gradients(lm), alone) < 1e-6

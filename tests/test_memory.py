@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,16 +153,13 @@ def test_a_model_whose_layers_cannot_is_refused(family: str, sizes: dict[str, An
     assert not lm.recompute
 
 
-def test_it_works_under_distributed_data_parallel(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("group_of_one")
+def test_it_works_under_distributed_data_parallel() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
     (_, kept), _ = both(lm, batch)
     lm.zero_grad()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
     assert relative(gradients(lm), kept) < 1e-6
 
 
