@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +31,12 @@ def hush() -> Iterator[None]:
 
 
 def only_our_words() -> None:
-    """Keep the progress bars of transformers off the screen."""
+    """Keep the progress bars of transformers, and what DeepSpeed says where it finds no GPU, off the screen."""
+    import torch
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
     logging.disable_progress_bar()
 
 
