@@ -470,6 +470,22 @@ class ExportConfig:
         plan(self.method, Curriculum())
 
 
+@dataclass
+class DemoConfig:
+    run: str = ""
+    checkpoint: str = "best"
+    host: str = "127.0.0.1"  # who can open the page: this machine alone
+    port: int = 8000  # 0: any that is free
+    max_new_tokens: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        _needs_run(self.run)
+        _at_least("", self, port=0, max_new_tokens=1)
+        if self.port > 65535:
+            raise ValueError(f"port is {self.port}; it must be at most 65535.")
+
+
 class Part(StrEnum):
     """What can be measured of a trained run, besides its accuracy."""
 
@@ -511,19 +527,3 @@ class TableConfig:
 def _needs_run(run: str) -> None:
     if not run:
         raise ValueError("Name the run: run=DIR, the folder that coconut.train wrote.")
-
-
-@dataclass
-class DemoConfig:
-    run: str = ""
-    checkpoint: str = "best"
-    host: str = "127.0.0.1"  # who can open the page: this machine alone
-    port: int = 8000  # 0: any that is free
-    max_new_tokens: int | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        _needs_run(self.run)
-        _at_least("", self, port=0, max_new_tokens=1)
-        if self.port > 65535:
-            raise ValueError(f"port is {self.port}; it must be at most 65535.")

@@ -375,10 +375,14 @@ class _quiet_datasets:
 
 def unknown_words(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> int:
     """How many tokens the tokenizer had no entry for. 0 for byte-level tokenizers."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        return 0
-    return int((data.tokens == unknown).sum())
+    unknown = unknown_id(tokenizer)
+    return 0 if unknown is None else int((data.tokens == unknown).sum())
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that stands for a word without an entry; None if the tokenizer has one for every text."""
+    unknown: Any = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:

@@ -28,7 +28,8 @@ from coconut.analysis.plots import DARK, LIGHT, place_nodes
 from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.cli import application
 from coconut.config import DemoConfig, Precision
-from coconut.data import encode_questions
+from coconut.data import encode_questions, unknown_id
+from coconut.evaluate import read_answer
 from coconut.generate import likeliest
 from coconut.layout import slot_ids
 from coconut.methods import Slot
@@ -130,11 +131,9 @@ class Demo:
         lm, task, counts = self.subject.lm, self.subject.task, self.counts
         ids_BT = torch.tensor([prompt]).expand(len(counts), -1)
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
-        form = lm.reasoning.format
         found = []
         for count, text, cut in zip(counts, out.texts, out.cut.tolist(), strict=True):
-            answer = task.read_answer(text, form.answer_mark)
-            answer = None if answer is None else answer.removesuffix(form.answer_end).strip()
+            answer = read_answer(task, text, lm.reasoning.format)
             correct = None if right is None else task.judge(answer, right)
             found.append({"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "cut": cut})
         return found, likeliest(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []
@@ -157,7 +156,7 @@ class Demo:
 def spell_nodes(lm: LatentLM, parsed: prosqa.Question) -> dict[str, Spelling]:
     """How the names of the nodes are encoded, but for those that the tokenizer has no word for."""
     nodes = dict.fromkeys(node for pair in [*parsed.edges, (parsed.root, parsed.root), parsed.options] for node in pair)
-    unknown = unknown_id(lm)
+    unknown = unknown_id(lm.tokenizer)
     spellings = spell(lm, list(nodes), parsed.symbolic)
     return {node: spelling for node, spelling in spellings.items() if unknown not in spelling.name}
 
@@ -168,15 +167,8 @@ def unknown_words(lm: LatentLM, text: str) -> list[str]:
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
     places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    unknown = unknown_id(lm)
+    unknown = unknown_id(lm.tokenizer)
     return list(dict.fromkeys(text[left:right] for token, (left, right) in places if token == unknown))
-
-
-def unknown_id(lm: LatentLM) -> int | None:
-    """The token that stands for a word without an entry; None if the tokenizer has one for every text."""
-    tokenizer = lm.tokenizer
-    unknown: Any = tokenizer.unk_token_id
-    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def right_answer(question: str, parsed: prosqa.Question) -> str | None:

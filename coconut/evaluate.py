@@ -16,7 +16,7 @@ from coconut.engine.world import World
 from coconut.files import read_json, sha256, write_json, write_text
 from coconut.generate import Stop, longest_first, pad_rows
 from coconut.layout import slot_ids
-from coconut.methods import Reasoning, Slot
+from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
 
@@ -132,13 +132,17 @@ def evaluate(
     return Evaluated(_summary(task, examples, ordered, seconds), ordered, in_order)
 
 
+def read_answer(task: Task, text: str, form: PromptFormat) -> str | None:
+    """The answer in what a model wrote, without what the prompt format puts around it; None if there is none."""
+    found = task.read_answer(text, form.answer_mark)
+    return None if found is None else found.removesuffix(form.answer_end).strip()
+
+
 def _judge(
     task: Task, example: Example, text: str, reasoning: Reasoning, thoughts: int, length: int, cut: bool
 ) -> Prediction:
     form = reasoning.format
-    predicted = task.read_answer(text, form.answer_mark)
-    if predicted is not None:
-        predicted = predicted.removesuffix(form.answer_end).strip()
+    predicted = read_answer(task, text, form)
     gold = _steps_left(example, reasoning, thoughts)
     written = task.read_steps(text, form.answer_mark, form.step_end)
     return Prediction(

@@ -175,10 +175,15 @@ def generate(
             answers |= zip([row * samples + i for row in rows.tolist() for i in range(samples)], found, strict=True)
     finally:
         lm.train(was_training)
-    tokens = [answers[place].tokens for place in range(len(answers))]
-    fed = [answers[place].thoughts for place in range(len(answers))]
-    limits = limits_B.repeat_interleave(samples).tolist()
-    lengths = [_length(row, special, bool(options.keys() & {"stop_strings", "stopping_criteria"})) for row in tokens]
+    may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
+    ordered = [answers[place] for place in range(len(answers))]
+    return _together(lm, ordered, limits_B.repeat_interleave(samples).tolist(), may_stop)
+
+
+def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], may_stop: bool) -> Generated:
+    special = lm.special
+    tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
+    lengths = [_length(row, special, may_stop) for row in tokens]
     widest = max(map(len, tokens))
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
