@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from coconut.data import Example
     from coconut.methods import METHODS, Curriculum, Reasoning, plan
     from coconut.model import LatentLM
+    from coconut.thinking import answer, likeliest
 
-__all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "plan"]
+__all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "likeliest", "plan"]
 
 _HOME = {
     "METHODS": "coconut.methods",
@@ -17,6 +18,8 @@ _HOME = {
     "Example": "coconut.data",
     "LatentLM": "coconut.model",
     "Reasoning": "coconut.methods",
+    "answer": "coconut.thinking",
+    "likeliest": "coconut.thinking",
     "plan": "coconut.methods",
 }
 

@@ -1,6 +1,6 @@
 """A page to play with a trained model: a question, and what the model does with it after each number of thoughts.
 
-`Demo` asks the model, all numbers of thoughts at once; `Server` brings it to the browser.
+`coconut.analysis.question` asks the model; here it is brought to the browser.
 """
 
 from __future__ import annotations
@@ -10,194 +10,27 @@ import errno
 import json
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import networkx
-import torch
-
-from coconut.analysis.names import Spelling, name_probabilities, spell
-from coconut.analysis.plots import DARK, LIGHT, place_nodes
-from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
+from coconut.analysis.plots import DARK, LIGHT
+from coconut.analysis.probes import Subject
+from coconut.analysis.question import Asker
 from coconut.cli import application
-from coconut.config import DemoConfig, Precision
-from coconut.data import encode_questions, unknown_id
-from coconut.evaluate import read_answer
-from coconut.generate import likeliest
-from coconut.layout import slot_ids
-from coconut.methods import Slot
+from coconut.config import DemoConfig
 from coconut.screen import say
-from coconut.tasks import TASKS, prosqa
+from coconut.tasks import TASKS
 
 if TYPE_CHECKING:
     from coconut.data import Example
-    from coconut.model import LatentLM
 
 MOST_BYTES = 100_000  # of what a browser may send
 PAGE = Path(__file__).with_name("demo.html")
-
-
-# --- asking ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Demo:
-    """A trained model and the rows whose questions can be drawn. It answers one question at a time.
-
-    `about`: what the page says of the run.
-    """
-
-    subject: Subject
-    about: dict[str, Any]
-    precision: Precision = Precision.float32
-    max_new_tokens: int | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-
-    def draw(self, row: int) -> dict[str, Any]:
-        """As `ask`, the question of a row of the run's file. Raises ValueError if there is no such row."""
-        examples = self.subject.examples
-        if not 0 <= row < len(examples):
-            there = f"The rows are 0 to {len(examples) - 1}" if examples else "No file of the run's data is here"
-            raise ValueError(f"There is no row {row}. {there}.")
-        return self.ask(examples[row].question, examples[row].answer) | {"row": row}
-
-    def ask(self, question: str, right: str | None = None) -> dict[str, Any]:
-        """What the page shows of a question: its graph, the thoughts, and what follows each number of them.
-
-        `right`: the right answer; by default the one that the question's graph decides, if it does.
-        Raises ValueError if there is no question, or no room for it in the model's context.
-        """
-        from coconut.engine.base import autocast
-
-        if not question.strip():
-            raise ValueError("There is no question. Type one, or draw one.")
-        lm, task = self.subject.lm, self.subject.task
-        parsed, notes = None, []
-        if task.name == prosqa.name:
-            try:
-                parsed = prosqa.parse_question(question)
-            except ValueError as error:
-                notes.append(f"This tells no graph. {error}")
-        right = right or (parsed and right_answer(question, parsed))
-        with self.lock, autocast(lm.device, self.precision):
-            if unknown := unknown_words(lm, question):
-                notes.append(f"The model has no word for {', '.join(unknown)}.")
-            spellings = spell_nodes(lm, parsed) if parsed and self._thinks else {}
-            prompt = self._prompt(question, spellings)
-            after, thoughts = self._after_each(prompt, right)
-            names = self._names(prompt, spellings, symbolic=bool(parsed and parsed.symbolic))
-        return {
-            "row": None,
-            "question": question,
-            "right": right,
-            "notes": notes,
-            "graph": parsed and picture(question, parsed, right),
-            "thoughts": thoughts,
-            "after": [one | {"names": names.get(one["thoughts"])} for one in after],
-        }
-
-    @property
-    def counts(self) -> list[int]:
-        """The numbers of thoughts, or of pauses, that a question is asked with."""
-        most = 0 if self.subject.lm.reasoning.slot is Slot.nothing else self.subject.own + MORE
-        return list(range(most + 1))
-
-    @property
-    def _thinks(self) -> bool:
-        return self.subject.lm.reasoning.slot is Slot.thought
-
-    def _prompt(self, question: str, spellings: Mapping[str, Spelling]) -> list[int]:
-        """The question's tokens. Raises ValueError if the most thoughts and a name leave no room for them."""
-        lm, most = self.subject.lm, self.counts[-1]
-        [prompt] = encode_questions(lm.tokenizer, [question], lm.reasoning.format)
-        name = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
-        if len(prompt) + len(slot_ids(lm.reasoning, lm.special, most)) + name > lm.context:
-            slot = f"{most} {lm.reasoning.slot.value}s and " if most else ""
-            raise ValueError(
-                f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "
-                f"context of {lm.context:,} tokens. Ask something shorter."
-            )
-        return prompt
-
-    def _after_each(self, prompt: list[int], right: str | None) -> tuple[list[dict[str, Any]], list[Any]]:
-        """What the model says after each number of thoughts, and the likeliest tokens of each thought."""
-        lm, task, counts = self.subject.lm, self.subject.task, self.counts
-        ids_BT = torch.tensor([prompt]).expand(len(counts), -1)
-        out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
-        found = []
-        for count, text, cut in zip(counts, out.texts, out.cut.tolist(), strict=True):
-            answer = read_answer(task, text, lm.reasoning.format)
-            correct = None if right is None else task.judge(answer, right)
-            found.append({"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "cut": cut})
-        return found, likeliest(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []
-
-    def _names(
-        self, prompt: list[int], spellings: Mapping[str, Spelling], symbolic: bool
-    ) -> dict[int, dict[str, float]]:
-        """By number of thoughts: how likely each node is to be named by the next step.
-
-        In sentences the first step begins with the root, so that nothing is to be seen before it is thought.
-        """
-        if not spellings:
-            return {}
-        lm = self.subject.lm
-        counts = [count for count in self.counts if symbolic or count >= lm.reasoning.thoughts_per_step]
-        values = name_probabilities(lm, [prompt], [list(spellings.values())], counts, batch_size=1)
-        return {count: dict(zip(spellings, values[0, count], strict=True)) for count in counts}
-
-
-def spell_nodes(lm: LatentLM, parsed: prosqa.Question) -> dict[str, Spelling]:
-    """How the names of the nodes are encoded, but for those that the tokenizer has no word for."""
-    nodes = dict.fromkeys(node for pair in [*parsed.edges, (parsed.root, parsed.root), parsed.options] for node in pair)
-    unknown = unknown_id(lm.tokenizer)
-    spellings = spell(lm, list(nodes), parsed.symbolic)
-    return {node: spelling for node, spelling in spellings.items() if unknown not in spelling.name}
-
-
-def unknown_words(lm: LatentLM, text: str) -> list[str]:
-    """The words of a text that the tokenizer has no entry for."""
-    encoded: Any = lm.tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
-    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    unknown = unknown_id(lm.tokenizer)
-    return list(dict.fromkeys(text[left:right] for token, (left, right) in places if token == unknown))
-
-
-def right_answer(question: str, parsed: prosqa.Question) -> str | None:
-    """The answer that the graph decides: the only option that the root reaches."""
-    reached = {parsed.root, *networkx.descendants(prosqa.graph(question), parsed.root)}
-    answers = zip(parsed.options, prosqa.candidates(question) or (), strict=True)
-    found = [answer for option, answer in answers if option in reached]
-    return found[0] if len(found) == 1 else None
-
-
-def picture(question: str, parsed: prosqa.Question, right: str | None) -> dict[str, Any]:
-    """The graph to be drawn: its nodes with column and row, in the order of their distance from the root."""
-    told = prosqa.graph(question)
-    places = place_nodes(told, parsed.root)
-    distance = dict(networkx.single_source_shortest_path_length(told, parsed.root))
-    target = prosqa.read_target(right) if right else None
-    order = sorted(told, key=lambda node: (node not in distance, places[node][0], -places[node][1]))
-    return {
-        "nodes": [{"name": node, "x": places[node][0], "y": -places[node][1]} for node in order],
-        "edges": list(told.edges),
-        "root": parsed.root,
-        "options": parsed.options,
-        "target": target,
-        "way": networkx.shortest_path(told, parsed.root, target) if target in distance else [],
-        "symbolic": parsed.symbolic,
-    }
-
-
-# --- serving --------------------------------------------------------------------------------------
 
 
 class Refused(Exception):
@@ -209,9 +42,9 @@ class Refused(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Brings a demo to the browser. Raises ValueError if it cannot be served there."""
+    """Brings what the asker finds to the browser. Raises ValueError if it cannot be served there."""
 
-    demo: Demo
+    asker: Asker
 
     def __init__(self, host: str, port: int):
         self.host = host
@@ -259,12 +92,12 @@ class Handler(BaseHTTPRequestHandler):
         return "text/html; charset=utf-8", self.server.page
 
     def _about(self) -> tuple[str, str]:
-        return "application/json", json.dumps(self.server.demo.about)
+        return "application/json", json.dumps(self.server.asker.about)
 
     def _ask(self) -> tuple[str, str]:
-        asked, demo = self._body(), self.server.demo
+        asked, asker = self._body(), self.server.asker
         try:
-            found = demo.ask(asked) if isinstance(asked, str) else demo.draw(asked)
+            found = asker.ask(asked) if isinstance(asked, str) else asker.draw(asked)
         except ValueError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
         return "application/json", json.dumps(found)
@@ -358,10 +191,7 @@ def page() -> str:
     return PAGE.read_text(encoding="utf-8").replace("/* colours */", rules)
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
-def open_demo(config: DemoConfig) -> Demo:
+def open_demo(config: DemoConfig) -> Asker:
     """The run's model, and the questions of its test file, else of its validation file."""
     from coconut.build import load_run
     from coconut.methods import Curriculum, plan
@@ -385,7 +215,7 @@ def open_demo(config: DemoConfig) -> Demo:
         "knows_fewer": made.knows_fewer,
         "warning": subject.warning,
     }
-    return Demo(subject, about, config.engine.precision, config.max_new_tokens)
+    return Asker(subject, about, config.engine.precision, config.max_new_tokens)
 
 
 def _rows(data: Mapping[str, Any]) -> tuple[str, Sequence[Example]]:
@@ -410,13 +240,13 @@ def run(config: DemoConfig) -> int:
         return 0  # of several processes one is enough
     only_our_words()
     with Server(config.host, config.port) as server:
-        server.demo = open_demo(config)
+        server.asker = open_demo(config)
         with contextlib.suppress(KeyboardInterrupt):
             say(f"The page is at {server.address} (Ctrl-C ends it)")
             if not str(server.server_address[0]).startswith("127."):
                 say("Whoever can reach this machine can ask the model. host=127.0.0.1 keeps the page to this machine.")
             server.serve_forever()
-        server.demo.lock.acquire()  # an answer that is being computed is finished, and none begins after it
+        server.asker.lock.acquire()  # an answer that is being computed is finished, and none begins after it
     return 0
 
 

@@ -14,11 +14,11 @@ from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.engine.world import World
 from coconut.files import read_json, sha256, write_json, write_text
-from coconut.generate import Stop, longest_first, pad_rows
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
+from coconut.thinking import Stop, longest_first, pad_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,7 +36,7 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None) -
         "", f"# {reasoning.method}, {lm.base.config.model_type}", "",
         f"Trained with [coconut](https://pypi.org/project/coconut-latent/): method `{reasoning.method}`, stage "
         f"{reasoning.stage}. Between question and answer it has {of_slot}.", "",
-        "```python", "from coconut import LatentLM", "from coconut.generate import answer", "",
+        "```python", "from coconut import LatentLM, answer", "",
         'lm = LatentLM.from_pretrained("THIS FOLDER")', 'print(answer(lm, ["a question"]).texts[0])', "```", "",
         "The folder holds a LoRA correction; `coconut.json` names the model that it corrects." if lm.adapter else
         "`AutoModelForCausalLM` and `AutoTokenizer` open the folder as the plain model, which does not think.", "",

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from coconut.config import LoraConfig
-    from coconut.generate import Generated
     from coconut.lora import Adapter
+    from coconut.thinking import Generated
 
 FORMAT_VERSION = 1
 REASONING_FILE = "coconut.json"
@@ -371,8 +371,8 @@ class LatentLM(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> Generated:
-        """Think, then speak: `coconut.generate.generate` with this model."""
-        from coconut.generate import generate
+        """Think, then speak: `coconut.thinking.generate` with this model."""
+        from coconut.thinking import generate
 
         return generate(self, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
 

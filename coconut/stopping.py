@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from coconut.data import Example, encode_questions, read_examples
 from coconut.files import whole_file
-from coconut.generate import longest_first, pad_rows, think
 from coconut.methods import Curriculum, Plan, Slot, plan
 from coconut.screen import say
 from coconut.sources import data_files
+from coconut.thinking import longest_first, pad_rows, think
 
 if TYPE_CHECKING:
     from coconut.build import Trained

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from coconut import answer
 from coconut.build import load_run
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
-from coconut.generate import answer
 from coconut.methods import Curriculum, Unit
 from coconut.train import run
 

@@ -11,9 +11,9 @@ Shapes: K thoughts, D hidden.
 
 import argparse
 
+from coconut import answer, likeliest
 from coconut.build import load_run
 from coconut.config import EngineConfig
-from coconut.generate import answer, likeliest
 from coconut.screen import only_our_words
 
 GRAPH = "4 3 | 6 4 | 2 8 | 3 8 | 2 3 | 7 0 | 9 7 | 1 5 | 2 4 | 5 7"

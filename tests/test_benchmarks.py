@@ -11,8 +11,8 @@ from conftest import gradients
 from benchmarks import ways
 from benchmarks.run import questions
 from coconut import LatentLM
-from coconut.generate import pad_rows
 from coconut.layout import Batch
+from coconut.thinking import pad_rows
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_import_is_light() -> None:
         "-c", "import coconut, sys; coconut.METHODS; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert done.stdout.strip() == "[]"
-    assert python("-c", "from coconut import *; LatentLM, METHODS, plan").returncode == 0
+    assert python("-c", "from coconut import *; LatentLM, METHODS, answer, likeliest, plan").returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = coconut.Nothing
 
@@ -214,9 +214,9 @@ LAYERS = [
     ["collapse", "data", "families", "linear", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
-    ["checkpoint", "generate", "tracking"],
+    ["checkpoint", "thinking", "tracking"],
     ["build", "evaluate", "stopping", "trackers"],
-    ["train", "analysis", "export"],
+    ["train", "analysis", "export", "generate"],
     ["analyze", "demo"],
 ]
 TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule"}

@@ -34,9 +34,9 @@ from coconut.config import DataConfig, DemoConfig, EngineConfig, Task
 from coconut.data import encode_questions
 from coconut.demo import MOST_BYTES, Server, open_demo, page
 from coconut.files import read_json, write_json
-from coconut.generate import likeliest
 from coconut.methods import Curriculum, Unit
 from coconut.tasks import prosqa
+from coconut.thinking import likeliest
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
 OWN = 2
@@ -47,7 +47,7 @@ in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 @contextmanager
 def served(run: Path) -> Iterator[Server]:
     with Server("127.0.0.1", 0) as server:
-        server.demo = open_demo(DemoConfig(run=str(run), engine=EngineConfig(device="cpu", threads=1)))
+        server.asker = open_demo(DemoConfig(run=str(run), engine=EngineConfig(device="cpu", threads=1)))
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -136,7 +136,7 @@ def ask(server: Server, **asked: Any) -> Any:
 @pytest.mark.parametrize("form", ["in_symbols", "in_sentences"])
 def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest) -> None:
     server: Server = request.getfixturevalue(form)
-    subject, symbolic = server.demo.subject, form == "in_symbols"
+    subject, symbolic = server.asker.subject, form == "in_symbols"
     lm, counts = subject.lm, range(OWN + MORE + 1)
     for row, example in list(enumerate(subject.examples))[:5]:
         found = ask(server, row=row)
@@ -165,7 +165,7 @@ def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest)
 @pytest.mark.parametrize("form", ["in_symbols", "in_sentences"])
 def test_the_graph_is_that_of_the_question(form: str, request: pytest.FixtureRequest) -> None:
     server: Server = request.getfixturevalue(form)
-    for row, example in list(enumerate(server.demo.subject.examples))[:5]:
+    for row, example in list(enumerate(server.asker.subject.examples))[:5]:
         shown, told = ask(server, row=row)["graph"], prosqa.graph(example.question)
         assert {tuple(edge) for edge in shown["edges"]} == set(told.edges)
         assert shown["root"] == told.graph["root"]
@@ -296,7 +296,7 @@ def test_what_is_no_json_is_refused(in_symbols: Server, body: bytes) -> None:
 
 
 def test_a_question_may_fill_the_context_and_no_more(in_symbols: Server) -> None:
-    lm = in_symbols.demo.subject.lm
+    lm = in_symbols.asker.subject.lm
     room = lm.context - len(["<bot>", "<eot>", "answer"]) - (OWN + MORE)
     assert len(ask(in_symbols, question="3 " * room)["after"]) == OWN + MORE + 1
     status, found = post(in_symbols, {"question": "3 " * (room + 1)})
@@ -443,7 +443,7 @@ def test_the_graph_the_probabilities_and_the_answer_in_a_browser(in_symbols: Ser
 
 @in_browser
 def test_a_question_of_ones_own_in_a_browser(in_sentences: Server, tmp_path: Path) -> None:
-    question = in_sentences.demo.subject.examples[1].question
+    question = in_sentences.asker.subject.examples[1].question
     dom = shown(in_sentences, f"#question={question.replace(' ', '+')}&thoughts=99", tmp_path)
     assert 'aria-valuetext="4 thoughts"' in dom
     assert text_of(dom, "given")
@@ -454,7 +454,7 @@ def test_a_question_of_ones_own_in_a_browser(in_sentences: Server, tmp_path: Pat
 @in_browser
 def test_without_thoughts_there_is_no_slider_in_a_browser(without_thoughts: Server, tmp_path: Path) -> None:
     dom = shown(without_thoughts, "", tmp_path)
-    has_slider = without_thoughts.demo.about["method"] == "pause"
+    has_slider = without_thoughts.asker.about["method"] == "pause"
     assert ('id="slider" hidden' in dom) is not has_slider
     assert text_of(dom, "given")
     for name in ("next-panel", "thoughts-panel"):

@@ -23,10 +23,10 @@ from coconut.config import (
 from coconut.data import Example
 from coconut.evaluate import evaluate, read_results
 from coconut.evaluate import run as run_evaluate
-from coconut.generate import Generated
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Slot
 from coconut.tasks import TASKS
+from coconut.thinking import Generated
 from coconut.train import run as run_train
 
 

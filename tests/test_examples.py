@@ -18,8 +18,8 @@ from conftest import WORDS, gradients, graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
 from coconut.data import SpecialIds, build_word_tokenizer
-from coconut.generate import pad_rows
 from coconut.layout import collate, layout
+from coconut.thinking import pad_rows
 from coconut.train import run as train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

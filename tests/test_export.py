@@ -18,8 +18,8 @@ from coconut.config import EvaluateConfig, ExportConfig
 from coconut.evaluate import run as run_evaluate
 from coconut.export import from_released, push
 from coconut.export import run as run_export
-from coconut.generate import answer
 from coconut.methods import Reasoning, Slot
+from coconut.thinking import answer
 from coconut.train import run as run_train
 
 

@@ -19,9 +19,9 @@ from transformers import (
 
 from coconut import LatentLM
 from coconut.data import token_ids
-from coconut.generate import answer, think
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
+from coconut.thinking import answer, think
 
 QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19, 20]]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coconut.generate import longest_first, pad_rows, think
 from coconut.methods import PromptFormat
+from coconut.thinking import longest_first, pad_rows, think
 
 if TYPE_CHECKING:
     from torch import Tensor

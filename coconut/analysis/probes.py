@@ -20,9 +20,9 @@ from coconut.analysis.paths import GraphQuestion, Outcome, classify
 from coconut.analysis.study import Study, Unfit
 from coconut.data import Example, encode_questions
 from coconut.evaluate import Evaluated, Prediction, evaluate
-from coconut.generate import likeliest
 from coconut.methods import METHODS, Slot
 from coconut.tasks import TASKS, Task
+from coconut.thinking import likeliest
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

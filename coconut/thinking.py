@@ -1,0 +1,355 @@
+"""Think, then speak: batched, cached.
+
+Shapes: B questions, T columns of the prompts, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coconut.data import SpecialIds, encode_questions
+from coconut.layout import slot_ids
+from coconut.methods import Reasoning, Slot
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+
+@dataclass
+class Generated:
+    """B answers; several to one question stand together.
+
+    `tokens` (B, N): new tokens, padded after their end. `lengths` (B,): without the end-of-sequence token.
+    `cut` (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it.
+    `thoughts` (B, K, D): what was fed as thoughts, K for the row that had most; zeros after a row's last.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    cut: Tensor
+    num_thoughts: Tensor
+    texts: list[str]
+    thoughts: Tensor
+
+
+@dataclass
+class Thinking:
+    """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).
+
+    `states` (B, D): the last hidden states.
+    """
+
+    cache: Any
+    thoughts: Tensor
+    counts: Tensor
+    states: Tensor
+
+
+class Stop(Protocol):
+    """Decides from the thoughts (B, D) which rows have thought enough (B,)."""
+
+    def __call__(self, thoughts_BD: Tensor, /) -> Tensor: ...
+
+
+@torch.no_grad()
+def think(
+    lm: LatentLM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_thoughts: int,
+    *,
+    thoughts: Tensor | None = None,
+    stop: Stop | None = None,
+    room: int = 0,
+) -> Thinking:
+    """Run prompts (B, T), padded on the left, and the thoughts that follow them.
+
+    `thoughts` (B, K, D) are fed in place of the model's own. With `stop`, a row ends with the first
+    thought at which it says so; the loop ends when all rows have ended. `room`: how many tokens will be
+    read on from the cache, if that is known.
+    """
+    cache = lm.new_cache(input_ids.shape[1] + num_thoughts + room)
+    is_token_BT = attention_mask.bool()
+    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+    embeds_BTD = lm.base.get_input_embeddings()(input_ids)
+    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache)[:, -1]
+    fed: list[Tensor] = []
+    thinking_B = torch.ones_like(is_token_BT[:, 0])
+    counts_B = torch.zeros_like(positions_BT[:, 0])
+    for k in range(num_thoughts):
+        thought_BD = (last_BD if thoughts is None else thoughts[:, k]).to(embeds_BTD)
+        fed.append(thought_BD)
+        counts_B += thinking_B
+        is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
+        positions_B1 = positions_BT[:, -1:] + k + 1
+        last_BD = lm.states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
+        if stop is not None:
+            thinking_B = thinking_B & ~stop(thought_BD)
+            if not thinking_B.any():
+                break
+    thoughts_BKD = torch.stack(fed, dim=1) if fed else embeds_BTD[:, :0]
+    return Thinking(cache, thoughts_BKD, counts_B, last_BD)
+
+
+HANDED_ON = ("streamer", "stopping_criteria", "logits_processor")  # arguments of generate that no config holds
+
+
+@torch.no_grad()
+def generate(
+    lm: LatentLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    num_thoughts: int | Sequence[int] | Tensor | None = None,
+    thoughts: Tensor | None = None,
+    stop: Stop | None = None,
+    **options: Any,
+) -> Generated:
+    """Answer questions (B, T) of any lengths, padded on either side.
+
+    The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
+    latter, for all questions or (B,) for each. `thoughts` (B, K, D) are fed in place of the model's own, K of
+    them to every question; `stop` ends the thoughts of each row by itself, after at least one and at most
+    `num_thoughts` of them (see `think`). Thoughts run in the model's cache, from which Hugging Face generation
+    goes on, greedily by default.
+
+    `options` are those of transformers' generate: what a GenerationConfig holds (do_sample, temperature, top_p,
+    stop_strings, ...), one by one or as `generation_config`, and `streamer` (one question; the prompt is put to
+    it too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`. What they leave open is
+    off, whatever the base model's own settings are. The added tokens are never produced. With
+    num_return_sequences=n each question is read and thought about once and answered n times; its answers stand
+    together.
+
+    Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
+    none, if `thoughts` or `num_thoughts` have another shape, for num_beams other than 1, for several answers
+    without do_sample, or for several to one streamer.
+    """
+    reasoning, special = lm.reasoning, lm.special
+    options = {**_asked_in(options.pop("generation_config", None)), **options}
+    own_limit = options.pop("max_new_tokens", None)
+    if (beams := options.pop("num_beams", None) or 1) != 1:
+        raise ValueError(f"num_beams={beams} is not supported. Leave it out.")
+    samples = options.pop("num_return_sequences", None) or 1
+    if samples > 1 and not options.get("do_sample"):
+        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
+    if "streamer" in options and samples * len(input_ids) > 1:
+        raise ValueError(f"A streamer takes one answer to one question, not {samples} to {len(input_ids)}.")
+    counts_B = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop).to(lm.device)
+    in_slot_B = len(slot_ids(reasoning, special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
+    ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
+    lengths_B = is_question_BT.sum(1)
+    room_B = lm.context - lengths_B - in_slot_B
+    if (room_B < 1).any():
+        row = int(room_B.argmin())
+        raise ValueError(
+            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(in_slot_B[row])} more before the answer "
+            f"it leaves no room in the model's context of {lm.context} tokens. Ask something shorter."
+        )
+    limits_B = room_B.clamp(max=max_new_tokens or own_limit or reasoning.max_new_tokens)
+    was_training = lm.training
+    lm.eval()
+    answers: dict[int, _Answer] = {}
+    kinds_BC = torch.stack([limits_B, counts_B], dim=1)
+    try:
+        for limit, count in kinds_BC.unique(
+            dim=0
+        ).tolist():  # one, unless rows differ or the context cuts answers short
+            rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
+            width = int(lengths_B[rows].max())
+            ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
+            given = None if thoughts is None else thoughts.to(lm.device)[rows]
+            settings = {**options, "max_new_tokens": limit}
+            found = _think_and_speak(lm, ids, is_token, count, given, stop, samples, settings)
+            answers |= zip([row * samples + i for row in rows.tolist() for i in range(samples)], found, strict=True)
+    finally:
+        lm.train(was_training)
+    may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
+    ordered = [answers[place] for place in range(len(answers))]
+    return _together(lm, ordered, limits_B.repeat_interleave(samples).tolist(), may_stop)
+
+
+def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], may_stop: bool) -> Generated:
+    special = lm.special
+    tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
+    lengths = [_length(row, special, may_stop) for row in tokens]
+    widest = max(map(len, tokens))
+    return Generated(
+        tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
+        lengths=torch.tensor(lengths),
+        cut=torch.tensor([length == limit for length, limit in zip(lengths, limits, strict=True)]),
+        num_thoughts=torch.tensor([len(row) for row in fed]),
+        texts=[
+            str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for row, length in zip(tokens, lengths, strict=True)
+        ],
+        thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
+    )
+
+
+def _asked_in(config: Any) -> dict[str, Any]:
+    """What a GenerationConfig says beyond the defaults, but for tokens: those are the tokenizer's."""
+    said = {} if config is None else config.to_diff_dict()
+    return {key: value for key, value in said.items() if key != "transformers_version" and not key.endswith("token_id")}
+
+
+def _how_many(
+    reasoning: Reasoning,
+    questions: int,
+    num_thoughts: int | Sequence[int] | Tensor | None,
+    thoughts: Tensor | None,
+    stop: Stop | None,
+) -> Tensor:
+    """(B,) tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
+    asked = None if num_thoughts is None else torch.as_tensor(num_thoughts)
+    if asked is not None and (asked.shape not in ((), (questions,)) or asked.is_floating_point() or (asked < 0).any()):
+        raise ValueError(
+            f"num_thoughts is {num_thoughts}; it must be a number, or one for each of {questions} questions."
+        )
+    if reasoning.slot is Slot.nothing and asked is not None and asked.any():
+        raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
+    if reasoning.slot is not Slot.thought and (thoughts is not None or stop is not None):
+        raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
+    if thoughts is None:
+        return (torch.tensor(reasoning.num_thoughts) if asked is None else asked).expand(questions)
+    if len(thoughts) != questions or (asked is not None and (asked != thoughts.shape[1]).any()):
+        raise ValueError(
+            f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions and num_thoughts="
+            f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
+        )
+    return torch.tensor(thoughts.shape[1]).expand(questions)
+
+
+@dataclass
+class _Answer:
+    tokens: list[int]
+    thoughts: Tensor  # (K, D)
+
+
+def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
+    """Tokens before the end; one that a stopping string ended is followed by padding."""
+    if special.eos in row:
+        return row.index(special.eos)
+    while may_stop and row and row[-1] == special.pad:
+        row = row[:-1]
+    return len(row)
+
+
+def _think_and_speak(
+    lm: LatentLM,
+    ids_BT: Tensor,
+    is_question_BT: Tensor,
+    count: int,
+    thoughts: Tensor | None,
+    stop: Stop | None,
+    samples: int,
+    options: dict[str, Any],
+) -> list[_Answer]:
+    """So many answers to each of the questions, which are padded on the left."""
+    B, T = ids_BT.shape
+    slot = torch.from_numpy(slot_ids(lm.reasoning, lm.special, count)).long().to(lm.device)
+    prompt_BT = torch.cat([ids_BT, slot.expand(B, -1)], dim=1)
+    is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
+    if lm.reasoning.slot is not Slot.thought:
+        count = 0
+    prefix = T + 1 if count else prompt_BT.shape[1] - 1  # with <bot>, or all but the last
+    room = 1 + options["max_new_tokens"]
+    if not prefix:  # a question of one token, and nothing after it
+        table: Any = lm.base.get_input_embeddings()
+        new_BN = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples, options)
+        return [_Answer(new, torch.zeros(0, table.embedding_dim)) for new in new_BN.tolist()]
+    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop, room=room)
+    answers: dict[int, list[_Answer]] = {}
+    for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
+        rows = (thinking.counts == n).nonzero()[:, 0]
+        cache = thinking.cache
+        if len(rows) < B:  # a cache cannot be cut where a model looks through a sliding window, so they think again
+            given = None if thoughts is None else thoughts[rows]
+            cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given, room=room).cache
+        columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
+        prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
+        new_BSN = _speak(lm, prompts, masks, cache, samples, options).unflatten(0, (len(rows), samples))
+        for row, several in zip(rows.tolist(), new_BSN.tolist(), strict=True):
+            fed = thinking.thoughts[row, :n].float().cpu()
+            answers[row] = [_Answer(new, fed) for new in several]
+    return [one for row in range(B) for one in answers[row]]
+
+
+def _speak(
+    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples: int, options: dict[str, Any]
+) -> Tensor:
+    """(B * samples, N) the tokens after prompts, of which the cache holds all but the last column."""
+    from transformers import GenerationConfig
+
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+        prompt_BT, is_token_BT = (part.repeat_interleave(samples, dim=0) for part in (prompt_BT, is_token_BT))
+    special = lm.special
+    handed_on = {name: options[name] for name in HANDED_ON if name in options}
+    options = {name: value for name, value in options.items() if name not in HANDED_ON}
+    every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
+    config = GenerationConfig(
+        eos_token_id=special.eos,
+        pad_token_id=special.pad,
+        suppress_tokens=special.added,
+        **{"do_sample": False, **every_token, **options},
+    )
+    base: Any = lm.base
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        sequences = base.generate(
+            input_ids=prompt_BT,
+            attention_mask=is_token_BT.long(),
+            past_key_values=cache,
+            generation_config=config,
+            tokenizer=lm.tokenizer,
+            **handed_on,
+        )
+    finally:
+        base.generation_config = own
+    return sequences[:, prompt_BT.shape[1] :]
+
+
+def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
+    """The same rows with their padding on the left, as narrow as the longest allows."""
+    if attention_mask is None:
+        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
+    is_token, order = attention_mask.to(input_ids.device).bool().sort(dim=1, stable=True)
+    width = int(is_token.sum(1).max())
+    ids = torch.where(is_token, input_ids.gather(1, order), pad)
+    return ids[:, -width:], is_token[:, -width:]
+
+
+def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
+    """Answer questions given as text, in one batch; `options` as for `generate`."""
+    rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    return generate(lm, *pad_rows(rows, lm.special.pad), **options)
+
+
+def longest_first(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """The places of rows in batches of like lengths, the longest first."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
+
+
+def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of rows of any lengths, padded on the left."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@torch.no_grad()
+def likeliest(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
+    """What the model's head makes of each of the thoughts (N, D): the likeliest tokens and their probabilities."""
+    logits_NV = lm.logits(thoughts.to(lm.device, lm.base.dtype)).float()
+    values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
+    texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())
+    return [list(zip(row, of_row, strict=True)) for row, of_row in zip(texts, values.tolist(), strict=True)]
