@@ -9,6 +9,7 @@ import torch
 from conftest import gradients
 
 from benchmarks import ways
+from benchmarks.pieces import WITHOUT
 from benchmarks.run import questions
 from coconut import LatentLM
 from coconut.layout import Batch
@@ -42,6 +43,16 @@ def test_without_thoughts_plain_fine_tuning_is_ours(lm: LatentLM) -> None:
     batch = ways.make_batch(lm, ways.make_data(8), 0, 3)
     whole = ways.pushed_left(batch, lm.special.pad)
     torch.testing.assert_close(done(ways.ours, lm, batch), done(ways.plain, lm, whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("piece", list(WITHOUT))
+def test_a_piece_less_is_the_same_work(lm: LatentLM, piece: str) -> None:
+    batch = ways.make_batch(lm, ways.make_data(8), 3, 3)
+    whole = done(ways.ours, lm, batch)
+    with WITHOUT[piece](lm):
+        less = done(ways.ours, lm, batch)
+    torch.testing.assert_close(less, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(done(ways.ours, lm, batch), whole, rtol=0, atol=0)
 
 
 def test_the_released_way_answers_as_ours_does(lm: LatentLM) -> None:

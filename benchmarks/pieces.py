@@ -1,0 +1,128 @@
+"""What each piece of speed brings: python -m benchmarks.pieces [rounds]
+
+A training step of ours as it is, and without one piece at a time, in one process in turn: medians of the rounds after
+one that is not counted, and the ratio to the step with all pieces in the same round. Last, the padding of an epoch's
+batches with rows put together as they are, and by their length alone. What freed memory brings is in benchmarks/run.py,
+which has processes of their own for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import date
+from types import MethodType
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import DynamicCache
+from transformers.activations import NewGELUActivation
+
+from benchmarks.run import machine, seconds, step
+from benchmarks.ways import SIZES, make_batch, make_data, make_model, make_view
+from coconut import LatentLM
+from coconut.engine.base import keep_memory
+from coconut.layout import EpochView, epoch_batches, micro_batches
+
+THOUGHTS = (3, 12)
+BATCHES = (8, 16, 64, 128)
+ROWS = 17_886  # as many as ProsQA's training data have
+
+
+@contextmanager
+def joined_cache(lm: LatentLM) -> Iterator[None]:
+    """Keys and values in a DynamicCache, which joins what it has with what is new."""
+    lm.new_cache = MethodType(lambda self, columns=0, windows=True: DynamicCache(config=self.base.config), lm)
+    try:
+        yield
+    finally:
+        del lm.new_cache
+
+
+@contextmanager
+def gradients_pass_by_pass(lm: LatentLM) -> Iterator[None]:
+    """Every pass makes a gradient of each weight."""
+    lm._over_passes = MethodType(lambda self: nullcontext(), lm)
+    try:
+        yield
+    finally:
+        del lm._over_passes
+
+
+@contextmanager
+def gelu_spelled_out(lm: LatentLM) -> Iterator[None]:
+    """GPT-2's GELU as transformers has it."""
+    blocks = [module for module in lm.modules() if isinstance(getattr(module, "act", None), nn.GELU)]
+    fused = [block.act for block in blocks]
+    try:
+        for block in blocks:
+            block.act = NewGELUActivation()
+        yield
+    finally:
+        for block, act in zip(blocks, fused, strict=True):
+            block.act = act
+
+
+WITHOUT: dict[str, Callable[[LatentLM], Any]] = {
+    "all": lambda lm: nullcontext(),
+    "cache joined": joined_cache,
+    "gradients pass by pass": gradients_pass_by_pass,
+    "GELU spelled out": gelu_spelled_out,
+}
+
+
+def times(size: str, thoughts: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step in each round."""
+    lm = make_model(SIZES[size])
+    batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
+    taken: dict[str, list[float]] = {name: [] for name in WITHOUT}
+    for number in range(rounds + 1):
+        for name, without in WITHOUT.items():
+            with without(lm):
+                spent = seconds(lambda: step("ours", lm, batch, "float32"))
+            if number:
+                taken[name].append(spent)
+    return taken
+
+
+def padding(view: EpochView, batches: list[np.ndarray]) -> float:
+    made = [next(micro_batches(view, batch, len(batch))) for batch in batches]
+    return 1 - sum(int(part.attention_mask.sum()) for part in made) / sum(part.attention_mask.numel() for part in made)
+
+
+def by_length(view: EpochView, size: int) -> list[np.ndarray]:
+    """Rows of like lengths among 32 batches, whatever their thoughts."""
+    order = np.random.default_rng(0).permutation(len(view))
+    chunks = np.split(order, range(32 * size, len(order), 32 * size))
+    order = np.concatenate([chunk[np.argsort(view.lengths[chunk], kind="stable")] for chunk in chunks])
+    return np.split(order, range(size, len(order), size))
+
+
+def main() -> None:
+    keep_memory()
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    print(f"{date.today()}, {machine()}\n\nA step in float32, seconds (and times the step with all pieces)\n")
+    print(f"| model | thoughts | {' | '.join(WITHOUT)} |\n|{' --- |' * (2 + len(WITHOUT))}")
+    for size in SIZES:
+        for thoughts in THOUGHTS:
+            taken = times(size, thoughts, rounds)
+            cells = [
+                f"{statistics.median(values):.3g} "
+                f"({statistics.median(a / b for a, b in zip(values, taken['all'], strict=True)):.2f})"
+                for values in taken.values()
+            ]
+            print(f"| {size} | {thoughts} | {' | '.join(cells)} |", flush=True)
+    print(f"\nPadding of an epoch's batches of {ROWS:,} rows with 3 thoughts, % of the columns\n")
+    print("| rows | as they are put together | by length alone |\n| --- | --- | --- |")
+    lm = make_model(SIZES["2 x 128"])
+    view = make_view(lm, make_data(ROWS), 3)
+    for size in BATCHES:
+        ours, plain = (100 * padding(view, b) for b in (epoch_batches(view, size, 0, 0), by_length(view, size)))
+        print(f"| {size} | {ours:.1f} | {plain:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
