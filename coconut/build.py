@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +15,7 @@ from coconut.data import Example, build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
 from coconut.model import LatentLM
+from coconut.opening import opened, reaching
 from coconut.screen import say
 from coconut.tracking import read_config
 
@@ -52,9 +51,7 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
                 "write the model whole first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
             )
         with reaching(model.base, "model.base"):
-            base = AutoModelForCausalLM.from_pretrained(
-                model.base, dtype=_dtype(config), attn_implementation=model.attention
-            )
+            base = opened(AutoModelForCausalLM, model.base, dtype=_dtype(config), attn_implementation=model.attention)
         return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens), model.base
     tokenizer = _tokenizer(model, config, examples)
     settings = {
@@ -96,22 +93,7 @@ def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example])
     if name == "words":
         return build_word_tokenizer(examples, config.data.format)
     with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
-        return AutoTokenizer.from_pretrained(name)
-
-
-@contextmanager
-def reaching(name: str, key: str) -> Iterator[None]:
-    """Say what to do where a model or tokenizer cannot be loaded."""
-    try:
-        yield
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
-            f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
-            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror. "
-            "To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
-        ) from error
+        return opened(AutoTokenizer, name)
 
 
 def starting_point(init: str) -> Path:

@@ -11,6 +11,7 @@ from coconut.config import ExportConfig
 from coconut.evaluate import read_results
 from coconut.files import read_json, write_text
 from coconut.methods import Curriculum, Reasoning, Slot, plan
+from coconut.opening import opened, reaching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,14 +93,13 @@ def from_released(
     from tokenizers import AddedToken
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from coconut.build import reaching
     from coconut.model import LatentLM
 
     state = _tensors(Path(file))
     with reaching(base, "base"):
-        config = AutoConfig.from_pretrained(base)
+        config = opened(AutoConfig, base)
     with reaching(tokenizer or base, "tokenizer" if tokenizer else "base"):
-        words = AutoTokenizer.from_pretrained(tokenizer or base)
+        words = opened(AutoTokenizer, tokenizer or base)
     rows = _rows_of_table(config, state, file)
     if rows == len(words) + len(RELEASED_TOKENS):
         words.add_tokens([AddedToken(token, special=True, normalized=False) for token in RELEASED_TOKENS],

@@ -29,6 +29,7 @@ from coconut.files import read_json, write_json
 from coconut.layout import IGNORED
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import Reasoning
+from coconut.opening import opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -260,7 +261,7 @@ class LatentLM(nn.Module):
                 f"{folder} has format version {values['format_version']}; this version of coconut reads up to "
                 f"{FORMAT_VERSION}. Update coconut-latent."
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = opened(AutoTokenizer, folder)
         special = SpecialIds(**values["special"])
         if token_ids(tokenizer, ADDED_TOKENS) != special.added:
             raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
@@ -499,8 +500,7 @@ class LatentLM(nn.Module):
 def _open_whole(folder: Path, attention: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation=attention)
-    base, report = loaded
+    base, report = opened(AutoModelForCausalLM, folder, output_loading_info=True, attn_implementation=attention)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
         raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")

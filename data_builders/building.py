@@ -119,7 +119,7 @@ def _lengths(rows: Sequence[Row], tokenizer: str) -> list[Measures]:
     """In tokens, in the common text form: the question and its newline; the steps with theirs; the answer."""
     from transformers import AutoTokenizer
 
-    encode = AutoTokenizer.from_pretrained(tokenizer)
+    encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     parts = {
         "tokens of the question": [f"{row['question']}\n" for row in rows],
         "tokens of the steps": ["".join(f"{step}\n" for step in row["steps"]) for row in rows],

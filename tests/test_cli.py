@@ -210,7 +210,7 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["cache", "sources"],
+    ["cache", "opening", "sources"],
     ["collapse", "data", "families", "linear", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
@@ -219,7 +219,7 @@ LAYERS = [
     ["train", "analysis", "export", "generate"],
     ["analyze", "demo"],
 ]
-TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule"}
+TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,41 @@
+"""Opening what transformers keeps in a folder or on the hub, and saying what to do where that does not come off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ASKED = "COCONUT_REMOTE_CODE"  # an environment variable: whom to trust is not for a run's configuration to say
+
+
+def opened(kind: Any, place: Any, **settings: Any) -> Any:
+    """`kind.from_pretrained(place)`, of one of transformers' Auto classes.
+
+    Code that the place brings along is not run, unless COCONUT_REMOTE_CODE=1 is set: raises ValueError if it is needed.
+    """
+    try:
+        return kind.from_pretrained(place, trust_remote_code=os.environ.get(ASKED) == "1", **settings)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{place} needs code that it brings along, and such code is not run unless you ask for it. Read its *.py "
+            f"files; if you trust them, set the environment variable {ASKED}=1."
+        ) from None
+
+
+@contextmanager
+def reaching(name: str, key: str) -> Iterator[None]:
+    """Say what to do where a model or tokenizer, which the setting `key` names, cannot be loaded."""
+    try:
+        yield
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
+            f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
+            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror. "
+            "To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
+        ) from error
