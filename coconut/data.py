@@ -192,12 +192,12 @@ def encode_questions(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], prompt_format: PromptFormat
 ) -> list[list[int]]:
     """Token ids of questions as a model is asked them: within the chat template, or after the tokenizer's own start."""
-    before, after = _around_questions(tokenizer, prompt_format)
+    before, after = around_questions(tokenizer, prompt_format)
     texts = [PromptFormat.fill(prompt_format.question, question) for question in questions]
     return [before + ids + after for ids in encode_texts(tokenizer, texts)]
 
 
-def _around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> tuple[list[int], list[int]]:
+def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> tuple[list[int], list[int]]:
     """Token ids before and after every question.
 
     Raises ValueError if a chat template is asked for and there is none, or it does not give the question once.
@@ -296,7 +296,7 @@ def tokenize(
     import datasets
 
     prompt_format = prompt_format or PromptFormat()
-    (before, after), eos = _around_questions(tokenizer, prompt_format), tokenizer.eos_token_id
+    (before, after), eos = around_questions(tokenizer, prompt_format), tokenizer.eos_token_id
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts: list[str] = []

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coconut.card import card
 from coconut.cli import application
 from coconut.config import ExportConfig
-from coconut.evaluate import read_results
-from coconut.files import read_json, write_text
+from coconut.files import write_text
 from coconut.methods import Curriculum, Reasoning, Slot, plan
 from coconut.opening import opened, reaching
 
@@ -21,59 +21,6 @@ if TYPE_CHECKING:
 RELEASED_TOKENS = ("<bot>", "<eot>", "<latent>")  # in the order in which the released code adds its own three
 WRAPPED_IN = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_causallm\.)+")
 DERIVED = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
-
-
-def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None) -> str:
-    """The README.md of a model's folder; with a run, how it was trained and how well it did at this update."""
-    reasoning = lm.reasoning
-    of_slot = {
-        Slot.thought: f"{reasoning.num_thoughts} continuous thoughts",
-        Slot.pause: f"{reasoning.num_thoughts} pauses",
-        Slot.nothing: "neither thoughts nor pauses",
-    }[reasoning.slot]
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [coconut, latent-reasoning]",
-        "---",
-        "", f"# {reasoning.method}, {lm.base.config.model_type}", "",
-        f"Trained with [coconut](https://pypi.org/project/coconut-latent/): method `{reasoning.method}`, stage "
-        f"{reasoning.stage}. Between question and answer it has {of_slot}.", "",
-        "```python", "from coconut import LatentLM, answer", "",
-        'lm = LatentLM.from_pretrained("THIS FOLDER")', 'print(answer(lm, ["a question"]).texts[0])', "```", "",
-        "The folder holds a LoRA correction; `coconut.json` names the model that it corrects." if lm.adapter else
-        "`AutoModelForCausalLM` and `AutoTokenizer` open the folder as the plain model, which does not think.", "",
-        f"Prompt format (`coconut.json`): question `{reasoning.format.question!r}`, step `{reasoning.format.step!r}`, "
-        f"answer `{reasoning.format.answer!r}`{', in the chat template' if reasoning.format.chat else ''}.", "",
-    ]  # fmt: skip
-    return "\n".join(lines + ([] if run is None else _of_run(run, step)))
-
-
-def _of_run(run: Path | str, step: int | None) -> list[str]:
-    from coconut.tracking import DESCRIPTION, read_config
-
-    record, config = read_json(Path(run) / DESCRIPTION), read_config(run)
-    data = [f"{Path(file['file']).name} ({file['used']} rows, sha256 {file['sha256'][:12]}...)"
-            for file in record["data"].values()]  # fmt: skip
-    session = record["sessions"][-1]
-    lines = [
-        "## Training", "",
-        f"Experiment `{record['name']}`, update {step} of {record['updates']}, {record['parameters']:,} parameters, "
-        f"batch {config['batch_size']}, lr {config['optimizer']['lr']}, seed {config['seed']}; {', '.join(data)}; "
-        f"revision {(session['git'] or {}).get('revision', 'unknown')}, torch {session['versions']['torch']}, "
-        f"transformers {session['versions']['transformers']}.", "",
-    ]  # fmt: skip
-    results = {name: found for name, found in read_results(run).items() if found["step"] == step}
-    if not results:
-        return [*lines, "It was not evaluated at this update."]
-    lines += ["## Results", "", "| file | accuracy | 95 % interval | questions | thoughts | passes |",
-              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for name, found in results.items():
-        low, high = (100 * bound for bound in found["interval"])
-        chose = " (chose the checkpoint: no test result)" if found["chose_the_checkpoint"] else ""
-        lines.append(
-            f"| {name}{chose} | {100 * found['accuracy']:.1f} % | {low:.1f} to {high:.1f} | {found['count']} | "
-            f"{found['num_thoughts']:.3g} | {found['passes']:.1f} |"
-        )
-    return [*lines, ""]
 
 
 # --- the released code's checkpoints ----------------------------------------------------------------

@@ -230,7 +230,8 @@ class LatentLM(nn.Module):
         """
         from tempfile import TemporaryDirectory
 
-        from coconut.export import card, push
+        from coconut.card import card
+        from coconut.export import push
 
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)

@@ -216,6 +216,7 @@ LAYERS = [
     ["model"],
     ["checkpoint", "thinking", "tracking"],
     ["build", "evaluate", "stopping", "trackers"],
+    ["card"],
     ["train", "analysis", "export", "generate"],
     ["analyze", "demo"],
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from conftest import ARCHITECTURES, build, byte_level_tokenizer, graph_files, sm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.card import card
 from coconut.config import EvaluateConfig, ExportConfig
 from coconut.evaluate import run as run_evaluate
 from coconut.export import from_released, push
 from coconut.export import run as run_export
-from coconut.methods import Reasoning, Slot
+from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.thinking import answer
 from coconut.train import run as run_train
 
@@ -39,19 +42,32 @@ def test_a_folder_with_a_card_that_transformers_opens_elsewhere(trained: Path, t
     result = json.loads((trained / "evaluation" / "test.json").read_text())
     assert f"| test | {100 * result['accuracy']:.1f} % |" in card
     assert "2 continuous thoughts" in card
-    lm = LatentLM.from_pretrained(folder)
-    ids = [[5, 6, 7, 8]]
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer;"
-        f"m, t = (kind.from_pretrained({str(folder)!r}) for kind in (AutoModelForCausalLM, AutoTokenizer));"
-        f"assert 'coconut' not in sys.modules; print(m(torch.tensor({ids})).logits.double().sum().item(), len(t))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    total, words = done.stdout.split()[-2:]
-    assert float(total) == pytest.approx(lm.base(torch.tensor(ids)).logits.double().sum().item(), rel=1e-5)
-    assert int(words) == len(lm.tokenizer)
     with pytest.raises(ValueError, match="not empty"):
         run_export(ExportConfig(run=str(trained), output=str(folder)))
+
+
+def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) -> None:
+    """For thoughts, pauses and nothing in the slot, within a chat template and without."""
+    questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
+    lines, expected = ["import sys"], []
+    for number, (slot, chat) in enumerate(product(Slot, (False, True))):
+        folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
+        lm = build("llama", torch.float32, slot=slot, markers=slot is not Slot.nothing,
+                   num_thoughts=3 * (slot is not Slot.nothing), max_new_tokens=8, format=form)  # fmt: skip
+        lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
+        lm.save_pretrained(folder)
+        [_, code] = re.findall(r"```python\n(.*?)```", card(lm), flags=re.DOTALL)
+        code = code.replace("THIS FOLDER", str(folder))
+        assert "'5 a question'" in code
+        for question in questions:
+            lines.append(code.replace("'5 a question'", f"'5 {question}'"))
+            expected.append(answer(lm, [question]).texts[0].strip())
+    assert len(set(expected)) > 16, "there is something to tell apart"
+    lines.append("assert 'coconut' not in sys.modules")
+    (tmp_path / "alone.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "alone.py"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()] == expected
 
 
 def test_what_the_hub_does_not_take_is_still_here(

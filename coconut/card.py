@@ -1,0 +1,54 @@
+"""The card (README.md) of a model that is handed on: what it is, how to ask it, how it was trained, what it reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coconut.data import around_questions
+from coconut.evaluate import read_results
+from coconut.files import read_json
+from coconut.layout import slot_ids
+from coconut.methods import PromptFormat, Slot
+from coconut.tracking import DESCRIPTION, read_config
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+TEMPLATE = "card.md.j2"
+
+
+def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None) -> str:
+    """In Markdown; with a run, how the model of this update was trained and what it reached."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    reasoning, special = lm.reasoning, lm.special
+    kinds = {Slot.thought: "continuous thoughts", Slot.pause: "pauses"}
+    between = f"{reasoning.num_thoughts} {kinds[reasoning.slot]}" if reasoning.slot in kinds else "nothing"
+    start, after = around_questions(lm.tokenizer, reasoning.format)
+    thinks = reasoning.slot is Slot.thought
+    slot = [special.bot] if thinks else slot_ids(reasoning, special, reasoning.num_thoughts).tolist()
+    return environment.get_template(TEMPLATE).render(
+        reasoning=reasoning,
+        model_type=lm.base.config.model_type,
+        between=between,
+        correction=lm.adapter is not None,
+        thinks=thinks,
+        start=start,
+        before_slot=[*after, *slot],
+        question=repr(PromptFormat.fill(reasoning.format.question, "a question")),
+        special=special,
+        run=None if run is None else _of_run(run, step),
+    )
+
+
+def _of_run(run: Path | str, step: int | None) -> dict[str, Any]:
+    record = read_json(Path(run) / DESCRIPTION)
+    results = {name: found for name, found in read_results(run).items() if found["step"] == step}
+    files = [{**file, "name": Path(file["file"]).name} for file in record["data"].values()]
+    return {**record, "step": step, "config": read_config(run), "files": files, "results": results,
+            "session": record["sessions"][-1]}  # fmt: skip
