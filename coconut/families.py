@@ -57,8 +57,9 @@ def check_head(base: PreTrainedModel) -> None:
     was_training = base.training
     base.eval()
     ids = torch.arange(4, device=table.weight.device)[None] % table.num_embeddings
-    theirs = base(input_ids=ids, use_cache=False).logits.float()
-    states = base.base_model(inputs_embeds=table(ids), use_cache=False).last_hidden_state
+    shared: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    theirs = base(input_ids=ids, **shared).logits.float()
+    states = base.base_model(inputs_embeds=table(ids), **shared).last_hidden_state
     ours = finish(text_config(base), head(states)).float()
     base.train(was_training)
     apart = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))

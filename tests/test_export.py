@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -80,6 +83,60 @@ def test_what_the_hub_does_not_take_is_still_here(
     with pytest.raises(ValueError, match=r"did not take someone/thing.*hf upload someone/thing"):
         push(folder, "someone/thing")
     assert (folder / "model.safetensors").is_file()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The requests of an upload, as the hub takes them; files are kept by name in `kept`."""
+
+    kept: ClassVar[dict[str, bytes]] = {}
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer: dict[str, Any] = {}
+        if self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            answer = {"url": "https://huggingface.co/someone/thing"}
+        elif "/preupload/" in self.path:
+            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for file in json.loads(body)["files"]]}  # fmt: skip
+        elif "/commit/" in self.path:
+            parts = [json.loads(line) for line in body.splitlines()]
+            self.kept.update({part["value"]["path"]: base64.b64decode(part["value"]["content"])
+                              for part in parts if part["key"] == "file"})  # fmt: skip
+            answer = {"commitUrl": "https://huggingface.co/someone/thing/commit/1", "commitOid": "1", "success": True}
+        said = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+        lm = build("gpt2", torch.float32, num_thoughts=2)
+        try:
+            lm.push_to_hub("someone/thing")
+        finally:
+            server.shutdown()
+    [made] = Hub.made
+    assert (made["name"], made["organization"]) == ("thing", "someone")
+    assert made.get("visibility") == "private" or made["private"], "the key of older and of newer versions"
+    for name, content in Hub.kept.items():
+        (tmp_path / name).write_bytes(content)
+    assert (tmp_path / "README.md").read_text() == card(lm)
+    again = LatentLM.from_pretrained(tmp_path)
+    assert again.reasoning == lm.reasoning
+    assert answer(again, ["3 7 21"]).texts == answer(lm, ["3 7 21"]).texts
 
 
 # --- the released code's checkpoints ----------------------------------------------------------------
