@@ -17,7 +17,6 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
 
@@ -26,6 +25,7 @@ from benchmarks.ways import SIZES, make_batch, make_data, make_model, make_view
 from coconut import LatentLM
 from coconut.engine.base import keep_memory
 from coconut.layout import EpochView, epoch_batches, micro_batches
+from coconut.linear import FusedGelu
 
 THOUGHTS = (3, 12)
 BATCHES = (8, 16, 64, 128)
@@ -55,7 +55,7 @@ def gradients_pass_by_pass(lm: LatentLM) -> Iterator[None]:
 @contextmanager
 def gelu_spelled_out(lm: LatentLM) -> Iterator[None]:
     """GPT-2's GELU as transformers has it."""
-    blocks = [module for module in lm.modules() if isinstance(getattr(module, "act", None), nn.GELU)]
+    blocks = [module for module in lm.modules() if isinstance(getattr(module, "act", None), FusedGelu)]
     fused = [block.act for block in blocks]
     try:
         for block in blocks:

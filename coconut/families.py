@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from coconut.linear import FusedGelu
 
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 REMEMBERED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -83,7 +85,7 @@ def fuse_gelu(base: PreTrainedModel) -> None:
     for module in list(base.modules()):
         for name, part in module.named_children():
             if isinstance(part, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+                setattr(module, name, FusedGelu())
 
 
 @dataclass(frozen=True)

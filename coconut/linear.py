@@ -2,7 +2,8 @@
 
 Left to autograd, every pass makes a gradient as large as the weight and adds it to that of the others. For a thought,
 one token a row, these products of a few rows cost several times what the thought itself costs. Here what the products
-need is kept until the last of the passes has been gone back through; then two products serve for all of them.
+need is kept until the last of the passes has been gone back through; then two products serve for all of them. What
+GELU made is not kept for that: it is made again from what went into GELU, which is kept anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +18,23 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+BEFORE = "before_gelu"  # an attribute of what GELU made: what went into it
 LEAST = 2**19  # numbers in a weight (at least 1); below it the products that are saved cost less than the saving
+
+
+def fused_gelu(given: Tensor) -> Tensor:
+    """GPT-2's GELU in one kernel."""
+    return nn.functional.gelu(given, approximate="tanh")
+
+
+class FusedGelu(nn.Module):
+    """A linear layer that follows it need not keep what it is given."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        made = fused_gelu(given)
+        if torch.is_grad_enabled():
+            setattr(made, BEFORE, given)
+        return made
 
 
 class _Uses:
@@ -68,9 +85,11 @@ class _Weight(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, uses: _Uses) -> Tensor:
-        ctx.save_for_backward(given, weight)
-        ctx.uses, ctx.has_bias = uses, bias is not None
+    def forward(
+        ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, uses: _Uses, before_gelu: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(given if before_gelu is None else before_gelu, weight)
+        ctx.uses, ctx.has_bias, ctx.gelu_again = uses, bias is not None, before_gelu is not None
         rows = given.reshape(-1, given.shape[-1])
         made = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         return made.view(*given.shape[:-1], -1)
@@ -79,10 +98,12 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         given, weight = ctx.saved_tensors
+        if ctx.gelu_again:
+            given = fused_gelu(given)
         rows = gradient.reshape(-1, gradient.shape[-1])
         ctx.uses.add(given.reshape(-1, given.shape[-1]), rows)
         back = torch.mm(rows, weight.t()).view(given.shape) if ctx.needs_input_grad[0] else None
-        return back, None, rows.sum(0) if ctx.has_bias else None, None
+        return back, None, rows.sum(0) if ctx.has_bias else None, None, None
 
 
 def _used(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -96,7 +117,8 @@ def _used(layer: Any) -> Callable[[Tensor], Tensor]:
         if dtype not in weights:
             weights[dtype] = _apply(_Weight, layer.weight, dtype, uses)
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        return _apply(_Product, given.to(dtype), weights[dtype], bias, uses)
+        taken = given.to(dtype)
+        return _apply(_Product, taken, weights[dtype], bias, uses, getattr(taken, BEFORE, None))
 
     return forward
 

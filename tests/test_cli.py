@@ -210,8 +210,8 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["cache", "opening", "sources"],
-    ["collapse", "data", "families", "linear", "losses", "lora", "recompute", "engine", "schedule"],
+    ["cache", "linear", "opening", "sources"],
+    ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
     ["checkpoint", "thinking", "tracking"],
