@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 TEMPLATE = "card.md.j2"
 
 
-def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None) -> str:
-    """In Markdown; with a run, how the model of this update was trained and what it reached."""
+def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, name: str = "") -> str:
+    """In Markdown; with a run, how the model of this update was trained and what it reached.
+
+    `name`: OWNER/NAME on the hub, if it goes there.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -34,6 +37,7 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None) -
     slot = [special.bot] if thinks else slot_ids(reasoning, special, reasoning.num_thoughts).tolist()
     return environment.get_template(TEMPLATE).render(
         reasoning=reasoning,
+        place=name or "THIS FOLDER",
         model_type=lm.base.config.model_type,
         between=between,
         correction=lm.adapter is not None,

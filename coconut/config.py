@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import Curriculum, PromptFormat, plan
+from coconut.methods import METHODS, Curriculum, PromptFormat, Slot, plan
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others.
@@ -97,7 +97,7 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     new_tokens: str = "mean"
-    attention: str = "sdpa"
+    attention: str | None = None  # transformers' attn_implementation; by default what it takes for the model
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -440,6 +440,8 @@ class GenerateConfig:
             raise ValueError("output is for the answers to file=FILE; one answer goes to the screen.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(f"top_p={self.top_p} is for sampling: set temperature, for example to 1.")
 
 
 @dataclass
@@ -447,10 +449,10 @@ class ExportConfig:
     run: str = ""
     checkpoint: str = "best"
     released: str = ""  # in place of a run: a checkpoint of the code released with the paper
-    base: str = ""  # the model that it was trained from: its config and tokenizer
+    base: str = ""  # the model that it was trained from: its config and tokenizer; of a LoRA run the name to record
     tokenizer: str = ""  # if it is not the base's
     method: str = "coconut"  # how the released checkpoint was trained
-    stage: int = 0
+    stage: int | None = None
     thoughts_per_step: int = 1
     output: str = ""
     merge: bool = True  # write a LoRA model whole
@@ -468,6 +470,9 @@ class ExportConfig:
             raise ValueError("Name the model that the checkpoint was trained from with base=NAME (for its config).")
         _at_least("", self, stage=0, thoughts_per_step=0)
         plan(self.method, Curriculum())
+        if self.released and self.stage is None and METHODS[self.method].slot is not Slot.nothing:
+            raise ValueError(f"Say in which stage the checkpoint was written, stage=K: {self.method} has thoughts or "
+                             "pauses according to it.")  # fmt: skip
 
 
 @dataclass
@@ -484,6 +489,8 @@ class DemoConfig:
         _at_least("", self, port=0, max_new_tokens=1)
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535.")
+        if not self.host or ":" in self.host:
+            raise ValueError(f"host={self.host} is no IPv4 address or name; 127.0.0.1 is this machine alone.")
 
 
 class Part(StrEnum):

@@ -72,16 +72,21 @@ def existing(path: Path | str) -> Path:
     return path
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a mark at its beginning. Raises ValueError if it is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
 class _Unreadable(str):
     """Why a row could not be parsed."""
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each row of a JSON list, or of one JSON object a line, stands, and the row; what is no JSON is no dict."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    text = read_utf8(path)
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -165,9 +170,8 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
             "The tokenizer has no end-of-sequence token, so the model could never learn to stop. "
             'Set one, for example tokenizer.eos_token = "</s>".'
         )
-    known = tokenizer.get_vocab()
-    new: list[Any] = [AddedToken(t, special=True, normalized=False) for t in ADDED_TOKENS if t not in known]
-    tokenizer.add_tokens(new, special_tokens=True)
+    added: list[Any] = [AddedToken(token, special=True, normalized=False) for token in ADDED_TOKENS]
+    tokenizer.add_tokens(added, special_tokens=True)  # those that are there already become special, and stay
     eos: Any = tokenizer.eos_token_id
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     bot, eot, latent, pause = token_ids(tokenizer, ADDED_TOKENS)

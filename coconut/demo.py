@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_host(self) -> None:
         """A name that is not ours may be another site's, whose owner had it point here (DNS rebinding)."""
-        ours = {self.server.host, "localhost", "127.0.0.1", self.connection.getsockname()[0]}
+        ours = {self.server.host.lower(), "localhost", "127.0.0.1", self.connection.getsockname()[0]}
         asked = self.headers.get("Host", "")
         try:
             name = urlsplit(f"//{asked}").hostname
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":  # which no other site's page can send unasked
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send JSON, with Content-Type: application/json.")
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not length.isdecimal() or len(length) > 18:
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "Send the length of the question, with Content-Length.")
         if int(length) > MOST_BYTES:
             raise Refused(
@@ -179,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
         match asked:
             case {"question": str(question)}:
                 return question
-            case {"row": int(row)}:
+            case {"row": int(row)} if row is not True and row is not False:
                 return row
         raise Refused(HTTPStatus.BAD_REQUEST, 'Send {"question": text} or {"row": number}, a whole one.')
 

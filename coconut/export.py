@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ DERIVED = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|\.attention\
 
 
 def from_released(
-    file: Path | str, base: str, reasoning: Reasoning, tokenizer: str = "", attention: str = "sdpa"
+    file: Path | str, base: str, reasoning: Reasoning, tokenizer: str = "", attention: str | None = None
 ) -> LatentLM:
     """A checkpoint that the code released with arXiv 2412.06769 wrote: a state dict, its names perhaps with a prefix.
 
@@ -61,15 +62,24 @@ def from_released(
         raise ValueError(f"{file} has {rows} embeddings; {base} has {len(words)} tokens, and the released code adds 3.")
     config.get_text_config(decoder=True).vocab_size = rows
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    report = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in report.missing_keys if name not in tied]
-    if missing or report.unexpected_keys:
-        raise ValueError(
-            f"The weights in {file} are not those of {base}: {len(missing)} are missing ({', '.join(missing[:3])}), "
-            f"{len(report.unexpected_keys)} too many ({', '.join(report.unexpected_keys[:3])})."
-        )
+    _refuse_others(model.state_dict(), state, f"The weights in {file} are not those of {base}")
+    model.load_state_dict(state, strict=False)
     return LatentLM.from_base(model, words, reasoning=reasoning)
+
+
+def _refuse_others(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
+    """Raises ValueError unless all that a model has is there, and nothing else; tied weights may be there once."""
+    held = {own[name].data_ptr() for name in state if name in own}
+    missing = [name for name, weight in own.items() if name not in state and weight.data_ptr() not in held]
+    others = [name for name in state if name not in own]
+    if missing or others:
+        raise ValueError(
+            f"{what}: {len(missing)} are missing ({', '.join(missing[:3])}), {len(others)} too many "
+            f"({', '.join(others[:3])})."
+        )
+    for name, weight in state.items():
+        if weight.shape != own[name].shape:
+            raise ValueError(f"{what}: {name} is {tuple(weight.shape)} there and {tuple(own[name].shape)} here.")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -83,7 +93,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is no file of tensors alone, and nothing else is read: {error}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} holds no state dict (names to tensors).")
     found = {WRAPPED_IN.sub("", name): value for name, value in state.items() if not DERIVED.search(name)}
     found.pop("embedding.weight", None)  # the wrapper's second name for the table
@@ -112,21 +123,30 @@ def run(config: ExportConfig) -> int:
     from coconut.screen import only_our_words, say
 
     only_our_words()
+    if config.push:
+        check_name(config.push)
     folder = Path(config.output)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output={folder} is not empty. Name a new folder.")
     if config.released:
-        stages = Curriculum(max_stage=config.stage, thoughts_per_step=config.thoughts_per_step, total=10**6)
+        stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total=10**6)
         made = plan(config.method, stages)
         asked = Reasoning.at(made, made.stages[-1])
         lm = from_released(config.released, config.base, asked, config.tokenizer)
-        text = card(lm)
+        text = card(lm, name=config.push)
     else:
         trained = load_run(config.run, config.checkpoint, config.engine)
         lm = trained.lm
         if lm.adapter and config.merge:
             lm = lm.merged()
-        text = card(lm, config.run, trained.step)
+        if lm.adapter and config.base:
+            lm.adapter = replace(lm.adapter, base=config.base)
+        elif lm.adapter and Path(lm.adapter.base).is_absolute():
+            say(
+                f"warning: the correction is to {lm.adapter.base}, a folder of this machine. base=NAME records another "
+                "name of the same model, under which readers will find it."
+            )
+        text = card(lm, config.run, trained.step, name=config.push)
     lm.save_pretrained(folder, max_shard_size=config.max_shard_size)
     write_text(folder / "README.md", text)
     say(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
@@ -136,18 +156,33 @@ def run(config: ExportConfig) -> int:
     return 0
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError if this is no OWNER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"push={name} is no OWNER/NAME of the hub: {error}") from None
+    if name.count("/") != 1:
+        raise ValueError(f"push={name} is no OWNER/NAME of the hub.")
+
+
 def push(folder: Path, name: str, private: bool = True) -> None:
     """Put a saved folder on the Hugging Face hub as OWNER/NAME. Raises ValueError if the hub does not take it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
+    check_name(name)
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"The hub did not take {name}: {str(error).splitlines()[0]} The model is in {folder}. Log in with "
+            f"The hub did not take {name}: {reason} The model is in {folder}. Log in with "
             f"`hf auth login`, then `hf upload {name} {folder}` does the rest."
         ) from error
 

@@ -16,9 +16,14 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from coconut.linear import FusedGelu
+from coconut.modes import evaluating
 
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 REMEMBERED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+TESTED = frozenset({
+    "cohere", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2",
+    "opt", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+})  # fmt: skip
 
 
 def text_config(base: PreTrainedModel) -> Any:
@@ -45,6 +50,10 @@ def check_family(base: PreTrainedModel) -> None:
                 f"{name} cannot be fed its own states in batches: it keeps a {type(layer).__name__}, through which the "
                 "padding between a row's tokens would run."
             )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ValueError(f"{name} cannot be fed its own states in batches: its windows count columns, padding too.")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError(f"{name} with use_bidirectional_attention is no causal model: tokens see what comes later.")
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"{name} cannot be fed its own states in batches: its chunks count columns, padding too.")
 
@@ -54,22 +63,39 @@ def check_head(base: PreTrainedModel) -> None:
     """Raises ValueError if `finish` does not know how this family gets from its head to its logits."""
     table: Any = base.get_input_embeddings()
     head: Any = base.get_output_embeddings()
-    if table.weight.device.type == "meta" or not table.weight.numel():
+    if not is_here(base):
         return
-    was_training = base.training
-    base.eval()
     ids = torch.arange(4, device=table.weight.device)[None] % table.num_embeddings
     shared: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-    theirs = base(input_ids=ids, **shared).logits.float()
-    states = base.base_model(inputs_embeds=table(ids), **shared).last_hidden_state
+    with evaluating(base):
+        theirs = base(input_ids=ids, **shared).logits.float()
+        states = base.base_model(inputs_embeds=table(ids), **shared).last_hidden_state
     ours = finish(text_config(base), head(states)).float()
-    base.train(was_training)
     apart = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
     if apart > (0.05 if table.weight.dtype in (torch.float16, torch.bfloat16) else 1e-3):
         raise ValueError(
             f"{text_config(base).model_type} makes other logits from its last hidden states than its head alone "
             f"({apart:.1g} apart, relative to their norm), in a way that coconut/families.py does not know."
         )
+
+
+def is_here(base: PreTrainedModel) -> bool:
+    """Whether it has weights, and this process all of them."""
+    weight: Any = base.get_input_embeddings().weight
+    return weight.device.type != "meta" and weight.numel() > 0
+
+
+def context_of(config: Any) -> int:
+    """The longest sequence that a model of this config takes, in tokens.
+
+    Phi-3's and other models' longrope turns all positions by other angles once a row is longer than at first; keys that
+    are in the cache would not turn with it, so such a model is used up to there.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    first = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return int(min([longest, *filter(None, first)]))
 
 
 def finish(config: Any, logits: Tensor) -> Tensor:

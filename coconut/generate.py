@@ -11,7 +11,7 @@ import torch
 
 from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
-from coconut.data import encode_questions, existing, json_rows
+from coconut.data import encode_questions, existing, json_rows, read_utf8
 from coconut.files import write_text
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run, or those of a file, or those that are typed in."""
-    from coconut.build import load_run
+    from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
     from coconut.engine.world import seat
     from coconut.screen import only_our_words
@@ -38,11 +38,11 @@ def run(config: GenerateConfig) -> int:
         raise ValueError("Standard input held no question.")
     questions = read_questions(config.file) if config.file else []
     torch.manual_seed(config.seed)
-    trained = load_run(config.run, config.checkpoint, config.engine)
-    lm = trained.lm
+    lm = load_model(config.run, config.checkpoint, config.engine)
     options: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
     if config.stop is StopRule.classifier:
-        options["stop"] = classifier_of(config.run, trained).stop
+        trained = load_run(config.run, config.checkpoint, config.engine)
+        lm, options["stop"] = trained.lm, classifier_of(config.run, trained).stop
     if config.temperature > 0:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):
@@ -73,15 +73,15 @@ def read_questions(path: str) -> list[str]:
 
     Raises FileNotFoundError or ValueError if there are none.
     """
-    rows = json_rows(existing(path)) if Path(path).suffix in (".json", ".jsonl") else None
-    if rows is None:
-        found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
+    if Path(path).suffix in (".json", ".jsonl"):
         found = []
-        for where, row in rows:
-            if not isinstance(row, dict) or not str(row.get("question", "")).strip():
+        for where, row in json_rows(existing(path)):
+            question = row.get("question") if isinstance(row, dict) else None
+            if not isinstance(question, str) or not question.strip():
                 raise ValueError(f"{path}, {where}: there is no question in it.")
-            found.append(str(row["question"]))
+            found.append(question)
+    else:
+        found = [line.strip() for line in read_utf8(existing(path)).splitlines() if line.strip()]
     if not found:
         raise ValueError(f"{path} holds no question.")
     return found
@@ -90,6 +90,12 @@ def read_questions(path: str) -> list[str]:
 def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, options: dict[str, Any]) -> None:
     """A JSON object a line, in the order of the questions."""
     encoded = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
+    if len(encoded[longest]) >= lm.context:
+        raise ValueError(
+            f"{config.file}, question {longest + 1}: it has {len(encoded[longest])} tokens, which leaves no room for "
+            f"an answer in the model's context of {lm.context} tokens."
+        )
     found: dict[int, dict[str, Any]] = {}
     for places in longest_first(encoded, config.batch_size):
         out = generate(lm, *pad_rows([encoded[i] for i in places], lm.special.pad), **options)
@@ -110,6 +116,7 @@ def _converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> Non
     """Questions as they are typed, answers as they come. No question knows of another."""
     from transformers import TextStreamer
 
+    as_text = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     print("Each question by itself; an empty line ends it.", file=sys.stderr)
     while True:
         try:
@@ -118,7 +125,7 @@ def _converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> Non
             return
         if not question:
             return
-        streamer = TextStreamer(lm.tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)  # pyright: ignore
+        streamer = TextStreamer(lm.tokenizer, skip_prompt=True, **as_text)  # pyright: ignore
         try:
             _print_answer(lm, answer(lm, [question], streamer=streamer, **options), show_thoughts, spoken=True)
         except ValueError as error:

@@ -49,7 +49,7 @@ class Adapter:
     def from_dict(cls, values: dict[str, Any]) -> Adapter:
         return cls(**{**values, "settings": LoraConfig(**values["settings"])})
 
-    def open_base(self, place: str | None, attention: str) -> PreTrainedModel:
+    def open_base(self, place: str | None, attention: str | None) -> PreTrainedModel:
         """The model that the adapter was trained on, from `place` if it has moved.
 
         Raises ValueError if it is not there, or is another one.

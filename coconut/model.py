@@ -24,12 +24,23 @@ from torch import Tensor, nn
 
 from coconut.cache import GrowingCache
 from coconut.data import ADDED_TOKENS, SpecialIds, add_special_tokens, token_ids
-from coconut.families import Windows, check_family, check_head, finish, fuse_gelu, text_config
+from coconut.families import (
+    TESTED,
+    Windows,
+    check_family,
+    check_head,
+    context_of,
+    finish,
+    fuse_gelu,
+    is_here,
+    text_config,
+)
 from coconut.files import read_json, write_json
 from coconut.layout import IGNORED
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import Reasoning
-from coconut.opening import opened
+from coconut.modes import evaluating
+from coconut.opening import on_disk, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -167,6 +178,8 @@ class LatentLM(nn.Module):
             )
         if init not in ("mean", "random") and init not in tokenizer.get_vocab():
             raise ValueError(f'init={init!r} is neither "mean", "random" nor a token of this tokenizer.')
+        if text_config(base).model_type not in TESTED and is_here(base):
+            _check_fed(base, tokenizer)
         special = add_special_tokens(tokenizer)
         _make_room(base, len(tokenizer))
         new_ids = list(range(old, len(tokenizer)))
@@ -235,12 +248,12 @@ class LatentLM(nn.Module):
 
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            (Path(folder) / "README.md").write_text(card(self), encoding="utf-8")
+            (Path(folder) / "README.md").write_text(card(self, name=name), encoding="utf-8")
             push(Path(folder), name, private)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, attention: str = "sdpa", base: str | None = None) -> LatentLM:
-        """Load what `save_pretrained` wrote. No embedding is initialised again.
+    def from_pretrained(cls, folder: Path | str, attention: str | None = None, base: str | None = None) -> LatentLM:
+        """Load what `save_pretrained` wrote, a folder or OWNER/NAME on the hub. No embedding is initialised again.
 
         `attention`: transformers' attn_implementation, which a saved model does not keep. `base`: where the
         model that LoRA corrects lies, if not where it lay. Raises FileNotFoundError or ValueError if the
@@ -248,25 +261,11 @@ class LatentLM(nn.Module):
         """
         from transformers import AutoTokenizer
 
-        folder = Path(folder)
-        record = folder / REASONING_FILE
-        if not record.is_file():
-            what = f"holds no {REASONING_FILE}, so it" if folder.is_dir() else "does not exist, so it"
-            raise FileNotFoundError(
-                f"{folder} {what} is no saved LatentLM. "
-                "A plain model is wrapped with LatentLM.from_base(model, tokenizer)."
-            )
-        values = read_json(record)
-        if values["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format version {values['format_version']}; this version of coconut reads up to "
-                f"{FORMAT_VERSION}. Update coconut-latent."
-            )
+        folder = on_disk(folder)
+        values, special, reasoning = _read_record(folder)
         tokenizer = opened(AutoTokenizer, folder)
-        special = SpecialIds(**values["special"])
         if token_ids(tokenizer, ADDED_TOKENS) != special.added:
             raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
-        reasoning = Reasoning.from_dict(values["reasoning"])
         if not values.get("lora"):
             return cls(_open_whole(folder, attention), tokenizer, special, reasoning, values["new_tokens"])
         from coconut.lora import Adapter, load
@@ -290,7 +289,7 @@ class LatentLM(nn.Module):
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, in tokens."""
-        return int(getattr(text_config(self.base), "max_position_embeddings", None) or 2**31)
+        return context_of(text_config(self.base))
 
     @property
     def recompute(self) -> bool:
@@ -498,10 +497,58 @@ class LatentLM(nn.Module):
             raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
 
 
-def _open_whole(folder: Path, attention: str) -> PreTrainedModel:
+@torch.no_grad()
+def _check_fed(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError if rows of unequal thoughts in a batch are not what each of them is by itself, recomputed."""
+    rows = [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], [3, 4, 5, 7, 8, 8, 8, 9, 0, 1, 2, 3, 4]]  # 8 stands for a thought
+    special = SpecialIds(bot=7, eot=9, latent=8, pause=10, eos=10, pad=10)
+    if len(tokenizer) <= special.pad:
+        return
+    lm = LatentLM(base, tokenizer, special)
+    ids = torch.tensor(rows, device=lm.device)
+    with evaluating(lm):
+        together = lm(ids, return_logits=True).logits
+        alone = [lm(row[None], return_logits=True, use_cache=False).logits for row in ids]
+    assert together is not None
+    ours, theirs = together.float(), torch.cat([found for found in alone if found is not None]).float()
+    apart = float((ours - theirs).norm() / (theirs - theirs.mean(-1, keepdim=True)).norm().clamp(min=1e-6))
+    if apart > (0.3 if base.dtype in (torch.float16, torch.bfloat16) else 1e-3):
+        raise ValueError(
+            f"{text_config(base).model_type} cannot be fed its own states: this project has not tested the family, and "
+            "two short rows in a batch with its cache give other logits than each of them recomputed "
+            f"({apart:.1g} apart, relative to their norm)."
+        )
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
+    """What coconut.json holds. Raises FileNotFoundError or ValueError if there is none, or none that can be read."""
+    record = folder / REASONING_FILE
+    if not record.is_file():
+        what = f"holds no {REASONING_FILE}, so it" if folder.is_dir() else "does not exist, so it"
+        raise FileNotFoundError(
+            f"{folder} {what} is no saved LatentLM. A plain model is wrapped with LatentLM.from_base(model, tokenizer)."
+        )
+    try:
+        values = read_json(record)
+        version = int(values["format_version"])
+        if version <= FORMAT_VERSION:
+            return values, SpecialIds(**values["special"]), Reasoning.from_dict(values["reasoning"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is damaged ({type(error).__name__}: {error}). Save the model again.") from error
+    raise ValueError(
+        f"{folder} has format version {version}; this version of coconut reads up to {FORMAT_VERSION}. "
+        "Update coconut-latent."
+    )
+
+
+def _open_whole(folder: Path, attention: str | None) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    base, report = opened(AutoModelForCausalLM, folder, output_loading_info=True, attn_implementation=attention)
+    try:
+        base, report = opened(AutoModelForCausalLM, folder, output_loading_info=True, attn_implementation=attention)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {folder} are damaged: {error}") from error
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
         raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 ASKED = "COCONUT_REMOTE_CODE"  # an environment variable: whom to trust is not for a run's configuration to say
@@ -23,6 +25,25 @@ def opened(kind: Any, place: Any, **settings: Any) -> Any:
         raise ValueError(
             f"{place} needs code that it brings along, and such code is not run unless you ask for it. Read its *.py "
             f"files; if you trust them, set the environment variable {ASKED}=1."
+        ) from None
+
+
+def on_disk(place: Path | str) -> Path:
+    """A folder: this one, or of what is OWNER/NAME on the Hugging Face hub a copy in its cache.
+
+    Raises FileNotFoundError if the hub has no such thing, or cannot be reached.
+    """
+    if Path(place).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        return Path(place)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        return Path(snapshot_download(str(place)))
+    except (OSError, HFValidationError, HTTPError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{place} is no folder here, and as OWNER/NAME it could not be had from the Hugging Face hub: {reason}"
         ) from None
 
 

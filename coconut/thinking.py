@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
+from coconut.modes import evaluating
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -96,7 +98,15 @@ def think(
     return Thinking(cache, thoughts_BKD, counts_B, last_BD)
 
 
-HANDED_ON = ("streamer", "stopping_criteria", "logits_processor")  # arguments of generate that no config holds
+SETTINGS = frozenset({
+    "bad_words_ids", "begin_suppress_tokens", "do_sample", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "max_time", "min_new_tokens", "min_p", "no_repeat_ngram_size",
+    "remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
+    "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+HANDED_ON = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
+MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
+HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
 
 
 @torch.no_grad()
@@ -119,83 +129,104 @@ def generate(
     `num_thoughts` of them (see `think`). Thoughts run in the model's cache, from which Hugging Face generation
     goes on, greedily by default.
 
-    `options` are those of transformers' generate: what a GenerationConfig holds (do_sample, temperature, top_p,
-    stop_strings, ...), one by one or as `generation_config`, and `streamer` (one question; the prompt is put to
-    it too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`. What they leave open is
-    off, whatever the base model's own settings are. The added tokens are never produced. With
-    num_return_sequences=n each question is read and thought about once and answered n times; its answers stand
-    together.
+    `options` are those of transformers' generate that say how words are chosen and where an answer ends (SETTINGS),
+    one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it too, so make it with
+    skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What they leave open is
+    off, whatever the base model's own settings are. The added tokens are never produced, and an answer ends with the
+    tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought about once and
+    answered n times; its answers stand together. A model answers for one thread at a time.
 
-    Raises ValueError if a question fills the whole context, if thoughts are asked of a method that has
-    none, if `thoughts` or `num_thoughts` have another shape, for num_beams other than 1, for several answers
-    without do_sample, or for several to one streamer.
+    Raises ValueError if there is no question, if one fills the whole context, if thoughts are asked of a method
+    that has none, if `thoughts` or `num_thoughts` have another shape, for an option that is not among these, for
+    several answers without do_sample, or for several to one streamer.
     """
     reasoning, special = lm.reasoning, lm.special
-    options = {**_asked_in(options.pop("generation_config", None)), **options}
-    own_limit = options.pop("max_new_tokens", None)
-    if (beams := options.pop("num_beams", None) or 1) != 1:
-        raise ValueError(f"num_beams={beams} is not supported. Leave it out.")
-    samples = options.pop("num_return_sequences", None) or 1
-    if samples > 1 and not options.get("do_sample"):
-        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
-    if "streamer" in options and samples * len(input_ids) > 1:
-        raise ValueError(f"A streamer takes one answer to one question, not {samples} to {len(input_ids)}.")
+    configured = _asked_in(options.pop("generation_config", None))
+    said = {name: value for name, value in {**options, "max_new_tokens": max_new_tokens}.items() if value is not None}
+    options = {name: value for name, value in {**configured, **said}.items() if value != MEANINGLESS.get(name)}
+    limit = options.pop("max_new_tokens", reasoning.max_new_tokens)
+    samples = options.pop("num_return_sequences", 1)
+    _check(options, limit, samples, input_ids)
     counts_B = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop).to(lm.device)
     in_slot_B = len(slot_ids(reasoning, special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
     lengths_B = is_question_BT.sum(1)
+    if not lengths_B.all():
+        raise ValueError(f"Question {int(lengths_B.argmin()) + 1} is empty.")
     room_B = lm.context - lengths_B - in_slot_B
     if (room_B < 1).any():
         row = int(room_B.argmin())
         raise ValueError(
             f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(in_slot_B[row])} more before the answer "
-            f"it leaves no room in the model's context of {lm.context} tokens. Ask something shorter."
+            f"it leaves no room in the model's context of {lm.context} tokens. Ask something shorter"
+            + (", or with fewer thoughts." if counts_B[row] else ".")
         )
-    limits_B = room_B.clamp(max=max_new_tokens or own_limit or reasoning.max_new_tokens)
-    was_training = lm.training
-    lm.eval()
+    limits_B = room_B.clamp(max=limit)
     answers: dict[int, _Answer] = {}
-    kinds_BC = torch.stack([limits_B, counts_B], dim=1)
-    try:
-        for limit, count in kinds_BC.unique(
-            dim=0
-        ).tolist():  # one, unless rows differ or the context cuts answers short
-            rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
+    kinds_BC = torch.stack([limits_B, counts_B], dim=1)  # one, unless rows differ or the context cuts answers short
+    with evaluating(lm):
+        for most, count in kinds_BC.unique(dim=0).tolist():
+            rows = ((limits_B == most) & (counts_B == count)).nonzero()[:, 0]
             width = int(lengths_B[rows].max())
             ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
             given = None if thoughts is None else thoughts.to(lm.device)[rows]
-            settings = {**options, "max_new_tokens": limit}
+            settings = {**options, "max_new_tokens": most}
             found = _think_and_speak(lm, ids, is_token, count, given, stop, samples, settings)
             answers |= zip([row * samples + i for row in rows.tolist() for i in range(samples)], found, strict=True)
-    finally:
-        lm.train(was_training)
-    may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     ordered = [answers[place] for place in range(len(answers))]
-    return _together(lm, ordered, limits_B.repeat_interleave(samples).tolist(), may_stop)
+    return _together(lm, ordered, limits_B.repeat_interleave(samples).tolist(), options)
 
 
-def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], may_stop: bool) -> Generated:
+def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], options: dict[str, Any]) -> Generated:
     special = lm.special
+    may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
     lengths = [_length(row, special, may_stop) for row in tokens]
     widest = max(map(len, tokens))
+    texts = [
+        str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for row, length in zip(tokens, lengths, strict=True)
+    ]
+    ends = options.get("stop_strings", ())
+    ends = [ends] if isinstance(ends, str) else ends
+    cut = [
+        length == limit and not any(end in text for end in ends)
+        for length, limit, text in zip(lengths, limits, texts, strict=True)
+    ]
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
         lengths=torch.tensor(lengths),
-        cut=torch.tensor([length == limit for length, limit in zip(lengths, limits, strict=True)]),
+        cut=torch.tensor(cut),
         num_thoughts=torch.tensor([len(row) for row in fed]),
-        texts=[
-            str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            for row, length in zip(tokens, lengths, strict=True)
-        ],
+        texts=texts,
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
     )
 
 
 def _asked_in(config: Any) -> dict[str, Any]:
-    """What a GenerationConfig says beyond the defaults, but for tokens: those are the tokenizer's."""
+    """What a GenerationConfig says beyond the defaults, but for tokens (the tokenizer's) and the cache (ours)."""
     said = {} if config is None else config.to_diff_dict()
-    return {key: value for key, value in said.items() if key != "transformers_version" and not key.endswith("token_id")}
+    return {key: value for key, value in said.items() if key not in HOW and not key.endswith("token_id")}
+
+
+def _check(options: dict[str, Any], limit: int, samples: int, input_ids: Tensor) -> None:
+    """Raises ValueError for what cannot be asked."""
+    if not len(input_ids):
+        raise ValueError("There is no question to answer.")
+    if limit < 1:
+        raise ValueError(f"max_new_tokens is {limit}; it must be at least 1.")
+    for name in options.keys() - SETTINGS - HANDED_ON:
+        near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "max_new_tokens"}, n=1)
+        raise ValueError(
+            f"{name}={options[name]!r} cannot be asked of a model that thinks. "
+            + (f"Did you mean {near[0]}? " if near else "")
+            + f"Beside num_thoughts, thoughts, stop, max_new_tokens and num_return_sequences, generate takes "
+            f"{', '.join(sorted(SETTINGS | HANDED_ON))}."
+        )
+    if samples > 1 and not options.get("do_sample"):
+        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
+    if "streamer" in options and samples * len(input_ids) > 1:
+        raise ValueError(f"A streamer takes one answer to one question, not {samples} to {len(input_ids)}.")
 
 
 def _how_many(
@@ -217,7 +248,7 @@ def _how_many(
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
     if thoughts is None:
         return (torch.tensor(reasoning.num_thoughts) if asked is None else asked).expand(questions)
-    if len(thoughts) != questions or (asked is not None and (asked != thoughts.shape[1]).any()):
+    if thoughts.dim() != 3 or len(thoughts) != questions or (asked is not None and (asked != thoughts.shape[1]).any()):
         raise ValueError(
             f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions and num_thoughts="
             f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
@@ -292,12 +323,13 @@ def _speak(
     special = lm.special
     handed_on = {name: options[name] for name in HANDED_ON if name in options}
     options = {name: value for name, value in options.items() if name not in HANDED_ON}
+    suppressed = options.pop("suppress_tokens", ())
     every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
     config = GenerationConfig(
         eos_token_id=special.eos,
         pad_token_id=special.pad,
-        suppress_tokens=special.added,
         **{"do_sample": False, **every_token, **options},
+        suppress_tokens=[*special.added, *suppressed],
     )
     base: Any = lm.base
     own, base.generation_config = base.generation_config, GenerationConfig()
@@ -327,6 +359,8 @@ def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tup
 
 def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
     """Answer questions given as text, in one batch; `options` as for `generate`."""
+    if isinstance(questions, str) or not questions:
+        raise ValueError(f"questions is {questions!r}; it must be a list of texts, with one at least.")
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     return generate(lm, *pad_rows(rows, lm.special.pad), **options)
 

@@ -69,6 +69,15 @@ REFUSED = [
     Family("Qwen3-Next", "qwen3_next", "a recurrent state",
            {**LLAMA, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}),
     Family("BLOOM", "bloom", "positions that cannot be given", {"hidden_size": 16, "n_layer": 1, "n_head": 2}),
+    Family("GPT-Neo", "gpt_neo", "windows that count columns",
+           {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+            "window_size": 4}),
+    Family("CTRL", "ctrl", "changes the embeddings that it is given",
+           {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48}),
+    Family("BERT, as generation", "bert-generation", "attention in both directions, unless told otherwise",
+           {**FUSED, "intermediate_size": 48}),
+    Family("Gemma 3, both ways", "gemma3_text", "attention in both directions",
+           {**LLAMA, **MIXED, "head_dim": 8, "use_bidirectional_attention": True}),
     Family("T5", "t5", "an encoder", {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}),
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def test_every_experiment_is_built(experiment: str) -> None:
 )
 def test_every_choice_is_built(kind: str, name: str) -> None:
     assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
+
+
+def test_help_names_every_choice() -> None:
+    words = set(re.split(r"[^\w]+", python("-m", "coconut.train", "--help").stdout))
+    for kind in ("experiment", "model", "data", "engine", "launch", "tracking"):
+        assert {kind, *group(kind)} <= words
 
 
 def test_the_papers_hyperparameters() -> None:
@@ -210,7 +217,7 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["cache", "linear", "opening", "sources"],
+    ["cache", "linear", "modes", "opening", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],

@@ -133,7 +133,7 @@ def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.
     assert made.get("visibility") == "private" or made["private"], "the key of older and of newer versions"
     for name, content in Hub.kept.items():
         (tmp_path / name).write_bytes(content)
-    assert (tmp_path / "README.md").read_text() == card(lm)
+    assert (tmp_path / "README.md").read_text() == card(lm, name="someone/thing")
     again = LatentLM.from_pretrained(tmp_path)
     assert again.reasoning == lm.reasoning
     assert answer(again, ["3 7 21"]).texts == answer(lm, ["3 7 21"]).texts

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import WORDS, gradients, in_float64
-from families import FAMILIES, PAGE, REFUSED, Family, page
+from families import FAMILIES, LLAMA, PAGE, REFUSED, Family, page
 from test_generate import by_recomputation, padded, rows_of
 from test_model import mixed_batch, relative
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from coconut import LatentLM
 from coconut.data import build_word_tokenizer
+from coconut.families import TESTED
 from coconut.methods import Reasoning
 
 
@@ -95,6 +97,31 @@ def test_what_cannot_work_is_refused_by_name(family: Family) -> None:
     with pytest.raises(ValueError, match=family.model_type):
         LatentLM.from_base(base, new_tokenizer())
     assert base.get_input_embeddings().num_embeddings == before, "nothing changed"
+
+
+def test_saved_and_opened_it_answers_the_same(lm: LatentLM, tmp_path: Path) -> None:
+    lm = lm.float()
+    ids, mask = padded([[5, 6, 7], [8, 9, 10, 11]])
+    before = rows_of(lm.generate(ids, mask, max_new_tokens=4))
+    lm.save_pretrained(tmp_path)
+    assert rows_of(LatentLM.from_pretrained(tmp_path).eval().generate(ids, mask, max_new_tokens=4)) == before
+
+
+def test_the_families_that_are_not_tried_on_loading_are_those_tested_here() -> None:
+    assert {family.model_type for family in FAMILIES} == TESTED
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "stablelm"])
+def test_another_family_is_tried_and_taken(model_type: str) -> None:
+    lm = LatentLM.from_base(base_of(Family("", model_type, "")), new_tokenizer())
+    assert lm.base.config.model_type == model_type
+
+
+def test_what_turns_positions_anew_is_used_up_to_there() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
+    sizes = {**LLAMA, "pad_token_id": 0, "rope_parameters": rope, "original_max_position_embeddings": 24}
+    assert LatentLM.from_base(base_of(Family("", "phi3", "", sizes)), new_tokenizer()).context == 24
 
 
 def test_a_head_that_is_not_known_is_noticed() -> None:

@@ -206,8 +206,10 @@ def test_sampling_is_seeded() -> None:
 def test_generating_leaves_the_model_as_it_was() -> None:
     lm = build("llama", num_thoughts=2)
     lm.train()
+    lm.base.base_model.layers[0].eval()
     lm.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
     assert lm.training
+    assert not lm.base.base_model.layers[0].training, "each part is as it was"
     assert all(p.grad is None for p in lm.parameters())
 
 
@@ -258,6 +260,7 @@ def test_a_text_that_stops_an_answer() -> None:
     assert out.texts == ["aaa"] * 4
     assert out.lengths.tolist() == [3] * 4
     assert not out.cut.any()
+    assert not lm.generate(ids, mask, max_new_tokens=3, stop_strings="aaa").cut.any(), "ended right at the limit"
     assert lm.generate(ids, mask, max_new_tokens=8).cut.all()
 
 
@@ -286,9 +289,28 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
 
 def test_what_generation_does_not_do_is_refused() -> None:
     lm = build("llama", num_thoughts=2)
-    for option, message in (("num_beams", "is not supported"), ("num_return_sequences", "without do_sample=True")):
-        with pytest.raises(ValueError, match=f"{option}=2 {message}"):
-            lm.generate(torch.tensor([[5, 6]]), None, 4, **{option: 2})
+    ids = torch.tensor([[5, 6]])
+    for options, message in (
+        ({"num_beams": 2}, "num_beams=2 cannot be asked"),
+        ({"use_cache": False}, "use_cache=False cannot be asked"),
+        ({"generation_config": GenerationConfig(guidance_scale=2.0)}, "guidance_scale=2.0 cannot be asked"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2 cannot be asked"),
+        ({"temperture": 0.5}, "Did you mean temperature"),
+        ({"num_thought": 3}, "Did you mean num_thoughts"),
+        ({"eos_token_id": 3}, "eos_token_id=3 cannot be asked"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 without do_sample=True"),
+        ({"thoughts": torch.zeros(2, 32)}, r"thoughts has the shape \(2, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate(ids, **options)
+    for questions in ([], "1 2 3"):
+        with pytest.raises(ValueError, match="must be a list of texts"):
+            answer(lm, questions)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="There is no question"):
+        lm.generate(ids[:0])
+    with pytest.raises(ValueError, match="Question 2 is empty"):
+        lm.generate(ids.repeat(2, 1), torch.tensor([[1, 1], [0, 0]]))
     plain = build("llama", slot=Slot.nothing, markers=False, method="cot")
     with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):
         plain.generate(torch.tensor([[5, 6]]), num_thoughts=2)
@@ -322,6 +344,12 @@ def test_what_transformers_takes_is_taken() -> None:
             seen.append(input_ids.shape[1])
             return torch.full((len(input_ids),), len(seen) == 2)
 
+    harmless = GenerationConfig(num_beams=1, use_cache=False, pad_token_id=7, max_length=3, max_new_tokens=5)
+    assert rows_of(lm.generate(ids, mask, generation_config=harmless)) == rows_of(lm.generate(ids, mask, 5))
+    first = rows_of(lm.generate(ids[:1], mask[:1], 5, streamer=None))[0]
+    without = rows_of(lm.generate(ids[:1], mask[:1], 5, suppress_tokens=[first[0]]))[0]
+    assert first[0] not in without
+    assert not set(without) & set(lm.special.added)
     out = lm.generate(ids, mask, 5, stopping_criteria=StoppingCriteriaList([Ends()]))
     assert out.tokens.shape[1] == 2
     assert not out.cut.any()

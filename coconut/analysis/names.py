@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut.methods import PromptFormat
+from coconut.modes import evaluating
 from coconut.thinking import longest_first, pad_rows, think
 
 if TYPE_CHECKING:
@@ -60,15 +61,11 @@ def name_probabilities(
     probability is the product over the name's tokens, in float32. The numbers of thoughts are `counts`.
     """
     found: dict[tuple[int, int], list[float]] = {}
-    was_training = lm.training
-    lm.eval()
-    try:
+    with evaluating(lm):
         for chosen in longest_first(prompts, batch_size):
             for count, context in _after_each(lm, [prompts[i] for i in chosen], counts):
                 values = _probabilities(lm, context, [candidates[i] for i in chosen])
                 found |= {(i, count): each for i, each in zip(chosen, values, strict=True)}
-    finally:
-        lm.train(was_training)
     return found
 
 
