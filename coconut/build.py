@@ -14,7 +14,8 @@ from coconut.config import EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data import Example, build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
-from coconut.model import REASONING_FILE, LatentLM
+from coconut.methods import REASONING_FILE
+from coconut.model import LatentLM
 from coconut.opening import opened, reaching
 from coconut.screen import say
 from coconut.tracking import read_config
@@ -120,11 +121,6 @@ class Trained:
 def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> Trained:
     """Raises ValueError if the folder is no run, or has no such checkpoint."""
     world = world or World()
-    if (Path(run) / REASONING_FILE).is_file():
-        raise ValueError(
-            f"{run} is a saved model and no run: nothing in it says on what it was trained. "
-            f'It can be asked: python -m coconut.generate run={run} question="..."'
-        )
     config = read_config(run)
     path = world.first_does(lambda: Checkpoints(run).find(checkpoint))
     device = set_up(engine, world)

@@ -282,6 +282,9 @@ class PromptFormat:
         return self.step.split("{}")[1]
 
 
+REASONING_FILE = "coconut.json"  # beside a model's weights
+
+
 @dataclass(frozen=True)
 class Reasoning:
     """How a trained model is to be asked: saved with its weights, so that nobody has to guess.

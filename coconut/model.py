@@ -38,7 +38,7 @@ from coconut.families import (
 from coconut.files import read_json, write_json
 from coconut.layout import IGNORED
 from coconut.losses import summed_cross_entropy, target_log_probs
-from coconut.methods import Reasoning
+from coconut.methods import REASONING_FILE, Reasoning
 from coconut.modes import evaluating
 from coconut.opening import on_disk, opened
 
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from coconut.thinking import Generated
 
 FORMAT_VERSION = 1
-REASONING_FILE = "coconut.json"
 
 
 @dataclass

@@ -23,6 +23,7 @@ from typing import Any
 from coconut.cli import own_environment
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.files import read_json, write_json, write_text
+from coconut.methods import REASONING_FILE
 from coconut.screen import say
 
 METRICS = "metrics.jsonl"
@@ -225,6 +226,11 @@ def read_metrics(run: Path | str) -> list[dict[str, Any]]:
 def read_config(run: Path | str) -> dict[str, Any]:
     """The resolved configuration that a run was made with. Raises ValueError if the folder is no run."""
     path = Path(run) / CONFIG
+    if (Path(run) / REASONING_FILE).is_file():
+        raise ValueError(
+            f"{run} is a saved model and no run: nothing in it says on what it was trained. "
+            f'It can be asked: python -m coconut.generate run={run} question="..."'
+        )
     if not path.is_file():
         what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
         raise ValueError(f"{run} is no run: {what}. Name a folder that coconut.train wrote, such as runs/quickstart.")

@@ -276,6 +276,7 @@ def test_without_its_data_it_still_answers(
         ({"question": " \n"}, "There is no question. Type one, or draw one."),
         ({"row": 20}, "There is no row 20. The rows are 0 to 19."),
         ({"row": -1}, "There is no row -1"),
+        ({"row": True}, 'Send {"question": text} or {"row": number}'),
         ({"row": 1.5}, 'Send {"question": text} or {"row": number}'),
         ({"question": 5}, 'Send {"question": text} or {"row": number}'),
         ({}, 'Send {"question": text} or {"row": number}'),
@@ -341,6 +342,12 @@ def test_it_answers_to_no_other_name(in_symbols: Server, host: str) -> None:
         assert found["error"].startswith(f"This page is not served as {host!r} but as 127.0.0.1, localhost.")
 
 
+def test_a_name_with_capitals_is_a_name(in_symbols: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_symbols, "host", "MyMachine")
+    assert request(in_symbols, "GET", "/about", Host="mymachine:8000")[0] == 200
+    assert request(in_symbols, "GET", "/about", Host="MyMachine")[0] == 200
+
+
 @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:1", "LOCALHOST"])
 def test_it_answers_through_a_tunnel(in_symbols: Server, host: str) -> None:
     assert request(in_symbols, "GET", "/about", Host=host)[0] == 200
@@ -370,6 +377,8 @@ def test_a_taken_port_is_said(in_symbols: Server) -> None:
     for keys, words in (
         ({"port": 65536}, "port is 65536"),
         ({"port": -1}, "port is -1"),
+        ({"host": ""}, "host= is no IPv4 address"),
+        ({"host": "::1"}, "host=::1 is no IPv4 address"),
         ({"run": ""}, "Name the run"),
     ):
         with pytest.raises(ValueError, match=words):

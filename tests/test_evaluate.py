@@ -183,10 +183,22 @@ def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.C
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["text"] for row in written] == [row["text"] for row in printed]
     assert [len(row["thoughts"]) for row in written] == [2] * 8
-    for content, message in (("", "holds no question"), ('{"q": "a"}', "line 1: there is no question")):
-        (tmp_path / "bad.jsonl").write_text(content)
+    (tmp_path / "some.txt").write_text(questions[0], encoding="utf-8-sig")
+    run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt")))
+    assert json.loads(capsys.readouterr().out)["question"] == questions[0]
+    for name, content, message in (
+        ("bad.jsonl", b"", "holds no question"),
+        ("bad.jsonl", b'{"q": "a"}', "line 1: there is no question"),
+        ("bad.jsonl", b'{"question": null}', "line 1: there is no question"),
+        ("bad.jsonl", b'{"question": ["a"]}', "line 1: there is no question"),
+        ("bad.txt", b"\xff\xfe", r"bad\.txt is not UTF-8"),
+        ("bad.txt", b"1\n2\n" + b"1 " * 200, r"bad\.txt, question 3: it has 200 tokens"),
+    ):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "bad.jsonl")))
+            run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / name)))
+    with pytest.raises(ValueError, match=r"top_p=0\.5 is for sampling"):
+        GenerateConfig(run="r", question="q", top_p=0.5)
 
 
 def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.card import card
-from coconut.config import EvaluateConfig, ExportConfig
+from coconut.config import EvaluateConfig, ExportConfig, GenerateConfig
 from coconut.evaluate import run as run_evaluate
 from coconut.export import from_released, push
 from coconut.export import run as run_export
+from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.thinking import answer
 from coconut.train import run as run_train
@@ -219,15 +220,68 @@ def test_other_files_are_named(base: Path, tmp_path: Path) -> None:
     torch.save(state, file)
     with pytest.raises(ValueError, match="1 too many"):
         from_released(file, str(base), thinking)
+    as_released(base, file)
+    state = torch.load(file, weights_only=True)
+    name = "base_causallm.transformer.h.0.mlp.c_fc.weight"
+    torch.save({**state, name: state[name][:, :-1]}, file)
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc\.weight is \(32, 127\) there and \(32, 128\) here"):
+        from_released(file, str(base), thinking)
+    torch.save({**state, 5: torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="no state dict"):
+        from_released(file, str(base), thinking)
     file.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="no file of tensors alone"):
         from_released(file, str(base), thinking)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_may_be_missing_only_if_it_is_the_table(base: Path, tmp_path: Path, tied: bool) -> None:
+    config = AutoConfig.from_pretrained(base)
+    config.tie_word_embeddings = tied
+    config.save_pretrained(base)
+    as_released(base, tmp_path / "all")
+    state = torch.load(tmp_path / "all", weights_only=True)
+    del state["base_causallm.lm_head.weight"]
+    torch.save(state, tmp_path / "file")
+    if tied:
+        assert from_released(tmp_path / "file", str(base), Reasoning(num_thoughts=2)).latent_id
+    else:
+        with pytest.raises(ValueError, match=r"1 are missing \(lm_head\.weight\)"):
+            from_released(tmp_path / "file", str(base), Reasoning(num_thoughts=2))
+
+
+@pytest.mark.parametrize("name", ["justname", "a/b/c", "-a/b", "a/b c"])
+def test_a_name_that_the_hub_cannot_have_is_refused_first(trained: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"push={name} is no OWNER/NAME"):
+        run_export(ExportConfig(run=str(trained), output=str(tmp_path / "model"), push=name))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_saved_model_is_asked_by_its_folder_or_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = build("gpt2", torch.float32, num_thoughts=2)
+    cached = tmp_path / "models--someone--thing"
+    lm.save_pretrained(cached / "snapshots" / "1")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    expected = answer(lm, ["3 7 21"], max_new_tokens=5).texts[0].strip()
+    for place in (str(cached / "snapshots" / "1"), "someone/thing"):
+        run_generate(GenerateConfig(run=place, question="3 7 21", max_new_tokens=5))
+        assert capsys.readouterr().out.strip() == expected
+    with pytest.raises(FileNotFoundError, match=r"someone/other is no folder here, and as OWNER/NAME"):
+        run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
+    with pytest.raises(ValueError, match=r"is a saved model and no run.*coconut\.generate run="):
+        run_evaluate(EvaluateConfig(run=str(cached / "snapshots" / "1")))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [({}, "either run=DIR"), ({"run": "a", "released": "b"}, "either run=DIR"), ({"run": "a"}, "output=FOLDER"),
-     ({"released": "a", "output": "b"}, "base=NAME"), ({"run": "a", "output": "b", "method": "x"}, "'?x'?")],
+     ({"released": "a", "output": "b"}, "base=NAME"),
+     ({"released": "a", "output": "b", "base": "c", "method": "pause"}, "stage=K: pause has thoughts or pauses"),
+     ({"run": "a", "output": "b", "method": "x"}, "'?x'?")],
 )  # fmt: skip
 def test_what_is_missing_is_said(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -206,10 +206,11 @@ def test_sampling_is_seeded() -> None:
 def test_generating_leaves_the_model_as_it_was() -> None:
     lm = build("llama", num_thoughts=2)
     lm.train()
-    lm.base.base_model.layers[0].eval()
+    first: Any = lm.base.base_model.get_submodule("layers.0")
+    first.eval()
     lm.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
     assert lm.training
-    assert not lm.base.base_model.layers[0].training, "each part is as it was"
+    assert not first.training, "each part is as it was"
     assert all(p.grad is None for p in lm.parameters())
 
 
@@ -290,7 +291,7 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
 def test_what_generation_does_not_do_is_refused() -> None:
     lm = build("llama", num_thoughts=2)
     ids = torch.tensor([[5, 6]])
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"num_beams": 2}, "num_beams=2 cannot be asked"),
         ({"use_cache": False}, "use_cache=False cannot be asked"),
         ({"generation_config": GenerationConfig(guidance_scale=2.0)}, "guidance_scale=2.0 cannot be asked"),
@@ -301,7 +302,8 @@ def test_what_generation_does_not_do_is_refused() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 without do_sample=True"),
         ({"thoughts": torch.zeros(2, 32)}, r"thoughts has the shape \(2, 32\)"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             lm.generate(ids, **options)
     for questions in ([], "1 2 3"):

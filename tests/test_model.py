@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, build, gradients
+from conftest import WORDS, build, byte_level_tokenizer, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from coconut import LatentLM
-from coconut.data import ADDED_TOKENS, build_word_tokenizer
-from coconut.methods import Slot
-from coconut.model import REASONING_FILE, align
+from coconut.data import ADDED_TOKENS, add_special_tokens, build_word_tokenizer, encode_texts, token_ids
+from coconut.methods import REASONING_FILE, Slot
+from coconut.model import align
 
 
 def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -351,3 +351,21 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     record.write_text(text.replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(ValueError, match="format version 99"):
         LatentLM.from_pretrained(tmp_path)
+    for damaged in (text[:50], "[]", "{}", text.replace('"slot"', '"slit"'), text.replace('"bot"', '"boot"')):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match=r"coconut\.json is damaged"):
+            LatentLM.from_pretrained(tmp_path)
+    record.write_text(text)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"weights in .* are damaged"):
+        LatentLM.from_pretrained(tmp_path)
+
+
+def test_markers_that_a_tokenizer_has_as_words_become_special() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<bot>", "<latent>"])
+    before = token_ids(tokenizer, ["<bot>", "<latent>"])
+    special = add_special_tokens(tokenizer)
+    assert [special.bot, special.latent] == before
+    assert special.latent not in encode_texts(tokenizer, ["a <latent> that somebody wrote"])[0]
