@@ -12,7 +12,7 @@ Shapes: K thoughts, D hidden.
 import argparse
 
 from coconut import answer, likeliest
-from coconut.build import load_run
+from coconut.build import load_model
 from coconut.config import EngineConfig
 from coconut.screen import only_our_words
 
@@ -20,7 +20,7 @@ GRAPH = "4 3 | 6 4 | 2 8 | 3 8 | 2 3 | 7 0 | 9 7 | 1 5 | 2 4 | 5 7"
 
 
 def probe(run: str, question: str, other: str) -> None:
-    lm = load_run(run, "best", EngineConfig()).lm
+    lm = load_model(run, "best", EngineConfig())
     asked = answer(lm, [question, other])
     own_KD, others_KD = asked.thoughts
     for text, said, thoughts_KD in zip((question, other), asked.texts, asked.thoughts, strict=True):
@@ -47,4 +47,7 @@ if __name__ == "__main__":
     parser.add_argument("--other", default=f"{GRAPH} ? 8 or 7 from 1")
     arguments = parser.parse_args()
     only_our_words()
-    probe(arguments.run, arguments.question, arguments.other)
+    try:
+        probe(arguments.run, arguments.question, arguments.other)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
