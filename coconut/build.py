@@ -14,7 +14,7 @@ from coconut.config import EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data import Example, build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
-from coconut.methods import REASONING_FILE
+from coconut.methods import REASONING_FILE, plan
 from coconut.model import LatentLM
 from coconut.opening import opened, reaching
 from coconut.screen import say
@@ -25,6 +25,8 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     """The model that a new run starts from. Raises ValueError if it cannot be had."""
     lm, place = _starting_model(config, examples)
     lora = config.model.lora
+    if modes := plan(config.method, config.curriculum).stages[0].modes:
+        lm.add_modes([form.mode for form in modes], config.model.new_tokens)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
         raise ValueError(
             f"{place} has LoRA already, {lm.adapter.settings}, and {lora} is asked for. Leave model.lora out to go on "

@@ -395,6 +395,7 @@ class EvaluateConfig:
     data: DataFiles = field(default_factory=DataFiles)
     num_thoughts: int | None = None  # by default the model's own
     stop: StopRule = StopRule.constant
+    mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
     batch_size: int = 64
     limit: int | None = None  # the first so many questions
@@ -423,6 +424,7 @@ class GenerateConfig:
     show_thoughts: bool = False
     num_thoughts: int | None = None
     stop: StopRule = StopRule.constant
+    mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0

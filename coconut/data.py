@@ -12,13 +12,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coconut.methods import PromptFormat
+from coconut.methods import PromptFormat, mode_named
 from coconut.sources import default_cache_dir
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ ADDED_TOKENS = ("<bot>", "<eot>", "<latent>", "<pause>")
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids of the four added tokens, of the end of a sequence, and of padding."""
+    """Token ids of the four added tokens, of the end of a sequence, of padding; of control tokens by their modes."""
 
     bot: int
     eot: int
@@ -150,10 +150,11 @@ class SpecialIds:
     pause: int
     eos: int
     pad: int
+    control: dict[str, int] = field(default_factory=dict)
 
     @property
     def added(self) -> list[int]:
-        return [self.bot, self.eot, self.latent, self.pause]
+        return [self.bot, self.eot, self.latent, self.pause, *self.control.values()]
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
@@ -161,8 +162,6 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
 
     Raises ValueError if the tokenizer is not a fast one or has no end-of-sequence token.
     """
-    from tokenizers import AddedToken
-
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load one with a tokenizer.json.")
     if tokenizer.eos_token_id is None:
@@ -170,12 +169,26 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
             "The tokenizer has no end-of-sequence token, so the model could never learn to stop. "
             'Set one, for example tokenizer.eos_token = "</s>".'
         )
-    added: list[Any] = [AddedToken(token, special=True, normalized=False) for token in ADDED_TOKENS]
-    tokenizer.add_tokens(added, special_tokens=True)  # those that are there already become special, and stay
+    add_as_special(tokenizer, ADDED_TOKENS)
     eos: Any = tokenizer.eos_token_id
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     bot, eot, latent, pause = token_ids(tokenizer, ADDED_TOKENS)
     return SpecialIds(bot, eot, latent, pause, eos, pad)
+
+
+def add_as_special(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+    """Add tokens that no text is read as; those that are there already become such, and keep their ids."""
+    from tokenizers import AddedToken
+
+    added: list[Any] = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
+
+
+def add_control_tokens(tokenizer: PreTrainedTokenizerFast, special: SpecialIds, modes: Sequence[str]) -> SpecialIds:
+    """Add the control tokens of these modes where they are missing, and give all ids."""
+    tokens = [mode_named(name).token for name in modes]
+    add_as_special(tokenizer, tokens)
+    return replace(special, control={**special.control, **dict(zip(modes, token_ids(tokenizer, tokens), strict=True))})
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
-from coconut.thinking import Stop, longest_first, pad_rows
+from coconut.thinking import Generated, Stop, longest_first, pad_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ class Prediction:
     num_thoughts: int
     new_tokens: int
     cut: bool
+    mode: str = ""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Result:
     any. `chain_match`: share of questions whose written steps are exactly those of the data that the
     model still writes; None where that is not a number of whole steps. `num_thoughts` is their mean,
     `passes` the mean number of forward passes, for prefix, thoughts and tokens. `left_out`: questions too
-    long for the model's context.
+    long for the model's context. `modes`: of a hybrid model, the share of each that it chose from.
     """
 
     count: int
@@ -64,6 +65,7 @@ class Result:
     cut: float
     seconds_per_item: float
     left_out: int = 0
+    modes: dict[str, float] = field(default_factory=dict)
 
 
 class Abandoned(Exception):
@@ -86,6 +88,7 @@ def evaluate(
     num_thoughts: int | None = None,
     thoughts: Tensor | None = None,
     stop: Stop | None = None,
+    mode: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int, int], None] = lambda done, correct: None,
@@ -94,7 +97,8 @@ def evaluate(
 ) -> Evaluated:
     """Answer and judge every example, longest questions first, greedily.
 
-    `thoughts` (N, K, D) are fed in place of the model's own; `stop` ends them early (see `generate`).
+    `thoughts` (N, K, D) are fed in place of the model's own; `stop` ends them early; `mode` is forced on
+    a hybrid model (see `generate`).
     `on_batch(done, correct)` is called after each batch. The processes of a `world` share the examples, and
     each is given the whole result. Raises Abandoned, in all of them, once `asked` is true in one.
     """
@@ -115,11 +119,10 @@ def evaluate(
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         given = None if thoughts is None else thoughts[chosen]
         out = lm.generate(
-            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given, stop=stop
+            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given, stop=stop, mode=mode
         )
-        counts, lengths, cuts = out.num_thoughts.tolist(), out.lengths.tolist(), out.cut.tolist()
-        for i, text, count, length, cut in zip(chosen, out.texts, counts, lengths, cuts, strict=True):
-            predictions[i] = _judge(task, examples[i], text, reasoning, count, length, cut)
+        for row, i in enumerate(chosen):
+            predictions[i] = _judge(task, examples[i], reasoning, out, row)
         fed |= zip(chosen, (thoughts.clone() for thoughts in out.thoughts), strict=True)  # not views of the batch's
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
     if world.any(bool(asked)):
@@ -129,7 +132,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     ordered = [predictions[i] for i in range(len(examples))]
     in_order = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
-    return Evaluated(_summary(task, examples, ordered, seconds), ordered, in_order)
+    return Evaluated(_summary(task, examples, ordered, seconds, reasoning.modes), ordered, in_order)
 
 
 def read_answer(task: Task, text: str, form: PromptFormat) -> str | None:
@@ -138,9 +141,9 @@ def read_answer(task: Task, text: str, form: PromptFormat) -> str | None:
     return None if found is None else found.removesuffix(form.answer_end).strip()
 
 
-def _judge(
-    task: Task, example: Example, text: str, reasoning: Reasoning, thoughts: int, length: int, cut: bool
-) -> Prediction:
+def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:
+    text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
+    reasoning = reasoning.in_mode(mode) if mode else reasoning
     form = reasoning.format
     predicted = read_answer(task, text, form)
     gold = _steps_left(example, reasoning, thoughts)
@@ -153,8 +156,9 @@ def _judge(
         correct=task.judge(predicted, example.answer),
         chain_match=None if gold is None else _plain(written) == _plain(gold),
         num_thoughts=thoughts,
-        new_tokens=length,
-        cut=cut,
+        new_tokens=int(out.lengths[row]),
+        cut=bool(out.cut[row]),
+        mode=mode,
     )
 
 
@@ -174,7 +178,9 @@ def _plain(steps: Sequence[str]) -> str:
     return "".join("".join(steps).split())
 
 
-def _summary(task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float) -> Result:
+def _summary(
+    task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float, modes: Sequence[str]
+) -> Result:
     from scipy.stats import binomtest
 
     count, correct = len(predictions), sum(p.correct for p in predictions)
@@ -195,9 +201,10 @@ def _summary(task: Task, examples: Sequence[Example], predictions: Sequence[Pred
         chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
-        passes=mean_tokens + mean_ends + prefixes + thoughts,
+        passes=mean_tokens + mean_ends + prefixes + thoughts + bool(modes),
         cut=sum(p.cut for p in predictions) / count,
         seconds_per_item=seconds / count,
+        modes={mode: sum(p.mode == mode for p in predictions) / count for mode in modes},
     )
 
 
@@ -244,6 +251,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
             fitting,
             num_thoughts=config.num_thoughts,
             stop=stop,
+            mode=config.mode,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
@@ -316,7 +324,7 @@ def _asked(reasoning: Reasoning, config: EvaluateConfig) -> str:
 def _unusual(config: EvaluateConfig) -> list[str]:
     """The settings that make an evaluation another one, for its name."""
     usual = EvaluateConfig(run=config.run)
-    keys = ("checkpoint", "num_thoughts", "stop", "max_new_tokens", "limit")
+    keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", "limit")
     found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(usual, key)]
     precision = config.engine.precision
     return found if precision is usual.engine.precision else [*found, precision.value]
@@ -330,6 +338,8 @@ def describe(result: Result) -> str:
     if result.guess is not None:
         lines.append(("guessing", f"{100 * result.guess:.1f} %"))
     lines.append(("new tokens", f"{result.mean_new_tokens:.1f} of language, {result.num_thoughts:.3g} thoughts"))
+    if result.modes:
+        lines.append(("modes", ", ".join(f"{mode} {100 * share:.1f} %" for mode, share in result.modes.items())))
     if result.chain_match is not None:
         lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
     lines.append(("cut answers", f"{100 * result.cut:.1f} %"))

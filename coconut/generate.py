@@ -40,6 +40,8 @@ def run(config: GenerateConfig) -> int:
     torch.manual_seed(config.seed)
     lm = load_model(config.run, config.checkpoint, config.engine)
     options: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
+    if config.mode:
+        options["mode"] = config.mode
     if config.stop is StopRule.classifier:
         trained = load_run(config.run, config.checkpoint, config.engine)
         lm, options["stop"] = trained.lm, classifier_of(config.run, trained).stop
@@ -57,7 +59,8 @@ def run(config: GenerateConfig) -> int:
 
 def _print_answer(lm: LatentLM, result: Generated, show_thoughts: bool, spoken: bool = False) -> None:
     count = int(result.num_thoughts[0])
-    print(f"[{count} thought{'s' * (count != 1)}, {int(result.lengths[0])} tokens]", file=sys.stderr)
+    mode = f"{result.modes[0]}, " if result.modes[0] else ""
+    print(f"[{mode}{count} thought{'s' * (count != 1)}, {int(result.lengths[0])} tokens]", file=sys.stderr)
     if show_thoughts:
         for number, tokens in enumerate(likeliest(lm, result.thoughts[0]), 1):
             said = ", ".join(f"{text.strip() or repr(text)} {probability:.2f}" for text, probability in tokens)
@@ -102,6 +105,8 @@ def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, opt
         for row, i in enumerate(places):
             found[i] = {"question": questions[i], "text": out.texts[row].strip(), "cut": bool(out.cut[row]),
                         "num_thoughts": int(out.num_thoughts[row])}  # fmt: skip
+            if out.modes[row]:
+                found[i]["mode"] = out.modes[row]
             if config.show_thoughts:
                 found[i]["thoughts"] = likeliest(lm, out.thoughts[row][: int(out.num_thoughts[row])])
     lines = "".join(json.dumps(found[i], ensure_ascii=False) + "\n" for i in range(len(questions)))

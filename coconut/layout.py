@@ -2,9 +2,10 @@
 
 `layout` is the one place that says what a training sequence looks like:
 
-    question [<bot>] slot [<eot>] rest of the chain, answer, <eos>
+    question [control] [<bot>] slot [<eot>] rest of the chain, answer, <eos>
 
-with the loss on what follows the slot. Everything random here is a function of (seed, epoch, index).
+with the loss on what follows the slot, and on the control token of a hybrid model. Everything random here is a function
+of (seed, epoch, index).
 
 Shapes: N examples of a data set; B rows of a batch, T columns.
 """
@@ -29,11 +30,15 @@ _MIXING, _OFFSET, _ORDER = 1, 2, 3  # what a random number is for
 
 @dataclass(frozen=True)
 class Layout:
-    """One training sequence: `ids[num_prompt:]` are the targets, `ids[anchor]` is the first of the slot."""
+    """One training sequence: `ids[num_prompt:]` are the targets, `ids[anchor]` is the first of the slot.
+
+    `control`: where the control token stands, a target too; -1 if there is none.
+    """
 
     ids: np.ndarray
     num_prompt: int
     anchor: int
+    control: int = -1
 
 
 def layout(
@@ -55,10 +60,13 @@ def layout(
     cut = stage.tokens_cut if tokens_cut is None else tokens_cut
     chain = chain[len(chain) if cut is None else cut :]
     slot = slot_ids(stage, special, stage.num_thoughts if num_thoughts is None else num_thoughts)
+    control = [special.control[stage.mode]] if stage.mode else []
+    before = np.concatenate([question, np.array(control, np.int32), slot])
     return Layout(
-        ids=np.concatenate([question, slot, chain, answer]),
-        num_prompt=len(question) + len(slot),
-        anchor=len(question) + stage.markers,
+        ids=np.concatenate([before, chain, answer]),
+        num_prompt=len(before),
+        anchor=len(question) + len(control) + stage.markers,
+        control=len(question) if control else -1,
     )
 
 
@@ -84,9 +92,11 @@ class EpochView:
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
         self.data, self.special = data, special
-        forms = [stage, *plan.depths]
+        forms = list(stage.modes) or [stage, *plan.depths]
         which = np.zeros(len(data), np.int64)
-        if plan.mixing_probability > 0:
+        if stage.modes:  # all of them in turn, as many of each in every epoch
+            which = (np.arange(len(data)) + epoch) % len(forms)
+        elif plan.mixing_probability > 0:
             chance, depth = _uniform(seed, epoch, _MIXING, (2, len(data)))
             highest = np.full(len(data), stage.index) if plan.mixing is Mixing.current else data.num_steps
             drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.depths) - 1)
@@ -98,6 +108,7 @@ class EpochView:
         latent = np.array([form.slot is Slot.thought for form in forms])[which]
         self.passes = np.where(latent, self.num_thoughts, 0) + 1
         markers = np.array([2 * form.markers for form in forms])[which]
+        controls = np.array([bool(form.mode) for form in forms], np.int64)[which]
         every = np.iinfo(np.int64).max
         steps_cut = np.array([every if form.steps_cut is None else form.steps_cut for form in forms])[which]
         self.tokens_cut = np.array([every if form.tokens_cut is None else form.tokens_cut for form in forms])[which]
@@ -107,8 +118,10 @@ class EpochView:
         answer_starts = data.bounds[data.first[1:] - 2]
         chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
         kept = np.maximum(answer_starts - chain_starts - self.tokens_cut, 0)
-        self.anchors = data.question_lengths + markers // 2
-        self.lengths = data.question_lengths + markers + self.num_thoughts + kept + data.starts[1:] - answer_starts
+        self.anchors = data.question_lengths + controls + markers // 2
+        self.lengths = (
+            data.question_lengths + controls + markers + self.num_thoughts + kept + data.starts[1:] - answer_starts
+        )
 
     def __len__(self) -> int:
         return len(self.data)
@@ -195,6 +208,8 @@ def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
         ids[row, pad:end] = item.ids
         mask[row, pad:end] = 1
         labels[row, pad + item.num_prompt : end] = item.ids[item.num_prompt :]
+        if item.control >= 0:
+            labels[row, pad + item.control] = item.ids[item.control]
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
 
 

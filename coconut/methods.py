@@ -11,6 +11,7 @@ to Reason in a Continuous Latent Space", arXiv 2412.06769.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -32,6 +33,7 @@ class Cut(StrEnum):
     last = "last"  # as in the last stage of `steps`, from the start
     tokens = "tokens"  # a few tokens more in every stage (iCoT)
     all = "all"
+    modes = "modes"  # as the mode has it, in which an example is answered
 
 
 class Unit(StrEnum):
@@ -66,7 +68,36 @@ METHODS: dict[str, Method] = {
     "without_curriculum": Method(Slot.thought, Cut.last, True, "Coconut's last stage from the start"),
     "without_thought": Method(Slot.nothing, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
     "pause_as_thought": Method(Slot.pause, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
+    "hybrid_warmup": Method(Slot.nothing, Cut.modes, False, "each example in each mode, after its control token"),
 }
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way in which a hybrid model answers: what it does after this control token (Thinkless, arXiv 2505.13379).
+
+    `<short>` is the answer at once, `<think>` the whole chain in words, `<latent_K>` K thoughts and the answer.
+    """
+
+    name: str
+    slot: Slot
+    num_thoughts: int
+    steps_cut: int | None
+
+    @property
+    def token(self) -> str:
+        return f"<{self.name}>"
+
+
+def mode_named(name: str) -> Mode:
+    """Raises ValueError if no mode has this name."""
+    if name == "short":
+        return Mode(name, Slot.nothing, 0, None)
+    if name == "think":
+        return Mode(name, Slot.nothing, 0, 0)
+    if found := re.fullmatch(r"latent_([1-9]\d*)", name):
+        return Mode(name, Slot.thought, int(found[1]), None)
+    raise ValueError(f"There is no mode {name!r}. The modes are short, think, and latent_K for K thoughts.")
 
 
 @dataclass
@@ -91,8 +122,13 @@ class Curriculum:
     icot_tokens: int = 8  # tokens that each stage of icot removes more than the one before
     icot_limit: int = 39  # when more than this many are due, the whole chain goes
     icot_each: int = 1  # length of a stage of icot
+    modes: list[str] = field(default_factory=lambda: ["short", "think"])  # of hybrid_warmup
 
     def __post_init__(self) -> None:
+        if len(self.modes) < 2 or len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"curriculum.modes is {self.modes}; it must name two modes or more, each once.")
+        for name in self.modes:
+            mode_named(name)
         for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("first", 0), ("each", 1),
                             ("total", 1), ("start_stage", 0), ("icot_tokens", 1), ("icot_limit", 0),
                             ("icot_each", 1)]:  # fmt: skip
@@ -126,8 +162,12 @@ class Stage:
     steps_cut: int | None
     tokens_cut: int | None = 0
     smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, for each example and epoch
+    mode: str = ""  # its control token stands before the slot
+    modes: tuple[Stage, ...] = ()  # the forms in which each example is seen, one after the other
 
     def describe(self) -> str:
+        if self.modes:
+            return f"each example as {', '.join(mode_named(form.mode).token for form in self.modes)}"
         if self.steps_cut is None or self.tokens_cut is None:
             left = "answer only"
         elif self.tokens_cut:
@@ -187,6 +227,8 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
         stages = [replace(stage, length=length) for stage, length in zip(depths, lengths, strict=False)]
     elif method.cut is Cut.tokens:
         stages = _icot_stages(curriculum)
+    elif method.cut is Cut.modes:
+        stages = [replace(depths[0], length=total, modes=tuple(_form(mode_named(name)) for name in curriculum.modes))]
     else:
         only = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}
         stages = [replace(only[method.cut], index=0, length=total)]
@@ -232,6 +274,12 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Stage]:
         )
         for k, cut in enumerate(cuts)
     ]
+
+
+def _form(mode: Mode) -> Stage:
+    """How an example looks in a mode."""
+    thinks = mode.slot is Slot.thought
+    return Stage(0, 0, mode.slot, thinks, mode.num_thoughts, mode.steps_cut, mode=mode.name)
 
 
 def _icot_stages(curriculum: Curriculum) -> list[Stage]:
@@ -302,6 +350,7 @@ class Reasoning:
     tokens_cut: int | None = 0  # how many tokens of it, likewise (iCoT)
     max_new_tokens: int = 128
     format: PromptFormat = field(default_factory=PromptFormat)
+    modes: tuple[str, ...] = ()  # of a hybrid model: what it chooses from with its first token
 
     @classmethod
     def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
@@ -316,7 +365,16 @@ class Reasoning:
             steps_cut=stage.steps_cut,
             tokens_cut=stage.tokens_cut,
             max_new_tokens=max_new_tokens,
+            modes=tuple(form.mode for form in stage.modes),
         )
+
+    def in_mode(self, name: str) -> Reasoning:
+        """How it is asked after the control token of that mode."""
+        mode = mode_named(name)
+        return replace(
+            self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
+            steps_cut=mode.steps_cut, modes=(),
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -324,4 +382,6 @@ class Reasoning:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Reasoning:
         values = dict(values)
-        return cls(**{**values, "slot": Slot(values["slot"]), "format": PromptFormat(**values["format"])})
+        form = PromptFormat(**values["format"])
+        modes = tuple(values.get("modes", ()))
+        return cls(**{**values, "slot": Slot(values["slot"]), "format": form, "modes": modes})

@@ -13,8 +13,9 @@ K thoughts of the row that has most, N targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from coconut.cache import GrowingCache
-from coconut.data import ADDED_TOKENS, SpecialIds, add_special_tokens, token_ids
+from coconut.data import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
     TESTED,
     Windows,
@@ -38,7 +39,7 @@ from coconut.families import (
 from coconut.files import read_json, write_json
 from coconut.layout import IGNORED
 from coconut.losses import summed_cross_entropy, target_log_probs
-from coconut.methods import REASONING_FILE, Reasoning
+from coconut.methods import REASONING_FILE, Reasoning, mode_named
 from coconut.modes import evaluating
 from coconut.opening import on_disk, opened
 
@@ -182,11 +183,28 @@ class LatentLM(nn.Module):
         special = add_special_tokens(tokenizer)
         _make_room(base, len(tokenizer))
         new_ids = list(range(old, len(tokenizer)))
-        both: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-        for weight in {id(table.weight): table.weight for table in both}.values():
-            _initialise_rows(weight, new_ids, old, init, tokenizer)
+        _initialise(base, new_ids, old, init, tokenizer)
         new_tokens = {"init": init, "tokens": tokenizer.convert_ids_to_tokens(new_ids)}
         return cls(base, tokenizer, special, reasoning, new_tokens)
+
+    def add_modes(self, modes: Sequence[str], init: str = "mean") -> None:
+        """Make it a hybrid model: it chooses with its first token from these modes (coconut.methods.mode_named).
+
+        Their control tokens are added where they are missing, with embeddings that start from `init`.
+        Raises ValueError for a mode that is none, or if the model has LoRA already, whose added tokens are settled.
+        """
+        missing = [mode_named(name).token for name in modes if name not in self.special.control]
+        if missing and self.adapter:
+            raise ValueError(f"This model has LoRA, and no rows for {', '.join(missing)}. Merge it first: lm.merged().")
+        old = len(self.tokenizer)
+        self.special = add_control_tokens(self.tokenizer, self.special, modes)
+        _make_room(self.base, len(self.tokenizer))
+        new_ids = list(range(old, len(self.tokenizer)))
+        _initialise(self.base, new_ids, old, init, self.tokenizer)
+        self.reasoning = replace(self.reasoning, modes=tuple(modes))
+        if new_ids:
+            added = self.tokenizer.convert_ids_to_tokens(new_ids)
+            self.new_tokens = {**self.new_tokens, "control": {"init": init, "tokens": added}}
 
     def add_lora(self, settings: LoraConfig, place: str) -> None:
         """Train from now on a LoRA correction and the added tokens' embeddings; all else is frozen.
@@ -263,7 +281,8 @@ class LatentLM(nn.Module):
         folder = on_disk(folder)
         values, special, reasoning = _read_record(folder)
         tokenizer = opened(AutoTokenizer, folder)
-        if token_ids(tokenizer, ADDED_TOKENS) != special.added:
+        tokens = [*ADDED_TOKENS, *(mode_named(name).token for name in special.control)]
+        if token_ids(tokenizer, tokens) != special.added:
             raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
         if not values.get("lora"):
             return cls(_open_whole(folder, attention), tokenizer, special, reasoning, values["new_tokens"])
@@ -558,6 +577,12 @@ def _make_room(base: PreTrainedModel, tokens: int) -> None:
     table: Any = base.get_input_embeddings()
     if tokens > table.num_embeddings:
         base.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+def _initialise(base: PreTrainedModel, ids: list[int], old: int, init: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    both: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    for weight in {id(table.weight): table.weight for table in both}.values():
+        _initialise_rows(weight, ids, old, init, tokenizer)
 
 
 def _initialise_rows(weight: Tensor, ids: list[int], old: int, init: str, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -29,6 +29,8 @@ class Generated:
     `tokens` (B, N): new tokens, padded after their end. `lengths` (B,): without the end-of-sequence token.
     `cut` (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it.
     `thoughts` (B, K, D): what was fed as thoughts, K for the row that had most; zeros after a row's last.
+    `modes`: of a hybrid model, how each was answered, else empty texts; `mode_log_probs`: how likely that was, None
+    where it was forced.
     """
 
     tokens: Tensor
@@ -37,6 +39,8 @@ class Generated:
     num_thoughts: Tensor
     texts: list[str]
     thoughts: Tensor
+    modes: list[str]
+    mode_log_probs: list[float | None]
 
 
 @dataclass
@@ -119,6 +123,7 @@ def generate(
     num_thoughts: int | Sequence[int] | Tensor | None = None,
     thoughts: Tensor | None = None,
     stop: Stop | None = None,
+    mode: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Generated:
     """Answer questions (B, T) of any lengths, padded on either side.
@@ -129,6 +134,8 @@ def generate(
     `num_thoughts` of them (see `think`). Thoughts run in the model's cache, from which Hugging Face generation
     goes on, greedily by default.
 
+    A hybrid model first says its mode, whose control token is its own first one; `mode` forces it, for all or each.
+
     `options` are those of transformers' generate that say how words are chosen and where an answer ends (SETTINGS),
     one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it too, so make it with
     skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What they leave open is
@@ -137,22 +144,97 @@ def generate(
     answered n times; its answers stand together. A model answers for one thread at a time.
 
     Raises ValueError if there is no question, if one fills the whole context, if thoughts are asked of a method
-    that has none, if `thoughts` or `num_thoughts` have another shape, for an option that is not among these, for
-    several answers without do_sample, or for several to one streamer.
+    that has none, if `thoughts` or `num_thoughts` have another shape, for a mode that is none, for an option that is
+    not among these, for several answers without do_sample, or for several to one streamer.
     """
-    reasoning, special = lm.reasoning, lm.special
     configured = _asked_in(options.pop("generation_config", None))
     said = {name: value for name, value in {**options, "max_new_tokens": max_new_tokens}.items() if value is not None}
     options = {name: value for name, value in {**configured, **said}.items() if value != MEANINGLESS.get(name)}
-    limit = options.pop("max_new_tokens", reasoning.max_new_tokens)
+    options.setdefault("max_new_tokens", lm.reasoning.max_new_tokens)
     samples = options.pop("num_return_sequences", 1)
-    _check(options, limit, samples, input_ids)
-    counts_B = _how_many(reasoning, len(input_ids), num_thoughts, thoughts, stop).to(lm.device)
-    in_slot_B = len(slot_ids(reasoning, special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
-    ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, special.pad)
+    _check(options, samples, input_ids)
+    ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
+    if not is_question_BT.any(1).all():
+        raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
+    samples_B = torch.full((len(ids_BT),), samples)
+    with evaluating(lm):
+        if not lm.reasoning.modes:
+            if mode is not None:
+                raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
+            counts_B = _how_many(lm.reasoning, len(ids_BT), num_thoughts, thoughts, stop).to(lm.device)
+            answers = _answers(
+                lm, lm.reasoning, ids_BT, is_question_BT, counts_B, samples_B, options, thoughts=thoughts, stop=stop
+            )
+        elif num_thoughts is not None or thoughts is not None or stop is not None:
+            raise ValueError("The mode says how many thoughts there are: leave out num_thoughts, thoughts and stop.")
+        else:
+            answers = _in_modes(lm, ids_BT, is_question_BT, mode, samples_B, options)
+    return _together(lm, [answer for several in answers for answer in several], options)
+
+
+@torch.no_grad()
+def mode_log_probs(lm: LatentLM, ids_BT: Tensor, is_question_BT: Tensor, temperature: float = 1.0) -> Tensor:
+    """(B, modes) how likely each of the model's modes is, among them, as the first token after questions; float32."""
+    states_BD = think(lm, ids_BT, is_question_BT, 0).states
+    controls = [lm.special.control[name] for name in lm.reasoning.modes]
+    return (lm.logits(states_BD)[:, controls].float() / temperature).log_softmax(-1)
+
+
+def _in_modes(
+    lm: LatentLM,
+    ids_BT: Tensor,
+    is_question_BT: Tensor,
+    mode: str | Sequence[str] | None,
+    samples_B: Tensor,
+    options: dict[str, Any],
+) -> list[list[_Answer]]:
+    """As `_answers`, after the control token of a mode: the model's own choice, or the one that is forced."""
+    modes, B, most = lm.reasoning.modes, len(ids_BT), int(samples_B.max())
+    log_probs_BM = mode_log_probs(lm, ids_BT, is_question_BT, options.get("temperature") or 1.0)
+    if mode is not None:
+        forced = [mode] * B if isinstance(mode, str) else list(mode)
+        if len(forced) != B or not set(forced) <= set(modes):
+            raise ValueError(f"mode={mode} is not one of {', '.join(modes)}, or one of them for each of {B} questions.")
+        chosen_BS = torch.tensor([[modes.index(name)] for name in forced]).expand(B, most)
+    elif options.get("do_sample"):
+        chosen_BS = torch.multinomial(log_probs_BM.exp(), most, replacement=True).cpu()
+    else:
+        chosen_BS = log_probs_BM.argmax(-1, keepdim=True).cpu().expand(B, most)
+    answers: list[list[_Answer]] = [[] for _ in range(B)]
+    for number, name in enumerate(modes):
+        times_B = (chosen_BS == number).sum(1)
+        rows = times_B.nonzero()[:, 0]
+        if not len(rows):
+            continue
+        control_R1 = torch.full((len(rows), 1), lm.special.control[name], device=ids_BT.device)
+        prompts = torch.cat([ids_BT[rows], control_R1], dim=1)
+        is_token = torch.cat([is_question_BT[rows], torch.ones_like(control_R1, dtype=torch.bool)], dim=1)
+        reasoning = lm.reasoning.in_mode(name)
+        counts_R = torch.full((len(rows),), reasoning.num_thoughts, device=ids_BT.device)
+        found = _answers(lm, reasoning, prompts, is_token, counts_R, times_B[rows], options)
+        for row, several in zip(rows.tolist(), found, strict=True):
+            how_likely = None if mode is not None else float(log_probs_BM[row, number])
+            for answer in several:
+                answer.mode, answer.mode_log_prob = name, how_likely
+            answers[row] += several
+    return answers
+
+
+def _answers(
+    lm: LatentLM,
+    reasoning: Reasoning,
+    ids_BT: Tensor,
+    is_question_BT: Tensor,
+    counts_B: Tensor,
+    samples_B: Tensor,
+    options: dict[str, Any],
+    *,
+    thoughts: Tensor | None = None,
+    stop: Stop | None = None,
+) -> list[list[_Answer]]:
+    """For each of the questions (B, T), padded on the left, so many answers, with so many tokens in the slot."""
+    in_slot_B = len(slot_ids(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
     lengths_B = is_question_BT.sum(1)
-    if not lengths_B.all():
-        raise ValueError(f"Question {int(lengths_B.argmin()) + 1} is empty.")
     room_B = lm.context - lengths_B - in_slot_B
     if (room_B < 1).any():
         row = int(room_B.argmin())
@@ -161,23 +243,21 @@ def generate(
             f"it leaves no room in the model's context of {lm.context} tokens. Ask something shorter"
             + (", or with fewer thoughts." if counts_B[row] else ".")
         )
-    limits_B = room_B.clamp(max=limit)
-    answers: dict[int, _Answer] = {}
+    limits_B = room_B.clamp(max=options["max_new_tokens"])
     kinds_BC = torch.stack([limits_B, counts_B], dim=1)  # one, unless rows differ or the context cuts answers short
-    with evaluating(lm):
-        for most, count in kinds_BC.unique(dim=0).tolist():
-            rows = ((limits_B == most) & (counts_B == count)).nonzero()[:, 0]
-            width = int(lengths_B[rows].max())
-            ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
-            given = None if thoughts is None else thoughts.to(lm.device)[rows]
-            settings = {**options, "max_new_tokens": most}
-            found = _think_and_speak(lm, ids, is_token, count, given, stop, samples, settings)
-            answers |= zip([row * samples + i for row in rows.tolist() for i in range(samples)], found, strict=True)
-    ordered = [answers[place] for place in range(len(answers))]
-    return _together(lm, ordered, limits_B.repeat_interleave(samples).tolist(), options)
+    answers: dict[int, list[_Answer]] = {}
+    for limit, count in kinds_BC.unique(dim=0).tolist():
+        rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
+        width = int(lengths_B[rows].max())
+        ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
+        given = None if thoughts is None else thoughts.to(lm.device)[rows]
+        settings = {**options, "max_new_tokens": limit}
+        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, stop, samples_B[rows.cpu()], settings)
+        answers |= zip(rows.tolist(), found, strict=True)
+    return [answers[row] for row in range(len(ids_BT))]
 
 
-def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], options: dict[str, Any]) -> Generated:
+def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> Generated:
     special = lm.special
     may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
@@ -190,8 +270,8 @@ def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], options: 
     ends = options.get("stop_strings", ())
     ends = [ends] if isinstance(ends, str) else ends
     cut = [
-        length == limit and not any(end in text for end in ends)
-        for length, limit, text in zip(lengths, limits, texts, strict=True)
+        length == answer.limit and not any(end in text for end in ends)
+        for length, answer, text in zip(lengths, answers, texts, strict=True)
     ]
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
@@ -200,6 +280,8 @@ def _together(lm: LatentLM, answers: list[_Answer], limits: list[int], options: 
         num_thoughts=torch.tensor([len(row) for row in fed]),
         texts=texts,
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
+        modes=[answer.mode for answer in answers],
+        mode_log_probs=[answer.mode_log_prob for answer in answers],
     )
 
 
@@ -209,13 +291,13 @@ def _asked_in(config: Any) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key not in HOW and not key.endswith("token_id")}
 
 
-def _check(options: dict[str, Any], limit: int, samples: int, input_ids: Tensor) -> None:
+def _check(options: dict[str, Any], samples: int, input_ids: Tensor) -> None:
     """Raises ValueError for what cannot be asked."""
     if not len(input_ids):
         raise ValueError("There is no question to answer.")
-    if limit < 1:
-        raise ValueError(f"max_new_tokens is {limit}; it must be at least 1.")
-    for name in options.keys() - SETTINGS - HANDED_ON:
+    if options["max_new_tokens"] < 1:
+        raise ValueError(f"max_new_tokens is {options['max_new_tokens']}; it must be at least 1.")
+    for name in options.keys() - SETTINGS - HANDED_ON - {"max_new_tokens"}:
         near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "max_new_tokens"}, n=1)
         raise ValueError(
             f"{name}={options[name]!r} cannot be asked of a model that thinks. "
@@ -260,6 +342,9 @@ def _how_many(
 class _Answer:
     tokens: list[int]
     thoughts: Tensor  # (K, D)
+    limit: int
+    mode: str = ""
+    mode_log_prob: float | None = None
 
 
 def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
@@ -273,27 +358,30 @@ def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
 
 def _think_and_speak(
     lm: LatentLM,
+    reasoning: Reasoning,
     ids_BT: Tensor,
     is_question_BT: Tensor,
     count: int,
     thoughts: Tensor | None,
     stop: Stop | None,
-    samples: int,
+    samples_B: Tensor,
     options: dict[str, Any],
-) -> list[_Answer]:
+) -> list[list[_Answer]]:
     """So many answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
-    slot = torch.from_numpy(slot_ids(lm.reasoning, lm.special, count)).long().to(lm.device)
+    slot = torch.from_numpy(slot_ids(reasoning, lm.special, count)).long().to(lm.device)
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1)], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
-    if lm.reasoning.slot is not Slot.thought:
+    if reasoning.slot is not Slot.thought:
         count = 0
     prefix = T + 1 if count else prompt_BT.shape[1] - 1  # with <bot>, or all but the last
-    room = 1 + options["max_new_tokens"]
+    limit = options["max_new_tokens"]
+    room = 1 + limit
     if not prefix:  # a question of one token, and nothing after it
         table: Any = lm.base.get_input_embeddings()
-        new_BN = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples, options)
-        return [_Answer(new, torch.zeros(0, table.embedding_dim)) for new in new_BN.tolist()]
+        nothing = torch.zeros(0, table.embedding_dim)
+        found = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples_B, options)
+        return [[_Answer(new, nothing, limit) for new in several] for several in found]
     thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop, room=room)
     answers: dict[int, list[_Answer]] = {}
     for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
@@ -304,22 +392,24 @@ def _think_and_speak(
             cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given, room=room).cache
         columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
-        new_BSN = _speak(lm, prompts, masks, cache, samples, options).unflatten(0, (len(rows), samples))
-        for row, several in zip(rows.tolist(), new_BSN.tolist(), strict=True):
+        for row, several in zip(
+            rows.tolist(), _speak(lm, prompts, masks, cache, samples_B[rows.cpu()], options), strict=True
+        ):
             fed = thinking.thoughts[row, :n].float().cpu()
-            answers[row] = [_Answer(new, fed) for new in several]
-    return [one for row in range(B) for one in answers[row]]
+            answers[row] = [_Answer(new, fed, limit) for new in several]
+    return [answers[row] for row in range(B)]
 
 
 def _speak(
-    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples: int, options: dict[str, Any]
-) -> Tensor:
-    """(B * samples, N) the tokens after prompts, of which the cache holds all but the last column."""
+    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, options: dict[str, Any]
+) -> list[list[list[int]]]:
+    """By question, so many times the tokens after its prompt, of which the cache holds all but the last column."""
     from transformers import GenerationConfig
 
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        prompt_BT, is_token_BT = (part.repeat_interleave(samples, dim=0) for part in (prompt_BT, is_token_BT))
+    if (samples_B != 1).any():
+        again = torch.arange(len(samples_B)).repeat_interleave(samples_B).to(prompt_BT.device)
+        cache.batch_select_indices(again)
+        prompt_BT, is_token_BT = prompt_BT[again], is_token_BT[again]
     special = lm.special
     handed_on = {name: options[name] for name in HANDED_ON if name in options}
     options = {name: value for name, value in options.items() if name not in HANDED_ON}
@@ -344,7 +434,8 @@ def _speak(
         )
     finally:
         base.generation_config = own
-    return sequences[:, prompt_BT.shape[1] :]
+    new = sequences[:, prompt_BT.shape[1] :].split(samples_B.tolist())
+    return [several.tolist() for several in new]
 
 
 def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,8 @@ class Training:
         with world.first_before_others():  # which then find the tokens in the cache
             self.train, _ = self._prepare("train", examples["train"])
             self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
+        if any(stage.modes for stage in self.plan.stages):
+            self._refuse_without_pairs(self.train, "train")
         self.valid_examples = [examples["valid"][i] for i in kept]
         self.schedule = Schedule(self.plan, -(-len(self.train) // config.batch_size))
         if world.rank:
@@ -107,6 +109,15 @@ class Training:
         if len(kept) < len(data):
             say(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
         return fitting, kept
+
+    def _refuse_without_pairs(self, data: TokenizedData, split: str) -> None:
+        """An answer at once and one with its chain are the same thing where there is no chain."""
+        if without := np.flatnonzero(data.num_steps == 0).tolist():
+            raise ValueError(
+                f"{self.files[split]}: {len(without)} of {len(data)} examples have no steps, the first of them example "
+                f"{without[0] + 1}. {self.config.method} shows each example with a short answer and a long one, so "
+                "that it needs a chain for each. Leave these examples out."
+            )
 
     def _all_views(self, data: TokenizedData) -> list[EpochView]:
         mixed = self.plan.depths if self.plan.mixing_probability else ()

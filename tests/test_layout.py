@@ -16,7 +16,7 @@ from coconut.layout import EpochView, collate, epoch_batches, fit_context, micro
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
 from coconut.model import align
 
-SPECIAL = SpecialIds(bot=90, eot=91, latent=92, pause=93, eos=1, pad=0)
+SPECIAL = SpecialIds(bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95})
 
 
 @st.composite

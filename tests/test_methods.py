@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.data import Example, add_special_tokens, build_word_tokenizer, tokenize
+from coconut.data import Example, add_control_tokens, add_special_tokens, build_word_tokenizer, tokenize
 from coconut.layout import EpochView
 from coconut.methods import METHODS, Curriculum, Cut, Mixing, PromptFormat, Reasoning, Slot, Stage, Unit, plan
 
 GOLDEN = Path(__file__).with_name("golden_layouts.txt")
 
 
-def test_the_eight_rows_of_the_table() -> None:
+def test_the_eight_rows_of_the_table_and_the_warm_up() -> None:
     assert list(METHODS) == ["coconut", "cot", "no_cot", "icot", "pause", "without_curriculum", "without_thought",
-                             "pause_as_thought"]  # fmt: skip
+                             "pause_as_thought", "hybrid_warmup"]  # fmt: skip
 
 
 def test_the_plan_of_the_paper_for_prosqa() -> None:
@@ -123,32 +123,36 @@ EXAMPLES = [
 ]
 CURRICULUM = Curriculum(thoughts_per_step=2, max_stage=2, extra_stage=True, first=1, each=1, total=4)
 ICOT = Curriculum(max_stage=2, total=4, icot_tokens=8, icot_limit=16)
+HYBRID = Curriculum(modes=["short", "think", "latent_2"], total=4)
 
 
 def show(view: EpochView, index: int, words: list[str]) -> str:
     item = view.layout(index)
     tokens = [words[token].replace("\n", "\\n") for token in item.ids]
+    if item.control >= 0:
+        tokens[item.control] = f"[{tokens[item.control]}]"
     return " ".join(tokens[: item.num_prompt]) + "  ‖  " + " ".join(tokens[item.num_prompt :])
 
 
 def golden_text() -> str:
     tokenizer = build_word_tokenizer(EXAMPLES)
-    special = add_special_tokens(tokenizer)
+    special = add_control_tokens(tokenizer, add_special_tokens(tokenizer), HYBRID.modes)
     words = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(len(tokenizer))]
     data = tokenize(EXAMPLES, tokenizer)
     lines = [
         "What every method sees at every stage: two examples, of three steps and of one.",
-        "Two thoughts a step, two stages and the extra one. The loss is on what follows ‖.",
+        "Two thoughts a step, two stages and the extra one. The loss is on what follows ‖, and on [...].",
         "",
     ]
     for name, method in METHODS.items():
         lines += [f"{name}: {method.summary}", ""]
-        stages = plan(name, ICOT if name == "icot" else CURRICULUM)
+        stages = plan(name, {"icot": ICOT, "hybrid_warmup": HYBRID}.get(name, CURRICULUM))
         for stage in stages.stages:
             lines.append(f"  stage {stage.index}: {stage.describe()}")
             epoch = next(e for e in range(100) if calm(EpochView(data, stages, stage, special, 0, e), stage))
-            view = EpochView(data, stages, stage, special, 0, epoch)
-            lines += [f"    {show(view, i, words)}" for i in range(len(data))] + [""]
+            for later in range(max(len(stage.modes), 1)):  # in each of the modes
+                view = EpochView(data, stages, stage, special, 0, epoch + later)
+                lines += [f"    {show(view, i, words)}" for i in range(len(data))] + [""]
     unpadded = plan(
         "coconut", Curriculum(thoughts_per_step=2, max_stage=2, pad_thoughts=False, first=1, each=1, total=3)
     )

@@ -1,0 +1,116 @@
+"""How the rewards of groups of answers become a loss: what GRPO and its relatives differ in, as data.
+
+All of them minimise, over the sampled tokens t of the answers i of one batch,
+
+    sum w_it * max(-rho_it A_i, -clip(rho_it, 1 - low, 1 + high) A_i)  +  beta * sum v_it * k3_it
+
+with rho the ratio of the token's probability now to that when it was sampled, A the answer's advantage in its group,
+and k3 an estimate of the divergence from a reference. An `Objective` says how A is scaled and what the weights w and v
+are.
+
+Shapes: G groups, S answers of a group, N = G * S answers in that order, M sampled tokens of all answers, one after the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST_DEVIATION = 1e-4  # added to the standard deviation of a group, as in TRL
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of the whole batch, over all processes. `budget`: the most tokens that an answer may have."""
+
+    answers: int
+    tokens: int
+    budget: int
+
+
+Denominator = Callable[
+    [Tensor, Totals], Tensor
+]  # lengths (N,), totals: what the sum over an answer's tokens is divided by
+
+
+def per_answer(lengths_N: Tensor, totals: Totals) -> Tensor:
+    """The mean over answers of the mean over their tokens."""
+    return lengths_N.clamp(min=1) * totals.answers
+
+
+def per_token(lengths_N: Tensor, totals: Totals) -> Tensor:
+    """The mean over all tokens."""
+    return torch.full_like(lengths_N, totals.tokens)
+
+
+def per_budget(lengths_N: Tensor, totals: Totals) -> Tensor:
+    """The sum over tokens by a number that does not depend on how many there are."""
+    return torch.full_like(lengths_N, totals.answers * totals.budget)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`scaled`: advantages are divided by the group's standard deviation. `low`, `high`: bounds of the ratio.
+
+    `control`: the weight of the control token's term, a term of its own, the mean over answers being taken of it and of
+    the mean over the other tokens; None: it is a token like the others. `slowed`: what its weight is multiplied by.
+    """
+
+    denominator: Denominator
+    scaled: bool = False
+    control: float | None = None
+    slowed: float = 1.0
+    low: float = 0.2
+    high: float = 0.2
+
+    def weights(self, lengths_N: Tensor, is_control_M: Tensor, totals: Totals) -> tuple[Tensor, Tensor]:
+        """w and v, both (M,), float32. `lengths` counts an answer's sampled tokens, the control token among them."""
+        owner_M = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
+        whole_M = 1 / self.denominator(lengths_N, totals).float()[owner_M]
+        if self.control is None:
+            return torch.where(is_control_M, self.slowed * whole_M, whole_M), whole_M
+        controls_N = torch.zeros_like(lengths_N).scatter_add(0, owner_M, is_control_M.to(lengths_N))
+        rest = Totals(totals.answers, totals.tokens - totals.answers, totals.budget)
+        rest_M = 1 / self.denominator(lengths_N - controls_N, rest).float()[owner_M]
+        alone = self.slowed * self.control / totals.answers
+        return torch.where(is_control_M, torch.full_like(rest_M, alone), rest_M), whole_M
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "grpo": Objective(per_answer, scaled=True),  # Shao et al., arXiv 2402.03300, eq. 3
+    "dr_grpo": Objective(per_budget),  # Liu et al., arXiv 2503.20783, section 3.2
+    "dapo": Objective(per_token, scaled=True, high=0.28),  # Yu et al., arXiv 2503.14476, eq. 8
+    "degrpo": Objective(per_answer, control=1e-3),  # Fang et al., arXiv 2505.13379, eq. 8
+}
+
+
+def advantages(rewards_GS: Tensor, scaled: bool) -> Tensor:
+    """(G, S) each reward less the mean of its group; by the group's standard deviation if `scaled`.
+
+    Raises ValueError for groups of one, which have no mean to be better than.
+    """
+    if rewards_GS.shape[1] < 2:
+        raise ValueError("A group of one answer has nothing to be compared with. Sample two a question at least.")
+    centred_GS = rewards_GS - rewards_GS.mean(1, keepdim=True)
+    return centred_GS / (rewards_GS.std(1, keepdim=True) + LEAST_DEVIATION) if scaled else centred_GS
+
+
+def without_variance(rewards_GS: Tensor) -> Tensor:
+    """(G,) groups whose answers were all rewarded alike: their advantages are zero, they teach nothing."""
+    return (rewards_GS == rewards_GS[:, :1]).all(1)
+
+
+def clipped(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float, high: float) -> Tensor:
+    """(M,) each token's term of the policy, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
+    ratio_M = (log_probs_M - old_M).exp()
+    return torch.max(-ratio_M * advantages_M, -ratio_M.clamp(1 - low, 1 + high) * advantages_M)
+
+
+def k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:
+    """(M,) an estimate of KL(policy || reference) that is never negative (http://joschu.net/blog/kl-approx.html)."""
+    apart_M = reference_M - log_probs_M
+    return apart_M.exp() - apart_M - 1

@@ -1,0 +1,184 @@
+"""A model that says its mode first: trained on pairs, asked in any mode, free to choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, graph_files, small_run
+from test_generate import QUESTIONS, by_recomputation, padded, rows_of
+
+from coconut import LatentLM, answer
+from coconut.config import EvaluateConfig, GenerateConfig, OptimizerConfig, TrainConfig
+from coconut.data import encode_questions
+from coconut.evaluate import run as run_evaluate
+from coconut.files import read_json, write_json
+from coconut.generate import run as run_generate
+from coconut.methods import Curriculum, Slot, Unit, mode_named
+from coconut.thinking import mode_log_probs
+from coconut.tracking import read_metrics
+from coconut.train import run
+
+MODES = ["short", "think", "latent_2"]
+
+
+def hybrid(family: str = "llama", dtype: torch.dtype = torch.float64) -> LatentLM:
+    lm = build(family, dtype, slot=Slot.nothing, markers=False)
+    lm.add_modes(MODES, init="random")
+    with torch.no_grad():
+        for name in MODES:
+            lm.base.get_input_embeddings().weight[lm.special.control[name]].normal_(std=0.3)
+    return lm
+
+
+def alone(lm: LatentLM, question: list[int], mode: str, limit: int) -> list[int]:
+    """As a model without modes answers the question with the control token at its end, recomputed."""
+    thinks = mode_named(mode)
+    plain = LatentLM(lm.base, lm.tokenizer, lm.special, lm.reasoning.in_mode(mode))
+    return by_recomputation(plain, [*question, lm.special.control[mode]], thinks.num_thoughts, limit)
+
+
+def choice(lm: LatentLM, question: list[int]) -> torch.Tensor:
+    """The probabilities of the modes after a question, recomputed."""
+    logits = lm(torch.tensor([question]), return_logits=True, use_cache=False).logits
+    assert logits is not None
+    return logits.detach()[0, -1, [lm.special.control[name] for name in MODES]].softmax(-1)
+
+
+def test_each_mode_when_forced(family: str) -> None:
+    lm = hybrid(family)
+    ids, mask = padded(QUESTIONS)
+    for mode in MODES:
+        out = lm.generate(ids, mask, max_new_tokens=6, mode=mode)
+        assert out.modes == [mode] * 4
+        assert out.mode_log_probs == [None] * 4
+        assert out.num_thoughts.tolist() == [mode_named(mode).num_thoughts] * 4
+        assert rows_of(out) == [alone(lm, question, mode, 6) for question in QUESTIONS]
+    each = ["think", "latent_2", "short", "latent_2"]
+    out = lm.generate(ids, mask, max_new_tokens=6, mode=each)
+    assert rows_of(out) == [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, each, strict=True)]
+
+
+def test_its_own_choice_is_its_likeliest_control_token(family: str) -> None:
+    lm = hybrid(family)
+    out = lm.generate(*padded(QUESTIONS), max_new_tokens=6)
+    for place, question in enumerate(QUESTIONS):
+        likely = choice(lm, question)
+        assert out.modes[place] == MODES[int(likely.argmax())]
+        assert out.mode_log_probs[place] == pytest.approx(float(likely.max().log()), rel=1e-5)
+        assert rows_of(out)[place] == alone(lm, question, out.modes[place], 6)
+    assert not {token for row in rows_of(out) for token in row} & set(lm.special.added), (
+        "a control token is said once, first"
+    )
+
+
+def test_sampled_choices_come_as_often_as_they_are_likely() -> None:
+    lm = hybrid()
+    question = QUESTIONS[1]
+    torch.manual_seed(0)
+    out = lm.generate(torch.tensor([question]), max_new_tokens=1, do_sample=True, num_return_sequences=600)
+    shares = torch.tensor([out.modes.count(name) / 600 for name in MODES])
+    torch.testing.assert_close(shares, choice(lm, question).float(), atol=0.06, rtol=0)
+    hot = mode_log_probs(lm, torch.tensor([question]), torch.ones(1, len(question)).bool(), temperature=10.0)
+    assert float(hot.exp().max() - hot.exp().min()) < 0.5 * float(shares.max() - shares.min())
+
+
+def test_a_question_is_read_once_a_mode_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = hybrid()
+    read: list[tuple[int, ...]] = []
+    states = LatentLM.states
+    monkeypatch.setattr(
+        LatentLM, "states", lambda lm, embeds, *rest: read.append(embeds.shape[:2]) or states(lm, embeds, *rest)
+    )
+    torch.manual_seed(0)
+    out = lm.generate(torch.tensor([QUESTIONS[1]]), max_new_tokens=3, do_sample=True, num_return_sequences=32)
+    assert set(out.modes) == set(MODES)
+    assert len(out.texts) == 32
+    assert [rows for rows, _ in read] == [1] * (1 + 1 + 1 + 1 + 2), "to choose; short; think; latent with two thoughts"
+
+
+def test_saved_and_opened_it_chooses_the_same(tmp_path: Path) -> None:
+    lm = hybrid(dtype=torch.float32)
+    lm.save_pretrained(tmp_path)
+    again = LatentLM.from_pretrained(tmp_path)
+    assert again.reasoning == lm.reasoning
+    assert again.special == lm.special
+    assert again.new_tokens["control"]["tokens"] == ["<short>", "<think>", "<latent_2>"]
+    assert answer(again, ["3 7 21"], max_new_tokens=4).texts == answer(lm, ["3 7 21"], max_new_tokens=4).texts
+    [ids] = encode_questions(again.tokenizer, ["3 <short> 7"], again.reasoning.format)
+    assert not set(ids) & set(again.special.added), "what a question says is text"
+
+
+def test_what_a_hybrid_model_cannot_be_asked() -> None:
+    lm, ids = hybrid(), torch.tensor([[5, 6]])
+    for options, message in (
+        ({"mode": "long"}, "mode=long is not one of short, think, latent_2"),
+        ({"mode": ["short", "think"]}, "for each of 1 questions"),
+        ({"num_thoughts": 2}, "The mode says how many thoughts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate(ids, **options)
+    with pytest.raises(ValueError, match="mode=short: this model, coconut, has no modes"):
+        build("llama").generate(ids, mode="short")
+    for modes, message in ((["short"], "two modes or more"), (["short", "short"], "each once"),
+                           (["short", "latent_0"], "There is no mode 'latent_0'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Curriculum(modes=modes)
+
+
+# --- the warm-up ------------------------------------------------------------------------------------
+
+
+def warm_up(folder: Path, **changes: Any) -> TrainConfig:
+    return small_run(
+        folder / "run", graph_files(folder, 64, 16, 16), method="hybrid_warmup", max_new_tokens=8,
+        curriculum=Curriculum(modes=MODES, unit=Unit.updates, total=60), optimizer=OptimizerConfig(lr=1e-2), **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("warm")
+    assert run(warm_up(folder)) == 0
+    return folder / "run"
+
+
+def test_it_learns_all_modes_at_about_even_odds(warm: Path) -> None:
+    losses = [row["loss"] for row in read_metrics(warm) if row["kind"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+    lm = LatentLM.from_pretrained(max((warm / "checkpoints").glob("step-*")))
+    assert lm.reasoning.modes == tuple(MODES)
+    questions = [row["question"] for row in read_json(warm.parent / "test.json")]
+    rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    for row in rows:
+        likely = mode_log_probs(lm, torch.tensor([row]), torch.ones(1, len(row)).bool()).exp()[0]
+        assert 0.15 < float(likely.min()) <= float(likely.max()) < 0.6
+    short, long = (lm.generate(torch.tensor(rows[:1]), mode=mode) for mode in ("short", "think"))
+    assert int(short.lengths) < int(long.lengths)
+
+
+def test_it_is_evaluated_by_its_choice_and_in_any_mode(warm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluate(EvaluateConfig(run=str(warm)))
+    assert "modes" in capsys.readouterr().out
+    found = read_json(warm / "evaluation" / "test.json")
+    assert sum(found["modes"].values()) == pytest.approx(1)
+    run_evaluate(EvaluateConfig(run=str(warm), mode="latent_2"))
+    forced = read_json(warm / "evaluation" / "test-mode-latent_2.json")
+    assert forced["modes"] == {"short": 0, "think": 0, "latent_2": 1}
+    assert forced["num_thoughts"] == 2
+    assert not forced["usual"]
+    capsys.readouterr()
+    question = read_json(warm.parent / "test.json")[0]["question"]
+    run_generate(GenerateConfig(run=str(warm), question=question, mode="think"))
+    assert "[think, 0 thoughts, " in capsys.readouterr().err
+
+
+def test_examples_without_a_chain_are_no_pairs(tmp_path: Path) -> None:
+    config = warm_up(tmp_path)
+    rows = read_json(tmp_path / "train.json")
+    write_json(tmp_path / "train.json", [*rows[:3], {**rows[3], "steps": []}, *rows[4:]])
+    with pytest.raises(ValueError, match=r"1 of 64 examples have no steps, the first of them example 4.*needs a chain"):
+        run(replace(config))
