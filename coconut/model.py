@@ -57,12 +57,15 @@ FORMAT_VERSION = 1
 class LatentOutput:
     """`loss_sum`: summed negative log-likelihood of the `num_targets` targets; None without labels.
 
-    `logits` (B, T, V), at every position, only with return_logits=True.
+    `logits` (B, T, V), at every position, only with return_logits=True. With return_target_logits=True no loss is
+    made but `target_logits` (N, V), those that predict the `targets` (N,), row by row.
     """
 
     loss_sum: Tensor | None = None
     num_targets: int = 0
     logits: Tensor | None = None
+    target_logits: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def loss(self) -> Tensor | None:
@@ -346,6 +349,7 @@ class LatentLM(nn.Module):
         labels: Tensor | None = None,
         *,
         return_logits: bool = False,
+        return_target_logits: bool = False,
         use_cache: bool = True,
         min_passes: int = 1,
     ) -> LatentOutput:
@@ -365,7 +369,10 @@ class LatentLM(nn.Module):
         if labels is not None:
             states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
             output.num_targets = len(targets_N)
-            output.loss_sum = summed_cross_entropy(self.logits(states_ND), targets_N)
+            if return_target_logits:
+                output.target_logits, output.targets = self.logits(states_ND), targets_N
+            else:
+                output.loss_sum = summed_cross_entropy(self.logits(states_ND), targets_N)
         if return_logits:
             index = columns_BT.clamp(max=hidden_BSD.shape[1] - 1)
             output.logits = self.logits(hidden_BSD.gather(1, index[..., None].expand(-1, -1, hidden_BSD.shape[2])))
@@ -383,9 +390,8 @@ class LatentLM(nn.Module):
         """(N,) log-probability of each target in float32, row by row, in the order of the tokens."""
         if labels is None:
             raise ValueError("log_probs needs labels: they say which tokens to score (-100 elsewhere).")
-        hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache)
-        states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
-        return target_log_probs(self.logits(states_ND), targets_N)
+        found = self(input_ids, attention_mask, position_ids, labels, return_target_logits=True, use_cache=use_cache)
+        return target_log_probs(found.target_logits, found.targets)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, **options: Any

@@ -30,7 +30,8 @@ class Generated:
     `cut` (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it.
     `thoughts` (B, K, D): what was fed as thoughts, K for the row that had most; zeros after a row's last.
     `modes`: of a hybrid model, how each was answered, else empty texts; `mode_log_probs`: how likely that was, None
-    where it was forced.
+    where it was forced. `log_probs`, if asked for: of each answer's tokens, the end of the sequence among them, in
+    float32.
     """
 
     tokens: Tensor
@@ -41,6 +42,12 @@ class Generated:
     thoughts: Tensor
     modes: list[str]
     mode_log_probs: list[float | None]
+    log_probs: list[Tensor] | None = None
+
+    def said(self, row: int) -> list[int]:
+        """The tokens of an answer, with the end of the sequence unless it was cut off."""
+        ended = not self.cut[row] and int(self.lengths[row]) < self.tokens.shape[1]
+        return self.tokens[row, : int(self.lengths[row]) + ended].tolist()
 
 
 @dataclass
@@ -124,6 +131,7 @@ def generate(
     thoughts: Tensor | None = None,
     stop: Stop | None = None,
     mode: str | Sequence[str] | None = None,
+    log_probs: bool = False,
     **options: Any,
 ) -> Generated:
     """Answer questions (B, T) of any lengths, padded on either side.
@@ -135,6 +143,7 @@ def generate(
     goes on, greedily by default.
 
     A hybrid model first says its mode, whose control token is its own first one; `mode` forces it, for all or each.
+    With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
     `options` are those of transformers' generate that say how words are chosen and where an answer ends (SETTINGS),
     one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it too, so make it with
@@ -151,6 +160,7 @@ def generate(
     said = {name: value for name, value in {**options, "max_new_tokens": max_new_tokens}.items() if value is not None}
     options = {name: value for name, value in {**configured, **said}.items() if value != MEANINGLESS.get(name)}
     options.setdefault("max_new_tokens", lm.reasoning.max_new_tokens)
+    options["log_probs"] = log_probs
     samples = options.pop("num_return_sequences", 1)
     _check(options, samples, input_ids)
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
@@ -282,6 +292,9 @@ def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> 
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
         modes=[answer.mode for answer in answers],
         mode_log_probs=[answer.mode_log_prob for answer in answers],
+        log_probs=[answer.log_probs[: length + 1] for answer, length in zip(answers, lengths, strict=True)]
+        if options["log_probs"]
+        else None,
     )
 
 
@@ -297,7 +310,7 @@ def _check(options: dict[str, Any], samples: int, input_ids: Tensor) -> None:
         raise ValueError("There is no question to answer.")
     if options["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens is {options['max_new_tokens']}; it must be at least 1.")
-    for name in options.keys() - SETTINGS - HANDED_ON - {"max_new_tokens"}:
+    for name in options.keys() - SETTINGS - HANDED_ON - {"max_new_tokens", "log_probs"}:
         near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "max_new_tokens"}, n=1)
         raise ValueError(
             f"{name}={options[name]!r} cannot be asked of a model that thinks. "
@@ -343,6 +356,7 @@ class _Answer:
     tokens: list[int]
     thoughts: Tensor  # (K, D)
     limit: int
+    log_probs: Tensor
     mode: str = ""
     mode_log_prob: float | None = None
 
@@ -381,7 +395,7 @@ def _think_and_speak(
         table: Any = lm.base.get_input_embeddings()
         nothing = torch.zeros(0, table.embedding_dim)
         found = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples_B, options)
-        return [[_Answer(new, nothing, limit) for new in several] for several in found]
+        return [[_Answer(new, nothing, limit, likely) for new, likely in several] for several in found]
     thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop, room=room)
     answers: dict[int, list[_Answer]] = {}
     for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
@@ -396,15 +410,18 @@ def _think_and_speak(
             rows.tolist(), _speak(lm, prompts, masks, cache, samples_B[rows.cpu()], options), strict=True
         ):
             fed = thinking.thoughts[row, :n].float().cpu()
-            answers[row] = [_Answer(new, fed, limit) for new in several]
+            answers[row] = [_Answer(new, fed, limit, likely) for new, likely in several]
     return [answers[row] for row in range(B)]
 
 
 def _speak(
     lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, options: dict[str, Any]
-) -> list[list[list[int]]]:
-    """By question, so many times the tokens after its prompt, of which the cache holds all but the last column."""
-    from transformers import GenerationConfig
+) -> list[list[tuple[list[int], Tensor]]]:
+    """By question, so many times the tokens after its prompt, of which the cache holds all but the last column.
+
+    With them their log-probabilities, if they are asked for.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
 
     if (samples_B != 1).any():
         again = torch.arange(len(samples_B)).repeat_interleave(samples_B).to(prompt_BT.device)
@@ -414,6 +431,9 @@ def _speak(
     handed_on = {name: options[name] for name in HANDED_ON if name in options}
     options = {name: value for name, value in options.items() if name not in HANDED_ON}
     suppressed = options.pop("suppress_tokens", ())
+    recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
+    if recorder:
+        handed_on["logits_processor"] = LogitsProcessorList([*handed_on.get("logits_processor", ()), recorder])
     every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
     config = GenerationConfig(
         eos_token_id=special.eos,
@@ -434,8 +454,31 @@ def _speak(
         )
     finally:
         base.generation_config = own
-    new = sequences[:, prompt_BT.shape[1] :].split(samples_B.tolist())
-    return [several.tolist() for several in new]
+    new = sequences[:, prompt_BT.shape[1] :]
+    likely = recorder.of(new) if recorder else new.new_zeros(len(new), 0)
+    each = list(zip(new.tolist(), likely.cpu(), strict=True))
+    ends = samples_B.cumsum(0).tolist()
+    return [each[end - count : end] for end, count in zip(ends, samples_B.tolist(), strict=True)]
+
+
+class _Recorder:
+    """How likely the tokens are that are said: handed to transformers as the last of its processors of scores."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.log_probs_BV: Tensor | None = None
+        self.found: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.log_probs_BV is not None:
+            self.found.append(self.log_probs_BV.gather(1, input_ids[:, -1:]))
+        self.log_probs_BV = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def of(self, new_BN: Tensor) -> Tensor:
+        """(B, N)"""
+        assert self.log_probs_BV is not None
+        return torch.cat([*self.found, self.log_probs_BV.gather(1, new_BN[:, -1:])], dim=1)
 
 
 def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:

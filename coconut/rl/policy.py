@@ -1,0 +1,184 @@
+"""Sampled answers as a batch, and the loss of the policy on it.
+
+Shapes: N answers, B rows of a batch, T columns, V vocabulary, M sampled tokens of all rows, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coconut.data import SpecialIds
+from coconut.layout import Layout, collate, slot_ids
+from coconut.rl.objectives import Objective, Totals, clipped, k3
+from coconut.thinking import Generated
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer: which of its tokens were sampled (`layout`: its targets), and how likely they were.
+
+    Forced are the question, a control token that was not the model's choice, markers, thoughts and pauses.
+    `log_probs` (its sampled tokens,), in float32: at the temperature, among the tokens that may stand there.
+    """
+
+    layout: Layout
+    log_probs: Tensor
+    text: str
+    mode: str
+    new_tokens: int
+    num_thoughts: int
+    cut: bool
+
+    @property
+    def is_control(self) -> Tensor:
+        """(its sampled tokens,)"""
+        return torch.arange(len(self.log_probs)) < int(self.layout.control >= 0)
+
+    @property
+    def passes(self) -> int:
+        return self.num_thoughts + 1
+
+
+def samples_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Sample]:
+    """The answers in these rows, to one question (its token ids), of `lm.generate(log_probs=True)`."""
+    assert out.log_probs is not None
+    return [_sample(lm, question, out, row, out.log_probs[row]) for row in rows]
+
+
+def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Sample:
+    mode, chosen, said = out.modes[row], out.mode_log_probs[row] if out.modes[row] else None, out.said(row)
+    reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
+    count = int(out.num_thoughts[row])
+    control = [lm.special.control[mode]] if mode else []
+    before = [*question, *control, *slot_ids(reasoning, lm.special, count or reasoning.num_thoughts).tolist()]
+    how_likely = [log_probs] if chosen is None else [torch.tensor([chosen]), log_probs]
+    return Sample(
+        layout=Layout(
+            ids=np.array([*before, *said], np.int32),
+            num_prompt=len(before),
+            anchor=len(question) + len(control) + reasoning.markers,
+            control=-1 if chosen is None else len(question),
+        ),
+        log_probs=torch.cat(how_likely),
+        text=out.texts[row],
+        mode=mode,
+        new_tokens=int(out.lengths[row]),
+        num_thoughts=count,
+        cut=bool(out.cut[row]),
+    )
+
+
+@dataclass
+class PolicyBatch:
+    """A micro-batch of answers; of each sampled token (M,) what its term needs.
+
+    `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
+    `old`: log-probabilities when they were sampled, None if those are the present ones. `reference`: those of the model
+    that the policy is held to, None if it is held to none.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    passes: int
+    is_control: Tensor
+    advantages: Tensor
+    weights: Tensor
+    kl_weights: Tensor
+    old: Tensor | None
+    reference: Tensor | None
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.advantages)
+
+    def to(self, device: torch.device | str) -> PolicyBatch:
+        values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **values)
+
+
+def policy_batch(
+    samples: Sequence[Sample],
+    advantages_N: Tensor,
+    objective: Objective,
+    totals: Totals,
+    special: SpecialIds,
+    *,
+    on_policy: bool,
+    reference: Sequence[Tensor] | None = None,
+    passes: int = 1,
+) -> PolicyBatch:
+    """Answers with their advantages as a micro-batch of a batch that has `totals` in all."""
+    made = collate([sample.layout for sample in samples], special)
+    lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
+    is_control_M = torch.cat([sample.is_control for sample in samples])
+    weights_M, kl_weights_M = objective.weights(lengths_N, is_control_M, totals)
+    return PolicyBatch(
+        input_ids=made.input_ids,
+        attention_mask=made.attention_mask,
+        labels=made.labels,
+        passes=max(passes, *(sample.passes for sample in samples)),
+        is_control=is_control_M,
+        advantages=advantages_N.float().repeat_interleave(lengths_N),
+        weights=weights_M * totals.tokens,
+        kl_weights=kl_weights_M * totals.tokens,
+        old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),
+        reference=None if reference is None else torch.cat(list(reference)),
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be said where, and at which temperature: the distribution that answers are sampled from.
+
+    A control token is one of `controls`; any other token is none of `refused`.
+    """
+
+    refused: tuple[int, ...] = ()
+    controls: tuple[int, ...] = ()
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, special: SpecialIds, temperature: float = 1.0) -> Policy:
+        """That of a model with these tokens."""
+        return cls(tuple(special.added), tuple(special.control.values()), temperature)
+
+    def log_probs(self, module: nn.Module, batch: Any) -> Tensor:
+        """(M,) of the targets of a batch, in float32."""
+        out = module(
+            batch.input_ids,
+            batch.attention_mask,
+            labels=batch.labels,
+            return_target_logits=True,
+            min_passes=batch.passes,
+        )
+        logits_MV = out.target_logits.float() / self.temperature
+        refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
+        refused_2V[0, list(self.refused)] = True
+        refused_2V[1] = True
+        refused_2V[1, list(self.controls)] = False
+        logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
+        return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
+
+    def loss(self, objective: Objective, beta: float) -> Any:
+        """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights."""
+
+        def summed(module: nn.Module, batch: PolicyBatch) -> Tensor:
+            log_probs_M = self.log_probs(module, batch)
+            old_M = log_probs_M.detach() if batch.old is None else batch.old
+            terms_M = clipped(log_probs_M, old_M, batch.advantages, objective.low, objective.high)
+            loss = (batch.weights * terms_M).sum()
+            if batch.reference is None:
+                return loss
+            return loss + beta * (batch.kl_weights * k3(log_probs_M, batch.reference)).sum()
+
+        return summed

@@ -1,0 +1,237 @@
+"""Answers sampled in groups, and the loss that their rewards make: for tokens alone, modes, thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, gradients
+from test_generate import QUESTIONS, padded
+from test_hybrid import hybrid
+from test_model import relative
+
+from coconut import LatentLM
+from coconut.config import EngineConfig, OptimizerConfig
+from coconut.engine.local import LocalEngine
+from coconut.methods import Slot
+from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
+from coconut.rl.policy import Policy, PolicyBatch, Sample, policy_batch, samples_of
+
+GROUP = 4
+
+
+def sampled(lm: LatentLM, temperature: float = 1.0, limit: int = 6) -> list[Sample]:
+    """Groups of answers to all questions."""
+    torch.manual_seed(1)
+    out = lm.generate(
+        *padded(QUESTIONS), max_new_tokens=limit, do_sample=True, temperature=temperature, num_return_sequences=GROUP,
+        log_probs=True,
+    )  # fmt: skip
+    return [
+        sample
+        for place, question in enumerate(QUESTIONS)
+        for sample in samples_of(lm, question, out, range(place * GROUP, (place + 1) * GROUP))
+    ]
+
+
+def totals_of(samples: Sequence[Sample], budget: int = 7) -> Totals:
+    return Totals(len(samples), sum(len(sample.log_probs) for sample in samples), budget)
+
+
+def batch_of(lm: LatentLM, samples: list[Sample], objective: Objective, **options: Any) -> PolicyBatch:
+    torch.manual_seed(0)
+    gains = advantages(torch.rand(len(samples) // GROUP, GROUP), objective.scaled).flatten()
+    return policy_batch(samples, gains, objective, totals_of(samples), lm.special, **{"on_policy": True, **options})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["hybrid", "thoughts", "pauses", "words"])
+def test_how_likely_an_answer_was_is_what_recomputation_says(kind: str, temperature: float) -> None:
+    slots = {"thoughts": Slot.thought, "pauses": Slot.pause, "words": Slot.nothing}
+    lm = (
+        hybrid()
+        if kind == "hybrid"
+        else build("llama", slot=slots[kind], markers=kind != "words", num_thoughts=2 * (kind != "words"))
+    )
+    samples = sampled(lm, temperature)
+    if kind == "hybrid":
+        assert len({sample.mode for sample in samples}) == 3
+    batch = batch_of(lm, samples, OBJECTIVES["grpo"])
+    again = Policy.of(lm.special, temperature).log_probs(lm, batch)
+    expected = torch.cat([sample.log_probs for sample in samples])
+    torch.testing.assert_close(again.detach(), expected, rtol=1e-5, atol=1e-5)
+    for sample in samples:
+        ids = sample.layout.ids.tolist()
+        assert (sample.layout.control >= 0) == (kind == "hybrid")
+        assert len(sample.log_probs) == len(ids) - sample.layout.num_prompt + (kind == "hybrid")
+        assert ids.count(lm.latent_id) == sample.num_thoughts
+        assert sample.cut == (ids[-1] != lm.special.eos)
+
+
+def test_forced_modes_have_no_probability_of_their_own() -> None:
+    lm = hybrid()
+    out = lm.generate(*padded(QUESTIONS), max_new_tokens=4, mode="think", log_probs=True)
+    sample = samples_of(lm, QUESTIONS[0], out, [0])[0]
+    assert sample.layout.control == -1
+    assert lm.special.control["think"] in sample.layout.ids
+    assert not sample.is_control.any()
+
+
+# --- objectives -------------------------------------------------------------------------------------
+
+
+def by_the_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Tensor], gains: Sequence[float]) -> float:
+    """The published losses, a token at a time; the first of each answer is its control token."""
+    objective, total = OBJECTIVES[name], 0.0
+    for mine, theirs, gain in zip(log_probs, old, gains, strict=True):
+        terms = []
+        for a, b in zip(mine.tolist(), theirs.tolist(), strict=True):
+            ratio = torch.tensor(a - b).exp().item()
+            terms.append(min(ratio * gain, max(min(ratio, 1 + objective.high), 1 - objective.low) * gain))
+        n = len(log_probs)
+        total -= {
+            "grpo": sum(terms) / len(terms) / n,
+            "dr_grpo": sum(terms) / 7 / n,
+            "dapo": sum(terms) / sum(map(len, log_probs)),
+            "degrpo": (1e-3 * terms[0] + sum(terms[1:]) / (len(terms) - 1)) / n,
+        }[name]
+    return total
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_the_loss_is_that_of_the_paper(name: str) -> None:
+    lm, objective = hybrid(), OBJECTIVES[name]
+    samples = sampled(lm)
+    shifted = [replace(s, log_probs=s.log_probs + 0.4 * torch.randn(len(s.log_probs))) for s in samples]
+    batch = batch_of(lm, shifted, objective, on_policy=False)
+    policy = Policy.of(lm.special)
+    loss = policy.loss(objective, 0.0)(lm, batch) / batch.num_targets
+    lengths = [len(sample.log_probs) for sample in samples]
+    now = list(policy.log_probs(lm, batch).detach().split(lengths))
+    gains = batch.advantages[torch.tensor([0, *lengths]).cumsum(0)[:-1]].tolist()
+    expected = by_the_formula(name, now, [sample.log_probs for sample in shifted], gains)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
+    lm, objective = hybrid(), OBJECTIVES["degrpo"]
+    samples = sampled(lm)
+    reference = [sample.log_probs + 0.1 for sample in samples]
+    batch = batch_of(lm, samples, objective, reference=reference)
+    policy = Policy.of(lm.special)
+    with_it, without = (policy.loss(objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
+    log_probs = policy.log_probs(lm, batch).detach().split([len(sample.log_probs) for sample in samples])
+    mean = sum(float(k3(a, b).mean()) for a, b in zip(log_probs, reference, strict=True)) / len(samples)
+    assert float((with_it - without).detach()) == pytest.approx(0.5 * mean, rel=1e-4)
+
+
+def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
+    lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
+    totals = Totals(2, 8, 10)
+    plain, whole = Objective(per_answer).weights(lengths, control, totals)
+    slowed, _ = Objective(per_answer, slowed=0.1).weights(lengths, control, totals)
+    torch.testing.assert_close(slowed, torch.where(control, 0.1 * plain, plain))
+    alone, also_whole = Objective(per_answer, control=0.01).weights(lengths, control, totals)
+    torch.testing.assert_close(alone, torch.tensor([0.005, 1 / 4, 1 / 4, 0.005, *[1 / 8] * 4]))
+    torch.testing.assert_close(whole, also_whole)
+    tokens, _ = Objective(per_token, control=0.01).weights(lengths, control, totals)
+    torch.testing.assert_close(tokens, torch.tensor([0.005, 1 / 6, 1 / 6, 0.005, *[1 / 6] * 4]))
+
+
+def test_advantages_and_groups_that_teach_nothing() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]])
+    torch.testing.assert_close(advantages(rewards, False), torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.0] * 4]))
+    assert advantages(rewards, True)[0].std() == pytest.approx(1, abs=1e-3)
+    assert not advantages(rewards, True)[1].any()
+    assert without_variance(rewards).tolist() == [False, True]
+    with pytest.raises(ValueError, match="A group of one answer"):
+        advantages(rewards[:, :1], False)
+
+
+# --- the same whatever the split --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_the_split_into_micro_batches_changes_nothing(name: str) -> None:
+    objective, found = OBJECTIVES[name], []
+    for size in (16, 5, 1):
+        lm = hybrid(dtype=torch.float32)
+        samples = sampled(lm)
+        torch.manual_seed(0)
+        gains = advantages(torch.rand(4, GROUP), objective.scaled).flatten()
+        totals, places = totals_of(samples), [slice(i, i + size) for i in range(0, len(samples), size)]
+        parts = [
+            policy_batch(samples[place], gains[place], objective, totals, lm.special, on_policy=True)
+            for place in places
+        ]
+        policy = Policy.of(lm.special)
+        engine = LocalEngine(
+            lm, policy.loss(objective, 0.0), EngineConfig(device="cpu", threads=1), OptimizerConfig(lr=1e-3)
+        )
+        done = engine.update(parts, 1e-3)
+        found.append((done.loss, done.grad_norm))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+
+# --- TRL --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own: it uses names that transformers is giving up
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    lm = build("llama", torch.float32, slot=Slot.nothing, markers=False)
+    samples = sampled(lm)
+    shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
+    reference = [s.log_probs + 0.1 for s in samples]
+    objective, beta = OBJECTIVES[name], 0.04
+    batch = batch_of(lm, shifted, objective, on_policy=False, reference=reference)
+    ours = Policy().loss(objective, beta)(lm, batch) / batch.num_targets  # nothing is refused there
+    ours.backward()
+    our_gradients = gradients(lm)
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), loss_type=name, beta=0.0, epsilon=objective.low, epsilon_high=objective.high,
+        num_generations=GROUP, per_device_train_batch_size=len(samples), max_completion_length=7, use_cpu=True,
+        report_to="none", bf16=False, activation_checkpointing=False, use_bias_correction_kl=False,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        lm.base, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["3 7"]}), processing_class=lm.tokenizer,
+    )  # fmt: skip
+    trainer.beta = beta  # set from the start it would load a reference from the hub, and the one here is given
+    lm.zero_grad()
+    theirs = trainer._compute_loss(lm.base, as_trl_has_it(lm, shifted, reference, batch))
+    theirs.backward()
+    assert float(theirs.detach()) == pytest.approx(float(ours.detach()), rel=1e-4)
+    assert relative(gradients(lm), our_gradients) < 1e-4
+
+
+def as_trl_has_it(
+    lm: LatentLM, samples: list[Sample], reference: list[torch.Tensor], batch: PolicyBatch
+) -> dict[str, torch.Tensor]:
+    """Prompts padded on the left, answers on the right."""
+    prompts = [sample.layout.ids[: sample.layout.num_prompt].tolist() for sample in samples]
+    answers = [sample.layout.ids[sample.layout.num_prompt :].tolist() for sample in samples]
+    before, after = max(map(len, prompts)), max(map(len, answers))
+
+    def right(rows: list[Any], fill: float) -> torch.Tensor:
+        return torch.tensor([[*row, *[fill] * (after - len(row))] for row in rows])
+
+    lengths = [len(answer) for answer in answers]
+    return {
+        "prompt_ids": torch.tensor([[lm.special.pad] * (before - len(row)) + row for row in prompts]),
+        "prompt_mask": torch.tensor([[0] * (before - len(row)) + [1] * len(row) for row in prompts]),
+        "completion_ids": right(answers, lm.special.pad).long(),
+        "completion_mask": right([[1] * length for length in lengths], 0).long(),
+        "advantages": batch.advantages[torch.tensor([0, *lengths]).cumsum(0)[:-1]],
+        "old_per_token_logps": right([sample.log_probs.tolist() for sample in samples], 0.0),
+        "ref_per_token_logps": right([row.tolist() for row in reference], 0.0),
+        "num_items_in_batch": torch.tensor(float(sum(lengths))),
+    }
