@@ -5,8 +5,8 @@ cut, and whether the markers `<bot>` and `<eot>` stand around the slot. `plan` e
 curriculum into the explicit list of stages that a run logs, saves and walks through. Nothing here
 knows tokens or tensors.
 
-The eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models
-to Reason in a Continuous Latent Space", arXiv 2412.06769.
+The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models
+to Reason in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-up of a model that chooses its mode.
 """
 
 from __future__ import annotations
