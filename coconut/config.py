@@ -169,9 +169,13 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. `warmup` counts updates from each time that the optimizer is made; `clip` 0 means no clipping."""
+    """AdamW. `warmup` counts updates from each time that the optimizer is made; `clip` 0 means no clipping.
+
+    `later_lr`: the learning rate from stage 1 on, if it is another one.
+    """
 
     lr: float = 1e-4
+    later_lr: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -181,15 +185,17 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _at_least("optimizer.", self, weight_decay=0, warmup=0, clip=0)
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr is {self.lr}; it must be above 0.")
+        for name in ("lr", "later_lr"):
+            if (rate := getattr(self, name)) is not None and not rate > 0:
+                raise ValueError(f"optimizer.{name} is {rate}; it must be above 0.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1).")
 
-    def learning_rate(self, updates: int) -> float:
+    def learning_rate(self, updates: int, stage: int = 0) -> float:
         """For the update after so many since the optimizer was made: constant after a linear warm-up."""
-        return self.lr * min(1.0, (updates + 1) / max(self.warmup, 1))
+        rate = self.later_lr if stage and self.later_lr else self.lr
+        return rate * min(1.0, (updates + 1) / max(self.warmup, 1))
 
 
 class Activations(StrEnum):

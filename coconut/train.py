@@ -211,7 +211,8 @@ class Training:
         world.mark(f"in update {place.step + 1}")
         begin = time.perf_counter()
         parts = list(micro_batches(view, batch, self.micro_batch_size, world.rank, world.size))
-        lr = config.optimizer.learning_rate(updates_since_reset(place, config.optimizer.reset))
+        since = updates_since_reset(place, config.optimizer.reset)
+        lr = config.optimizer.learning_rate(since, place.stage.index)
         try:
             done = self.engine.update(parts, lr)
         except NonFinite as error:

@@ -566,6 +566,10 @@ def test_the_learning_rate_warms_up_and_stays() -> None:
     optimizer = OptimizerConfig(lr=1.0, warmup=4)
     assert [optimizer.learning_rate(n) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert OptimizerConfig(lr=1.0).learning_rate(0) == 1.0
+    later = OptimizerConfig(lr=1.0, later_lr=0.2, warmup=2)
+    assert [later.learning_rate(n, stage) for stage in (0, 1, 2) for n in (0, 1)] == [0.5, 1.0, 0.1, 0.2, 0.1, 0.2]
+    with pytest.raises(ValueError, match="later_lr is 0"):
+        OptimizerConfig(later_lr=0.0)
 
 
 def test_differences_are_named_by_their_keys() -> None:
