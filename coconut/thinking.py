@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
 from coconut.methods import Reasoning, Slot
 from coconut.modes import evaluating
+from coconut.settings import HANDED_ON, settings
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -109,17 +109,6 @@ def think(
     return Thinking(cache, thoughts_BKD, counts_B, last_BD)
 
 
-SETTINGS = frozenset({
-    "bad_words_ids", "begin_suppress_tokens", "do_sample", "epsilon_cutoff", "eta_cutoff",
-    "exponential_decay_length_penalty", "max_time", "min_new_tokens", "min_p", "no_repeat_ngram_size",
-    "remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
-    "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
-})  # fmt: skip
-HANDED_ON = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
-MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
-HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
-
-
 @torch.no_grad()
 def generate(
     lm: LatentLM,
@@ -145,8 +134,8 @@ def generate(
     A hybrid model first says its mode, whose control token is its own first one; `mode` forces it, for all or each.
     With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
-    `options` are those of transformers' generate that say how words are chosen and where an answer ends (SETTINGS),
-    one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it too, so make it with
+    `options` are those of transformers' generate that say which words are chosen and where an answer ends
+    (coconut.settings), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it too, so make it with
     skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What they leave open is
     off, whatever the base model's own settings are. The added tokens are never produced, and an answer ends with the
     tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought about once and
@@ -156,13 +145,9 @@ def generate(
     that has none, if `thoughts` or `num_thoughts` have another shape, for a mode that is none, for an option that is
     not among these, for several answers without do_sample, or for several to one streamer.
     """
-    configured = _asked_in(options.pop("generation_config", None))
-    said = {name: value for name, value in {**options, "max_new_tokens": max_new_tokens}.items() if value is not None}
-    options = {name: value for name, value in {**configured, **said}.items() if value != MEANINGLESS.get(name)}
-    options.setdefault("max_new_tokens", lm.reasoning.max_new_tokens)
+    asked = {**options, "max_new_tokens": max_new_tokens}
+    samples, options = settings(asked, lm.reasoning.max_new_tokens, len(input_ids))
     options["log_probs"] = log_probs
-    samples = options.pop("num_return_sequences", 1)
-    _check(options, samples, input_ids)
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
     if not is_question_BT.any(1).all():
         raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
@@ -261,8 +246,8 @@ def _answers(
         width = int(lengths_B[rows].max())
         ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
         given = None if thoughts is None else thoughts.to(lm.device)[rows]
-        settings = {**options, "max_new_tokens": limit}
-        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, stop, samples_B[rows.cpu()], settings)
+        limited = {**options, "max_new_tokens": limit}
+        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, stop, samples_B[rows.cpu()], limited)
         answers |= zip(rows.tolist(), found, strict=True)
     return [answers[row] for row in range(len(ids_BT))]
 
@@ -296,32 +281,6 @@ def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> 
         if options["log_probs"]
         else None,
     )
-
-
-def _asked_in(config: Any) -> dict[str, Any]:
-    """What a GenerationConfig says beyond the defaults, but for tokens (the tokenizer's) and the cache (ours)."""
-    said = {} if config is None else config.to_diff_dict()
-    return {key: value for key, value in said.items() if key not in HOW and not key.endswith("token_id")}
-
-
-def _check(options: dict[str, Any], samples: int, input_ids: Tensor) -> None:
-    """Raises ValueError for what cannot be asked."""
-    if not len(input_ids):
-        raise ValueError("There is no question to answer.")
-    if options["max_new_tokens"] < 1:
-        raise ValueError(f"max_new_tokens is {options['max_new_tokens']}; it must be at least 1.")
-    for name in options.keys() - SETTINGS - HANDED_ON - {"max_new_tokens", "log_probs"}:
-        near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "max_new_tokens"}, n=1)
-        raise ValueError(
-            f"{name}={options[name]!r} cannot be asked of a model that thinks. "
-            + (f"Did you mean {near[0]}? " if near else "")
-            + f"Beside num_thoughts, thoughts, stop, max_new_tokens and num_return_sequences, generate takes "
-            f"{', '.join(sorted(SETTINGS | HANDED_ON))}."
-        )
-    if samples > 1 and not options.get("do_sample"):
-        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
-    if "streamer" in options and samples * len(input_ids) > 1:
-        raise ValueError(f"A streamer takes one answer to one question, not {samples} to {len(input_ids)}.")
 
 
 def _how_many(

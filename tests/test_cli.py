@@ -217,17 +217,17 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["cache", "linear", "modes", "opening", "sources"],
+    ["cache", "linear", "modes", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],
     ["checkpoint", "thinking", "tracking"],
     ["build", "evaluate", "stopping", "trackers"],
     ["card"],
-    ["train", "analysis", "export", "generate"],
+    ["train", "analysis", "export", "generate", "rl"],
     ["analyze", "demo"],
 ]
-TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening"}
+TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,51 @@
+"""What generation takes of transformers' settings: those that say which words are chosen, and where an answer ends."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+SETTINGS = frozenset({
+    "bad_words_ids", "begin_suppress_tokens", "do_sample", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "max_time", "min_new_tokens", "min_p", "no_repeat_ngram_size",
+    "remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
+    "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+HANDED_ON = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
+MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
+HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
+
+
+def settings(options: dict[str, Any], limit: int, questions: int) -> tuple[int, dict[str, Any]]:
+    """How many answers a question, and the settings, `max_new_tokens` among them, which is `limit` unless they say.
+
+    `options`: settings one by one, or a `generation_config`, which they come before. Raises ValueError for what is not
+    taken, for no question, and for several answers where there can be one.
+    """
+    if not questions:
+        raise ValueError("There is no question to answer.")
+    said = {name: value for name, value in options.items() if value is not None and name != "generation_config"}
+    asked = {**_asked_in(options.get("generation_config")), **said}
+    asked = {"max_new_tokens": limit} | {name: asked[name] for name in asked if asked[name] != MEANINGLESS.get(name)}
+    samples = asked.pop("num_return_sequences", 1)
+    if asked["max_new_tokens"] < 1:
+        raise ValueError(f"max_new_tokens is {asked['max_new_tokens']}; it must be at least 1.")
+    for name in asked.keys() - SETTINGS - HANDED_ON - {"max_new_tokens"}:
+        near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "max_new_tokens"}, n=1)
+        raise ValueError(
+            f"{name}={asked[name]!r} cannot be asked of a model that thinks. "
+            + (f"Did you mean {near[0]}? " if near else "")
+            + "Beside num_thoughts, thoughts, stop, mode, log_probs, max_new_tokens and num_return_sequences, generate "
+            f"takes {', '.join(sorted(SETTINGS | HANDED_ON))}."
+        )
+    if samples > 1 and not asked.get("do_sample"):
+        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
+    if "streamer" in asked and samples * questions > 1:
+        raise ValueError(f"A streamer takes one answer to one question, not {samples} to {questions}.")
+    return samples, asked
+
+
+def _asked_in(config: Any) -> dict[str, Any]:
+    """What a GenerationConfig says beyond the defaults, but for tokens (the tokenizer's) and the cache (ours)."""
+    said = {} if config is None else config.to_diff_dict()
+    return {key: value for key, value in said.items() if key not in HOW and not key.endswith("token_id")}
