@@ -135,11 +135,11 @@ def generate(
     With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
     `options` are those of transformers' generate that say which words are chosen and where an answer ends
-    (coconut.settings), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it too, so make it with
-    skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What they leave open is
-    off, whatever the base model's own settings are. The added tokens are never produced, and an answer ends with the
-    tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought about once and
-    answered n times; its answers stand together. A model answers for one thread at a time.
+    (coconut.settings), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it
+    too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What
+    they leave open is off, whatever the base model's own settings are. The added tokens are never produced, and an
+    answer ends with the tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought
+    about once and answered n times; its answers stand together. A model answers for one thread at a time.
 
     Raises ValueError if there is no question, if one fills the whole context, if thoughts are asked of a method
     that has none, if `thoughts` or `num_thoughts` have another shape, for a mode that is none, for an option that is
