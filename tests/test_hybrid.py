@@ -28,9 +28,10 @@ MODES = ["short", "think", "latent_2"]
 def hybrid(family: str = "llama", dtype: torch.dtype = torch.float64) -> LatentLM:
     lm = build(family, dtype, slot=Slot.nothing, markers=False)
     lm.add_modes(MODES, init="random")
+    table: Any = lm.base.get_input_embeddings()
     with torch.no_grad():
         for name in MODES:
-            lm.base.get_input_embeddings().weight[lm.special.control[name]].normal_(std=0.3)
+            table.weight[lm.special.control[name]].normal_(std=0.3)
     return lm
 
 
@@ -114,11 +115,12 @@ def test_saved_and_opened_it_chooses_the_same(tmp_path: Path) -> None:
 
 def test_what_a_hybrid_model_cannot_be_asked() -> None:
     lm, ids = hybrid(), torch.tensor([[5, 6]])
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"mode": "long"}, "mode=long is not one of short, think, latent_2"),
         ({"mode": ["short", "think"]}, "for each of 1 questions"),
         ({"num_thoughts": 2}, "The mode says how many thoughts"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             lm.generate(ids, **options)
     with pytest.raises(ValueError, match="mode=short: this model, coconut, has no modes"):
