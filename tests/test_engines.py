@@ -74,7 +74,7 @@ def go(engine: Engine, lm: LatentLM, world: World, first: int, last: int) -> lis
     for step in range(first, last):
         if step == BORDER:
             engine.reset_optimizer()
-        done = engine.update(share(step, lm, world), lr=1e-2 / (1 + step))
+        done = engine.update(share(step, lm, world), lr=3e-3 / (1 + step))
         told.append((done.loss, done.grad_norm))
     return told
 

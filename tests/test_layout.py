@@ -125,12 +125,13 @@ def test_batches_keep_the_sequences_and_put_thoughts_in_one_column(data: Tokeniz
         assert batch.input_ids[row][real].tolist() == item.ids.tolist()
         labels = batch.labels[row][real]
         assert labels[item.num_prompt :].tolist() == item.ids[item.num_prompt :].tolist()
-        assert (labels[: item.num_prompt] == -100).all()
+        before = [item.ids[i] if i == item.control else -100 for i in range(item.num_prompt)]
+        assert labels[: item.num_prompt].tolist() == before
         assert (batch.labels[row][~real] == -100).all()
         if (item.ids == SPECIAL.latent).any():
             firsts.add(int((batch.input_ids[row] == SPECIAL.latent).nonzero()[0]))
     assert len(firsts) <= 1
-    assert batch.num_targets == sum(len(item.ids) - item.num_prompt for item in items)
+    assert batch.num_targets == sum(len(item.ids) - item.num_prompt + (item.control >= 0) for item in items)
 
 
 def test_a_collated_batch_needs_no_further_padding() -> None:

@@ -592,5 +592,5 @@ def test_a_run_begun_before_a_key_was_there_goes_on(finished: Path, data: DataCo
     assert run(settings(data, folder, save_every=1)) == 0
     config["model"]["attention"] = "eager"
     write_json(folder / "config.json", config)
-    with pytest.raises(ValueError, match=r"model.attention: eager there, sdpa asked for\nName"):
+    with pytest.raises(ValueError, match=r"model.attention: eager there, None asked for\nName"):
         run(settings(data, folder, save_every=1))
