@@ -343,7 +343,7 @@ def test_saved_and_loaded_it_is_the_same_and_opens_as_a_plain_model(tmp_path: Pa
 
 
 def test_loaded_weights_lie_where_new_ones_would(tmp_path: Path) -> None:
-    """Some processors compute other last digits at other addresses: a resumed run would not be the uninterrupted one."""
+    """Some processors compute other last digits at other addresses: a resumed run would not be the unbroken one."""
     build("llama", torch.float32).save_pretrained(tmp_path)
     assert {weight.data_ptr() % 64 for weight in LatentLM.from_pretrained(tmp_path).parameters()} == {0}
 
