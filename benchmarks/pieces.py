@@ -1,9 +1,9 @@
 """What each piece of speed brings: python -m benchmarks.pieces [rounds]
 
 A training step of ours as it is, and without one piece at a time, in one process in turn: medians of the rounds after
-one that is not counted, and the ratio to the step with all pieces in the same round. Last, the padding of an epoch's
-batches with rows put together as they are, and by their length alone. What freed memory brings is in benchmarks/run.py,
-which has processes of their own for it.
+one that is not counted, and the ratio to the step with all pieces in the same round. Then what is kept for the backward
+pass, and the padding of an epoch's batches with rows put together as they are, and by their length alone. What freed
+memory brings is in benchmarks/run.py, which has processes of their own for it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
 
 from benchmarks.run import machine, seconds, step
-from benchmarks.ways import SIZES, make_batch, make_data, make_model, make_view
+from benchmarks.ways import SIZES, WAYS, make_batch, make_data, make_model, make_view
 from coconut import LatentLM
 from coconut.engine.base import keep_memory
-from coconut.layout import EpochView, epoch_batches, micro_batches
-from coconut.linear import FusedGelu
+from coconut.layout import Batch, EpochView, epoch_batches, micro_batches
+from coconut.linear import FusedGelu, fused_gelu
 
 THOUGHTS = (3, 12)
 BATCHES = (8, 16, 64, 128)
@@ -66,11 +68,43 @@ def gelu_spelled_out(lm: LatentLM) -> Iterator[None]:
             block.act = act
 
 
+@contextmanager
+def gelu_kept(lm: LatentLM) -> Iterator[None]:
+    """The layer after GELU keeps what GELU made, as autograd would."""
+    after = [module for module in lm.modules() if isinstance(module, FusedGelu)]
+    for module in after:
+        module.forward = fused_gelu
+    try:
+        yield
+    finally:
+        for module in after:
+            del module.forward
+
+
+def kept(lm: LatentLM, batch: Batch) -> float:
+    """MB that a step keeps for its backward pass, but for weights; each piece of memory once."""
+    weights = {weight.untyped_storage().data_ptr() for weight in lm.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            found[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = WAYS["ours"](lm, batch)
+    loss.backward()
+    lm.zero_grad(set_to_none=True)
+    return sum(found.values()) / 1e6
+
+
 WITHOUT: dict[str, Callable[[LatentLM], Any]] = {
     "all": lambda lm: nullcontext(),
     "cache joined": joined_cache,
     "gradients pass by pass": gradients_pass_by_pass,
     "GELU spelled out": gelu_spelled_out,
+    "GELU kept": gelu_kept,
 }
 
 
@@ -115,6 +149,16 @@ def main() -> None:
                 for values in taken.values()
             ]
             print(f"| {size} | {thoughts} | {' | '.join(cells)} |", flush=True)
+    print(f"\nKept for the backward pass, MB, 3 thoughts\n\n| model | {' | '.join(WITHOUT)} |")
+    print(f"|{' --- |' * (1 + len(WITHOUT))}")
+    for name, size in SIZES.items():
+        lm = make_model(size)
+        batch = make_batch(lm, make_data(512), 3, size.rows)
+        held = []
+        for without in WITHOUT.values():
+            with without(lm):
+                held.append(f"{kept(lm, batch):.0f}")
+        print(f"| {name} | {' | '.join(held)} |", flush=True)
     print(f"\nPadding of an epoch's batches of {ROWS:,} rows with 3 thoughts, % of the columns\n")
     print("| rows | as they are put together | by length alone |\n| --- | --- | --- |")
     lm = make_model(SIZES["2 x 128"])
