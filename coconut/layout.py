@@ -23,7 +23,6 @@ from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
 
 IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
 BUCKET = 64  # batches that are sorted by length together
-GROUP = 4  # of them, batches that have like prefixes, where rows are cut at their thoughts
 
 _MIXING, _OFFSET, _ORDER = 1, 2, 3  # what a random number is for
 
@@ -157,19 +156,9 @@ def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> li
     order = random.permutation(len(view))
     span = batch_size * BUCKET
     chunks = np.split(order, range(span, len(order), span))
-    order = np.concatenate([chunk[_like_together(view, chunk, batch_size * GROUP)] for chunk in chunks])
+    order = np.concatenate([chunk[np.argsort(view.lengths[chunk], kind="stable")] for chunk in chunks])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[k] for k in random.permutation(len(batches))]
-
-
-def _like_together(view: EpochView, chunk: np.ndarray, group: int) -> np.ndarray:
-    """An order of the rows. Thoughts stand in one column, so what is before and after them is padded by itself."""
-    if view.passes.max() == 1:
-        return np.argsort(view.lengths[chunk], kind="stable")
-    prefixes = view.anchors[chunk]
-    place = np.empty_like(chunk)
-    place[np.argsort(prefixes, kind="stable")] = np.arange(len(chunk))
-    return np.lexsort((view.lengths[chunk] - prefixes, place // group))
 
 
 @dataclass
