@@ -22,7 +22,7 @@ from coconut.data import SpecialIds, TokenizedData
 from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
 
 IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
-BUCKET = 64  # batches that are sorted by length together
+BUCKET = 32  # batches that are sorted by length together
 
 _MIXING, _OFFSET, _ORDER = 1, 2, 3  # what a random number is for
 
