@@ -38,13 +38,14 @@ def run(config: GenerateConfig) -> int:
         raise ValueError("Standard input held no question.")
     questions = read_questions(config.file) if config.file else []
     torch.manual_seed(config.seed)
-    lm = load_model(config.run, config.checkpoint, config.engine)
     options: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
     if config.mode:
         options["mode"] = config.mode
     if config.stop is StopRule.classifier:
         trained = load_run(config.run, config.checkpoint, config.engine)
         lm, options["stop"] = trained.lm, classifier_of(config.run, trained).stop
+    else:
+        lm = load_model(config.run, config.checkpoint, config.engine)
     if config.temperature > 0:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):

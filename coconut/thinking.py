@@ -185,9 +185,10 @@ def _in_modes(
 ) -> list[list[_Answer]]:
     """As `_answers`, after the control token of a mode: the model's own choice, or the one that is forced."""
     modes, B, most = lm.reasoning.modes, len(ids_BT), int(samples_B.max())
-    log_probs_BM = mode_log_probs(lm, ids_BT, is_question_BT, options.get("temperature") or 1.0)
-    if mode is not None:
-        forced = [mode] * B if isinstance(mode, str) else list(mode)
+    temperature = options.get("temperature") or 1.0
+    log_probs_BM = mode_log_probs(lm, ids_BT, is_question_BT, temperature) if mode is None else None
+    if log_probs_BM is None:
+        forced = [mode] * B if isinstance(mode, str) else list(mode or ())
         if len(forced) != B or not set(forced) <= set(modes):
             raise ValueError(f"mode={mode} is not one of {', '.join(modes)}, or one of them for each of {B} questions.")
         chosen_BS = torch.tensor([[modes.index(name)] for name in forced]).expand(B, most)
@@ -208,7 +209,7 @@ def _in_modes(
         counts_R = torch.full((len(rows),), reasoning.num_thoughts, device=ids_BT.device)
         found = _answers(lm, reasoning, prompts, is_token, counts_R, times_B[rows], options)
         for row, several in zip(rows.tolist(), found, strict=True):
-            how_likely = None if mode is not None else float(log_probs_BM[row, number])
+            how_likely = None if log_probs_BM is None else float(log_probs_BM[row, number])
             for answer in several:
                 answer.mode, answer.mode_log_prob = name, how_likely
             answers[row] += several
