@@ -156,7 +156,7 @@ def generate(
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
-            counts_B = _how_many(lm.reasoning, len(ids_BT), num_thoughts, thoughts, stop).to(lm.device)
+            counts_B = _how_many(lm, len(ids_BT), num_thoughts, thoughts, stop).to(lm.device)
             answers = _answers(
                 lm, lm.reasoning, ids_BT, is_question_BT, counts_B, samples_B, options, thoughts=thoughts, stop=stop
             )
@@ -285,13 +285,15 @@ def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> 
 
 
 def _how_many(
-    reasoning: Reasoning,
+    lm: LatentLM,
     questions: int,
     num_thoughts: int | Sequence[int] | Tensor | None,
     thoughts: Tensor | None,
     stop: Stop | None,
 ) -> Tensor:
     """(B,) tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
+    table: Any = lm.base.get_input_embeddings()
+    reasoning, hidden = lm.reasoning, table.weight.shape[1]
     asked = None if num_thoughts is None else torch.as_tensor(num_thoughts)
     if asked is not None and (asked.shape not in ((), (questions,)) or asked.is_floating_point() or (asked < 0).any()):
         raise ValueError(
@@ -303,10 +305,11 @@ def _how_many(
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
     if thoughts is None:
         return (torch.tensor(reasoning.num_thoughts) if asked is None else asked).expand(questions)
-    if thoughts.dim() != 3 or len(thoughts) != questions or (asked is not None and (asked != thoughts.shape[1]).any()):
+    fits = thoughts.dim() == 3 and len(thoughts) == questions and thoughts.shape[2] == hidden
+    if not fits or (asked is not None and (asked != thoughts.shape[1]).any()):
         raise ValueError(
-            f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions and num_thoughts="
-            f"{num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
+            f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions, states of {hidden} numbers "
+            f"and num_thoughts={num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
         )
     return torch.tensor(thoughts.shape[1]).expand(questions)
 

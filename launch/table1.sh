@@ -54,14 +54,14 @@ after_first_stage() { # method, whose first stage, seed
         curriculum.start_stage=1 curriculum.total=$((total - first))
 }
 
-in_words() {
+in_one_pass() {
     train cot "$1" ${keep[@]+"${keep[@]}"} && after_first_stage without_thought cot "$1" &&
-        after_first_stage icot cot "$1" && train no_cot "$1"
+        after_first_stage icot cot "$1" && train no_cot "$1" && train pause "$1"
 }
 
-between_markers() {
+in_thoughts() { # and what begins with their stage 0
     train coconut "$1" ${keep[@]+"${keep[@]}"} && after_first_stage pause_as_thought coconut "$1" &&
-        train without_curriculum "$1" && train pause "$1"
+        train without_curriculum "$1"
 }
 
 lane() { # what to do for each seed: in a process of its own, which takes its training with it when it is stopped
@@ -82,7 +82,7 @@ stopped() {
 }
 trap stopped INT TERM
 failed=0
-for work in in_words between_markers; do
+for work in in_one_pass in_thoughts; do
     lane "$work" &
     lanes+=($!)
     [ "$jobs" = 2 ] || wait $! || failed=1

@@ -302,6 +302,7 @@ def test_what_generation_does_not_do_is_refused() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 without do_sample=True"),
         ({"thoughts": torch.zeros(2, 32)}, r"thoughts has the shape \(2, 32\)"),
+        ({"thoughts": torch.zeros(1, 3, 8)}, r"thoughts has the shape \(1, 3, 8\), .* states of 32 numbers"),
     ]
     for options, message in refused:
         with pytest.raises(ValueError, match=message):
