@@ -1,0 +1,121 @@
+"""Groups of sampled answers, rewarded: what the policy learns from.
+
+Shapes: S answers of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coconut.data import Example, encode_questions
+from coconut.evaluate import read_answer
+from coconut.methods import PromptFormat
+from coconut.rl.policy import Sample, samples_of
+from coconut.tasks import Task
+from coconut.thinking import longest_first, pad_rows
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+THINKLESS_COSTS = {"short": 0.0, "think": 0.5}  # Fang et al., arXiv 2505.13379, eq. 5, with gamma = .5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer took. `passes`: forward passes one after the other, for prefix, thoughts and tokens."""
+
+    passes: int
+    num_thoughts: int
+    new_tokens: int
+
+
+class Reward(Protocol):
+    """How good an answer is. `mode`: of a hybrid model, how it was answered, else an empty text."""
+
+    def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float: ...
+
+
+@dataclass(frozen=True)
+class Correctness:
+    """1 for a right answer, less the cost of its mode; `wrong` for any other.
+
+    A mode without a cost has none. The mode is the one that was answered in, by its token: what the text says of modes
+    changes nothing.
+    """
+
+    task: Task
+    form: PromptFormat
+    costs: Mapping[str, float] = field(default_factory=dict)
+    wrong: float = -1.0
+
+    def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float:
+        right = self.task.judge(read_answer(self.task, text, self.form), example.answer)
+        return 1.0 - self.costs.get(mode, 0.0) if right else self.wrong
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one question, with their `rewards` (S,), float32."""
+
+    example: Example
+    samples: tuple[Sample, ...]
+    rewards: Tensor
+
+
+def roll_out(
+    lm: LatentLM,
+    examples: Sequence[Example],
+    reward: Reward,
+    *,
+    samples: int,
+    seed: Sequence[int],
+    temperature: float = 1.0,
+    mode: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+) -> list[Group]:
+    """So many answers to each question, sampled and rewarded.
+
+    A question and its thoughts are read once for all its answers, `batch_size` questions at a time. What is sampled
+    depends on `seed` alone, numbers such as (seed, step, process), and no other draw depends on it. `mode` is forced on
+    a hybrid model. Raises ValueError for a reward that is not finite.
+    """
+    rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
+    groups: dict[int, Group] = {}
+    gpu = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpu):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        for places in longest_first(rows, batch_size):
+            ids, mask = pad_rows([rows[place] for place in places], lm.special.pad)
+            out = lm.generate(
+                ids, mask, do_sample=True, temperature=temperature, num_return_sequences=samples, mode=mode,
+                max_new_tokens=max_new_tokens, log_probs=True,
+            )  # fmt: skip
+            for row, place in enumerate(places):
+                found = samples_of(lm, rows[place], out, range(row * samples, (row + 1) * samples))
+                groups[place] = _rewarded(examples[place], found, reward)
+    return [groups[place] for place in range(len(examples))]
+
+
+def _rewarded(example: Example, samples: Sequence[Sample], reward: Reward) -> Group:
+    rewards = torch.tensor([float(reward(example, s.text, s.mode, _cost(s))) for s in samples])
+    if not rewards.isfinite().all():
+        text = samples[int((~rewards.isfinite()).nonzero()[0])].text
+        raise ValueError(f"The reward of {text!r}, an answer to {example.question!r}, is not finite.")
+    return Group(example, tuple(samples), rewards)
+
+
+def _cost(sample: Sample) -> Cost:
+    spoken = sample.new_tokens + (not sample.cut)
+    chosen = int(bool(sample.mode))
+    return Cost(
+        passes=spoken + sample.num_thoughts + (sample.num_thoughts > 0) + chosen,
+        num_thoughts=sample.num_thoughts,
+        new_tokens=sample.new_tokens,
+    )
