@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,23 @@ from coconut.build import make_model, starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application, own_environment
 from coconut.collapse import look_at
-from coconut.config import Activations, Resume, TooLong, TrainConfig, identity
-from coconut.data import Example, TokenizedData, existing, read_examples, tokenize, unknown_words
+from coconut.config import Activations, TooLong, TrainConfig, identity
+from coconut.data import Example, TokenizedData, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
-from coconut.engine.launch import on_processes, processes, stopping_signals
+from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, evaluate
-from coconut.files import read_json, release, sha256, sole_owner, write_json
+from coconut.files import read_json, release, sole_owner, write_json
+from coconut.folder import describe, open_folder, used_file
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.screen import duration, only_our_words, say, working
+from coconut.signals import Asked, asked_to_stop
 from coconut.sources import data_files
 from coconut.tasks import TASKS
-from coconut.tracking import CONFIG, DESCRIPTION, Tracking, open_tracking, read_config, ready, surroundings
+from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
 
 
 class Diverged(ValueError):
@@ -352,93 +353,11 @@ class Training:
         )
 
 
-class Asked:
-    """Whether a signal has asked this process to stop, and whether one has asked any of them."""
-
-    def __init__(self, world: World):
-        self.world, self.number = world, 0
-
-    def __bool__(self) -> bool:
-        return self.number > 0
-
-    def anywhere(self) -> int:
-        """The number of the signal, 0 for none."""
-        return max(self.world.gather(self.number)) if self.world.any(self.number > 0) else 0
-
-
-@contextmanager
-def asked_to_stop(world: World) -> Iterator[Asked]:
-    """Note a signal that asks to stop, in place of what it does; a later SIGINT interrupts as usual.
-
-    Under a launcher the first may come twice: from the terminal, and handed on.
-    """
-    asked = Asked(world)
-    first = float("inf")
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal first
-        if number == signal.SIGINT and time.monotonic() > first + 2:
-            raise KeyboardInterrupt
-        asked.number, first = number, min(first, time.monotonic())
-
-    before = {number: signal.signal(number, note) for number in stopping_signals()}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two configurations differ, as "key: VALUE there, VALUE asked for"."""
-    found = []
-    for key in sorted(there.keys() | asked.keys()):
-        a, b = there.get(key), asked.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} asked for")
-    return found
-
-
-def open_folder(config: TrainConfig, files: dict[str, str]) -> Path:
-    """The run's folder, made or found to hold this very run on these files.
-
-    Raises ValueError if it holds another one, or the data changed, or there is one and resume=never.
-    """
-    folder = config.folder()
-    used = {split: existing(files[split]) for split in ("train", "valid")}
-    if (folder / CONFIG).is_file():
-        if config.resume is Resume.never:
-            raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
-        if differing := differences(identity(read_config(folder)), identity(asdict(config))):
-            raise ValueError(
-                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
-                + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
-            )  # fmt: skip
-        before = read_json(folder / DESCRIPTION)["data"]
-        for split, file in used.items():
-            if before[split]["sha256"] != sha256(file):
-                raise ValueError(
-                    f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
-                    "another run with run=DIR."
-                )
-    elif folder.exists() and any(path.name != DESCRIPTION and path.name[0] != "." for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
-    return folder
-
-
 def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
-    """Write config.json and run.json: what exactly is trained, on what, with which code, where."""
-    data = {
-        split: {"file": training.files[split], "sha256": sha256(training.files[split]), "used": len(used)}
-        for split, used in [("train", training.train), ("valid", training.valid)]
-    }
-    here = surroundings()
-    earlier = read_json(folder / DESCRIPTION) if training.step else {}
-    began_from = str(starting_point(config.init).resolve()) if config.init and not earlier else None
-    write_json(
-        folder / DESCRIPTION,
+    """What exactly is trained, on what, with which code, where: config.json and run.json."""
+    describe(
+        folder,
+        config,
         {
             "name": config.name,
             "plan": training.plan.as_dict(),
@@ -446,16 +365,15 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "updates_per_epoch": training.schedule.updates_per_epoch,
             "parameters": training.num_parameters,
             "new_tokens": training.lm.new_tokens,
-            "data": data,
+            "data": {
+                split: used_file(training.files[split], len(used))
+                for split, used in [("train", training.train), ("valid", training.valid)]
+            },
             "model_type": training.lm.base.config.model_type,
-            "init": earlier.get("init", began_from),
-            "sessions": [
-                *earlier.get("sessions", []),
-                {**here, **spread(config, training.world), "from_update": training.step},
-            ],
+            "init": str(starting_point(config.init).resolve()) if config.init else None,
         },
+        {**spread(config, training.world), "from_update": training.step},
     )
-    write_json(folder / CONFIG, asdict(config))
 
 
 def spread(config: TrainConfig, world: World) -> dict[str, Any]:
@@ -489,7 +407,9 @@ def train_together(config: TrainConfig, world: World) -> int:
     world.first_does(lambda: ready(config.tracking))
     config.data = config.data.absolute()
     files = world.first_does(lambda: data_files(asdict(config.data)))
-    folder = world.first_does(lambda: open_folder(config, files))
+    folder = config.folder()
+    read = {split: files[split] for split in ("train", "valid")}
+    world.first_does(lambda: open_folder(folder, identity(asdict(config)), config.resume, read))
     say(f"Run folder: {folder}")
     with ExitStack() as held:
         world.first_does(lambda: held.enter_context(sole_owner(folder)) if world.first else None)

@@ -1,0 +1,74 @@
+"""A run's folder: it holds one run on one set of files, and says which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coconut.config import Resume, TrainConfig, identity
+from coconut.data import existing
+from coconut.files import read_json, sha256, write_json
+from coconut.tracking import CONFIG, DESCRIPTION, read_config, surroundings
+
+
+def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two configurations differ, as "key: VALUE there, VALUE asked for"."""
+    found = []
+    for key in sorted(there.keys() | asked.keys()):
+        a, b = there.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} asked for")
+    return found
+
+
+def open_folder(folder: Path, asked: Mapping[str, Any], resume: Resume, files: Mapping[str, str]) -> None:
+    """Make sure that the folder is new, or holds this very run on these files.
+
+    `asked`: what makes the run this run (coconut.config.identity). Raises ValueError if the folder holds another one,
+    or something else, if a file has changed since, or if there is a run and resume=never.
+    """
+    used = {split: existing(file) for split, file in files.items()}
+    if (folder / CONFIG).is_file():
+        if resume is Resume.never:
+            raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
+        if differing := differences(identity(read_config(folder)), dict(asked)):
+            raise ValueError(
+                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
+                + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
+            )  # fmt: skip
+        before = read_json(folder / DESCRIPTION)["data"]
+        for split, file in used.items():
+            if before[split]["sha256"] != sha256(file):
+                raise ValueError(
+                    f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
+                    "another run with run=DIR."
+                )
+    elif folder.exists() and any(path.name != DESCRIPTION and path.name[0] != "." for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
+
+
+def describe(folder: Path, config: TrainConfig, about: Mapping[str, Any], session: Mapping[str, Any]) -> None:
+    """Write config.json and run.json: what exactly is trained, on what, with which code, where.
+
+    `about` is said of the run as it is now, but for its "init", which stays what it was when the run began. `session`
+    is added to the run's sessions, the earlier of which are kept if it goes on from an update.
+    """
+    earlier = read_json(folder / DESCRIPTION) if session["from_update"] else {}
+    write_json(
+        folder / DESCRIPTION,
+        {
+            **about,
+            "init": earlier.get("init", about["init"]),
+            "sessions": [*earlier.get("sessions", []), {**surroundings(), **session}],
+        },
+    )
+    write_json(folder / CONFIG, asdict(config))
+
+
+def used_file(file: str, used: int) -> dict[str, Any]:
+    """What run.json says of a data file, of which so many examples were used."""
+    return {"file": file, "sha256": sha256(file), "used": used}
