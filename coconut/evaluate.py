@@ -18,7 +18,7 @@ from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
-from coconut.thinking import Generated, Stop, longest_first, pad_rows
+from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,10 @@ class Prediction:
     new_tokens: int
     cut: bool
     mode: str = ""
+
+    @property
+    def passes(self) -> int:
+        return forward_passes(self.new_tokens, self.cut, self.num_thoughts, self.mode)
 
 
 @dataclass
@@ -188,10 +192,8 @@ def _summary(
     candidates = [task.candidates(e.question) for e in examples]
     guess = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
     mean_tokens = sum(p.new_tokens for p in predictions) / count
-    mean_ends = sum(not p.cut for p in predictions) / count
     matches = [p.chain_match for p in predictions]
     thoughts = sum(p.num_thoughts for p in predictions) / count
-    prefixes = sum(p.num_thoughts > 0 for p in predictions) / count
     return Result(
         count=count,
         correct=correct,
@@ -201,7 +203,7 @@ def _summary(
         chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
-        passes=mean_tokens + mean_ends + prefixes + thoughts + bool(modes),
+        passes=sum(p.passes for p in predictions) / count,
         cut=sum(p.cut for p in predictions) / count,
         seconds_per_item=seconds / count,
         modes={mode: sum(p.mode == mode for p in predictions) / count for mode in modes},

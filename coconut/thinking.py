@@ -50,6 +50,11 @@ class Generated:
         return self.tokens[row, : int(self.lengths[row]) + ended].tolist()
 
 
+def forward_passes(new_tokens: int, cut: bool, num_thoughts: int, mode: str) -> int:
+    """Of an answer, one after the other: for prefix, thoughts and tokens, and of a hybrid model one for its mode."""
+    return new_tokens + (not cut) + num_thoughts + (num_thoughts > 0) + bool(mode)
+
+
 @dataclass
 class Thinking:
     """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import build, gradients
+from processes import together
 from test_generate import QUESTIONS, padded
 from test_hybrid import hybrid
 from test_model import relative
 
 from coconut import LatentLM
-from coconut.config import EngineConfig, OptimizerConfig
+from coconut.config import EngineConfig, EngineKind, OptimizerConfig
+from coconut.engine.base import make_engine
 from coconut.engine.local import LocalEngine
+from coconut.engine.world import World, joined
 from coconut.methods import Slot
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
 from coconut.rl.policy import Policy, PolicyBatch, Sample, policy_batch, samples_of
@@ -175,6 +178,48 @@ def test_the_split_into_micro_batches_changes_nothing(name: str) -> None:
         found.append((done.loss, done.grad_norm))
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+
+def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float]:
+    """Loss and gradient norm of an update with thoughts, modes and a reference, each process with its share."""
+    objective, lm = OBJECTIVES[name], hybrid(dtype=torch.float32)
+    samples = sampled(lm)
+    torch.manual_seed(0)
+    gains = advantages(torch.rand(4, GROUP), objective.scaled).flatten()
+    totals, passes = totals_of(samples), max(sample.passes for sample in samples)
+    mine = list(range(world.rank, len(samples), world.size))
+    size = 8 // world.size
+    parts = [
+        policy_batch(
+            [replace(samples[i], log_probs=samples[i].log_probs + 0.2) for i in rows], gains[rows], objective, totals,
+            lm.special, on_policy=False, reference=[samples[i].log_probs - 0.1 for i in rows], passes=passes,
+        )
+        for rows in (mine[:size], mine[size:])
+    ]  # fmt: skip
+    engine = make_engine(lm, Policy.of(lm.special).loss(objective, 0.1), config, OptimizerConfig(lr=1e-3), world)
+    engine.rehearse(parts[0])
+    done = engine.update(parts, 1e-3)
+    return done.loss, done.grad_norm
+
+
+SPLIT = [
+    EngineConfig(device="cpu", threads=1, timeout=120),
+    EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
+]
+
+
+def on_two() -> None:
+    with joined(SPLIT[0]) as world:
+        for config in SPLIT:
+            for name in OBJECTIVES:
+                together_found = updated(config, world, name)
+                alone = updated(SPLIT[0], World(), name)
+                assert alone[1] > 1e-4
+                assert together_found == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
+
+
+def test_the_number_of_processes_changes_nothing() -> None:
+    together("test_policy.on_two")
 
 
 # --- TRL --------------------------------------------------------------------------------------------

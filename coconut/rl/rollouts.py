@@ -18,7 +18,7 @@ from coconut.evaluate import read_answer
 from coconut.methods import PromptFormat
 from coconut.rl.policy import Sample, samples_of
 from coconut.tasks import Task
-from coconut.thinking import longest_first, pad_rows
+from coconut.thinking import forward_passes, longest_first, pad_rows
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -112,10 +112,5 @@ def _rewarded(example: Example, samples: Sequence[Sample], reward: Reward) -> Gr
 
 
 def _cost(sample: Sample) -> Cost:
-    spoken = sample.new_tokens + (not sample.cut)
-    chosen = int(bool(sample.mode))
-    return Cost(
-        passes=spoken + sample.num_thoughts + (sample.num_thoughts > 0) + chosen,
-        num_thoughts=sample.num_thoughts,
-        new_tokens=sample.new_tokens,
-    )
+    passes = forward_passes(sample.new_tokens, sample.cut, sample.num_thoughts, sample.mode)
+    return Cost(passes, sample.num_thoughts, sample.new_tokens)

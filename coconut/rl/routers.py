@@ -1,0 +1,137 @@
+"""Who chooses how to answer: the model itself, against routers that choose for it.
+
+Shapes: Q questions, M modes, D numbers of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from coconut.data import Example, encode_questions
+from coconut.evaluate import Prediction, evaluate
+from coconut.tasks import Task
+from coconut.thinking import longest_first, pad_rows, think
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+Numbers = NDArray[np.float64]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What comes of every question in every mode, (Q, M) each, and which one the model chose (Q,).
+
+    `tokens`: of language. `passes`: forward passes one after the other.
+    """
+
+    modes: tuple[str, ...]
+    correct: Numbers
+    tokens: Numbers
+    passes: Numbers
+    chosen: NDArray[np.int64]
+
+
+def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], *, batch_size: int = 64) -> Outcomes:
+    """Answer each example in each mode, and once as the model chooses; greedily."""
+    modes = lm.reasoning.modes
+    free = evaluate(lm, task, examples, batch_size=batch_size).predictions
+    forced = [evaluate(lm, task, examples, mode=mode, batch_size=batch_size).predictions for mode in modes]
+
+    def table(of: list[list[Prediction]], name: str) -> Numbers:
+        return np.array([[float(getattr(p, name)) for p in row] for row in of]).T
+
+    return Outcomes(
+        modes=modes,
+        correct=table(forced, "correct"),
+        tokens=table(forced, "new_tokens"),
+        passes=table(forced, "passes"),
+        chosen=np.array([modes.index(p.mode) for p in free]),
+    )
+
+
+def states(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> torch.Tensor:
+    """(Q, D) the states from which the model chooses its mode, float32, on the CPU."""
+    rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
+    found: dict[int, torch.Tensor] = {}
+    for places in longest_first(rows, batch_size):
+        ids, mask = pad_rows([rows[place] for place in places], lm.special.pad)
+        found |= zip(places, think(lm, ids.to(lm.device), mask.to(lm.device), 0).states.float().cpu(), strict=True)
+    return torch.stack([found[place] for place in range(len(rows))])
+
+
+def cheapest_right(known: Outcomes) -> NDArray[np.int64]:
+    """(Q,) of the modes that are right the one with fewest passes; where none is, the one with fewest."""
+    return np.where(known.correct > 0, known.passes, known.passes + known.passes.max() + 1).argmin(1)
+
+
+class Classifier:
+    """One hidden layer on the model's state after a question, fitted to name the cheapest mode that is right."""
+
+    def __init__(self, states_QD: torch.Tensor, known: Outcomes, *, hidden: int = 64, steps: int = 300, seed: int = 0):
+        self.mean, self.scale = states_QD.mean(0), states_QD.std(0) + 1e-6
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Linear(states_QD.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, len(known.modes))
+            )
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-2, weight_decay=1e-2)
+        targets_Q = torch.from_numpy(cheapest_right(known))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(self.net((states_QD - self.mean) / self.scale), targets_Q).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def __call__(self, states_QD: torch.Tensor) -> NDArray[np.int64]:
+        """(Q,)"""
+        return self.net((states_QD - self.mean) / self.scale).argmax(1).numpy()
+
+
+def routes(known: Outcomes, classified: NDArray[np.int64] | None = None) -> dict[str, Numbers]:
+    """(Q, M) each: how likely a router takes each mode. `classified` (Q,): what a classifier says."""
+    one_M = np.eye(len(known.modes))
+    own = one_M[known.chosen]
+    found = {"the model": own}
+    found |= {f"always {mode}": np.tile(one, (len(own), 1)) for mode, one in zip(known.modes, one_M, strict=True)}
+    found["at random, as often"] = np.tile(own.mean(0), (len(own), 1))
+    if classified is not None:
+        found["classifier"] = one_M[classified]
+    return {**found, "oracle": one_M[cheapest_right(known)]}
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Expected values over the questions. `interval`: of the accuracy, 95 %, questions drawn anew."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    tokens: float
+    passes: float
+    shares: dict[str, float]
+
+
+def compare(known: Outcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[str, Routed]:
+    """What each of the routers comes to on the same questions."""
+    Q = len(known.chosen)
+    draws_RQ = np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))
+    found = {}
+    for name, route_QM in by.items():
+        right_Q = (route_QM * known.correct).sum(1)
+        low, high = np.quantile(right_Q[draws_RQ].mean(1), [0.025, 0.975])
+        found[name] = Routed(
+            accuracy=float(right_Q.mean()),
+            interval=(float(low), float(high)),
+            tokens=float((route_QM * known.tokens).sum(1).mean()),
+            passes=float((route_QM * known.passes).sum(1).mean()),
+            shares=dict(zip(known.modes, route_QM.mean(0).tolist(), strict=True)),
+        )
+    return found
