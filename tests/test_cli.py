@@ -222,7 +222,7 @@ LAYERS = [
     ["layout"],
     ["model"],
     ["checkpoint", "thinking", "tracking"],
-    ["build", "evaluate", "stopping", "trackers"],
+    ["build", "evaluate", "folder", "signals", "stopping", "trackers"],
     ["card"],
     ["train", "analysis", "export", "generate", "rl"],
     ["analyze", "demo"],
