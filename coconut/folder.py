@@ -25,7 +25,7 @@ def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
     return found
 
 
-def open_folder(folder: Path, asked: Mapping[str, Any], resume: Resume, files: Mapping[str, str]) -> None:
+def open_folder(folder: Path, asked: dict[str, Any], resume: Resume, files: Mapping[str, str]) -> None:
     """Make sure that the folder is new, or holds this very run on these files.
 
     `asked`: what makes the run this run (coconut.config.identity). Raises ValueError if the folder holds another one,
@@ -35,7 +35,7 @@ def open_folder(folder: Path, asked: Mapping[str, Any], resume: Resume, files: M
     if (folder / CONFIG).is_file():
         if resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
-        if differing := differences(identity(read_config(folder)), dict(asked)):
+        if differing := differences(identity(read_config(folder)), asked):
             raise ValueError(
                 f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
                 + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."

@@ -370,7 +370,7 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
                 for split, used in [("train", training.train), ("valid", training.valid)]
             },
             "model_type": training.lm.base.config.model_type,
-            "init": str(starting_point(config.init).resolve()) if config.init else None,
+            "init": str(starting_point(config.init).resolve()) if config.init and not training.step else None,
         },
         {**spread(config, training.world), "from_update": training.step},
     )
