@@ -455,6 +455,23 @@ def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
 
 
+def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    start, folder = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(finished, start)
+    config = settings(
+        data, folder, init=str(start), save_every=1, curriculum=replace(CURRICULUM, start_stage=2, total=3)
+    )
+    run(config)
+    began_from = read_json(folder / "run.json")["init"]
+    shutil.rmtree(Checkpoints(folder).path(3))
+    for checkpoint in (start / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+    assert run(config) == 0
+    described = read_json(folder / "run.json")
+    assert described["init"] == began_from
+    assert [session["from_update"] for session in described["sessions"]] == [0, 2]
+
+
 def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: Path) -> None:
     run(settings(data, tmp_path, engine=EngineConfig(device="cpu", threads=1, precision="bfloat16")))  # pyright: ignore
     saved = weights(tmp_path)
