@@ -69,6 +69,7 @@ def test_states_are_those_that_the_mode_is_read_from() -> None:
     controls = [lm.special.control[mode] for mode in MODES]
     chosen = lm.logits(found.to(torch.float64))[:, controls].argmax(1).tolist()
     assert chosen == outcomes(lm, TASK, EXAMPLES).chosen.tolist()
+    assert [MODES[number] for number in chosen] == [p.mode for p in evaluate(lm, TASK, EXAMPLES).predictions]
 
 
 def test_a_classifier_learns_what_the_state_tells() -> None:

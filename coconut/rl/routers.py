@@ -40,10 +40,12 @@ class Outcomes:
     chosen: NDArray[np.int64]
 
 
+@torch.no_grad()
 def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], *, batch_size: int = 64) -> Outcomes:
-    """Answer each example in each mode, and once as the model chooses; greedily."""
+    """Answer each example in each mode, greedily; and see which one the model would choose."""
     modes = lm.reasoning.modes
-    free = evaluate(lm, task, examples, batch_size=batch_size).predictions
+    controls = [lm.special.control[mode] for mode in modes]
+    states_QD = states(lm, examples, batch_size=batch_size).to(lm.device, lm.base.dtype)
     forced = [evaluate(lm, task, examples, mode=mode, batch_size=batch_size).predictions for mode in modes]
 
     def table(of: list[list[Prediction]], name: str) -> Numbers:
@@ -54,7 +56,7 @@ def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], *, batch_siz
         correct=table(forced, "correct"),
         tokens=table(forced, "new_tokens"),
         passes=table(forced, "passes"),
-        chosen=np.array([modes.index(p.mode) for p in free]),
+        chosen=lm.logits(states_QD)[:, controls].float().argmax(1).cpu().numpy(),
     )
 
 
