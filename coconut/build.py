@@ -126,7 +126,7 @@ def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: Worl
     config = read_config(run)
     path = world.first_does(lambda: Checkpoints(run).find(checkpoint))
     device = set_up(engine, world)
-    lm = LatentLM.from_pretrained(path, config["model"]["attention"])
+    lm = LatentLM.from_pretrained(path, config["model"]["attention"] if "model" in config else None)
     lm.to(device)
     return Trained(lm.eval(), config, load_state(path)["step"])
 

@@ -105,6 +105,16 @@ class Checkpoints:
             _say_damaged(self.path(step), damage)
         return None
 
+    def to_go_on_from(self) -> Path | None:
+        """The newest that is whole, None if there is none at all. Raises ValueError if every one is damaged."""
+        found = self.last()
+        if not found and self.steps():
+            raise ValueError(
+                f"Every checkpoint in {self.folder} is damaged, so this run cannot go on. Restore one, or remove "
+                f"{self.folder.parent} to start it anew."
+            )
+        return found
+
     def find(self, which: str) -> Path:
         """The checkpoint called "best", "last", or by the number of its update.
 

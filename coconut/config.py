@@ -27,6 +27,7 @@ class Task(StrEnum):
     gsm8k = "gsm8k"
     prontoqa = "prontoqa"
     prosqa = "prosqa"
+    pointers = "pointers"
 
 
 class Precision(StrEnum):
@@ -52,7 +53,7 @@ class Resume(StrEnum):
     never = "never"  # refuse a folder that already holds a run
 
 
-def _at_least(owner: str, config: Any, **bounds: float) -> None:
+def at_least(owner: str, config: Any, **bounds: float) -> None:
     for name, least in bounds.items():
         value = getattr(config, name)
         if value is not None and value < least:
@@ -73,7 +74,7 @@ class LoraConfig:
     targets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _at_least("model.lora.", self, rank=0)
+        at_least("model.lora.", self, rank=0)
         if self.rank == 0:
             for name in ("alpha", "dropout", "targets"):
                 if value := getattr(self, name):
@@ -168,34 +169,49 @@ SPLITS = ("train", "valid", "test")
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW. `warmup` counts updates from each time that the optimizer is made; `clip` 0 means no clipping.
-
-    `later_lr`: the learning rate from stage 1 on, if it is another one.
-    """
+class AdamWConfig:
+    """`warmup` counts updates from each time that the optimizer is made; `clip` 0 means no clipping."""
 
     lr: float = 1e-4
-    later_lr: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
     warmup: int = 0
     clip: float = 0.0
-    reset: Reset = Reset.stage
 
     def __post_init__(self) -> None:
-        _at_least("optimizer.", self, weight_decay=0, warmup=0, clip=0)
-        for name in ("lr", "later_lr"):
-            if (rate := getattr(self, name)) is not None and not rate > 0:
-                raise ValueError(f"optimizer.{name} is {rate}; it must be above 0.")
+        at_least("optimizer.", self, weight_decay=0, warmup=0, clip=0)
+        self._above_zero("lr")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1).")
 
-    def learning_rate(self, updates: int, stage: int = 0) -> float:
+    def _above_zero(self, name: str) -> None:
+        if (rate := getattr(self, name)) is not None and not rate > 0:
+            raise ValueError(f"optimizer.{name} is {rate}; it must be above 0.")
+
+    def learning_rate(self, updates: int) -> float:
         """For the update after so many since the optimizer was made: constant after a linear warm-up."""
-        rate = self.later_lr if stage and self.later_lr else self.lr
-        return rate * min(1.0, (updates + 1) / max(self.warmup, 1))
+        return self.lr * self._warmed_up(updates)
+
+    def _warmed_up(self, updates: int) -> float:
+        return min(1.0, (updates + 1) / max(self.warmup, 1))
+
+
+@dataclass
+class OptimizerConfig(AdamWConfig):
+    """AdamW through the stages of a curriculum. `later_lr`: the learning rate from stage 1 on, if it is another one."""
+
+    later_lr: float | None = None
+    reset: Reset = Reset.stage
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._above_zero("later_lr")
+
+    def learning_rate(self, updates: int, stage: int = 0) -> float:
+        """As it is in this stage."""
+        return (self.later_lr if stage and self.later_lr else self.lr) * self._warmed_up(updates)
 
 
 class Activations(StrEnum):
@@ -230,7 +246,7 @@ class EngineConfig:
     offload_parameters: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("engine.", self, threads=0, timeout=1)
+        at_least("engine.", self, threads=0, timeout=1)
         if self.kind is EngineKind.local:
             for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
                 if value := getattr(self, name):
@@ -282,7 +298,7 @@ class TrackingConfig:
     wait: float = 60
 
     def __post_init__(self) -> None:
-        _at_least("tracking.", self, wait=1)
+        at_least("tracking.", self, wait=1)
         if self.to is Tracker.none and self.mode is TrackingMode.offline:
             raise ValueError("tracking.mode=offline says nothing of where to. Add tracking=wandb.")
         if not self.project or set(self.project) & set("/\\#?%:"):
@@ -300,37 +316,30 @@ class LaunchConfig:
     grace: int = 300
 
     def __post_init__(self) -> None:
-        _at_least("launch.", self, num_processes=1, grace=1)
+        at_least("launch.", self, num_processes=1, grace=1)
 
 
 @dataclass
-class TrainConfig:
+class RunConfig:
+    """What every training has: where it lies, on what it is, and how it is carried out."""
+
     name: str = "custom"  # of the experiment; part of the run's default folder
     run: str | None = None  # the run's folder; by default runs/NAME-HASH
     resume: Resume = Resume.auto
     init: str | None = None  # a run or checkpoint whose weights to start from
     seed: int = 0
-    method: str = "coconut"
-    curriculum: Curriculum = field(default_factory=Curriculum)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    batch_size: int = 128  # examples an update, over all processes
-    micro_batch_size: int | None = None  # examples a forward pass of one process; by default its whole share
     max_new_tokens: int | None = None  # by default the task's
     eval_batch_size: int = 64
     valid_limit: int | None = None  # validate on the first so many examples
-    validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
-    save_every: int = 0  # updates between further checkpoints; 0: only with each validation
     keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
-    keep_every: int = 0  # updates; a checkpoint at each multiple is written and stays
+    keep_every: int = 0  # a checkpoint at each multiple is written and stays
 
     def __post_init__(self) -> None:
-        _at_least("", self, seed=0, batch_size=1, micro_batch_size=1, max_new_tokens=1, eval_batch_size=1,
-                  valid_limit=1, validate_every=0, save_every=0, keep_checkpoints=1, keep_every=0)  # fmt: skip
+        at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0)
         named = [split for split in SPLITS if getattr(self.data, split)]
         for split in ("train", "valid"):
             if split not in named and not self.data.files and (named or not self.data.build):
@@ -338,6 +347,30 @@ class TrainConfig:
                     f"data.{split} names no file. Set data.{split}=FILE, or choose data=graphs or another and name no "
                     "file at all: it is then made."
                 )
+
+    def folder(self) -> Path:
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return Path(self.run) if self.run else Path("runs") / f"{self.name}-{digest[:8]}"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the run this run."""
+        return identity(asdict(self), type(self))
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    method: str = "coconut"
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_size: int = 128  # examples an update, over all processes
+    micro_batch_size: int | None = None  # examples a forward pass of one process; by default its whole share
+    validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
+    save_every: int = 0  # updates between further checkpoints; 0: only with each validation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, save_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} corrects a pretrained model, and model.architecture makes a "
@@ -345,17 +378,13 @@ class TrainConfig:
             )
         plan(self.method, self.curriculum)
 
-    def folder(self) -> Path:
-        digest = hashlib.sha256(json.dumps(identity(asdict(self)), sort_keys=True).encode()).hexdigest()
-        return Path(self.run) if self.run else Path("runs") / f"{self.name}-{digest[:8]}"
 
-
-def identity(config: dict[str, Any]) -> dict[str, Any]:
+def identity(config: dict[str, Any], schema: type[RunConfig] = TrainConfig) -> dict[str, Any]:
     """What makes a run this run: its configuration but for NOT_IDENTITY.
 
     A key that there was not yet when the run began has its default.
     """
-    parts: dict[str, Any] = {f.name: f.default_factory() for f in fields(TrainConfig) if callable(f.default_factory)}
+    parts: dict[str, Any] = {f.name: f.default_factory() for f in fields(schema) if callable(f.default_factory)}
     return _but_for_how(_completed(config, {name: asdict(part) for name, part in parts.items()}))
 
 
@@ -411,7 +440,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _needs_run(self.run)
-        _at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
+        at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
         for other in SPLITS:
@@ -439,7 +468,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _needs_run(self.run)
-        _at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0, batch_size=1)
+        at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0, batch_size=1)
         if self.question and not self.question.strip():
             raise ValueError('The question is empty. Ask one with question="..." or pipe it in with question=-.')
         if self.question and self.file:
@@ -476,7 +505,7 @@ class ExportConfig:
             raise ValueError("Name the folder to write with output=FOLDER.")
         if self.released and not self.base:
             raise ValueError("Name the model that the checkpoint was trained from with base=NAME (for its config).")
-        _at_least("", self, stage=0, thoughts_per_step=0)
+        at_least("", self, stage=0, thoughts_per_step=0)
         plan(self.method, Curriculum())
         if self.released and self.stage is None and METHODS[self.method].slot is not Slot.nothing:
             raise ValueError(f"Say in which stage the checkpoint was written, stage=K: {self.method} has thoughts or "
@@ -494,7 +523,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _needs_run(self.run)
-        _at_least("", self, port=0, max_new_tokens=1)
+        at_least("", self, port=0, max_new_tokens=1)
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535.")
         if not self.host or ":" in self.host:
@@ -525,7 +554,7 @@ class AnalyzeConfig:
 
     def __post_init__(self) -> None:
         _needs_run(self.run)
-        _at_least("", self, limit=1, batch_size=1)
+        at_least("", self, limit=1, batch_size=1)
 
 
 @dataclass

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coconut.config import Resume, TrainConfig, identity
+from coconut.config import Resume, RunConfig, identity
 from coconut.data import existing
-from coconut.files import read_json, sha256, write_json
-from coconut.tracking import CONFIG, DESCRIPTION, read_config, surroundings
+from coconut.engine.world import World
+from coconut.files import read_json, release, sha256, sole_owner, write_json
+from coconut.screen import say
+from coconut.sources import data_files
+from coconut.tracking import CONFIG, DESCRIPTION, read_config, ready, surroundings
+
+
+@contextmanager
+def held_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The run's folder, which no other process may enter meanwhile, and the file of each split.
+
+    Raises ValueError if the run cannot begin or go on there.
+    """
+    world.first_does(lambda: ready(config.tracking))
+    config.data = config.data.absolute()
+    files = world.first_does(lambda: data_files(asdict(config.data)))
+    folder = config.folder()
+    read = {split: files[split] for split in ("train", "valid")}
+    world.first_does(lambda: open_folder(folder, config, read))
+    say(f"Run folder: {folder}")
+    with ExitStack() as held:
+        world.first_does(lambda: held.enter_context(sole_owner(folder)) if world.first else None)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder}, the run's folder, is not to be seen from {platform.node()}. All nodes need it: name a "
+                "folder that they share with run=DIR."
+            )
+        try:
+            yield folder, files
+        finally:
+            if world.first and not (folder / DESCRIPTION).exists():
+                release(folder)
 
 
 def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
@@ -25,17 +57,17 @@ def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
     return found
 
 
-def open_folder(folder: Path, asked: dict[str, Any], resume: Resume, files: Mapping[str, str]) -> None:
+def open_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> None:
     """Make sure that the folder is new, or holds this very run on these files.
 
-    `asked`: what makes the run this run (coconut.config.identity). Raises ValueError if the folder holds another one,
-    or something else, if a file has changed since, or if there is a run and resume=never.
+    Raises ValueError if the folder holds another one, or something else, if a file has changed since, or if there is
+    a run and resume=never.
     """
     used = {split: existing(file) for split, file in files.items()}
     if (folder / CONFIG).is_file():
-        if resume is Resume.never:
+        if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
-        if differing := differences(identity(read_config(folder)), asked):
+        if differing := differences(identity(read_config(folder), type(config)), config.identity()):
             raise ValueError(
                 f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
                 + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
@@ -51,7 +83,7 @@ def open_folder(folder: Path, asked: dict[str, Any], resume: Resume, files: Mapp
         raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
 
 
-def describe(folder: Path, config: TrainConfig, about: Mapping[str, Any], session: Mapping[str, Any]) -> None:
+def describe(folder: Path, config: RunConfig, about: Mapping[str, Any], session: Mapping[str, Any]) -> None:
     """Write config.json and run.json: what exactly is trained, on what, with which code, where.
 
     `about` is said of the run as it is now, but for its "init", which stays what it was when the run began. `session`

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +20,20 @@ from coconut.build import make_model, starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application, own_environment
 from coconut.collapse import look_at
-from coconut.config import Activations, TooLong, TrainConfig, identity
+from coconut.config import Activations, RunConfig, TooLong, TrainConfig
 from coconut.data import Example, TokenizedData, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, evaluate
-from coconut.files import read_json, release, sole_owner, write_json
-from coconut.folder import describe, open_folder, used_file
+from coconut.files import read_json, write_json
+from coconut.folder import describe, held_folder, used_file
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.screen import duration, only_our_words, say, working
 from coconut.signals import Asked, asked_to_stop
-from coconut.sources import data_files
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
 
@@ -62,7 +59,7 @@ class Training:
         examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
         if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
             say(f"warning: {shared:,} questions of the validation data are in the training data too.")
-        self.found = world.first_does(self._found)
+        self.found = world.first_does(self.checkpoints.to_go_on_from)  # None: the run is new
         self.lm = (
             LatentLM.from_pretrained(self.found, config.model.attention)
             if self.found
@@ -89,16 +86,6 @@ class Training:
         self.pending = state["pending"]  # a validation that is due, and was left for being asked to stop
         self.recent: deque[dict[str, float]] = deque(maxlen=5)
         self.collapse: list[str] = []  # what was last found wrong with the thoughts
-
-    def _found(self) -> Path | None:
-        """The checkpoint to go on from, if the run has any."""
-        found = self.checkpoints.last()
-        if not found and self.checkpoints.steps():
-            raise ValueError(
-                f"Every checkpoint in {self.checkpoints.folder} is damaged, so this run cannot go on. Restore one, or "
-                f"remove {self.folder} to start it anew."
-            )
-        return found
 
     def _prepare(self, split: str, examples: list[Example]) -> tuple[TokenizedData, np.ndarray]:
         config = self.config.data
@@ -376,7 +363,7 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
     )
 
 
-def spread(config: TrainConfig, world: World) -> dict[str, Any]:
+def spread(config: RunConfig, world: World) -> dict[str, Any]:
     """What a run is carried out by. It may change from session to session."""
     return {"processes": world.size, "engine": str(config.engine.kind)}
 
@@ -390,39 +377,22 @@ def run(config: TrainConfig) -> int:
     return on_processes(config.launch, config.engine, "coconut.train", lambda world: train_together(config, world))
 
 
-def share_out(batch_size: int, ranks: int) -> None:
-    """Raise ValueError if an update's examples cannot be shared out evenly."""
-    if over := batch_size % ranks:
-        below = batch_size - over
+def share_out(number: int, ranks: int, key: str = "batch_size") -> None:
+    """Raise ValueError if so many examples, which `key` asks for, cannot be shared out evenly."""
+    if over := number % ranks:
+        below = number - over
         near = f"{below} or {below + ranks}" if below else f"{ranks}"
         raise ValueError(
-            f"batch_size={batch_size} is not divisible by {ranks} processes. It is the number of examples of an "
-            f"update, over all of them: choose a multiple, such as {near}."
+            f"{key}={number} is not divisible by {ranks} processes. It is a number of examples over all of them: "
+            f"choose a multiple, such as {near}."
         )
 
 
 def train_together(config: TrainConfig, world: World) -> int:
     """What each process of a run does."""
     share_out(config.batch_size, world.size)
-    world.first_does(lambda: ready(config.tracking))
-    config.data = config.data.absolute()
-    files = world.first_does(lambda: data_files(asdict(config.data)))
-    folder = config.folder()
-    read = {split: files[split] for split in ("train", "valid")}
-    world.first_does(lambda: open_folder(folder, identity(asdict(config)), config.resume, read))
-    say(f"Run folder: {folder}")
-    with ExitStack() as held:
-        world.first_does(lambda: held.enter_context(sole_owner(folder)) if world.first else None)
-        if not folder.is_dir():
-            raise ValueError(
-                f"{folder}, the run's folder, is not to be seen from {platform.node()}. All nodes need it: name a "
-                "folder that they share with run=DIR."
-            )
-        try:
-            return train(config, folder, files, world)
-        finally:
-            if world.first and not (folder / DESCRIPTION).exists():
-                release(folder)
+    with held_folder(config, world) as (folder, files):
+        return train(config, folder, files, world)
 
 
 def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World) -> int:

@@ -86,7 +86,7 @@ def command(config: SourceKeys, builder: Builder) -> str:
 
 def _in_words(made: dict[str, Any]) -> str:
     """As in "preset=released, nodes=28, ..."."""
-    values = {"preset": made["preset"], **made["dials"]}
+    values = {"preset": made.get("preset"), **made["dials"]}
     return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None)
 
 

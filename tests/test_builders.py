@@ -20,7 +20,7 @@ from conftest import byte_level_tokenizer
 
 from coconut.files import sha256
 from coconut.tasks import prontoqa as prontoqa_task
-from data_builders import graph_measures, gsm8k, prontoqa, prosqa
+from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
 from data_builders.writing import SPLITS, shared_questions
@@ -67,8 +67,9 @@ def digests(folder: Path) -> dict[str, str]:
         (ProsqaBuild(seed=5, **GRAPHS), prosqa.build),
         (ProsqaBuild(seed=5, name="prosqa"), prosqa.build),
         (prontoqa.ProntoqaBuild(seed=5), prontoqa.build),
+        (pointers.PointersBuild(seed=5), pointers.build),
     ],
-    ids=["graphs", "prosqa", "prontoqa"],
+    ids=["graphs", "prosqa", "prontoqa", "pointers"],
 )
 def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, tmp_path: Path) -> None:
     counts = {"num_train": 300, "num_valid": 260, "num_test": 10}
@@ -78,12 +79,13 @@ def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, 
     assert len(one) == 5
     assert one == two
     card = (tmp_path / "1" / f"{config.name}_card.md").read_text()
-    assert f"python -m data_builders.{'prontoqa' if config.name == 'prontoqa' else 'prosqa'} " in card
+    assert f"python -m data_builders.{'prosqa' if config.name == 'graphs' else config.name} " in card
     assert "seed=5" in card
     manifest = json.loads((tmp_path / "1" / f"{config.name}_manifest.json").read_text())
     assert (manifest["seed"], manifest["shared_questions"]) == (5, {})
-    assert manifest["preset"] == ("graphs" if config.name == "graphs" else "released")
-    assert manifest["dials"]["hops_from"] == {"graphs": 2, "prosqa": 3, "prontoqa": 5}[config.name]
+    presets = {"graphs": "graphs", "pointers": None}
+    assert manifest.get("preset") == presets.get(config.name, "released")
+    assert manifest["dials"]["hops_from"] == {"graphs": 2, "prosqa": 3, "prontoqa": 5, "pointers": 1}[config.name]
     for split, count in {"train": 300, "valid": 260, "test": 10}.items():
         path = tmp_path / "1" / f"{config.name}_{split}.json"
         assert manifest["splits"][split] == {"file": path.name, "rows": count, "sha256": sha256(path)}

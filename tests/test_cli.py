@@ -30,15 +30,17 @@ from coconut.config import (
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
+    RunConfig,
     TrainConfig,
 )
 from coconut.methods import plan
+from coconut.rl.config import RLConfig
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo"]
-BUILDERS = ["prosqa", "prontoqa", "gsm8k"]
+COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl"]
+BUILDERS = ["prosqa", "prontoqa", "gsm8k", "pointers"]
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
-           "export": ExportConfig, "demo": DemoConfig}  # fmt: skip
+           "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig}  # fmt: skip
 for name, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
@@ -52,14 +54,23 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
 
 
+def experiments() -> dict[str, str]:
+    """The command of each, as its first lines name it."""
+    told = {
+        name: (CONF_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()[1] for name in group("experiment")
+    }
+    found = {name: re.match(r"# python -m coconut\.(\w+) experiment=", line) for name, line in told.items()}
+    return {name: match[1] for name, match in found.items() if match}
+
+
 @pytest.mark.parametrize("experiment", group("experiment"))
 def test_every_experiment_is_built(experiment: str) -> None:
-    config = composed("train", f"experiment={experiment}")
-    assert isinstance(config, TrainConfig)
+    command = experiments()[experiment]
+    config = composed(command, f"experiment={experiment}", *(["init=r"] if command == "rl" else []))
+    assert isinstance(config, RunConfig)
     assert config.name == experiment
-    assert plan(config.method, config.curriculum).stages
-    first = (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()[1]
-    assert first.startswith("# python -m coconut.train experiment=")
+    if isinstance(config, TrainConfig):
+        assert plan(config.method, config.curriculum).stages
 
 
 @pytest.mark.parametrize(
@@ -69,10 +80,12 @@ def test_every_choice_is_built(kind: str, name: str) -> None:
     assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
 
 
-def test_help_names_every_choice() -> None:
-    words = set(re.split(r"[^\w]+", python("-m", "coconut.train", "--help").stdout))
-    for kind in ("experiment", "model", "data", "engine", "launch", "tracking"):
+@pytest.mark.parametrize("command", ["train", "rl"])
+def test_help_names_every_choice(command: str) -> None:
+    words = set(re.split(r"[^\w]+", python("-m", f"coconut.{command}", "--help").stdout))
+    for kind in ("data", "engine", "launch", "tracking", *(["model"] if command == "train" else [])):
         assert {kind, *group(kind)} <= words
+    assert {name for name, its in experiments().items() if its == command} <= words
 
 
 def test_the_papers_hyperparameters() -> None:
@@ -224,7 +237,8 @@ LAYERS = [
     ["checkpoint", "thinking", "tracking"],
     ["build", "evaluate", "folder", "signals", "stopping", "trackers"],
     ["card"],
-    ["train", "analysis", "export", "generate", "rl"],
+    ["train", "analysis", "export", "generate"],
+    ["rl"],
     ["analyze", "demo"],
 ]
 TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}

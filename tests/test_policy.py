@@ -123,7 +123,8 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
     lm, objective = hybrid(), OBJECTIVES["degrpo"]
     samples = sampled(lm)
     reference = [sample.log_probs + 0.1 for sample in samples]
-    batch = batch_of(lm, samples, objective, reference=reference)
+    held = [replace(sample, reference=row) for sample, row in zip(samples, reference, strict=True)]
+    batch = batch_of(lm, held, objective)
     policy = Policy.of(lm.special)
     with_it, without = (policy.loss(objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
     log_probs = policy.log_probs(lm, batch).detach().split([len(sample.log_probs) for sample in samples])
@@ -184,6 +185,7 @@ def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float
     """Loss and gradient norm of an update with thoughts, modes and a reference, each process with its share."""
     objective, lm = OBJECTIVES[name], hybrid(dtype=torch.float32)
     samples = sampled(lm)
+    shifted = [replace(s, log_probs=s.log_probs + 0.2, reference=s.log_probs - 0.1) for s in samples]
     torch.manual_seed(0)
     gains = advantages(torch.rand(4, GROUP), objective.scaled).flatten()
     totals, passes = totals_of(samples), max(sample.passes for sample in samples)
@@ -191,8 +193,8 @@ def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float
     size = 8 // world.size
     parts = [
         policy_batch(
-            [replace(samples[i], log_probs=samples[i].log_probs + 0.2) for i in rows], gains[rows], objective, totals,
-            lm.special, on_policy=False, reference=[samples[i].log_probs - 0.1 for i in rows], passes=passes,
+            [shifted[i] for i in rows],
+            gains[rows], objective, totals, lm.special, on_policy=False, passes=passes,
         )
         for rows in (mine[:size], mine[size:])
     ]  # fmt: skip
@@ -233,10 +235,13 @@ def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None
 
     lm = build("llama", torch.float32, slot=Slot.nothing, markers=False)
     samples = sampled(lm)
-    shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
     reference = [s.log_probs + 0.1 for s in samples]
+    shifted = [
+        replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs)), reference=row)
+        for s, row in zip(samples, reference, strict=True)
+    ]
     objective, beta = OBJECTIVES[name], 0.04
-    batch = batch_of(lm, shifted, objective, on_policy=False, reference=reference)
+    batch = batch_of(lm, shifted, objective, on_policy=False)
     ours = Policy().loss(objective, beta)(lm, batch) / batch.num_targets  # nothing is refused there
     ours.backward()
     our_gradients = gradients(lm)

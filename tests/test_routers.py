@@ -16,7 +16,7 @@ KNOWN = Outcomes(
     correct=np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]),
     tokens=np.array([[1.0, 9.0]] * 4),
     passes=np.array([[2.0, 10.0]] * 4),
-    chosen=np.array([0, 1, 1, 1]),
+    chances=np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.1, 0.9]]),
 )
 
 
@@ -42,7 +42,7 @@ def test_by_hand() -> None:
 def test_at_random_is_what_independent_draws_come_to() -> None:
     random = np.random.default_rng(0)
     correct = (random.random((500, 3)) < [0.3, 0.6, 0.9]).astype(np.float64)
-    known = Outcomes(tuple(MODES), correct, np.ones((500, 3)), np.ones((500, 3)), random.integers(3, size=500))
+    known = Outcomes(tuple(MODES), correct, np.ones((500, 3)), np.ones((500, 3)), random.random((500, 3)))
     shares = np.bincount(known.chosen, minlength=3) / 500
     drawn = random.choice(3, p=shares, size=(2000, 500))
     found = compare(known, routes(known))["at random, as often"]
@@ -81,7 +81,7 @@ def test_a_classifier_learns_what_the_state_tells() -> None:
         correct=np.stack([~hard, np.ones(600)], 1).astype(float),
         tokens=np.array([[1.0, 9.0]] * 600),
         passes=np.array([[2.0, 10.0]] * 600),
-        chosen=np.zeros(600, np.int64),
+        chances=np.array([[0.9, 0.1]] * 600),
     )
     before = torch.random.get_rng_state()
     said = Classifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.tasks import TASKS, gsm8k, prontoqa, prosqa
+from coconut.tasks import TASKS, gsm8k, pointers, prontoqa, prosqa
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
 QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
@@ -227,3 +227,31 @@ def test_released_question(datadir) -> None:
 @pytest.fixture
 def datadir(request):
     return request.path.parent / "data"
+
+
+# --- pointers ---------------------------------------------------------------------------------------
+
+
+def test_pointers_are_followed() -> None:
+    asked = pointers.parse_question("3 7 | 7 1 | 1 3 ? 2 from 3")
+    assert asked == ({"3": "7", "7": "1", "1": "3"}, 2, "3")
+    assert pointers.walk(asked) == ["7", "1"]
+    assert pointers.candidates("3 7 | 7 1 | 1 3 ? 2 from 3") == ["7", "1", "3"]
+    assert pointers.candidates("anything else") is None
+    assert pointers.judge(" 1 .", "1")
+    assert not pointers.judge("7", "1")
+    assert not pointers.judge(None, "1")
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("3 7 | 7 1", "not of the form"),
+        ("3 7 | 7 ? 1 from 3", "'7' is not a pointer"),
+        ("3 7 | 3 1 ? 1 from 3", "points to two"),
+        ("3 7 ? 2 from 3", "7 points nowhere"),
+    ],
+)
+def test_what_is_no_question_of_pointers(question: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pointers.walk(pointers.parse_question(question))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
+from coconut.config import AdamWConfig, EngineConfig, EngineKind, Precision
 from coconut.engine.world import World
 
 
@@ -93,7 +93,7 @@ class Engine(Protocol):
 
 
 def make_engine(
-    module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: OptimizerConfig, world: World
+    module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: AdamWConfig, world: World
 ) -> Engine:
     """Raises ValueError if what the engine needs is not installed."""
     if config.kind is EngineKind.deepspeed:
@@ -172,7 +172,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def adamw(module: nn.Module, settings: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def adamw(module: nn.Module, settings: AdamWConfig, device: torch.device) -> torch.optim.AdamW:
     """The optimizer of the parameters that are trained."""
     return torch.optim.AdamW(
         [weight for _, weight in trained(module)],

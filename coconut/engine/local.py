@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from coconut.config import EngineConfig, OptimizerConfig
+from coconut.config import AdamWConfig, EngineConfig
 from coconut.engine.base import (
     LossFunction,
     MicroBatch,
@@ -36,7 +36,7 @@ class LocalEngine:
         module: nn.Module,
         loss_function: LossFunction,
         config: EngineConfig,
-        optimizer: OptimizerConfig,
+        optimizer: AdamWConfig,
         world: World | None = None,
     ):
         self.world = world or World()

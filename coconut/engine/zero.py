@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coconut.config import EngineConfig, OptimizerConfig, Precision
+from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.base import (
     LossFunction,
     MicroBatch,
@@ -67,7 +67,7 @@ class ZeroEngine:
         module: nn.Module,
         loss_function: LossFunction,
         config: EngineConfig,
-        optimizer: OptimizerConfig,
+        optimizer: AdamWConfig,
         world: World,
     ):
         self.world = world
@@ -236,7 +236,7 @@ class ZeroEngine:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def settings(config: EngineConfig, optimizer: OptimizerConfig, weights: int) -> dict[str, Any]:
+def settings(config: EngineConfig, optimizer: AdamWConfig, weights: int) -> dict[str, Any]:
     """DeepSpeed's configuration. Updates and their parts are the engine's own business, so it hears of one part."""
     bucket = min(500_000_000, weights)
     offload = {

@@ -15,7 +15,8 @@ other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,13 @@ OBJECTIVES: dict[str, Objective] = {
     "dapo": Objective(per_token, scaled=True, high=0.28),  # Yu et al., arXiv 2503.14476, eq. 8
     "degrpo": Objective(per_answer, control=1e-3),  # Fang et al., arXiv 2505.13379, eq. 8
 }
+
+
+def objective_named(name: str, **changes: Any) -> Objective:
+    """The entry of OBJECTIVES, with what is not None in place of its own. Raises ValueError that lists the names."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"There is no objective {name!r}. The objectives are: {', '.join(OBJECTIVES)}.")
+    return replace(OBJECTIVES[name], **{key: value for key, value in changes.items() if value is not None})
 
 
 def advantages(rewards_GS: Tensor, scaled: bool) -> Tensor:

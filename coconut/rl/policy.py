@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from coconut.data import SpecialIds
 from coconut.layout import Layout, collate, slot_ids
 from coconut.rl.objectives import Objective, Totals, clipped, k3
-from coconut.thinking import Generated
+from coconut.thinking import Generated, forward_passes
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer took. `passes`: forward passes one after the other, for prefix, thoughts and tokens."""
+
+    passes: int
+    num_thoughts: int
+    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Sample:
 
     Forced are the question, a control token that was not the model's choice, markers, thoughts and pauses.
     `log_probs` (its sampled tokens,), in float32: at the temperature, among the tokens that may stand there.
+    `reference`: as likely they were to the model that the policy is held to, if it is held to one.
     """
 
     layout: Layout
@@ -37,6 +47,7 @@ class Sample:
     new_tokens: int
     num_thoughts: int
     cut: bool
+    reference: Tensor | None = None
 
     @property
     def is_control(self) -> Tensor:
@@ -45,7 +56,31 @@ class Sample:
 
     @property
     def passes(self) -> int:
+        """Of a forward pass over the whole answer."""
         return self.num_thoughts + 1
+
+    @property
+    def took(self) -> Cost:
+        """What it took to say it."""
+        passes = forward_passes(self.new_tokens, self.cut, self.num_thoughts, self.mode)
+        return Cost(passes, self.num_thoughts, self.new_tokens)
+
+    def muted(self) -> Sample:
+        """The same row with nothing in it that counts, for a process that has no other while others compute."""
+        layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
+        reference = None if self.reference is None else self.reference[:0]
+        return replace(self, layout=layout, log_probs=self.log_probs[:0], reference=reference)
+
+
+def shares(samples: Sequence[Sample], size: int, rank: int = 0, ranks: int = 1) -> list[tuple[list[int], int]]:
+    """The places of the samples that one process of `ranks` takes at a time, at most `size` of them, and the passes.
+
+    Answers of like lengths go together, and all processes take equally many passes. A process for which none is left
+    takes place -1.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].passes, len(samples[i].layout.ids)))
+    parts = [order[first : first + size * ranks] for first in range(0, len(order), size * ranks)]
+    return [(part[rank::ranks] or [-1], max(samples[i].passes for i in part)) for part in parts]
 
 
 def samples_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Sample]:
@@ -55,19 +90,14 @@ def samples_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequ
 
 
 def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Sample:
-    mode, chosen, said = out.modes[row], out.mode_log_probs[row] if out.modes[row] else None, out.said(row)
-    reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
-    count = int(out.num_thoughts[row])
-    control = [lm.special.control[mode]] if mode else []
-    before = [*question, *control, *slot_ids(reasoning, lm.special, count or reasoning.num_thoughts).tolist()]
+    mode, chosen, count = (
+        out.modes[row],
+        out.mode_log_probs[row] if out.modes[row] else None,
+        int(out.num_thoughts[row]),
+    )
     how_likely = [log_probs] if chosen is None else [torch.tensor([chosen]), log_probs]
     return Sample(
-        layout=Layout(
-            ids=np.array([*before, *said], np.int32),
-            num_prompt=len(before),
-            anchor=len(question) + len(control) + reasoning.markers,
-            control=-1 if chosen is None else len(question),
-        ),
+        layout=_layout(lm, question, mode, count, out.said(row), sampled=chosen is not None),
         log_probs=torch.cat(how_likely),
         text=out.texts[row],
         mode=mode,
@@ -77,8 +107,52 @@ def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log
     )
 
 
+def _layout(lm: LatentLM, question: Sequence[int], mode: str, count: int, said: Sequence[int], sampled: bool) -> Layout:
+    reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
+    control = [lm.special.control[mode]] if mode else []
+    before = [*question, *control, *slot_ids(reasoning, lm.special, count or reasoning.num_thoughts).tolist()]
+    return Layout(
+        ids=np.array([*before, *said], np.int32),
+        num_prompt=len(before),
+        anchor=len(question) + len(control) + reasoning.markers,
+        control=len(question) if sampled else -1,
+    )
+
+
+def longest_answers(lm: LatentLM, question: Sequence[int], limit: int) -> list[Sample]:
+    """In each mode an answer to this question that is cut off after so many tokens, all alike."""
+    found = []
+    for mode in lm.reasoning.modes or ("",):
+        count = (lm.reasoning.in_mode(mode) if mode else lm.reasoning).num_thoughts
+        said = _layout(lm, question, mode, count, [lm.special.eos] * limit, sampled=bool(mode))
+        likely = torch.zeros(limit + bool(mode))
+        found.append(Sample(said, likely, "", mode, limit, count, cut=True, reference=likely))
+    return found
+
+
 @dataclass
-class PolicyBatch:
+class Scored:
+    """A batch of answers; `is_control` (M,) of each sampled token."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    passes: int
+    is_control: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], special: SpecialIds, passes: int) -> Scored:
+        made = collate([sample.layout for sample in samples], special)
+        is_control_M = torch.cat([sample.is_control for sample in samples])
+        return cls(made.input_ids, made.attention_mask, made.labels, passes, is_control_M)
+
+    def to(self, device: torch.device | str) -> Self:
+        values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **values)
+
+
+@dataclass
+class PolicyBatch(Scored):
     """A micro-batch of answers; of each sampled token (M,) what its term needs.
 
     `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
@@ -86,11 +160,6 @@ class PolicyBatch:
     that the policy is held to, None if it is held to none.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    passes: int
-    is_control: Tensor
     advantages: Tensor
     weights: Tensor
     kl_weights: Tensor
@@ -101,10 +170,6 @@ class PolicyBatch:
     def num_targets(self) -> int:
         return len(self.advantages)
 
-    def to(self, device: torch.device | str) -> PolicyBatch:
-        values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **values)
-
 
 def policy_batch(
     samples: Sequence[Sample],
@@ -114,25 +179,20 @@ def policy_batch(
     special: SpecialIds,
     *,
     on_policy: bool,
-    reference: Sequence[Tensor] | None = None,
     passes: int = 1,
 ) -> PolicyBatch:
     """Answers with their advantages as a micro-batch of a batch that has `totals` in all."""
-    made = collate([sample.layout for sample in samples], special)
+    made = Scored.of(samples, special, max(passes, *(sample.passes for sample in samples)))
+    reference = [sample.reference for sample in samples if sample.reference is not None]
     lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
-    is_control_M = torch.cat([sample.is_control for sample in samples])
-    weights_M, kl_weights_M = objective.weights(lengths_N, is_control_M, totals)
+    weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
     return PolicyBatch(
-        input_ids=made.input_ids,
-        attention_mask=made.attention_mask,
-        labels=made.labels,
-        passes=max(passes, *(sample.passes for sample in samples)),
-        is_control=is_control_M,
+        **vars(made),
         advantages=advantages_N.float().repeat_interleave(lengths_N),
         weights=weights_M * totals.tokens,
         kl_weights=kl_weights_M * totals.tokens,
         old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),
-        reference=None if reference is None else torch.cat(list(reference)),
+        reference=torch.cat(reference) if reference else None,
     )
 
 
@@ -152,7 +212,7 @@ class Policy:
         """That of a model with these tokens."""
         return cls(tuple(special.added), tuple(special.control.values()), temperature)
 
-    def log_probs(self, module: nn.Module, batch: Any) -> Tensor:
+    def log_probs(self, module: nn.Module, batch: Scored) -> Tensor:
         """(M,) of the targets of a batch, in float32."""
         out = module(
             batch.input_ids,
@@ -168,6 +228,17 @@ class Policy:
         refused_2V[1, list(self.controls)] = False
         logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
         return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
+
+    @torch.no_grad()
+    def score(self, lm: LatentLM, samples: Sequence[Sample], size: int) -> list[Tensor]:
+        """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
+        found: dict[int, Tensor] = {}
+        for places, passes in shares(samples, size):
+            chosen = [samples[i] for i in places]
+            batch = Scored.of(chosen, lm.special, passes).to(lm.device)
+            lengths = [len(sample.log_probs) for sample in chosen]
+            found |= zip(places, self.log_probs(lm, batch).cpu().split(lengths), strict=True)
+        return [found[place] for place in range(len(samples))]
 
     def loss(self, objective: Objective, beta: float) -> Any:
         """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights."""

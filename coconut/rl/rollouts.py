@@ -5,9 +5,10 @@ Shapes: S answers of a group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,23 +17,14 @@ from torch import Tensor
 from coconut.data import Example, encode_questions
 from coconut.evaluate import read_answer
 from coconut.methods import PromptFormat
-from coconut.rl.policy import Sample, samples_of
+from coconut.rl.policy import Cost, Sample, samples_of
 from coconut.tasks import Task
-from coconut.thinking import forward_passes, longest_first, pad_rows
+from coconut.thinking import longest_first, pad_rows
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
 
 THINKLESS_COSTS = {"short": 0.0, "think": 0.5}  # Fang et al., arXiv 2505.13379, eq. 5, with gamma = .5
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an answer took. `passes`: forward passes one after the other, for prefix, thoughts and tokens."""
-
-    passes: int
-    num_thoughts: int
-    new_tokens: int
 
 
 class Reward(Protocol):
@@ -55,8 +47,10 @@ class Correctness:
     wrong: float = -1.0
 
     def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float:
-        right = self.task.judge(read_answer(self.task, text, self.form), example.answer)
-        return 1.0 - self.costs.get(mode, 0.0) if right else self.wrong
+        return 1.0 - self.costs.get(mode, 0.0) if self.right(example, text) else self.wrong
+
+    def right(self, example: Example, text: str) -> bool:
+        return self.task.judge(read_answer(self.task, text, self.form), example.answer)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def roll_out(
 
     A question and its thoughts are read once for all its answers, `batch_size` questions at a time. What is sampled
     depends on `seed` alone, numbers such as (seed, step, process), and no other draw depends on it. `mode` is forced on
-    a hybrid model. Raises ValueError for a reward that is not finite.
+    a hybrid model. Raises ValueError for a reward that is not one finite number.
     """
     rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     groups: dict[int, Group] = {}
@@ -104,13 +98,16 @@ def roll_out(
 
 
 def _rewarded(example: Example, samples: Sequence[Sample], reward: Reward) -> Group:
-    rewards = torch.tensor([float(reward(example, s.text, s.mode, _cost(s))) for s in samples])
-    if not rewards.isfinite().all():
-        text = samples[int((~rewards.isfinite()).nonzero()[0])].text
-        raise ValueError(f"The reward of {text!r}, an answer to {example.question!r}, is not finite.")
-    return Group(example, tuple(samples), rewards)
+    return Group(example, tuple(samples), torch.tensor([_reward_of(example, sample, reward) for sample in samples]))
 
 
-def _cost(sample: Sample) -> Cost:
-    passes = forward_passes(sample.new_tokens, sample.cut, sample.num_thoughts, sample.mode)
-    return Cost(passes, sample.num_thoughts, sample.new_tokens)
+def _reward_of(example: Example, sample: Sample, reward: Reward) -> float:
+    value: Any = reward(example, sample.text, sample.mode, sample.took)
+    of = f"The reward of {sample.text!r}, an answer to {example.question!r},"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{of} is {value!r}; it must be one number for each answer.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{of} is {number}, which is not finite.")
+    return number

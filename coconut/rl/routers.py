@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,36 +28,58 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What comes of every question in every mode, (Q, M) each, and which one the model chose (Q,).
+    """What comes of every question in every mode, (Q, M) each.
 
-    `tokens`: of language. `passes`: forward passes one after the other.
+    `tokens`: of language. `passes`: forward passes one after the other. `chances`: how likely the model takes the mode.
     """
 
     modes: tuple[str, ...]
     correct: Numbers
     tokens: Numbers
     passes: Numbers
-    chosen: NDArray[np.int64]
+    chances: Numbers
+
+    @property
+    def chosen(self) -> NDArray[np.int64]:
+        """(Q,) the mode that the model takes where it is not sampled."""
+        return self.chances.argmax(1)
+
+
+def in_each_mode(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> dict[str, list[Prediction]]:
+    """Each example answered greedily in each mode; `options` are those of `evaluate`.
+
+    A model without modes has one, the empty text.
+    """
+    return {
+        mode: evaluate(lm, task, examples, mode=mode or None, **options).predictions
+        for mode in lm.reasoning.modes or ("",)
+    }
+
+
+def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> Outcomes:
+    """What comes of each example in each mode, greedily, and how likely the model would take it.
+
+    `options` are those of `evaluate`.
+    """
+    return gathered(lm, examples, in_each_mode(lm, task, examples, **options))
+
+
+def gathered(lm: LatentLM, examples: Sequence[Example], forced: Mapping[str, list[Prediction]]) -> Outcomes:
+    """The outcomes of these predictions."""
+
+    def table(name: str) -> Numbers:
+        return np.array([[float(getattr(p, name)) for p in row] for row in forced.values()]).T
+
+    chances = mode_chances(lm, examples) if lm.reasoning.modes else np.ones((len(examples), 1))
+    return Outcomes(tuple(forced), table("correct"), table("new_tokens"), table("passes"), chances)
 
 
 @torch.no_grad()
-def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], *, batch_size: int = 64) -> Outcomes:
-    """Answer each example in each mode, greedily; and see which one the model would choose."""
-    modes = lm.reasoning.modes
-    controls = [lm.special.control[mode] for mode in modes]
+def mode_chances(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> Numbers:
+    """(Q, M) how likely the model's first token is that of each mode, among them."""
+    controls = [lm.special.control[mode] for mode in lm.reasoning.modes]
     states_QD = states(lm, examples, batch_size=batch_size).to(lm.device, lm.base.dtype)
-    forced = [evaluate(lm, task, examples, mode=mode, batch_size=batch_size).predictions for mode in modes]
-
-    def table(of: list[list[Prediction]], name: str) -> Numbers:
-        return np.array([[float(getattr(p, name)) for p in row] for row in of]).T
-
-    return Outcomes(
-        modes=modes,
-        correct=table(forced, "correct"),
-        tokens=table(forced, "new_tokens"),
-        passes=table(forced, "passes"),
-        chosen=lm.logits(states_QD)[:, controls].float().argmax(1).cpu().numpy(),
-    )
+    return lm.logits(states_QD)[:, controls].double().softmax(1).cpu().numpy()
 
 
 def states(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> torch.Tensor:

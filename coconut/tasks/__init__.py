@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from coconut.tasks import gsm8k, prontoqa, prosqa
+from coconut.tasks import gsm8k, pointers, prontoqa, prosqa
 
 
 class Task(Protocol):
@@ -31,4 +31,4 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"gsm8k": gsm8k, "prontoqa": prontoqa, "prosqa": prosqa}
+TASKS: dict[str, Task] = {"gsm8k": gsm8k, "prontoqa": prontoqa, "prosqa": prosqa, "pointers": pointers}

@@ -1,0 +1,432 @@
+"""Reinforcement learning: for each batch: sample, reward, learn, log, validate if due, save if due."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coconut.build import starting_point
+from coconut.checkpoint import Checkpoints, load_state, load_trainer
+from coconut.cli import application
+from coconut.config import TooLong
+from coconut.data import Example, encode_questions, read_examples
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
+from coconut.engine.launch import on_processes, processes
+from coconut.engine.world import World, seat
+from coconut.evaluate import Abandoned, Prediction
+from coconut.files import read_json, whole_folder, write_json
+from coconut.folder import describe, held_folder, used_file
+from coconut.model import LatentLM
+from coconut.rl.config import RLConfig
+from coconut.rl.objectives import Totals, advantages, k3, without_variance
+from coconut.rl.policy import Policy, longest_answers, policy_batch, shares
+from coconut.rl.rollouts import Correctness, Cost, Group, Reward, roll_out
+from coconut.rl.routers import Outcomes, gathered, in_each_mode
+from coconut.screen import duration, only_our_words, say, working
+from coconut.signals import Asked, asked_to_stop
+from coconut.tasks import TASKS
+from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
+from coconut.train import Diverged, share_out, spread
+
+REFERENCE = "reference"  # in the run's folder: what the policy is held to
+
+
+class PolicyTraining:
+    """One run, as one of its processes sees it: policy, reference, questions, engine and folder.
+
+    `reward`: by default that of the configuration, coconut.rl.rollouts.Correctness.
+    """
+
+    def __init__(
+        self, config: RLConfig, folder: Path, files: dict[str, str], world: World, reward: Reward | None = None
+    ):
+        self.config, self.folder, self.files, self.world = config, folder, files, world
+        self.task = TASKS[config.data.task]
+        self.objective = config.objective.built()
+        self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
+
+        torch.manual_seed(config.seed + world.rank)
+        self.found = world.first_does(self.checkpoints.to_go_on_from)  # None: the run is new
+        self.lm = self._policy()
+        self.reference = self._reference()
+        self.policy = Policy.of(self.lm.special, config.temperature)
+        self.judge = Correctness(self.task, self.lm.reasoning.format, config.reward.costs, config.reward.wrong)
+        self.reward = reward or self.judge
+        self.limit = config.max_new_tokens or self.lm.reasoning.max_new_tokens
+        self.train = self._read("train")
+        self.valid = self._read("valid")[: config.valid_limit]
+        self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
+        self.trainer = load_trainer(self.found) if self.found else {}
+        restore_master(self.lm, self.trainer)
+        loss = self.policy.loss(self.objective, config.objective.beta)
+        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
+        if self.reference:
+            self.reference.to(self.engine.device)
+
+        state = load_state(self.found) if self.found else {"step": 0, "updates": 0, "best": None, "pending": True}
+        self.step, self.updates, self.best = state["step"], state["updates"], state["best"]
+        self.pending = state["pending"]  # a validation that is due; the first one is so from the beginning
+
+    def _policy(self) -> LatentLM:
+        lm = LatentLM.from_pretrained(self.found or starting_point(str(self.config.init)))
+        if not self.found and not lm.adapter:
+            lm.to(torch.float32)
+        modes = lm.reasoning.modes
+        for mode in self.config.reward.costs:
+            if mode not in modes:
+                there = f"its modes are {', '.join(modes)}" if modes else "it has none"
+                raise ValueError(f"reward.costs.{mode} is the cost of a mode that the model does not have: {there}.")
+        return lm.eval()  # without dropout: answers are as likely in an update as they were when they were sampled
+
+    def _reference(self) -> LatentLM | None:
+        """What the run started from."""
+        if not self.config.objective.beta:
+            return None
+        kept = self.folder / REFERENCE
+        place = kept if kept.is_dir() else starting_point(str(self.config.init))
+        return LatentLM.from_pretrained(place).eval().requires_grad_(False)
+
+    def _read(self, split: str) -> list[Example]:
+        """The examples whose questions leave room for the longest answer."""
+        file, config = self.files[split], self.config
+        examples = read_examples(file)
+        most = max(len(sample.layout.ids) for sample in longest_answers(self.lm, [], self.limit))
+        lengths = [len(row) for row in self._asked(examples)]
+        room = self.lm.context - most
+        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= room]
+        if len(kept) < len(examples) and (config.data.too_long is TooLong.error or not kept):
+            raise ValueError(
+                f"{file}: {len(examples) - len(kept)} of {len(examples)} questions leave no room for an answer of "
+                f"{self.limit} tokens in the model's context of {self.lm.context}; the longest has {max(lengths)} "
+                "tokens. Lower max_new_tokens, or leave them out with data.too_long=skip."
+            )
+        if len(kept) < len(examples):
+            say(f"Left out {len(examples) - len(kept)} of {len(examples)} {split} questions, too long for the context.")
+        return kept
+
+    def _asked(self, examples: Sequence[Example]) -> list[list[int]]:
+        return encode_questions(self.lm.tokenizer, [e.question for e in examples], self.lm.reasoning.format)
+
+    @property
+    def micro_batch_size(self) -> int:
+        config = self.config
+        share = -(-config.questions // config.num_minibatches) * config.samples // self.world.size
+        return min(config.micro_batch_size or share, share)
+
+    def rehearse(self) -> None:
+        """Run a micro-batch of the longest answers that there can be."""
+        longest = longest_answers(self.lm, max(self._asked(self.train), key=len), self.limit)
+        widest = max(longest, key=lambda sample: (len(sample.layout.ids), sample.passes))
+        samples = [widest] * self.micro_batch_size
+        if not self.reference:
+            samples = [replace(sample, reference=None) for sample in samples]
+        totals = Totals(len(samples), len(samples) * len(widest.log_probs), self.limit)
+        on_policy = self.config.on_policy
+        batch = policy_batch(
+            samples, torch.zeros(len(samples)), self.objective, totals, self.lm.special, on_policy=on_policy
+        )
+        self.engine.rehearse(batch)
+
+    def take_up(self) -> None:
+        """Go on where the last checkpoint was written. After the rehearsal, which some engines need for it."""
+        if self.found:
+            self.engine.load_state_dict(self.trainer)
+            self.trainer = {}
+            self.world.first_does(lambda: self.checkpoints.set_aside_after(self.step))
+
+    def keep_reference(self) -> None:
+        """A copy in the run's folder, since what the run started from may go."""
+        if self.reference and not (self.folder / REFERENCE).is_dir():
+            with whole_folder(self.folder / REFERENCE) as part:
+                self.reference.save_pretrained(part)
+
+    def run(self) -> int:
+        """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
+        config = self.config
+        started, first = time.monotonic(), self.step
+        with (
+            asked_to_stop(self.world) as asked,
+            self._tracking() as track,
+            working("training", config.batches, self.step) as bar,
+        ):
+            if self.pending:
+                self.validate(track, asked)
+                self.save()
+            for step in range(self.step, config.batches):
+                if number := asked.anywhere():
+                    return self._stopped(number)
+                begin = time.perf_counter()
+                groups = self.sample(step)
+                row = {**self.described(groups), **self.learn(groups)}
+                track.log("train", step + 1, **row, seconds=time.perf_counter() - begin)
+                bar(step + 1, f"reward {row['reward']:.3f}")
+                self.step = step + 1
+
+                due = self.pending = self.step % config.validate_every == 0 or self.step == config.batches
+                if due and not asked.anywhere():
+                    self.validate(track, asked)
+                    self._report(time.monotonic() - started, first)
+                number = asked.anywhere()
+                if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
+                    self.save()
+            if number := asked.anywhere():
+                return self._stopped(number)
+        say(f"Done: {config.batches:,} batches in {self.folder}")
+        say(f"Best checkpoint: batch {self.best['step']}, reward {self.best['reward']:.3f} on validation data")
+        say(f"Next: python -m coconut.evaluate run={self.folder}")
+        return 0
+
+    def sample(self, step: int) -> list[Group]:
+        """The groups of a batch, of all processes. A reward that is none ends the run, saved as it was before."""
+        config, world = self.config, self.world
+        world.mark(f"sampling for batch {step + 1}")
+        examples = [self.train[i] for i in self._questions(step)[world.rank :: world.size]]
+        groups, problem = [], ""
+        try:
+            with self.engine.whole() as lm, self.engine.autocast():
+                groups = roll_out(
+                    lm, examples, self.reward, samples=config.samples, seed=(config.seed, step, world.rank),
+                    temperature=config.temperature, max_new_tokens=self.limit, batch_size=config.rollout_batch_size,
+                )  # fmt: skip
+                groups = self._compared(groups)
+        except ValueError as error:
+            problem = str(error)
+        if problems := [told for told in world.gather(problem) if told]:
+            self.save()
+            raise ValueError(f"{problems[0]} The run is saved at batch {self.step}, and goes on with another reward.")
+        return [group for part in world.gather(groups) for group in part]
+
+    def _questions(self, step: int) -> np.ndarray:
+        """Which examples a batch asks: in each epoch every one once, in an order that seed and epoch give."""
+        count, asked = len(self.train), self.config.questions
+        places = [divmod(place, count) for place in range(step * asked, (step + 1) * asked)]
+        orders = {e: np.random.default_rng((self.config.seed, e)).permutation(count) for e in dict(places)}
+        return np.array([orders[epoch][place] for epoch, place in places])
+
+    def _compared(self, groups: list[Group]) -> list[Group]:
+        """With how likely the reference is to say the same."""
+        if not self.reference:
+            return groups
+        samples = [sample for group in groups for sample in group.samples]
+        scores = iter(self.policy.score(self.reference, samples, self.micro_batch_size))
+        return [
+            replace(group, samples=tuple(replace(sample, reference=next(scores)) for sample in group.samples))
+            for group in groups
+        ]
+
+    def learn(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Update the policy with a batch."""
+        config = self.config
+        drops = config.drop_without_variance
+        teaching = [group for group in groups if not (drops and without_variance(group.rewards[None]).all())]
+        lr = config.optimizer.learning_rate(self.updates)
+        parts = [part for part in np.array_split(np.arange(len(teaching)), config.num_minibatches) if len(part)]
+        done = [self.update([teaching[i] for i in part]) for _ in range(config.num_iterations) for part in parts]
+        means = dict(zip(("loss", "grad_norm"), np.mean(done, axis=0).tolist(), strict=True)) if done else {}
+        return {**means, "updates": len(done), "lr": lr, "memory": peak_memory(self.engine.device)}
+
+    def update(self, groups: Sequence[Group]) -> tuple[float, float]:
+        """One update with all answers of these groups. Gives its loss and the norm of its gradient."""
+        config, world = self.config, self.world
+        world.mark(f"in update {self.updates + 1}")
+        samples = [sample for group in groups for sample in group.samples]
+        gains_N = advantages(torch.stack([group.rewards for group in groups]), self.objective.scaled).flatten()
+        totals = Totals(len(samples), sum(len(sample.log_probs) for sample in samples), self.limit)
+        rows, gains = [*samples, samples[0].muted()], torch.cat([gains_N, torch.zeros(1)])  # place -1 is the muted one
+        parts = [
+            policy_batch(
+                [rows[i] for i in places], gains[places], self.objective, totals, self.lm.special,
+                on_policy=config.on_policy, passes=passes,
+            )
+            for places, passes in shares(samples, self.micro_batch_size, world.rank, world.size)
+        ]  # fmt: skip
+        lr = config.optimizer.learning_rate(self.updates)
+        try:
+            done = self.engine.update(parts, lr)
+        except NonFinite as error:
+            raise Diverged(self._diagnosis(error, lr)) from error
+        self.updates += 1
+        return done.loss, done.grad_norm
+
+    def described(self, groups: Sequence[Group]) -> dict[str, float]:
+        """What the answers of a batch are like. `without_variance`: the share of groups that teach nothing."""
+        pairs = [(group.example, sample) for group in groups for sample in group.samples]
+        samples = [sample for _, sample in pairs]
+        rewards = torch.stack([group.rewards for group in groups])
+        right = np.array([self.judge.right(example, sample.text) for example, sample in pairs])
+        found = {
+            "reward": float(rewards.mean()),
+            "accuracy": float(right.mean()),
+            "without_variance": float(without_variance(rewards).float().mean()),
+            "new_tokens": float(np.mean([sample.new_tokens for sample in samples])),
+            "passes": float(np.mean([sample.took.passes for sample in samples])),
+            "cut": float(np.mean([sample.cut for sample in samples])),
+        }
+        if self.reference:
+            likely = torch.cat([sample.log_probs for sample in samples])
+            found["kl"] = float(k3(likely, torch.cat([s.reference for s in samples if s.reference is not None])).mean())
+        for mode in self.lm.reasoning.modes:
+            of_mode = np.array([sample.mode == mode for sample in samples])
+            found[f"share_{mode}"] = float(of_mode.mean())
+            if of_mode.any():
+                found[f"accuracy_{mode}"] = float(right[of_mode].mean())
+        return found
+
+    def validate(self, track: Tracking, asked: Asked) -> None:
+        """Every validation question in every mode, greedily; keeps the best by the reward of the modes it chooses.
+
+        When asked to stop it is left, and stays pending.
+        """
+        world = self.world
+        world.mark(f"in the validation after batch {self.step}")
+        try:
+            with self.engine.whole() as lm, self.engine.autocast():
+                forced = in_each_mode(
+                    lm, self.task, self.valid, max_new_tokens=self.limit, batch_size=self.config.eval_batch_size,
+                    world=world, asked=asked,
+                )  # fmt: skip
+                known = gathered(lm, self.valid, forced)
+        except Abandoned:
+            return
+        rows, answers = np.arange(len(known.chosen)), list(forced.values())
+        taken = [answers[mode][row] for row, mode in enumerate(known.chosen)]
+        rewards = [self._reward_of(*pair) for pair in zip(self.valid, taken, strict=True)]
+        self.validated = {
+            "reward": float(np.mean(rewards)),
+            "accuracy": float(known.correct[rows, known.chosen].mean()),
+            "new_tokens": float(known.tokens[rows, known.chosen].mean()),
+            "passes": float(known.passes[rows, known.chosen].mean()),
+            **of_modes(known, rows),
+        }
+        steps = np.array([len(example.steps) for example in self.valid])
+        by_steps = [
+            {"steps": int(n), "count": int((steps == n).sum()), **of_modes(known, np.flatnonzero(steps == n))}
+            for n in sorted(set(steps.tolist()))
+        ]
+        if not self.best or self.validated["reward"] > self.best["reward"]:
+            self.best = {"step": self.step, **{key: self.validated[key] for key in ("reward", "accuracy")}}
+        track.samples(self.step, [asdict(prediction) for prediction in taken[:5]])
+        track.log("valid", self.step, **self.validated, by_steps=by_steps)
+        self.pending = False
+
+    def _reward_of(self, example: Example, said: Prediction) -> float:
+        return self.reward(example, said.text, said.mode, Cost(said.passes, said.num_thoughts, said.new_tokens))
+
+    def save(self) -> None:
+        self.world.mark(f"saving batch {self.step}")
+        state = {"best": self.best, "pending": self.pending, "updates": self.updates}
+        trainer = self.engine.state_dict()
+        with self.engine.whole() as lm:
+            self.world.first_does(lambda: self.checkpoints.save(self.step, lm, trainer, state, self.world.tick))
+
+    def _stopped(self, number: int) -> int:
+        name = signal.Signals(number).name
+        say(f"Stopped by {name}; saved at batch {self.step}. The same command goes on from here.")
+        return 128 + number
+
+    def _tracking(self) -> Tracking:
+        described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
+        about = {"config": asdict(self.config), **described}
+        step = self.step if self.found else -1  # a row of the validation before the first batch is written anew
+        return open_tracking(self.config.tracking, self.folder, step, about, writes=self.world.first)
+
+    def _report(self, seconds: float, first: int) -> None:
+        if self.pending:
+            return
+        found, left = self.validated, seconds / (self.step - first) * (self.config.batches - self.step)
+        modes = "".join(f"  {mode} {100 * found[f'share_{mode}']:5.1f} %" for mode in self.lm.reasoning.modes)
+        say(
+            f"  batch {self.step:>5,} of {self.config.batches:,}  reward {found['reward']:6.3f}  "
+            f"accuracy {100 * found['accuracy']:5.1f} %{modes}  "
+            f"{duration(seconds)} so far, about {duration(left)} left"
+        )
+
+    def _diagnosis(self, error: NonFinite, lr: float) -> str:
+        told = {"batch": self.step + 1, "update": self.updates + 1, "lr": lr, "loss": str(error.loss),
+                "grad_norm": str(error.grad_norm), "not_finite": error.culprits}  # fmt: skip
+        if self.world.first:
+            write_json(self.folder / "diverged.json", told)
+        return (
+            f"The loss of update {self.updates + 1} (batch {self.step + 1}) is {error.loss}, its gradient norm "
+            f"{error.grad_norm}. It was not applied, and the checkpoint of batch {self.checkpoints.steps()[-1]} is "
+            "whole. Lower optimizer.lr, or set optimizer.clip=1; metrics.jsonl has the batches before."
+        )
+
+
+def of_modes(known: Outcomes, rows: np.ndarray) -> dict[str, float]:
+    """Of these questions, for each mode: how often it is chosen, how likely it is, how often it is right if forced."""
+    if known.modes == ("",):
+        return {}
+    found: dict[str, float] = {}
+    for number, mode in enumerate(known.modes):
+        found |= {
+            f"share_{mode}": float((known.chosen[rows] == number).mean()),
+            f"chance_{mode}": float(known.chances[rows, number].mean()),
+            f"accuracy_{mode}": float(known.correct[rows, number].mean()),
+        }
+    return found
+
+
+def run(config: RLConfig, reward: Reward | None = None) -> int:
+    """Train one run, or go on with it, on as many processes as asked for. Only on one of them with a `reward`."""
+    only_our_words()
+    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
+        share_out(config.questions, count, "questions")
+        ready(config.tracking)
+    return on_processes(config.launch, config.engine, "coconut.rl", lambda world: together(config, world, reward))
+
+
+def together(config: RLConfig, world: World, reward: Reward | None = None) -> int:
+    """What each process of a run does."""
+    share_out(config.questions, world.size, "questions")
+    with held_folder(config, world) as (folder, files):
+        training = PolicyTraining(config, folder, files, world, reward)
+        if training.step == config.batches and not training.pending:
+            say(f"This run is complete: {training.step:,} batches. Next: python -m coconut.evaluate run={folder}")
+            return 0
+        lm, objective = training.lm, config.objective
+        updates = config.num_minibatches * config.num_iterations
+        modes = f"choosing from {', '.join(lm.reasoning.modes)}" if lm.reasoning.modes else lm.reasoning.method
+        say(
+            f"{objective.name}, {modes}: {config.batches:,} batches of {config.questions} questions, {config.samples} "
+            f"answers each, {'on-policy' if config.on_policy else f'learned from in {updates} updates'}"
+        )
+        say(f"{len(training.train):,} training and {len(training.valid):,} validation questions, "
+            f"{training.num_parameters / 1e6:.1f}M parameters, on {training.engine.device}")  # fmt: skip
+        training.rehearse()
+        training.take_up()
+        world.first_does(lambda: describe_run(config, folder, training))
+        world.first_does(training.keep_reference)
+        if training.step:
+            say(f"Going on from batch {training.step:,}")
+        return training.run()
+
+
+def describe_run(config: RLConfig, folder: Path, training: PolicyTraining) -> None:
+    """What exactly is trained, on what, with which code, where: config.json and run.json."""
+    lm = training.lm
+    about = {
+        "name": config.name,
+        "trained": "policy",
+        "objective": asdict(training.objective) | {"denominator": training.objective.denominator.__name__},
+        "reasoning": lm.reasoning.as_dict(),
+        "batches": config.batches,
+        "parameters": training.num_parameters,
+        "new_tokens": lm.new_tokens,
+        "data": {
+            split: used_file(training.files[split], len(used))
+            for split, used in [("train", training.train), ("valid", training.valid)]
+        },
+        "model_type": lm.base.config.model_type,
+        "init": None if training.step else str(starting_point(str(config.init)).resolve()),
+    }
+    describe(folder, config, about, {**spread(config, training.world), "from_update": training.step})
+
+
+main = application("rl", RLConfig, run)

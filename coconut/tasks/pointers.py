@@ -1,0 +1,61 @@
+"""Pointer chasing: where does one arrive after so many hops? "3 7 | 7 1 | 1 3 ? 2 from 3" is answered "1".
+
+The hops are a dial of how hard a question is, and they stand in it. A step is the name of the next node.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from coconut.tasks.chain import read_answer, read_steps, tidy
+
+__all__ = ["candidates", "judge", "max_new_tokens", "name", "parse_question", "read_answer", "read_steps", "walk"]
+
+name = "pointers"
+max_new_tokens = 64
+
+_QUESTION = re.compile(r"([^?]+)\? (\d+) from (\S+)")
+
+
+class Question(NamedTuple):
+    pointers: dict[str, str]  # from each node to the next
+    hops: int
+    start: str
+
+
+def parse_question(question: str) -> Question:
+    """Raises ValueError if the text has another form, or a node points to two."""
+    found = _QUESTION.fullmatch(tidy(question))
+    if not found:
+        raise ValueError(f"The question is not of the form 'a b | b c ? HOPS from a': {question!r}")
+    pairs = [pair.split() for pair in found[1].split("|")]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"{' '.join(pair)!r} is not a pointer; it takes two names: 'a b | b c'.")
+    pointers = {pair[0]: pair[1] for pair in pairs}
+    if len(pointers) < len(pairs):
+        raise ValueError(f"A node points to two others: {question!r}")
+    return Question(pointers, int(found[2]), found[3])
+
+
+def walk(question: Question) -> list[str]:
+    """The node after each hop. Raises ValueError if one points nowhere."""
+    nodes = [question.start]
+    for _ in range(question.hops):
+        if nodes[-1] not in question.pointers:
+            raise ValueError(f"{nodes[-1]} points nowhere.")
+        nodes.append(question.pointers[nodes[-1]])
+    return nodes[1:]
+
+
+def judge(predicted: str | None, gold: str) -> bool:
+    return predicted is not None and tidy(predicted).rstrip(".") == tidy(gold).rstrip(".")
+
+
+def candidates(question: str) -> list[str] | None:
+    """Every node that something points to."""
+    try:
+        return list(parse_question(question).pointers.values())
+    except ValueError:
+        return None

@@ -1,0 +1,135 @@
+"""Pointer chasing, made from scratch: a task whose difficulty is a dial.
+
+Run `python -m data_builders.pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
+node is as likely an answer as another.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from coconut.cli import application
+from coconut.tasks import pointers
+from data_builders.building import Builder, run
+from data_builders.making import Recipe, Row
+from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.statistics import Measures
+
+COUNTS = {"train": 20000, "valid": 500, "test": 1000}
+
+FIELDS = {
+    "question": "the pointers in random order, then how many hops from which node",
+    "steps": "the node after each hop",
+    "answer": "the node after the last one",
+    "hops": "how many there are",
+}
+
+
+@dataclass
+class PointersBuild(SourceKeys):
+    name: str = "pointers"
+    nodes: int = 10
+    hops_from: int = 1
+    hops_to: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dials = {"nodes": self.nodes, "hops_from": self.hops_from, "hops_to": self.hops_to}
+        self.refuse_dials({name: value for name, value in dials.items() if value != getattr(PointersBuild, name)})
+        if not 1 <= self.hops_from <= self.hops_to < self.nodes:
+            raise ValueError(
+                f"hops_from={self.hops_from}, hops_to={self.hops_to}, nodes={self.nodes}; it must be "
+                "1 <= from <= to < nodes, since no node is passed twice."
+            )
+
+
+def build(config: PointersBuild) -> None:
+    run(config, BUILDER)
+
+
+def recipe(config: PointersBuild) -> Recipe:
+    make = partial(draw_row, nodes=config.nodes, hops_from=config.hops_from, hops_to=config.hops_to)
+    return Recipe(make, checked, measure)
+
+
+def draw_row(
+    rng: random.Random, wanted: Callable[[int], bool], nodes: int, hops_from: int, hops_to: int
+) -> tuple[Row, int] | None:
+    """A row and its key, or None if the key is not wanted."""
+    cycle = [str(node) for node in rng.sample(range(nodes), nodes)]
+    hops = rng.randint(hops_from, hops_to)
+    told = [f"{a} {b}" for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
+    rng.shuffle(told)
+    row: Row = {
+        "question": f"{' | '.join(told)} ? {hops} from {cycle[0]}",
+        "steps": cycle[1 : hops + 1],
+        "answer": cycle[hops],
+        "hops": hops,
+    }
+    key = key_of(row)
+    return (row, key) if wanted(key) else None
+
+
+def key_of(row: Row) -> int:
+    """The same for questions that differ in nothing but the order in which the pointers are told."""
+    return int.from_bytes(blake2b(_asked(row).encode(), digest_size=8).digest())
+
+
+def alike(row: Row, other: Row) -> bool:
+    return _asked(row) == _asked(other)
+
+
+def _asked(row: Row) -> str:
+    found = pointers.parse_question(row["question"])
+    return f"{sorted(found.pointers.items())} {found.hops} {found.start}"
+
+
+def checked(record: Any) -> Row:
+    """The record, if text, chain, answer and number of hops say the same; else ValueError."""
+    question, answer = text_field(record, "question"), text_field(record, "answer")
+    asked = pointers.parse_question(question)
+    path = pointers.walk(asked)
+    if record.get("steps") != path:
+        raise ValueError(f"the steps are {record.get('steps')!r}, and the question's are {path}.")
+    if answer != path[-1] or record.get("hops", asked.hops) != asked.hops:
+        raise ValueError(
+            f"the answer is {answer!r} and hops {record.get('hops')}; it is {path[-1]} after {asked.hops}."
+        )
+    return record
+
+
+def released_rows(path: str) -> list[Row]:
+    """The rows of a file in the common format, each checked against its own text."""
+    released = open_released(path)
+    expect(released, Kind.rows)
+    return rows_of(released, checked)
+
+
+def measure(row: Row) -> Measures:
+    asked = pointers.parse_question(row["question"])
+    return {"nodes": float(len(asked.pointers)), "hops": str(asked.hops), "answer": row["answer"]}
+
+
+BUILDER = Builder(
+    task="pointers",
+    title="where does one arrive after so many hops?",
+    about="Pointer chasing: every node points to another, and the question asks where so many hops from a node lead.",
+    fields=FIELDS,
+    read=lambda config, path: released_rows(path),
+    measure=measure,
+    key=key_of,
+    alike=alike,
+    recipe=recipe,
+    counts=lambda config: COUNTS,
+    made=lambda config: {"dials": {"nodes": config.nodes, "hops_from": config.hops_from, "hops_to": config.hops_to}},
+)
+
+main = application("build_pointers", PointersBuild, build)
+
+if __name__ == "__main__":
+    main()

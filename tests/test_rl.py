@@ -1,0 +1,341 @@
+"""The trainer of policies: it learns, describes itself, goes on exactly, and says what it cannot do."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import graph_files, same_end, small_run
+from processes import CLEAN, together
+from test_hybrid import MODES
+
+from coconut import LatentLM
+from coconut.build import starting_point
+from coconut.checkpoint import Checkpoints, load_state
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, EvaluateConfig, GenerateConfig, TooLong
+from coconut.data import Example
+from coconut.engine.world import World, joined
+from coconut.evaluate import run as run_evaluate
+from coconut.files import read_json, write_json
+from coconut.generate import run as run_generate
+from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
+from coconut.rl.rollouts import Cost
+from coconut.rl.train import PolicyTraining, run
+from coconut.rl.train import together as run_together
+from coconut.tracking import read_metrics
+from coconut.train import run as run_training
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+    """A hybrid model that was warmed up for a moment, and its data."""
+    folder = tmp_path_factory.mktemp("warm")
+    data = graph_files(folder, 40, 12, 8)
+    config = small_run(
+        folder / "run", data, method="hybrid_warmup",
+        curriculum=Curriculum(modes=MODES, unit=Unit.updates, total=40), max_new_tokens=8,
+    )  # fmt: skip
+    assert run_training(config) == 0
+    return folder / "run", data
+
+
+def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+    warm, data = made
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "init": str(warm),
+        "data": data,
+        "objective": ObjectiveConfig("degrpo", beta=0.01),
+        "reward": RewardConfig({"think": 0.5}),
+        "optimizer": AdamWConfig(lr=1e-3, clip=1.0, warmup=3),
+        "engine": EngineConfig(device="cpu", threads=1),
+        "batches": 6,
+        "questions": 4,
+        "samples": 4,
+        "validate_every": 3,
+        "keep_checkpoints": 100,
+    }
+    return RLConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(made: tuple[Path, DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, of several updates a batch, with a checkpoint after every batch."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(several(made, folder)) == 0
+    return folder
+
+
+def several(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+    return settings(made, folder, save_every=1, num_minibatches=2, num_iterations=2, micro_batch_size=3, **changes)
+
+
+def test_a_run_describes_itself(finished: Path) -> None:
+    described = read_json(finished / "run.json")
+    assert described["objective"]["control"] == 1e-3
+    assert described["objective"]["denominator"] == "per_answer"
+    assert described["reasoning"]["modes"] == MODES
+    assert described["data"]["train"]["used"] == 40
+    assert described["init"].endswith(tuple(f"step-{n:07d}" for n in range(41)))
+    rows = read_metrics(finished)
+    train, valid = ([row for row in rows if row["kind"] == kind] for kind in ("train", "valid"))
+    assert [row["step"] for row in train] == list(range(1, 7))
+    assert [row["step"] for row in valid] == [0, 3, 6]
+    for row in train:
+        assert sum(row[f"share_{mode}"] for mode in MODES) == pytest.approx(1)
+        assert row["updates"] == 4
+        assert row["kl"] >= 0
+    for row in valid:
+        assert sum(row[f"chance_{mode}"] for mode in MODES) == pytest.approx(1)
+        assert sum(part["count"] for part in row["by_steps"]) == 12
+        means = sum(part["count"] * part["accuracy_think"] for part in row["by_steps"]) / 12
+        assert means == pytest.approx(row["accuracy_think"])
+    assert load_state(Checkpoints(finished).path(6))["updates"] == 24
+    assert len(read_json(finished / "samples" / "step-0000006.json")) == 5
+
+
+def test_the_best_checkpoint_has_the_best_reward(finished: Path) -> None:
+    best = load_state(Checkpoints(finished).find("best"))
+    rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
+    top = max(rows, key=lambda row: row["reward"])
+    assert (best["best"]["step"], best["best"]["reward"]) == (top["step"], top["reward"])
+
+
+def test_other_commands_take_it(
+    finished: Path, made: tuple[Path, DataConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_evaluate(EvaluateConfig(run=str(finished), checkpoint="last"))
+    assert "modes" in capsys.readouterr().out
+    question = read_json(Path(made[1].test))[0]["question"]
+    run_generate(GenerateConfig(run=str(finished), question=question, mode="think"))
+    assert "[think, 0 thoughts, " in capsys.readouterr().err
+
+
+# --- going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
+def test_resumed_equals_uninterrupted(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(step + 1, 7):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    assert run(several(made, folder)) == 0
+    same_end(folder, finished)
+
+
+def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    warm = tmp_path / "warm"
+    shutil.copytree(made[0], warm)
+    config = settings((warm, made[1]), tmp_path / "run")
+    assert run(config) == 0
+    for later in (4, 5, 6):
+        shutil.rmtree(Checkpoints(tmp_path / "run").path(later), ignore_errors=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    shutil.rmtree(warm)
+    assert run(config) == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """By SIGKILL at a batch of its own choosing, then asked to stop by SIGTERM, then to its end."""
+    folder, reached = tmp_path / "run", -1
+    for number, at_least in ((signal.SIGKILL, 2), (signal.SIGTERM, 4)):
+        process = started(made, folder)
+        end = time.monotonic() + 120
+        while max(Checkpoints(folder).steps(), default=-1) < at_least:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=60)
+        if number == signal.SIGTERM and process.returncode:
+            assert process.returncode == 128 + signal.SIGTERM
+            assert "Stopped by SIGTERM; saved at batch" in told
+        assert Checkpoints(folder).steps()[-1] > reached
+        reached = Checkpoints(folder).steps()[-1]
+    assert run(several(made, folder)) == 0
+    same_end(folder, finished)
+
+
+def started(made: tuple[Path, DataConfig], folder: Path) -> subprocess.Popen[str]:
+    code = f"import test_rl; test_rl.alone({str(made[0])!r}, {str(folder)!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={**CLEAN, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def data_beside(warm: str) -> DataConfig:
+    folder = Path(warm).parent
+    train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
+    return DataConfig(train=train, valid=valid, test=test, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def alone(warm: str, folder: str) -> None:
+    raise SystemExit(run(several((Path(warm), data_beside(warm)), Path(folder))))
+
+
+# --- the same whatever it runs on -------------------------------------------------------------------
+
+
+def on_two(warm: str, folder: str) -> None:
+    made = Path(warm), data_beside(warm)
+    kinds = {
+        "local": EngineConfig(device="cpu", threads=1, timeout=120),
+        "zero3": EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
+    }
+    with joined(kinds["local"]) as world:
+        for name, engine in kinds.items():
+            config = settings(made, Path(folder) / name, engine=engine, batches=2, drop_without_variance=True)
+            assert run_together(config, world) == 0
+
+
+def test_two_processes_and_sharded_weights(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    together("test_rl.on_two", str(made[0]), str(tmp_path))
+    local, zero = (
+        [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("local", "zero3")
+    )
+    assert len(local) == len(zero) == 2
+    assert local[0]["reward"] == zero[0]["reward"], "the same answers are sampled"
+    for key in ("loss", "grad_norm", "kl"):
+        assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
+
+
+def test_an_update_does_not_change_with_the_micro_batches(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    found = []
+    for size in (None, 5, 1):
+        folder = tmp_path / str(size)
+        assert run(settings(made, folder, batches=1, micro_batch_size=size)) == 0
+        found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
+    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
+
+
+# --- learning ---------------------------------------------------------------------------------------
+
+
+def first_word(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+    return float(text.strip().startswith("#"))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "degrpo"])
+def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) -> None:
+    """A model without modes learns to begin with the mark."""
+    data = graph_files(tmp_path, 16, 4, 4)
+    warm = small_run(tmp_path / "warm", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=2))
+    assert run_training(warm) == 0
+    config = settings(
+        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, beta=0.0), batches=25,
+        reward=RewardConfig(), optimizer=AdamWConfig(lr=1e-2), max_new_tokens=3, samples=8, validate_every=25,
+        questions=8,
+    )  # fmt: skip
+    assert run(config, first_word) == 0
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert np.mean(rewards[-3:]) > 0.8 > 0.3 > np.mean(rewards[:2])
+
+
+def cheap(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+    return float(mode == "short")
+
+
+def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    objective = ObjectiveConfig("degrpo", control=1.0, beta=0.0)
+    config = settings(made, tmp_path / "run", objective=objective, batches=15, optimizer=AdamWConfig(lr=6e-3))
+    assert run(config, cheap) == 0
+    chances = [row["chance_short"] for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
+    assert chances[0] < 0.5 < 0.75 < chances[-1]
+
+
+def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(made, folder, batches=2, drop_without_variance=True)
+    before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
+    assert run(config, lambda *_: 1.0) == 0
+    rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
+    assert all(row["without_variance"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
+    after = LatentLM.from_pretrained(Checkpoints(folder).find("last")).state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def broken(example: Example, text: str, mode: str, cost: Cost, /) -> Any:
+        calls.append(1)
+        return given[-1] if len(calls) > 12 + 2 * 16 else 0.1 * len(calls)
+
+    given: list[Any] = []
+    for name, bad, message in (("nan", float("nan"), "is nan, which is not finite"), ("two", [1, 2], r"is \[1, 2\]")):
+        calls.clear()
+        given.append(bad)
+        folder = tmp_path / name
+        with pytest.raises(ValueError, match=message + ".*saved at batch 2"):
+            run(settings(made, folder, batches=5), broken)
+        assert Checkpoints(folder).steps()[-1] == 2
+        assert run(settings(made, folder, batches=5), cheap) == 0, "it goes on"
+
+
+def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    for changes, message in [
+        ({"samples": 1}, "samples is 1. An answer is compared"),
+        ({"init": None}, "Name the model to start from"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"num_minibatches": 5}, "more than there are questions"),
+        ({"questions": 0}, "questions is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings(made, tmp_path / "none", **changes)
+    with pytest.raises(ValueError, match=r"There is no objective 'ppo'. The objectives are: grpo"):
+        ObjectiveConfig("ppo")
+    with pytest.raises(ValueError, match=r"reward.costs.think is nan"):
+        RewardConfig({"think": float("nan")})
+    for changes, message in [
+        ({"reward": RewardConfig({"long": 0.5})}, "costs.long is .* the model does not have: its modes are short"),
+        ({"max_new_tokens": 90}, "leave no room for an answer of 90 tokens"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(settings(made, tmp_path / "none", **changes))
+        assert not (tmp_path / "none").exists()
+    assert run(settings(made, tmp_path / "run", batches=1)) == 0
+    with pytest.raises(ValueError, match=r"(?s)another configuration:\n  samples: 4 there, 8 asked for"):
+        run(settings(made, tmp_path / "run", batches=1, samples=8))
+
+
+def test_long_questions_are_left_out_when_asked(
+    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_json(Path(made[1].train))
+    long = {**rows[0], "question": " | ".join([rows[0]["question"].split(" ?")[0]] * 2) + " ? 5 or 3 from 0"}
+    write_json(tmp_path / "train.json", [*rows, long])
+    data = replace(made[1], train=str(tmp_path / "train.json"))
+    config = settings((made[0], data), tmp_path / "run", batches=1, max_new_tokens=40)
+    with pytest.raises(ValueError, match="1 of 41 questions leave no room"):
+        run(config)
+    config.data.too_long = TooLong.skip
+    assert run(config) == 0
+    assert "Left out 1 of 41 train questions" in capsys.readouterr().out
+
+
+def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    config = settings(made, tmp_path / "run", questions=12)
+    files = {split: getattr(made[1], split) for split in ("train", "valid")}
+    (tmp_path / "run").mkdir()
+    training = PolicyTraining(config, tmp_path / "run", files, World())
+    asked = np.concatenate([training._questions(step) for step in range(10)])
+    assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
+    assert (asked[:40] != asked[40:80]).any()
+    assert training._questions(4).tolist() == asked[48:60].tolist()
