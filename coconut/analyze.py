@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from coconut.analysis import table
 from coconut.analysis.charts import save_png
+from coconut.analysis.entrants import folders
 from coconut.analysis.findings import WIDE, are_they_used, drawings, how_many, what_they_hold
 from coconut.analysis.page import percent
 from coconut.analysis.report import RunRecord, answers, headline, learning, provenance, read_run, report
 from coconut.analysis.study import FOLDER, Study, Unfit
 from coconut.cli import application
-from coconut.config import AnalyzeConfig, Part
+from coconut.config import AnalyzeConfig, Part, TableConfig
 from coconut.engine.world import seat
 from coconut.files import whole_folder, write_text
 from coconut.methods import Curriculum, plan
+from coconut.rl import report as policies
+from coconut.rl.report import on_screen
 from coconut.screen import only_our_words, say, working
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from coconut.build import Trained
 
 DECODED = 20  # questions, among which the page finds a telling one
-SECTIONS = (headline, how_many, what_they_hold, are_they_used, learning, answers, provenance)  # as on the page
+FITTED_ON = 1000  # training questions, at most, from which a router learns
+SECTIONS = (headline, policies.choices, how_many, what_they_hold, are_they_used, learning, answers, provenance)
 
 
 def run(config: AnalyzeConfig) -> int:
@@ -35,11 +39,13 @@ def run(config: AnalyzeConfig) -> int:
         return 0  # of several processes one is enough
     only_our_words()
     record = read_run(config.run)
-    if config.parts or (config.parts is None and record.best):
-        examine(config, record)
-        record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
-    write_text(path, report(record, SECTIONS))
+    if config.parts is None and policies.chooses(record):
+        examine_choices(config, record)
+    elif config.parts or (config.parts is None and not policies.is_policy(record) and record.best):
+        examine(config, record)
+    record = read_run(config.run)
+    write_text(path, policies.report(record) if policies.is_policy(record) else report(record, SECTIONS))
     if record.test:
         found = record.evaluations[record.test]
         say(f"accuracy {percent(found['accuracy'])} on {found['count']:,} unseen questions")
@@ -105,6 +111,36 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     say(f"Data and pictures: {record.folder / FOLDER}")
 
 
+def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
+    """How a hybrid model chooses, on unseen questions, and who would choose better: into RUN/analysis."""
+    from coconut.build import load_run
+    from coconut.data import read_examples
+    from coconut.engine.base import autocast
+    from coconut.evaluate import fitting
+    from coconut.files import sha256
+    from coconut.rl.routers import choice_studies
+    from coconut.sources import data_files
+    from coconut.tasks import TASKS
+
+    files = data_files(record.config["data"])
+    if not files["test"]:
+        say("The run has no test file, so its choices are not compared.")
+        return
+    trained = load_run(config.run, config.checkpoint, config.engine)
+    asked, others = read_examples(files["test"])[: config.limit], read_examples(files["train"])[:FITTED_ON]
+    asked, others = ([part[i] for i in fitting(trained.lm, [e.question for e in part])] for part in (asked, others))
+    say(f"Looking into {trained.step:,}: {len(asked):,} questions of {files['test']}, in every mode")
+    with autocast(trained.lm.device, config.engine.precision):
+        studies = choice_studies(
+            trained.lm, TASKS[record.config["data"]["task"]], asked, others, batch_size=config.batch_size
+        )
+    about = {"step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked)}
+    with whole_folder(record.folder / FOLDER) as folder:
+        for study in studies:
+            replace(study, facts=study.facts | about).write(folder)
+    say(on_screen(studies[0]))
+
+
 def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
     """With the facts that all studies share, and questions numbered as in their file."""
     rows = [row | {"question": kept[row["question"]]} if "question" in row else row for row in study.rows]
@@ -134,14 +170,34 @@ def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeCo
     return make[part]()
 
 
+def several(config: TableConfig) -> int:
+    """The table of trained methods, or of policies."""
+    named = folders(config.runs)
+    records = [read_run(folder) for folder in named]
+    kinds = [policies.is_policy(record) for record in records]
+    if not any(kinds):
+        return table.run(config)
+    if not all(kinds):
+        both = records[kinds.index(True)].folder, records[kinds.index(False)].folder
+        raise ValueError(f"{both[0]} was trained by reward and {both[1]} was not: make a table of each kind.")
+    study = policies.comparison(records)
+    folder = table.place_of(config, table.common_folder(named))
+    study.write(folder)
+    write_text(folder / "policies.html", policies.comparison_page(study, records, folder))
+    say("\n".join(table.aligned([policies.columns(study.facts["modes"]), *policies.table_rows(study)])))
+    say(f"Table: {folder / 'policies.html'}, and beside it .csv, .json")
+    return 0
+
+
 one_run = application("analyze", AnalyzeConfig, run)
+several_runs = application("table", TableConfig, several)
 
 
 def main() -> None:
     """About one run, or, after the word `table`, about several."""
     if sys.argv[1:2] == ["table"]:
         del sys.argv[1]
-        table.main()
+        several_runs()
     one_run()
 
 

@@ -165,6 +165,14 @@ class Stage:
     mode: str = ""  # its control token stands before the slot
     modes: tuple[Stage, ...] = ()  # the forms in which each example is seen, one after the other
 
+    def rank(self, accuracy: float, loss: float) -> tuple[float, float]:
+        """By which the best checkpoint is chosen, the highest being best.
+
+        Loss alone where each example is seen in several forms: the accuracy is then that of whichever mode the model
+        happens to begin with, at even odds.
+        """
+        return (-loss, accuracy) if self.modes else (accuracy, -loss)
+
     def describe(self) -> str:
         if self.modes:
             return f"each example as {', '.join(mode_named(form.mode).token for form in self.modes)}"

@@ -247,8 +247,8 @@ class Training:
             self.lm.train()
         loss = world.sum(loss_sum) / max(world.sum(targets), 1)
         if place.in_last_stage:
-            rank = (result.accuracy, -loss)
-            if not self.best or rank > (self.best["accuracy"], -self.best["loss"]):
+            rank = place.stage.rank
+            if not self.best or rank(result.accuracy, loss) > rank(self.best["accuracy"], self.best["loss"]):
                 self.best = {"step": self.step, "accuracy": result.accuracy, "loss": loss}
         track.samples(self.step, [asdict(prediction) for prediction in predictions[:5]])
         self.validated = {

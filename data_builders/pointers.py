@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from string import ascii_lowercase
 from typing import Any
 
 from coconut.cli import application
@@ -36,16 +37,25 @@ class PointersBuild(SourceKeys):
     nodes: int = 10
     hops_from: int = 1
     hops_to: int = 6
+    decay: float = 1.0  # how much rarer each further hop is than the one before
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dials = {"nodes": self.nodes, "hops_from": self.hops_from, "hops_to": self.hops_to}
-        self.refuse_dials({name: value for name, value in dials.items() if value != getattr(PointersBuild, name)})
-        if not 1 <= self.hops_from <= self.hops_to < self.nodes:
+        self.refuse_dials(
+            {name: value for name, value in self.dials().items() if value != getattr(PointersBuild, name)}
+        )
+        if not 1 <= self.hops_from <= self.hops_to < self.nodes <= len(ascii_lowercase):
             raise ValueError(
                 f"hops_from={self.hops_from}, hops_to={self.hops_to}, nodes={self.nodes}; it must be "
-                "1 <= from <= to < nodes, since no node is passed twice."
+                "1 <= from <= to < nodes <= 26, since no node is passed twice and each has a letter."
             )
+        if not 0 < self.decay <= 1:
+            raise ValueError(
+                f"decay is {self.decay}; it must be above 0 and at most 1, where all hops are as frequent."
+            )
+
+    def dials(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("nodes", "hops_from", "hops_to", "decay")}
 
 
 def build(config: PointersBuild) -> None:
@@ -53,20 +63,19 @@ def build(config: PointersBuild) -> None:
 
 
 def recipe(config: PointersBuild) -> Recipe:
-    make = partial(draw_row, nodes=config.nodes, hops_from=config.hops_from, hops_to=config.hops_to)
-    return Recipe(make, checked, measure)
+    return Recipe(partial(draw_row, **config.dials()), checked, measure)
 
 
 def draw_row(
-    rng: random.Random, wanted: Callable[[int], bool], nodes: int, hops_from: int, hops_to: int
+    rng: random.Random, wanted: Callable[[int], bool], nodes: int, hops_from: int, hops_to: int, decay: float
 ) -> tuple[Row, int] | None:
     """A row and its key, or None if the key is not wanted."""
-    cycle = [str(node) for node in rng.sample(range(nodes), nodes)]
-    hops = rng.randint(hops_from, hops_to)
+    cycle = rng.sample(ascii_lowercase[:nodes], nodes)
+    [hops] = rng.choices(range(hops_from, hops_to + 1), [decay**far for far in range(hops_to + 1 - hops_from)])
     told = [f"{a} {b}" for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
     rng.shuffle(told)
     row: Row = {
-        "question": f"{' | '.join(told)} ? {hops} from {cycle[0]}",
+        "question": f"{' | '.join(told)} ? from {cycle[0]} go {hops}",
         "steps": cycle[1 : hops + 1],
         "answer": cycle[hops],
         "hops": hops,
@@ -126,7 +135,7 @@ BUILDER = Builder(
     alike=alike,
     recipe=recipe,
     counts=lambda config: COUNTS,
-    made=lambda config: {"dials": {"nodes": config.nodes, "hops_from": config.hops_from, "hops_to": config.hops_to}},
+    made=lambda config: {"dials": config.dials()},
 )
 
 main = application("build_pointers", PointersBuild, build)

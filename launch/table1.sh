@@ -22,26 +22,15 @@ source launch/setup.sh base
 curriculum=$("$python" -m coconut.train experiment="$experiment" --cfg job --package curriculum)
 setting() { awk -v key="$1:" '$1 == key { print $2 }' <<<"$curriculum"; }
 unit=$(setting unit) first=$(setting first) total=$(setting total)
-threads=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / jobs))}
-[ "$threads" -gt 0 ] || threads=1
+source launch/lanes.sh
 keep=()
 [ "$unit" != updates ] || keep=(keep_every="$first")
 runs=runs/$experiment
 mkdir -p "$runs"
-main=$$
 
 train() { # method, seed, further keys
-    local run=$runs/$1-seed$2 began=$SECONDS status=0
-    kill -0 "$main" 2>/dev/null || return 1 # nobody waits any more
-    OMP_NUM_THREADS=$threads "$python" -m coconut.train experiment="$experiment" method="$1" seed="$2" run="$run" \
-        "${@:3}" >>"$run.log" 2>&1 &
-    training=$!
-    wait "$training" || status=$?
-    training=
-    if [ "$status" != 0 ]; then
-        { echo "error: $1, seed $2, stopped (status $status). The end of $run.log:"; tail -n 5 "$run.log"; } >&2
-        return 1
-    fi
+    local run=$runs/$1-seed$2 began=$SECONDS
+    carry_out coconut.train "$run" experiment="$experiment" method="$1" seed="$2" "${@:3}" || return 1
     echo "  $1, seed $2: $(sed -n 's/^Best checkpoint: //p' "$run.log" | tail -n 1) ($(((SECONDS - began + 30) / 60)) min)"
 }
 
@@ -64,32 +53,13 @@ in_thoughts() { # and what begins with their stage 0
         train without_curriculum "$1"
 }
 
-lane() { # what to do for each seed: in a process of its own, which takes its training with it when it is stopped
-    local seed
-    training=
-    trap '[ -z "$training" ] || { kill -TERM "$training"; wait "$training"; } 2>/dev/null; exit 143' TERM
-    for seed in ${seeds//,/ }; do "$1" "$seed" || return 1; done
+all_seeds() {
+    local works=(in_one_pass in_thoughts) seed
+    for seed in ${seeds//,/ }; do "${works[$1]}" "$seed" || return 1; done
 }
 
 echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time; each writes $runs/METHOD-seedN.log"
-lanes=()
-stopped() {
-    trap '' INT TERM
-    echo "Stopping: every training saves where it stands. The same command goes on from there." >&2
-    [ ${#lanes[@]} = 0 ] || kill -TERM "${lanes[@]}" 2>/dev/null || true
-    wait
-    exit 130
-}
-trap stopped INT TERM
-failed=0
-for work in in_one_pass in_thoughts; do
-    lane "$work" &
-    lanes+=($!)
-    [ "$jobs" = 2 ] || wait $! || failed=1
-done
-for process in "${lanes[@]}"; do wait "$process" || failed=1; done
-[ $failed = 0 ] || exit 1
-trap - INT TERM
+in_lanes all_seeds
 
 echo "[3/4] Evaluation, one run after the other"
 made=()

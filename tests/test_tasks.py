@@ -233,10 +233,10 @@ def datadir(request):
 
 
 def test_pointers_are_followed() -> None:
-    asked = pointers.parse_question("3 7 | 7 1 | 1 3 ? 2 from 3")
+    asked = pointers.parse_question("3 7 | 7 1 | 1 3 ? from 3 go 2")
     assert asked == ({"3": "7", "7": "1", "1": "3"}, 2, "3")
     assert pointers.walk(asked) == ["7", "1"]
-    assert pointers.candidates("3 7 | 7 1 | 1 3 ? 2 from 3") == ["7", "1", "3"]
+    assert pointers.candidates("3 7 | 7 1 | 1 3 ? from 3 go 2") == ["7", "1", "3"]
     assert pointers.candidates("anything else") is None
     assert pointers.judge(" 1 .", "1")
     assert not pointers.judge("7", "1")
@@ -247,9 +247,9 @@ def test_pointers_are_followed() -> None:
     ("question", "message"),
     [
         ("3 7 | 7 1", "not of the form"),
-        ("3 7 | 7 ? 1 from 3", "'7' is not a pointer"),
-        ("3 7 | 3 1 ? 1 from 3", "points to two"),
-        ("3 7 ? 2 from 3", "7 points nowhere"),
+        ("3 7 | 7 ? from 3 go 1", "'7' is not a pointer"),
+        ("3 7 | 3 1 ? from 3 go 1", "points to two"),
+        ("3 7 ? from 3 go 2", "7 points nowhere"),
     ],
 )
 def test_what_is_no_question_of_pointers(question: str, message: str) -> None:

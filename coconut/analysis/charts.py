@@ -76,10 +76,10 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
     left, right, top, bottom, above, gap, below = 40, 14, 46, 36, 130, 46 + 14 * lines, 170
     height = top + above + bottom + (gap + below if seen else 0)
     figure = new_figure(width, height)
-    upper = _panel(figure, left, top, width - left - right, above)
+    upper = panel(figure, left, top, width - left - right, above)
     panels = [upper]
     if seen:
-        lower = _panel(figure, left, top + above + gap, width - left - right, below)
+        lower = panel(figure, left, top + above + gap, width - left - right, below)
         panels.append(lower)
         _outcomes(lower, rows, seen, columns)
     own = study.facts["own"]
@@ -88,7 +88,7 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
         axes.set_xlim(rows[0]["thoughts"] - 0.5, rows[-1]["thoughts"] + 0.5)
         axes.set_xticks([row["thoughts"] for row in rows])
         axes.xaxis.set_tick_params(length=0)
-        _share_axis(axes.yaxis, 5)
+        share_axis(axes.yaxis, 5)
     panels[-1].set_xlabel(f"{noun}s before the answer", loc="right")
 
     upper.set_title("Accuracy", loc="left", pad=24)
@@ -305,7 +305,7 @@ def parallelism(study: Study, width: float) -> Figure:
             floor = y
         axes.set_xlim(0, 100)
         axes.set_xticks([0, 25, 50, 75, 100])
-        _share_axis(axes.yaxis, 5)
+        share_axis(axes.yaxis, 5)
         axes.set_title(_moment(after), loc="left")
         axes.set_xlabel("percentile of questions", loc="right")
     _legend(figure, panels[0], 0.9)
@@ -343,7 +343,7 @@ def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
                       color=LIGHT["paper"], zorder=4, clip_on=False)  # fmt: skip
         axes.set_xlim(-0.3, highest + 0.3)
         axes.xaxis.set_major_locator(whole_ticks(6))
-        _share_axis(axes.yaxis, 5)
+        share_axis(axes.yaxis, 5)
         axes.set_title(_moment(after), loc="left")
     panels[-1].set_xlabel(f"edges to the {'nearest' if kind == 'shortest' else 'farthest'} leaf", loc="right")
     _legend(figure, panels[0], 1.4)
@@ -425,7 +425,7 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
     """Rows of dots; their names stand on the left, on a phone above them."""
     narrow = width < NARROW
     left, right, gap, bottom = (14.0, 14.0, 34.0, 26.0) if narrow else (0.34 * width, 16.0, 40.0, 26.0)
-    top = 40.0 if any(panel.guess is not None for panel in panels) else 26.0
+    top = 40.0 if any(dots.guess is not None for dots in panels) else 26.0
     most = int((width - left if narrow else left - 14) / 5.6)
     told = [_wrapped(name, most) for name in names]
     highs = [22 + 13 * len(lines) if narrow else max(28, 12 + 13 * len(lines)) for lines in told]
@@ -433,26 +433,26 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
     high, wide = sum(highs), (width - left - right - gap * (len(panels) - 1)) / len(panels)
     places = [begin + (h - 11 if narrow else h / 2) for begin, h in zip(begins, highs, strict=True)]
     figure = new_figure(width, top + high + bottom)
-    for number, panel in enumerate(panels):
-        axes = _panel(figure, left + number * (wide + gap), top, wide, high)
+    for number, dots in enumerate(panels):
+        axes = panel(figure, left + number * (wide + gap), top, wide, high)
         axes.set_ylim(high, 0)
         axes.set_yticks([])
         axes.grid(visible=not narrow, axis="x")
-        for place, share in zip(places, panel.shares, strict=True):
+        for place, share in zip(places, dots.shares, strict=True):
             if share is None:
                 continue
             axes.hlines(place, 0, 1, color=LIGHT["line"], linewidth=0.8, zorder=0)
-            _dot(axes, place, *share, panel.colour)
+            _dot(axes, place, *share, dots.colour)
         begin, end = ([y - 6 for y in places], [y + 6 for y in places]) if narrow else ([0], [high])
-        if panel.trained is not None:
-            axes.vlines([panel.trained] * len(begin), begin, end, color=LIGHT["blue"], linewidth=1, zorder=1)
-        if panel.guess is not None:
-            axes.vlines([panel.guess] * len(begin), begin, end, color=LIGHT["muted"], linewidth=1,
+        if dots.trained is not None:
+            axes.vlines([dots.trained] * len(begin), begin, end, color=LIGHT["blue"], linewidth=1, zorder=1)
+        if dots.guess is not None:
+            axes.vlines([dots.guess] * len(begin), begin, end, color=LIGHT["muted"], linewidth=1,
                         linestyle=DASHED, zorder=1)  # fmt: skip
-            axes.annotate("guessing", (panel.guess, 1), (0, 3), xycoords=("data", "axes fraction"),
+            axes.annotate("guessing", (dots.guess, 1), (0, 3), xycoords=("data", "axes fraction"),
                           textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
-        _share_axis(axes.xaxis, 3 if narrow else 5)
-        axes.set_title(panel.title, loc="left", pad=top - 18)
+        share_axis(axes.xaxis, 3 if narrow else 5)
+        axes.set_title(dots.title, loc="left", pad=top - 18)
     width, height = figure.get_size_inches() * 72
     for lines, begin, h in zip(told, begins, highs, strict=True):
         x, y = (left, begin + h - 21) if narrow else (left - 14, begin + h / 2)
@@ -473,7 +473,7 @@ def _wrapped(text: str, most: int) -> list[str]:
 # Pieces.
 
 
-def _panel(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
+def panel(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
     """Axes at a place counted in points from the upper left corner."""
     width, height = figure.get_size_inches() * 72
     axes = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
@@ -494,7 +494,7 @@ def _grid(
     for i in range(count):
         line, column = divmod(i, columns)
         panels.append(
-            _panel(figure, left + column * (wide + gap), legend + top + line * (top + high + bottom), wide, high)
+            panel(figure, left + column * (wide + gap), legend + top + line * (top + high + bottom), wide, high)
         )
     return figure, panels
 
@@ -512,7 +512,7 @@ def _dot(axes: Axes, place: float, mean: float, low: float, high: float, colour:
     axes.plot([mean], [place], "o", color=LIGHT[colour], markersize=5, clip_on=False)
 
 
-def _share_axis(axis: Any, count: int) -> None:
+def share_axis(axis: Any, count: int) -> None:
     shares = [i / (count - 1) for i in range(count)]
     axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})
     axis.set_ticks(shares, [f"{100 * share:.0f} %" for share in shares])

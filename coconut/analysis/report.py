@@ -76,9 +76,9 @@ class RunRecord:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation that chose the best checkpoint: within the last stage, accuracy first, then loss."""
-        last = _in_stage(self.valid, self.stages[-1])
-        return max(last, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
+        """The validation that chose the best checkpoint, within the last stage."""
+        stage = self.stages[-1]
+        return max(_in_stage(self.valid, stage), key=lambda row: stage.rank(row["accuracy"], row["loss"]), default=None)
 
     @property
     def guess(self) -> float | None:
@@ -369,19 +369,19 @@ def provenance(run: RunRecord) -> Section:
         ("an epoch", f"{description['updates_per_epoch']:,} updates"),
         ("batch size", f"{config['batch_size']} examples an update{micro}"),
         ("learning rate", f"{optimizer['lr']:g}{warmup}"),
-        ("optimizer", _optimizer(optimizer)),
+        ("optimizer", settings_of_adamw(optimizer)),
         ("seed", str(config["seed"])),
         ("precision", config["engine"]["precision"]),
         ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
         ("system", machine["system"]),
         ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
-        ("code", _code(last["git"])),
-        ("began", _date(first["started"])),
+        ("code", code_of(last["git"])),
+        ("began", date_of(first["started"])),
         ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of updates"),
     ]
     if len(description["sessions"]) > 1:
         again = description["sessions"][1:]
-        resumed = ", ".join(f"at update {row['from_update']:,} ({_date(row['started'])})" for row in again)
+        resumed = ", ".join(f"at update {row['from_update']:,} ({date_of(row['started'])})" for row in again)
         facts.append(("resumed", resumed))
     return Section(
         "provenance",
@@ -418,20 +418,21 @@ def _made_new(architecture: dict[str, Any]) -> str:
     return f"a new {architecture['model_type']}: {sizes}"
 
 
-def _optimizer(optimizer: dict[str, Any]) -> str:
+def settings_of_adamw(optimizer: dict[str, Any]) -> str:
     clip = f"clipping at {optimizer['clip']:g}" if optimizer["clip"] else "no clipping"
-    made = "" if optimizer["reset"] == "never" else f", made anew each {optimizer['reset']}"
+    reset = optimizer.get("reset", "never")
+    made = "" if reset == "never" else f", made anew each {reset}"
     betas = f"betas {optimizer['beta1']:g} and {optimizer['beta2']:g}"
     return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{made}"
 
 
-def _code(git: dict[str, Any] | None) -> str:
+def code_of(git: dict[str, Any] | None) -> str:
     if not git:
         return "git revision not known"
     return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "")
 
 
-def _date(text: str) -> str:
+def date_of(text: str) -> str:
     return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -43,7 +43,6 @@ from coconut.analysis.page import (
 from coconut.analysis.plots import LIGHT, as_svg, new_figure, styled
 from coconut.analysis.report import NONE, command, counted
 from coconut.analysis.study import Study
-from coconut.cli import application
 from coconut.config import TableConfig
 from coconut.files import write_text
 from coconut.methods import method_named
@@ -339,10 +338,8 @@ def accuracies(compared: Comparison, width: float, name: str) -> str:
 def run(config: TableConfig) -> int:
     """Compare runs and write the table in all its forms."""
     compared = compare(config)
-    of_runs = _common_folder([run.folder for run in compared.runs])
-    if not config.output and of_runs == of_runs.parent:
-        raise ValueError("The runs lie in no common folder. Name one for the table: output=DIR.")
-    folder = Path(config.output) if config.output else of_runs
+    of_runs = common_folder([run.folder for run in compared.runs])
+    folder = place_of(config, of_runs)
     texts = {"table.md": markdown(compared), "table.html": html(compared, of_runs)}
     study(compared).write(folder)
     for name, text in texts.items():
@@ -354,9 +351,13 @@ def run(config: TableConfig) -> int:
     return 0
 
 
-def _common_folder(runs: Sequence[Path]) -> Path:
+def place_of(config: TableConfig, of_runs: Path) -> Path:
+    """Where the table goes, if the runs lie in this folder. Raises ValueError if they have none in common."""
+    if not config.output and of_runs == of_runs.parent:
+        raise ValueError("The runs lie in no common folder. Name one for the table: output=DIR.")
+    return Path(config.output) if config.output else of_runs
+
+
+def common_folder(runs: Sequence[Path]) -> Path:
     common = Path(os.path.commonpath([path.resolve().parent for path in runs]))
     return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common
-
-
-main = application("table", TableConfig, run)

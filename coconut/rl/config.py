@@ -37,15 +37,22 @@ class ObjectiveConfig:
 
 @dataclass
 class RewardConfig:
-    """1 for a right answer less the cost of its mode, `wrong` for any other. A mode that is not named costs nothing."""
+    """1 for a right answer less the cost of its mode, `wrong` for any other. A mode that is not named costs nothing.
+
+    `limits`: the most new tokens of a mode; a longer answer earns `wrong`.
+    """
 
     costs: dict[str, float] = field(default_factory=dict)
     wrong: float = -1.0
+    limits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for mode, cost in self.costs.items():
             if cost != cost or abs(cost) == float("inf"):
                 raise ValueError(f"reward.costs.{mode} is {cost}; it must be a number.")
+        for mode, limit in self.limits.items():
+            if limit < 1:
+                raise ValueError(f"reward.limits.{mode} is {limit}; it must be at least 1.")
 
 
 @dataclass

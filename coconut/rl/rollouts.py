@@ -38,16 +38,20 @@ class Correctness:
     """1 for a right answer, less the cost of its mode; `wrong` for any other.
 
     A mode without a cost has none. The mode is the one that was answered in, by its token: what the text says of modes
-    changes nothing.
+    changes nothing. `limits`: the most new tokens of a mode; a longer answer earns `wrong`, or else a mode that costs
+    nothing learns to do what the others do.
     """
 
     task: Task
     form: PromptFormat
     costs: Mapping[str, float] = field(default_factory=dict)
     wrong: float = -1.0
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float:
-        return 1.0 - self.costs.get(mode, 0.0) if self.right(example, text) else self.wrong
+        if cost.new_tokens > self.limits.get(mode, cost.new_tokens) or not self.right(example, text):
+            return self.wrong
+        return 1.0 - self.costs.get(mode, 0.0)
 
     def right(self, example: Example, text: str) -> bool:
         return self.task.judge(read_answer(self.task, text, self.form), example.answer)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from coconut.analysis.study import Study
 from coconut.data import Example, encode_questions
 from coconut.evaluate import Prediction, evaluate
 from coconut.tasks import Task
@@ -159,3 +160,52 @@ def compare(known: Outcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[s
             shares=dict(zip(known.modes, route_QM.mean(0).tolist(), strict=True)),
         )
     return found
+
+
+def of_modes(known: Outcomes, rows: NDArray[np.int64]) -> dict[str, float]:
+    """Of these questions, for each mode: how often it is chosen, how likely it is, how often it is right if forced."""
+    found: dict[str, float] = {}
+    for number, mode in enumerate(known.modes if known.modes != ("",) else ()):
+        found |= {
+            f"share_{mode}": float((known.chosen[rows] == number).mean()),
+            f"chance_{mode}": float(known.chances[rows, number].mean()),
+            f"accuracy_{mode}": float(known.correct[rows, number].mean()),
+        }
+    return found
+
+
+def by_steps(known: Outcomes, examples: Sequence[Example]) -> list[dict[str, float]]:
+    """`of_modes` for the questions of each number of steps, which is how hard they are."""
+    steps_Q = np.array([len(example.steps) for example in examples])
+    return [
+        {"steps": int(n), "count": int((steps_Q == n).sum()), **of_modes(known, np.flatnonzero(steps_Q == n))}
+        for n in np.unique(steps_Q)
+    ]
+
+
+def choice_studies(
+    lm: LatentLM, task: Task, examples: Sequence[Example], fitted_on: Sequence[Example], **options: Any
+) -> list[Study]:
+    """Who chooses best on these questions, and what the model chooses where.
+
+    A classifier is fitted on other questions. `options` are those of `evaluate`.
+    """
+    known, others = outcomes(lm, task, examples, **options), outcomes(lm, task, fitted_on, **options)
+    classified = Classifier(states(lm, fitted_on), others)(states(lm, examples))
+    found = compare(known, routes(known, classified))
+    rows = [
+        {
+            "router": name,
+            "accuracy": row.accuracy,
+            "low": row.interval[0],
+            "high": row.interval[1],
+            "new_tokens": row.tokens,
+            "passes": row.passes,
+            **{f"share_{mode}": share for mode, share in row.shares.items()},
+        }
+        for name, row in found.items()
+    ]
+    return [
+        Study("routers", rows, {"modes": list(known.modes), "fitted_on": len(fitted_on)}),
+        Study("difficulty", by_steps(known, examples), {"modes": list(known.modes)}),
+    ]

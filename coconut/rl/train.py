@@ -27,7 +27,7 @@ from coconut.rl.config import RLConfig
 from coconut.rl.objectives import Totals, advantages, k3, without_variance
 from coconut.rl.policy import Policy, longest_answers, policy_batch, shares
 from coconut.rl.rollouts import Correctness, Cost, Group, Reward, roll_out
-from coconut.rl.routers import Outcomes, gathered, in_each_mode
+from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, only_our_words, say, working
 from coconut.signals import Asked, asked_to_stop
 from coconut.tasks import TASKS
@@ -56,7 +56,7 @@ class PolicyTraining:
         self.lm = self._policy()
         self.reference = self._reference()
         self.policy = Policy.of(self.lm.special, config.temperature)
-        self.judge = Correctness(self.task, self.lm.reasoning.format, config.reward.costs, config.reward.wrong)
+        self.judge = Correctness(self.task, self.lm.reasoning.format, **asdict(config.reward))
         self.reward = reward or self.judge
         self.limit = config.max_new_tokens or self.lm.reasoning.max_new_tokens
         self.train = self._read("train")
@@ -77,11 +77,12 @@ class PolicyTraining:
         lm = LatentLM.from_pretrained(self.found or starting_point(str(self.config.init)))
         if not self.found and not lm.adapter:
             lm.to(torch.float32)
-        modes = lm.reasoning.modes
-        for mode in self.config.reward.costs:
-            if mode not in modes:
-                there = f"its modes are {', '.join(modes)}" if modes else "it has none"
-                raise ValueError(f"reward.costs.{mode} is the cost of a mode that the model does not have: {there}.")
+        modes, reward = lm.reasoning.modes, self.config.reward
+        there = f"its modes are {', '.join(modes)}" if modes else "it has none"
+        for key, named in (("costs", reward.costs), ("limits", reward.limits)):
+            for mode in named:
+                if mode not in modes:
+                    raise ValueError(f"reward.{key}.{mode} is of a mode that the model does not have: {there}.")
         return lm.eval()  # without dropout: answers are as likely in an update as they were when they were sampled
 
     def _reference(self) -> LatentLM | None:
@@ -304,15 +305,10 @@ class PolicyTraining:
             "passes": float(known.passes[rows, known.chosen].mean()),
             **of_modes(known, rows),
         }
-        steps = np.array([len(example.steps) for example in self.valid])
-        by_steps = [
-            {"steps": int(n), "count": int((steps == n).sum()), **of_modes(known, np.flatnonzero(steps == n))}
-            for n in sorted(set(steps.tolist()))
-        ]
         if not self.best or self.validated["reward"] > self.best["reward"]:
             self.best = {"step": self.step, **{key: self.validated[key] for key in ("reward", "accuracy")}}
         track.samples(self.step, [asdict(prediction) for prediction in taken[:5]])
-        track.log("valid", self.step, **self.validated, by_steps=by_steps)
+        track.log("valid", self.step, **self.validated, by_steps=by_steps(known, self.valid))
         self.pending = False
 
     def _reward_of(self, example: Example, said: Prediction) -> float:
@@ -357,20 +353,6 @@ class PolicyTraining:
             f"{error.grad_norm}. It was not applied, and the checkpoint of batch {self.checkpoints.steps()[-1]} is "
             "whole. Lower optimizer.lr, or set optimizer.clip=1; metrics.jsonl has the batches before."
         )
-
-
-def of_modes(known: Outcomes, rows: np.ndarray) -> dict[str, float]:
-    """Of these questions, for each mode: how often it is chosen, how likely it is, how often it is right if forced."""
-    if known.modes == ("",):
-        return {}
-    found: dict[str, float] = {}
-    for number, mode in enumerate(known.modes):
-        found |= {
-            f"share_{mode}": float((known.chosen[rows] == number).mean()),
-            f"chance_{mode}": float(known.chances[rows, number].mean()),
-            f"accuracy_{mode}": float(known.correct[rows, number].mean()),
-        }
-    return found
 
 
 def run(config: RLConfig, reward: Reward | None = None) -> int:

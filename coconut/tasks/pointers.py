@@ -1,4 +1,4 @@
-"""Pointer chasing: where does one arrive after so many hops? "3 7 | 7 1 | 1 3 ? 2 from 3" is answered "1".
+"""Pointer chasing: where does one arrive after so many hops? "d h | h b | b d ? from d go 2" is answered "b".
 
 The hops are a dial of how hard a question is, and they stand in it. A step is the name of the next node.
 """
@@ -15,7 +15,7 @@ __all__ = ["candidates", "judge", "max_new_tokens", "name", "parse_question", "r
 name = "pointers"
 max_new_tokens = 64
 
-_QUESTION = re.compile(r"([^?]+)\? (\d+) from (\S+)")
+_QUESTION = re.compile(r"([^?]+)\? from (\S+) go (\d+)")
 
 
 class Question(NamedTuple):
@@ -28,7 +28,7 @@ def parse_question(question: str) -> Question:
     """Raises ValueError if the text has another form, or a node points to two."""
     found = _QUESTION.fullmatch(tidy(question))
     if not found:
-        raise ValueError(f"The question is not of the form 'a b | b c ? HOPS from a': {question!r}")
+        raise ValueError(f"The question is not of the form 'a b | b c ? from a go HOPS': {question!r}")
     pairs = [pair.split() for pair in found[1].split("|")]
     for pair in pairs:
         if len(pair) != 2:
@@ -36,7 +36,7 @@ def parse_question(question: str) -> Question:
     pointers = {pair[0]: pair[1] for pair in pairs}
     if len(pointers) < len(pairs):
         raise ValueError(f"A node points to two others: {question!r}")
-    return Question(pointers, int(found[2]), found[3])
+    return Question(pointers, int(found[3]), found[2])
 
 
 def walk(question: Question) -> list[str]:

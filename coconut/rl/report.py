@@ -1,0 +1,390 @@
+"""Pages about what a policy learned: one run, and several side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coconut.analysis.charts import panel, share_axis
+from coconut.analysis.findings import NARROW, WIDE
+from coconut.analysis.page import (
+    Code,
+    Facts,
+    Figure,
+    Folded,
+    Heading,
+    Legend,
+    Part,
+    Score,
+    Section,
+    Table,
+    Text,
+    page,
+    percent,
+)
+from coconut.analysis.plots import LIGHT, Point, as_svg, draw_line, new_figure, styled, whole_ticks
+from coconut.analysis.report import RunRecord, answers, code_of, command, counted, date_of, settings_of_adamw
+from coconut.analysis.study import Study
+from coconut.analysis.table import aligned
+from coconut.methods import mode_named
+from coconut.screen import duration
+from coconut.tracking import CONFIG
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+COLOURS = ("green", "blue", "plum", "red", "peach", "sky")  # of modes, in their order
+POINTS = 60  # of a smoothed curve
+SEED = re.compile(r"-seed\d+$")
+
+
+def is_policy(run: RunRecord) -> bool:
+    """Whether coconut.rl made it."""
+    return "objective" in run.config
+
+
+def modes_of(run: RunRecord) -> list[str]:
+    """What the run's model chooses from; nothing if it does not choose."""
+    if is_policy(run):
+        return run.description["reasoning"]["modes"]
+    return run.config["curriculum"].get("modes", []) if run.stages[-1].modes else []
+
+
+def chooses(run: RunRecord) -> bool:
+    """Whether there is a model to be asked that chooses how to answer."""
+    return bool(modes_of(run) and run.valid)
+
+
+# Figures.
+
+
+@styled()
+def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
+    """What the modes' shares, their accuracy and their chances by difficulty were: a line for each of the runs."""
+    modes = modes_of(runs[0])
+    left, right, top, bottom, high, gap = 40.0, 14.0, 26.0, 40.0, 130.0, 46.0
+    beside = width > 500
+    wide = (width - left - right - 2 * gap) / 3 if beside else width - left - right
+    figure = new_figure(width, top + high + bottom if beside else 3 * (top + high + bottom))
+    places = [(left + n * (wide + gap), top) if beside else (left, top + n * (top + high + bottom)) for n in range(3)]
+    shares, right_ones, chances = (panel(figure, *place, wide, high) for place in places)
+    for number, mode in enumerate(modes):
+        colour = COLOURS[number % len(COLOURS)]
+        for run in runs:
+            draw_line(shares, smooth(run.train, f"share_{mode}"), colour, 1.5, mode, dots=False)
+            draw_line(right_ones, points(run.valid, f"accuracy_{mode}"), colour, 1.5, mode, dots=False)
+            if run.valid:
+                draw_line(chances, by_steps(run.valid[-1], mode), colour, 1.5, mode, dots=True)
+                faint = by_steps(run.valid[0], mode)
+                chances.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
+    last = max(run.config["batches"] for run in runs)
+    for axes, title in ((shares, "Share of the answers"), (right_ones, "Right, when made to")):
+        axes.set_xlim(0, last)
+        axes.set_xlabel("batches", loc="right")
+        axes.set_title(title, loc="left")
+        axes.xaxis.set_major_locator(whole_ticks(4))
+    chances.set_title("Chance by steps", loc="left")
+    chances.set_xlabel("steps of the question", loc="right")
+    chances.xaxis.set_major_locator(whole_ticks(8))
+    for axes in (shares, right_ones, chances):
+        share_axis(axes.yaxis, 5)
+    return figure
+
+
+def points(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def smooth(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
+    """Means of neighbouring batches."""
+    found = points(rows, key)
+    every = max(1, -(-len(found) // POINTS))
+    parts = [found[first : first + every] for first in range(0, len(found), every)]
+    return [(float(np.mean([x for x, _ in part])), float(np.mean([y for _, y in part]))) for part in parts]
+
+
+def by_steps(row: dict[str, Any], mode: str) -> list[Point]:
+    return [(part["steps"], part[f"chance_{mode}"]) for part in row["by_steps"]]
+
+
+@styled()
+def reward_curve(run: RunRecord, width: float) -> Drawing:
+    """Rewards of the sampled answers, and on validation data."""
+    figure = new_figure(width, 196)
+    axes = panel(figure, 40, 30, width - 54, 126)
+    draw_line(axes, smooth(run.train, "reward"), "muted", 1.2, "sampled", dots=False)
+    draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, its likeliest answers", dots=True)
+    axes.set_xlim(0, run.config["batches"])
+    axes.set_xlabel("batches", loc="right")
+    axes.xaxis.set_major_locator(whole_ticks(8))
+    axes.set_title("Reward", loc="left")
+    axes.legend(loc="lower right", ncols=2)
+    return figure
+
+
+def _figure(draw: Any, name: str, told: str, caption: str) -> Figure:
+    wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
+    return Figure(wide, narrow, told, caption)
+
+
+def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
+    several = f" A line for each of {len(runs)} seeds." if len(runs) > 1 else ""
+    return _figure(
+        lambda width: choice_curves(runs, width),
+        name,
+        "Share of each mode among the sampled answers, accuracy of each mode, and the chance of each by difficulty.",
+        "Left: of the answers sampled for a batch. Middle: validation questions, each answered in every mode. Right: "
+        "how likely the first token is that of the mode, before the first batch (dotted) and after the last."
+        f"{several}",
+    )
+
+
+def _legend(modes: Sequence[str]) -> Legend:
+    entries = []
+    for number, mode in enumerate(map(mode_named, modes)):
+        told = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
+        words = told or f"{counted(mode.num_thoughts, 'thought')} and the answer"
+        entries.append((COLOURS[number % len(COLOURS)], f"{mode.token}: {words}"))
+    return Legend(entries)
+
+
+# One run.
+
+
+def report(run: RunRecord) -> str:
+    """The page of one run."""
+    objective = run.config["objective"]["name"]
+    sections = [headline(run), learning(run), answers(run), provenance(run)]
+    what = f"learns which of {', '.join(modes_of(run))} to answer in" if modes_of(run) else "learns by reward"
+    return page(run.description["name"], objective, what, run.folder, sections)
+
+
+def headline(run: RunRecord) -> Section:
+    parts: list[Part] = []
+    if run.step < run.config["batches"]:
+        parts.append(Text(f"Not complete: batch {run.step:,} of {run.config['batches']:,}."))
+    routers = run.studies.get("routers")
+    if routers:
+        parts += routed(routers)
+    elif run.valid:
+        found = run.valid[-1]
+        parts.append(Text(f"After batch {found['step']:,}: {percent(found['accuracy'])} of the validation questions, "
+                          f"reward {found['reward']:.3f}. Unseen questions: name a test file."))  # fmt: skip
+    return Section("headline", None, parts)
+
+
+def choices(run: RunRecord) -> Section | None:
+    """Of a run that was warmed up: how it chooses."""
+    study = run.studies.get("routers")
+    return Section("choices", "How it chooses", routed(study)) if study else None
+
+
+def on_screen(study: Study) -> str:
+    """The routers within the width of a terminal."""
+    modes = study.facts["modes"]
+    names = ["who chooses", "accuracy", "interval", "tokens", "passes", *modes]
+    return "\n".join(aligned([names, *(router_cells(row, modes) for row in study.rows)]))
+
+
+def routed(study: Study) -> list[Part]:
+    """The model's own choice against those of routers, on unseen questions."""
+    own, facts, modes = study.rows[0], study.facts, study.facts["modes"]
+    shares = ", ".join(f"{mode} for {percent(own[f'share_{mode}'])}" for mode in modes)
+    names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
+    return [
+        Score(own["accuracy"], f"on {facts['questions']:,} unseen questions", (own["low"], own["high"]), None),
+        Text(
+            f"With the checkpoint of {facts['step']:,} it chooses {shares} of the questions, and takes "
+            f"{own['new_tokens']:.1f} tokens of language and {own['passes']:.1f} forward passes an answer. Against "
+            "others that choose for it:"
+        ),
+        Table(names, [router_cells(row, modes) for row in study.rows], len(names) - 1),
+        Text(
+            "Expected values, on the same questions. At random: each mode as often as the model takes it, whatever the "
+            "question. Classifier: a small network on the model's state after the question, fitted on "
+            f"{facts['fitted_on']:,} training questions to name the cheapest mode that is right. Oracle: that mode "
+            "itself, which nobody knows beforehand."
+        ),
+    ]
+
+
+ROUTER_COLUMNS = ["who chooses", "accuracy", "95 % interval", "new tokens", "passes"]
+
+
+def router_cells(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
+    interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+    numbers = [percent(row["accuracy"]), interval, f"{row['new_tokens']:.1f}", f"{row['passes']:.1f}"]
+    return [row["router"], *numbers, *(percent(row[f"share_{mode}"]) for mode in modes)]
+
+
+def learning(run: RunRecord) -> Section:
+    modes = modes_of(run)
+    parts: list[Part] = [_legend(modes), _curves([run], "choice")] if modes and run.train else []
+    if run.train:
+        caption = "Of the answers sampled for each batch, and of those that it would give without sampling."
+        parts.append(_figure(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
+    rows = [_batch_row(row, modes) for row in run.valid if row["step"] % _every(run) == 0 or row is run.valid[-1]]
+    columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
+    parts.append(Table(columns, rows, len(columns)))
+    if run.train:
+        silent = percent(float(np.mean([row["without_variance"] for row in run.train])))
+        parts.append(Text(f"In {silent} of the groups all answers were rewarded alike, which teaches nothing."))
+    return Section("learning", "How it learned", parts)
+
+
+def _every(run: RunRecord) -> int:
+    """So that about ten validations are shown."""
+    own = run.config["validate_every"]
+    return own * max(1, -(-run.config["batches"] // (10 * own)))
+
+
+def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
+    numbers = [f"{row['step']:,}", f"{row['reward']:.3f}", percent(row["accuracy"]), f"{row['new_tokens']:.1f}"]
+    return [*numbers, *(percent(row[f"share_{mode}"]) for mode in modes)]
+
+
+def provenance(run: RunRecord) -> Section:
+    """What exactly was trained: all that is needed to do it again."""
+    config, described = run.config, run.description
+    first, last = described["sessions"][0], described["sessions"][-1]
+    told, machine = described["objective"], last["machine"]
+    reward, asked = config["reward"], f"{config['questions']} questions with {config['samples']} answers each"
+    costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["costs"].items()) or "none"
+    limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["limits"].items()) or "none"
+    own_term = f"a term of its own, of weight {told['control']}"
+    control = "a token like the others" if told["control"] is None else own_term
+    data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in described["data"].items()]
+    facts = [
+        ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages "
+         f"{'divided by the deviation of their group' if told['scaled'] else 'not divided'}"),
+        ("control token", control + ("" if told["slowed"] == 1 else f", slowed to {told['slowed']:g}")),
+        ("clipping", f"ratios from {1 - told['low']:g} to {1 + told['high']:g}"),
+        ("divergence", f"weight {config['objective']['beta']:g}, from where it started"),
+        ("reward", f"1 less the cost of the mode when right, {reward['wrong']:g} otherwise; costs: {costs}; "
+         f"limits: {limits}"),
+        ("started from", str(described["init"])),
+        ("parameters", f"{described['parameters']:,}"),
+        ("batches", f"{run.step:,} of {config['batches']:,}, of {asked}, at temperature {config['temperature']:g}"),
+        ("updates a batch", str(config["num_minibatches"] * config["num_iterations"])),
+        ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
+        ("seed", str(config["seed"])),
+        ("precision", config["engine"]["precision"]),
+        ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
+        ("code", code_of(last["git"])),
+        ("began", date_of(first["started"])),
+        ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of batches"),
+    ]  # fmt: skip
+    return Section(
+        "provenance",
+        "What exactly was trained",
+        [
+            Facts(facts),
+            Table(["data", "file", "questions", "SHA-256 begins"], data, 2),
+            Text("The command:"),
+            Code(command(first["command"])),
+            Folded(f"Everything in {CONFIG}", json.dumps(config, indent=2, ensure_ascii=False)),
+        ],
+    )
+
+
+# Several runs.
+
+
+def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs by the name of their folders, without the seed."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        found.setdefault(SEED.sub("", run.folder.resolve().name), []).append(run)
+    return found
+
+
+def comparison(runs: Sequence[RunRecord]) -> Study:
+    """A row for each of the runs: what it chooses, and what comes of it on unseen questions.
+
+    Raises ValueError if one is not complete, not examined or has no modes, or if they have other modes or questions.
+    """
+    for run in runs:
+        if run.step < run.config["batches"]:
+            raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['batches']:,}.")
+        if "routers" not in run.studies:
+            raise ValueError(f"{run.folder} was not examined: python -m coconut.analyze run={run.folder} does that.")
+    first = runs[0].studies["routers"].facts
+    rows = []
+    for run in runs:
+        facts = run.studies["routers"].facts
+        if any(facts[key] != first[key] for key in ("modes", "sha256", "questions")):
+            raise ValueError(f"{run.folder} and {runs[0].folder} have other modes, or were asked other questions.")
+        own, *others = run.studies["routers"].rows
+        by_name = {row["router"]: row for row in others}
+        easy, *_, hard = run.studies["difficulty"].rows
+        rows.append(
+            {
+                "arm": SEED.sub("", run.folder.resolve().name),
+                "seed": run.config["seed"],
+                "reward": run.valid[-1]["reward"],
+                **{key: own[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
+                "at_random": by_name["at random, as often"]["accuracy"],
+                "oracle": by_name["oracle"]["accuracy"],
+                **{key: value for key, value in own.items() if key.startswith("share_")},
+                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first["modes"]},
+                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first["modes"]},
+                "seconds": sum(row["seconds"] for row in run.train),
+            }
+        )
+    return Study("policies", rows, {key: first[key] for key in ("modes", "sha256", "questions", "file")})
+
+
+def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
+    """The page of several runs."""
+    modes = study.facts["modes"]
+    note = (
+        f"On {study.facts['questions']:,} unseen questions; means over seeds. Chance on easy and on hard: how likely "
+        "the first token is that of the mode, for questions of the fewest and of the most steps. At random: the "
+        "accuracy if each mode were taken as often, whatever the question."
+    )
+    parts: list[Part] = [Table(columns(modes), table_rows(study), len(columns(modes)) - 1), Text(note)]
+    curves: list[Part] = [_legend(modes)]
+    for number, (arm, its) in enumerate(arms(runs).items()):
+        curves += [Heading(arm), _curves(its, f"arm{number}")]
+    return page(
+        runs[0].description["name"],
+        f"{len(runs)} policies",
+        f"how each learned which of {', '.join(modes)} to answer in",
+        folder,
+        [Section("headline", None, parts), Section("learning", "How they learned", curves)],
+        kicker="comparison",
+    )
+
+
+def columns(modes: Sequence[str]) -> list[str]:
+    of_modes = [f"{mode}{kind}" for mode in modes[1:] for kind in ("", ", easy", ", hard")]
+    return ["arm", "seeds", "reward", "accuracy", "at random", "oracle", *of_modes, "new tokens", "passes", "minutes"]
+
+
+def table_rows(study: Study) -> list[list[str]]:
+    """A row for each arm, as it is read, in the order of `columns`."""
+    modes = study.facts["modes"]
+    found = []
+    for arm in dict.fromkeys(row["arm"] for row in study.rows):
+        its = [row for row in study.rows if row["arm"] == arm]
+        mean = {key: float(np.mean([row[key] for row in its])) for key in its[0] if key not in ("arm", "seed")}
+        shares = [percent(mean[f"{kind}_{mode}"]) for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
+        found.append(
+            [
+                arm,
+                ", ".join(str(row["seed"]) for row in its),
+                f"{mean['reward']:.3f}",
+                *(percent(mean[key]) for key in ("accuracy", "at_random", "oracle")),
+                *shares,
+                f"{mean['new_tokens']:.1f}",
+                f"{mean['passes']:.1f}",
+                f"{mean['seconds'] / 60:.1f}",
+            ]
+        )
+    return found
