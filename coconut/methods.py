@@ -165,6 +165,12 @@ class Stage:
     mode: str = ""  # its control token stands before the slot
     modes: tuple[Stage, ...] = ()  # the forms in which each example is seen, one after the other
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """As a run keeps it."""
+        forms = tuple(cls.from_dict(form) for form in values.get("modes", ()))
+        return cls(**{**values, "slot": Slot(values["slot"]), "modes": forms})
+
     def rank(self, accuracy: float, loss: float) -> tuple[float, float]:
         """By which the best checkpoint is chosen, the highest being best.
 

@@ -19,9 +19,21 @@ from processes import CLEAN, together
 from test_hybrid import MODES
 
 from coconut import LatentLM
+from coconut.analyze import run as analyze
+from coconut.analyze import several as compare
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, EvaluateConfig, GenerateConfig, TooLong
+from coconut.config import (
+    AdamWConfig,
+    AnalyzeConfig,
+    DataConfig,
+    EngineConfig,
+    EngineKind,
+    EvaluateConfig,
+    GenerateConfig,
+    TableConfig,
+    TooLong,
+)
 from coconut.data import Example
 from coconut.engine.world import World, joined
 from coconut.evaluate import run as run_evaluate
@@ -34,6 +46,8 @@ from coconut.rl.train import PolicyTraining, run
 from coconut.rl.train import together as run_together
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
+
+CPU = EngineConfig(device="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +353,61 @@ def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tm
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
     assert training._questions(4).tolist() == asked[48:60].tolist()
+
+
+# --- pages ------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run-seed0"
+    shutil.copytree(finished, folder)
+    assert analyze(AnalyzeConfig(run=str(folder), checkpoint="last", engine=CPU)) == 0
+    assert "who chooses" in capsys.readouterr().out
+    routers, difficulty = (read_json(folder / "analysis" / f"{name}.json") for name in ("routers", "difficulty"))
+    assert [row["router"] for row in routers["rows"]] == [
+        "the model", "always short", "always think", "always latent_2", "at random, as often", "classifier", "oracle",
+    ]  # fmt: skip
+    assert routers["facts"]["questions"] == sum(row["count"] for row in difficulty["rows"]) == 8
+    page = (folder / "report.html").read_text()
+    for words in ("How it learned", "What exactly was trained", "oracle", "&lt;latent_2&gt;: 2 thoughts", "per answer"):
+        assert words in page
+    assert "<script" not in page
+    own = routers["rows"][0]
+    run_evaluate(EvaluateConfig(run=str(folder), checkpoint="last"))
+    found = read_json(folder / "evaluation" / "test-checkpoint-last.json")
+    assert (own["accuracy"], own["low"]) == pytest.approx((found["accuracy"], found["interval"][0]))
+    assert own["new_tokens"] == pytest.approx(found["mean_new_tokens"])
+    other = tmp_path / "run-seed1"
+    shutil.copytree(folder, other)
+    assert compare(TableConfig(runs=[str(tmp_path / "run-seed*")])) == 0
+    rows = read_json(tmp_path / "policies.json")["rows"]
+    assert [row["arm"] for row in rows] == ["run", "run"]
+    assert "Seeds 0, 0." in (tmp_path / "policies.html").read_text()
+    told = capsys.readouterr().out
+    assert "latent_2, hard" in told
+
+
+def test_a_hybrid_model_before_reinforcement(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "warm"
+    shutil.copytree(made[0], folder)
+    assert analyze(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
+    assert "How it chooses" in (folder / "report.html").read_text()
+
+
+def test_a_policy_without_modes_has_a_page_too(tmp_path: Path) -> None:
+    data = graph_files(tmp_path, 16, 4, 4)
+    warm = small_run(tmp_path / "warm", data, method="coconut", curriculum=Curriculum(unit=Unit.updates, total=41))
+    assert run_training(warm) == 0
+    assert run(settings((tmp_path / "warm", data), tmp_path / "run", batches=2, reward=RewardConfig())) == 0
+    run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))
+    assert analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU)) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "learns by reward" in page
+    assert "How it learned" in page
+
+
+def test_what_cannot_be_compared(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trained by reward and .* was not: make a table of each kind"):
+        compare(TableConfig(runs=[str(finished), str(made[0])]))
+    with pytest.raises(ValueError, match="was not examined"):
+        compare(TableConfig(runs=[str(finished)]))

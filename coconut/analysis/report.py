@@ -67,7 +67,7 @@ class RunRecord:
 
     @property
     def stages(self) -> list[Stage]:
-        return [Stage(**{**row, "slot": Slot(row["slot"])}) for row in self.description["plan"]["stages"]]
+        return [Stage.from_dict(row) for row in self.description["plan"]["stages"]]
 
     @property
     def step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,14 +134,12 @@ def _figure(draw: Any, name: str, told: str, caption: str) -> Figure:
 
 
 def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
-    several = f" A line for each of {len(runs)} seeds." if len(runs) > 1 else ""
     return _figure(
         lambda width: choice_curves(runs, width),
         name,
         "Share of each mode among the sampled answers, accuracy of each mode, and the chance of each by difficulty.",
         "Left: of the answers sampled for a batch. Middle: validation questions, each answered in every mode. Right: "
-        "how likely the first token is that of the mode, before the first batch (dotted) and after the last."
-        f"{several}",
+        "how likely the first token is that of the mode, before the first batch (dotted) and after the last.",
     )
 
 
@@ -199,7 +198,7 @@ def routed(study: Study) -> list[Part]:
     return [
         Score(own["accuracy"], f"on {facts['questions']:,} unseen questions", (own["low"], own["high"]), None),
         Text(
-            f"With the checkpoint of {facts['step']:,} it chooses {shares} of the questions, and takes "
+            f"With the checkpoint of batch {facts['step']:,} it chooses {shares} of the questions, and takes "
             f"{own['new_tokens']:.1f} tokens of language and {own['passes']:.1f} forward passes an answer. Against "
             "others that choose for it:"
         ),
@@ -351,7 +350,9 @@ def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> st
     parts: list[Part] = [Table(columns(modes), table_rows(study), len(columns(modes)) - 1), Text(note)]
     curves: list[Part] = [_legend(modes)]
     for number, (arm, its) in enumerate(arms(runs).items()):
-        curves += [Heading(arm), _curves(its, f"arm{number}")]
+        figure, seeds = _curves(its, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in its)
+        said = f"Seed{'s' * (len(its) > 1)} {seeds}."
+        curves += [Heading(arm), replace(figure, caption=f"{said} {figure.caption}" if not number else said)]
     return page(
         runs[0].description["name"],
         f"{len(runs)} policies",
