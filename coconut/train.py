@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -17,12 +16,11 @@ import torch
 from torch import nn
 
 from coconut.build import make_model, starting_point
-from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application, own_environment
 from coconut.collapse import look_at
 from coconut.config import Activations, RunConfig, TooLong, TrainConfig
 from coconut.data import Example, TokenizedData, read_examples, tokenize, unknown_words
-from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, evaluate
@@ -34,6 +32,7 @@ from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.screen import duration, only_our_words, say, working
 from coconut.signals import Asked, asked_to_stop
+from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
 
@@ -53,20 +52,17 @@ class Training:
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.task]
         self.plan = plan(config.method, config.curriculum)
-        self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
+        self.standing = Standing(config, folder, world, {"pending": False})
+        found = self.standing.found
 
         torch.manual_seed(config.seed)
         examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
         if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
             say(f"warning: {shared:,} questions of the validation data are in the training data too.")
-        self.found = world.first_does(self.checkpoints.to_go_on_from)  # None: the run is new
         self.lm = (
-            LatentLM.from_pretrained(self.found, config.model.attention)
-            if self.found
-            else make_model(config, examples["train"])
+            LatentLM.from_pretrained(found, config.model.attention) if found else make_model(config, examples["train"])
         )
-        self.trainer = load_trainer(self.found) if self.found else {}
-        restore_master(self.lm, self.trainer)
+        self.standing.restore(self.lm)
         self.lm.train()
         self.lm.recompute = config.engine.activations is Activations.recompute
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
@@ -81,7 +77,7 @@ class Training:
             torch.manual_seed(config.seed + world.rank)  # the model is the same everywhere, what dropout drops is not
         self.engine: Engine = make_engine(self.lm, summed_loss, config.engine, config.optimizer, world)
 
-        state = load_state(self.found) if self.found else {"step": 0, "best": None, "pending": False}
+        state = self.standing.state
         self.step, self.best = state["step"], state["best"]
         self.pending = state["pending"]  # a validation that is due, and was left for being asked to stop
         self.recent: deque[dict[str, float]] = deque(maxlen=5)
@@ -139,13 +135,6 @@ class Training:
                         f"micro_batch_size (now {size}); the loss does not change with it. {error}"
                     ) from error
 
-    def take_up(self) -> None:
-        """Go on where the last checkpoint was written. After the rehearsal, which some engines need for it."""
-        if self.found:
-            self.engine.load_state_dict(self.trainer)
-            self.trainer = {}
-            self.world.first_does(lambda: self.checkpoints.set_aside_after(self.step))
-
     def run(self) -> int:
         """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
         config, schedule = self.config, self.schedule
@@ -160,7 +149,7 @@ class Training:
                 self.validate(schedule.at(self.step - 1), track, asked)
                 self.save()
                 if number := asked.anywhere():
-                    return self._stopped(number)
+                    return stopped(number, f"update {self.step}")
             for step in range(self.step, schedule.total):
                 place = schedule.at(step)
                 if updates_since_reset(place, config.optimizer.reset) == 0:
@@ -185,7 +174,7 @@ class Training:
                 if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
                     self.save()
                 if number:
-                    return self._stopped(number)
+                    return stopped(number, f"update {self.step}")
             if track.sender:
                 self._write_page(track)
         say(f"Done: {schedule.total:,} updates in {self.folder}")
@@ -275,15 +264,8 @@ class Training:
 
     def save(self) -> None:
         self.world.mark(f"saving update {self.step}")
-        trainer, state = self.engine.state_dict(), {"best": self.best, "pending": self.pending}
-        with self.engine.whole() as lm:
-            lm.reasoning = self.lm.reasoning
-            self.world.first_does(lambda: self.checkpoints.save(self.step, lm, trainer, state, self.world.tick))
-
-    def _stopped(self, number: int) -> int:
-        name = signal.Signals(number).name
-        say(f"Stopped by {name}; saved at update {self.step}. The same command goes on from here.")
-        return 128 + number
+        state = {"best": self.best, "pending": self.pending}
+        self.standing.save(self.step, self.engine, self.lm.reasoning, state)
 
     def _tracking(self) -> Tracking:
         described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
@@ -322,7 +304,7 @@ class Training:
         }  # fmt: skip
         if self.world.first:
             write_json(self.folder / "diverged.json", found)
-        saved = self.checkpoints.steps()
+        saved = self.standing.checkpoints.steps()
         before = "; ".join(f"{r['loss']:.3g} ({r['grad_norm']:.3g})" for r in self.recent) or "none"
         unnamed = "a gradient" if math.isfinite(error.loss) else "the loss"
         first = f"{error.culprits[0]} ({len(error.culprits)} in all)" if error.culprits else unnamed
@@ -412,7 +394,7 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
     for stage in training.plan.stages:
         say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
     training.rehearse()
-    training.take_up()
+    training.standing.take_up(training.engine)
     world.first_does(lambda: describe_run(config, folder, training))
     if training.step:
         say(f"Going on from update {training.step:,}")

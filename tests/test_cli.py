@@ -236,9 +236,10 @@ LAYERS = [
     ["model"],
     ["checkpoint", "thinking", "tracking"],
     ["build", "evaluate", "folder", "signals", "stopping", "trackers"],
-    ["card"],
+    ["card", "standing"],
     ["train", "analysis", "export", "generate"],
     ["rl"],
+    ["rewards"],
     ["analyze", "demo"],
 ]
 TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}

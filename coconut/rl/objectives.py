@@ -121,4 +121,4 @@ def clipped(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float
 def k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:
     """(M,) an estimate of KL(policy || reference) that is never negative (http://joschu.net/blog/kl-approx.html)."""
     apart_M = reference_M - log_probs_M
-    return apart_M.exp() - apart_M - 1
+    return torch.expm1(apart_M) - apart_M

@@ -65,6 +65,11 @@ class Sample:
         passes = forward_passes(self.new_tokens, self.cut, self.num_thoughts, self.mode)
         return Cost(passes, self.num_thoughts, self.new_tokens)
 
+    @property
+    def said(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.layout.ids[self.layout.num_prompt :].tolist()
+
     def muted(self) -> Sample:
         """The same row with nothing in it that counts, for a process that has no other while others compute."""
         layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
@@ -117,6 +122,23 @@ def _layout(lm: LatentLM, question: Sequence[int], mode: str, count: int, said: 
         anchor=len(question) + len(control) + reasoning.markers,
         control=len(question) if sampled else -1,
     )
+
+
+def sample_said(
+    lm: LatentLM,
+    question: Sequence[int],
+    said: Sequence[int],
+    *,
+    text: str,
+    mode: str = "",
+    num_thoughts: int | None = None,
+) -> Sample:
+    """An answer that was given before, of which nobody knows how likely it was: its log-probabilities are zeros."""
+    reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
+    count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
+    ended = bool(said) and said[-1] == lm.special.eos
+    layout = _layout(lm, question, mode, count, said, sampled=False)
+    return Sample(layout, torch.zeros(len(said)), text, mode, len(said) - ended, count, cut=not ended)
 
 
 def longest_answers(lm: LatentLM, question: Sequence[int], limit: int) -> list[Sample]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,11 +11,10 @@ import numpy as np
 import torch
 
 from coconut.build import starting_point
-from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.cli import application
 from coconut.config import TooLong
 from coconut.data import Example, encode_questions, read_examples
-from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory, restore_master
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, Prediction
@@ -30,6 +28,7 @@ from coconut.rl.rollouts import Correctness, Cost, Group, Reward, roll_out
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, only_our_words, say, working
 from coconut.signals import Asked, asked_to_stop
+from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
 from coconut.train import Diverged, share_out, spread
@@ -49,10 +48,9 @@ class PolicyTraining:
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.task]
         self.objective = config.objective.built()
-        self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
+        self.standing = Standing(config, folder, world, {"updates": 0, "pending": True})
 
         torch.manual_seed(config.seed + world.rank)
-        self.found = world.first_does(self.checkpoints.to_go_on_from)  # None: the run is new
         self.lm = self._policy()
         self.reference = self._reference()
         self.policy = Policy.of(self.lm.special, config.temperature)
@@ -62,20 +60,19 @@ class PolicyTraining:
         self.train = self._read("train")
         self.valid = self._read("valid")[: config.valid_limit]
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
-        self.trainer = load_trainer(self.found) if self.found else {}
-        restore_master(self.lm, self.trainer)
+        self.standing.restore(self.lm)
         loss = self.policy.loss(self.objective, config.objective.beta)
         self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         if self.reference:
             self.reference.to(self.engine.device)
 
-        state = load_state(self.found) if self.found else {"step": 0, "updates": 0, "best": None, "pending": True}
+        state = self.standing.state
         self.step, self.updates, self.best = state["step"], state["updates"], state["best"]
         self.pending = state["pending"]  # a validation that is due; the first one is so from the beginning
 
     def _policy(self) -> LatentLM:
-        lm = LatentLM.from_pretrained(self.found or starting_point(str(self.config.init)))
-        if not self.found and not lm.adapter:
+        lm = LatentLM.from_pretrained(self.standing.found or starting_point(str(self.config.init)))
+        if not self.standing.found and not lm.adapter:
             lm.to(torch.float32)
         modes, reward = lm.reasoning.modes, self.config.reward
         there = f"its modes are {', '.join(modes)}" if modes else "it has none"
@@ -134,13 +131,6 @@ class PolicyTraining:
         )
         self.engine.rehearse(batch)
 
-    def take_up(self) -> None:
-        """Go on where the last checkpoint was written. After the rehearsal, which some engines need for it."""
-        if self.found:
-            self.engine.load_state_dict(self.trainer)
-            self.trainer = {}
-            self.world.first_does(lambda: self.checkpoints.set_aside_after(self.step))
-
     def keep_reference(self) -> None:
         """A copy in the run's folder, since what the run started from may go."""
         if self.reference and not (self.folder / REFERENCE).is_dir():
@@ -161,7 +151,7 @@ class PolicyTraining:
                 self.save()
             for step in range(self.step, config.batches):
                 if number := asked.anywhere():
-                    return self._stopped(number)
+                    return stopped(number, f"batch {self.step}")
                 begin = time.perf_counter()
                 groups = self.sample(step)
                 row = {**self.described(groups), **self.learn(groups)}
@@ -177,7 +167,7 @@ class PolicyTraining:
                 if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
                     self.save()
             if number := asked.anywhere():
-                return self._stopped(number)
+                return stopped(number, f"batch {self.step}")
         say(f"Done: {config.batches:,} batches in {self.folder}")
         say(f"Best checkpoint: batch {self.best['step']}, reward {self.best['reward']:.3f} on validation data")
         say(f"Next: python -m coconut.evaluate run={self.folder}")
@@ -317,19 +307,14 @@ class PolicyTraining:
     def save(self) -> None:
         self.world.mark(f"saving batch {self.step}")
         state = {"best": self.best, "pending": self.pending, "updates": self.updates}
-        trainer = self.engine.state_dict()
-        with self.engine.whole() as lm:
-            self.world.first_does(lambda: self.checkpoints.save(self.step, lm, trainer, state, self.world.tick))
-
-    def _stopped(self, number: int) -> int:
-        name = signal.Signals(number).name
-        say(f"Stopped by {name}; saved at batch {self.step}. The same command goes on from here.")
-        return 128 + number
+        self.standing.save(self.step, self.engine, self.lm.reasoning, state)
 
     def _tracking(self) -> Tracking:
         described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
         about = {"config": asdict(self.config), **described}
-        step = self.step if self.found else -1  # a row of the validation before the first batch is written anew
+        step = (
+            self.step if self.standing.found else -1
+        )  # a row of the validation before the first batch is written anew
         return open_tracking(self.config.tracking, self.folder, step, about, writes=self.world.first)
 
     def _report(self, seconds: float, first: int) -> None:
@@ -348,10 +333,11 @@ class PolicyTraining:
                 "grad_norm": str(error.grad_norm), "not_finite": error.culprits}  # fmt: skip
         if self.world.first:
             write_json(self.folder / "diverged.json", told)
+        saved = self.standing.checkpoints.steps()[-1]
         return (
             f"The loss of update {self.updates + 1} (batch {self.step + 1}) is {error.loss}, its gradient norm "
-            f"{error.grad_norm}. It was not applied, and the checkpoint of batch {self.checkpoints.steps()[-1]} is "
-            "whole. Lower optimizer.lr, or set optimizer.clip=1; metrics.jsonl has the batches before."
+            f"{error.grad_norm}. It was not applied, and the checkpoint of batch {saved} is whole. Lower "
+            "optimizer.lr, or set optimizer.clip=1; metrics.jsonl has the batches before."
         )
 
 
@@ -382,7 +368,7 @@ def together(config: RLConfig, world: World, reward: Reward | None = None) -> in
         say(f"{len(training.train):,} training and {len(training.valid):,} validation questions, "
             f"{training.num_parameters / 1e6:.1f}M parameters, on {training.engine.device}")  # fmt: skip
         training.rehearse()
-        training.take_up()
+        training.standing.take_up(training.engine)
         world.first_does(lambda: describe_run(config, folder, training))
         world.first_does(training.keep_reference)
         if training.step:

@@ -1,0 +1,63 @@
+"""From the rewards of whole answers to a loss. All in logits: nothing is squeezed through a sigmoid first.
+
+An answer's reward is r = beta log pi(y)/pi_ref(y), summed over its tokens (Yuan et al., arXiv 2412.01981, eq. 4); its
+label l is 1 if it is right. Shapes: N answers, P pairs of a right and a wrong answer to one question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(rewards_N: Tensor, labels_N: Tensor) -> Tensor:
+    """(N,) -[l log sigma(r) + (1 - l) log sigma(-r)] (arXiv 2412.01981, section 3)."""
+    return F.binary_cross_entropy_with_logits(rewards_N, labels_N.to(rewards_N), reduction="none")
+
+
+def dpo(better_P: Tensor, worse_P: Tensor) -> Tensor:
+    """(P,) -log sigma(r_w - r_l) (Rafailov et al., arXiv 2305.18290, eq. 7)."""
+    return -F.logsigmoid(better_P - worse_P)
+
+
+def nca(better_P: Tensor, worse_P: Tensor) -> Tensor:
+    """(P,) -log sigma(r_w) - .5 [log sigma(-r_w) + log sigma(-r_l)] (Chen et al., arXiv 2402.05369, eq. 14)."""
+    return -F.logsigmoid(better_P) - 0.5 * (F.logsigmoid(-better_P) + F.logsigmoid(-worse_P))
+
+
+def kto(rewards_N: Tensor, labels_N: Tensor, zero: Tensor) -> Tensor:
+    """(N,) 1 - sigma(r - zero) for a right answer, 1 - sigma(zero - r) for a wrong one.
+
+    `zero`, a scalar without gradient: the mean reward of the update, at least 0 (Ethayarajh et al., arXiv 2402.01306,
+    eq. 8; there an estimate of the divergence).
+    """
+    apart_N = rewards_N - zero
+    return torch.sigmoid(torch.where(labels_N.bool(), -apart_N, apart_N))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it needs a zero point."""
+
+    pairs: bool
+    shifted: bool
+    of: Callable[..., Tensor]
+
+
+LOSSES: dict[str, Loss] = {
+    "ce": Loss(pairs=False, shifted=False, of=cross_entropy),
+    "kto": Loss(pairs=False, shifted=True, of=kto),
+    "dpo": Loss(pairs=True, shifted=False, of=dpo),
+    "nca": Loss(pairs=True, shifted=False, of=nca),
+}
+
+
+def loss_named(name: str) -> Loss:
+    """Raises ValueError that lists the names."""
+    if name not in LOSSES:
+        raise ValueError(f"There is no loss {name!r}. The losses are: {', '.join(LOSSES)}.")
+    return LOSSES[name]

@@ -1,0 +1,54 @@
+"""Where the steps of an answer lie, in text and in tokens.
+
+Nothing here reaches into the prompt: an answer is what the model said after it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from coconut.methods import PromptFormat
+
+
+def text_ends(text: str, form: PromptFormat) -> list[int]:
+    """Where each part of an answer ends, in characters: every step, and last the answer itself.
+
+    A step ends with what ends it in the prompt format, or where the answer's mark begins. Empty steps belong to the one
+    before. A text without steps is one part.
+    """
+    mark = re.search(r"[ \t]*".join(map(re.escape, form.answer_mark)), text) if form.answer_mark else None
+    last = len(text) if mark is None else mark.start()
+    ends, begin = [], 0
+    while begin < last:
+        found = text.find(form.step_end, begin, last)
+        end = last if found < 0 else found + len(form.step_end)
+        if text[begin:end].strip():
+            ends.append(end)
+        elif ends:
+            ends[-1] = end
+        begin = end
+    if mark is None and ends:
+        return ends  # no answer was given: the last step is the last part
+    return [*ends, len(text)]
+
+
+def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()) -> list[int]:
+    """For each token of an answer the number of its part, rising from 0.
+
+    A token belongs where its last character stands; one without any, such as the end of the sequence, to the token
+    before it. `ignored` tokens are never text.
+    """
+    lengths = [len(_decoded(tokenizer, [t for t in said[:n] if t not in ignored])) for n in range(1, len(said) + 1)]
+    text = _decoded(tokenizer, [token for token in said if token not in ignored])
+    ends, parts, part = text_ends(text, form), [], 0
+    for length in lengths:
+        while part < len(ends) - 1 and length > ends[part]:
+            part += 1
+        parts.append(part)
+    return parts
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,53 @@
+"""Where a run stands: taken up from its checkpoints, and kept in them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from coconut.checkpoint import Checkpoints, load_state, load_trainer
+from coconut.config import RunConfig
+from coconut.engine.base import Engine, restore_master
+from coconut.engine.world import World
+from coconut.methods import Reasoning
+from coconut.model import LatentLM
+from coconut.screen import say
+
+
+class Standing:
+    """The checkpoints of one run. `found` is the one to go on from, None if the run is new.
+
+    `state`: what the checkpoint says of where the run stands, or, for a new one, step 0, no best and `new`.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, world: World, new: dict[str, Any]):
+        self.world = world
+        self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
+        self.found = world.first_does(self.checkpoints.to_go_on_from)
+        self.trainer = load_trainer(self.found) if self.found else {}
+        self.state = load_state(self.found) if self.found else {"step": 0, "best": None, **new}
+
+    def restore(self, lm: LatentLM) -> None:
+        """Put what a checkpoint has in higher precision into the model, before an engine is made of it."""
+        restore_master(lm, self.trainer)
+
+    def take_up(self, engine: Engine) -> None:
+        """Go on where the checkpoint was written. After a rehearsal, which some engines need for it."""
+        if self.found:
+            engine.load_state_dict(self.trainer)
+            self.trainer = {}
+            self.world.first_does(lambda: self.checkpoints.set_aside_after(self.state["step"]))
+
+    def save(self, step: int, engine: Engine, reasoning: Reasoning, state: dict[str, Any]) -> None:
+        """Write a checkpoint, of a model that is to be asked so."""
+        trainer = engine.state_dict()
+        with engine.whole() as lm:
+            lm.reasoning = reasoning
+            self.world.first_does(lambda: self.checkpoints.save(step, lm, trainer, state, self.world.tick))
+
+
+def stopped(number: int, where: str) -> int:
+    """The exit status of a run that a signal stopped and that is saved, which is said."""
+    say(f"Stopped by {signal.Signals(number).name}; saved at {where}. The same command goes on from here.")
+    return 128 + number
