@@ -439,7 +439,7 @@ class EvaluateConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        _needs_run(self.run)
+        needs_run(self.run)
         at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
@@ -467,7 +467,7 @@ class GenerateConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _needs_run(self.run)
+        needs_run(self.run)
         at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0, batch_size=1)
         if self.question and not self.question.strip():
             raise ValueError('The question is empty. Ask one with question="..." or pipe it in with question=-.')
@@ -522,7 +522,7 @@ class DemoConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _needs_run(self.run)
+        needs_run(self.run)
         at_least("", self, port=0, max_new_tokens=1)
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535.")
@@ -553,7 +553,7 @@ class AnalyzeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _needs_run(self.run)
+        needs_run(self.run)
         at_least("", self, limit=1, batch_size=1)
 
 
@@ -568,6 +568,6 @@ class TableConfig:
             raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed*'.")
 
 
-def _needs_run(run: str) -> None:
+def needs_run(run: str) -> None:
     if not run:
         raise ValueError("Name the run: run=DIR, the folder that coconut.train wrote.")

@@ -19,13 +19,13 @@ for argument in "$@"; do
 done
 
 vanilla="objective.name=grpo objective.scaled=false" # in arXiv 2505.13379 advantages are not divided by a deviation
-main_arms=("degrpo" "grpo $vanilla")
+main_arms=("degrpo objective.control=0.02" "grpo $vanilla") # a short answer's control token has 1/4 in GRPO
 other_arms=(
     "degrpo_faster objective.control=0.1"
-    "degrpo_slower objective.control=0.001"
+    "degrpo_published objective.control=0.001"
     "grpo_tokens objective.name=dapo objective.scaled=false objective.high=0.2"
     "grpo_slowed $vanilla objective.slowed=0.1"
-    "degrpo_unlimited ~reward.limits.short"
+    "grpo_unlimited $vanilla ~reward.limits.short"
 )
 
 echo "[1/4] Set-up"

@@ -1,0 +1,56 @@
+"""Implicit process rewards: what a model trained on whole answers says of their parts.
+
+r(y) = beta log pi(y)/pi_ref(y) is a sum over tokens, so that every prefix has a value q^t, the sum up to there, and a
+step the reward q^t - q^(t-1), the sum over its own tokens (Yuan et al., arXiv 2412.01981, section 3; their printed sum
+begins one step too early). The rewards of the steps add up to r(y) exactly.
+
+Shapes: N answers, M tokens of one of them, P parts of one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coconut.rewards.steps import token_parts
+from coconut.rl.policy import Policy, Sample
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """A reward model and its reference."""
+
+    lm: LatentLM
+    reference: LatentLM
+    beta: float
+
+    def tokens(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
+        """(M,) for each answer: the reward of each of its tokens."""
+        policy = Policy.of(self.lm.special)
+        mine, its = (policy.score(lm, samples, batch_size) for lm in (self.lm, self.reference))
+        return [self.beta * (a - b) for a, b in zip(mine, its, strict=True)]
+
+    def steps(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
+        """(P,) for each answer: the rewards of its steps, and of the answer itself last."""
+        return [
+            by_part(row, self.parts(sample))
+            for row, sample in zip(self.tokens(samples, batch_size), samples, strict=True)
+        ]
+
+    def parts(self, sample: Sample) -> list[int]:
+        special = self.lm.special
+        return token_parts(self.lm.tokenizer, sample.said, self.lm.reasoning.format, [special.eos, special.pad])
+
+
+def by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:
+    """(P,) sums over the tokens of each part."""
+    assert len(parts) == len(rewards_M), "rewards reach into the prompt"
+    count = max(parts, default=-1) + 1
+    return torch.zeros(count, dtype=rewards_M.dtype).index_add(0, torch.tensor(parts), rewards_M)

@@ -1,0 +1,369 @@
+"""Training a reward model on labelled answers: for each update: update, log, validate if due, save if due."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coconut.build import starting_point
+from coconut.cli import application
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
+from coconut.engine.launch import on_processes, processes
+from coconut.engine.world import World, seat
+from coconut.files import whole_file
+from coconut.folder import describe, held_folder, used_file
+from coconut.model import LatentLM
+from coconut.rewards.answers import Labelled, read_answers
+from coconut.rewards.config import RewardModelConfig
+from coconut.rewards.losses import Loss, loss_named
+from coconut.rl.policy import Policy, Sample, Scored, shares
+from coconut.screen import duration, only_our_words, say, working
+from coconut.signals import asked_to_stop
+from coconut.standing import Standing, stopped
+from coconut.tracking import Tracking, open_tracking, ready
+from coconut.train import Diverged, share_out, spread
+
+REFERENCE = "reference.pt"  # in the run's folder: how likely the reference is to give each answer, once for all epochs
+
+
+@dataclass
+class RewardBatch(Scored):
+    """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
+
+    `reference` (N,): log-probabilities of the whole answers. `labels_N`: whether they are right. `units`: answers or
+    pairs in it.
+    """
+
+    counts: Tensor
+    reference: Tensor
+    right: Tensor
+    zero: Tensor
+    units: int
+
+    @property
+    def num_targets(self) -> int:
+        return self.units
+
+
+def reward_loss(loss: Loss, policy: Policy, beta: float) -> Any:
+    """An engine's loss function."""
+
+    def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
+        log_probs_M = policy.log_probs(module, batch)
+        if not batch.units:
+            return 0.0 * log_probs_M.sum()
+        owner_M = torch.repeat_interleave(torch.arange(len(batch.counts), device=log_probs_M.device), batch.counts)
+        sums_N = torch.zeros_like(batch.reference).index_add(0, owner_M, log_probs_M)
+        rewards_N = beta * (sums_N - batch.reference)
+        if loss.pairs:
+            return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
+        shifted = (batch.zero,) if loss.shifted else ()
+        return loss.of(rewards_N, batch.right, *shifted).sum()
+
+    return summed
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers of a file, one after the other; `question` (N,) says whose each is."""
+
+    samples: list[Sample]
+    right: np.ndarray
+    question: np.ndarray
+
+    @classmethod
+    def of(cls, labelled: Sequence[Labelled]) -> Answers:
+        counts = [len(row.samples) for row in labelled]
+        return cls(
+            samples=[sample for row in labelled for sample in row.samples],
+            right=np.array([right for row in labelled for right in row.correct]),
+            question=np.repeat(np.arange(len(labelled)), counts),
+        )
+
+    def pairs(self, seed: int) -> np.ndarray:
+        """(P, 2) a right and a wrong answer to the same question, each answer at most once."""
+        draw, found = np.random.default_rng(seed), []
+        for question in range(int(self.question.max()) + 1):
+            mine = np.flatnonzero(self.question == question)
+            right, wrong = (draw.permutation(mine[self.right[mine] == kind]) for kind in (True, False))
+            found += list(zip(right, wrong, strict=False))
+        return np.array(found, int).reshape(-1, 2)
+
+
+def preference(rewards: np.ndarray, answers: Answers) -> dict[str, float]:
+    """How well rewards tell right answers from wrong ones to the same question.
+
+    `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
+    largest reward is right; `mean`: how often any answer is.
+    """
+    won, pairs, best = 0.0, 0, []
+    for question in range(int(answers.question.max()) + 1):
+        mine = answers.question == question
+        right, wrong = rewards[mine & answers.right], rewards[mine & ~answers.right]
+        apart = right[:, None] - wrong[None, :]
+        won += float((apart > 0).sum() + 0.5 * (apart == 0).sum())
+        pairs += apart.size
+        best.append(bool(answers.right[mine][rewards[mine].argmax()]))
+    return {"pairs": won / max(pairs, 1), "best_of_n": float(np.mean(best)), "mean": float(answers.right.mean())}
+
+
+class RewardTraining:
+    """One run, as one of its processes sees it: reward model, reference, answers, engine and folder."""
+
+    def __init__(self, config: RewardModelConfig, folder: Path, files: dict[str, str], world: World):
+        self.config, self.folder, self.files, self.world = config, folder, files, world
+        self.loss = loss_named(config.loss)
+        self.standing = Standing(config, folder, world, {"pending": False})
+        torch.manual_seed(config.seed + world.rank)
+        init = starting_point(str(config.init))
+        self.lm = LatentLM.from_pretrained(self.standing.found or init).eval()
+        if not self.standing.found and not self.lm.adapter:
+            self.lm.to(torch.float32)
+        self.policy = Policy.of(self.lm.special)
+        self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
+        self.answers = {split: Answers.of(read_answers(files[split], self.lm)) for split in ("train", "valid")}
+        self.units = self._units()
+        self.standing.restore(self.lm)
+        self.engine: Engine = make_engine(
+            self.lm, reward_loss(self.loss, self.policy, config.beta), config.engine, config.optimizer, world
+        )
+        self.reference = self._reference(init)
+        self.step, self.best = self.standing.state["step"], self.standing.state["best"]
+        self.pending = self.standing.state["pending"]
+
+    def _units(self) -> np.ndarray:
+        """(U, 1 or 2) what is drawn for an update. Says which questions have nothing to compare."""
+        answers = self.answers["train"]
+        right = np.bincount(answers.question, answers.right)
+        counts = np.bincount(answers.question)
+        one_class = int(((right == 0) | (right == counts)).sum())
+        if one_class:
+            used = "they are left out" if self.loss.pairs else "they are used all the same"
+            say(f"note: to {one_class:,} of {len(counts):,} questions all answers are right, or all wrong; {used}")
+        units = answers.pairs(self.config.seed) if self.loss.pairs else np.arange(len(answers.samples))[:, None]
+        if not len(units):
+            raise ValueError(
+                f"{self.files['train']}: no question has both a right and a wrong answer, which "
+                f"loss={self.config.loss} compares. Sample more answers, or take loss=ce."
+            )
+        return units
+
+    def _reference(self, init: Path) -> dict[str, Tensor]:
+        """(N,) of each split: log-probabilities of the whole answers. Computed once, and kept in the run's folder."""
+        place = self.folder / REFERENCE
+        if place.is_file():
+            return torch.load(place, weights_only=True)
+        lm = LatentLM.from_pretrained(init).eval().to(self.engine.device)
+        found = {}
+        with self.engine.autocast():
+            for split, answers in self.answers.items():
+                mine = range(self.world.rank, len(answers.samples), self.world.size)
+                scored = self.policy.score(lm, [answers.samples[i] for i in mine], self.micro_batch_size)
+                parts = self.world.gather([float(row.sum()) for row in scored])
+                sums = torch.zeros(len(answers.samples))
+                for rank, part in enumerate(parts):
+                    sums[rank :: self.world.size] = torch.tensor(part)
+                found[split] = sums
+        return found
+
+    def keep_reference(self) -> None:
+        with whole_file(self.folder / REFERENCE) as part:
+            torch.save(self.reference, part)
+
+    @property
+    def units_an_update(self) -> int:
+        return max(1, self.config.batch_size // self.units.shape[1])
+
+    @property
+    def updates_an_epoch(self) -> int:
+        return -(-len(self.units) // self.units_an_update)
+
+    @property
+    def total(self) -> int:
+        return self.config.epochs * self.updates_an_epoch
+
+    @property
+    def micro_batch_size(self) -> int:
+        share = -(-self.config.batch_size // self.world.size)
+        return max(2, min(self.config.micro_batch_size or share, share))
+
+    def rehearse(self) -> None:
+        """Run a micro-batch of the longest answers."""
+        answers = self.answers["train"].samples
+        longest = sorted(range(len(answers)), key=lambda i: -len(answers[i].layout.ids))[: self.micro_batch_size]
+        longest = longest[: len(longest) - len(longest) % self.units.shape[1]]
+        passes = max(answers[i].passes for i in longest)
+        self.engine.rehearse(self._batch(np.array(longest).reshape(-1, self.units.shape[1]), passes, torch.zeros(())))
+
+    def run(self) -> int:
+        """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
+        config, total = self.config, self.total
+        started, first = time.monotonic(), self.step
+        with (
+            asked_to_stop(self.world) as asked,
+            self._tracking() as track,
+            working("training", total, self.step) as bar,
+        ):
+            for step in range(self.step, total):
+                if number := asked.anywhere():
+                    return stopped(number, f"update {self.step}")
+                row = self.update(step)
+                track.log("train", step + 1, **row)
+                bar(step + 1, f"loss {row['loss']:.3f}")
+                self.step = step + 1
+                every = config.validate_every or self.updates_an_epoch
+                due = self.step % every == 0 or self.step == total
+                if due:
+                    self.validate(track)
+                    self._report(time.monotonic() - started, first)
+                number = asked.anywhere()
+                if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
+                    self.save()
+            if number := asked.anywhere():
+                return stopped(number, f"update {self.step}")
+        say(f"Done: {total:,} updates in {self.folder}")
+        say(
+            f"Best checkpoint: update {self.best['step']}, {100 * self.best['pairs']:.1f} % of pairs on validation data"
+        )
+        return 0
+
+    def update(self, step: int) -> dict[str, float]:
+        """One update: the mean of the loss over its answers, or pairs."""
+        world, config = self.world, self.config
+        world.mark(f"in update {step + 1}")
+        begin = time.perf_counter()
+        epoch, place = divmod(step, self.updates_an_epoch)
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(self.units))
+        units = self.units[order[place * self.units_an_update : (place + 1) * self.units_an_update]]
+        answers = self.answers["train"].samples
+        longest = [max((answers[i] for i in unit), key=lambda sample: len(sample.layout.ids)) for unit in units]
+        size = max(1, self.micro_batch_size // units.shape[1])
+        zero = self._zero(units)
+        parts = [
+            self._batch(units[places] if places != [-1] else units[:0], passes, zero)
+            for places, passes in shares(longest, size, world.rank, world.size)
+        ]
+        lr = config.optimizer.learning_rate(step)
+        try:
+            done = self.engine.update(parts, lr)
+        except NonFinite as error:
+            raise Diverged(
+                f"The loss of update {step + 1} is {error.loss}, its gradient norm {error.grad_norm}. It was not "
+                "applied. Lower optimizer.lr or beta, or set optimizer.clip=1."
+            ) from error
+        return {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "units": len(units),
+                "seconds": time.perf_counter() - begin, "memory": peak_memory(self.engine.device)}  # fmt: skip
+
+    def _zero(self, units: np.ndarray) -> Tensor:
+        """For a loss that needs it: the mean reward of the update's answers before it, at least 0."""
+        if not self.loss.shifted:
+            return torch.zeros(())
+        chosen = units.flatten()
+        with self.engine.whole() as lm, self.engine.autocast():
+            scored = self.policy.score(lm, [self.answers["train"].samples[i] for i in chosen], self.micro_batch_size)
+        sums = torch.stack([row.sum() for row in scored])
+        return self.config.beta * (sums - self.reference["train"][chosen]).mean().clamp(min=0)
+
+    def _batch(self, units: np.ndarray, passes: int, zero: Tensor) -> RewardBatch:
+        """Of these units; of none a row that counts for nothing."""
+        answers, chosen = self.answers["train"], units.flatten()
+        samples = [answers.samples[i] for i in chosen] or [answers.samples[0].muted()]
+        return RewardBatch(
+            **vars(Scored.of(samples, self.lm.special, passes)),
+            counts=torch.tensor([len(sample.log_probs) for sample in samples]),
+            reference=self.reference["train"][chosen],
+            right=torch.from_numpy(answers.right[chosen]),
+            zero=zero,
+            units=len(units),
+        )
+
+    def validate(self, track: Tracking) -> None:
+        """How well it tells right from wrong on the validation answers; keeps the best by its share of pairs."""
+        world, answers = self.world, self.answers["valid"]
+        world.mark(f"in the validation after update {self.step}")
+        mine = range(world.rank, len(answers.samples), world.size)
+        with self.engine.whole() as lm, self.engine.autocast():
+            scored = self.policy.score(lm, [answers.samples[i] for i in mine], self.micro_batch_size)
+        sums = np.zeros(len(answers.samples))
+        for rank, part in enumerate(world.gather([float(row.sum()) for row in scored])):
+            sums[rank :: world.size] = part
+        rewards = self.config.beta * (sums - self.reference["valid"].numpy())
+        self.validated = {
+            **preference(rewards, answers),
+            "reward_right": float(rewards[answers.right].mean()) if answers.right.any() else 0.0,
+            "reward_wrong": float(rewards[~answers.right].mean()) if not answers.right.all() else 0.0,
+        }
+        if not self.best or self.validated["pairs"] > self.best["pairs"]:
+            self.best = {"step": self.step, "pairs": self.validated["pairs"]}
+        track.log("valid", self.step, **self.validated)
+
+    def save(self) -> None:
+        self.world.mark(f"saving update {self.step}")
+        self.standing.save(self.step, self.engine, self.lm.reasoning, {"best": self.best, "pending": False})
+
+    def _tracking(self) -> Tracking:
+        about = {"config": asdict(self.config)}
+        return open_tracking(self.config.tracking, self.folder, self.step, about, writes=self.world.first)
+
+    def _report(self, seconds: float, first: int) -> None:
+        found, left = self.validated, seconds / (self.step - first) * (self.total - self.step)
+        say(
+            f"  update {self.step:>6,} of {self.total:,}  right above wrong in {100 * found['pairs']:5.1f} % of pairs  "
+            f"best of n {100 * found['best_of_n']:5.1f} % (any answer {100 * found['mean']:.1f} %)  "
+            f"{duration(seconds)} so far, about {duration(left)} left"
+        )
+
+
+def run(config: RewardModelConfig) -> int:
+    """Train one reward model, or go on with it, on as many processes as asked for."""
+    only_our_words()
+    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
+        share_out(config.batch_size, count)
+        ready(config.tracking)
+    return on_processes(config.launch, config.engine, "coconut.reward", lambda world: together(config, world))
+
+
+def together(config: RewardModelConfig, world: World) -> int:
+    """What each process of a run does."""
+    share_out(config.batch_size, world.size)
+    with held_folder(config, world) as (folder, files):
+        training = RewardTraining(config, folder, files, world)
+        if training.step == training.total:
+            say(f"This run is complete: {training.step:,} updates.")
+            return 0
+        count = {split: len(answers.samples) for split, answers in training.answers.items()}
+        say(
+            f"{config.loss}, beta {config.beta:g}: {count['train']:,} training and {count['valid']:,} validation "
+            f"answers, {training.num_parameters / 1e6:.1f}M parameters, {training.total:,} updates on {training.engine.device}"
+        )
+        training.rehearse()
+        training.standing.take_up(training.engine)
+        world.first_does(lambda: describe_run(config, folder, training))
+        world.first_does(training.keep_reference)
+        if training.step:
+            say(f"Going on from update {training.step:,}")
+        return training.run()
+
+
+def describe_run(config: RewardModelConfig, folder: Path, training: RewardTraining) -> None:
+    """What exactly is trained, on what, with which code, where: config.json and run.json."""
+    about = {
+        "name": config.name,
+        "trained": "reward model",
+        "updates": training.total,
+        "parameters": training.num_parameters,
+        "data": {split: used_file(training.files[split], len(its.samples)) for split, its in training.answers.items()},
+        "model_type": training.lm.base.config.model_type,
+        "init": None if training.step else str(starting_point(str(config.init)).resolve()),
+    }
+    describe(folder, config, about, {**spread(config, training.world), "from_update": training.step})
+
+
+main = application("reward", RewardModelConfig, run)

@@ -1,0 +1,94 @@
+"""The command that samples answers from a model and judges them: what a reward model is trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from coconut.build import load_run
+from coconut.cli import application
+from coconut.data import read_examples
+from coconut.engine.base import autocast
+from coconut.engine.launch import on_processes
+from coconut.engine.world import World
+from coconut.evaluate import fitting
+from coconut.files import sha256, write_json
+from coconut.rewards.answers import as_row, write_answers
+from coconut.rewards.config import RolloutConfig
+from coconut.rl.rollouts import Correctness, roll_out
+from coconut.screen import only_our_words, say, working
+from coconut.sources import data_files
+from coconut.tasks import TASKS
+from coconut.tracking import read_config
+
+CHUNK = 256  # questions; what is sampled for one depends on the seed and its number alone
+
+
+def run(config: RolloutConfig) -> int:
+    """Sample answers to the questions of a split, judge them and write them down."""
+    only_our_words()
+    return on_processes(config.launch, config.engine, "coconut.rollout", lambda world: together(config, world))
+
+
+def together(config: RolloutConfig, world: World) -> int:
+    """What each process does. Chunks are kept beside the file until it is whole, so that a killed command goes on."""
+    data = read_config(config.run)["data"]
+    path = getattr(config.data, config.split) or world.first_does(lambda: data_files(data))[config.split]
+    if not path:
+        raise ValueError(f"The run has no {config.split} file. Name one with data.{config.split}=FILE.")
+    examples = read_examples(path)[: config.limit]
+    trained = load_run(config.run, config.checkpoint, config.engine, world)
+    lm = trained.lm
+    kept = fitting(lm, [example.question for example in examples])
+    examples = [examples[i] for i in kept]
+    output = Path(config.output or Path(config.run) / "rollouts" / f"{config.split}.jsonl")
+    about = {
+        "run": str(Path(config.run).resolve()), "step": trained.step, "file": str(path), "sha256": sha256(path),
+        "questions": len(examples), "samples": config.samples, "temperature": config.temperature, "mode": config.mode,
+        "max_new_tokens": config.max_new_tokens, "seed": config.seed,
+    }  # fmt: skip
+    parts = output.with_name(f".{output.name}.chunks")
+    world.first_does(lambda: _begin(parts, about))
+    judge = Correctness(TASKS[data["task"]], lm.reasoning.format)
+    chunks = [range(first, min(first + CHUNK, len(examples))) for first in range(0, len(examples), CHUNK)]
+    with working("sampling", len(chunks)) as bar, autocast(lm.device, config.engine.precision):
+        for number, places in list(enumerate(chunks))[world.rank :: world.size]:
+            world.mark(f"sampling chunk {number}")
+            chunk = parts / f"{number:06d}.jsonl"
+            if not chunk.is_file():
+                groups = roll_out(
+                    lm, [examples[i] for i in places], lambda *_: 0.0, samples=config.samples,
+                    seed=(config.seed, number), temperature=config.temperature, mode=config.mode, max_new_tokens=config.max_new_tokens,
+                    batch_size=config.batch_size,
+                )  # fmt: skip
+                write_answers(chunk, (as_row(g, [judge.right(g.example, s.text) for s in g.samples]) for g in groups))
+            bar(number + 1, "")
+    world.gather(None)
+    if world.first:
+        rows = [json.loads(line) for number in range(len(chunks)) for line in (parts / f"{number:06d}.jsonl").open()]
+        write_answers(output, rows)
+        write_json(output.with_suffix(".json"), about)
+        for left in sorted(parts.iterdir()):
+            left.unlink()
+        parts.rmdir()
+        labels = [said["correct"] for row in rows for said in row["samples"]]
+        say(
+            f"{len(rows):,} questions, {len(labels):,} answers, {100 * sum(labels) / len(labels):.1f} % of them right: {output}"
+        )
+    return 0
+
+
+def _begin(parts: Path, about: dict[str, object]) -> None:
+    """Chunks of another command are no part of this one."""
+    told = parts / "about.json"
+    if told.is_file() and json.loads(told.read_text()) != about:
+        for left in parts.iterdir():
+            left.unlink()
+    if not told.is_file():
+        write_json(told, about)
+
+
+main = application("rollout", RolloutConfig, run)
+
+if __name__ == "__main__":
+    main()
