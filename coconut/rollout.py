@@ -58,23 +58,23 @@ def together(config: RolloutConfig, world: World) -> int:
             if not chunk.is_file():
                 groups = roll_out(
                     lm, [examples[i] for i in places], lambda *_: 0.0, samples=config.samples,
-                    seed=(config.seed, number), temperature=config.temperature, mode=config.mode, max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_size,
+                    seed=(config.seed, number), temperature=config.temperature, mode=config.mode,
+                    max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
                 write_answers(chunk, (as_row(g, [judge.right(g.example, s.text) for s in g.samples]) for g in groups))
             bar(number + 1, "")
     world.gather(None)
     if world.first:
-        rows = [json.loads(line) for number in range(len(chunks)) for line in (parts / f"{number:06d}.jsonl").open()]
+        texts = [(parts / f"{number:06d}.jsonl").read_text(encoding="utf-8") for number in range(len(chunks))]
+        rows = [json.loads(line) for text in texts for line in text.split("\n") if line]
         write_answers(output, rows)
         write_json(output.with_suffix(".json"), about)
-        for left in sorted(parts.iterdir()):
+        for left in parts.iterdir():
             left.unlink()
         parts.rmdir()
         labels = [said["correct"] for row in rows for said in row["samples"]]
-        say(
-            f"{len(rows):,} questions, {len(labels):,} answers, {100 * sum(labels) / len(labels):.1f} % of them right: {output}"
-        )
+        right = f"{100 * sum(labels) / len(labels):.1f} % of them right"
+        say(f"{len(rows):,} questions, {len(labels):,} answers, {right}: {output}")
     return 0
 
 

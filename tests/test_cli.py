@@ -34,13 +34,15 @@ from coconut.config import (
     TrainConfig,
 )
 from coconut.methods import plan
+from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rl.config import RLConfig
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl"]
+COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl", "rollout", "reward"]
 BUILDERS = ["prosqa", "prontoqa", "gsm8k", "pointers"]
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
-           "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig}  # fmt: skip
+           "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig, "rollout": RolloutConfig,
+           "reward": RewardModelConfig}  # fmt: skip
 for name, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
@@ -240,7 +242,7 @@ LAYERS = [
     ["train", "analysis", "export", "generate"],
     ["rl"],
     ["rewards"],
-    ["analyze", "demo"],
+    ["analyze", "demo", "reward", "rollout"],
 ]
 TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}
 

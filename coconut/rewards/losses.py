@@ -29,19 +29,22 @@ def nca(better_P: Tensor, worse_P: Tensor) -> Tensor:
     return -F.logsigmoid(better_P) - 0.5 * (F.logsigmoid(-better_P) + F.logsigmoid(-worse_P))
 
 
-def kto(rewards_N: Tensor, labels_N: Tensor, zero: Tensor) -> Tensor:
-    """(N,) 1 - sigma(r - zero) for a right answer, 1 - sigma(zero - r) for a wrong one.
+def kto(rewards_N: Tensor, labels_N: Tensor, zero: Tensor, weight: float = 1.0) -> Tensor:
+    """(N,) weight (1 - sigma(r - zero)) for a right answer, 1 - sigma(zero - r) for a wrong one.
 
     `zero`, a scalar without gradient: the mean reward of the update, at least 0 (Ethayarajh et al., arXiv 2402.01306,
-    eq. 8; there an estimate of the divergence).
+    eq. 8; there an estimate of the divergence). `weight`: wrong answers for each right one, so that both kinds weigh
+    the same, which the paper advises.
     """
     apart_N = rewards_N - zero
-    return torch.sigmoid(torch.where(labels_N.bool(), -apart_N, apart_N))
+    right_N = labels_N.bool()
+    missed_N = torch.sigmoid(torch.where(right_N, -apart_N, apart_N))
+    return torch.where(right_N, weight * missed_N, missed_N)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it needs a zero point."""
+    """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it has a zero and a weight."""
 
     pairs: bool
     shifted: bool

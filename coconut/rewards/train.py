@@ -52,19 +52,19 @@ class RewardBatch(Scored):
         return self.units
 
 
-def reward_loss(loss: Loss, policy: Policy, beta: float) -> Any:
-    """An engine's loss function."""
+def reward_loss(loss: Loss, policy: Policy, beta: float, weight: float = 1.0) -> Any:
+    """An engine's loss function. `weight`: wrong answers for each right one, for a loss that weighs them."""
 
     def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
         log_probs_M = policy.log_probs(module, batch)
         if not batch.units:
             return 0.0 * log_probs_M.sum()
         owner_M = torch.repeat_interleave(torch.arange(len(batch.counts), device=log_probs_M.device), batch.counts)
-        sums_N = torch.zeros_like(batch.reference).index_add(0, owner_M, log_probs_M)
+        sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, owner_M, log_probs_M)
         rewards_N = beta * (sums_N - batch.reference)
         if loss.pairs:
             return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
-        shifted = (batch.zero,) if loss.shifted else ()
+        shifted = (batch.zero, weight) if loss.shifted else ()
         return loss.of(rewards_N, batch.right, *shifted).sum()
 
     return summed
@@ -131,9 +131,9 @@ class RewardTraining:
         self.answers = {split: Answers.of(read_answers(files[split], self.lm)) for split in ("train", "valid")}
         self.units = self._units()
         self.standing.restore(self.lm)
-        self.engine: Engine = make_engine(
-            self.lm, reward_loss(self.loss, self.policy, config.beta), config.engine, config.optimizer, world
-        )
+        right = self.answers["train"].right
+        loss = reward_loss(self.loss, self.policy, config.beta, float((~right).sum() / max(right.sum(), 1)))
+        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         self.reference = self._reference(init)
         self.step, self.best = self.standing.state["step"], self.standing.state["best"]
         self.pending = self.standing.state["pending"]
@@ -339,10 +339,9 @@ def together(config: RewardModelConfig, world: World) -> int:
             say(f"This run is complete: {training.step:,} updates.")
             return 0
         count = {split: len(answers.samples) for split, answers in training.answers.items()}
-        say(
-            f"{config.loss}, beta {config.beta:g}: {count['train']:,} training and {count['valid']:,} validation "
-            f"answers, {training.num_parameters / 1e6:.1f}M parameters, {training.total:,} updates on {training.engine.device}"
-        )
+        told = f"{count['train']:,} training and {count['valid']:,} validation answers"
+        say(f"{config.loss}, beta {config.beta:g}: {told}")
+        say(f"{training.num_parameters / 1e6:.1f}M parameters, {training.total:,} updates on {training.engine.device}")
         training.rehearse()
         training.standing.take_up(training.engine)
         world.first_does(lambda: describe_run(config, folder, training))

@@ -1,0 +1,307 @@
+"""Labelled answers, their steps, reward models and what they say of tokens and steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, byte_level_tokenizer, gradients, graph_files, same_end, small_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut import LatentLM
+from coconut.build import starting_point
+from coconut.checkpoint import Checkpoints
+from coconut.config import AdamWConfig, DataConfig, EngineConfig
+from coconut.data import encode_texts
+from coconut.files import read_json
+from coconut.methods import Curriculum, PromptFormat, Slot, Unit
+from coconut.rewards.answers import read_answers
+from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.implicit import ImplicitReward, by_part
+from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
+from coconut.rewards.steps import text_ends, token_parts
+from coconut.rewards.train import Answers, RewardBatch, preference, reward_loss, run
+from coconut.rl.policy import Policy, Scored, sample_said
+from coconut.rollout import run as roll
+from coconut.tracking import read_metrics
+from coconut.train import run as run_training
+
+CPU = EngineConfig(device="cpu", threads=1)
+LINES = PromptFormat()
+WORDS = PromptFormat("{}", "{} ", "### {}")
+
+# --- steps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "parts"),
+    [
+        ("a b\nc\n### 72", LINES, ["a b\n", "c\n", "### 72"]),
+        ("a\n\n\nb\n### 1", LINES, ["a\n\n\n", "b\n", "### 1"]),
+        ("### 72", LINES, ["### 72"]),
+        ("a b\nc", LINES, ["a b\n", "c"]),
+        ("a b\nc ### 5", LINES, ["a b\n", "c ", "### 5"]),
+        ("b c ### c", WORDS, ["b ", "c ", "### c"]),
+        ("", LINES, [""]),
+        ("\n### 1\nand more\n", LINES, ["\n### 1\nand more\n"]),
+    ],
+)
+def test_parts_of_an_answer(text: str, form: PromptFormat, parts: list[str]) -> None:
+    ends = text_ends(text, form)
+    assert [text[a:b] for a, b in zip([0, *ends], ends, strict=False)] == parts
+
+
+@given(st.text("ab \n#", max_size=30))
+def test_parts_are_all_of_the_answer(text: str) -> None:
+    ends = text_ends(text, LINES)
+    assert ends == sorted(set(ends))
+    assert ends[-1] == len(text)
+
+
+def test_tokens_belong_to_the_step_that_they_end_in() -> None:
+    tokenizer = byte_level_tokenizer()
+    text = "12 + 3 = 15\n15 * 2 = 30\n### 30"
+    [ids] = encode_texts(tokenizer, [text])
+    eos: Any = tokenizer.eos_token_id
+    parts = token_parts(tokenizer, [*ids, eos], LINES, [eos])
+    assert sorted(set(parts)) == [0, 1, 2]
+    assert parts == sorted(parts)
+    told = [tokenizer.decode([t for t, p in zip(ids, parts, strict=False) if p == part]) for part in (0, 1, 2)]
+    assert told == ["12 + 3 = 15\n", "15 * 2 = 30\n", "### 30"]
+    assert token_parts(tokenizer, [eos], LINES, [eos]) == [0]
+    assert token_parts(tokenizer, [], LINES) == []
+
+
+# --- losses -----------------------------------------------------------------------------------------
+
+
+def test_losses_by_their_formulas() -> None:
+    torch.manual_seed(0)
+    r, other = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    right = torch.tensor([1, 0, 1, 1, 0]).bool()
+    sigma = torch.sigmoid
+    torch.testing.assert_close(cross_entropy(r, right), -torch.where(right, sigma(r), sigma(-r)).log())
+    torch.testing.assert_close(dpo(r, other), -sigma(r - other).log())
+    torch.testing.assert_close(nca(r, other), -sigma(r).log() - 0.5 * (sigma(-r).log() + sigma(-other).log()))
+    zero = torch.tensor(0.3, dtype=torch.float64)
+    expected = torch.where(right, 1 - sigma(r - zero), 1 - sigma(zero - r))
+    torch.testing.assert_close(kto(r, right, zero), expected)
+    torch.testing.assert_close(kto(r, right, zero, 3.0), torch.where(right, 3 * expected, expected))
+    far = torch.tensor([60.0, -60.0], requires_grad=True)
+    cross_entropy(far, torch.tensor([0, 1])).sum().backward()
+    assert far.grad is not None
+    assert far.grad.tolist() == pytest.approx([1, -1]), "nothing saturates where it is wrong"
+
+
+# --- scores -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+    """A model that writes its chain, trained for a moment, and labelled answers of its own."""
+    folder = tmp_path_factory.mktemp("sampler")
+    data = graph_files(folder, 40, 12, 8)
+    config = small_run(
+        folder / "run", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=60), max_new_tokens=8
+    )
+    assert run_training(config) == 0
+    for split in ("train", "valid"):
+        assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=6, engine=CPU)) == 0
+    return folder / "run", answers_beside(folder / "run")
+
+
+def answers_beside(sampler: Path) -> DataConfig:
+    train, valid = (str(sampler / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
+    return DataConfig(train=train, valid=valid)
+
+
+def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
+    assert len(rows) == 40
+    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+    for row in rows:
+        assert len(row["samples"]) == 6
+        for said in row["samples"]:
+            ids = said["ids"][:-1] if said["ids"][-1] == lm.special.eos else said["ids"]
+            assert lm.tokenizer.decode(ids) == said["text"]
+            assert said["cut"] == (said["ids"][-1] != lm.special.eos)
+    told = read_json(made[0] / "rollouts" / "train.json")
+    assert (told["samples"], told["questions"], told["seed"]) == (6, 40, 0)
+    assert not list((made[0] / "rollouts").glob(".*"))
+    again = RolloutConfig(run=str(made[0]), samples=6, output=str(tmp_path / "again.jsonl"), engine=CPU, batch_size=7)
+    assert roll(again) == 0
+    assert [row["question"] for row in rows] == [
+        json.loads(line)["question"] for line in (tmp_path / "again.jsonl").read_text().splitlines()
+    ]
+
+
+def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]) -> None:
+    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    reference = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    labelled = read_answers(made[1].train, lm)[:10]
+    samples = [sample for row in labelled for sample in row.samples]
+    reward = ImplicitReward(lm, reference, 0.05)
+    tokens, steps = reward.tokens(samples), reward.steps(samples)
+    for sample, by_token, by_step in zip(samples, tokens, steps, strict=True):
+        assert len(by_token) == len(sample.said), "of the answer alone"
+        assert float(by_step.sum()) == pytest.approx(float(by_token.sum()), abs=1e-6)
+        parts = reward.parts(sample)
+        for part in range(max(parts) + 1):
+            inside = [value for value, its in zip(by_token.tolist(), parts, strict=True) if its == part]
+            assert float(by_step[part]) == pytest.approx(sum(inside), abs=1e-6)
+    same = ImplicitReward(reference, reference, 0.05)
+    assert all(not row.any() for row in same.tokens(samples[:5]))
+    with pytest.raises(AssertionError):
+        by_part(torch.zeros(3), [0, 0])
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RewardModelConfig:
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "init": str(made[0]),
+        "data": made[1],
+        "optimizer": AdamWConfig(lr=1e-3, clip=1.0, warmup=2),
+        "engine": CPU,
+        "batch_size": 16,
+        "micro_batch_size": 6,
+        "epochs": 2,
+        "beta": 0.5,
+        "keep_checkpoints": 100,
+    }
+    return RewardModelConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_it_learns_to_tell_right_from_wrong(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    """On answers of its own: those that were trained on."""
+    data = DataConfig(train=made[1].train, valid=made[1].train)
+    assert run(settings(made, tmp_path / "run", loss=loss, data=data, epochs=12, optimizer=AdamWConfig(lr=5e-3))) == 0
+    rows = read_metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    last = [row for row in rows if row["kind"] == "valid"][-1]
+    assert np.mean(losses[-5:]) < np.mean(losses[:2])
+    assert last["pairs"] > 0.7
+    assert last["best_of_n"] > last["mean"]
+    assert last["reward_right"] > last["reward_wrong"]
+
+
+def test_resumed_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(settings(made, whole, save_every=1)) == 0
+    shutil.copytree(whole, folder)
+    for later in Checkpoints(folder).steps():
+        if later > 4:
+            shutil.rmtree(Checkpoints(folder).path(later))
+    assert run(settings(made, folder, save_every=1)) == 0
+    same_end(folder, whole)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kto", "dpo"])
+def test_the_split_into_micro_batches_changes_nothing(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    found = []
+    for size in (None, 6, 2):
+        folder = tmp_path / str(size)
+        assert run(settings(made, folder, loss=loss, micro_batch_size=size, epochs=1)) == 0
+        found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_pairs_are_of_one_question() -> None:
+    answers = Answers([], np.array([1, 0, 0, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 2]))
+    for seed in range(5):
+        pairs = answers.pairs(seed)
+        assert pairs.shape == (1, 2), "question 1 has no wrong answer, question 2 no right one"
+        assert pairs[0, 0] == 0
+        assert pairs[0, 1] in (1, 2)
+    found = preference(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
+    assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row["samples"][1].pop("correct"), "line 2: sample 2 has no label"),
+        (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
+        (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
+        (lambda row: row.update(samples=[]), "it has no samples"),
+        (lambda row: row.update(steps="a"), "steps is 'a'"),
+        (lambda row: row.pop("question"), "it must be an object with question"),
+    ],
+)
+def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:3]
+    change(rows[1])
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        read_answers(tmp_path / "bad.jsonl", LatentLM.from_pretrained(starting_point(str(made[0]))))
+
+
+def test_nothing_to_compare(made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
+    for row in rows:
+        for said in row["samples"]:
+            said["correct"] = True
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=str(tmp_path / "one.jsonl"), valid=made[1].valid)
+    with pytest.raises(ValueError, match="no question has both a right and a wrong answer, which loss=dpo compares"):
+        run(settings(made, tmp_path / "run", loss="dpo", data=data))
+    assert "to 40 of 40 questions all answers are right" in capsys.readouterr().out
+
+
+def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    for changes, message in [
+        ({"loss": "mse"}, r"There is no loss 'mse'. The losses are: ce, kto, dpo, nca"),
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"init": None}, "Name the model to start from"),
+        ({"batch_size": 1}, "batch_size is 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings(made, tmp_path / "none", **changes)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        RolloutConfig(run="x", temperature=0.0)
+
+
+def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:5]
+    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+    for row in rows:
+        for said in row["samples"]:
+            for key in ("ids", "mode", "num_thoughts", "new_tokens", "cut"):
+                said.pop(key)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_ids, without = read_answers(made[1].train, lm)[:5], read_answers(tmp_path / "text.jsonl", lm)
+    pairs = [(a, b) for x, y in zip(with_ids, without, strict=True) for a, b in zip(x.samples, y.samples, strict=True)]
+    assert all(a.said == b.said for a, b in pairs if not a.cut)
+
+
+def test_gradient_reaches_every_token_of_the_answer_and_nothing_else() -> None:
+    lm = build("llama", slot=Slot.nothing, markers=False)
+    samples = [sample_said(lm, [5, 6], [7, 8, 1], text=""), sample_said(lm, [5, 6, 9], [8, 1], text="")]
+    reference = torch.zeros(2)
+    batch = RewardBatch(
+        **vars(Scored.of(samples, lm.special, 1)), counts=torch.tensor([3, 2]), reference=reference,
+        right=torch.tensor([True, False]), zero=torch.zeros(()), units=2,
+    )  # fmt: skip
+    policy = Policy.of(lm.special)
+    loss = reward_loss(LOSSES["ce"], policy, 0.5)(lm, batch)
+    sums = torch.stack([row.sum() for row in policy.score(lm, samples, 2)]).double()
+    expected = cross_entropy(0.5 * sums, torch.tensor([1.0, 0.0])).sum()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert gradients(lm)
