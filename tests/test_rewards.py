@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,14 @@ from coconut.rewards.answers import read_answers
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.implicit import ImplicitReward, by_part
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
+from coconut.rewards.montecarlo import step_labels
+from coconut.rewards.selection import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
 from coconut.rewards.steps import text_ends, token_parts
 from coconut.rewards.train import Answers, RewardBatch, preference, reward_loss, run
 from coconut.rl.policy import Policy, Scored, sample_said
+from coconut.rl.rollouts import Correctness
 from coconut.rollout import run as roll
+from coconut.tasks import TASKS
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
 
@@ -228,6 +234,73 @@ def test_pairs_are_of_one_question() -> None:
         assert pairs[0, 1] in (1, 2)
     found = preference(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
     assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
+
+
+# --- selection --------------------------------------------------------------------------------------
+
+
+def test_best_of_n_is_the_expectation_over_all_draws() -> None:
+    draw = np.random.default_rng(0)
+    scores = np.round(draw.normal(size=(3, 6)), 0)  # with ties
+    right = (draw.random((3, 6)) < 0.5).astype(float)
+    for size in range(1, 7):
+        expected, some = np.zeros(3), np.zeros(3)
+        for q in range(3):
+            for chosen in combinations(range(6), size):
+                top = max(scores[q, i] for i in chosen)
+                expected[q] += np.mean([right[q, i] for i in chosen if scores[q, i] == top]) / comb(6, size)
+                some[q] += any(right[q, i] for i in chosen) / comb(6, size)
+        assert any_right(right, size) == pytest.approx(some)
+        if len(np.unique(scores)) == scores.size:
+            assert best_of(scores, right, size) == pytest.approx(expected)
+    distinct = draw.permutation(18).reshape(3, 6).astype(float)
+    for size in (1, 3, 6):
+        by_hand = [
+            np.mean([right[q, max(chosen, key=lambda i: distinct[q, i])] for chosen in combinations(range(6), size)])
+            for q in range(3)
+        ]
+        assert best_of(distinct, right, size) == pytest.approx(by_hand)
+    assert best_of(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
+
+
+def test_votes() -> None:
+    said = [["a", "a", "b", None], [None] * 4]
+    right = np.array([[1.0, 1, 0, 0], [0.0] * 4])
+    assert voted(said, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
+    assert voted(said, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
+    alone = voted(said, np.ones((2, 4)), right, 1, seed=0)[0]
+    assert alone == pytest.approx(0.5, abs=0.2)
+
+
+def test_the_first_wrong_step() -> None:
+    rewards = [[0.5, -0.2, 0.1], [0.3, 0.4], [0.1, 0.2, -0.9]]
+    assert first_below(rewards, 0.0) == [1, None, 2]
+    true = [1, None, 1]
+    found = first_errors(first_below(rewards, 0.0), true)
+    assert (found.wrong, found.right) == (0.5, 1.0)
+    assert found.f1 == pytest.approx(2 / 3)
+    assert first_below(rewards, best_threshold(rewards, [1, None, 2])) == [1, None, 2]
+    assert of_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
+    assert of_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
+    assert of_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
+
+
+def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
+    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    labelled = read_answers(made[1].train, lm)[:6]
+    judge = Correctness(TASKS["prosqa"], lm.reasoning.format)
+    found = step_labels(lm, judge, labelled, rollouts=4, seed=1)
+    again = step_labels(lm, judge, labelled, rollouts=4, seed=1, batch_size=1000)
+    assert len(found.shares) == 6 * 6
+    assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
+    texts = [sample.text for row in labelled for sample in row.samples]
+    for text, shares in zip(texts, found.shares, strict=True):
+        steps = TASKS["prosqa"].read_steps(text, "###", " ")
+        assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
+        assert all(share * 4 == int(share * 4) for share in shares)
+    assert found.new_tokens <= found.sampled * 9
+    with pytest.raises(ValueError, match="coconut does not write its steps in words alone"):
+        step_labels(build("llama"), judge, labelled)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------

@@ -238,6 +238,8 @@ def test_pointers_are_followed() -> None:
     assert pointers.walk(asked) == ["7", "1"]
     assert pointers.candidates("3 7 | 7 1 | 1 3 ? from 3 go 2") == ["7", "1", "3"]
     assert pointers.candidates("anything else") is None
+    for steps, wrong in ((["7", "1"], None), (["7"], None), (["1", "1"], 0), (["7", "3"], 1), (["7", "1", "3"], 2)):
+        assert pointers.first_wrong("3 7 | 7 1 | 1 3 ? from 3 go 2", steps) == wrong
     assert pointers.judge(" 1 .", "1")
     assert not pointers.judge("7", "1")
     assert not pointers.judge(None, "1")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from coconut.tasks.chain import read_answer, read_steps, tidy
 
-__all__ = ["candidates", "judge", "max_new_tokens", "name", "parse_question", "read_answer", "read_steps", "walk"]
+__all__ = ["candidates", "first_wrong", "judge", "max_new_tokens", "name", "parse_question", "read_answer",
+           "read_steps", "walk"]  # fmt: skip
 
 name = "pointers"
 max_new_tokens = 64
@@ -47,6 +48,15 @@ def walk(question: Question) -> list[str]:
             raise ValueError(f"{nodes[-1]} points nowhere.")
         nodes.append(question.pointers[nodes[-1]])
     return nodes[1:]
+
+
+def first_wrong(question: str, steps: list[str]) -> int | None:
+    """The first step that names another node than the pointers lead to, or that is one too many; None if none does."""
+    right = walk(parse_question(question))
+    for number, step in enumerate(steps):
+        if number >= len(right) or tidy(step) != right[number]:
+            return number
+    return None
 
 
 def judge(predicted: str | None, gold: str) -> bool:

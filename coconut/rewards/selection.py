@@ -1,0 +1,126 @@
+"""What scores are good for: choosing among sampled answers, votes, and finding the first wrong step.
+
+Shapes: Q questions, N answers to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln
+
+Numbers = NDArray[np.float64]
+SUBSETS = 64  # random subsets for each size, where no formula gives the expectation
+RESAMPLES = 2000
+
+
+def of_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
+    """(answers,) one score for each answer from the rewards of its parts: their sum, the least, or the last one."""
+    ways: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
+    return np.array([ways[how](parts) for parts in rewards])
+
+
+def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
+    """(Q,) how likely the best by its score of `size` answers, drawn from the N without putting back, is right.
+
+    Exactly, over all draws; among equal scores each answer is as likely.
+    """
+    N = scores_QN.shape[1]
+    order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
+    sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
+    right_QN = _even_out_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
+    behind_N = np.arange(N - 1, -1, -1)  # answers that are worse
+    likely_N = np.exp(_log_choose(behind_N, size - 1) - _log_choose(np.array(N), size))
+    return right_QN @ likely_N
+
+
+def any_right(right_QN: Numbers, size: int) -> Numbers:
+    """(Q,) how likely one at least of `size` answers is right: pass@size (Chen et al., arXiv 2107.03374, eq. 1)."""
+    N, wrong_Q = right_QN.shape[1], (right_QN == 0).sum(1)
+    return 1 - np.exp(_log_choose(wrong_Q, size) - _log_choose(np.array(N), size))
+
+
+def voted(
+    answers: Sequence[Sequence[str | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int
+) -> Numbers:
+    """(Q,) how often the answer with the largest sum of weights among `size` sampled ones is right.
+
+    Over SUBSETS random draws. Samples without an answer have no vote; where there is none at all that is wrong.
+    """
+    draw, found = np.random.default_rng(seed), np.zeros(len(answers))
+    for q, said in enumerate(answers):
+        kinds = {text: n for n, text in enumerate(sorted({text for text in said if text is not None}))}
+        if not kinds:
+            continue
+        kind_N = np.array([-1 if text is None else kinds[text] for text in said])
+        right_K = np.zeros(len(kinds))
+        right_K[kind_N[kind_N >= 0]] = right_QN[q][kind_N >= 0]
+        for _ in range(SUBSETS):
+            chosen = draw.permutation(len(said))[:size]
+            voting = chosen[kind_N[chosen] >= 0]
+            sums_K = np.bincount(kind_N[voting], weights_QN[q][voting], minlength=len(kinds))
+            found[q] += right_K[sums_K.argmax()] / SUBSETS if len(voting) else 0.0
+    return found
+
+
+def interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
+    """95 %, of the mean, questions drawn anew."""
+    Q = len(values_Q)
+    means = values_Q[np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class FirstError:
+    """How well the first wrong step is found: among answers with one, exactly it; among the others, that there is none.
+
+    `f1`: the harmonic mean of the two shares (ProcessBench; Zheng et al., arXiv 2412.06559, section 3).
+    """
+
+    wrong: float
+    right: float
+
+    @property
+    def f1(self) -> float:
+        total = self.wrong + self.right
+        return 2 * self.wrong * self.right / total if total else 0.0
+
+
+def first_errors(found: Sequence[int | None], true: Sequence[int | None]) -> FirstError:
+    pairs = list(zip(found, true, strict=True))
+    wrong = [a == b for a, b in pairs if b is not None]
+    right = [a is None for a, b in pairs if b is None]
+    return FirstError(float(np.mean(wrong)) if wrong else 0.0, float(np.mean(right)) if right else 0.0)
+
+
+def first_below(rewards: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
+    """The first step of each answer that is rewarded less than this, None if there is none."""
+    return [next((n for n, value in enumerate(parts) if value < threshold), None) for parts in rewards]
+
+
+def best_threshold(rewards: Sequence[Sequence[float]], true: Sequence[int | None], tries: int = 99) -> float:
+    """The one with the largest F1 on these answers, which are not those that it is then judged by."""
+    values = np.array([value for parts in rewards for value in parts])
+    candidates = np.quantile(values, np.linspace(0.005, 0.995, tries))
+    return float(max(candidates, key=lambda at: first_errors(first_below(rewards, at), true).f1))
+
+
+def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
+    """log C(n, k); minus infinity where k > n."""
+    with np.errstate(invalid="ignore"):
+        value = gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(np.maximum(n - k, 0) + 1.0)
+    return np.where(n >= k, value, -np.inf)
+
+
+def _even_out_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
+    """Among equal scores, which stand together, the share that is right in place of each."""
+    found = right_QN.astype(np.float64).copy()
+    for q, row in enumerate(sorted_QN):
+        _, inverse, counts = np.unique(-row, return_inverse=True, return_counts=True)
+        if len(counts) < len(row):
+            found[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
+    return found
