@@ -77,12 +77,9 @@ def step_labels(
             tokens += int(out.lengths.sum())
             for row, place in enumerate(places):
                 n, prefix = wanted[place]
-                texts = [
-                    lm.tokenizer.decode(
-                        [*prefix, *_words(out.said(i), special.eos)], clean_up_tokenization_spaces=False
-                    )
-                    for i in range(row * rollouts, (row + 1) * rollouts)
-                ]
+                said = [out.said(i) for i in range(row * rollouts, (row + 1) * rollouts)]
+                whole = [[*prefix, *(token for token in its if token != special.eos)] for its in said]
+                texts = [lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in whole]
                 shares[n, prefix] = float(np.mean([judge.right(labelled[n].example, str(text)) for text in texts]))
     found = [[shares[n, prefix] for prefix in prefixes] for (n, _), prefixes in zip(answers, ends, strict=True)]
     return StepLabels(found, len(wanted) * rollouts, tokens)
