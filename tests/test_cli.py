@@ -68,7 +68,8 @@ def experiments() -> dict[str, str]:
 @pytest.mark.parametrize("experiment", group("experiment"))
 def test_every_experiment_is_built(experiment: str) -> None:
     command = experiments()[experiment]
-    config = composed(command, f"experiment={experiment}", *(["init=r"] if command == "rl" else []))
+    needed = {"rl": ["init=r"], "reward": ["init=r", "data.train=a", "data.valid=b"]}.get(command, [])
+    config = composed(command, f"experiment={experiment}", *needed)
     assert isinstance(config, RunConfig)
     assert config.name == experiment
     if isinstance(config, TrainConfig):

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from coconut import LatentLM
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints
-from coconut.config import AdamWConfig, DataConfig, EngineConfig
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, Task
 from coconut.data import encode_texts
 from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
+from coconut.reward import compare
 from coconut.rewards.answers import read_answers
-from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.compare import bounds
+from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.implicit import ImplicitReward, by_part
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.montecarlo import step_labels
@@ -37,6 +39,8 @@ from coconut.rollout import run as roll
 from coconut.tasks import TASKS
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
+from data_builders.pointers import PointersBuild
+from data_builders.pointers import build as build_pointers
 
 CPU = EngineConfig(device="cpu", threads=1)
 LINES = PromptFormat()
@@ -298,9 +302,85 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
         steps = TASKS["prosqa"].read_steps(text, "###", " ")
         assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in shares)
-    assert found.new_tokens <= found.sampled * 9
+    assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
     with pytest.raises(ValueError, match="coconut does not write its steps in words alone"):
         step_labels(build("llama"), judge, labelled)
+
+
+# --- comparison -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of pointers that is sometimes right, its answers, and two reward models of a moment."""
+    folder = tmp_path_factory.mktemp("pointers")
+    build_pointers(PointersBuild(out_dir=str(folder), nodes=5, hops_to=2, num_train=60, num_valid=8, num_test=8))
+    train, valid, test = (str(folder / f"pointers_{split}.json") for split in ("train", "valid", "test"))
+    data = DataConfig(Task.pointers, train, valid, test, format=WORDS)
+    config = small_run(
+        folder / "run", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=80), max_new_tokens=8
+    )
+    assert run_training(config) == 0
+    for split in ("train", "valid", "test"):
+        assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=8, engine=CPU)) == 0
+    for loss in ("ce", "dpo"):
+        assert run(settings((folder / "run", answers_beside(folder / "run")), folder / "models" / loss, loss=loss)) == 0
+    return folder / "run", folder / "models"
+
+
+def test_reward_models_side_by_side(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    sampler, folder = models
+    answers = str(sampler / "rollouts" / "test.jsonl")
+    config = CompareConfig(runs=[f"{folder}/*"], answers=answers, rollouts=2, stepwise=4, engine=CPU)
+    assert compare(config) == 0
+    told = capsys.readouterr().out
+    assert "ce, sum" in told
+    assert "rollouts" in told
+    selection = read_json(folder / "selection.json")
+    rows = {(row["scorer"], row["way"], row["n"]): row for row in selection["rows"]}
+    mean = selection["facts"]["mean"]
+    for scorer, way in {(row["scorer"], row["way"]) for row in selection["rows"]}:
+        assert rows[scorer, way, 1]["accuracy"] == pytest.approx(mean, abs=0.06), "of one there is no choice"
+        for size in (1, 2, 4, 8):
+            sampled = 0.06 if way == "vote" else 1e-9
+            assert rows[scorer, way, size]["accuracy"] <= rows["oracle", "any right", size]["accuracy"] + sampled
+    errors = read_json(folder / "first_errors.json")
+    assert [row["scorer"] for row in errors["rows"]] == ["ce", "dpo", "rollouts"]
+    assert errors["facts"]["answers"] == 32
+    for name in ("ce", "dpo"):
+        bounds = read_json(folder / name / "analysis" / "bounds.json")
+        for row in bounds["rows"]:
+            assert row["mean"] <= row["soft"] + 1e-6
+            assert row["soft"] <= row["max"] + 1e-6
+
+
+def test_the_value_of_a_prefix_is_the_soft_mean_of_what_follows(models: tuple[Path, Path]) -> None:
+    """q = beta log E exp(r / beta), over many continuations from the reference, from which the model is not far."""
+    lm, reference = (LatentLM.from_pretrained(starting_point(str(models[0]))).eval() for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.03 * torch.randn_like(weight))
+    labelled = read_answers(models[0] / "rollouts" / "test.jsonl", lm)
+    found = bounds(ImplicitReward(lm, reference, 0.5), labelled, continuations=512, prefixes=12)
+    apart = [abs(row["q"] - row["soft"]) for row in found.rows]
+    assert np.median([abs(row["q"]) for row in found.rows]) > 0.03
+    assert np.median(apart) < 0.01
+    assert min(found.facts["mean_below"], found.facts["below_max"]) > 0.9
+
+
+def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Path) -> None:
+    sampler, folder = models
+    answers = sampler / "rollouts" / "test.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows[0]["samples"].pop()
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="Some questions have 7 answers and some 8"):
+        compare(CompareConfig(runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), stepwise=2, engine=CPU))
+    with pytest.raises(ValueError, match="Name the reward models"):
+        CompareConfig(answers="a")
+    with pytest.raises(ValueError, match="Name the answers"):
+        CompareConfig(runs=["a"])
 
 
 # --- what cannot be ---------------------------------------------------------------------------------

@@ -71,3 +71,26 @@ class RewardModelConfig(RunConfig):
             raise ValueError(
                 "Name the model to start from, a run or a checkpoint, which is the reference too: init=RUN."
             )
+
+
+@dataclass
+class CompareConfig:
+    """Reward models on the same sampled answers."""
+
+    runs: list[str] = field(default_factory=list)  # that coconut.reward made from one model
+    answers: str = ""  # a file of labelled answers, with equally many for each question
+    development: str = ""  # another one, that chooses thresholds; by default the validation answers of the first run
+    checkpoint: str = "best"
+    rollouts: int = 0  # Monte-Carlo rollouts from each step; 0: none
+    stepwise: int = 100  # questions whose first errors are looked for, with the first 8 answers to each
+    output: str = ""  # by default the folder that all runs lie in
+    batch_size: int = 256
+    seed: int = 0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("Name the reward models: runs=DIR,DIR,... or a pattern, such as runs='runs/rewards/ce*'.")
+        if not self.answers:
+            raise ValueError("Name the answers to choose among: answers=FILE, such as coconut.rollout writes.")
+        at_least("", self, rollouts=0, stepwise=1, batch_size=1, seed=0)

@@ -14,7 +14,7 @@ import torch
 
 from coconut.methods import Slot
 from coconut.rewards.answers import Labelled
-from coconut.rewards.steps import token_parts
+from coconut.rewards.steps import step_count, token_parts
 from coconut.rl.rollouts import Correctness
 from coconut.thinking import longest_first, pad_rows
 
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 class StepLabels:
     """For each answer, in the order of the questions, of each step the share of rollouts that came out right.
 
-    `sampled`: rollouts made, fewer than steps times K where answers begin alike. `new_tokens`: what they said in all.
+    `sampled`: rollouts made, fewer than steps times K where answers begin alike. `tokens` that went through the model:
+    each prefix once, and what was said after it.
     """
 
     shares: list[list[float]]
     sampled: int
-    new_tokens: int
+    tokens: int
 
 
 @torch.no_grad()
@@ -60,15 +61,14 @@ def step_labels(
         for sample in row.samples:
             said = sample.said
             parts = token_parts(lm.tokenizer, said, reasoning.format, [special.eos, special.pad])
-            steps = range(max(parts, default=0))  # the last part is the answer itself
-            cuts = [len(parts) - parts[::-1].index(step) for step in steps]
+            cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, reasoning.format))]
             ends.append([tuple(said[:cut]) for cut in cuts])
     answers = [(n, row) for n, row in enumerate(labelled) for _ in row.samples]
     wanted = sorted({(n, prefix) for (n, _), prefixes in zip(answers, ends, strict=True) for prefix in prefixes})
     questions = {n: row.samples[0].layout.ids[: row.samples[0].layout.num_prompt].tolist() for n, row in answers}
     prompts = [[*questions[n], *prefix] for n, prefix in wanted]
     shares: dict[tuple[int, tuple[int, ...]], float] = {}
-    tokens = 0
+    tokens = sum(map(len, prompts))
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for places in longest_first(prompts, batch_size):

@@ -44,7 +44,7 @@ def any_right(right_QN: Numbers, size: int) -> Numbers:
 
 
 def voted(
-    answers: Sequence[Sequence[str | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int
+    answers: Sequence[Sequence[str | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int = 0
 ) -> Numbers:
     """(Q,) how often the answer with the largest sum of weights among `size` sampled ones is right.
 

@@ -16,9 +16,9 @@ def text_ends(text: str, form: PromptFormat) -> list[int]:
     """Where each part of an answer ends, in characters: every step, and last the answer itself.
 
     A step ends with what ends it in the prompt format, or where the answer's mark begins. Empty steps belong to the one
-    before. A text without steps is one part.
+    before. A text without steps is one part, and so is what was said last if no answer was given.
     """
-    mark = re.search(r"[ \t]*".join(map(re.escape, form.answer_mark)), text) if form.answer_mark else None
+    mark = _mark(text, form)
     last = len(text) if mark is None else mark.start()
     ends, begin = [], 0
     while begin < last:
@@ -32,6 +32,16 @@ def text_ends(text: str, form: PromptFormat) -> list[int]:
     if mark is None and ends:
         return ends  # no answer was given: the last step is the last part
     return [*ends, len(text)]
+
+
+def step_count(text: str, form: PromptFormat) -> int:
+    """How many of the parts are steps: all but the answer, where there is one."""
+    parts = len(text_ends(text, form))
+    return parts if _mark(text, form) is None and text.strip() else parts - 1
+
+
+def _mark(text: str, form: PromptFormat) -> re.Match[str] | None:
+    return re.search(r"[ \t]*".join(map(re.escape, form.answer_mark)), text) if form.answer_mark else None
 
 
 def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()) -> list[int]:

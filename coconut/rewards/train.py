@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from coconut.build import starting_point
-from coconut.cli import application
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
@@ -363,6 +362,3 @@ def describe_run(config: RewardModelConfig, folder: Path, training: RewardTraini
         "init": None if training.step else str(starting_point(str(config.init)).resolve()),
     }
     describe(folder, config, about, {**spread(config, training.world), "from_update": training.step})
-
-
-main = application("reward", RewardModelConfig, run)

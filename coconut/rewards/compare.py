@@ -1,0 +1,182 @@
+"""Reward models side by side, and against votes, chance, rollouts and the oracle: what each is good for, and costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coconut.analysis.study import Study
+from coconut.evaluate import read_answer
+from coconut.rewards.answers import Labelled
+from coconut.rewards.implicit import ImplicitReward
+from coconut.rewards.montecarlo import step_labels
+from coconut.rewards.selection import (
+    any_right,
+    best_of,
+    best_threshold,
+    first_below,
+    first_errors,
+    interval,
+    of_steps,
+    voted,
+)
+from coconut.rewards.steps import step_count
+from coconut.rl.policy import Sample, sample_said
+from coconut.rl.rollouts import Correctness
+from coconut.thinking import longest_first, pad_rows
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+WAYS = ("sum", "min", "last")  # of making one score of the rewards of parts
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scorer says of the parts of answers, in the order of the questions and of their answers.
+
+    `seconds`, and `tokens` that went through a model, of each model that they went through.
+    """
+
+    name: str
+    parts: list[list[float]]
+    seconds: float
+    tokens: int
+
+
+def samples_of(labelled: Sequence[Labelled]) -> list[Sample]:
+    return [sample for row in labelled for sample in row.samples]
+
+
+def implicit(name: str, reward: ImplicitReward, labelled: Sequence[Labelled], batch_size: int = 256) -> Scored:
+    begin, samples = time.perf_counter(), samples_of(labelled)
+    parts = [row.tolist() for row in reward.steps(samples, batch_size)]
+    return Scored(name, parts, time.perf_counter() - begin, 2 * sum(len(sample.layout.ids) for sample in samples))
+
+
+def monte_carlo(lm: LatentLM, judge: Correctness, labelled: Sequence[Labelled], **options: Any) -> Scored:
+    """The shares of rollouts from the end of each step that come out right; `options` are those of `step_labels`."""
+    begin = time.perf_counter()
+    found = step_labels(lm, judge, labelled, **options)
+    parts = [shares or [1.0] for shares in found.shares]
+    return Scored("rollouts", parts, time.perf_counter() - begin, found.tokens)
+
+
+def selections(
+    labelled: Sequence[Labelled], scored: Sequence[Scored], judge: Correctness, sizes: Sequence[int]
+) -> Study:
+    """How often the answer that each scorer takes of n is right, for each number n of samples, with 95 % intervals.
+
+    Raises ValueError unless every question has as many answers as the others.
+    """
+    counts = {len(row.samples) for row in labelled}
+    if len(counts) != 1:
+        raise ValueError(f"Some questions have {min(counts)} answers and some {max(counts)}; all must have as many.")
+    [N] = counts
+    right_QN = np.array([row.correct for row in labelled], float)
+    answers = [[read_answer(judge.task, sample.text, judge.form) for sample in row.samples] for row in labelled]
+    rows: list[dict[str, Any]] = []
+
+    def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
+        low, high = interval(values_Q)
+        found = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
+        rows.append({"scorer": scorer, "way": way, "n": size, **found})
+
+    for size in [n for n in sizes if n <= N]:
+        add("oracle", "any right", size, any_right(right_QN, size))
+        add("majority", "vote", size, voted(answers, np.ones_like(right_QN), right_QN, size))
+        for scorer in scored:
+            for way in WAYS:
+                scores_QN = of_steps(scorer.parts, way).reshape(right_QN.shape)
+                add(scorer.name, way, size, best_of(scores_QN, right_QN, size))
+            weights_QN = 1 / (1 + np.exp(-of_steps(scorer.parts, "sum").reshape(right_QN.shape)))
+            add(scorer.name, "vote", size, voted(answers, weights_QN, right_QN, size))
+    return Study("selection", rows, {"questions": len(labelled), "samples": N, "mean": float(right_QN.mean())})
+
+
+def localisation(
+    development: Sequence[Labelled],
+    asked: Sequence[Labelled],
+    scored: Sequence[tuple[Scored, Scored]],
+    judge: Correctness,
+) -> Study:
+    """How well each scorer finds the first wrong step, by a threshold that the development answers choose.
+
+    `scored`: of the development answers and of the others. Raises ValueError for a task that cannot check steps.
+    """
+    check = getattr(judge.task, "first_wrong", None)
+    if check is None:
+        raise ValueError(f"{judge.task.name} has no exact check of steps: nothing says where the first error is.")
+    form, read = judge.form, judge.task.read_steps
+    told = [[(row.example.question, s.text) for row in part for s in row.samples] for part in (development, asked)]
+    truth = [[check(asks, read(text, form.answer_mark, form.step_end)) for asks, text in part] for part in told]
+    rows = []
+    for pair in scored:
+        steps = [
+            [parts[: step_count(text, form)] for parts, (_, text) in zip(one.parts, part, strict=True)]
+            for one, part in zip(pair, told, strict=True)
+        ]
+        threshold = best_threshold(steps[0], truth[0])
+        found, its = first_errors(first_below(steps[1], threshold), truth[1]), pair[1]
+        rows.append(
+            {
+                "scorer": its.name,
+                "f1": found.f1,
+                "of_wrong": found.wrong,
+                "of_right": found.right,
+                "threshold": threshold,
+                "seconds": its.seconds,
+                "tokens": its.tokens,
+            }
+        )
+    wrong = sum(place is not None for place in truth[1])
+    return Study("first_errors", rows, {"answers": len(truth[1]), "with_an_error": wrong})
+
+
+def bounds(
+    reward: ImplicitReward, labelled: Sequence[Labelled], *, continuations: int = 64, prefixes: int = 200, seed: int = 0
+) -> Study:
+    """Whether E_ref[r] <= q <= max r, where q is the value of a prefix and r are the rewards of whole answers that the
+    reference gives after it (arXiv 2412.01981, proposition 3.1).
+
+    A row for each of so many prefixes, cut at random: q, and of the sampled r the mean, the maximum, and
+    beta log mean exp(r / beta), which over all continuations is q itself.
+    """
+    draw, special, reference = np.random.default_rng(seed), reward.lm.special, reward.reference
+    samples = [sample for sample in samples_of(labelled) if len(sample.said) > 1]
+    chosen = [samples[i] for i in draw.choice(len(samples), min(prefixes, len(samples)), replace=False)]
+    cuts = [int(draw.integers(1, len(sample.said))) for sample in chosen]
+    values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
+    questions = [sample.layout.ids[: sample.layout.num_prompt].tolist() for sample in chosen]
+    prompts = [[*asks, *sample.said[:cut]] for asks, sample, cut in zip(questions, chosen, cuts, strict=True)]
+    going_on: dict[int, list[Sample]] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for places in longest_first(prompts, 32):
+            ids, mask = pad_rows([prompts[i] for i in places], special.pad)
+            out = reference.generate(ids, mask, do_sample=True, num_return_sequences=continuations)
+            for row, i in enumerate(places):
+                more = [out.said(n) for n in range(row * continuations, (row + 1) * continuations)]
+                before = chosen[i].said[: cuts[i]]
+                going_on[i] = [sample_said(reference, questions[i], [*before, *its], text="") for its in more]
+    rows = []
+    for i, value in enumerate(values):
+        r = torch.stack([row.sum() for row in reward.tokens(going_on[i])]).double()
+        soft = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
+        rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft)})
+    low = float(np.mean([row["mean"] <= row["q"] + 1e-6 for row in rows]))
+    high = float(np.mean([row["q"] <= row["max"] + 1e-6 for row in rows]))
+    return Study(
+        "bounds", rows, {"continuations": continuations, "beta": reward.beta, "mean_below": low, "below_max": high}
+    )
+
+
+def first_answers(labelled: Sequence[Labelled], questions: int, answers: int = 8) -> list[Labelled]:
+    """The first answers to each of the first questions."""
+    return [replace(row, samples=row.samples[:answers], correct=row.correct[:answers]) for row in labelled[:questions]]
