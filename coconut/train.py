@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -352,11 +353,19 @@ def spread(config: RunConfig, world: World) -> dict[str, Any]:
 
 def run(config: TrainConfig) -> int:
     """Train one run, or go on with it, on as many processes as asked for."""
+    return carry_out(config, "batch_size", "coconut.train", lambda world: train_together(config, world))
+
+
+def carry_out(config: RunConfig, shared: str, module: str, work: Callable[[World], int]) -> int:
+    """The exit status of a run's work in each of its processes, among which the key `shared` is a number to share out.
+
+    Workers that are started for it run the module.
+    """
     only_our_words()
     if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
-        share_out(config.batch_size, count)
+        share_out(getattr(config, shared), count, shared)
         ready(config.tracking)
-    return on_processes(config.launch, config.engine, "coconut.train", lambda world: train_together(config, world))
+    return on_processes(config.launch, config.engine, module, work)
 
 
 def share_out(number: int, ranks: int, key: str = "batch_size") -> None:

@@ -350,39 +350,47 @@ def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
     config, description = run.config, run.description
-    first, last = description["sessions"][0], description["sessions"][-1]
-    optimizer, model, machine = config["optimizer"], config["model"], last["machine"]
-    data = []
-    for split, row in description["data"].items():
-        data.append([split, row["file"], f"{row['used']:,}", row["sha256"][:12]])
-    if run.test:
-        found = run.evaluations[run.test]
-        data.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
+    optimizer = config["optimizer"]
     micro = f", {config['micro_batch_size']} a pass" if config["micro_batch_size"] else ""
     warmup = f", after {optimizer['warmup']:,} updates of warm-up" if optimizer["warmup"] else ""
     facts = [
         ("method", f"{config['method']}: {method_named(config['method']).summary}"),
         ("task", config["data"]["task"]),
-        ("model", _model(description, model)),
+        ("model", _model(description, config["model"])),
         ("parameters", f"{description['parameters']:,}"),
         ("updates", f"{run.step:,} of {description['updates']:,}"),
         ("an epoch", f"{description['updates_per_epoch']:,} updates"),
         ("batch size", f"{config['batch_size']} examples an update{micro}"),
         ("learning rate", f"{optimizer['lr']:g}{warmup}"),
         ("optimizer", settings_of_adamw(optimizer)),
+    ]
+    return what_was_trained(run, facts, "updates")
+
+
+def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], units: str) -> Section:
+    """These facts, and those that every run has: where, with which code and data, by which command."""
+    config, description = run.config, run.description
+    first, *again = description["sessions"]
+    last = description["sessions"][-1]
+    machine = last["machine"]
+    facts = [
+        *facts,
         ("seed", str(config["seed"])),
         ("precision", config["engine"]["precision"]),
         ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
         ("system", machine["system"]),
         ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
-        ("code", code_of(last["git"])),
-        ("began", date_of(first["started"])),
-        ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of updates"),
+        ("code", _code(last["git"])),
+        ("began", _date(first["started"])),
+        ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of {units}"),
     ]
-    if len(description["sessions"]) > 1:
-        again = description["sessions"][1:]
-        resumed = ", ".join(f"at update {row['from_update']:,} ({date_of(row['started'])})" for row in again)
+    if again:
+        resumed = ", ".join(f"after {row['from_update']:,} {units} ({_date(row['started'])})" for row in again)
         facts.append(("resumed", resumed))
+    data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in description["data"].items()]
+    if run.test:
+        found = run.evaluations[run.test]
+        data.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
     return Section(
         "provenance",
         "What exactly was trained",
@@ -402,6 +410,8 @@ def command(argv: str) -> str:
     path = Path(program)
     if path.suffix == ".py" and path.parent.name == "coconut":
         program = f"python -m coconut.{path.stem}"
+    elif path.name == "__main__.py":
+        program = f"python -m coconut.{path.parent.name}"
     return program + space + rest
 
 
@@ -426,13 +436,13 @@ def settings_of_adamw(optimizer: dict[str, Any]) -> str:
     return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{made}"
 
 
-def code_of(git: dict[str, Any] | None) -> str:
+def _code(git: dict[str, Any] | None) -> str:
     if not git:
         return "git revision not known"
     return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "")
 
 
-def date_of(text: str) -> str:
+def _date(text: str) -> str:
     return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 

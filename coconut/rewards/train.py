@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from coconut.build import starting_point
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
-from coconut.engine.launch import on_processes, processes
-from coconut.engine.world import World, seat
+from coconut.engine.world import World
 from coconut.files import whole_file
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
@@ -23,11 +22,11 @@ from coconut.rewards.answers import Labelled, read_answers
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.losses import Loss, loss_named
 from coconut.rl.policy import Policy, Sample, Scored, shares
-from coconut.screen import duration, only_our_words, say, working
+from coconut.screen import duration, say, working
 from coconut.signals import asked_to_stop
 from coconut.standing import Standing, stopped
-from coconut.tracking import Tracking, open_tracking, ready
-from coconut.train import Diverged, share_out, spread
+from coconut.tracking import Tracking, open_tracking
+from coconut.train import Diverged, carry_out, share_out, spread
 
 REFERENCE = "reference.pt"  # in the run's folder: how likely the reference is to give each answer, once for all epochs
 
@@ -322,11 +321,7 @@ class RewardTraining:
 
 def run(config: RewardModelConfig) -> int:
     """Train one reward model, or go on with it, on as many processes as asked for."""
-    only_our_words()
-    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
-        share_out(config.batch_size, count)
-        ready(config.tracking)
-    return on_processes(config.launch, config.engine, "coconut.reward", lambda world: together(config, world))
+    return carry_out(config, "batch_size", "coconut.reward", lambda world: together(config, world))
 
 
 def together(config: RewardModelConfig, world: World) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +13,7 @@ import numpy as np
 from coconut.analysis.charts import panel, share_axis
 from coconut.analysis.findings import NARROW, WIDE
 from coconut.analysis.page import (
-    Code,
-    Facts,
     Figure,
-    Folded,
     Heading,
     Legend,
     Part,
@@ -29,12 +25,10 @@ from coconut.analysis.page import (
     percent,
 )
 from coconut.analysis.plots import LIGHT, Point, as_svg, draw_line, new_figure, styled, whole_ticks
-from coconut.analysis.report import RunRecord, answers, code_of, command, counted, date_of, settings_of_adamw
+from coconut.analysis.report import RunRecord, answers, counted, settings_of_adamw, what_was_trained
 from coconut.analysis.study import Study
 from coconut.analysis.table import aligned
 from coconut.methods import mode_named
-from coconut.screen import duration
-from coconut.tracking import CONFIG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -249,47 +243,28 @@ def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
-    config, described = run.config, run.description
-    first, last = described["sessions"][0], described["sessions"][-1]
-    told, machine = described["objective"], last["machine"]
+    config, told = run.config, run.description["objective"]
     reward, asked = config["reward"], f"{config['questions']} questions with {config['samples']} answers each"
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["limits"].items()) or "none"
+    scaled = "divided by the deviation of their group" if told["scaled"] else "not divided"
     own_term = f"a term of its own, of weight {told['control']}"
     control = "a token like the others" if told["control"] is None else own_term
-    data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in described["data"].items()]
     facts = [
-        ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages "
-         f"{'divided by the deviation of their group' if told['scaled'] else 'not divided'}"),
+        ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages {scaled}"),
         ("control token", control + ("" if told["slowed"] == 1 else f", slowed to {told['slowed']:g}")),
         ("clipping", f"ratios from {1 - told['low']:g} to {1 + told['high']:g}"),
         ("divergence", f"weight {config['objective']['beta']:g}, from where it started"),
-        ("reward", f"1 less the cost of the mode when right, {reward['wrong']:g} otherwise; costs: {costs}; "
-         f"limits: {limits}"),
-        ("started from", str(described["init"])),
-        ("parameters", f"{described['parameters']:,}"),
+        ("reward", f"1 when right, less the cost of the mode; otherwise {reward['wrong']:g}"),
+        ("costs", costs),
+        ("limits", limits),
+        ("started from", str(run.description["init"])),
+        ("parameters", f"{run.description['parameters']:,}"),
         ("batches", f"{run.step:,} of {config['batches']:,}, of {asked}, at temperature {config['temperature']:g}"),
         ("updates a batch", str(config["num_minibatches"] * config["num_iterations"])),
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
-        ("seed", str(config["seed"])),
-        ("precision", config["engine"]["precision"]),
-        ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
-        ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
-        ("code", code_of(last["git"])),
-        ("began", date_of(first["started"])),
-        ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of batches"),
-    ]  # fmt: skip
-    return Section(
-        "provenance",
-        "What exactly was trained",
-        [
-            Facts(facts),
-            Table(["data", "file", "questions", "SHA-256 begins"], data, 2),
-            Text("The command:"),
-            Code(command(first["command"])),
-            Folded(f"Everything in {CONFIG}", json.dumps(config, indent=2, ensure_ascii=False)),
-        ],
-    )
+    ]
+    return what_was_trained(run, facts, "batches")
 
 
 # Several runs.

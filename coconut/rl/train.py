@@ -15,8 +15,7 @@ from coconut.cli import application
 from coconut.config import TooLong
 from coconut.data import Example, encode_questions, read_examples
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
-from coconut.engine.launch import on_processes, processes
-from coconut.engine.world import World, seat
+from coconut.engine.world import World
 from coconut.evaluate import Abandoned, Prediction
 from coconut.files import read_json, whole_folder, write_json
 from coconut.folder import describe, held_folder, used_file
@@ -26,12 +25,12 @@ from coconut.rl.objectives import Totals, advantages, k3, without_variance
 from coconut.rl.policy import Policy, longest_answers, policy_batch, shares
 from coconut.rl.rollouts import Correctness, Cost, Group, Reward, roll_out
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
-from coconut.screen import duration, only_our_words, say, working
+from coconut.screen import duration, say, working
 from coconut.signals import Asked, asked_to_stop
 from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
-from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
-from coconut.train import Diverged, share_out, spread
+from coconut.tracking import DESCRIPTION, Tracking, open_tracking
+from coconut.train import Diverged, carry_out, share_out, spread
 
 REFERENCE = "reference"  # in the run's folder: what the policy is held to
 
@@ -343,11 +342,7 @@ class PolicyTraining:
 
 def run(config: RLConfig, reward: Reward | None = None) -> int:
     """Train one run, or go on with it, on as many processes as asked for. Only on one of them with a `reward`."""
-    only_our_words()
-    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
-        share_out(config.questions, count, "questions")
-        ready(config.tracking)
-    return on_processes(config.launch, config.engine, "coconut.rl", lambda world: together(config, world, reward))
+    return carry_out(config, "questions", "coconut.rl", lambda world: together(config, world, reward))
 
 
 def together(config: RLConfig, world: World, reward: Reward | None = None) -> int:
