@@ -29,7 +29,8 @@ carry_out coconut.train "$sampler" experiment=rewards_laptop_sampler seed="$seed
 answers=$sampler/rollouts
 for split in "train limit=2000 samples=8" "valid limit=200 samples=8" "test limit=200 samples=64"; do
     # shellcheck disable=SC2086  # a name and keys
-    [ -f "$answers/${split%% *}.jsonl" ] || "$python" -m coconut.rollout run="$sampler" checkpoint=last split=$split seed="$seed" batch_size=256
+    [ -f "$answers/${split%% *}.jsonl" ] || \
+        "$python" -m coconut.rollout run="$sampler" split=$split seed="$seed" batch_size=256
 done
 
 echo "[3/4] Reward models, $jobs at a time"
@@ -38,7 +39,7 @@ every_second() { # 0 or 1, where to begin
     local i
     for ((i = $1; i < ${#losses[@]}; i += 2)); do
         carry_out coconut.reward "$runs/models/${losses[i]}" experiment=rewards_laptop loss="${losses[i]}" seed="$seed" \
-            init="$sampler/checkpoints/$(printf step-%07d 1300)" data.train="$answers/train.jsonl" data.valid="$answers/valid.jsonl" || return 1
+            init="$sampler" data.train="$answers/train.jsonl" data.valid="$answers/valid.jsonl" || return 1
         echo "  ${losses[i]}: $(sed -n 's/^Best checkpoint: //p' "$runs/models/${losses[i]}.log" | tail -n 1)"
     done
 }

@@ -286,21 +286,27 @@ def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataCo
 
 
 def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """In the third batch, and in the validation after it."""
     calls: list[int] = []
+    state: dict[str, Any] = {}
 
     def broken(example: Example, text: str, mode: str, cost: Cost, /) -> Any:
         calls.append(1)
-        return given[-1] if len(calls) > 12 + 2 * 16 else 0.1 * len(calls)
+        return state["bad"] if len(calls) > state["after"] else 0.1 * len(calls)
 
-    given: list[Any] = []
-    for name, bad, message in (("nan", float("nan"), "is nan, which is not finite"), ("two", [1, 2], r"is \[1, 2\]")):
+    for name, bad, after, message, saved in (
+        ("nan", float("nan"), 12 + 2 * 16, "is nan, which is not finite", 2),
+        ("two", [1, 2], 12 + 2 * 16, r"is \[1, 2\]", 2),
+        ("valid", float("inf"), 12 + 3 * 16, "is inf, which is not finite", 3),
+    ):
         calls.clear()
-        given.append(bad)
+        state |= {"bad": bad, "after": after}
         folder = tmp_path / name
-        with pytest.raises(ValueError, match=message + ".*saved at batch 2"):
+        with pytest.raises(ValueError, match=f"{message}.*saved at batch {saved}"):
             run(settings(made, folder, batches=5), broken)
-        assert Checkpoints(folder).steps()[-1] == 2
+        assert Checkpoints(folder).steps()[-1] == saved
         assert run(settings(made, folder, batches=5), cheap) == 0, "it goes on"
+        assert [row["step"] for row in read_metrics(folder) if row["kind"] == "valid"] == [0, 3, 5]
 
 
 def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:

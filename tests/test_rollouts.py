@@ -105,7 +105,7 @@ def test_a_right_answer_is_paid_by_the_mode_that_its_token_names() -> None:
 
 
 def test_a_reward_that_is_not_finite_is_named() -> None:
-    with pytest.raises(ValueError, match="an answer to '4 5 6 7 8', is not finite"):
+    with pytest.raises(ValueError, match="an answer to '4 5 6 7 8', is nan, which is not finite"):
         roll_out(
             hybrid(), EXAMPLES, lambda example, *_: float("nan") if "4" in example.question else 0.0, samples=2,
             seed=(0,), max_new_tokens=3,

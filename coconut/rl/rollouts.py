@@ -102,12 +102,14 @@ def roll_out(
 
 
 def _rewarded(example: Example, samples: Sequence[Sample], reward: Reward) -> Group:
-    return Group(example, tuple(samples), torch.tensor([_reward_of(example, sample, reward) for sample in samples]))
+    numbers = [rewarded(reward, example, sample.text, sample.mode, sample.took) for sample in samples]
+    return Group(example, tuple(samples), torch.tensor(numbers))
 
 
-def _reward_of(example: Example, sample: Sample, reward: Reward) -> float:
-    value: Any = reward(example, sample.text, sample.mode, sample.took)
-    of = f"The reward of {sample.text!r}, an answer to {example.question!r},"
+def rewarded(reward: Reward, example: Example, text: str, mode: str, cost: Cost) -> float:
+    """What the reward gives. Raises ValueError that names the answer if it is not one finite number."""
+    value: Any = reward(example, text, mode, cost)
+    of = f"The reward of {text!r}, an answer to {example.question!r},"
     try:
         number = float(value)
     except (TypeError, ValueError):

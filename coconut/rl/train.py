@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from coconut.model import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.objectives import Totals, advantages, k3, without_variance
 from coconut.rl.policy import Policy, longest_answers, policy_batch, shares
-from coconut.rl.rollouts import Correctness, Cost, Group, Reward, roll_out
+from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, say, working
 from coconut.signals import Asked, asked_to_stop
@@ -177,20 +178,25 @@ class PolicyTraining:
         config, world = self.config, self.world
         world.mark(f"sampling for batch {step + 1}")
         examples = [self.train[i] for i in self._questions(step)[world.rank :: world.size]]
-        groups, problem = [], ""
+        with self._saved_without_reward(), self.engine.whole() as lm, self.engine.autocast():
+            groups = roll_out(
+                lm, examples, self.reward, samples=config.samples, seed=(config.seed, step, world.rank),
+                temperature=config.temperature, max_new_tokens=self.limit, batch_size=config.rollout_batch_size,
+            )  # fmt: skip
+            groups = self._compared(groups)
+        return [group for part in world.gather(groups) for group in part]
+
+    @contextmanager
+    def _saved_without_reward(self) -> Iterator[None]:
+        """Save the run, and say so, if in any process something has no reward."""
+        problem = ""
         try:
-            with self.engine.whole() as lm, self.engine.autocast():
-                groups = roll_out(
-                    lm, examples, self.reward, samples=config.samples, seed=(config.seed, step, world.rank),
-                    temperature=config.temperature, max_new_tokens=self.limit, batch_size=config.rollout_batch_size,
-                )  # fmt: skip
-                groups = self._compared(groups)
+            yield
         except ValueError as error:
             problem = str(error)
-        if problems := [told for told in world.gather(problem) if told]:
+        if problems := [told for told in self.world.gather(problem) if told]:
             self.save()
             raise ValueError(f"{problems[0]} The run is saved at batch {self.step}, and goes on with another reward.")
-        return [group for part in world.gather(groups) for group in part]
 
     def _questions(self, step: int) -> np.ndarray:
         """Which examples a batch asks: in each epoch every one once, in an order that seed and epoch give."""
@@ -286,7 +292,8 @@ class PolicyTraining:
             return
         rows, answers = np.arange(len(known.chosen)), list(forced.values())
         taken = [answers[mode][row] for row, mode in enumerate(known.chosen)]
-        rewards = [self._reward_of(*pair) for pair in zip(self.valid, taken, strict=True)]
+        with self._saved_without_reward():
+            rewards = [self._reward_of(*pair) for pair in zip(self.valid, taken, strict=True)]
         self.validated = {
             "reward": float(np.mean(rewards)),
             "accuracy": float(known.correct[rows, known.chosen].mean()),
@@ -301,7 +308,8 @@ class PolicyTraining:
         self.pending = False
 
     def _reward_of(self, example: Example, said: Prediction) -> float:
-        return self.reward(example, said.text, said.mode, Cost(said.passes, said.num_thoughts, said.new_tokens))
+        cost = Cost(said.passes, said.num_thoughts, said.new_tokens)
+        return rewarded(self.reward, example, said.text, said.mode, cost)
 
     def save(self) -> None:
         self.world.mark(f"saving batch {self.step}")
@@ -311,9 +319,8 @@ class PolicyTraining:
     def _tracking(self) -> Tracking:
         described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
         about = {"config": asdict(self.config), **described}
-        step = (
-            self.step if self.standing.found else -1
-        )  # a row of the validation before the first batch is written anew
+        # what a killed run said before its first checkpoint is said again
+        step = self.step if self.standing.found else -1
         return open_tracking(self.config.tracking, self.folder, step, about, writes=self.world.first)
 
     def _report(self, seconds: float, first: int) -> None:
