@@ -138,7 +138,7 @@ def test_other_commands_take_it(
 # --- going on ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0, 2, 3, 5])
+@pytest.mark.parametrize("step", [0, 3, 5])
 def test_resumed_equals_uninterrupted(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -250,8 +250,8 @@ def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) 
     warm = small_run(tmp_path / "warm", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=2))
     assert run_training(warm) == 0
     config = settings(
-        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, beta=0.0), batches=25,
-        reward=RewardConfig(), optimizer=AdamWConfig(lr=1e-2), max_new_tokens=3, samples=8, validate_every=25,
+        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, beta=0.0), batches=12,
+        reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, samples=8, validate_every=12,
         questions=8,
     )  # fmt: skip
     assert run(config, first_word) == 0
