@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coconut.config import identity
+from coconut.config import TrainConfig, identity
 from coconut.files import read_json
 from coconut.methods import Curriculum, Unit, plan
 from coconut.tracking import CONFIG, DESCRIPTION, read_config
@@ -244,6 +244,8 @@ def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, 
     }
     began, length = _origin(config, description)
     made_of = {**identity(config), "data": data, "curriculum": {**curriculum, "total": length}, "init": began}
+    own = TrainConfig.__annotations__  # what training alone has tells the most, and comes first
+    made_of = dict(sorted(made_of.items(), key=lambda item: item[0] not in own))
     settings = {key: value for key, value in _flat(made_of).items() if key not in NO_SETTINGS}
     if began and curriculum["start_stage"]:
         settings["curriculum.start_stage"] = curriculum["start_stage"]
