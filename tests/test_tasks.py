@@ -100,7 +100,7 @@ def test_different_numbers(predicted: str | None, gold: str) -> None:
 
 
 @given(
-    st.decimals(allow_nan=False, allow_infinity=False, places=3),
+    st.decimals(-(10**20), 10**20, places=3),  # within Decimal's 28 digits, or adding a thousandth changes nothing
     st.sampled_from(["{}", "${}", "{} clips", "{}.", " {} ", "{}%", "€ {}"]),
     st.booleans(),
 )
