@@ -229,9 +229,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
 
     data = read_config(config.run)["data"]
     own_file = getattr(config.data, config.split)
-    path = own_file or world.first_does(lambda: data_files(data))[config.split]
-    if not path:
-        raise ValueError(f"The run has no {config.split} file. Name one with data.{config.split}=FILE.")
+    path = own_file or file_of_run(data, config.split, world)
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm, step = trained.lm, trained.step
@@ -289,6 +287,13 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
         say("note: this file chose the checkpoint, so its accuracy is no test result.")
     say(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
+
+
+def file_of_run(data: dict[str, Any], split: str, world: World) -> str:
+    """Where a split of a run's data lies. Raises ValueError if there is none."""
+    if path := world.first_does(lambda: data_files(data))[split]:
+        return path
+    raise ValueError(f"The run has no {split} file. Name one with data.{split}=FILE.")
 
 
 def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0) -> list[int]:

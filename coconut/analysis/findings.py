@@ -450,10 +450,13 @@ def drawings(run: RunRecord) -> Drawings:
 def _figure(drawn: Drawings, name: str, told: str, caption: str) -> list[Part]:
     if name not in drawn:
         return []
-    wide, narrow = (
-        as_svg(drawn[name](width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow"))
-    )
-    return [Figure(wide, narrow, told, caption)]
+    return [figure_of(drawn[name], name, told, caption)]
+
+
+def figure_of(draw: Callable[[float], Drawing], name: str, told: str, caption: str) -> Figure:
+    """A picture that is a function of its width, for wide pages and for narrow ones."""
+    wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
+    return Figure(wide, narrow, told, caption)
 
 
 # Words.

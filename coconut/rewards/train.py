@@ -35,7 +35,7 @@ REFERENCE = "reference.pt"  # in the run's folder: how likely the reference is t
 class RewardBatch(Scored):
     """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
 
-    `reference` (N,): log-probabilities of the whole answers. `labels_N`: whether they are right. `units`: answers or
+    `reference` (N,): log-probabilities of the whole answers. `right` (N,): whether they are right. `units`: answers or
     pairs in it.
     """
 
@@ -118,7 +118,7 @@ class RewardTraining:
     def __init__(self, config: RewardModelConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.loss = loss_named(config.loss)
-        self.standing = Standing(config, folder, world, {"pending": False})
+        self.standing = Standing(config, folder, world, {})
         torch.manual_seed(config.seed + world.rank)
         init = starting_point(str(config.init))
         self.lm = LatentLM.from_pretrained(self.standing.found or init).eval()
@@ -134,7 +134,6 @@ class RewardTraining:
         self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         self.reference = self._reference(init)
         self.step, self.best = self.standing.state["step"], self.standing.state["best"]
-        self.pending = self.standing.state["pending"]
 
     def _units(self) -> np.ndarray:
         """(U, 1 or 2) what is drawn for an update. Says which questions have nothing to compare."""
@@ -159,17 +158,18 @@ class RewardTraining:
         if place.is_file():
             return torch.load(place, weights_only=True)
         lm = LatentLM.from_pretrained(init).eval().to(self.engine.device)
-        found = {}
+        return {split: self._whole(lm, answers) for split, answers in self.answers.items()}
+
+    def _whole(self, lm: LatentLM, answers: Answers) -> Tensor:
+        """(N,) how likely each whole answer is to a whole model; the processes share the work."""
+        world = self.world
+        mine = [answers.samples[i] for i in range(world.rank, len(answers.samples), world.size)]
         with self.engine.autocast():
-            for split, answers in self.answers.items():
-                mine = range(self.world.rank, len(answers.samples), self.world.size)
-                scored = self.policy.score(lm, [answers.samples[i] for i in mine], self.micro_batch_size)
-                parts = self.world.gather([float(row.sum()) for row in scored])
-                sums = torch.zeros(len(answers.samples))
-                for rank, part in enumerate(parts):
-                    sums[rank :: self.world.size] = torch.tensor(part)
-                found[split] = sums
-        return found
+            scored = [float(row.sum()) for row in self.policy.score(lm, mine, self.micro_batch_size)]
+        sums = torch.zeros(len(answers.samples))
+        for rank, part in enumerate(world.gather(scored)):
+            sums[rank :: world.size] = torch.tensor(part)
+        return sums
 
     def keep_reference(self) -> None:
         with whole_file(self.folder / REFERENCE) as part:
@@ -284,15 +284,10 @@ class RewardTraining:
 
     def validate(self, track: Tracking) -> None:
         """How well it tells right from wrong on the validation answers; keeps the best by its share of pairs."""
-        world, answers = self.world, self.answers["valid"]
-        world.mark(f"in the validation after update {self.step}")
-        mine = range(world.rank, len(answers.samples), world.size)
-        with self.engine.whole() as lm, self.engine.autocast():
-            scored = self.policy.score(lm, [answers.samples[i] for i in mine], self.micro_batch_size)
-        sums = np.zeros(len(answers.samples))
-        for rank, part in enumerate(world.gather([float(row.sum()) for row in scored])):
-            sums[rank :: world.size] = part
-        rewards = self.config.beta * (sums - self.reference["valid"].numpy())
+        answers = self.answers["valid"]
+        self.world.mark(f"in the validation after update {self.step}")
+        with self.engine.whole() as lm:
+            rewards = self.config.beta * (self._whole(lm, answers) - self.reference["valid"]).numpy()
         self.validated = {
             **preference(rewards, answers),
             "reward_right": float(rewards[answers.right].mean()) if answers.right.any() else 0.0,
@@ -304,7 +299,7 @@ class RewardTraining:
 
     def save(self) -> None:
         self.world.mark(f"saving update {self.step}")
-        self.standing.save(self.step, self.engine, self.lm.reasoning, {"best": self.best, "pending": False})
+        self.standing.save(self.step, self.engine, self.lm.reasoning, {"best": self.best})
 
     def _tracking(self) -> Tracking:
         about = {"config": asdict(self.config)}

@@ -95,11 +95,8 @@ def samples_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequ
 
 
 def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Sample:
-    mode, chosen, count = (
-        out.modes[row],
-        out.mode_log_probs[row] if out.modes[row] else None,
-        int(out.num_thoughts[row]),
-    )
+    mode, count = out.modes[row], int(out.num_thoughts[row])
+    chosen = out.mode_log_probs[row] if mode else None
     how_likely = [log_probs] if chosen is None else [torch.tensor([chosen]), log_probs]
     return Sample(
         layout=_layout(lm, question, mode, count, out.said(row), sampled=chosen is not None),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.analysis.charts import panel, share_axis
-from coconut.analysis.findings import NARROW, WIDE
+from coconut.analysis.findings import figure_of
 from coconut.analysis.page import (
     Figure,
     Heading,
@@ -24,7 +24,7 @@ from coconut.analysis.page import (
     page,
     percent,
 )
-from coconut.analysis.plots import LIGHT, Point, as_svg, draw_line, new_figure, styled, whole_ticks
+from coconut.analysis.plots import LIGHT, Point, draw_line, new_figure, styled, whole_ticks
 from coconut.analysis.report import RunRecord, answers, counted, settings_of_adamw, what_was_trained
 from coconut.analysis.study import Study
 from coconut.analysis.table import aligned
@@ -122,13 +122,8 @@ def reward_curve(run: RunRecord, width: float) -> Drawing:
     return figure
 
 
-def _figure(draw: Any, name: str, told: str, caption: str) -> Figure:
-    wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
-    return Figure(wide, narrow, told, caption)
-
-
 def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
-    return _figure(
+    return figure_of(
         lambda width: choice_curves(runs, width),
         name,
         "Share of each mode among the sampled answers, accuracy of each mode, and the chance of each by difficulty.",
@@ -192,7 +187,7 @@ def routed(study: Study) -> list[Part]:
     return [
         Score(own["accuracy"], f"on {facts['questions']:,} unseen questions", (own["low"], own["high"]), None),
         Text(
-            f"With the checkpoint of batch {facts['step']:,} it chooses {shares} of the questions, and takes "
+            f"With checkpoint {facts['step']:,} it chooses {shares} of the questions, and takes "
             f"{own['new_tokens']:.1f} tokens of language and {own['passes']:.1f} forward passes an answer. Against "
             "others that choose for it:"
         ),
@@ -220,7 +215,7 @@ def learning(run: RunRecord) -> Section:
     parts: list[Part] = [_legend(modes), _curves([run], "choice")] if modes and run.train else []
     if run.train:
         caption = "Of the answers sampled for each batch, and of those that it would give without sampling."
-        parts.append(_figure(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
+        parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
     rows = [_batch_row(row, modes) for row in run.valid if row["step"] % _every(run) == 0 or row is run.valid[-1]]
     columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
@@ -270,11 +265,16 @@ def provenance(run: RunRecord) -> Section:
 # Several runs.
 
 
+def arm_of(run: RunRecord) -> str:
+    """The name of its folder, without the seed."""
+    return SEED.sub("", run.folder.resolve().name)
+
+
 def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs by the name of their folders, without the seed."""
+    """Runs of one arm together."""
     found: dict[str, list[RunRecord]] = {}
     for run in runs:
-        found.setdefault(SEED.sub("", run.folder.resolve().name), []).append(run)
+        found.setdefault(arm_of(run), []).append(run)
     return found
 
 
@@ -299,7 +299,7 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
         easy, *_, hard = run.studies["difficulty"].rows
         rows.append(
             {
-                "arm": SEED.sub("", run.folder.resolve().name),
+                "arm": arm_of(run),
                 "seed": run.config["seed"],
                 "reward": run.valid[-1]["reward"],
                 **{key: own[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
