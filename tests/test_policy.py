@@ -21,7 +21,7 @@ from coconut.engine.local import LocalEngine
 from coconut.engine.world import World, joined
 from coconut.methods import Slot
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
-from coconut.rl.policy import Policy, PolicyBatch, Sample, policy_batch, samples_of
+from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, samples_of
 
 GROUP = 4
 
@@ -46,7 +46,7 @@ def totals_of(samples: Sequence[Sample], budget: int = 7) -> Totals:
 
 def batch_of(lm: LatentLM, samples: list[Sample], objective: Objective, **options: Any) -> PolicyBatch:
     torch.manual_seed(0)
-    gains = advantages(torch.rand(len(samples) // GROUP, GROUP), objective.scaled).flatten()
+    gains = for_tokens(advantages(torch.rand(len(samples) // GROUP, GROUP), objective.scaled).flatten(), samples)
     return policy_batch(samples, gains, objective, totals_of(samples), lm.special, **{"on_policy": True, **options})
 
 
@@ -86,12 +86,12 @@ def test_forced_modes_have_no_probability_of_their_own() -> None:
 # --- objectives -------------------------------------------------------------------------------------
 
 
-def by_the_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Tensor], gains: Sequence[float]) -> float:
+def by_the_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Tensor], gains: Any) -> float:
     """The published losses, a token at a time; the first of each answer is its control token."""
     objective, total = OBJECTIVES[name], 0.0
-    for mine, theirs, gain in zip(log_probs, old, gains, strict=True):
+    for mine, theirs, its in zip(log_probs, old, gains, strict=True):
         terms = []
-        for a, b in zip(mine.tolist(), theirs.tolist(), strict=True):
+        for a, b, gain in zip(mine.tolist(), theirs.tolist(), its.tolist(), strict=True):
             ratio = torch.tensor(a - b).exp().item()
             terms.append(min(ratio * gain, max(min(ratio, 1 + objective.high), 1 - objective.low) * gain))
         n = len(log_probs)
@@ -104,18 +104,20 @@ def by_the_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Ten
     return total
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_the_loss_is_that_of_the_paper(name: str) -> None:
+def test_the_loss_is_that_of_the_paper(name: str, by_token: bool) -> None:
     lm, objective = hybrid(), OBJECTIVES[name]
     samples = sampled(lm)
     shifted = [replace(s, log_probs=s.log_probs + 0.4 * torch.randn(len(s.log_probs))) for s in samples]
     batch = batch_of(lm, shifted, objective, on_policy=False)
+    if by_token:
+        batch = replace(batch, advantages=torch.randn(batch.num_targets))
     policy = Policy.of(lm.special)
     loss = policy.loss(objective, 0.0)(lm, batch) / batch.num_targets
     lengths = [len(sample.log_probs) for sample in samples]
     now = list(policy.log_probs(lm, batch).detach().split(lengths))
-    gains = batch.advantages[torch.tensor([0, *lengths]).cumsum(0)[:-1]].tolist()
-    expected = by_the_formula(name, now, [sample.log_probs for sample in shifted], gains)
+    expected = by_the_formula(name, now, [sample.log_probs for sample in shifted], batch.advantages.split(lengths))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
@@ -165,7 +167,7 @@ def test_the_split_into_micro_batches_changes_nothing(name: str) -> None:
         lm = hybrid(dtype=torch.float32)
         samples = sampled(lm)
         torch.manual_seed(0)
-        gains = advantages(torch.rand(4, GROUP), objective.scaled).flatten()
+        gains = for_tokens(advantages(torch.rand(4, GROUP), objective.scaled).flatten(), samples)
         totals, places = totals_of(samples), [slice(i, i + size) for i in range(0, len(samples), size)]
         parts = [
             policy_batch(samples[place], gains[place], objective, totals, lm.special, on_policy=True)
@@ -187,14 +189,14 @@ def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float
     samples = sampled(lm)
     shifted = [replace(s, log_probs=s.log_probs + 0.2, reference=s.log_probs - 0.1) for s in samples]
     torch.manual_seed(0)
-    gains = advantages(torch.rand(4, GROUP), objective.scaled).flatten()
+    gains = for_tokens(advantages(torch.rand(4, GROUP), objective.scaled).flatten(), samples)
     totals, passes = totals_of(samples), max(sample.passes for sample in samples)
     mine = list(range(world.rank, len(samples), world.size))
     size = 8 // world.size
     parts = [
         policy_batch(
             [shifted[i] for i in rows],
-            gains[rows], objective, totals, lm.special, on_policy=False, passes=passes,
+            [gains[i] for i in rows], objective, totals, lm.special, on_policy=False, passes=passes,
         )
         for rows in (mine[:size], mine[size:])
     ]  # fmt: skip

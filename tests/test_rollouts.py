@@ -12,7 +12,7 @@ from coconut.data import Example, encode_questions
 from coconut.evaluate import evaluate
 from coconut.methods import PromptFormat
 from coconut.rl.objectives import OBJECTIVES, Totals
-from coconut.rl.policy import Policy, policy_batch
+from coconut.rl.policy import Policy, for_tokens, policy_batch
 from coconut.rl.rollouts import THINKLESS_COSTS, Correctness, Cost, Group, roll_out
 from coconut.tasks import TASKS
 
@@ -67,8 +67,8 @@ def test_answers_are_as_likely_as_the_policy_says() -> None:
     samples = [sample for group in groups for sample in group.samples]
     count = sum(len(sample.log_probs) for sample in samples)
     batch = policy_batch(
-        samples, torch.cat([group.rewards for group in groups]), OBJECTIVES["grpo"], Totals(12, count, 6), lm.special,
-        on_policy=True,
+        samples, for_tokens(torch.cat([group.rewards for group in groups]), samples), OBJECTIVES["grpo"],
+        Totals(12, count, 6), lm.special, on_policy=True,
     )  # fmt: skip
     recomputed = Policy.of(lm.special, temperature=0.7).log_probs(lm, batch)
     torch.testing.assert_close(recomputed, torch.cat([s.log_probs for s in samples]), rtol=1e-4, atol=1e-5)

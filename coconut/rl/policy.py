@@ -190,9 +190,14 @@ class PolicyBatch(Scored):
         return len(self.advantages)
 
 
+def for_tokens(gains_N: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
+    """One number an answer as one for each of its sampled tokens."""
+    return [gain.expand(len(sample.log_probs)) for gain, sample in zip(gains_N, samples, strict=True)]
+
+
 def policy_batch(
     samples: Sequence[Sample],
-    advantages_N: Tensor,
+    advantages: Sequence[Tensor],
     objective: Objective,
     totals: Totals,
     special: SpecialIds,
@@ -200,14 +205,14 @@ def policy_batch(
     on_policy: bool,
     passes: int = 1,
 ) -> PolicyBatch:
-    """Answers with their advantages as a micro-batch of a batch that has `totals` in all."""
+    """Answers with the advantages of their sampled tokens as a micro-batch of a batch that has `totals` in all."""
     made = Scored.of(samples, special, max(passes, *(sample.passes for sample in samples)))
     reference = [sample.reference for sample in samples if sample.reference is not None]
     lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
     weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
     return PolicyBatch(
         **vars(made),
-        advantages=advantages_N.float().repeat_interleave(lengths_N),
+        advantages=torch.cat(list(advantages)).float(),
         weights=weights_M * totals.tokens,
         kl_weights=kl_weights_M * totals.tokens,
         old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from coconut.build import starting_point
 from coconut.cli import application
@@ -23,7 +24,7 @@ from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.objectives import Totals, advantages, k3, without_variance
-from coconut.rl.policy import Policy, longest_answers, policy_batch, shares
+from coconut.rl.policy import Policy, for_tokens, longest_answers, policy_batch, shares
 from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, say, working
@@ -126,9 +127,8 @@ class PolicyTraining:
             samples = [replace(sample, reference=None) for sample in samples]
         totals = Totals(len(samples), len(samples) * len(widest.log_probs), self.limit)
         on_policy = self.config.on_policy
-        batch = policy_batch(
-            samples, torch.zeros(len(samples)), self.objective, totals, self.lm.special, on_policy=on_policy
-        )
+        gains = for_tokens(torch.zeros(len(samples)), samples)
+        batch = policy_batch(samples, gains, self.objective, totals, self.lm.special, on_policy=on_policy)
         self.engine.rehearse(batch)
 
     def keep_reference(self) -> None:
@@ -223,21 +223,33 @@ class PolicyTraining:
         teaching = [group for group in groups if not (drops and without_variance(group.rewards[None]).all())]
         lr = config.optimizer.learning_rate(self.updates)
         parts = [part for part in np.array_split(np.arange(len(teaching)), config.num_minibatches) if len(part)]
-        done = [self.update([teaching[i] for i in part]) for _ in range(config.num_iterations) for part in parts]
+        gains = self._gains(teaching)
+        done = [
+            self.update([teaching[i] for i in part], [gain for i in part for gain in gains[i]])
+            for _ in range(config.num_iterations)
+            for part in parts
+        ]
         means = dict(zip(("loss", "grad_norm"), np.mean(done, axis=0).tolist(), strict=True)) if done else {}
         return {**means, "updates": len(done), "lr": lr, "memory": peak_memory(self.engine.device)}
 
-    def update(self, groups: Sequence[Group]) -> tuple[float, float]:
-        """One update with all answers of these groups. Gives its loss and the norm of its gradient."""
+    def _gains(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        """For each answer of each group the advantages of its tokens."""
+        scaled = self.objective.scaled
+        return [for_tokens(advantages(group.rewards[None], scaled)[0], group.samples) for group in groups]
+
+    def update(self, groups: Sequence[Group], gains: Sequence[Tensor]) -> tuple[float, float]:
+        """One update with all answers of these groups, of which `gains` has the advantages of their tokens.
+
+        Gives its loss and the norm of its gradient.
+        """
         config, world = self.config, self.world
         world.mark(f"in update {self.updates + 1}")
         samples = [sample for group in groups for sample in group.samples]
-        gains_N = advantages(torch.stack([group.rewards for group in groups]), self.objective.scaled).flatten()
         totals = Totals(len(samples), sum(len(sample.log_probs) for sample in samples), self.limit)
-        rows, gains = [*samples, samples[0].muted()], torch.cat([gains_N, torch.zeros(1)])  # place -1 is the muted one
+        rows, gains = [*samples, samples[0].muted()], [*gains, torch.zeros(0)]  # place -1 is the muted one
         parts = [
             policy_batch(
-                [rows[i] for i in places], gains[places], self.objective, totals, self.lm.special,
+                [rows[i] for i in places], [gains[i] for i in places], self.objective, totals, self.lm.special,
                 on_policy=config.on_policy, passes=passes,
             )
             for places, passes in shares(samples, self.micro_batch_size, world.rank, world.size)
