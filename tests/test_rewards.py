@@ -25,6 +25,7 @@ from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
 from coconut.rewards.answers import read_answers
+from coconut.rewards.batches import Answers, preference, reward_batch, reward_loss
 from coconut.rewards.compare import bounds
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.implicit import ImplicitReward, by_part
@@ -32,8 +33,8 @@ from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.montecarlo import step_labels
 from coconut.rewards.selection import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
 from coconut.rewards.steps import text_ends, token_parts
-from coconut.rewards.train import Answers, RewardBatch, preference, reward_loss, run
-from coconut.rl.policy import Policy, Scored, sample_said
+from coconut.rewards.train import run
+from coconut.rl.policy import Policy, sample_said
 from coconut.rl.rollouts import Correctness
 from coconut.rollout import run as roll
 from coconut.tasks import TASKS
@@ -446,11 +447,7 @@ def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path
 def test_gradient_reaches_every_token_of_the_answer_and_nothing_else() -> None:
     lm = build("llama", slot=Slot.nothing, markers=False)
     samples = [sample_said(lm, [5, 6], [7, 8, 1], text=""), sample_said(lm, [5, 6, 9], [8, 1], text="")]
-    reference = torch.zeros(2)
-    batch = RewardBatch(
-        **vars(Scored.of(samples, lm.special, 1)), counts=torch.tensor([3, 2]), reference=reference,
-        right=torch.tensor([True, False]), zero=torch.zeros(()), units=2,
-    )  # fmt: skip
+    batch = reward_batch(samples, torch.zeros(2), torch.tensor([True, False]), lm.special, 1)
     policy = Policy.of(lm.special)
     loss = reward_loss(LOSSES["ce"], policy, 0.5)(lm, batch)
     sums = torch.stack([row.sum() for row in policy.score(lm, samples, 2)]).double()

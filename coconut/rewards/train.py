@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coconut.build import starting_point
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
@@ -18,10 +17,11 @@ from coconut.engine.world import World
 from coconut.files import whole_file
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
-from coconut.rewards.answers import Labelled, read_answers
+from coconut.rewards.answers import read_answers
+from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
 from coconut.rewards.config import RewardModelConfig
-from coconut.rewards.losses import Loss, loss_named
-from coconut.rl.policy import Policy, Sample, Scored, shares
+from coconut.rewards.losses import loss_named
+from coconut.rl.policy import Policy, Sample, shares
 from coconut.screen import duration, say, working
 from coconut.signals import asked_to_stop
 from coconut.standing import Standing, stopped
@@ -29,87 +29,6 @@ from coconut.tracking import Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
 
 REFERENCE = "reference.pt"  # in the run's folder: how likely the reference is to give each answer, once for all epochs
-
-
-@dataclass
-class RewardBatch(Scored):
-    """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
-
-    `reference` (N,): log-probabilities of the whole answers. `right` (N,): whether they are right. `units`: answers or
-    pairs in it.
-    """
-
-    counts: Tensor
-    reference: Tensor
-    right: Tensor
-    zero: Tensor
-    units: int
-
-    @property
-    def num_targets(self) -> int:
-        return self.units
-
-
-def reward_loss(loss: Loss, policy: Policy, beta: float, weight: float = 1.0) -> Any:
-    """An engine's loss function. `weight`: wrong answers for each right one, for a loss that weighs them."""
-
-    def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
-        log_probs_M = policy.log_probs(module, batch)
-        if not batch.units:
-            return 0.0 * log_probs_M.sum()
-        owner_M = torch.repeat_interleave(torch.arange(len(batch.counts), device=log_probs_M.device), batch.counts)
-        sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, owner_M, log_probs_M)
-        rewards_N = beta * (sums_N - batch.reference)
-        if loss.pairs:
-            return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
-        shifted = (batch.zero, weight) if loss.shifted else ()
-        return loss.of(rewards_N, batch.right, *shifted).sum()
-
-    return summed
-
-
-@dataclass(frozen=True)
-class Answers:
-    """All answers of a file, one after the other; `question` (N,) says whose each is."""
-
-    samples: list[Sample]
-    right: np.ndarray
-    question: np.ndarray
-
-    @classmethod
-    def of(cls, labelled: Sequence[Labelled]) -> Answers:
-        counts = [len(row.samples) for row in labelled]
-        return cls(
-            samples=[sample for row in labelled for sample in row.samples],
-            right=np.array([right for row in labelled for right in row.correct]),
-            question=np.repeat(np.arange(len(labelled)), counts),
-        )
-
-    def pairs(self, seed: int) -> np.ndarray:
-        """(P, 2) a right and a wrong answer to the same question, each answer at most once."""
-        draw, found = np.random.default_rng(seed), []
-        for question in range(int(self.question.max()) + 1):
-            mine = np.flatnonzero(self.question == question)
-            right, wrong = (draw.permutation(mine[self.right[mine] == kind]) for kind in (True, False))
-            found += list(zip(right, wrong, strict=False))
-        return np.array(found, int).reshape(-1, 2)
-
-
-def preference(rewards: np.ndarray, answers: Answers) -> dict[str, float]:
-    """How well rewards tell right answers from wrong ones to the same question.
-
-    `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
-    largest reward is right; `mean`: how often any answer is.
-    """
-    won, pairs, best = 0.0, 0, []
-    for question in range(int(answers.question.max()) + 1):
-        mine = answers.question == question
-        right, wrong = rewards[mine & answers.right], rewards[mine & ~answers.right]
-        apart = right[:, None] - wrong[None, :]
-        won += float((apart > 0).sum() + 0.5 * (apart == 0).sum())
-        pairs += apart.size
-        best.append(bool(answers.right[mine][rewards[mine].argmax()]))
-    return {"pairs": won / max(pairs, 1), "best_of_n": float(np.mean(best)), "mean": float(answers.right.mean())}
 
 
 class RewardTraining:
@@ -162,14 +81,12 @@ class RewardTraining:
 
     def _whole(self, lm: LatentLM, answers: Answers) -> Tensor:
         """(N,) how likely each whole answer is to a whole model; the processes share the work."""
-        world = self.world
-        mine = [answers.samples[i] for i in range(world.rank, len(answers.samples), world.size)]
+
+        def sums(samples: Sequence[Sample]) -> list[float]:
+            return [float(row.sum()) for row in self.policy.score(lm, samples, self.micro_batch_size)]
+
         with self.engine.autocast():
-            scored = [float(row.sum()) for row in self.policy.score(lm, mine, self.micro_batch_size)]
-        sums = torch.zeros(len(answers.samples))
-        for rank, part in enumerate(world.gather(scored)):
-            sums[rank :: world.size] = torch.tensor(part)
-        return sums
+            return torch.tensor(scored_together(sums, answers.samples, self.world))
 
     def keep_reference(self) -> None:
         with whole_file(self.folder / REFERENCE) as part:
@@ -272,12 +189,12 @@ class RewardTraining:
     def _batch(self, units: np.ndarray, passes: int, zero: Tensor) -> RewardBatch:
         """Of these units; of none a row that counts for nothing."""
         answers, chosen = self.answers["train"], units.flatten()
-        samples = [answers.samples[i] for i in chosen] or [answers.samples[0].muted()]
-        return RewardBatch(
-            **vars(Scored.of(samples, self.lm.special, passes)),
-            counts=torch.tensor([len(sample.log_probs) for sample in samples]),
-            reference=self.reference["train"][chosen],
-            right=torch.from_numpy(answers.right[chosen]),
+        return reward_batch(
+            [answers.samples[i] for i in chosen] or [answers.samples[0].muted()],
+            self.reference["train"][chosen],
+            torch.from_numpy(answers.right[chosen]),
+            self.lm.special,
+            passes,
             zero=zero,
             units=len(units),
         )

@@ -1,0 +1,134 @@
+"""Labelled answers as an engine takes them, the loss on them, and how well rewards tell right from wrong.
+
+Shapes: N answers, P pairs of a right and a wrong one to the same question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coconut.data import SpecialIds
+from coconut.engine.world import World
+from coconut.rewards.answers import Labelled
+from coconut.rewards.losses import Loss
+from coconut.rl.policy import Policy, Sample, Scored
+
+T = TypeVar("T")
+
+
+@dataclass
+class RewardBatch(Scored):
+    """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
+
+    `reference` (N,): log-probabilities of the whole answers. `right` (N,): whether they are right. `units`: answers or
+    pairs in it.
+    """
+
+    counts: Tensor
+    reference: Tensor
+    right: Tensor
+    zero: Tensor
+    units: int
+
+    @property
+    def num_targets(self) -> int:
+        return self.units
+
+
+def reward_batch(
+    samples: Sequence[Sample],
+    reference_N: Tensor,
+    right_N: Tensor,
+    special: SpecialIds,
+    passes: int,
+    *,
+    zero: Tensor | None = None,
+    units: int | None = None,
+) -> RewardBatch:
+    """These answers as a micro-batch; `units`: pairs, if it is not the answers that count."""
+    return RewardBatch(
+        **vars(Scored.of(samples, special, passes)),
+        counts=torch.tensor([len(sample.log_probs) for sample in samples]),
+        reference=reference_N,
+        right=right_N,
+        zero=torch.zeros(()) if zero is None else zero,
+        units=len(reference_N) if units is None else units,
+    )
+
+
+def reward_loss(loss: Loss, policy: Policy, beta: float, weight: float = 1.0) -> Any:
+    """An engine's loss function. `weight`: wrong answers for each right one, for a loss that weighs them."""
+
+    def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
+        log_probs_M = policy.log_probs(module, batch)
+        if not batch.units:
+            return 0.0 * log_probs_M.sum()
+        owner_M = torch.repeat_interleave(torch.arange(len(batch.counts), device=log_probs_M.device), batch.counts)
+        sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, owner_M, log_probs_M)
+        rewards_N = beta * (sums_N - batch.reference)
+        if loss.pairs:
+            return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
+        shifted = (batch.zero, weight) if loss.shifted else ()
+        return loss.of(rewards_N, batch.right, *shifted).sum()
+
+    return summed
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to several questions, one after the other; `question` (N,) says whose each is."""
+
+    samples: list[Sample]
+    right: np.ndarray
+    question: np.ndarray
+
+    @classmethod
+    def of(cls, labelled: Sequence[Labelled]) -> Answers:
+        counts = [len(row.samples) for row in labelled]
+        return cls(
+            samples=[sample for row in labelled for sample in row.samples],
+            right=np.array([right for row in labelled for right in row.correct]),
+            question=np.repeat(np.arange(len(labelled)), counts),
+        )
+
+    def pairs(self, seed: int) -> np.ndarray:
+        """(P, 2) a right and a wrong answer to the same question, each answer at most once."""
+        draw, found = np.random.default_rng(seed), []
+        for question in range(int(self.question.max()) + 1):
+            mine = np.flatnonzero(self.question == question)
+            right, wrong = (draw.permutation(mine[self.right[mine] == kind]) for kind in (True, False))
+            found += list(zip(right, wrong, strict=False))
+        return np.array(found, int).reshape(-1, 2)
+
+
+def preference(rewards: np.ndarray, answers: Answers) -> dict[str, float]:
+    """How well rewards tell right answers from wrong ones to the same question.
+
+    `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
+    largest reward is right; `mean`: how often any answer is.
+    """
+    won, pairs, best = 0.0, 0, []
+    for question in range(int(answers.question.max()) + 1):
+        mine = answers.question == question
+        right, wrong = rewards[mine & answers.right], rewards[mine & ~answers.right]
+        apart = right[:, None] - wrong[None, :]
+        won += float((apart > 0).sum() + 0.5 * (apart == 0).sum())
+        pairs += apart.size
+        best.append(bool(answers.right[mine][rewards[mine].argmax()]))
+    return {"pairs": won / max(pairs, 1), "best_of_n": float(np.mean(best)), "mean": float(answers.right.mean())}
+
+
+def scored_together(
+    score: Callable[[Sequence[Sample]], Sequence[T]], samples: Sequence[Sample], world: World
+) -> list[T]:
+    """What `score` says of each answer; each process does its share, and all know the outcome."""
+    found: dict[int, T] = {}
+    for rank, part in enumerate(world.gather(score(samples[world.rank :: world.size]))):
+        found |= zip(range(rank, len(samples), world.size), part, strict=True)
+    return [found[place] for place in range(len(samples))]
