@@ -111,6 +111,12 @@ def starting_point(init: str) -> Path:
     return path
 
 
+def run_of(init: str) -> Path:
+    """The folder of the run that `init` names, itself or one of its checkpoints."""
+    path = Path(init)
+    return path if (path / "checkpoints").is_dir() else path.parent.parent
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run's model at a checkpoint, on its device. `config` is what the run was made with."""

@@ -7,6 +7,8 @@ safetensors, tokenizer, reasoning) and holds besides
     state.json      where training stands, and which checkpoint is the best so far
     manifest.json   size and SHA-256 of every other file
 
+and, in a folder of its name, a model that learns beside this one, with a trainer.pt of its own.
+
 It is written beside its place and moved there when it is whole, so no pointer is needed: the last
 checkpoint is the one with the highest number whose manifest holds, and it knows the best.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +50,20 @@ class Checkpoints:
         trainer: dict[str, Any],
         state: dict[str, Any],
         on_file: Callable[[], None] = lambda: None,
+        beside: Mapping[str, tuple[LatentLM, dict[str, Any]]] | None = None,
     ) -> Path:
         """Write a checkpoint, then remove those that are no longer kept. `on_file` is called as it gets on.
 
+        `beside`: other models by the names of their folders, with what their trainers keep.
         Raises OSError if it cannot be written; the earlier ones stay as they are.
         """
         path = self.path(step)
         try:
             with whole_folder(path) as part:
-                lm.save_pretrained(part)
-                on_file()
-                torch.save(trainer, part / TRAINER)
+                for name, (model, its) in {"": (lm, trainer), **(beside or {})}.items():
+                    model.save_pretrained(part / name)
+                    on_file()
+                    torch.save(its, part / name / TRAINER)
                 write_json(part / STATE, {"step": step, **state})
                 files = sorted(file for file in part.rglob("*") if file.is_file())
                 manifest = {}

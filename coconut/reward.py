@@ -18,12 +18,12 @@ def compare(config: CompareConfig) -> int:
     """Score the same answers with several reward models, and write what each is good for."""
     from coconut.analysis.entrants import folders
     from coconut.analysis.table import aligned, common_folder
-    from coconut.build import load_run, starting_point
+    from coconut.build import load_run
     from coconut.engine.base import autocast, set_up
     from coconut.model import LatentLM
     from coconut.rewards import compare as scoring
     from coconut.rewards.answers import read_answers
-    from coconut.rewards.implicit import ImplicitReward
+    from coconut.rewards.implicit import ImplicitReward, reference_of
     from coconut.rl.rollouts import Correctness
     from coconut.tasks import TASKS
     from coconut.tracking import read_config
@@ -31,7 +31,7 @@ def compare(config: CompareConfig) -> int:
     only_our_words()
     runs = folders(config.runs)
     configs = [read_config(folder) for folder in runs]
-    inits = {str(starting_point(its["init"]).resolve()) for its in configs}
+    inits = {str(reference_of(folder)) for folder in runs}
     if len(inits) != 1:
         raise ValueError(f"The reward models started from different models: {', '.join(sorted(inits))}.")
     reference = LatentLM.from_pretrained(inits.pop()).eval().to(set_up(config.engine))
@@ -79,11 +79,10 @@ def compare(config: CompareConfig) -> int:
 
 def _task(init: str) -> str:
     """Whose answers the first model gave."""
+    from coconut.build import run_of
     from coconut.tracking import read_config
 
-    place = Path(init)
-    made = place if (place / "checkpoints").is_dir() else place.parent.parent
-    return str(read_config(made)["data"]["task"])
+    return str(read_config(run_of(init))["data"]["task"])
 
 
 def _selection_table(rows: list[dict[str, Any]]) -> list[list[str]]:

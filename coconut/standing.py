@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import RunConfig
 from coconut.engine.base import Engine, restore_master
 from coconut.engine.world import World
+from coconut.files import whole_folder
 from coconut.methods import Reasoning
 from coconut.model import LatentLM
 from coconut.screen import say
@@ -39,12 +42,29 @@ class Standing:
             self.trainer = {}
             self.world.first_does(lambda: self.checkpoints.set_aside_after(self.state["step"]))
 
-    def save(self, step: int, engine: Engine, reasoning: Reasoning, state: dict[str, Any]) -> None:
-        """Write a checkpoint, of a model that is to be asked so."""
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        reasoning: Reasoning,
+        state: dict[str, Any],
+        beside: Mapping[str, Engine] | None = None,
+    ) -> None:
+        """Write a checkpoint, of a model that is to be asked so. `beside`: engines of other models, by their names."""
         trainer = engine.state_dict()
-        with engine.whole() as lm:
+        trainers = {name: its.state_dict() for name, its in (beside or {}).items()}
+        with ExitStack() as held:
+            lm = held.enter_context(engine.whole())
             lm.reasoning = reasoning
-            self.world.first_does(lambda: self.checkpoints.save(step, lm, trainer, state, self.world.tick))
+            others = {name: (held.enter_context(its.whole()), trainers[name]) for name, its in (beside or {}).items()}
+            self.world.first_does(lambda: self.checkpoints.save(step, lm, trainer, state, self.world.tick, others))
+
+
+def keep_copy(place: Path, lm: LatentLM) -> None:
+    """A copy of a model in the run's folder, if there is none yet."""
+    if not place.is_dir():
+        with whole_folder(place) as part:
+            lm.save_pretrained(part)
 
 
 def stopped(number: int, where: str) -> int:

@@ -11,16 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from coconut.build import run_of, starting_point
 from coconut.rewards.steps import token_parts
 from coconut.rl.policy import Policy, Sample
+from coconut.tracking import CONFIG, read_config
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
+
+
+def reference_of(run: Path | str) -> Path:
+    """The model that a run of coconut.reward, named by itself or one of its checkpoints, started from: its reference.
+
+    Raises ValueError if it is no such run.
+    """
+    folder = run_of(str(run))
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    if not {"loss", "beta", "init"} <= config.keys():
+        raise ValueError(
+            f"{run} is no run of python -m coconut.reward, nor a checkpoint of one, so nothing says what its reference "
+            "is. Name the run that trained the reward model."
+        )
+    return starting_point(config["init"]).resolve()
 
 
 @dataclass(frozen=True)

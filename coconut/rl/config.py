@@ -56,11 +56,50 @@ class RewardConfig:
 
 
 @dataclass
+class DenseConfig:
+    """A reward for each token, beta log pi_phi/pi_ref, of a model that learns beside the policy (arXiv 2502.01456).
+
+    `weight`: of these rewards in the advantages, beside those of whole answers; 0: none. `init`: a run of
+    coconut.reward or a checkpoint of one, with its reference; by default reward model and reference are what the policy
+    starts from. `online`: it learns from each batch which answers are right; if false, it stays as it is. `between`:
+    learn only from questions whose share of right answers lies strictly within these two, with weight 0 too.
+    """
+
+    weight: float = 0.0
+    init: str | None = None
+    beta: float = 0.05
+    online: bool = True
+    optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
+    between: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        at_least("dense.", self, weight=0)
+        if not self.beta > 0:
+            raise ValueError(
+                f"dense.beta is {self.beta}; it must be above 0, since it is what a reward is measured in."
+            )
+        if not self.weight and (self.init or not self.online):
+            key = f"init={self.init}" if self.init else "online=false"
+            raise ValueError(f"dense.{key} is about dense rewards, and there are none. Set dense.weight, to 1 perhaps.")
+        if not self.online and not self.init:
+            raise ValueError(
+                "dense.online=false leaves a reward model that equals its reference, which rewards nothing. Name a "
+                "trained one: dense.init=RUN, a run of python -m coconut.reward."
+            )
+        if self.between is not None and not (len(self.between) == 2 and 0 <= self.between[0] < self.between[1] <= 1):
+            raise ValueError(
+                f"dense.between is {self.between}; it is two shares of right answers, the lower one first, such as "
+                "[0.2,0.8]."
+            )
+
+
+@dataclass
 class RLConfig(RunConfig):
     """`init`, a run or a checkpoint, is the policy before its first update, and its reference."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
     batches: int = 100  # of rollouts, each learned from and thrown away
     questions: int = 128  # a batch, over all processes
@@ -86,6 +125,11 @@ class RLConfig(RunConfig):
         if self.samples < 2:
             raise ValueError(
                 f"samples is {self.samples}. An answer is compared with the others to its question: take 2 or more."
+            )
+        if self.dense.weight and self.objective.built().scaled:
+            raise ValueError(
+                f"objective.name={self.objective.name} divides advantages by their group's deviation, which those of "
+                "dense rewards are not. Set objective.scaled=false."
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; answers are sampled, so it must be above 0.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from coconut.data import Example, encode_questions, read_examples
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.evaluate import Abandoned, Prediction
-from coconut.files import read_json, whole_folder, write_json
+from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rl.config import RLConfig
@@ -29,16 +31,19 @@ from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, say, working
 from coconut.signals import Asked, asked_to_stop
-from coconut.standing import Standing, stopped
+from coconut.standing import Standing, keep_copy, stopped
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
 
-REFERENCE = "reference"  # in the run's folder: what the policy is held to
+if TYPE_CHECKING:
+    from coconut.rewards.dense import DenseRewards
+
+REFERENCE = "reference"  # in the run's folder: what it started from
 
 
 class PolicyTraining:
-    """One run, as one of its processes sees it: policy, reference, questions, engine and folder.
+    """One run, as one of its processes sees it: policy, reference, dense rewards, questions, engine and folder.
 
     `reward`: by default that of the configuration, coconut.rl.rollouts.Correctness.
     """
@@ -66,6 +71,7 @@ class PolicyTraining:
         self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         if self.reference:
             self.reference.to(self.engine.device)
+        self.dense = self._dense()
 
         state = self.standing.state
         self.step, self.updates, self.best = state["step"], state["updates"], state["best"]
@@ -83,13 +89,27 @@ class PolicyTraining:
                     raise ValueError(f"reward.{key}.{mode} is of a mode that the model does not have: {there}.")
         return lm.eval()  # without dropout: answers are as likely in an update as they were when they were sampled
 
+    @property
+    def held(self) -> bool:
+        """Whether the policy is held to what it started from."""
+        return self.config.objective.beta > 0
+
     def _reference(self) -> LatentLM | None:
-        """What the run started from."""
-        if not self.config.objective.beta:
+        """What the run started from, if the policy is held to it, or dense rewards are measured from there."""
+        dense = self.config.dense
+        if not self.held and (dense.init or not dense.weight):
             return None
         kept = self.folder / REFERENCE
         place = kept if kept.is_dir() else starting_point(str(self.config.init))
         return LatentLM.from_pretrained(place).eval().requires_grad_(False)
+
+    def _dense(self) -> DenseRewards | None:
+        if not self.config.dense.weight:
+            return None
+        from coconut.rewards.dense import DenseRewards  # it stands above this package, and is reached when asked for
+
+        start = None if self.config.dense.init else self.reference
+        return DenseRewards(self.config, self.folder, self.standing, self.judge, self.lm, start, self.micro_batch_size)
 
     def _read(self, split: str) -> list[Example]:
         """The examples whose questions leave room for the longest answer."""
@@ -123,19 +143,28 @@ class PolicyTraining:
         longest = longest_answers(self.lm, max(self._asked(self.train), key=len), self.limit)
         widest = max(longest, key=lambda sample: (len(sample.layout.ids), sample.passes))
         samples = [widest] * self.micro_batch_size
-        if not self.reference:
+        if not self.held:
             samples = [replace(sample, reference=None) for sample in samples]
         totals = Totals(len(samples), len(samples) * len(widest.log_probs), self.limit)
         on_policy = self.config.on_policy
         gains = for_tokens(torch.zeros(len(samples)), samples)
         batch = policy_batch(samples, gains, self.objective, totals, self.lm.special, on_policy=on_policy)
         self.engine.rehearse(batch)
+        if self.dense:
+            self.dense.rehearse(samples)
 
-    def keep_reference(self) -> None:
-        """A copy in the run's folder, since what the run started from may go."""
-        if self.reference and not (self.folder / REFERENCE).is_dir():
-            with whole_folder(self.folder / REFERENCE) as part:
-                self.reference.save_pretrained(part)
+    def take_up(self) -> None:
+        """Go on where the checkpoint was written. After a rehearsal."""
+        self.standing.take_up(self.engine)
+        if self.dense:
+            self.dense.take_up()
+
+    def keep_references(self) -> None:
+        """Copies in the run's folder, since what the run started from may go."""
+        if self.reference:
+            keep_copy(self.folder / REFERENCE, self.reference)
+        if self.dense:
+            self.dense.keep()
 
     def run(self) -> int:
         """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
@@ -207,7 +236,7 @@ class PolicyTraining:
 
     def _compared(self, groups: list[Group]) -> list[Group]:
         """With how likely the reference is to say the same."""
-        if not self.reference:
+        if not (self.held and self.reference):
             return groups
         samples = [sample for group in groups for sample in group.samples]
         scores = iter(self.policy.score(self.reference, samples, self.micro_batch_size))
@@ -217,25 +246,42 @@ class PolicyTraining:
         ]
 
     def learn(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Update the policy with a batch."""
+        """Update the policy with a batch, and what rewards its tokens."""
         config = self.config
-        drops = config.drop_without_variance
-        teaching = [group for group in groups if not (drops and without_variance(group.rewards[None]).all())]
+        places = [place for place, group in enumerate(groups) if self._teaches(group)]
+        teaching = [groups[place] for place in places]
+        told, gains = self._gains(groups, places)
         lr = config.optimizer.learning_rate(self.updates)
         parts = [part for part in np.array_split(np.arange(len(teaching)), config.num_minibatches) if len(part)]
-        gains = self._gains(teaching)
         done = [
             self.update([teaching[i] for i in part], [gain for i in part for gain in gains[i]])
             for _ in range(config.num_iterations)
             for part in parts
         ]
         means = dict(zip(("loss", "grad_norm"), np.mean(done, axis=0).tolist(), strict=True)) if done else {}
-        return {**means, "updates": len(done), "lr": lr, "memory": peak_memory(self.engine.device)}
+        return {**told, **means, "updates": len(done), "lr": lr, "memory": peak_memory(self.engine.device)}
 
-    def _gains(self, groups: Sequence[Group]) -> list[list[Tensor]]:
-        """For each answer of each group the advantages of its tokens."""
-        scaled = self.objective.scaled
-        return [for_tokens(advantages(group.rewards[None], scaled)[0], group.samples) for group in groups]
+    def _teaches(self, group: Group) -> bool:
+        config = self.config
+        if config.drop_without_variance and without_variance(group.rewards[None]).all():
+            return False
+        low, high = config.dense.between or (-math.inf, math.inf)
+        right = [self.judge.right(group.example, sample.text) for sample in group.samples]
+        return low < float(np.mean(right)) < high
+
+    def _gains(self, groups: Sequence[Group], places: Sequence[int]) -> tuple[dict[str, float], list[list[Tensor]]]:
+        """For each answer of the groups in these places the advantages of its tokens; first, what to log.
+
+        A reward model learns from these groups, after it has rewarded them all.
+        """
+        if not self.dense:
+            chosen, scaled = [groups[place] for place in places], self.objective.scaled
+            return {}, [for_tokens(advantages(group.rewards[None], scaled)[0], group.samples) for group in chosen]
+        with self.engine.autocast():
+            judged = self.dense.rewards(groups)
+        chosen = [judged[place] for place in places]
+        told = {**self.dense.described(judged), **(self.dense.update(chosen) if chosen else {})}
+        return told, [its.advantages(self.config.dense.weight) for its in chosen]
 
     def update(self, groups: Sequence[Group], gains: Sequence[Tensor]) -> tuple[float, float]:
         """One update with all answers of these groups, of which `gains` has the advantages of their tokens.
@@ -276,7 +322,7 @@ class PolicyTraining:
             "passes": float(np.mean([sample.took.passes for sample in samples])),
             "cut": float(np.mean([sample.cut for sample in samples])),
         }
-        if self.reference:
+        if self.held:
             likely = torch.cat([sample.log_probs for sample in samples])
             found["kl"] = float(k3(likely, torch.cat([s.reference for s in samples if s.reference is not None])).mean())
         for mode in self.lm.reasoning.modes:
@@ -326,7 +372,10 @@ class PolicyTraining:
     def save(self) -> None:
         self.world.mark(f"saving batch {self.step}")
         state = {"best": self.best, "pending": self.pending, "updates": self.updates}
-        self.standing.save(self.step, self.engine, self.lm.reasoning, state)
+        if self.dense:
+            state["dense_updates"] = self.dense.updates
+        beside = self.dense.beside if self.dense else {}
+        self.standing.save(self.step, self.engine, self.lm.reasoning, state, beside)
 
     def _tracking(self) -> Tracking:
         described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
@@ -382,9 +431,9 @@ def together(config: RLConfig, world: World, reward: Reward | None = None) -> in
         say(f"{len(training.train):,} training and {len(training.valid):,} validation questions, "
             f"{training.num_parameters / 1e6:.1f}M parameters, on {training.engine.device}")  # fmt: skip
         training.rehearse()
-        training.standing.take_up(training.engine)
+        training.take_up()
         world.first_does(lambda: describe_run(config, folder, training))
-        world.first_does(training.keep_reference)
+        world.first_does(training.keep_references)
         if training.step:
             say(f"Going on from batch {training.step:,}")
         return training.run()

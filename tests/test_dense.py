@@ -1,0 +1,373 @@
+"""Dense rewards: what they make of advantages, what the reward model learns, and that a run goes on exactly."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import graph_files, same_end, small_run
+from processes import together
+from safetensors.torch import load_file
+
+from coconut import LatentLM
+from coconut.build import starting_point
+from coconut.checkpoint import Checkpoints, load_state, load_trainer
+from coconut.config import AdamWConfig, DataConfig, EngineConfig
+from coconut.engine.world import World, joined
+from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.dense import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
+from coconut.rewards.train import run as run_reward
+from coconut.rl.config import DenseConfig, ObjectiveConfig, RewardConfig, RLConfig
+from coconut.rl.rollouts import Group
+from coconut.rl.train import REFERENCE, PolicyTraining, run
+from coconut.rl.train import together as run_together
+from coconut.rollout import run as roll
+from coconut.tracking import read_metrics
+from coconut.train import run as run_training
+
+CPU = EngineConfig(device="cpu", threads=1)
+LEARNS = AdamWConfig(lr=3e-3, clip=1.0, warmup=2)
+
+Made = tuple[Path, DataConfig]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model that is sometimes right, and its data."""
+    folder = tmp_path_factory.mktemp("warm")
+    data = graph_files(folder, 40, 12, 8)
+    curriculum = Curriculum(unit=Unit.updates, total=60)
+    assert run_training(small_run(folder / "run", data, method="cot", curriculum=curriculum, max_new_tokens=8)) == 0
+    return folder / "run", data
+
+
+@pytest.fixture(scope="module")
+def reward_model(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of coconut.reward on its answers."""
+    for split in ("train", "valid"):
+        assert roll(RolloutConfig(run=str(made[0]), split=split, samples=6, engine=CPU)) == 0
+    train, valid = (str(made[0] / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
+    folder = tmp_path_factory.mktemp("rewards") / "run"
+    config = RewardModelConfig(
+        run=str(folder), init=str(made[0]), data=DataConfig(train=train, valid=valid), beta=0.5, engine=CPU,
+        optimizer=LEARNS, batch_size=16, epochs=3,
+    )  # fmt: skip
+    assert run_reward(config) == 0
+    return folder
+
+
+def settings(made: Made, folder: Path, dense: DenseConfig | None = None, **changes: Any) -> RLConfig:
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "init": str(made[0]),
+        "data": made[1],
+        "objective": ObjectiveConfig("dr_grpo", beta=0.0),
+        "reward": RewardConfig(wrong=0.0),
+        "dense": dense or DenseConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
+        "optimizer": AdamWConfig(lr=1e-3, clip=1.0),
+        "engine": CPU,
+        "batches": 4,
+        "questions": 4,
+        "samples": 6,
+        "max_new_tokens": 8,
+        "micro_batch_size": 5,
+        "validate_every": 2,
+        "keep_checkpoints": 100,
+    }
+    return RLConfig(**{**values, **changes})
+
+
+def begun(config: RLConfig, made: Made, world: World | None = None) -> PolicyTraining:
+    folder = Path(str(config.run))
+    folder.mkdir(exist_ok=True)
+    files = {split: getattr(made[1], split) for split in ("train", "valid")}
+    return PolicyTraining(config, folder, files, world or World())
+
+
+def rewarded(training: PolicyTraining) -> tuple[DenseRewards, list[Group], list[Judged]]:
+    assert training.dense
+    groups = training.sample(0)
+    return training.dense, groups, training.dense.rewards(groups)
+
+
+# --- advantages -------------------------------------------------------------------------------------
+
+
+def test_the_advantage_by_hand() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0])
+    tokens = [torch.tensor([0.2, -0.1, 0.5]), torch.tensor([0.4]), torch.tensor([-0.3, 0.1])]
+    found = token_advantages(rewards, tokens, weight=2.0)
+    means = [0.2, 0.4, -0.1]
+    for i, row in enumerate(tokens):
+        others = [j for j in range(3) if j != i]
+        outcome = float(rewards[i]) - sum(float(rewards[j]) for j in others) / 2
+        baseline = sum(means[j] for j in others) / 2
+        expected = [outcome + 2.0 * sum(float(row[s]) - baseline for s in range(t, len(row))) for t in range(len(row))]
+        assert found[i].tolist() == pytest.approx(expected, abs=1e-6)
+    assert found[0].tolist() == pytest.approx([1 + 2 * (0.6 - 0.45), 1 + 2 * (0.4 - 0.3), 1 + 2 * (0.5 - 0.15)])
+
+
+def test_a_reward_model_that_equals_its_reference_leaves_the_outcome_alone(made: Made, tmp_path: Path) -> None:
+    _, groups, judged = rewarded(begun(settings(made, tmp_path / "run"), made))
+    assert any(group.rewards.any() for group in groups)
+    for group, its in zip(groups, judged, strict=True):
+        for i, row in enumerate(its.advantages(1.0)):
+            others = torch.cat([group.rewards[:i], group.rewards[i + 1 :]])
+            assert len(row) == len(group.samples[i].log_probs)
+            assert torch.equal(row, (group.rewards[i] - others.mean()).expand(len(row)))
+    assert all(not row.any() for its in judged for row in its.tokens)
+
+
+def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: Path, tmp_path: Path) -> None:
+    """Against the probabilities of the two models themselves, one answer at a time."""
+    dense = DenseConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
+    training = begun(settings(made, tmp_path / "run", dense), made)
+    its, groups, judged = rewarded(training)
+    mine, reference = (LatentLM.from_pretrained(starting_point(str(place))).eval() for place in (reward_model, made[0]))
+    sample, row = groups[0].samples[2], judged[0].tokens[2]
+    scored = [its.policy.score(lm, [sample], 1)[0] for lm in (mine, reference)]
+    torch.testing.assert_close(row, 0.5 * (scored[0] - scored[1]), rtol=1e-4, atol=1e-5)
+    assert row.abs().max() > 1e-3
+
+
+# --- what the reward model learns -------------------------------------------------------------------
+
+
+def test_an_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run"), made)
+    dense, groups, judged = rewarded(training)
+    before = dense.described(judged)
+    assert before["dense_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert before["dense_pairs"] == 0.5
+    assert before["dense_reward_right"] == before["dense_reward_wrong"] == 0
+    for _ in range(8):
+        assert dense.update(dense.rewards(groups))["dense_grad_norm"] > 0
+    after = dense.described(dense.rewards(groups))
+    assert after["dense_loss"] < before["dense_loss"] - 0.01
+    assert after["dense_pairs"] > 0.5
+    assert after["dense_reward_right"] > after["dense_reward_wrong"]
+
+
+def test_labels_are_the_judges_and_not_what_answers_cost(made: Made, tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run"), made)
+    dense, groups, _ = rewarded(training)
+    costly = [replace(group, rewards=-torch.ones(len(group.samples))) for group in groups]
+    right = torch.cat([its.right for its in dense.rewards(costly)])
+    assert right.any()
+    assert torch.equal(right, torch.cat([group.rewards for group in groups]) == 1)
+
+
+def test_micro_batches_change_nothing(made: Made, tmp_path: Path) -> None:
+    found = []
+    for size in (None, 5, 1):
+        config = settings(made, tmp_path / str(size), batches=2, micro_batch_size=size)
+        assert run(config) == 0
+        rows = [row for row in read_metrics(tmp_path / str(size)) if row["kind"] == "train"]
+        found.append([row[key] for row in rows for key in ("loss", "grad_norm", "dense_loss", "dense_grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
+
+
+# --- runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(settings(made, folder, save_every=1)) == 0
+    return folder
+
+
+def test_a_run_tells_what_the_reward_model_does(finished: Path) -> None:
+    rows = [row for row in read_metrics(finished) if row["kind"] == "train"]
+    for row in rows:
+        assert {"dense_loss", "dense_reward_wrong", "dense_grad_norm", "dense_lr"} <= row.keys()
+        assert "kl" not in row, "the policy is not held to the reference of the reward model"
+    assert any("dense_pairs" in row for row in rows)
+    assert rows[0]["dense_lr"] < rows[1]["dense_lr"] == LEARNS.lr
+    assert load_state(Checkpoints(finished).path(4))["dense_updates"] == 4
+    lm = LatentLM.from_pretrained(Checkpoints(finished).path(4) / REWARD_MODEL)
+    assert any(not torch.equal(a, b) for a, b in zip(lm.parameters(), policy_of(finished).parameters(), strict=True))
+
+
+def policy_of(folder: Path) -> LatentLM:
+    return LatentLM.from_pretrained(Checkpoints(folder).find("last"))
+
+
+def same_reward_model(folder: Path, other: Path) -> None:
+    ours, theirs = (Checkpoints(run).find("last") / REWARD_MODEL for run in (folder, other))
+    a, b = (load_file(place / "model.safetensors") for place in (ours, theirs))
+    assert all(torch.equal(a[name], weight) for name, weight in b.items())
+    mine, its = (load_trainer(place)["optimizer"]["state"] for place in (ours, theirs))
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(mine[index][key], value) for index, state in its.items() for key, value in state.items())
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_resumed_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(step + 1, 5):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    assert run(settings(made, folder, save_every=1)) == 0
+    same_end(folder, finished)
+    same_reward_model(folder, finished)
+
+
+def test_a_damaged_reward_model_is_a_damaged_checkpoint(
+    finished: Path, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (Checkpoints(folder).path(4) / REWARD_MODEL / "trainer.pt").write_bytes(b"")
+    assert run(settings(made, folder, save_every=1)) == 0
+    assert f"{REWARD_MODEL}/trainer.pt has 0 of" in capsys.readouterr().err
+    same_reward_model(folder, finished)
+
+
+@pytest.mark.parametrize("kind", ["own", "trained", "frozen"])
+def test_it_goes_on_when_what_it_began_from_is_gone(made: Made, reward_model: Path, tmp_path: Path, kind: str) -> None:
+    warm, rewards = tmp_path / "warm", tmp_path / "rewards"
+    shutil.copytree(made[0], warm)
+    shutil.copytree(reward_model, rewards)
+    changes = {"own": {}, "trained": {"init": str(rewards)}, "frozen": {"init": str(rewards), "online": False}}[kind]
+    dense = DenseConfig(weight=0.5, beta=0.5, optimizer=LEARNS, **changes)
+    folder = tmp_path / "run"
+    config = settings((warm, made[1]), folder, dense)
+    assert run(config) == 0
+    assert (folder / REFERENCE).is_dir() == (kind == "own")
+    assert (folder / REWARD_REFERENCE).is_dir() == (kind != "own")
+    assert (folder / REWARD_MODEL).is_dir() == (kind == "frozen")
+    shutil.copytree(folder, tmp_path / "whole")
+    shutil.rmtree(Checkpoints(folder).path(4))
+    shutil.rmtree(warm)
+    shutil.rmtree(rewards)
+    assert run(config) == 0
+    same_end(folder, tmp_path / "whole")
+
+
+def test_a_frozen_reward_model_stays_as_it_is(made: Made, reward_model: Path, tmp_path: Path) -> None:
+    dense = DenseConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
+    training = begun(settings(made, tmp_path / "run", dense), made)
+    its, _, judged = rewarded(training)
+    assert its.update(judged) == {}
+    before = LatentLM.from_pretrained(starting_point(str(reward_model)))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), its.lm.parameters(), strict=True))
+    assert run(settings(made, tmp_path / "whole", dense)) == 0
+    assert not (Checkpoints(tmp_path / "whole").path(4) / REWARD_MODEL).exists()
+    after = LatentLM.from_pretrained(tmp_path / "whole" / REWARD_MODEL)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, weight: float) -> None:
+    """Neither the policy nor the reward model; a batch without any makes no update."""
+    dense = DenseConfig(weight=weight, between=[0.999, 1.0], optimizer=LEARNS)
+    assert run(settings(made, tmp_path / "run", dense, batches=2)) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert all(row["updates"] == 0 and "loss" not in row and "dense_grad_norm" not in row for row in rows)
+    before = LatentLM.from_pretrained(starting_point(str(made[0])))
+    for after in [policy_of(tmp_path / "run")] + [
+        LatentLM.from_pretrained(Checkpoints(tmp_path / "run").find("last") / REWARD_MODEL) for _ in range(weight > 0)
+    ]:
+        assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_which_questions_are_within_the_bounds(made: Made, tmp_path: Path) -> None:
+    dense = DenseConfig(weight=1.0, between=[0.0, 0.5])
+    training = begun(settings(made, tmp_path / "run", dense), made)
+    _, groups, judged = rewarded(training)
+    shares = [float(its.right.float().mean()) for its in judged]
+    assert [training._teaches(group) for group in groups] == [0 < share < 0.5 for share in shares]
+    group, its = next(pair for pair in zip(groups, judged, strict=True) if pair[1].right.any())
+    right = group.samples[int(its.right.int().argmax())]
+    wrong = replace(right, text="")
+    for count, teaches in ((0, False), (1, True), (3, False), (6, False)):
+        mixed = replace(group, samples=(*[right] * count, *[wrong] * (6 - count)))
+        assert training._teaches(mixed) == teaches
+
+
+# --- several processes ------------------------------------------------------------------------------
+
+
+def updated(made: Made, folder: Path, world: World) -> list[float]:
+    """Two updates of the reward model, on the same answers however many processes there are."""
+    config = settings(made, folder, engine=replace(CPU, timeout=120), micro_batch_size=7)
+    with torch.random.fork_rng():
+        alone = begun(replace(config, run=f"{folder}-alone-{world.rank}"), made)
+        groups = alone.sample(0)[:3]
+    training = begun(config, made, world)
+    assert training.dense
+    found = []
+    for _ in range(2):
+        judged = training.dense.rewards(groups)
+        found += [*training.dense.update(judged).values(), *training.dense.described(judged).values()]
+    last = training.dense.rewards(groups)
+    return found + [float(row.sum()) for its in last for row in its.advantages(1.0)]
+
+
+def data_beside(warm: str) -> DataConfig:
+    folder = Path(warm).parent
+    train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
+    return DataConfig(train=train, valid=valid, test=test, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def on_two(warm: str, folder: str) -> None:
+    made, place = (Path(warm), data_beside(warm)), Path(folder)
+    with joined(replace(CPU, timeout=120)) as world:
+        config = settings(made, place / "run", engine=replace(CPU, timeout=120), batches=2)
+        assert run_together(config, world) == 0
+        assert run_together(replace(config, batches=2), world) == 0
+        found = updated(made, place / "together", world)
+        alone = updated(made, place / f"alone-{world.rank}", World())
+        assert found == pytest.approx(alone, rel=1e-3, abs=1e-5)
+        assert max(map(abs, found)) > 1e-2
+
+
+def test_the_number_of_processes_changes_nothing(made: Made, tmp_path: Path) -> None:
+    together("test_dense.on_two", str(made[0]), str(tmp_path))
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert [row["updates"] for row in rows] == [1, 1]
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": 1.0, "online": False}, "equals its reference, which rewards nothing. Name a trained one"),
+        ({"weight": -1.0}, "dense.weight is -1.0; it must be at least 0"),
+        ({"weight": 1.0, "beta": 0.0}, "dense.beta is 0.0"),
+        ({"online": False}, "dense.online=false is about dense rewards, and there are none"),
+        ({"init": "runs/rewards"}, "dense.init=runs/rewards is about dense rewards"),
+        ({"between": [0.8, 0.2]}, r"dense.between is \[0.8, 0.2\]; it is two shares"),
+        ({"between": [0.5]}, "it is two shares"),
+        ({"between": [0.0, 1.5]}, "it is two shares"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenseConfig(**changes)
+
+
+def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"objective.name=grpo divides advantages.*Set objective.scaled=false"):
+        settings(made, tmp_path / "run", objective=ObjectiveConfig("grpo"))
+    other = tmp_path / "other"
+    data = graph_files(tmp_path, 6, 4, 4)
+    curriculum = Curriculum(unit=Unit.updates, total=1)
+    assert run_training(small_run(other, data, method="cot", curriculum=curriculum, seed=1)) == 0
+    for dense, policy, message in [
+        (DenseConfig(1.0, str(reward_model)), made, "dense.beta is 0.05, and .* was trained with 0.5"),
+        (DenseConfig(1.0, str(made[0])), made, r"is no run of python -m coconut.reward, nor a checkpoint of one"),
+        (DenseConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(settings(policy, tmp_path / "run", dense))
+        assert not (tmp_path / "run").exists()
