@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 def compare(config: CompareConfig) -> int:
     """Score the same answers with several reward models, and write what each is good for."""
     from coconut.analysis.entrants import folders
-    from coconut.analysis.table import aligned, common_folder
+    from coconut.analysis.study import Study
+    from coconut.analysis.table import common_folder
     from coconut.build import load_run
     from coconut.engine.base import autocast, set_up
+    from coconut.files import write_text
     from coconut.model import LatentLM
     from coconut.rewards import compare as scoring
+    from coconut.rewards import report
     from coconut.rewards.answers import read_answers
     from coconut.rewards.implicit import ImplicitReward, reference_of
+    from coconut.rewards.losses import loss_named
+    from coconut.rewards.value import ValueModel
     from coconut.rl.rollouts import Correctness
     from coconut.tasks import TASKS
     from coconut.tracking import read_config
@@ -40,41 +47,62 @@ def compare(config: CompareConfig) -> int:
     asked = read_answers(config.answers, reference)
     development = read_answers(config.development or configs[0]["data"]["valid"], reference)
     parts = [scoring.first_answers(labelled, config.stepwise) for labelled in (development, asked)]
-    scored, stepwise, bounds = [], [], []
+    scored, stepwise, trained = [], [], []
+    bounds: dict[str, Study] = {}
     with (
         working("scoring", len(runs) + bool(config.rollouts)) as bar,
         autocast(reference.device, config.engine.precision),
     ):
         for number, (folder, its) in enumerate(zip(runs, configs, strict=True)):
             lm = load_run(folder, config.checkpoint, config.engine).lm
-            reward = ImplicitReward(lm, reference, its["beta"])
-            scored.append(scoring.implicit(folder.name, reward, asked, config.batch_size))
-            dev, test = (scoring.implicit(folder.name, reward, part, config.batch_size) for part in parts)
+            valued, reward = loss_named(its["loss"]).valued, ImplicitReward(lm, reference, its["beta"])
+            score: Callable[..., scoring.Scored] = (
+                partial(scoring.valued, folder.name, ValueModel(lm))
+                if valued
+                else partial(scoring.implicit, folder.name, reward)
+            )
+            scored.append(score(asked, config.batch_size))
+            dev, test = (score(part, config.batch_size) for part in parts)
             stepwise.append((dev, test))
-            bounds.append(scoring.bounds(reward, asked, seed=config.seed))
+            if not valued:
+                bounds[folder.name] = scoring.bounds(reward, asked, seed=config.seed)
+            trained.append(scoring.Trained(folder.name, _seconds(folder), its["epochs"], compared=not valued))
             bar(number + 1, folder.name)
         if config.rollouts:
             options: dict[str, Any] = {"rollouts": config.rollouts, "seed": config.seed}
             dev, test = (scoring.monte_carlo(reference, judge, part, **options) for part in parts)
             stepwise.append((dev, test))
-    studies = [scoring.selections(asked, scored, judge, SIZES)]
+            scored.append(scoring.monte_carlo(reference, judge, asked, **options))
+            bar(len(runs) + 1, "rollouts")
+    learned_from = read_answers(configs[0]["data"]["train"], reference)
+    studies = [
+        scoring.selections(asked, scored, judge, SIZES),
+        scoring.costs(
+            trained,
+            learned_from,
+            sum(weight.numel() for weight in reference.parameters()),
+            stepwise[-1][1] if config.rollouts else None,
+            len(scoring.samples_of(parts[1])),
+        ),
+    ]
     if hasattr(task, "first_wrong"):
         studies.append(scoring.localisation(parts[0], parts[1], stepwise, judge))
     folder = Path(config.output) if config.output else common_folder(runs)
+    studies.append(scoring.all_bounds(bounds))
     for study in studies:
         study.write(folder)
-    for run_folder, study in zip(runs, bounds, strict=True):
-        study.write(folder / run_folder.name / "analysis")
-    say("\n".join(aligned(_selection_table(studies[0].rows))))
-    if len(studies) > 1:
-        say("\n".join(aligned([["first error", "F1", "of wrong", "of right", "tokens", "seconds"], *(
-            [row["scorer"], *(f"{100 * row[key]:.1f} %" for key in ("f1", "of_wrong", "of_right")),
-             f"{row['tokens']:,}", f"{row['seconds']:.1f}"] for row in studies[1].rows)])))  # fmt: skip
-    for run_folder, study in zip(runs, bounds, strict=True):
-        low, high = (f"{100 * study.facts[key]:.1f} %" for key in ("mean_below", "below_max"))
-        say(f"{run_folder.name}: of {len(study.rows)} prefixes E[r] <= q in {low}, q <= max r in {high}")
-    say(f"Data: {folder}")
+    say(report.on_screen(studies))
+    page = folder / "comparison.html"
+    write_text(page, report.comparison_page(studies, configs[0]["name"], folder))
+    say(f"Page: {page}\nData: {folder}")
     return 0
+
+
+def _seconds(folder: Path) -> float:
+    """That its updates took."""
+    from coconut.tracking import read_metrics
+
+    return sum(row["seconds"] for row in read_metrics(folder) if row["kind"] == "train")
 
 
 def _task(init: str) -> str:
@@ -83,14 +111,6 @@ def _task(init: str) -> str:
     from coconut.tracking import read_config
 
     return str(read_config(run_of(init))["data"]["task"])
-
-
-def _selection_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    sizes = sorted({row["n"] for row in rows})
-    kinds = dict.fromkeys((row["scorer"], row["way"]) for row in rows)
-    cell = {(row["scorer"], row["way"], row["n"]): f"{100 * row['accuracy']:.1f}" for row in rows}
-    found = [["accuracy (%) with n samples", *(str(size) for size in sizes)]]
-    return found + [[f"{name}, {way}", *(cell[name, way, size] for size in sizes)] for name, way in kinds]
 
 
 train = application("reward", RewardModelConfig, run)

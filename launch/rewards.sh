@@ -34,7 +34,7 @@ for split in "train limit=2000 samples=8" "valid limit=200 samples=8" "test limi
 done
 
 echo "[3/4] Reward models, $jobs at a time"
-losses=(ce dpo nca kto)
+losses=(ce dpo nca kto value)
 every_second() { # 0 or 1, where to begin
     local i
     for ((i = $1; i < ${#losses[@]}; i += 2)); do

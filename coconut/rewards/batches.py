@@ -17,6 +17,7 @@ from coconut.data import SpecialIds
 from coconut.engine.world import World
 from coconut.rewards.answers import Labelled
 from coconut.rewards.losses import Loss
+from coconut.rewards.value import values
 from coconut.rl.policy import Policy, Sample, Scored
 
 T = TypeVar("T")
@@ -39,6 +40,11 @@ class RewardBatch(Scored):
     @property
     def num_targets(self) -> int:
         return self.units
+
+    @property
+    def owner(self) -> Tensor:
+        """(M,) whose each token is."""
+        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
 
 
 def reward_batch(
@@ -69,13 +75,24 @@ def reward_loss(loss: Loss, policy: Policy, beta: float, weight: float = 1.0) ->
         log_probs_M = policy.log_probs(module, batch)
         if not batch.units:
             return 0.0 * log_probs_M.sum()
-        owner_M = torch.repeat_interleave(torch.arange(len(batch.counts), device=log_probs_M.device), batch.counts)
-        sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, owner_M, log_probs_M)
+        sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, batch.owner, log_probs_M)
         rewards_N = beta * (sums_N - batch.reference)
         if loss.pairs:
             return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
         shifted = (batch.zero, weight) if loss.shifted else ()
         return loss.of(rewards_N, batch.right, *shifted).sum()
+
+    return summed
+
+
+def value_loss(loss: Loss, token: int) -> Any:
+    """An engine's loss function for a model of values: of an answer the mean over its tokens."""
+
+    def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
+        values_M = values(module, batch, token)
+        if not batch.units:
+            return 0.0 * values_M.sum()
+        return (loss.of(values_M, batch.right[batch.owner]) / batch.counts[batch.owner]).sum()
 
     return summed
 

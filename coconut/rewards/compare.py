@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from coconut.rewards.selection import (
     voted,
 )
 from coconut.rewards.steps import step_count
+from coconut.rewards.value import ValueModel
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Correctness
 from coconut.thinking import longest_first, pad_rows
@@ -34,20 +35,29 @@ from coconut.thinking import longest_first, pad_rows
 if TYPE_CHECKING:
     from coconut.model import LatentLM
 
-WAYS = ("sum", "min", "last")  # of making one score of the rewards of parts
-
 
 @dataclass(frozen=True)
 class Scored:
     """What a scorer says of the parts of answers, in the order of the questions and of their answers.
 
-    `seconds`, and `tokens` that went through a model, of each model that they went through.
+    `seconds`, and `tokens` that went through a model, of each model that they went through. `values`: whether a part is
+    said how likely the answer is to come out right after it, from 0 to 1, and not what the part adds.
     """
 
     name: str
     parts: list[list[float]]
     seconds: float
     tokens: int
+    values: bool = False
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Of making one score of those of the parts. The sum of values means nothing."""
+        return ("min", "last") if self.values else ("sum", "min", "last")
+
+    def weights(self) -> np.ndarray:
+        """(answers,) of their votes, from 0 to 1."""
+        return of_steps(self.parts, "last") if self.values else 1 / (1 + np.exp(-of_steps(self.parts, "sum")))
 
 
 def samples_of(labelled: Sequence[Labelled]) -> list[Sample]:
@@ -60,12 +70,19 @@ def implicit(name: str, reward: ImplicitReward, labelled: Sequence[Labelled], ba
     return Scored(name, parts, time.perf_counter() - begin, 2 * sum(len(sample.layout.ids) for sample in samples))
 
 
+def valued(name: str, model: ValueModel, labelled: Sequence[Labelled], batch_size: int = 256) -> Scored:
+    begin, samples = time.perf_counter(), samples_of(labelled)
+    parts = [row.tolist() for row in model.parts(samples, batch_size)]
+    tokens = sum(len(sample.layout.ids) for sample in samples)
+    return Scored(name, parts, time.perf_counter() - begin, tokens, values=True)
+
+
 def monte_carlo(lm: LatentLM, judge: Correctness, labelled: Sequence[Labelled], **options: Any) -> Scored:
     """The shares of rollouts from the end of each step that come out right; `options` are those of `step_labels`."""
     begin = time.perf_counter()
     found = step_labels(lm, judge, labelled, **options)
     parts = [shares or [1.0] for shares in found.shares]
-    return Scored("rollouts", parts, time.perf_counter() - begin, found.tokens)
+    return Scored("rollouts", parts, time.perf_counter() - begin, found.tokens, values=True)
 
 
 def selections(
@@ -92,12 +109,14 @@ def selections(
         add("oracle", "any right", size, any_right(right_QN, size))
         add("majority", "vote", size, voted(answers, np.ones_like(right_QN), right_QN, size))
         for scorer in scored:
-            for way in WAYS:
+            for way in scorer.ways:
                 scores_QN = of_steps(scorer.parts, way).reshape(right_QN.shape)
                 add(scorer.name, way, size, best_of(scores_QN, right_QN, size))
-            weights_QN = 1 / (1 + np.exp(-of_steps(scorer.parts, "sum").reshape(right_QN.shape)))
+            weights_QN = scorer.weights().reshape(right_QN.shape)
             add(scorer.name, "vote", size, voted(answers, weights_QN, right_QN, size))
-    return Study("selection", rows, {"questions": len(labelled), "samples": N, "mean": float(right_QN.mean())})
+    scoring = {scorer.name: {"seconds": scorer.seconds, "tokens": scorer.tokens} for scorer in scored}
+    facts = {"questions": len(labelled), "samples": N, "mean": float(right_QN.mean()), "scoring": scoring}
+    return Study("selection", rows, facts)
 
 
 def localisation(
@@ -139,6 +158,41 @@ def localisation(
     return Study("first_errors", rows, {"answers": len(truth[1]), "with_an_error": wrong})
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A reward model's training. `compared`: with a reference, that was asked once."""
+
+    name: str
+    seconds: float
+    epochs: int
+    compared: bool
+
+
+def costs(
+    models: Sequence[Trained], answers: Sequence[Labelled], parameters: int, rollouts: Scored | None, of: int
+) -> Study:
+    """What it takes to know of steps what the labels of so many answers say: a training, or rollouts for labels.
+
+    FLOPs: 2 for each parameter and token forward, 4 more backward. `rollouts` are of `of` answers; their cost is scaled
+    to as many as were trained on, and the training on their labels, which is to come, is not in it.
+    """
+    samples = samples_of(answers)
+    tokens = sum(len(sample.layout.ids) for sample in samples)
+    rows: list[dict[str, Any]] = [
+        {
+            "scorer": model.name,
+            "seconds": model.seconds,
+            "flops": float(2 * parameters * tokens * (3 * model.epochs + model.compared)),
+        }
+        for model in models
+    ]
+    if rollouts:
+        scale = len(samples) / of
+        flops = 2.0 * parameters * rollouts.tokens * scale
+        rows.append({"scorer": rollouts.name, "seconds": rollouts.seconds * scale, "flops": flops})
+    return Study("costs", rows, {"answers": len(samples), "tokens": tokens, "parameters": parameters})
+
+
 def bounds(
     reward: ImplicitReward, labelled: Sequence[Labelled], *, continuations: int = 64, prefixes: int = 200, seed: int = 0
 ) -> Study:
@@ -170,11 +224,27 @@ def bounds(
         r = torch.stack([row.sum() for row in reward.tokens(going_on[i])]).double()
         soft = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
         rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft)})
-    low = float(np.mean([row["mean"] <= row["q"] + 1e-6 for row in rows]))
-    high = float(np.mean([row["q"] <= row["max"] + 1e-6 for row in rows]))
-    return Study(
-        "bounds", rows, {"continuations": continuations, "beta": reward.beta, "mean_below": low, "below_max": high}
-    )
+    return Study("bounds", rows, {"continuations": continuations, "beta": reward.beta})
+
+
+def all_bounds(studies: Mapping[str, Study]) -> Study:
+    """Of each reward model the share of prefixes for which each bound held.
+
+    `soft_error`: how far q was from its sampled estimate, in the mean; `spread`: the standard deviation of q.
+    """
+    rows = [
+        {
+            "scorer": name,
+            "prefixes": len(study.rows),
+            "continuations": study.facts["continuations"],
+            "mean_below": float(np.mean([row["mean"] <= row["q"] + 1e-6 for row in study.rows])),
+            "below_max": float(np.mean([row["q"] <= row["max"] + 1e-6 for row in study.rows])),
+            "soft_error": float(np.mean([abs(row["soft"] - row["q"]) for row in study.rows])),
+            "spread": float(np.std([row["q"] for row in study.rows])),
+        }
+        for name, study in studies.items()
+    ]
+    return Study("bounds", rows)
 
 
 def first_answers(labelled: Sequence[Labelled], questions: int, answers: int = 8) -> list[Labelled]:

@@ -44,18 +44,23 @@ def kto(rewards_N: Tensor, labels_N: Tensor, zero: Tensor, weight: float = 1.0) 
 
 @dataclass(frozen=True)
 class Loss:
-    """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it has a zero and a weight."""
+    """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it has a zero and a weight.
 
-    pairs: bool
-    shifted: bool
+    `valued`: whether it is of the values of prefixes (coconut.rewards.value) and not of the rewards of answers.
+    """
+
     of: Callable[..., Tensor]
+    pairs: bool = False
+    shifted: bool = False
+    valued: bool = False
 
 
 LOSSES: dict[str, Loss] = {
-    "ce": Loss(pairs=False, shifted=False, of=cross_entropy),
-    "kto": Loss(pairs=False, shifted=True, of=kto),
-    "dpo": Loss(pairs=True, shifted=False, of=dpo),
-    "nca": Loss(pairs=True, shifted=False, of=nca),
+    "ce": Loss(cross_entropy),
+    "kto": Loss(kto, shifted=True),
+    "dpo": Loss(dpo, pairs=True),
+    "nca": Loss(nca, pairs=True),
+    "value": Loss(cross_entropy, valued=True),
 }
 
 

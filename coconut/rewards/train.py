@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,18 @@ from coconut.files import whole_file
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rewards.answers import read_answers
-from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
+from coconut.rewards.batches import (
+    Answers,
+    RewardBatch,
+    preference,
+    reward_batch,
+    reward_loss,
+    scored_together,
+    value_loss,
+)
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.losses import loss_named
+from coconut.rewards.value import ValueModel
 from coconut.rl.policy import Policy, Sample, shares
 from coconut.screen import duration, say, working
 from coconut.signals import asked_to_stop
@@ -48,11 +58,15 @@ class RewardTraining:
         self.answers = {split: Answers.of(read_answers(files[split], self.lm)) for split in ("train", "valid")}
         self.units = self._units()
         self.standing.restore(self.lm)
-        right = self.answers["train"].right
-        loss = reward_loss(self.loss, self.policy, config.beta, float((~right).sum() / max(right.sum(), 1)))
-        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
+        self.engine: Engine = make_engine(self.lm, self._loss(), config.engine, config.optimizer, world)
         self.reference = self._reference(init)
         self.step, self.best = self.standing.state["step"], self.standing.state["best"]
+
+    def _loss(self) -> Any:
+        if self.loss.valued:
+            return value_loss(self.loss, self.lm.special.latent)
+        right = self.answers["train"].right
+        return reward_loss(self.loss, self.policy, self.config.beta, float((~right).sum() / max(right.sum(), 1)))
 
     def _units(self) -> np.ndarray:
         """(U, 1 or 2) what is drawn for an update. Says which questions have nothing to compare."""
@@ -72,7 +86,12 @@ class RewardTraining:
         return units
 
     def _reference(self, init: Path) -> dict[str, Tensor]:
-        """(N,) of each split: log-probabilities of the whole answers. Computed once, and kept in the run's folder."""
+        """(N,) of each split: log-probabilities of the whole answers. Computed once, and kept in the run's folder.
+
+        Zeros for a model of values, which is compared with none.
+        """
+        if self.loss.valued:
+            return {split: torch.zeros(len(answers.samples)) for split, answers in self.answers.items()}
         place = self.folder / REFERENCE
         if place.is_file():
             return torch.load(place, weights_only=True)
@@ -80,13 +99,19 @@ class RewardTraining:
         return {split: self._whole(lm, answers) for split, answers in self.answers.items()}
 
     def _whole(self, lm: LatentLM, answers: Answers) -> Tensor:
-        """(N,) how likely each whole answer is to a whole model; the processes share the work."""
+        """(N,) what a whole model says of each answer: how likely it is, or of its value, in logits, at its end.
 
-        def sums(samples: Sequence[Sample]) -> list[float]:
-            return [float(row.sum()) for row in self.policy.score(lm, samples, self.micro_batch_size)]
+        The processes share the work.
+        """
+        size = self.micro_batch_size
+
+        def said(samples: Sequence[Sample]) -> list[float]:
+            if self.loss.valued:
+                return [float(row[-1]) for row in ValueModel(lm).before(samples, size)]
+            return [float(row.sum()) for row in self.policy.score(lm, samples, size)]
 
         with self.engine.autocast():
-            return torch.tensor(scored_together(sums, answers.samples, self.world))
+            return torch.tensor(scored_together(said, answers.samples, self.world))
 
     def keep_reference(self) -> None:
         with whole_file(self.folder / REFERENCE) as part:
@@ -204,7 +229,8 @@ class RewardTraining:
         answers = self.answers["valid"]
         self.world.mark(f"in the validation after update {self.step}")
         with self.engine.whole() as lm:
-            rewards = self.config.beta * (self._whole(lm, answers) - self.reference["valid"]).numpy()
+            scale = 1.0 if self.loss.valued else self.config.beta
+            rewards = scale * (self._whole(lm, answers) - self.reference["valid"]).numpy()
         self.validated = {
             **preference(rewards, answers),
             "reward_right": float(rewards[answers.right].mean()) if answers.right.any() else 0.0,
@@ -246,7 +272,7 @@ def together(config: RewardModelConfig, world: World) -> int:
             return 0
         count = {split: len(answers.samples) for split, answers in training.answers.items()}
         told = f"{count['train']:,} training and {count['valid']:,} validation answers"
-        say(f"{config.loss}, beta {config.beta:g}: {told}")
+        say(f"{config.loss}: {told}" if training.loss.valued else f"{config.loss}, beta {config.beta:g}: {told}")
         say(f"{training.num_parameters / 1e6:.1f}M parameters, {training.total:,} updates on {training.engine.device}")
         training.rehearse()
         training.standing.take_up(training.engine)

@@ -1,0 +1,58 @@
+"""The baseline with a head: after every token, how likely the answer is to come out right.
+
+A verifier of tokens (Cobbe et al., arXiv 2110.14168, section 4 and appendix E): trained on whole answers, whose label
+is the target at each of their tokens. As there the head is the logit of a token that is never said.
+
+Shapes: N answers, M tokens of them, P parts of one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from coconut.rewards.steps import token_parts
+from coconut.rl.policy import Sample, Scored, shares
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+
+def values(module: nn.Module, batch: Scored, token: int) -> Tensor:
+    """(M,) before each token of the answers, in logits, float32."""
+    out = module(
+        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
+    )
+    return out.target_logits[:, token].float()
+
+
+@dataclass(frozen=True)
+class ValueModel:
+    """What such a model says of answers."""
+
+    lm: LatentLM
+
+    @torch.no_grad()
+    def before(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
+        """For each answer (its tokens,), in logits: the value of what stands before each of them."""
+        found: dict[int, Tensor] = {}
+        for places, passes in shares(samples, batch_size):
+            chosen = [samples[i] for i in places]
+            batch = Scored.of(chosen, self.lm.special, passes).to(self.lm.device)
+            lengths = [len(sample.log_probs) for sample in chosen]
+            found |= zip(places, values(self.lm, batch, self.lm.special.latent).cpu().split(lengths), strict=True)
+        return [found[place] for place in range(len(samples))]
+
+    def parts(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
+        """(P,) for each answer: how likely it is to come out right after each of its steps, and after the answer."""
+        special, form = self.lm.special, self.lm.reasoning.format
+        found = []
+        for row, sample in zip(self.before(samples, batch_size), samples, strict=True):
+            parts = torch.tensor(token_parts(self.lm.tokenizer, sample.said, form, [special.eos, special.pad]))
+            ends = [*torch.nonzero(parts.diff()).add(1).tolist(), len(parts) - 1]
+            found.append(row[ends].sigmoid())
+        return found
