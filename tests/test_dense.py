@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
-from coconut.config import AdamWConfig, DataConfig, EngineConfig
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind
 from coconut.engine.world import World, joined
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
@@ -173,6 +173,31 @@ def test_micro_batches_change_nothing(made: Made, tmp_path: Path) -> None:
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
 
 
+def test_a_control_token_has_the_advantage_of_all_that_follows(tmp_path: Path) -> None:
+    data = graph_files(tmp_path, 16, 4, 4)
+    warm = small_run(
+        tmp_path / "warm", data, method="hybrid_warmup", max_new_tokens=8,
+        curriculum=Curriculum(modes=["short", "think"], unit=Unit.updates, total=20),
+    )  # fmt: skip
+    assert run_training(warm) == 0
+    made = tmp_path / "warm", data
+    config = settings(made, tmp_path / "run", objective=ObjectiveConfig("degrpo", beta=0.01))
+    training = begun(config, made)
+    dense, groups, judged = rewarded(training)
+    dense.update([replace(judged[0], right=torch.arange(6) < 3)])
+    its = dense.rewards(groups)[0]
+    for sample, rewards, gains in zip(its.group.samples, its.tokens, its.advantages(1.0), strict=True):
+        assert sample.layout.control >= 0
+        assert len(rewards) == len(gains) == len(sample.said) + 1
+    one = its.advantages(1.0)[0]
+    means = torch.stack([row.mean() for row in its.tokens[1:]])
+    outcome = its.group.rewards[0] - its.group.rewards[1:].mean()
+    torch.testing.assert_close(one[0], outcome + (its.tokens[0] - means.mean()).sum())
+    assert run(replace(config, run=str(tmp_path / "whole"), batches=2)) == 0
+    rows = [row for row in read_metrics(tmp_path / "whole") if row["kind"] == "train"]
+    assert all({"kl", "dense_loss"} <= row.keys() for row in rows)
+
+
 # --- runs -------------------------------------------------------------------------------------------
 
 
@@ -270,6 +295,7 @@ def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, 
     dense = DenseConfig(weight=weight, between=[0.999, 1.0], optimizer=LEARNS)
     assert run(settings(made, tmp_path / "run", dense, batches=2)) == 0
     rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert all(row["learned_from"] == 0 for row in rows)
     assert all(row["updates"] == 0 and "loss" not in row and "dense_grad_norm" not in row for row in rows)
     before = LatentLM.from_pretrained(starting_point(str(made[0])))
     for after in [policy_of(tmp_path / "run")] + [
@@ -319,20 +345,39 @@ def data_beside(warm: str) -> DataConfig:
 
 def on_two(warm: str, folder: str) -> None:
     made, place = (Path(warm), data_beside(warm)), Path(folder)
-    with joined(replace(CPU, timeout=120)) as world:
-        config = settings(made, place / "run", engine=replace(CPU, timeout=120), batches=2)
-        assert run_together(config, world) == 0
-        assert run_together(replace(config, batches=2), world) == 0
+    kinds = {
+        "run": replace(CPU, timeout=120),
+        "zero3": EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
+    }
+    with joined(kinds["run"]) as world:
+        for name, engine in kinds.items():
+            config = settings(made, place / name, engine=engine, batches=2, save_every=1)
+            assert run_together(config, world) == 0
+            world.first_does(lambda ended=place / name: one_back(ended))
+            assert run_together(config, world) == 0
         found = updated(made, place / "together", world)
         alone = updated(made, place / f"alone-{world.rank}", World())
         assert found == pytest.approx(alone, rel=1e-3, abs=1e-5)
         assert max(map(abs, found)) > 1e-2
 
 
-def test_the_number_of_processes_changes_nothing(made: Made, tmp_path: Path) -> None:
+def one_back(folder: Path) -> None:
+    """Keep what a run of two batches made, and set it back by one."""
+    shutil.copytree(folder, folder.with_name(f"{folder.name}-whole"))
+    shutil.rmtree(Checkpoints(folder).path(2))
+
+
+def test_the_number_of_processes_and_the_engine_change_nothing(made: Made, tmp_path: Path) -> None:
     together("test_dense.on_two", str(made[0]), str(tmp_path))
-    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
-    assert [row["updates"] for row in rows] == [1, 1]
+    for name in ("run", "zero3"):
+        same_end(tmp_path / name, tmp_path / f"{name}-whole")
+        same_reward_model(tmp_path / name, tmp_path / f"{name}-whole")
+    local, zero = (
+        [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("run", "zero3")
+    )
+    assert [row["updates"] for row in local] == [1, 1]
+    for key in ("loss", "grad_norm", "dense_loss", "dense_grad_norm"):
+        assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------

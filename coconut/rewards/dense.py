@@ -83,6 +83,7 @@ class DenseRewards:
         judge: Correctness,
         policy: LatentLM,
         start: LatentLM | None,
+        device: torch.device,
         size: int,
     ):
         self.config, self.folder, self.judge, self.size = config.dense, folder, judge, size
@@ -96,7 +97,7 @@ class DenseRewards:
                 "a reward model that was made from the same model."
             )
         self.reference = _in_float32(start or LatentLM.from_pretrained(self._own_reference()))
-        self.reference.requires_grad_(False).to(policy.device)
+        self.reference.requires_grad_(False).to(device)
         self.policy = Policy.of(self.lm.special)
         self.engine: Engine | None = None
         if config.dense.online:
@@ -105,7 +106,7 @@ class DenseRewards:
             loss = reward_loss(LOSSES["ce"], self.policy, config.dense.beta)
             self.engine = make_engine(self.lm, loss, config.engine, config.dense.optimizer, self.world)
         else:
-            self.lm.requires_grad_(False).to(policy.device)
+            self.lm.requires_grad_(False).to(device)
 
     def _model(self, policy_init: str) -> Path:
         kept = self.found or self.folder / REWARD_MODEL
@@ -157,6 +158,7 @@ class DenseRewards:
 
         The paper's "single forward"; an update with them and one of the policy may follow in either order.
         """
+        self.world.mark("rewarding tokens")
         samples = [sample for group in groups for sample in group.samples]
         with self._whole() as lm:
 

@@ -221,7 +221,9 @@ def learning(run: RunRecord) -> Section:
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
         silent = percent(float(np.mean([row["without_variance"] for row in run.train])))
-        parts.append(Text(f"In {silent} of the groups all answers were rewarded alike, which teaches nothing."))
+        dense = dense_told(run.config.get("dense")) != "none"
+        taught = "where only the rewards of tokens teach" if dense else "which teaches nothing"
+        parts.append(Text(f"In {silent} of the groups all answers were rewarded alike, {taught}."))
     return Section("learning", "How it learned", parts)
 
 
@@ -251,6 +253,7 @@ def provenance(run: RunRecord) -> Section:
         ("clipping", f"ratios from {1 - told['low']:g} to {1 + told['high']:g}"),
         ("divergence", f"weight {config['objective']['beta']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['wrong']:g}"),
+        ("dense rewards", dense_told(config.get("dense"))),
         ("costs", costs),
         ("limits", limits),
         ("started from", str(run.description["init"])),
@@ -260,6 +263,14 @@ def provenance(run: RunRecord) -> Section:
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
     ]
     return what_was_trained(run, facts, "batches")
+
+
+def dense_told(dense: dict[str, Any] | None) -> str:
+    """Of a run's configuration; None if it was made before there were any."""
+    if not (dense and dense["weight"]):
+        return "none"
+    learns = "learns from each batch" if dense["online"] else "stays as it is"
+    return f"weight {dense['weight']:g}, beta {dense['beta']:g}; the reward model {learns}"
 
 
 # Several runs.

@@ -109,7 +109,10 @@ class PolicyTraining:
         from coconut.rewards.dense import DenseRewards  # it stands above this package, and is reached when asked for
 
         start = None if self.config.dense.init else self.reference
-        return DenseRewards(self.config, self.folder, self.standing, self.judge, self.lm, start, self.micro_batch_size)
+        return DenseRewards(
+            self.config, self.folder, self.standing, self.judge, self.lm, start, self.engine.device,
+            self.micro_batch_size,
+        )  # fmt: skip
 
     def _read(self, split: str) -> list[Example]:
         """The examples whose questions leave room for the longest answer."""
@@ -251,6 +254,8 @@ class PolicyTraining:
         places = [place for place, group in enumerate(groups) if self._teaches(group)]
         teaching = [groups[place] for place in places]
         told, gains = self._gains(groups, places)
+        if config.dense.between:
+            told["learned_from"] = len(places) / len(groups)
         lr = config.optimizer.learning_rate(self.updates)
         parts = [part for part in np.array_split(np.arange(len(teaching)), config.num_minibatches) if len(part)]
         done = [
