@@ -16,11 +16,12 @@ MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": 
 HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
 
 
-def settings(options: dict[str, Any], limit: int, questions: int) -> tuple[int, dict[str, Any]]:
+def settings(options: dict[str, Any], limit: int, questions: int, noisy: bool = False) -> tuple[int, dict[str, Any]]:
     """How many answers a question, and the settings, `max_new_tokens` among them, which is `limit` unless they say.
 
     `options`: settings one by one, or a `generation_config`, which they come before. Raises ValueError for what is not
-    taken, for no question, and for several answers where there can be one.
+    taken, for no question, and for several answers that would be the same: without sampling, and thoughts not
+    `noisy`.
     """
     if not questions:
         raise ValueError("There is no question to answer.")
@@ -31,14 +32,14 @@ def settings(options: dict[str, Any], limit: int, questions: int) -> tuple[int, 
     if asked["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens is {asked['max_new_tokens']}; it must be at least 1.")
     for name in asked.keys() - SETTINGS - HANDED_ON - {"max_new_tokens"}:
-        near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "max_new_tokens"}, n=1)
+        near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "thought_noise", "max_new_tokens"}, n=1)
         raise ValueError(
             f"{name}={asked[name]!r} cannot be asked of a model that thinks. "
             + (f"Did you mean {near[0]}? " if near else "")
-            + "Beside num_thoughts, thoughts, stop, mode, log_probs, max_new_tokens and num_return_sequences, generate "
-            f"takes {', '.join(sorted(SETTINGS | HANDED_ON))}."
+            + "Beside num_thoughts, thoughts, thought_noise, stop, mode, log_probs, max_new_tokens and "
+            f"num_return_sequences, generate takes {', '.join(sorted(SETTINGS | HANDED_ON))}."
         )
-    if samples > 1 and not asked.get("do_sample"):
+    if samples > 1 and not (asked.get("do_sample") or noisy):
         raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
     if "streamer" in asked and samples * questions > 1:
         raise ValueError(f"A streamer takes one answer to one question, not {samples} to {questions}.")

@@ -82,14 +82,15 @@ def think(
     num_thoughts: int,
     *,
     thoughts: Tensor | None = None,
+    noise: float = 0.0,
     stop: Stop | None = None,
     room: int = 0,
 ) -> Thinking:
     """Run prompts (B, T), padded on the left, and the thoughts that follow them.
 
-    `thoughts` (B, K, D) are fed in place of the model's own. With `stop`, a row ends with the first
-    thought at which it says so; the loop ends when all rows have ended. `room`: how many tokens will be
-    read on from the cache, if that is known.
+    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of what is added to
+    each number of a thought before it is fed. With `stop`, a row ends with the first thought at which it says so;
+    the loop ends when all rows have ended. `room`: how many tokens will be read on from the cache, if that is known.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + room)
     is_token_BT = attention_mask.bool()
@@ -101,6 +102,8 @@ def think(
     counts_B = torch.zeros_like(positions_BT[:, 0])
     for k in range(num_thoughts):
         thought_BD = (last_BD if thoughts is None else thoughts[:, k]).to(embeds_BTD)
+        if noise:
+            thought_BD = thought_BD + noise * torch.randn_like(thought_BD)
         fed.append(thought_BD)
         counts_B += thinking_B
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
@@ -123,6 +126,7 @@ def generate(
     max_new_tokens: int | None = None,
     num_thoughts: int | Sequence[int] | Tensor | None = None,
     thoughts: Tensor | None = None,
+    thought_noise: float = 0.0,
     stop: Stop | None = None,
     mode: str | Sequence[str] | None = None,
     log_probs: bool = False,
@@ -136,6 +140,10 @@ def generate(
     `num_thoughts` of them (see `think`). Thoughts run in the model's cache, from which Hugging Face generation
     goes on, greedily by default.
 
+    `thought_noise`: the standard deviation of Gaussian noise that is added to each number of the model's own thoughts
+    before they are fed, drawn from torch's generator as sampled words are. Every answer then has its own thoughts;
+    what comes back are those that were fed, whose log-probability is known (coconut.rewards.thoughts).
+
     A hybrid model first says its mode, whose control token is its own first one; `mode` forces it, for all or each.
     With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
@@ -144,14 +152,16 @@ def generate(
     too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What
     they leave open is off, whatever the base model's own settings are. The added tokens are never produced, and an
     answer ends with the tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought
-    about once and answered n times; its answers stand together. A model answers for one thread at a time.
+    about once (with noise n times) and answered n times; its answers stand together. A model answers for one thread
+    at a time.
 
     Raises ValueError if there is no question, if one fills the whole context, if thoughts are asked of a method
-    that has none, if `thoughts` or `num_thoughts` have another shape, for a mode that is none, for an option that is
-    not among these, for several answers without do_sample, or for several to one streamer.
+    that has none, if `thoughts` or `num_thoughts` have another shape, for noise below 0 or with given thoughts, for a
+    mode that is none, for an option that is not among these, for several answers without do_sample or noise, or for
+    several to one streamer.
     """
     asked = {**options, "max_new_tokens": max_new_tokens}
-    samples, options = settings(asked, lm.reasoning.max_new_tokens, len(input_ids))
+    samples, options = settings(asked, lm.reasoning.max_new_tokens, len(input_ids), noisy=thought_noise != 0)
     options["log_probs"] = log_probs
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
     if not is_question_BT.any(1).all():
@@ -161,12 +171,14 @@ def generate(
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
-            counts_B = _how_many(lm, len(ids_BT), num_thoughts, thoughts, stop).to(lm.device)
-            answers = _answers(
-                lm, lm.reasoning, ids_BT, is_question_BT, counts_B, samples_B, options, thoughts=thoughts, stop=stop
+            counts_B = _how_many(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
+            how: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
+            answers = _answers(lm, lm.reasoning, ids_BT, is_question_BT, counts_B, samples_B, options, **how)
+        elif num_thoughts is not None or thoughts is not None or thought_noise or stop is not None:
+            raise ValueError(
+                "The mode says how many thoughts there are, and they are its own: leave out num_thoughts, thoughts, "
+                "thought_noise and stop."
             )
-        elif num_thoughts is not None or thoughts is not None or stop is not None:
-            raise ValueError("The mode says how many thoughts there are: leave out num_thoughts, thoughts and stop.")
         else:
             answers = _in_modes(lm, ids_BT, is_question_BT, mode, samples_B, options)
     return _together(lm, [answer for several in answers for answer in several], options)
@@ -231,6 +243,7 @@ def _answers(
     options: dict[str, Any],
     *,
     thoughts: Tensor | None = None,
+    noise: float = 0.0,
     stop: Stop | None = None,
 ) -> list[list[_Answer]]:
     """For each of the questions (B, T), padded on the left, so many answers, with so many tokens in the slot."""
@@ -246,16 +259,21 @@ def _answers(
         )
     limits_B = room_B.clamp(max=options["max_new_tokens"])
     kinds_BC = torch.stack([limits_B, counts_B], dim=1)  # one, unless rows differ or the context cuts answers short
-    answers: dict[int, list[_Answer]] = {}
+    answers: list[list[_Answer]] = [[] for _ in ids_BT]
     for limit, count in kinds_BC.unique(dim=0).tolist():
         rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
+        samples_R = samples_B[rows.cpu()]
+        if noise:
+            rows = rows.repeat_interleave(samples_R.to(rows.device))
+            samples_R = torch.ones(len(rows), dtype=torch.long)
         width = int(lengths_B[rows].max())
         ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
         given = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
-        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, stop, samples_B[rows.cpu()], limited)
-        answers |= zip(rows.tolist(), found, strict=True)
-    return [answers[row] for row in range(len(ids_BT))]
+        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, noise, stop, samples_R, limited)
+        for row, several in zip(rows.tolist(), found, strict=True):
+            answers[row] += several
+    return answers
 
 
 def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> Generated:
@@ -294,6 +312,7 @@ def _how_many(
     questions: int,
     num_thoughts: int | Sequence[int] | Tensor | None,
     thoughts: Tensor | None,
+    noise: float,
     stop: Stop | None,
 ) -> Tensor:
     """(B,) tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
@@ -306,8 +325,12 @@ def _how_many(
         )
     if reasoning.slot is Slot.nothing and asked is not None and asked.any():
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
-    if reasoning.slot is not Slot.thought and (thoughts is not None or stop is not None):
-        raise ValueError(f"{reasoning.method} has no latent thoughts to replace or to stop.")
+    if reasoning.slot is not Slot.thought and (thoughts is not None or noise or stop is not None):
+        raise ValueError(f"{reasoning.method} has no latent thoughts to replace, to make noisy or to stop.")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"thought_noise is {noise}; it must be a standard deviation, 0 or more.")
+    if noise and thoughts is not None:
+        raise ValueError(f"thought_noise={noise} is for the model's own thoughts: given ones are fed as they are.")
     if thoughts is None:
         return (torch.tensor(reasoning.num_thoughts) if asked is None else asked).expand(questions)
     fits = thoughts.dim() == 3 and len(thoughts) == questions and thoughts.shape[2] == hidden
@@ -345,6 +368,7 @@ def _think_and_speak(
     is_question_BT: Tensor,
     count: int,
     thoughts: Tensor | None,
+    noise: float,
     stop: Stop | None,
     samples_B: Tensor,
     options: dict[str, Any],
@@ -364,13 +388,14 @@ def _think_and_speak(
         nothing = torch.zeros(0, table.embedding_dim)
         found = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples_B, options)
         return [[_Answer(new, nothing, limit, likely) for new, likely in several] for several in found]
-    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, thoughts=thoughts, stop=stop, room=room)
+    how: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "room": room}
+    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, **how)
     answers: dict[int, list[_Answer]] = {}
     for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
         rows = (thinking.counts == n).nonzero()[:, 0]
         cache = thinking.cache
         if len(rows) < B:  # a cache cannot be cut where a model looks through a sliding window, so they think again
-            given = None if thoughts is None else thoughts[rows]
+            given = thinking.thoughts[rows]
             cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given, room=room).cache
         columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]

@@ -21,7 +21,7 @@ from coconut.engine.local import LocalEngine
 from coconut.engine.world import World, joined
 from coconut.methods import Slot
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
-from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, samples_of
+from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, sample_said, samples_of
 
 GROUP = 4
 
@@ -72,6 +72,19 @@ def test_how_likely_an_answer_was_is_what_recomputation_says(kind: str, temperat
         assert len(sample.log_probs) == len(ids) - sample.layout.num_prompt + (kind == "hybrid")
         assert ids.count(lm.latent_id) == sample.num_thoughts
         assert sample.cut == (ids[-1] != lm.special.eos)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_an_answer_is_scored_after_as_many_thoughts_as_it_had(count: int) -> None:
+    lm = build("llama", num_thoughts=2)
+    out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, num_thoughts=count, log_probs=True)
+    samples = [sample for row, question in enumerate(QUESTIONS) for sample in samples_of(lm, question, out, [row])]
+    again = Policy.of(lm.special).score(lm, samples, 4)
+    for sample, question, row in zip(samples, QUESTIONS, again, strict=True):
+        assert sample.layout.ids.tolist().count(lm.latent_id) == count
+        torch.testing.assert_close(row, sample.log_probs, rtol=1e-5, atol=1e-5)
+        said = sample_said(lm, question, sample.said, text=sample.text, num_thoughts=count)
+        assert said.layout.ids.tolist() == sample.layout.ids.tolist()
 
 
 def test_forced_modes_have_no_probability_of_their_own() -> None:

@@ -18,29 +18,30 @@ if TYPE_CHECKING:
 
 COLOURS = ("green", "blue", "plum", "red", "peach", "sky")  # of scorers, in their order
 SELECTION = (
-    "{questions:,} unseen questions, {samples} sampled answers to each, {right} of them right. The share of questions for "
-    "which the answer that is taken is right, in expectation over all ways to draw n of the answers; the band is the 95 % "
-    "interval over questions."
+    "{questions:,} unseen questions, {samples} sampled answers to each, {right} of them right. The share of "
+    "questions for which the answer that is taken is right, in expectation over all ways to draw n of the "
+    "answers; the band is the 95 % interval over questions."
 )
 WAYS = (
-    "Sum, least and last: of the rewards of an answer's steps, the answer itself being the last; the sum is the reward of "
-    "the whole. For value and rollouts it is how likely the answer is to come out right after each step, and there is no "
-    "sum. Vote: each answer's vote weighs as much as its reward, squeezed between 0 and 1. 95 % intervals at n = {most} are "
-    "in selection.csv."
+    "Sum, least and last: of the rewards of an answer's steps, the answer itself being the last; the sum is the "
+    "reward of the whole. For value and rollouts it is how likely the answer is to come out right after each "
+    "step, and there is no sum. Vote: each answer's vote weighs as much as its reward, squeezed between 0 and 1. "
+    "95 % intervals at n = {most} are in selection.csv."
 )
 ERRORS = (
-    "{answers:,} answers, {with_an_error:,} of them with a wrong step by the exact check. A scorer points at the first step "
-    "below a threshold that other answers chose. F1 is the harmonic mean of two shares: of answers with an error those "
-    "where it was found exactly, of the others those where none was found."
+    "{answers:,} answers, {with_an_error:,} of them with a wrong step by the exact check. A scorer points at the "
+    "first step below a threshold that other answers chose. F1 is the harmonic mean of two shares: of answers "
+    "with an error those where it was found exactly, of the others those where none was found."
 )
 COSTS = (
-    "From {answers:,} labelled answers to something that scores steps: a training, or rollouts that label every step, "
-    "measured on some answers and scaled to as many. Two FLOPs for each parameter and token forward, four backward; a "
-    "training on the labels from rollouts would come on top."
+    "From {answers:,} labelled answers to something that scores steps: a training, or rollouts that label every "
+    "step, measured on some answers and scaled to as many. Two FLOPs for each parameter and token forward, four "
+    "backward; a training on the labels from rollouts would come on top."
 )
 BOUNDS = (
-    "q is the reward up to the prefix's end; E[r] and max r are of whole answers that the reference gives after it. In "
-    "expectation E[r] ≤ q ≤ max r; the maximum of a sample can fall short of q, and its mean can exceed it."
+    "q is the reward up to the prefix's end; E[r] and max r are of whole answers that the reference gives after "
+    "it. In expectation E[r] ≤ q ≤ max r; the maximum of a sample can fall short of q, and its mean can exceed "
+    "it."
 )
 BEST = ("sum", "last")  # the way that stands for a scorer in the figure: the first that it has
 

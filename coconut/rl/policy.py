@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coconut.data import SpecialIds
 from coconut.layout import Layout, collate, slot_ids
+from coconut.methods import Slot
 from coconut.rl.objectives import Objective, Totals, clipped, k3
 from coconut.thinking import Generated, forward_passes
 
@@ -112,7 +113,8 @@ def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log
 def _layout(lm: LatentLM, question: Sequence[int], mode: str, count: int, said: Sequence[int], sampled: bool) -> Layout:
     reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
     control = [lm.special.control[mode]] if mode else []
-    before = [*question, *control, *slot_ids(reasoning, lm.special, count or reasoning.num_thoughts).tolist()]
+    in_slot = count if reasoning.slot is Slot.thought else count or reasoning.num_thoughts  # no pause is a thought
+    before = [*question, *control, *slot_ids(reasoning, lm.special, in_slot).tolist()]
     return Layout(
         ids=np.array([*before, *said], np.int32),
         num_prompt=len(before),
