@@ -18,6 +18,7 @@ from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind
 from coconut.engine.world import World, joined
+from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.dense import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
@@ -408,8 +409,13 @@ def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Pat
     data = graph_files(tmp_path, 6, 4, 4)
     curriculum = Curriculum(unit=Unit.updates, total=1)
     assert run_training(small_run(other, data, method="cot", curriculum=curriculum, seed=1)) == 0
+    valued = tmp_path / "valued"
+    shutil.copytree(reward_model, valued)
+    config = read_json(valued / "config.json")
+    write_json(valued / "config.json", {**config, "loss": "value"})
     for dense, policy, message in [
         (DenseConfig(1.0, str(reward_model)), made, "dense.beta is 0.05, and .* was trained with 0.5"),
+        (DenseConfig(1.0, str(valued)), made, "was trained with loss=value: it says what prefixes are worth"),
         (DenseConfig(1.0, str(made[0])), made, r"is no run of python -m coconut.reward, nor a checkpoint of one"),
         (DenseConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:

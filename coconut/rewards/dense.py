@@ -21,7 +21,7 @@ from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
 from coconut.model import LatentLM
 from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
 from coconut.rewards.implicit import reference_of
-from coconut.rewards.losses import LOSSES, cross_entropy
+from coconut.rewards.losses import LOSSES, cross_entropy, loss_named
 from coconut.rl.config import RLConfig
 from coconut.rl.policy import Policy, Sample, shares
 from coconut.rl.rollouts import Correctness, Group
@@ -119,7 +119,13 @@ class DenseRewards:
                 f"{self.config.init} started from {started}, which is not there any more. It is the reference of that "
                 "reward model: put it back, or name another one with dense.init=RUN."
             )
-        beta = read_config(run_of(self.config.init))["beta"]
+        trained = read_config(run_of(self.config.init))
+        if loss_named(trained["loss"]).valued:
+            raise ValueError(
+                f"{self.config.init} was trained with loss={trained['loss']}: it says what prefixes are worth, and has "
+                "no implicit rewards. Name a model of another loss with dense.init=RUN."
+            )
+        beta = trained["beta"]
         if beta != self.config.beta:
             raise ValueError(
                 f"dense.beta is {self.config.beta:g}, and {self.config.init} was trained with {beta:g}. Set "

@@ -15,6 +15,7 @@ from scipy.special import gammaln
 Numbers = NDArray[np.float64]
 SUBSETS = 64  # random subsets for each size, where no formula gives the expectation
 RESAMPLES = 2000
+LEAST_WEIGHT = 1e-9  # of a vote
 
 
 def of_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
@@ -48,7 +49,8 @@ def voted(
 ) -> Numbers:
     """(Q,) how often the answer with the largest sum of weights among `size` sampled ones is right.
 
-    Over SUBSETS random draws. Samples without an answer have no vote; where there is none at all that is wrong.
+    Over SUBSETS random draws. Samples without an answer have no vote; where there is none at all that is wrong. Answers
+    that all weigh nothing are counted.
     """
     draw, found = np.random.default_rng(seed), np.zeros(len(answers))
     for q, said in enumerate(answers):
@@ -61,7 +63,7 @@ def voted(
         for _ in range(SUBSETS):
             chosen = draw.permutation(len(said))[:size]
             voting = chosen[kind_N[chosen] >= 0]
-            sums_K = np.bincount(kind_N[voting], weights_QN[q][voting], minlength=len(kinds))
+            sums_K = np.bincount(kind_N[voting], weights_QN[q][voting] + LEAST_WEIGHT, minlength=len(kinds))
             found[q] += right_K[sums_K.argmax()] / SUBSETS if len(voting) else 0.0
     return found
 

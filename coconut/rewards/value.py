@@ -53,6 +53,6 @@ class ValueModel:
         found = []
         for row, sample in zip(self.before(samples, batch_size), samples, strict=True):
             parts = torch.tensor(token_parts(self.lm.tokenizer, sample.said, form, [special.eos, special.pad]))
-            ends = [*torch.nonzero(parts.diff()).add(1).tolist(), len(parts) - 1]
+            ends = [*torch.nonzero(parts.diff()).flatten().add(1).tolist(), len(parts) - 1]
             found.append(row[ends].sigmoid())
         return found
