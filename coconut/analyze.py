@@ -148,7 +148,7 @@ def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
 
 
 def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeConfig) -> list[Study]:
-    from coconut.analysis import audit, probes
+    from coconut.analysis import audit, prefix, probes
     from coconut.stopping import classifier_of
 
     def stopping() -> list[Study]:
@@ -160,6 +160,7 @@ def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeCo
 
     make: dict[Part, Callable[[], list[Study]]] = {
         Part.k_forcing: lambda: [probes.k_forcing(subject)],
+        Part.prefix_values: lambda: [prefix.prefix_values(subject)],
         Part.values: lambda: probes.next_step_values(subject),
         Part.inner_products: lambda: [probes.inner_products(subject)],
         Part.decoded: lambda: [probes.decoded(subject, count=DECODED)],

@@ -534,6 +534,7 @@ class Part(StrEnum):
     """What can be measured of a trained run, besides its accuracy."""
 
     k_forcing = "k_forcing"  # accuracy and reasoning paths with any number of thoughts
+    prefix_values = "prefix_values"  # what each thought adds to the probability of the right answer
     values = "values"  # the latent search tree: what the next step would be after each thought
     inner_products = "inner_products"  # thoughts against the embeddings of nodes
     decoded = "decoded"  # the tokens that a thought is closest to saying

@@ -40,17 +40,23 @@ def trained(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_part_leaves_data_and_the_page_shows_it(trained: Path) -> None:
     kept = {path.name for path in (trained / "analysis").iterdir()}
-    for name in ("k_forcing", "values", "parallelism", "heights", "inner_products", "decoded", "audit_thoughts",
-                 "stopping"):  # fmt: skip
+    for name in ("k_forcing", "prefix_values", "values", "parallelism", "heights", "inner_products", "decoded",
+                 "audit_thoughts", "stopping"):  # fmt: skip
         assert {f"{name}.json", f"{name}.csv"} <= kept
         study = Study.read(trained / "analysis", name)
         assert study
         assert study.facts["step"] == read_run(trained).evaluations["test"]["step"]
         with (trained / "analysis" / f"{name}.csv").open() as file:
             assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in study.rows]
-    assert {"k_forcing.png", "audit_thoughts.png", "inner_products.png"} <= kept
+    assert {"k_forcing.png", "prefix_values.png", "audit_thoughts.png", "inner_products.png"} <= kept
     page = (trained / "report.html").read_text()
-    for title in ("How many thoughts", "What the thoughts hold", "Are the thoughts used?", "When to stop"):
+    for title in (
+        "How many thoughts",
+        "What each thought adds",
+        "What the thoughts hold",
+        "Are the thoughts used?",
+        "When to stop",
+    ):
         assert title in page
     assert "http" not in page.split("<body", 1)[1].replace("http-equiv", "")
 
@@ -100,7 +106,7 @@ def test_a_method_without_thoughts_gets_what_fits_it(
     train(small_run(folder, data, method="cot"))
     assert analyze.run(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
     said = capsys.readouterr().out
-    for part in ("k_forcing", "values", "audit_thoughts", "stopping"):
+    for part in ("k_forcing", "prefix_values", "values", "audit_thoughts", "stopping"):
         assert f"Left out {part}: cot" in said
     assert (folder / "report.html").is_file()
 

@@ -121,6 +121,12 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
         {"after": a, "percentile": p, "top1": 0.5 + p / 250, "top2": 0.6 + p / 300, "top3": 0.7 + p / 350}
         for a in range(OWN) for p in range(101)
     ]  # fmt: skip
+    prefixes = [
+        {"of": of, "steps": steps, "thoughts": k, "questions": 20, "value": 2.0 * (k - OWN) - 0.1,
+         "low": 2.0 * (k - OWN) - 0.5, "high": 2.0 * (k - OWN) - 0.02, "gain": 2.0 if k else None,
+         "gain_low": (1.5 if k == 1 else -0.5) if k else None, "gain_high": 2.5 if k else None}
+        for of in charts.PREFIXES for steps in (None, *range(1, 8)) for k in range(OWN + 1)
+    ]  # fmt: skip
     edges = [
         {"change": "redirected", "told": "an edge turned towards the other option", "questions": 30, "followed": 0.9,
          "followed_low": 0.8, "followed_high": 0.95, "changed": 0.9, "changed_low": 0.8, "changed_high": 0.95},
@@ -146,6 +152,7 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
     studies = [
         Study("asked", asked),
         K_FORCING,
+        Study("prefix_values", prefixes, {"own": OWN, "warning": None}),
         values_of(rows),
         Study("parallelism", parallel),
         Study("heights", heights),
@@ -177,8 +184,8 @@ def texts(figure: Figure) -> list[str]:
     return found + [text.get_text() for text in figure.texts]
 
 
-CHARTS = ("k_forcing", "search_tree", "parallelism", "heights_shortest", "heights_longest", "inner_products",
-          "audit_thoughts", "audit_edges")  # fmt: skip
+CHARTS = ("k_forcing", "prefix_values", "search_tree", "parallelism", "heights_shortest", "heights_longest",
+          "inner_products", "audit_thoughts", "audit_edges")  # fmt: skip
 
 
 def test_every_study_has_its_chart(run: RunRecord):
@@ -377,7 +384,15 @@ def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
     assert "Clearly worse" in told
     assert "It stops after 2.25 on average; 87.5 % of the answers are right then" in told
     assert "93.0 % are right; who decides by the thought's place alone gets 75.0 %" in told
-    assert parts_of(found, Table)[1].rows[2] == ["2", "94.0 %", "91.0 to 96.0", "3.0"]
+    _, forcing, prefixes = parts_of(found, Table)
+    assert forcing.rows[2] == ["2", "94.0 %", "91.0 to 96.0", "3.0"]
+    assert "on average −6.10 without thoughts and −0.10 with 3 thoughts" in told
+    assert (
+        "is made likelier by thought 1 (+2.00); not surely either by thought 2 (+2.00) and thought 3 (+2.00)." in told
+    )
+    assert "This is no implicit reward" in told
+    assert prefixes.rows[0] == ["the whole of it", "0", "−6.10", "−6.50 to −6.02", "–", "–"]
+    assert prefixes.rows[1][4:] == ["+2.00", "+1.50 to +2.50"]
     warned = Study("k_forcing", K_FORCING.rows, {**K_FORCING.facts, "warning": "Trained without mixing."})
     failed = Study("stopping", [], {"reason": "thinking always ends at the same thought."})
     found = section(how_many, replace(run, studies={"k_forcing": warned, "stopping": failed}))
@@ -434,7 +449,7 @@ def test_the_page_holds_every_section_and_no_word_becomes_markup(run: RunRecord)
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids))
     assert html.count("<svg") == html.count("</svg>") == 2 * len(CHARTS)
-    assert html.count("<details>") == html.count("</details>") == 4
+    assert html.count("<details>") == html.count("</details>") == 5
     assert not re.search(r"https?://|@import|url\((?!#)", html)
 
 

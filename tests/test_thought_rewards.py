@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, graph_rows
 from test_generate import QUESTIONS, padded, rows_of
 from test_hybrid import hybrid
+from test_probes import in_sentences
 from torch import Tensor
 from torch.distributions import Normal
 
 from coconut import LatentLM
-from coconut.methods import Slot
+from coconut.analysis.prefix import encoded_answers, prefix_values
+from coconut.analysis.probes import Subject
+from coconut.analysis.study import Study, Unfit
+from coconut.data import Example, encode_questions, encode_texts
+from coconut.methods import PromptFormat, Slot
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
-from coconut.rl.policy import Policy, samples_of
+from coconut.rl.policy import Policy, sample_said, samples_of
+from coconut.tasks import TASKS
 from coconut.thinking import Generated, think
 
 SIGMA, BETA = 0.3, 0.05
@@ -102,7 +109,7 @@ def test_noise_that_cannot_be_is_refused() -> None:
             noisy(lm, sigma)
     with pytest.raises(ValueError, match="given ones are fed as they are"):
         noisy(lm, thoughts=noisy(lm).thoughts)
-    with pytest.raises(ValueError, match="no latent thoughts to replace, to make noisy"):
+    with pytest.raises(ValueError, match=r"no latent thoughts to replace, to make noisy"):
         noisy(build("llama", slot=Slot.pause, num_thoughts=2))
     with pytest.raises(ValueError, match="leave out num_thoughts, thoughts, thought_noise"):
         noisy(hybrid())
@@ -212,3 +219,80 @@ def test_what_has_no_such_reward_is_refused() -> None:
     for wrong in (thoughts[:2], thoughts[..., :5], thoughts[0]):
         with pytest.raises(ValueError, match="thoughts has the shape"):
             thought_rewards(reward, QUESTIONS, wrong, SIGMA)
+
+
+# --- prefix values ----------------------------------------------------------------------------------
+
+GRAPHS = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=1, count=40)]
+LINES = PromptFormat("{}", "{} ", "### {}")
+
+
+def subject(examples: list[Example] = GRAPHS, batch_size: int = 16, **reasoning: Any) -> Subject:
+    lm = build("llama", **{"num_thoughts": 2, "format": LINES, **reasoning})
+    return Subject(lm, TASKS["prosqa"], examples, batch_size)
+
+
+def rows_about(study: Study, **keys: Any) -> list[dict[str, Any]]:
+    return [row for row in study.rows if all(row[key] == value for key, value in keys.items())]
+
+
+def test_a_prefix_value_is_the_log_probability_of_the_answer_after_so_many_thoughts() -> None:
+    examined = subject()
+    lm, study = examined.lm, prefix_values(examined)
+    questions = encode_questions(lm.tokenizer, [example.question for example in GRAPHS], LINES)
+    answers = [[*ids, lm.special.eos] for ids in encode_texts(lm.tokenizer, [f"### {e.answer}" for e in GRAPHS])]
+    before = None
+    for count in range(3):
+        samples = [
+            sample_said(lm, question, said, text="", num_thoughts=count)
+            for question, said in zip(questions, answers, strict=True)
+        ]
+        scored = Policy.of(lm.special).score(lm, samples, 7)
+        values = torch.stack([row.sum() for row in scored])
+        (row,) = rows_about(study, of="answer", steps=None, thoughts=count)
+        assert row["value"] == pytest.approx(float(values.mean()), abs=1e-5)
+        assert row["low"] < row["value"] < row["high"]
+        error = float(values.std()) / len(values) ** 0.5
+        assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+        (after,) = rows_about(study, of="after_mark", steps=None, thoughts=count)
+        assert after["value"] == pytest.approx(sum(float(row[1:].sum()) for row in scored) / len(scored), abs=1e-5)
+        for steps in {found["steps"] for found in study.rows} - {None}:
+            mine = [float(value) for value, e in zip(values, GRAPHS, strict=True) if len(e.steps) == steps]
+            (of_these,) = rows_about(study, of="answer", steps=steps, thoughts=count)
+            assert (of_these["questions"], of_these["value"]) == (len(mine), pytest.approx(sum(mine) / len(mine)))
+        if before is None:
+            assert row["gain"] is row["gain_low"] is row["gain_high"] is None
+        else:
+            assert row["gain"] == pytest.approx(row["value"] - before)
+            assert row["gain_low"] < row["gain"] < row["gain_high"]
+        before = row["value"]
+    assert len({row["steps"] for row in study.rows}) > 2
+
+
+def test_prefix_values_do_not_depend_on_the_batch() -> None:
+    together, alone = prefix_values(subject()).rows, prefix_values(subject(batch_size=1)).rows
+    assert [row["value"] for row in together] == pytest.approx([row["value"] for row in alone])
+
+
+@pytest.mark.parametrize(
+    ("template", "marked"), [("### {}", "### "), ("The answer is: {} !", "The answer is:"), ("{}", "")]
+)
+def test_the_mark_of_an_answer_is_what_every_answer_begins_with(template: str, marked: str) -> None:
+    lm = in_sentences().lm
+    lm.reasoning = replace(lm.reasoning, format=replace(lm.reasoning.format, answer=template))
+    ids, marks = encoded_answers(lm, ["Tom is a dog.", "72"])
+    for row, count in zip(ids, marks, strict=True):
+        assert str(lm.tokenizer.decode(row[:count])).strip() == marked.strip()
+        assert row[-1] == lm.special.eos
+
+
+def test_a_run_without_mixing_is_warned_of_and_one_without_thoughts_refused() -> None:
+    examined = subject(GRAPHS[:3])
+    assert "without mixing" in prefix_values(examined).facts["warning"]
+    assert prefix_values(replace(examined, knows_fewer=True)).facts["warning"] is None
+    pauses: dict[str, Any] = {"slot": Slot.pause, "method": "pause"}
+    words: dict[str, Any] = {"slot": Slot.nothing, "method": "cot", "markers": False}
+    unready: dict[str, Any] = {"num_thoughts": 0}
+    for without in (pauses, words, unready):
+        with pytest.raises(Unfit, match=r"no latent thoughts|no thoughts yet"):
+            prefix_values(subject(**without))

@@ -39,6 +39,9 @@ GROUPS = {
     "reachable": ("muted", "nearer", "nearer to the start"),
     "other": ("muted", "farther or out of reach", "farther or out of reach"),
 }
+# What a prefix value is of: the colour, the label.
+PREFIXES = {"answer": ("blue", "the whole of it"), "after_mark": ("green", "once it begins to answer")}
+SHADES = ("sky", "green", "amber", "red", "plum")  # from few steps to many
 FEW = 10  # nodes behind a point that is drawn hollow
 MOST_COLUMNS = 8  # of a search tree
 NARROW = 500  # points; below it a chart is laid out for a phone
@@ -105,6 +108,49 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
                            annotation_clip=False)  # fmt: skip
     upper.annotate("its own number", (own, 1), (0, 16), xycoords=("data", "axes fraction"),
                    textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
+    return figure
+
+
+@styled()
+def prefix_values(study: Study, width: float) -> Figure:
+    """Mean log-probability of the right answer for each number of thoughts, and beside it by the question's steps.
+
+    Of more than a handful of numbers of steps those that most questions have.
+    """
+    of_all = [(told, colour, [row for row in study.rows if row["of"] == of and row["steps"] is None])
+              for of, (colour, told) in PREFIXES.items()]  # fmt: skip
+    counts = {row["steps"]: row["questions"] for row in study.rows if row["steps"] is not None}
+    lengths = sorted(sorted(counts, key=lambda steps: -counts[steps])[: len(SHADES)])
+    by_steps = [
+        (str(steps), SHADES[i * (len(SHADES) - 1) // max(len(lengths) - 1, 1)],
+         [row for row in study.rows if row["of"] == "answer" and row["steps"] == steps])
+        for i, steps in enumerate(lengths)
+    ]  # fmt: skip
+    panels = [("Log-probability of the right answer", of_all)]
+    if by_steps:
+        panels.append(("The whole of it, by the steps of the question", by_steps))
+    columns = 1 if width < NARROW else 2
+    left, right, top, bottom, gap, high = 40.0, 14.0, 46.0, 34.0, 44.0, 140.0
+    wide = (width - left - right - gap * (columns - 1)) / columns
+    lines = -(-len(panels) // columns)
+    figure = new_figure(width, lines * (top + high + bottom))
+    lowest = min(row["low"] for row in study.rows)
+    for number, (title, curves) in enumerate(panels):
+        line, column = divmod(number, columns)
+        axes = panel(figure, left + column * (wide + gap), top + line * (top + high + bottom), wide, high)
+        for told, colour, rows in curves:
+            x = [row["thoughts"] for row in rows]
+            axes.vlines(x, [row["low"] for row in rows], [row["high"] for row in rows], color=LIGHT[colour], alpha=0.45,
+                        linewidth=4.5, clip_on=False)  # fmt: skip
+            axes.plot(x, [row["value"] for row in rows], color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4,
+                      label=told, clip_on=False)  # fmt: skip
+        axes.set_xlim(-0.3, study.facts["own"] + 0.3)
+        axes.xaxis.set_major_locator(whole_ticks(8))
+        axes.set_ylim(min(lowest * 1.05, -0.1), 0)
+        axes.set_title(title, loc="left", pad=24)
+        axes.legend(ncols=len(curves), loc="lower left", bbox_to_anchor=(0, 1.02), handlelength=1.2, columnspacing=1.2,
+                    handletextpad=0.4, borderaxespad=0)  # fmt: skip
+        axes.set_xlabel("thoughts before the answer", loc="right")
     return figure
 
 

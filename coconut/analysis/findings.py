@@ -72,6 +72,8 @@ def how_many(run: RunRecord) -> Section | None:
         table = Table([f"{noun}s", "accuracy", "95 % interval", "tokens of language"], rows, 3)
         told = f"Accuracy for each number of {noun}s; the numbers are in the table below."
         parts += [*_figure(drawings(run), "k_forcing", told, caption), Aside("The numbers", [table])]
+    if study := run.studies.get("prefix_values"):
+        parts += [Heading("What each thought adds"), *_prefix_values(run, study)]
     if study := run.studies.get("stopping"):
         parts += [Heading("When to stop"), *_stopping(study)]
     return Section("how-many", title, parts) if parts else None
@@ -108,6 +110,52 @@ def told_k_forcing(study: Study, noun: str = "thought", guess: float | None = No
             f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in written
         )
         told.append(f"Of the paths that it then writes itself, so many are no way through the graph: {shares}.")
+    return told
+
+
+def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
+    kinds = {of: [row for row in study.rows if row["of"] == of and row["steps"] is None] for of in charts.PREFIXES}
+    parts: list[Part] = [Text(" ".join(told_prefix_values(study)))]
+    if study.facts["warning"]:
+        parts.append(Text(study.facts["warning"]))
+    caption = (
+        "The mean natural logarithm of the probability that the right answer follows at once after so many thoughts. "
+        "With fewer thoughts than its own a model may be about to write steps instead, so one line takes as given what "
+        "an answer begins with. The wide bars are 95 % intervals over the questions."
+    )
+    rows = [
+        [charts.PREFIXES[of][1], str(row["thoughts"]), _signed(row["value"]), _range(row["low"], row["high"]),
+         NONE if row["gain"] is None else _signed(row["gain"]),
+         NONE if row["gain"] is None else _range(row["gain_low"], row["gain_high"])]
+        for of, found in kinds.items() for row in found
+    ]  # fmt: skip
+    table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
+    told = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
+    return [*parts, *_figure(drawings(run), "prefix_values", told, caption), Aside("The numbers", [table])]
+
+
+def told_prefix_values(study: Study) -> list[str]:
+    """In sentences, what each thought adds to the log-probability of the right answer."""
+    rows = [row for row in study.rows if row["of"] == "answer" and row["steps"] is None]
+    after = [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
+    told = [
+        "How sure of the right answer is the model after each thought? The logarithm of its probability is the prefix "
+        f"value: on average {_signed(rows[0]['value'])} without thoughts and {_signed(rows[-1]['value'])} with "
+        f"{counted(rows[-1]['thoughts'], 'thought')}; {_signed(after[0]['value'])} and {_signed(after[-1]['value'])} "
+        "once it has begun to answer."
+    ]
+    for found, words in ((rows, "The whole answer"), (after, "What it says once it has begun")):
+        kinds: dict[str, list[str]] = {"likelier": [], "less likely": [], "not surely either": []}
+        for row in found[1:]:
+            kind = "likelier" if row["gain_low"] > 0 else "less likely" if row["gain_high"] < 0 else "not surely either"
+            kinds[kind].append(f"thought {row['thoughts']} ({_signed(row['gain'])})")
+        told.append(
+            f"{words} is made " + "; ".join(f"{kind} by {listed(by)}" for kind, by in kinds.items() if by) + "."
+        )
+    told.append(
+        "This is no implicit reward: a thought without noise has no probability, and no reference model is asked. It "
+        "is what the model believes, right or wrong, when the answer is known."
+    )
     return told
 
 
@@ -430,6 +478,8 @@ def drawings(run: RunRecord) -> Drawings:
     studies = {name: study for name, study in run.studies.items() if study.rows}
     if study := studies.get("k_forcing"):
         found["k_forcing"] = partial(charts.k_forcing, study, guess=run.guess, noun=run.stages[-1].slot.value)
+    if study := studies.get("prefix_values"):
+        found["prefix_values"] = partial(charts.prefix_values, study)
     if chosen := sample(run):
         found["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
     if study := studies.get("parallelism"):
@@ -472,6 +522,14 @@ def _moment(after: int) -> str:
 
 def _between(low: float, high: float) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _range(low: float, high: float) -> str:
+    return f"{_signed(low)} to {_signed(high)}"
 
 
 def _points(difference: float) -> str:
