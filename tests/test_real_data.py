@@ -18,9 +18,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from coconut.cli import CONF_DIR
-from coconut.config import EvaluateConfig, TrainConfig
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EvaluateConfig, TrainConfig
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
+from coconut.reward import compare
+from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
+from coconut.rewards.train import run as run_reward
+from coconut.rollout import run as roll
 from coconut.tracking import read_metrics
 from coconut.train import run
 
@@ -69,3 +73,41 @@ def test_from_released_file_to_evaluation(name: str, tokenizer: str, tmp_path: P
     result = next(iter(read_results(tmp_path / "run").values()))
     assert result["num_thoughts"] == 6
     assert result["guess"] == (None if task == "gsm8k" else 0.5)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_aug"])
+def test_rewards_of_the_steps_of_real_solutions(name: str, tmp_path: Path) -> None:
+    """Answers of a model, and brought along: to each question its own solution, and that of another question."""
+    task, file = RELEASED[name]
+    data = converted(task, file, tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    overrides = [
+        "experiment=gsm8k_gpt2", "method=cot", "model=gpt2_new", f"model.tokenizer={tmp_path / 'tokenizer'}",
+        "+model.architecture.n_layer=1", "+model.architecture.n_embd=16", "+model.architecture.n_head=2",
+        "+model.architecture.n_positions=2048", f"data.train={data}", f"data.valid={data}", f"data.test={data}",
+        f"run={tmp_path / 'run'}", "engine.device=cpu", "curriculum.unit=updates", "curriculum.total=1",
+        "max_new_tokens=3", "batch_size=4", "keep_checkpoints=1",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config: Any = OmegaConf.to_object(compose("train", overrides))
+    assert run(config) == 0
+    cpu = EngineConfig(device="cpu", threads=1)
+    assert roll(RolloutConfig(run=config.run, split="test", samples=2, limit=4, max_new_tokens=6, engine=cpu)) == 0
+    rows = json.loads(data.read_text())[:6]
+    told = ["\n".join([*row["steps"], f"### {row['answer']}"]) for row in rows]
+    answers = tmp_path / "answers.jsonl"
+    lines = [
+        {**row, "samples": [{"text": told[n], "correct": True}, {"text": told[n - 1], "correct": False}]}
+        for n, row in enumerate(rows)
+    ]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for loss in ("ce", "dpo", "value"):
+        settings = RewardModelConfig(
+            run=str(tmp_path / "models" / loss), init=config.run, loss=loss, batch_size=4, engine=cpu,
+            data=DataConfig(train=str(answers), valid=str(answers)), optimizer=AdamWConfig(lr=1e-3),
+        )  # fmt: skip
+        assert run_reward(settings) == 0
+    sampled = tmp_path / "run" / "rollouts" / "test.jsonl"
+    for file_of_answers in (answers, sampled):
+        assert compare(CompareConfig(runs=[f"{tmp_path}/models/*"], answers=str(file_of_answers), engine=cpu)) == 0
+        assert "selection" in {path.stem for path in (tmp_path / "models").iterdir()}
