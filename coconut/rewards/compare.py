@@ -90,6 +90,7 @@ def selections(
 ) -> Study:
     """How often the answer that each scorer takes of n is right, for each number n of samples, with 95 % intervals.
 
+    `more`: than the majority's on the same questions.
     Raises ValueError unless every question has as many answers as the others.
     """
     counts = {len(row.samples) for row in labelled}
@@ -103,11 +104,14 @@ def selections(
     def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
         low, high = interval(values_Q)
         found = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
-        rows.append({"scorer": scorer, "way": way, "n": size, **found})
+        more_low, more_high = interval(values_Q - majority_Q)
+        more = {"more": float((values_Q - majority_Q).mean()), "more_low": more_low, "more_high": more_high}
+        rows.append({"scorer": scorer, "way": way, "n": size, **found, **more})
 
     for size in [n for n in sizes if n <= N]:
+        majority_Q = voted(answers, np.ones_like(right_QN), right_QN, size)
         add("oracle", "any right", size, any_right(right_QN, size))
-        add("majority", "vote", size, voted(answers, np.ones_like(right_QN), right_QN, size))
+        add("majority", "vote", size, majority_Q)
         for scorer in scored:
             for way in scorer.ways:
                 scores_QN = of_steps(scorer.parts, way).reshape(right_QN.shape)

@@ -61,8 +61,10 @@ def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
     told = {study.name: study for study in studies}
     selection = told["selection"]
     facts, most = selection.facts, max(sizes(selection))
-    columns = ["who chooses", "how", *(f"of {size}" for size in sizes(selection))]
-    rows = [[*cells[0].split(", "), *cells[1:]] for cells in selection_rows(selection)]
+    columns = ["who chooses", "how", *(f"of {size}" for size in sizes(selection)), f"more than majority, of {most}"]
+    more = [_more(row) for row in selection.rows if row["n"] == most]
+    told_rows = zip(selection_rows(selection), more, strict=True)
+    rows = [[*cells[0].split(", "), *cells[1:], gain] for cells, gain in told_rows]
     choosing: list[Part] = [
         Text(SELECTION.format(**facts, right=percent(facts["mean"]))),
         _legend(selection),
@@ -133,6 +135,14 @@ def colours(study: Study) -> dict[str, str]:
     names = [name for name in dict.fromkeys(row["scorer"] for row in study.rows) if name not in ("oracle", "majority")]
     drawn = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     return {"oracle": "muted", "majority": "ink", **drawn}
+
+
+def _more(row: dict[str, Any]) -> str:
+    """In points."""
+    if row["scorer"] == "majority":
+        return ""
+    more, low, high = (100 * row[key] for key in ("more", "more_low", "more_high"))
+    return f"{more:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _legend(study: Study) -> Legend:
