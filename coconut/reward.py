@@ -6,12 +6,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut.cli import application
 from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.train import run
 from coconut.screen import only_our_words, say, working
+
+if TYPE_CHECKING:
+    from coconut.rewards.compare import Trained
+    from coconut.rewards.losses import Loss
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -55,18 +59,18 @@ def compare(config: CompareConfig) -> int:
     ):
         for number, (folder, its) in enumerate(zip(runs, configs, strict=True)):
             lm = load_run(folder, config.checkpoint, config.engine).lm
-            valued, reward = loss_named(its["loss"]).valued, ImplicitReward(lm, reference, its["beta"])
+            loss, reward = loss_named(its["loss"]), ImplicitReward(lm, reference, its["beta"])
             score: Callable[..., scoring.Scored] = (
                 partial(scoring.valued, folder.name, ValueModel(lm))
-                if valued
+                if loss.valued
                 else partial(scoring.implicit, folder.name, reward)
             )
             scored.append(score(asked, config.batch_size))
             dev, test = (score(part, config.batch_size) for part in parts)
             stepwise.append((dev, test))
-            if not valued:
+            if not loss.valued:
                 bounds[folder.name] = scoring.bounds(reward, asked, seed=config.seed)
-            trained.append(scoring.Trained(folder.name, _seconds(folder), its["epochs"], compared=not valued))
+            trained.append(_training(folder, loss))
             bar(number + 1, folder.name)
         if config.rollouts:
             options: dict[str, Any] = {"rollouts": config.rollouts, "seed": config.seed}
@@ -98,11 +102,14 @@ def compare(config: CompareConfig) -> int:
     return 0
 
 
-def _seconds(folder: Path) -> float:
-    """That its updates took."""
+def _training(folder: Path, loss: Loss) -> Trained:
+    """What a run's updates took."""
+    from coconut.rewards.compare import Trained
     from coconut.tracking import read_metrics
 
-    return sum(row["seconds"] for row in read_metrics(folder) if row["kind"] == "train")
+    rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
+    seconds, units = (sum(row[key] for row in rows) for key in ("seconds", "units"))
+    return Trained(folder.name, seconds, int(units) * (2 if loss.pairs else 1), compared=not loss.valued)
 
 
 def _task(init: str) -> str:

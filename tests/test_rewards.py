@@ -428,7 +428,7 @@ def test_reward_models_side_by_side(models: tuple[Path, Path], capsys: pytest.Ca
     assert errors["facts"]["answers"] == 32
     costs = {row["scorer"]: row for row in read_json(folder / "costs.json")["rows"]}
     assert set(costs) == {"ce", "dpo", "value", "rollouts"}
-    assert costs["ce"]["flops"] == pytest.approx(costs["value"]["flops"] * 7 / 6), "one epoch, and the reference"
+    assert costs["ce"]["flops"] == pytest.approx(costs["value"]["flops"] * 7 / 6), "two epochs, and the reference"
     assert min(row["seconds"] for row in costs.values()) > 0
     assert [row["scorer"] for row in read_json(folder / "bounds.json")["rows"]] == ["ce", "dpo"]
     page = (folder / "comparison.html").read_text(encoding="utf-8")

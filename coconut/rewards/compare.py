@@ -164,11 +164,14 @@ def localisation(
 
 @dataclass(frozen=True)
 class Trained:
-    """A reward model's training. `compared`: with a reference, that was asked once."""
+    """A reward model's training: the answers that it was updated with, counted as often as they were.
+
+    `compared`: with a reference, that was asked once about all of them.
+    """
 
     name: str
     seconds: float
-    epochs: int
+    answers: int
     compared: bool
 
 
@@ -186,7 +189,7 @@ def costs(
         {
             "scorer": model.name,
             "seconds": model.seconds,
-            "flops": float(2 * parameters * tokens * (3 * model.epochs + model.compared)),
+            "flops": float(2 * parameters * tokens * (3 * model.answers / len(samples) + model.compared)),
         }
         for model in models
     ]
