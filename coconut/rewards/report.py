@@ -23,10 +23,14 @@ SELECTION = (
     "answers; the band is the 95 % interval over questions."
 )
 WAYS = (
-    "Sum, least and last: of the rewards of an answer's steps, the answer itself being the last; the sum is the "
+    "Sum, min and last: of the rewards of an answer's steps, the answer itself being the last; the sum is the "
     "reward of the whole. For value and rollouts it is how likely the answer is to come out right after each "
     "step, and there is no sum. Vote: each answer's vote weighs as much as its reward, squeezed between 0 and 1. "
     "95 % intervals at n = {most} are in selection.csv."
+)
+CURVES = (
+    "Models by the sum of their rewards, value and rollouts by the last of theirs. The oracle takes a right one if there "
+    "is one."
 )
 ERRORS = (
     "{answers:,} answers, {with_an_error:,} of them with a wrong step by the exact check. A scorer points at the "
@@ -69,7 +73,7 @@ def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
         Text(SELECTION.format(**facts, right=percent(facts["mean"]))),
         _legend(selection),
         figure_of(lambda width: selection_curves(selection, width), "selection", "Accuracy of the answer taken of n.",
-                  "The oracle takes a right one if there is one, the majority the most frequent answer."),
+                  CURVES),
         Table(columns, rows, len(columns) - 2),
         Text(WAYS.format(most=most)),
     ]  # fmt: skip
