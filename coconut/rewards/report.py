@@ -29,8 +29,8 @@ WAYS = (
     "95 % intervals at n = {most} are in selection.csv."
 )
 CURVES = (
-    "Models by the sum of their rewards, value and rollouts by the last of theirs. The oracle takes a right one if there "
-    "is one."
+    "Models by the sum of their rewards, value and rollouts by the last of theirs. The oracle takes a right one if "
+    "there is one."
 )
 ERRORS = (
     "{answers:,} answers, {with_an_error:,} of them with a wrong step by the exact check. A scorer points at the "
