@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,30 @@ def together(function: str, *arguments: Any, size: int = 2, seconds: float = 170
             f"process {rank} ended with {process.returncode}:\n{printed[rank]}"
         )
     return printed
+
+
+def killed_and_stopped(function: str, *arguments: Any, steps: Callable[[], list[int]], first: int, then: int) -> None:
+    """Call MODULE.FUNCTION(*arguments) in a process and send it SIGKILL, then in another one and send it SIGTERM.
+
+    Each is sent as soon as a run has come to step `first`, or `then`; `steps` tells which are saved. Fails if the run
+    did not get further each time, or did not say that it stopped.
+    """
+    module, name = function.rsplit(".", 1)
+    code, reached = f"import {module}; {module}.{name}(*{arguments!r})", -1
+    for number, at_least in ((signal.SIGKILL, first), (signal.SIGTERM, then)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**CLEAN, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        end = time.monotonic() + 120
+        while max(steps(), default=-1) < at_least:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=60)
+        if number == signal.SIGTERM and process.returncode:
+            assert process.returncode == 128 + signal.SIGTERM
+            assert "Stopped by SIGTERM; saved at" in told
+        assert steps()[-1] > reached
+        reached = steps()[-1]

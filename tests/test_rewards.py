@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -19,7 +15,7 @@ import torch
 from conftest import build, byte_level_tokenizer, gradients, graph_files, same_end, small_run
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import CLEAN, together
+from processes import killed_and_stopped, together
 
 from coconut import LatentLM
 from coconut.build import starting_point
@@ -244,26 +240,11 @@ def test_resumed_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: P
 
 def test_killed_and_started_again(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     """By SIGKILL at an update of its own choosing, then asked to stop by SIGTERM, then to its end."""
-    whole, folder, reached = tmp_path / "whole", tmp_path / "run", -1
+    whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(settings(made, whole, save_every=1)) == 0
-    for number, at_least in ((signal.SIGKILL, 3), (signal.SIGTERM, 8)):
-        code = f"import test_rewards; test_rewards.alone({str(made[0])!r}, {str(folder)!r})"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env={**CLEAN, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        end = time.monotonic() + 120
-        while max(Checkpoints(folder).steps(), default=-1) < at_least:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        process.send_signal(number)
-        told, _ = process.communicate(timeout=60)
-        if number == signal.SIGTERM and process.returncode:
-            assert process.returncode == 128 + signal.SIGTERM
-            assert "Stopped by SIGTERM; saved at update" in told
-        assert Checkpoints(folder).steps()[-1] > reached
-        reached = Checkpoints(folder).steps()[-1]
+    killed_and_stopped(
+        "test_rewards.alone", str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=3, then=8
+    )
     assert run(settings(made, folder, save_every=1)) == 0
     same_end(folder, whole)
 
@@ -382,6 +363,7 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
         assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in shares)
     assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
+    assert [list(map(bool, shares)) for shares in found.shares] == found.hard
     with pytest.raises(ValueError, match="coconut does not write its steps in words alone"):
         step_labels(build("llama"), judge, labelled)
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import graph_files, same_end, small_run
-from processes import CLEAN, together
+from processes import killed_and_stopped, together
 from test_hybrid import MODES
 
 from coconut import LatentLM
@@ -163,31 +159,12 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig
 
 def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     """By SIGKILL at a batch of its own choosing, then asked to stop by SIGTERM, then to its end."""
-    folder, reached = tmp_path / "run", -1
-    for number, at_least in ((signal.SIGKILL, 2), (signal.SIGTERM, 4)):
-        process = started(made, folder)
-        end = time.monotonic() + 120
-        while max(Checkpoints(folder).steps(), default=-1) < at_least:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        process.send_signal(number)
-        told, _ = process.communicate(timeout=60)
-        if number == signal.SIGTERM and process.returncode:
-            assert process.returncode == 128 + signal.SIGTERM
-            assert "Stopped by SIGTERM; saved at batch" in told
-        assert Checkpoints(folder).steps()[-1] > reached
-        reached = Checkpoints(folder).steps()[-1]
+    folder = tmp_path / "run"
+    killed_and_stopped(
+        "test_rl.alone", str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=2, then=4
+    )
     assert run(several(made, folder)) == 0
     same_end(folder, finished)
-
-
-def started(made: tuple[Path, DataConfig], folder: Path) -> subprocess.Popen[str]:
-    code = f"import test_rl; test_rl.alone({str(made[0])!r}, {str(folder)!r})"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={**CLEAN, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def data_beside(warm: str) -> DataConfig:

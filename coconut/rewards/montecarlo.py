@@ -34,6 +34,11 @@ class StepLabels:
     sampled: int
     tokens: int
 
+    @property
+    def hard(self) -> list[list[bool]]:
+        """Whether any of a step's rollouts came out right."""
+        return [[share > 0 for share in shares] for shares in self.shares]
+
 
 @torch.no_grad()
 def step_labels(
