@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from processes import killed_and_stopped, together
 
 from coconut import LatentLM
+from coconut.analyze import run as analyze
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, Task
+from coconut.config import AdamWConfig, AnalyzeConfig, DataConfig, EngineConfig, Task
 from coconut.data import encode_texts
 from coconut.engine.world import joined
 from coconut.files import read_json
@@ -446,6 +447,8 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="Some questions have 7 answers and some 8"):
         compare(CompareConfig(runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), stepwise=2, engine=CPU))
+    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut.reward compare"):
+        analyze(AnalyzeConfig(run=str(folder / "ce")))
     with pytest.raises(ValueError, match="Name the reward models"):
         CompareConfig(answers="a")
     with pytest.raises(ValueError, match="Name the answers"):

@@ -109,7 +109,7 @@ def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
 
 
 def read_run(folder: Path | str) -> RunRecord:
-    """Raises ValueError if the folder is no run."""
+    """Raises ValueError if the folder is no run, or one that gives no answers."""
     from coconut.evaluate import read_results
 
     folder = Path(folder)
@@ -120,6 +120,11 @@ def read_run(folder: Path | str) -> RunRecord:
             "Start it again with coconut.train, which writes both."
         )
     description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)
+    if description.get("trained") == "reward model":
+        raise ValueError(
+            f"{folder} is a reward model, which answers no questions. What it is good for: "
+            f"python -m coconut.reward compare runs={folder} answers=FILE"
+        )
     evaluations = read_results(folder)
     test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
     answers, answers_of = _read_answers(folder, test)
