@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from coconut.build import run_of, starting_point
-from coconut.rewards.steps import token_parts
+from coconut.rewards.steps import parts_said
 from coconut.rl.policy import Policy, Sample
 from coconut.tracking import CONFIG, read_config
 
@@ -63,8 +63,7 @@ class ImplicitReward:
         ]
 
     def parts(self, sample: Sample) -> list[int]:
-        special = self.lm.special
-        return token_parts(self.lm.tokenizer, sample.said, self.lm.reasoning.format, [special.eos, special.pad])
+        return parts_said(self.lm, sample.said)
 
 
 def by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:

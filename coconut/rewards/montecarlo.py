@@ -14,7 +14,7 @@ import torch
 
 from coconut.methods import Slot
 from coconut.rewards.answers import Labelled
-from coconut.rewards.steps import step_count, token_parts
+from coconut.rewards.steps import parts_said, step_count
 from coconut.rl.rollouts import Correctness
 from coconut.thinking import longest_first, pad_rows
 
@@ -65,7 +65,7 @@ def step_labels(
     for row in labelled:
         for sample in row.samples:
             said = sample.said
-            parts = token_parts(lm.tokenizer, said, reasoning.format, [special.eos, special.pad])
+            parts = parts_said(lm, said)
             cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, reasoning.format))]
             ends.append([tuple(said[:cut]) for cut in cuts])
     answers = [(n, row) for n, row in enumerate(labelled) for _ in row.samples]

@@ -78,42 +78,19 @@ def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
         Text(WAYS.format(most=most)),
     ]  # fmt: skip
     sections = [Section("headline", None, choosing)]
-    if "first_errors" in told:
-        errors = told["first_errors"]
-        sections.append(
-            Section(
-                "errors",
-                "The first wrong step",
-                [
-                    Text(ERRORS.format(**errors.facts)),
-                    Table(ERROR_COLUMNS, error_rows(errors), len(ERROR_COLUMNS) - 1),
-                ],
-            )
-        )
-    costs = told["costs"]
-    sections.append(
-        Section(
-            "costs",
-            "What it costs to know",
-            [
-                Text(COSTS.format(**costs.facts)),
-                Table(COST_COLUMNS, cost_rows(costs), len(COST_COLUMNS) - 1),
-            ],
-        )
-    )
-    if told["bounds"].rows:
-        sections.append(
-            Section(
-                "bounds",
-                "The value of a prefix",
-                [
-                    Text(BOUNDS),
-                    Table(BOUND_COLUMNS, bound_rows(told["bounds"]), len(BOUND_COLUMNS) - 1),
-                ],
-            )
-        )
+    if errors := told.get("first_errors"):
+        about = ERRORS.format(**errors.facts)
+        sections.append(_tabled("errors", "The first wrong step", about, ERROR_COLUMNS, error_rows(errors)))
+    about = COSTS.format(**told["costs"].facts)
+    sections.append(_tabled("costs", "What it costs to know", about, COST_COLUMNS, cost_rows(told["costs"])))
+    if rows := bound_rows(told["bounds"]):
+        sections.append(_tabled("bounds", "The value of a prefix", BOUNDS, BOUND_COLUMNS, rows))
     what = "what each is good for, against votes, rollouts and the oracle"
     return page(name, "Reward models", what, folder, sections, kicker="comparison")
+
+
+def _tabled(name: str, title: str, about: str, columns: list[str], rows: list[list[str]]) -> Section:
+    return Section(name, title, [Text(about), Table(columns, rows, len(columns) - 1)])
 
 
 @styled()

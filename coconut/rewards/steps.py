@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut.methods import PromptFormat
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
 
 
 def text_ends(text: str, form: PromptFormat) -> list[int]:
@@ -58,6 +61,11 @@ def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored
             part += 1
         parts.append(part)
     return parts
+
+
+def parts_said(lm: LatentLM, said: Sequence[int]) -> list[int]:
+    """The same of what this model said, in its prompt format."""
+    return token_parts(lm.tokenizer, said, lm.reasoning.format, [lm.special.eos, lm.special.pad])
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from coconut.rewards.steps import token_parts
-from coconut.rl.policy import Sample, Scored, shares
+from coconut.rewards.steps import parts_said
+from coconut.rl.policy import Sample, Scored, at_targets, of_tokens
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 
 def values(module: nn.Module, batch: Scored, token: int) -> Tensor:
     """(M,) before each token of the answers, in logits, float32."""
-    out = module(
-        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
-    )
-    return out.target_logits[:, token].float()
+    return at_targets(module, batch).target_logits[:, token].float()
 
 
 @dataclass(frozen=True)
@@ -39,20 +36,13 @@ class ValueModel:
     @torch.no_grad()
     def before(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
         """For each answer (its tokens,), in logits: the value of what stands before each of them."""
-        found: dict[int, Tensor] = {}
-        for places, passes in shares(samples, batch_size):
-            chosen = [samples[i] for i in places]
-            batch = Scored.of(chosen, self.lm.special, passes).to(self.lm.device)
-            lengths = [len(sample.log_probs) for sample in chosen]
-            found |= zip(places, values(self.lm, batch, self.lm.special.latent).cpu().split(lengths), strict=True)
-        return [found[place] for place in range(len(samples))]
+        return of_tokens(self.lm, samples, batch_size, lambda batch: values(self.lm, batch, self.lm.special.latent))
 
     def parts(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each answer: how likely it is to come out right after each of its steps, and after the answer."""
-        special, form = self.lm.special, self.lm.reasoning.format
         found = []
         for row, sample in zip(self.before(samples, batch_size), samples, strict=True):
-            parts = torch.tensor(token_parts(self.lm.tokenizer, sample.said, form, [special.eos, special.pad]))
+            parts = torch.tensor(parts_said(self.lm, sample.said))
             ends = [*torch.nonzero(parts.diff()).flatten().add(1).tolist(), len(parts) - 1]
             found.append(row[ends].sigmoid())
         return found

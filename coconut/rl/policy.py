@@ -5,7 +5,7 @@ Shapes: N answers, B rows of a batch, T columns, V vocabulary, M sampled tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -172,6 +172,24 @@ class Scored:
         return replace(self, **values)
 
 
+def at_targets(module: nn.Module, batch: Scored) -> Any:
+    """The forward pass over a batch, with logits where its targets are predicted."""
+    return module(
+        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
+    )
+
+
+def of_tokens(lm: LatentLM, samples: Sequence[Sample], size: int, score: Callable[[Scored], Tensor]) -> list[Tensor]:
+    """For each answer, on the CPU, what `score` says (M,) of the sampled tokens of a batch of up to `size` answers."""
+    found: dict[int, Tensor] = {}
+    for places, passes in shares(samples, size):
+        chosen = [samples[i] for i in places]
+        batch = Scored.of(chosen, lm.special, passes).to(lm.device)
+        lengths = [len(sample.log_probs) for sample in chosen]
+        found |= zip(places, score(batch).cpu().split(lengths), strict=True)
+    return [found[place] for place in range(len(samples))]
+
+
 @dataclass
 class PolicyBatch(Scored):
     """A micro-batch of answers; of each sampled token (M,) what its term needs.
@@ -240,13 +258,7 @@ class Policy:
 
     def log_probs(self, module: nn.Module, batch: Scored) -> Tensor:
         """(M,) of the targets of a batch, in float32."""
-        out = module(
-            batch.input_ids,
-            batch.attention_mask,
-            labels=batch.labels,
-            return_target_logits=True,
-            min_passes=batch.passes,
-        )
+        out = at_targets(module, batch)
         logits_MV = out.target_logits.float() / self.temperature
         refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
         refused_2V[0, list(self.refused)] = True
@@ -258,13 +270,7 @@ class Policy:
     @torch.no_grad()
     def score(self, lm: LatentLM, samples: Sequence[Sample], size: int) -> list[Tensor]:
         """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
-        found: dict[int, Tensor] = {}
-        for places, passes in shares(samples, size):
-            chosen = [samples[i] for i in places]
-            batch = Scored.of(chosen, lm.special, passes).to(lm.device)
-            lengths = [len(sample.log_probs) for sample in chosen]
-            found |= zip(places, self.log_probs(lm, batch).cpu().split(lengths), strict=True)
-        return [found[place] for place in range(len(samples))]
+        return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))
 
     def loss(self, objective: Objective, beta: float) -> Any:
         """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights."""
