@@ -455,6 +455,7 @@ class GenerateConfig:
     question: str = ""  # "-" reads standard input; with neither a question nor a file they are typed in
     file: str = ""  # questions, one a line, or rows of JSON
     output: str = ""  # where the answers to a file go, as JSON lines; by default to the screen
+    policy: str = ""  # of coconut.adaptive, which then says how each question is asked
     batch_size: int = 64
     show_thoughts: bool = False
     num_thoughts: int | None = None
@@ -475,6 +476,14 @@ class GenerateConfig:
             raise ValueError("question and file are both given. Leave one of them out.")
         if self.output and not self.file:
             raise ValueError("output is for the answers to file=FILE; one answer goes to the screen.")
+        if self.policy:
+            usual = GenerateConfig(run=self.run)
+            for name in ("num_thoughts", "stop", "mode", "temperature", "top_p", "show_thoughts"):
+                if (value := getattr(self, name)) != getattr(usual, name):
+                    raise ValueError(
+                        f"{name}={value} and policy={self.policy} are both given. The policy says how each question is "
+                        "asked: leave one of them out."
+                    )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
         if self.top_p < 1 and not self.temperature:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,8 @@ def run(config: GenerateConfig) -> int:
         lm, options["stop"] = trained.lm, classifier_of(config.run, trained).stop
     else:
         lm = load_model(config.run, config.checkpoint, config.engine)
+    if config.policy:
+        return _by_policy(lm, [question] if question else questions, config)
     if config.temperature > 0:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):
@@ -91,6 +95,35 @@ def read_questions(path: str) -> list[str]:
     return found
 
 
+def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> int:
+    """Each question in the way that a policy of coconut.adaptive chooses for it."""
+    from coconut.adaptive.backends import Latent
+    from coconut.adaptive.choosing import Chooser
+    from coconut.engine.base import autocast
+
+    chooser = Chooser.beside(config.policy, lm, config.batch_size)
+    backend = Latent(lm, config.run, config.batch_size, config.max_new_tokens)
+    for asked in [questions] if questions else ([question] for question in _typed()):
+        with autocast(lm.device, config.engine.precision):
+            found = chooser.answer(backend, asked, config.seed)
+        if config.file:
+            _write([{"question": question, "text": one.text, "num_thoughts": one.reply.num_thoughts, "passes":
+                     one.reply.passes, "chosen": one.settings} for question, one in zip(asked, found, strict=True)],
+                   config)  # fmt: skip
+        else:
+            print(f"[{found[0].label}: {found[0].reply.passes:g} forward passes]", file=sys.stderr)
+            print(found[0].text)
+    return 0
+
+
+def _typed() -> Iterator[str]:
+    """Questions as they are typed, up to an empty line."""
+    print("Each question by itself; an empty line ends it.", file=sys.stderr)
+    with contextlib.suppress(EOFError):
+        while question := input("? ").strip():
+            yield question
+
+
 def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, options: dict[str, Any]) -> None:
     """A JSON object a line, in the order of the questions."""
     encoded = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
@@ -110,10 +143,14 @@ def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, opt
                 found[i]["mode"] = out.modes[row]
             if config.show_thoughts:
                 found[i]["thoughts"] = likeliest(lm, out.thoughts[row][: int(out.num_thoughts[row])])
-    lines = "".join(json.dumps(found[i], ensure_ascii=False) + "\n" for i in range(len(questions)))
+    _write([found[i] for i in range(len(questions))], config)
+
+
+def _write(rows: list[dict[str, Any]], config: GenerateConfig) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if config.output:
         write_text(Path(config.output), lines)
-        print(f"{len(questions)} answers are in {config.output}", file=sys.stderr)
+        print(f"{len(rows)} answers are in {config.output}", file=sys.stderr)
     else:
         print(lines, end="")
 
@@ -123,14 +160,7 @@ def _converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> Non
     from transformers import TextStreamer
 
     as_text = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    print("Each question by itself; an empty line ends it.", file=sys.stderr)
-    while True:
-        try:
-            question = input("? ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
+    for question in _typed():
         streamer = TextStreamer(lm.tokenizer, skip_prompt=True, **as_text)  # pyright: ignore
         try:
             _print_answer(lm, answer(lm, [question], streamer=streamer, **options), show_thoughts, spoken=True)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 import coconut
+from coconut.adaptive.config import AdaptiveConfig
 from coconut.cli import CONF_DIR, built, in_words, quote_text
 from coconut.config import (
     AnalyzeConfig,
@@ -38,11 +39,11 @@ from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rl.config import RLConfig
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl", "rollout", "reward"]
+COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl", "rollout", "reward", "adaptive"]
 BUILDERS = ["prosqa", "prontoqa", "gsm8k", "pointers"]
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
            "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig, "rollout": RolloutConfig,
-           "reward": RewardModelConfig}  # fmt: skip
+           "reward": RewardModelConfig, "adaptive": AdaptiveConfig}  # fmt: skip
 for name, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
@@ -68,9 +69,10 @@ def experiments() -> dict[str, str]:
 @pytest.mark.parametrize("experiment", group("experiment"))
 def test_every_experiment_is_built(experiment: str) -> None:
     command = experiments()[experiment]
-    needed = {"rl": ["init=r"], "reward": ["init=r", "data.train=a", "data.valid=b"]}.get(command, [])
+    needed = {"rl": ["init=r"], "reward": ["init=r", "data.train=a", "data.valid=b"],
+              "adaptive": ["output=o"]}.get(command, [])  # fmt: skip
     config = composed(command, f"experiment={experiment}", *needed)
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, RunConfig | AdaptiveConfig)
     assert config.name == experiment
     if isinstance(config, TrainConfig):
         assert plan(config.method, config.curriculum).stages
@@ -243,6 +245,7 @@ LAYERS = [
     ["train", "analysis", "export", "generate"],
     ["rl"],
     ["rewards"],
+    ["adaptive"],
     ["analyze", "demo", "reward", "rollout"],
 ]
 TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}

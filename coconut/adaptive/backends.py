@@ -1,0 +1,319 @@
+"""Who answers: a model that thinks, any causal language model, or a function; and how answers are kept.
+
+A backend is asked many questions with the same settings, and hands back what it has as it comes. `answers` asks it
+everything that is not in the log yet, so that nothing is asked twice, whatever stopped the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import string
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from coconut.adaptive.config import FunctionConfig
+from coconut.adaptive.space import Settings, Space
+from coconut.data import encode_questions, encode_texts
+from coconut.opening import opened, reaching
+from coconut.screen import working
+from coconut.thinking import Generated, forward_passes, longest_first, pad_rows
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+CHUNK = 256  # questions of one call; what is sampled depends on the seed, the settings and the chunk alone
+SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a question. Several `texts` are samples, of which a judge takes the answer with most votes.
+
+    `passes`: forward passes one after the other, over all samples; what is read or thought once counts once.
+    `said`: the tokens of each text, with the end of the sequence unless it was cut off, where they are known.
+    """
+
+    texts: tuple[str, ...]
+    passes: float = 0.0
+    new_tokens: float = 0.0
+    num_thoughts: int = 0
+    mode: str = ""
+    said: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Reply:
+        lists = {"texts": tuple(values["texts"]), "said": tuple(map(tuple, values["said"]))}
+        return cls(**{**values, **lists})
+
+
+class Backend(Protocol):
+    """`name` tells it from others in the log of answers; `takes` are the settings that it knows."""
+
+    name: str
+    takes: frozenset[str]
+
+    def __call__(
+        self, questions: Sequence[str], settings: Settings, seed: Sequence[int], /
+    ) -> Iterator[Mapping[int, Reply]]:
+        """Replies by the places of their questions, as they come. What is sampled depends on the arguments alone."""
+        ...
+
+
+class Latent:
+    """A LatentLM. Settings: num_thoughts, mode, prefix (text before the question), and those of sampling."""
+
+    takes = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
+
+    def __init__(self, lm: LatentLM, name: str, batch_size: int = 64, max_new_tokens: int | None = None):
+        self.lm, self.name, self.batch_size = lm, name, batch_size
+        self.max_new_tokens = max_new_tokens
+
+    def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
+        """The questions as they are asked, in tokens."""
+        prefix = str(settings.get("prefix", ""))
+        asked = [f"{prefix} {question}".strip() for question in questions]
+        return encode_questions(self.lm.tokenizer, asked, self.lm.reasoning.format)
+
+    def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
+        rows, samples, options = self.rows(questions, settings), *generation(settings, self.max_new_tokens)
+        options |= {key: settings[key] for key in ("num_thoughts", "mode") if settings.get(key) is not None}
+        found: dict[int, Reply] = {}
+        with _seeded(seed, self.lm.device):
+            for places in longest_first(rows, self.batch_size):
+                out = self.lm.generate(*pad_rows([rows[i] for i in places], self.lm.special.pad), **options)
+                found |= {i: _reply(out, range(row * samples, (row + 1) * samples)) for row, i in enumerate(places)}
+        yield found
+
+
+def generation(settings: Settings, limit: int | None) -> tuple[int, dict[str, Any]]:
+    """How many samples, and the options of generation: greedy at temperature 0."""
+    temperature, samples = float(settings.get("temperature", 0)), int(settings.get("samples", 1))
+    options: dict[str, Any] = {"max_new_tokens": settings.get("max_new_tokens", limit), "num_return_sequences": samples}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature, "top_p": float(settings.get("top_p", 1))}
+    return samples, options
+
+
+def _seeded(seed: Sequence[int], device: torch.device) -> Any:
+    """A context in which sampling depends on these numbers alone, and no other sampling on it."""
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    digest = hashlib.blake2b(repr(list(seed)).encode(), digest_size=7).digest()
+
+    class Seeded:
+        def __enter__(self) -> None:
+            forked.__enter__()
+            torch.manual_seed(int.from_bytes(digest))
+
+        def __exit__(self, *why: Any) -> None:
+            forked.__exit__(*why)
+
+    return Seeded()
+
+
+def _reply(out: Generated, rows: range) -> Reply:
+    """Of the samples to one question in these rows."""
+    first = rows[0]
+    thoughts, mode = int(out.num_thoughts[first]), out.modes[first]
+    words = sum(forward_passes(int(out.lengths[row]), bool(out.cut[row]), 0, "") for row in rows)
+    return Reply(
+        texts=tuple(out.texts[row].strip() for row in rows),
+        passes=words + forward_passes(0, True, thoughts, mode),
+        new_tokens=sum(int(out.lengths[row]) for row in rows),
+        num_thoughts=thoughts,
+        mode=mode,
+        said=tuple(tuple(out.said(row)) for row in rows),
+    )
+
+
+class CausalModel:
+    """Any causal language model of Hugging Face. What it reads is `prompt`, filled with the question and settings.
+
+    A model with a chat template is told it as what a user says.
+    """
+
+    def __init__(self, place: str, prompt: str, device: torch.device, batch_size: int = 64,
+                 max_new_tokens: int | None = None):  # fmt: skip
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with reaching(place, "model"):
+            self.model = opened(AutoModelForCausalLM, place).to(device).eval()
+            self.tokenizer = opened(AutoTokenizer, place)
+        self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
+        self.name = f"{place} {prompt}"
+        fields = {name for _, name, *_ in string.Formatter().parse(prompt) if name}
+        if "question" not in fields:
+            raise ValueError(f"prompt is {prompt!r}; the question must stand in it: {{question}}.")
+        self.takes = frozenset({*SAMPLED, *fields} - {"question"})
+
+    def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
+        samples, options = generation(settings, self.max_new_tokens)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        rows = [self._row(self.prompt.format(question=question, **settings)) for question in questions]
+        found: dict[int, Reply] = {}
+        with _seeded(seed, self.model.device), torch.no_grad():
+            for places in longest_first(rows, self.batch_size):
+                ids, mask = (t.to(self.model.device) for t in pad_rows([rows[i] for i in places], pad))
+                greedy = {} if "do_sample" in options else {"do_sample": False}
+                out = self.model.generate(ids, attention_mask=mask, pad_token_id=pad, **options, **greedy)
+                said = [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
+                for row, i in enumerate(places):
+                    its = said[row * samples : (row + 1) * samples]
+                    texts = self.tokenizer.batch_decode(its, skip_special_tokens=True)
+                    count = sum(map(len, its))
+                    found[i] = Reply(tuple(text.strip() for text in texts), count, count, said=tuple(map(tuple, its)))
+        yield found
+
+    def _row(self, text: str) -> list[int]:
+        if self.tokenizer.chat_template:
+            told = [{"role": "user", "content": text}]
+            return self.tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
+        [ids] = encode_texts(self.tokenizer, [text])
+        return ids
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1) + 1]
+
+
+class Failed(ValueError):
+    """A function did not answer, as often as it was tried."""
+
+
+class Function:
+    """Any function from a question and its settings to a text, or to a Reply: an API model, for instance.
+
+    It is called from several threads. A text's passes are counted as its words.
+    """
+
+    def __init__(self, function: Callable[[str, Settings], str | Reply], name: str, config: FunctionConfig,
+                 takes: frozenset[str]):  # fmt: skip
+        self.function, self.name, self.config, self.takes = function, name, config, takes
+
+    def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
+        pool = ThreadPoolExecutor(self.config.workers)
+        failure: BaseException | None = None
+        try:
+            futures = {pool.submit(self._reply, question, settings): i for i, question in enumerate(questions)}
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                if error := future.exception():
+                    failure = failure or error
+                    pool.shutdown(wait=False, cancel_futures=True)  # those that are under way may still answer
+                else:
+                    yield {futures[future]: future.result()}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failure:
+            raise failure
+
+    def _reply(self, question: str, settings: Settings) -> Reply:
+        found = self._tried(question, settings)
+        if isinstance(found, str):
+            words = len(found.split())
+            return Reply((found,), words, words)
+        if not isinstance(found, Reply):
+            raise Failed(f"{self.name} gave {found!r} for {question!r}; it must give a text.")
+        return found
+
+    def _tried(self, question: str, settings: Settings) -> Any:
+        for attempt in range(1, self.config.tries):
+            with contextlib.suppress(Exception):
+                return self.function(question, dict(settings))
+            time.sleep(self.config.wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+        try:
+            return self.function(question, dict(settings))
+        except Exception as error:
+            tries = self.config.tries
+            times = f"{tries} times" if tries > 1 else "once"
+            told = f"{type(error).__name__}: {error}"
+            raise Failed(f"{self.name} failed {times} on {question!r}, the last time with {told}") from error
+
+
+def refuse_unknown(space: Space, backend: Backend) -> None:
+    """Raises ValueError for a setting in the space that the backend does not know, or that its prompt lacks."""
+    if unknown := space.keys - backend.takes:
+        raise ValueError(
+            f"The space sets {', '.join(sorted(unknown))}, which means nothing here. {backend.name} takes "
+            f"{', '.join(sorted(backend.takes))}."
+        )
+    if isinstance(backend, CausalModel) and (open_ := backend.takes - set(SAMPLED) - space.keys):
+        raise ValueError(f"The prompt has {{{min(open_)}}} in it, and no dimension of the space gives it a value.")
+
+
+def answers(
+    backend: Backend, questions: Sequence[str], space: Space, log: Path, *, seed: int = 0, chunk: int = CHUNK
+) -> list[list[Reply]]:
+    """What comes of each question in each configuration, from the log or asked now, and then in the log.
+
+    The log is a line of JSON for each answer, under a key of backend, question, settings and seed: an answer is found
+    again when the space has changed around it. Raises ValueError if the backend fails; what came before is kept.
+    """
+    refuse_unknown(space, backend)
+    known = read_log(log)
+    keys = [
+        [_key(backend.name, question, space.settings(c), seed) for c in range(len(space))] for question in questions
+    ]
+    wanted = len({key for row in keys for key in row})
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def done() -> int:
+        return len({key for row in keys for key in row if key in known})
+
+    with log.open("a", encoding="utf-8") as file, working("asking", wanted, have := done()) as bar:
+        if file.tell() and not log.read_bytes().endswith(b"\n"):
+            file.write("\n")  # after a line that was cut off
+        for number in range(len(space)):
+            settings = space.settings(number)
+            for first in range(0, len(questions), chunk):
+                places = [i for i in range(first, min(first + chunk, len(questions))) if keys[i][number] not in known]
+                if not places:
+                    continue
+                stream = (seed, first, int(_key("", "", settings, 0), 16))
+                try:
+                    for found in backend([questions[i] for i in places], settings, stream):
+                        new = {keys[places[place]][number]: reply for place, reply in found.items()}
+                        file.write("".join(_line(key, reply) for key, reply in new.items()))
+                        file.flush()
+                        known |= new
+                        have += len(new)
+                        bar(have, space.label(number))
+                except Exception as error:
+                    raise ValueError(
+                        f"With {space.label(number)}: {error}\n{done():,} of {wanted:,} answers are kept in {log}; "
+                        "the same command goes on from there."
+                    ) from error
+    return [[known[key] for key in row] for row in keys]
+
+
+def _key(name: str, question: str, settings: Settings, seed: int) -> str:
+    told = json.dumps([name, question, settings, seed], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def _line(key: str, reply: Reply) -> str:
+    return json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
+
+
+def read_log(log: Path) -> dict[str, Reply]:
+    """The answers in it. A line that a killed process left unfinished is none."""
+    found: dict[str, Reply] = {}
+    if log.is_file():
+        for line in log.read_text(encoding="utf-8").split("\n"):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            key = row.pop("key")
+            found[key] = Reply.from_dict(row)
+    return found

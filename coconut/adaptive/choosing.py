@@ -1,0 +1,81 @@
+"""A policy at work: for each question the settings with which to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coconut.adaptive import encoders
+from coconut.adaptive.backends import Latent, Reply
+from coconut.adaptive.encoders import Encoder
+from coconut.adaptive.judges import Vote
+from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.policy import Policy
+from coconut.adaptive.space import Settings
+from coconut.tasks import TASKS
+
+if TYPE_CHECKING:
+    from coconut.model import LatentLM
+
+CLOSE = 0.02  # how far an embedding may lie from the one that was kept, as a share of it
+
+
+def kept(table: Outcomes) -> dict[str, Any]:
+    """What a policy's file says of where it belongs: how it sees a question, with one question as it saw it."""
+    embedding = [round(float(x), 4) for x in table.embeddings[0]]
+    return {**table.about, "probe": {"question": table.questions[0], "embedding": embedding}}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question's answer, and how it was asked for: `text` is that of `reply` with most votes."""
+
+    text: str
+    label: str
+    settings: Settings
+    reply: Reply
+
+
+class Chooser:
+    """From a policy's file, for the model that it learned beside."""
+
+    def __init__(self, path: Path | str, encode: Encoder):
+        self.policy, self.about = Policy.load(path)
+        self.encode = encode
+        probe = self.about["probe"]
+        [here], there = encode([probe["question"]]), torch.tensor(probe["embedding"])
+        if here.shape != there.shape or (here - there).norm() > CLOSE * there.norm():
+            raise ValueError(
+                f"{path} was learned beside another model, {self.about['backend']}: this one sees the same question "
+                "differently. Name the policy of this run, or learn one: python -m coconut.adaptive run=DIR"
+            )
+
+    @classmethod
+    def beside(cls, path: Path | str, lm: LatentLM, batch_size: int = 64) -> Chooser:
+        """Raises ValueError if the policy is not one of this model's."""
+        _, about = Policy.load(path)
+        how = about["embedding"]
+        if how not in encoders.POOLINGS:
+            return cls(path, encoders.named(how, lm.device, batch_size))
+        return cls(path, encoders.of_latent(lm, how, batch_size))
+
+    def choose(self, questions: Sequence[str]) -> list[int]:
+        """The numbers of the configurations, in the policy's space."""
+        return self.policy.best(self.encode(questions)[None])[0].tolist()
+
+    def answer(self, backend: Latent, questions: Sequence[str], seed: int = 0) -> list[Answered]:
+        """Each question in the configuration that is chosen for it; those of one configuration together."""
+        space, numbers = self.policy.space, self.choose(questions)
+        vote = Vote(TASKS[self.about["task"]], backend.lm.reasoning.format)
+        found: dict[int, Answered] = {}
+        for number in sorted(set(numbers)):
+            places, settings = [i for i, other in enumerate(numbers) if other == number], space.settings(number)
+            for replies in backend([questions[i] for i in places], settings, (seed, number)):
+                for place, reply in replies.items():
+                    text = reply.texts[vote.taken(reply)]
+                    found[places[place]] = Answered(text, space.label(number), settings, reply)
+        return [found[i] for i in range(len(questions))]

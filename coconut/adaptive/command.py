@@ -1,0 +1,216 @@
+"""python -m coconut.adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from coconut.adaptive import encoders
+from coconut.adaptive.backends import Backend, CausalModel, Function, Latent, answers
+from coconut.adaptive.choosing import kept
+from coconut.adaptive.config import AdaptiveConfig, JudgeKind
+from coconut.adaptive.encoders import Encoder
+from coconut.adaptive.judges import Exact, Implicit, Judge, Pretrained, Vote, judged
+from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.report import adaptive_page, on_screen
+from coconut.adaptive.space import Space
+from coconut.adaptive.trials import studies, trials
+from coconut.build import load_model
+from coconut.checkpoint import Checkpoints
+from coconut.cli import application
+from coconut.data import Example, read_examples
+from coconut.engine.base import autocast, set_up
+from coconut.engine.world import World
+from coconut.evaluate import file_of_run, fitting
+from coconut.files import sha256, sole_owner, write_text
+from coconut.model import LatentLM
+from coconut.opening import on_disk
+from coconut.rewards.implicit import ImplicitReward, reference_of
+from coconut.screen import only_our_words, say
+from coconut.tasks import TASKS
+from coconut.tracking import CONFIG, read_config
+
+TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
+
+
+def run(config: AdaptiveConfig) -> int:
+    """The table of outcomes, unless it is given; then policies, and what they are worth against other choices."""
+    only_our_words()
+    folder = config.folder
+    with sole_owner(folder):
+        table = Outcomes.read(config.table) if config.table else make_table(config)
+        default = table.space.named(config.default)
+        found = trials(
+            table,
+            config.policy,
+            cost=config.cost,
+            default=default,
+            few=config.few,
+            seeds=config.seeds,
+            seed=config.seed,
+        )
+        made = studies(found)
+        for study in made:
+            study.write(folder)
+        found.learned.policy.save(folder / POLICY, {**kept(table), "cost": config.cost})
+        say(on_screen(made))
+        write_text(folder / PAGE, adaptive_page(made, config.name, folder))
+    say(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
+    return 0
+
+
+def only_table(config: AdaptiveConfig) -> int:
+    """Ask every question in every configuration, judge the answers, and write what came of it."""
+    only_our_words()
+    if config.table:
+        raise ValueError(f"table={config.table} is made already. Leave out the word table to learn from it.")
+    with sole_owner(config.folder):
+        make_table(config)
+    return 0
+
+
+class Asking(NamedTuple):
+    """Who is asked what, and who judges."""
+
+    backend: Backend
+    encode: Encoder
+    judge: Judge
+    vote: Vote
+    examples: list[Example]
+    file: str
+    device: torch.device
+
+
+def make_table(config: AdaptiveConfig) -> Outcomes:
+    """Written to the command's folder. What was asked before is not asked again."""
+    space, asked = Space.of(config.space), _asking(config)
+    questions = [example.question for example in asked.examples]
+    say(f"{len(questions):,} questions of {asked.file} in {len(space)} configurations")
+    with autocast(asked.device, config.engine.precision):
+        replies = answers(asked.backend, questions, space, config.folder / LOG, seed=config.seed)
+        embeddings = asked.encode(questions).numpy()
+        exact = Exact(asked.vote)
+        columns = [[row[c] for row in replies] for c in range(len(space))]
+
+        def judged_by(judge: Judge) -> np.ndarray:
+            told = [judged(judge, asked.examples, column, space.settings(c)) for c, column in enumerate(columns)]
+            return np.array(told, np.float32).T
+
+        score = judged_by(asked.judge)
+        correct = score if isinstance(asked.judge, Exact) else judged_by(exact)
+    table = Outcomes(
+        space=space,
+        questions=questions,
+        steps=np.array([len(example.steps) for example in asked.examples]),
+        score=score,
+        correct=correct,
+        passes=np.array([[reply.passes for reply in row] for row in replies], np.float32),
+        new_tokens=np.array([[reply.new_tokens for reply in row] for row in replies], np.float32),
+        embeddings=embeddings,
+        about={"backend": asked.backend.name, "task": asked.vote.task.name, "embedding": config.embedding,
+               "file": asked.file, "sha256": sha256(asked.file), "judge": config.judge.kind.value, "seed": config.seed},
+    )  # fmt: skip
+    table.write(config.folder / TABLE)
+    say(f"Table: {config.folder / TABLE}")
+    return table
+
+
+def _asking(config: AdaptiveConfig) -> Asking:
+    """Raises ValueError if anything of it cannot be had."""
+    if config.run:
+        return _of_run(config)
+    assert config.task
+    device, file = set_up(config.engine), getattr(config.data, config.split)
+    vote = Vote(TASKS[config.task], config.format)
+    if config.model:
+        backend = CausalModel(config.model, config.prompt, device, config.batch_size, config.max_new_tokens)
+        own = partial(encoders.of_model, backend.model.base_model, backend.tokenizer)
+        encode = _encoder(config, own, device)
+    else:
+        known = frozenset(Space.of(config.space).keys)
+        backend = Function(_function(config.function), config.function, config.calls, known)
+        encode = encoders.named(config.embedding, device, config.batch_size)
+    judge = Exact(vote) if config.judge.kind is JudgeKind.exact else Pretrained(config.judge.place, vote, device)
+    return Asking(backend, encode, judge, vote, read_examples(file)[: config.limit], file, device)
+
+
+def _of_run(config: AdaptiveConfig) -> Asking:
+    """A run's model, or one that was saved."""
+    is_run = Path(config.run, CONFIG).is_file()
+    place = Checkpoints(config.run).find(config.checkpoint) if is_run else on_disk(config.run)
+    lm = load_model(config.run, config.checkpoint, config.engine)
+    data = read_config(config.run)["data"] if is_run else {}
+    task, file = config.task or data.get("task"), getattr(config.data, config.split)
+    if not task or not (is_run or file):
+        raise ValueError(f"{config.run} is a model and no run: name task=... and data.{config.split}=FILE, too.")
+    file = str(file or file_of_run(data, config.split, World()))
+    vote = Vote(TASKS[task], lm.reasoning.format)
+    name = f"{Path(config.run).name} {_fingerprint(place)}"
+    backend = Latent(lm, name, config.batch_size, config.max_new_tokens)
+    examples = read_examples(file)[: config.limit]
+    fit = fitting(lm, [example.question for example in examples])
+    judge: Judge = Exact(vote)
+    if config.judge.kind is JudgeKind.model:
+        judge = Pretrained(config.judge.place, vote, lm.device)
+    elif config.judge.kind is JudgeKind.implicit:
+        judge = Implicit(backend, _implicit(config, lm), vote)
+    encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
+    return Asking(backend, encode, judge, vote, [examples[i] for i in fit], file, lm.device)
+
+
+def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
+    if config.embedding in encoders.POOLINGS:
+        return own(config.embedding, config.batch_size)
+    return encoders.named(config.embedding, device, config.batch_size)
+
+
+def _fingerprint(place: Path) -> str:
+    """Of the weights in a folder."""
+    digests = [sha256(file) for file in sorted(place.glob("*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+
+
+def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
+    """The reward of a run of coconut.reward. Raises ValueError if it speaks another model's tokens."""
+    run = config.judge.place
+    reference = LatentLM.from_pretrained(reference_of(run)).eval().to(lm.device)
+    if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise ValueError(f"judge.place={run} scores the tokens of another model than {config.run}.")
+    return ImplicitReward(load_model(run, "best", config.engine), reference, read_config(run)["beta"])
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Raises ValueError if there is no such function."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")  # where the command is given, as for python -m
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"function={name} is no MODULE:NAME that can be imported here: {error}") from None
+    if not callable(found):
+        raise ValueError(f"function={name} is {found!r}, which cannot be called.")
+    return found
+
+
+whole = application("adaptive", AdaptiveConfig, run)
+table = application("adaptive", AdaptiveConfig, only_table)
+
+
+def main() -> None:
+    """The whole of it, or, after the word `table`, the table of outcomes alone."""
+    if sys.argv[1:2] == ["table"]:
+        del sys.argv[1]
+        table()
+    whole()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The table of outcomes: what comes of each question in each configuration, so that experiments need no model.
+
+Shapes: Q questions, C configurations, D numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coconut.adaptive.space import Space
+from coconut.data import existing
+from coconut.files import whole_file
+
+Numbers = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """`score`, `correct`, `passes`, `new_tokens`: (Q, C) each; `embeddings` (Q, D).
+
+    `score` is what is learned from, in [0, 1]; `correct` is the exact judge's, 0 or 1, whatever is learned from.
+    `steps` (Q,): of each question's written chain, which is how hard it is. `about`: who answered, and how.
+    """
+
+    space: Space
+    questions: list[str]
+    steps: NDArray[np.int64]
+    score: Numbers
+    correct: Numbers
+    passes: Numbers
+    new_tokens: Numbers
+    embeddings: Numbers
+    about: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if there is nothing in it, or a score outside [0, 1]."""
+        if not self.questions:
+            raise ValueError("The table of outcomes is empty: there is no question in it.")
+        shape = (len(self.questions), len(self.space))
+        for name in ("score", "correct", "passes", "new_tokens"):
+            assert getattr(self, name).shape == shape, name
+        if not ((self.score >= 0) & (self.score <= 1)).all():
+            worst = float(self.score.flat[np.nanargmax(np.abs(self.score - 0.5))])
+            raise ValueError(f"The table of outcomes has a score of {worst}; they are in [0, 1].")
+
+    def rewards(self, cost: float) -> Numbers:
+        """(Q, C) the score less the cost of the passes."""
+        return (self.score - cost * self.passes).astype(np.float32)
+
+    def write(self, path: Path | str) -> None:
+        told = {"space": self.space.as_data(), "questions": self.questions, "about": self.about}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        with whole_file(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, told=np.array(json.dumps(told, ensure_ascii=False)), **arrays)
+
+    @classmethod
+    def read(cls, path: Path | str) -> Outcomes:
+        """Raises ValueError if the file holds none."""
+        try:
+            with np.load(existing(path), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            told = json.loads(str(arrays.pop("told")))
+        except (BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no table of python -m coconut.adaptive table ({error}).") from None
+        return cls(space=Space.of(told["space"]), questions=told["questions"], about=told["about"], **arrays)
+
+    def fixed(self, cost: float, rows: Sequence[int] | NDArray[np.int64]) -> int:
+        """The configuration that is best on these questions if all take the same."""
+        return int(self.rewards(cost)[rows].mean(0).argmax())

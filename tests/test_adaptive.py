@@ -1,0 +1,659 @@
+"""Choosing how to answer: spaces, policies, backends, judges, tables, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, byte_level_tokenizer, graph_files, small_run
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import CLEAN, HERE
+from safetensors.torch import save_file
+from test_hybrid import hybrid
+from test_rollouts import EXAMPLES, TASK
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from coconut.adaptive import backends, encoders, report
+from coconut.adaptive import command as adaptive
+from coconut.adaptive.backends import CausalModel, Failed, Function, Latent, Reply, answers
+from coconut.adaptive.choosing import Chooser, kept
+from coconut.adaptive.config import AdaptiveConfig, FunctionConfig, JudgeConfig, JudgeKind, PolicyConfig
+from coconut.adaptive.judges import Exact, Implicit, Pretrained, Vote, judged
+from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.policy import Policy, distances, entropies, learn, reinforce
+from coconut.adaptive.space import Space
+from coconut.adaptive.trials import arms_study, studies, trials
+from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
+from coconut.data import Example
+from coconut.evaluate import evaluate
+from coconut.files import read_json
+from coconut.generate import run as generate
+from coconut.methods import PromptFormat
+from coconut.rewards.implicit import ImplicitReward
+from coconut.rl.policy import sample_said
+from coconut.train import run as train
+
+CPU = EngineConfig(device="cpu", threads=1)
+QUESTIONS = [example.question for example in EXAMPLES]
+SPACE = Space.of(
+    {"num_thoughts": [0, 1, 3], "decoding": {"greedy": {"temperature": 0}, "vote": {"temperature": 1, "samples": 3}}}
+)
+QUICK = FunctionConfig(workers=3, tries=3, wait=0.0)
+
+# --- the space --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(2, 4), min_size=1, max_size=4))
+def test_a_configuration_is_its_number(sizes: list[int]) -> None:
+    space = Space.of({f"d{i}": list(range(size)) for i, size in enumerate(sizes)})
+    assert len(space) == np.prod(sizes)
+    for number, places in enumerate(product(*map(range, sizes))):
+        assert space.settings(number) == {f"d{i}": place for i, place in enumerate(places)}
+        assert space.number(places) == space.named({f"d{i}": place for i, place in enumerate(places)}) == number
+    again = Space.of(json.loads(json.dumps(space.as_data())))
+    assert [again.settings(number) for number in range(len(again))] == [space.settings(n) for n in range(len(space))]
+
+
+def test_three_forms_of_a_dimension() -> None:
+    crossed = Space.of({"instruction": {"base": ["Compute.", "Guess."], "variation": ["", "Be brief."]}})
+    said = [crossed.settings(number)["instruction"] for number in range(len(crossed))]
+    assert said == ["Compute.", "Compute. Be brief.", "Guess.", "Guess. Be brief."]
+    assert SPACE.settings(SPACE.named({"num_thoughts": 3, "decoding": "vote"})) == {
+        "num_thoughts": 3, "temperature": 1, "samples": 3
+    }  # fmt: skip
+    assert SPACE.label(0) == "num_thoughts 0, decoding greedy"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "space is empty"),
+        ({"steps": [3]}, "What has one value is no choice"),
+        ({"steps": [3, 3]}, "all different"),
+        ({"steps": 3}, "is a list of values"),
+        ({"a": {"x": {"t": 1}, "y": {"t": 2}}, "t": [1, 2]}, "space.a and space.t both set t"),
+    ],
+)
+def test_what_is_no_space_is_named(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Space.of(given)
+
+
+def test_a_value_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match="num_thoughts has no value 2; its values are 0, 1, 3"):
+        SPACE.named({"num_thoughts": 2})
+    with pytest.raises(ValueError, match="There is no dimension mode"):
+        SPACE.named({"mode": "think"})
+
+
+# --- the policy -------------------------------------------------------------------------------------
+
+
+def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
+    torch.manual_seed(0)
+    rewards = torch.rand(2, 3, dtype=torch.float64)
+    logits = [torch.randn(1, 1, size, dtype=torch.float64, requires_grad=True) for size in (2, 3)]
+    log_probs = [row.log_softmax(-1) for row in logits]
+    wanted = -(log_probs[0].exp()[0, 0] @ rewards @ log_probs[1].exp()[0, 0])
+    expected = torch.autograd.grad(wanted, logits, retain_graph=True)
+    for baseline in (0.0, 0.7):
+        loss = torch.zeros((), dtype=torch.float64)
+        for a, b in product(range(2), range(3)):
+            chance = (log_probs[0][0, 0, a] + log_probs[1][0, 0, b]).exp().detach()
+            taken = [torch.tensor([[a]]), torch.tensor([[b]])]
+            loss = loss + chance * reinforce(log_probs, taken, (rewards[a, b] - baseline)[None, None])
+        found = torch.autograd.grad(loss, logits, retain_graph=True)
+        for mine, its in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
+
+
+def clear_table(questions: int = 300, seed: int = 0) -> Outcomes:
+    """Three kinds of questions, each of which one value of a dimension answers; the other dimension costs."""
+    random = np.random.default_rng(seed)
+    kinds = random.integers(3, size=questions)
+    space = Space.of({"num_thoughts": [0, 1, 2], "decoding": {"once": {"samples": 1}, "thrice": {"samples": 3}}})
+    settings = [space.settings(number) for number in range(len(space))]
+    right = np.array([[float(one["num_thoughts"] == kind) for one in settings] for kind in kinds], np.float32)
+    passes = np.array([[2.0 * one["samples"] for one in settings]] * questions, np.float32)
+    embeddings = np.eye(3, 8)[kinds] + 0.1 * random.normal(size=(questions, 8))
+    told = [f"question {i}" for i in range(questions)]
+    about = {"backend": "by hand", "embedding": "mean", "task": "prosqa"}
+    return Outcomes(space, told, kinds, right, right, passes, passes, embeddings.astype(np.float32), about)
+
+
+def test_it_learns_what_depends_on_the_question() -> None:
+    table = clear_table()
+    found = trials(table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, few=60, seeds=4)
+    rows = {row["arm"]: row for row in arms_study(found).rows}
+    assert rows["oracle"]["reward"] == pytest.approx(0.9)
+    assert rows["policy"]["reward"] > 0.85
+    assert rows["policy"]["seeds_above"] == 4
+    assert rows["num_thoughts alone"]["reward"] > 0.85
+    for name in ("blind policy", "best fixed", "decoding alone"):
+        assert rows[name]["reward"] < 0.4
+    assert rows["random"]["reward"] == pytest.approx(1 / 3 - 0.05 * 4, abs=1e-5)
+    assert rows["random"]["accuracy"] == pytest.approx(1 / 3)
+    shown = found.learned.policy.probabilities(torch.from_numpy(table.embeddings).expand(4, -1, -1), 0.1)
+    far, undecided = distances(shown), entropies(shown)
+    assert (far[:, 0] > 0.5).all()
+    assert (far[:, 1] < 0.2).all()
+    assert (undecided < 0.5).all()
+
+
+def test_policies_learn_side_by_side_and_move_no_other() -> None:
+    torch.manual_seed(1)
+    space, embeddings = clear_table().space, torch.randn(2, 20, 5)
+    rewards = torch.rand(2, 20, len(space))
+    config = PolicyConfig(updates=20)
+    first = learn(space, embeddings, rewards, config)
+    other = learn(space, embeddings, torch.stack([rewards[0], rewards[1].flip(-1)]), config)
+    same = [torch.equal(a[0], b[0]) for a, b in zip(first.policy.parameters(), other.policy.parameters(), strict=True)]
+    moved = [torch.equal(a[1], b[1]) for a, b in zip(first.policy.parameters(), other.policy.parameters(), strict=True)]
+    assert all(same)
+    assert not any(moved)
+    again = learn(space, embeddings, rewards, config)
+    assert all(map(torch.equal, again.policy.parameters(), first.policy.parameters()))
+    assert first.tried.max() <= 20 * len(space)
+
+
+def test_a_held_dimension_is_not_explored() -> None:
+    table = clear_table()
+    rewards = torch.from_numpy(table.rewards(0.0))[None]
+    held = learn(table.space, torch.from_numpy(table.embeddings)[None], rewards, PolicyConfig(updates=50),
+                 fixed=[None, torch.tensor([1])])  # fmt: skip
+    start = learn(table.space, torch.from_numpy(table.embeddings)[None], rewards, PolicyConfig(updates=1, lr=1e-12))
+    assert torch.allclose(held.policy.heads[1], start.policy.heads[1])
+    assert not torch.allclose(held.policy.heads[0], start.policy.heads[0])
+
+
+def test_a_policy_in_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy, embeddings = Policy(SPACE, 8, 4, copies=3), torch.randn(3, 50, 8)
+    policy.fit_scale(embeddings)
+    policy.save(tmp_path / "p.safetensors", {"task": "prosqa"}, copy=2)
+    alone, about = Policy.load(tmp_path / "p.safetensors")
+    assert about == {"task": "prosqa"}
+    assert torch.equal(alone.best(embeddings[2:]), policy.best(embeddings)[2:])
+    assert (tmp_path / "p.safetensors").stat().st_size < 4096
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("no")
+    for name in ("other.safetensors", "text"):
+        with pytest.raises(ValueError, match="is no policy"):
+            Policy.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        Policy.load(tmp_path / "missing")
+
+
+# --- who answers ------------------------------------------------------------------------------------
+
+
+def latent(batch_size: int = 64) -> Latent:
+    return Latent(build("gpt2", torch.float64), "a model", batch_size, 6)
+
+
+def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
+    backend = latent()
+    replies = answers(backend, QUESTIONS, SPACE, tmp_path / "log.jsonl")
+    for number in range(0, len(SPACE), 2):
+        settings = SPACE.settings(number)
+        told = evaluate(backend.lm, TASK, EXAMPLES, num_thoughts=settings["num_thoughts"], max_new_tokens=6)
+        for row, prediction in zip(replies, told.predictions, strict=True):
+            assert row[number].texts == (prediction.text.strip(),)
+            assert (row[number].passes, row[number].new_tokens) == (prediction.passes, prediction.new_tokens)
+        for row in replies:
+            several = row[number + 1]
+            assert len(several.texts) == len(several.said) == 3
+            thought = settings["num_thoughts"]
+            assert several.passes == thought + bool(thought) + sum(
+                len(said) for said in several.said
+            )  # all end with the end of the sequence, or with the limit
+
+
+def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = Space.of({"num_thoughts": [0, 1, 2]})
+    together = answers(latent(), QUESTIONS, greedy, tmp_path / "a.jsonl")
+    assert answers(latent(1), QUESTIONS, greedy, tmp_path / "b.jsonl") == together
+    whole = answers(latent(), QUESTIONS, SPACE, tmp_path / "whole.jsonl", chunk=2)
+    part, asked = tmp_path / "part.jsonl", 0
+    real = latent()
+
+    class Stopping(Latent):
+        def __call__(self, *arguments: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked == 4:
+                raise RuntimeError("out of memory")
+            return super().__call__(*arguments)
+
+    with pytest.raises(ValueError, match=r"out of memory\n5 of 18 answers are kept .* goes on from there"):
+        answers(Stopping(real.lm, "a model", 64, 6), QUESTIONS, SPACE, part, chunk=2)
+    part.write_text(part.read_text() + '{"key": "cut of')
+    assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
+    monkeypatch.setattr(Latent, "__call__", lambda *_: pytest.fail("nothing is asked twice"))
+    assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
+    fewer = Space.of({"decoding": {"vote": {"temperature": 1, "samples": 3}, "greedy": {"temperature": 0}},
+                      "num_thoughts": [3, 1]})  # fmt: skip
+    [row, *_] = answers(real, QUESTIONS, fewer, part)
+    assert row[0] == whole[0][SPACE.named({"num_thoughts": 3, "decoding": "vote"})]
+
+
+def test_a_hybrid_models_mode_and_a_prefix_are_settings(tmp_path: Path) -> None:
+    backend = Latent(hybrid("gpt2"), "hybrid", 64, 4)
+    replies = answers(backend, QUESTIONS, Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]}), tmp_path / "l")
+    assert {reply.mode for row in replies for reply in row} == {"short", "think"}
+    assert backend.rows(["1"], {"prefix": "7 7"}) == backend.rows(["7 7 1"], {})
+    with pytest.raises(ValueError, match="The mode says how many thoughts"):
+        answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The space sets steps, which means nothing here"):
+        answers(latent(), QUESTIONS, Space.of({"steps": [1, 2]}), tmp_path / "l")
+    assert not (tmp_path / "l").exists()
+
+
+def saved_causal(folder: Path) -> Path:
+    tokenizer = byte_level_tokenizer()
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_any_model_of_hugging_face(tmp_path: Path) -> None:
+    place = saved_causal(tmp_path / "model")
+    space = Space.of(
+        {"steps": [1, 2], "decoding": {"greedy": {"temperature": 0}, "two": {"temperature": 1, "samples": 2}}}
+    )
+    cpu = torch.device("cpu")
+    backend = CausalModel(str(place), "{question} in {steps} steps", cpu, max_new_tokens=5)
+    replies = answers(backend, QUESTIONS, space, tmp_path / "log")
+    one = CausalModel(str(place), "{question} in {steps} steps", cpu, batch_size=1, max_new_tokens=5)
+    alone = answers(one, QUESTIONS, space, tmp_path / "log1")
+    for row, other in zip(replies, alone, strict=True):
+        assert [reply.texts for reply in row[::2]] == [reply.texts for reply in other[::2]]
+        assert [len(reply.texts) for reply in row] == [1, 2, 1, 2]
+        assert all(0 < reply.passes <= 5 * len(reply.texts) for reply in row)
+    with pytest.raises(ValueError, match="no dimension of the space gives it a value"):
+        answers(CausalModel(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
+                tmp_path / "x")  # fmt: skip
+    with pytest.raises(ValueError, match="the question must stand in it"):
+        CausalModel(str(place), "{steps}", cpu)
+
+
+def function(call: Any) -> Function:
+    return Function(call, "mine", QUICK, frozenset({"steps"}))
+
+
+STEPS = Space.of({"steps": [1, 2]})
+
+
+def test_a_function_is_tried_again_and_asked_once(tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+    lock = threading.Lock()
+
+    def shaky(question: str, settings: dict[str, Any]) -> str | Reply:
+        with lock:
+            calls.append((question, settings["steps"]))
+            first = calls.count((question, settings["steps"])) == 1
+        if first:
+            raise ConnectionError("busy")
+        return f"{question} {settings['steps']}" if question != "9" else Reply(("### c",), passes=7)
+
+    replies = answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log")
+    assert len(calls) == 2 * len(QUESTIONS) * len(STEPS)
+    assert replies[0][1].texts == (f"{QUESTIONS[0]} 2",)
+    assert replies[0][1].passes == len(QUESTIONS[0].split()) + 1
+    assert replies[2][0].passes == 7
+    assert answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log") == replies
+    assert len(calls) == 2 * len(QUESTIONS) * len(STEPS)
+
+
+def test_a_function_that_fails_half_way(tmp_path: Path) -> None:
+    questions = [str(i) for i in range(20)]
+
+    def broken(question: str, settings: dict[str, Any]) -> str:
+        if question == "7":
+            raise ConnectionError("no route")
+        return "### c"
+
+    with pytest.raises(ValueError, match=r"mine failed 3 times on '7', the last time with ConnectionError: no route\n"):
+        answers(function(broken), questions, STEPS, tmp_path / "log")
+    before = len(backends.read_log(tmp_path / "log"))
+    assert before >= 5
+    calls: list[str] = []
+
+    def mended(question: str, settings: dict[str, Any]) -> str:
+        calls.append(question)
+        return "### c"
+
+    answers(function(mended), questions, STEPS, tmp_path / "log")
+    assert len(calls) == 2 * len(questions) - before
+    with pytest.raises(ValueError, match="mine gave 3 for '1'; it must give a text"):
+        answers(function(lambda *_: 3), ["1"], STEPS, tmp_path / "other")
+
+
+def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(backends.time, "sleep", waits.append)
+
+    def never(question: str, settings: dict[str, Any]) -> str:
+        raise TimeoutError
+
+    asked = Function(never, "mine", FunctionConfig(workers=1, tries=4, wait=1.0), frozenset())
+    with pytest.raises(Failed, match="4 times"):
+        list(asked(["1"], {}, (0,)))
+    assert len(waits) == 3
+    assert all(0.75 * 2**i <= wait <= 1.25 * 2**i for i, wait in enumerate(waits))
+
+
+# --- judges -----------------------------------------------------------------------------------------
+
+VOTE = Vote(TASK, PromptFormat("{}", "{} ", "### {}"))
+
+
+def test_a_vote_takes_the_first_of_the_most_frequent() -> None:
+    reply = Reply(("### a", "### c", "nothing", "### c", "### a"))
+    assert VOTE.taken(reply) == 0
+    assert VOTE.taken(Reply(("### a", "### c", "### c"))) == 1
+    assert VOTE.taken(Reply(("nothing", "none"))) == 0
+    exact = Exact(VOTE)
+    told = [Reply(("### a", "### c", "### c")), Reply(("### a",)), Reply(("c",))]
+    assert exact([Example("?", (), "c")] * 3, told) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
+def test_a_score_outside_is_named(score: float) -> None:
+    with pytest.raises(ValueError, match=r"The judge gave .* to '### c', an answer to '\?'; a score is in \[0, 1\]"):
+        judged(lambda *_: [score], [Example("?", (), "c")], [Reply(("### c",))], {})
+
+
+def test_a_pretrained_judge(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64,
+             "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    torch.manual_seed(0)
+    for labels, name in ((1, "judge"), (2, "classes")):
+        config = AutoConfig.for_model("gpt2", **shape, num_labels=labels)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    judge = Pretrained(str(tmp_path / "judge"), VOTE, torch.device("cpu"), batch_size=2)
+    replies = [Reply(("### a", "### c", "### c")), Reply(("a longer answer ### c",)), Reply(("### b",))]
+    scores = judged(judge, EXAMPLES, replies, {})
+    assert len({round(score, 6) for score in scores}) == 3
+    for example, reply, score in zip(EXAMPLES, replies, scores, strict=True):
+        alone = Pretrained(str(tmp_path / "judge"), VOTE, torch.device("cpu"))
+        assert alone([example], [Reply((reply.texts[VOTE.taken(reply)],))]) == pytest.approx([score], abs=1e-5)
+    with pytest.raises(ValueError, match="has 2 outputs; a judge has one"):
+        Pretrained(str(tmp_path / "classes"), VOTE, torch.device("cpu"))
+
+
+def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
+    backend, model = latent(), build("gpt2", torch.float64, seed=3)
+    reward = ImplicitReward(model, backend.lm, 0.5)
+    settings = {"num_thoughts": 1}
+    replies = [row[0] for row in answers(backend, QUESTIONS, Space.of({"num_thoughts": [1, 2]}), tmp_path / "l")]
+    scores = judged(Implicit(backend, reward, VOTE), EXAMPLES, replies, settings)
+    for question, reply, score in zip(QUESTIONS, replies, scores, strict=True):
+        [row] = backend.rows([question], settings)
+        [tokens] = reward.tokens([sample_said(model, row, reply.said[0], text="", num_thoughts=1)])
+        assert score == pytest.approx(float(tokens.sum().sigmoid()), abs=1e-6)
+    assert len(set(scores)) > 1
+
+
+# --- what a policy sees -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", encoders.POOLINGS)
+def test_an_embedding_does_not_depend_on_its_batch(pooling: str, tmp_path: Path) -> None:
+    lm = build("llama", torch.float64)
+    many, one = (encoders.of_latent(lm, pooling, size)(QUESTIONS) for size in (3, 1))
+    torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
+    place = str(saved_causal(tmp_path / "model"))
+    backend = CausalModel(place, "{question}", torch.device("cpu"))
+    many, one = (encoders.of_model(backend.model.base_model, backend.tokenizer, pooling, size)(QUESTIONS)
+                 for size in (3, 1))  # fmt: skip
+    torch.testing.assert_close(many, one, rtol=0, atol=1e-5)
+    if pooling == "mean":
+        named = encoders.named(place, torch.device("cpu"))(QUESTIONS)
+        torch.testing.assert_close(named, one, rtol=0, atol=1e-5)
+
+
+# --- tables and trials ------------------------------------------------------------------------------
+
+
+def test_a_table_in_a_file(tmp_path: Path) -> None:
+    table = clear_table(20)
+    table.write(tmp_path / "t.npz")
+    again = Outcomes.read(tmp_path / "t.npz")
+    assert (again.questions, again.about, again.space) == (table.questions, table.about, table.space)
+    for name in ("score", "correct", "passes", "new_tokens", "embeddings", "steps"):
+        assert np.array_equal(getattr(again, name), getattr(table, name))
+    (tmp_path / "no.npz").write_text("no")
+    np.savez(tmp_path / "other.npz", a=np.zeros(1))
+    for name in ("no.npz", "other.npz"):
+        with pytest.raises(ValueError, match=r"is no table of python -m coconut\.adaptive"):
+            Outcomes.read(tmp_path / name)
+
+
+def test_bad_tables_are_named() -> None:
+    table = clear_table(4)
+    values = {name: getattr(table, name) for name in table.__dataclass_fields__}
+    with pytest.raises(ValueError, match="has a score of 2"):
+        Outcomes(**{**values, "score": table.score + 1})
+    with pytest.raises(ValueError, match="The table of outcomes is empty"):
+        Outcomes(**{**values, "questions": []})
+    with pytest.raises(ValueError, match="few=4 questions to learn from leave none of 4"):
+        trials(table, PolicyConfig(updates=1), cost=0, default=0, few=4, seeds=2)
+
+
+def test_arms_by_hand_and_the_page(tmp_path: Path) -> None:
+    table = clear_table(60)
+    found = trials(table, PolicyConfig(updates=30), cost=0.05, default=5, few=20, seeds=3)
+    assert not set(found.train[0]) & set(found.test[0])
+    assert len(set(found.train[0]) | set(found.test[0])) == 60
+    rewards = table.rewards(0.05)
+    rows = {row["arm"]: row for row in arms_study(found).rows}
+    assert rows["default"]["reward"] == pytest.approx(rewards[:, 5][found.test].mean())
+    best = [rewards[train].mean(0).argmax() for train in found.train]
+    by_hand = np.mean([rewards[test, number].mean() for test, number in zip(found.test, best, strict=True)])
+    assert rows["best fixed"]["reward"] == pytest.approx(by_hand)
+    assert rows["oracle"]["reward"] == pytest.approx(rewards.max(1)[found.test].mean())
+    assert arms_study(found).facts["headroom"] == pytest.approx(rows["oracle"]["reward"] - by_hand, abs=1e-6)
+    made = studies(found)
+    curve = made[1].rows
+    assert curve[0]["update"] == 1
+    total = sum(row["regret"] for row in curve)  # as many points as updates
+    assert made[1].facts["total"] == pytest.approx(total, rel=1e-5)
+    for study in made:
+        study.write(tmp_path)
+    html = report.adaptive_page(made, "by hand", tmp_path)
+    said = report.sentences(made)
+    assert said[0].startswith("There is +0.")
+    assert "the best for each question" in html
+    assert html.count("<svg") == 2
+    assert max(map(len, report.on_screen(made).splitlines())) <= 100
+
+
+def test_no_headroom_is_said() -> None:
+    table = clear_table(60)
+    values = {name: getattr(table, name) for name in table.__dataclass_fields__}
+    flat = Outcomes(**{**values, "score": np.ones_like(table.score), "correct": np.ones_like(table.score)})
+    made = studies(trials(flat, PolicyConfig(updates=5), cost=0.0, default=0, few=20, seeds=2))
+    assert any("hardly anything to choose" in sentence for sentence in report.sentences(made))
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adaptive") / "run"
+    train(small_run(folder, graph_files(folder.parent, 64, 24, 8)))
+    return folder
+
+
+def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
+    values: dict[str, Any] = {
+        "run": str(folder or ""), "split": "valid", "few": 4, "seeds": 2, "max_new_tokens": 6, "cost": 0.01,
+        "engine": CPU,
+        "space": {"num_thoughts": [0, 1, 2], "decoding": {"greedy": {"temperature": 0},
+                                                          "vote": {"temperature": 1, "samples": 3}}},
+        "policy": PolicyConfig(updates=20),
+    }  # fmt: skip
+    return AdaptiveConfig(**{**values, **changes})
+
+
+def test_one_command_does_it_all(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert adaptive.only_table(command(trained)) == 0
+    table = Outcomes.read(trained / "adaptive" / "outcomes.npz")
+    assert adaptive.run(command(trained)) == 0
+    said = capsys.readouterr().out
+    assert "There is +" in said
+    folder = trained / "adaptive"
+    for name in ("outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html", "arms.csv", "curve.json",
+                 "choices.json", "heads.csv"):  # fmt: skip
+        assert (folder / name).is_file()
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(table.questions)) * 6
+    arms = (folder / "arms.json").read_text()
+    other = command(None, table=str(folder / "outcomes.npz"), output=str(folder.parent / "again"))
+    assert adaptive.run(other) == 0
+    assert (folder.parent / "again" / "arms.json").read_text() == arms
+    with pytest.raises(ValueError, match="is made already"):
+        adaptive.only_table(other)
+
+
+def test_a_question_is_asked_as_the_policy_says(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptive.run(command(trained))
+    table = Outcomes.read(trained / "adaptive" / "outcomes.npz")
+    policy, about = Policy.load(trained / "adaptive" / "policy.safetensors")
+    chosen = policy.best(torch.from_numpy(table.embeddings)[None])[0].tolist()
+    capsys.readouterr()
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(table.questions))
+    own = str(trained / "adaptive" / "policy.safetensors")
+    asked: dict[str, Any] = {"run": str(trained), "policy": own, "max_new_tokens": 6, "engine": CPU}
+    assert generate(GenerateConfig(**asked, file=str(questions), output=str(tmp_path / "out.jsonl"))) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["chosen"] for row in rows] == [policy.space.settings(number) for number in chosen]
+    for i, row in enumerate(rows):
+        assert row["question"] == table.questions[i]
+        if "samples" not in row["chosen"]:
+            assert row["passes"] == table.passes[i, chosen[i]]
+    capsys.readouterr()
+    assert generate(GenerateConfig(**asked, question=table.questions[0])) == 0
+    done = capsys.readouterr()
+    assert done.out.strip() == rows[0]["text"]
+    assert policy.space.label(chosen[0]) in done.err
+    with pytest.raises(ValueError, match=r"are both given\. The policy says"):
+        GenerateConfig(**asked, num_thoughts=2)
+    values = {**about, "probe": {"question": table.questions[0], "embedding": [1.0] * table.embeddings.shape[1]}}
+    policy.save(tmp_path / "other.safetensors", values)
+    with pytest.raises(ValueError, match="was learned beside another model"):
+        generate(GenerateConfig(**{**asked, "policy": str(tmp_path / "other.safetensors")}, question="1 2"))
+
+
+def test_a_policy_knows_its_model(tmp_path: Path) -> None:
+    lm, other = build("gpt2", torch.float64), build("gpt2", torch.float64, seed=5)
+    table = clear_table(5)
+    values = {name: getattr(table, name) for name in table.__dataclass_fields__}
+    seen = encoders.of_latent(lm, "mean")([QUESTIONS[0]])
+    mine = Outcomes(**{**values, "questions": [QUESTIONS[0], *table.questions[1:]],
+                       "embeddings": np.repeat(seen.numpy(), 5, 0)})  # fmt: skip
+    Policy(table.space, seen.shape[1], 4).save(tmp_path / "p", kept(mine))
+    assert Chooser.beside(tmp_path / "p", lm).choose(QUESTIONS) is not None
+    with pytest.raises(ValueError, match="another model, by hand"):
+        Chooser.beside(tmp_path / "p", other)
+
+
+def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = saved_causal(tmp_path / "model")
+    file = read_json(trained / "run.json")["data"]["valid"]["file"]
+    asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": Task.prosqa, "limit": 8}
+    output = tmp_path / "by_model"
+    assert adaptive.run(
+        command(trained, **asked, model=str(place), prompt="{question} {steps}", output=str(output),
+                space={"steps": [1, 2]}, max_new_tokens=3)
+    ) == 0  # fmt: skip
+    assert (output / "adaptive.html").is_file()
+    (tmp_path / "api.py").write_text("def ask(question, settings):\n    return '### ' + str(settings['steps'])\n")
+    monkeypatch.chdir(tmp_path)
+    values = {**asked, "function": "api:ask", "embedding": str(place), "space": {"steps": [1, 2]}}
+    assert adaptive.run(command(trained, **values, output=str(tmp_path / "by_function"))) == 0
+    for name in ("api:nothing", "nowhere:ask", "api"):
+        with pytest.raises(ValueError, match="is no MODULE:NAME"):
+            adaptive.run(command(trained, **{**values, "function": name}, output=str(tmp_path / "x")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"run": ""}, "It came none of them"),
+        ({"model": "x"}, "It came run=.* and model=x"),
+        ({"run": "", "model": "x", "output": "o"}, "name task="),
+        ({"run": "", "function": "a:b", "task": Task.prosqa, "output": "o", "data": DataFiles(valid="f")},
+         "a function shows none"),
+        ({"space": {"num_thoughts": [1]}}, "What has one value is no choice"),
+        ({"default": {"num_thoughts": 9}}, "has no value 9"),
+        ({"split": "other"}, "split is 'other'"),
+    ],
+)  # fmt: skip
+def test_configurations_that_are_none(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        command(Path("runs/mine"), **changes)
+
+
+def test_judges_need_their_model() -> None:
+    with pytest.raises(ValueError, match=r"needs the model that judges: judge\.place"):
+        JudgeConfig(JudgeKind.model)
+    with pytest.raises(ValueError, match=r"is for judge\.kind=model"):
+        JudgeConfig(JudgeKind.exact, "x")
+
+
+def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n\n\ndef ask(question, settings):\n    time.sleep(0.05)\n"
+        "    open('calls', 'a').write('x')\n    return '### 1'\n"
+    )
+    file = read_json(trained / "run.json")["data"]["valid"]["file"]
+    place = saved_causal(tmp_path / "model")
+    told = [
+        sys.executable, "-m", "coconut.adaptive", "table", "function=slow:ask", f"embedding={place}",
+        f"data.valid={file}", "split=valid", "task=prosqa", "space={steps: [1, 2, 3]}", f"output={tmp_path}/out",
+        "few=4", "seeds=2",
+        "engine.device=cpu", "engine.threads=1", "calls.workers=1",
+    ]  # fmt: skip
+    environment = {**CLEAN, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(told, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    log, end = tmp_path / "out" / "answers.jsonl", time.monotonic() + 120
+    while not log.is_file() or log.read_text().count("\n") < 5:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept_then = len(backends.read_log(log))
+    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = Outcomes.read(tmp_path / "out" / "outcomes.npz")
+    asked = (tmp_path / "calls").stat().st_size
+    needed = len(set(table.questions)) * 3
+    assert kept_then >= 5
+    assert needed <= asked <= needed + 1  # the one that was under way
