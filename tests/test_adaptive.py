@@ -636,7 +636,7 @@ def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:
     place = saved_causal(tmp_path / "model")
     told = [
         sys.executable, "-m", "coconut.adaptive", "table", "function=slow:ask", f"embedding={place}",
-        f"data.valid={file}", "split=valid", "task=prosqa", "space={steps: [1, 2, 3]}", f"output={tmp_path}/out",
+        f"data.valid={file}", "split=valid", "task=prosqa", "+space.steps=[1,2,3]", f"output={tmp_path}/out",
         "few=4", "seeds=2",
         "engine.device=cpu", "engine.threads=1", "calls.workers=1",
     ]  # fmt: skip

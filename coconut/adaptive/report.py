@@ -128,7 +128,8 @@ def curves(study: Study, width: float) -> Drawing:
         upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, 3), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", va="bottom", color=LIGHT["muted"],
                        fontsize=8.5)  # fmt: skip
-    upper.set_ylim(0, max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1))
+    most = max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1)
+    upper.set_ylim(0, most or 1)
     upper.set_title("Regret, per question", loc="left")
     for name, colour in coloured(study.facts["names"]):
         points = [(row["update"], row[f"entropy_{name}"]) for row in study.rows]

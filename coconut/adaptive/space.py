@@ -79,7 +79,7 @@ class Space:
     def of(cls, given: Mapping[str, Any]) -> Space:
         """From what a configuration file holds. Raises ValueError for a dimension that is none, or for none at all."""
         if not given:
-            raise ValueError("space is empty. Name what there is to choose: space={num_thoughts: [0, 1, 2]}.")
+            raise ValueError("space is empty. Name what there is to choose, such as '+space.num_thoughts=[0,1,2]'.")
         dimensions = tuple(Dimension.of(str(name), values) for name, values in given.items())
         owner: dict[str, str] = {}
         for dimension in dimensions:
