@@ -21,7 +21,7 @@ TEXT_KEYS = ("question", "prompt")
 # Values of these, or of keys that end in one of them after a dot, are names of files and folders: what Hydra's
 # grammar would not take is quoted for them. Lists for a multirun and quotes of one's own stay.
 PATH_KEYS = ("run", "init", "output", "out_dir", "source", "train", "valid", "test", "compare", "tokenizer", "files",
-             "cache_dir", "base", "hub", "file", "released", "answers", "development", "policy", "table", "model",
+             "cache_dir", "base", "hub", "file", "released", "answers", "development", "policy", "table",
              "place")  # fmt: skip
 # Values of these are such names or patterns of them, several parted by commas or spaces. A list of Hydra's stays.
 LIST_KEYS = ("runs",)

@@ -589,7 +589,7 @@ def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, mo
     asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": Task.prosqa, "limit": 8}
     output = tmp_path / "by_model"
     assert adaptive.run(
-        command(trained, **asked, model=str(place), prompt="{question} {steps}", output=str(output),
+        command(trained, **asked, base=str(place), prompt="{question} {steps}", output=str(output),
                 space={"steps": [1, 2]}, max_new_tokens=3)
     ) == 0  # fmt: skip
     assert (output / "adaptive.html").is_file()
@@ -606,8 +606,8 @@ def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, mo
     ("changes", "told"),
     [
         ({"run": ""}, "It came none of them"),
-        ({"model": "x"}, "It came run=.* and model=x"),
-        ({"run": "", "model": "x", "output": "o"}, "name task="),
+        ({"base": "x"}, "It came run=.* and base=x"),
+        ({"run": "", "base": "x", "output": "o"}, "name task="),
         ({"run": "", "function": "a:b", "task": Task.prosqa, "output": "o", "data": DataFiles(valid="f")},
          "a function shows none"),
         ({"space": {"num_thoughts": [1]}}, "What has one value is no choice"),

@@ -57,20 +57,18 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
 
 
-def experiments() -> dict[str, str]:
-    """The command of each, as its first lines name it."""
+def experiments() -> dict[str, tuple[str, list[str]]]:
+    """The command of each, as its first lines name it, and the keys that it is given there besides."""
     told = {
         name: (CONF_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()[1] for name in group("experiment")
     }
-    found = {name: re.match(r"# python -m coconut\.(\w+) experiment=", line) for name, line in told.items()}
-    return {name: match[1] for name, match in found.items() if match}
+    found = {name: re.match(r"# python -m coconut\.(\w+) experiment=\w+ ?(.*)", line) for name, line in told.items()}
+    return {name: (match[1], match[2].split()) for name, match in found.items() if match}
 
 
 @pytest.mark.parametrize("experiment", group("experiment"))
 def test_every_experiment_is_built(experiment: str) -> None:
-    command = experiments()[experiment]
-    needed = {"rl": ["init=r"], "reward": ["init=r", "data.train=a", "data.valid=b"],
-              "adaptive": ["output=o"]}.get(command, [])  # fmt: skip
+    command, needed = experiments()[experiment]
     config = composed(command, f"experiment={experiment}", *needed)
     assert isinstance(config, RunConfig | AdaptiveConfig)
     assert config.name == experiment
@@ -85,12 +83,13 @@ def test_every_choice_is_built(kind: str, name: str) -> None:
     assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
 
 
-@pytest.mark.parametrize("command", ["train", "rl"])
+@pytest.mark.parametrize("command", ["train", "rl", "adaptive"])
 def test_help_names_every_choice(command: str) -> None:
     words = set(re.split(r"[^\w]+", python("-m", f"coconut.{command}", "--help").stdout))
-    for kind in ("data", "engine", "launch", "tracking", *(["model"] if command == "train" else [])):
+    kinds = {"train": ["data", "engine", "launch", "tracking", "model"], "rl": ["data", "engine", "launch", "tracking"]}
+    for kind in kinds.get(command, []):
         assert {kind, *group(kind)} <= words
-    assert {name for name, its in experiments().items() if its == command} <= words
+    assert {name for name, (its, _) in experiments().items() if its == command} <= words
 
 
 def test_the_papers_hyperparameters() -> None:
@@ -140,7 +139,7 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         (["seed=many"], "seed=many: Value 'many' of type 'str' could not be converted to Integer"),
         (["seed=-1"], "seed is -1; it must be at least 0"),
         (["engine.precision=float8"], "engine.precision=float8: Invalid value 'float8', expected one of [float32, bf"),
-        (["experiment=quickstar"], "There is no experiment=quickstar. Did you mean quickstart? The choices are: gsm8k"),
+        (["experiment=quickstar"], "There is no experiment=quickstar. Did you mean quickstart? The choices are: adaptive_laptop"),
         (["run=${nope}"], "run: Interpolation key 'nope' not found"),
         (["curriculum.thoughts_per_step=-1"], "curriculum.thoughts_per_step is -1"),
         (["curriculum.total=3"], "curriculum.total is 3"),

@@ -144,7 +144,7 @@ class CausalModel:
                  max_new_tokens: int | None = None):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with reaching(place, "model"):
+        with reaching(place, "base"):
             self.model = opened(AutoModelForCausalLM, place).to(device).eval()
             self.tokenizer = opened(AutoTokenizer, place)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128

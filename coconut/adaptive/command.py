@@ -130,8 +130,8 @@ def _asking(config: AdaptiveConfig) -> Asking:
     assert config.task
     device, file = set_up(config.engine), getattr(config.data, config.split)
     vote = Vote(TASKS[config.task], config.format)
-    if config.model:
-        backend = CausalModel(config.model, config.prompt, device, config.batch_size, config.max_new_tokens)
+    if config.base:
+        backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
         own = partial(encoders.of_model, backend.model.base_model, backend.tokenizer)
         encode = _encoder(config, own, device)
     else:

@@ -39,11 +39,11 @@ class PolicyConfig:
 
     hidden: int = 16
     lr: float = 1e-2
-    weight_decay: float = 0.0
-    updates: int = 1500
-    batch_size: int = 10
+    weight_decay: float = 0.1
+    updates: int = 3000
+    batch_size: int = 30
     temperature: float = 1.0
-    decay: float = 0.9985
+    decay: float = 0.9998
     baseline: bool = True
 
     def __post_init__(self) -> None:
@@ -75,11 +75,11 @@ class FunctionConfig:
 
 @dataclass
 class AdaptiveConfig:
-    """One of `run`, `model` and `function` answers the questions, unless there is a `table` of what they answered."""
+    """One of `run`, `base` and `function` answers the questions, unless there is a `table` of what they answered."""
 
     name: str = "custom"
     run: str = ""  # of coconut.train, coconut.rl, or a folder with a model
-    model: str = ""  # any causal language model of Hugging Face
+    base: str = ""  # any causal language model of Hugging Face
     function: str = ""  # MODULE:NAME, from (question, settings) to a text
     table: str = ""  # of outcomes, made before: no model is needed
     checkpoint: str = "best"
@@ -108,11 +108,11 @@ class AdaptiveConfig:
         from coconut.adaptive.space import Space
 
         at_least("", self, cost=0, limit=1, few=1, seeds=2, batch_size=1, seed=0, max_new_tokens=1)
-        given = [key for key in ("run", "model", "function", "table") if getattr(self, key)]
+        given = [key for key in ("run", "base", "function", "table") if getattr(self, key)]
         if len(given) != 1:
             found = " and ".join(f"{key}={getattr(self, key)}" for key in given) or "none of them"
             raise ValueError(
-                f"Who answers: run=DIR, model=NAME or function=MODULE:NAME, or table=FILE of what they answered? "
+                f"Who answers: run=DIR, base=NAME or function=MODULE:NAME, or table=FILE of what they answered? "
                 f"It came {found}."
             )
         if self.split not in SPLITS:
