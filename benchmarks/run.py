@@ -184,29 +184,32 @@ def elsewhere(*arguments: str) -> Any:
 
 @dataclass(frozen=True)
 class Form:
-    """What is measured: sizes, precisions, numbers of thoughts, those with the released way, and how often."""
+    """What is measured: `sizes` with their numbers of thoughts, in which precisions, for which numbers of thoughts the
+    released way too, which ways in a process of their own and with what memory, and how often.
+    """
 
-    sizes: tuple[str, ...]
+    sizes: dict[str, tuple[int, ...]]
     kinds: tuple[str, ...]
-    thoughts: tuple[int, ...]
     released: tuple[int, ...]
+    alone: tuple[tuple[str, str], ...]
     rounds: int
 
 
-SHORT = Form(("2 x 768", "12 x 768"), ("float32",), (3, 12), (3,), 2)
-FULL = Form(tuple(SIZES), ("float32", "bfloat16"), (0, 3, 6, 12), (3,), 3)
-ALONE = [
-    ("released", "given back"),
-    ("plain", "kept"),
-    ("ours", "given back"),
-    ("ours", "kept"),
-    ("ours", "recomputed"),
-]
+BOTH = (("released", "given back"), ("ours", "kept"))
+SHORT = Form({"2 x 768": (3, 12), "12 x 768": (3,)}, ("float32",), (3,), BOTH, 2)
+FULL = Form(
+    dict.fromkeys(SIZES, (0, 3, 6, 12)),
+    ("float32", "bfloat16"),
+    (3,),
+    (*BOTH, ("plain", "kept"), ("ours", "given back"), ("ours", "recomputed")),
+    3,
+)
 Row = dict[str, Any]
 
 
 def training_rows(form: Form) -> Iterator[Row]:
-    for size, kind, thoughts in product(form.sizes, form.kinds, form.thoughts):
+    cases = [(size, kind, k) for size, kind in product(form.sizes, form.kinds) for k in form.sizes[size]]
+    for size, kind, thoughts in cases:
         ways = [way for way in WAYS if way != "released" or thoughts in form.released]
         taken = train_times(size, thoughts, kind, ways, form.rounds)
         medians = {way: statistics.median(taken[way]) if way in taken else "" for way in WAYS}
@@ -222,7 +225,7 @@ def training_rows(form: Form) -> Iterator[Row]:
 def alone_rows(form: Form) -> Iterator[Row]:
     for size, kind in product(form.sizes, form.kinds):
         released: Row = {}
-        for way, how in ALONE:
+        for way, how in form.alone:
             found = elsewhere(size, kind, way, how, str(form.rounds - 1))
             released = released or found
             ratios = {f"{name}: released / this": released[name] / found[name] for name in ("step", "memory")}

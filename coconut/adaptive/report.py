@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coconut.adaptive.trials import BEST_FIXED, ORACLE, POLICY
 from coconut.analysis.charts import panel, share_axis
 from coconut.analysis.findings import figure_of
-from coconut.analysis.page import Lead, Legend, Section, Table, Text, page, percent
+from coconut.analysis.page import Lead, Legend, Section, Table, Text, page, percent, typeset
 from coconut.analysis.plots import LIGHT, draw_line, new_figure, styled
 from coconut.analysis.study import Study
 from coconut.analysis.table import aligned, wrapped
@@ -63,7 +63,7 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         f"The policy {worth} the best fixed configuration: {more:+.3f} ({more_low:+.3f} to {more_high:+.3f}), "
         f"above it in {policy['seeds_above']} of {facts['seeds']} seeds."
     )
-    if facts["headroom"] > 0:
+    if more > 0:
         found[-1] += f" That is {100 * more / facts['headroom']:.0f} % of the headroom."
     found.append(f"A policy that is not shown the question comes to {blind['reward']:.3f}, where it comes to "
                  f"{policy['reward']:.3f}.")  # fmt: skip
@@ -123,9 +123,9 @@ def curves(study: Study, width: float) -> Drawing:
     draw_line(upper, [(row["update"], row["regret"]) for row in study.rows], "ink", 1.5, "regret", dots=False)
     upper.fill_between(x, [row["low"] for row in study.rows], [row["high"] for row in study.rows],
                        color=LIGHT["ink"], alpha=0.1, linewidth=0)  # fmt: skip
-    for name in ("random", "best_fixed"):
+    for name, above in (("random", 3), ("best_fixed", 9)):
         upper.axhline(study.facts[name], color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, 3), xycoords=("axes fraction", "data"),
+        upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, above), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", va="bottom", color=LIGHT["muted"],
                        fontsize=8.5)  # fmt: skip
     most = max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1)
@@ -157,11 +157,8 @@ def arm_rows(study: Study) -> list[list[str]]:
 
 
 def _more(row: dict[str, Any], seeds: int) -> list[str]:
-    return [
-        f"{row['more']:+.3f}",
-        f"{row['more_low']:+.3f} to {row['more_high']:+.3f}",
-        f"{row['seeds_above']} of {seeds}",
-    ]
+    more, low, high = (typeset(f"{row[key]:+.3f}") for key in ("more", "more_low", "more_high"))
+    return [more, f"{low} to {high}", f"{row['seeds_above']} of {seeds}"]
 
 
 CHOICE_COLUMNS = ["steps", "takes", "share", "reward", "best fixed", "oracle", "accuracy", "passes", "passes, fixed"]
