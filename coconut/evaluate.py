@@ -299,18 +299,19 @@ def file_of_run(data: dict[str, Any], split: str, world: World) -> str:
 def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0) -> list[int]:
     """Which questions leave room for so many thoughts more than the model's own, and an answer."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
-    room = _room(lm, lm.reasoning.num_thoughts + more)
+    room = room_for_question(lm, lm.reasoning, lm.reasoning.num_thoughts + more)
     return [i for i, row in enumerate(rows) if len(row) <= room]
 
 
-def _room(lm: LatentLM, count: int) -> int:
+def room_for_question(lm: LatentLM, reasoning: Reasoning, count: int) -> int:
     """Tokens that a question may have, with so many thoughts after it and an answer."""
-    return lm.context - len(slot_ids(lm.reasoning, lm.special, count)) - 1
+    return lm.context - len(slot_ids(reasoning, lm.special, count)) - bool(reasoning.modes) - 1
 
 
 def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:
     """Which questions leave room for an answer. Raises ValueError unless the others may be left out."""
-    room = _room(lm, lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts)
+    count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
+    room = room_for_question(lm, lm.reasoning, count)
     too_long = [i for i, row in enumerate(rows) if len(row) > room]
     if too_long and (config.too_long is TooLong.error or len(too_long) == len(rows)):
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])

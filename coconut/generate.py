@@ -72,7 +72,11 @@ def _print_answer(lm: LatentLM, result: Generated, show_thoughts: bool, spoken: 
             print(f"[thought {number} is close to: {said}]", file=sys.stderr)
     if not spoken:
         print(result.texts[0].strip())
-    if result.cut[0]:
+    _warn_of_cut(bool(result.cut[0]))
+
+
+def _warn_of_cut(cut: bool) -> None:
+    if cut:
         print("warning: the answer was cut at the limit; raise max_new_tokens.", file=sys.stderr)
 
 
@@ -101,18 +105,29 @@ def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> in
     from coconut.adaptive.choosing import Chooser
     from coconut.engine.base import autocast
 
-    chooser = Chooser.beside(config.policy, lm, config.batch_size)
-    backend = Latent(lm, config.run, config.batch_size, config.max_new_tokens)
+    chooser = Chooser(config.policy, lm, config.batch_size)
+    limit = config.max_new_tokens or chooser.about["max_new_tokens"]
+    backend = Latent(lm, config.run, config.batch_size, limit)
     for asked in [questions] if questions else ([question] for question in _typed()):
-        with autocast(lm.device, config.engine.precision):
-            found = chooser.answer(backend, asked, config.seed)
+        try:
+            with autocast(lm.device, config.engine.precision):
+                found = chooser.answer(backend, asked, config.seed)
+        except ValueError as error:
+            if questions:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
         if config.file:
-            _write([{"question": question, "text": one.text, "num_thoughts": one.reply.num_thoughts, "passes":
-                     one.reply.passes, "chosen": one.settings} for question, one in zip(asked, found, strict=True)],
-                   config)  # fmt: skip
+            rows = [
+                {"question": question, "text": one.text, "cut": one.reply.cut, "passes": one.reply.passes,
+                 "num_thoughts": one.reply.num_thoughts[one.taken], "chosen": one.settings}
+                for question, one in zip(asked, found, strict=True)
+            ]  # fmt: skip
+            _write(rows, config)
         else:
             print(f"[{found[0].label}: {found[0].reply.passes:g} forward passes]", file=sys.stderr)
             print(found[0].text)
+            _warn_of_cut(found[0].reply.cut)
     return 0
 
 

@@ -4,7 +4,7 @@
 #
 #   bash launch/adaptive.sh [seed=0]
 #
-# The same command again goes on with what was stopped, and leaves alone what is complete.
+# The same command again goes on with what was stopped; no question is asked, and no update made, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -139,7 +139,10 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         (["seed=many"], "seed=many: Value 'many' of type 'str' could not be converted to Integer"),
         (["seed=-1"], "seed is -1; it must be at least 0"),
         (["engine.precision=float8"], "engine.precision=float8: Invalid value 'float8', expected one of [float32, bf"),
-        (["experiment=quickstar"], "There is no experiment=quickstar. Did you mean quickstart? The choices are: adaptive_laptop"),
+        (
+            ["experiment=quickstar"],
+            "There is no experiment=quickstar. Did you mean quickstart? The choices are: adaptive_laptop",
+        ),
         (["run=${nope}"], "run: Interpolation key 'nope' not found"),
         (["curriculum.thoughts_per_step=-1"], "curriculum.thoughts_per_step is -1"),
         (["curriculum.total=3"], "curriculum.total is 3"),

@@ -13,7 +13,7 @@ import random
 import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,9 @@ import torch
 
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
-from coconut.data import encode_questions, encode_texts
+from coconut.data import encode_questions
+from coconut.evaluate import room_for_question
+from coconut.methods import PromptFormat
 from coconut.opening import opened, reaching
 from coconut.screen import working
 from coconut.thinking import Generated, forward_passes, longest_first, pad_rows
@@ -30,7 +32,7 @@ from coconut.thinking import Generated, forward_passes, longest_first, pad_rows
 if TYPE_CHECKING:
     from coconut.model import LatentLM
 
-CHUNK = 256  # questions of one call; what is sampled depends on the seed, the settings and the chunk alone
+CHUNK = 256  # questions of one call; a model's answers to them are kept together
 SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model
 
 
@@ -39,20 +41,21 @@ class Reply:
     """What came of a question. Several `texts` are samples, of which a judge takes the answer with most votes.
 
     `passes`: forward passes one after the other, over all samples; what is read or thought once counts once.
-    `said`: the tokens of each text, with the end of the sequence unless it was cut off, where they are known.
+    Of each text, where it is known: `said`, its tokens with the end of the sequence unless it was cut off; how many
+    thoughts came before it; its mode. `cut`: whether a limit ended any of them.
     """
 
     texts: tuple[str, ...]
     passes: float = 0.0
-    new_tokens: float = 0.0
-    num_thoughts: int = 0
-    mode: str = ""
+    num_thoughts: tuple[int, ...] = ()
+    modes: tuple[str, ...] = ()
     said: tuple[tuple[int, ...], ...] = ()
+    cut: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reply:
-        lists = {"texts": tuple(values["texts"]), "said": tuple(map(tuple, values["said"]))}
-        return cls(**{**values, **lists})
+        told = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{**told, "said": tuple(map(tuple, values["said"]))})
 
 
 class Backend(Protocol):
@@ -65,6 +68,10 @@ class Backend(Protocol):
         self, questions: Sequence[str], settings: Settings, seed: Sequence[int], /
     ) -> Iterator[Mapping[int, Reply]]:
         """Replies by the places of their questions, as they come. What is sampled depends on the arguments alone."""
+        ...
+
+    def fits(self, questions: Sequence[str], settings: Settings, /) -> list[bool]:
+        """Which of the questions leave room for an answer."""
         ...
 
 
@@ -82,6 +89,16 @@ class Latent:
         prefix = str(settings.get("prefix", ""))
         asked = [f"{prefix} {question}".strip() for question in questions]
         return encode_questions(self.lm.tokenizer, asked, self.lm.reasoning.format)
+
+    def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
+        reasoning = self.lm.reasoning
+        forms = [reasoning.in_mode(mode) for mode in reasoning.modes if mode == settings.get("mode", mode)] or [
+            reasoning
+        ]
+        counts = [settings.get("num_thoughts", form.num_thoughts) for form in forms]
+        room = min(room_for_question(self.lm, form, count) for form, count in zip(forms, counts, strict=True))
+        room -= bool(reasoning.modes)  # its token
+        return [len(row) <= room for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
         rows, samples, options = self.rows(questions, settings), *generation(settings, self.max_new_tokens)
@@ -103,86 +120,111 @@ def generation(settings: Settings, limit: int | None) -> tuple[int, dict[str, An
     return samples, options
 
 
-def _seeded(seed: Sequence[int], device: torch.device) -> Any:
-    """A context in which sampling depends on these numbers alone, and no other sampling on it."""
-    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+@contextlib.contextmanager
+def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Sampling in here depends on these numbers alone, and no other sampling on it."""
     digest = hashlib.blake2b(repr(list(seed)).encode(), digest_size=7).digest()
-
-    class Seeded:
-        def __enter__(self) -> None:
-            forked.__enter__()
-            torch.manual_seed(int.from_bytes(digest))
-
-        def __exit__(self, *why: Any) -> None:
-            forked.__exit__(*why)
-
-    return Seeded()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest))
+        yield
 
 
 def _reply(out: Generated, rows: range) -> Reply:
     """Of the samples to one question in these rows."""
-    first = rows[0]
-    thoughts, mode = int(out.num_thoughts[first]), out.modes[first]
+    thoughts, modes = tuple(int(out.num_thoughts[row]) for row in rows), tuple(out.modes[row] for row in rows)
     words = sum(forward_passes(int(out.lengths[row]), bool(out.cut[row]), 0, "") for row in rows)
+    before = sum(forward_passes(0, True, count, mode) for count, mode in set(zip(thoughts, modes, strict=True)))
     return Reply(
         texts=tuple(out.texts[row].strip() for row in rows),
-        passes=words + forward_passes(0, True, thoughts, mode),
-        new_tokens=sum(int(out.lengths[row]) for row in rows),
+        passes=words + before,
         num_thoughts=thoughts,
-        mode=mode,
+        modes=modes,
         said=tuple(tuple(out.said(row)) for row in rows),
+        cut=any(bool(out.cut[row]) for row in rows),
     )
 
 
 class CausalModel:
     """Any causal language model of Hugging Face. What it reads is `prompt`, filled with the question and settings.
 
-    A model with a chat template is told it as what a user says.
+    A model with a chat template is told it as what a user says. Of its own generation settings only where a text ends
+    is kept.
     """
 
     def __init__(self, place: str, prompt: str, device: torch.device, batch_size: int = 64,
-                 max_new_tokens: int | None = None):  # fmt: skip
+                 max_new_tokens: int | None = None, name: str = ""):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        fields = _fields(prompt)
         with reaching(place, "base"):
             self.model = opened(AutoModelForCausalLM, place).to(device).eval()
             self.tokenizer = opened(AutoTokenizer, place)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
-        self.name = f"{place} {prompt}"
-        fields = {name for _, name, *_ in string.Formatter().parse(prompt) if name}
-        if "question" not in fields:
-            raise ValueError(f"prompt is {prompt!r}; the question must stand in it: {{question}}.")
+        self.name = f"{name or place} {prompt}"
         self.takes = frozenset({*SAMPLED, *fields} - {"question"})
+        self.form = PromptFormat(question="{}", chat=bool(self.tokenizer.chat_template))
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.ends = list(ends) if isinstance(ends, list) else [ends]
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.ends[0] if pad is None else pad
+
+    def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
+        """What it reads, in tokens."""
+        asked = [self.prompt.format(question=question, **settings) for question in questions]
+        return encode_questions(self.tokenizer, asked, self.form)
+
+    def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        limit = settings.get("max_new_tokens", self.max_new_tokens)
+        return [context is None or len(row) + limit <= context for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
+        from transformers import GenerationConfig
+
         samples, options = generation(settings, self.max_new_tokens)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        rows = [self._row(self.prompt.format(question=question, **settings)) for question in questions]
+        rows = self.rows(questions, settings)
+        asked = GenerationConfig(**{"do_sample": False, **options}, eos_token_id=self.ends, pad_token_id=self.pad)
+        if asked.do_sample:
+            asked.top_k = 0
         found: dict[int, Reply] = {}
         with _seeded(seed, self.model.device), torch.no_grad():
             for places in longest_first(rows, self.batch_size):
-                ids, mask = (t.to(self.model.device) for t in pad_rows([rows[i] for i in places], pad))
-                greedy = {} if "do_sample" in options else {"do_sample": False}
-                out = self.model.generate(ids, attention_mask=mask, pad_token_id=pad, **options, **greedy)
+                ids, mask = (t.to(self.model.device) for t in pad_rows([rows[i] for i in places], self.pad))
+                out = self.model.generate(ids, attention_mask=mask, generation_config=asked)
                 said = [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
                 for row, i in enumerate(places):
                     its = said[row * samples : (row + 1) * samples]
                     texts = self.tokenizer.batch_decode(its, skip_special_tokens=True)
-                    count = sum(map(len, its))
-                    found[i] = Reply(tuple(text.strip() for text in texts), count, count, said=tuple(map(tuple, its)))
+                    cut = any(one[-1] not in self.ends for one in its)
+                    told = tuple(text.strip() for text in texts)
+                    found[i] = Reply(told, sum(map(len, its)), said=tuple(map(tuple, its)), cut=cut)
         yield found
 
-    def _row(self, text: str) -> list[int]:
-        if self.tokenizer.chat_template:
-            told = [{"role": "user", "content": text}]
-            return self.tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
-        [ids] = encode_texts(self.tokenizer, [text])
-        return ids
-
     def _until_end(self, ids: list[int]) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1) + 1]
+        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids) - 1) + 1]
+
+
+def _fields(prompt: str) -> set[str]:
+    """What is to be filled into it. Raises ValueError if the question is not, or if a brace is no field's."""
+    try:
+        fields = {name for _, name, *_ in string.Formatter().parse(prompt) if name is not None}
+        good = all(name.isidentifier() for name in fields)
+    except ValueError:
+        good, fields = False, set()
+    if not good:
+        raise ValueError(
+            f"prompt is {prompt!r}; braces hold names of settings. Write {{{{ and }}}} for braces themselves."
+        )
+    if "question" not in fields:
+        raise ValueError(f"prompt is {prompt!r}; the question must stand in it: {{question}}.")
+    return fields
+
+
+def fit_all(backend: Backend, questions: Sequence[str], space: Space) -> list[bool]:
+    """Which of the questions leave room for an answer in every configuration."""
+    columns = [backend.fits(questions, space.settings(number)) for number in range(len(space))]
+    return [all(row) for row in zip(*columns, strict=True)]
 
 
 class Failed(ValueError):
@@ -199,19 +241,22 @@ class Function:
                  takes: frozenset[str]):  # fmt: skip
         self.function, self.name, self.config, self.takes = function, name, config, takes
 
+    def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
+        return [True] * len(questions)
+
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
         pool = ThreadPoolExecutor(self.config.workers)
         failure: BaseException | None = None
         try:
-            futures = {pool.submit(self._reply, question, settings): i for i, question in enumerate(questions)}
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                if error := future.exception():
-                    failure = failure or error
-                    pool.shutdown(wait=False, cancel_futures=True)  # those that are under way may still answer
-                else:
-                    yield {futures[future]: future.result()}
+            pending = {pool.submit(self._reply, question, settings): i for i, question in enumerate(questions)}
+            while pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    place = pending.pop(future)
+                    if error := future.exception():
+                        failure = failure or error
+                        pending = {other: i for other, i in pending.items() if not other.cancel()}
+                    else:
+                        yield {place: future.result()}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if failure:
@@ -220,9 +265,8 @@ class Function:
     def _reply(self, question: str, settings: Settings) -> Reply:
         found = self._tried(question, settings)
         if isinstance(found, str):
-            words = len(found.split())
-            return Reply((found,), words, words)
-        if not isinstance(found, Reply):
+            return Reply((found,), len(found.split()))
+        if not isinstance(found, Reply) or not found.texts:
             raise Failed(f"{self.name} gave {found!r} for {question!r}; it must give a text.")
         return found
 
@@ -241,7 +285,9 @@ class Function:
 
 
 def refuse_unknown(space: Space, backend: Backend) -> None:
-    """Raises ValueError for a setting in the space that the backend does not know, or that its prompt lacks."""
+    """Raises ValueError for a setting in the space that the backend does not know, or that its prompt lacks, and for
+    samples without a temperature.
+    """
     if unknown := space.keys - backend.takes:
         raise ValueError(
             f"The space sets {', '.join(sorted(unknown))}, which means nothing here. {backend.name} takes "
@@ -249,6 +295,13 @@ def refuse_unknown(space: Space, backend: Backend) -> None:
         )
     if isinstance(backend, CausalModel) and (open_ := backend.takes - set(SAMPLED) - space.keys):
         raise ValueError(f"The prompt has {{{min(open_)}}} in it, and no dimension of the space gives it a value.")
+    for number in range(len(space) if not isinstance(backend, Function) else 0):
+        settings = space.settings(number)
+        if settings.get("samples", 1) > 1 and not settings.get("temperature"):
+            raise ValueError(
+                f"{space.label(number)}: {settings['samples']} samples without a temperature are the same answer so "
+                "often. Let one dimension set both: {greedy: {temperature: 0}, vote: {temperature: 1, samples: 5}}."
+            )
 
 
 def answers(
@@ -309,7 +362,7 @@ def read_log(log: Path) -> dict[str, Reply]:
     """The answers in it. A line that a killed process left unfinished is none."""
     found: dict[str, Reply] = {}
     if log.is_file():
-        for line in log.read_text(encoding="utf-8").split("\n"):
+        for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut.adaptive import encoders
-from coconut.adaptive.backends import Latent, Reply
-from coconut.adaptive.encoders import Encoder
+from coconut.adaptive.backends import Latent, Reply, fit_all, refuse_unknown
 from coconut.adaptive.judges import Vote
 from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.policy import Policy
@@ -32,50 +31,55 @@ def kept(table: Outcomes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question's answer, and how it was asked for: `text` is that of `reply` with most votes."""
+    """A question's answer, and how it was asked for: `text` is the one of `reply` with most votes, at place `taken`."""
 
     text: str
+    taken: int
     label: str
     settings: Settings
     reply: Reply
 
 
 class Chooser:
-    """From a policy's file, for the model that it learned beside."""
+    """From a policy's file, for the model that it learned beside. `about`: what the file says of that."""
 
-    def __init__(self, path: Path | str, encode: Encoder):
+    def __init__(self, path: Path | str, lm: LatentLM, batch_size: int = 64):
+        """Raises ValueError if the policy sees a question otherwise than it did, so that it is another model's."""
         self.policy, self.about = Policy.load(path)
-        self.encode = encode
-        probe = self.about["probe"]
-        [here], there = encode([probe["question"]]), torch.tensor(probe["embedding"])
+        how, probe = self.about["embedding"], self.about["probe"]
+        own = how in encoders.POOLINGS
+        self.encode = encoders.of_latent(lm, how, batch_size) if own else encoders.named(how, lm.device, batch_size)
+        [here], there = self.encode([probe["question"]]), torch.tensor(probe["embedding"])
         if here.shape != there.shape or (here - there).norm() > CLOSE * there.norm():
             raise ValueError(
                 f"{path} was learned beside another model, {self.about['backend']}: this one sees the same question "
                 "differently. Name the policy of this run, or learn one: python -m coconut.adaptive run=DIR"
             )
 
-    @classmethod
-    def beside(cls, path: Path | str, lm: LatentLM, batch_size: int = 64) -> Chooser:
-        """Raises ValueError if the policy is not one of this model's."""
-        _, about = Policy.load(path)
-        how = about["embedding"]
-        if how not in encoders.POOLINGS:
-            return cls(path, encoders.named(how, lm.device, batch_size))
-        return cls(path, encoders.of_latent(lm, how, batch_size))
-
     def choose(self, questions: Sequence[str]) -> list[int]:
         """The numbers of the configurations, in the policy's space."""
         return self.policy.best(self.encode(questions)[None])[0].tolist()
 
     def answer(self, backend: Latent, questions: Sequence[str], seed: int = 0) -> list[Answered]:
-        """Each question in the configuration that is chosen for it; those of one configuration together."""
-        space, numbers = self.policy.space, self.choose(questions)
+        """Each question in the configuration that is chosen for it; those of one configuration together.
+
+        Raises ValueError if the model does not know the settings, or a question leaves no room for an answer.
+        """
+        space = self.policy.space
+        refuse_unknown(space, backend)
+        for number, fits in enumerate(fit_all(backend, questions, space), 1):
+            if not fits:
+                raise ValueError(
+                    f"Question {number} is too long: in one of the configurations it leaves no room for an answer in "
+                    f"the model's context of {backend.lm.context} tokens."
+                )
         vote = Vote(TASKS[self.about["task"]], backend.lm.reasoning.format)
         found: dict[int, Answered] = {}
+        numbers = self.choose(questions)
         for number in sorted(set(numbers)):
             places, settings = [i for i, other in enumerate(numbers) if other == number], space.settings(number)
             for replies in backend([questions[i] for i in places], settings, (seed, number)):
                 for place, reply in replies.items():
-                    text = reply.texts[vote.taken(reply)]
-                    found[places[place]] = Answered(text, space.label(number), settings, reply)
+                    taken = vote.taken(reply)
+                    found[places[place]] = Answered(reply.texts[taken], taken, space.label(number), settings, reply)
         return [found[i] for i in range(len(questions))]

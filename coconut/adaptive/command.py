@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from coconut.adaptive import encoders
-from coconut.adaptive.backends import Backend, CausalModel, Function, Latent, answers
+from coconut.adaptive.backends import Backend, CausalModel, Function, Latent, answers, fit_all, refuse_unknown
 from coconut.adaptive.choosing import kept
 from coconut.adaptive.config import AdaptiveConfig, JudgeKind
 from coconut.adaptive.encoders import Encoder
@@ -22,14 +22,14 @@ from coconut.adaptive.judges import Exact, Implicit, Judge, Pretrained, Vote, ju
 from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
-from coconut.adaptive.trials import studies, trials
+from coconut.adaptive.trials import refuse_few, studies, trials
 from coconut.build import load_model
 from coconut.checkpoint import Checkpoints
 from coconut.cli import application
 from coconut.data import Example, read_examples
 from coconut.engine.base import autocast, set_up
 from coconut.engine.world import World
-from coconut.evaluate import file_of_run, fitting
+from coconut.evaluate import file_of_run
 from coconut.files import sha256, sole_owner, write_text
 from coconut.model import LatentLM
 from coconut.opening import on_disk
@@ -44,26 +44,10 @@ TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors"
 def run(config: AdaptiveConfig) -> int:
     """The table of outcomes, unless it is given; then policies, and what they are worth against other choices."""
     only_our_words()
-    folder = config.folder
-    with sole_owner(folder):
-        table = Outcomes.read(config.table) if config.table else make_table(config)
-        default = table.space.named(config.default)
-        found = trials(
-            table,
-            config.policy,
-            cost=config.cost,
-            default=default,
-            few=config.few,
-            seeds=config.seeds,
-            seed=config.seed,
-        )
-        made = studies(found)
-        for study in made:
-            study.write(folder)
-        found.learned.policy.save(folder / POLICY, {**kept(table), "cost": config.cost})
-        say(on_screen(made))
-        write_text(folder / PAGE, adaptive_page(made, config.name, folder))
-    say(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
+    given = Outcomes.read(config.table) if config.table else _asking(config)
+    refuse_few(config.few, len(given.questions))
+    with sole_owner(config.folder):
+        learn_and_tell(config, given if isinstance(given, Outcomes) else make_table(config, given))
     return 0
 
 
@@ -72,9 +56,26 @@ def only_table(config: AdaptiveConfig) -> int:
     only_our_words()
     if config.table:
         raise ValueError(f"table={config.table} is made already. Leave out the word table to learn from it.")
+    asked = _asking(config)
     with sole_owner(config.folder):
-        make_table(config)
+        make_table(config, asked)
     return 0
+
+
+def learn_and_tell(config: AdaptiveConfig, table: Outcomes) -> None:
+    """Policies from a table, what they are worth, and the first of them."""
+    folder, space = config.folder, table.space
+    default = space.named(config.default or table.about.get("default", {}))
+    found = trials(
+        table, config.policy, cost=config.cost, default=default, few=config.few, seeds=config.seeds, seed=config.seed
+    )
+    made = studies(found)
+    for study in made:
+        study.write(folder)
+    found.learned.policy.save(folder / POLICY, {**kept(table), "cost": config.cost})
+    say(on_screen(made))
+    write_text(folder / PAGE, adaptive_page(made, config.name, folder))
+    say(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
 
 
 class Asking(NamedTuple):
@@ -88,11 +89,14 @@ class Asking(NamedTuple):
     file: str
     device: torch.device
 
+    @property
+    def questions(self) -> list[str]:
+        return [example.question for example in self.examples]
 
-def make_table(config: AdaptiveConfig) -> Outcomes:
+
+def make_table(config: AdaptiveConfig, asked: Asking) -> Outcomes:
     """Written to the command's folder. What was asked before is not asked again."""
-    space, asked = Space.of(config.space), _asking(config)
-    questions = [example.question for example in asked.examples]
+    space, questions = Space.of(config.space), asked.questions
     say(f"{len(questions):,} questions of {asked.file} in {len(space)} configurations")
     with autocast(asked.device, config.engine.precision):
         replies = answers(asked.backend, questions, space, config.folder / LOG, seed=config.seed)
@@ -113,10 +117,10 @@ def make_table(config: AdaptiveConfig) -> Outcomes:
         score=score,
         correct=correct,
         passes=np.array([[reply.passes for reply in row] for row in replies], np.float32),
-        new_tokens=np.array([[reply.new_tokens for reply in row] for row in replies], np.float32),
         embeddings=embeddings,
         about={"backend": asked.backend.name, "task": asked.vote.task.name, "embedding": config.embedding,
-               "file": asked.file, "sha256": sha256(asked.file), "judge": config.judge.kind.value, "seed": config.seed},
+               "file": asked.file, "sha256": sha256(asked.file), "judge": config.judge.kind.value, "seed": config.seed,
+               "default": config.default, "max_new_tokens": config.max_new_tokens},
     )  # fmt: skip
     table.write(config.folder / TABLE)
     say(f"Table: {config.folder / TABLE}")
@@ -124,14 +128,37 @@ def make_table(config: AdaptiveConfig) -> Outcomes:
 
 
 def _asking(config: AdaptiveConfig) -> Asking:
-    """Raises ValueError if anything of it cannot be had."""
-    if config.run:
-        return _of_run(config)
+    """Raises ValueError if anything of it cannot be had, or if no question can be asked."""
+    asked = _of_run(config) if config.run else _of_others(config)
+    space = Space.of(config.space)
+    refuse_unknown(space, asked.backend)
+    different = list({example.question: example for example in asked.examples}.values())
+    fits = fit_all(asked.backend, asked._replace(examples=different).questions, space)
+    kept_ones = [example for example, one in zip(different, fits, strict=True) if one]
+    for count, why in ((len(asked.examples) - len(different), "asked before"),
+                       (len(different) - len(kept_ones), "too long in one of the configurations")):  # fmt: skip
+        if count:
+            say(f"{count:,} questions are left out: {why}.")
+    if not kept_ones:
+        raise ValueError(f"No question of {asked.file} leaves room for an answer in every configuration.")
+    return asked._replace(examples=kept_ones)
+
+
+def _limits(config: AdaptiveConfig) -> str:
+    """What decides about answers besides the settings of the space, for the name under which they are kept."""
+    return f"max_new_tokens={config.max_new_tokens} {config.engine.precision}"
+
+
+def _of_others(config: AdaptiveConfig) -> Asking:
+    """A model of Hugging Face, or a function."""
     assert config.task
     device, file = set_up(config.engine), getattr(config.data, config.split)
+    examples = read_examples(file)[: config.limit]
     vote = Vote(TASKS[config.task], config.format)
     if config.base:
-        backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
+        folder = Path(config.base)
+        name = f"{config.base} {_fingerprint(folder) if folder.is_dir() else ''} {_limits(config)}"
+        backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens, name)
         own = partial(encoders.of_model, backend.model.base_model, backend.tokenizer)
         encode = _encoder(config, own, device)
     else:
@@ -139,11 +166,15 @@ def _asking(config: AdaptiveConfig) -> Asking:
         backend = Function(_function(config.function), config.function, config.calls, known)
         encode = encoders.named(config.embedding, device, config.batch_size)
     judge = Exact(vote) if config.judge.kind is JudgeKind.exact else Pretrained(config.judge.place, vote, device)
-    return Asking(backend, encode, judge, vote, read_examples(file)[: config.limit], file, device)
+    return Asking(backend, encode, judge, vote, examples, file, device)
 
 
 def _of_run(config: AdaptiveConfig) -> Asking:
     """A run's model, or one that was saved."""
+    if not Path(config.run).exists() and not config.output:
+        raise ValueError(
+            f"{config.run} is no folder here. Name a trained run, or, for a model of the hub, output=FOLDER besides."
+        )
     is_run = Path(config.run, CONFIG).is_file()
     place = Checkpoints(config.run).find(config.checkpoint) if is_run else on_disk(config.run)
     lm = load_model(config.run, config.checkpoint, config.engine)
@@ -153,17 +184,15 @@ def _of_run(config: AdaptiveConfig) -> Asking:
         raise ValueError(f"{config.run} is a model and no run: name task=... and data.{config.split}=FILE, too.")
     file = str(file or file_of_run(data, config.split, World()))
     vote = Vote(TASKS[task], lm.reasoning.format)
-    name = f"{Path(config.run).name} {_fingerprint(place)}"
+    name = f"{Path(config.run).name} {_fingerprint(place)} {_limits(config)}"
     backend = Latent(lm, name, config.batch_size, config.max_new_tokens)
-    examples = read_examples(file)[: config.limit]
-    fit = fitting(lm, [example.question for example in examples])
     judge: Judge = Exact(vote)
     if config.judge.kind is JudgeKind.model:
         judge = Pretrained(config.judge.place, vote, lm.device)
     elif config.judge.kind is JudgeKind.implicit:
         judge = Implicit(backend, _implicit(config, lm), vote)
     encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
-    return Asking(backend, encode, judge, vote, [examples[i] for i in fit], file, lm.device)
+    return Asking(backend, encode, judge, vote, read_examples(file)[: config.limit], file, lm.device)
 
 
 def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device: torch.device) -> Encoder:

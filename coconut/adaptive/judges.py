@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,9 @@ Judge = Callable[[Sequence[Example], Sequence[Reply], dict[str, Any]], Sequence[
 
 @dataclass(frozen=True)
 class Vote:
-    """Of several samples the answer that most of them give; of equally frequent ones the first."""
+    """Of several samples the answer that most of them give, as the task tells answers apart; the first of equally
+    frequent ones.
+    """
 
     task: Task
     form: PromptFormat
@@ -34,9 +35,13 @@ class Vote:
 
     def taken(self, reply: Reply) -> int:
         """The first sample with the answer that is taken."""
+        votes: dict[int, int] = {}  # for the first sample with each answer
         found = self.answers(reply)
-        said = Counter(answer for answer in found if answer is not None)
-        return found.index(said.most_common(1)[0][0]) if said else 0
+        for answer in found:
+            if answer is not None:
+                first = next((i for i in votes if self.task.judge(answer, str(found[i]))), found.index(answer))
+                votes[first] = votes.get(first, 0) + 1
+        return max(votes, key=lambda i: votes[i]) if votes else 0
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ class Implicit:
         for row, reply in zip(rows, replies, strict=True):
             taken = self.vote.taken(reply)
             samples.append(
-                sample_said(self.backend.lm, row, reply.said[taken], text=reply.texts[taken], mode=reply.mode,
-                            num_thoughts=reply.num_thoughts)
+                sample_said(self.backend.lm, row, reply.said[taken], text=reply.texts[taken], mode=reply.modes[taken],
+                            num_thoughts=reply.num_thoughts[taken])
             )  # fmt: skip
         return [float(rewards.sum().sigmoid()) for rewards in self.reward.tokens(samples)]
 
@@ -114,7 +119,7 @@ def judged(
     for example, reply, score in zip(examples, replies, scores, strict=True):
         if not 0 <= score <= 1:
             raise ValueError(
-                f"The judge gave {score} to {reply.texts[0]!r}, an answer to {example.question!r}; "
+                f"The judge gave {score} to {' / '.join(reply.texts)!r}, an answer to {example.question!r}; "
                 "a score is in [0, 1]."
             )
     return scores

@@ -6,7 +6,6 @@ Shapes: Q questions, C configurations, D numbers of an embedding.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.adaptive.space import Space
-from coconut.data import existing
 from coconut.files import whole_file
 
 Numbers = NDArray[np.float32]
@@ -24,7 +22,7 @@ Numbers = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """`score`, `correct`, `passes`, `new_tokens`: (Q, C) each; `embeddings` (Q, D).
+    """`score`, `correct`, `passes`: (Q, C) each; `embeddings` (Q, D).
 
     `score` is what is learned from, in [0, 1]; `correct` is the exact judge's, 0 or 1, whatever is learned from.
     `steps` (Q,): of each question's written chain, which is how hard it is. `about`: who answered, and how.
@@ -36,7 +34,6 @@ class Outcomes:
     score: Numbers
     correct: Numbers
     passes: Numbers
-    new_tokens: Numbers
     embeddings: Numbers
     about: dict[str, Any]
 
@@ -45,7 +42,7 @@ class Outcomes:
         if not self.questions:
             raise ValueError("The table of outcomes is empty: there is no question in it.")
         shape = (len(self.questions), len(self.space))
-        for name in ("score", "correct", "passes", "new_tokens"):
+        for name in ("score", "correct", "passes"):
             assert getattr(self, name).shape == shape, name
         if not ((self.score >= 0) & (self.score <= 1)).all():
             worst = float(self.score.flat[np.nanargmax(np.abs(self.score - 0.5))])
@@ -63,15 +60,13 @@ class Outcomes:
 
     @classmethod
     def read(cls, path: Path | str) -> Outcomes:
-        """Raises ValueError if the file holds none."""
+        """Raises FileNotFoundError or ValueError if the file holds none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no table {path}. python -m coconut.adaptive table run=DIR makes one.")
         try:
-            with np.load(existing(path), allow_pickle=False) as file:
+            with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             told = json.loads(str(arrays.pop("told")))
         except (BadZipFile, KeyError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is no table of python -m coconut.adaptive table ({error}).") from None
         return cls(space=Space.of(told["space"]), questions=told["questions"], about=told["about"], **arrays)
-
-    def fixed(self, cost: float, rows: Sequence[int] | NDArray[np.int64]) -> int:
-        """The configuration that is best on these questions if all take the same."""
-        return int(self.rewards(cost)[rows].mean(0).argmax())

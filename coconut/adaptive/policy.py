@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from coconut.adaptive.config import PolicyConfig
 from coconut.adaptive.space import Space
-from coconut.data import existing
 from coconut.files import whole_file
 
 
@@ -45,10 +44,6 @@ class Policy(nn.Module):
         self.shared = _linear(copies, width, hidden)
         self.heads = nn.ParameterList([_linear(copies, hidden, size, scale=0.1) for size in space.sizes])
 
-    @property
-    def copies(self) -> int:
-        return len(self.shared)
-
     def fit_scale(self, embeddings_STD: Tensor) -> None:
         self.mean = embeddings_STD.mean(1, keepdim=True)
         self.scale = embeddings_STD.std(1, keepdim=True) + 1e-6
@@ -61,7 +56,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def best(self, embeddings_SBD: Tensor) -> Tensor:
         """(S, B) the numbers of the configurations that are likeliest."""
-        return numbers(self.space, [logits.argmax(-1) for logits in self(embeddings_SBD)])
+        return self.space.number([logits.argmax(-1) for logits in self(embeddings_SBD)])
 
     @torch.no_grad()
     def probabilities(self, embeddings_SBD: Tensor, temperature: float) -> list[Tensor]:
@@ -77,9 +72,11 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> tuple[Policy, dict[str, Any]]:
-        """A policy, and what is known about it. Raises ValueError if the file holds none."""
+        """A policy, and what is known about it. Raises FileNotFoundError or ValueError if the file holds none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no policy {path}. python -m coconut.adaptive writes one.")
         try:
-            with safe_open(existing(path), "pt") as file:
+            with safe_open(path, "pt") as file:
                 told = json.loads((file.metadata() or {})["coconut_policy"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
@@ -99,14 +96,6 @@ def _linear(copies: int, inputs: int, outputs: int, scale: float = 1.0) -> nn.Pa
 
 def _applied(weight: Tensor, x_SBI: Tensor) -> Tensor:
     return torch.baddbmm(weight[:, -1:], x_SBI, weight[:, :-1])
-
-
-def numbers(space: Space, places: Sequence[Tensor]) -> Tensor:
-    """Of the configurations with these places in the dimensions, of any shape."""
-    number = torch.zeros_like(places[0])
-    for size, place in zip(space.sizes, places, strict=True):
-        number = number * size + place
-    return number
 
 
 @dataclass(frozen=True)
@@ -158,7 +147,7 @@ def learn(
         log_probs = [(q / temperature).log_softmax(-1) for q in policy(embeddings_STD[each_S1, asked_SB])]
         taken = [_drawn(row.exp(), random) if at is None else at[:, None].expand_as(asked_SB)
                  for row, at in zip(log_probs, held, strict=True)]  # fmt: skip
-        number_SB = numbers(space, taken)
+        number_SB = space.number(taken)
         reward_SB = rewards_STC[each_S1, asked_SB, number_SB]
         tried_STC[each_S1, asked_SB, number_SB] = True
         free = [j for j, at in enumerate(held) if at is None]

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 COLOURS = ("blue", "green", "plum", "red", "peach", "sky")  # of dimensions, in their order
 SLIGHT = 0.01  # a headroom below which there is hardly anything to choose
-SAME = 0.05  # a distance between the policies of two questions below which they are as good as one
+SAME = 0.02  # a share of pairs of questions that are treated differently below which there is hardly a choice
 ABOUT = (
     "{questions:,} questions, {configurations} configurations. Each of {seeds} policies learned from {few} questions "
-    "of its own, and was asked the others; means over the {seeds}, with Student's 95 % interval. The reward is the "
+    "of its own, and was asked the others; means over the {seeds}, with Student's 95 % interval: of other draws of "
+    "what is learned from among these questions, not of other questions. The reward is the "
     "score of an answer less {cost:g} for each forward pass. A policy tried {tried:,.0f} pairs of a question and a "
     "configuration; the best fixed configuration was found from all {known_to_best_fixed:,}, and is most often "
     "{best_fixed} (in {best_fixed_seeds} of {seeds})."
@@ -38,7 +39,8 @@ CURVE = (
 )
 HEADS = (
     "Entropy as a share of that of even odds, at the temperature of the last update. Distance: the mean total "
-    "variation between what the policy would do for two test questions, 0 if it does the same for all."
+    "variation between what the policy would do for two test questions, 0 if it does the same for all. Differing: "
+    "pairs of questions that are given different values."
 )
 CHOICES = (
     "Test questions by the number of steps in their written chain, over all seeds; what the policies take most often."
@@ -67,7 +69,7 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         found[-1] += f" That is {100 * more / facts['headroom']:.0f} % of the headroom."
     found.append(f"A policy that is not shown the question comes to {blind['reward']:.3f}, where it comes to "
                  f"{policy['reward']:.3f}.")  # fmt: skip
-    if max(row["distance"] for row in told["heads"].rows) < SAME:
+    if max(row["differing"] for row in told["heads"].rows) < SAME:
         found.append("It does nearly the same for all questions, so it chooses nothing.")
     return found
 
@@ -100,7 +102,7 @@ def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
         Section("choices", "What it chooses", [
             Table(CHOICE_COLUMNS, choice_rows(told["choices"]), 7),
             Text(CHOICES),
-            Table(HEAD_COLUMNS, head_rows(told["heads"]), 3),
+            Table(HEAD_COLUMNS, head_rows(told["heads"]), 4),
             Text(HEADS),
         ]),
     ]  # fmt: skip
@@ -175,10 +177,17 @@ def choice_rows(study: Study) -> list[list[str]]:
     ]  # fmt: skip
 
 
-HEAD_COLUMNS = ["dimension", "values", "entropy", "distance"]
+HEAD_COLUMNS = ["dimension", "values", "entropy", "distance", "differing"]
 
 
 def head_rows(study: Study) -> list[list[str]]:
     return [
-        [row["dimension"], str(row["values"]), percent(row["entropy"]), f"{row['distance']:.2f}"] for row in study.rows
+        [
+            row["dimension"],
+            str(row["values"]),
+            percent(row["entropy"]),
+            f"{row['distance']:.2f}",
+            percent(row["differing"]),
+        ]
+        for row in study.rows
     ]

@@ -115,8 +115,8 @@ class Space:
             found.append(dimension.values[place])
         return found[::-1]
 
-    def number(self, places: Sequence[int]) -> int:
-        """Of the configuration with these values."""
+    def number(self, places: Sequence[Any]) -> Any:
+        """Of the configuration with these values; of many, if the places are arrays or tensors."""
         number = 0
         for size, place in zip(self.sizes, places, strict=True):
             number = number * size + place

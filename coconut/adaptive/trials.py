@@ -52,13 +52,18 @@ class Trials:
 
 
 def split(questions: int, few: int, seeds: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each seed `few` questions to learn from, and the others. Raises ValueError if none is left for the test."""
+    """For each seed `few` questions to learn from, and the others."""
+    refuse_few(few, questions)
+    orders = np.stack([np.random.default_rng([seed, s]).permutation(questions) for s in range(seeds)])
+    return orders[:, :few], orders[:, few:]
+
+
+def refuse_few(few: int, questions: int) -> None:
+    """Raises ValueError if so many to learn from leave no question for the test."""
     if few >= questions:
         raise ValueError(
             f"few={few} questions to learn from leave none of {questions} for the test. Lower few, or raise limit."
         )
-    orders = np.stack([np.random.default_rng([seed, s]).permutation(questions) for s in range(seeds)])
-    return orders[:, :few], orders[:, few:]
 
 
 def trials(
@@ -98,11 +103,10 @@ def trials(
     for j, name in enumerate(space.names if len(space.names) > 1 else ()):
         fixed = [None if i == j else places for i, places in enumerate(places_S)]
         alone = learn(space, known, rewards_STC, config, seed=seed, fixed=fixed)
-        own = np.stack(np.unravel_index(chosen(alone, unknown), space.sizes))
-        others = np.stack([np.broadcast_to(places.numpy()[:, None], test.shape) for places in places_S])
-        others[j] = own[j]
-        taken = np.asarray(np.ravel_multi_index(tuple(others), space.sizes))
-        arms.append(at(f"{name} alone", taken))
+        own = np.unravel_index(chosen(alone, unknown), space.sizes)[j]
+        taken = [own if i == j else np.broadcast_to(places.numpy()[:, None], test.shape)
+                 for i, places in enumerate(places_S)]  # fmt: skip
+        arms.append(at(f"{name} alone", space.number(taken)))
     arms.append(at(POLICY, chosen(learned, unknown)))
     arms.append(at(ORACLE, np.asarray(rewards.argmax(1))[test]))
     return Trials(table, cost, train, test, arms, learned)
@@ -176,15 +180,23 @@ def curve_study(found: Trials) -> Study:
 
 
 def heads_study(found: Trials) -> Study:
-    """Of each dimension: how undecided the policies are, and how much they do for one question what they do not for
-    another, on test questions, at the temperature at which they ended.
+    """Of each dimension, on test questions: how undecided the policies are and how far apart the distributions of two
+    questions lie, at the temperature at which they ended; and how often two questions are given different values.
     """
     table, policy = found.table, found.learned.policy
     unknown = torch.from_numpy(table.embeddings)[torch.from_numpy(found.test)]
     shown = policy.probabilities(unknown, found.learned.temperature)
+    taken = found.arm(POLICY).numbers
+    assert taken is not None
+    differing = [
+        float(np.mean([1 - (np.bincount(row) / len(row)) @ (np.bincount(row) / len(row)) for row in places_SU]))
+        for places_SU in np.unravel_index(taken, table.space.sizes)
+    ]
     entropy, distance = (values.mean(0).tolist() for values in (entropies(shown), distances(shown)))
-    names = zip(table.space.dimensions, entropy, distance, strict=True)
-    rows = [{"dimension": d.name, "values": len(d.values), "entropy": e, "distance": far} for d, e, far in names]
+    rows = [
+        {"dimension": d.name, "values": len(d.values), "entropy": e, "distance": far, "differing": share}
+        for d, e, far, share in zip(table.space.dimensions, entropy, distance, differing, strict=True)
+    ]
     return Study("heads", rows)
 
 
