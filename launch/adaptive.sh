@@ -26,7 +26,7 @@ mkdir -p "$run"
 echo "[2/3] The model; its log is $run/model.log"
 training=
 carry_out coconut.train "$run/model" experiment=adaptive_laptop_model seed="$seed"
-sed -n 's/^Best checkpoint/  Best checkpoint/p' "$run/model.log" | tail -n 1
+sed -n 's/^Done:/  Done:/p' "$run/model.log" | tail -n 1
 
 echo "[3/3] The table of outcomes, policies, and what they are worth"
 "$python" -m coconut.adaptive experiment=adaptive_laptop run="$run/model" seed="$seed" output="$run/choice"
