@@ -128,7 +128,7 @@ def clear_table(questions: int = 300, seed: int = 0) -> Outcomes:
     passes = np.array([[2.0 * one["samples"] for one in settings]] * questions, np.float32)
     embeddings = np.eye(3, 8)[kinds] + 0.1 * random.normal(size=(questions, 8))
     told = [f"question {i}" for i in range(questions)]
-    about = {"backend": "by hand", "embedding": "mean", "task": "prosqa", "max_new_tokens": None}
+    about = {"backend": "by hand", "embedding": "mean", "task": "prosqa", "max_new_tokens": None, "checkpoint": "best"}
     return Outcomes(space, told, kinds, right, right, passes, embeddings.astype(np.float32), about)
 
 

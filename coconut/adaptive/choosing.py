@@ -52,8 +52,10 @@ class Chooser:
         [here], there = self.encode([probe["question"]]), torch.tensor(probe["embedding"])
         if here.shape != there.shape or (here - there).norm() > CLOSE * there.norm():
             raise ValueError(
-                f"{path} was learned beside another model, {self.about['backend']}: this one sees the same question "
-                "differently. Name the policy of this run, or learn one: python -m coconut.adaptive run=DIR"
+                f"{path} was learned beside another model, {self.about['backend']}, "
+                f"checkpoint={self.about['checkpoint']}: "
+                "this one sees the same question differently. Name the run and the checkpoint that it was learned "
+                "beside, or learn one: python -m coconut.adaptive run=DIR"
             )
 
     def choose(self, questions: Sequence[str]) -> list[int]:

@@ -120,7 +120,7 @@ def make_table(config: AdaptiveConfig, asked: Asking) -> Outcomes:
         embeddings=embeddings,
         about={"backend": asked.backend.name, "task": asked.vote.task.name, "embedding": config.embedding,
                "file": asked.file, "sha256": sha256(asked.file), "judge": config.judge.kind.value, "seed": config.seed,
-               "default": config.default, "max_new_tokens": config.max_new_tokens},
+               "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint},
     )  # fmt: skip
     table.write(config.folder / TABLE)
     say(f"Table: {config.folder / TABLE}")
