@@ -185,7 +185,7 @@ def elsewhere(*arguments: str) -> Any:
 @dataclass(frozen=True)
 class Form:
     """What is measured: `sizes` with their numbers of thoughts, in which precisions, for which numbers of thoughts the
-    released way too, which ways in a process of their own and with what memory, and how often.
+    released way too, which ways in a process of their own and with what memory, how often, and how often answers.
     """
 
     sizes: dict[str, tuple[int, ...]]
@@ -193,21 +193,25 @@ class Form:
     released: tuple[int, ...]
     alone: tuple[tuple[str, str], ...]
     rounds: int
+    asked: int
 
 
 BOTH = (("released", "given back"), ("ours", "kept"))
-SHORT = Form({"2 x 768": (3, 12), "12 x 768": (3,)}, ("float32",), (3,), BOTH, 2)
+SHORT = Form({"2 x 768": (3, 12), "12 x 768": (3,)}, ("float32",), (3,), BOTH, 2, 1)
 FULL = Form(
     dict.fromkeys(SIZES, (0, 3, 6, 12)),
     ("float32", "bfloat16"),
     (3,),
     (*BOTH, ("plain", "kept"), ("ours", "given back"), ("ours", "recomputed")),
     3,
+    3,
 )
 Row = dict[str, Any]
+Found = dict[str, list[Row]]  # what was measured so far, by its part
+USUAL = ("float32", 3)  # precision and thoughts
 
 
-def training_rows(form: Form) -> Iterator[Row]:
+def training_rows(form: Form, found: Found) -> Iterator[Row]:
     cases = [(size, kind, k) for size, kind in product(form.sizes, form.kinds) for k in form.sizes[size]]
     for size, kind, thoughts in cases:
         ways = [way for way in WAYS if way != "released" or thoughts in form.released]
@@ -222,39 +226,37 @@ def training_rows(form: Form) -> Iterator[Row]:
         yield {"model": size, "rows": SIZES[size].rows, "precision": kind, "thoughts": thoughts, **medians, **ratios}
 
 
-def alone_rows(form: Form) -> Iterator[Row]:
+def alone_rows(form: Form, found: Found) -> Iterator[Row]:
     for size, kind in product(form.sizes, form.kinds):
         released: Row = {}
         for way, how in form.alone:
-            found = elsewhere(size, kind, way, how, str(form.rounds - 1))
-            released = released or found
-            ratios = {f"{name}: released / this": released[name] / found[name] for name in ("step", "memory")}
-            yield {"model": size, "precision": kind, "way": way, "memory is": how, **found, **ratios}
+            took = elsewhere(size, kind, way, how, str(form.rounds - 1))
+            released = released or took
+            ratios = {f"{name}: released / this": released[name] / took[name] for name in ("step", "memory")}
+            yield {"model": size, "precision": kind, "way": way, "memory is": how, **took, **ratios}
 
 
-def answer_rows(form: Form) -> Iterator[Row]:
+def answer_rows(form: Form, found: Found) -> Iterator[Row]:
     for size, kind in product(form.sizes, form.kinds):
-        theirs, mine = (statistics.median(values) for values in answer_times(size, 3, kind, form.rounds))
+        theirs, mine = (statistics.median(values) for values in answer_times(size, 3, kind, form.asked))
         yield {"model": size, "precision": kind, "released": theirs, "ours": mine, "released / ours": theirs / mine}
 
 
-def loading_rows(form: Form) -> Iterator[Row]:
-    for size in form.sizes:
+def loading_rows(form: Form, found: Found) -> Iterator[Row]:
+    whole_of = {row["model"]: row["ours"] for row in found["training"] if (row["precision"], row["thoughts"]) == USUAL}
+    for size, whole in whole_of.items():
         padding, spent = padding_and_loading(size, 3)
-        lm = make_model(SIZES[size])
-        batch = make_batch(lm, make_data(512), 3, SIZES[size].rows)
-        whole = seconds(lambda lm=lm, batch=batch: step("ours", lm, batch, "float32"))
-        found = {"padding, %": 100 * padding, "loading, ms": 1000 * spent, "of a step, %": 100 * spent / whole}
-        yield {"model": size, "rows": SIZES[size].rows, **found}
+        took = {"padding, %": 100 * padding, "loading, ms": 1000 * spent, "of a step, %": 100 * spent / whole}
+        yield {"model": size, "rows": SIZES[size].rows, **took}
 
 
-def agreement_rows(form: Form) -> Iterator[Row]:
+def agreement_rows(form: Form, found: Found) -> Iterator[Row]:
     for size in form.sizes:
         loss, gradient, same = agreement(size, 3)
         yield {"model": size, "loss differs by": f"{loss:.1e}", "gradient by": f"{gradient:.1e}", "same answers": same}
 
 
-PARTS: dict[str, tuple[str, Callable[[Form], Iterator[Row]]]] = {
+PARTS: dict[str, tuple[str, Callable[[Form, Found], Iterator[Row]]]] = {
     "agreement": ("Released and ours, relative differences, 3 thoughts", agreement_rows),
     "training": ("Training step, seconds", training_rows),
     "alone": ("Training step, each in a process of its own, 3 thoughts: seconds, those of both cores in the kernel, "
@@ -268,11 +270,11 @@ PARTS: dict[str, tuple[str, Callable[[Form], Iterator[Row]]]] = {
 def report(form: Form, folder: Path | None) -> None:
     keep_memory()
     print(f"{date.today()}, {machine()}")
-    found: dict[str, list[Row]] = {}
+    found: Found = {}
     for name, (title, rows) in PARTS.items():
         print(f"\n{title}\n")
         found[name] = []
-        for row in rows(form):
+        for row in rows(form, found):
             if not found[name]:
                 print(f"| {' | '.join(row)} |\n|{' --- |' * len(row)}")
             found[name].append(row)
