@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from coconut.analysis.findings import WIDE, are_they_used, drawings, how_many, w
 from coconut.analysis.page import percent
 from coconut.analysis.report import RunRecord, answers, headline, learning, provenance, read_run, report
 from coconut.analysis.study import FOLDER, Study, Unfit
-from coconut.cli import application
+from coconut.cli import application, by_word
 from coconut.config import AnalyzeConfig, Part, TableConfig
 from coconut.engine.world import seat
 from coconut.files import whole_folder, write_text
@@ -190,16 +189,7 @@ def several(config: TableConfig) -> int:
     return 0
 
 
-one_run = application("analyze", AnalyzeConfig, run)
-several_runs = application("table", TableConfig, several)
-
-
-def main() -> None:
-    """About one run, or, after the word `table`, about several."""
-    if sys.argv[1:2] == ["table"]:
-        del sys.argv[1]
-        several_runs()
-    one_run()
+main = by_word(application("analyze", AnalyzeConfig, run), table=application("table", TableConfig, several))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,18 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     return main
 
 
+def by_word(usual: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
+    """The `main` of a command that does something else after one of these words."""
+
+    def main() -> None:
+        other = others.get(next(iter(sys.argv[1:]), ""))
+        if other:
+            del sys.argv[1]
+        (other or usual)()
+
+    return main
+
+
 def built(config: Any, schema: type) -> Any:
     """The schema's instance. Raises ValueError for a key that +KEY=VALUE added where the schema has none."""
     from omegaconf import OmegaConf

@@ -304,8 +304,8 @@ def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0) -> list[int]:
 
 
 def room_for_question(lm: LatentLM, reasoning: Reasoning, count: int) -> int:
-    """Tokens that a question may have, with so many thoughts after it and an answer."""
-    return lm.context - len(slot_ids(reasoning, lm.special, count)) - bool(reasoning.modes) - 1
+    """Tokens that a question may have, with the model's choice of a mode, so many thoughts and an answer after it."""
+    return lm.context - len(slot_ids(reasoning, lm.special, count)) - bool(lm.reasoning.modes) - 1
 
 
 def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:

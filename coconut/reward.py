@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.cli import application
+from coconut.cli import application, by_word
 from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.train import run
 from coconut.screen import only_our_words, say, working
@@ -120,16 +119,7 @@ def _task(init: str) -> str:
     return str(read_config(run_of(init))["data"]["task"])
 
 
-train = application("reward", RewardModelConfig, run)
-comparison = application("compare", CompareConfig, compare)
-
-
-def main() -> None:
-    """Train one, or, after the word `compare`, set several side by side."""
-    if sys.argv[1:2] == ["compare"]:
-        del sys.argv[1]
-        comparison()
-    train()
+main = by_word(application("reward", RewardModelConfig, run), compare=application("compare", CompareConfig, compare))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,6 @@ class Latent:
         ]
         counts = [settings.get("num_thoughts", form.num_thoughts) for form in forms]
         room = min(room_for_question(self.lm, form, count) for form, count in zip(forms, counts, strict=True))
-        room -= bool(reasoning.modes)  # its token
         return [len(row) <= room for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
@@ -329,7 +328,8 @@ def answers(
         for number in range(len(space)):
             settings = space.settings(number)
             for first in range(0, len(questions), chunk):
-                places = [i for i in range(first, min(first + chunk, len(questions))) if keys[i][number] not in known]
+                part = range(first, min(first + chunk, len(questions)))
+                places = list({keys[i][number]: i for i in part if keys[i][number] not in known}.values())
                 if not places:
                     continue
                 stream = (seed, first, int(_key("", "", settings, 0), 16))

@@ -25,7 +25,7 @@ from coconut.adaptive.space import Space
 from coconut.adaptive.trials import refuse_few, studies, trials
 from coconut.build import load_model
 from coconut.checkpoint import Checkpoints
-from coconut.cli import application
+from coconut.cli import application, by_word
 from coconut.data import Example, read_examples
 from coconut.engine.base import autocast, set_up
 from coconut.engine.world import World
@@ -165,8 +165,7 @@ def _of_others(config: AdaptiveConfig) -> Asking:
         known = frozenset(Space.of(config.space).keys)
         backend = Function(_function(config.function), config.function, config.calls, known)
         encode = encoders.named(config.embedding, device, config.batch_size)
-    judge = Exact(vote) if config.judge.kind is JudgeKind.exact else Pretrained(config.judge.place, vote, device)
-    return Asking(backend, encode, judge, vote, examples, file, device)
+    return Asking(backend, encode, _judge(config, vote, device), vote, examples, file, device)
 
 
 def _of_run(config: AdaptiveConfig) -> Asking:
@@ -186,13 +185,14 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     vote = Vote(TASKS[task], lm.reasoning.format)
     name = f"{Path(config.run).name} {_fingerprint(place)} {_limits(config)}"
     backend = Latent(lm, name, config.batch_size, config.max_new_tokens)
-    judge: Judge = Exact(vote)
-    if config.judge.kind is JudgeKind.model:
-        judge = Pretrained(config.judge.place, vote, lm.device)
-    elif config.judge.kind is JudgeKind.implicit:
-        judge = Implicit(backend, _implicit(config, lm), vote)
+    implicit = config.judge.kind is JudgeKind.implicit
+    judge = Implicit(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
     encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
     return Asking(backend, encode, judge, vote, read_examples(file)[: config.limit], file, lm.device)
+
+
+def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
+    return Exact(vote) if config.judge.kind is JudgeKind.exact else Pretrained(config.judge.place, vote, device)
 
 
 def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
@@ -229,17 +229,4 @@ def _function(name: str) -> Callable[..., Any]:
     return found
 
 
-whole = application("adaptive", AdaptiveConfig, run)
-table = application("adaptive", AdaptiveConfig, only_table)
-
-
-def main() -> None:
-    """The whole of it, or, after the word `table`, the table of outcomes alone."""
-    if sys.argv[1:2] == ["table"]:
-        del sys.argv[1]
-        table()
-    whole()
-
-
-if __name__ == "__main__":
-    main()
+main = by_word(application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, only_table))

@@ -57,6 +57,10 @@ class PolicyConfig:
                 f"policy.updates={self.updates} no less than a millionth may be left of the temperature."
             )
 
+    def exploration(self, update: int) -> float:
+        """The temperature of an update, counted from 0."""
+        return self.temperature * self.decay**update
+
 
 @dataclass
 class FunctionConfig:

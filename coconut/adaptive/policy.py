@@ -102,9 +102,9 @@ def _applied(weight: Tensor, x_SBI: Tensor) -> Tensor:
 class Learned:
     """S policies, and what happened while they learned: (updates, S) each.
 
-    `rewards`: of what they tried. `questions` (updates, S, B): which they were asked. `entropy` (updates, S, J), in
-    nats, at the temperature. `tried` (S,): how many different pairs of a question and a configuration. `temperature`:
-    of the last update.
+    `rewards`: of what they tried. `questions` (updates, S, B): which they were asked. `entropy` (updates, S, J), at
+    the temperature, see `entropies`. `tried` (S,): how many different pairs of a question and a configuration.
+    `temperature`: of the last update.
     """
 
     policy: Policy
@@ -143,7 +143,7 @@ def learn(
     seen: dict[str, list[Tensor]] = {"rewards": [], "questions": [], "entropy": []}
     for update in range(config.updates):
         asked_SB = torch.randint(T, (S, config.batch_size), generator=random)
-        temperature = config.temperature * config.decay**update
+        temperature = config.exploration(update)
         log_probs = [(q / temperature).log_softmax(-1) for q in policy(embeddings_STD[each_S1, asked_SB])]
         taken = [_drawn(row.exp(), random) if at is None else at[:, None].expand_as(asked_SB)
                  for row, at in zip(log_probs, held, strict=True)]  # fmt: skip
@@ -161,10 +161,10 @@ def learn(
         with torch.no_grad():
             seen["rewards"].append(reward_SB.mean(1))
             seen["questions"].append(asked_SB)
-            seen["entropy"].append(torch.stack([_entropy(row).mean(1) for row in log_probs], -1))
+            seen["entropy"].append(entropies([row.exp() for row in log_probs]))
     history = {name: torch.stack(rows).numpy() for name, rows in seen.items()}
-    last = config.temperature * config.decay ** (config.updates - 1)
-    return Learned(policy.eval(), **history, tried=tried_STC.sum((1, 2)).numpy(), temperature=last)
+    tried = tried_STC.sum((1, 2)).numpy()
+    return Learned(policy.eval(), **history, tried=tried, temperature=config.exploration(config.updates - 1))
 
 
 def reinforce(log_probs: Sequence[Tensor], taken: Sequence[Tensor], gains_SB: Tensor) -> Tensor:
@@ -180,10 +180,6 @@ def _drawn(probabilities_SBV: Tensor, random: torch.Generator) -> Tensor:
     """(S, B)"""
     flat = torch.multinomial(probabilities_SBV.detach().flatten(0, 1), 1, generator=random)
     return flat.view(probabilities_SBV.shape[:2])
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def entropies(probabilities: Sequence[Tensor]) -> Tensor:

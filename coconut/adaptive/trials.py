@@ -156,7 +156,8 @@ def curve_study(found: Trials) -> Study:
     """
     learned, space = found.learned, found.table.space
     rewards = found.table.rewards(found.cost)
-    best_ST = rewards[found.train].max(-1)
+    rewards_STC = rewards[found.train]
+    best_ST = rewards_STC.max(-1)
     each = np.arange(len(found.train))[None, :, None]
     regret_US = best_ST[each, learned.questions].mean(-1) - learned.rewards
     updates = len(regret_US)
@@ -167,12 +168,11 @@ def curve_study(found: Trials) -> Study:
         row = {"update": (first + last + 1) / 2, "reward": float(learned.rewards[part].mean())}
         regret, low, high = mean_and_interval(regret_US[part].mean(0))
         row |= {"regret": regret, "low": low, "high": high}
-        entropy = learned.entropy[part].mean((0, 1)) / np.log(space.sizes)
+        entropy = learned.entropy[part].mean((0, 1))
         rows.append(row | {f"entropy_{name}": float(e) for name, e in zip(space.names, entropy, strict=True)})
-    fixed = np.take_along_axis(rewards[found.train].mean(1), rewards[found.train].mean(1).argmax(1)[:, None], 1)[:, 0]
     facts = {
-        "best_fixed": float((best_ST.mean(1) - fixed).mean()),
-        "random": float((best_ST - rewards[found.train].mean(-1)).mean()),
+        "best_fixed": float((best_ST.mean(1) - rewards_STC.mean(1).max(1)).mean()),
+        "random": float((best_ST - rewards_STC.mean(-1)).mean()),
         "total": float(regret_US.sum(0).mean()),
         "names": list(space.names),
     }
@@ -188,10 +188,8 @@ def heads_study(found: Trials) -> Study:
     shown = policy.probabilities(unknown, found.learned.temperature)
     taken = found.arm(POLICY).numbers
     assert taken is not None
-    differing = [
-        float(np.mean([1 - (np.bincount(row) / len(row)) @ (np.bincount(row) / len(row)) for row in places_SU]))
-        for places_SU in np.unravel_index(taken, table.space.sizes)
-    ]
+    each = np.unravel_index(taken, table.space.sizes)
+    differing = [float(np.mean([1 - ((np.bincount(row) / len(row)) ** 2).sum() for row in rows])) for rows in each]
     entropy, distance = (values.mean(0).tolist() for values in (entropies(shown), distances(shown)))
     rows = [
         {"dimension": d.name, "values": len(d.values), "entropy": e, "distance": far, "differing": share}
