@@ -22,7 +22,8 @@ from coconut.data import SpecialIds, TokenizedData
 from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
 
 IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
-BUCKET = 32  # batches that are sorted by length together
+BUCKET = 64  # batches that are sorted by length together
+ALIKE = 4  # batches of that order that are sorted by prefix together
 
 _MIXING, _OFFSET, _ORDER = 1, 2, 3  # what a random number is for
 
@@ -148,7 +149,7 @@ def _icot_offsets(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The indices of each update of an epoch: every example once, like lengths together, in random order.
+    """The indices of each update of an epoch: every example once, like ones together, in random order.
 
     The last batch may be smaller. A function of its arguments alone, so a resumed run takes up its place.
     """
@@ -156,9 +157,17 @@ def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> li
     order = random.permutation(len(view))
     span = batch_size * BUCKET
     chunks = np.split(order, range(span, len(order), span))
-    order = np.concatenate([chunk[np.argsort(view.lengths[chunk], kind="stable")] for chunk in chunks])
+    order = np.concatenate([_like_together(view, chunk, ALIKE * batch_size) for chunk in chunks])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[k] for k in random.permutation(len(batches))]
+
+
+def _like_together(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
+    """By length; where there are thoughts, by what stands before them in each `group` rows of that order."""
+    order = rows[np.argsort(view.lengths[rows], kind="stable")]
+    if view.passes.max() == 1:
+        return order
+    return order[np.lexsort((view.anchors[order], np.arange(len(order)) // group))]
 
 
 @dataclass

@@ -109,7 +109,7 @@ def test_batches_hold_like_lengths_in_an_order_that_changes(method: str) -> None
     view = EpochView(data, stages, stages.stages[2], SPECIAL, seed=0, epoch=0)
     batches = epoch_batches(view, 32, seed=0, epoch=0)
     cells = sum(next(micro_batches(view, batch, 32)).attention_mask.numel() for batch in batches)
-    least = 0.95 if view.passes.max() == 1 else 0.85  # thoughts stand in one column: padding before and after them
+    least = 0.98 if view.passes.max() == 1 else 0.93  # thoughts stand in one column: padding before and after them
     assert view.lengths.sum() > least * cells
     assert batches[0].tolist() != epoch_batches(view, 32, seed=0, epoch=1)[0].tolist()
     assert batches[0].tolist() != epoch_batches(view, 32, seed=1, epoch=0)[0].tolist()
