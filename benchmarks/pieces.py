@@ -2,7 +2,8 @@
 
 A training step of ours as it is, and without one piece at a time, in one process in turn: medians of the rounds after
 one that is not counted, and the ratio to the step with all pieces in the same round. Then what is kept for the backward
-pass, and the padding of an epoch's batches with rows put together as they are, and by their length alone. What freed
+pass; answers, several from one reading of a question or each from its own, and in batches of like lengths or as they
+come; and the padding of an epoch's batches with rows put together as they are, and by their length alone. What freed
 memory brings is in benchmarks/run.py, which has processes of their own for it.
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import date
+from itertools import product
 from types import MethodType
 from typing import Any
 
@@ -22,16 +24,19 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
 
-from benchmarks.run import machine, seconds, step
-from benchmarks.ways import SIZES, WAYS, make_batch, make_data, make_model, make_view
+from benchmarks.run import machine, questions, seconds, step
+from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
 from coconut import LatentLM
 from coconut.engine.base import keep_memory
-from coconut.layout import Batch, EpochView, epoch_batches, micro_batches
+from coconut.layout import BUCKET, Batch, EpochView, epoch_batches, micro_batches
 from coconut.linear import FusedGelu, fused_gelu
+from coconut.thinking import longest_first, pad_rows
 
 THOUGHTS = (3, 12)
 BATCHES = (8, 16, 64, 128)
 ROWS = 17_886  # as many as ProsQA's training data have
+SAMPLES = 4  # answers to a question
+ASKED = 8  # questions in a batch
 
 
 @contextmanager
@@ -122,35 +127,69 @@ def times(size: str, thoughts: int, rounds: int) -> dict[str, list[float]]:
     return taken
 
 
+def answer_times(size: str, rounds: int) -> list[list[float]]:
+    """Seconds in each round: SAMPLES answers to ASKED questions from one reading of each, and from as many readings;
+    one answer to 4 * ASKED questions in batches of like lengths, and in batches as they come.
+    """
+    lm = make_model(SIZES[size]).eval()
+    rows = questions(4 * ASKED)
+    ids, mask = pad_rows(rows[:ASKED], lm.special.pad)
+    ids_again, mask_again = (part.repeat_interleave(SAMPLES, 0) for part in (ids, mask))
+    sampled: dict[str, Any] = {
+        "num_thoughts": 3, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True
+    }  # fmt: skip
+
+    def all_of(batches: Sequence[list[int]]) -> None:
+        for places in batches:
+            our_answers(lm, *pad_rows([rows[place] for place in places], lm.special.pad), 3)
+
+    ways: list[Callable[[], object]] = [
+        lambda: lm.generate(ids, mask, num_return_sequences=SAMPLES, **sampled),
+        lambda: lm.generate(ids_again, mask_again, **sampled),
+        lambda: all_of(list(longest_first(rows, ASKED))),
+        lambda: all_of([list(range(start, start + ASKED)) for start in range(0, len(rows), ASKED)]),
+    ]
+    taken: list[list[float]] = [[] for _ in ways]
+    for number in range(rounds + 1):
+        for spent, way in zip(taken, ways, strict=True):
+            took = seconds(way)
+            if number:
+                spent.append(took)
+    return taken
+
+
 def padding(view: EpochView, batches: list[np.ndarray]) -> float:
     made = [next(micro_batches(view, batch, len(batch))) for batch in batches]
     return 1 - sum(int(part.attention_mask.sum()) for part in made) / sum(part.attention_mask.numel() for part in made)
 
 
 def by_length(view: EpochView, size: int) -> list[np.ndarray]:
-    """Rows of like lengths among 32 batches, whatever their thoughts."""
+    """Rows of like lengths among as many batches, whatever their thoughts."""
     order = np.random.default_rng(0).permutation(len(view))
-    chunks = np.split(order, range(32 * size, len(order), 32 * size))
+    chunks = np.split(order, range(BUCKET * size, len(order), BUCKET * size))
     order = np.concatenate([chunk[np.argsort(view.lengths[chunk], kind="stable")] for chunk in chunks])
     return np.split(order, range(size, len(order), size))
 
 
-def main() -> None:
-    keep_memory()
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print(f"{date.today()}, {machine()}\n\nA step in float32, seconds (and times the step with all pieces)\n")
-    print(f"| model | thoughts | {' | '.join(WITHOUT)} |\n|{' --- |' * (2 + len(WITHOUT))}")
-    for size in SIZES:
-        for thoughts in THOUGHTS:
-            taken = times(size, thoughts, rounds)
-            cells = [
-                f"{statistics.median(values):.3g} "
-                f"({statistics.median(a / b for a, b in zip(values, taken['all'], strict=True)):.2f})"
-                for values in taken.values()
-            ]
-            print(f"| {size} | {thoughts} | {' | '.join(cells)} |", flush=True)
-    print(f"\nKept for the backward pass, MB, 3 thoughts\n\n| model | {' | '.join(WITHOUT)} |")
-    print(f"|{' --- |' * (1 + len(WITHOUT))}")
+def table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
+    columns = list(columns)
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def step_rows(rounds: int) -> Iterator[list[str]]:
+    for size, thoughts in product(SIZES, THOUGHTS):
+        taken = times(size, thoughts, rounds)
+        cells = [
+            f"{statistics.median(values):.3g} "
+            f"({statistics.median(a / b for a, b in zip(values, taken['all'], strict=True)):.2f})"
+            for values in taken.values()
+        ]
+        yield [size, str(thoughts), *cells]
+
+
+def kept_rows() -> Iterator[list[str]]:
     for name, size in SIZES.items():
         lm = make_model(size)
         batch = make_batch(lm, make_data(512), 3, size.rows)
@@ -158,14 +197,36 @@ def main() -> None:
         for without in WITHOUT.values():
             with without(lm):
                 held.append(f"{kept(lm, batch):.0f}")
-        print(f"| {name} | {' | '.join(held)} |", flush=True)
-    print(f"\nPadding of an epoch's batches of {ROWS:,} rows with 3 thoughts, % of the columns\n")
-    print("| rows | as they are put together | by length alone |\n| --- | --- | --- |")
+        yield [name, *held]
+
+
+def answer_rows(rounds: int) -> Iterator[list[str]]:
+    for size in SIZES:
+        yield [size, *(f"{statistics.median(spent):.3g}" for spent in answer_times(size, rounds))]
+
+
+def padding_rows() -> Iterator[list[str]]:
     lm = make_model(SIZES["2 x 128"])
     view = make_view(lm, make_data(ROWS), 3)
     for size in BATCHES:
         ours, plain = (100 * padding(view, b) for b in (epoch_batches(view, size, 0, 0), by_length(view, size)))
-        print(f"| {size} | {ours:.1f} | {plain:.1f} |", flush=True)
+        yield [str(size), f"{ours:.1f}", f"{plain:.1f}"]
+
+
+def main() -> None:
+    keep_memory()
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    print(f"{date.today()}, {machine()}")
+    table("A step in float32, seconds (and times the step with all pieces)", ["model", "thoughts", *WITHOUT],
+          step_rows(rounds))  # fmt: skip
+    table("Kept for the backward pass, MB, 3 thoughts", ["model", *WITHOUT], kept_rows())
+    table(
+        f"Seconds for {SAMPLES} answers to each of {ASKED} questions; for one to each of {4 * ASKED}, {ASKED} at once",
+        ["model", "from one reading", "each from its own", "like lengths together", "as they come"],
+        answer_rows(rounds),
+    )
+    table(f"Padding of an epoch's batches of {ROWS:,} rows with 3 thoughts, % of the columns",
+          ["rows", "as they are put together", "by length alone"], padding_rows())  # fmt: skip
 
 
 if __name__ == "__main__":
