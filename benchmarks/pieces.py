@@ -27,6 +27,7 @@ from transformers.activations import NewGELUActivation
 from benchmarks.run import machine, questions, seconds, step
 from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
 from coconut import LatentLM
+from coconut.attention import OneQueryAttention
 from coconut.engine.base import keep_memory
 from coconut.layout import BUCKET, Batch, EpochView, epoch_batches, micro_batches
 from coconut.linear import FusedGelu, fused_gelu
@@ -104,6 +105,17 @@ def kept(lm: LatentLM, batch: Batch) -> float:
     return sum(found.values()) / 1e6
 
 
+@contextmanager
+def torch_attention(lm: LatentLM) -> Iterator[None]:
+    """A thought's attention as torch's kernel does it."""
+    ours = OneQueryAttention.__torch_function__
+    OneQueryAttention.__torch_function__ = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))
+    try:
+        yield
+    finally:
+        OneQueryAttention.__torch_function__ = ours
+
+
 WITHOUT: dict[str, Callable[[LatentLM], Any]] = {
     "all": lambda lm: nullcontext(),
     "cache joined": joined_cache,
@@ -113,15 +125,20 @@ WITHOUT: dict[str, Callable[[LatentLM], Any]] = {
 }
 
 
-def times(size: str, thoughts: int, rounds: int) -> dict[str, list[float]]:
+HALF: dict[str, Callable[[LatentLM], Any]] = {"all": WITHOUT["all"], "torch's attention": torch_attention}
+
+
+def times(
+    size: str, thoughts: int, rounds: int, kind: str, ways: dict[str, Callable[[LatentLM], Any]]
+) -> dict[str, list[float]]:
     """Seconds of a step in each round."""
     lm = make_model(SIZES[size])
     batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
-    taken: dict[str, list[float]] = {name: [] for name in WITHOUT}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, without in WITHOUT.items():
+        for name, without in ways.items():
             with without(lm):
-                spent = seconds(lambda: step("ours", lm, batch, "float32"))
+                spent = seconds(lambda: step("ours", lm, batch, kind))
             if number:
                 taken[name].append(spent)
     return taken
@@ -178,9 +195,9 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> 
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def step_rows(rounds: int) -> Iterator[list[str]]:
+def step_rows(rounds: int, kind: str, ways: dict[str, Callable[[LatentLM], Any]]) -> Iterator[list[str]]:
     for size, thoughts in product(SIZES, THOUGHTS):
-        taken = times(size, thoughts, rounds)
+        taken = times(size, thoughts, rounds, kind, ways)
         cells = [
             f"{statistics.median(values):.3g} "
             f"({statistics.median(a / b for a, b in zip(values, taken['all'], strict=True)):.2f})"
@@ -217,8 +234,9 @@ def main() -> None:
     keep_memory()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{date.today()}, {machine()}")
-    table("A step in float32, seconds (and times the step with all pieces)", ["model", "thoughts", *WITHOUT],
-          step_rows(rounds))  # fmt: skip
+    for kind, ways in {"float32": WITHOUT, "bfloat16": HALF}.items():
+        table(f"A step in {kind}, seconds (and times the step with all pieces)", ["model", "thoughts", *ways],
+              step_rows(rounds, kind, ways))  # fmt: skip
     table("Kept for the backward pass, MB, 3 thoughts", ["model", *WITHOUT], kept_rows())
     table(
         f"Seconds for {SAMPLES} answers to each of {ASKED} questions; for one to each of {4 * ASKED}, {ASKED} at once",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coconut.attention import OneQueryAttention
 from coconut.cache import GrowingCache
 from coconut.data import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
@@ -484,7 +485,7 @@ class LatentLM(nn.Module):
         `embeds` (B, T, D) are input embeddings; `mask` covers them and what the cache holds, (B, S) or as the
         base takes masks that are made for it. The cache, of `new_cache`, is extended by them.
         """
-        with self._layers_as_set():
+        with self._layers_as_set(), OneQueryAttention():
             output = self.base.base_model(
                 inputs_embeds=embeds,
                 attention_mask=mask.long() if isinstance(mask, Tensor) and mask.dim() == 2 else mask,

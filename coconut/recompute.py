@@ -8,7 +8,7 @@ to the cache is part of what it gives back, and a second run adds nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from coconut.attention import OneQueryAttention
 from coconut.cache import GrowingCache, GrowingLayer
 
 
@@ -62,7 +63,7 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is None:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=_as_before, **kwargs)
         if not isinstance(cache, GrowingCache):
             raise ValueError(f"A layer that is recomputed was given a {type(cache).__name__}. Give lm.new_cache().")
         # What the graph holds must not hold what comes after it: such a circle would never be freed.
@@ -80,8 +81,13 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return before if value is cache else value
 
         arguments = {key: kept(value) for key, value in kwargs.items()}
-        output, after = checkpoint(run, *map(kept, args), use_reentrant=False, **arguments)
+        output, after = checkpoint(run, *map(kept, args), use_reentrant=False, context_fn=_as_before, **arguments)
         cache.layers = after.layers
         return output
 
     return call
+
+
+def _as_before() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around a layer's first run, which has it already, and around its second."""
+    return nullcontext(), OneQueryAttention()

@@ -237,7 +237,7 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["cache", "linear", "modes", "opening", "settings", "sources"],
+    ["attention", "cache", "linear", "modes", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],

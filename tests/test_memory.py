@@ -40,7 +40,7 @@ def both(lm: LatentLM, batch: dict[str, Any]) -> list[tuple[Tensor, dict[str, Te
     return found
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"min_passes": 7}])
 def test_recomputed_equals_kept(family: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]) -> None:
     lm = build(family, dtype)

@@ -1,0 +1,77 @@
+"""Attention of one token a row, as a thought has it, in training on a CPU in half precision.
+
+torch's kernel for CPUs is made for blocks of queries; with one, in bfloat16, its backward pass takes several times what
+reading keys and values and writing their gradients takes (docs/performance.md). Here the few products are written out.
+In float32 that brings nothing, and torch's is left alone.
+
+Shapes: B rows, H heads, S columns, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+
+class _OneQuery(torch.autograd.Function):
+    """softmax(key query^T scale + mask) value, (B, H, 1, D) as `query` is; `key` and `value` are (B, H, S, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        scores_BHS1 = torch.matmul(key, query.transpose(-1, -2)).float() * scale
+        if mask is not None and mask.dtype == torch.bool:
+            scores_BHS1.masked_fill_(~mask.transpose(-1, -2), torch.finfo(torch.float32).min)
+        elif mask is not None:
+            scores_BHS1 += mask.transpose(-1, -2)
+        weights_BHS1 = scores_BHS1.softmax(-2).to(value.dtype)
+        ctx.save_for_backward(query, key, value, weights_BHS1)
+        ctx.scale = scale
+        return torch.matmul(weights_BHS1.transpose(-1, -2), value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, weights_BHS1 = ctx.saved_tensors
+        of_weights_BHS1 = torch.matmul(value, gradient.transpose(-1, -2))
+        mean_BH11 = (weights_BHS1 * of_weights_BHS1).sum(-2, keepdim=True)
+        of_scores_BHS1 = weights_BHS1 * (of_weights_BHS1 - mean_BH11) * ctx.scale
+        of_query = torch.matmul(of_scores_BHS1.transpose(-1, -2), key)
+        return of_query, of_scores_BHS1 * query, weights_BHS1 * gradient, None, None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    one = query.dim() == 4 and query.shape[-2] == 1 and query.shape[:2] == key.shape[:2] and not is_causal
+    ours = one and query.device.type == "cpu" and query.element_size() == 2 and query.requires_grad and not dropout_p
+    plain = query.dtype == key.dtype == value.dtype and (attn_mask is None or not attn_mask.requires_grad)
+    if ours and plain and (not torch.is_autocast_enabled("cpu") or query.dtype == torch.get_autocast_dtype("cpu")):
+        made = _OneQuery.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+        assert isinstance(made, Tensor)
+        return made
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class OneQueryAttention(TorchFunctionMode):
+    """Within, in this thread, torch's attention is the above where it has one query a row, on a CPU, in half precision,
+    and is to be gone back through.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,103 @@
+"""Attention of one query in half precision against torch's, and where it is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import build
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from coconut.attention import OneQueryAttention
+
+MASKS = {
+    "none": None,
+    "of truth values": torch.ones(3, 1, 1, 7, dtype=torch.bool).index_fill(3, torch.tensor([0, 1]), False),
+    "added": torch.linspace(-2, 2, 7, dtype=torch.bfloat16).expand(3, 1, 1, 7),
+}
+
+
+def parts(queries: int = 1, dtype: torch.dtype = torch.bfloat16, heads: int = 2) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, queries, 5), (3, heads, 7, 5), (3, heads, 7, 5)]
+    return [torch.randn(*shape, generator=random).to(dtype).requires_grad_() for shape in shapes]
+
+
+def within(parts: list[Tensor], mask: Tensor | None = None, **options: Any) -> Tensor:
+    query, key, value = parts
+    with OneQueryAttention():
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+
+def is_ours(made: Tensor) -> bool:
+    return type(made.grad_fn).__name__ == "_OneQueryBackward"
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_it_and_its_gradients_are_torchs(mask: Tensor | None, scale: float | None) -> None:
+    half = parts()
+    whole = [part.detach().float().requires_grad_() for part in half]
+    made = within(half, mask, scale=scale)
+    assert is_ours(made)
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+    query, key, value = whole
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (made * weights).sum().backward()
+    (expected * weights.float()).sum().backward()
+    for ours, theirs in [(made, expected), *((a.grad, b.grad) for a, b in zip(half, whole, strict=True))]:
+        assert ours is not None
+        assert theirs is not None
+        assert ours.dtype == torch.bfloat16
+        assert float((ours.detach().float() - theirs.detach()).norm()) < 0.02 * float(theirs.detach().norm())
+
+
+def test_a_row_that_sees_nothing_has_no_nan() -> None:
+    mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    mask[1] = False
+    half = parts()
+    made = within(half, mask)
+    made[[0, 2]].sum().backward()
+    assert made.isfinite().all()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in half)
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (parts(dtype=torch.float32), {}),
+        (parts(queries=7), {}),
+        (parts(), {"dropout_p": 0.5}),
+        (parts(), {"is_causal": True}),
+        (parts(heads=1), {"enable_gqa": True}),
+        ([part.detach() for part in parts()], {}),
+    ],
+    ids=["float32", "several queries", "dropout", "causal", "grouped", "no gradient"],
+)  # fmt: skip
+def test_elsewhere_it_is_torchs_own(given: list[Tensor], options: dict[str, Any]) -> None:
+    query, key, value = given
+    made = within(given, **options)
+    assert not is_ours(made)
+    if "dropout_p" not in options:
+        assert torch.equal(made, scaled_dot_product_attention(query, key, value, **options))
+
+
+def test_a_model_takes_it_for_its_thoughts() -> None:
+    lm = build("gpt2", torch.bfloat16)
+    ids = torch.randint(3, 20, (2, 9))
+    ids[:, 4:7] = lm.latent_id
+    loss = lm(ids, labels=ids).loss
+    assert loss is not None
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [parent for parent, _ in node.next_functions]
+    layers = lm.base.config.num_hidden_layers
+    assert sum(type(node).__name__ == "_OneQueryBackward" for node in seen) == 2 * layers, (
+        "of three the last has company"
+    )
