@@ -319,6 +319,8 @@ class Watch(threading.Thread):
         self.ended.set()
         with contextlib.suppress(RuntimeError):
             self.tell(state)
+        if self.is_alive():
+            self.join(5)  # Python would abort at its end if this thread were within the store's C++ then
 
     def run(self) -> None:
         while not self.ended.wait(self.pause):
