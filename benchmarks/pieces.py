@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
+from functools import partial
 from itertools import product
 from types import MethodType
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
 
-from benchmarks.run import machine, questions, seconds, step
+from benchmarks.run import Row, in_turn, machine, padding, questions, shown, step
 from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
-from coconut import LatentLM
-from coconut.attention import OneQueryAttention
+from coconut import LatentLM, layout, model
 from coconut.engine.base import keep_memory
-from coconut.layout import BUCKET, Batch, EpochView, epoch_batches, micro_batches
+from coconut.layout import Batch, epoch_batches, micro_batches
 from coconut.linear import FusedGelu, fused_gelu
 from coconut.thinking import longest_first, pad_rows
 
@@ -108,143 +107,111 @@ def kept(lm: LatentLM, batch: Batch) -> float:
 @contextmanager
 def torch_attention(lm: LatentLM) -> Iterator[None]:
     """A thought's attention as torch's kernel does it."""
-    ours = OneQueryAttention.__torch_function__
-    OneQueryAttention.__torch_function__ = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))
+    ours, model.of_one_query = model.of_one_query, lambda embeds: nullcontext()
     try:
         yield
     finally:
-        OneQueryAttention.__torch_function__ = ours
+        model.of_one_query = ours
 
 
-WITHOUT: dict[str, Callable[[LatentLM], Any]] = {
+@contextmanager
+def by_length() -> Iterator[None]:
+    """Rows of like lengths are put together, whatever stands before their thoughts."""
+    ours = layout._like_together
+    layout._like_together = lambda view, rows, group: rows[np.argsort(view.lengths[rows], kind="stable")]
+    try:
+        yield
+    finally:
+        layout._like_together = ours
+
+
+Pieces = dict[str, Callable[[LatentLM], AbstractContextManager[None]]]
+WITHOUT: Pieces = {
     "all": lambda lm: nullcontext(),
     "cache joined": joined_cache,
     "gradients pass by pass": gradients_pass_by_pass,
     "GELU spelled out": gelu_spelled_out,
     "GELU kept": gelu_kept,
 }
+HALF: Pieces = {"all": WITHOUT["all"], "torch's attention": torch_attention}
 
 
-HALF: dict[str, Callable[[LatentLM], Any]] = {"all": WITHOUT["all"], "torch's attention": torch_attention}
-
-
-def times(
-    size: str, thoughts: int, rounds: int, kind: str, ways: dict[str, Callable[[LatentLM], Any]]
-) -> dict[str, list[float]]:
-    """Seconds of a step in each round."""
-    lm = make_model(SIZES[size])
-    batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, without in ways.items():
-            with without(lm):
-                spent = seconds(lambda: step("ours", lm, batch, kind))
-            if number:
-                taken[name].append(spent)
-    return taken
-
-
-def answer_times(size: str, rounds: int) -> list[list[float]]:
-    """Seconds in each round: SAMPLES answers to ASKED questions from one reading of each, and from as many readings;
-    one answer to 4 * ASKED questions in batches of like lengths, and in batches as they come.
-    """
-    lm = make_model(SIZES[size]).eval()
-    rows = questions(4 * ASKED)
-    ids, mask = pad_rows(rows[:ASKED], lm.special.pad)
-    ids_again, mask_again = (part.repeat_interleave(SAMPLES, 0) for part in (ids, mask))
-    sampled: dict[str, Any] = {
-        "num_thoughts": 3, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True
-    }  # fmt: skip
-
-    def all_of(batches: Sequence[list[int]]) -> None:
-        for places in batches:
-            our_answers(lm, *pad_rows([rows[place] for place in places], lm.special.pad), 3)
-
-    ways: list[Callable[[], object]] = [
-        lambda: lm.generate(ids, mask, num_return_sequences=SAMPLES, **sampled),
-        lambda: lm.generate(ids_again, mask_again, **sampled),
-        lambda: all_of(list(longest_first(rows, ASKED))),
-        lambda: all_of([list(range(start, start + ASKED)) for start in range(0, len(rows), ASKED)]),
-    ]
-    taken: list[list[float]] = [[] for _ in ways]
-    for number in range(rounds + 1):
-        for spent, way in zip(taken, ways, strict=True):
-            took = seconds(way)
-            if number:
-                spent.append(took)
-    return taken
-
-
-def padding(view: EpochView, batches: list[np.ndarray]) -> float:
-    made = [next(micro_batches(view, batch, len(batch))) for batch in batches]
-    return 1 - sum(int(part.attention_mask.sum()) for part in made) / sum(part.attention_mask.numel() for part in made)
-
-
-def by_length(view: EpochView, size: int) -> list[np.ndarray]:
-    """Rows of like lengths among as many batches, whatever their thoughts."""
-    order = np.random.default_rng(0).permutation(len(view))
-    chunks = np.split(order, range(BUCKET * size, len(order), BUCKET * size))
-    order = np.concatenate([chunk[np.argsort(view.lengths[chunk], kind="stable")] for chunk in chunks])
-    return np.split(order, range(size, len(order), size))
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
-    columns = list(columns)
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
-
-
-def step_rows(rounds: int, kind: str, ways: dict[str, Callable[[LatentLM], Any]]) -> Iterator[list[str]]:
+def step_rows(rounds: int, kind: str, pieces: Pieces) -> Iterator[Row]:
     for size, thoughts in product(SIZES, THOUGHTS):
-        taken = times(size, thoughts, rounds, kind, ways)
-        cells = [
-            f"{statistics.median(values):.3g} "
+        lm = make_model(SIZES[size])
+        batch = make_batch(lm, make_data(512), thoughts, SIZES[size].rows)
+
+        def without(name: str, lm: LatentLM = lm, batch: Batch = batch) -> None:
+            with pieces[name](lm):
+                step("ours", lm, batch, kind)
+
+        taken = in_turn({name: partial(without, name) for name in pieces}, rounds)
+        cells = {
+            name: f"{statistics.median(values):.3g} "
             f"({statistics.median(a / b for a, b in zip(values, taken['all'], strict=True)):.2f})"
-            for values in taken.values()
-        ]
-        yield [size, str(thoughts), *cells]
+            for name, values in taken.items()
+        }
+        yield {"model": size, "thoughts": thoughts, **cells}
 
 
-def kept_rows() -> Iterator[list[str]]:
+def kept_rows() -> Iterator[Row]:
     for name, size in SIZES.items():
         lm = make_model(size)
         batch = make_batch(lm, make_data(512), 3, size.rows)
-        held = []
-        for without in WITHOUT.values():
+        held: Row = {}
+        for piece, without in WITHOUT.items():
             with without(lm):
-                held.append(f"{kept(lm, batch):.0f}")
-        yield [name, *held]
+                held[piece] = f"{kept(lm, batch):.0f}"
+        yield {"model": name, **held}
 
 
-def answer_rows(rounds: int) -> Iterator[list[str]]:
+def answer_rows(rounds: int) -> Iterator[Row]:
+    """SAMPLES answers to each of ASKED questions, and one to each of four times as many."""
     for size in SIZES:
-        yield [size, *(f"{statistics.median(spent):.3g}" for spent in answer_times(size, rounds))]
+        lm = make_model(SIZES[size]).eval()
+        rows = questions(4 * ASKED)
+        ids, mask = pad_rows(rows[:ASKED], lm.special.pad)
+        sampled = partial(lm.generate, num_thoughts=3, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+                          do_sample=True)  # fmt: skip
+
+        def each(batches: Iterable[list[int]], lm: LatentLM = lm, rows: list[list[int]] = rows) -> None:
+            for places in batches:
+                our_answers(lm, *pad_rows([rows[place] for place in places], lm.special.pad), 3)
+
+        places = list(range(len(rows)))
+        works = {
+            "from one reading": partial(sampled, ids, mask, num_return_sequences=SAMPLES),
+            "each from its own": partial(sampled, *(part.repeat_interleave(SAMPLES, 0) for part in (ids, mask))),
+            "like lengths together": partial(each, list(longest_first(rows, ASKED))),
+            "as they come": partial(each, [places[first : first + ASKED] for first in places[::ASKED]]),
+        }
+        yield {"model": size, **{name: statistics.median(spent) for name, spent in in_turn(works, rounds).items()}}
 
 
-def padding_rows() -> Iterator[list[str]]:
+def padding_rows() -> Iterator[Row]:
     lm = make_model(SIZES["2 x 128"])
     view = make_view(lm, make_data(ROWS), 3)
     for size in BATCHES:
-        ours, plain = (100 * padding(view, b) for b in (epoch_batches(view, size, 0, 0), by_length(view, size)))
-        yield [str(size), f"{ours:.1f}", f"{plain:.1f}"]
+        shares = {}
+        for name, order in {"as they are put together": nullcontext, "by length alone": by_length}.items():
+            with order():
+                made = [next(micro_batches(view, batch, size)) for batch in epoch_batches(view, size, 0, 0)]
+            shares[name] = f"{100 * padding(made):.1f}"
+        yield {"rows": size, **shares}
 
 
 def main() -> None:
     keep_memory()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{date.today()}, {machine()}")
-    for kind, ways in {"float32": WITHOUT, "bfloat16": HALF}.items():
-        table(f"A step in {kind}, seconds (and times the step with all pieces)", ["model", "thoughts", *ways],
-              step_rows(rounds, kind, ways))  # fmt: skip
-    table("Kept for the backward pass, MB, 3 thoughts", ["model", *WITHOUT], kept_rows())
-    table(
+    for kind, pieces in {"float32": WITHOUT, "bfloat16": HALF}.items():
+        shown(f"A step in {kind}, seconds (and times the step with all pieces)", step_rows(rounds, kind, pieces))
+    shown("Kept for the backward pass, MB, 3 thoughts", kept_rows())
+    shown(
         f"Seconds for {SAMPLES} answers to each of {ASKED} questions; for one to each of {4 * ASKED}, {ASKED} at once",
-        ["model", "from one reading", "each from its own", "like lengths together", "as they come"],
         answer_rows(rounds),
     )
-    table(f"Padding of an epoch's batches of {ROWS:,} rows with 3 thoughts, % of the columns",
-          ["rows", "as they are put together", "by length alone"], padding_rows())  # fmt: skip
+    shown(f"Padding of an epoch's batches of {ROWS:,} rows with 3 thoughts, % of the columns", padding_rows())
 
 
 if __name__ == "__main__":

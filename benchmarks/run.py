@@ -21,10 +21,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -109,17 +110,22 @@ def questions(count: int) -> list[list[int]]:
 # --- time -------------------------------------------------------------------------------------------
 
 
+def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            spent = seconds(work)
+            if number:
+                taken[name].append(spent)
+    return taken
+
+
 def train_times(size: str, thoughts: int, kind: str, ways: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step in each round, after one that is not counted."""
+    """Seconds of a step in each round."""
     lm = make_model(SIZES[size])
     batches = make_batches(lm, thoughts, SIZES[size].rows)
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):
-        for way in ways:
-            spent = seconds(lambda way=way: step(way, lm, batches[way], kind))
-            if number:
-                taken[way].append(spent)
-    return taken
+    return in_turn({way: partial(step, way, lm, batches[way], kind) for way in ways}, rounds)
 
 
 def answer_times(size: str, thoughts: int, kind: str, rounds: int) -> tuple[list[float], list[float]]:
@@ -145,8 +151,13 @@ def padding_and_loading(size: str, thoughts: int) -> tuple[float, float]:
     batches = epoch_batches(view, rows, seed=0, epoch=0)
     made = [next(micro_batches(view, batch, rows)) for batch in batches]
     spent = (time.perf_counter() - start) / len(batches)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in made)
-    return 1 - tokens / sum(batch.attention_mask.numel() for batch in made), spent
+    return padding(made), spent
+
+
+def padding(batches: Sequence[Batch]) -> float:
+    """Share of the columns."""
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    return 1 - tokens / sum(batch.attention_mask.numel() for batch in batches)
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -245,8 +256,8 @@ def answer_rows(form: Form, found: Found) -> Iterator[Row]:
 def loading_rows(form: Form, found: Found) -> Iterator[Row]:
     whole_of = {row["model"]: row["ours"] for row in found["training"] if (row["precision"], row["thoughts"]) == USUAL}
     for size, whole in whole_of.items():
-        padding, spent = padding_and_loading(size, 3)
-        took = {"padding, %": 100 * padding, "loading, ms": 1000 * spent, "of a step, %": 100 * spent / whole}
+        share, spent = padding_and_loading(size, 3)
+        took = {"padding, %": 100 * share, "loading, ms": 1000 * spent, "of a step, %": 100 * spent / whole}
         yield {"model": size, "rows": SIZES[size].rows, **took}
 
 
@@ -272,18 +283,24 @@ def report(form: Form, folder: Path | None) -> None:
     print(f"{date.today()}, {machine()}")
     found: Found = {}
     for name, (title, rows) in PARTS.items():
-        print(f"\n{title}\n")
-        found[name] = []
-        for row in rows(form, found):
-            if not found[name]:
-                print(f"| {' | '.join(row)} |\n|{' --- |' * len(row)}")
-            found[name].append(row)
-            print(f"| {' | '.join(map(_cell, row.values()))} |", flush=True)
+        found[name] = shown(title, rows(form, found))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "performance.json", {"date": str(date.today()), "machine": machine(), **found})
         plot(found["training"], folder / "performance.png")
         print(f"\n{folder}/performance.json and performance.png hold this.")
+
+
+def shown(title: str, rows: Iterable[Row]) -> list[Row]:
+    """Prints the rows of a table as they come, and gives them back."""
+    print(f"\n{title}\n")
+    found: list[Row] = []
+    for row in rows:
+        if not found:
+            print(f"| {' | '.join(row)} |\n|{' --- |' * len(row)}")
+        found.append(row)
+        print(f"| {' | '.join(map(_cell, row.values()))} |", flush=True)
+    return found
 
 
 def _cell(value: Any) -> str:

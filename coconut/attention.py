@@ -9,6 +9,7 @@ Shapes: B rows, H heads, S columns, D head size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,10 +55,11 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    one = query.dim() == 4 and query.shape[-2] == 1 and query.shape[:2] == key.shape[:2] and not is_causal
-    ours = one and query.device.type == "cpu" and query.element_size() == 2 and query.requires_grad and not dropout_p
-    plain = query.dtype == key.dtype == value.dtype and (attn_mask is None or not attn_mask.requires_grad)
-    if ours and plain and (not torch.is_autocast_enabled("cpu") or query.dtype == torch.get_autocast_dtype("cpu")):
+    one = query.dim() == 4 and query.shape[-2] == 1 and query.shape[:2] == key.shape[:2]
+    plain = (
+        one and query.requires_grad and not (dropout_p or is_causal) and not getattr(attn_mask, "requires_grad", False)
+    )
+    if plain and query.dtype == key.dtype == value.dtype == _computed_in(query):
         made = _OneQuery.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
         assert isinstance(made, Tensor)
         return made
@@ -66,12 +68,20 @@ def _attend(
     )
 
 
-class OneQueryAttention(TorchFunctionMode):
-    """Within, in this thread, torch's attention is the above where it has one query a row, on a CPU, in half precision,
-    and is to be gone back through.
-    """
-
+class _InPlaceOfTorchs(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
             return _attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def of_one_query(embeds: Tensor) -> AbstractContextManager[Any]:
+    """Within, in this thread, attention of one query a row is the above. For a pass over `embeds` (B, T, D): nothing is
+    changed where it brings nothing, that is but for one column, on a CPU, in half precision, to be gone back through.
+    """
+    pays = embeds.shape[1] == 1 and embeds.device.type == "cpu" and torch.is_grad_enabled()
+    return _InPlaceOfTorchs() if pays and _computed_in(embeds).itemsize == 2 else nullcontext()
+
+
+def _computed_in(given: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else given.dtype

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from coconut.attention import OneQueryAttention
+from coconut.attention import of_one_query
 from coconut.cache import GrowingCache
 from coconut.data import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
@@ -485,7 +485,8 @@ class LatentLM(nn.Module):
         `embeds` (B, T, D) are input embeddings; `mask` covers them and what the cache holds, (B, S) or as the
         base takes masks that are made for it. The cache, of `new_cache`, is extended by them.
         """
-        with self._layers_as_set(), OneQueryAttention():
+        attention = of_one_query(embeds)
+        with self._layers_as_set(attention), attention:
             output = self.base.base_model(
                 inputs_embeds=embeds,
                 attention_mask=mask.long() if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
@@ -502,12 +503,12 @@ class LatentLM(nn.Module):
 
         return weights_summed_once(self.base)
 
-    def _layers_as_set(self) -> AbstractContextManager[None]:
+    def _layers_as_set(self, around: AbstractContextManager[Any]) -> AbstractContextManager[None]:
         if not self._recomputes_now:
             return nullcontext()
         from coconut.recompute import recomputing
 
-        return recomputing(self.base)
+        return recomputing(self.base, around)
 
     def logits(self, states: Tensor) -> Tensor:
         """What the head makes of last hidden states: (..., D) to (..., V)."""

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from coconut.attention import OneQueryAttention
 from coconut.cache import GrowingCache, GrowingLayer
 
 
@@ -37,15 +36,15 @@ def check_recomputable(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel) -> Iterator[None]:
+def recomputing(model: PreTrainedModel, around: AbstractContextManager[Any]) -> Iterator[None]:
     """Within, a forward pass of the model keeps the inputs of its layers and nothing inside them.
 
-    Their modules' hooks run again with them. A cache must be a GrowingCache.
+    Their modules' hooks run again with them, and within `around`, as the first time. A cache must be a GrowingCache.
     """
     layers = _layers(model)
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = _recomputed(layer.forward)
+        layer.forward = _recomputed(layer.forward, around)
     try:
         yield
     finally:
@@ -59,11 +58,13 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], around: AbstractContextManager[Any]) -> Callable[..., Any]:
+    how: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), around)}
+
     def call(*args: Any, **kwargs: Any) -> Any:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is None:
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=_as_before, **kwargs)
+            return checkpoint(forward, *args, **how, **kwargs)
         if not isinstance(cache, GrowingCache):
             raise ValueError(f"A layer that is recomputed was given a {type(cache).__name__}. Give lm.new_cache().")
         # What the graph holds must not hold what comes after it: such a circle would never be freed.
@@ -81,13 +82,8 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return before if value is cache else value
 
         arguments = {key: kept(value) for key, value in kwargs.items()}
-        output, after = checkpoint(run, *map(kept, args), use_reentrant=False, context_fn=_as_before, **arguments)
+        output, after = checkpoint(run, *map(kept, args), **how, **arguments)
         cache.layers = after.layers
         return output
 
     return call
-
-
-def _as_before() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around a layer's first run, which has it already, and around its second."""
-    return nullcontext(), OneQueryAttention()

@@ -166,6 +166,17 @@ def gradients(lm: LatentLM) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
 
 
+def in_graph(loss: torch.Tensor, function: type[torch.autograd.Function]) -> int:
+    """How often the function is in the graph of a loss."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [next_node for next_node, _ in node.next_functions]
+    return sum(type(node).__name__ == f"{function.__name__}Backward" for node in seen)
+
+
 def byte_level_tokenizer(start: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE like GPT-2's, trained on next to nothing; with or without a token at the start."""
     tokenizer = Tokenizer(models.BPE())

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import gradients
+from conftest import gradients, in_graph
 
 from benchmarks import ways
-from benchmarks.pieces import WITHOUT
-from benchmarks.run import questions
+from benchmarks.pieces import HALF, WITHOUT
+from benchmarks.run import precision, questions
 from coconut import LatentLM
+from coconut.attention import _OneQuery
 from coconut.layout import Batch
 from coconut.thinking import pad_rows
 
@@ -53,6 +54,15 @@ def test_a_piece_less_is_the_same_work(lm: LatentLM, piece: str) -> None:
         less = done(ways.ours, lm, batch)
     torch.testing.assert_close(less, whole, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(done(ways.ours, lm, batch), whole, rtol=0, atol=0)
+
+
+def test_what_half_precision_brings_is_left_away(lm: LatentLM) -> None:
+    batch = ways.make_batch(lm, ways.make_data(8), 3, 3)
+    found = {}
+    for piece in HALF:
+        with HALF[piece](lm), precision("bfloat16"):
+            found[piece] = in_graph(ways.ours(lm, batch), _OneQuery)
+    assert found == {"all": 2 * 2, "torch's attention": 0}, "two layers, two thoughts without company"
 
 
 def test_the_released_way_answers_as_ours_does(lm: LatentLM) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build, gradients
+from conftest import build, gradients, in_graph
 from test_model import mixed_batch, relative
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,22 +36,11 @@ def test_equals_the_plain_path(family: str) -> None:
     plain = gradients(lm)
     lm.zero_grad()
     loss = lm(**batch).loss
-    assert uses(loss) > 0
+    assert in_graph(loss, _Product) > 0
     loss.backward()
     assert relative(gradients(lm), plain) < 1e-9
     linear = [module for module in lm.base.modules() if isinstance(module, nn.Linear | Conv1D)]
     assert not any("forward" in vars(module) for module in linear), "nothing of it stays on the layers"
-
-
-def uses(loss: Tensor) -> int:
-    """Of _Product in the graph of a loss."""
-    seen, left = set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [next_node for next_node, _ in node.next_functions]
-    return sum(type(node).__name__ == f"{_Product.__name__}Backward" for node in seen)
 
 
 def test_only_where_there_are_several_passes_and_gradients() -> None:
@@ -59,15 +48,15 @@ def test_only_where_there_are_several_passes_and_gradients() -> None:
     batch = mixed_batch(lm)
     words = {key: value[:, :3] for key, value in batch.items()}
     words["input_ids"] = words["input_ids"].clamp(max=20)
-    assert not uses(lm(**words).loss)
+    assert not in_graph(lm(**words).loss, _Product)
     with torch.no_grad():
         assert lm(**batch).loss.grad_fn is None
     for name, weight in lm.named_parameters():
         weight.requires_grad = "c_fc" in name
-    frozen = uses(lm(**batch).loss)
+    frozen = in_graph(lm(**batch).loss, _Product)
     for weight in lm.parameters():
         weight.requires_grad = True
-    assert 0 < frozen < uses(lm(**batch).loss)
+    assert 0 < frozen < in_graph(lm(**batch).loss, _Product)
 
 
 def test_in_bfloat16_it_is_as_close_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
