@@ -86,6 +86,16 @@ def gelu_kept(lm: LatentLM) -> Iterator[None]:
             del module.forward
 
 
+@contextmanager
+def every_state(lm: LatentLM) -> Iterator[None]:
+    """The last layer's feed-forward part for all columns, read or not."""
+    part, lm._last_feed_forward = lm._last_feed_forward, None
+    try:
+        yield
+    finally:
+        lm._last_feed_forward = part
+
+
 def kept(lm: LatentLM, batch: Batch) -> float:
     """MB that a step keeps for its backward pass, but for weights; each piece of memory once."""
     weights = {weight.untyped_storage().data_ptr() for weight in lm.parameters()}
@@ -132,8 +142,9 @@ WITHOUT: Pieces = {
     "gradients pass by pass": gradients_pass_by_pass,
     "GELU spelled out": gelu_spelled_out,
     "GELU kept": gelu_kept,
+    "every state made": every_state,
 }
-HALF: Pieces = {"all": WITHOUT["all"], "torch's attention": torch_attention}
+HALF: Pieces = {"all": WITHOUT["all"], "torch's attention": torch_attention, "every state made": every_state}
 
 
 def step_rows(rounds: int, kind: str, pieces: Pieces) -> Iterator[Row]:

@@ -1,8 +1,11 @@
-"""Attention of one token a row, as a thought has it, in training on a CPU in half precision.
+"""What torch's attention needs from us: on a CPU a form for one query a row, on a GPU queries that see something.
 
-torch's kernel for CPUs is made for blocks of queries; with one, in bfloat16, its backward pass takes several times what
-reading keys and values and writing their gradients takes (docs/performance.md). Here the few products are written out.
-In float32 that brings nothing, and torch's is left alone.
+torch's kernel for CPUs is made for blocks of queries; with one, as a thought has it, its backward pass takes several
+times as long in bfloat16 as reading keys and values and writing their gradients (docs/performance.md). There the few
+products are written out. In float32 that brings nothing, and torch's is left alone.
+
+cuDNN's kernel, which torch takes on Hopper in bfloat16, gives NaN for the gradients of a query without a key, as
+padding at the head of a row is.
 
 Shapes: B rows, H heads, S columns, D head size.
 """
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 
 class _OneQuery(torch.autograd.Function):
@@ -85,3 +89,22 @@ def of_one_query(embeds: Tensor) -> AbstractContextManager[Any]:
 
 def _computed_in(given: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else given.dtype
+
+
+def needs_sight(model: PreTrainedModel, mask_BS: Tensor, embeds: Tensor) -> bool:
+    """Whether a query of a pass over `embeds` (B, T, D), the last T columns, may see nothing, in torch's on a GPU.
+
+    While a CUDA graph is recorded that is not known: it may.
+    """
+    if embeds.device.type != "cuda" or model.config._attn_implementation != "sdpa":
+        return False
+    until_first = mask_BS[:, : mask_BS.shape[1] - embeds.shape[1] + 1].bool()
+    return torch.cuda.is_current_stream_capturing() or not bool(until_first.any(1).all())
+
+
+def sighted(mask_BS: Tensor, embeds: Tensor) -> Tensor:
+    """(B, 1, T, S) what the last T columns see: of the tokens themselves and what is before them, of padding itself."""
+    columns_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    queries_T1 = columns_S[-embeds.shape[1] :, None]
+    seen_BTS = mask_BS.bool()[:, None] & (columns_S <= queries_T1)
+    return (seen_BTS | (columns_S == queries_T1))[:, None]

@@ -230,7 +230,8 @@ class EngineKind(StrEnum):
 class EngineConfig:
     """`device`: auto, cpu, cuda, cuda:1, mps; on several processes each takes a GPU of its own.
 
-    `threads`: CPU threads of a process, 0 for its share of the cores. `timeout`: seconds after which a
+    `threads`: CPU threads of a process, 0 for its share of the cores. `cuda_graphs`: whether a GPU starts the passes of
+    a batch as one (coconut.graphs); on another device it does nothing. `timeout`: seconds after which a
     process of several that does not get on ends the run. The rest is for DeepSpeed: ZeRO's stage (1 shards
     the optimizer, 2 the gradients too, 3 the weights too), and what stays in the memory of the host.
     """
@@ -240,6 +241,7 @@ class EngineConfig:
     precision: Precision = Precision.float32
     threads: int = 0
     activations: Activations = Activations.keep
+    cuda_graphs: bool = False
     timeout: float = 600
     zero_stage: int = 0
     offload_optimizer: bool = False
@@ -254,6 +256,11 @@ class EngineConfig:
         if self.zero_stage not in range(4):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; it is 0, 1, 2 or 3.")
         deepspeed = self.kind is EngineKind.deepspeed
+        if self.cuda_graphs and (deepspeed or self.activations is Activations.recompute):
+            what = "engine=local" if deepspeed else "engine.activations=keep"
+            raise ValueError(
+                f"engine.cuda_graphs=true needs {what}: what runs then is not in the graph. Set one of the two."
+            )
         if deepspeed and self.precision is Precision.bfloat16 and self.zero_stage < 1:
             raise ValueError(
                 "engine.precision=bfloat16 keeps float32 master weights, which DeepSpeed does with "

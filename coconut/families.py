@@ -19,6 +19,7 @@ from coconut.linear import FusedGelu
 from coconut.modes import evaluating
 
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call how many there are
 REMEMBERED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 TESTED = frozenset({
     "cohere", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2",
@@ -136,12 +137,15 @@ class Windows:
         return cls(min(sizes), mixed)
 
     def matter(self, is_token: Tensor) -> bool:
-        """Whether a row is longer than the window and has padding between its tokens."""
+        """Whether a row is longer than the window and has padding between its tokens, or on a GPU begins with padding
+        (`coconut.attention`).
+        """
         columns = torch.arange(is_token.shape[1], device=is_token.device)
         last = torch.where(is_token, columns, -1).amax(1)
         first = torch.where(is_token, columns, len(columns)).amin(1)
         padded = (last - first + 1 > is_token.sum(1)).any()
-        return is_token.shape[1] > self.size and bool(padded)
+        blind = is_token.device.type == "cuda" and not is_token[:, 0].all()
+        return bool(blind) or (is_token.shape[1] > self.size and bool(padded))
 
     def masks(self, is_token: Tensor, positions: Tensor, start: int, dtype: torch.dtype) -> Any:
         """What the base takes as the mask of the columns from `start` on; `is_token` and `positions` (B, S) of all."""

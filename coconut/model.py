@@ -13,9 +13,11 @@ K thoughts of the row that has most, N targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from coconut.attention import of_one_query
+from coconut.attention import needs_sight, of_one_query, sighted
 from coconut.cache import GrowingCache
 from coconut.data import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
+    EXPERTS,
     TESTED,
     Windows,
     check_family,
@@ -38,11 +41,13 @@ from coconut.families import (
     text_config,
 )
 from coconut.files import read_json, write_json
+from coconut.graphs import Graphs, rounded, rounded_down
 from coconut.layout import IGNORED
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named
 from coconut.modes import evaluating
 from coconut.opening import on_disk, opened
+from coconut.unread import last_feed_forward, unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -87,14 +92,15 @@ class Alignment:
     borders: list[int]
 
 
-def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1) -> Alignment:
+def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, even: bool = False) -> Alignment:
     """Cut rows at their thoughts so that K + 1 passes serve all of them, or `min_passes` if that is more.
 
     Each row's last thought stands at the head of the last pass, the one before at the head of the pass
     before, and so on; what precedes a row's first thought is the first pass. All passes but the last
     are padded on the left, so that a pass ends with the state that the next one feeds back. A row
     without thoughts fills the first pass as far as the other rows do and goes on in the last. Further
-    passes are cut off the head of the first.
+    passes are cut off the head of the first. With `even`, passes of several columns are made a little wider, so that
+    batches are alike.
     """
     B, T = is_token_BT.shape
     tokens_BT = is_token_BT.long()
@@ -113,6 +119,8 @@ def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1) -> Ali
     widths_K = count_BK.amax(0)
     more = max(min_passes - K - 1, 0)
     widths_K[0] = widths_K[0].clamp(min=more + 1)
+    if even:
+        widths_K = torch.tensor([rounded(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
     starts_K = widths_K.cumsum(0) - widths_K
     pads_BK = widths_K - count_BK
     pads_BK[:, -1] = 0
@@ -143,12 +151,14 @@ class LatentLM(nn.Module):
         fuse_gelu(base)
         self.base = base
         self._windows = Windows.of(base)
+        self._last_feed_forward = last_feed_forward(base) if text_config(base).model_type in TESTED else None
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
         self.new_tokens = new_tokens or {}
         self.adapter: Adapter | None = None
         self._recompute = False
+        self._graphs: Graphs | None = None
 
     # --- making, saving, loading ------------------------------------------------------------------
 
@@ -330,6 +340,25 @@ class LatentLM(nn.Module):
         self._recompute = wanted
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether a GPU starts the passes of a training batch as one (`coconut.graphs`). Elsewhere it does nothing.
+
+        Losses and gradients are the same but for rounding; with dropout other numbers are drawn. Setting it raises
+        ValueError if what the model does hangs on more than a batch's shape.
+        """
+        return self._graphs is not None
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, wanted: bool) -> None:
+        config = text_config(self.base)
+        if wanted and (self._windows or any(getattr(config, name, None) for name in EXPERTS)):
+            raise ValueError(
+                f"{config.model_type}: which {'columns are seen' if self._windows else 'experts are asked'} hangs on "
+                "more than a batch's shape, and its passes cannot be CUDA graphs. Leave engine.cuda_graphs=false."
+            )
+        self._graphs = Graphs() if wanted else None
+
+    @property
     def _recomputes_now(self) -> bool:
         return self._recompute and self.training and torch.is_grad_enabled()
 
@@ -365,10 +394,16 @@ class LatentLM(nn.Module):
         Raises ValueError if a row begins with a thought, or if gradient checkpointing is on together
         with the cache (transformers would then drop the cache, and thoughts would lose their context).
         """
-        hidden_BSD, columns_BT = self._hidden(input_ids, attention_mask, position_ids, use_cache, min_passes)
+        is_token_BT = _is_token(input_ids, attention_mask)
+        targets = None if labels is None else _Targets.of(labels, is_token_BT)
+        read_BT = is_token_BT if return_logits else torch.zeros_like(is_token_BT)
+        if targets and not return_logits:
+            read_BT[targets.rows_N, targets.sources_N] = True
+        hidden_BSD, columns_BT = self._hidden(input_ids, is_token_BT, position_ids, read_BT, use_cache, min_passes)
         output = LatentOutput()
-        if labels is not None:
-            states_ND, targets_N = _at_targets(hidden_BSD, columns_BT, input_ids, attention_mask, labels)
+        if targets:
+            states_ND = hidden_BSD[targets.rows_N, columns_BT[targets.rows_N, targets.sources_N]]
+            targets_N = targets.ids_N
             output.num_targets = len(targets_N)
             if return_target_logits:
                 output.target_logits, output.targets = self.logits(states_ND), targets_N
@@ -405,36 +440,73 @@ class LatentLM(nn.Module):
     def _hidden(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
+        is_token_BT: Tensor,
         position_ids: Tensor | None,
+        read_BT: Tensor,
         use_cache: bool,
-        min_passes: int = 1,
+        min_passes: int,
     ) -> tuple[Tensor, Tensor]:
-        """The last hidden states (B, S, D), and in which of their columns each of the T given ones is."""
-        is_token_BT = _is_token(input_ids, attention_mask)
+        """The last hidden states (B, S, D), right where they are read, and in which of their columns each of the T
+        given ones is.
+        """
         is_latent_BT = (input_ids == self.latent_id) & is_token_BT
         if position_ids is None:
             position_ids = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
         if use_cache:
             position_ids = position_ids.expand_as(input_ids)
-            return self._cached(input_ids, is_token_BT, is_latent_BT, position_ids, min_passes)
+            return self._cached(input_ids, is_token_BT, is_latent_BT, position_ids, read_BT, min_passes)
         return self._recomputed(input_ids, is_token_BT, is_latent_BT, position_ids)
 
     def _cached(
-        self, input_ids: Tensor, is_token_BT: Tensor, is_latent_BT: Tensor, position_ids: Tensor, min_passes: int
+        self,
+        input_ids: Tensor,
+        is_token_BT: Tensor,
+        is_latent_BT: Tensor,
+        position_ids: Tensor,
+        read_BT: Tensor,
+        min_passes: int,
     ) -> tuple[Tensor, Tensor]:
-        way = align(is_latent_BT, is_token_BT, min_passes)
+        graphs = self._graphs if self._trains_on_gpu and not self._recomputes_now else None
+        way = align(is_latent_BT, is_token_BT, min_passes, even=graphs is not None)
         source_BS, is_token_BS = way.source_BS.clamp(min=0), way.source_BS >= 0
         self._refuse_headless(is_latent_BT, is_token_BT)
         is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
         positions_BS = position_ids.gather(1, source_BS)
+        unread = _unread((read_BT.gather(1, source_BS) & is_token_BS).any(0), way.borders)
+        if graphs is not None:
+            widths = [stop - start for start, stop in pairwise(way.borders)]
+            unread = [n if n == w - 1 else rounded_down(n) for n, w in zip(unread, widths, strict=True)]
         embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
-        return self._run_blocks(embeds_BSD, is_token_BS, is_latent_BS, positions_BS, way.borders), way.column_BT
+        passes = partial(self._run_blocks, borders=way.borders, unread=unread)
+        given = embeds_BSD, is_token_BS, is_latent_BS, positions_BS
+        if graphs is not None:
+            shape = tuple(way.borders), tuple(unread)
+            return graphs.run(shape, passes, given, self._trained_in_passes()), way.column_BT
+        return passes(*given), way.column_BT
+
+    @property
+    def _trains_on_gpu(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.device.type == "cuda"
+
+    def _trained_in_passes(self) -> list[Tensor]:
+        """All weights that are trained but those of the tables."""
+        both: list[Any] = [self.base.get_input_embeddings(), self.base.get_output_embeddings()]
+        tables = {weight for table in both for weight in table.parameters()}
+        return [weight for weight in self.base.parameters() if weight.requires_grad and weight not in tables]
 
     def _run_blocks(
-        self, embeds_BSD: Tensor, is_token_BS: Tensor, is_latent_BS: Tensor, positions_BS: Tensor, borders: list[int]
+        self,
+        embeds_BSD: Tensor,
+        is_token_BS: Tensor,
+        is_latent_BS: Tensor,
+        positions_BS: Tensor,
+        borders: list[int],
+        unread: list[int],
     ) -> Tensor:
-        """The loop: one pass a block, each beginning with the state that the one before ended with. (B, S, D)."""
+        """The loop: one pass a block, each beginning with the state that the one before ended with. (B, S, D).
+
+        Of a block's states the first so many as `unread` says are not made whole.
+        """
         several = len(borders) > 2
         if several and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
             raise ValueError(
@@ -447,14 +519,14 @@ class LatentLM(nn.Module):
         attended_BS = is_token_BS | _after_last(is_token_BS)
         states, last_BD = [], None
         with self._over_passes() if several else nullcontext():
-            for start, stop in pairwise(borders):
+            for (start, stop), first in zip(pairwise(borders), unread, strict=True):
                 block_BSD = embeds_BSD[:, start:stop]
                 if last_BD is not None:
                     fed_B1D = last_BD[:, None].to(block_BSD)
                     block_BSD = torch.where(is_latent_BS[:, start:stop, None], fed_B1D, block_BSD)
                 mask_BS = attended_BS[:, :stop]
                 mask = windows.masks(mask_BS, positions_BS[:, :stop], start, block_BSD.dtype) if windows else mask_BS
-                hidden_BSD = self.states(block_BSD, mask, positions_BS[:, start:stop], cache)
+                hidden_BSD = self.states(block_BSD, mask, positions_BS[:, start:stop], cache, unread=first)
                 states.append(hidden_BSD)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
                 end_BD = hidden_BSD[:, -1]
@@ -479,17 +551,20 @@ class LatentLM(nn.Module):
         columns_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.states(embeds_BTD, mask, position_ids), columns_BT
 
-    def states(self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None) -> Tensor:
+    def states(self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, unread: int = 0) -> Tensor:
         """The model without its head: the last hidden states (B, T, D), after the final norm.
 
         `embeds` (B, T, D) are input embeddings; `mask` covers them and what the cache holds, (B, S) or as the
-        base takes masks that are made for it. The cache, of `new_cache`, is extended by them.
+        base takes masks that are made for it. The cache, of `new_cache`, is extended by them. The first `unread`
+        columns (below T) are there for the cache: what comes back for them means nothing.
         """
-        attention = of_one_query(embeds)
-        with self._layers_as_set(attention), attention:
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask.long() if self._windows or not needs_sight(self.base, mask, embeds) else sighted(mask, embeds)
+        around = partial(self._as_pays, embeds, unread)
+        with self._layers_as_set(around), around():
             output = self.base.base_model(
                 inputs_embeds=embeds,
-                attention_mask=mask.long() if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -503,7 +578,14 @@ class LatentLM(nn.Module):
 
         return weights_summed_once(self.base)
 
-    def _layers_as_set(self, around: AbstractContextManager[Any]) -> AbstractContextManager[None]:
+    @contextmanager
+    def _as_pays(self, embeds: Tensor, columns: int) -> Iterator[None]:
+        """Within, a pass over `embeds` makes its first so many columns for the cache alone, and attends as pays."""
+        part = self._last_feed_forward if columns else None
+        with of_one_query(embeds), unread(self.base.get_submodule(part), columns) if part else nullcontext():
+            yield
+
+    def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
         if not self._recomputes_now:
             return nullcontext()
         from coconut.recompute import recomputing
@@ -625,12 +707,22 @@ def _previous(is_token_BT: Tensor) -> Tensor:
     return torch.cat([torch.full_like(latest_BT[:, :1], -1), latest_BT[:, :-1]], dim=1)
 
 
-def _at_targets(
-    hidden_BSD: Tensor, columns_BT: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The states that predict the targets (N, D), and the targets (N,)."""
-    is_token_BT = _is_token(input_ids, attention_mask)
-    previous_BT = _previous(is_token_BT)
-    rows_N, places_N = ((labels != IGNORED) & is_token_BT & (previous_BT >= 0)).nonzero(as_tuple=True)
-    sources_N = columns_BT[rows_N, previous_BT[rows_N, places_N]]
-    return hidden_BSD[rows_N, sources_N], labels[rows_N, places_N]
+@dataclass
+class _Targets:
+    """The tokens to predict, row by row: `ids_N`, in rows `rows_N`, from the states of the columns `sources_N`."""
+
+    ids_N: Tensor
+    rows_N: Tensor
+    sources_N: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, is_token_BT: Tensor) -> _Targets:
+        previous_BT = _previous(is_token_BT)
+        rows_N, places_N = ((labels != IGNORED) & is_token_BT & (previous_BT >= 0)).nonzero(as_tuple=True)
+        return cls(labels[rows_N, places_N], rows_N, previous_BT[rows_N, places_N])
+
+
+def _unread(read_S: Tensor, borders: list[int]) -> list[int]:
+    """In each block, how many columns stand before the first that is read, its last one at the latest."""
+    places = [*read_S.nonzero()[:, 0].tolist(), borders[-1]]
+    return [min(places[bisect_left(places, start)], stop - 1) - start for start, stop in pairwise(borders)]

@@ -36,10 +36,10 @@ def check_recomputable(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel, around: AbstractContextManager[Any]) -> Iterator[None]:
+def recomputing(model: PreTrainedModel, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Within, a forward pass of the model keeps the inputs of its layers and nothing inside them.
 
-    Their modules' hooks run again with them, and within `around`, as the first time. A cache must be a GrowingCache.
+    Their modules' hooks run again with them, and within `around()`, as the first time. A cache must be a GrowingCache.
     """
     layers = _layers(model)
     own = [vars(layer).get("forward") for layer in layers]
@@ -58,8 +58,8 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _recomputed(forward: Callable[..., Any], around: AbstractContextManager[Any]) -> Callable[..., Any]:
-    how: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), around)}
+def _recomputed(forward: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    how: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), around())}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)

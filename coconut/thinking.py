@@ -96,7 +96,8 @@ def think(
     is_token_BT = attention_mask.bool()
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
-    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache)[:, -1]
+    unread = input_ids.shape[1] - 1
+    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache, unread=unread)[:, -1]
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, in_graph
+from conftest import build, gradients, in_graph
+from test_model import mixed_batch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from coconut.attention import _OneQuery, of_one_query
+from coconut import LatentLM, model
+from coconut.attention import _OneQuery, of_one_query, sighted
 
 MASKS = {
     "none": None,
@@ -93,3 +95,25 @@ def test_a_model_takes_it_for_its_thoughts() -> None:
     assert loss is not None
     layers = lm.base.config.num_hidden_layers
     assert in_graph(loss, _OneQuery) == 2 * layers, "of three the last has company"
+
+
+def test_padding_sees_itself_and_tokens_what_they_saw() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]])
+    whole = sighted(mask, torch.zeros(2, 4, 8))[:, 0].int().tolist()
+    assert whole[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert whole[1] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+    assert sighted(mask, torch.zeros(2, 1, 8)).int().tolist() == [[[[0, 0, 1, 1]]], [[[1, 0, 1, 1]]]]
+
+
+def test_with_sight_nothing_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build(family)
+
+    def done(lm: LatentLM) -> dict[str, Tensor]:
+        lm.zero_grad()
+        loss = lm(**mixed_batch(lm)).loss_sum
+        loss.backward()
+        return gradients(lm) | {"loss": loss.detach()}
+
+    before = done(lm)
+    monkeypatch.setattr(model, "needs_sight", lambda *_: True)
+    torch.testing.assert_close(done(lm), before, rtol=1e-9, atol=1e-12)

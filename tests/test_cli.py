@@ -237,7 +237,7 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["attention", "cache", "linear", "modes", "opening", "settings", "sources"],
+    ["attention", "cache", "graphs", "linear", "modes", "opening", "settings", "sources", "unread"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule"],
     ["layout"],
     ["model"],

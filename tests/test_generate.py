@@ -276,7 +276,9 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
     read: list[int] = []
     states = LatentLM.states
     monkeypatch.setattr(
-        LatentLM, "states", lambda lm, embeds, *rest: read.append(len(embeds)) or states(lm, embeds, *rest)
+        LatentLM,
+        "states",
+        lambda lm, embeds, *rest, **how: read.append(len(embeds)) or states(lm, embeds, *rest, **how),
     )
     torch.manual_seed(0)
     out = lm.generate(ids, mask, num_return_sequences=3, **how)

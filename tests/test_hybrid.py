@@ -92,7 +92,9 @@ def test_a_question_is_read_once_a_mode_for_all_its_samples(monkeypatch: pytest.
     read: list[tuple[int, ...]] = []
     states = LatentLM.states
     monkeypatch.setattr(
-        LatentLM, "states", lambda lm, embeds, *rest: read.append(embeds.shape[:2]) or states(lm, embeds, *rest)
+        LatentLM,
+        "states",
+        lambda lm, embeds, *rest, **how: read.append(embeds.shape[:2]) or states(lm, embeds, *rest, **how),
     )
     torch.manual_seed(0)
     out = lm.generate(torch.tensor([QUESTIONS[1]]), max_new_tokens=3, do_sample=True, num_return_sequences=32)
