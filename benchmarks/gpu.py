@@ -99,8 +99,8 @@ def copying() -> Iterator[Row]:
     """A batch to the GPU, from memory as it is and from pinned memory."""
     lm = make_model(replace(SIZES["2 x 128"], rows=ROWS))
     batch = make_batches(lm, 6, ROWS)["ours"]
-    parts = {"as it is": (batch.input_ids, batch.attention_mask, batch.labels)}
-    parts["pinned"] = tuple(part.pin_memory() for part in parts["as it is"])
+    held = [batch.input_ids, batch.attention_mask, batch.labels]
+    parts = {"as it is": held, "pinned": [part.pin_memory() for part in held]}
     for name, tensors in parts.items():
         spent = []
         for _ in range(50):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Passes = Callable[..., Tensor]
@@ -28,13 +29,15 @@ def rounded(width: int) -> int:
 
 
 def rounded_down(width: int) -> int:
-    return width - width % max(8, 2 ** (width.bit_length() - 4))
+    """More coarsely: it only says what is left out."""
+    return width - width % max(8, 2 ** (width.bit_length() - 2))
 
 
 class Graphs:
     """Recordings of one model's passes. A shape that comes for the first time is run as always."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._seen: set[Hashable] = set()
         self._pool: Any = None
@@ -42,7 +45,7 @@ class Graphs:
         self._turn: Callable[[], _Turn | None] = lambda: None
 
     def __deepcopy__(self, memo: Any) -> Graphs:
-        return Graphs()
+        return Graphs(deepcopy(self._model, memo))
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -81,8 +84,28 @@ class Graphs:
             self._recordings.clear()
             self._gradients = _Gradients(weights)
         uncached = torch.autocast("cuda", kind, cache_enabled=False) if kind else nullcontext()
-        with torch.random.fork_rng([given[0].device]), uncached:
-            return _Recording(passes, given, weights, self._gradients, self._pool)
+        device = given[0].device
+        with torch.random.fork_rng([device]), uncached, fresh_leaves(self._model, weights) as leaves:
+            return _Recording(passes, given, leaves, self._gradients, self._pool)
+
+
+@contextmanager
+def fresh_leaves(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Within, the model has other leaves for these weights, in the same memory.
+
+    A leaf is tied to the stream on which it was first used for as long as a loss that came from it lives, and what is
+    recorded may have nothing to do with that stream.
+    """
+    leaves = [weight.detach().requires_grad_() for weight in weights]
+    fresh = {id(weight): leaf for weight, leaf in zip(weights, leaves, strict=True)}
+    own = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    for held, before in own:
+        held.update({name: fresh.get(id(weight), weight) for name, weight in before.items()})  # pyright: ignore
+    try:
+        yield leaves
+    finally:
+        for held, before in own:
+            held.update(before)
 
 
 class _Turn:
@@ -104,7 +127,8 @@ class _Gradients:
     def take(self, found: Sequence[Tensor | None]) -> list[bool]:
         """Which of the weights have a gradient."""
         pairs = [(part, of) for part, of in zip(self.parts, found, strict=True) if of is not None]
-        torch._foreach_copy_([part for part, _ in pairs], [of for _, of in pairs])
+        for part, of_weight in pairs:
+            part.copy_(of_weight)
         return [of is not None for of in found]
 
     def copies(self) -> list[Tensor]:

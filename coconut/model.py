@@ -341,9 +341,9 @@ class LatentLM(nn.Module):
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether a GPU starts the passes of a training batch as one (`coconut.graphs`). Elsewhere it does nothing.
+        """Whether a GPU starts the passes of a training batch with thoughts as one (`coconut.graphs`).
 
-        Losses and gradients are the same but for rounding; with dropout other numbers are drawn. Setting it raises
+        Elsewhere it does nothing. Losses and gradients are the same but for rounding; with dropout other numbers are drawn. Setting it raises
         ValueError if what the model does hangs on more than a batch's shape.
         """
         return self._graphs is not None
@@ -356,7 +356,7 @@ class LatentLM(nn.Module):
                 f"{config.model_type}: which {'columns are seen' if self._windows else 'experts are asked'} hangs on "
                 "more than a batch's shape, and its passes cannot be CUDA graphs. Leave engine.cuda_graphs=false."
             )
-        self._graphs = Graphs() if wanted else None
+        self._graphs = Graphs(self.base) if wanted else None
 
     @property
     def _recomputes_now(self) -> bool:
@@ -466,7 +466,7 @@ class LatentLM(nn.Module):
         read_BT: Tensor,
         min_passes: int,
     ) -> tuple[Tensor, Tensor]:
-        graphs = self._graphs if self._trains_on_gpu and not self._recomputes_now else None
+        graphs = self._graphs if self._may_replay and is_latent_BT.any() else None
         way = align(is_latent_BT, is_token_BT, min_passes, even=graphs is not None)
         source_BS, is_token_BS = way.source_BS.clamp(min=0), way.source_BS >= 0
         self._refuse_headless(is_latent_BT, is_token_BT)
@@ -485,8 +485,8 @@ class LatentLM(nn.Module):
         return passes(*given), way.column_BT
 
     @property
-    def _trains_on_gpu(self) -> bool:
-        return self.training and torch.is_grad_enabled() and self.device.type == "cuda"
+    def _may_replay(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.device.type == "cuda" and not self._recompute
 
     def _trained_in_passes(self) -> list[Tensor]:
         """All weights that are trained but those of the tables."""
