@@ -92,7 +92,8 @@ def activations(shape: Shape, rows: int, widths: list[int], size: int, recompute
     several = len(widths) > 1
     if recompute:
         return size * shape.layers * columns * (shape.hidden + several * 2 * shape.keys)
-    cached = 0 if shape.gated else 2 * shape.keys  # beside those that GPT-2 computes in one with the queries
+    alone = widths.count(1) / sum(widths)  # the share of columns in passes of one, whose queries are kept in a view
+    cached = 0 if shape.gated else 2 * shape.keys * alone  # keys and values that GPT-2 computes in one with them
     repeated = 2 * shape.hidden if shape.keys < shape.hidden else 0  # for the last pass, whose attention has a mask
     return size * shape.layers * columns * (shape.inside(size) + several * (cached + repeated))
 

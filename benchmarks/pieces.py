@@ -26,7 +26,7 @@ from transformers.activations import NewGELUActivation
 
 from benchmarks.run import Row, in_turn, machine, padding, questions, shown, step
 from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
-from coconut import LatentLM, layout, model
+from coconut import LatentLM, attention, layout, model
 from coconut.engine.base import keep_memory
 from coconut.layout import Batch, epoch_batches, micro_batches
 from coconut.linear import FusedGelu, fused_gelu
@@ -96,6 +96,16 @@ def every_state(lm: LatentLM) -> Iterator[None]:
         lm._last_feed_forward = part
 
 
+@contextmanager
+def table_twice(lm: LatentLM) -> Iterator[None]:
+    """A gradient of the whole table for the embeddings that were looked up, beside the head's."""
+    ours, model.rows_added = model.rows_added, lambda base: nullcontext()
+    try:
+        yield
+    finally:
+        model.rows_added = ours
+
+
 def kept(lm: LatentLM, batch: Batch) -> float:
     """MB that a step keeps for its backward pass, but for weights; each piece of memory once."""
     weights = {weight.untyped_storage().data_ptr() for weight in lm.parameters()}
@@ -117,11 +127,21 @@ def kept(lm: LatentLM, batch: Batch) -> float:
 @contextmanager
 def torch_attention(lm: LatentLM) -> Iterator[None]:
     """A thought's attention as torch's kernel does it."""
-    ours, model.of_one_query = model.of_one_query, lambda embeds: nullcontext()
+    ours, model.in_place_of_torchs = model.in_place_of_torchs, lambda embeds, cached: nullcontext()
     try:
         yield
     finally:
-        model.of_one_query = ours
+        model.in_place_of_torchs = ours
+
+
+@contextmanager
+def queries_in_views(lm: LatentLM) -> Iterator[None]:
+    """Queries where keys and values are, too, which then are kept twice."""
+    ours, attention.by_itself = attention.by_itself, lambda query: query
+    try:
+        yield
+    finally:
+        attention.by_itself = ours
 
 
 @contextmanager
@@ -143,6 +163,8 @@ WITHOUT: Pieces = {
     "GELU spelled out": gelu_spelled_out,
     "GELU kept": gelu_kept,
     "every state made": every_state,
+    "queries in views": queries_in_views,
+    "table's gradient twice": table_twice,
 }
 HALF: Pieces = {"all": WITHOUT["all"], "torch's attention": torch_attention, "every state made": every_state}
 

@@ -4,8 +4,11 @@ torch's kernel for CPUs is made for blocks of queries; with one, as a thought ha
 times as long in bfloat16 as reading keys and values and writing their gradients (docs/performance.md). There the few
 products are written out. In float32 that brings nothing, and torch's is left alone.
 
-cuDNN's kernel, which torch takes on Hopper in bfloat16, gives NaN for the gradients of a query without a key, as
-padding at the head of a row is.
+Where a model makes queries, keys and values in one product, what attention keeps of the queries is a view that keeps
+all three, while the cache has keys and values of its own: there the queries are copied.
+
+On a GPU a query without a key, as padding at the head of a row is, gave gradients that were NaN (H100, bfloat16, torch
+2.11; a few such queries alone did not show it). There padding sees itself.
 
 Shapes: B rows, H heads, S columns, D head size.
 """
@@ -68,7 +71,7 @@ def _attend(
         assert isinstance(made, Tensor)
         return made
     return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        by_itself(query), key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
@@ -79,12 +82,23 @@ class _InPlaceOfTorchs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def of_one_query(embeds: Tensor) -> AbstractContextManager[Any]:
-    """Within, in this thread, attention of one query a row is the above. For a pass over `embeds` (B, T, D): nothing is
-    changed where it brings nothing, that is but for one column, on a CPU, in half precision, to be gone back through.
+def by_itself(query: Tensor) -> Tensor:
+    """The query (B, H, T, D) in memory of its own, heads innermost, if it is a small part of what it is in."""
+    small = 2 * query.nbytes <= query.untyped_storage().nbytes()
+    return query.transpose(1, 2).contiguous().transpose(1, 2) if small else query
+
+
+def in_place_of_torchs(embeds: Tensor, cached: bool) -> AbstractContextManager[Any]:
+    """Within, in this thread, attention is the above. For a pass over `embeds` (B, T, D), with a cache or without.
+
+    Nothing is changed where it brings nothing: but for passes to be gone back through, of one column on a CPU in half
+    precision, or of several with a cache.
     """
-    pays = embeds.shape[1] == 1 and embeds.device.type == "cpu" and torch.is_grad_enabled()
-    return _InPlaceOfTorchs() if pays and _computed_in(embeds).itemsize == 2 else nullcontext()
+    if embeds.shape[1] == 1:
+        pays = embeds.device.type == "cpu" and _computed_in(embeds).itemsize == 2
+    else:
+        pays = cached
+    return _InPlaceOfTorchs() if pays and torch.is_grad_enabled() else nullcontext()
 
 
 def _computed_in(given: Tensor) -> torch.dtype:

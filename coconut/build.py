@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coconut.checkpoint import Checkpoints, load_state
-from coconut.config import EngineConfig, ModelConfig, Precision, TrainConfig
+from coconut.config import Activations, EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data import Example, build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
@@ -34,6 +34,13 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
         )
     if lora.rank and not lm.adapter:
         lm.add_lora(lora, place)
+    return lm
+
+
+def carried_out_as(lm: LatentLM, engine: EngineConfig) -> LatentLM:
+    """What is kept of its passes in training, and how a GPU starts them. Raises ValueError if the model cannot."""
+    lm.recompute = engine.activations is Activations.recompute
+    lm.cuda_graphs = engine.cuda_graphs
     return lm
 
 

@@ -55,7 +55,7 @@ class Thoughts:
 
 def look_at(thoughts_NKD: Tensor, table_VD: Tensor) -> Thoughts:
     """Statistics of thoughts (N, K, D), K at least 1, against the table of input embeddings (V, D)."""
-    thoughts = thoughts_NKD.detach().float()
+    thoughts = thoughts_NKD.detach().to(table_VD.device).float()
     N, K, D = thoughts.shape
     rows = thoughts.reshape(N * K, D)
     table = table_VD.detach().float()

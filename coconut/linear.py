@@ -144,3 +144,29 @@ def weights_summed_once(model: PreTrainedModel) -> Iterator[None]:
 def _pays(layer: Any) -> bool:
     """Trained, large, here (ZeRO 3 puts its parts together for each pass), and not taken over by something else."""
     return layer.weight.requires_grad and layer.weight.numel() >= LEAST and "forward" not in vars(layer)
+
+
+@contextmanager
+def rows_added(model: PreTrainedModel) -> Iterator[None]:
+    """Within, looking up embeddings gives a gradient for the rows that were looked up, if the table is the head's, too.
+
+    Added to the head's gradient, which is there first and as large as the table, it needs no other of that size. On a
+    CPU, and where the table is all here; what is looked up has to reach the loss by way of the head.
+    """
+    table: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    pays = (
+        type(table) is nn.Embedding
+        and getattr(head, "weight", None) is table.weight
+        and table.weight.device.type == "cpu"
+        and table.weight.numel() > 0
+        and torch.is_grad_enabled()
+    )
+    if not pays:
+        yield
+        return
+    before, table.sparse = table.sparse, True
+    try:
+        yield
+    finally:
+        table.sparse = before

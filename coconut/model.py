@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from coconut.attention import needs_sight, of_one_query, sighted
+from coconut.attention import in_place_of_torchs, needs_sight, sighted
 from coconut.cache import GrowingCache
 from coconut.data import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
@@ -43,6 +43,7 @@ from coconut.families import (
 from coconut.files import read_json, write_json
 from coconut.graphs import Graphs, rounded, rounded_down
 from coconut.layout import IGNORED
+from coconut.linear import rows_added, weights_summed_once
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named
 from coconut.modes import evaluating
@@ -343,8 +344,8 @@ class LatentLM(nn.Module):
     def cuda_graphs(self) -> bool:
         """Whether a GPU starts the passes of a training batch with thoughts as one (`coconut.graphs`).
 
-        Elsewhere it does nothing. Losses and gradients are the same but for rounding; with dropout other numbers are drawn. Setting it raises
-        ValueError if what the model does hangs on more than a batch's shape.
+        Elsewhere it does nothing. Losses and gradients are the same but for rounding; with dropout other numbers are
+        drawn. Setting it raises ValueError if what the model does hangs on more than a batch's shape.
         """
         return self._graphs is not None
 
@@ -476,7 +477,8 @@ class LatentLM(nn.Module):
         if graphs is not None:
             widths = [stop - start for start, stop in pairwise(way.borders)]
             unread = [n if n == w - 1 else rounded_down(n) for n, w in zip(unread, widths, strict=True)]
-        embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
+        with rows_added(self.base):
+            embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
         passes = partial(self._run_blocks, borders=way.borders, unread=unread)
         given = embeds_BSD, is_token_BS, is_latent_BS, positions_BS
         if graphs is not None:
@@ -560,7 +562,7 @@ class LatentLM(nn.Module):
         """
         if isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask.long() if self._windows or not needs_sight(self.base, mask, embeds) else sighted(mask, embeds)
-        around = partial(self._as_pays, embeds, unread)
+        around = partial(self._as_pays, embeds, cache is not None, unread)
         with self._layers_as_set(around), around():
             output = self.base.base_model(
                 inputs_embeds=embeds,
@@ -574,15 +576,14 @@ class LatentLM(nn.Module):
     def _over_passes(self) -> AbstractContextManager[None]:
         if not torch.is_grad_enabled() or self._recomputes_now:
             return nullcontext()
-        from coconut.linear import weights_summed_once
-
         return weights_summed_once(self.base)
 
     @contextmanager
-    def _as_pays(self, embeds: Tensor, columns: int) -> Iterator[None]:
+    def _as_pays(self, embeds: Tensor, cached: bool, columns: int) -> Iterator[None]:
         """Within, a pass over `embeds` makes its first so many columns for the cache alone, and attends as pays."""
         part = self._last_feed_forward if columns else None
-        with of_one_query(embeds), unread(self.base.get_submodule(part), columns) if part else nullcontext():
+        attention = in_place_of_torchs(embeds, cached)
+        with attention, unread(self.base.get_submodule(part), columns) if part else nullcontext():
             yield
 
     def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:

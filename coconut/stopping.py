@@ -94,7 +94,7 @@ def fit(thoughts_NKD: Tensor, last_NK: Tensor) -> StopClassifier:
     """A classifier of `last` (N, K), whether a thought is the last one needed, from thoughts (N, K, D)."""
     rows, targets = thoughts_NKD.flatten(0, 1).float(), last_NK.flatten().float()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed sets those of GPUs, too
         classifier = StopClassifier(rows.shape[1])
         classifier.mean.copy_(rows.mean(0))
         classifier.scale.copy_(rows.std(0).clamp(min=1e-6))

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from coconut.build import make_model, starting_point
+from coconut.build import carried_out_as, make_model, starting_point
 from coconut.cli import application, own_environment
 from coconut.collapse import look_at
-from coconut.config import Activations, RunConfig, TooLong, TrainConfig
+from coconut.config import RunConfig, TooLong, TrainConfig
 from coconut.data import Example, TokenizedData, read_examples, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
@@ -88,8 +88,7 @@ class Training:
         )
         self.standing.restore(self.lm)
         self.lm.train()
-        self.lm.recompute = config.engine.activations is Activations.recompute
-        self.lm.cuda_graphs = config.engine.cuda_graphs
+        carried_out_as(self.lm, config.engine)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         with world.first_before_others():  # which then find the tokens in the cache
             self.train, _ = self._prepare("train", examples["train"])

@@ -11,8 +11,10 @@ from test_model import mixed_batch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.pieces import kept, queries_in_views
 from coconut import LatentLM, model
-from coconut.attention import _OneQuery, of_one_query, sighted
+from coconut.attention import _OneQuery, in_place_of_torchs, sighted
+from coconut.layout import Batch
 
 MASKS = {
     "none": None,
@@ -29,7 +31,7 @@ def parts(queries: int = 1, dtype: torch.dtype = torch.bfloat16, heads: int = 2)
 
 def within(parts: list[Tensor], mask: Tensor | None = None, **options: Any) -> Tensor:
     query, key, value = parts
-    with of_one_query(query.transpose(1, 2).flatten(2)):
+    with in_place_of_torchs(query.transpose(1, 2).flatten(2), cached=False):
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
@@ -95,6 +97,21 @@ def test_a_model_takes_it_for_its_thoughts() -> None:
     assert loss is not None
     layers = lm.base.config.num_hidden_layers
     assert in_graph(loss, _OneQuery) == 2 * layers, "of three the last has company"
+
+
+def test_keys_and_values_are_kept_once() -> None:
+    """GPT-2 makes them in one product with the queries. What one pass alone keeps is as it was."""
+    lm = build("gpt2", torch.float32)
+    found = {}
+    for thoughts in (0, 2):
+        row = torch.randint(3, 35, (3, 24))
+        row[:, 16 : 16 + thoughts] = lm.latent_id
+        batch = Batch(row, torch.ones_like(row), row)
+        with queries_in_views(lm):
+            before = kept(lm, batch)
+        found[thoughts] = before - kept(lm, batch)
+    columns, layers, width = 16 + 24 - 17, 2, lm.base.config.hidden_size  # all but the thought between two passes
+    assert found == pytest.approx({0: 0, 2: 3 * columns * layers * 2 * width * 4 / 1e6})
 
 
 def test_padding_sees_itself_and_tokens_what_they_saw() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build, gradients
+from conftest import build, gradients, graph_files, small_run
 from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,11 +18,13 @@ from test_model import mixed_batch, relative
 
 from benchmarks.ways import Size, make_batch, make_data, make_model
 from coconut import LatentLM, model
-from coconut.config import AdamWConfig, EngineConfig
+from coconut.config import AdamWConfig, EngineConfig, EvaluateConfig
 from coconut.engine.local import LocalEngine
+from coconut.evaluate import run as run_evaluate
 from coconut.graphs import fresh_leaves, rounded, rounded_down
 from coconut.layout import Batch
-from coconut.train import summed_loss
+from coconut.tracking import read_metrics
+from coconut.train import run, summed_loss
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -222,7 +225,7 @@ def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None
 @needs_gpu
 @pytest.mark.parametrize("graphs", [False, True])
 def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
-    """With heads of 64 in bfloat16 torch takes cuDNN's attention on Hopper."""
+    """With heads of 64 in bfloat16, for which torch has kernels of its own on Hopper."""
     lm = make_model(Size(2, 128, 2, 4)).cuda().train()
     lm.cuda_graphs = graphs
     batch = make_batch(lm, make_data(64), 3, 4).to("cuda")
@@ -235,3 +238,14 @@ def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
         loss.backward()
         assert all(gradient.isfinite().all() for gradient in gradients(lm).values())
         assert float((loss - whole).abs() / whole) < 0.01
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_run_trains_validates_and_is_asked(graphs: bool, tmp_path: Path) -> None:
+    data = graph_files(tmp_path, 64, 12, 8)
+    config = small_run(tmp_path / "run", data, engine=EngineConfig(device="cuda", cuda_graphs=graphs))
+    assert run(config) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
+    assert {row["stage"] for row in rows} == {0, 1, 2}
+    assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), engine=EngineConfig(device="cuda"))) == 0

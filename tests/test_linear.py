@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import build, gradients, in_graph
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coconut import LatentLM
-from coconut.linear import _Product
+from coconut.linear import _Product, rows_added
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +92,22 @@ def test_under_distributed_data_parallel() -> None:
     lm.zero_grad()
     nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
     assert relative(gradients(lm), alone) < 1e-6
+
+
+def test_a_table_that_is_the_heads_gets_one_gradient_of_its_size(family: str) -> None:
+    lm = build(family)
+    table: Any = lm.base.get_input_embeddings()
+    head: Any = lm.base.get_output_embeddings()
+    tied = head.weight is table.weight
+    with rows_added(lm.base):
+        assert table(torch.tensor([1, 2])).grad_fn._saved_sparse == tied
+    assert not table.sparse
+    with torch.no_grad(), rows_added(lm.base):
+        assert not table.sparse
+    lm(**mixed_batch(lm)).loss.backward()
+    assert table.weight.grad.layout == torch.strided
+    ids = torch.randint(3, 35, (2, 9))
+    lm.zero_grad()
+    lm(ids, labels=torch.full_like(ids, -100)).loss_sum.backward()
+    assert table.weight.grad.layout == torch.strided, "also where nothing is predicted"
+    assert not table.weight.grad.any()

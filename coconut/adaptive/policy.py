@@ -132,7 +132,7 @@ def learn(
     S, T, D = embeddings_STD.shape
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         policy = Policy(space, D, config.hidden, S)
     policy.fit_scale(embeddings_STD)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)

@@ -217,7 +217,7 @@ def bounds(
     questions = [sample.layout.ids[: sample.layout.num_prompt].tolist() for sample in chosen]
     prompts = [[*asks, *sample.said[:cut]] for asks, sample, cut in zip(questions, chosen, cuts, strict=True)]
     going_on: dict[int, list[Sample]] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([reference.device] if reference.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for places in longest_first(prompts, 32):
             ids, mask = pad_rows([prompts[i] for i in places], special.pad)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import starting_point
+from coconut.build import carried_out_as, starting_point
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.files import whole_file
@@ -58,6 +58,7 @@ class RewardTraining:
         self.answers = {split: Answers.of(read_answers(files[split], self.lm)) for split in ("train", "valid")}
         self.units = self._units()
         self.standing.restore(self.lm)
+        carried_out_as(self.lm, config.engine)
         self.engine: Engine = make_engine(self.lm, self._loss(), config.engine, config.optimizer, world)
         self.reference = self._reference(init)
         self.step, self.best = self.standing.state["step"], self.standing.state["best"]

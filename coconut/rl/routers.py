@@ -105,7 +105,7 @@ class Classifier:
     def __init__(self, states_QD: torch.Tensor, known: Outcomes, *, hidden: int = 64, steps: int = 300, seed: int = 0):
         self.mean, self.scale = states_QD.mean(0), states_QD.std(0) + 1e-6
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.net = nn.Sequential(
                 nn.Linear(states_QD.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, len(known.modes))
             )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import starting_point
+from coconut.build import carried_out_as, starting_point
 from coconut.cli import application
 from coconut.config import TooLong
 from coconut.data import Example, encode_questions, read_examples
@@ -68,6 +68,7 @@ class PolicyTraining:
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.standing.restore(self.lm)
         loss = self.policy.loss(self.objective, config.objective.beta)
+        carried_out_as(self.lm, config.engine)
         self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         if self.reference:
             self.reference.to(self.engine.device)
