@@ -89,11 +89,11 @@ def gelu_kept(lm: LatentLM) -> Iterator[None]:
 @contextmanager
 def every_state(lm: LatentLM) -> Iterator[None]:
     """The last layer's feed-forward part for all columns, read or not."""
-    part, lm._last_feed_forward = lm._last_feed_forward, None
+    part, lm._last_layer = lm._last_layer, None
     try:
         yield
     finally:
-        lm._last_feed_forward = part
+        lm._last_layer = part
 
 
 @contextmanager

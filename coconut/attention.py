@@ -62,7 +62,8 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    one = query.dim() == 4 and query.shape[-2] == 1 and query.shape[:2] == key.shape[:2]
+    half = query.dtype.itemsize == 2 and query.device.type == "cpu"
+    one = half and query.dim() == 4 and query.shape[-2] == 1 and query.shape[:2] == key.shape[:2]
     plain = (
         one and query.requires_grad and not (dropout_p or is_causal) and not getattr(attn_mask, "requires_grad", False)
     )

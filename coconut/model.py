@@ -48,7 +48,7 @@ from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named
 from coconut.modes import evaluating
 from coconut.opening import on_disk, opened
-from coconut.unread import last_feed_forward, unread
+from coconut.unread import LastLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -152,7 +152,7 @@ class LatentLM(nn.Module):
         fuse_gelu(base)
         self.base = base
         self._windows = Windows.of(base)
-        self._last_feed_forward = last_feed_forward(base) if text_config(base).model_type in TESTED else None
+        self._last_layer = LastLayer.of(base) if text_config(base).model_type in TESTED else None
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
@@ -581,9 +581,8 @@ class LatentLM(nn.Module):
     @contextmanager
     def _as_pays(self, embeds: Tensor, cached: bool, columns: int) -> Iterator[None]:
         """Within, a pass over `embeds` makes its first so many columns for the cache alone, and attends as pays."""
-        part = self._last_feed_forward if columns else None
-        attention = in_place_of_torchs(embeds, cached)
-        with attention, unread(self.base.get_submodule(part), columns) if part else nullcontext():
+        last = self._last_layer.without(self.base, columns) if self._last_layer and columns else nullcontext()
+        with in_place_of_torchs(embeds, cached), last:
             yield
 
     def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:

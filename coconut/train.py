@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,28 +44,6 @@ class Diverged(ValueError):
 
 def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
     return module(batch.input_ids, batch.attention_mask, labels=batch.labels, min_passes=batch.passes).loss_sum
-
-
-@dataclass(frozen=True)
-class Due:
-    """An update: where it stands, its examples and how many tokens they have, and this process's part of them."""
-
-    place: Place
-    rows: np.ndarray
-    tokens: int
-    parts: list[Batch]
-
-
-T = TypeVar("T")
-
-
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items; a thread makes the next while one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
 
 
 class Training:
@@ -163,6 +140,7 @@ class Training:
         """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
         config, schedule = self.config, self.schedule
         started, first = time.monotonic(), self.step
+        view, batches = None, []
         with (
             asked_to_stop(self.world) as asked,
             self._tracking() as track,
@@ -173,24 +151,28 @@ class Training:
                 self.save()
                 if number := asked.anywhere():
                     return stopped(number, f"update {self.step}")
-            for due in one_ahead(self._due(range(self.step, schedule.total))):
-                place, step = due.place, due.place.step
+            for step in range(self.step, schedule.total):
+                place = schedule.at(step)
                 if updates_since_reset(place, config.optimizer.reset) == 0:
                     self.engine.reset_optimizer()
                 if place.stage_step == 0 or step == first:
                     self.lm.reasoning = self._reasoning(place.stage)
                     say(f"Stage {place.stage.index}: {place.stage.describe()}")
-                row = self.update(due)
+                if place.batch == 0 or view is None:
+                    view = EpochView(self.train, self.plan, place.stage, self.lm.special, config.seed, place.epoch)
+                    batches = epoch_batches(view, config.batch_size, config.seed, place.epoch)
+
+                row = self.update(place, view, batches[place.batch])
                 track.log("train", step + 1, stage=place.stage.index, epoch=place.epoch, **row)
                 bar(step + 1, f"stage {place.stage.index}, loss {row['loss']:.3f}")
                 self.step = step + 1
 
-                valid = self.pending = self._validation_due(place)
-                if valid and not asked.anywhere():
+                due = self.pending = self._validation_due(place)
+                if due and not asked.anywhere():
                     self.validate(place, track, asked)
                     self._report(place, time.monotonic() - started, first)
                 number = asked.anywhere()
-                if valid or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
+                if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
                     self.save()
                 if number:
                     return stopped(number, f"update {self.step}")
@@ -202,31 +184,22 @@ class Training:
         say(f"Next: python -m coconut.evaluate run={self.folder}")
         return 0
 
-    def _due(self, steps: range) -> Iterator[Due]:
-        config, world, view, batches = self.config, self.world, None, []
-        for place in map(self.schedule.at, steps):
-            if place.batch == 0 or view is None:
-                view = EpochView(self.train, self.plan, place.stage, self.lm.special, config.seed, place.epoch)
-                batches = epoch_batches(view, config.batch_size, config.seed, place.epoch)
-            rows = batches[place.batch]
-            parts = list(micro_batches(view, rows, self.micro_batch_size, world.rank, world.size))
-            yield Due(place, rows, int(view.lengths[rows].sum()), parts)
-
-    def update(self, due: Due) -> dict[str, float]:
-        config, place = self.config, due.place
-        self.world.mark(f"in update {place.step + 1}")
+    def update(self, place: Place, view: EpochView, batch: np.ndarray) -> dict[str, float]:
+        config, world = self.config, self.world
+        world.mark(f"in update {place.step + 1}")
         begin = time.perf_counter()
+        parts = list(micro_batches(view, batch, self.micro_batch_size, world.rank, world.size))
         since = updates_since_reset(place, config.optimizer.reset)
         lr = config.optimizer.learning_rate(since, place.stage.index)
         try:
-            done = self.engine.update(due.parts, lr)
+            done = self.engine.update(parts, lr)
         except NonFinite as error:
-            raise Diverged(self._diagnosis(place, error, due.rows, lr)) from error
+            raise Diverged(self._diagnosis(place, error, batch, lr)) from error
         row = {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "targets": done.num_targets}
         self.recent.append({"step": place.step + 1, **row})
         return {
             **row,
-            "tokens": due.tokens,
+            "tokens": int(view.lengths[batch].sum()),
             "seconds": time.perf_counter() - begin,
             "memory": peak_memory(self.engine.device),
         }

@@ -1,28 +1,63 @@
-"""The last layer's feed-forward part is left out where nobody reads what it makes.
+"""What the last layer makes of columns that nobody reads is left out.
 
 A column reaches others by its keys and values alone, and after the last layer there are none. Of a question nothing is
-read but where a thought or the first word of the answer comes from: its other columns need no more than their keys.
+read but where a thought or the first word of the answer comes from: in the last layer its other columns need no more
+than their keys and values. Their queries, what attention makes of them, and the feed-forward part are left out.
+
+Shapes: B rows, H heads, T columns of a pass, S columns that they see, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+Forward = Callable[..., Any]
+ATTENTION = ("attn", "self_attn", "attention", "self_attention")  # what families call it, and its last product
+OUTPUT = ("c_proj", "o_proj", "dense", "out_proj")
+FEED_FORWARD = "mlp"
 
-def last_feed_forward(model: PreTrainedModel) -> str | None:
-    """The name of the last layer's feed-forward part; None if experts are in it, or it is in the layer itself (OPT)."""
-    modules = dict(model.named_modules())
-    layers = [name for name, part in modules.items() if isinstance(part, GradientCheckpointingLayer)]
-    name = f"{layers[-1]}.mlp" if layers else ""
-    return name if name in modules and _dense(modules[name]) else None
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The names of those parts of the last layer that work on each column by itself, and of its attention.
+
+    Where experts are in the feed-forward part, or it is in the layer itself (OPT), that is not among them.
+    """
+
+    by_column: tuple[str, ...]
+    attention: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LastLayer:
+        modules = dict(model.named_modules())
+        layers = [name for name, part in modules.items() if isinstance(part, GradientCheckpointingLayer)]
+        last = layers[-1] if layers else ""
+        attention = tuple(name for part in ATTENTION if (name := f"{last}.{part}") in modules)
+        outputs = [name for one in attention for part in OUTPUT if (name := f"{one}.{part}") in modules]
+        inner = f"{last}.{FEED_FORWARD}"
+        return cls((*outputs, *([inner] if inner in modules and _dense(modules[inner]) else ())), attention)
+
+    @contextmanager
+    def without(self, model: PreTrainedModel, columns: int) -> Iterator[None]:
+        """Within, it makes nothing of the first so many columns of a pass but keys and values: zeros, mostly."""
+        with ExitStack() as all_of_them:
+            for name in self.by_column:
+                all_of_them.enter_context(_patched(model.get_submodule(name), partial(_by_column, columns)))
+            for name in self.attention:
+                all_of_them.enter_context(_patched(model.get_submodule(name), partial(_attending, columns)))
+            yield
 
 
 def _dense(part: nn.Module) -> bool:
@@ -32,15 +67,54 @@ def _dense(part: nn.Module) -> bool:
     return set(part.parameters()) <= linear and not any(isinstance(module, nn.ModuleList) for module in modules)
 
 
+def _by_column(columns: int, own: Forward, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`given` and what is made of it are (B, T, ...)."""
+    return pad(own(given[:, columns:].contiguous(), *args, **kwargs), (0, 0, columns, 0))
+
+
+def _attending(columns: int, own: Forward, *args: Any, **kwargs: Any) -> Any:
+    with _Later(columns):
+        return own(*args, **kwargs)
+
+
+class _Later(TorchFunctionMode):
+    """Within, torch's attention is asked for the later columns' queries."""
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self.columns = columns
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return _of_later_queries(self.columns, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _of_later_queries(
+    columns: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **how: Any,
+) -> Tensor:
+    """(B, H, T, D), zeros for the first so many columns."""
+    T, S = query.shape[-2], key.shape[-2]
+    if attn_mask is not None and attn_mask.shape[-2] == T:
+        attn_mask = attn_mask[..., columns:, :]
+    if is_causal and (T - columns > 1 or T != S):
+        attn_mask = torch.ones(T - columns, S, dtype=torch.bool, device=query.device).tril(columns)
+    later = scaled_dot_product_attention(query[..., columns:, :], key, value, attn_mask, dropout_p, **how)
+    return pad(later.transpose(1, 2), (0, 0, 0, 0, columns, 0)).transpose(1, 2)
+
+
 @contextmanager
-def unread(part: nn.Module, columns: int) -> Iterator[None]:
-    """Within, a feed-forward part makes zeros of the first so many columns of what it is given, (B, T, D)."""
+def _patched(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, the part's forward pass is the other, which is given its own first."""
     own, before = part.forward, vars(part).get("forward")
-
-    def forward(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return pad(own(given[:, columns:].contiguous(), *args, **kwargs), (0, 0, columns, 0))
-
-    part.forward = forward
+    part.forward = partial(forward, own)
     try:
         yield
     finally:

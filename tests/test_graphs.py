@@ -18,7 +18,7 @@ from test_model import mixed_batch, relative
 
 from benchmarks.ways import Size, make_batch, make_data, make_model
 from coconut import LatentLM, model
-from coconut.config import AdamWConfig, EngineConfig, EvaluateConfig
+from coconut.config import Activations, AdamWConfig, EngineConfig, EngineKind, EvaluateConfig
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.graphs import fresh_leaves, rounded, rounded_down
@@ -72,6 +72,18 @@ def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
         assert not lm.cuda_graphs
     else:
         lm.cuda_graphs = True
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"activations": Activations.recompute}, "engine.activations=keep"),
+        ({"kind": EngineKind.deepspeed, "zero_stage": 2}, "engine=local"),
+    ],
+)
+def test_what_does_not_go_with_them_is_named(other: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        EngineConfig(cuda_graphs=True, **other)
 
 
 def test_fresh_leaves_are_the_same_weights(family: str) -> None:

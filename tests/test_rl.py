@@ -20,6 +20,7 @@ from coconut.analyze import several as compare
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state
 from coconut.config import (
+    Activations,
     AdamWConfig,
     AnalyzeConfig,
     DataConfig,
@@ -336,6 +337,14 @@ def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tm
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
     assert training._questions(4).tolist() == asked[48:60].tolist()
+
+
+def test_what_the_engine_keeps_of_activations_reaches_the_model(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    engine = EngineConfig(device="cpu", threads=1, activations=Activations.recompute)
+    config = settings(made, tmp_path / "run", engine=engine)
+    files = {split: getattr(made[1], split) for split in ("train", "valid")}
+    (tmp_path / "run").mkdir()
+    assert PolicyTraining(config, tmp_path / "run", files, World()).lm.recompute
 
 
 # --- pages ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The last layer's feed-forward part works on the columns that are read, and nothing else is different."""
+"""The last layer works on the columns that are read, and nothing else is different."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from test_families import base_of
 from test_generate import padded
 from test_model import mixed_batch
 
-from coconut import LatentLM
+from coconut import LatentLM, unread
 from coconut.config import LoraConfig
-from coconut.unread import last_feed_forward
+from coconut.unread import LastLayer
 
-INSIDE = {"gpt2": "c_fc", "llama": "gate_proj", "qwen3": "gate_proj"}
+INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_proj",
+          "qwen3": "model.layers.1.mlp.gate_proj"}  # fmt: skip
 
 
 @contextmanager
 def widths(lm: LatentLM, family: str) -> Iterator[list[int]]:
     """How many columns of each pass went through the last layer's feed-forward part."""
-    assert lm._last_feed_forward
     found: list[int] = []
-    part = lm.base.get_submodule(f"{lm._last_feed_forward}.{INSIDE[family]}")
-    hook = part.register_forward_pre_hook(lambda _, given: found.append(given[0].shape[1]))
+    hook = lm.base.get_submodule(INSIDE[family]).register_forward_pre_hook(
+        lambda _, given: found.append(given[0].shape[1])
+    )
     try:
         yield found
     finally:
@@ -44,11 +45,11 @@ def answered(lm: LatentLM) -> dict[str, Any]:
 
 def of_all(lm: LatentLM, work: Callable[[], Any]) -> Any:
     """The same with every state made whole."""
-    part, lm._last_feed_forward = lm._last_feed_forward, None
+    part, lm._last_layer = lm._last_layer, None
     try:
         return work()
     finally:
-        lm._last_feed_forward = part
+        lm._last_layer = part
 
 
 @pytest.mark.parametrize("make", [mixed_batch, answered])
@@ -111,15 +112,52 @@ def test_an_answer_reads_the_end_of_its_prompt(family: str) -> None:
 
 def test_afterwards_the_layer_is_as_it_was(family: str) -> None:
     lm = build(family)
-    part: Any = lm.base.get_submodule(lm._last_feed_forward or "")
+    assert lm._last_layer
+    parts: list[Any] = [lm.base.get_submodule(name) for name in (*lm._last_layer.by_column, *lm._last_layer.attention)]
+    assert len(parts) == 3, "attention, its output, and the feed-forward part"
     lm(**answered(lm))
-    assert "forward" not in vars(part)
-    part.forward = own = part.forward
+    assert not any("forward" in vars(part) for part in parts)
+    for part in parts:
+        part.forward = part.forward
+    own = [part.forward for part in parts]
     lm(**answered(lm))
-    assert part.forward is own
+    assert [part.forward for part in parts] == own
+
+
+def test_attention_is_asked_for_what_is_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build(family).train()
+    asked: list[tuple[int, int]] = []
+    of_later = unread._of_later_queries
+
+    def noted(columns: int, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append((query.shape[-2] - columns, key.shape[-2]))
+        return of_later(columns, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(unread, "_of_later_queries", noted)
+    lm(**answered(lm))
+    assert asked == [(1, 5)], "of five columns before the first thought; what follows is read"
+    del asked[:]
+    words = torch.randint(3, 35, (2, 9))
+    lm(words, labels=torch.where(torch.arange(9) > 5, words, -100))
+    assert asked == [(9 - 5, 9)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("columns", [1, 4, 6])
+@pytest.mark.parametrize("keys", [7, 9])
+def test_later_queries_get_what_all_of_them_would(causal: bool, columns: int, keys: int) -> None:
+    query, key, value = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (7, keys, keys))
+    mask = None if causal else torch.randn(2, 1, 7, keys, dtype=torch.float64)
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+    found = unread._of_later_queries(columns, query, key, value, mask, is_causal=causal)
+    torch.testing.assert_close(found[..., columns:, :], whole[..., columns:, :])
+    assert found.shape == whole.shape
+    assert not found[..., :columns, :].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_experts_and_what_is_in_the_layer_itself_are_left_alone(family: Any) -> None:
     whole = family.model_type in ("opt", "mixtral", "qwen3_moe")
-    assert (last_feed_forward(base_of(family)) is None) == whole
+    last = LastLayer.of(base_of(family))
+    assert len(last.attention) == 1
+    assert len(last.by_column) == (1 if whole else 2)
