@@ -17,6 +17,8 @@ from datetime import date
 from functools import partial
 from itertools import product
 from types import MethodType
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from benchmarks.run import Row, in_turn, machine, padding, questions, shown, ste
 from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
 from coconut import LatentLM, attention, layout, model
 from coconut.engine.base import keep_memory
-from coconut.layout import Batch, epoch_batches, micro_batches
+from coconut.layout import Batch, EpochView, epoch_batches, micro_batches
 from coconut.linear import FusedGelu, fused_gelu
 from coconut.thinking import longest_first, pad_rows
 
@@ -86,24 +88,14 @@ def gelu_kept(lm: LatentLM) -> Iterator[None]:
             del module.forward
 
 
-@contextmanager
-def every_state(lm: LatentLM) -> Iterator[None]:
-    """The last layer's feed-forward part for all columns, read or not."""
-    part, lm._last_layer = lm._last_layer, None
-    try:
-        yield
-    finally:
-        lm._last_layer = part
+def every_state(lm: LatentLM) -> AbstractContextManager[Any]:
+    """All of the last layer for all columns, read or not."""
+    return patch.object(lm, "_last_layer", None)
 
 
-@contextmanager
-def table_twice(lm: LatentLM) -> Iterator[None]:
+def table_twice(lm: LatentLM) -> AbstractContextManager[Any]:
     """A gradient of the whole table for the embeddings that were looked up, beside the head's."""
-    ours, model.rows_added = model.rows_added, lambda base: nullcontext()
-    try:
-        yield
-    finally:
-        model.rows_added = ours
+    return patch.object(model, "rows_added", lambda base: nullcontext())
 
 
 def kept(lm: LatentLM, batch: Batch) -> float:
@@ -124,38 +116,26 @@ def kept(lm: LatentLM, batch: Batch) -> float:
     return sum(found.values()) / 1e6
 
 
-@contextmanager
-def torch_attention(lm: LatentLM) -> Iterator[None]:
+def torch_attention(lm: LatentLM) -> AbstractContextManager[Any]:
     """A thought's attention as torch's kernel does it."""
-    ours, model.in_place_of_torchs = model.in_place_of_torchs, lambda embeds, cached: nullcontext()
-    try:
-        yield
-    finally:
-        model.in_place_of_torchs = ours
+    return patch.object(model, "in_place_of_torchs", lambda embeds, cached: nullcontext())
 
 
-@contextmanager
-def queries_in_views(lm: LatentLM) -> Iterator[None]:
+def queries_in_views(lm: LatentLM) -> AbstractContextManager[Any]:
     """Queries where keys and values are, too, which then are kept twice."""
-    ours, attention.by_itself = attention.by_itself, lambda query: query
-    try:
-        yield
-    finally:
-        attention.by_itself = ours
+    return patch.object(attention, "by_itself", lambda query: query)
 
 
-@contextmanager
-def by_length() -> Iterator[None]:
+def by_length() -> AbstractContextManager[Any]:
     """Rows of like lengths are put together, whatever stands before their thoughts."""
-    ours = layout._like_together
-    layout._like_together = lambda view, rows, group: rows[np.argsort(view.lengths[rows], kind="stable")]
-    try:
-        yield
-    finally:
-        layout._like_together = ours
+
+    def sort(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
+        return rows[np.argsort(view.lengths[rows], kind="stable")]
+
+    return patch.object(layout, "_like_together", sort)
 
 
-Pieces = dict[str, Callable[[LatentLM], AbstractContextManager[None]]]
+Pieces = dict[str, Callable[[LatentLM], AbstractContextManager[Any]]]
 WITHOUT: Pieces = {
     "all": lambda lm: nullcontext(),
     "cache joined": joined_cache,
