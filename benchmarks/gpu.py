@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.run import GIB, Row, shown
-from benchmarks.ways import SIZES, WAYS, Size, make_batches, make_model
+from benchmarks.run import GIB, Row, seconds, shown
+from benchmarks.ways import SIZES, VOCABULARY, WAYS, Size, make_batches, make_model
 from coconut import LatentLM
 from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.local import LocalEngine
@@ -43,7 +42,7 @@ def flops(size: Size, batch: Batch) -> float:
     """Of products and causal attention, forward and backward, with the head at the targets alone."""
     lengths = batch.attention_mask.sum(1).double()
     layers = size.layers * (24 * size.width**2 * lengths.sum() + 2 * size.width * lengths.square().sum())
-    head = 2 * size.width * 50261 * float((batch.labels != IGNORED).sum())
+    head = 2 * size.width * VOCABULARY * batch.num_targets
     return 3 * (float(layers) + head)
 
 
@@ -66,11 +65,7 @@ def measured(way: str, size: Size, kind: str, thoughts: int) -> Row:
     for _ in range(LEAST):
         update()
     torch.cuda.reset_peak_memory_stats()
-    spent = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        update()
-        spent.append(time.perf_counter() - start)
+    spent = [seconds(update) for _ in range(rounds)]
     peak = torch.cuda.max_memory_reserved() / GIB
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         update()
@@ -101,20 +96,24 @@ def copying() -> Iterator[Row]:
     batch = make_batches(lm, 6, ROWS)["ours"]
     held = [batch.input_ids, batch.attention_mask, batch.labels]
     parts = {"as it is": held, "pinned": [part.pin_memory() for part in held]}
+
+    def copy(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.to("cuda", non_blocking=True)
+        torch.cuda.synchronize()
+
     for name, tensors in parts.items():
-        spent = []
-        for _ in range(50):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for tensor in tensors:
-                tensor.to("cuda", non_blocking=True)
-            torch.cuda.synchronize()
-            spent.append(time.perf_counter() - start)
-        yield {"memory": name, "ms": 1000 * statistics.median(spent)}
+        yield {"memory": name, "ms": 1000 * statistics.median(seconds(partial(copy, tensors)) for _ in range(50))}
 
 
 def main() -> None:
-    folder = Path(sys.argv[1].removeprefix("full=")) if len(sys.argv) > 1 else None
+    match sys.argv[1:]:
+        case []:
+            folder = None
+        case [text] if text.startswith("full="):
+            folder = Path(text.removeprefix("full="))
+        case other:
+            sys.exit(f"error: {' '.join(other)} came. Usage: python -m benchmarks.gpu [full=FOLDER]")
     about = f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(about)
     found = {

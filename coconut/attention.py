@@ -15,6 +15,7 @@ Shapes: B rows, H heads, S columns, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -76,11 +77,15 @@ def _attend(
     )
 
 
-class _InPlaceOfTorchs(TorchFunctionMode):
+class InPlaceOfTorchs(TorchFunctionMode):
+    """Within, in this thread, `attend` is called where torch's attention is."""
+
+    def __init__(self, attend: Callable[..., Tensor]):
+        super().__init__()
+        self.attend = attend
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return (self.attend if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
 def by_itself(query: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def in_place_of_torchs(embeds: Tensor, cached: bool) -> AbstractContextManager[A
         pays = embeds.device.type == "cpu" and _computed_in(embeds).itemsize == 2
     else:
         pays = cached
-    return _InPlaceOfTorchs() if pays and torch.is_grad_enabled() else nullcontext()
+    return InPlaceOfTorchs(_attend) if pays and torch.is_grad_enabled() else nullcontext()
 
 
 def _computed_in(given: Tensor) -> torch.dtype:

@@ -47,7 +47,9 @@ class Graphs:
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs(deepcopy(self._model, memo))
 
-    def __len__(self) -> int:
+    @property
+    def recorded(self) -> int:
+        """How many shapes are."""
         return len(self._recordings)
 
     def run(self, shape: Hashable, passes: Passes, given: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

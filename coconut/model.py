@@ -474,17 +474,16 @@ class LatentLM(nn.Module):
         is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
         positions_BS = position_ids.gather(1, source_BS)
         unread = _unread((read_BT.gather(1, source_BS) & is_token_BS).any(0), way.borders)
-        if graphs is not None:
-            widths = [stop - start for start, stop in pairwise(way.borders)]
-            unread = [n if n == w - 1 else rounded_down(n) for n, w in zip(unread, widths, strict=True)]
         with rows_added(self.base):
             embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
-        passes = partial(self._run_blocks, borders=way.borders, unread=unread)
         given = embeds_BSD, is_token_BS, is_latent_BS, positions_BS
-        if graphs is not None:
-            shape = tuple(way.borders), tuple(unread)
-            return graphs.run(shape, passes, given, self._trained_in_passes()), way.column_BT
-        return passes(*given), way.column_BT
+        if graphs is None:
+            return self._run_blocks(*given, way.borders, unread), way.column_BT
+        widths = [stop - start for start, stop in pairwise(way.borders)]
+        unread = [n if n == w - 1 else rounded_down(n) for n, w in zip(unread, widths, strict=True)]
+        passes = partial(self._run_blocks, borders=way.borders, unread=unread)
+        shape = tuple(way.borders), tuple(unread)
+        return graphs.run(shape, passes, given, self._trained_in_passes()), way.column_BT
 
     @property
     def _may_replay(self) -> bool:

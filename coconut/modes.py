@@ -1,10 +1,12 @@
-"""A module in evaluation mode for a while."""
+"""What is otherwise for a while: a module's mode, its forward pass, where random numbers come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -18,3 +20,30 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def forward_replaced(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, the module computes this; its hooks run as always."""
+    before = vars(part).get("forward")
+    part.forward = forward
+    try:
+        yield
+    finally:
+        del part.forward
+        if before is not None:
+            part.forward = before
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Within, what is drawn on the CPU and on the device comes from this seed; afterwards their generators go on.
+
+    Those of other GPUs are left alone if nothing but the CPU is named.
+    """
+    with torch.random.fork_rng([device] if device and device.type == "cuda" else []):
+        if device is None or device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        yield

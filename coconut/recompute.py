@@ -8,7 +8,7 @@ to the cache is part of what it gives back, and a second run adds nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut.cache import GrowingCache, GrowingLayer
+from coconut.modes import forward_replaced
 
 
 def check_recomputable(model: PreTrainedModel) -> None:
@@ -41,17 +42,10 @@ def recomputing(model: PreTrainedModel, around: Callable[[], AbstractContextMana
 
     Their modules' hooks run again with them, and within `around()`, as the first time. A cache must be a GrowingCache.
     """
-    layers = _layers(model)
-    own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = _recomputed(layer.forward, around)
-    try:
+    with ExitStack() as replaced:
+        for layer in _layers(model):
+            replaced.enter_context(forward_replaced(layer, _recomputed(layer.forward, around)))
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

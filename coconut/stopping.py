@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from coconut.data import Example, encode_questions, read_examples
 from coconut.files import whole_file
 from coconut.methods import Curriculum, Plan, Slot, plan
+from coconut.modes import seeded
 from coconut.screen import say
 from coconut.sources import data_files
 from coconut.thinking import longest_first, pad_rows, think
@@ -93,8 +94,7 @@ class StopClassifier(nn.Module):
 def fit(thoughts_NKD: Tensor, last_NK: Tensor) -> StopClassifier:
     """A classifier of `last` (N, K), whether a thought is the last one needed, from thoughts (N, K, D)."""
     rows, targets = thoughts_NKD.flatten(0, 1).float(), last_NK.flatten().float()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed sets those of GPUs, too
+    with seeded(0):
         classifier = StopClassifier(rows.shape[1])
         classifier.mean.copy_(rows.mean(0))
         classifier.scale.copy_(rows.std(0).clamp(min=1e-6))

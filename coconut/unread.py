@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+from coconut.attention import InPlaceOfTorchs
+from coconut.modes import forward_replaced
 
 Forward = Callable[..., Any]
 ATTENTION = ("attn", "self_attn", "attention", "self_attention")  # what families call it, and its last product
@@ -52,11 +54,11 @@ class LastLayer:
     @contextmanager
     def without(self, model: PreTrainedModel, columns: int) -> Iterator[None]:
         """Within, it makes nothing of the first so many columns of a pass but keys and values: zeros, mostly."""
-        with ExitStack() as all_of_them:
-            for name in self.by_column:
-                all_of_them.enter_context(_patched(model.get_submodule(name), partial(_by_column, columns)))
-            for name in self.attention:
-                all_of_them.enter_context(_patched(model.get_submodule(name), partial(_attending, columns)))
+        ways = {**dict.fromkeys(self.by_column, _by_column), **dict.fromkeys(self.attention, _attending)}
+        with ExitStack() as replaced:
+            for name, way in ways.items():
+                part = model.get_submodule(name)
+                replaced.enter_context(forward_replaced(part, partial(way, columns, part.forward)))
             yield
 
 
@@ -73,21 +75,8 @@ def _by_column(columns: int, own: Forward, given: Tensor, *args: Any, **kwargs: 
 
 
 def _attending(columns: int, own: Forward, *args: Any, **kwargs: Any) -> Any:
-    with _Later(columns):
+    with InPlaceOfTorchs(partial(_of_later_queries, columns)):
         return own(*args, **kwargs)
-
-
-class _Later(TorchFunctionMode):
-    """Within, torch's attention is asked for the later columns' queries."""
-
-    def __init__(self, columns: int):
-        super().__init__()
-        self.columns = columns
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            return _of_later_queries(self.columns, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def _of_later_queries(
@@ -108,16 +97,3 @@ def _of_later_queries(
         attn_mask = torch.ones(T - columns, S, dtype=torch.bool, device=query.device).tril(columns)
     later = scaled_dot_product_attention(query[..., columns:, :], key, value, attn_mask, dropout_p, **how)
     return pad(later.transpose(1, 2), (0, 0, 0, 0, columns, 0)).transpose(1, 2)
-
-
-@contextmanager
-def _patched(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within, the part's forward pass is the other, which is given its own first."""
-    own, before = part.forward, vars(part).get("forward")
-    part.forward = partial(forward, own)
-    try:
-        yield
-    finally:
-        del part.forward
-        if before is not None:
-            part.forward = before

@@ -237,8 +237,8 @@ def test_import_is_light() -> None:
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
     ["config"],
-    ["attention", "cache", "graphs", "linear", "modes", "opening", "settings", "sources", "unread"],
-    ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule"],
+    ["attention", "cache", "graphs", "linear", "modes", "opening", "settings", "sources"],
+    ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
     ["layout"],
     ["model"],
     ["checkpoint", "thinking", "tracking"],

@@ -25,6 +25,7 @@ from coconut.adaptive.space import Settings, Space
 from coconut.data import encode_questions
 from coconut.evaluate import room_for_question
 from coconut.methods import PromptFormat
+from coconut.modes import seeded
 from coconut.opening import opened, reaching
 from coconut.screen import working
 from coconut.thinking import Generated, forward_passes, longest_first, pad_rows
@@ -123,8 +124,7 @@ def generation(settings: Settings, limit: int | None) -> tuple[int, dict[str, An
 def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """Sampling in here depends on these numbers alone, and no other sampling on it."""
     digest = hashlib.blake2b(repr(list(seed)).encode(), digest_size=7).digest()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest))
+    with seeded(int.from_bytes(digest), device):
         yield
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from coconut.adaptive.config import PolicyConfig
 from coconut.adaptive.space import Space
 from coconut.files import whole_file
+from coconut.modes import seeded
 
 
 class Policy(nn.Module):
@@ -131,8 +132,7 @@ def learn(
     """
     S, T, D = embeddings_STD.shape
     random = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         policy = Policy(space, D, config.hidden, S)
     policy.fit_scale(embeddings_STD)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)

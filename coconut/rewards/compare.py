@@ -13,6 +13,7 @@ import torch
 
 from coconut.analysis.study import Study
 from coconut.evaluate import read_answer
+from coconut.modes import seeded
 from coconut.rewards.answers import Labelled
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.montecarlo import step_labels
@@ -217,8 +218,7 @@ def bounds(
     questions = [sample.layout.ids[: sample.layout.num_prompt].tolist() for sample in chosen]
     prompts = [[*asks, *sample.said[:cut]] for asks, sample, cut in zip(questions, chosen, cuts, strict=True)]
     going_on: dict[int, list[Sample]] = {}
-    with torch.random.fork_rng([reference.device] if reference.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, reference.device):
         for places in longest_first(prompts, 32):
             ids, mask = pad_rows([prompts[i] for i in places], special.pad)
             out = reference.generate(ids, mask, do_sample=True, num_return_sequences=continuations)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from coconut.methods import Slot
+from coconut.modes import seeded
 from coconut.rewards.answers import Labelled
 from coconut.rewards.steps import parts_said, step_count
 from coconut.rl.rollouts import Correctness
@@ -74,8 +75,7 @@ def step_labels(
     prompts = [[*questions[n], *prefix] for n, prefix in wanted]
     shares: dict[tuple[int, tuple[int, ...]], float] = {}
     tokens = sum(map(len, prompts))
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, lm.device):
         for places in longest_first(prompts, batch_size):
             ids, mask = pad_rows([prompts[place] for place in places], special.pad)
             out = lm.generate(ids, mask, do_sample=True, num_return_sequences=rollouts)

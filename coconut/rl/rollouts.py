@@ -17,6 +17,7 @@ from torch import Tensor
 from coconut.data import Example, encode_questions
 from coconut.evaluate import read_answer
 from coconut.methods import PromptFormat
+from coconut.modes import seeded
 from coconut.rl.policy import Cost, Sample, samples_of
 from coconut.tasks import Task
 from coconut.thinking import longest_first, pad_rows
@@ -86,9 +87,7 @@ def roll_out(
     """
     rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     groups: dict[int, Group] = {}
-    gpu = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    with seeded(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)), lm.device):
         for places in longest_first(rows, batch_size):
             ids, mask = pad_rows([rows[place] for place in places], lm.special.pad)
             out = lm.generate(

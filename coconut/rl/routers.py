@@ -18,6 +18,7 @@ from torch import nn
 from coconut.analysis.study import Study
 from coconut.data import Example, encode_questions
 from coconut.evaluate import Prediction, evaluate
+from coconut.modes import seeded
 from coconut.tasks import Task
 from coconut.thinking import longest_first, pad_rows, think
 
@@ -104,8 +105,7 @@ class Classifier:
 
     def __init__(self, states_QD: torch.Tensor, known: Outcomes, *, hidden: int = 64, steps: int = 300, seed: int = 0):
         self.mean, self.scale = states_QD.mean(0), states_QD.std(0) + 1e-6
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.net = nn.Sequential(
                 nn.Linear(states_QD.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, len(known.modes))
             )
