@@ -28,7 +28,7 @@ from transformers.activations import NewGELUActivation
 
 from benchmarks.run import Row, in_turn, machine, padding, questions, shown, step
 from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
-from coconut import LatentLM, attention, layout, model
+from coconut import LatentLM, attention, layout, linear, model
 from coconut.engine.base import keep_memory
 from coconut.layout import Batch, EpochView, epoch_batches, micro_batches
 from coconut.linear import FusedGelu, fused_gelu
@@ -93,6 +93,11 @@ def every_state(lm: LatentLM) -> AbstractContextManager[Any]:
     return patch.object(lm, "_last_layer", None)
 
 
+def products_by_blas(lm: LatentLM) -> AbstractContextManager[Any]:
+    """A CPU's products in float32 as torch makes them."""
+    return patch.object(linear, "_has_onednn", lambda given: False)
+
+
 def table_twice(lm: LatentLM) -> AbstractContextManager[Any]:
     """A gradient of the whole table for the embeddings that were looked up, beside the head's."""
     return patch.object(model, "rows_added", lambda base: nullcontext())
@@ -145,6 +150,7 @@ WITHOUT: Pieces = {
     "every state made": every_state,
     "queries in views": queries_in_views,
     "table's gradient twice": table_twice,
+    "products by BLAS": products_by_blas,
 }
 HALF: Pieces = {"all": WITHOUT["all"], "torch's attention": torch_attention, "every state made": every_state}
 

@@ -6,9 +6,9 @@
 What is measured is in benchmarks/ways.py. First it is seen that the released way and ours agree in loss, gradient and
 answers; then the ways are timed in one process in turn, forward and backward without the optimizer, and the medians are
 printed, with the ratio to plain fine-tuning and to the released way of the same round; all of them keep freed memory
-(coconut.engine.base.keep_memory). Then each is run in a process of its own, the released way as its user would, and
-ours with freed memory given back, kept, and kept with the layers' activations recomputed. OMP_NUM_THREADS says on how
-many cores.
+(coconut.engine.base.keep_memory). Then each is run in a process of its own, the released way as its user would (in the
+full form `indexed`, too, which is nearer to its code), and ours with freed memory given back, kept, and kept with the
+layers' activations recomputed. OMP_NUM_THREADS says on how many cores.
 """
 
 from __future__ import annotations
@@ -207,13 +207,14 @@ class Form:
     asked: int
 
 
+IN_TURN = ("released", "plain", "ours")
 BOTH = (("released", "given back"), ("ours", "kept"))
 SHORT = Form({"2 x 768": (3, 12), "12 x 768": (3,)}, ("float32",), (3,), BOTH, 2, 1)
 FULL = Form(
     dict.fromkeys(SIZES, (0, 3, 6, 12)),
     ("float32", "bfloat16"),
     (3,),
-    (*BOTH, ("plain", "kept"), ("ours", "given back"), ("ours", "recomputed")),
+    (*BOTH, ("plain", "kept"), ("ours", "given back"), ("ours", "recomputed"), ("indexed", "given back")),
     3,
     3,
 )
@@ -225,9 +226,9 @@ USUAL = ("float32", 3)  # precision and thoughts
 def training_rows(form: Form, found: Found) -> Iterator[Row]:
     cases = [(size, kind, k) for size, kind in product(form.sizes, form.kinds) for k in form.sizes[size]]
     for size, kind, thoughts in cases:
-        ways = [way for way in WAYS if way != "released" or thoughts in form.released]
+        ways = [way for way in IN_TURN if way != "released" or thoughts in form.released]
         taken = train_times(size, thoughts, kind, ways, form.rounds)
-        medians = {way: statistics.median(taken[way]) if way in taken else "" for way in WAYS}
+        medians = {way: statistics.median(taken[way]) if way in taken else "" for way in IN_TURN}
         ratios = {
             f"{a} / {b}": statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True))
             if a in taken

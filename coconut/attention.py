@@ -26,6 +26,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from coconut.modes import computed_in
+
 
 class _OneQuery(torch.autograd.Function):
     """softmax(key query^T scale + mask) value, (B, H, 1, D) as `query` is; `key` and `value` are (B, H, S, D)."""
@@ -68,7 +70,7 @@ def _attend(
     plain = (
         one and query.requires_grad and not (dropout_p or is_causal) and not getattr(attn_mask, "requires_grad", False)
     )
-    if plain and query.dtype == key.dtype == value.dtype == _computed_in(query):
+    if plain and query.dtype == key.dtype == value.dtype == computed_in(query):
         made = _OneQuery.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
         assert isinstance(made, Tensor)
         return made
@@ -101,14 +103,10 @@ def in_place_of_torchs(embeds: Tensor, cached: bool) -> AbstractContextManager[A
     precision, or of several with a cache.
     """
     if embeds.shape[1] == 1:
-        pays = embeds.device.type == "cpu" and _computed_in(embeds).itemsize == 2
+        pays = embeds.device.type == "cpu" and computed_in(embeds).itemsize == 2
     else:
         pays = cached
     return InPlaceOfTorchs(_attend) if pays and torch.is_grad_enabled() else nullcontext()
-
-
-def _computed_in(given: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else given.dtype
 
 
 def needs_sight(model: PreTrainedModel, mask_BS: Tensor, embeds: Tensor) -> bool:

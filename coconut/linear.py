@@ -1,15 +1,18 @@
-"""Linear layers that are used in several passes, whose weights get their gradient from all passes at once.
+"""Linear layers: which library makes their products, and weights that get their gradient from all passes at once.
 
 Left to autograd, every pass makes a gradient as large as the weight and adds it to that of the others. For a thought,
 one token a row, these products of a few rows cost several times what the thought itself costs. Here what the products
 need is kept until the last of the passes has been gone back through; then two products serve for all of them. What
 GELU made is not kept for that: it is made again from what went into GELU, which is kept anyway.
+
+torch has its BLAS make a CPU's products in float32. oneDNN, which comes with torch and makes those in bfloat16 anyway,
+is faster at them: by a little at many rows, at those of a thought or a word by half and more (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from coconut.modes import computed_in, forward_replaced
+
 BEFORE = "before_gelu"  # an attribute of what GELU made: what went into it
-LEAST = 2**19  # numbers in a weight (at least 1); below it the products that are saved cost less than the saving
+LEAST = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving
 
 
 def fused_gelu(given: Tensor) -> Tensor:
@@ -35,6 +40,20 @@ class FusedGelu(nn.Module):
         if torch.is_grad_enabled():
             setattr(made, BEFORE, given)
         return made
+
+
+def _has_onednn(given: Tensor) -> bool:
+    """Whether oneDNN is there to make products of this that torch would have its BLAS make."""
+    onednn: Any = torch.backends.mkldnn
+    here = onednn.is_available() and onednn.enabled
+    return here and given.device.type == "cpu" and computed_in(given) == torch.float32
+
+
+def _product(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., in) times a weight (in, out), however it lies in memory, and the bias (out,) added: (..., out)."""
+    if _has_onednn(given):
+        return torch.ops.mkldnn._linear_pointwise(given, weight.t(), bias, "none", [], "")
+    return nn.functional.linear(given, weight.t(), bias)
 
 
 class _Uses:
@@ -84,38 +103,46 @@ class _Weight(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
+    """`uses` of None: the weight is not trained."""
+
     @staticmethod
     def forward(
-        ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, uses: _Uses, before_gelu: Tensor | None
+        ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, uses: _Uses | None, before_gelu: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(given if before_gelu is None else before_gelu, weight)
-        ctx.uses, ctx.has_bias, ctx.gelu_again = uses, bias is not None, before_gelu is not None
-        rows = given.reshape(-1, given.shape[-1])
-        made = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-        return made.view(*given.shape[:-1], -1)
+        kept = None if uses is None else given if before_gelu is None else before_gelu
+        ctx.save_for_backward(kept, weight)
+        ctx.uses, ctx.gelu_again = uses, before_gelu is not None
+        return _product(given, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         given, weight = ctx.saved_tensors
-        if ctx.gelu_again:
-            given = fused_gelu(given)
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        ctx.uses.add(given.reshape(-1, given.shape[-1]), rows)
-        back = torch.mm(rows, weight.t()).view(given.shape) if ctx.needs_input_grad[0] else None
-        return back, None, rows.sum(0) if ctx.has_bias else None, None, None
+        rows = gradient.reshape(-1, weight.shape[1])
+        if ctx.uses is not None:
+            made = fused_gelu(given) if ctx.gelu_again else given
+            ctx.uses.add(made.reshape(-1, weight.shape[0]), rows)
+        back = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        return back, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+def _weight(weight: Tensor, dtype: torch.dtype, uses: _Uses | None, transposed: bool) -> Tensor:
+    """(in, out), in the type that it computes in, however the layer keeps it."""
+    if uses is not None:
+        return _apply(_Weight, weight, dtype, uses)
+    return weight.to(dtype).t() if transposed else weight.to(dtype)
 
 
 def _used(layer: Any) -> Callable[[Tensor], Tensor]:
     """The layer's forward pass, for as many passes as come."""
-    uses = _Uses(transposed=isinstance(layer, nn.Linear))
+    transposed = isinstance(layer, nn.Linear)
+    uses = _Uses(transposed) if layer.weight.requires_grad and torch.is_grad_enabled() else None
     weights: dict[torch.dtype, Tensor] = {}
 
     def forward(given: Tensor) -> Tensor:
-        kind = given.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+        dtype = computed_in(layer.weight)
         if dtype not in weights:
-            weights[dtype] = _apply(_Weight, layer.weight, dtype, uses)
+            weights[dtype] = _weight(layer.weight, dtype, uses, transposed)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         taken = given.to(dtype)
         return _apply(_Product, taken, weights[dtype], bias, uses, getattr(taken, BEFORE, None))
@@ -127,23 +154,31 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
     return function.apply(*arguments)
 
 
-@contextmanager
-def weights_summed_once(model: PreTrainedModel) -> Iterator[None]:
+def weights_summed_once(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within, the linear layers whose weights are trained compute as always; the passes' gradients come as one."""
     head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head and _pays(m)]
+    return _replaced(layer for layer in _large(model) if layer is not head and layer.weight.requires_grad)
+
+
+def products_as_pay(part: nn.Module, given: Tensor) -> AbstractContextManager[None]:
+    """Within, the linear layers of `part` compute as always, by the faster library, if it is a pass over `given`."""
+    return _replaced(_large(part)) if _has_onednn(given) else nullcontext()
+
+
+def _large(part: nn.Module) -> Iterator[Any]:
+    """Those that are here (ZeRO 3 puts a layer's parts together for each pass) and not taken over by something else."""
+    layers: Iterator[Any] = part.modules()
     for layer in layers:
-        layer.forward = _used(layer)
-    try:
+        if type(layer) in (nn.Linear, Conv1D) and layer.weight.numel() >= LEAST and "forward" not in vars(layer):
+            yield layer
+
+
+@contextmanager
+def _replaced(layers: Iterable[Any]) -> Iterator[None]:
+    with ExitStack() as replaced:
+        for layer in list(layers):
+            replaced.enter_context(forward_replaced(layer, _used(layer)))
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _pays(layer: Any) -> bool:
-    """Trained, large, here (ZeRO 3 puts its parts together for each pass), and not taken over by something else."""
-    return layer.weight.requires_grad and layer.weight.numel() >= LEAST and "forward" not in vars(layer)
 
 
 @contextmanager

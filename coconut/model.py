@@ -43,7 +43,7 @@ from coconut.families import (
 from coconut.files import read_json, write_json
 from coconut.graphs import Graphs, rounded, rounded_down
 from coconut.layout import IGNORED
-from coconut.linear import rows_added, weights_summed_once
+from coconut.linear import products_as_pay, rows_added, weights_summed_once
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named
 from coconut.modes import evaluating
@@ -579,9 +579,9 @@ class LatentLM(nn.Module):
 
     @contextmanager
     def _as_pays(self, embeds: Tensor, cached: bool, columns: int) -> Iterator[None]:
-        """Within, a pass over `embeds` makes its first so many columns for the cache alone, and attends as pays."""
+        """Within, a pass over `embeds` makes its first so many columns for the cache alone, and computes as pays."""
         last = self._last_layer.without(self.base, columns) if self._last_layer and columns else nullcontext()
-        with in_place_of_torchs(embeds, cached), last:
+        with products_as_pay(self.base.base_model, embeds), in_place_of_torchs(embeds, cached), last:
             yield
 
     def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
@@ -594,7 +594,8 @@ class LatentLM(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """What the head makes of last hidden states: (..., D) to (..., V)."""
         head: Any = self.base.get_output_embeddings()
-        return finish(text_config(self.base), head(states))
+        with products_as_pay(head, states):
+            return finish(text_config(self.base), head(states))
 
     @staticmethod
     def _refuse_headless(is_latent_BT: Tensor, is_token_BT: Tensor) -> None:

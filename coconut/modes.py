@@ -1,4 +1,4 @@
-"""What is otherwise for a while: a module's mode, its forward pass, where random numbers come from."""
+"""What is otherwise for a while: a module's mode, its forward pass, its type; where random numbers come from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -47,3 +47,9 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         else:
             torch.manual_seed(seed)
         yield
+
+
+def computed_in(given: Tensor) -> torch.dtype:
+    """The type that products of it are made in: autocast's, or its own."""
+    kind = given.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype

@@ -236,8 +236,8 @@ def test_import_is_light() -> None:
 
 LAYERS = [
     ["cli", "files", "methods", "screen", "tasks"],
-    ["config"],
-    ["attention", "cache", "graphs", "linear", "modes", "opening", "settings", "sources"],
+    ["config", "modes"],
+    ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
     ["layout"],
     ["model"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coconut import LatentLM
-from coconut.linear import _Product, rows_added
+from coconut.linear import _Product, products_as_pay, rows_added
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,70 @@ def test_equals_the_plain_path(family: str) -> None:
     assert not any("forward" in vars(module) for module in linear), "nothing of it stays on the layers"
 
 
-def test_only_where_there_are_several_passes_and_gradients() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Conv1D, nn.Linear])
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+def test_onednn_makes_the_products_of_the_layer(kind: Any, rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer: Any = Conv1D(48, 80) if kind is Conv1D else nn.Linear(80, 48, bias)
+    found = []
+    for way in (products_as_pay, lambda layer, given: nullcontext()):
+        given = torch.randn(2, rows, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        with way(layer, given):
+            made = layer(given)
+        assert in_graph(made, _Product) == (way is products_as_pay)
+        made.square().sum().backward()
+        weights = {name: weight.grad for name, weight in layer.named_parameters()}
+        found.append({"made": made.detach(), "given": given.grad, **weights})
+        layer.zero_grad(set_to_none=True)
+    ours, torchs = found
+    for name, tensor in torchs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-4)
+    assert "forward" not in vars(layer)
+
+
+def test_which_passes_onednn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("gpt2", torch.float32)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    products = 4 * lm.base.config.n_layer + 1
+    assert in_graph(lm(ids, labels=ids).loss, _Product) == products, "in float32 on a CPU"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not in_graph(lm(ids, labels=ids).loss, _Product)
+    monkeypatch.setattr("coconut.linear.LEAST", 2**40)
+    assert not in_graph(lm(ids, labels=ids).loss, _Product), "where weights are large"
+
+
+def test_a_model_in_float32_is_the_same_without_onednn(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build(family, torch.float32)
+    batch = mixed_batch(lm)
+    found = []
+    for onednn in (True, False):
+        if not onednn:
+            monkeypatch.setattr("coconut.linear._has_onednn", lambda given: False)
+        lm.zero_grad()
+        lm(**batch).loss.backward()
+        answers = lm.generate(batch["input_ids"][:, :2].clamp(max=20), num_thoughts=2, max_new_tokens=4)
+        found.append((gradients(lm), answers.tokens.tolist()))
+    assert relative(found[0][0], found[1][0]) < 1e-5
+    assert found[0][1] == found[1][1]
+
+
+def test_weights_that_are_not_trained_keep_nothing() -> None:
+    lm = build("gpt2", torch.float32)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    lm(ids, labels=ids).loss.backward()
+    whole = gradients(lm)
+    for name, weight in lm.named_parameters():
+        weight.requires_grad = "ln_1" in name
+    lm.zero_grad(set_to_none=True)
+    lm(ids, labels=ids).loss.backward()
+    some = gradients(lm)
+    assert {name for name in whole if "ln_1" in name} == set(some)
+    assert relative(some, {name: whole[name] for name in some}) < 1e-6
+
+
+def test_only_where_there_are_several_passes_and_gradients() -> None:
+    lm = build("gpt2")
     batch = mixed_batch(lm)
     words = {key: value[:, :3] for key, value in batch.items()}
     words["input_ids"] = words["input_ids"].clamp(max=20)
