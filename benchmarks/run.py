@@ -208,13 +208,14 @@ class Form:
 
 
 IN_TURN = ("released", "plain", "ours")
+THEIRS = ("released", "indexed")
 BOTH = (("released", "given back"), ("ours", "kept"))
 SHORT = Form({"2 x 768": (3, 12), "12 x 768": (3,)}, ("float32",), (3,), BOTH, 2, 1)
 FULL = Form(
     dict.fromkeys(SIZES, (0, 3, 6, 12)),
     ("float32", "bfloat16"),
     (3,),
-    (*BOTH, ("plain", "kept"), ("ours", "given back"), ("ours", "recomputed"), ("indexed", "given back")),
+    (BOTH[0], ("indexed", "given back"), BOTH[1], ("plain", "kept"), ("ours", "given back"), ("ours", "recomputed")),
     3,
     3,
 )
@@ -240,11 +241,16 @@ def training_rows(form: Form, found: Found) -> Iterator[Row]:
 
 def alone_rows(form: Form, found: Found) -> Iterator[Row]:
     for size, kind in product(form.sizes, form.kinds):
-        released: Row = {}
+        theirs: dict[str, Row] = {}
         for way, how in form.alone:
             took = elsewhere(size, kind, way, how, str(form.rounds - 1))
-            released = released or took
-            ratios = {f"{name}: released / this": released[name] / took[name] for name in ("step", "memory")}
+            if way in THEIRS:
+                theirs[way] = took
+            ratios = {
+                f"{name}: {their} / this": theirs[their][name] / took[name] if their in theirs else ""
+                for name, their in product(("step", "memory"), THEIRS)
+                if their in dict(form.alone)
+            }
             yield {"model": size, "precision": kind, "way": way, "memory is": how, **took, **ratios}
 
 
