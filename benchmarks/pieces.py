@@ -95,7 +95,7 @@ def every_state(lm: LatentLM) -> AbstractContextManager[Any]:
 
 def products_by_blas(lm: LatentLM) -> AbstractContextManager[Any]:
     """A CPU's products in float32 as torch makes them."""
-    return patch.object(linear, "_has_onednn", lambda given: False)
+    return patch.object(linear, "_by_onednn", lambda given: False)
 
 
 def table_twice(lm: LatentLM) -> AbstractContextManager[Any]:

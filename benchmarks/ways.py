@@ -4,8 +4,8 @@
 2412.06769, section 3): n + 1 passes of the whole model with its head, each over the columns since the last one
 with a cache; the input embeddings taken apart into vectors and stacked again for every thought; the loss over
 logits at every position; one question at a time, and for each new token the whole sequence again, without a cache;
-the model as transformers makes it. It is kinder than that code in one thing: that takes each vector out by its index,
-which for the backward pass is an embedding of all positions a vector. `indexed` does that, too.
+the model as transformers makes it. It is kinder than that code in one thing: that takes out each vector by its index,
+and the backward pass makes a gradient of all positions for each vector. `indexed` does that, too.
 
 `plain` is ordinary fine-tuning on the same tokens, the thoughts among them being tokens like others, with one pass
 and logits at the targets alone: what a training step costs if nothing is sequential. It has our GELU.

@@ -42,18 +42,22 @@ class FusedGelu(nn.Module):
         return made
 
 
-def _has_onednn(given: Tensor) -> bool:
-    """Whether oneDNN is there to make products of this that torch would have its BLAS make."""
+def _by_onednn(given: Tensor) -> bool:
+    """Whether torch would have its BLAS make products of this, and oneDNN is there."""
     onednn: Any = torch.backends.mkldnn
-    here = onednn.is_available() and onednn.enabled
-    return here and given.device.type == "cpu" and computed_in(given) == torch.float32
+    by_blas = given.device.type == "cpu" and computed_in(given) == torch.float32
+    return by_blas and onednn.is_available() and onednn.enabled
 
 
 def _product(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., in) times a weight (in, out), however it lies in memory, and the bias (out,) added: (..., out)."""
-    if _has_onednn(given):
-        return torch.ops.mkldnn._linear_pointwise(given, weight.t(), bias, "none", [], "")
-    return nn.functional.linear(given, weight.t(), bias)
+    rows = given.reshape(-1, weight.shape[0])
+    if _by_onednn(given):
+        made = torch.ops.mkldnn._linear_pointwise.default(rows, weight.t(), bias, "none", [], "")
+    else:
+        made = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+    # A view that a Function gives back must not be changed in place, and some models do that.
+    return torch.ops.aten._unsafe_view.default(made, [*given.shape[:-1], weight.shape[1]])
 
 
 class _Uses:
@@ -68,7 +72,7 @@ class _Uses:
         backward = torch._C._current_graph_task_id()
         if self._backward != backward:
             self._backward, self._found = backward, []
-        self._found.append((given, gradient))
+        self._found.append((given.detach(), gradient))
 
     def product(self) -> Tensor | None:
         """The gradient of the weight: the largest use by itself, the others as one."""
@@ -122,27 +126,25 @@ class _Product(torch.autograd.Function):
         if ctx.uses is not None:
             made = fused_gelu(given) if ctx.gelu_again else given
             ctx.uses.add(made.reshape(-1, weight.shape[0]), rows)
-        back = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        back = _product(rows, weight.t()).view(*gradient.shape[:-1], len(weight)) if ctx.needs_input_grad[0] else None
         return back, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
-def _weight(weight: Tensor, dtype: torch.dtype, uses: _Uses | None, transposed: bool) -> Tensor:
-    """(in, out), in the type that it computes in, however the layer keeps it."""
-    if uses is not None:
-        return _apply(_Weight, weight, dtype, uses)
-    return weight.to(dtype).t() if transposed else weight.to(dtype)
-
-
 def _used(layer: Any) -> Callable[[Tensor], Tensor]:
-    """The layer's forward pass, for as many passes as come."""
+    """The layer's forward pass, for as many passes as come. What they need for the weight is kept if it is trained."""
     transposed = isinstance(layer, nn.Linear)
     uses = _Uses(transposed) if layer.weight.requires_grad and torch.is_grad_enabled() else None
     weights: dict[torch.dtype, Tensor] = {}
 
+    def in_type(dtype: torch.dtype) -> Tensor:
+        if uses is not None:
+            return _apply(_Weight, layer.weight, dtype, uses)
+        return layer.weight.to(dtype).t() if transposed else layer.weight.to(dtype)
+
     def forward(given: Tensor) -> Tensor:
         dtype = computed_in(layer.weight)
         if dtype not in weights:
-            weights[dtype] = _weight(layer.weight, dtype, uses, transposed)
+            weights[dtype] = in_type(dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         taken = given.to(dtype)
         return _apply(_Product, taken, weights[dtype], bias, uses, getattr(taken, BEFORE, None))
@@ -161,22 +163,26 @@ def weights_summed_once(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def products_as_pay(part: nn.Module, given: Tensor) -> AbstractContextManager[None]:
-    """Within, the linear layers of `part` compute as always, by the faster library, if it is a pass over `given`."""
-    return _replaced(_large(part)) if _has_onednn(given) else nullcontext()
+    """Within, the linear layers of `part` compute as always, by the library that pays for products of `given`."""
+    return _replaced(_large(part)) if _by_onednn(given) else nullcontext()
 
 
 def _large(part: nn.Module) -> Iterator[Any]:
-    """Those that are here (ZeRO 3 puts a layer's parts together for each pass) and not taken over by something else."""
-    layers: Iterator[Any] = part.modules()
-    for layer in layers:
-        if type(layer) in (nn.Linear, Conv1D) and layer.weight.numel() >= LEAST and "forward" not in vars(layer):
-            yield layer
+    """Those with large weights that are torch's own and here, and that nothing else has taken over.
+
+    ZeRO 3 puts a weight's parts together for each pass, at once if it is asked for as an attribute, and then marks it.
+    """
+    for layer in part.modules():
+        if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer):
+            weight = layer._parameters.get("weight")
+            if type(weight) is nn.Parameter and weight.numel() >= LEAST and not hasattr(weight, "ds_id"):
+                yield layer
 
 
 @contextmanager
 def _replaced(layers: Iterable[Any]) -> Iterator[None]:
     with ExitStack() as replaced:
-        for layer in list(layers):
+        for layer in layers:
             replaced.enter_context(forward_replaced(layer, _used(layer)))
         yield
 

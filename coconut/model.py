@@ -509,7 +509,7 @@ class LatentLM(nn.Module):
         Of a block's states the first so many as `unread` says are not made whole.
         """
         several = len(borders) > 2
-        if several and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
+        if several and self._checkpointed:
             raise ValueError(
                 "Gradient checkpointing switches the cache off inside transformers, and the thoughts would lose "
                 "their context without a word. Turn it off (gradient_checkpointing_disable) and set recompute=True "
@@ -579,10 +579,21 @@ class LatentLM(nn.Module):
 
     @contextmanager
     def _as_pays(self, embeds: Tensor, cached: bool, columns: int) -> Iterator[None]:
-        """Within, a pass over `embeds` makes its first so many columns for the cache alone, and computes as pays."""
+        """Within, a pass over `embeds` makes its first so many columns for the cache alone, and computes as pays.
+
+        But not where transformers would run its layers again, which it does when this is over.
+        """
+        if self._checkpointed:
+            yield
+            return
         last = self._last_layer.without(self.base, columns) if self._last_layer and columns else nullcontext()
         with products_as_pay(self.base.base_model, embeds), in_place_of_torchs(embeds, cached), last:
             yield
+
+    @property
+    def _checkpointed(self) -> bool:
+        """By transformers, which is not `recompute`."""
+        return self.training and any(getattr(part, "gradient_checkpointing", False) for part in self.base.modules())
 
     def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
         if not self._recomputes_now:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
+from coconut.linear import products_as_pay
 from coconut.methods import Reasoning, Slot
 from coconut.modes import evaluating
 from coconut.settings import HANDED_ON, settings
@@ -438,14 +439,15 @@ def _speak(
     base: Any = lm.base
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        sequences = base.generate(
-            input_ids=prompt_BT,
-            attention_mask=is_token_BT.long(),
-            past_key_values=cache,
-            generation_config=config,
-            tokenizer=lm.tokenizer,
-            **handed_on,
-        )
+        with products_as_pay(base, base.get_input_embeddings().weight):
+            sequences = base.generate(
+                input_ids=prompt_BT,
+                attention_mask=is_token_BT.long(),
+                past_key_values=cache,
+                generation_config=config,
+                tokenizer=lm.tokenizer,
+                **handed_on,
+            )
     finally:
         base.generation_config = own
     new = sequences[:, prompt_BT.shape[1] :]

@@ -12,7 +12,7 @@ from test_model import mixed_batch, relative
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coconut import LatentLM
+from coconut import LatentLM, linear
 from coconut.linear import _Product, products_as_pay, rows_added
 
 
@@ -85,7 +85,7 @@ def test_a_model_in_float32_is_the_same_without_onednn(family: str, monkeypatch:
     found = []
     for onednn in (True, False):
         if not onednn:
-            monkeypatch.setattr("coconut.linear._has_onednn", lambda given: False)
+            monkeypatch.setattr("coconut.linear._by_onednn", lambda given: False)
         lm.zero_grad()
         lm(**batch).loss.backward()
         answers = lm.generate(batch["input_ids"][:, :2].clamp(max=20), num_thoughts=2, max_new_tokens=4)
@@ -106,6 +106,59 @@ def test_weights_that_are_not_trained_keep_nothing() -> None:
     some = gradients(lm)
     assert {name for name in whole if "ln_1" in name} == set(some)
     assert relative(some, {name: whole[name] for name in some}) < 1e-6
+
+
+def test_words_are_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build("gpt2", torch.float32)
+    made: list[int] = []
+
+    def counted(given: Tensor, *rest: Any) -> Tensor:
+        made.append(len(given))
+        return product(given, *rest)
+
+    product = linear._product
+    monkeypatch.setattr(linear, "_product", counted)
+    numbers = []
+    for words in (1, 4):
+        made.clear()
+        lm.generate(torch.tensor([[3, 4]]), num_thoughts=1, max_new_tokens=words, min_new_tokens=words)
+        numbers.append(len(made))
+    assert numbers[1] - numbers[0] == 3 * (4 * lm.base.config.n_layer + 1)
+
+
+def test_what_a_layer_makes_may_be_changed_in_place() -> None:
+    layer: Any = nn.Linear(8, 8)
+    given = torch.randn(2, 3, 8, requires_grad=True)
+    with products_as_pay(layer, given):
+        made = layer(given)
+    made[..., 0] = 1.0
+    made.sum().backward()
+    torch.testing.assert_close(layer.weight.grad[0], torch.zeros(8))
+    assert given.grad is not None
+
+
+def test_weights_that_are_in_parts_are_left_alone() -> None:
+    layer: Any = nn.Linear(8, 8)
+    given = torch.randn(2, 8)
+    with products_as_pay(layer, given):
+        assert "forward" in vars(layer)
+    layer.weight.ds_id = 0
+    with products_as_pay(layer, given):
+        assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_under_transformers_own_checkpointing(use_cache: bool) -> None:
+    lm = build("gpt2", torch.float32).train()
+    ids = torch.randint(3, 20, (2, 9))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < 6, -100)}
+    lm(**batch).loss.backward()
+    kept = gradients(lm)
+    lm.zero_grad()
+    newer = hasattr(lm.base, "activation_checkpointing_enable")
+    getattr(lm.base, f"{'activation' if newer else 'gradient'}_checkpointing_enable")()
+    lm(**batch, use_cache=use_cache).loss.backward()
+    assert relative(gradients(lm), kept) < 1e-5
 
 
 def test_only_where_there_are_several_passes_and_gradients() -> None:
