@@ -52,8 +52,22 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+class _EachTime(AbstractContextManager[None]):
+    """What `around` gives, anew each time that it is entered: a graph that is kept is gone back through again."""
+
+    def __init__(self, around: Callable[[], AbstractContextManager[Any]]):
+        self.around = around
+        self.entered = ExitStack()
+
+    def __enter__(self) -> None:
+        self.entered.enter_context(self.around())
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self.entered.__exit__(*raised)
+
+
 def _recomputed(forward: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
-    how: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), around())}
+    how: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _EachTime(around))}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)

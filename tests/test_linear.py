@@ -147,6 +147,19 @@ def test_weights_that_are_in_parts_are_left_alone() -> None:
         assert "forward" not in vars(layer)
 
 
+def test_layers_that_are_run_again(family: str) -> None:
+    lm = build(family, torch.float32).train()
+    batch = mixed_batch(lm)
+    lm(**batch).loss.backward()
+    kept = gradients(lm)
+    lm.recompute = True
+    loss = lm(**batch).loss
+    for _ in range(2):
+        lm.zero_grad()
+        loss.backward(retain_graph=True)
+        assert relative(gradients(lm), kept) < 1e-5
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_under_transformers_own_checkpointing(use_cache: bool) -> None:
     lm = build("gpt2", torch.float32).train()
