@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from coconut.modes import computed_in
+from coconut.modes import computed_in, differentiable_once
 
 
 class _OneQuery(torch.autograd.Function):
@@ -45,7 +44,7 @@ class _OneQuery(torch.autograd.Function):
         return torch.matmul(weights_BHS1.transpose(-1, -2), value)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, weights_BHS1 = ctx.saved_tensors
         of_weights_BHS1 = torch.matmul(value, gradient.transpose(-1, -2))

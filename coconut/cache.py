@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from coconut.modes import differentiable_once
 
 
 class Room:
@@ -68,7 +69,7 @@ class _Append(torch.autograd.Function):
         return room.write(start, new)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, None, ctx.room.collect(gradient, ctx.start, ctx.stop)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from coconut.modes import differentiable_once
 
 Passes = Callable[..., Tensor]
 MOST = 128  # recordings that are kept: of each the input, the states and their gradients, besides what all share
@@ -177,7 +178,7 @@ class _Replayed(torch.autograd.Function):
         return recording.made.clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.turn is None:
             raise RuntimeError("Passes that were replayed can be gone back through once. Set lm.cuda_graphs = False.")

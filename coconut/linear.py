@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coconut.modes import computed_in, forward_replaced
+from coconut.modes import computed_in, differentiable_once, forward_replaced
 
 BEFORE = "before_gelu"  # an attribute of what GELU made: what went into it
 LEAST = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving
@@ -100,7 +99,7 @@ class _Weight(torch.autograd.Function):
         return kept.t() if uses.transposed else kept
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         found = ctx.uses.product()
         return None if found is None else found.to(ctx.dtype), None, None
@@ -119,7 +118,7 @@ class _Product(torch.autograd.Function):
         return _product(given, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         given, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, weight.shape[1])

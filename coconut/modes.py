@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -53,3 +54,22 @@ def computed_in(given: Tensor) -> torch.dtype:
     """The type that products of it are made in: autocast's, or its own."""
     kind = given.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of a Function through which no second derivative goes.
+
+    Raises RuntimeError if one is asked for (create_graph=True). torch's `once_differentiable` does so in backward()
+    alone; torch.autograd.grad would leave that part out without a word.
+    """
+
+    @wraps(backward)
+    def checked(*given: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True came: this pass has no second derivative. Passes without thoughts have one within "
+                "torch.backends.mkldnn.flags(enabled=False), or in float64."
+            )
+        return backward(*given)
+
+    return checked

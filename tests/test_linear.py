@@ -160,6 +160,23 @@ def test_layers_that_are_run_again(family: str) -> None:
         assert relative(gradients(lm), kept) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("thoughts", [True, False])
+def test_a_second_derivative_is_right_or_refused(thoughts: bool, dtype: torch.dtype) -> None:
+    lm = build("gpt2", dtype)
+    lm.base.set_attn_implementation("eager")
+    ids = torch.tensor([[3, 4, lm.latent_id if thoughts else 5, 6]])
+    weight: Any = lm.base.get_parameter("transformer.ln_f.weight")
+    loss = lm(ids, labels=ids.masked_fill(ids == lm.latent_id, -100)).loss
+    if thoughts or dtype == torch.float32:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, [weight], create_graph=True)
+    else:
+        (first,) = torch.autograd.grad(loss, [weight], create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), [weight])
+        assert second.any()
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_under_transformers_own_checkpointing(use_cache: bool) -> None:
     lm = build("gpt2", torch.float32).train()
