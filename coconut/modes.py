@@ -1,4 +1,7 @@
-"""What is otherwise for a while: a module's mode, its forward pass, its type; where random numbers come from."""
+"""What is otherwise for a while: a module's mode, its forward pass, its type; where random numbers come from.
+
+And what a backward pass says that cannot be differentiated.
+"""
 
 from __future__ import annotations
 
