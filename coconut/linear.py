@@ -11,8 +11,8 @@ is faster at them: by a little at many rows, at those of a thought or a word by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coconut.modes import computed_in, differentiable_once, forward_replaced
+from coconut.modes import computed_in, differentiable_once, forwards_replaced
 
 BEFORE = "before_gelu"  # an attribute of what GELU made: what went into it
 LEAST = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving
@@ -158,12 +158,15 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
 def weights_summed_once(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within, the linear layers whose weights are trained compute as always; the passes' gradients come as one."""
     head = model.get_output_embeddings()
-    return _replaced(layer for layer in _large(model) if layer is not head and layer.weight.requires_grad)
+    trained = (layer for layer in _large(model) if layer is not head and layer.weight.requires_grad)
+    return forwards_replaced((layer, _used(layer)) for layer in trained)
 
 
 def products_as_pay(part: nn.Module, given: Tensor) -> AbstractContextManager[None]:
     """Within, the linear layers of `part` compute as always, by the library that pays for products of `given`."""
-    return _replaced(_large(part)) if _by_onednn(given) else nullcontext()
+    if not _by_onednn(given):
+        return nullcontext()
+    return forwards_replaced((layer, _used(layer)) for layer in _large(part))
 
 
 def _large(part: nn.Module) -> Iterator[Any]:
@@ -176,14 +179,6 @@ def _large(part: nn.Module) -> Iterator[Any]:
             weight = layer._parameters.get("weight")
             if type(weight) is nn.Parameter and weight.numel() >= LEAST and not hasattr(weight, "ds_id"):
                 yield layer
-
-
-@contextmanager
-def _replaced(layers: Iterable[Any]) -> Iterator[None]:
-    with ExitStack() as replaced:
-        for layer in layers:
-            replaced.enter_context(forward_replaced(layer, _used(layer)))
-        yield
 
 
 @contextmanager

@@ -7,8 +7,8 @@ to the cache is part of what it gives back, and a second run adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut.cache import GrowingCache, GrowingLayer
-from coconut.modes import forward_replaced
+from coconut.modes import forwards_replaced
 
 
 def check_recomputable(model: PreTrainedModel) -> None:
@@ -36,16 +36,14 @@ def check_recomputable(model: PreTrainedModel) -> None:
             )
 
 
-@contextmanager
-def recomputing(model: PreTrainedModel, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+def recomputing(
+    model: PreTrainedModel, around: Callable[[], AbstractContextManager[Any]]
+) -> AbstractContextManager[None]:
     """Within, a forward pass of the model keeps the inputs of its layers and nothing inside them.
 
     Their modules' hooks run again with them, and within `around()`, as the first time. A cache must be a GrowingCache.
     """
-    with ExitStack() as replaced:
-        for layer in _layers(model):
-            replaced.enter_context(forward_replaced(layer, _recomputed(layer.forward, around)))
-        yield
+    return forwards_replaced((layer, _recomputed(layer.forward, around)) for layer in _layers(model))
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

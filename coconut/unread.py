@@ -9,8 +9,8 @@ Shapes: B rows, H heads, T columns of a pass, S columns that they see, D head si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from coconut.attention import InPlaceOfTorchs
-from coconut.modes import forward_replaced
+from coconut.modes import forwards_replaced
 
 Forward = Callable[..., Any]
 ATTENTION = ("attn", "self_attn", "attention", "self_attention")  # what families call it, and its last product
@@ -51,15 +51,11 @@ class LastLayer:
         inner = f"{last}.{FEED_FORWARD}"
         return cls((*outputs, *([inner] if inner in modules and _dense(modules[inner]) else ())), attention)
 
-    @contextmanager
-    def without(self, model: PreTrainedModel, columns: int) -> Iterator[None]:
+    def without(self, model: PreTrainedModel, columns: int) -> AbstractContextManager[None]:
         """Within, it makes nothing of the first so many columns of a pass but keys and values: zeros, mostly."""
         ways = {**dict.fromkeys(self.by_column, _by_column), **dict.fromkeys(self.attention, _attending)}
-        with ExitStack() as replaced:
-            for name, way in ways.items():
-                part = model.get_submodule(name)
-                replaced.enter_context(forward_replaced(part, partial(way, columns, part.forward)))
-            yield
+        parts = ((model.get_submodule(name), way) for name, way in ways.items())
+        return forwards_replaced((part, partial(way, columns, part.forward)) for part, way in parts)
 
 
 def _dense(part: nn.Module) -> bool:
