@@ -128,7 +128,8 @@ def released(lm: LatentLM, batch: Batch, indexed: bool = False) -> Tensor:
     for k in range(most + 1):
         out = base(
             inputs_embeds=embeds_BTD[:, start:stop], attention_mask=mask_BT[:, :stop],
-            position_ids=positions_BT[:, start:stop], past_key_values=cache, use_cache=True, output_hidden_states=True,
+            position_ids=positions_BT[:, start:stop], use_cache=True, output_hidden_states=True,
+            **{lm.cache_argument: cache},
         )  # fmt: skip
         logits.append(out.logits)
         if k < most:
@@ -195,11 +196,12 @@ def released_answer(lm: LatentLM, ids_T: Tensor, thoughts: int) -> list[int]:
     special = lm.special
     embeds_TD = table(torch.cat([ids_T, torch.tensor([special.bot])]))
     cache = DynamicCache(config=base.config)
-    out = base(inputs_embeds=embeds_TD[None], past_key_values=cache, use_cache=True, output_hidden_states=True)
+    caching: dict[str, Any] = {lm.cache_argument: cache, "use_cache": True, "output_hidden_states": True}
+    out = base(inputs_embeds=embeds_TD[None], **caching)
     for _ in range(thoughts):
         thought_1D = out.hidden_states[-1][0, -1:]
         embeds_TD = torch.cat([embeds_TD, thought_1D])
-        out = base(inputs_embeds=thought_1D[None], past_key_values=cache, use_cache=True, output_hidden_states=True)
+        out = base(inputs_embeds=thought_1D[None], **caching)
     embeds_TD = torch.cat([embeds_TD, table(torch.tensor([special.eot]))])
     new: list[int] = []
     for _ in range(NEW_TOKENS):

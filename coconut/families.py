@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -18,7 +19,9 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from coconut.linear import FusedGelu
 from coconut.modes import evaluating
 
-NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
+RECURRENT_ARGUMENTS = ("state", "cache_params")  # in which models take a recurrent state
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call how many there are
 REMEMBERED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 TESTED = frozenset({
@@ -40,10 +43,19 @@ def check_family(base: PreTrainedModel) -> None:
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
     taken = inspect.signature(base.base_model.forward).parameters
-    if missing := [argument for argument in NEEDED if argument not in taken]:
+    if recurrent := next((argument for argument in RECURRENT_ARGUMENTS if argument in taken), None):
         raise ValueError(
-            f"{name} cannot be fed its own states: its layers take no {', '.join(missing)}"
-            f"{' (they keep a recurrent state)' if 'past_key_values' in missing else ''}."
+            f"{name} cannot be fed its own states in batches: it keeps a recurrent state (`{recurrent}`), "
+            "through which the padding between a row's tokens would run."
+        )
+    missing = [argument for argument in NEEDED if argument not in taken]
+    if not any(argument in taken for argument in CACHE_ARGUMENTS):
+        missing.append(f"KV cache ({' or '.join(CACHE_ARGUMENTS)})")
+    if missing:
+        raise ValueError(
+            f"{name} cannot be fed its own states: {type(base.base_model).__name__}.forward takes no "
+            f"{', '.join(missing)}. transformers {transformers.__version__} is installed; docs/models.md lists the "
+            "families that work."
         )
     for layer in DynamicCache(config=config).layers:
         if type(layer) not in REMEMBERED:
@@ -84,6 +96,12 @@ def is_here(base: PreTrainedModel) -> bool:
     """Whether it has weights, and this process all of them."""
     weight: Any = base.get_input_embeddings().weight
     return weight.device.type != "meta" and weight.numel() > 0
+
+
+def cache_argument(base: PreTrainedModel) -> str:
+    """The name of the argument in which a model takes its KV cache: `cache` since transformers 5.24."""
+    taken = inspect.signature(base.base_model.forward).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in taken)
 
 
 def context_of(config: Any) -> int:

@@ -92,22 +92,23 @@ def attach(base: PreTrainedModel, added: list[int], settings: LoraConfig, place:
     """
     try:
         from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
     except ImportError:
         raise ValueError('LoRA needs peft: pip install "coconut-latent[lora]".') from None
 
     targets = find_targets(base, settings.targets)
     transposed = any(isinstance(base.get_submodule(name), Conv1D) for name in targets)
-    base.add_adapter(
-        PeftConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha or 2 * settings.rank,  # pyright: ignore[reportArgumentType]
-            lora_dropout=settings.dropout,
-            target_modules=targets,
-            fan_in_fan_out=transposed,
-        )
+    correction = PeftConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha or 2 * settings.rank,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+        base_model_name_or_path=place,
     )
-    base.peft_config["default"].base_model_name_or_path = place
+    # peft's own entry point: transformers' add_adapter asks for a version of peft that may not be published
+    inject_adapter_in_model(correction, base)
     table, head = _tables(base)
     ids = torch.tensor(added, device=table.weight.device)
     dtype = torch.promote_types(table.weight.dtype, torch.float32)  # what is trained is never less precise
@@ -194,7 +195,6 @@ def merged(base: PreTrainedModel) -> PreTrainedModel:
         module.give()
     model.set_input_embeddings(embedding.whole)
     model.set_output_embeddings(head.whole)
-    model._hf_peft_config_loaded = False
     del model.peft_config
     return model.requires_grad_(True)
 

@@ -32,6 +32,7 @@ from coconut.families import (
     EXPERTS,
     TESTED,
     Windows,
+    cache_argument,
     check_family,
     check_head,
     context_of,
@@ -152,6 +153,7 @@ class LatentLM(nn.Module):
         fuse_gelu(base)
         self.base = base
         self._windows = Windows.of(base)
+        self.cache_argument = cache_argument(base)
         self._last_layer = LastLayer.of(base) if text_config(base).model_type in TESTED else None
         self.tokenizer = tokenizer
         self.special = special
@@ -567,8 +569,8 @@ class LatentLM(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self.cache_argument: cache},
             )
         return output.last_hidden_state
 

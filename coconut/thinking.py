@@ -443,9 +443,9 @@ def _speak(
             sequences = base.generate(
                 input_ids=prompt_BT,
                 attention_mask=is_token_BT.long(),
-                past_key_values=cache,
                 generation_config=config,
                 tokenizer=lm.tokenizer,
+                **{lm.cache_argument: cache},
                 **handed_on,
             )
     finally:

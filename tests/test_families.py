@@ -139,3 +139,35 @@ def _scaled(output: Any) -> Any:
 
 def test_the_page_says_what_is_tested() -> None:
     assert page(PAGE.read_text()) == PAGE.read_text(), "python tests/families.py writes it"
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str, lm: LatentLM) -> None:
+    batch = mixed_batch(lm)
+    expected = done(lm, **batch)
+    inner, own = lm.base.base_model.forward, lm.cache_argument
+
+    if name == "cache":
+
+        def renamed(*, cache: Any = None, **given: Any) -> Any:
+            return inner(**given, **{own: cache})
+    else:
+
+        def renamed(*, past_key_values: Any = None, **given: Any) -> Any:
+            return inner(**given, **{own: past_key_values})
+
+    lm.base.base_model.forward = renamed
+    again = LatentLM(lm.base, lm.tokenizer, lm.special, lm.reasoning)
+    assert again.cache_argument == name
+    same(done(again, **batch), expected)
+
+
+def test_a_model_without_a_cache_is_not_taken_for_a_recurrent_one() -> None:
+    base = base_of(FAMILIES[4])
+
+    def forward(inputs_embeds: Any = None, attention_mask: Any = None, position_ids: Any = None) -> Any: ...
+
+    base.base_model.forward = forward
+    with pytest.raises(ValueError, match=r"takes no KV cache \(cache or past_key_values\)") as refused:
+        LatentLM.from_base(base, new_tokenizer())
+    assert "recurrent" not in str(refused.value)
