@@ -86,8 +86,9 @@ def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.nd
 class EpochView:
     """A data set as one epoch of one stage sees it.
 
-    `lengths` (N,) counts the tokens of each sequence, without building it, and `passes` (N,) the forward
-    passes that its thoughts need; `layout(i)` builds one.
+    `lengths` (N,) counts the tokens of each sequence, without building it, `passes` (N,) the forward
+    passes that its thoughts need, and `modes` (N,) says in which of the stage's modes it is, 0 where there are none;
+    `layout(i)` builds one.
     """
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
@@ -102,6 +103,7 @@ class EpochView:
             drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.depths) - 1)
             which = np.where(chance < plan.mixing_probability, 1 + drawn, 0)
         self.forms = [forms[k] for k in which]
+        self.modes = which if stage.modes else np.zeros_like(which)
 
         thoughts = np.stack([thoughts_for(form, plan, data.num_steps) for form in forms])
         self.num_thoughts = thoughts[which, np.arange(len(data))]
@@ -149,7 +151,10 @@ def _icot_offsets(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The indices of each update of an epoch: every example once, like ones together, in random order.
+    """The indices of each update of an epoch: every example once, in batches of like lengths, in random order.
+
+    Of a hybrid model's modes a batch has what a random draw gives it. Whatever goes with length (the number of steps,
+    the depth of a mixed row) is more alike within a batch than in a random one.
 
     The last batch may be smaller. A function of its arguments alone, so a resumed run takes up its place.
     """
@@ -163,11 +168,19 @@ def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> li
 
 
 def _like_together(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
-    """By length; where there are thoughts, by what stands before them in each `group` rows of that order."""
-    order = rows[np.argsort(view.lengths[rows], kind="stable")]
-    if view.passes.max() == 1:
-        return order
-    return order[np.lexsort((view.anchors[order], np.arange(len(order)) // group))]
+    """Sort rows by length; where there are thoughts, by what stands before them in each `group` rows of that order.
+
+    A row changes places with rows of its own mode alone, so that the modes stay where they were drawn.
+    """
+    order = np.empty_like(rows)
+    for mode in np.unique(view.modes[rows]):
+        places = np.flatnonzero(view.modes[rows] == mode)
+        own = rows[places]
+        own = own[np.argsort(view.lengths[own], kind="stable")]
+        if view.passes.max() > 1:
+            own = own[np.lexsort((view.anchors[own], places // group))]
+        order[places] = own
+    return order
 
 
 @dataclass
@@ -212,20 +225,27 @@ def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
 
 
 def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """What one process of `ranks` does of an update, in parts of at most `size` rows.
+    """What one process of `ranks` does of an update, in parts of at most `size` rows of one mode.
 
     All processes get equally many parts, with equally many passes each; one for which no row is left gets
     a row without targets.
     """
-    shares = [batch[other::ranks] for other in range(ranks)]
-    for start in range(0, len(shares[0]), size):
-        parts = [share[start : start + size] for share in shares]
-        rows = parts[rank] if len(parts[rank]) else parts[0][:1]
-        made = collate([view.layout(i) for i in rows], view.special)
-        if not len(parts[rank]):
-            made.labels.fill_(IGNORED)
-        made.passes = max(int(view.passes[part].max()) for part in parts if len(part))
-        yield made
+    for mode in np.unique(view.modes[batch]):
+        rows = batch[view.modes[batch] == mode]
+        shares = [rows[other::ranks] for other in range(ranks)]
+        for start in range(0, len(shares[0]), size):
+            parts = [share[start : start + size] for share in shares]
+            yield _one_of(view, parts, rank)
+
+
+def _one_of(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
+    """The part of one process among those that are carried out at the same time."""
+    rows = parts[rank] if len(parts[rank]) else parts[0][:1]
+    made = collate([view.layout(i) for i in rows], view.special)
+    if not len(parts[rank]):
+        made.labels.fill_(IGNORED)
+    made.passes = max(int(view.passes[part].max()) for part in parts if len(part))
+    return made
 
 
 def fit_context(

@@ -16,7 +16,9 @@ from coconut.layout import EpochView, collate, epoch_batches, fit_context, micro
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
 from coconut.model import align
 
-SPECIAL = SpecialIds(bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95})
+SPECIAL = SpecialIds(
+    bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95, "latent_3": 96}
+)
 
 
 @st.composite
@@ -59,7 +61,7 @@ def test_processes_share_an_update_and_keep_step(data: TokenizedData, stages: Pl
     shares = [list(micro_batches(view, batch, size, rank, ranks)) for rank in range(ranks)]
     alone = list(micro_batches(view, batch, len(batch)))
     assert len({len(share) for share in shares}) == 1
-    assert sum(part.num_targets for share in shares for part in share) == alone[0].num_targets
+    assert sum(part.num_targets for share in shares for part in share) == sum(part.num_targets for part in alone)
     rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if part.num_targets
             for row, mask in zip(part.input_ids, part.attention_mask, strict=True)]  # fmt: skip
     assert sorted(rows) == sorted(tuple(view.layout(i).ids.tolist()) for i in range(len(data)))
@@ -115,6 +117,39 @@ def test_batches_hold_like_lengths_in_an_order_that_changes(method: str) -> None
     assert batches[0].tolist() != epoch_batches(view, 32, seed=1, epoch=0)[0].tolist()
 
 
+MODES = ("short", "think", "latent_3")
+
+
+def hybrid_view(modes: tuple[str, ...], epoch: int = 0) -> EpochView:
+    stages = plan("hybrid_warmup", Curriculum(modes=list(modes)))
+    return EpochView(uneven_data(), stages, stages.stages[0], SPECIAL, seed=0, epoch=epoch)
+
+
+@pytest.mark.parametrize("modes", [MODES[:2], MODES])
+@pytest.mark.parametrize("batch_size", [8, 32, 128])
+def test_a_batch_has_the_modes_of_a_random_draw(modes: tuple[str, ...], batch_size: int) -> None:
+    """Drawn without replacement, a mode's share of a batch has the deviation of the hypergeometric distribution."""
+    shares, paddings = [], []
+    for epoch in range(4):
+        view = hybrid_view(modes, epoch)
+        for batch in epoch_batches(view, batch_size, seed=0, epoch=epoch):
+            if len(batch) == batch_size:
+                shares.append([sum(view.forms[i].mode == mode for i in batch) / batch_size for mode in modes])
+            for part in micro_batches(view, batch, batch_size):
+                paddings.append((int(part.attention_mask.sum()), part.attention_mask.numel()))
+    found, chance, count = np.array(shares), 1 / len(modes), len(hybrid_view(modes))
+    expected = np.sqrt(chance * (1 - chance) / batch_size * (count - batch_size) / (count - 1))
+    assert np.allclose(found.std(0), expected, rtol=0.2), (found.std(0), expected)
+    tokens, cells = np.array(paddings).sum(0)
+    assert tokens > 0.95 * cells, "rows of one mode are padded to each other alone"
+
+
+def test_a_hybrid_models_batches_are_of_like_lengths_within_a_mode() -> None:
+    view = hybrid_view(MODES[:2])
+    spread = [view.lengths[batch[view.modes[batch] == 1]].std() for batch in epoch_batches(view, 32, seed=0, epoch=0)]
+    assert np.mean(spread) < 0.1 * view.lengths[view.modes == 1].std()
+
+
 @given(data_sets(), plans())
 def test_batches_keep_the_sequences_and_put_thoughts_in_one_column(data: TokenizedData, stages: Plan) -> None:
     view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
@@ -145,20 +180,27 @@ def test_a_collated_batch_needs_no_further_padding() -> None:
     assert len(way.borders) == 3 + 2
 
 
-def test_a_loss_does_not_change_with_the_split_into_micro_batches() -> None:
+@pytest.mark.parametrize("method", ["coconut", "hybrid_warmup"])
+def test_a_loss_does_not_change_with_the_split_into_micro_batches(method: str) -> None:
     lm = build("llama")
     segments = [[int(n), 3, 2, 4] for n in np.random.default_rng(0).integers(3, 20, 8)]
     data = TokenizedData.from_lists([np.arange(sum(row)) % 30 + 3 for row in segments], segments)
-    stages = plan("coconut", Curriculum(max_stage=2, first=1, each=1, total=3, mixing_probability=0.5))
-    view = EpochView(data, stages, stages.stages[2], lm.special, seed=0, epoch=0)
+    if method == "hybrid_warmup":
+        lm.add_modes(MODES, "random")
+        stages = plan(method, Curriculum(modes=list(MODES)))
+    else:
+        stages = plan(method, Curriculum(max_stage=2, first=1, each=1, total=3, mixing_probability=0.5))
+    view = EpochView(data, stages, stages.stages[-1], lm.special, seed=0, epoch=0)
+    rows = [view.layout(i) for i in range(8)]
 
     def loss(size: int) -> torch.Tensor:
         parts = list(micro_batches(view, np.arange(8), size))
         sums = [lm(b.input_ids, b.attention_mask, labels=b.labels).loss_sum for b in parts]
         return sum(sums, torch.zeros(())) / sum(b.num_targets for b in parts)
 
-    whole = loss(8)
-    for size in (1, 3, 4):
+    one = collate(rows, lm.special)
+    whole = lm(one.input_ids, one.attention_mask, labels=one.labels).loss_sum / one.num_targets
+    for size in (1, 3, 4, 8):
         torch.testing.assert_close(loss(size), whole, rtol=1e-12, atol=0)
 
 
