@@ -18,6 +18,12 @@ HERE = Path(__file__).parent
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
 
 
+def group_threads() -> list[str]:
+    """The names of this process's threads that belong to a process group or its store."""
+    found = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    return sorted(name for name in found if name.startswith(("pt_", "gloo_")))
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ARCHITECTURES, build
-from processes import together
+from processes import group_threads, together
 from torch import nn
 
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
@@ -191,6 +191,7 @@ def all_checks() -> None:
         for check in CHECKS:
             check(world)
             print(f"held: {check.__name__}", flush=True)
+    print(f"left behind: {group_threads()}", flush=True)
 
 
 # --- the tests ------------------------------------------------------------------------------------
@@ -204,6 +205,8 @@ def told() -> str:
 def a_process_alone() -> None:
     with joined(LOCAL) as world:
         float32_is_the_same(world, configs=ZERO[3:])
+        assert group_threads()
+    assert not group_threads()
 
 
 def test_deepspeed_on_one_process() -> None:
@@ -213,3 +216,7 @@ def test_deepspeed_on_one_process() -> None:
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_on_two_processes(check: str, told: str) -> None:
     assert told.count(f"held: {check}") == 2, told
+
+
+def test_no_thread_of_a_process_group_outlives_the_world(told: str) -> None:
+    assert told.count("left behind: []") == 2, told

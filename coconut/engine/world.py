@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import json
 import os
@@ -104,6 +105,23 @@ class World:
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
         self.doing, self.count, self.waiting = STARTING, 0, False
+        self.endings = contextlib.ExitStack()  # what engines let go of before the process groups are destroyed
+
+    def close(self) -> None:
+        """End the engines, then the process groups with their threads.
+
+        A group's threads run until nothing refers to it. One of gloo's threads that frees a tensor while Python
+        shuts down asks for the GIL in vain, and aborts the process.
+        """
+        with contextlib.suppress(Exception):  # the others may have gone
+            self.endings.close()
+        if not dist.is_initialized():
+            return
+        deepspeed = sys.modules.get("deepspeed.comm")  # it has groups of its own, and refers to them
+        owner: Any = deepspeed if deepspeed and deepspeed.is_initialized() else dist
+        with contextlib.suppress(Exception):
+            owner.destroy_process_group()
+        gc.collect()  # DeepSpeed's engine and optimizer refer to each other, and to the groups
 
     @property
     def first(self) -> bool:
@@ -198,7 +216,8 @@ def joined(config: EngineConfig) -> Iterator[World]:
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
     if place.size == 1:
-        yield World()
+        with contextlib.closing(World()) as alone:
+            yield alone
         return
     if config.device.startswith("cuda:"):
         raise ValueError(
@@ -244,8 +263,7 @@ def joined(config: EngineConfig) -> Iterator[World]:
         watch.end("failed")
         raise
     finally:
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+        world.close()
 
 
 def _meet(place: Seat, seconds: float, gpus: bool) -> Any:

@@ -96,6 +96,7 @@ class ZeroEngine:
                 config=settings(config, optimizer, sum(weight.numel() for weight in module.parameters())),
                 dist_init_required=False,
             )
+        world.endings.callback(self._end)
         for name, buffer in self.module.named_buffers():  # DeepSpeed lowers them, too: rotary frequencies lose by it
             buffer.data = buffers[name].to(self.device)
         for name, weight in trained(module):
@@ -227,6 +228,15 @@ class ZeroEngine:
             safe_set_local_fp32_param(weight, own)
         else:
             safe_set_local_optimizer_state(weight, own, key)
+
+    def _end(self) -> None:
+        """Take DeepSpeed's objects apart: hooks in C++ keep them for good, and they would keep the process groups."""
+        self.deepspeed.destroy()
+        for weight in self.module.parameters():
+            vars(weight).clear()
+        for held in (getattr(self.sharded, "parameter_offload", None), self.sharded, self.deepspeed):
+            if held is not None:
+                vars(held).clear()
 
     def _alone(self) -> None:
         """A process group of one, which DeepSpeed cannot do without."""
