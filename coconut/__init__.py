@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +25,11 @@ _HOME = {
     "likeliest": "coconut.thinking",
     "plan": "coconut.methods",
 }
+
+
+_is_command = sys.argv[:1] == ["-m"] or Path((sys.argv or [""])[0]).name.startswith("coconut-")
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `coconut.cli` listens: no traceback out of an import
 
 
 def __getattr__(name: str) -> Any:

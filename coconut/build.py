@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coconut.checkpoint import Checkpoints, load_state
-from coconut.config import Activations, EngineConfig, ModelConfig, Precision, TrainConfig
+from coconut.config import WORDS, Activations, EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data import Example, build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
@@ -100,7 +100,7 @@ def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example])
     from transformers import AutoTokenizer
 
     name = model.tokenizer or model.base
-    if name == "words":
+    if name == WORDS:
         return build_word_tokenizer(examples, config.data.format)
     with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
         return opened(AutoTokenizer, name)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
-import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TextIO, get_type_hints
+
+from coconut.overrides import as_override, at_home, change_texts, refuse_other_bytes
 
 PACKAGE = Path(__file__).parent
 CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-
-# Values of these keys are text, taken to the letter: no quoting, lists or interpolation.
-TEXT_KEYS = ("question", "prompt")
-# Values of these, or of keys that end in one of them after a dot, are names of files and folders: what Hydra's
-# grammar would not take is quoted for them. Lists for a multirun and quotes of one's own stay.
-PATH_KEYS = ("run", "init", "output", "out_dir", "source", "train", "valid", "test", "compare", "tokenizer", "files",
-             "cache_dir", "base", "hub", "file", "released", "answers", "development", "policy", "table",
-             "place")  # fmt: skip
-# Values of these are such names or patterns of them, several parted by commas or spaces. A list of Hydra's stays.
-LIST_KEYS = ("runs",)
-PLAIN = re.compile(r"[A-Za-z0-9_./:~+@%=,\-?]*|['\"\[{].*|.*\$\{.*", re.DOTALL)
+PIPE_CLOSED = 128 + 13  # the status of what SIGPIPE ends
 
 
 def application(config_name: str, schema: type, run: Callable[[Any], int | None]) -> Callable[[], None]:
@@ -36,9 +29,11 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     a configuration that cannot be composed, and a sweep of which a job failed.
     """
 
+    @ends_quietly
     def main() -> None:
         refuse_namesake()
         import hydra
+        from hydra._internal.utils import get_args_parser
         from hydra.core.config_store import ConfigStore
         from hydra.core.hydra_config import HydraConfig
         from hydra.errors import CompactHydraException
@@ -47,12 +42,15 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
         from omegaconf.errors import OmegaConfBaseException
 
         ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
-        sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+        given = sys.argv[1:]
+        multirun = get_args_parser().parse_args(given).multirun
+        sys.argv[1:] = [as_override(argument, schema, multirun) for argument in given]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra has to say it raises, and it is said below
         status = 0
 
         def job(config: DictConfig) -> None:
             nonlocal status
+            sys.argv[1:] = given  # for workers, and for what is told of the command
             several, failure = HydraConfig.get().mode is RunMode.MULTIRUN, ""
             try:
                 if several and OmegaConf.select(config, "launch.num_processes", default=1) != 1:
@@ -62,6 +60,8 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                     )
                 status = run(built(config, schema)) or 0
             except (ValueError, OSError, OmegaConfBaseException) as error:
+                if isinstance(error, BrokenPipeError) and is_closed(sys.stdout):
+                    sys.exit(PIPE_CLOSED)
                 if os.environ.get("COCONUT_TRACEBACK"):
                     raise
                 failure = f"error: {in_words(error, schema)}"
@@ -90,6 +90,37 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     return main
 
 
+def ends_quietly(command: Callable[[], None]) -> Callable[[], None]:
+    """The command, which ends without a traceback if it is interrupted or nobody reads what it prints."""
+
+    @functools.wraps(command)
+    def main() -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # coconut/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            try:
+                command()
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not is_closed(sys.stdout):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left at its end
+            sys.exit(PIPE_CLOSED)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return main
+
+
+def is_closed(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads."""
+    asked = select.poll()
+    asked.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+
+
 def by_word(usual: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
     """The `main` of a command that does something else after one of these words."""
 
@@ -103,12 +134,18 @@ def by_word(usual: Callable[[], None], **others: Callable[[], None]) -> Callable
 
 
 def built(config: Any, schema: type) -> Any:
-    """The schema's instance. Raises ValueError for a key that +KEY=VALUE added where the schema has none."""
+    """The schema's instance, with the home folder for a path's `~`.
+
+    Raises ValueError for a key that +KEY=VALUE added where the schema has none, and for text that is not UTF-8.
+    """
     from omegaconf import OmegaConf
 
     if added := next(_unknown(config), None):
         raise ValueError(no_key(added, schema))
-    return OmegaConf.to_object(config)
+    made = OmegaConf.to_object(config)
+    change_texts(made, at_home)
+    refuse_other_bytes(asdict(made))
+    return made
 
 
 def in_words(error: Exception, schema: type) -> str:
@@ -119,6 +156,8 @@ def in_words(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         choices = ", ".join(error.options)
+        if name.startswith("submitit_") and not any(option.startswith("submitit_") for option in error.options):
+            return f"{group}={name} needs submitit's plugin for Hydra. Install it: pip install hydra-submitit-launcher"
         return f"There is no {group}={name}. {_nearest(name, error.options)}The choices are: {choices}."
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read as KEY=VALUE. Quote a value with marks in it: 'KEY=\"a value\"'"
@@ -197,32 +236,5 @@ def refuse_namesake() -> None:
         sys.exit(
             f"error: another package named coconut (the programming language, perhaps) shadows this one: "
             f"{coconut.__file__}\nTake it out of this environment: python -m pip uninstall coconut, then install "
-            "coconut-latent again."
+            "this one again (pip install -e . in its checkout)."
         )
-
-
-def quote_text(argument: str) -> str:
-    """`question=any text` as an override that Hydra's grammar and OmegaConf give back to the letter."""
-    key, sign, text = argument.partition("=")
-    if sign and key in LIST_KEYS:
-        return f"{key}={_as_list(text)}"
-    is_path = key.lstrip("+").split(".")[-1] in PATH_KEYS and not PLAIN.fullmatch(text)
-    if not sign or not (key in TEXT_KEYS or is_path):
-        return argument
-    return f"{key}={quoted(text)}"
-
-
-def _as_list(text: str) -> str:
-    body = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if re.search(r"""(^|[,\s])['"]""", body):  # items in quotes of one's own
-        return f"[{body}]"
-    items = [quoted(item) for item in re.split(r"[,\s]+", body) if item]
-    return f"[{','.join(items)}]"
-
-
-def quoted(text: str) -> str:
-    """Any text as a value that Hydra's grammar and OmegaConf give back to the letter."""
-    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
-    text = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)
-    text = re.sub(r"(\\+)$", lambda m: m[1] * 2, text)
-    return f"'{text}'"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from coconut.methods import METHODS, Curriculum, PromptFormat, Slot, plan
+from coconut.overrides import Kind, PathName, Place, Text, change_texts
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others.
@@ -85,6 +86,9 @@ class LoraConfig:
             raise ValueError(f"model.lora.dropout is {self.dropout}; it must be in [0, 1).")
 
 
+WORDS = "words"  # the tokenizer of words
+
+
 @dataclass
 class ModelConfig:
     """A pretrained model by name or folder (`base`), or a new one from its `architecture`.
@@ -94,9 +98,9 @@ class ModelConfig:
     `new_tokens`: what the embeddings of added tokens start from: mean, random, or a token's name.
     """
 
-    base: str | None = None
+    base: Place | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     new_tokens: str = "mean"
     attention: str | None = None  # transformers' attn_implementation; by default what it takes for the model
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -127,14 +131,14 @@ class DataConfig:
     """
 
     task: Task = Task.prosqa
-    train: str = ""
-    valid: str = ""
-    test: str = ""
-    files: str = ""
+    train: PathName = ""
+    valid: PathName = ""
+    test: PathName = ""
+    files: PathName = ""
     build: dict[str, Any] = field(default_factory=dict)
     too_long: TooLong = TooLong.error  # an example longer than the model's context
     format: PromptFormat = field(default_factory=PromptFormat)
-    cache_dir: str | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
+    cache_dir: PathName | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
 
     def __post_init__(self) -> None:
         named = {split: getattr(self, split) for split in SPLITS if getattr(self, split)}
@@ -158,11 +162,6 @@ class DataConfig:
                 f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
                 f"data_builders.{self.task} hub={hub}, and name the files with data.files=data/{self.task}."
             )
-
-    def absolute(self) -> DataConfig:
-        """The same files, named so that they are found from any folder."""
-        keys = (*SPLITS, "files")
-        return replace(self, **{key: str(Path(file).resolve()) for key in keys if (file := getattr(self, key))})
 
 
 SPLITS = ("train", "valid", "test")
@@ -231,7 +230,7 @@ class EngineConfig:
     """`device`: auto, cpu, cuda, cuda:1, mps; on several processes each takes a GPU of its own.
 
     `threads`: CPU threads of a process, 0 for its share of the cores. `cuda_graphs`: whether a GPU starts the passes of
-    a batch as one (coconut.graphs); on another device it does nothing. `timeout`: seconds after which a
+    a batch as one (coconut.graphs); where device=auto finds none, a warning is given. `timeout`: seconds after which a
     process of several that does not get on ends the run. The rest is for DeepSpeed: ZeRO's stage (1 shards
     the optimizer, 2 the gradients too, 3 the weights too), and what stays in the memory of the host.
     """
@@ -256,6 +255,11 @@ class EngineConfig:
         if self.zero_stage not in range(4):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; it is 0, 1, 2 or 3.")
         deepspeed = self.kind is EngineKind.deepspeed
+        if self.cuda_graphs and (self.device == "mps" or self.device.startswith("cpu")):
+            raise ValueError(
+                f"engine.cuda_graphs=true is for a GPU of NVIDIA's, and engine.device is {self.device}. Set "
+                "engine.cuda_graphs=false, or engine.device=cuda."
+            )
         if self.cuda_graphs and (deepspeed or self.activations is Activations.recompute):
             what = "engine=local" if deepspeed else "engine.activations=keep"
             raise ValueError(
@@ -331,9 +335,9 @@ class RunConfig:
     """What every training has: where it lies, on what it is, and how it is carried out."""
 
     name: str = "custom"  # of the experiment; part of the run's default folder
-    run: str | None = None  # the run's folder; by default runs/NAME-HASH
+    run: PathName | None = None  # the run's folder; by default runs/NAME-KIND-seedN-HASH
     resume: Resume = Resume.auto
-    init: str | None = None  # a run or checkpoint whose weights to start from
+    init: Place | None = None  # a run or checkpoint whose weights to start from
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -357,7 +361,12 @@ class RunConfig:
 
     def folder(self) -> Path:
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-        return Path(self.run) if self.run else Path("runs") / f"{self.name}-{digest[:8]}"
+        return Path(self.run or f"runs/{self.name}-{self.kind}-seed{self.seed}-{digest[:8]}")
+
+    @property
+    def kind(self) -> str:
+        """What sets the run apart from others of its experiment, in its default folder's name."""
+        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """What makes the run this run."""
@@ -384,6 +393,24 @@ class TrainConfig(RunConfig):
                 "new one. Set model.base=NAME_OR_FOLDER or init=RUN, or leave LoRA out."
             )
         plan(self.method, self.curriculum)
+
+    @property
+    def kind(self) -> str:
+        return self.method
+
+
+def locate(config: RunConfig) -> None:
+    """Name every file and folder that the run keeps so that it is found from any folder; `run` stays as it is.
+
+    A name that may be one of the Hugging Face hub is a folder if there is one.
+    """
+
+    def absolute(key: str, kind: Kind, text: str) -> str:
+        is_path = kind.tag == "path" and key != "run"
+        is_folder = kind.tag == "place" and text != WORDS and Path(text).exists()
+        return str(Path(text).resolve()) if text and (is_path or is_folder) else text
+
+    change_texts(config, absolute)
 
 
 def identity(config: dict[str, Any], schema: type[RunConfig] = TrainConfig) -> dict[str, Any]:
@@ -424,14 +451,14 @@ class StopRule(StrEnum):
 class DataFiles:
     """Files to take in place of those that the run was made with."""
 
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
+    train: PathName | None = None
+    valid: PathName | None = None
+    test: PathName | None = None
 
 
 @dataclass
 class EvaluateConfig:
-    run: str = ""
+    run: PathName = ""
     checkpoint: str = "best"  # best, last, or the number of an update
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
@@ -457,12 +484,12 @@ class EvaluateConfig:
 
 @dataclass
 class GenerateConfig:
-    run: str = ""
+    run: PathName = ""
     checkpoint: str = "best"
-    question: str = ""  # "-" reads standard input; with neither a question nor a file they are typed in
-    file: str = ""  # questions, one a line, or rows of JSON
-    output: str = ""  # where the answers to a file go, as JSON lines; by default to the screen
-    policy: str = ""  # of coconut.adaptive, which then says how each question is asked
+    question: Text = ""  # "-" reads standard input; with neither a question nor a file they are typed in
+    file: PathName = ""  # questions, one a line, or rows of JSON
+    output: PathName = ""  # where the answers to a file go, as JSON lines; by default to the screen
+    policy: PathName = ""  # of coconut.adaptive, which then says how each question is asked
     batch_size: int = 64
     show_thoughts: bool = False
     num_thoughts: int | None = None
@@ -499,15 +526,15 @@ class GenerateConfig:
 
 @dataclass
 class ExportConfig:
-    run: str = ""
+    run: PathName = ""
     checkpoint: str = "best"
-    released: str = ""  # in place of a run: a checkpoint of the code released with the paper
-    base: str = ""  # the model that it was trained from: its config and tokenizer; of a LoRA run the name to record
-    tokenizer: str = ""  # if it is not the base's
+    released: PathName = ""  # in place of a run: a checkpoint of the code released with the paper
+    base: Place = ""  # the model that it was trained from: its config and tokenizer; of a LoRA run the name to record
+    tokenizer: Place = ""  # if it is not the base's
     method: str = "coconut"  # how the released checkpoint was trained
     stage: int | None = None
     thoughts_per_step: int = 1
-    output: str = ""
+    output: PathName = ""
     merge: bool = True  # write a LoRA model whole
     max_shard_size: str = "5GB"  # no file of weights is larger
     push: str = ""  # OWNER/NAME on the Hugging Face hub
@@ -530,7 +557,7 @@ class ExportConfig:
 
 @dataclass
 class DemoConfig:
-    run: str = ""
+    run: PathName = ""
     checkpoint: str = "best"
     host: str = "127.0.0.1"  # who can open the page: this machine alone
     port: int = 8000  # 0: any that is free
@@ -561,12 +588,12 @@ class Part(StrEnum):
 
 @dataclass
 class AnalyzeConfig:
-    run: str = ""
+    run: PathName = ""
     checkpoint: str = "best"
     parts: list[Part] | None = None  # by default all that fit the run; []: the page alone
     limit: int | None = None  # the first so many test questions
     batch_size: int = 64
-    output: str | None = None  # by default RUN/report.html
+    output: PathName | None = None  # by default RUN/report.html
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -576,9 +603,9 @@ class AnalyzeConfig:
 
 @dataclass
 class TableConfig:
-    runs: list[str] = field(default_factory=list)  # folders, or patterns of folders
+    runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
     split: str = "test"  # or the name of another evaluation that all of them have
-    output: str | None = None  # a folder; by default the one that all runs lie in
+    output: PathName | None = None  # a folder; by default the one that all runs lie in
 
     def __post_init__(self) -> None:
         if not self.runs:

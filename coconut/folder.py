@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coconut.config import Resume, RunConfig, identity
+from coconut.config import Resume, RunConfig, identity, locate
 from coconut.data import existing
 from coconut.engine.world import World
 from coconut.files import read_json, release, sha256, sole_owner, write_json
@@ -25,7 +25,7 @@ def held_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[st
     Raises ValueError if the run cannot begin or go on there.
     """
     world.first_does(lambda: ready(config.tracking))
-    config.data = config.data.absolute()
+    locate(config)
     files = world.first_does(lambda: data_files(asdict(config.data)))
     folder = config.folder()
     read = {split: files[split] for split in ("train", "valid")}
@@ -52,9 +52,14 @@ def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
         a, b = there.get(key), asked.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
+        elif a != b and not _led_to(a, b):
             found.append(f"{prefix}{key}: {a} there, {b} asked for")
     return found
+
+
+def _led_to(there: Any, asked: Any) -> bool:
+    """Whether a relative path led to what a run was made with, which may have gone since."""
+    return isinstance(there, str) and isinstance(asked, str) and asked != "" and there == str(Path(asked).resolve())
 
 
 def open_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> None:

@@ -94,7 +94,7 @@ def attach(base: PreTrainedModel, added: list[int], settings: LoraConfig, place:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
     except ImportError:
-        raise ValueError('LoRA needs peft: pip install "coconut-latent[lora]".') from None
+        raise ValueError("LoRA needs peft. Install it: pip install peft") from None
 
     targets = find_targets(base, settings.targets)
     transposed = any(isinstance(base.get_submodule(name), Conv1D) for name in targets)

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from coconut.overrides import Template
+
 
 class Slot(StrEnum):
     """What stands between the question and the written chain."""
@@ -311,9 +313,9 @@ class PromptFormat:
     `chat`: the question is what a user says in the tokenizer's chat template, and the assistant's turn begins after it.
     """
 
-    question: str = "{}\n"
-    step: str = "{}\n"
-    answer: str = "### {}"
+    question: Template = "{}\n"
+    step: Template = "{}\n"
+    answer: Template = "### {}"
     chat: bool = False
 
     def __post_init__(self) -> None:

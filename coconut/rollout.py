@@ -40,9 +40,10 @@ def together(config: RolloutConfig, world: World) -> int:
     examples = [examples[i] for i in kept]
     output = Path(config.output or Path(config.run) / "rollouts" / f"{config.split}.jsonl")
     about = {
-        "run": str(Path(config.run).resolve()), "step": trained.step, "file": str(path), "sha256": sha256(path),
-        "questions": len(examples), "samples": config.samples, "temperature": config.temperature, "mode": config.mode,
-        "max_new_tokens": config.max_new_tokens, "seed": config.seed,
+        "run": str(Path(config.run).resolve()), "step": trained.step, "file": str(Path(path).resolve()),
+        "sha256": sha256(path), "questions": len(examples), "samples": config.samples,
+        "temperature": config.temperature, "mode": config.mode, "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
     }  # fmt: skip
     parts = output.with_name(f".{output.name}.chunks")
     world.first_does(lambda: _begin(parts, about))

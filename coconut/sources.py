@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_environment, own_version, quoted
+from coconut.cli import own_environment, own_version
 from coconut.config import SPLITS
 from coconut.files import clear_abandoned
+from coconut.overrides import quoted
 from coconut.screen import say
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from coconut.files import read_json
 from coconut.screen import say
-from coconut.tracking import METRICS, TRACKING, TRACKING_LOG, samples_file
+from coconut.tracking import METRICS, TRACKING, TRACKING_LOG, samples_file, unsent
 
 SECONDS_TO_ANSWER = "20"  # that W&B has at the beginning; after them the run is kept offline
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -38,7 +39,7 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would hold up the end where no network answers
         import wandb
 
-        self.wandb = wandb
+        self.wandb, self.folder = wandb, folder
         beside = {name: value for name, value in told["about"].items() if name != "config"}
         settings = wandb.Settings(
             console="off", silent=True, disable_code=True, disable_git=True, disable_job_creation=True,
@@ -81,7 +82,8 @@ class Wandb:
         finally:
             self.run.finish(exit_code=int(failed))
             if self.run.offline:
-                say(f"W&B has not got this run yet. Send it with: wandb sync {Path(self.run.dir).parent}")
+                folders = shlex.join(map(str, unsent(self.folder)))
+                say(f"W&B has not got this run yet. Send it with: wandb sync {folders}")
 
 
 class TensorBoard:

@@ -67,7 +67,7 @@ def ready(config: TrackingConfig) -> None:
     if _version(config.to) is None:
         raise ValueError(
             f"tracking={config.to} needs the package {config.to}, which is not installed here. Install it with "
-            f'pip install "coconut-latent[{config.to}]", or leave tracking={config.to} out.'
+            f"pip install {config.to}, or leave tracking={config.to} out."
         )
     if config.to is Tracker.wandb and config.mode is TrackingMode.online and (problem := _no_login()):
         raise ValueError(
@@ -92,6 +92,18 @@ def _no_login() -> str | None:
     except subprocess.TimeoutExpired:
         return None
     return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+def unsent(run: Path, online: bool = False) -> list[Path]:
+    """The folders of the run's sessions that `wandb sync` has not sent, in their order; if asked, of `online` ones too.
+
+    Each session of a run that was resumed has its own, and they make one run of W&B.
+    """
+    found = [*run.glob("wandb/offline-run-*"), *(run.glob("wandb/run-*") if online else ())]
+    return sorted(
+        (folder for folder in found if not any(folder.glob("*.wandb.synced"))),
+        key=lambda folder: folder.name.removeprefix("offline-"),
+    )
 
 
 class Sender:
@@ -150,7 +162,8 @@ class Sender:
                 f"{self.folder / TRACKING_LOG} tells more."
             )
             if self.config.to is Tracker.wandb:
-                say(f"  What W&B had taken is sent with: wandb sync --include-online {self.folder}/wandb/latest-run")
+                folders = shlex.join(map(str, unsent(self.folder, online=True)))
+                say(f"  What W&B had taken is sent with: wandb sync --include-online {folders}")
 
     def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.cli import application
+from coconut.overrides import Place
 from coconut.tasks import gsm8k
 from data_builders.arithmetic import Outcome, check, shown
 from data_builders.building import Builder, run
@@ -64,7 +65,7 @@ FAULTS = {
 class Gsm8kBuild(SourceKeys):
     name: str = "gsm8k"
     preset: Preset | None = None
-    hub: str | None = None
+    hub: Place | None = None
     hub_config: str | None = None
     steps: Steps = Steps.equations
     arithmetic: Faulty = Faulty.keep

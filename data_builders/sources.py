@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.files import sha256
+from coconut.overrides import PathName, Place
 from data_builders.writing import SPLITS, Row, divide
 
 SHOWN = 10  # bad rows that an error names; it counts them all
@@ -44,20 +45,20 @@ class Released:
 class SourceKeys:
     """The keys that every builder has: a file to be divided, or a file for each split."""
 
-    out_dir: str = "data"
+    out_dir: PathName = "data"
     name: str = "data"
     seed: int = 0
-    source: str | None = None
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
+    source: PathName | None = None
+    train: PathName | None = None
+    valid: PathName | None = None
+    test: PathName | None = None
     num_train: int | None = None
     num_valid: int | None = None
     num_test: int | None = None
     num_workers: int | None = None  # processes; by default one for each core
-    compare: str | None = None  # a file to set beside; nothing is written then
+    compare: PathName | None = None  # a file to set beside; nothing is written then
     compare_rows: int = 10000  # made for it, if rows are made
-    tokenizer: str | None = None  # to compare lengths in its tokens, too
+    tokenizer: Place | None = None  # to compare lengths in its tokens, too
 
     def __post_init__(self) -> None:
         if not self.name or self.name != Path(self.name).name:

@@ -10,18 +10,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import coconut
 from coconut.adaptive.config import AdaptiveConfig
-from coconut.cli import CONF_DIR, built, in_words, quote_text
+from coconut.cli import CONF_DIR, built, ends_quietly, in_words
 from coconut.config import (
     AnalyzeConfig,
     DemoConfig,
@@ -35,8 +39,10 @@ from coconut.config import (
     TrainConfig,
 )
 from coconut.methods import plan
+from coconut.overrides import as_override
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rl.config import RLConfig
+from data_builders.gsm8k import Gsm8kBuild
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl", "rollout", "reward", "adaptive"]
@@ -48,9 +54,14 @@ for name, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-def composed(command: str, *overrides: str) -> object:
+def composed(command: str, *overrides: str) -> Any:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return built(compose(command, list(overrides)), SCHEMAS[command])
+
+
+def typed(command: str, *arguments: str) -> Any:
+    """As on the command line."""
+    return composed(command, *(as_override(argument, SCHEMAS[command]) for argument in arguments))
 
 
 def group(name: str) -> list[str]:
@@ -177,7 +188,7 @@ def test_an_error_is_one_message(tmp_path: Path) -> None:
 def test_any_text_survives_hydra(text: str) -> None:
     if not text.strip() or "\0" in text:
         return
-    config = composed("generate", "run=r", quote_text(f"question={text}"))
+    config = typed("generate", "run=r", f"question={text}")
     assert isinstance(config, GenerateConfig)
     assert config.question == text
 
@@ -187,21 +198,151 @@ def test_any_text_survives_hydra(text: str) -> None:
     ["Tom's cat, (is) it {a} [b]?", "costs $5, ${x} or \\${y}", 'a "quoted" one', "ends in \\", "a=b: #c", "-", "''"],
 )
 def test_signs_that_mean_something_to_hydra(text: str) -> None:
-    config = composed("generate", "run=r", quote_text(f"question={text}"))
+    config = typed("generate", "run=r", f"question={text}")
     assert isinstance(config, GenerateConfig)
     assert config.question == text
 
 
 def test_other_arguments_are_left_alone() -> None:
-    for argument in ("seed=1", "run='a b'", "--help", "question", "+x.question=1"):
-        assert quote_text(argument) == argument
+    for argument in ("seed=1", "run='a b'", "--help", "run", "+x.question=1", "init=null", "data=own",
+                     "engine.kind=local", "~tracking.name=a", "hydra.sweep.dir=1.10", "+data.build.x=6"):  # fmt: skip
+        assert as_override(argument, TrainConfig) == argument
 
 
-@pytest.mark.parametrize("name", ["/home/é/data", "it's (a, b)", "a b", "back\\ slash", "#1", "a&b"])
-def test_any_name_of_a_folder_survives(name: str) -> None:
-    config = composed("evaluate", quote_text(f"run={name}"), quote_text(f"data.test={name}"))
-    assert isinstance(config, EvaluateConfig)
-    assert (config.run, config.data.test) == (name, name)
+NAMES = [
+    "/home/é/data", "it's (a, b)", "a b", "back\\ slash", "#1", "a&b", "12e5", "1.10", "true", "0x1", "1_0", "nan",
+    "+1", "runs/lr=0.1", "a,b", "[x", "[x]", "{y: 1}", "a: b", " a ", "x\\", "a'b'", "'a", "", "$a", "~a", "日本",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["run", "name", "data.files", "++model.tokenizer", "tracking.tags"])
+def test_any_name_survives(key: str) -> None:
+    for name in NAMES:
+        in_quotes = '"' + (name + "\\" if name.endswith("\\") else name) + '"'
+        value = f"[b,{in_quotes}]" if key == "tracking.tags" else name
+        assert taken(f"{key}={value}") == [["b", name] if key == "tracking.tags" else name]
+        if key != "tracking.tags":  # of a sweep, which Hydra writes once more
+            value = in_quotes if "," in name else name.strip()
+            swept = [as_override(f"{key}=x,{value}", TrainConfig, multirun=True), "seed=0"]
+            jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)[0]
+            assert [taken(job[0], typed=False) for job in jobs] == [["x"], [name if "," in name else name.strip()]]
+
+
+def taken(*arguments: str, typed: bool = True) -> list[Any]:
+    """What Hydra and OmegaConf make of the values."""
+    written = [as_override(argument, TrainConfig) if typed else argument for argument in arguments]
+    found = [override.value() for override in OverridesParser.create().parse_overrides(written)]
+    return list(OmegaConf.to_container(OmegaConf.create(found), resolve=True))  # pyright: ignore
+
+
+def jobs_of(command: str, *arguments: str) -> list[list[str]]:
+    """What Hydra makes of a sweep."""
+    overrides = OverridesParser.create().parse_overrides(
+        [as_override(argument, SCHEMAS[command], multirun=True) for argument in arguments]
+    )
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "runs"),
+    [
+        ("run=a,b", ["a", "b"]),
+        ("run=1.10,true", ["1.10", "true"]),
+        ("run='a,b',c", ["a,b", "c"]),
+        ("run=it's, b=c", ["it's", "b=c"]),
+        ("run=choice(a,b)", ["a", "b"]),
+    ],
+)
+def test_a_sweep_over_names(argument: str, runs: list[str]) -> None:
+    assert [taken(*job, typed=False) for job in jobs_of("train", argument)] == [[run] for run in runs]
+
+
+@pytest.mark.parametrize("argument", ["curriculum.modes=[short,think],[think,short]", "curriculum.modes=[a, 'b]'],[c]"])
+def test_a_sweep_over_lists(argument: str) -> None:
+    assert [len(job) for job in jobs_of("train", argument)] == [1, 1]
+
+
+def test_what_means_something_in_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    config = typed(
+        "train", "run=~/r", "init=~", 'model.base="~/m"', "seed=3", "name='a b'", "data=own", "data.train=t-${seed}",
+        r"data.valid=\${v}", "model.tokenizer=null", "tracking.tags=a b,c", "tracking.name=~",
+    )  # fmt: skip
+    assert (config.run, config.init, config.model.base) == ("/home/anna/r", "/home/anna", "/home/anna/m")
+    assert (config.name, config.data.train, config.data.valid) == ("a b", "t-3", "${v}")
+    assert (config.model.tokenizer, config.tracking.tags, config.tracking.name) == (None, ["a b", "c"], "~")
+    assert typed("evaluate", "run=null").run == "null"
+
+
+@pytest.mark.parametrize(
+    ("written", "step"),
+    [
+        (r"{}\n", "{}\n"),
+        (r'"{}\n"', "{}\n"),
+        (r"'it\'s {}\t'", "it's {}\t"),
+        (r"{}\\n", r"{}\n"),
+        (r"{} \neq", "{} \neq"),
+        ("{}\n", "{}\n"),
+        ("{}, ${x} # = [", "{}, ${x} # = ["),
+        (r"{}\rightarrow", r"{}\rightarrow"),
+    ],
+)
+def test_a_format_template_on_the_command_line(written: str, step: str) -> None:
+    assert taken(f"data.format.step={written}") == [step]
+
+
+def test_builders_take_names_to_the_letter() -> None:
+    ConfigStore.instance().store(name="build_gsm8k_schema", node=Gsm8kBuild)
+    arguments = ["out_dir=1.10=a b", "name=12e5", "hub=1e5", "hub_config=true"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = built(compose("build_gsm8k", [as_override(each, Gsm8kBuild) for each in arguments]), Gsm8kBuild)
+    assert (config.out_dir, config.name, config.hub, config.hub_config) == ("1.10=a b", "12e5", "1e5", "true")
+
+
+def test_what_is_not_utf8_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = os.fsdecode(b"r\xe9")
+    (tmp_path / odd).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / odd)
+    monkeypatch.chdir(tmp_path)
+    for argument in (f"run={odd}", "run=link/x", f"init={odd}/x", f"tracking.name={odd}", f"tracking.tags=[a,{odd}]"):
+        with pytest.raises(ValueError, match=rf"^{argument.partition('=')[0]} is .*, which is not UTF-8") as raised:
+            typed("train", "experiment=quickstart", argument)
+        str(raised.value).encode()
+    monkeypatch.chdir(odd)
+    with pytest.raises(ValueError, match=r"^The current folder is .*, which is not UTF-8"):
+        typed("analyze", "run=r")
+
+
+def test_default_folders_say_method_and_seed() -> None:
+    for command, keys, named in [
+        ("train", ["experiment=quickstart", "seed=3"], "quickstart-coconut-seed3"),
+        ("rl", ["experiment=thinkless_laptop", "init=r", "objective.name=grpo"], "thinkless_laptop-grpo-seed0"),
+        ("reward", ["init=r", "data.train=a", "data.valid=b", "loss=dpo"], "custom-dpo-seed0"),
+    ]:
+        assert re.fullmatch(f"runs/{named}-[0-9a-f]{{8}}", str(composed(command, *keys).folder()))
+
+
+def test_a_missing_launcher_says_what_to_install() -> None:
+    error = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic"])
+    assert "pip install hydra-submitit-launcher" in in_words(error, TrainConfig)
+
+
+def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "data_builders.pointers", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+    @ends_quietly
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        interrupted()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
@@ -235,7 +376,8 @@ def test_import_is_light() -> None:
 # --- structure ------------------------------------------------------------------------------------
 
 LAYERS = [
-    ["cli", "files", "methods", "screen", "tasks"],
+    ["overrides", "screen"],
+    ["cli", "files", "methods", "sweeps", "tasks"],
     ["config", "modes"],
     ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
@@ -250,7 +392,8 @@ LAYERS = [
     ["adaptive"],
     ["analyze", "demo", "reward", "rollout"],
 ]
-TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}
+TORCHLESS = {"overrides", "cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening",
+             "settings", "sweeps"}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
@@ -283,7 +426,7 @@ def test_imports_run_downwards() -> None:
             assert not {m for m in imports(path) if m.split(".")[-1] in ("model", "data", "methods")}
     for path in (ROOT / "data_builders").glob("*.py"):
         ours = {module for module in imports(path) if module.startswith("coconut.")}
-        assert ours <= {"coconut.cli", "coconut.files", "coconut.screen", "coconut.tasks"}
+        assert ours <= {"coconut.cli", "coconut.files", "coconut.overrides", "coconut.screen", "coconut.tasks"}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from coconut import evaluate, train
 from coconut.analysis.compare import accuracy_interval, compare, difference_interval, exact_test, holm
 from coconut.analysis.table import SCREEN, on_screen
 from coconut.analysis.table import run as table
-from coconut.cli import CONF_DIR, quote_text
+from coconut.cli import CONF_DIR
 from coconut.config import (
     DataConfig,
     DataFiles,
@@ -37,6 +37,7 @@ from coconut.config import (
 )
 from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, Unit
+from coconut.overrides import as_override
 
 ConfigStore.instance().store(name="table_schema", node=TableConfig)
 CPU = EngineConfig(device="cpu", threads=1)
@@ -553,7 +554,7 @@ def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_runs_can_be_named_in_several_ways(argument: str, expected: list[str]) -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = OmegaConf.to_object(compose("table", [quote_text(argument)]))
+        config = OmegaConf.to_object(compose("table", [as_override(argument, TableConfig)]))
     assert isinstance(config, TableConfig)
     assert config == TableConfig(runs=expected)
 

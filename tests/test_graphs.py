@@ -19,6 +19,7 @@ from test_model import mixed_batch, relative
 from benchmarks.ways import Size, make_batch, make_data, make_model
 from coconut import LatentLM, model
 from coconut.config import Activations, AdamWConfig, EngineConfig, EngineKind, EvaluateConfig
+from coconut.engine.base import set_up
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.graphs import fresh_leaves, rounded, rounded_down
@@ -78,6 +79,7 @@ def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
 @pytest.mark.parametrize(
     ("other", "told"),
     [
+        ({"device": "cpu"}, "engine.device is cpu"),
         ({"activations": Activations.recompute}, "engine.activations=keep"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 2}, "engine=local"),
     ],
@@ -85,6 +87,13 @@ def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
 def test_what_does_not_go_with_them_is_named(other: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         EngineConfig(cuda_graphs=True, **other)
+
+
+def test_a_device_without_them_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs here")
+    set_up(EngineConfig(cuda_graphs=True, threads=1))
+    assert capsys.readouterr().out.startswith("warning: engine.cuda_graphs=true does nothing here: the device is ")
 
 
 def test_fresh_leaves_are_the_same_weights(family: str) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 from conftest import graph_files
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from processes import CLEAN, HERE, free_port
 
 from coconut.checkpoint import Checkpoints
@@ -142,6 +145,22 @@ def test_a_sweep_stops_as_a_whole(keys: Callable[[Path, int], list[str]], tmp_pa
     assert sweep.returncode == 143, printed
     assert "Stopped by SIGTERM; saved at update" in printed
     assert not (tmp_path / "run-1").exists()
+
+
+def test_a_sweep_says_how_many_and_where(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    for launcher, where in [("basic", "here"), ("submitit_local", "all at once"), ("slurm", "each a job of SLURM's")]:
+        keys = ["experiment=quickstart", "method=cot,icot", "seed=0,1", f"hydra/launcher={launcher}"]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra
+            config = hydra.compose_config("train", keys, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+        Callbacks(config).on_multirun_start(config=config, config_name="train")
+        said = capsys.readouterr().out
+        assert said.startswith(f"A sweep of 4 runs, {where}")
+        assert "  2: method=icot seed=0\n" in said
+        assert ("runs/.sweep/.submitit/JOB, in *_log.out" in said) == (launcher != "basic")
 
 
 def test_slurm_sweeps_compose() -> None:

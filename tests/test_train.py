@@ -32,6 +32,7 @@ from coconut.config import (
     Resume,
     TooLong,
     TrainConfig,
+    locate,
 )
 from coconut.data import read_examples
 from coconut.engine.base import NonFinite
@@ -41,6 +42,7 @@ from coconut.evaluate import evaluate
 from coconut.files import read_json, write_json
 from coconut.folder import differences
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
+from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig
 from coconut.schedule import Schedule, updates_since_reset
 from coconut.sources import data_files
 from coconut.tracking import read_metrics
@@ -588,6 +590,36 @@ def test_the_learning_rate_warms_up_and_stays() -> None:
     assert [later.learning_rate(n, stage) for stage in (0, 1, 2) for n in (0, 1)] == [0.5, 1.0, 0.1, 0.2, 0.1, 0.2]
     with pytest.raises(ValueError, match="later_lr is 0"):
         OptimizerConfig(later_lr=0.0)
+
+
+def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a/m", "a/words", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def asked(folder: str, up: str) -> list[dict[str, Any]]:
+        monkeypatch.chdir(tmp_path / folder)
+        data = DataConfig(train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
+        model = ModelConfig(base=f"{up}m", tokenizer="words")
+        dense = DenseConfig(weight=1, init=f"{up}m")
+        found = [
+            TrainConfig(run="r", init=f"{up}m", model=model, data=data),
+            RLConfig(init="owner/name", dense=dense, data=data, objective=ObjectiveConfig("dr_grpo")),
+        ]
+        for config in found:
+            locate(config)
+        return [asdict(config) for config in found]
+
+    begun, rl = asked("a", "")
+    place = str(tmp_path / "a")
+    assert (begun["run"], begun["init"], begun["data"]["train"]) == ("r", f"{place}/m", f"{place}/t")
+    assert (begun["model"]["base"], begun["model"]["tokenizer"]) == (f"{place}/m", "words")
+    assert (rl["init"], rl["dense"]["init"], rl["data"]["cache_dir"]) == ("owner/name", f"{place}/m", f"{place}/c")
+    assert asked("b", "../a/") == [begun, rl]
+    (tmp_path / "a" / "m").rmdir()  # and it need not be there any more
+    assert not differences(begun, asked("a", "")[0])
+    assert differences(begun, asked("b", "")[0])
 
 
 def test_differences_are_named_by_their_keys() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -255,6 +257,25 @@ def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="not MASTER_ADDR and MASTER_PORT"):
         seat()
+
+
+def test_waiting_for_processes_that_never_come_says_how_to_be_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a shell of `srun -n4 --pty`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {**SRUN, "SLURM_PROCID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # which joining sets, to be taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("coconut.engine.world.SECONDS_BEFORE_A_WORD", 0.2)
+    hint = r"SLURM_STEP_ID=0 in the environment .* one of 7.* srun --pty, start it with: env -u SLURM_STEP_ID COMMAND"
+    with pytest.raises(ValueError, match=f"did not meet the 6 others at .*{hint}"), joined(replace(ENGINE, timeout=1)):
+        pass
+    assert re.search(f"^Waiting for 6 more processes at 127.0.0.1:{port}. {hint}$", capsys.readouterr().out, re.M)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(data: DataConfig, tmp_path: Path) -> None:

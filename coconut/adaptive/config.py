@@ -9,6 +9,7 @@ from typing import Any
 
 from coconut.config import SPLITS, DataFiles, EngineConfig, Task, at_least
 from coconut.methods import PromptFormat
+from coconut.overrides import PathName, Place, Text
 
 
 class JudgeKind(StrEnum):
@@ -24,7 +25,7 @@ class JudgeConfig:
     """`place`: of the pretrained model, or of the run of coconut.reward."""
 
     kind: JudgeKind = JudgeKind.exact
-    place: str = ""
+    place: Place = ""
 
     def __post_init__(self) -> None:
         if self.place and self.kind is JudgeKind.exact:
@@ -82,27 +83,27 @@ class AdaptiveConfig:
     """One of `run`, `base` and `function` answers the questions, unless there is a `table` of what they answered."""
 
     name: str = "custom"
-    run: str = ""  # of coconut.train, coconut.rl, or a folder with a model
-    base: str = ""  # any causal language model of Hugging Face
+    run: PathName = ""  # of coconut.train, coconut.rl, or a folder with a model
+    base: Place = ""  # any causal language model of Hugging Face
     function: str = ""  # MODULE:NAME, from (question, settings) to a text
-    table: str = ""  # of outcomes, made before: no model is needed
+    table: PathName = ""  # of outcomes, made before: no model is needed
     checkpoint: str = "best"
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
     task: Task | None = None  # by default the run's
     format: PromptFormat = field(default_factory=lambda: PromptFormat(question="{}"))  # what model or function write
-    prompt: str = "{question}"  # of a model: what it reads, with settings of the space in it
+    prompt: Text = "{question}"  # of a model: what it reads, with settings of the space in it
     max_new_tokens: int | None = None
     space: dict[str, Any] = field(default_factory=dict)
     default: dict[str, Any] = field(default_factory=dict)  # the configuration to beat; by default the first values
-    embedding: str = "mean"  # mean or last of the model's own states, or a sentence encoder's name
+    embedding: Place = "mean"  # mean or last of the model's own states, or a sentence encoder's name
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     cost: float = 0.0  # of a forward pass, taken from the score
     limit: int | None = None  # the first so many questions
     few: int = 100  # questions to learn from; the others are for the test
     seeds: int = 20
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    output: str = ""  # by default RUN/adaptive
+    output: PathName = ""  # by default RUN/adaptive
     batch_size: int = 64
     seed: int = 0
     calls: FunctionConfig = field(default_factory=FunctionConfig)

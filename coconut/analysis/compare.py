@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from coconut.analysis.entrants import Entrant, entrants, natural
-from coconut.cli import quoted
 from coconut.config import TableConfig
 from coconut.methods import METHODS
+from coconut.overrides import quoted
 from coconut.screen import listed
 
 RESAMPLES = 10_000

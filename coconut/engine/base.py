@@ -19,6 +19,7 @@ from torch import nn
 
 from coconut.config import AdamWConfig, EngineConfig, EngineKind, Precision
 from coconut.engine.world import World
+from coconut.screen import say
 
 
 class MicroBatch(Protocol):
@@ -159,6 +160,8 @@ def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     device = choose_device(config.device, world.local_rank)
+    if config.cuda_graphs and device.type != "cuda":
+        say(f"warning: engine.cuda_graphs=true does nothing here: the device is {device.type}, and it takes a GPU.")
     if device.type == "cpu":
         keep_memory()
     if device.type == "cuda":

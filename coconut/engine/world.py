@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,12 +33,16 @@ FAILED = "COCONUT_FAILED"  # names a file that a failed process of `launch=local
 LOST = 3  # exit status of a process that ends because another one did, or does not get on
 STARTING, ENDING = "starting", "ending"  # what takes as long as it takes: loading data and models, the last words
 CONNECTION = re.compile(r"connection (closed|reset)|broken pipe|remote process|timed out", re.IGNORECASE)
+SECONDS_BEFORE_A_WORD = 5  # of waiting for the other processes
 FOR_EVER = timedelta(days=30)  # `Watch` knows better than a clock when a process has waited enough
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Which of the processes this one is; `host` and `port` are where the first one is to be found."""
+    """Which of the processes this one is; `host` and `port` are where the first one is to be found.
+
+    `told_by`: the variable without which this process would be alone.
+    """
 
     rank: int = 0
     size: int = 1
@@ -46,6 +50,16 @@ class Seat:
     local_size: int = 1
     host: str = ""
     port: int = 0
+    told_by: str = field(default="", compare=False)
+
+    @property
+    def alone(self) -> str:
+        """What to do if there are no others."""
+        named = f"{self.told_by}={os.environ.get(self.told_by, '')}"
+        return (
+            f"{named} in the environment says that this process is one of {self.size}. If it is the only one, as in a "
+            f"shell of srun --pty, start it with: env -u {self.told_by} COMMAND"
+        )
 
 
 def seat() -> Seat:
@@ -63,7 +77,7 @@ def seat() -> Seat:
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
         rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
-        return Seat(rank, size, local_rank, local_size, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+        return Seat(rank, size, local_rank, local_size, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "RANK")
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if "SLURM_STEP_ID" not in env or size == 1:
         return Seat()
@@ -74,6 +88,7 @@ def seat() -> Seat:
         local_size=_most_on_a_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1")),
         host=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", "")),
         port=int(env.get("MASTER_PORT") or _port(int(env.get("SLURM_JOB_ID", 0)), int(env["SLURM_STEP_ID"]))),
+        told_by="SLURM_STEP_ID",
     )
 
 
@@ -271,7 +286,8 @@ def _meet(place: Seat, seconds: float, gpus: bool) -> Any:
 
     Raises ValueError if the others do not come.
     """
-    waiting = threading.Timer(10, print, [f"Waiting for {place.size} processes at {place.host}:{place.port}"])
+    wait = f"Waiting for {place.size - 1} more processes at {place.host}:{place.port}. {place.alone}"
+    waiting = threading.Timer(SECONDS_BEFORE_A_WORD, print, [wait], {"flush": True})
     waiting.daemon = True
     if not place.rank:
         waiting.start()
@@ -286,7 +302,8 @@ def _meet(place: Seat, seconds: float, gpus: bool) -> Any:
     except RuntimeError as error:
         raise ValueError(
             f"Process {place.rank} did not meet the {place.size - 1} others at {place.host}:{place.port}: "
-            f"{str(error).splitlines()[0]}. Were all of them started, and is the port free? MASTER_PORT names another."
+            f"{str(error).splitlines()[0]}. Were all of them started, and is the port free? MASTER_PORT names another. "
+            f"{place.alone}"
         ) from error
     finally:
         waiting.cancel()

@@ -44,9 +44,7 @@ def import_deepspeed() -> Any:
         with quiet():
             import deepspeed
     except ImportError as error:
-        raise ValueError(
-            f'engine=deepspeed needs DeepSpeed ({error}). Install it: pip install "coconut-latent[deepspeed]"'
-        ) from error
+        raise ValueError(f"engine=deepspeed needs DeepSpeed ({error}). Install it: pip install deepspeed") from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on CPUs it would be compiled, for a minute
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

@@ -14,6 +14,7 @@ from coconut.config import (
     at_least,
     needs_run,
 )
+from coconut.overrides import PathName
 from coconut.rewards.losses import loss_named
 
 
@@ -21,11 +22,11 @@ from coconut.rewards.losses import loss_named
 class RolloutConfig:
     """Answers sampled from a run's model to the questions of one of its splits, judged and written to a file."""
 
-    run: str = ""
+    run: PathName = ""
     checkpoint: str = "best"
     split: str = "train"
     data: DataFiles = field(default_factory=DataFiles)
-    output: str = ""  # by default RUN/rollouts/SPLIT.jsonl
+    output: PathName = ""  # by default RUN/rollouts/SPLIT.jsonl
     samples: int = 8
     temperature: float = 1.0
     mode: str | None = None  # of a hybrid model: force it
@@ -72,18 +73,22 @@ class RewardModelConfig(RunConfig):
                 "Name the model to start from, a run or a checkpoint, which is the reference too: init=RUN."
             )
 
+    @property
+    def kind(self) -> str:
+        return self.loss
+
 
 @dataclass
 class CompareConfig:
     """Reward models on the same sampled answers."""
 
-    runs: list[str] = field(default_factory=list)  # that coconut.reward made from one model
-    answers: str = ""  # a file of labelled answers, with equally many for each question
-    development: str = ""  # another one, that chooses thresholds; by default the validation answers of the first run
+    runs: list[PathName] = field(default_factory=list)  # that coconut.reward made from one model
+    answers: PathName = ""  # a file of labelled answers, with equally many for each question
+    development: PathName = ""  # other ones, that choose thresholds; by default the first run's validation answers
     checkpoint: str = "best"
     rollouts: int = 0  # Monte-Carlo rollouts from each step; 0: none
     stepwise: int = 100  # questions whose first errors are looked for, with the first 8 answers to each
-    output: str = ""  # by default the folder that all runs lie in
+    output: PathName = ""  # by default the folder that all runs lie in
     batch_size: int = 256
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)

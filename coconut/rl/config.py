@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coconut.config import AdamWConfig, RunConfig, at_least
+from coconut.overrides import Place
 from coconut.rl.objectives import Objective, objective_named
 
 
@@ -66,7 +67,7 @@ class DenseConfig:
     """
 
     weight: float = 0.0
-    init: str | None = None
+    init: Place | None = None
     beta: float = 0.05
     online: bool = True
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
@@ -137,6 +138,10 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"num_minibatches={self.num_minibatches} is more than there are questions in a batch, {self.questions}."
             )
+
+    @property
+    def kind(self) -> str:
+        return self.objective.name
 
     @property
     def on_policy(self) -> bool:

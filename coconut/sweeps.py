@@ -1,0 +1,35 @@
+"""What the screen says of a sweep when it begins. Hydra makes this callback, as conf/ says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from coconut.screen import say
+
+LAUNCHERS = {
+    "BasicLauncher": "here, one after the other",
+    "SlurmLauncher": "each a job of SLURM's, which squeue lists",
+    "LocalLauncher": "all at once, each a process on this machine",
+}
+
+
+class Sweep(Callback):
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """How many runs, which, who carries them out, and where what they say is kept."""
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+        jobs = BasicSweeper.split_arguments(overrides, None)[0]
+        launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
+        where = LAUNCHERS.get(launcher, f"by {launcher}")
+        say(f"A sweep of {len(jobs)} runs, {where}:")
+        for number, job in enumerate(jobs):
+            values = [each for each in job if each.partition("=")[0] in swept]
+            say(f"  {number}: {' '.join(values) or 'the only one'}")
+        if folder := OmegaConf.select(config, "hydra.launcher.submitit_folder"):
+            logs = str(folder).replace("%j", "JOB")
+            say(f"What they say is in {logs}, in *_log.out and *_log.err. This command waits for them.")
