@@ -142,7 +142,7 @@ def built(config: Any, schema: type) -> Any:
 
     if added := next(_unknown(config), None):
         raise ValueError(no_key(added, schema))
-    made = OmegaConf.to_object(config)
+    made: Any = OmegaConf.to_object(config)
     change_texts(made, at_home)
     refuse_other_bytes(asdict(made))
     return made

@@ -310,6 +310,8 @@ def _icot_stages(curriculum: Curriculum) -> list[Stage]:
 class PromptFormat:
     """How a question, its steps and its answer become text. Encoded segment by segment.
 
+    On the command line \\n in a template is a newline, \\t a tab and \\\\ a backslash; quotes around the
+    whole are no part of it.
     `chat`: the question is what a user says in the tokenizer's chat template, and the assistant's turn begins after it.
     """
 
