@@ -68,8 +68,8 @@ def voted(
         if few or np.ptp(weights_QN[q][votes]):
             draws: Iterable[Sequence[int]] = combinations(range(N), size)
             if not few:
-                draws = (draw.permutation(N)[:size] for _ in range(SUBSETS))
-            found[q] = np.mean([_elected(kind_N, weights_QN[q], right_K, list(chosen)) for chosen in draws])
+                draws = (draw.permutation(N)[:size].tolist() for _ in range(SUBSETS))
+            found[q] = np.mean([_elected(kind_N, weights_QN[q], right_K, chosen) for chosen in draws])
         else:
             found[q] = _majority(counts_K.tolist(), right_K.tolist(), N, size)
     return found
