@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -143,6 +143,12 @@ def read_answer(task: Task, text: str, form: PromptFormat) -> str | None:
     """The answer in what a model wrote, without what the prompt format puts around it; None if there is none."""
     found = task.read_answer(text, form.answer_mark)
     return None if found is None else found.removesuffix(form.answer_end).strip()
+
+
+def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
+    """What the task compares of the answer in what a model wrote; None if there is none."""
+    found = read_answer(task, text, form)
+    return None if found is None else task.key(found)
 
 
 def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:

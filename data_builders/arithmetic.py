@@ -5,7 +5,7 @@ what stands between `<<` and `>>` in the solutions of GSM8K (Cobbe et al., arXiv
 
 | written        | read as                                                    |
 | -------------- | ---------------------------------------------------------- |
-| 1,200  .5  5.  | numbers; commas part groups of three digits                |
+| 1,200  .5  5.  | numbers; commas as coconut.tasks.gsm8k reads them          |
 | + - * / ( )    | as usual; also × x · for * and ÷ for / and − – for -       |
 | //             | division down to a whole number, as GSM8K's calculator has |
 | ^  **          | power with a whole exponent, to the right, before the sign |
@@ -26,6 +26,8 @@ from decimal import Context, Decimal
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
+
+from coconut.tasks import gsm8k
 
 LONGEST = 500  # characters of an equation
 DEEPEST = 50  # parentheses, signs and powers in one another
@@ -139,7 +141,7 @@ OPERATORS = {
 
 _ALIKE = str.maketrans({**dict.fromkeys("×xX·⋅∙", "*"), "÷": "/", **dict.fromkeys("−–—", "-")})
 _CURRENCY = str.maketrans(dict.fromkeys("$€£¥", " "))
-_NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+"
+_NUMBER = rf"{gsm8k.WHOLE}(?:\.[0-9]*)?|\.[0-9]+"
 _TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|//|[-+*/^()%]))")
 _LONE = re.compile(rf"\s*[-+]?\s*(?:{_NUMBER})\s*%?\s*")
 END = ""

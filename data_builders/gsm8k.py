@@ -207,7 +207,7 @@ def measure(row: Row) -> Measures:
         "characters of a step": [float(len(step)) for step in row["steps"]],
         "equations": [verdict.outcome.value for verdict in verdicts],
         "operators": [sign for verdict in verdicts for sign in verdict.operators],
-        "last value is not the answer": float(last is not None and answer is not None and last != Fraction(answer)),
+        "last value is not the answer": float(last is not None and answer is not None and last != answer),
         "digits of the answer": float(sum(sign.isdigit() for sign in row["answer"])),
         "negative answers": float(answer is not None and answer < 0),
         "answers with decimals": float(answer is not None and answer % 1 != 0),
@@ -282,7 +282,7 @@ def _converted(record: Any, kind: Steps) -> Row:
         steps = bare
         if equations and not steps:
             raise ValueError("it has no sentences, only equations. Leave out steps=sentences.")
-    return {"question": question, "steps": steps, "answer": f"{value:f}", "equations": equations}
+    return {"question": question, "steps": steps, "answer": gsm8k.written(value), "equations": equations}
 
 
 def _json(line: str) -> Any:

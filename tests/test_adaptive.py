@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 import threading
 import time
-from itertools import product
+from collections.abc import Sequence
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from conftest import build, byte_level_tokenizer, graph_files, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import CLEAN, HERE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_hybrid import hybrid
 from test_rollouts import EXAMPLES, TASK
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
+from coconut import LatentLM
 from coconut.adaptive import backends, encoders, report
 from coconut.adaptive import command as adaptive
 from coconut.adaptive.backends import CausalModel, Failed, Function, Latent, Reply, answers
@@ -33,15 +36,18 @@ from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.policy import Policy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
 from coconut.adaptive.trials import arms_study, studies, trials
+from coconut.checkpoint import Checkpoints
 from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
-from coconut.data import Example
+from coconut.data import Example, encode_questions
 from coconut.evaluate import evaluate
-from coconut.files import read_json
+from coconut.files import read_json, write_json
 from coconut.generate import run as generate
+from coconut.layout import slot_ids
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rl.policy import sample_said
 from coconut.tasks import TASKS
+from coconut.thinking import pad_rows
 from coconut.train import run as train
 
 CPU = EngineConfig(device="cpu", threads=1)
@@ -215,10 +221,81 @@ def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
         for row in replies:
             several = row[number + 1]
             assert len(several.texts) == len(several.said) == 3
-            thought = settings["num_thoughts"]
-            assert several.passes == thought + bool(thought) + sum(
-                len(said) for said in several.said
-            )  # all end with the end of the sequence, or with the limit
+
+
+@pytest.mark.parametrize("kind", ["words", "thoughts", "hybrid"])
+def test_passes_are_the_calls_that_it_takes(kind: str) -> None:
+    """Said again one call at a time: the prompt once, then each sample's tokens after it but the last."""
+    lm = hybrid("gpt2") if kind == "hybrid" else build("gpt2", torch.float64)
+    backend, calls = Latent(lm, "a model", 64, 5), 0
+    settings: dict[str, Any] = {"temperature": 1, "samples": 5}
+    if kind != "hybrid":
+        settings["num_thoughts"] = 3 * (kind == "thoughts")
+    [found] = backend([QUESTIONS[0]], settings, (0,))
+    reply = found[0]
+
+    def fed(embeds_TD: torch.Tensor, cache: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        base: Any = lm.base
+        out = base.transformer(inputs_embeds=embeds_TD[None], use_cache=True, **{lm.cache_argument: cache})
+        return out.last_hidden_state[0, -1]
+
+    def embedded(ids: Sequence[int]) -> torch.Tensor:
+        return lm.base.get_input_embeddings()(torch.tensor(ids))
+
+    [question], sampled, likely = backend.rows([QUESTIONS[0]], settings), [], []
+    calls += any(reply.modes)  # over the question, to choose their modes
+    with torch.no_grad():
+        for mode, count in sorted(set(zip(reply.modes, reply.num_thoughts, strict=True))):
+            control = [lm.special.control[mode]] if mode else []
+            slot = slot_ids(lm.reasoning.in_mode(mode) if mode else lm.reasoning, lm.special, count).tolist()
+            prompt, cache = DynamicCache(), DynamicCache()
+            before = [*question, *control, *slot[:1]] if count else [*question, *control, *slot]
+            state = fed(embedded(before), prompt)
+            for _ in range(count):
+                state = fed(state[None], prompt)
+            if count:
+                state = fed(embedded(slot[-1:]), prompt)
+            for place, said in enumerate(reply.said):
+                if reply.modes[place] != mode:
+                    continue
+                cache, own = copy.deepcopy(prompt), state
+                for n, token in enumerate(said):
+                    own = fed(embedded(said[n - 1 : n]), cache) if n else own
+                    likely.append(float(allowed(lm, own)[token]))
+                sampled.append(place)
+    assert sorted(sampled) == list(range(5))
+    assert reply.passes == calls
+    chances = recorded(lm, backend.rows([QUESTIONS[0]], settings), settings, sampled)
+    assert likely == pytest.approx(chances, abs=1e-5)
+
+
+def allowed(lm: LatentLM, state: torch.Tensor) -> torch.Tensor:
+    logits = lm.logits(state).float()
+    logits[list(lm.special.added)] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+def recorded(lm: LatentLM, rows: list[list[int]], settings: dict[str, Any], order: list[int]) -> list[float]:
+    """How likely the model said that the same samples are, token by token."""
+    thoughts = {key: value for key, value in settings.items() if key == "num_thoughts"}
+    with backends._seeded((0,), lm.device):
+        out = lm.generate(*pad_rows(rows, lm.special.pad), do_sample=True, temperature=1.0, top_p=1.0, log_probs=True,
+                          num_return_sequences=5, max_new_tokens=5, **thoughts)  # fmt: skip
+    assert out.log_probs is not None
+    return [value for place in order for value in out.log_probs[place].tolist()]
+
+
+def test_the_question_is_asked_as_an_evaluation_asks_it() -> None:
+    tokenizer = byte_level_tokenizer()
+    config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer)
+    asked = [" Is Tom a cat? ", "How many?\n"]
+    assert Latent(lm, "a model").rows(asked, {}) == encode_questions(lm.tokenizer, asked, lm.reasoning.format)
+    assert Latent(lm, "a model").rows(asked, {"prefix": "Every dog"}) == encode_questions(
+        lm.tokenizer, [f"Every dog {question}" for question in asked], lm.reasoning.format
+    )
 
 
 def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,10 +341,6 @@ def test_samples_that_choose_their_own_mode(tmp_path: Path) -> None:
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "vote": {"temperature": 2, "samples": 8}}})
     several = [row[1] for row in answers(backend, QUESTIONS, space, tmp_path / "l")]
     assert any(len(set(reply.modes)) > 1 for reply in several)
-    for reply in several:
-        thoughts = dict(zip(reply.modes, reply.num_thoughts, strict=True))
-        before = sum(1 + count + bool(count) for count in thoughts.values())
-        assert reply.passes == before + sum(map(len, reply.said))
 
 
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
@@ -312,6 +385,26 @@ def test_any_model_of_hugging_face(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=told):
             CausalModel(str(place), prompt, cpu)
     assert one.fits(["1", "1 " * 200], {"steps": 1}) == [True, False]
+
+
+def test_a_models_own_generation_settings_are_put_aside(tmp_path: Path) -> None:
+    place = saved_causal(tmp_path / "model")
+    prompt, cpu = "{question} ?", torch.device("cpu")
+    plain = CausalModel(str(place), prompt, cpu, max_new_tokens=6)
+    own = {"do_sample": True, "repetition_penalty": 9.0, "min_p": 0.99, "no_repeat_ngram_size": 1, "min_new_tokens": 6,
+           "eos_token_id": plain.ends}  # fmt: skip
+    write_json(place / "generation_config.json", own)
+    backend = CausalModel(str(place), prompt, cpu, max_new_tokens=6)
+    [found] = backend(QUESTIONS, {"temperature": 0}, (0,))
+    for i, ids in enumerate(backend.rows(QUESTIONS, {})):
+        said: list[int] = []
+        while len(said) < 6 and not set(said) & set(backend.ends):
+            with torch.no_grad():
+                said.append(int(backend.model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+        assert found[i].said == (tuple(said),)
+    wild = {"temperature": 1.5, "samples": 6}
+    [[sampled], [expected]] = ([*each(QUESTIONS, wild, (0,))] for each in (backend, plain))
+    assert sampled == expected
 
 
 def test_samples_of_a_model_are_of_all_its_words(tmp_path: Path) -> None:
@@ -392,6 +485,18 @@ def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> 
 # --- judges -----------------------------------------------------------------------------------------
 
 VOTE = Vote(TASK, PromptFormat("{}", "{} ", "### {}"))
+
+
+def test_tied_answers_share_the_score() -> None:
+    examples = [Example("?", (), "c")]
+    for texts in set(permutations(["### a", "### c", "nothing", "### c .", "### a"])):
+        assert sorted(texts[i][:5] for i in VOTE.tied(Reply(texts))) == ["### a", "### c"]
+        assert Exact(VOTE)(examples, [Reply(texts)]) == [0.5]
+    assert Exact(VOTE)(examples, [Reply(("### a", "### b", "### c"))]) == [pytest.approx(1 / 3)]
+    firsts = [texts[VOTE.taken(Reply(texts))] for texts in permutations(["### a", "### c", "### c", "### a"])]
+    assert firsts.count("### c") == firsts.count("### a") == 12, "which of them comes first is even odds"
+    numbers = Vote(TASKS["gsm8k"], PromptFormat())
+    assert numbers.tied(Reply(("### $18", "### 7", "### 18", "### 7", "### 18.00"))) == [0]
 
 
 def test_a_vote_takes_the_first_of_the_most_frequent() -> None:
@@ -688,6 +793,40 @@ def test_judges_need_their_model() -> None:
         JudgeConfig(JudgeKind.model)
     with pytest.raises(ValueError, match=r"is for judge\.kind=model"):
         JudgeConfig(JudgeKind.exact, "x")
+
+
+def test_kept_answers_are_of_the_weights_that_gave_them(trained: Path, tmp_path: Path) -> None:
+    """Whatever file the weights are in, and how the model is asked."""
+    place = saved_causal(tmp_path / "model")
+    weights = load_file(place / "model.safetensors")
+    file = read_json(trained / "run.json")["data"]["valid"]["file"]
+    asked: dict[str, Any] = {"data": DataFiles(valid=file), "task": Task.prosqa, "output": str(tmp_path)}
+    by_base = command(None, **asked, base=str(place), limit=4, prompt="{question} {steps}", space={"steps": [1, 2]})
+
+    def names() -> list[str]:
+        return [adaptive._asking(by_base).backend.name for _ in range(2)]
+
+    said = names()
+    (place / "model.safetensors").unlink()
+    torch.save(weights, place / "pytorch_model.bin")
+    said += names()
+    assert len(set(said)) == 1, "the same weights in another file"
+    torch.save(
+        {name: value + (value.dim() == 1) * 1e-3 for name, value in weights.items()}, place / "pytorch_model.bin"
+    )
+    said += names()
+    (place / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    said += names()
+    assert len(set(said)) == 3
+
+    saved = tmp_path / "saved"
+    LatentLM.from_pretrained(Checkpoints(trained).find("best")).save_pretrained(saved)
+    by_run = command(saved, **asked)
+    first = adaptive._asking(by_run).backend.name
+    about = read_json(saved / "coconut.json")
+    more = {**about["reasoning"], "num_thoughts": about["reasoning"]["num_thoughts"] + 1}
+    write_json(saved / "coconut.json", {**about, "reasoning": more})
+    assert adaptive._asking(by_run).backend.name != first
 
 
 def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def read(path: Path) -> Any:
         ("3×4÷2", "6"), ("2x3", "6"), ("5−7", "-2"), ("71+-3", "68"), ("3*+6", "18"), ("--5", "5"),
         ("-2^2", "-4"), ("2^3^2", "512"), ("2**-1", "1/2"), ("50*20%", "10"), ("5%%", "1/2000"), ("-5%", "-1/20"),
         ("$1,000*2", "2000"), ("€ 5", "5"), ("1/3+1/6", "1/2"), ("7//2", "3"), ("560//10", "56"), ("-7//2", "-4"),
+        ("1,00,000+12,345", "112345"),
     ],
 )  # fmt: skip
 def test_an_expression(expression: str, value: str) -> None:
@@ -50,7 +51,8 @@ def test_an_expression(expression: str, value: str) -> None:
         ("", "a number is missing"), ("2+", "a number is missing"), ("x+3", "a number is missing"),
         ("1 2", "an operator is missing"), ("1.2.3", "an operator is missing"), ("2(3)", "an operator is missing"),
         ("1+2)", "an operator is missing"), ("10%3", "an operator is missing"), ("(1+2", r"a '\)' is missing"),
-        ("12,34", "',' is no part"), ("5 apples", "'a' is no part"), ("٣", "is no part"), ("1e5", "'e' is no part"),
+        ("12,34", "',' is no part"), ("0,500", "',' is no part"),
+        ("5 apples", "'a' is no part"), ("٣", "is no part"), ("1e5", "'e' is no part"),
         ("1/0", "divided by zero"), ("1//(2-2)", "divided by zero"), ("0^-1", "divided by zero"),
         ("2^.5", "not a whole number"), ("9^9^9^9", "too large"), ("(9^999)^999", "too large"),
         ("^".join("9" * 80), "nested deeper"), ("-" * 99 + "1", "nested deeper"), ("(" * 99 + "1", "nested deeper"),
@@ -303,7 +305,7 @@ def test_a_line_of_gsm8k_aug(tmp_path: Path) -> None:
         {
             "question": "Room #4 || 5 costs #### what?",
             "steps": ["<<1+1=2>>", "<<2*-600=-1200>>"],
-            "answer": "-1200.50",
+            "answer": "-1200.5",
         }
     ]
 
@@ -373,6 +375,7 @@ def test_sentences_in_fields(record: dict[str, Any], steps: list[str], tmp_path:
         ({"answer": None, "steps": []}, "equations", "'answer' is None"),
         ({"answer": True, "steps": []}, "equations", "'answer' is True"),
         ({"answer": "5 or 6", "steps": []}, "equations", "'5 or 6' is not a number"),
+        ({"answer": "<<3/2=1.5>> #### 1,5"}, "equations", "'1,5' is not a number"),
         ({"answer": "5", "steps": [5]}, "equations", r"'steps' is \[5\]; it must be text, or a list"),
         ({"answer": "5", "steps": ["It is 5."]}, "equations", "more than <<...>>: 'It is 5.'"),
         ({"answer": "5", "steps": ["<<5=5>>"]}, "sentences", "no sentences, only equations"),

@@ -22,6 +22,7 @@ from coconut.engine.world import World, joined
 from coconut.methods import Slot
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
 from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, sample_said, samples_of
+from coconut.rl.policy import totals_of as policy_totals
 
 GROUP = 4
 
@@ -41,7 +42,8 @@ def sampled(lm: LatentLM, temperature: float = 1.0, limit: int = 6) -> list[Samp
 
 
 def totals_of(samples: Sequence[Sample], budget: int = 7) -> Totals:
-    return Totals(len(samples), sum(len(sample.log_probs) for sample in samples), budget)
+    tokens = [is_control for sample in samples for is_control in sample.is_control.tolist()]
+    return Totals(len(samples), len(tokens), sum(tokens), budget)
 
 
 def batch_of(lm: LatentLM, samples: list[Sample], objective: Objective, **options: Any) -> PolicyBatch:
@@ -149,7 +151,7 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
 
 def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
     lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
-    totals = Totals(2, 8, 10)
+    totals = Totals(2, 8, 2, 10)
     plain, whole = Objective(per_answer).weights(lengths, control, totals)
     slowed, _ = Objective(per_answer, slowed=0.1).weights(lengths, control, totals)
     torch.testing.assert_close(slowed, torch.where(control, 0.1 * plain, plain))
@@ -158,6 +160,34 @@ def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
     torch.testing.assert_close(whole, also_whole)
     tokens, _ = Objective(per_token, control=0.01).weights(lengths, control, totals)
     torch.testing.assert_close(tokens, torch.tensor([0.005, 1 / 6, 1 / 6, 0.005, *[1 / 6] * 4]))
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "words", "forced"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_words_weigh_as_much_with_a_control_weight_as_alone(name: str, kind: str) -> None:
+    lm = build("llama", torch.float32, slot=Slot.nothing, markers=False) if kind == "words" else hybrid()
+    samples = sampled(lm) if kind != "forced" else forced(lm)
+    objective = replace(OBJECTIVES[name], control=0.01)
+    batch = batch_of(lm, samples, objective)
+    words = [len(sample.log_probs) - int(sample.is_control.sum()) for sample in samples]
+    expected = []
+    for sample, count in zip(samples, words, strict=True):
+        word = {
+            "grpo": 1 / (len(samples) * count), "degrpo": 1 / (len(samples) * count),
+            "dr_grpo": 1 / (len(samples) * 7), "dapo": 1 / sum(words),
+        }[name]  # fmt: skip
+        expected += [0.01 / len(samples) if is_control else word for is_control in sample.is_control.tolist()]
+    assert (batch.weights / batch.num_targets).tolist() == pytest.approx(expected, rel=1e-5)
+    assert totals_of(samples) == policy_totals(samples, 7)
+    if name != "dr_grpo":
+        on_words = batch.weights[~batch.is_control].sum() / batch.num_targets
+        assert float(on_words) == pytest.approx(1, rel=1e-5)
+
+
+def forced(lm: LatentLM) -> list[Sample]:
+    """Answers in a mode that was not chosen, so that they have no control token of their own."""
+    out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, mode="short", log_probs=True)
+    return [sample for row, question in enumerate(QUESTIONS) for sample in samples_of(lm, question, out, [row])] * GROUP
 
 
 def test_advantages_and_groups_that_teach_nothing() -> None:

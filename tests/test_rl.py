@@ -374,6 +374,15 @@ def test_the_page_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert compare(TableConfig(runs=[str(tmp_path / "run-seed*")])) == 0
     rows = read_json(tmp_path / "policies.json")["rows"]
     assert [row["arm"] for row in rows] == ["run", "run"]
+    valid = {row["step"]: row["reward"] for row in read_metrics(folder) if row["kind"] == "valid"}
+    assert {(row["step"], row["reward"]) for row in rows} == {(max(valid), valid[max(valid)])}
+    write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": min(valid)}})
+    assert compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "first"))) == 0
+    [row] = read_json(tmp_path / "first" / "policies.json")["rows"]
+    assert (row["step"], row["reward"]) == (min(valid), valid[min(valid)])
+    write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": 99}})
+    with pytest.raises(ValueError, match="examined at batch 99, where nothing was validated"):
+        compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "none")))
     assert "Seeds 0, 0." in (tmp_path / "policies.html").read_text()
     told = capsys.readouterr().out
     assert "latent_2, hard" in told

@@ -68,7 +68,7 @@ def test_answers_are_as_likely_as_the_policy_says() -> None:
     count = sum(len(sample.log_probs) for sample in samples)
     batch = policy_batch(
         samples, for_tokens(torch.cat([group.rewards for group in groups]), samples), OBJECTIVES["grpo"],
-        Totals(12, count, 6), lm.special, on_policy=True,
+        Totals(12, count, 12, 6), lm.special, on_policy=True,
     )  # fmt: skip
     recomputed = Policy.of(lm.special, temperature=0.7).log_probs(lm, batch)
     torch.testing.assert_close(recomputed, torch.cat([s.log_probs for s in samples]), rtol=1e-4, atol=1e-5)

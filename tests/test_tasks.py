@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
 
 import networkx
 import pytest
@@ -14,6 +18,9 @@ from coconut.tasks import TASKS, gsm8k, pointers, prontoqa, prosqa
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
 QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
+HERE = Path(__file__).parent
+REAL = HERE.parent.parent / "shared" / "data"
+NUMBERS = [line for line in (HERE.parent / "docs" / "data.md").read_text().splitlines() if line.count("|") == 4]
 SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
 
 
@@ -67,6 +74,9 @@ def test_reading_with_another_mark() -> None:
         ("72 (72 clips)", "72"),
         ("10000000000000000000000000000000001", "10,000,000,000,000,000,000,000,000,000,000,001"),
         ("3/4", "3 / 4"),
+        ("0.75", "3/4"),
+        ("18.00", "18"),
+        ("3 : 4", "3:4"),
         ("None.", "none"),
     ],
 )
@@ -89,7 +99,11 @@ def test_equal_numbers(predicted: str, gold: str) -> None:
         ("72.5", "72"),
         ("1,234", "1"),
         ("3/4", "3"),
-        ("0.75", "3/4"),
+        ("0.75", "3 / 8"),
+        ("15", "1,5"),
+        ("12", "(1,2)"),
+        ("3", "3½"),
+        ("2", "2 million"),
         ("seventy-two", "72"),
         ("10000000000000000000000000000000001", "10000000000000000000000000000000000"),
         ("__import__('os')", "0"),
@@ -100,15 +114,68 @@ def test_different_numbers(predicted: str | None, gold: str) -> None:
 
 
 @given(
-    st.decimals(-(10**20), 10**20, places=3),  # within Decimal's 28 digits, or adding a thousandth changes nothing
+    st.decimals(-(10**20), 10**20, places=3),
     st.sampled_from(["{}", "${}", "{} clips", "{}.", " {} ", "{}%", "€ {}"]),
     st.booleans(),
 )
 def test_a_number_is_read_from_any_dress(value: Decimal, dress: str, grouped: bool) -> None:
     text = dress.format(f"{value:,f}" if grouped else f"{value:f}")
-    assert gsm8k.number(text) == value
+    assert gsm8k.number(text) == Fraction(value)
     assert gsm8k.judge(text, f"{value:f}")
-    assert not gsm8k.judge(text, f"{value + Decimal('0.001'):f}")
+    assert not gsm8k.judge(text, gsm8k.written(Fraction(value) + Fraction("0.001")))
+
+
+@given(st.fractions(), st.integers(0, 20))
+def test_a_written_number_is_read_again(value: Fraction, places: int) -> None:
+    for exact in (value, value.limit_denominator(7) / 10**places):
+        text = gsm8k.written(exact)
+        assert gsm8k.number(text) == Fraction(text) == exact
+
+
+def read_and_unread() -> tuple[list[tuple[str, str]], list[str]]:
+    """The examples of the table in docs/data.md: texts with the number that they are, and texts that are none."""
+    read: list[tuple[str, str]] = []
+    unread: list[str] = []
+    for row in NUMBERS[NUMBERS.index("| | number | no number |") + 2 :]:
+        _, _, numbers, others, _ = row.split("|")
+        told = re.findall(r"`([^`]+)` → (\S+?)(?:,|$)", numbers.strip())
+        assert numbers.count("`") == 2 * len(told), row
+        read += told
+        unread += re.findall(r"`([^`]+)`", others)
+    return read, unread
+
+
+def test_the_table_of_the_docs_holds() -> None:
+    read, unread = read_and_unread()
+    assert len(read) > 60
+    assert len(unread) > 50
+    assert {text: gsm8k.number(text) for text, _ in read} == {text: Fraction(value) for text, value in read}
+    assert [text for text in unread if gsm8k.number(text) is not None] == []
+    for text, value in read:
+        assert gsm8k.judge(text, value)
+        assert gsm8k.judge(value, text)
+    for text in unread:
+        assert gsm8k.judge(text, text)
+        assert not any(gsm8k.judge(run, text) or gsm8k.judge(text, run) for run in re.findall("[0-9]+", text))
+
+
+def gold_answers() -> list[str]:
+    """Those of the excerpts of GSM8K, and of the whole sets where they lie beside the repository."""
+    folders = [HERE / "data", REAL / "gsm8k"]
+    files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".jsonl", ".txt")]
+    found = [line.rsplit("####", 1)[1].strip(' "}') for file in files for line in file.read_text().splitlines()]
+    for file in sorted((REAL / "suites").glob("*.jsonl")):
+        found += [str(json.loads(line)["target"]) for line in file.read_text().splitlines()]
+    return found
+
+
+def test_real_gold_answers_are_right_in_any_dress() -> None:
+    for gold in set(gold_answers()):
+        value = Fraction(gold.replace(",", ""))
+        assert gsm8k.number(gold) == value
+        assert gsm8k.judge(gold, gold)
+        assert gsm8k.judge(f"The answer is ${gsm8k.written(value)}.", gold)
+        assert not gsm8k.judge(gsm8k.written(value + 1), gold)
 
 
 @given(st.text(), st.text())
@@ -116,6 +183,24 @@ def test_judges_never_raise_and_never_take_silence(predicted: str, gold: str) ->
     for task in TASKS.values():
         assert isinstance(task.judge(predicted, gold), bool)
         assert not task.judge(None, gold)
+
+
+ALIKE = {
+    "gsm8k": [["$18", "18", "18.00", " 18 clips"], ["-18"], ["1,8"], ["eighteen"]],
+    "prontoqa": [["True", "true.", " TRUE , since Max is dull"], ["False", "false"], ["True or False"], ["maybe"]],
+    "prosqa": [["Tom is a lempus.", "Tom  is a lempus"], ["Tom is a scrompus."], ["5", " 5 ."]],
+    "pointers": [["b", " b ."], ["h"]],
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_judged_alike_has_one_key(name: str) -> None:
+    task, kinds = TASKS[name], ALIKE[name]
+    for one, other in product(range(len(kinds)), repeat=2):
+        for a, b in product(kinds[one], kinds[other]):
+            assert (task.key(a) == task.key(b)) == (one == other)
+            if task.judge(kinds[other][0], kinds[other][0]):
+                assert task.judge(a, b) == (one == other)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of e
 class Reply:
     """What came of a question. Several `texts` are samples, of which a judge takes the answer with most votes.
 
-    `passes`: forward passes one after the other, over all samples; what is read or thought once counts once.
+    `passes`: forward passes one after the other, over all samples; what is read or thought once for all counts once.
     Of each text, where it is known: `said`, its tokens with the end of the sequence unless it was cut off; how many
     thoughts came before it; its mode. `cut`: whether a limit ended any of them.
     """
@@ -88,7 +88,7 @@ class Latent:
     def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
         """The questions as they are asked, in tokens."""
         prefix = str(settings.get("prefix", ""))
-        asked = [f"{prefix} {question}".strip() for question in questions]
+        asked = [f"{prefix} {question}" if prefix else question for question in questions]
         return encode_questions(self.lm.tokenizer, asked, self.lm.reasoning.format)
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
@@ -129,13 +129,16 @@ def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
 
 
 def _reply(out: Generated, rows: range) -> Reply:
-    """Of the samples to one question in these rows."""
+    """Of the samples to one question in these rows.
+
+    Its prompt, with the thoughts in it, is read once for all samples of a mode, and gives the first token of each.
+    """
     thoughts, modes = tuple(int(out.num_thoughts[row]) for row in rows), tuple(out.modes[row] for row in rows)
-    words = sum(forward_passes(int(out.lengths[row]), bool(out.cut[row]), 0, "") for row in rows)
-    before = sum(forward_passes(0, True, count, mode) for count, mode in set(zip(thoughts, modes, strict=True)))
+    further = sum(forward_passes(int(out.lengths[row]), bool(out.cut[row]), 0, "") - 1 for row in rows)
+    prompts = sum(forward_passes(1, True, count, "") for count, _ in set(zip(thoughts, modes, strict=True)))
     return Reply(
         texts=tuple(out.texts[row].strip() for row in rows),
-        passes=words + before,
+        passes=any(modes) + prompts + further,
         num_thoughts=thoughts,
         modes=modes,
         said=tuple(tuple(out.said(row)) for row in rows),
@@ -147,23 +150,24 @@ class CausalModel:
     """Any causal language model of Hugging Face. What it reads is `prompt`, filled with the question and settings.
 
     A model with a chat template is told it as what a user says. Of its own generation settings only where a text ends
-    is kept.
+    is kept. Each of several samples reads the prompt by itself.
     """
 
     def __init__(self, place: str, prompt: str, device: torch.device, batch_size: int = 64,
-                 max_new_tokens: int | None = None, name: str = ""):  # fmt: skip
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+                 max_new_tokens: int | None = None):  # fmt: skip
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         fields = _fields(prompt)
         with reaching(place, "base"):
             self.model = opened(AutoModelForCausalLM, place).to(device).eval()
             self.tokenizer = opened(AutoTokenizer, place)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
-        self.name = f"{name or place} {prompt}"
+        self.name = f"{place} {prompt}"
         self.takes = frozenset({*SAMPLED, *fields} - {"question"})
         self.form = PromptFormat(question="{}", chat=bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.model.generation_config = GenerationConfig()  # it would fill in what is not asked for
         self.ends = list(ends) if isinstance(ends, list) else [ends]
         pad = self.tokenizer.pad_token_id
         self.pad = self.ends[0] if pad is None else pad

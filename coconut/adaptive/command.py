@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,15 +25,14 @@ from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
 from coconut.adaptive.trials import refuse_few, studies, trials
 from coconut.build import load_model
-from coconut.checkpoint import Checkpoints
 from coconut.cli import application, by_word
 from coconut.data import Example, read_examples
 from coconut.engine.base import autocast, set_up
 from coconut.engine.world import World
 from coconut.evaluate import file_of_run
 from coconut.files import sha256, sole_owner, write_text
+from coconut.methods import REASONING_FILE
 from coconut.model import LatentLM
-from coconut.opening import on_disk
 from coconut.rewards.implicit import ImplicitReward, reference_of
 from coconut.screen import only_our_words, say
 from coconut.tasks import TASKS
@@ -156,9 +156,9 @@ def _of_others(config: AdaptiveConfig) -> Asking:
     examples = read_examples(file)[: config.limit]
     vote = Vote(TASKS[config.task], config.format)
     if config.base:
-        folder = Path(config.base)
-        name = f"{config.base} {_fingerprint(folder) if folder.is_dir() else ''} {_limits(config)}"
-        backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens, name)
+        backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
+        fingerprint = _fingerprint(backend.model, backend.tokenizer, str(backend.tokenizer.chat_template))
+        backend.name = f"{backend.name} {fingerprint} {_limits(config)}"
         own = partial(encoders.of_model, backend.model.base_model, backend.tokenizer)
         encode = _encoder(config, own, device)
     else:
@@ -174,8 +174,7 @@ def _of_run(config: AdaptiveConfig) -> Asking:
         raise ValueError(
             f"{config.run} is no folder here. Name a trained run, or, for a model of the hub, output=FOLDER besides."
         )
-    is_run = Path(config.run, CONFIG).is_file()
-    place = Checkpoints(config.run).find(config.checkpoint) if is_run else on_disk(config.run)
+    is_run = Path(config.run, CONFIG).is_file() and not Path(config.run, REASONING_FILE).is_file()
     lm = load_model(config.run, config.checkpoint, config.engine)
     data = read_config(config.run)["data"] if is_run else {}
     task, file = config.task or data.get("task"), getattr(config.data, config.split)
@@ -183,7 +182,8 @@ def _of_run(config: AdaptiveConfig) -> Asking:
         raise ValueError(f"{config.run} is a model and no run: name task=... and data.{config.split}=FILE, too.")
     file = str(file or file_of_run(data, config.split, World()))
     vote = Vote(TASKS[task], lm.reasoning.format)
-    name = f"{Path(config.run).name} {_fingerprint(place)} {_limits(config)}"
+    fingerprint = _fingerprint(lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))
+    name = f"{Path(config.run).name} {fingerprint} {_limits(config)}"
     backend = Latent(lm, name, config.batch_size, config.max_new_tokens)
     implicit = config.judge.kind is JudgeKind.implicit
     judge = Implicit(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
@@ -201,10 +201,13 @@ def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device:
     return encoders.named(config.embedding, device, config.batch_size)
 
 
-def _fingerprint(place: Path) -> str:
-    """Of the weights in a folder."""
-    digests = [sha256(file) for file in sorted(place.glob("*.safetensors"))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
+    """Of who answers: weights, from whatever files they were read, vocabulary, and what else decides about answers."""
+    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), *asked]).encode())
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:

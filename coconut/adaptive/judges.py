@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 
 from coconut.adaptive.backends import Latent, Reply
 from coconut.data import Example
-from coconut.evaluate import read_answer
+from coconut.evaluate import answer_key, read_answer
 from coconut.methods import PromptFormat
 from coconut.opening import opened, reaching
 from coconut.rewards.implicit import ImplicitReward
-from coconut.rl.policy import sample_said
+from coconut.rl.policy import Sample, sample_said
 from coconut.tasks import Task
 
 Judge = Callable[[Sequence[Example], Sequence[Reply], dict[str, Any]], Sequence[float]]
@@ -23,37 +24,49 @@ Judge = Callable[[Sequence[Example], Sequence[Reply], dict[str, Any]], Sequence[
 
 @dataclass(frozen=True)
 class Vote:
-    """Of several samples the answer that most of them give, as the task tells answers apart; the first of equally
-    frequent ones.
-    """
+    """Of several samples the answer that most of them give, as the task tells answers apart."""
 
     task: Task
     form: PromptFormat
 
-    def answers(self, reply: Reply) -> list[str | None]:
-        return [read_answer(self.task, text, self.form) for text in reply.texts]
+    def tied(self, reply: Reply) -> list[int]:
+        """The first sample with each of the answers that have most votes; the first of all if none has an answer."""
+        keys: list[Hashable | None] = [answer_key(self.task, text, self.form) for text in reply.texts]
+        votes = Counter(key for key in keys if key is not None)
+        most = max(votes.values(), default=0)
+        return [keys.index(key) for key, count in votes.items() if count == most] or [0]
 
     def taken(self, reply: Reply) -> int:
-        """The first sample with the answer that is taken."""
-        votes: dict[int, int] = {}  # for the first sample with each answer
-        found = self.answers(reply)
-        for answer in found:
-            if answer is not None:
-                first = next((i for i in votes if self.task.judge(answer, str(found[i]))), found.index(answer))
-                votes[first] = votes.get(first, 0) + 1
-        return max(votes, key=lambda i: votes[i]) if votes else 0
+        """The first sample with the answer that is taken: of tied ones the one sampled first, each equally likely."""
+        return self.tied(reply)[0]
+
+    def shared(
+        self, replies: Sequence[Reply], score: Callable[[list[tuple[int, int]]], Sequence[float]]
+    ) -> list[float]:
+        """A score for each reply: the mean over the tied answers of what `score` says of samples, each the place of a
+        reply and that of a text in it.
+        """
+        places = [(place, sample) for place, reply in enumerate(replies) for sample in self.tied(reply)]
+        found: list[list[float]] = [[] for _ in replies]
+        for (place, _), value in zip(places, score(places), strict=True):
+            found[place].append(value)
+        return [sum(values) / len(values) for values in found]
 
 
 @dataclass(frozen=True)
 class Exact:
-    """1 for what the task judges right, 0 for the rest."""
+    """1 for what the task judges right, 0 for the rest; where answers are tied, the share of them that is right."""
 
     vote: Vote
 
     def __call__(self, examples: Sequence[Example], replies: Sequence[Reply], settings: Any = None) -> list[float]:
-        task = self.vote.task
-        said = [self.vote.answers(reply)[self.vote.taken(reply)] for reply in replies]
-        return [float(task.judge(answer, example.answer)) for answer, example in zip(said, examples, strict=True)]
+        task, form = self.vote.task, self.vote.form
+
+        def right(place: int, sample: int) -> float:
+            said = read_answer(task, replies[place].texts[sample], form)
+            return float(task.judge(said, examples[place].answer))
+
+        return self.vote.shared(replies, lambda places: [right(*place) for place in places])
 
 
 class Pretrained:
@@ -79,14 +92,17 @@ class Pretrained:
 
     @torch.no_grad()
     def __call__(self, examples: Sequence[Example], replies: Sequence[Reply], settings: Any = None) -> list[float]:
-        asked = [f"{example.question}\n{example.answer}" for example in examples]
-        said = [reply.texts[self.vote.taken(reply)] for reply in replies]
-        scores: list[float] = []
-        for first in range(0, len(asked), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            inputs = self.tokenizer(asked[part], said[part], padding=True, truncation=True, return_tensors="pt")
-            scores += self.model(**inputs.to(self.model.device)).logits[:, 0].float().sigmoid().tolist()
-        return scores
+        def scores(places: list[tuple[int, int]]) -> list[float]:
+            asked = [f"{examples[place].question}\n{examples[place].answer}" for place, _ in places]
+            said = [replies[place].texts[sample] for place, sample in places]
+            found: list[float] = []
+            for first in range(0, len(asked), self.batch_size):
+                part = slice(first, first + self.batch_size)
+                inputs = self.tokenizer(asked[part], said[part], padding=True, truncation=True, return_tensors="pt")
+                found += self.model(**inputs.to(self.model.device)).logits[:, 0].float().sigmoid().tolist()
+            return found
+
+        return self.vote.shared(replies, scores)
 
 
 @dataclass(frozen=True)
@@ -101,14 +117,19 @@ class Implicit:
 
     def __call__(self, examples: Sequence[Example], replies: Sequence[Reply], settings: dict[str, Any]) -> list[float]:
         rows = self.backend.rows([example.question for example in examples], settings)
-        samples = []
-        for row, reply in zip(rows, replies, strict=True):
-            taken = self.vote.taken(reply)
-            samples.append(
-                sample_said(self.backend.lm, row, reply.said[taken], text=reply.texts[taken], mode=reply.modes[taken],
-                            num_thoughts=reply.num_thoughts[taken])
+
+        def said(place: int, taken: int) -> Sample:
+            reply = replies[place]
+            return sample_said(
+                self.backend.lm, rows[place], reply.said[taken], text=reply.texts[taken], mode=reply.modes[taken],
+                num_thoughts=reply.num_thoughts[taken],
             )  # fmt: skip
-        return [float(rewards.sum().sigmoid()) for rewards in self.reward.tokens(samples)]
+
+        def scores(places: list[tuple[int, int]]) -> list[float]:
+            samples = [said(*place) for place in places]
+            return [float(rewards.sum().sigmoid()) for rewards in self.reward.tokens(samples)]
+
+        return self.vote.shared(replies, scores)
 
 
 def judged(

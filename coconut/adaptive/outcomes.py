@@ -24,7 +24,8 @@ Numbers = NDArray[np.float32]
 class Outcomes:
     """`score`, `correct`, `passes`: (Q, C) each; `embeddings` (Q, D).
 
-    `score` is what is learned from, in [0, 1]; `correct` is the exact judge's, 0 or 1, whatever is learned from.
+    `score` is what is learned from, in [0, 1]; `correct` is the exact judge's, whatever is learned from: 0 or 1, or
+    where a vote is tied the share of the tied answers that is right.
     `steps` (Q,): of each question's written chain, which is how hard it is. `about`: who answered, and how.
     """
 

@@ -153,11 +153,9 @@ def _neither(subject: Subject, predictions: Sequence[Prediction]) -> float | Non
 
 
 def _unlike(task: Task, before: Sequence[Prediction], after: Sequence[Prediction]) -> list[bool]:
-    """Which answers are not the same, as the task judges it."""
-    return [
-        new.predicted is not None if old.predicted is None else not task.judge(new.predicted, old.predicted)
-        for old, new in zip(before, after, strict=True)
-    ]
+    """Which answers are not the same, as the task tells them apart."""
+    keys = [[None if p.predicted is None else task.key(p.predicted) for p in part] for part in (before, after)]
+    return [old != new for old, new in zip(*keys, strict=True)]
 
 
 def _share(cases: Sequence[bool]) -> tuple[float, float, float]:

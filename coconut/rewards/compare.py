@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from coconut.analysis.study import Study
-from coconut.evaluate import read_answer
+from coconut.evaluate import answer_key
 from coconut.modes import seeded
 from coconut.rewards.answers import Labelled
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.montecarlo import step_labels
 from coconut.rewards.selection import (
+    SUBSETS,
     any_right,
     best_of,
     best_threshold,
@@ -99,7 +100,7 @@ def selections(
         raise ValueError(f"Some questions have {min(counts)} answers and some {max(counts)}; all must have as many.")
     [N] = counts
     right_QN = np.array([row.correct for row in labelled], float)
-    answers = [[read_answer(judge.task, sample.text, judge.form) for sample in row.samples] for row in labelled]
+    answers = [[answer_key(judge.task, sample.text, judge.form) for sample in row.samples] for row in labelled]
     rows: list[dict[str, Any]] = []
 
     def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
@@ -120,8 +121,8 @@ def selections(
             weights_QN = scorer.weights().reshape(right_QN.shape)
             add(scorer.name, "vote", size, voted(answers, weights_QN, right_QN, size))
     scoring = {scorer.name: {"seconds": scorer.seconds, "tokens": scorer.tokens} for scorer in scored}
-    facts = {"questions": len(labelled), "samples": N, "mean": float(right_QN.mean()), "scoring": scoring}
-    return Study("selection", rows, facts)
+    facts = {"questions": len(labelled), "samples": N, "mean": float(right_QN.mean()), "draws": SUBSETS}
+    return Study("selection", rows, {**facts, "scoring": scoring})
 
 
 def localisation(

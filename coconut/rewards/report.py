@@ -25,7 +25,9 @@ SELECTION = (
 WAYS = (
     "Sum, min and last: of the rewards of an answer's steps, the answer itself being the last; the sum is the "
     "reward of the whole. For value and rollouts it is how likely the answer is to come out right after each "
-    "step, and there is no sum. Vote: each answer's vote weighs as much as its reward, squeezed between 0 and 1. "
+    "step, and there is no sum. Vote: each answer's vote weighs as much as its reward, squeezed between 0 and 1; these "
+    "weighted votes are a mean over {draws} random draws where there are more, everything else is exact. Answers that "
+    "are equal to the task are one answer, and tied answers are equally likely to be taken. "
     "95 % intervals at n = {most} are in selection.csv."
 )
 CURVES = (
@@ -75,7 +77,7 @@ def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
         figure_of(lambda width: selection_curves(selection, width), "selection", "Accuracy of the answer taken of n.",
                   CURVES),
         Table(columns, rows, len(columns) - 2),
-        Text(WAYS.format(most=most)),
+        Text(WAYS.format(most=most, draws=told["selection"].facts["draws"])),
     ]  # fmt: skip
     sections = [Section("headline", None, choosing)]
     if errors := told.get("first_errors"):

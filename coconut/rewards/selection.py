@@ -5,17 +5,18 @@ Shapes: Q questions, N answers to each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
 Numbers = NDArray[np.float64]
-SUBSETS = 64  # random subsets for each size, where no formula gives the expectation
+SUBSETS = 64  # draws of weighted votes; a sample, where there are more
 RESAMPLES = 2000
-LEAST_WEIGHT = 1e-9  # of a vote
 
 
 def of_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
@@ -45,26 +46,69 @@ def any_right(right_QN: Numbers, size: int) -> Numbers:
 
 
 def voted(
-    answers: Sequence[Sequence[str | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int = 0
+    answers: Sequence[Sequence[Hashable | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int = 0
 ) -> Numbers:
-    """(Q,) how often the answer with the largest sum of weights among `size` sampled ones is right.
+    """(Q,) how likely the answer with the largest sum of weights among `size` samples, drawn from the N without putting
+    back, is right; among equal sums each answer is as likely.
 
-    Over SUBSETS random draws. Samples without an answer have no vote; where there is none at all that is wrong. Answers
-    that all weigh nothing are counted.
+    `answers`: what the task compares of each sample (`Task.key`); a sample without an answer, None, has no vote, and
+    where none has one that is wrong. Exactly, over all draws, where the samples weigh alike or there are at most
+    SUBSETS draws; else the mean over SUBSETS random ones. Samples that all weigh nothing are counted.
     """
-    draw, found = np.random.default_rng(seed), np.zeros(len(answers))
+    draw, found, N = np.random.default_rng(seed), np.zeros(len(answers)), right_QN.shape[1]
+    few = comb(N, size) <= SUBSETS
     for q, said in enumerate(answers):
-        kinds = {text: n for n, text in enumerate(sorted({text for text in said if text is not None}))}
+        kinds = {key: n for n, key in enumerate(dict.fromkeys(key for key in said if key is not None))}
         if not kinds:
             continue
-        kind_N = np.array([-1 if text is None else kinds[text] for text in said])
-        right_K = np.zeros(len(kinds))
-        right_K[kind_N[kind_N >= 0]] = right_QN[q][kind_N >= 0]
-        for _ in range(SUBSETS):
-            chosen = draw.permutation(len(said))[:size]
-            voting = chosen[kind_N[chosen] >= 0]
-            sums_K = np.bincount(kind_N[voting], weights_QN[q][voting] + LEAST_WEIGHT, minlength=len(kinds))
-            found[q] += right_K[sums_K.argmax()] / SUBSETS if len(voting) else 0.0
+        kind_N = np.array([-1 if key is None else kinds[key] for key in said])
+        votes = kind_N >= 0
+        counts_K = np.bincount(kind_N[votes])
+        right_K = np.bincount(kind_N[votes], right_QN[q][votes]) / counts_K
+        if few or np.ptp(weights_QN[q][votes]):
+            draws: Iterable[Sequence[int]] = combinations(range(N), size)
+            if not few:
+                draws = (draw.permutation(N)[:size].tolist() for _ in range(SUBSETS))
+            found[q] = np.mean([_elected(kind_N, weights_QN[q], right_K, chosen) for chosen in draws])
+        else:
+            found[q] = _majority(counts_K.tolist(), right_K.tolist(), N, size)
+    return found
+
+
+def _elected(kind_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, chosen: Sequence[int]) -> float:
+    """How likely the answer that these samples elect is right."""
+    voting = [sample for sample in chosen if kind_N[sample] >= 0]
+    if not voting:
+        return 0.0
+    weights = weights_N[voting] if weights_N[voting].any() else np.ones(len(voting))
+    sums_K = np.bincount(kind_N[voting], weights, minlength=len(right_K))
+    return float(right_K[np.isclose(sums_K, sums_K.max(), rtol=1e-9, atol=0)].mean())
+
+
+def _majority(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
+    """How likely the most frequent answer among `size` of the samples is right, over all draws.
+
+    For each answer that can be right, and each number of its votes: the draws in which no other answer has more, by how
+    many have as many.
+    """
+    found = 0.0
+    for own, share in enumerate(right):
+        others = [count for other, count in enumerate(counts) if other != own]
+        for votes in range(1, min(counts[own], size) + 1) if share else ():
+            ways = np.zeros(((size - votes) // votes + 1, size - votes + 1))  # by answers that tie, and samples drawn
+            silent = samples - sum(counts)
+            ways[0] = [comb(silent, drawn) for drawn in range(size - votes + 1)]
+            for count in others:
+                more = np.zeros_like(ways)
+                for n in range(min(count, votes, size - votes) + 1):
+                    drawn = comb(count, n) * ways[:, : ways.shape[1] - n]
+                    if n < votes:
+                        more[:, n:] += drawn
+                    else:
+                        more[1:, n:] += drawn[:-1]
+                ways = more
+            elected = (ways[:, -1] / np.arange(1, len(ways) + 1)).sum()
+            found += share * comb(counts[own], votes) * float(elected) / comb(samples, size)
     return found
 
 

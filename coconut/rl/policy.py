@@ -78,6 +78,12 @@ class Sample:
         return replace(self, layout=layout, log_probs=self.log_probs[:0], reference=reference)
 
 
+def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
+    """Of a whole batch of these answers, which may have so many tokens each."""
+    tokens, controls = sum(len(sample.log_probs) for sample in samples), sum(s.layout.control >= 0 for s in samples)
+    return Totals(len(samples), tokens, controls, budget)
+
+
 def shares(samples: Sequence[Sample], size: int, rank: int = 0, ranks: int = 1) -> list[tuple[list[int], int]]:
     """The places of the samples that one process of `ranks` takes at a time, at most `size` of them, and the passes.
 

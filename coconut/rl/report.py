@@ -312,7 +312,8 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
             {
                 "arm": arm_of(run),
                 "seed": run.config["seed"],
-                "reward": run.valid[-1]["reward"],
+                "step": run.studies["routers"].facts["step"],
+                "reward": _validated(run)["reward"],
                 **{key: own[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
                 "at_random": by_name["at random, as often"]["accuracy"],
                 "oracle": by_name["oracle"]["accuracy"],
@@ -325,11 +326,25 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
     return Study("policies", rows, {key: first[key] for key in ("modes", "sha256", "questions", "file")})
 
 
+def _validated(run: RunRecord) -> dict[str, Any]:
+    """The validation of the checkpoint that was examined. Raises ValueError if that was not validated."""
+    step = run.studies["routers"].facts["step"]
+    rows = [row for row in run.valid if row["step"] == step]
+    if not rows:
+        raise ValueError(
+            f"{run.folder} was examined at batch {step:,}, where nothing was validated: what it earned there is not "
+            f"known. Examine another checkpoint: python -m coconut.analyze run={run.folder} checkpoint=best"
+        )
+    return rows[-1]
+
+
 def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
     """The page of several runs."""
     modes = study.facts["modes"]
     note = (
-        f"On {study.facts['questions']:,} unseen questions; means over seeds. Chance on easy and on hard: how likely "
+        f"On {study.facts['questions']:,} unseen questions; means over seeds. All numbers of a run are of the "
+        "checkpoint that was examined, the best by its reward unless another was named; the reward is that on "
+        "validation questions. Minutes: of the whole training. Chance on easy and on hard: how likely "
         "the first token is that of the mode, for questions of the fewest and of the most steps. At random: the "
         "accuracy if each mode were taken as often, whatever the question."
     )
@@ -360,7 +375,7 @@ def table_rows(study: Study) -> list[list[str]]:
     found = []
     for arm in dict.fromkeys(row["arm"] for row in study.rows):
         its = [row for row in study.rows if row["arm"] == arm]
-        mean = {key: float(np.mean([row[key] for row in its])) for key in its[0] if key not in ("arm", "seed")}
+        mean = {key: float(np.mean([row[key] for row in its])) for key in its[0] if key not in ("arm", "seed", "step")}
         shares = [percent(mean[f"{kind}_{mode}"]) for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
         found.append(
             [

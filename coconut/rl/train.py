@@ -25,8 +25,8 @@ from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rl.config import RLConfig
-from coconut.rl.objectives import Totals, advantages, k3, without_variance
-from coconut.rl.policy import Policy, for_tokens, longest_answers, policy_batch, shares
+from coconut.rl.objectives import advantages, k3, without_variance
+from coconut.rl.policy import Policy, for_tokens, longest_answers, policy_batch, shares, totals_of
 from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, say, working
@@ -149,7 +149,7 @@ class PolicyTraining:
         samples = [widest] * self.micro_batch_size
         if not self.held:
             samples = [replace(sample, reference=None) for sample in samples]
-        totals = Totals(len(samples), len(samples) * len(widest.log_probs), self.limit)
+        totals = totals_of(samples, self.limit)
         on_policy = self.config.on_policy
         gains = for_tokens(torch.zeros(len(samples)), samples)
         batch = policy_batch(samples, gains, self.objective, totals, self.lm.special, on_policy=on_policy)
@@ -297,7 +297,7 @@ class PolicyTraining:
         config, world = self.config, self.world
         world.mark(f"in update {self.updates + 1}")
         samples = [sample for group in groups for sample in group.samples]
-        totals = Totals(len(samples), sum(len(sample.log_probs) for sample in samples), self.limit)
+        totals = totals_of(samples, self.limit)
         rows, gains = [*samples, samples[0].muted()], [*gains, torch.zeros(0)]  # place -1 is the muted one
         parts = [
             policy_batch(

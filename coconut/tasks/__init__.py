@@ -5,6 +5,7 @@ A task is a module. Whatever only one of them can do (`prosqa.graph`) is a funct
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol
 
 from coconut.tasks import gsm8k, pointers, prontoqa, prosqa
@@ -20,6 +21,10 @@ class Task(Protocol):
 
     def read_steps(self, text: str, mark: str = "###", end: str = "\n") -> list[str]:
         """The written steps before the mark, each of which `end` closes."""
+        ...
+
+    def key(self, answer: str) -> Hashable:
+        """What is compared of an answer: two with the same key are one answer, to the judge and in a vote."""
         ...
 
     def judge(self, predicted: str | None, gold: str) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from coconut.tasks.chain import read_answer, read_steps, tidy
 
-__all__ = ["candidates", "first_wrong", "judge", "max_new_tokens", "name", "parse_question", "read_answer",
+__all__ = ["candidates", "first_wrong", "judge", "key", "max_new_tokens", "name", "parse_question", "read_answer",
            "read_steps", "walk"]  # fmt: skip
 
 name = "pointers"
@@ -59,8 +59,13 @@ def first_wrong(question: str, steps: list[str]) -> int | None:
     return None
 
 
+def key(answer: str) -> str:
+    """Its text without what spaces and a full stop add."""
+    return tidy(answer).rstrip(".")
+
+
 def judge(predicted: str | None, gold: str) -> bool:
-    return predicted is not None and tidy(predicted).rstrip(".") == tidy(gold).rstrip(".")
+    return predicted is not None and key(predicted) == key(gold)
 
 
 def candidates(question: str) -> list[str] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from coconut.tasks.chain import read_answer, read_steps
+from coconut.tasks.chain import read_answer, read_steps, tidy
 
-__all__ = ["candidates", "judge", "max_new_tokens", "name", "read_answer", "read_steps", "verdict"]
+__all__ = ["candidates", "judge", "key", "max_new_tokens", "name", "read_answer", "read_steps", "verdict"]
 
 name = "prontoqa"
 max_new_tokens = 128
@@ -20,8 +20,13 @@ def verdict(text: str) -> str | None:
     return words[0].capitalize()
 
 
+def key(answer: str) -> str:
+    """Its verdict; if it has none, its text."""
+    return verdict(answer) or tidy(answer).rstrip(".").casefold()
+
+
 def judge(predicted: str | None, gold: str) -> bool:
-    return predicted is not None and verdict(predicted) is not None and verdict(predicted) == verdict(gold)
+    return predicted is not None and verdict(gold) is not None and key(predicted) == key(gold)
 
 
 def candidates(question: str) -> list[str] | None:

@@ -16,7 +16,7 @@ import networkx
 
 from coconut.tasks.chain import read_answer, read_steps, tidy
 
-__all__ = ["candidates", "graph", "judge", "max_new_tokens", "name", "parse_path", "parse_question",
+__all__ = ["candidates", "graph", "judge", "key", "max_new_tokens", "name", "parse_path", "parse_question",
            "read_answer", "read_steps", "read_target", "with_edges"]  # fmt: skip
 
 name = "prosqa"
@@ -120,8 +120,13 @@ def read_target(answer: str) -> str | None:
     return text if len(text.split()) == 1 else None
 
 
+def key(answer: str) -> str:
+    """Its text without what spaces and a full stop add."""
+    return tidy(answer).rstrip(".")
+
+
 def judge(predicted: str | None, gold: str) -> bool:
-    return predicted is not None and tidy(predicted).rstrip(".") == tidy(gold).rstrip(".")
+    return predicted is not None and key(predicted) == key(gold)
 
 
 def candidates(question: str) -> list[str] | None:
