@@ -495,6 +495,7 @@ def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) 
         ({"beta": 0.0}, "beta is 0.0"),
         ({"init": None}, "Name the model to start from"),
         ({"batch_size": 1}, "batch_size is 1"),
+        ({"engine": EngineConfig(cuda_graphs=True)}, "a reward model is trained without"),
     ]:
         with pytest.raises(ValueError, match=message):
             settings(made, tmp_path / "none", **changes)

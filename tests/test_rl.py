@@ -329,22 +329,41 @@ def test_long_questions_are_left_out_when_asked(
 
 
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    config = settings(made, tmp_path / "run", questions=12)
-    files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    (tmp_path / "run").mkdir()
-    training = PolicyTraining(config, tmp_path / "run", files, World())
+    training = begun(settings(made, tmp_path / "run", questions=12), made)
     asked = np.concatenate([training._questions(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
     assert training._questions(4).tolist() == asked[48:60].tolist()
 
 
-def test_what_the_engine_keeps_of_activations_reaches_the_model(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    engine = EngineConfig(device="cpu", threads=1, activations=Activations.recompute)
-    config = settings(made, tmp_path / "run", engine=engine)
+def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTraining:
+    folder = Path(str(config.run))
+    folder.mkdir(exist_ok=True)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    (tmp_path / "run").mkdir()
-    assert PolicyTraining(config, tmp_path / "run", files, World()).lm.recompute
+    return PolicyTraining(config, folder, files, World())
+
+
+def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    found: list[tuple[float, float]] = []
+    calls: list[int] = []
+    for activations in (Activations.keep, Activations.recompute):
+        engine = EngineConfig(device="cpu", threads=1, activations=activations)
+        objective = ObjectiveConfig("degrpo", beta=0.0)
+        training = begun(settings(made, tmp_path / activations, engine=engine, objective=objective), made)
+        groups = training.sample(0)
+        counted = [0]
+        layer = training.lm.base.base_model.layers[0]
+        layer.mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        row = training.learn(groups)
+        found.append((row["loss"], row["grad_norm"]))
+        calls.append(counted[0])
+    assert found[0] == found[1]
+    assert calls[1] == 2 * calls[0]
+
+
+def test_graphs_of_a_gpu_are_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a policy is trained without. Leave engine.cuda_graphs=false"):
+        settings(made, tmp_path / "run", engine=EngineConfig(cuda_graphs=True))
 
 
 # --- pages ------------------------------------------------------------------------------------------

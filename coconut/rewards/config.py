@@ -13,6 +13,7 @@ from coconut.config import (
     RunConfig,
     at_least,
     needs_run,
+    refuse_cuda_graphs,
 )
 from coconut.rewards.losses import loss_named
 
@@ -65,6 +66,7 @@ class RewardModelConfig(RunConfig):
         super().__post_init__()
         at_least("", self, epochs=1, batch_size=2, micro_batch_size=2, validate_every=0, save_every=0)
         loss_named(self.loss)
+        refuse_cuda_graphs(self.engine, "a reward model")
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be above 0, since it is what a reward is measured in.")
         if not self.init:
