@@ -22,6 +22,7 @@ from coconut.engine.world import World, joined
 from coconut.methods import Slot
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
 from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, sample_said, samples_of
+from coconut.rl.policy import totals_of as all_of
 
 GROUP = 4
 
@@ -41,7 +42,7 @@ def sampled(lm: LatentLM, temperature: float = 1.0, limit: int = 6) -> list[Samp
 
 
 def totals_of(samples: Sequence[Sample], budget: int = 7) -> Totals:
-    return Totals(len(samples), sum(len(sample.log_probs) for sample in samples), budget)
+    return all_of(samples, budget)
 
 
 def batch_of(lm: LatentLM, samples: list[Sample], objective: Objective, **options: Any) -> PolicyBatch:
@@ -138,8 +139,7 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
     lm, objective = hybrid(), OBJECTIVES["degrpo"]
     samples = sampled(lm)
     reference = [sample.log_probs + 0.1 for sample in samples]
-    held = [replace(sample, reference=row) for sample, row in zip(samples, reference, strict=True)]
-    batch = batch_of(lm, held, objective)
+    batch = replace(batch_of(lm, samples, objective), reference=torch.cat(reference))
     policy = Policy.of(lm.special)
     with_it, without = (policy.loss(objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
     log_probs = policy.log_probs(lm, batch).detach().split([len(sample.log_probs) for sample in samples])
@@ -149,7 +149,7 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
 
 def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
     lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
-    totals = Totals(2, 8, 10)
+    totals = Totals(2, 8, 2, 10)
     plain, whole = Objective(per_answer).weights(lengths, control, totals)
     slowed, _ = Objective(per_answer, slowed=0.1).weights(lengths, control, totals)
     torch.testing.assert_close(slowed, torch.where(control, 0.1 * plain, plain))
@@ -158,6 +158,8 @@ def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
     torch.testing.assert_close(whole, also_whole)
     tokens, _ = Objective(per_token, control=0.01).weights(lengths, control, totals)
     torch.testing.assert_close(tokens, torch.tensor([0.005, 1 / 6, 1 / 6, 0.005, *[1 / 6] * 4]))
+    without, _ = Objective(per_token, control=0.01).weights(lengths, control & False, Totals(2, 8, 0, 10))
+    torch.testing.assert_close(without, torch.full((8,), 1 / 8), msg="nobody chooses a mode: the mean over all tokens")
 
 
 def test_advantages_and_groups_that_teach_nothing() -> None:
@@ -200,16 +202,19 @@ def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float
     """Loss and gradient norm of an update with thoughts, modes and a reference, each process with its share."""
     objective, lm = OBJECTIVES[name], hybrid(dtype=torch.float32)
     samples = sampled(lm)
-    shifted = [replace(s, log_probs=s.log_probs + 0.2, reference=s.log_probs - 0.1) for s in samples]
+    shifted = [replace(s, log_probs=s.log_probs + 0.2) for s in samples]
     torch.manual_seed(0)
     gains = for_tokens(advantages(torch.rand(4, GROUP), objective.scaled).flatten(), samples)
     totals, passes = totals_of(samples), max(sample.passes for sample in samples)
     mine = list(range(world.rank, len(samples), world.size))
     size = 8 // world.size
     parts = [
-        policy_batch(
-            [shifted[i] for i in rows],
-            [gains[i] for i in rows], objective, totals, lm.special, on_policy=False, passes=passes,
+        replace(
+            policy_batch(
+                [shifted[i] for i in rows],
+                [gains[i] for i in rows], objective, totals, lm.special, on_policy=False, passes=passes,
+            ),
+            reference=torch.cat([samples[i].log_probs - 0.1 for i in rows]),
         )
         for rows in (mine[:size], mine[size:])
     ]  # fmt: skip
@@ -251,12 +256,9 @@ def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None
     lm = build("llama", torch.float32, slot=Slot.nothing, markers=False)
     samples = sampled(lm)
     reference = [s.log_probs + 0.1 for s in samples]
-    shifted = [
-        replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs)), reference=row)
-        for s, row in zip(samples, reference, strict=True)
-    ]
+    shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
     objective, beta = OBJECTIVES[name], 0.04
-    batch = batch_of(lm, shifted, objective, on_policy=False)
+    batch = replace(batch_of(lm, shifted, objective, on_policy=False), reference=torch.cat(reference))
     ours = Policy().loss(objective, beta)(lm, batch) / batch.num_targets  # nothing is refused there
     ours.backward()
     our_gradients = gradients(lm)

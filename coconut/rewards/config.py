@@ -11,6 +11,7 @@ from coconut.config import (
     EngineConfig,
     LaunchConfig,
     RunConfig,
+    TooLong,
     at_least,
     needs_run,
     refuse_cuda_graphs,
@@ -32,6 +33,7 @@ class RolloutConfig:
     mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
     limit: int | None = None  # the first so many questions
+    too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
     batch_size: int = 64
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -50,7 +52,7 @@ class RolloutConfig:
 class RewardModelConfig(RunConfig):
     """`init`, a run or a checkpoint, is the reward model before its first update, and its reference.
 
-    `data.train` and `data.valid` are files of labelled answers.
+    `data.train` and `data.valid` are files of labelled answers; `data.too_long` is of an answer with its question.
     """
 
     loss: str = "ce"  # of coconut.rewards.losses.LOSSES
@@ -85,6 +87,7 @@ class CompareConfig:
     checkpoint: str = "best"
     rollouts: int = 0  # Monte-Carlo rollouts from each step; 0: none
     stepwise: int = 100  # questions whose first errors are looked for, with the first 8 answers to each
+    too_long: TooLong = TooLong.error  # an answer longer than the model's context; skip: with all of its question
     output: str = ""  # by default the folder that all runs lie in
     batch_size: int = 256
     seed: int = 0

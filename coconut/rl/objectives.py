@@ -26,10 +26,13 @@ LEAST_DEVIATION = 1e-4  # added to the standard deviation of a group, as in TRL
 
 @dataclass(frozen=True)
 class Totals:
-    """Of the whole batch, over all processes. `budget`: the most tokens that an answer may have."""
+    """Of the whole batch, over all processes. `controls`: tokens that choose a mode. `budget`: the most tokens that an
+    answer may have.
+    """
 
     answers: int
     tokens: int
+    controls: int
     budget: int
 
 
@@ -75,7 +78,7 @@ class Objective:
         if self.control is None:
             return torch.where(is_control_M, self.slowed * whole_M, whole_M), whole_M
         controls_N = torch.zeros_like(lengths_N).scatter_add(0, owner_M, is_control_M.to(lengths_N))
-        rest = Totals(totals.answers, totals.tokens - totals.answers, totals.budget)
+        rest = Totals(totals.answers, totals.tokens - totals.controls, 0, totals.budget)
         rest_M = 1 / self.denominator(lengths_N - controls_N, rest).float()[owner_M]
         alone = self.slowed * self.control / totals.answers
         return torch.where(is_control_M, torch.full_like(rest_M, alone), rest_M), whole_M
