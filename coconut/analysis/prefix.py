@@ -82,7 +82,8 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     if too_long := [i for i, length in enumerate(lengths) if length > lm.context]:
         raise Unfit(
             f"{len(too_long)} of {len(lengths)} answers are, with their questions and thoughts, longer than the "
-            f"model's context of {lm.context} tokens; the first is that to question {too_long[0] + 1} ({lengths[too_long[0]]})."
+            f"model's context of {lm.context} tokens; the first is that to question {too_long[0] + 1} "
+            f"({lengths[too_long[0]]})."
         )
     whole_NC, after_NC = np.zeros((2, len(questions), subject.own + 1))
     with evaluating(lm):
