@@ -421,8 +421,8 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
     training = begun(settings(made, tmp_path / "run", loss="dpo", data=data))
     passes: list[int] = []
 
-    def update(parts: Any, lr: float) -> Update:
-        passes.extend(part.passes for part in parts)
+    def update(micro_batches: Any, lr: float) -> Update:
+        passes.extend(part.passes for part in micro_batches)
         return Update(0.0, 0.0, 1)
 
     training.engine.update = update

@@ -430,8 +430,8 @@ def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig],
         training = begun(settings(made, tmp_path / activations, engine=engine, objective=objective), made)
         groups = training.sample(0)
         counted = [0]
-        layer = training.lm.base.base_model.layers[0]
-        layer.mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        layers: Any = training.lm.base.base_model.layers
+        layers[0].mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
         row = training.learn(groups)
         found.append((row["loss"], row["grad_norm"]))
         calls.append(counted[0])
