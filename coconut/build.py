@@ -16,7 +16,7 @@ from coconut.engine.base import set_up
 from coconut.engine.world import World
 from coconut.methods import REASONING_FILE, plan
 from coconut.model import LatentLM
-from coconut.opening import opened, reaching
+from coconut.opening import on_disk, opened, reaching
 from coconut.screen import say
 from coconut.tracking import read_config
 
@@ -116,6 +116,23 @@ def starting_point(init: str) -> Path:
         except ValueError:
             return checkpoints.find("last")
     return path
+
+
+def weights_of(init: str) -> Path:
+    """The folder that `init` names at this moment: a run that is trained further has another best checkpoint later."""
+    return on_disk(starting_point(init)).resolve()
+
+
+def in_float32(lm: LatentLM) -> LatentLM:
+    """As a training starts, whatever the weights were saved in; what LoRA corrects is left as it is."""
+    return (lm if lm.adapter else lm.to(torch.float32)).eval()
+
+
+def computed_as(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
+    """The reference, on the device, with every weight in the type that `lm` has it in: equals give equal numbers."""
+    for weight, its in zip(reference.parameters(), lm.parameters(), strict=True):
+        weight.data = weight.data.to(its.dtype)
+    return reference.to(device).eval()
 
 
 def run_of(init: str) -> Path:

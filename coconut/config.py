@@ -279,6 +279,15 @@ class EngineConfig:
             )
 
 
+def refuse_cuda_graphs(engine: EngineConfig, trained: str) -> None:
+    """Raise ValueError if they are asked for where nothing would be recorded: what is trained so is in eval()."""
+    if engine.cuda_graphs:
+        raise ValueError(
+            f"engine.cuda_graphs=true records the passes of a model that is trained with its dropout, and {trained} is "
+            "trained without. Leave engine.cuda_graphs=false."
+        )
+
+
 class Tracker(StrEnum):
     """Where a run's numbers go besides metrics.jsonl."""
 

@@ -328,9 +328,10 @@ class LatentLM(nn.Module):
 
     @property
     def recompute(self) -> bool:
-        """Whether layers run again in the backward pass, in training, instead of keeping their activations.
+        """Whether layers run again in the backward pass instead of keeping their activations.
 
-        Losses and gradients are the same. Setting it raises ValueError if the model's layers cannot.
+        Losses and gradients are the same, with dropout (train()) and without (eval()). Setting it raises ValueError if
+        the model's layers cannot.
         """
         return self._recompute
 
@@ -363,7 +364,7 @@ class LatentLM(nn.Module):
 
     @property
     def _recomputes_now(self) -> bool:
-        return self._recompute and self.training and torch.is_grad_enabled()
+        return self._recompute and torch.is_grad_enabled()
 
     def new_cache(self, columns: int = 0, windows: bool = True) -> GrowingCache:
         """An empty cache for `states`, with room for so many columns from the start.

@@ -24,7 +24,8 @@ def compare(config: CompareConfig) -> int:
     from coconut.analysis.entrants import folders
     from coconut.analysis.study import Study
     from coconut.analysis.table import common_folder
-    from coconut.build import load_run
+    from coconut.build import computed_as, in_float32, load_run
+    from coconut.config import TooLong
     from coconut.engine.base import autocast, set_up
     from coconut.files import write_text
     from coconut.model import LatentLM
@@ -44,11 +45,14 @@ def compare(config: CompareConfig) -> int:
     inits = {str(reference_of(folder)) for folder in runs}
     if len(inits) != 1:
         raise ValueError(f"The reward models started from different models: {', '.join(sorted(inits))}.")
-    reference = LatentLM.from_pretrained(inits.pop()).eval().to(set_up(config.engine))
-    task = TASKS[_task(configs[0]["init"])]
+    [init] = inits
+    device = set_up(config.engine)
+    reference = in_float32(LatentLM.from_pretrained(init)).to(device)
+    task = TASKS[_task(init)]
     judge = Correctness(task, reference.reasoning.format)
-    asked = read_answers(config.answers, reference)
-    development = read_answers(config.development or configs[0]["data"]["valid"], reference)
+    skip = config.too_long is TooLong.skip
+    asked = read_answers(config.answers, reference, skip, alike=True)
+    development = read_answers(config.development or configs[0]["data"]["valid"], reference, skip, alike=True)
     parts = [scoring.first_answers(labelled, config.stepwise) for labelled in (development, asked)]
     scored, stepwise, trained = [], [], []
     bounds: dict[str, Study] = {}
@@ -58,7 +62,8 @@ def compare(config: CompareConfig) -> int:
     ):
         for number, (folder, its) in enumerate(zip(runs, configs, strict=True)):
             lm = load_run(folder, config.checkpoint, config.engine).lm
-            loss, reward = loss_named(its["loss"]), ImplicitReward(lm, reference, its["beta"])
+            beside = computed_as(LatentLM.from_pretrained(init), lm, device)
+            loss, reward = loss_named(its["loss"]), ImplicitReward(lm, beside, its["beta"])
             score: Callable[..., scoring.Scored] = (
                 partial(scoring.valued, folder.name, ValueModel(lm))
                 if loss.valued
@@ -77,7 +82,7 @@ def compare(config: CompareConfig) -> int:
             stepwise.append((dev, test))
             scored.append(scoring.monte_carlo(reference, judge, asked, **options))
             bar(len(runs) + 1, "rollouts")
-    learned_from = read_answers(configs[0]["data"]["train"], reference)
+    learned_from = read_answers(configs[0]["data"]["train"], reference, skip=True)
     studies = [
         scoring.selections(asked, scored, judge, SIZES),
         scoring.costs(
@@ -108,11 +113,13 @@ def _training(folder: Path, loss: Loss) -> Trained:
 
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
     seconds, units = (sum(row[key] for row in rows) for key in ("seconds", "units"))
-    return Trained(folder.name, seconds, int(units) * (2 if loss.pairs else 1), compared=not loss.valued)
+    return Trained(
+        folder.name, seconds, int(units) * (2 if loss.pairs else 1), compared=not loss.valued, shifted=loss.shifted
+    )
 
 
 def _task(init: str) -> str:
-    """Whose answers the first model gave."""
+    """Of the run whose answers are judged."""
     from coconut.build import run_of
     from coconut.tracking import read_config
 

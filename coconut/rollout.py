@@ -7,15 +7,16 @@ from pathlib import Path
 
 from coconut.build import load_run
 from coconut.cli import application
+from coconut.config import TooLong
 from coconut.data import read_examples
 from coconut.engine.base import autocast
 from coconut.engine.launch import on_processes
 from coconut.engine.world import World
-from coconut.evaluate import file_of_run, fitting
+from coconut.evaluate import file_of_run
 from coconut.files import sha256, write_json
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
-from coconut.rl.rollouts import Correctness, roll_out
+from coconut.rl.rollouts import Correctness, roll_out, with_room
 from coconut.screen import only_our_words, say, working
 from coconut.tasks import TASKS
 from coconut.tracking import read_config
@@ -36,8 +37,8 @@ def together(config: RolloutConfig, world: World) -> int:
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm
-    kept = fitting(lm, [example.question for example in examples])
-    examples = [examples[i] for i in kept]
+    skip = config.too_long is TooLong.skip
+    examples = with_room(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
     output = Path(config.output or Path(config.run) / "rollouts" / f"{config.split}.jsonl")
     about = {
         "run": str(Path(config.run).resolve()), "step": trained.step, "file": str(Path(path).resolve()),

@@ -31,6 +31,12 @@ class Standing:
         self.trainer = load_trainer(self.found) if self.found else {}
         self.state = load_state(self.found) if self.found else {"step": 0, "best": None, **new}
 
+    def keep_copy(self, place: Path, lm: LatentLM) -> None:
+        """A copy of a model in the run's folder, when the run begins: what is there then is of another beginning."""
+        if not self.found:
+            with whole_folder(place) as part:
+                lm.save_pretrained(part)
+
     def restore(self, lm: LatentLM) -> None:
         """Put what a checkpoint has in higher precision into the model, before an engine is made of it."""
         restore_master(lm, self.trainer)
@@ -58,13 +64,6 @@ class Standing:
             lm.reasoning = reasoning
             others = {name: (held.enter_context(its.whole()), trainers[name]) for name, its in (beside or {}).items()}
             self.world.first_does(lambda: self.checkpoints.save(step, lm, trainer, state, self.world.tick, others))
-
-
-def keep_copy(place: Path, lm: LatentLM) -> None:
-    """A copy of a model in the run's folder, if there is none yet."""
-    if not place.is_dir():
-        with whole_folder(place) as part:
-            lm.save_pretrained(part)
 
 
 def stopped(number: int, where: str) -> int:

@@ -131,6 +131,7 @@ def generate(
     thought_noise: float = 0.0,
     stop: Stop | None = None,
     mode: str | Sequence[str] | None = None,
+    begun: Tensor | None = None,
     log_probs: bool = False,
     **options: Any,
 ) -> Generated:
@@ -147,6 +148,7 @@ def generate(
     what comes back are those that were fed, whose log-probability is known (coconut.rewards.thoughts).
 
     A hybrid model first says its mode, whose control token is its own first one; `mode` forces it, for all or each.
+    `begun` (B, W): what each answer begins with, after its thoughts; what comes back is what follows.
     With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
     `options` are those of transformers' generate that say which words are chosen and where an answer ends
@@ -169,20 +171,23 @@ def generate(
     if not is_question_BT.any(1).all():
         raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
     samples_B = torch.full((len(ids_BT),), samples)
+    begun_BW = ids_BT[:, :0] if begun is None else begun.to(ids_BT)
     with evaluating(lm):
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
             counts_B = _how_many(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
             how: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
-            answers = _answers(lm, lm.reasoning, ids_BT, is_question_BT, counts_B, samples_B, options, **how)
+            answers = _answers(lm, lm.reasoning, ids_BT, is_question_BT, counts_B, begun_BW, samples_B, options, **how)
         elif num_thoughts is not None or thoughts is not None or thought_noise or stop is not None:
             raise ValueError(
                 "The mode says how many thoughts there are, and they are its own: leave out num_thoughts, thoughts, "
                 "thought_noise and stop."
             )
+        elif begun is not None and mode is None:
+            raise ValueError("begun: an answer that has begun is in a mode already. Name it with mode=...")
         else:
-            answers = _in_modes(lm, ids_BT, is_question_BT, mode, samples_B, options)
+            answers = _in_modes(lm, ids_BT, is_question_BT, mode, begun_BW, samples_B, options)
     return _together(lm, [answer for several in answers for answer in several], options)
 
 
@@ -199,6 +204,7 @@ def _in_modes(
     ids_BT: Tensor,
     is_question_BT: Tensor,
     mode: str | Sequence[str] | None,
+    begun_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
 ) -> list[list[_Answer]]:
@@ -226,7 +232,7 @@ def _in_modes(
         is_token = torch.cat([is_question_BT[rows], torch.ones_like(control_R1, dtype=torch.bool)], dim=1)
         reasoning = lm.reasoning.in_mode(name)
         counts_R = torch.full((len(rows),), reasoning.num_thoughts, device=ids_BT.device)
-        found = _answers(lm, reasoning, prompts, is_token, counts_R, times_B[rows], options)
+        found = _answers(lm, reasoning, prompts, is_token, counts_R, begun_BW[rows], times_B[rows], options)
         for row, several in zip(rows.tolist(), found, strict=True):
             how_likely = None if log_probs_BM is None else float(log_probs_BM[row, number])
             for answer in several:
@@ -241,6 +247,7 @@ def _answers(
     ids_BT: Tensor,
     is_question_BT: Tensor,
     counts_B: Tensor,
+    begun_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
     *,
@@ -251,6 +258,7 @@ def _answers(
     """For each of the questions (B, T), padded on the left, so many answers, with so many tokens in the slot."""
     in_slot_B = len(slot_ids(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
     lengths_B = is_question_BT.sum(1)
+    in_slot_B = in_slot_B + begun_BW.shape[1]
     room_B = lm.context - lengths_B - in_slot_B
     if (room_B < 1).any():
         row = int(room_B.argmin())
@@ -272,7 +280,8 @@ def _answers(
         ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
         given = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
-        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, noise, stop, samples_R, limited)
+        begun = begun_BW[rows]
+        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, noise, stop, begun, samples_R, limited)
         for row, several in zip(rows.tolist(), found, strict=True):
             answers[row] += several
     return answers
@@ -372,19 +381,20 @@ def _think_and_speak(
     thoughts: Tensor | None,
     noise: float,
     stop: Stop | None,
+    begun_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
 ) -> list[list[_Answer]]:
     """So many answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
     slot = torch.from_numpy(slot_ids(reasoning, lm.special, count)).long().to(lm.device)
-    prompt_BT = torch.cat([ids_BT, slot.expand(B, -1)], dim=1)
+    prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), begun_BW], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
     if reasoning.slot is not Slot.thought:
         count = 0
     prefix = T + 1 if count else prompt_BT.shape[1] - 1  # with <bot>, or all but the last
     limit = options["max_new_tokens"]
-    room = 1 + limit
+    room = 1 + begun_BW.shape[1] + limit
     if not prefix:  # a question of one token, and nothing after it
         table: Any = lm.base.get_input_embeddings()
         nothing = torch.zeros(0, table.embedding_dim)
@@ -399,14 +409,24 @@ def _think_and_speak(
         if len(rows) < B:  # a cache cannot be cut where a model looks through a sliding window, so they think again
             given = thinking.thoughts[rows]
             cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given, room=room).cache
-        columns = [*range(prefix + n), prompt_BT.shape[1] - 1]  # <eot> is the last
+        columns = [*range(prefix + n), *range(prefix + count, prompt_BT.shape[1])]  # with <eot>, and what has begun
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
+        _read_on(lm, prompts[:, :-1], masks[:, :-1], cache, prefix + n)
         for row, several in zip(
             rows.tolist(), _speak(lm, prompts, masks, cache, samples_B[rows.cpu()], options), strict=True
         ):
             fed = thinking.thoughts[row, :n].float().cpu()
             answers[row] = [_Answer(new, fed, limit, likely) for new, likely in several]
     return [answers[row] for row in range(B)]
+
+
+def _read_on(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any, read: int) -> None:
+    """Put all columns into the cache, which holds the first so many."""
+    if read == ids_BT.shape[1]:
+        return
+    embeds_BTD = lm.base.get_input_embeddings()(ids_BT[:, read:])
+    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+    lm.states(embeds_BTD, is_token_BT, positions_BT[:, read:], cache, unread=embeds_BTD.shape[1] - 1)
 
 
 def _speak(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision
 from coconut.engine.world import World, joined
 from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -113,8 +113,15 @@ def test_the_advantage_by_hand() -> None:
     assert found[0].tolist() == pytest.approx([1 + 2 * (0.6 - 0.45), 1 + 2 * (0.4 - 0.3), 1 + 2 * (0.5 - 0.15)])
 
 
-def test_a_reward_model_that_equals_its_reference_leaves_the_outcome_alone(made: Made, tmp_path: Path) -> None:
-    _, groups, judged = rewarded(begun(settings(made, tmp_path / "run"), made))
+@pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16"])
+def test_a_reward_model_that_equals_its_reference_leaves_the_outcome_alone(
+    made: Made, tmp_path: Path, kind: str
+) -> None:
+    init, engine = str(made[0]), replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
+    if kind == "saved in bfloat16":
+        init = str(tmp_path / "init")
+        LatentLM.from_pretrained(starting_point(str(made[0]))).to(torch.bfloat16).save_pretrained(init)
+    _, groups, judged = rewarded(begun(settings(made, tmp_path / "run", init=init, engine=engine), made))
     assert any(group.rewards.any() for group in groups)
     for group, its in zip(groups, judged, strict=True):
         for i, row in enumerate(its.advantages(1.0)):

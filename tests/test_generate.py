@@ -54,6 +54,18 @@ def rows_of(out: Any) -> list[list[int]]:
     return [row[:n] for row, n in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
 
 
+@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.nothing, 0)])
+def test_an_answer_that_has_begun_goes_on_after_its_thoughts(family: str, slot: Slot, count: int) -> None:
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
+    whole = [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
+    for width in (1, 3):
+        places = [i for i, row in enumerate(whole) if len(row) > width]
+        begun = torch.tensor([whole[i][:width] for i in places])
+        out = lm.generate(*padded([QUESTIONS[i] for i in places]), max_new_tokens=6 - width, begun=begun)
+        assert rows_of(out) == [whole[i][width:] for i in places]
+        assert set(out.num_thoughts.tolist()) == {count if slot is Slot.thought else 0}
+
+
 @pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.thought, 0), (Slot.pause, 2), (Slot.nothing, 0)])
 @pytest.mark.parametrize("right", [False, True])
 def test_a_batch_says_what_each_question_would(family: str, slot: Slot, count: int, right: bool) -> None:

@@ -63,6 +63,19 @@ def test_each_mode_when_forced(family: str) -> None:
     assert rows_of(out) == [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, each, strict=True)]
 
 
+def test_an_answer_that_has_begun_goes_on_in_its_mode() -> None:
+    lm, each = hybrid(), ["think", "latent_2", "short", "latent_2"]
+    whole = [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, each, strict=True)]
+    places = [i for i, row in enumerate(whole) if len(row) > 2]
+    assert {each[i] for i in places} >= {"latent_2"}
+    begun = torch.tensor([whole[i][:2] for i in places])
+    ids, mask = padded([QUESTIONS[i] for i in places])
+    out = lm.generate(ids, mask, max_new_tokens=4, mode=[each[i] for i in places], begun=begun)
+    assert rows_of(out) == [whole[i][2:] for i in places]
+    with pytest.raises(ValueError, match=r"is in a mode already. Name it with mode="):
+        lm.generate(ids, mask, begun=begun)
+
+
 def test_its_own_choice_is_its_likeliest_control_token(family: str) -> None:
     lm = hybrid(family)
     out = lm.generate(*padded(QUESTIONS), max_new_tokens=6)

@@ -12,6 +12,7 @@ from conftest import ARCHITECTURES, build, gradients
 from test_model import mixed_batch, relative
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.memory import Living, Shape, activations, states
 from coconut import LatentLM
@@ -27,10 +28,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def both(lm: LatentLM, batch: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Loss and gradients with activations kept, and recomputed."""
     found = []
-    lm.train()
+    lm.train(training)
     for lm.recompute in (False, True):
         lm.zero_grad()
         torch.manual_seed(0)
@@ -47,6 +48,29 @@ def test_recomputed_equals_kept(family: str, dtype: torch.dtype, tolerance: floa
     (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options})
     torch.testing.assert_close(again, kept, rtol=tolerance, atol=0)
     assert relative(again_grads, kept_grads) < tolerance
+
+
+@pytest.mark.parametrize("options", [{}, {"min_passes": 7}])
+def test_without_dropout_layers_run_twice_too(
+    family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As policies and reward models are trained, in eval()."""
+    lm = build(family)
+    layer = next(part for part in lm.base.modules() if isinstance(part, GradientCheckpointingLayer))
+    forward, calls = layer.forward, [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options}, training=False)
+    assert calls[0] % 3 == 0
+    lm.recompute = False
+    before, _ = calls[0], lm(**mixed_batch(lm), **options)
+    assert 3 * (calls[0] - before) == before, "once where activations are kept, twice where they are recomputed"
+    torch.testing.assert_close(again, kept, rtol=1e-9, atol=0)
+    assert relative(again_grads, kept_grads) < 1e-9
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -123,12 +147,10 @@ def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pyt
     assert found[4, True] < found[4, False] / 3
 
 
-def test_only_training_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_gone_back_through_is_recomputed() -> None:
     lm = build("llama", torch.float32)
     lm.recompute = True
     passed = torch.zeros(1, 3, 32), torch.ones(1, 3), torch.arange(3)[None]
-    lm.states(*passed, DynamicCache(config=lm.base.config))
-    lm.train()
     with pytest.raises(ValueError, match=r"DynamicCache.*new_cache"):
         lm.states(*passed, DynamicCache(config=lm.base.config))
     with torch.no_grad():

@@ -22,7 +22,7 @@ from coconut.engine.world import World, joined
 from coconut.methods import Slot
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
 from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, sample_said, samples_of
-from coconut.rl.policy import totals_of as policy_totals
+from coconut.rl.policy import totals_of as all_of
 
 GROUP = 4
 
@@ -140,8 +140,7 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
     lm, objective = hybrid(), OBJECTIVES["degrpo"]
     samples = sampled(lm)
     reference = [sample.log_probs + 0.1 for sample in samples]
-    held = [replace(sample, reference=row) for sample, row in zip(samples, reference, strict=True)]
-    batch = batch_of(lm, held, objective)
+    batch = replace(batch_of(lm, samples, objective), reference=torch.cat(reference))
     policy = Policy.of(lm.special)
     with_it, without = (policy.loss(objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
     log_probs = policy.log_probs(lm, batch).detach().split([len(sample.log_probs) for sample in samples])
@@ -160,6 +159,8 @@ def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
     torch.testing.assert_close(whole, also_whole)
     tokens, _ = Objective(per_token, control=0.01).weights(lengths, control, totals)
     torch.testing.assert_close(tokens, torch.tensor([0.005, 1 / 6, 1 / 6, 0.005, *[1 / 6] * 4]))
+    without, _ = Objective(per_token, control=0.01).weights(lengths, control & False, Totals(2, 8, 0, 10))
+    torch.testing.assert_close(without, torch.full((8,), 1 / 8), msg="nobody chooses a mode: the mean over all tokens")
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "words", "forced"])
@@ -178,7 +179,7 @@ def test_words_weigh_as_much_with_a_control_weight_as_alone(name: str, kind: str
         }[name]  # fmt: skip
         expected += [0.01 / len(samples) if is_control else word for is_control in sample.is_control.tolist()]
     assert (batch.weights / batch.num_targets).tolist() == pytest.approx(expected, rel=1e-5)
-    assert totals_of(samples) == policy_totals(samples, 7)
+    assert totals_of(samples) == all_of(samples, 7)
     if name != "dr_grpo":
         on_words = batch.weights[~batch.is_control].sum() / batch.num_targets
         assert float(on_words) == pytest.approx(1, rel=1e-5)
@@ -230,16 +231,19 @@ def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float
     """Loss and gradient norm of an update with thoughts, modes and a reference, each process with its share."""
     objective, lm = OBJECTIVES[name], hybrid(dtype=torch.float32)
     samples = sampled(lm)
-    shifted = [replace(s, log_probs=s.log_probs + 0.2, reference=s.log_probs - 0.1) for s in samples]
+    shifted = [replace(s, log_probs=s.log_probs + 0.2) for s in samples]
     torch.manual_seed(0)
     gains = for_tokens(advantages(torch.rand(4, GROUP), objective.scaled).flatten(), samples)
     totals, passes = totals_of(samples), max(sample.passes for sample in samples)
     mine = list(range(world.rank, len(samples), world.size))
     size = 8 // world.size
     parts = [
-        policy_batch(
-            [shifted[i] for i in rows],
-            [gains[i] for i in rows], objective, totals, lm.special, on_policy=False, passes=passes,
+        replace(
+            policy_batch(
+                [shifted[i] for i in rows],
+                [gains[i] for i in rows], objective, totals, lm.special, on_policy=False, passes=passes,
+            ),
+            reference=torch.cat([samples[i].log_probs - 0.1 for i in rows]),
         )
         for rows in (mine[:size], mine[size:])
     ]  # fmt: skip
@@ -281,12 +285,9 @@ def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None
     lm = build("llama", torch.float32, slot=Slot.nothing, markers=False)
     samples = sampled(lm)
     reference = [s.log_probs + 0.1 for s in samples]
-    shifted = [
-        replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs)), reference=row)
-        for s, row in zip(samples, reference, strict=True)
-    ]
+    shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
     objective, beta = OBJECTIVES[name], 0.04
-    batch = batch_of(lm, shifted, objective, on_policy=False)
+    batch = replace(batch_of(lm, shifted, objective, on_policy=False), reference=torch.cat(reference))
     ours = Policy().loss(objective, beta)(lm, batch) / batch.num_targets  # nothing is refused there
     ours.backward()
     our_gradients = gradients(lm)

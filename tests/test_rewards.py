@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -16,30 +17,42 @@ from conftest import build, byte_level_tokenizer, gradients, graph_files, same_e
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import killed_and_stopped, together
+from test_hybrid import hybrid
 
 from coconut import LatentLM
 from coconut.analyze import run as analyze
-from coconut.build import starting_point
-from coconut.checkpoint import Checkpoints
-from coconut.config import AdamWConfig, AnalyzeConfig, DataConfig, EngineConfig, Task
+from coconut.build import computed_as, starting_point
+from coconut.checkpoint import Checkpoints, load_state
+from coconut.config import (
+    AdamWConfig,
+    AnalyzeConfig,
+    DataConfig,
+    DataFiles,
+    EngineConfig,
+    LoraConfig,
+    Precision,
+    Task,
+    TooLong,
+)
 from coconut.data import Example, encode_texts
-from coconut.engine.world import joined
-from coconut.files import read_json
+from coconut.engine.base import Update
+from coconut.engine.world import World, joined
+from coconut.files import read_json, sha256, write_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
 from coconut.rewards.answers import Labelled, read_answers
 from coconut.rewards.batches import Answers, preference, reward_batch, reward_loss
-from coconut.rewards.compare import all_bounds, bounds, selections
+from coconut.rewards.compare import Trained, all_bounds, bounds, costs, selections
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
-from coconut.rewards.implicit import ImplicitReward, by_part
+from coconut.rewards.implicit import ImplicitReward, by_part, reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
-from coconut.rewards.montecarlo import step_labels
+from coconut.rewards.montecarlo import gone_on, step_labels
 from coconut.rewards.selection import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
 from coconut.rewards.steps import text_ends, token_parts
-from coconut.rewards.train import run
+from coconut.rewards.train import RewardTraining, run
 from coconut.rewards.train import together as run_together
 from coconut.rewards.value import ValueModel
-from coconut.rl.policy import Policy, sample_said
+from coconut.rl.policy import Policy, needs, question_of, sample_said, shares
 from coconut.rl.rollouts import Correctness
 from coconut.rollout import run as roll
 from coconut.tasks import TASKS
@@ -299,6 +312,179 @@ def test_pairs_are_of_one_question() -> None:
     assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
 
 
+# --- the reference ----------------------------------------------------------------------------------
+
+
+def begun(config: RewardModelConfig) -> RewardTraining:
+    Path(str(config.run)).mkdir()
+    return RewardTraining(
+        config, Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}, World()
+    )
+
+
+@pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora"])
+def test_a_reward_model_that_has_not_moved_rewards_nothing(
+    made: tuple[Path, DataConfig], tmp_path: Path, kind: str
+) -> None:
+    """As it is trained, and as it is compared."""
+    init = starting_point(str(made[0]))
+    if kind != "float32":
+        LatentLM.from_pretrained(init).to(torch.bfloat16).save_pretrained(tmp_path / "lowered")
+    if kind == "saved in bfloat16":
+        init = tmp_path / "lowered"
+    if kind == "lora":
+        lm = LatentLM.from_pretrained(tmp_path / "lowered")
+        lm.add_lora(LoraConfig(rank=2), str(tmp_path / "lowered"))
+        init = tmp_path / "lora"
+        lm.save_pretrained(init)
+    engine = EngineConfig(
+        device="cpu", threads=1, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32")
+    )
+    training = begun(settings(made, tmp_path / "run", init=str(init), engine=engine))
+    for split in ("train", "valid"):
+        whole = training._whole(training.lm, training.answers[split].samples)
+        assert torch.equal(whole, training.reference[split])
+    saved = tmp_path / "saved"
+    training.lm.save_pretrained(saved)
+    lm = LatentLM.from_pretrained(saved)
+    beside = computed_as(LatentLM.from_pretrained(init), lm, torch.device("cpu"))
+    rewards = ImplicitReward(lm, beside, 0.5).tokens(training.answers["valid"].samples[:8])
+    assert all(not row.any() for row in rewards)
+
+
+def test_a_reward_model_keeps_to_what_it_was_trained_against(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    sampler = tmp_path / "sampler"
+    shutil.copytree(made[0], sampler)
+    assert run(settings(made, tmp_path / "run", init=str(sampler), epochs=1)) == 0
+    against = reference_of(tmp_path / "run")
+    assert against == starting_point(str(sampler)).resolve()
+    assert reference_of(Checkpoints(tmp_path / "run").find("last")) == against
+    checkpoints = Checkpoints(sampler)
+    later = checkpoints.path(checkpoints.steps()[-1] + 1)
+    shutil.copytree(against, later)
+    state = {**load_state(later), "step": checkpoints.steps()[-1], "best": {"step": checkpoints.steps()[-1]}}
+    write_json(later / "state.json", state)
+    manifest = read_json(later / "manifest.json")
+    told = {"bytes": (later / "state.json").stat().st_size, "sha256": sha256(later / "state.json")}
+    write_json(later / "manifest.json", {**manifest, "state.json": told})
+    assert starting_point(str(sampler)).resolve() != against, "it was trained further, and another one is best"
+    assert reference_of(tmp_path / "run") == against
+    lm = LatentLM.from_pretrained(against)
+    with torch.no_grad():
+        next(lm.parameters()).add_(0.1)
+    lm.save_pretrained(against)
+    with pytest.raises(ValueError, match="which holds other weights by now: put it back"):
+        reference_of(tmp_path / "run")
+    shutil.rmtree(against)
+    with pytest.raises(ValueError, match="which is not there any more: put it back"):
+        reference_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
+def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    """Tokens that went through the model, forward, and backward for twice as much."""
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:8]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: str(tmp_path / "train.jsonl") for split in ("train", "valid")}
+    data = DataConfig(train=files["train"], valid=files["valid"])
+    tokens, of = [0.0], LatentLM.forward
+
+    def counted(lm: LatentLM, input_ids: torch.Tensor, mask: torch.Tensor, **how: Any) -> Any:
+        tokens[0] += int(mask.sum()) * (3 if torch.is_grad_enabled() else 1)
+        return of(lm, input_ids, mask, **how)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LatentLM, "forward", counted)
+        training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
+        tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
+        units = [training.update(step)["units"] for step in range(training.total)]
+    answers = training.answers["train"].samples
+    trained = Trained(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
+    labelled = read_answers(files["train"], training.lm)
+    [row] = costs([trained], labelled, 7, None, 1).rows
+    paired = [answers[i] for i in training.units.flatten()]
+    if loss == "dpo":  # the mean answer stands for those that are in pairs
+        mean = sum(len(answer.layout.ids) for answer in answers) / len(answers)
+        tokens[0] += 6 * sum(mean - len(answer.layout.ids) for answer in paired)
+    assert row["flops"] == pytest.approx(2 * 7 * tokens[0], rel=1e-9)
+
+
+def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> None:
+    lm = hybrid(dtype=torch.float32)
+    lm.save_pretrained(tmp_path / "hybrid")
+    long = {"text": "7 8 9 10 11 12 13 14", "correct": True, "mode": "short"}
+    thinks = {"text": "7", "correct": False, "mode": "latent_2", "num_thoughts": 2}
+    row = {"question": "3 4", "answer": "c", "steps": [], "samples": [long, thinks]}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    data = DataConfig(train=str(tmp_path / "answers.jsonl"), valid=str(tmp_path / "answers.jsonl"))
+    made = tmp_path / "hybrid", data
+    training = begun(settings(made, tmp_path / "run", loss="dpo", data=data))
+    passes: list[int] = []
+
+    def update(micro_batches: Any, lr: float) -> Update:
+        passes.extend(part.passes for part in micro_batches)
+        return Update(0.0, 0.0, 1)
+
+    training.engine.update = update
+    training.update(0)
+    assert passes == [3], "two thoughts are three passes, of the shorter answer"
+    first, second = training.answers["train"].samples
+    assert len(first.layout.ids) > len(second.layout.ids)
+    assert shares([needs([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
+
+
+# --- answers that are too long ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_answers_longer_than_the_context_are_not_scored(kind: str) -> None:
+    lm = build(kind, torch.float32, slot=Slot.nothing, markers=False)
+    samples = [sample_said(lm, [5, 6], [7] * count, text="") for count in (3, 94, 95)]
+    assert len(Policy.of(lm.special).score(lm, samples[:2], 2)[1]) == 94
+    with pytest.raises(ValueError, match=r"1 of 3 answers are.*context of 96 tokens: answer 3 \(97 tokens\)"):
+        Policy.of(lm.special).score(lm, samples, 2)
+    with pytest.raises(ValueError, match=r"1 of 3 answers are"):
+        ValueModel(lm).before(samples)
+
+
+def test_answers_longer_than_the_context_are_named_or_left_out(
+    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:4]
+    said = rows[2]["samples"][1]
+    said["ids"] = [said["ids"][0]] * 90
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+    message = r"1 of 24 answers are.*answer 2 to question 3 \(\d+ tokens\). Leave them out with data.too_long=skip"
+    with pytest.raises(ValueError, match=message):
+        read_answers(tmp_path / "long.jsonl", lm)
+    config = settings(made, tmp_path / "run", data=replace(made[1], train=str(tmp_path / "long.jsonl")))
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    config.data.too_long = TooLong.skip
+    assert len(begun(config).answers["train"].samples) == 23
+    assert "Left out 1 of 24 answers" in capsys.readouterr().out
+    whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, alike=True)
+    assert [len(row.samples) for row in whole] == [6, 6, 6]
+    assert rows[2]["question"] not in {row.example.question for row in whole}
+
+
+def test_questions_without_room_for_an_answer_are_not_sampled_from(
+    made: tuple[Path, DataConfig], tmp_path: Path
+) -> None:
+    file = Path(made[1].train).parents[2] / "train.json"
+    rows = read_json(file)[:3]
+    rows[1]["question"] = " ".join([rows[1]["question"]] * 8)
+    write_json(tmp_path / "long.json", rows)
+    config = RolloutConfig(run=str(made[0]), data=DataFiles(train=str(tmp_path / "long.json")), samples=2, engine=CPU,
+                           output=str(tmp_path / "out.jsonl"))  # fmt: skip
+    with pytest.raises(ValueError, match=r"1 of 3 questions leave no room.*question 2 \(\d+ tokens\).*too_long=skip"):
+        roll(config)
+    config.too_long = TooLong.skip
+    assert roll(config) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
 # --- selection --------------------------------------------------------------------------------------
 
 
@@ -410,14 +596,12 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
     assert len(found.shares) == 6 * 6
     assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.samples]
-    for text, shares in zip(texts, found.shares, strict=True):
+    for text, its in zip(texts, found.shares, strict=True):
         steps = TASKS["prosqa"].read_steps(text, "###", " ")
-        assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
-        assert all(share * 4 == int(share * 4) for share in shares)
+        assert len(its) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
+        assert all(share * 4 == int(share * 4) for share in its)
     assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
     assert [list(map(bool, shares)) for shares in found.shares] == found.hard
-    with pytest.raises(ValueError, match="coconut does not write its steps in words alone"):
-        step_labels(build("llama"), judge, labelled)
 
 
 # --- comparison -------------------------------------------------------------------------------------
@@ -490,6 +674,39 @@ def test_the_value_of_a_prefix_is_the_soft_mean_of_what_follows(models: tuple[Pa
     assert min(row["mean_below"], row["below_max"]) > 0.9
 
 
+@pytest.mark.parametrize("kind", ["thoughts", "pauses", "modes"])
+def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
+    slot = {"thoughts": Slot.thought, "pauses": Slot.pause, "modes": Slot.nothing}[kind]
+    models = []
+    for _ in range(2):
+        lm = (
+            hybrid(dtype=torch.float32) if kind == "modes" else build("llama", torch.float32, slot=slot, num_thoughts=2)
+        )
+        lm.reasoning = replace(lm.reasoning, max_new_tokens=3)
+        models.append(lm)
+    lm, reference = models
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    modes = ["latent_2", "think"] if kind == "modes" else ["", ""]
+    samples = [sample_said(lm, [5, 6, 7 + i], [8, 9, 10], text="", mode=mode) for i, mode in enumerate(modes)]
+    labelled = [Labelled(Example("", (), ""), tuple(samples), (True, False))]
+    found = bounds(ImplicitReward(lm, reference, 0.5), labelled, continuations=4096, prefixes=2)
+    assert max(abs(row["q"]) for row in found.rows) > 0.02
+    for row in found.rows:
+        assert row["soft"] == pytest.approx(row["q"], abs=0.01)
+    for sample in samples:
+        begun = sample.saying(sample.said[:1])
+        assert question_of(lm, begun) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
+        [several] = gone_on(reference, [begun], 3)
+        assert all(1 <= len(more) <= 3 for more in several)
+        whole = begun.saying([*begun.said, *several[0]])
+        assert whole.layout.ids.tolist().count(lm.latent_id) == sample.layout.ids.tolist().count(lm.latent_id)
+    ended = samples[0].saying([8, lm.special.eos])
+    assert gone_on(reference, [ended], 2) == [[[], []]], "what has ended does not go on"
+
+
 def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Path) -> None:
     sampler, folder = models
     answers = sampler / "rollouts" / "test.jsonl"
@@ -516,6 +733,7 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
         (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
         (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
         (lambda row: row.update(samples=[]), "it has no samples"),
+        (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
         (lambda row: row.update(steps="a"), "steps is 'a'"),
         (lambda row: row.pop("question"), "it must be an object with question"),
     ],
@@ -546,6 +764,7 @@ def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) 
         ({"beta": 0.0}, "beta is 0.0"),
         ({"init": None}, "Name the model to start from"),
         ({"batch_size": 1}, "batch_size is 1"),
+        ({"engine": EngineConfig(cuda_graphs=True)}, "a reward model is trained without"),
     ]:
         with pytest.raises(ValueError, match=message):
             settings(made, tmp_path / "none", **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from coconut.config import (
     EngineKind,
     EvaluateConfig,
     GenerateConfig,
+    LoraConfig,
+    Precision,
     TableConfig,
     TooLong,
 )
@@ -39,7 +42,7 @@ from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.rollouts import Cost
-from coconut.rl.train import PolicyTraining, run
+from coconut.rl.train import REFERENCE, PolicyTraining, run
 from coconut.rl.train import together as run_together
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
@@ -321,30 +324,124 @@ def test_long_questions_are_left_out_when_asked(
     write_json(tmp_path / "train.json", [*rows, long])
     data = replace(made[1], train=str(tmp_path / "train.json"))
     config = settings((made[0], data), tmp_path / "run", batches=1, max_new_tokens=40)
-    with pytest.raises(ValueError, match="1 of 41 questions leave no room"):
+    with pytest.raises(ValueError, match=r"1 of 41 questions leave no room.*: question 41 \(\d+ tokens\)"):
         run(config)
     config.data.too_long = TooLong.skip
     assert run(config) == 0
-    assert "Left out 1 of 41 train questions" in capsys.readouterr().out
+    assert "Left out 1 of 41 questions of" in capsys.readouterr().out
 
 
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    config = settings(made, tmp_path / "run", questions=12)
-    files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    (tmp_path / "run").mkdir()
-    training = PolicyTraining(config, tmp_path / "run", files, World())
+    training = begun(settings(made, tmp_path / "run", questions=12), made)
     asked = np.concatenate([training._questions(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
     assert training._questions(4).tolist() == asked[48:60].tolist()
 
 
-def test_what_the_engine_keeps_of_activations_reaches_the_model(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    engine = EngineConfig(device="cpu", threads=1, activations=Activations.recompute)
-    config = settings(made, tmp_path / "run", engine=engine)
+def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTraining:
+    folder = Path(str(config.run))
+    folder.mkdir(exist_ok=True)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    (tmp_path / "run").mkdir()
-    assert PolicyTraining(config, tmp_path / "run", files, World()).lm.recompute
+    return PolicyTraining(config, folder, files, World())
+
+
+def lowered(place: Path, folder: Path) -> Path:
+    """The same model with its weights in bfloat16."""
+    LatentLM.from_pretrained(place).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def corrected(place: Path, folder: Path) -> Path:
+    """A LoRA correction of the model, in bfloat16, that corrects something."""
+    lm = LatentLM.from_pretrained(lowered(place, folder.with_name("whole")))
+    lm.add_lora(LoraConfig(rank=2), str(folder.with_name("whole")))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+    lm.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora", "lora in bfloat16"])
+def test_a_policy_that_has_not_moved_is_its_reference(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
+    init = starting_point(str(made[0]))
+    if kind == "saved in bfloat16":
+        init = lowered(init, tmp_path / "init")
+    if kind.startswith("lora"):
+        init = corrected(init, tmp_path / "init")
+    precision = Precision.bfloat16 if kind.endswith("in bfloat16") and "saved" not in kind else Precision.float32
+    engine = EngineConfig(device="cpu", threads=1, precision=precision)
+    changes: dict[str, Any] = {"engine": engine, "micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
+    training = begun(settings((init, made[1]), tmp_path / "run", **changes), made)
+    training.rehearse()
+    groups = training.sample(0)
+    assert training.learn(groups)["kl"] == 0.0
+    rows = training.learn(groups)
+    assert rows["kl"] > 0, "an update later it has moved"
+
+
+def test_the_divergence_is_that_of_answers_one_by_one(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run", micro_batch_size=5), made)
+    groups = training.sample(0)
+    for _ in range(3):
+        training.learn(groups)
+    assert training.reference
+    told = []
+    for sample in [sample for group in groups for sample in group.samples]:
+        ids = torch.tensor([sample.layout.ids.tolist()])
+        apart = []
+        for lm in (training.lm, training.reference):
+            with torch.no_grad():
+                logits = lm(ids, return_logits=True, use_cache=False).logits[0].double()
+            control, first = sample.layout.control, sample.layout.num_prompt
+            controls = list(lm.special.control.values())
+            chosen = logits[control - 1, controls].log_softmax(-1)[controls.index(int(ids[0, control]))]
+            logits[:, lm.special.added] = -torch.inf
+            words = logits[first - 1 : -1].log_softmax(-1).gather(1, ids[0, first:, None])[:, 0]
+            apart.append(torch.cat([chosen[None], words]))
+        told += [math.exp(gap) - 1 - gap for gap in (apart[1] - apart[0]).tolist()]
+    assert training.learn(groups)["kl"] == pytest.approx(np.mean(told), rel=1e-3)
+
+
+def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
+    made: tuple[Path, DataConfig], tmp_path: Path
+) -> None:
+    """It got no checkpoint, and by now the best one of what it started from is another."""
+    other = LatentLM.from_pretrained(starting_point(str(made[0])))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1)
+    other.save_pretrained(tmp_path / "run" / REFERENCE)
+    training = begun(settings(made, tmp_path / "run", batches=1), made)
+    training.keep_references()
+    kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
+    assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
+    assert training.learn(training.sample(0))["kl"] == 0.0
+
+
+def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    found: list[tuple[float, float]] = []
+    calls: list[int] = []
+    for activations in (Activations.keep, Activations.recompute):
+        engine = EngineConfig(device="cpu", threads=1, activations=activations)
+        objective = ObjectiveConfig("degrpo", beta=0.0)
+        training = begun(settings(made, tmp_path / activations, engine=engine, objective=objective), made)
+        groups = training.sample(0)
+        counted = [0]
+        layers: Any = training.lm.base.base_model.layers
+        layers[0].mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        row = training.learn(groups)
+        found.append((row["loss"], row["grad_norm"]))
+        calls.append(counted[0])
+    assert found[0] == found[1]
+    assert calls[1] == 2 * calls[0]
+
+
+def test_graphs_of_a_gpu_are_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a policy is trained without. Leave engine.cuda_graphs=false"):
+        settings(made, tmp_path / "run", engine=EngineConfig(cuda_graphs=True))
 
 
 # --- pages ------------------------------------------------------------------------------------------

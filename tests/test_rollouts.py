@@ -11,8 +11,8 @@ from test_hybrid import MODES, hybrid
 from coconut.data import Example, encode_questions
 from coconut.evaluate import evaluate
 from coconut.methods import PromptFormat
-from coconut.rl.objectives import OBJECTIVES, Totals
-from coconut.rl.policy import Policy, for_tokens, policy_batch
+from coconut.rl.objectives import OBJECTIVES
+from coconut.rl.policy import Policy, for_tokens, policy_batch, totals_of
 from coconut.rl.rollouts import THINKLESS_COSTS, Correctness, Cost, Group, roll_out
 from coconut.tasks import TASKS
 
@@ -65,10 +65,9 @@ def test_answers_are_as_likely_as_the_policy_says() -> None:
     lm = hybrid()
     groups = roll_out(lm, EXAMPLES, paid, samples=4, seed=(0,), temperature=0.7, max_new_tokens=6)
     samples = [sample for group in groups for sample in group.samples]
-    count = sum(len(sample.log_probs) for sample in samples)
     batch = policy_batch(
         samples, for_tokens(torch.cat([group.rewards for group in groups]), samples), OBJECTIVES["grpo"],
-        Totals(12, count, 12, 6), lm.special, on_policy=True,
+        totals_of(samples, 6), lm.special, on_policy=True,
     )  # fmt: skip
     recomputed = Policy.of(lm.special, temperature=0.7).log_probs(lm, batch)
     torch.testing.assert_close(recomputed, torch.cat([s.log_probs for s in samples]), rtol=1e-4, atol=1e-5)

@@ -296,3 +296,6 @@ def test_a_run_without_mixing_is_warned_of_and_one_without_thoughts_refused() ->
     for without in (pauses, words, unready):
         with pytest.raises(Unfit, match=r"no latent thoughts|no thoughts yet"):
             prefix_values(subject(**without))
+    long = Example("3 4", (), " ".join(["5"] * 95))
+    with pytest.raises(Unfit, match=r"1 of 4 answers are.*context of 96 tokens; the first is that to question 4"):
+        prefix_values(subject([*GRAPHS[:3], long]))

@@ -24,7 +24,7 @@ from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
 from coconut.adaptive.trials import refuse_few, studies, trials
-from coconut.build import load_model
+from coconut.build import computed_as, load_model
 from coconut.cli import application, by_word
 from coconut.data import Example, read_examples
 from coconut.engine.base import autocast, set_up
@@ -213,10 +213,11 @@ def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
 def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
     """The reward of a run of coconut.reward. Raises ValueError if it speaks another model's tokens."""
     run = config.judge.place
-    reference = LatentLM.from_pretrained(reference_of(run)).eval().to(lm.device)
-    if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+    rewarding = load_model(run, "best", config.engine)
+    if rewarding.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ValueError(f"judge.place={run} scores the tokens of another model than {config.run}.")
-    return ImplicitReward(load_model(run, "best", config.engine), reference, read_config(run)["beta"])
+    reference = computed_as(LatentLM.from_pretrained(reference_of(run)), rewarding, lm.device)
+    return ImplicitReward(rewarding, reference, read_config(run)["beta"])
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.analysis.study import Study
+from coconut.analysis.study import Study, Unfit
 from coconut.data import encode_questions
 from coconut.layout import Layout, collate, slot_ids
 from coconut.losses import target_log_probs
@@ -39,7 +39,7 @@ def prefix_values(subject: Subject) -> Study:
     prompt format's words before an answer, given those: a model that knows fewer thoughts may be about to write steps
     instead. `steps`: of all questions (None), and of those with as many. `gain` is None without a thought.
 
-    Raises Unfit if the model has no latent thoughts.
+    Raises Unfit if the model has no latent thoughts, or an answer does not fit into its context.
     """
     subject.need_thoughts()
     lengths = [len(example.steps) for example in subject.examples]
@@ -77,6 +77,14 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     lm = subject.lm
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     answers, marks = encoded_answers(lm, [e.answer for e in subject.examples])
+    slot = len(slot_ids(lm.reasoning, lm.special, subject.own))
+    lengths = [len(asks) + slot + len(said) for asks, said in zip(questions, answers, strict=True)]
+    if too_long := [i for i, length in enumerate(lengths) if length > lm.context]:
+        raise Unfit(
+            f"{len(too_long)} of {len(lengths)} answers are, with their questions and thoughts, longer than the "
+            f"model's context of {lm.context} tokens; the first is that to question {too_long[0] + 1} "
+            f"({lengths[too_long[0]]})."
+        )
     whole_NC, after_NC = np.zeros((2, len(questions), subject.own + 1))
     with evaluating(lm):
         for places in longest_first(questions, subject.batch_size):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from coconut.data import Example, encode_questions, encode_texts, existing, json
 from coconut.files import write_text
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Group
+from coconut.screen import say
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -32,6 +34,10 @@ class Labelled:
     example: Example
     samples: tuple[Sample, ...]
     correct: tuple[bool, ...]
+
+    def only(self, which: Sequence[bool]) -> Labelled:
+        """Those of its answers."""
+        return replace(self, samples=tuple(compress(self.samples, which)), correct=tuple(compress(self.correct, which)))
 
 
 def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
@@ -57,16 +63,48 @@ def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_answers(path: Path | str, lm: LatentLM) -> list[Labelled]:
-    """As this model has them. Raises ValueError for a line that is none, with its number."""
-    rows = list(_checked(path, len(lm.tokenizer)))
+def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool = False) -> list[Labelled]:
+    """As this model has them.
+
+    With `skip` answers that are, with their questions, longer than its context are left out, and with `alike` all
+    others to the same question. Raises ValueError for a line that is none, with its number, and that names the answers
+    that are too long.
+    """
+    rows = list(_checked(path, lm))
     asked = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
     found = []
     for row, question in zip(rows, asked, strict=True):
         samples = tuple(_sample(lm, question, said) for said in row["samples"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
         found.append(Labelled(example, samples, tuple(said["correct"] for said in row["samples"])))
-    return found
+    return _fitting(path, found, lm.context, skip, alike)
+
+
+def _fitting(path: Path | str, labelled: list[Labelled], context: int, skip: bool, alike: bool) -> list[Labelled]:
+    fits = [[len(sample.layout.ids) <= context for sample in row.samples] for row in labelled]
+    count = sum(map(len, fits))
+    if not (too_long := count - sum(map(sum, fits))):
+        return labelled
+    if alike:
+        fits = [[all(row)] * len(row) for row in fits]
+    kept = [row.only(which) for row, which in zip(labelled, fits, strict=True) if any(which)]
+    if not skip or not kept:
+        shown = [
+            f"answer {number} to question {n} ({len(sample.layout.ids)} tokens)"
+            for n, row in enumerate(labelled, 1)
+            for number, sample in enumerate(row.samples, 1)
+            if len(sample.layout.ids) > context
+        ]
+        more = f" and {too_long - 5} more" if too_long > 5 else ""
+        raise ValueError(
+            f"{path}: {too_long} of {count} answers are, with their questions, longer than the model's context of "
+            f"{context} tokens: {', '.join(shown[:5])}{more}. Leave them out with "
+            f"{'' if alike else 'data.'}too_long=skip."
+        )
+    left_out = count - sum(map(sum, fits))
+    others = ", and all others to the same questions" if alike else ""
+    say(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others}.")
+    return kept
 
 
 def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Sample:
@@ -79,10 +117,10 @@ def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Sample:
     )
 
 
-def _checked(path: Path | str, vocabulary: int) -> Iterator[dict[str, Any]]:
+def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
     count = 0
     for where, row in json_rows(existing(path)):
-        if problem := _problem(row, vocabulary):
+        if problem := _problem(row, len(lm.tokenizer), lm.reasoning.modes):
             raise ValueError(f"{path}, {where}: {problem}")
         count += 1
         yield row
@@ -90,7 +128,7 @@ def _checked(path: Path | str, vocabulary: int) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} holds no answers.")
 
 
-def _problem(row: Any, vocabulary: int) -> str | None:
+def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         return "it must be an object with question, answer, steps and samples"
     if not isinstance(row.get("samples"), list) or not row["samples"]:
@@ -102,6 +140,9 @@ def _problem(row: Any, vocabulary: int) -> str | None:
             return f"sample {number} has no text"
         if not isinstance(said.get("correct"), bool):
             return f"sample {number} has no label: correct is {said.get('correct')!r}, and must be true or false"
+        if (mode := said.get("mode", "")) not in (modes or [""]):
+            there = f"its modes are {', '.join(modes)}" if modes else "it has no modes"
+            return f"sample {number} has the mode {mode!r}, which this model does not have: {there}"
         ids = said.get("ids")
         if ids is not None and not (ids and all(isinstance(i, int) and 0 <= i < vocabulary for i in ids)):
             return (

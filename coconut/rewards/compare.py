@@ -13,10 +13,9 @@ import torch
 
 from coconut.analysis.study import Study
 from coconut.evaluate import answer_key
-from coconut.modes import seeded
 from coconut.rewards.answers import Labelled
 from coconut.rewards.implicit import ImplicitReward
-from coconut.rewards.montecarlo import step_labels
+from coconut.rewards.montecarlo import gone_on, step_labels
 from coconut.rewards.selection import (
     SUBSETS,
     any_right,
@@ -30,9 +29,8 @@ from coconut.rewards.selection import (
 )
 from coconut.rewards.steps import step_count
 from coconut.rewards.value import ValueModel
-from coconut.rl.policy import Sample, sample_said
+from coconut.rl.policy import Sample
 from coconut.rl.rollouts import Correctness
-from coconut.thinking import longest_first, pad_rows
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -168,13 +166,15 @@ def localisation(
 class Trained:
     """A reward model's training: the answers that it was updated with, counted as often as they were.
 
-    `compared`: with a reference, that was asked once about all of them.
+    `compared`: with a reference, that was asked once about all of them. `shifted`: by the mean reward of each update,
+    for which its answers go forward once more.
     """
 
     name: str
     seconds: float
     answers: int
     compared: bool
+    shifted: bool
 
 
 def costs(
@@ -182,8 +182,9 @@ def costs(
 ) -> Study:
     """What it takes to know of steps what the labels of so many answers say: a training, or rollouts for labels.
 
-    FLOPs: 2 for each parameter and token forward, 4 more backward. `rollouts` are of `of` answers; their cost is scaled
-    to as many as were trained on, and the training on their labels, which is to come, is not in it.
+    FLOPs: 2 for each parameter and token forward, 4 more backward; of a training its updates, with what they are
+    shifted by, and what its reference says of the answers, but no validation. `rollouts` are of `of` answers; their
+    cost is scaled to as many as were trained on, and the training on their labels, which is to come, is not in it.
     """
     samples = samples_of(answers)
     tokens = sum(len(sample.layout.ids) for sample in samples)
@@ -191,7 +192,9 @@ def costs(
         {
             "scorer": model.name,
             "seconds": model.seconds,
-            "flops": float(2 * parameters * tokens * (3 * model.answers / len(samples) + model.compared)),
+            "flops": float(
+                2 * parameters * tokens * ((3 + model.shifted) * model.answers / len(samples) + model.compared)
+            ),
         }
         for model in models
     ]
@@ -211,25 +214,17 @@ def bounds(
     A row for each of so many prefixes, cut at random: q, and of the sampled r the mean, the maximum, and
     beta log mean exp(r / beta), which over all continuations is q itself.
     """
-    draw, special, reference = np.random.default_rng(seed), reward.lm.special, reward.reference
+    draw = np.random.default_rng(seed)
     samples = [sample for sample in samples_of(labelled) if len(sample.said) > 1]
     chosen = [samples[i] for i in draw.choice(len(samples), min(prefixes, len(samples)), replace=False)]
     cuts = [int(draw.integers(1, len(sample.said))) for sample in chosen]
     values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
-    questions = [sample.layout.ids[: sample.layout.num_prompt].tolist() for sample in chosen]
-    prompts = [[*asks, *sample.said[:cut]] for asks, sample, cut in zip(questions, chosen, cuts, strict=True)]
-    going_on: dict[int, list[Sample]] = {}
-    with seeded(seed, reference.device):
-        for places in longest_first(prompts, 32):
-            ids, mask = pad_rows([prompts[i] for i in places], special.pad)
-            out = reference.generate(ids, mask, do_sample=True, num_return_sequences=continuations)
-            for row, i in enumerate(places):
-                more = [out.said(n) for n in range(row * continuations, (row + 1) * continuations)]
-                before = chosen[i].said[: cuts[i]]
-                going_on[i] = [sample_said(reference, questions[i], [*before, *its], text="") for its in more]
+    begun = [sample.saying(sample.said[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
+    found = gone_on(reward.reference, begun, continuations, seed=seed, batch_size=32)
     rows = []
-    for i, value in enumerate(values):
-        r = torch.stack([row.sum() for row in reward.tokens(going_on[i])]).double()
+    for sample, value, several in zip(begun, values, found, strict=True):
+        whole = [sample.saying([*sample.said, *more]) for more in several]
+        r = torch.stack([row.sum() for row in reward.tokens(whole)]).double()
         soft = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
         rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft)})
     return Study("bounds", rows, {"continuations": continuations, "beta": reward.beta})

@@ -11,8 +11,10 @@ from coconut.config import (
     EngineConfig,
     LaunchConfig,
     RunConfig,
+    TooLong,
     at_least,
     needs_run,
+    refuse_cuda_graphs,
 )
 from coconut.overrides import PathName
 from coconut.rewards.losses import loss_named
@@ -32,6 +34,7 @@ class RolloutConfig:
     mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
     limit: int | None = None  # the first so many questions
+    too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
     batch_size: int = 64
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -50,7 +53,7 @@ class RolloutConfig:
 class RewardModelConfig(RunConfig):
     """`init`, a run or a checkpoint, is the reward model before its first update, and its reference.
 
-    `data.train` and `data.valid` are files of labelled answers.
+    `data.train` and `data.valid` are files of labelled answers; `data.too_long` is of an answer with its question.
     """
 
     loss: str = "ce"  # of coconut.rewards.losses.LOSSES
@@ -66,6 +69,7 @@ class RewardModelConfig(RunConfig):
         super().__post_init__()
         at_least("", self, epochs=1, batch_size=2, micro_batch_size=2, validate_every=0, save_every=0)
         loss_named(self.loss)
+        refuse_cuda_graphs(self.engine, "a reward model")
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be above 0, since it is what a reward is measured in.")
         if not self.init:
@@ -88,6 +92,7 @@ class CompareConfig:
     checkpoint: str = "best"
     rollouts: int = 0  # Monte-Carlo rollouts from each step; 0: none
     stepwise: int = 100  # questions whose first errors are looked for, with the first 8 answers to each
+    too_long: TooLong = TooLong.error  # an answer longer than the model's context; skip: with all of its question
     output: PathName = ""  # by default the folder that all runs lie in
     batch_size: int = 256
     seed: int = 0

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import run_of, starting_point
+from coconut.build import computed_as, in_float32, run_of, weights_of
 from coconut.checkpoint import load_trainer
 from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
 from coconut.model import LatentLM
@@ -23,9 +23,9 @@ from coconut.rewards.batches import Answers, RewardBatch, preference, reward_bat
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, loss_named
 from coconut.rl.config import RLConfig
-from coconut.rl.policy import Policy, Sample, shares
+from coconut.rl.policy import Policy, Sample, needs, shares
 from coconut.rl.rollouts import Correctness, Group
-from coconut.standing import Standing, keep_copy
+from coconut.standing import Standing
 from coconut.tracking import read_config
 from coconut.train import Diverged
 
@@ -71,8 +71,9 @@ class Judged:
 class DenseRewards:
     """A reward model beside a policy: r_phi,t = beta log pi_phi(y_t)/pi_ref(y_t).
 
-    `policy`: the model whose answers are rewarded. `start`: what the run started from, if that is the reference.
-    `size`: the most answers of a forward pass. Raises ValueError for a reward model that does not fit the policy.
+    `policy`: the model whose answers are rewarded. `start`: what the run started from, if that is the reference, and
+    `init`, where that lies. `size`: the most answers of a forward pass. Raises ValueError for a reward model that does
+    not fit the policy.
     """
 
     def __init__(
@@ -82,22 +83,25 @@ class DenseRewards:
         standing: Standing,
         judge: Correctness,
         policy: LatentLM,
+        init: Path,
         start: LatentLM | None,
         device: torch.device,
         size: int,
     ):
         self.config, self.folder, self.judge, self.size = config.dense, folder, judge, size
-        self.world = standing.world
+        self.world, self.standing = standing.world, standing
         self.found = standing.found / REWARD_MODEL if standing.found and config.dense.online else None
         self.updates = standing.state.get("dense_updates", 0)
-        self.lm = _in_float32(LatentLM.from_pretrained(self._model(str(config.init))))
+        self.lm = LatentLM.from_pretrained(standing.world.first_does(lambda: self._model(init)))
+        if not self.found:
+            in_float32(self.lm)
+        self.lm.eval()
         if self.lm.special != policy.special or self.lm.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(
                 f"dense.init={config.dense.init} has other tokens than the policy, whose answers it is to reward. Name "
                 "a reward model that was made from the same model."
             )
-        self.reference = _in_float32(start or LatentLM.from_pretrained(self._own_reference()))
-        self.reference.requires_grad_(False).to(device)
+        reference = start or LatentLM.from_pretrained(self._own_reference())
         self.policy = Policy.of(self.lm.special)
         self.engine: Engine | None = None
         if config.dense.online:
@@ -106,19 +110,15 @@ class DenseRewards:
             loss = reward_loss(LOSSES["ce"], self.policy, config.dense.beta)
             self.engine = make_engine(self.lm, loss, config.engine, config.dense.optimizer, self.world)
         else:
-            self.lm.requires_grad_(False).to(device)
+            self.lm.to(device)
+        self.reference = computed_as(reference, self.lm, device)
 
-    def _model(self, policy_init: str) -> Path:
-        kept = self.found or self.folder / REWARD_MODEL
-        if kept.is_dir():
-            return kept
+    def _model(self, init: Path) -> Path:
+        if self.standing.found:
+            return self.found or self.folder / REWARD_MODEL
         if not self.config.init:
-            return starting_point(policy_init)
-        if not (started := reference_of(self.config.init)).is_dir():
-            raise ValueError(
-                f"{self.config.init} started from {started}, which is not there any more. It is the reference of that "
-                "reward model: put it back, or name another one with dense.init=RUN."
-            )
+            return init
+        reference_of(self.config.init)
         trained = read_config(run_of(self.config.init))
         if loss_named(trained["loss"]).valued:
             raise ValueError(
@@ -131,11 +131,10 @@ class DenseRewards:
                 f"dense.beta is {self.config.beta:g}, and {self.config.init} was trained with {beta:g}. Set "
                 f"dense.beta={beta:g}; dense.weight says how much its rewards count."
             )
-        return starting_point(self.config.init)
+        return weights_of(self.config.init)
 
     def _own_reference(self) -> Path:
-        kept = self.folder / REWARD_REFERENCE
-        return kept if kept.is_dir() else reference_of(str(self.config.init))
+        return self.folder / REWARD_REFERENCE if self.standing.found else reference_of(str(self.config.init))
 
     @property
     def beside(self) -> dict[str, Engine]:
@@ -145,9 +144,9 @@ class DenseRewards:
     def keep(self) -> None:
         """Copies in the run's folder of what does not change, since where it came from may go."""
         if self.config.init:
-            keep_copy(self.folder / REWARD_REFERENCE, self.reference)
+            self.standing.keep_copy(self.folder / REWARD_REFERENCE, self.reference)
         if not self.engine:
-            keep_copy(self.folder / REWARD_MODEL, self.lm)
+            self.standing.keep_copy(self.folder / REWARD_MODEL, self.lm)
 
     def rehearse(self, samples: Sequence[Sample]) -> None:
         if self.engine:
@@ -212,9 +211,10 @@ class DenseRewards:
         self.world.mark(f"in update {self.updates + 1} of the reward model")
         samples = [sample for its in judged for sample in its.group.samples]
         reference_N, right_N = torch.cat([its.reference for its in judged]), torch.cat([its.right for its in judged])
+        needed = [needs([sample]) for sample in samples]
         rows = [*samples, samples[0].muted()]  # place -1 is the muted one
         parts = []
-        for places, passes in shares(samples, self.size, self.world.rank, self.world.size):
+        for places, passes in shares(needed, self.size, self.world.rank, self.world.size):
             counted = [place for place in places if place >= 0]
             parts.append(self._batch([rows[i] for i in places], reference_N[counted], right_N[counted], passes))
         lr = self.config.optimizer.learning_rate(self.updates)
@@ -232,8 +232,3 @@ class DenseRewards:
         return reward_batch(
             samples, reference_N, right_N, self.lm.special, max(passes, *(sample.passes for sample in samples))
         )
-
-
-def _in_float32(lm: LatentLM) -> LatentLM:
-    """So that two models that are equal give equal numbers; LoRA leaves its model as it is in both."""
-    return (lm if lm.adapter else lm.to(torch.float32)).eval()

@@ -9,6 +9,7 @@ Shapes: N answers, M tokens of one of them, P parts of one of them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coconut.build import run_of, starting_point
+from coconut.build import run_of
+from coconut.files import read_json, sha256
 from coconut.rewards.steps import parts_said
 from coconut.rl.policy import Policy, Sample
-from coconut.tracking import CONFIG, read_config
+from coconut.tracking import CONFIG, DESCRIPTION, read_config
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
 
 
-def reference_of(run: Path | str) -> Path:
-    """The model that a run of coconut.reward, named by itself or one of its checkpoints, started from: its reference.
+REFERENCE = "reference.pt"  # in a run's folder: its reference's weights, and how likely it is to give each answer
+WEIGHTS = "weights"  # in there, what `digest_of` gives
 
-    Raises ValueError if it is no such run.
+
+def digest_of(place: Path) -> str:
+    """Of the weights in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(place.glob("*.safetensors")):
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def reference_of(run: Path | str) -> Path:
+    """The model that a run of coconut.reward, named by itself or one of its checkpoints, was trained against.
+
+    Raises ValueError if it is no such run, or if that model is not there any more, or is another one by now.
     """
     folder = run_of(str(run))
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
@@ -38,7 +52,13 @@ def reference_of(run: Path | str) -> Path:
             f"{run} is no run of python -m coconut.reward, nor a checkpoint of one, so nothing says what its reference "
             "is. Name the run that trained the reward model."
         )
-    return starting_point(config["init"]).resolve()
+    started = Path(read_json(folder / DESCRIPTION)["init"])
+    missing = "put it back, or name another reward model"
+    if not started.is_dir():
+        raise ValueError(f"{run} was trained against {started}, which is not there any more: {missing}.")
+    if torch.load(folder / REFERENCE, weights_only=True)[WEIGHTS] != digest_of(started):
+        raise ValueError(f"{run} was trained against {started}, which holds other weights by now: {missing}.")
+    return started
 
 
 @dataclass(frozen=True)

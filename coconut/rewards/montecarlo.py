@@ -5,9 +5,9 @@ What the implicit reward does without: K answers are sampled on from the end of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from coconut.methods import Slot
 from coconut.modes import seeded
 from coconut.rewards.answers import Labelled
 from coconut.rewards.steps import parts_said, step_count
+from coconut.rl.policy import Sample, question_of
 from coconut.rl.rollouts import Correctness
 from coconut.thinking import longest_first, pad_rows
 
@@ -53,38 +54,72 @@ def step_labels(
 ) -> StepLabels:
     """Sample on from the end of every step of every answer, and see what share comes out right.
 
-    Answers to a question that begin alike share their rollouts. Raises ValueError for a model that thinks or pauses
-    between question and words, since there is then no going on from within its words.
+    Answers to a question that begin alike, after as many thoughts in the same mode, share their rollouts.
     """
-    reasoning = lm.reasoning
-    if reasoning.slot is not Slot.nothing or reasoning.modes:
-        raise ValueError(
-            f"{reasoning.method} does not write its steps in words alone, so that none can be gone on from."
-        )
-    special = lm.special
-    ends: list[list[tuple[int, ...]]] = []  # of each answer, what stands before the end of each step
-    for row in labelled:
+    eos, form = lm.special.eos, lm.reasoning.format
+    begun: dict[
+        tuple[int, tuple[int, ...]], Sample
+    ] = {}  # by its question and its tokens: an answer up to a step's end
+    ends: list[list[tuple[int, tuple[int, ...]]]] = []  # of each answer, where its steps end
+    for n, row in enumerate(labelled):
         for sample in row.samples:
-            said = sample.said
-            parts = parts_said(lm, said)
-            cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, reasoning.format))]
-            ends.append([tuple(said[:cut]) for cut in cuts])
-    answers = [(n, row) for n, row in enumerate(labelled) for _ in row.samples]
-    wanted = sorted({(n, prefix) for (n, _), prefixes in zip(answers, ends, strict=True) for prefix in prefixes})
-    questions = {n: row.samples[0].layout.ids[: row.samples[0].layout.num_prompt].tolist() for n, row in answers}
-    prompts = [[*questions[n], *prefix] for n, prefix in wanted]
-    shares: dict[tuple[int, tuple[int, ...]], float] = {}
-    tokens = sum(map(len, prompts))
+            parts = parts_said(lm, sample.said)
+            cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, form))]
+            prefixes = [sample.saying(sample.said[:cut]) for cut in cuts]
+            ends.append([(n, tuple(prefix.layout.ids.tolist())) for prefix in prefixes])
+            begun |= zip(ends[-1], prefixes, strict=True)
+    wanted = sorted(begun)
+    prefixes = [begun[end] for end in wanted]
+    tokens, shares = sum(len(ids) for _, ids in wanted), {}
+    found = gone_on(lm, prefixes, rollouts, seed=seed, batch_size=batch_size)
+    for end, prefix, several in zip(wanted, prefixes, found, strict=True):
+        whole = [[token for token in [*prefix.said, *more] if token != eos] for more in several]
+        texts = [str(lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in whole]
+        shares[end] = float(np.mean([judge.right(labelled[end[0]].example, text) for text in texts]))
+        tokens += sum(token != eos for more in several for token in more)
+    return StepLabels([[shares[end] for end in its] for its in ends], len(wanted) * rollouts, tokens)
+
+
+@torch.no_grad()
+def gone_on(
+    lm: LatentLM, begun: Sequence[Sample], count: int, *, seed: int = 0, batch_size: int = 64
+) -> list[list[list[int]]]:
+    """So many continuations of each answer, sampled from the model: their tokens, with the end of the sequence unless
+    they were cut off. An answer that has ended, or fills the model's context, has empty ones.
+    """
+    found: dict[int, list[list[int]]] = {}
     with seeded(seed, lm.device):
-        for places in longest_first(prompts, batch_size):
-            ids, mask = pad_rows([prompts[place] for place in places], special.pad)
-            out = lm.generate(ids, mask, do_sample=True, num_return_sequences=rollouts)
-            tokens += int(out.lengths.sum())
+        for places, prompts, options in _batches(lm, begun, batch_size):
+            ids, mask = pad_rows(prompts, lm.special.pad)
+            out = lm.generate(ids, mask, do_sample=True, num_return_sequences=count, **options)
             for row, place in enumerate(places):
-                n, prefix = wanted[place]
-                said = [out.said(i) for i in range(row * rollouts, (row + 1) * rollouts)]
-                whole = [[*prefix, *(token for token in its if token != special.eos)] for its in said]
-                texts = [lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in whole]
-                shares[n, prefix] = float(np.mean([judge.right(labelled[n].example, str(text)) for text in texts]))
-    found = [[shares[n, prefix] for prefix in prefixes] for (n, _), prefixes in zip(answers, ends, strict=True)]
-    return StepLabels(found, len(wanted) * rollouts, tokens)
+                found[place] = [out.said(i) for i in range(row * count, (row + 1) * count)]
+    return [found.get(place, [[]] * count) for place in range(len(begun))]
+
+
+def _batches(
+    lm: LatentLM, begun: Sequence[Sample], size: int
+) -> Iterator[tuple[list[int], list[list[int]], dict[str, Any]]]:
+    """The places of the answers that go on together, the prompts, and what else `generate` is told.
+
+    Where nothing stands between question and answer, what was said is more of the prompt. Else it comes after the
+    slot, which `generate` adds, and those of equal length go together.
+    """
+    reasoning, ended = lm.reasoning, lm.special.eos
+    open_ = [i for i, s in enumerate(begun) if len(s.layout.ids) < lm.context and s.said[-1:] != [ended]]
+    if not (reasoning.modes or reasoning.markers or reasoning.slot is not Slot.nothing):
+        whole = [begun[i].layout.ids.tolist() for i in open_]
+        for rows in longest_first(whole, size):
+            yield [open_[row] for row in rows], [whole[row] for row in rows], {}
+        return
+    for width in sorted({len(begun[i].said) for i in open_}):
+        alike = [i for i in open_ if len(begun[i].said) == width]
+        questions = [question_of(lm, begun[i]) for i in alike]
+        for rows in longest_first(questions, size):
+            chosen = [begun[alike[row]] for row in rows]
+            options: dict[str, Any] = {"begun": torch.tensor([sample.said for sample in chosen], dtype=torch.long)}
+            if reasoning.modes:
+                options["mode"] = [sample.mode for sample in chosen]
+            elif reasoning.slot is Slot.thought:
+                options["num_thoughts"] = [sample.num_thoughts for sample in chosen]
+            yield [alike[row] for row in rows], [questions[row] for row in rows], options

@@ -25,6 +25,7 @@ from coconut.layout import slot_ids
 from coconut.losses import target_log_probs
 from coconut.methods import Slot
 from coconut.modes import evaluating
+from coconut.rl.policy import refuse_too_long
 from coconut.thinking import longest_first
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _read(
     _check(lm, questions, thoughts)
     slot = slot_ids(lm.reasoning, lm.special, thoughts.shape[1]).tolist()
     rows = [[*question, *slot, *tokens] for question, tokens in zip(questions, said, strict=True)]
+    refuse_too_long(lm, [len(row) for row in rows])
     table: Any = lm.base.get_input_embeddings()
     means_NKD = torch.zeros(thoughts.shape)
     log_probs: dict[int, Tensor] = {}

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import carried_out_as, starting_point
+from coconut.build import carried_out_as, computed_as, in_float32, weights_of
+from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
-from coconut.files import whole_file
+from coconut.files import read_json, whole_file
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rewards.answers import read_answers
@@ -29,16 +30,15 @@ from coconut.rewards.batches import (
     value_loss,
 )
 from coconut.rewards.config import RewardModelConfig
+from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.losses import loss_named
 from coconut.rewards.value import ValueModel
-from coconut.rl.policy import Policy, Sample, shares
+from coconut.rl.policy import Policy, Sample, needs, shares
 from coconut.screen import duration, say, working
 from coconut.signals import asked_to_stop
 from coconut.standing import Standing, stopped
-from coconut.tracking import Tracking, open_tracking
+from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
-
-REFERENCE = "reference.pt"  # in the run's folder: how likely the reference is to give each answer, once for all epochs
 
 
 class RewardTraining:
@@ -49,19 +49,25 @@ class RewardTraining:
         self.loss = loss_named(config.loss)
         self.standing = Standing(config, folder, world, {})
         torch.manual_seed(config.seed + world.rank)
-        init = starting_point(str(config.init))
-        self.lm = LatentLM.from_pretrained(self.standing.found or init).eval()
-        if not self.standing.found and not self.lm.adapter:
-            self.lm.to(torch.float32)
+        self.init = world.first_does(self._init)  # the weights that it began with
+        self.lm = LatentLM.from_pretrained(self.standing.found or self.init).eval()
+        if not self.standing.found:
+            in_float32(self.lm)
         self.policy = Policy.of(self.lm.special)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
-        self.answers = {split: Answers.of(read_answers(files[split], self.lm)) for split in ("train", "valid")}
+        skip = config.data.too_long is TooLong.skip
+        self.answers = {split: Answers.of(read_answers(files[split], self.lm, skip)) for split in ("train", "valid")}
         self.units = self._units()
         self.standing.restore(self.lm)
         carried_out_as(self.lm, config.engine)
         self.engine: Engine = make_engine(self.lm, self._loss(), config.engine, config.optimizer, world)
-        self.reference = self._reference(init)
+        self.reference = self._reference()
         self.step, self.best = self.standing.state["step"], self.standing.state["best"]
+
+    def _init(self) -> Path:
+        if self.standing.found:
+            return Path(read_json(self.folder / DESCRIPTION)["init"])
+        return weights_of(str(self.config.init))
 
     def _loss(self) -> Any:
         if self.loss.valued:
@@ -86,33 +92,33 @@ class RewardTraining:
             )
         return units
 
-    def _reference(self, init: Path) -> dict[str, Tensor]:
+    def _reference(self) -> dict[str, Any]:
         """(N,) of each split: log-probabilities of the whole answers. Computed once, and kept in the run's folder.
 
-        Zeros for a model of values, which is compared with none.
+        Zeros for a model of values, which is compared with none. And what identifies the reference's weights.
         """
+        if self.standing.found:
+            return torch.load(self.folder / REFERENCE, weights_only=True)
+        found: dict[str, Any] = {WEIGHTS: self.world.first_does(lambda: digest_of(self.init))}
         if self.loss.valued:
-            return {split: torch.zeros(len(answers.samples)) for split, answers in self.answers.items()}
-        place = self.folder / REFERENCE
-        if place.is_file():
-            return torch.load(place, weights_only=True)
-        lm = LatentLM.from_pretrained(init).eval().to(self.engine.device)
-        return {split: self._whole(lm, answers) for split, answers in self.answers.items()}
+            return found | {split: torch.zeros(len(answers.samples)) for split, answers in self.answers.items()}
+        lm = computed_as(LatentLM.from_pretrained(self.init), self.lm, self.engine.device)
+        return found | {split: self._whole(lm, answers.samples) for split, answers in self.answers.items()}
 
-    def _whole(self, lm: LatentLM, answers: Answers) -> Tensor:
+    def _whole(self, lm: LatentLM, samples: Sequence[Sample]) -> Tensor:
         """(N,) what a whole model says of each answer: how likely it is, or of its value, in logits, at its end.
 
         The processes share the work.
         """
         size = self.micro_batch_size
 
-        def said(samples: Sequence[Sample]) -> list[float]:
+        def said(share: Sequence[Sample]) -> list[float]:
             if self.loss.valued:
-                return [float(row[-1]) for row in ValueModel(lm).before(samples, size)]
-            return [float(row.sum()) for row in self.policy.score(lm, samples, size)]
+                return [float(row[-1]) for row in ValueModel(lm).before(share, size)]
+            return [float(row.sum()) for row in self.policy.score(lm, share, size)]
 
         with self.engine.autocast():
-            return torch.tensor(scored_together(said, answers.samples, self.world))
+            return torch.tensor(scored_together(said, samples, self.world))
 
     def keep_reference(self) -> None:
         with whole_file(self.folder / REFERENCE) as part:
@@ -140,7 +146,7 @@ class RewardTraining:
         answers = self.answers["train"].samples
         longest = sorted(range(len(answers)), key=lambda i: -len(answers[i].layout.ids))[: self.micro_batch_size]
         longest = longest[: len(longest) - len(longest) % self.units.shape[1]]
-        passes = max(answers[i].passes for i in longest)
+        passes, _ = needs(answers)
         self.engine.rehearse(self._batch(np.array(longest).reshape(-1, self.units.shape[1]), passes, torch.zeros(())))
 
     def run(self) -> int:
@@ -184,12 +190,12 @@ class RewardTraining:
         order = np.random.default_rng((config.seed, epoch)).permutation(len(self.units))
         units = self.units[order[place * self.units_an_update : (place + 1) * self.units_an_update]]
         answers = self.answers["train"].samples
-        longest = [max((answers[i] for i in unit), key=lambda sample: len(sample.layout.ids)) for unit in units]
+        needed = [needs([answers[i] for i in unit]) for unit in units]
         size = max(1, self.micro_batch_size // units.shape[1])
         zero = self._zero(units)
         parts = [
             self._batch(units[places] if places != [-1] else units[:0], passes, zero)
-            for places, passes in shares(longest, size, world.rank, world.size)
+            for places, passes in shares(needed, size, world.rank, world.size)
         ]
         lr = config.optimizer.learning_rate(step)
         try:
@@ -207,9 +213,9 @@ class RewardTraining:
         if not self.loss.shifted:
             return torch.zeros(())
         chosen = units.flatten()
-        with self.engine.whole() as lm, self.engine.autocast():
-            scored = self.policy.score(lm, [self.answers["train"].samples[i] for i in chosen], self.micro_batch_size)
-        sums = torch.stack([row.sum() for row in scored])
+        samples = [self.answers["train"].samples[i] for i in chosen]
+        with self.engine.whole() as lm:
+            sums = self._whole(lm, samples)
         return self.config.beta * (sums - self.reference["train"][chosen]).mean().clamp(min=0)
 
     def _batch(self, units: np.ndarray, passes: int, zero: Tensor) -> RewardBatch:
@@ -231,7 +237,7 @@ class RewardTraining:
         self.world.mark(f"in the validation after update {self.step}")
         with self.engine.whole() as lm:
             scale = 1.0 if self.loss.valued else self.config.beta
-            rewards = scale * (self._whole(lm, answers) - self.reference["valid"]).numpy()
+            rewards = scale * (self._whole(lm, answers.samples) - self.reference["valid"]).numpy()
         self.validated = {
             **preference(rewards, answers),
             "reward_right": float(rewards[answers.right].mean()) if answers.right.any() else 0.0,
@@ -293,6 +299,6 @@ def describe_run(config: RewardModelConfig, folder: Path, training: RewardTraini
         "parameters": training.num_parameters,
         "data": {split: used_file(training.files[split], len(its.samples)) for split, its in training.answers.items()},
         "model_type": training.lm.base.config.model_type,
-        "init": None if training.step else str(starting_point(str(config.init)).resolve()),
+        "init": str(training.init),
     }
     describe(folder, config, about, {**spread(config, training.world), "from_update": training.step})

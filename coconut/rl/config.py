@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coconut.config import AdamWConfig, RunConfig, at_least
+from coconut.config import AdamWConfig, RunConfig, at_least, refuse_cuda_graphs
 from coconut.overrides import Place
 from coconut.rl.objectives import Objective, objective_named
 
@@ -118,6 +118,7 @@ class RLConfig(RunConfig):
         super().__post_init__()
         at_least("", self, batches=1, questions=1, num_minibatches=1, num_iterations=1, rollout_batch_size=1,
                  micro_batch_size=1, validate_every=1, save_every=0)  # fmt: skip
+        refuse_cuda_graphs(self.engine, "a policy")
         if not self.init:
             raise ValueError(
                 "Name the model to start from, a run or a checkpoint: init=RUN. One that chooses how to answer is made "

@@ -6,7 +6,7 @@ Shapes: N answers, B rows of a batch, T columns, V vocabulary, M sampled tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -38,7 +38,6 @@ class Sample:
 
     Forced are the question, a control token that was not the model's choice, markers, thoughts and pauses.
     `log_probs` (its sampled tokens,), in float32: at the temperature, among the tokens that may stand there.
-    `reference`: as likely they were to the model that the policy is held to, if it is held to one.
     """
 
     layout: Layout
@@ -48,7 +47,6 @@ class Sample:
     new_tokens: int
     num_thoughts: int
     cut: bool
-    reference: Tensor | None = None
 
     @property
     def is_control(self) -> Tensor:
@@ -71,28 +69,34 @@ class Sample:
         """The tokens after the prompt."""
         return self.layout.ids[self.layout.num_prompt :].tolist()
 
+    def saying(self, said: Sequence[int]) -> Sample:
+        """The same question, mode and thoughts with another answer, of which nobody knows how likely it is."""
+        ids = np.array([*self.layout.ids[: self.layout.num_prompt], *said], np.int32)
+        return replace(
+            self, layout=replace(self.layout, ids=ids, control=-1), log_probs=torch.zeros(len(said)), text=""
+        )
+
     def muted(self) -> Sample:
         """The same row with nothing in it that counts, for a process that has no other while others compute."""
         layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
-        reference = None if self.reference is None else self.reference[:0]
-        return replace(self, layout=layout, log_probs=self.log_probs[:0], reference=reference)
+        return replace(self, layout=layout, log_probs=self.log_probs[:0])
 
 
-def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
-    """Of a whole batch of these answers, which may have so many tokens each."""
-    tokens, controls = sum(len(sample.log_probs) for sample in samples), sum(s.layout.control >= 0 for s in samples)
-    return Totals(len(samples), tokens, controls, budget)
+def needs(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Of a forward pass over these answers: how many passes it takes, and how many tokens the longest has."""
+    return max(sample.passes for sample in samples), max(len(sample.layout.ids) for sample in samples)
 
 
-def shares(samples: Sequence[Sample], size: int, rank: int = 0, ranks: int = 1) -> list[tuple[list[int], int]]:
-    """The places of the samples that one process of `ranks` takes at a time, at most `size` of them, and the passes.
+def shares(needed: Sequence[tuple[int, int]], size: int, rank: int = 0, ranks: int = 1) -> list[tuple[list[int], int]]:
+    """The places of the answers, or pairs of them, that one process of `ranks` takes at a time, at most `size` of them,
+    and the passes.
 
-    Answers of like lengths go together, and all processes take equally many passes. A process for which none is left
-    takes place -1.
+    `needed`: of each, see `needs`. Those of like lengths go together, and all processes take equally many passes. A
+    process for which none is left takes place -1.
     """
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].passes, len(samples[i].layout.ids)))
+    order = sorted(range(len(needed)), key=lambda i: needed[i])
     parts = [order[first : first + size * ranks] for first in range(0, len(order), size * ranks)]
-    return [(part[rank::ranks] or [-1], max(samples[i].passes for i in part)) for part in parts]
+    return [(part[rank::ranks] or [-1], max(needed[i][0] for i in part)) for part in parts]
 
 
 def samples_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Sample]:
@@ -129,6 +133,12 @@ def _layout(lm: LatentLM, question: Sequence[int], mode: str, count: int, said: 
     )
 
 
+def question_of(lm: LatentLM, sample: Sample) -> list[int]:
+    """The question's tokens, without control token and slot."""
+    reasoning = lm.reasoning.in_mode(sample.mode) if sample.mode else lm.reasoning
+    return sample.layout.ids[: sample.layout.anchor - reasoning.markers - bool(sample.mode)].tolist()
+
+
 def sample_said(
     lm: LatentLM,
     question: Sequence[int],
@@ -153,7 +163,7 @@ def longest_answers(lm: LatentLM, question: Sequence[int], limit: int) -> list[S
         count = (lm.reasoning.in_mode(mode) if mode else lm.reasoning).num_thoughts
         said = _layout(lm, question, mode, count, [lm.special.eos] * limit, sampled=bool(mode))
         likely = torch.zeros(limit + bool(mode))
-        found.append(Sample(said, likely, "", mode, limit, count, cut=True, reference=likely))
+        found.append(Sample(said, likely, "", mode, limit, count, cut=True))
     return found
 
 
@@ -186,14 +196,33 @@ def at_targets(module: nn.Module, batch: Scored) -> Any:
 
 
 def of_tokens(lm: LatentLM, samples: Sequence[Sample], size: int, score: Callable[[Scored], Tensor]) -> list[Tensor]:
-    """For each answer, on the CPU, what `score` says (M,) of the sampled tokens of a batch of up to `size` answers."""
+    """For each answer, on the CPU, what `score` says (M,) of the sampled tokens of a batch of up to `size` answers.
+
+    Raises ValueError if one is longer than the model's context.
+    """
+    refuse_too_long(lm, [len(sample.layout.ids) for sample in samples])
     found: dict[int, Tensor] = {}
-    for places, passes in shares(samples, size):
+    for places, passes in shares([needs([sample]) for sample in samples], size):
         chosen = [samples[i] for i in places]
         batch = Scored.of(chosen, lm.special, passes).to(lm.device)
         lengths = [len(sample.log_probs) for sample in chosen]
         found |= zip(places, score(batch).cpu().split(lengths), strict=True)
     return [found[place] for place in range(len(samples))]
+
+
+def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
+    """Raise ValueError if an answer, with its question so many tokens long, is longer than the model's context."""
+    if too_long := [i for i, length in enumerate(lengths) if length > lm.context]:
+        raise ValueError(
+            f"{len(too_long)} of {len(lengths)} answers are, with their questions, longer than the model's context of "
+            f"{lm.context} tokens: {named('answer', too_long, lengths)}. Leave them out."
+        )
+
+
+def named(what: str, places: Sequence[int], lengths: Sequence[int]) -> str:
+    """The first of them by their numbers, with their lengths."""
+    shown = ", ".join(f"{what} {i + 1} ({lengths[i]} tokens)" for i in places[:5])
+    return shown + (f" and {len(places) - 5} more" if len(places) > 5 else "")
 
 
 @dataclass
@@ -202,14 +231,14 @@ class PolicyBatch(Scored):
 
     `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
     `old`: log-probabilities when they were sampled, None if those are the present ones. `reference`: those of the model
-    that the policy is held to, None if it is held to none.
+    that the policy is held to, computed on this very batch; None if it is held to none.
     """
 
     advantages: Tensor
     weights: Tensor
     kl_weights: Tensor
     old: Tensor | None
-    reference: Tensor | None
+    reference: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -233,7 +262,6 @@ def policy_batch(
 ) -> PolicyBatch:
     """Answers with the advantages of their sampled tokens as a micro-batch of a batch that has `totals` in all."""
     made = Scored.of(samples, special, max(passes, *(sample.passes for sample in samples)))
-    reference = [sample.reference for sample in samples if sample.reference is not None]
     lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
     weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
     return PolicyBatch(
@@ -242,8 +270,13 @@ def policy_batch(
         weights=weights_M * totals.tokens,
         kl_weights=kl_weights_M * totals.tokens,
         old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),
-        reference=torch.cat(reference) if reference else None,
     )
+
+
+def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
+    """Of all answers of an update."""
+    tokens, controls = (sum(map(len, (s.log_probs for s in samples))), sum(int(s.is_control.sum()) for s in samples))
+    return Totals(len(samples), tokens, controls, budget)
 
 
 @dataclass(frozen=True)
@@ -278,16 +311,35 @@ class Policy:
         """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
         return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))
 
-    def loss(self, objective: Objective, beta: float) -> Any:
-        """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights."""
+    def loss(self, objective: Objective, beta: float) -> PolicyLoss:
+        return PolicyLoss(self, objective, beta)
 
-        def summed(module: nn.Module, batch: PolicyBatch) -> Tensor:
-            log_probs_M = self.log_probs(module, batch)
-            old_M = log_probs_M.detach() if batch.old is None else batch.old
-            terms_M = clipped(log_probs_M, old_M, batch.advantages, objective.low, objective.high)
-            loss = (batch.weights * terms_M).sum()
-            if batch.reference is None:
-                return loss
-            return loss + beta * (batch.kl_weights * k3(log_probs_M, batch.reference)).sum()
 
-        return summed
+@dataclass(frozen=True)
+class PolicyLoss:
+    """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights.
+
+    `divergences`: of each micro-batch that has a reference, the sum of its tokens' k3.
+    """
+
+    policy: Policy
+    objective: Objective
+    beta: float
+    divergences: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
+        log_probs_M = self.policy.log_probs(module, batch)
+        old_M = log_probs_M.detach() if batch.old is None else batch.old
+        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.low, self.objective.high)
+        loss = (batch.weights * terms_M).sum()
+        if batch.reference is None:
+            return loss
+        apart_M = k3(log_probs_M, batch.reference)
+        self.divergences.append(apart_M.detach().sum())
+        return loss + self.beta * (batch.kl_weights * apart_M).sum()
+
+    def divergence(self) -> float:
+        """The sum over all micro-batches since the last call."""
+        found = sum(part.item() for part in self.divergences)
+        self.divergences.clear()
+        return found

@@ -18,7 +18,8 @@ from coconut.data import Example, encode_questions
 from coconut.evaluate import read_answer
 from coconut.methods import PromptFormat
 from coconut.modes import seeded
-from coconut.rl.policy import Cost, Sample, samples_of
+from coconut.rl.policy import Cost, Sample, longest_answers, named, samples_of
+from coconut.screen import say
 from coconut.tasks import Task
 from coconut.thinking import longest_first, pad_rows
 
@@ -65,6 +66,36 @@ class Group:
     example: Example
     samples: tuple[Sample, ...]
     rewards: Tensor
+
+
+def with_room(
+    lm: LatentLM,
+    examples: Sequence[Example],
+    limit: int,
+    skip: bool,
+    file: str,
+    advice: str,
+    mode: str | None = None,
+) -> list[Example]:
+    """The examples whose questions leave room for an answer of so many tokens in every mode, or in the one that is
+    forced.
+
+    Raises ValueError that names the others, unless `skip`.
+    """
+    forms = [sample for sample in longest_answers(lm, [], limit) if mode in (None, sample.mode)]
+    room = lm.context - max(len(sample.layout.ids) for sample in forms)
+    asked = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
+    lengths = [len(row) for row in asked]
+    too_long = [i for i, length in enumerate(lengths) if length > room]
+    if not too_long:
+        return list(examples)
+    if not skip or len(too_long) == len(examples):
+        raise ValueError(
+            f"{file}: {len(too_long)} of {len(examples)} questions leave no room for an answer of {limit} tokens in "
+            f"the model's context of {lm.context}: {named('question', too_long, lengths)}. {advice}"
+        )
+    say(f"Left out {len(too_long)} of {len(examples)} questions of {file}, too long for the model's context.")
+    return [example for example, length in zip(examples, lengths, strict=True) if length <= room]
 
 
 def roll_out(

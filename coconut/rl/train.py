@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import carried_out_as, starting_point
+from coconut.build import carried_out_as, computed_as, in_float32, weights_of
 from coconut.cli import application
 from coconut.config import TooLong
 from coconut.data import Example, encode_questions, read_examples
@@ -25,13 +25,13 @@ from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rl.config import RLConfig
-from coconut.rl.objectives import advantages, k3, without_variance
-from coconut.rl.policy import Policy, for_tokens, longest_answers, policy_batch, shares, totals_of
-from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out
+from coconut.rl.objectives import advantages, without_variance
+from coconut.rl.policy import Policy, PolicyBatch, for_tokens, longest_answers, needs, policy_batch, shares, totals_of
+from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.screen import duration, say, working
 from coconut.signals import Asked, asked_to_stop
-from coconut.standing import Standing, keep_copy, stopped
+from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
@@ -45,7 +45,8 @@ REFERENCE = "reference"  # in the run's folder: what it started from
 class PolicyTraining:
     """One run, as one of its processes sees it: policy, reference, dense rewards, questions, engine and folder.
 
-    `reward`: by default that of the configuration, coconut.rl.rollouts.Correctness.
+    `init`: the weights that it began with. `reward`: by default that of the configuration,
+    coconut.rl.rollouts.Correctness.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class PolicyTraining:
         self.standing = Standing(config, folder, world, {"updates": 0, "pending": True})
 
         torch.manual_seed(config.seed + world.rank)
+        self.init = world.first_does(self._init)
         self.lm = self._policy()
-        self.reference = self._reference()
         self.policy = Policy.of(self.lm.special, config.temperature)
         self.judge = Correctness(self.task, self.lm.reasoning.format, **asdict(config.reward))
         self.reward = reward or self.judge
@@ -67,21 +68,25 @@ class PolicyTraining:
         self.valid = self._read("valid")[: config.valid_limit]
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.standing.restore(self.lm)
-        loss = self.policy.loss(self.objective, config.objective.beta)
+        self.loss = self.policy.loss(self.objective, config.objective.beta)
         carried_out_as(self.lm, config.engine)
-        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
-        if self.reference:
-            self.reference.to(self.engine.device)
+        self.engine: Engine = make_engine(self.lm, self.loss, config.engine, config.optimizer, world)
+        self.reference = self._reference()
         self.dense = self._dense()
 
         state = self.standing.state
         self.step, self.updates, self.best = state["step"], state["updates"], state["best"]
         self.pending = state["pending"]  # a validation that is due; the first one is so from the beginning
 
+    def _init(self) -> Path:
+        if self.standing.found:
+            return Path(read_json(self.folder / DESCRIPTION)["init"])
+        return weights_of(str(self.config.init))
+
     def _policy(self) -> LatentLM:
-        lm = LatentLM.from_pretrained(self.standing.found or starting_point(str(self.config.init)))
-        if not self.standing.found and not lm.adapter:
-            lm.to(torch.float32)
+        lm = LatentLM.from_pretrained(self.standing.found or self.init)
+        if not self.standing.found:
+            in_float32(lm)
         modes, reward = lm.reasoning.modes, self.config.reward
         there = f"its modes are {', '.join(modes)}" if modes else "it has none"
         for key, named in (("costs", reward.costs), ("limits", reward.limits)):
@@ -100,9 +105,9 @@ class PolicyTraining:
         dense = self.config.dense
         if not self.held and (dense.init or not dense.weight):
             return None
-        kept = self.folder / REFERENCE
-        place = kept if kept.is_dir() else starting_point(str(self.config.init))
-        return LatentLM.from_pretrained(place).eval().requires_grad_(False)
+        place = self.folder / REFERENCE if self.standing.found else self.init
+        reference = computed_as(LatentLM.from_pretrained(place), self.lm, self.engine.device)
+        return carried_out_as(reference, self.config.engine)
 
     def _dense(self) -> DenseRewards | None:
         if not self.config.dense.weight:
@@ -111,26 +116,17 @@ class PolicyTraining:
 
         start = None if self.config.dense.init else self.reference
         return DenseRewards(
-            self.config, self.folder, self.standing, self.judge, self.lm, start, self.engine.device,
+            self.config, self.folder, self.standing, self.judge, self.lm, self.init, start, self.engine.device,
             self.micro_batch_size,
         )  # fmt: skip
 
     def _read(self, split: str) -> list[Example]:
         """The examples whose questions leave room for the longest answer."""
-        file, config = self.files[split], self.config
-        examples = read_examples(file)
-        most = max(len(sample.layout.ids) for sample in longest_answers(self.lm, [], self.limit))
-        lengths = [len(row) for row in self._asked(examples)]
-        room = self.lm.context - most
-        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= room]
-        if len(kept) < len(examples) and (config.data.too_long is TooLong.error or not kept):
-            raise ValueError(
-                f"{file}: {len(examples) - len(kept)} of {len(examples)} questions leave no room for an answer of "
-                f"{self.limit} tokens in the model's context of {self.lm.context}; the longest has {max(lengths)} "
-                "tokens. Lower max_new_tokens, or leave them out with data.too_long=skip."
-            )
-        if len(kept) < len(examples):
-            say(f"Left out {len(examples) - len(kept)} of {len(examples)} {split} questions, too long for the context.")
+        file, skip = self.files[split], self.config.data.too_long is TooLong.skip
+        kept = with_room(
+            self.lm, read_examples(file), self.limit, skip, file, "Lower max_new_tokens, or leave them out with "
+            "data.too_long=skip.",
+        )  # fmt: skip
         return kept
 
     def _asked(self, examples: Sequence[Example]) -> list[list[int]]:
@@ -147,13 +143,12 @@ class PolicyTraining:
         longest = longest_answers(self.lm, max(self._asked(self.train), key=len), self.limit)
         widest = max(longest, key=lambda sample: (len(sample.layout.ids), sample.passes))
         samples = [widest] * self.micro_batch_size
-        if not self.held:
-            samples = [replace(sample, reference=None) for sample in samples]
         totals = totals_of(samples, self.limit)
         on_policy = self.config.on_policy
         gains = for_tokens(torch.zeros(len(samples)), samples)
         batch = policy_batch(samples, gains, self.objective, totals, self.lm.special, on_policy=on_policy)
-        self.engine.rehearse(batch)
+        self.engine.rehearse(self._compared(batch))
+        self.loss.divergences.clear()
         if self.dense:
             self.dense.rehearse(samples)
 
@@ -166,7 +161,7 @@ class PolicyTraining:
     def keep_references(self) -> None:
         """Copies in the run's folder, since what the run started from may go."""
         if self.reference:
-            keep_copy(self.folder / REFERENCE, self.reference)
+            self.standing.keep_copy(self.folder / REFERENCE, self.reference)
         if self.dense:
             self.dense.keep()
 
@@ -216,7 +211,6 @@ class PolicyTraining:
                 lm, examples, self.reward, samples=config.samples, seed=(config.seed, step, world.rank),
                 temperature=config.temperature, max_new_tokens=self.limit, batch_size=config.rollout_batch_size,
             )  # fmt: skip
-            groups = self._compared(groups)
         return [group for part in world.gather(groups) for group in part]
 
     @contextmanager
@@ -238,16 +232,18 @@ class PolicyTraining:
         orders = {e: np.random.default_rng((self.config.seed, e)).permutation(count) for e in dict(places)}
         return np.array([orders[epoch][place] for epoch, place in places])
 
-    def _compared(self, groups: list[Group]) -> list[Group]:
-        """With how likely the reference is to say the same."""
+    def _compared(self, batch: PolicyBatch) -> PolicyBatch:
+        """With how likely the reference is to say the same.
+
+        On the same rows as the policy's update, and with gradients as there, on which kernels and their rounding
+        depend: the divergence of a policy that has not moved is exactly 0.
+        """
         if not (self.held and self.reference):
-            return groups
-        samples = [sample for group in groups for sample in group.samples]
-        scores = iter(self.policy.score(self.reference, samples, self.micro_batch_size))
-        return [
-            replace(group, samples=tuple(replace(sample, reference=next(scores)) for sample in group.samples))
-            for group in groups
-        ]
+            return batch
+        self.world.tick()
+        with self.engine.autocast():
+            likely_M = self.policy.log_probs(self.reference, batch.to(self.engine.device))
+        return replace(batch, reference=likely_M.detach().cpu())
 
     def learn(self, groups: Sequence[Group]) -> dict[str, float]:
         """Update the policy with a batch, and what rewards its tokens."""
@@ -259,12 +255,11 @@ class PolicyTraining:
             told["learned_from"] = len(places) / len(groups)
         lr = config.optimizer.learning_rate(self.updates)
         parts = [part for part in np.array_split(np.arange(len(teaching)), config.num_minibatches) if len(part)]
-        done = [
-            self.update([teaching[i] for i in part], [gain for i in part for gain in gains[i]])
-            for _ in range(config.num_iterations)
-            for part in parts
+        batches = [
+            self._batches([teaching[i] for i in part], [gain for i in part for gain in gains[i]]) for part in parts
         ]
-        means = dict(zip(("loss", "grad_norm"), np.mean(done, axis=0).tolist(), strict=True)) if done else {}
+        done = [self.update(batch) for _ in range(config.num_iterations) for batch in batches]
+        means = {key: float(np.mean([row[key] for row in done])) for key in (done[0] if done else ())}
         return {**told, **means, "updates": len(done), "lr": lr, "memory": peak_memory(self.engine.device)}
 
     def _teaches(self, group: Group) -> bool:
@@ -289,30 +284,38 @@ class PolicyTraining:
         told = {**self.dense.described(judged), **(self.dense.update(chosen) if chosen else {})}
         return told, [its.advantages(self.config.dense.weight) for its in chosen]
 
-    def update(self, groups: Sequence[Group], gains: Sequence[Tensor]) -> tuple[float, float]:
-        """One update with all answers of these groups, of which `gains` has the advantages of their tokens.
-
-        Gives its loss and the norm of its gradient.
+    def _batches(self, groups: Sequence[Group], gains: Sequence[Tensor]) -> list[PolicyBatch]:
+        """What this process does of an update with all answers of these groups, of which `gains` has the advantages of
+        their tokens.
         """
         config, world = self.config, self.world
-        world.mark(f"in update {self.updates + 1}")
+        world.mark(f"preparing update {self.updates + 1}")
         samples = [sample for group in groups for sample in group.samples]
         totals = totals_of(samples, self.limit)
+        needed = [needs([sample]) for sample in samples]
         rows, gains = [*samples, samples[0].muted()], [*gains, torch.zeros(0)]  # place -1 is the muted one
         parts = [
             policy_batch(
                 [rows[i] for i in places], [gains[i] for i in places], self.objective, totals, self.lm.special,
                 on_policy=config.on_policy, passes=passes,
             )
-            for places, passes in shares(samples, self.micro_batch_size, world.rank, world.size)
+            for places, passes in shares(needed, self.micro_batch_size, world.rank, world.size)
         ]  # fmt: skip
-        lr = config.optimizer.learning_rate(self.updates)
+        return [self._compared(part) for part in parts]
+
+    def update(self, batches: Sequence[PolicyBatch]) -> dict[str, float]:
+        """One update. Gives its loss, the norm of its gradient and, of a policy that is held, the mean of its tokens'
+        divergence before it.
+        """
+        self.world.mark(f"in update {self.updates + 1}")
+        lr = self.config.optimizer.learning_rate(self.updates)
         try:
-            done = self.engine.update(parts, lr)
+            done = self.engine.update(batches, lr)
         except NonFinite as error:
             raise Diverged(self._diagnosis(error, lr)) from error
         self.updates += 1
-        return done.loss, done.grad_norm
+        kl = self.world.sum(self.loss.divergence()) / done.num_targets
+        return {"loss": done.loss, "grad_norm": done.grad_norm, **({"kl": kl} if self.held else {})}
 
     def described(self, groups: Sequence[Group]) -> dict[str, float]:
         """What the answers of a batch are like. `without_variance`: the share of groups that teach nothing."""
@@ -328,9 +331,6 @@ class PolicyTraining:
             "passes": float(np.mean([sample.took.passes for sample in samples])),
             "cut": float(np.mean([sample.cut for sample in samples])),
         }
-        if self.held:
-            likely = torch.cat([sample.log_probs for sample in samples])
-            found["kl"] = float(k3(likely, torch.cat([s.reference for s in samples if s.reference is not None])).mean())
         for mode in self.lm.reasoning.modes:
             of_mode = np.array([sample.mode == mode for sample in samples])
             found[f"share_{mode}"] = float(of_mode.mean())
@@ -461,7 +461,7 @@ def describe_run(config: RLConfig, folder: Path, training: PolicyTraining) -> No
             for split, used in [("train", training.train), ("valid", training.valid)]
         },
         "model_type": lm.base.config.model_type,
-        "init": None if training.step else str(starting_point(str(config.init)).resolve()),
+        "init": str(training.init),
     }
     describe(folder, config, about, {**spread(config, training.world), "from_update": training.step})
 
