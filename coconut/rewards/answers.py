@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data import Example, encode_questions, encode_texts, existing, json_rows
+from coconut.data import Example, Unreadable, encode_questions, encode_texts, existing, json_rows
 from coconut.files import write_text
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Group
@@ -91,6 +91,8 @@ def _checked(path: Path | str, vocabulary: int) -> Iterator[dict[str, Any]]:
 
 
 def _problem(row: Any, vocabulary: int) -> str | None:
+    if isinstance(row, Unreadable):
+        return row
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         return "it must be an object with question, answer, steps and samples"
     if not isinstance(row.get("samples"), list) or not row["samples"]:
