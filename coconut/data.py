@@ -21,7 +21,7 @@ import numpy as np
 
 from coconut.files import half_pair, read_utf8
 from coconut.methods import PromptFormat, mode_named
-from coconut.sources import default_cache_dir
+from coconut.sources import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -227,7 +227,7 @@ def encode_questions(
 def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> tuple[list[int], list[int]]:
     """Token ids before and after every question.
 
-    Raises ValueError if a chat template is asked for and there is none, or it fails, or does not give the question once.
+    Raises ValueError if a chat template is asked for and there is none, it fails, or does not give the question once.
     """
     if not prompt_format.chat:
         return _start_ids(tokenizer), []
@@ -241,7 +241,7 @@ def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFo
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} takes no question from a user alone: it "
             f"ends with {type(error).__name__}: {error}\nMend the template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json) in a copy of the folder, or take it out, and ask without it (data.format.chat=false)."
+            "tokenizer_config.json) in a copy of the folder, or take it out and ask without (data.format.chat=false)."
         ) from error
     if text.count(mark) != 1:
         raise ValueError(
@@ -348,8 +348,7 @@ def tokenize(
     content.update(tokenizer.backend_tokenizer.to_str().encode())
     content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
     key = content.hexdigest()[:32]
-    folder = Path(cache_dir or default_cache_dir()) / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder(cache_dir, "tokens")
 
     text = datasets.Features(
         question=datasets.Value("string"),

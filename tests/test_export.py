@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ from coconut import LatentLM
 from coconut.card import card
 from coconut.config import EvaluateConfig, ExportConfig, GenerateConfig
 from coconut.evaluate import run as run_evaluate
-from coconut.export import from_released, push
+from coconut.export import from_released
 from coconut.export import run as run_export
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Reasoning, Slot
@@ -77,13 +78,22 @@ def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) 
 def test_what_the_hub_does_not_take_is_still_here(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is advised asks for the same: private, unless it was to be public."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    folder = tmp_path / "model"
-    build("gpt2", torch.float32).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"did not take someone/thing.*hf upload someone/thing"):
-        push(folder, "someone/thing")
-    assert (folder / "model.safetensors").is_file()
+    for private in (True, False):
+        folder = tmp_path / f"a model {private}"
+        with pytest.raises(ValueError, match=r"did not take someone/thing: http://127\.0\.0\.1:9 does not") as caught:
+            run_export(ExportConfig(run=str(trained), output=str(folder), push="someone/thing", private=private))
+        assert (folder / "model.safetensors").is_file()
+        python, flag, code = shlex.split(str(caught.value).partition("This sends it: ")[2])
+        assert (python, flag) == ("python", "-c")
+        sent: dict[str, Any] = {}
+        exec(
+            code.replace("import push", "import push as real; push = lambda *a, **k: sent.update(a=a, **k)"),
+            {"sent": sent},
+        )
+        assert sent == {"a": (str(folder), "someone/thing"), "private": private}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -91,6 +101,10 @@ class Hub(BaseHTTPRequestHandler):
 
     kept: ClassVar[dict[str, bytes]] = {}
     made: ClassVar[list[dict[str, Any]]] = []
+    private: ClassVar[bool] = True
+
+    def do_GET(self) -> None:
+        self.answer({"id": "someone/thing", "private": self.private})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -106,6 +120,9 @@ class Hub(BaseHTTPRequestHandler):
             self.kept.update({part["value"]["path"]: base64.b64decode(part["value"]["content"])
                               for part in parts if part["key"] == "file"})  # fmt: skip
             answer = {"commitUrl": "https://huggingface.co/someone/thing/commit/1", "commitOid": "1", "success": True}
+        self.answer(answer)
+
+    def answer(self, answer: dict[str, Any]) -> None:
         said = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -118,7 +135,10 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests."""
+    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests.
+
+    A name that is public there is not given what is to be private.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -126,10 +146,15 @@ def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv("HF_TOKEN", "hf_none")
         lm = build("gpt2", torch.float32, num_thoughts=2)
         try:
+            monkeypatch.setattr(Hub, "private", False)
+            with pytest.raises(ValueError, match=r"someone/thing is on the hub already and is public.*private=false"):
+                lm.push_to_hub("someone/thing")
+            assert not Hub.kept
+            monkeypatch.setattr(Hub, "private", True)
             lm.push_to_hub("someone/thing")
         finally:
             server.shutdown()
-    [made] = Hub.made
+    [made] = Hub.made[1:]
     assert (made["name"], made["organization"]) == ("thing", "someone")
     assert made.get("visibility") == "private" or made["private"], "the key of older and of newer versions"
     for name, content in Hub.kept.items():
