@@ -131,6 +131,16 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
+def make_writable(folder: Path) -> None:
+    """Make a folder. Raises OSError if nothing can be written there: before the work that it is for, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error.strerror}. Name another with output=.") from error
+
+
 def as_umask(path: Path) -> None:
     """Give a file or folder the permissions of one that is made without a temporary one."""
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())

@@ -231,7 +231,8 @@ def read_config(run: Path | str) -> dict[str, Any]:
     if (Path(run) / REASONING_FILE).is_file():
         raise ValueError(
             f"{run} is a saved model and no run: nothing in it says on what it was trained. "
-            f'It can be asked: python -m coconut.generate run={run} question="..."'
+            f'It can be asked: python -m coconut.generate run={run} question="...", and evaluated: python -m '
+            f"coconut.evaluate run={run} task=TASK data.test=FILE"
         )
     if not path.is_file():
         what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
@@ -21,13 +22,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.card import card
-from coconut.config import EvaluateConfig, ExportConfig, GenerateConfig
+from coconut.config import DataFiles, EvaluateConfig, ExportConfig, GenerateConfig, StopRule, Task
 from coconut.evaluate import run as run_evaluate
 from coconut.export import from_released
 from coconut.export import run as run_export
+from coconut.files import read_json
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.thinking import answer
+from coconut.tracking import read_config
 from coconut.train import run as run_train
 
 
@@ -297,8 +300,40 @@ def test_a_saved_model_is_asked_by_its_folder_or_name(
         assert capsys.readouterr().out.strip() == expected
     with pytest.raises(FileNotFoundError, match=r"someone/other is no folder here, and as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
-    with pytest.raises(ValueError, match=r"is a saved model and no run.*coconut\.generate run="):
-        run_evaluate(EvaluateConfig(run=str(cached / "snapshots" / "1")))
+    with pytest.raises(
+        ValueError, match=r"is a saved model and no run.*coconut\.generate run=.*coconut\.evaluate run="
+    ):
+        read_config(cached / "snapshots" / "1")
+
+
+def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_export(ExportConfig(run=str(trained), output="model"))
+    file = str(trained.parent / "test.json")
+    asked = EvaluateConfig(run="model", data=DataFiles(test=file), task=Task.prosqa)
+    run_evaluate(asked)
+    run_evaluate(replace(asked, output="elsewhere"))
+    expected = read_json(trained / "evaluation" / "test.json")
+    for folder in (tmp_path / "evaluation" / "model", tmp_path / "elsewhere"):
+        [told] = [read_json(path) for path in folder.glob("*.json")]
+        assert {key for key in told if told[key] != expected[key]} <= {"file", "seconds_per_item", "step", "checkpoint"}
+        assert told["step"] is None
+        [answers] = folder.glob("*.predictions.jsonl")
+        assert answers.read_text() == (trained / "evaluation" / "test.predictions.jsonl").read_text()
+    for config, message in (
+        (
+            EvaluateConfig(run="model"),
+            r"model is a saved model and does not say.*task=TASK .*prosqa.*data\.test=",
+        ),
+        (replace(asked, checkpoint="last"), "checkpoint=last is for a run"),
+        (replace(asked, stop=StopRule.classifier), "stop=classifier is for a run"),
+        (replace(asked, run=str(trained), task=Task.gsm8k), "was made for prosqa"),
+        (replace(asked, run="nowhere", task=None), "nowhere is no run: there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_evaluate(config)
+    with pytest.raises(OSError, match=r"test\.json cannot be written to: .*output="):
+        run_evaluate(replace(asked, output=file))
 
 
 @pytest.mark.parametrize(
