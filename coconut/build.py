@@ -161,12 +161,12 @@ def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: Worl
     return Trained(lm.eval(), config, load_state(path)["step"])
 
 
-def load_model(place: str, checkpoint: str, engine: EngineConfig) -> LatentLM:
+def load_model(place: str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LatentLM:
     """The model of a run, or one that was saved: a folder, or OWNER/NAME on the Hugging Face hub. On its device.
 
     Raises FileNotFoundError or ValueError if there is none.
     """
     if Path(place).exists() and not Path(place, REASONING_FILE).is_file():
-        return load_run(place, checkpoint, engine).lm
+        return load_run(place, checkpoint, engine, world).lm
     lm = LatentLM.from_pretrained(place)
-    return lm.to(set_up(engine)).eval()
+    return lm.to(set_up(engine, world)).eval()

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from coconut.files import read_json, sha256, whole_folder, write_json
+from coconut.files import Unwritten, read_json, sha256, whole_folder, write_json
 from coconut.model import LatentLM
 
 MANIFEST = "manifest.json"
@@ -76,9 +76,10 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free / 2**20
             before = self.steps()
             whole = f"The checkpoint of update {before[-1]} is whole." if before else "There is no earlier one."
+            reason = error.reason if isinstance(error, Unwritten) else error
             raise OSError(
                 f"The checkpoint of update {step} could not be written to {self.folder} "
-                f"({free:,.0f} MiB free there): {error}. {whole} Make room if there is none, then "
+                f"({free:,.0f} MiB free there): {reason}. {whole} Make room if there is none, then "
                 "run the same command again."
             ) from error
         best = (state.get("best") or {}).get("step")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coconut.files import half_pair, read_utf8
 from coconut.methods import PromptFormat, mode_named
-from coconut.sources import default_cache_dir
+from coconut.sources import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,21 +74,23 @@ def existing(path: Path | str) -> Path:
     return path
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file, without a mark at its beginning. Raises ValueError if it is none."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-
-
-class _Unreadable(str):
-    """Why a row could not be parsed."""
+class Unreadable(str):
+    """Why a row could not be parsed, or cannot be encoded."""
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row of a JSON list, or of one JSON object a line, stands, and the row; what is no JSON is no dict."""
+    """Where each row of a JSON list, or of one JSON object a line, stands, and the row, or why there is none.
+
+    Raises ValueError if the file is no UTF-8 text, or begins as a list and breaks.
+    """
     text = read_utf8(path)
+    halves = re.search(r"\\u[dD][89a-fA-F]", text)
+    for where, row in _parsed(path, text):
+        broken = half_pair(row) if halves else None
+        yield where, row if broken is None else Unreadable(f"holds half of a surrogate pair, no text: {broken!a}")
+
+
+def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -100,12 +104,12 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            row = _Unreadable(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
+            row = Unreadable(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
         yield f"line {number}", row
 
 
 def _problem(row: Any) -> str | None:
-    if isinstance(row, _Unreadable):
+    if isinstance(row, Unreadable):
         return row
     if not isinstance(row, dict):
         return f"must be an object with question, steps and answer; it is {_short(row)}"
@@ -117,8 +121,6 @@ def _problem(row: Any) -> str | None:
             return f"{key} must be text; it is {_short(row[key])}"
         if not row[key].strip():
             return f"{key} is empty"
-    if any(0xD800 <= ord(letter) <= 0xDFFF for text in (row["question"], row["answer"]) for letter in text):
-        return "question or answer holds half of a surrogate pair, which is no text"
     if "\n" in row["answer"]:
         return f"the answer must be one line; it is {_short(row['answer'])}"
     steps = row["steps"]
@@ -198,10 +200,18 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text by itself. A special token that stands in a text stays text."""
+    """Token ids of each text by itself. A special token that stands in a text stays text.
+
+    Raises ValueError for half of a surrogate pair, which is no text.
+    """
     if not texts:
         return []
-    ids: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    try:
+        ids: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    except TypeError:
+        if (broken := half_pair(list(texts))) is None:
+            raise
+        raise ValueError(f"Half of a surrogate pair is no text and cannot be encoded: {broken!a}") from None
     return ids
 
 
@@ -217,7 +227,7 @@ def encode_questions(
 def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> tuple[list[int], list[int]]:
     """Token ids before and after every question.
 
-    Raises ValueError if a chat template is asked for and there is none, or it does not give the question once.
+    Raises ValueError if a chat template is asked for and there is none, it fails, or does not give the question once.
     """
     if not prompt_format.chat:
         return _start_ids(tokenizer), []
@@ -225,7 +235,14 @@ def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFo
         raise ValueError("data.format.chat=true, but the tokenizer has no chat template. Take an instruct model's.")
     mark = "[the question stands here]"
     said = [{"role": "user", "content": mark}]
-    text: Any = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    try:
+        text: Any = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template's own code raises
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} takes no question from a user alone: it "
+            f"ends with {type(error).__name__}: {error}\nMend the template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json) in a copy of the folder, or take it out and ask without (data.format.chat=false)."
+        ) from error
     if text.count(mark) != 1:
         raise ValueError(
             f"The tokenizer's chat template gives the question {text.count(mark)} times, not once: {text!r}"
@@ -331,8 +348,7 @@ def tokenize(
     content.update(tokenizer.backend_tokenizer.to_str().encode())
     content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
     key = content.hexdigest()[:32]
-    folder = Path(cache_dir or default_cache_dir()) / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder(cache_dir, "tokens")
 
     text = datasets.Features(
         question=datasets.Value("string"),

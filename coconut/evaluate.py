@@ -13,9 +13,9 @@ from coconut.cli import application
 from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.engine.world import World
-from coconut.files import read_json, sha256, write_json, write_text
+from coconut.files import make_writable, read_json, sha256, write_json, write_text
 from coconut.layout import slot_ids
-from coconut.methods import PromptFormat, Reasoning, Slot
+from coconut.methods import REASONING_FILE, PromptFormat, Reasoning, Slot
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
 from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
@@ -217,7 +217,7 @@ def _summary(
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate a trained run on one of its splits, or on any file in the data format."""
+    """Evaluate a trained run on one of its splits, or a run or a saved model on any file in the data format."""
     from coconut.engine.launch import on_processes
     from coconut.screen import only_our_words
 
@@ -227,26 +227,33 @@ def run(config: EvaluateConfig) -> int:
 
 def evaluate_together(config: EvaluateConfig, world: World) -> int:
     """What each process of an evaluation does."""
-    from coconut.build import load_run
+    from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
     from coconut.screen import say, working
     from coconut.stopping import classifier_of
     from coconut.tracking import read_config
 
-    data = read_config(config.run)["data"]
-    own_file = getattr(config.data, config.split)
+    own_file, saved = getattr(config.data, config.split), is_saved(config)
+    data: dict[str, Any] = {"task": config.task} if saved else read_config(config.run)["data"]
+    if config.task not in (None, data["task"]):
+        raise ValueError(f"task={config.task} is for saved models; {config.run} was made for {data['task']}.")
     path = own_file or file_of_run(data, config.split, world)
     examples = read_examples(path)[: config.limit]
-    trained = load_run(config.run, config.checkpoint, config.engine, world)
-    lm, step = trained.lm, trained.step
+    place = Path("evaluation", Path(config.run).resolve().name) if saved else Path(config.run, "evaluation")
+    folder = Path(config.output) if config.output else place
+    world.first_does(lambda: make_writable(folder))
+    trained = None if saved else load_run(config.run, config.checkpoint, config.engine, world)
+    lm = trained.lm if trained else load_model(config.run, config.checkpoint, config.engine, world)
+    step = trained.step if trained else None
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting_or_told(lm, rows, config)
     fitting = [examples[i] for i in kept]
     stop = None
-    if config.stop is StopRule.classifier:
+    if trained and config.stop is StopRule.classifier:
         with world.first_before_others():
             stop = classifier_of(config.run, trained, config.batch_size).stop
-    say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
+    which = f", update {step}" if trained else ""
+    say(f"Evaluating {_asked(lm.reasoning, config)}{which}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
     share = -(-len(fitting) // world.size)
@@ -269,30 +276,46 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     digest = sha256(path)
     unusual = _unusual(config)
     name = "-".join([f"{Path(path).stem}-{digest[:8]}" if own_file else config.split, *unusual])
-    folder = Path(config.run) / "evaluation"
     record = {
         **asdict(result),
         "split": config.split,
         "file": str(path),
         "sha256": digest,
         "batch_size": config.batch_size,
-        "checkpoint": config.checkpoint,
+        "checkpoint": config.checkpoint if trained else None,
         "step": step,
         "method": lm.reasoning.method,
         "stage": lm.reasoning.stage,
         "usual": not unusual,
         "chose_the_checkpoint": config.split == "valid" and not own_file,
     }
+    say(describe(result))
     write_text(
         folder / f"{name}.predictions.jsonl",
         "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions),
     )
     write_json(folder / f"{name}.json", record)
-    say(describe(result))
     if record["chose_the_checkpoint"]:
         say("note: this file chose the checkpoint, so its accuracy is no test result.")
     say(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
+
+
+def is_saved(config: EvaluateConfig) -> bool:
+    """Whether it is a saved model that is evaluated, and no run. Raises ValueError for what only a run has."""
+    here = Path(config.run, REASONING_FILE).is_file()
+    given = config.task and getattr(config.data, config.split)
+    if not here and (Path(config.run).exists() or not given):
+        return False
+    if not given:
+        raise ValueError(
+            f"{config.run} is a saved model and does not say on what it was trained. Name task=TASK (one of "
+            f"{', '.join(TASKS)}) and data.{config.split}=FILE, too."
+        )
+    for key, usual in (("checkpoint", "best"), ("stop", StopRule.constant)):
+        if (value := getattr(config, key)) != usual:
+            raise ValueError(f"{key}={value} is for a run; {config.run} is a saved model.")
+    return True
 
 
 def file_of_run(data: dict[str, Any], split: str, world: World) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from coconut.card import card
 from coconut.cli import application
 from coconut.config import ExportConfig
-from coconut.files import write_text
+from coconut.files import whole_folder, write_text
 from coconut.methods import Curriculum, Reasoning, Slot, plan
-from coconut.opening import opened, reaching
+from coconut.opening import opened, out_of_reach, reaching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,8 +127,8 @@ def run(config: ExportConfig) -> int:
     if config.push:
         check_name(config.push)
     folder = Path(config.output)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"output={folder} is not empty. Name a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output={folder} is {'not empty' if folder.is_dir() else 'a file'}. Name a new folder.")
     if config.released:
         stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total=10**6)
         made = plan(config.method, stages)
@@ -147,11 +148,18 @@ def run(config: ExportConfig) -> int:
                 "name of the same model, under which readers will find it."
             )
         text = card(lm, config.run, trained.step, name=config.push)
-    lm.save_pretrained(folder, max_shard_size=config.max_shard_size)
-    write_text(folder / "README.md", text)
+    with whole_folder(folder) as part:
+        lm.save_pretrained(part, max_shard_size=config.max_shard_size)
+        write_text(part / "README.md", text)
     say(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
     if config.push:
-        push(folder, config.push, config.private)
+        try:
+            push(folder, config.push, config.private)
+        except ValueError as error:
+            again = f"from coconut.export import push; push({str(folder)!r}, {config.push!r}, private={config.private})"
+            raise ValueError(
+                f"{error}\nThe model is whole in {folder}. This sends it: {shlex.join(['python', '-c', again])}"
+            ) from error
         say(f"It is at https://huggingface.co/{config.push}")
     return 0
 
@@ -169,22 +177,31 @@ def check_name(name: str) -> None:
         raise ValueError(f"push={name} is no OWNER/NAME of the hub.")
 
 
-def push(folder: Path, name: str, private: bool = True) -> None:
-    """Put a saved folder on the Hugging Face hub as OWNER/NAME. Raises ValueError if the hub does not take it."""
+def push(folder: Path | str, name: str, private: bool = True) -> None:
+    """Put a saved folder on the Hugging Face hub as OWNER/NAME.
+
+    Raises ValueError if the hub does not take it, or if it is to be private and the name is public there.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
     check_name(name)
+    if silent := out_of_reach():
+        raise ValueError(f"The hub did not take {name}: {silent}.")
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
+        public = private and not api.repo_info(name).private
+        if not public:
+            api.upload_folder(repo_id=name, folder_path=folder)
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The hub did not take {name}: {reason} To log in: hf auth login") from error
+    if public:
         raise ValueError(
-            f"The hub did not take {name}: {reason} The model is in {folder}. Log in with "
-            f"`hf auth login`, then `hf upload {name} {folder}` does the rest."
-        ) from error
+            f"{name} is on the hub already and is public, so nothing was sent: it was to be private. Make it private "
+            "there, give another name, or publish with private=false."
+        )
 
 
 main = application("export", ExportConfig, run)

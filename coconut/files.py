@@ -1,11 +1,13 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all. Text is UTF-8."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -14,47 +16,134 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
-BEFORE = ".before"  # a folder that is being replaced
+BEFORE = ".coconut-before"  # a folder that is being replaced
+PART = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # what is being written, as tempfile names it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Unwritten(OSError):
+    """There is no room for a file or folder. `reason`: in the system's words."""
+
+    reason: str
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises Unwritten, which names `path` and says what to do, where there is no room for what the block writes."""
+    try:
+        yield
+    except Exception as error:
+        if not (reason := _no_room(error)):
+            raise
+        there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+        failure = Unwritten(
+            f"{path} could not be written: {reason} ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free there). "
+            "What was written before is whole. Make room, then run the same command again."
+        )
+        failure.reason = reason
+        raise failure from error
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """The system's words for a full disk, also where a library has made an exception of its own of it."""
+    while error:
+        if isinstance(error, Unwritten):
+            return error.reason
+        number = error.errno if isinstance(error, OSError) else None
+        if told := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(told[1])
+        if number in FULL:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path`; what was written there takes its place when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        _sync(part)
-        part.chmod(0o666 & ~_umask())
-        os.replace(part, path)
-        _sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    """A temporary path beside `path`; what was written there takes its place when the block ends well.
+
+    A link is followed. Raises OSError if there is something else than a file, or if it cannot be written.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file, so it cannot be written as one. Name another.")
+    with writing(path):
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            _sync(part)
+            as_umask(part)
+            os.replace(part, path)
+            _sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path | str) -> Iterator[Path]:
     """As `whole_file` for a folder that does not exist yet, or is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise OSError(f"{path} is no folder, so it cannot be written as one. Name another.")
+    with writing(path):
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            yield part
+            for file in part.rglob("*"):
+                _sync(file)
+            _sync(part)
+            as_umask(part)
+            _take_place(part, path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _take_place(part: Path, path: Path) -> None:
+    """Move a folder to its place; what was there before comes back if that fails."""
+    before = path.with_name(f".{path.name}{BEFORE}")
+    if before.exists():
+        _put_back(before)
+    if path.exists():
+        os.replace(path, before)
     try:
-        yield part
-        for file in part.rglob("*"):
-            _sync(file)
-        _sync(part)
-        part.chmod(0o777 & ~_umask())
-        before = path.with_name(f".{path.name}{BEFORE}")
-        if path.exists():
-            os.replace(path, before)
         os.replace(part, path)
-        _sync(path.parent)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except OSError:
+        if before.exists():
+            os.replace(before, path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError names this path, not a temporary one beside it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder. Raises OSError if nothing can be written there: before the work that it is for, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error.strerror}. Name another with output=.") from error
+
+
+def as_umask(path: Path) -> None:
+    """Give a file or folder the permissions of one that is made without a temporary one."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 @contextlib.contextmanager
@@ -78,7 +167,8 @@ def sole_owner(folder: Path | str) -> Iterator[None]:
         for before in folder.rglob(f".*{BEFORE}"):
             _put_back(before)
         for left in folder.rglob(".*.part"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            if PART.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         yield
 
 
@@ -116,17 +206,47 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_utf8(path: Path | str) -> str:
+    """The text of a file, without a mark at its beginning. Raises ValueError, as `decoded`, if it is none."""
+    return decoded(Path(path).read_bytes(), str(path))
+
+
+def decoded(data: bytes, name: str) -> str:
+    """UTF-8 bytes as text, line ends as they are. Raises ValueError that names the first line and byte that is none."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = error.start + len(data) - len(error.object)
+        line = data.count(b"\n", 0, place) + 1
+        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        raise ValueError(
+            f"{name} is not UTF-8 text ({error.reason}): line {line} holds 0x{data[place]:02X}, "
+            f"byte {place + 1:,} of all. Convert it with iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 OLD > NEW"
+            + ("." if utf16 else ", if it is Latin-1.")
+        ) from None
+
+
+def half_pair(value: Any) -> str | None:
+    """The first text in a JSON value that holds half of a surrogate pair, which is no text and cannot be written."""
+    if isinstance(value, str):
+        return value if re.search(r"[\ud800-\udfff]", value) else None
+    values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for part in values if (found := half_pair(part)) is not None), None)
+
+
 def sha256(path: Path | str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """To the disk. Not every file system does that for folders."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _umask() -> int:

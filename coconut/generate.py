@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +15,15 @@ import torch
 
 from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
-from coconut.data import encode_questions, existing, json_rows, read_utf8
-from coconut.files import write_text
+from coconut.data import Unreadable, encode_questions, existing, json_rows
+from coconut.files import decoded, half_pair, read_utf8, write_text
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
+
+JSON_NAMES = (".json", ".jsonl", ".ndjson")
+TEXT_NAMES = (".txt", ".text", "")
 
 
 def run(config: GenerateConfig) -> int:
@@ -35,7 +40,10 @@ def run(config: GenerateConfig) -> int:
     typed = not config.question and not config.file
     if typed and not sys.stdin.isatty():
         raise ValueError('There is no question. Ask one with question="...", question=- (standard input) or file=FILE.')
-    question = sys.stdin.read().strip() if config.question == "-" else config.question
+    if config.question == "-":
+        question = decoded(sys.stdin.buffer.read(), "Standard input").strip()
+    elif half_pair(question := config.question) is not None:
+        question = decoded(os.fsencode(question), "The question")
     if config.question and not question:
         raise ValueError("Standard input held no question.")
     questions = read_questions(config.file) if config.file else []
@@ -83,17 +91,26 @@ def _warn_of_cut(cut: bool) -> None:
 def read_questions(path: str) -> list[str]:
     """One a line, or the `question` of each row of a JSON list or of one JSON object a line.
 
-    Raises FileNotFoundError or ValueError if there are none.
+    What the text begins with says which of them it is, if the name does not. Raises FileNotFoundError, or ValueError
+    if there are none, or if the file may be a table of another kind, whose lines are no questions.
     """
-    if Path(path).suffix in (".json", ".jsonl"):
+    file = existing(path)
+    suffix, text = file.suffix.lower(), read_utf8(file)
+    if suffix in JSON_NAMES or re.match(r'\s*(\[\s*)?\{\s*"', text):
         found = []
-        for where, row in json_rows(existing(path)):
+        for where, row in json_rows(file):
             question = row.get("question") if isinstance(row, dict) else None
             if not isinstance(question, str) or not question.strip():
-                raise ValueError(f"{path}, {where}: there is no question in it.")
+                reason = row if isinstance(row, Unreadable) else "there is no question in it."
+                raise ValueError(f"{path}, {where}: {reason}")
             found.append(question)
+    elif suffix in TEXT_NAMES:
+        found = [line.strip() for line in text.split("\n") if line.strip()]
     else:
-        found = [line.strip() for line in read_utf8(existing(path)).splitlines() if line.strip()]
+        raise ValueError(
+            f"{path}: its name says neither text ({', '.join(filter(None, TEXT_NAMES))}), a question a line, nor JSON "
+            f"({', '.join(JSON_NAMES)}). Write it as one of them."
+        )
     if not found:
         raise ValueError(f"{path} holds no question.")
     return found
@@ -135,8 +152,16 @@ def _typed() -> Iterator[str]:
     """Questions as they are typed, up to an empty line."""
     print("Each question by itself; an empty line ends it.", file=sys.stderr)
     with contextlib.suppress(EOFError):
-        while question := input("? ").strip():
+        while question := _next():
             yield question
+
+
+def _next() -> str:
+    while True:
+        try:
+            return input("? ").strip()
+        except UnicodeDecodeError as error:
+            print(f"error: what was typed is not {error.encoding} text: {error.reason}", file=sys.stderr)
 
 
 def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, options: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ from coconut.families import (
     is_here,
     text_config,
 )
-from coconut.files import read_json, write_json
+from coconut.files import as_umask, read_json, write_json
 from coconut.graphs import Graphs, rounded, rounded_down
 from coconut.layout import IGNORED
 from coconut.linear import products_as_pay, rows_added, weights_summed_once
@@ -258,6 +258,8 @@ class LatentLM(nn.Module):
             save(self.base, folder)
         else:
             self.base.save_pretrained(folder, max_shard_size=max_shard_size)
+        for file in Path(folder).glob("*.safetensors"):  # which are written for their owner alone
+            as_umask(file)
         self.tokenizer.save_pretrained(folder)
         write_json(
             Path(folder) / REASONING_FILE,

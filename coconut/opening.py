@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ ASKED = "COCONUT_REMOTE_CODE"  # an environment variable: whom to trust is not f
 
 
 def opened(kind: Any, place: Any, **settings: Any) -> Any:
-    """`kind.from_pretrained(place)`, of one of transformers' Auto classes.
+    """`kind.from_pretrained(place)`, of one of transformers' Auto classes; the cache's copy if the hub does not answer.
 
     Code that the place brings along is not run, unless COCONUT_REMOTE_CODE=1 is set: raises ValueError if it is needed.
     """
+    if not Path(place).exists() and out_of_reach():
+        settings["local_files_only"] = True
     try:
         return kind.from_pretrained(place, trust_remote_code=os.environ.get(ASKED) == "1", **settings)
     except ValueError as error:
@@ -38,13 +41,37 @@ def on_disk(place: Path | str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
+    silent = out_of_reach()
     try:
-        return Path(snapshot_download(str(place)))
+        return Path(snapshot_download(str(place), local_files_only=bool(silent)))
     except (OSError, HFValidationError, HTTPError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = silent or (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
             f"{place} is no folder here, and as OWNER/NAME it could not be had from the Hugging Face hub: {reason}"
         ) from None
+
+
+def out_of_reach() -> str:
+    """Why the Hugging Face hub does not answer, "" if it does.
+
+    It is asked once: each of the libraries' own requests would be tried again for half a minute.
+    """
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+
+
+@cache
+def _silence(endpoint: str) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError) as error:
+        return f"{endpoint} does not answer ({str(error) or type(error).__name__})"
+    return ""
 
 
 @contextmanager
@@ -53,10 +80,12 @@ def reaching(name: str, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
+        silent = "" if Path(name).exists() else out_of_reach()
+        first = f"{silent}, and the cache has no copy." if silent else str(error).strip().split("\n")[0]
+        new = " To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
         raise ValueError(
             f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
             f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
-            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror. "
-            "To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
+            "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror."
+            + (new if key.startswith("model.") else "")
         ) from error

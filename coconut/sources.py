@@ -45,14 +45,30 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coconut"
 
 
+def cache_folder(cache_dir: Path | str | None, name: str) -> Path:
+    """The folder of this name in the cache, made if it is not there.
+
+    Raises OSError if there is no place for it: no home folder, or one that cannot be written to.
+    """
+    try:
+        folder = Path(cache_dir or default_cache_dir()).absolute() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"There is no place to keep {name} between runs: {error} Name a folder that can be written to with the "
+            "environment variable COCONUT_CACHE (and HF_HOME for what the Hugging Face libraries keep)."
+        ) from error
+
+
 def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     """The folder of this set, made if it is not there. It appears whole: two processes may make it at once."""
     asked = json.dumps([task, build, own_version()], sort_keys=True)
-    cache = Path(cache_dir or default_cache_dir()).absolute() / "data"
+    cache = cache_folder(cache_dir, "data")
     folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
     clear_abandoned(cache, f".{task}-*")
     say(" ".join([f"Making the data, once: python -m data_builders.{task}", *(f"{k}={v}" for k, v in build.items())]))
     keys = [f"{key}={_as_override(value)}" for key, value in build.items()]

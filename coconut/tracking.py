@@ -22,7 +22,7 @@ from typing import Any
 
 from coconut.cli import own_environment
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.files import read_json, write_json, write_text
+from coconut.files import read_json, write_json, write_text, writing
 from coconut.methods import REASONING_FILE
 from coconut.screen import say
 
@@ -48,11 +48,13 @@ class Metrics:
         self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a row that `log` could not write, and said so
+            self.file.close()
 
 
 def samples_file(run: Path | str, step: int) -> Path:
@@ -230,7 +232,7 @@ def read_metrics(run: Path | str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that was cut off is left out."""
     path = Path(run) / METRICS
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
@@ -242,7 +244,8 @@ def read_config(run: Path | str) -> dict[str, Any]:
     if (Path(run) / REASONING_FILE).is_file():
         raise ValueError(
             f"{run} is a saved model and no run: nothing in it says on what it was trained. "
-            f'It can be asked: python -m coconut.generate run={run} question="..."'
+            f'It can be asked: python -m coconut.generate run={run} question="...", and evaluated: python -m '
+            f"coconut.evaluate run={run} task=TASK data.test=FILE"
         )
     if not path.is_file():
         what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"

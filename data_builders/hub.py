@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from coconut.files import sha256
+from coconut.opening import out_of_reach
 
 SPLIT_NAMES = {
     "train": "train",
@@ -20,15 +22,18 @@ def load_hub(name: str, config: str | None = None) -> tuple[dict[str, list[dict[
     `name` is OWNER/NAME on the hub, or a folder of .jsonl, .json, .txt or .parquet files whose names
     begin with their split. Other splits are left out. Raises ValueError if it cannot be read.
     """
+    folder = Path(name).is_dir()
+    silent = "" if folder else out_of_reach()
+    if silent:
+        os.environ["HF_DATASETS_OFFLINE"] = "1"  # the cache alone; it is read when the library is imported
     from datasets import DatasetDict, load_dataset_builder
 
-    folder = Path(name).is_dir()
     try:
         builder = load_dataset_builder(name, config)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
     except Exception as error:  # the library, and those below it, raise kinds of their own
-        raise ValueError(_complaint(name, folder, error)) from error
+        raise ValueError(_complaint(name, folder, silent, error)) from error
     assert isinstance(loaded, DatasetDict)
     known = {split: SPLIT_NAMES[split] for split in map(str, loaded) if split in SPLIT_NAMES}
     if not known:
@@ -50,9 +55,10 @@ def load_hub(name: str, config: str | None = None) -> tuple[dict[str, list[dict[
     return records, described
 
 
-def _complaint(name: str, folder: bool, error: Exception) -> str:
+def _complaint(name: str, folder: bool, silent: str, error: Exception) -> str:
     causes = [error] + ([error.__cause__] if error.__cause__ else [])
     told = "; ".join(f"{type(cause).__name__}: {(str(cause).strip() or '?').splitlines()[0]}" for cause in causes)
+    told = f"{silent}, and the cache has no copy" if silent else told
     where = f"the folder {name}" if folder else f"{name!r} on the Hugging Face hub"
     way_out = (
         "If it holds several data sets, give hub_config=NAME; or give each file by itself as "

@@ -9,13 +9,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.files import sha256
+from coconut.files import decoded, half_pair, sha256
 from coconut.overrides import PathName, Place
 from data_builders.writing import SPLITS, Row, divide
 
 SHOWN = 10  # bad rows that an error names; it counts them all
 
 
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+MAGIC = (b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # Parquet; compressed files
 PROSQA_KEYS = {"question", "edges", "idx_to_symbol"}
 
 
@@ -130,14 +132,11 @@ def open_released(path: str | Path) -> Released:
     if not path.is_file():
         raise ValueError(f"There is no file {str(path)!r} in {Path.cwd()}.")
     raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    if raw.startswith(MAGIC) or (b"\0" in raw and not raw.startswith(UTF16)):
         return Released(path, Kind.binary, [])
+    text = decoded(raw, str(path))
     if not text.strip():
         return Released(path, Kind.empty, [])
-    if "\0" in text or raw.startswith(b"PAR1"):
-        return Released(path, Kind.binary, [])
     if text.startswith("version https://git-lfs"):
         return Released(path, Kind.pointer, [])
     if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
@@ -163,7 +162,10 @@ def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
     wrong: list[str] = []
     for number, record in released.records:
         try:
-            rows.append(convert(record))
+            row = convert(record)
+            if (broken := half_pair(row)) is not None:
+                raise ValueError(f"it holds half of a surrogate pair, which is no text: {broken!a}.")
+            rows.append(row)
         except ValueError as error:
             wrong.append(f"  row {number}: {error}")
     if wrong:

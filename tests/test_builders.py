@@ -343,6 +343,19 @@ def test_a_bad_prontoqa_row(change: dict, complaint: str, tmp_path: Path) -> Non
         prontoqa.released_rows(str(tmp_path / "bad.json"))
 
 
+def test_text_of_another_encoding_is_named_by_line_and_byte(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_bytes("How many cats?||<<1+1=2>> #### 2\nHow many caf\xe9s?||<<1+1=2>> #### 2\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.txt is not UTF-8 text .*line 2 holds 0xE9.*iconv -f LATIN1"):
+        gsm8k.released_rows(str(path))
+    path.write_bytes("How many cats?||<<1+1=2>> #### 2\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="iconv -f UTF-16"):
+        gsm8k.released_rows(str(path))
+    path.write_text(json.dumps({"question": "How many \ud800?", "answer": "<<1+1=2>> #### 2"}))
+    with pytest.raises(ValueError, match=r"1 bad of 1 rows[^\0]*row 1: it holds half of a surrogate pair"):
+        gsm8k.released_rows(str(path))
+
+
 @pytest.mark.parametrize(
     ("content", "looks_like"),
     [

@@ -59,6 +59,9 @@ GOOD = {"question": "q", "steps": ["s"], "answer": "a"}
         ({**GOOD, "steps": [""]}, r"row 2: step 1 of 1 is empty .*steps: \[\]"),
         ({"question": "q", "answer": "a"}, "row 2: has no steps; its keys are: question, answer"),
         ([1, 2], "row 2: must be an object"),
+        ({**GOOD, "question": "a\ud800"}, r"row 2: holds half of a surrogate pair, no text: 'a\\ud800'"),
+        ({**GOOD, "steps": ["s", "\udfff"]}, r"row 2: holds half of a surrogate pair, no text: '\\udfff'"),
+        ({**GOOD, "other": {"a": "\udfff"}}, "row 2: holds half of a surrogate pair"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> None:
@@ -85,8 +88,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_examples(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    path.write_bytes(b'[{"question": "a"},\n {"question": "caf\xe9"}]')
+    with pytest.raises(ValueError, match=r"data\.json is not UTF-8 text .*line 2 holds 0xE9.*iconv -f LATIN1"):
         read_examples(path)
 
 
@@ -117,6 +120,12 @@ def test_a_special_token_in_a_question_stays_text(token: str, around: str) -> No
     (ids,) = encode_texts(tokenizer, [around + token + around])
     assert not set(ids) & {*special.added, 0, 1}
     assert tokenizer.decode(ids) == around + token + around
+
+
+def test_half_of_a_surrogate_pair_is_not_encoded() -> None:
+    with pytest.raises(ValueError, match=r"Half of a surrogate pair .*: 'a\\ud800'"):
+        encode_texts(byte_level_tokenizer(), ["good", "a\ud800"])
+    assert encode_texts(byte_level_tokenizer(), ["\U0001f600"])
 
 
 def test_a_start_token_stands_before_the_question_only() -> None:
@@ -197,3 +206,20 @@ def test_a_question_in_a_chat_template() -> None:
     tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
     with pytest.raises(ValueError, match="gives the question 2 times"):
         encode_questions(tokenizer, ["Is Tom a cat?"], asked)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('the first message must be of the system') }}", "the first message must be of the system"),
+        ("{{ messages[1].content }}", "UndefinedError: list object has no element 1"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(template: str, said: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.name_or_path = "someone/instruct"
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"(?s)chat template of someone/instruct .*{said}.*chat_template"):
+        encode_questions(tokenizer, ["Is Tom a cat?"], PromptFormat(chat=True))

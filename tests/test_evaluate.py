@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from coconut.config import (
 from coconut.data import Example
 from coconut.evaluate import evaluate, read_results
 from coconut.evaluate import run as run_evaluate
+from coconut.generate import read_questions
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Slot
 from coconut.tasks import TASKS
@@ -162,9 +165,15 @@ def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str
     assert run_generate(GenerateConfig(run=str(trained), question=question)) == 0
     first = capsys.readouterr()
     assert "[2 thoughts, " in first.err
-    monkeypatch.setattr("sys.stdin", __import__("io").StringIO(question + "\n"))
-    run_generate(GenerateConfig(run=str(trained), question="-"))
+    config = GenerateConfig(run=str(trained), question="-")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(f"{question}\n".encode())))
+    run_generate(config)
     assert capsys.readouterr().out == first.out
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"1 2\n\xe9")))
+    with pytest.raises(ValueError, match=r"Standard input is not UTF-8 text .*line 2 holds 0xE9, byte 5 of all.*iconv"):
+        run_generate(config)
+    with pytest.raises(ValueError, match=r"The question is not UTF-8 text .*line 1 holds 0xE9, byte 3"):
+        run_generate(GenerateConfig(run=str(trained), question=os.fsdecode(b"1 \xe9")))
     run_generate(GenerateConfig(run=str(trained), question=question, num_thoughts=1, temperature=1.0))
     assert "[1 thought, " in capsys.readouterr().err
 
@@ -191,7 +200,10 @@ def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.C
         ("bad.jsonl", b'{"q": "a"}', "line 1: there is no question"),
         ("bad.jsonl", b'{"question": null}', "line 1: there is no question"),
         ("bad.jsonl", b'{"question": ["a"]}', "line 1: there is no question"),
-        ("bad.txt", b"\xff\xfe", r"bad\.txt is not UTF-8"),
+        ("bad.txt", b"1\n\xe9", r"bad\.txt is not UTF-8 text .*line 2 holds 0xE9.*iconv"),
+        ("bad.jsonl", b'{"question": "\\ud800"}', "line 1: holds half of a surrogate pair"),
+        ("bad.JSONL", b'{"question": ', "line 1: not JSON"),
+        ("bad.csv", b"question,answer\n1 2,3\n", r"says neither text \(\.txt, \.text\).*nor JSON \(\.json"),
         ("bad.txt", b"1\n2\n" + b"1 " * 200, r"bad\.txt, question 3: it has 200 tokens"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -199,6 +211,23 @@ def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.C
             run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / name)))
     with pytest.raises(ValueError, match=r"top_p=0\.5 is for sampling"):
         GenerateConfig(run="r", question="q", top_p=0.5)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.ndjson", "a.JSONL", "a.data", "a"])
+def test_the_answer_beside_a_question_is_never_asked(tmp_path: Path, name: str) -> None:
+    rows = [{"question": "1 2", "steps": [], "answer": "3"}, {"question": "4", "steps": [], "answer": "5"}]
+    file = tmp_path / name
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), "\r\n".join(map(json.dumps, rows))):
+        file.write_text(text)
+        assert read_questions(str(file)) == ["1 2", "4"]
+
+
+def test_a_line_of_a_text_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    questions = ["a\x0cb", "c\u2028d", "e\x85f", "[1, 2] {x}", "g\rh", "i"]
+    file = tmp_path / "questions.TXT"
+    for end in ("\n", "\r\n"):
+        file.write_bytes(end.join(questions).encode())
+        assert read_questions(str(file)) == questions
 
 
 def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

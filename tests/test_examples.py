@@ -1,12 +1,15 @@
-"""Each example runs, and the plain one computes what LatentLM computes."""
+"""Each example and each block of Python in the docs runs; the plain example computes what LatentLM computes."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +20,15 @@ import torch
 from conftest import WORDS, gradients, graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
+from coconut.checkpoint import Checkpoints
 from coconut.data import SpecialIds, build_word_tokenizer
 from coconut.layout import collate, layout
 from coconut.thinking import pad_rows
 from coconut.train import run as train
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = plan("coconut", Curriculum(max_stage=2)).stages
 
 
@@ -178,3 +184,69 @@ def test_the_notebook_is_the_script(
     for cell in cells:
         exec("".join(cell["source"]), names)
     assert capsys.readouterr().out.splitlines() == probed
+
+
+# --- the docs ---------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[Any]:
+    """Those of README and docs in this language, by page and number."""
+    return [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(
+            re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def desk(small: Path) -> Path:
+    """A folder that holds what the blocks name: a run, data, a saved model."""
+    folder = small.parent
+    (folder / "runs").mkdir()
+    for name in ("quickstart", "warm"):
+        (folder / "runs" / name).symlink_to(small)
+    LatentLM.from_pretrained(Checkpoints(small).find("best")).save_pretrained(folder / "FOLDER")
+    return folder
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_in_the_docs_runs(block: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    exec(block, {})
+
+
+PACKAGES = ("coconut.adaptive", "coconut.rl")
+COMMAND = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?python -m ((?:coconut|data_builders)\.\w+)(.*)")
+
+
+def commands() -> list[list[str]]:
+    """Of our own, in the shell blocks of README and docs: module and arguments."""
+    found = []
+    for block in blocks("bash"):
+        for line in block.values[0].replace("\\\n", " ").splitlines():
+            if told := COMMAND.match(line):
+                rest = [word for word in shlex.split(told[2], comments=True) if word != "..."]
+                found.append([told[1], *(word.replace("experiment=NAME", "experiment=quickstart") for word in rest)])
+    return found
+
+
+def test_commands_in_the_docs_compose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = commands()
+    assert len(told) > 40
+    for name, *arguments in told:
+        if "--multirun" in arguments:
+            arguments.remove("--multirun")
+            arguments = [
+                word.partition(",")[0] if word.startswith(("seed=", "method=")) else word for word in arguments
+            ]
+        monkeypatch.setattr("sys.argv", [name, *arguments, "--cfg", "job"])
+        main = importlib.import_module(f"{name}.__main__" if name in PACKAGES else name).main
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, (name, arguments, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []

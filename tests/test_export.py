@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
@@ -20,13 +22,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.card import card
-from coconut.config import EvaluateConfig, ExportConfig, GenerateConfig
+from coconut.config import DataFiles, EvaluateConfig, ExportConfig, GenerateConfig, StopRule, Task
 from coconut.evaluate import run as run_evaluate
-from coconut.export import from_released, push
+from coconut.export import from_released
 from coconut.export import run as run_export
+from coconut.files import read_json
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.thinking import answer
+from coconut.tracking import read_config
 from coconut.train import run as run_train
 
 
@@ -77,13 +81,22 @@ def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) 
 def test_what_the_hub_does_not_take_is_still_here(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is advised asks for the same: private, unless it was to be public."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    folder = tmp_path / "model"
-    build("gpt2", torch.float32).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"did not take someone/thing.*hf upload someone/thing"):
-        push(folder, "someone/thing")
-    assert (folder / "model.safetensors").is_file()
+    for private in (True, False):
+        folder = tmp_path / f"a model {private}"
+        with pytest.raises(ValueError, match=r"did not take someone/thing: http://127\.0\.0\.1:9 does not") as caught:
+            run_export(ExportConfig(run=str(trained), output=str(folder), push="someone/thing", private=private))
+        assert (folder / "model.safetensors").is_file()
+        python, flag, code = shlex.split(str(caught.value).partition("This sends it: ")[2])
+        assert (python, flag) == ("python", "-c")
+        sent: dict[str, Any] = {}
+        exec(
+            code.replace("import push", "import push as real; push = lambda *a, **k: sent.update(a=a, **k)"),
+            {"sent": sent},
+        )
+        assert sent == {"a": (str(folder), "someone/thing"), "private": private}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -91,6 +104,10 @@ class Hub(BaseHTTPRequestHandler):
 
     kept: ClassVar[dict[str, bytes]] = {}
     made: ClassVar[list[dict[str, Any]]] = []
+    private: ClassVar[bool] = True
+
+    def do_GET(self) -> None:
+        self.answer({"id": "someone/thing", "private": self.private})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -106,6 +123,9 @@ class Hub(BaseHTTPRequestHandler):
             self.kept.update({part["value"]["path"]: base64.b64decode(part["value"]["content"])
                               for part in parts if part["key"] == "file"})  # fmt: skip
             answer = {"commitUrl": "https://huggingface.co/someone/thing/commit/1", "commitOid": "1", "success": True}
+        self.answer(answer)
+
+    def answer(self, answer: dict[str, Any]) -> None:
         said = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -118,7 +138,10 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests."""
+    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests.
+
+    A name that is public there is not given what is to be private.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -126,10 +149,15 @@ def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv("HF_TOKEN", "hf_none")
         lm = build("gpt2", torch.float32, num_thoughts=2)
         try:
+            monkeypatch.setattr(Hub, "private", False)
+            with pytest.raises(ValueError, match=r"someone/thing is on the hub already and is public.*private=false"):
+                lm.push_to_hub("someone/thing")
+            assert not Hub.kept
+            monkeypatch.setattr(Hub, "private", True)
             lm.push_to_hub("someone/thing")
         finally:
             server.shutdown()
-    [made] = Hub.made
+    [made] = Hub.made[1:]
     assert (made["name"], made["organization"]) == ("thing", "someone")
     assert made.get("visibility") == "private" or made["private"], "the key of older and of newer versions"
     for name, content in Hub.kept.items():
@@ -272,8 +300,40 @@ def test_a_saved_model_is_asked_by_its_folder_or_name(
         assert capsys.readouterr().out.strip() == expected
     with pytest.raises(FileNotFoundError, match=r"someone/other is no folder here, and as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
-    with pytest.raises(ValueError, match=r"is a saved model and no run.*coconut\.generate run="):
-        run_evaluate(EvaluateConfig(run=str(cached / "snapshots" / "1")))
+    with pytest.raises(
+        ValueError, match=r"is a saved model and no run.*coconut\.generate run=.*coconut\.evaluate run="
+    ):
+        read_config(cached / "snapshots" / "1")
+
+
+def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_export(ExportConfig(run=str(trained), output="model"))
+    file = str(trained.parent / "test.json")
+    asked = EvaluateConfig(run="model", data=DataFiles(test=file), task=Task.prosqa)
+    run_evaluate(asked)
+    run_evaluate(replace(asked, output="elsewhere"))
+    expected = read_json(trained / "evaluation" / "test.json")
+    for folder in (tmp_path / "evaluation" / "model", tmp_path / "elsewhere"):
+        [told] = [read_json(path) for path in folder.glob("*.json")]
+        assert {key for key in told if told[key] != expected[key]} <= {"file", "seconds_per_item", "step", "checkpoint"}
+        assert told["step"] is None
+        [answers] = folder.glob("*.predictions.jsonl")
+        assert answers.read_text() == (trained / "evaluation" / "test.predictions.jsonl").read_text()
+    for config, message in (
+        (
+            EvaluateConfig(run="model"),
+            r"model is a saved model and does not say.*task=TASK .*prosqa.*data\.test=",
+        ),
+        (replace(asked, checkpoint="last"), "checkpoint=last is for a run"),
+        (replace(asked, stop=StopRule.classifier), "stop=classifier is for a run"),
+        (replace(asked, run=str(trained), task=Task.gsm8k), "was made for prosqa"),
+        (replace(asked, run="nowhere", task=None), "nowhere is no run: there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_evaluate(config)
+    with pytest.raises(OSError, match=r"test\.json cannot be written to: .*output="):
+        run_evaluate(replace(asked, output=file))
 
 
 @pytest.mark.parametrize(

@@ -736,6 +736,7 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
         (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
         (lambda row: row.update(steps="a"), "steps is 'a'"),
         (lambda row: row.pop("question"), "it must be an object with question"),
+        (lambda row: row["samples"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
     ],
 )
 def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str) -> None:

@@ -17,7 +17,7 @@ from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Unit
-from coconut.sources import data_files, default_cache_dir
+from coconut.sources import cache_folder, data_files, default_cache_dir
 from coconut.train import run
 
 BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_test": 8, "nodes": None}
@@ -119,3 +119,15 @@ def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (result,) = read_results(tmp_path / "run").values()
     assert result["count"] == 8
     assert result["file"].startswith(str(tmp_path / "elsewhere"))
+
+
+def test_a_cache_that_cannot_be_made_says_how_to_name_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.delenv("COCONUT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(OSError, match=r"no place to keep data .*home/\.cache.*COCONUT_CACHE .*HF_HOME"):
+        data_files(asdict(DataConfig(Task.prosqa)))
+    monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "named"))
+    assert cache_folder(None, "tokens") == tmp_path / "named" / "tokens"
+    assert list((tmp_path / "named").rglob("*")) == [tmp_path / "named" / "tokens"]

@@ -24,6 +24,7 @@ from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data import encode_questions
 from coconut.evaluate import room_for_question
+from coconut.files import writing
 from coconut.methods import PromptFormat
 from coconut.modes import seeded
 from coconut.opening import opened, reaching
@@ -326,7 +327,11 @@ def answers(
     def done() -> int:
         return len({key for row in keys for key in row if key in known})
 
-    with log.open("a", encoding="utf-8") as file, working("asking", wanted, have := done()) as bar:
+    with (
+        writing(log),
+        log.open("a", encoding="utf-8") as file,
+        working("asking", wanted, have := done()) as bar,
+    ):
         if file.tell() and not log.read_bytes().endswith(b"\n"):
             file.write("\n")  # after a line that was cut off
         for number in range(len(space)):

@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data import Example, encode_questions, encode_texts, existing, json_rows
+from coconut.data import Example, Unreadable, encode_questions, encode_texts, existing, json_rows
 from coconut.files import write_text
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Group
@@ -129,6 +129,8 @@ def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
 
 
 def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
+    if isinstance(row, Unreadable):
+        return row
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         return "it must be an object with question, answer, steps and samples"
     if not isinstance(row.get("samples"), list) or not row["samples"]:

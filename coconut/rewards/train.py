@@ -121,8 +121,8 @@ class RewardTraining:
             return torch.tensor(scored_together(said, samples, self.world))
 
     def keep_reference(self) -> None:
-        with whole_file(self.folder / REFERENCE) as part:
-            torch.save(self.reference, part)
+        with whole_file(self.folder / REFERENCE) as part, part.open("wb") as file:
+            torch.save(self.reference, file)
 
     @property
     def units_an_update(self) -> int:
