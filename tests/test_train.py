@@ -20,6 +20,7 @@ from conftest import graph_files, same_end, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
@@ -33,7 +34,7 @@ from coconut.config import (
     TooLong,
     TrainConfig,
 )
-from coconut.data import read_examples
+from coconut.data import build_word_tokenizer, read_examples
 from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
@@ -138,6 +139,33 @@ def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int)
     assert run(config) == 0
     same_end(folder, finished)
     assert [s["from_update"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_resumed_equals_uninterrupted_from_pretrained_weights(
+    data: DataConfig, tmp_path: Path, micro_batch_size: int
+) -> None:
+    """With passes of one row: one row at a time, or three, of batches of nine and of a last one of one."""
+    words = build_word_tokenizer(read_examples(data.train), data.format)
+    architecture = {**ARCHITECTURE, "n_embd": 24, "vocab_size": len(words)}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.pop("model_type"), **architecture))
+    for part in (base, words):
+        part.save_pretrained(tmp_path / "pretrained")
+
+    def ours(folder: Path) -> TrainConfig:
+        curriculum = replace(CURRICULUM, first=1, each=2, total=5)
+        return settings(
+            data, folder, model=ModelConfig(base=str(tmp_path / "pretrained")), curriculum=curriculum, batch_size=9,
+            micro_batch_size=micro_batch_size, save_every=1,
+        )  # fmt: skip
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(ours(whole)) == 0
+    shutil.copytree(whole, resumed)
+    for later in range(2, 6):
+        shutil.rmtree(Checkpoints(resumed).path(later))
+    assert run(ours(resumed)) == 0
+    same_end(resumed, whole)
 
 
 def as_config(values: dict[str, Any], folder: Path) -> TrainConfig:
