@@ -27,7 +27,7 @@ from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, evaluate
 from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
-from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
+from coconut.layout import Batch, EpochView, epoch_batches, fit_context, forms_of, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
@@ -105,8 +105,7 @@ class Training:
             )
 
     def _all_views(self, data: TokenizedData) -> list[EpochView]:
-        mixed = self.plan.depths if self.plan.mixing_probability else ()
-        return [self._plain_view(data, stage) for stage in (*mixed, *self.plan.stages)]
+        return [self._plain_view(data, form) for form in forms_of(self.plan)]
 
     def _plain_view(self, data: TokenizedData, stage: Stage) -> EpochView:
         """The data as the stage has it, nothing mixed in."""
@@ -118,11 +117,12 @@ class Training:
         return min(self.config.micro_batch_size or share, share)
 
     def rehearse(self) -> None:
-        """Run the largest micro-batch of the deepest stage, and of the one with the longest rows."""
+        """Run the largest micro-batch of the form with the most passes, and of the one with the longest rows."""
         world, size = self.world, self.micro_batch_size
         views = self._all_views(self.train)
         widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
-        for k in {widest, len(views) - 1}:
+        deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
+        for k in {widest, deepest}:
             longest = np.argsort(-views[k].lengths, kind="stable")[: size * world.size]
             for batch in micro_batches(views[k], longest, size, world.rank, world.size):
                 try:

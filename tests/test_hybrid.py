@@ -186,3 +186,12 @@ def test_examples_without_a_chain_are_no_pairs(tmp_path: Path) -> None:
     write_json(tmp_path / "train.json", [*rows[:3], {**rows[3], "steps": []}, *rows[4:]])
     with pytest.raises(ValueError, match=r"1 of 64 examples have no steps, the first of them example 4.*needs a chain"):
         run(replace(config))
+
+
+def test_an_example_that_is_too_long_in_a_later_epoch_is_refused_first(tmp_path: Path) -> None:
+    config = warm_up(tmp_path)
+    rows = read_json(tmp_path / "train.json")
+    long = {**rows[0], "steps": rows[0]["steps"] * 30}  # the first epoch shows it without them
+    write_json(tmp_path / "train.json", [long, *rows[1:]])
+    with pytest.raises(ValueError, match=r"1 of 64 examples are longer than the model's context.*: example 1 "):
+        run(config)
