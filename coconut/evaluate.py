@@ -296,22 +296,28 @@ def file_of_run(data: dict[str, Any], split: str, world: World) -> str:
     raise ValueError(f"The run has no {split} file. Name one with data.{split}=FILE.")
 
 
-def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0) -> list[int]:
+def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
     """Which questions leave room for so many thoughts more than the model's own, and an answer."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
-    room = room_for_question(lm, lm.reasoning, lm.reasoning.num_thoughts + more)
+    room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
     return [i for i, row in enumerate(rows) if len(row) <= room]
 
 
-def room_for_question(lm: LatentLM, reasoning: Reasoning, count: int) -> int:
-    """Tokens that a question may have, with the model's choice of a mode, so many thoughts and an answer after it."""
-    return lm.context - len(slot_ids(reasoning, lm.special, count)) - bool(lm.reasoning.modes) - 1
+def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str | None = None) -> int:
+    """Tokens that a question may have, with an answer of one token after it; by default with the model's own thoughts.
+
+    A hybrid model may choose any of its modes unless one is forced, so that there is to be room in each.
+    """
+    own = lm.reasoning
+    forms = [own.in_mode(name) for name in own.modes if mode in (None, name)] or [own]
+    counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
+    slots = [len(slot_ids(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
+    return lm.context - max(slots) - bool(own.modes) - 1
 
 
 def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:
     """Which questions leave room for an answer. Raises ValueError unless the others may be left out."""
-    count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
-    room = room_for_question(lm, lm.reasoning, count)
+    room = room_for_question(lm, config.num_thoughts, config.mode)
     too_long = [i for i, row in enumerate(rows) if len(row) > room]
     if too_long and (config.too_long is TooLong.error or len(too_long) == len(rows)):
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])

@@ -36,7 +36,7 @@ def together(config: RolloutConfig, world: World) -> int:
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm
-    kept = fitting(lm, [example.question for example in examples])
+    kept = fitting(lm, [example.question for example in examples], mode=config.mode)
     examples = [examples[i] for i in kept]
     output = Path(config.output or Path(config.run) / "rollouts" / f"{config.split}.jsonl")
     about = {

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from coconut.data import Example, TokenizedData, read_examples, tokenize, unknow
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
-from coconut.evaluate import Abandoned, evaluate
+from coconut.evaluate import Abandoned, Prediction, evaluate
 from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, forms_of, micro_batches
@@ -230,7 +230,7 @@ class Training:
                 result, predictions, thoughts = evaluate(
                     lm, self.task, self.valid_examples, batch_size=size, world=world, asked=asked
                 )
-                watched = self._watch(lm, thoughts) if thoughts.shape[1] else {}
+                watched = self._watch(lm, thoughts, predictions) if thoughts.shape[1] else {}
         except Abandoned:
             return
         finally:
@@ -252,10 +252,10 @@ class Training:
         track.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **self.validated)
         self.pending = False
 
-    def _watch(self, lm: LatentLM, thoughts: torch.Tensor) -> dict[str, Any]:
+    def _watch(self, lm: LatentLM, thoughts: torch.Tensor, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What the thoughts of the validation questions look like; warns when they collapse, once in a row."""
         table: Any = lm.base.get_input_embeddings()
-        found = look_at(thoughts, table.weight)
+        found = look_at(thoughts, table.weight, torch.tensor([said.num_thoughts for said in predictions]))
         collapse = found.collapse()
         for problem in collapse:
             if problem not in self.collapse:

@@ -12,8 +12,9 @@ from conftest import build, graph_files, small_run
 from test_generate import QUESTIONS, by_recomputation, padded, rows_of
 
 from coconut import LatentLM, answer
-from coconut.config import EvaluateConfig, GenerateConfig, OptimizerConfig, TrainConfig
+from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerConfig, TooLong, TrainConfig
 from coconut.data import encode_questions
+from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json, write_json
 from coconut.generate import run as run_generate
@@ -178,6 +179,19 @@ def test_it_is_evaluated_by_its_choice_and_in_any_mode(warm: Path, capsys: pytes
     question = read_json(warm.parent / "test.json")[0]["question"]
     run_generate(GenerateConfig(run=str(warm), question=question, mode="think"))
     assert "[think, 0 thoughts, " in capsys.readouterr().err
+
+
+def test_a_question_is_to_leave_room_in_every_mode_that_may_be_chosen(warm: Path, tmp_path: Path) -> None:
+    rows = read_json(warm.parent / "test.json")[:2]
+    file = tmp_path / "long.json"
+    write_json(file, [{**rows[0], "question": "0 " * (96 - 1 - 1)}, rows[1]])  # room for <think> and one token
+    config = EvaluateConfig(run=str(warm), data=DataFiles(test=str(file)))
+    for mode in (None, "latent_2"):
+        with pytest.raises(ValueError, match=r"1 of 2 questions leave no room .* question 1 \(94 tokens\)"):
+            run_evaluate(replace(config, mode=mode))
+    run_evaluate(replace(config, mode="think"))
+    run_evaluate(replace(config, too_long=TooLong.skip))
+    assert [found["count"] for name, found in read_results(warm).items() if name.startswith("long-")] == [2, 1]
 
 
 def test_examples_without_a_chain_are_no_pairs(tmp_path: Path) -> None:
