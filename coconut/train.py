@@ -348,7 +348,12 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
 
 def spread(config: RunConfig, world: World) -> dict[str, Any]:
     """What a run is carried out by. It may change from session to session."""
-    return {"processes": world.size, "engine": str(config.engine.kind)}
+    return {
+        "processes": world.size,
+        "engine": str(config.engine.kind),
+        "device": config.engine.device,
+        "micro_batch_size": config.micro_batch_size,
+    }
 
 
 def run(config: TrainConfig) -> int:
@@ -411,7 +416,7 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
         session = read_json(folder / DESCRIPTION)["sessions"][-2] if world.first else now
         differing = [key for key in now if session.get(key, now[key]) != now[key]]
         if changed := [f"{key}: {session[key]} before, {now[key]} now" for key in differing]:
-            say(f"note: {', '.join(changed)}. Batches and losses are the same; dropout is not")
+            say(f"note: {', '.join(changed)}. Batches are the same, losses but for the last digits; dropout is not")
     return training.run()
 
 

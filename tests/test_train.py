@@ -272,6 +272,38 @@ def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, 
         run(settings(data, tmp_path))
 
 
+def test_a_run_goes_on_with_less_memory(
+    finished: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What says how it is carried out is no part of its name, and may change while it is stopped."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere.json"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(Checkpoints(folder).path(14))
+    shutil.copy(data.test, elsewhere)
+    smaller: dict[str, Any] = {"micro_batch_size": 1, "eval_batch_size": 4, "engine": EngineConfig(device="auto")}
+    config = settings(replace(data, test=str(elsewhere)), folder, save_every=1, **smaller)
+    assert replace(config, run=None).folder() == replace(settings(data, folder), run=None).folder()
+    assert run(config) == 0
+    assert "micro_batch_size: 3 before, 1 now" in capsys.readouterr().out
+    assert read_json(folder / "config.json")["data"]["test"] == str(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"curriculum": replace(CURRICULUM, total=20)}, "curriculum.total: 14 there, 20 asked for\n.*its plan"),
+        ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: what validation measures"),
+        ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
+    ],
+)
+def test_a_refusal_says_why_and_what_would_help(
+    finished: Path, data: DataConfig, changes: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=f"(?s){why}") as refused:
+        run(settings(data, finished, **changes))
+    assert f"begins with the weights of this one: init={finished} run=DIR" in str(refused.value)
+
+
 def test_a_run_that_cannot_begin_takes_nothing_with_it(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("mine")

@@ -23,16 +23,8 @@ from coconut.tracking import CONFIG, DESCRIPTION, read_config
 if TYPE_CHECKING:
     from coconut.analysis.report import RunRecord
 
-# These say which of the runs of a group a run is, where it lies, or how it was carried out.
-NO_SETTINGS = (
-    "name",
-    "seed",
-    "method",
-    "curriculum.start_stage",
-    "engine.device",
-    "micro_batch_size",
-    "eval_batch_size",
-)
+# These say which of the runs of a group a run is.
+NO_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
 
 
 @dataclass(frozen=True)
