@@ -12,10 +12,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_environment, own_version, quoted
+from coconut.cli import own_environment, quoted
 from coconut.config import SPLITS
 from coconut.files import clear_abandoned
 from coconut.screen import say
@@ -44,9 +45,23 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coconut"
 
 
+def builders_code() -> str:
+    """SHA-256 of the source files that decide what rows a builder makes: data_builders and coconut.tasks.
+
+    Data are kept under it, so that a change to a builder makes them anew.
+    """
+    spec = find_spec("data_builders")
+    places = [Path(__file__).with_name("tasks"), *map(Path, (spec and spec.submodule_search_locations) or ())]
+    digest = hashlib.sha256()
+    for file in (file for place in places for file in sorted(place.glob("*.py"))):
+        code = file.read_bytes()
+        digest.update(f"{file.name} {len(code)}\n".encode() + code)
+    return digest.hexdigest()
+
+
 def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     """The folder of this set, made if it is not there. It appears whole: two processes may make it at once."""
-    asked = json.dumps([task, build, own_version()], sort_keys=True)
+    asked = json.dumps([task, build, builders_code()], sort_keys=True)
     cache = Path(cache_dir or default_cache_dir()).absolute() / "data"
     folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if folder.is_dir():
