@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.methods import PromptFormat, mode_named
+from coconut.screen import say
 from coconut.sources import default_cache_dir
 
 if TYPE_CHECKING:
@@ -333,6 +334,10 @@ def tokenize(
     key = content.hexdigest()[:32]
     folder = Path(cache_dir or default_cache_dir()) / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{key}.arrow"
+    if file.is_file() and not _holds(file, len(examples)):
+        say(f"warning: {file} is damaged; its tokens are made anew.")
+        file.unlink()
 
     text = datasets.Features(
         question=datasets.Value("string"),
@@ -353,7 +358,7 @@ def tokenize(
             batched=True,
             remove_columns=["question", "steps", "answer"],
             features=datasets.Features(tokens=integers, lengths=integers),
-            cache_file_name=str(folder / f"{key}.arrow"),
+            cache_file_name=str(file),
             new_fingerprint=key,
             desc="tokenizing",
         )
@@ -365,6 +370,17 @@ def tokenize(
         lengths.flatten().to_numpy(),
         lengths.value_lengths().to_numpy(),
     )
+
+
+def _holds(file: Path, rows: int) -> bool:
+    """Whether an Arrow file has so many rows. One that was cut off between its batches looks whole, and has fewer."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+            return sum(batch.num_rows for batch in batches) == rows
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
 
 
 def _segments(question: str, steps: Sequence[str], answer: str, prompt_format: PromptFormat) -> list[str]:
