@@ -22,6 +22,7 @@ from coconut.methods import Curriculum, plan
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
 from coconut.screen import only_our_words, say, working
+from coconut.seen import told_questions
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
@@ -47,7 +48,7 @@ def run(config: AnalyzeConfig) -> int:
     write_text(path, policies.report(record) if policies.is_policy(record) else report(record, SECTIONS))
     if record.test:
         found = record.evaluations[record.test]
-        say(f"accuracy {percent(found['accuracy'])} on {found['count']:,} unseen questions")
+        say(f"accuracy {percent(found['accuracy'])} on {told_questions(found['count'], found.get('seen'))}")
     say(f"Report: {path}")
     return 0
 
@@ -111,13 +112,14 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
 
 
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
-    """How a hybrid model chooses, on unseen questions, and who would choose better: into RUN/analysis."""
+    """How a hybrid model chooses, on its test questions, and who would choose better: into RUN/analysis."""
     from coconut.build import load_run
     from coconut.data import read_examples
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
     from coconut.files import sha256
     from coconut.rl.routers import choice_studies
+    from coconut.seen import seen_by
     from coconut.sources import data_files
     from coconut.tasks import TASKS
 
@@ -133,7 +135,10 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
         studies = choice_studies(
             trained.lm, TASKS[record.config["data"]["task"]], asked, others, batch_size=config.batch_size
         )
-    about = {"step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked)}
+    about = {
+        "step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked),
+        "seen": seen_by(config.run, [example.question for example in asked]),
+    }  # fmt: skip
     with whole_folder(record.folder / FOLDER) as folder:
         for study in studies:
             replace(study, facts=study.facts | about).write(folder)

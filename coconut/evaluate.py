@@ -16,6 +16,7 @@ from coconut.engine.world import World
 from coconut.files import read_json, sha256, write_json, write_text
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Reasoning, Slot
+from coconut.seen import all_seen, seen_by, told_questions
 from coconut.sources import data_files
 from coconut.tasks import TASKS, Task
 from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
@@ -275,6 +276,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
         "method": lm.reasoning.method,
         "stage": lm.reasoning.stage,
         "usual": not unusual,
+        "seen": seen_by(config.run, [example.question for example in fitting]),
         "chose_the_checkpoint": config.split == "valid" and not own_file,
     }
     write_text(
@@ -285,6 +287,9 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     say(describe(result))
     if record["chose_the_checkpoint"]:
         say("note: this file chose the checkpoint, so its accuracy is no test result.")
+    elif record["seen"] and any(record["seen"].values()):
+        what = "so its accuracy is no test result" if all_seen(record) else "which may make its accuracy too high"
+        say(f"note: {told_questions(result.count, record['seen'])}, {what}.")
     say(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
 

@@ -14,6 +14,7 @@ from coconut.data import existing
 from coconut.engine.world import World
 from coconut.files import read_json, release, sha256, sole_owner, write_json
 from coconut.screen import say
+from coconut.seen import QUESTIONS, keep_questions
 from coconut.sources import data_files
 from coconut.tracking import CONFIG, DESCRIPTION, read_config, ready, surroundings
 
@@ -103,18 +104,29 @@ def open_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> No
         raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
 
 
-def describe(folder: Path, config: RunConfig, about: Mapping[str, Any], session: Mapping[str, Any]) -> None:
+def describe(
+    folder: Path,
+    config: RunConfig,
+    about: Mapping[str, Any],
+    session: Mapping[str, Any],
+    questions: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Write config.json and run.json: what exactly is trained, on what, with which code, where.
+
+    Which `questions` it sees in training and validation is kept beside them.
 
     `about` is said of the run as it is now, but for its "init", which stays what it was when the run began. `session`
     is added to the run's sessions, the earlier of which are kept if it goes on from an update.
     """
     earlier = read_json(folder / DESCRIPTION) if session["from_update"] else {}
+    init = earlier.get("init", about["init"])
+    if questions and not (session["from_update"] and (folder / QUESTIONS).is_file()):
+        keep_questions(folder, questions, Path(init).parent.parent if init else None)
     write_json(
         folder / DESCRIPTION,
         {
             **about,
-            "init": earlier.get("init", about["init"]),
+            "init": init,
             "sessions": [*earlier.get("sessions", []), {**surroundings(), **session}],
         },
     )

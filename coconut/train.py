@@ -68,11 +68,15 @@ class Training:
         carried_out_as(self.lm, config.engine)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         with world.first_before_others():  # which then find the tokens in the cache
-            self.train, _ = self._prepare("train", examples["train"])
+            self.train, used = self._prepare("train", examples["train"])
             self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
         if any(stage.modes for stage in self.plan.stages):
             self._refuse_without_pairs(self.train, "train")
         self.valid_examples = [examples["valid"][i] for i in kept]
+        self.questions = {
+            "train": [examples["train"][i].question for i in used],
+            "valid": [example.question for example in self.valid_examples],
+        }
         self.schedule = Schedule(self.plan, -(-len(self.train) // config.batch_size))
         if world.rank:
             torch.manual_seed(config.seed + world.rank)  # the model is the same everywhere, what dropout drops is not
@@ -343,6 +347,7 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "init": str(starting_point(config.init).resolve()) if config.init and not training.step else None,
         },
         {**spread(config, training.world), "from_update": training.step},
+        training.questions,
     )
 
 
