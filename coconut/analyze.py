@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coconut.build import Trained
 
 DECODED = 20  # questions, among which the page finds a telling one
+ASKED = ("train", "test")  # splits that a router learns from, and is compared on
 FITTED_ON = 1000  # training questions, at most, from which a router learns
 SECTIONS = (headline, policies.choices, how_many, what_they_hold, are_they_used, learning, answers, provenance)
 
@@ -66,12 +67,13 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
     from coconut.files import sha256
-    from coconut.sources import data_files
+    from coconut.sources import file_of_split
     from coconut.tasks import TASKS
 
-    path = data_files(record.config["data"])["test"]
-    if not path:
-        raise ValueError("The run has no test file, so there is nothing to ask. parts=[] writes the page alone.")
+    try:
+        path = file_of_split(record.config["data"], "test", config.data.test)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} parts=[] writes the page alone.") from None
     trained = load_run(config.run, config.checkpoint, config.engine)
     examples = read_examples(path)[: config.limit]
     kept = fitting(trained.lm, [example.question for example in examples], MORE)
@@ -120,12 +122,13 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.files import sha256
     from coconut.rl.routers import choice_studies
     from coconut.seen import seen_by
-    from coconut.sources import data_files
+    from coconut.sources import file_of_split
     from coconut.tasks import TASKS
 
-    files = data_files(record.config["data"])
-    if not files["test"]:
-        say("The run has no test file, so its choices are not compared.")
+    try:
+        files = {split: file_of_split(record.config["data"], split, getattr(config.data, split)) for split in ASKED}
+    except FileNotFoundError as error:
+        say(f"Its choices are not compared. {error}")
         return
     trained = load_run(config.run, config.checkpoint, config.engine)
     asked, others = read_examples(files["test"])[: config.limit], read_examples(files["train"])[:FITTED_ON]
@@ -157,7 +160,7 @@ def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeCo
 
     def stopping() -> list[Study]:
         try:
-            classifier = classifier_of(config.run, trained, config.batch_size)
+            classifier = classifier_of(config.run, trained, config.batch_size, config.data)
         except ValueError as reason:
             raise Unfit(str(reason)) from None
         return [probes.stopping(subject, classifier)]

@@ -564,6 +564,7 @@ class Part(StrEnum):
 class AnalyzeConfig:
     run: str = ""
     checkpoint: str = "best"
+    data: DataFiles = field(default_factory=DataFiles)
     parts: list[Part] | None = None  # by default all that fit the run; []: the page alone
     limit: int | None = None  # the first so many test questions
     batch_size: int = 64

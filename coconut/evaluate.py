@@ -17,7 +17,7 @@ from coconut.files import read_json, sha256, write_json, write_text
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.seen import all_seen, seen_by, told_questions
-from coconut.sources import data_files
+from coconut.sources import file_of_split
 from coconut.tasks import TASKS, Task
 from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
 
@@ -230,7 +230,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
 
     data = read_config(config.run)["data"]
     own_file = getattr(config.data, config.split)
-    path = own_file or file_of_run(data, config.split, world)
+    path = world.first_does(lambda: file_of_split(data, config.split, own_file))
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm, step = trained.lm, trained.step
@@ -292,13 +292,6 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
         say(f"note: {told_questions(result.count, record['seen'])}, {what}.")
     say(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
-
-
-def file_of_run(data: dict[str, Any], split: str, world: World) -> str:
-    """Where a split of a run's data lies. Raises ValueError if there is none."""
-    if path := world.first_does(lambda: data_files(data))[split]:
-        return path
-    raise ValueError(f"The run has no {split} file. Name one with data.{split}=FILE.")
 
 
 def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:

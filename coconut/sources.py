@@ -38,6 +38,20 @@ def data_files(data: Mapping[str, Any]) -> dict[str, str]:
     return {split: str(file) if file.is_file() else "" for split, file in made.items()}
 
 
+def file_of_split(data: Mapping[str, Any], split: str, given: str | None = None) -> str:
+    """The file of a split of a run's data, or the one that is `given` in its place.
+
+    Raises FileNotFoundError that says where it was expected, and how another one is named.
+    """
+    if given:
+        return given
+    path = data_files(data)[split] or (f"{data['files']}_{split}.json" if data.get("files") else "")
+    if path and Path(path).is_file():
+        return path
+    what = f"is not at {path}, where it was expected" if path else "was never named, and none was made"
+    raise FileNotFoundError(f"The run's {split} file {what}. Name one with data.{split}=FILE.")
+
+
 def default_cache_dir() -> Path:
     """COCONUT_CACHE, or `coconut` in the user's cache folder."""
     if named := os.environ.get("COCONUT_CACHE"):
