@@ -25,7 +25,7 @@ def keep_questions(folder: Path, questions: Mapping[str, Sequence[str]], began_w
     if began_with and (earlier := _read(began_with)):
         found = {split: np.union1d(numbers, earlier[split]) for split, numbers in found.items()}
     with whole_file(folder / QUESTIONS) as part, open(part, "wb") as file:
-        np.savez(file, **{split: np.unique(numbers) for split, numbers in found.items()})
+        np.savez(file, train=np.unique(found["train"]), valid=np.unique(found["valid"]))
 
 
 def seen_by(folder: Path | str, questions: Sequence[str]) -> dict[str, int] | None:
