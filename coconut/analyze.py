@@ -22,12 +22,14 @@ from coconut.methods import Curriculum, plan
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
 from coconut.screen import only_our_words, say, working
+from coconut.seen import told_questions
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
     from coconut.build import Trained
 
 DECODED = 20  # questions, among which the page finds a telling one
+ASKED = ("train", "test")  # splits that a router learns from, and is compared on
 FITTED_ON = 1000  # training questions, at most, from which a router learns
 SECTIONS = (headline, policies.choices, how_many, what_they_hold, are_they_used, learning, answers, provenance)
 
@@ -47,7 +49,7 @@ def run(config: AnalyzeConfig) -> int:
     write_text(path, policies.report(record) if policies.is_policy(record) else report(record, SECTIONS))
     if record.test:
         found = record.evaluations[record.test]
-        say(f"accuracy {percent(found['accuracy'])} on {found['count']:,} unseen questions")
+        say(f"accuracy {percent(found['accuracy'])} on {told_questions(found['count'], found.get('seen'))}")
     say(f"Report: {path}")
     return 0
 
@@ -65,12 +67,13 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
     from coconut.files import sha256
-    from coconut.sources import data_files
+    from coconut.sources import file_of_split
     from coconut.tasks import TASKS
 
-    path = data_files(record.config["data"])["test"]
-    if not path:
-        raise ValueError("The run has no test file, so there is nothing to ask. parts=[] writes the page alone.")
+    try:
+        path = file_of_split(record.config["data"], "test", config.data.test)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} parts=[] writes the page alone.") from None
     trained = load_run(config.run, config.checkpoint, config.engine)
     examples = read_examples(path)[: config.limit]
     kept = fitting(trained.lm, [example.question for example in examples], MORE)
@@ -111,19 +114,21 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
 
 
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
-    """How a hybrid model chooses, on unseen questions, and who would choose better: into RUN/analysis."""
+    """How a hybrid model chooses, on its test questions, and who would choose better: into RUN/analysis."""
     from coconut.build import load_run
     from coconut.data import read_examples
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
     from coconut.files import sha256
     from coconut.rl.routers import choice_studies
-    from coconut.sources import data_files
+    from coconut.seen import seen_by
+    from coconut.sources import file_of_split
     from coconut.tasks import TASKS
 
-    files = data_files(record.config["data"])
-    if not files["test"]:
-        say("The run has no test file, so its choices are not compared.")
+    try:
+        files = {split: file_of_split(record.config["data"], split, getattr(config.data, split)) for split in ASKED}
+    except FileNotFoundError as error:
+        say(f"Its choices are not compared. {error}")
         return
     trained = load_run(config.run, config.checkpoint, config.engine)
     asked, others = read_examples(files["test"])[: config.limit], read_examples(files["train"])[:FITTED_ON]
@@ -133,7 +138,10 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
         studies = choice_studies(
             trained.lm, TASKS[record.config["data"]["task"]], asked, others, batch_size=config.batch_size
         )
-    about = {"step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked)}
+    about = {
+        "step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked),
+        "seen": seen_by(config.run, [example.question for example in asked]),
+    }  # fmt: skip
     with whole_folder(record.folder / FOLDER) as folder:
         for study in studies:
             replace(study, facts=study.facts | about).write(folder)
@@ -152,7 +160,7 @@ def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeCo
 
     def stopping() -> list[Study]:
         try:
-            classifier = classifier_of(config.run, trained, config.batch_size)
+            classifier = classifier_of(config.run, trained, config.batch_size, config.data)
         except ValueError as reason:
             raise Unfit(str(reason)) from None
         return [probes.stopping(subject, classifier)]

@@ -10,6 +10,7 @@ from coconut.evaluate import read_results
 from coconut.files import read_json
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Slot
+from coconut.seen import told_questions
 from coconut.tracking import DESCRIPTION, read_config
 
 if TYPE_CHECKING:
@@ -32,7 +33,14 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     reasoning, special = lm.reasoning, lm.special
     kinds = {Slot.thought: "continuous thoughts", Slot.pause: "pauses"}
     between = f"{reasoning.num_thoughts} {kinds[reasoning.slot]}" if reasoning.slot in kinds else "nothing"
+    if reasoning.modes:
+        between = f"what its mode asks for, which it chooses with its first token: {', '.join(reasoning.modes)}"
     start, after = around_questions(lm.tokenizer, reasoning.format)
+    modes = {}  # of each control token: what follows it, and the number of thoughts
+    for name_of_mode in reasoning.modes:
+        form = reasoning.in_mode(name_of_mode)
+        follows = [special.bot] if form.slot is Slot.thought else slot_ids(form, special, form.num_thoughts).tolist()
+        modes[special.control[name_of_mode]] = follows, form.num_thoughts
     thinks = reasoning.slot is Slot.thought
     slot = [special.bot] if thinks else slot_ids(reasoning, special, reasoning.num_thoughts).tolist()
     return environment.get_template(TEMPLATE).render(
@@ -42,6 +50,7 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
         between=between,
         correction=lm.adapter is not None,
         thinks=thinks,
+        modes=modes,
         start=start,
         before_slot=[*after, *slot],
         question=repr(PromptFormat.fill(reasoning.format.question, "a question")),
@@ -53,6 +62,9 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
 def _of_run(run: Path | str, step: int | None) -> dict[str, Any]:
     record = read_json(Path(run) / DESCRIPTION)
     results = {name: found for name, found in read_results(run).items() if found["step"] == step}
+    for found in results.values():
+        known = any((found.get("seen") or {}).values())
+        found["told_seen"] = told_questions(found["count"], found["seen"]) if known else ""
     files = [{**file, "name": Path(file["file"]).name} for file in record["data"].values()]
     return {**record, "step": step, "config": read_config(run), "files": files, "results": results,
             "session": record["sessions"][-1]}  # fmt: skip

@@ -7,6 +7,7 @@ them (SIM-CoT, arXiv 2509.20317, section 3). N questions, K thoughts, D hidden, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,10 +19,10 @@ FLAT = 1.5  # an effective rank below this is one direction and noise
 
 @dataclass(frozen=True)
 class Thoughts:
-    """Means over questions; distances are Euclidean, in the unit of `norm`.
+    """Means over thoughts, or over pairs of them; distances are Euclidean, in the unit of `norm`.
 
-    `within`: between two thoughts of a chain; None if it has one. `across`: between the thoughts of two
-    questions at the same place; None if there is one question. `to_table`: to the nearest input embedding.
+    `within`: between two thoughts of a chain; None if none has two. `across`: between the thoughts of two
+    questions at the same place; None if no place has two. `to_table`: to the nearest input embedding.
     `rank`: effective rank, exp of the entropy of the singular values (Roy and Vetterli 2007) of the thoughts
     less the mean of their place.
     """
@@ -53,27 +54,52 @@ class Thoughts:
         return found
 
 
-def look_at(thoughts_NKD: Tensor, table_VD: Tensor) -> Thoughts:
-    """Statistics of thoughts (N, K, D), K at least 1, against the table of input embeddings (V, D)."""
-    thoughts = thoughts_NKD.detach().to(table_VD.device).float()
-    N, K, D = thoughts.shape
-    rows = thoughts.reshape(N * K, D)
-    table = table_VD.detach().float()
-    if not torch.isfinite(rows).all():
+def look_at(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | None = None) -> Thoughts:
+    """Statistics of thoughts (N, K, D), K at least 1, against the table of input embeddings (V, D).
+
+    `counts_N`: how many thoughts each question has, one of them at least one, if it is not K for all; what follows a
+    question's last counts for nothing.
+    """
+    thoughts = thoughts_NKD.detach().double().cpu()
+    N, K, _ = thoughts.shape
+    there_NK = torch.ones(N, K, dtype=torch.bool) if counts_N is None else torch.arange(K) < counts_N.cpu()[:, None]
+    rows_RD = thoughts[there_NK]
+    if not torch.isfinite(rows_RD).all():
         return Thoughts(math.nan, None, None, math.nan, math.nan)
-    nearest = torch.cat([torch.cdist(part, table).amin(1) for part in rows.split(512)])
-    singular = torch.linalg.svdvals((thoughts - thoughts.mean(0)).reshape(N * K, D))
+    chains = [thoughts[n, there] for n, there in enumerate(there_NK)]
+    places = [thoughts[there, k] for k, there in enumerate(there_NK.T)]
+    centred_RD = torch.cat([place - place.mean(0) for place in places])
+    singular = torch.linalg.svdvals(centred_RD.float())
     shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return Thoughts(
-        norm=rows.norm(dim=1).mean().item(),
-        within=_mean_distance(thoughts) if K > 1 else None,
-        across=_mean_distance(thoughts.transpose(0, 1)) if N > 1 else None,
-        to_table=nearest.mean().item(),
+        norm=rows_RD.norm(dim=1).mean().item(),
+        within=_mean_distance(chains),
+        across=_mean_distance(places),
+        to_table=_to_nearest(rows_RD, table_VD.detach()),
         rank=torch.special.entr(shares).sum().exp().item(),
     )
 
 
-def _mean_distance(sets: Tensor) -> float:
-    """Mean distance between two different members of a set, over sets (S, M, D)."""
-    members = sets.shape[1]
-    return (torch.cdist(sets, sets).sum((1, 2)) / (members * (members - 1))).mean().item()
+def _mean_distance(sets: Sequence[Tensor]) -> float | None:
+    """Mean distance between two different members of a set (M, D), over the pairs of all sets; None if there is none.
+
+    A matrix product makes squared distances as differences of squared norms, which leaves nothing of those between
+    vectors that are nearly equal; so they are centred first, in float64.
+    """
+    total, pairs = 0.0, 0
+    for members_MD in sets:
+        if (count := len(members_MD)) > 1:
+            centred_MD = members_MD - members_MD.mean(0)
+            distances_MM = torch.cdist(centred_MD, centred_MD, compute_mode="use_mm_for_euclid_dist")
+            total += distances_MM.triu(1).sum().item()
+            pairs += count * (count - 1) // 2
+    return total / pairs if pairs else None
+
+
+def _to_nearest(rows_RD: Tensor, table_VD: Tensor) -> float:
+    """Mean distance of rows to their nearest rows of the table."""
+    total = 0.0
+    for part in rows_RD.split(512):
+        nearest = torch.cdist(part.to(table_VD.device, torch.float32), table_VD.float()).argmin(1)
+        total += (part - table_VD[nearest].double().cpu()).norm(dim=1).sum().item()
+    return total / len(rows_RD)

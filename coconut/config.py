@@ -16,10 +16,11 @@ from coconut.methods import METHODS, Curriculum, PromptFormat, Slot, plan
 from coconut.overrides import Kind, PathName, Place, Text, change_texts
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
-# may be resumed with others.
+# may be resumed with others. The test file is never opened in training.
 NOT_IDENTITY = (
-    "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "launch", "tracking",
-    "engine.kind", "engine.threads", "engine.activations", "engine.timeout", "engine.zero_stage",
+    "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "data.test", "launch",
+    "tracking", "micro_batch_size", "eval_batch_size", "rollout_batch_size", "engine.kind", "engine.device",
+    "engine.threads", "engine.activations", "engine.cuda_graphs", "engine.timeout", "engine.zero_stage",
     "engine.offload_optimizer", "engine.offload_parameters",
 )  # fmt: skip
 
@@ -353,6 +354,7 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_new_tokens: int | None = None  # by default the task's
+    micro_batch_size: int | None = None  # examples or answers a forward pass of one process; by default its whole share
     eval_batch_size: int = 64
     valid_limit: int | None = None  # validate on the first so many examples
     keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
@@ -389,7 +391,6 @@ class TrainConfig(RunConfig):
     model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # examples an update, over all processes
-    micro_batch_size: int | None = None  # examples a forward pass of one process; by default its whole share
     validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
     save_every: int = 0  # updates between further checkpoints; 0: only with each validation
 
@@ -601,6 +602,7 @@ class Part(StrEnum):
 class AnalyzeConfig:
     run: PathName = ""
     checkpoint: str = "best"
+    data: DataFiles = field(default_factory=DataFiles)
     parts: list[Part] | None = None  # by default all that fit the run; []: the page alone
     limit: int | None = None  # the first so many test questions
     batch_size: int = 64

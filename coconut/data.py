@@ -21,6 +21,7 @@ import numpy as np
 
 from coconut.files import half_pair, read_utf8
 from coconut.methods import PromptFormat, mode_named
+from coconut.screen import say
 from coconut.sources import cache_folder
 
 if TYPE_CHECKING:
@@ -348,7 +349,10 @@ def tokenize(
     content.update(tokenizer.backend_tokenizer.to_str().encode())
     content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
     key = content.hexdigest()[:32]
-    folder = cache_folder(cache_dir, "tokens")
+    file = cache_folder(cache_dir, "tokens") / f"{key}.arrow"
+    if file.is_file() and not _holds(file, len(examples)):
+        say(f"warning: {file} is damaged; its tokens are made anew.")
+        file.unlink()
 
     text = datasets.Features(
         question=datasets.Value("string"),
@@ -369,7 +373,7 @@ def tokenize(
             batched=True,
             remove_columns=["question", "steps", "answer"],
             features=datasets.Features(tokens=integers, lengths=integers),
-            cache_file_name=str(folder / f"{key}.arrow"),
+            cache_file_name=str(file),
             new_fingerprint=key,
             desc="tokenizing",
         )
@@ -381,6 +385,17 @@ def tokenize(
         lengths.flatten().to_numpy(),
         lengths.value_lengths().to_numpy(),
     )
+
+
+def _holds(file: Path, rows: int) -> bool:
+    """Whether an Arrow file has so many rows. One that was cut off between its batches looks whole, and has fewer."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+            return sum(batch.num_rows for batch in batches) == rows
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
 
 
 def _segments(question: str, steps: Sequence[str], answer: str, prompt_format: PromptFormat) -> list[str]:

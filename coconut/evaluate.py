@@ -16,7 +16,8 @@ from coconut.engine.world import World
 from coconut.files import make_writable, read_json, sha256, write_json, write_text
 from coconut.layout import slot_ids
 from coconut.methods import REASONING_FILE, PromptFormat, Reasoning, Slot
-from coconut.sources import data_files
+from coconut.seen import all_seen, seen_by, told_questions
+from coconut.sources import file_of_split
 from coconut.tasks import TASKS, Task
 from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
 
@@ -237,7 +238,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     data: dict[str, Any] = {"task": config.task} if saved else read_config(config.run)["data"]
     if config.task not in (None, data["task"]):
         raise ValueError(f"task={config.task} is for saved models; {config.run} was made for {data['task']}.")
-    path = own_file or file_of_run(data, config.split, world)
+    path = world.first_does(lambda: file_of_split(data, config.split, own_file))
     examples = read_examples(path)[: config.limit]
     place = Path("evaluation", Path(config.run).resolve().name) if saved else Path(config.run, "evaluation")
     folder = Path(config.output) if config.output else place
@@ -287,6 +288,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
         "method": lm.reasoning.method,
         "stage": lm.reasoning.stage,
         "usual": not unusual,
+        "seen": seen_by(config.run, [example.question for example in fitting]),
         "chose_the_checkpoint": config.split == "valid" and not own_file,
     }
     say(describe(result))
@@ -297,6 +299,9 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     write_json(folder / f"{name}.json", record)
     if record["chose_the_checkpoint"]:
         say("note: this file chose the checkpoint, so its accuracy is no test result.")
+    elif record["seen"] and any(record["seen"].values()):
+        what = "so its accuracy is no test result" if all_seen(record) else "which may make its accuracy too high"
+        say(f"note: {told_questions(result.count, record['seen'])}, {what}.")
     say(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
 
@@ -318,29 +323,28 @@ def is_saved(config: EvaluateConfig) -> bool:
     return True
 
 
-def file_of_run(data: dict[str, Any], split: str, world: World) -> str:
-    """Where a split of a run's data lies. Raises ValueError if there is none."""
-    if path := world.first_does(lambda: data_files(data))[split]:
-        return path
-    raise ValueError(f"The run has no {split} file. Name one with data.{split}=FILE.")
-
-
-def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0) -> list[int]:
+def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
     """Which questions leave room for so many thoughts more than the model's own, and an answer."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
-    room = room_for_question(lm, lm.reasoning, lm.reasoning.num_thoughts + more)
+    room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
     return [i for i, row in enumerate(rows) if len(row) <= room]
 
 
-def room_for_question(lm: LatentLM, reasoning: Reasoning, count: int) -> int:
-    """Tokens that a question may have, with the model's choice of a mode, so many thoughts and an answer after it."""
-    return lm.context - len(slot_ids(reasoning, lm.special, count)) - bool(lm.reasoning.modes) - 1
+def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str | None = None) -> int:
+    """Tokens that a question may have, with an answer of one token after it; by default with the model's own thoughts.
+
+    A hybrid model may choose any of its modes unless one is forced, so that there is to be room in each.
+    """
+    own = lm.reasoning
+    forms = [own.in_mode(name) for name in own.modes if mode in (None, name)] or [own]
+    counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
+    slots = [len(slot_ids(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
+    return lm.context - max(slots) - bool(own.modes) - 1
 
 
 def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig) -> list[int]:
     """Which questions leave room for an answer. Raises ValueError unless the others may be left out."""
-    count = lm.reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
-    room = room_for_question(lm, lm.reasoning, count)
+    room = room_for_question(lm, config.num_thoughts, config.mode)
     too_long = [i for i, row in enumerate(rows) if len(row) > room]
     if too_long and (config.too_long is TooLong.error or len(too_long) == len(rows)):
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])

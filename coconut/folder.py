@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from coconut.data import existing
 from coconut.engine.world import World
 from coconut.files import read_json, release, sha256, sole_owner, write_json
 from coconut.screen import say
+from coconut.seen import QUESTIONS, keep_questions
 from coconut.sources import data_files
 from coconut.tracking import CONFIG, DESCRIPTION, read_config, ready, surroundings
 
@@ -45,6 +46,29 @@ def held_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[st
                 release(folder)
 
 
+_LONGER = "the length of a run is part of its plan, and the last validation and checkpoint are at its end"
+_MEASURED = "what validation measures chooses the best checkpoint, and that of one run is measured in one way"
+WHY = {
+    "curriculum.total": _LONGER, "batches": _LONGER, "epochs": _LONGER, "max_new_tokens": _MEASURED,
+    "valid_limit": _MEASURED, "validate_every": _MEASURED,
+}  # fmt: skip
+
+
+def _refusal(folder: Path, differing: Sequence[str]) -> str:
+    """Why a run does not go on with another configuration, and what can be done."""
+    keys = [told.split(":")[0] for told in differing]
+    reasons: dict[str, list[str]] = {}
+    for key in keys:
+        if key in WHY:
+            reasons.setdefault(WHY[key], []).append(key)
+    why = "".join(f"\n{', '.join(keys)}: {reason}." for reason, keys in reasons.items())
+    return (
+        f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
+        + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder. A run that "
+        f"begins with the weights of this one: init={folder} run=DIR." + why
+    )  # fmt: skip
+
+
 def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
     """The keys in which two configurations differ, as "key: VALUE there, VALUE asked for"."""
     found = []
@@ -73,10 +97,7 @@ def open_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> No
         if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
         if differing := differences(identity(read_config(folder), type(config)), config.identity()):
-            raise ValueError(
-                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
-                + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder."
-            )  # fmt: skip
+            raise ValueError(_refusal(folder, differing))
         before = read_json(folder / DESCRIPTION)["data"]
         for split, file in used.items():
             if before[split]["sha256"] != sha256(file):
@@ -88,18 +109,29 @@ def open_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> No
         raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
 
 
-def describe(folder: Path, config: RunConfig, about: Mapping[str, Any], session: Mapping[str, Any]) -> None:
+def describe(
+    folder: Path,
+    config: RunConfig,
+    about: Mapping[str, Any],
+    session: Mapping[str, Any],
+    questions: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Write config.json and run.json: what exactly is trained, on what, with which code, where.
+
+    Which `questions` it sees in training and validation is kept beside them.
 
     `about` is said of the run as it is now, but for its "init", which stays what it was when the run began. `session`
     is added to the run's sessions, the earlier of which are kept if it goes on from an update.
     """
     earlier = read_json(folder / DESCRIPTION) if session["from_update"] else {}
+    init = earlier.get("init", about["init"])
+    if questions and not (session["from_update"] and (folder / QUESTIONS).is_file()):
+        keep_questions(folder, questions, Path(init).parent.parent if init else None)
     write_json(
         folder / DESCRIPTION,
         {
             **about,
-            "init": earlier.get("init", about["init"]),
+            "init": init,
             "sessions": [*earlier.get("sessions", []), {**surroundings(), **session}],
         },
     )

@@ -13,7 +13,7 @@ Shapes: N examples of a data set; B rows of a batch, T columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -141,6 +141,13 @@ class EpochView:
         )
 
 
+def forms_of(plan: Plan) -> list[Stage]:
+    """Every form that an epoch may give an example, as a stage that has this one alone; iCoT's without an offset."""
+    mixed = plan.depths if plan.mixing_probability else ()
+    plain = (replace(form, smoothed=False) for stage in plan.stages for form in stage.modes or (stage,))
+    return [*mixed, *plain]
+
+
 def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng([seed, epoch, purpose]).random(shape)
 
@@ -251,7 +258,7 @@ def _one_of(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
 def fit_context(
     view_of: Callable[[TokenizedData], Sequence[EpochView]], data: TokenizedData, context: int, skip: bool, name: str
 ) -> tuple[TokenizedData, np.ndarray]:
-    """The examples that fit into the model's context in every stage, and their indices.
+    """The examples that fit into the model's context in each of these views, and their indices.
 
     Raises ValueError that names the longest examples that do not, unless `skip`.
     """

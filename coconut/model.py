@@ -676,8 +676,6 @@ def _open_whole(folder: Path, attention: str | None) -> PreTrainedModel:
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
         raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
-    for weight in base.parameters():  # a mapped file lies at odd addresses, on which the last digit of products depends
-        weight.data = weight.data.clone()
     return base
 
 

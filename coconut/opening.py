@@ -14,14 +14,16 @@ ASKED = "COCONUT_REMOTE_CODE"  # an environment variable: whom to trust is not f
 
 
 def opened(kind: Any, place: Any, **settings: Any) -> Any:
-    """`kind.from_pretrained(place)`, of one of transformers' Auto classes; the cache's copy if the hub does not answer.
+    """`kind.from_pretrained(place)`, of one of transformers' Auto classes; weights are copied out of their file.
+
+    Where the hub does not answer, the cache's copy is taken.
 
     Code that the place brings along is not run, unless COCONUT_REMOTE_CODE=1 is set: raises ValueError if it is needed.
     """
     if not Path(place).exists() and out_of_reach():
         settings["local_files_only"] = True
     try:
-        return kind.from_pretrained(place, trust_remote_code=os.environ.get(ASKED) == "1", **settings)
+        found = kind.from_pretrained(place, trust_remote_code=os.environ.get(ASKED) == "1", **settings)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -29,6 +31,19 @@ def opened(kind: Any, place: Any, **settings: Any) -> Any:
             f"{place} needs code that it brings along, and such code is not run unless you ask for it. Read its *.py "
             f"files; if you trust them, set the environment variable {ASKED}=1."
         ) from None
+    _copy_weights(found[0] if isinstance(found, tuple) else found)
+    return found
+
+
+def _copy_weights(found: Any) -> None:
+    """Copy a model's tensors out of their mapped file, where they lie at odd addresses.
+
+    On some processors the last digit of a product depends on the address, so that a run would not end as one does that
+    was resumed from a checkpoint of it.
+    """
+    if hasattr(found, "parameters"):
+        for tensor in (*found.parameters(), *found.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def on_disk(place: Path | str) -> Path:

@@ -12,12 +12,12 @@ from coconut.data import read_examples
 from coconut.engine.base import autocast
 from coconut.engine.launch import on_processes
 from coconut.engine.world import World
-from coconut.evaluate import file_of_run
 from coconut.files import sha256, write_json
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
 from coconut.rl.rollouts import Correctness, roll_out, with_room
 from coconut.screen import only_our_words, say, working
+from coconut.sources import file_of_split
 from coconut.tasks import TASKS
 from coconut.tracking import read_config
 
@@ -33,7 +33,7 @@ def run(config: RolloutConfig) -> int:
 def together(config: RolloutConfig, world: World) -> int:
     """What each process does. Chunks are kept beside the file until it is whole, so that a killed command goes on."""
     data = read_config(config.run)["data"]
-    path = getattr(config.data, config.split) or file_of_run(data, config.split, world)
+    path = world.first_does(lambda: file_of_split(data, config.split, getattr(config.data, config.split)))
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm

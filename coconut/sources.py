@@ -12,10 +12,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_environment, own_version
+from coconut.cli import own_environment
 from coconut.config import SPLITS
 from coconut.files import clear_abandoned
 from coconut.overrides import quoted
@@ -36,6 +37,20 @@ def data_files(data: Mapping[str, Any]) -> dict[str, str]:
     folder = _made(str(data["task"]), data["build"], data["cache_dir"])
     made = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
     return {split: str(file) if file.is_file() else "" for split, file in made.items()}
+
+
+def file_of_split(data: Mapping[str, Any], split: str, given: str | None = None) -> str:
+    """The file of a split of a run's data, or the one that is `given` in its place.
+
+    Raises FileNotFoundError that says where it was expected, and how another one is named.
+    """
+    if given:
+        return given
+    path = data_files(data)[split] or (f"{data['files']}_{split}.json" if data.get("files") else "")
+    if path and Path(path).is_file():
+        return path
+    what = f"is not at {path}, where it was expected" if path else "was never named, and none was made"
+    raise FileNotFoundError(f"The run's {split} file {what}. Name one with data.{split}=FILE.")
 
 
 def default_cache_dir() -> Path:
@@ -62,9 +77,23 @@ def cache_folder(cache_dir: Path | str | None, name: str) -> Path:
         ) from error
 
 
+def builders_code() -> str:
+    """SHA-256 of the source files that decide what rows a builder makes: data_builders and coconut.tasks.
+
+    Data are kept under it, so that a change to a builder makes them anew.
+    """
+    spec = find_spec("data_builders")
+    places = [Path(__file__).with_name("tasks"), *map(Path, (spec and spec.submodule_search_locations) or ())]
+    digest = hashlib.sha256()
+    for file in (file for place in places for file in sorted(place.glob("*.py"))):
+        code = file.read_bytes()
+        digest.update(f"{file.name} {len(code)}\n".encode() + code)
+    return digest.hexdigest()
+
+
 def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     """The folder of this set, made if it is not there. It appears whole: two processes may make it at once."""
-    asked = json.dumps([task, build, own_version()], sort_keys=True)
+    asked = json.dumps([task, build, builders_code()], sort_keys=True)
     cache = cache_folder(cache_dir, "data")
     folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if folder.is_dir():

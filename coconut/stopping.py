@@ -22,12 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from coconut.config import DataFiles
 from coconut.data import Example, encode_questions, read_examples
 from coconut.files import whole_file
 from coconut.methods import Curriculum, Plan, Slot, plan
 from coconut.modes import seeded
 from coconut.screen import say
-from coconut.sources import data_files
+from coconut.sources import file_of_split
 from coconut.thinking import longest_first, pad_rows, think
 
 if TYPE_CHECKING:
@@ -158,18 +159,28 @@ def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
         )
 
 
-def classifier_of(run: Path | str, trained: Trained, batch_size: int = 64) -> StopClassifier:
+def classifier_of(
+    run: Path | str, trained: Trained, batch_size: int = 64, data: DataFiles | None = None
+) -> StopClassifier:
     """The classifier of a run's checkpoint; fitted, and kept in the run's folder, when it is first asked for.
 
-    Raises ValueError if the run was not trained for it.
+    `data` names files to fit it on in place of the run's own. Raises ValueError if the run was not trained for it, or
+    FileNotFoundError if its files are not where they were.
     """
     lm = trained.lm
     refuse_untrained(lm, plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"])))
     file = Path(run) / FOLDER / f"step-{trained.step:07d}.safetensors"
     if file.is_file():
         return StopClassifier.load(file).to(lm.device)
-    files = data_files(trained.config["data"])
-    train, valid = (read_examples(files[split])[:MOST_EXAMPLES] for split in ("train", "valid"))
+    files = data or DataFiles()
+    try:
+        named = [file_of_split(trained.config["data"], split, getattr(files, split)) for split in ("train", "valid")]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"stop=classifier is fitted once on the run's data. {error} It is kept in the run's folder when it is "
+            f"fitted by python -m coconut.analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
+        ) from None
+    train, valid = (read_examples(file)[:MOST_EXAMPLES] for file in named)
     say(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
     classifier = fit_classifier(lm, train, valid, batch_size)
     classifier.save(file)

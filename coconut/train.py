@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from coconut.data import Example, TokenizedData, read_examples, tokenize, unknow
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
-from coconut.evaluate import Abandoned, evaluate
+from coconut.evaluate import Abandoned, Prediction, evaluate
 from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
-from coconut.layout import Batch, EpochView, epoch_batches, fit_context, micro_batches
+from coconut.layout import Batch, EpochView, epoch_batches, fit_context, forms_of, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
@@ -68,11 +68,15 @@ class Training:
         carried_out_as(self.lm, config.engine)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         with world.first_before_others():  # which then find the tokens in the cache
-            self.train, _ = self._prepare("train", examples["train"])
+            self.train, used = self._prepare("train", examples["train"])
             self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
         if any(stage.modes for stage in self.plan.stages):
             self._refuse_without_pairs(self.train, "train")
         self.valid_examples = [examples["valid"][i] for i in kept]
+        self.questions = {
+            "train": [examples["train"][i].question for i in used],
+            "valid": [example.question for example in self.valid_examples],
+        }
         self.schedule = Schedule(self.plan, -(-len(self.train) // config.batch_size))
         if world.rank:
             torch.manual_seed(config.seed + world.rank)  # the model is the same everywhere, what dropout drops is not
@@ -105,8 +109,7 @@ class Training:
             )
 
     def _all_views(self, data: TokenizedData) -> list[EpochView]:
-        mixed = self.plan.depths if self.plan.mixing_probability else ()
-        return [self._plain_view(data, stage) for stage in (*mixed, *self.plan.stages)]
+        return [self._plain_view(data, form) for form in forms_of(self.plan)]
 
     def _plain_view(self, data: TokenizedData, stage: Stage) -> EpochView:
         """The data as the stage has it, nothing mixed in."""
@@ -118,11 +121,12 @@ class Training:
         return min(self.config.micro_batch_size or share, share)
 
     def rehearse(self) -> None:
-        """Run the largest micro-batch of the deepest stage, and of the one with the longest rows."""
+        """Run the largest micro-batch of the form with the most passes, and of the one with the longest rows."""
         world, size = self.world, self.micro_batch_size
         views = self._all_views(self.train)
         widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
-        for k in {widest, len(views) - 1}:
+        deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
+        for k in {widest, deepest}:
             longest = np.argsort(-views[k].lengths, kind="stable")[: size * world.size]
             for batch in micro_batches(views[k], longest, size, world.rank, world.size):
                 try:
@@ -230,7 +234,7 @@ class Training:
                 result, predictions, thoughts = evaluate(
                     lm, self.task, self.valid_examples, batch_size=size, world=world, asked=asked
                 )
-                watched = self._watch(lm, thoughts) if thoughts.shape[1] else {}
+                watched = self._watch(lm, thoughts, predictions) if thoughts.shape[1] else {}
         except Abandoned:
             return
         finally:
@@ -252,10 +256,10 @@ class Training:
         track.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **self.validated)
         self.pending = False
 
-    def _watch(self, lm: LatentLM, thoughts: torch.Tensor) -> dict[str, Any]:
+    def _watch(self, lm: LatentLM, thoughts: torch.Tensor, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What the thoughts of the validation questions look like; warns when they collapse, once in a row."""
         table: Any = lm.base.get_input_embeddings()
-        found = look_at(thoughts, table.weight)
+        found = look_at(thoughts, table.weight, torch.tensor([said.num_thoughts for said in predictions]))
         collapse = found.collapse()
         for problem in collapse:
             if problem not in self.collapse:
@@ -343,12 +347,18 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "init": str(starting_point(config.init).resolve()) if config.init and not training.step else None,
         },
         {**spread(config, training.world), "from_update": training.step},
+        training.questions,
     )
 
 
 def spread(config: RunConfig, world: World) -> dict[str, Any]:
     """What a run is carried out by. It may change from session to session."""
-    return {"processes": world.size, "engine": str(config.engine.kind)}
+    return {
+        "processes": world.size,
+        "engine": str(config.engine.kind),
+        "device": config.engine.device,
+        "micro_batch_size": config.micro_batch_size,
+    }
 
 
 def run(config: TrainConfig) -> int:
@@ -411,7 +421,7 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
         session = read_json(folder / DESCRIPTION)["sessions"][-2] if world.first else now
         differing = [key for key in now if session.get(key, now[key]) != now[key]]
         if changed := [f"{key}: {session[key]} before, {now[key]} now" for key in differing]:
-            say(f"note: {', '.join(changed)}. Batches and losses are the same; dropout is not")
+            say(f"note: {', '.join(changed)}. Batches are the same, losses but for the last digits; dropout is not")
     return training.run()
 
 

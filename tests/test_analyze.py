@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from conftest import graph_files, small_run
 from coconut import analyze
 from coconut.analysis.report import read_run
 from coconut.analysis.study import Study, Unfit
-from coconut.config import AnalyzeConfig, DataConfig, EngineConfig, EvaluateConfig, Part, PromptFormat, Task
+from coconut.config import AnalyzeConfig, DataConfig, DataFiles, EngineConfig, EvaluateConfig, Part, PromptFormat, Task
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, Unit
@@ -89,6 +91,31 @@ def test_parts_by_name_join_what_was_measured_on_the_same(tmp_path: Path, data: 
     measure(Part.decoded, limit=4, checkpoint="last")
     measure(Part.decoded, limit=4, checkpoint=str(read_run(folder).step))
     assert kept(folder) >= {"asked", "decoded"}
+
+
+def test_a_run_whose_data_have_moved(
+    trained: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder, away, moved = tmp_path / "run", tmp_path / "away", tmp_path / "moved.json"
+    shutil.copytree(trained, run_folder)
+    shutil.copy(data.test, moved)
+    config = read_json(run_folder / "config.json")
+    for named, expected in [
+        ({"test": f"{away}.json"}, f"is not at {away}.json, where it was expected"),
+        ({"train": "", "valid": "", "test": "", "files": str(away)}, f"is not at {away}_test.json, where it was exp"),
+        ({"test": ""}, "was never named, and none was made"),
+    ]:
+        write_json(run_folder / "config.json", {**config, "data": {**config["data"], **named}})
+        told = rf"The run's test file {re.escape(expected)}.*Name one with data\.test=FILE"
+        with pytest.raises(FileNotFoundError, match=told):
+            run_evaluate(EvaluateConfig(run=str(run_folder), engine=CPU))
+        with pytest.raises(FileNotFoundError, match=told):
+            analyze.run(AnalyzeConfig(run=str(run_folder), engine=CPU))
+    capsys.readouterr()
+    files = DataFiles(test=str(moved))
+    asked = AnalyzeConfig(run=str(run_folder), data=files, parts=[Part.decoded], limit=2, engine=CPU)
+    assert analyze.run(asked) == 0
+    assert f"with 2 questions of {moved}" in capsys.readouterr().out
 
 
 def test_the_page_alone_needs_no_model(trained: Path, tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ LAYERS = [
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
     ["layout"],
     ["model"],
-    ["checkpoint", "thinking", "tracking"],
+    ["checkpoint", "seen", "thinking", "tracking"],
     ["build", "evaluate", "folder", "signals", "stopping", "trackers"],
     ["card", "standing"],
     ["train", "analysis", "export", "generate"],

@@ -29,6 +29,37 @@ def test_distances_are_those_of_scipy() -> None:
     assert found.collapse() == []
 
 
+def flat(thoughts: torch.Tensor, counts: list[int]) -> dict[str, float]:
+    """The same, pair by pair."""
+    there = [(n, k) for n, count in enumerate(counts) for k in range(count)]
+    exact = thoughts.double()
+    within = [(exact[n, k] - exact[n, j]).norm() for n, k in there for j in range(k)]
+    across = [(exact[n, k] - exact[m, j]).norm() for n, k in there for m, j in there if k == j and m < n]
+    means = {k: torch.stack([exact[n, k] for n, j in there if j == k]).mean(0) for _, k in there}
+    singular = torch.linalg.svdvals(torch.stack([exact[n, k] - means[k] for n, k in there]))
+    shares = singular / singular.sum()
+    return {
+        "norm": torch.stack([exact[n, k].norm() for n, k in there]).mean().item(),
+        "within": torch.stack(within).mean().item(),
+        "across": torch.stack(across).mean().item(),
+        "to_table": torch.stack([(TABLE.double() - exact[n, k]).norm(dim=1).min() for n, k in there]).mean().item(),
+        "rank": math.exp(-(shares * shares.clamp(min=1e-300).log()).sum()),
+    }
+
+
+def test_zeros_after_a_questions_last_thought_count_for_nothing() -> None:
+    counts = [3, 0, 2, 1, 0, 3, 3, 2] + 12 * [0]
+    thoughts = drawn() * (torch.arange(3) < torch.tensor(counts)[:, None])[..., None]
+    assert look_at(thoughts, TABLE, torch.tensor(counts)).as_dict() == pytest.approx(flat(thoughts, counts), rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+def test_thoughts_that_are_nearly_equal_and_large(spread: float) -> None:
+    centre = 100 * torch.ones(8, dtype=torch.float64)
+    thoughts = centre + spread * drawn().double()
+    assert look_at(thoughts, TABLE).as_dict() == pytest.approx(flat(thoughts, [3] * 20), rel=1e-5)
+
+
 @pytest.mark.parametrize("directions", [1, 2, 5])
 def test_the_effective_rank_counts_directions_of_equal_weight(directions: int) -> None:
     axes = torch.eye(8)[:directions]

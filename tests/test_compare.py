@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,10 @@ def began_with_a_run_that_was_trained_on_it(run: Path) -> None:
     change(run / "run.json", init=str(earlier / "checkpoints" / "step-0000002"))
 
 
+def trained_on_its_questions(run: Path) -> None:
+    change(run / "evaluation" / "test.json", seen={"train": 30, "valid": 0})
+
+
 def unusual(run: Path) -> None:
     change(run / "evaluation" / "test.json", usual=False)
 
@@ -425,6 +430,7 @@ def no_longer_the_best(run: Path) -> None:
         (chosen_on_it, r"cot-seed1: \S+test\.json chose its checkpoint.*Take questions that no run has seen"),
         (trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
         (began_with_a_run_that_was_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
+        (trained_on_its_questions, r"cot-seed1: the questions of \S+test\.json are in the training data"),
         (unusual, r"cot-seed1: unusual settings.*Evaluate again"),
         (no_longer_the_best, r"cot-seed1: update 1 was evaluated, and the best is \d"),
     ],
@@ -469,6 +475,31 @@ def test_data_that_chose_the_checkpoint_ranks_nothing(runs: Path) -> None:
         assert evaluate.run(EvaluateConfig(run=str(one), split=split, engine=CPU)) == 0
         with pytest.raises(ValueError, match=told):
             compare(TableConfig(runs=[str(one)], split=split))
+
+
+def test_questions_are_unseen_if_no_run_saw_them_in_whatever_file(runs: Path, tmp_path: Path) -> None:
+    """Four of twelve stand in the training file, and two in the validation file, with other white space around them."""
+    data = read_json(runs / "cot-seed0" / "config.json")["data"]
+    train, valid, test = (read_json(data[split]) for split in ("train", "valid", "test"))
+    spaced = [{**row, "question": f" {row['question']}\n".replace(" ", "  ")} for row in train[:4] + valid[:2]]
+    write_json(tmp_path / "mixed.json", [*spaced, *test[:6]])
+    write_json(tmp_path / "known.json", train[:8])
+    names = ("cot-seed0", "pause_as_thought-seed0")  # the second saw them through the run that it began with, too
+    for file in ("mixed", "known"):
+        for name in names:
+            files = DataFiles(test=str(tmp_path / f"{file}.json"))
+            assert evaluate.run(EvaluateConfig(run=str(runs / name), data=files, engine=CPU)) == 0
+    mixed, known = (next(runs.glob(f"cot-seed0/evaluation/{file}-*.json")) for file in ("mixed", "known"))
+    assert read_json(mixed)["seen"] == {"train": 4, "valid": 2}
+    both = TableConfig(runs=[str(runs / name) for name in names], split=mixed.stem)
+    compared = compare(both)
+    told = "12 questions of mixed.json, 4 of them in the training data and 2 of them in the validation data"
+    assert told in on_screen(compared)
+    assert any(warning.startswith("Not all is unseen: 12 questions, 4 of them") for warning in compared.warnings)
+    with pytest.raises(ValueError, match=r"the questions of \S+known\.json are in the training data"):
+        compare(replace(both, split=known.stem))
+    for path in runs.glob("*/evaluation/[mk]*"):
+        path.unlink()
 
 
 def test_another_file_can_be_compared_on(runs: Path, tmp_path: Path) -> None:

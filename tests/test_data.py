@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 from conftest import byte_level_tokenizer
 from hypothesis import given
@@ -151,6 +152,23 @@ def test_tokens_are_cached(tmp_path: Path) -> None:
     add_special_tokens(tokenizer)
     tokenize(examples(), tokenizer, cache_dir=tmp_path)
     assert len(list((tmp_path / "tokens").glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize("part", ["within a batch", "between batches", "nothing"])
+def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    many = [Example(f"{number} + 1 = ?", (), str(number + 1)) for number in range(1500)]
+    tokenizer = byte_level_tokenizer()
+    whole = tokenize(many, tokenizer, cache_dir=tmp_path)
+    (file,) = (tmp_path / "tokens").glob("*.arrow")
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+        batches.read_next_batch()
+        first = source.tell()
+    cut = {"within a batch": first - 100, "between batches": first, "nothing": 0}[part]
+    file.write_bytes(file.read_bytes()[:cut])
+    again = tokenize(many, tokenizer, cache_dir=tmp_path)
+    assert f"warning: {file} is damaged; its tokens are made anew" in capsys.readouterr().out
+    assert len(again) == 1500
+    assert again.tokens.tolist() == whole.tokens.tolist()
 
 
 def test_rows_of_a_selection() -> None:

@@ -134,6 +134,20 @@ def test_a_file_of_the_same_name_does_not_take_the_tests_place(trained: Path, tm
         EvaluateConfig(run=str(trained), data=DataFiles(valid=str(other)))
 
 
+def test_questions_that_were_seen_are_counted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_results(trained)["test"]["seen"] == {"train": 0, "valid": 0}
+    rows, own = (json.loads((trained.parent / f"{split}.json").read_text()) for split in ("train", "test"))
+    (tmp_path / "copy.json").write_text(json.dumps(rows[:3]))
+    (tmp_path / "some.json").write_text(json.dumps(rows[:3] + own[:5]))
+    for file, what in [("copy", "so its accuracy is no test result"), ("some", "which may make its accuracy too high")]:
+        run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / f"{file}.json"))))
+        assert f"questions, 3 of them in the training data, {what}" in capsys.readouterr().out
+    for path in (trained / "evaluation").glob("[cs]o*"):
+        path.unlink()
+
+
 def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "long.json"
     rows = json.loads((trained.parent / "test.json").read_text())[:2]

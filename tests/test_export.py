@@ -55,13 +55,18 @@ def test_a_folder_with_a_card_that_transformers_opens_elsewhere(trained: Path, t
 
 
 def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) -> None:
-    """For thoughts, pauses and nothing in the slot, within a chat template and without."""
+    """For thoughts, pauses and nothing in the slot, and for modes, within a chat template and without."""
     questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
-    lines, expected = ["import sys"], []
-    for number, (slot, chat) in enumerate(product(Slot, (False, True))):
+    lines, expected, chosen = ["import sys"], [], set()
+    modes = ["short", "latent_2", "latent_3"]
+    for number, (slot, chat, hybrid) in enumerate(
+        [*product(Slot, (False, True), [False]), *product([Slot.nothing], (False, True), [True])]
+    ):
         folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
         lm = build("llama", torch.float32, slot=slot, markers=slot is not Slot.nothing,
                    num_thoughts=3 * (slot is not Slot.nothing), max_new_tokens=8, format=form)  # fmt: skip
+        if hybrid:
+            lm.add_modes(modes, init="random")
         lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
         lm.save_pretrained(folder)
         [_, code] = re.findall(r"```python\n(.*?)```", card(lm), flags=re.DOTALL)
@@ -69,8 +74,11 @@ def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) 
         assert "'5 a question'" in code
         for question in questions:
             lines.append(code.replace("'5 a question'", f"'5 {question}'"))
-            expected.append(answer(lm, [question]).texts[0].strip())
+            said = answer(lm, [question])
+            expected.append(said.texts[0].strip())
+            chosen.add(said.modes[0])
     assert len(set(expected)) > 16, "there is something to tell apart"
+    assert len(chosen) > 2, "and several modes are chosen"
     lines.append("assert 'coconut' not in sys.modules")
     (tmp_path / "alone.py").write_text("\n".join(lines))
     done = subprocess.run([sys.executable, "alone.py"], capture_output=True, text=True, check=False, cwd=tmp_path)

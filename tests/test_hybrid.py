@@ -12,8 +12,9 @@ from conftest import build, graph_files, small_run
 from test_generate import QUESTIONS, by_recomputation, padded, rows_of
 
 from coconut import LatentLM, answer
-from coconut.config import EvaluateConfig, GenerateConfig, OptimizerConfig, TrainConfig
+from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerConfig, TooLong, TrainConfig
 from coconut.data import encode_questions
+from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json, write_json
 from coconut.generate import run as run_generate
@@ -193,9 +194,31 @@ def test_it_is_evaluated_by_its_choice_and_in_any_mode(warm: Path, capsys: pytes
     assert "[think, 0 thoughts, " in capsys.readouterr().err
 
 
+def test_a_question_is_to_leave_room_in_every_mode_that_may_be_chosen(warm: Path, tmp_path: Path) -> None:
+    rows = read_json(warm.parent / "test.json")[:2]
+    file = tmp_path / "long.json"
+    write_json(file, [{**rows[0], "question": "0 " * (96 - 1 - 1)}, rows[1]])  # room for <think> and one token
+    config = EvaluateConfig(run=str(warm), data=DataFiles(test=str(file)))
+    for mode in (None, "latent_2"):
+        with pytest.raises(ValueError, match=r"1 of 2 questions leave no room .* question 1 \(94 tokens\)"):
+            run_evaluate(replace(config, mode=mode))
+    run_evaluate(replace(config, mode="think"))
+    run_evaluate(replace(config, too_long=TooLong.skip))
+    assert [found["count"] for name, found in read_results(warm).items() if name.startswith("long-")] == [2, 1]
+
+
 def test_examples_without_a_chain_are_no_pairs(tmp_path: Path) -> None:
     config = warm_up(tmp_path)
     rows = read_json(tmp_path / "train.json")
     write_json(tmp_path / "train.json", [*rows[:3], {**rows[3], "steps": []}, *rows[4:]])
     with pytest.raises(ValueError, match=r"1 of 64 examples have no steps, the first of them example 4.*needs a chain"):
         run(replace(config))
+
+
+def test_an_example_that_is_too_long_in_a_later_epoch_is_refused_first(tmp_path: Path) -> None:
+    config = warm_up(tmp_path)
+    rows = read_json(tmp_path / "train.json")
+    long = {**rows[0], "steps": rows[0]["steps"] * 30}  # the first epoch shows it without them
+    write_json(tmp_path / "train.json", [long, *rows[1:]])
+    with pytest.raises(ValueError, match=r"1 of 64 examples are longer than the model's context.*: example 1 "):
+        run(config)

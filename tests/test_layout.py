@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coconut.data import SpecialIds, TokenizedData
-from coconut.layout import EpochView, collate, epoch_batches, fit_context, micro_batches
+from coconut.layout import EpochView, collate, epoch_batches, fit_context, forms_of, micro_batches
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
 from coconut.model import align
 
@@ -85,6 +85,16 @@ def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, sta
                 assert item.ids[item.num_prompt - 1] == SPECIAL.eot
             added = np.isin(item.ids[item.num_prompt :], SPECIAL.added)
             assert not added.any(), "no added token is a target"
+
+
+@given(data_sets(), plans())
+def test_no_epoch_shows_an_example_longer_than_its_longest_form(data: TokenizedData, stages: Plan) -> None:
+    still = replace(stages, mixing_probability=0.0)
+    longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).lengths for form in forms_of(stages)], axis=0)
+    shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).lengths for s in stages.stages for epoch in range(6)]
+    assert (np.max(shown, axis=0) <= longest).all()
+    if not stages.mixing_probability:
+        assert np.max(shown, axis=0).tolist() == longest.tolist(), "and it is shown so in one of a few epochs"
 
 
 @given(data_sets(), st.integers(1, 5), st.integers(0, 3))

@@ -157,7 +157,7 @@ def test_a_run_without_evaluation_says_so(trained: Path):
     text = words(page_of(trained))
     assert "no test result yet" in text
     assert f"python -m coconut.evaluate run={trained}" in text
-    assert "unseen" not in text
+    assert "unseen questions" not in text
     assert "The first questions of the validation data, as answered after update 8." in text
 
 
@@ -171,8 +171,20 @@ def test_validation_accuracy_is_never_a_test_result(copy: Path):
     found = read_json(copy / "evaluation" / "test.json")
     write_json(copy / "evaluation" / "test.json", {**found, "split": "test"})
     text = words(page_of(copy))
-    assert "a file that it was trained or validated on, which is no test" in text
-    assert "unseen" not in text
+    assert "questions that it was trained or validated on, which is no test" in text
+    assert "unseen questions" not in text
+
+
+def test_questions_that_were_seen_are_not_called_unseen(copy: Path):
+    file = copy / "evaluation" / "test.json"
+    found = read_json(file)
+    write_json(file, {**found, "seen": {"train": 3, "valid": 1}})
+    text = words(page_of(copy))
+    assert "on 20 questions, 3 of them in the training data and 1 of them in the validation data" in text
+    assert "unseen questions" not in text
+    write_json(file, {**found, "seen": {"train": 20, "valid": 0}})
+    text = words(page_of(copy))
+    assert "questions in the training data, so no test result" in text
 
 
 def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path):

@@ -314,6 +314,7 @@ def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> 
     assert run(settings(made, tmp_path / "run", batches=1)) == 0
     with pytest.raises(ValueError, match=r"(?s)another configuration:\n  samples: 4 there, 8 asked for"):
         run(settings(made, tmp_path / "run", batches=1, samples=8))
+    assert run(settings(made, tmp_path / "run", batches=1, micro_batch_size=1, rollout_batch_size=1)) == 0
 
 
 def test_long_questions_are_left_out_when_asked(

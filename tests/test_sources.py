@@ -8,16 +8,18 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import data_builders
 from coconut.config import DataConfig, EngineConfig, EvaluateConfig, ModelConfig, Task, TrainConfig
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Unit
-from coconut.sources import cache_folder, data_files, default_cache_dir
+from coconut.sources import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.train import run
 
 BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_test": 8, "nodes": None}
@@ -52,6 +54,26 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     other = data_files(asdict(replace(data, build=BUILD | {"seed": 4})))
     assert Path(other["train"]).read_text() != Path(files["train"]).read_text()
     assert len(list((tmp_path / "data").iterdir())) == 2, "nothing half-made is left beside"
+
+
+def test_another_builder_makes_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that makes the rows is a part of the place that they are kept in."""
+    builders = tmp_path / "data_builders"
+    shutil.copytree(Path(data_builders.__file__).parent, builders, ignore=shutil.ignore_patterns("__pycache__"))
+    found = SimpleNamespace(submodule_search_locations=[builders])
+    monkeypatch.setattr("coconut.sources.find_spec", lambda name: found)
+    before = builders_code()
+    assert before == builders_code()
+    with (builders / "graphs.py").open("a") as code:
+        code.write("# another\n")
+    assert builders_code() != before
+    cache = config(cache_dir=str(tmp_path / "cache"))
+    folders = []
+    for _ in range(2):
+        folders.append(Path(data_files(asdict(cache))["train"]).parent)
+        with (builders / "graphs.py").open("a") as code:
+            code.write("# and another\n")
+    assert folders[0] != folders[1]
 
 
 @pytest.mark.parametrize("name", ["café", "it's (a, b)", "back\\slash", "a${b}"])

@@ -20,6 +20,7 @@ from conftest import graph_files, same_end, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
@@ -34,7 +35,7 @@ from coconut.config import (
     TrainConfig,
     locate,
 )
-from coconut.data import read_examples
+from coconut.data import build_word_tokenizer, read_examples
 from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
@@ -142,6 +143,33 @@ def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int)
     assert [s["from_update"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_resumed_equals_uninterrupted_from_pretrained_weights(
+    data: DataConfig, tmp_path: Path, micro_batch_size: int
+) -> None:
+    """With passes of one row: one row at a time, or three, of batches of nine and of a last one of one."""
+    words = build_word_tokenizer(read_examples(data.train), data.format)
+    architecture = {**ARCHITECTURE, "n_embd": 24, "vocab_size": len(words)}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.pop("model_type"), **architecture))
+    for part in (base, words):
+        part.save_pretrained(tmp_path / "pretrained")
+
+    def ours(folder: Path) -> TrainConfig:
+        curriculum = replace(CURRICULUM, first=1, each=2, total=5)
+        return settings(
+            data, folder, model=ModelConfig(base=str(tmp_path / "pretrained")), curriculum=curriculum, batch_size=9,
+            micro_batch_size=micro_batch_size, save_every=1,
+        )  # fmt: skip
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(ours(whole)) == 0
+    shutil.copytree(whole, resumed)
+    for later in range(2, 6):
+        shutil.rmtree(Checkpoints(resumed).path(later))
+    assert run(ours(resumed)) == 0
+    same_end(resumed, whole)
+
+
 def as_config(values: dict[str, Any], folder: Path) -> TrainConfig:
     from omegaconf import OmegaConf
 
@@ -244,6 +272,38 @@ def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         run(settings(data, tmp_path))
+
+
+def test_a_run_goes_on_with_less_memory(
+    finished: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What says how it is carried out is no part of its name, and may change while it is stopped."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere.json"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(Checkpoints(folder).path(14))
+    shutil.copy(data.test, elsewhere)
+    smaller: dict[str, Any] = {"micro_batch_size": 1, "eval_batch_size": 4, "engine": EngineConfig(device="auto")}
+    config = settings(replace(data, test=str(elsewhere)), folder, save_every=1, **smaller)
+    assert replace(config, run=None).folder() == replace(settings(data, folder), run=None).folder()
+    assert run(config) == 0
+    assert "micro_batch_size: 3 before, 1 now" in capsys.readouterr().out
+    assert read_json(folder / "config.json")["data"]["test"] == str(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"curriculum": replace(CURRICULUM, total=20)}, "curriculum.total: 14 there, 20 asked for\n.*its plan"),
+        ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: what validation measures"),
+        ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
+    ],
+)
+def test_a_refusal_says_why_and_what_would_help(
+    finished: Path, data: DataConfig, changes: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=f"(?s){why}") as refused:
+        run(settings(data, finished, **changes))
+    assert f"begins with the weights of this one: init={finished} run=DIR" in str(refused.value)
 
 
 def test_a_run_that_cannot_begin_takes_nothing_with_it(data: DataConfig, tmp_path: Path) -> None:

@@ -93,12 +93,7 @@ class Latent:
         return encode_questions(self.lm.tokenizer, asked, self.lm.reasoning.format)
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
-        reasoning = self.lm.reasoning
-        forms = [reasoning.in_mode(mode) for mode in reasoning.modes if mode == settings.get("mode", mode)] or [
-            reasoning
-        ]
-        counts = [settings.get("num_thoughts", form.num_thoughts) for form in forms]
-        room = min(room_for_question(self.lm, form, count) for form, count in zip(forms, counts, strict=True))
+        room = room_for_question(self.lm, settings.get("num_thoughts"), settings.get("mode"))
         return [len(row) <= room for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:

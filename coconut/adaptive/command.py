@@ -28,13 +28,12 @@ from coconut.build import computed_as, load_model
 from coconut.cli import application, by_word
 from coconut.data import Example, read_examples
 from coconut.engine.base import autocast, set_up
-from coconut.engine.world import World
-from coconut.evaluate import file_of_run
 from coconut.files import sha256, sole_owner, write_text
 from coconut.methods import REASONING_FILE
 from coconut.model import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
 from coconut.screen import only_our_words, say
+from coconut.sources import file_of_split
 from coconut.tasks import TASKS
 from coconut.tracking import CONFIG, read_config
 
@@ -180,7 +179,7 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     task, file = config.task or data.get("task"), getattr(config.data, config.split)
     if not task or not (is_run or file):
         raise ValueError(f"{config.run} is a model and no run: name task=... and data.{config.split}=FILE, too.")
-    file = str(file or file_of_run(data, config.split, World()))
+    file = file_of_split(data, config.split, file)
     vote = Vote(TASKS[task], lm.reasoning.format)
     fingerprint = _fingerprint(lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))
     name = f"{Path(config.run).name} {fingerprint} {_limits(config)}"

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from coconut.config import TableConfig
 from coconut.methods import METHODS
 from coconut.overrides import quoted
 from coconut.screen import listed
+from coconut.seen import most_seen, told_questions
 
 RESAMPLES = 10_000
 LEVEL = 0.05  # a p value above it tells nothing apart
@@ -267,6 +269,12 @@ class Comparison:
         return self.runs[0].found
 
     @property
+    def questions(self) -> str:
+        """How many of which file, and how many of them the run has seen that has seen the most."""
+        seen = most_seen([run.found for run in self.runs])
+        return told_questions(self.found["count"], seen, Path(self.found["file"]).name)
+
+    @property
     def best(self) -> dict[str, Any]:
         label = ranked(self.groups)[0].label
         return next(row for row in self.rows if row["method"] == label)
@@ -360,6 +368,11 @@ def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     cut = [f"{group.label} {100 * group.mean('cut'):.1f} %" for group in groups if group.mean("cut") >= CUT]
     if cut:
         told.append(f"Answers cut off at the limit of new tokens: {listed(cut)}.")
+    seen = most_seen([run.found for run in runs])
+    if seen and any(seen.values()):
+        told.append(f"Not all is unseen: {told_questions(runs[0].found['count'], seen)} of the run that saw the most.")
+    elif seen is None:
+        told.append("Not every run says which questions it has seen, so some may be in its training data.")
     if left_out := max(run.found["left_out"] for run in runs):
         told.append(f"{left_out:,} questions of the file were left out, too long for the model's context.")
     return told

@@ -18,21 +18,14 @@ import numpy as np
 from coconut.config import TrainConfig, identity
 from coconut.files import read_json
 from coconut.methods import Curriculum, Unit, plan
+from coconut.seen import SEEN_IN, all_seen
 from coconut.tracking import CONFIG, DESCRIPTION, read_config
 
 if TYPE_CHECKING:
     from coconut.analysis.report import RunRecord
 
-# These say which of the runs of a group a run is, where it lies, or how it was carried out.
-NO_SETTINGS = (
-    "name",
-    "seed",
-    "method",
-    "curriculum.start_stage",
-    "engine.device",
-    "micro_batch_size",
-    "eval_batch_size",
-)
+# These say which of the runs of a group a run is.
+NO_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
 
 
 @dataclass(frozen=True)
@@ -189,6 +182,8 @@ def _refuse_known(runs: Sequence[Entrant], name: str) -> None:
             cases.append(f"{run.folder}: {run.found['file']} chose its checkpoint")
         elif digest in known:
             cases.append(f"{run.folder}: it was trained on {run.found['file']}")
+        elif split := all_seen(run.found):
+            cases.append(f"{run.folder}: the questions of {run.found['file']} are {SEEN_IN[split]}")
     _refuse(
         cases,
         f"evaluated ({name!r}) on data that it was made with, which ranks nothing",

@@ -34,6 +34,7 @@ from coconut.analysis.study import FOLDER, Study
 from coconut.files import read_json
 from coconut.methods import Slot, Stage, Unit, method_named
 from coconut.screen import duration
+from coconut.seen import SEEN_IN, all_seen, told_questions
 from coconut.tracking import CONFIG, DESCRIPTION, read_config, read_metrics
 
 BINS = 200  # points of the smoothed training loss, over a whole run
@@ -127,7 +128,7 @@ def read_run(folder: Path | str) -> RunRecord:
         )
     evaluations = read_results(folder)
     test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
-    answers, answers_of = _read_answers(folder, test)
+    answers, answers_of = _read_answers(folder, test, evaluations[test].get("seen") if test else None)
     return RunRecord(
         folder=folder,
         config=config,
@@ -148,20 +149,20 @@ def _read_studies(folder: Path) -> dict[str, Study]:
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
-    """`test`, or else the evaluation of another file, with the usual settings and on unseen questions."""
+    """`test`, or else the evaluation of another file, with the usual settings, and not on what the run has seen."""
 
     def counts(found: dict[str, Any]) -> bool:
-        return found["usual"] and found["split"] == "test" and found["sha256"] not in seen
+        return found["usual"] and found["split"] == "test" and found["sha256"] not in seen and not all_seen(found)
 
     names = [name for name, found in evaluations.items() if counts(found)]
     return "test" if "test" in names else min(names, default=None)
 
 
-def _read_answers(folder: Path, test: str | None) -> tuple[list[dict[str, Any]], str]:
+def _read_answers(folder: Path, test: str | None, seen: dict[str, int] | None) -> tuple[list[dict[str, Any]], str]:
     predictions = folder / "evaluation" / f"{test}.predictions.jsonl"
     if test and predictions.is_file():
         rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
-        return rows, f"Of the {len(rows):,} unseen questions, in the order of the file."
+        return rows, f"Of the {told_questions(len(rows), seen)}, in the order of the file."
     samples = sorted((folder / "samples").glob("step-*.json"))
     if not samples:
         return [], ""
@@ -182,7 +183,7 @@ def headline(run: RunRecord) -> Section:
         found = run.evaluations[run.test]
         thoughts = _thoughts(run, found)
         takes = f"{thoughts} and " if thoughts else ""
-        what = f"on {found['count']:,} unseen questions"
+        what = f"on {told_questions(found['count'], found.get('seen'))}"
         told = (
             f"{found['correct']:,} of {found['count']:,} right in {Path(found['file']).name}, "
             f"each asked once, with the checkpoint of update {found['step']:,}{_choice(run, found)}. "
@@ -207,7 +208,7 @@ def _how_to_test(run: RunRecord) -> list[Part]:
         return [Text(why), Code(command(run.description["sessions"][0]["command"]))]
     why = "It has no test result yet."
     if "test" in run.evaluations:
-        why = "Its evaluation was on a file that it was trained or validated on, which is no test."
+        why = "Its evaluation was on questions that it was trained or validated on, which is no test."
     data = run.config["data"]
     ready = (data["test"] or data["files"] or data["build"]) and "test" not in run.evaluations
     file = "" if ready else " data.test=FILE"
@@ -233,6 +234,10 @@ def _other(run: RunRecord, name: str) -> list[str]:
     if split := seen.get(found["sha256"]):
         reason = {"valid": "the file that chose the checkpoint", "train": "the file it was trained on"}[split]
         what += f"; {reason}, so no test result"
+    elif split := all_seen(found):
+        what += f"; questions {SEEN_IN[split]}, so no test result"
+    elif found.get("seen") and any(found["seen"].values()):
+        what += f"; {told_questions(found['count'], found['seen'])}"
     return [name, what, f"{found['count']:,}", percent(found["accuracy"])]
 
 

@@ -74,7 +74,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def on_screen(compared: Comparison) -> str:
     """The table within 100 columns, and the pairs if they are few."""
     columns = [*COLUMNS[:7], "ms", "updates"]
-    lines = [f"Accuracy on {compared.found['count']:,} unseen questions of {Path(compared.found['file']).name}", ""]
+    lines = [f"Accuracy on {compared.questions}", ""]
     lines += aligned([columns, *map(cells, compared.rows)])
     lines += ["", wrapped(" ".join(_notes(compared)[:2]))]
     if 0 < len(compared.pairs) <= FEW_PAIRS:
@@ -193,7 +193,7 @@ def html(compared: Comparison, folder: Path) -> str:
     """One page that loads nothing, about the runs in this folder."""
     made = [section(compared) for section in (headline, table, differences, provenance)]
     title = counted(len(compared.groups), "method")
-    summary = f"on {compared.found['count']:,} unseen questions of {Path(compared.found['file']).name}"
+    summary = f"on {compared.questions}"
     return page(title, counted(len(compared.runs), "run"), summary, folder, made, kicker="table of runs")
 
 

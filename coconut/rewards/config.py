@@ -61,7 +61,6 @@ class RewardModelConfig(RunConfig):
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=5e-7))
     epochs: int = 1
     batch_size: int = 64  # answers an update, over all processes
-    micro_batch_size: int | None = None  # answers a forward pass of one process; by default its whole share
     validate_every: int = 0  # updates; 0: at the end of each epoch
     save_every: int = 0  # updates between further checkpoints; 0: only with each validation
 

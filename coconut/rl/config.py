@@ -110,7 +110,6 @@ class RLConfig(RunConfig):
     num_iterations: int = 1  # times that a batch is gone through
     drop_without_variance: bool = False  # groups whose answers were rewarded alike leave the denominators too
     rollout_batch_size: int = 64  # questions that are answered at once, by one process
-    micro_batch_size: int | None = None  # answers a forward pass of one process; by default its whole share
     validate_every: int = 10  # batches; always before the first and after the last
     save_every: int = 0  # batches between further checkpoints; 0: only with each validation
 

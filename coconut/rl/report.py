@@ -29,6 +29,7 @@ from coconut.analysis.report import RunRecord, answers, counted, settings_of_ada
 from coconut.analysis.study import Study
 from coconut.analysis.table import aligned
 from coconut.methods import mode_named
+from coconut.seen import most_seen, told_questions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -180,12 +181,18 @@ def on_screen(study: Study) -> str:
 
 
 def routed(study: Study) -> list[Part]:
-    """The model's own choice against those of routers, on unseen questions."""
+    """The model's own choice against those of routers, on test questions."""
     own, facts, modes = study.rows[0], study.facts, study.facts["modes"]
+    asked = told_questions(facts["questions"], facts.get("seen"))
     shares = ", ".join(f"{mode} for {percent(own[f'share_{mode}'])}" for mode in modes)
     names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
     return [
-        Score(own["accuracy"], f"on {facts['questions']:,} unseen questions", (own["low"], own["high"]), None),
+        Score(
+            own["accuracy"],
+            f"on {asked}",
+            (own["low"], own["high"]),
+            None,
+        ),
         Text(
             f"With checkpoint {facts['step']:,} it chooses {shares} of the questions, and takes "
             f"{own['new_tokens']:.1f} tokens of language and {own['passes']:.1f} forward passes an answer. Against "
@@ -290,7 +297,7 @@ def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def comparison(runs: Sequence[RunRecord]) -> Study:
-    """A row for each of the runs: what it chooses, and what comes of it on unseen questions.
+    """A row for each of the runs: what it chooses, and what comes of it on test questions.
 
     Raises ValueError if one is not complete, not examined or has no modes, or if they have other modes or questions.
     """
@@ -323,7 +330,8 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
                 "seconds": sum(row["seconds"] for row in run.train),
             }
         )
-    return Study("policies", rows, {key: first[key] for key in ("modes", "sha256", "questions", "file")})
+    kept = {key: first[key] for key in ("modes", "sha256", "questions", "file")}
+    return Study("policies", rows, kept | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
 
 
 def _validated(run: RunRecord) -> dict[str, Any]:
@@ -341,8 +349,9 @@ def _validated(run: RunRecord) -> dict[str, Any]:
 def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
     """The page of several runs."""
     modes = study.facts["modes"]
+    asked = told_questions(study.facts["questions"], study.facts.get("seen"))
     note = (
-        f"On {study.facts['questions']:,} unseen questions; means over seeds. All numbers of a run are of the "
+        f"On {asked}; means over seeds. All numbers of a run are of the "
         "checkpoint that was examined, the best by its reward unless another was named; the reward is that on "
         "validation questions. Minutes: of the whole training. Chance on easy and on hard: how likely "
         "the first token is that of the mode, for questions of the fewest and of the most steps. At random: the "

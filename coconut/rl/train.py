@@ -463,7 +463,9 @@ def describe_run(config: RLConfig, folder: Path, training: PolicyTraining) -> No
         "model_type": lm.base.config.model_type,
         "init": str(training.init),
     }
-    describe(folder, config, about, {**spread(config, training.world), "from_update": training.step})
+    session = {**spread(config, training.world), "from_update": training.step}
+    splits = {"train": training.train, "valid": training.valid}
+    describe(folder, config, about, session, {split: [e.question for e in part] for split, part in splits.items()})
 
 
 main = application("rl", RLConfig, run)

@@ -1,0 +1,74 @@
+"""Which questions a run has seen: those of its training and validation data, and of the runs that it began with.
+
+A run's folder keeps a number for each of them, so that a test set can be compared with them wherever their files are,
+and whatever else is in the same file. Questions are the same if their texts are, but for white space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coconut.files import whole_file
+
+QUESTIONS = "questions.npz"
+SEEN_IN = {"train": "in the training data", "valid": "in the validation data"}
+
+
+def keep_questions(folder: Path, questions: Mapping[str, Sequence[str]], began_with: Path | None) -> None:
+    """Write down the questions of each split, with those that the run `began_with` had seen."""
+    found = {split: _numbers(texts) for split, texts in questions.items()}
+    if began_with and (earlier := _read(began_with)):
+        found = {split: np.union1d(numbers, earlier[split]) for split, numbers in found.items()}
+    with whole_file(folder / QUESTIONS) as part, open(part, "wb") as file:
+        np.savez(file, train=np.unique(found["train"]), valid=np.unique(found["valid"]))
+
+
+def seen_by(folder: Path | str, questions: Sequence[str]) -> dict[str, int] | None:
+    """How many of the questions a run has seen, by the split that has them; None if it does not say which it has."""
+    kept = _read(folder)
+    if kept is None:
+        return None
+    numbers = _numbers(questions)
+    trained = np.isin(numbers, kept["train"])
+    return {"train": int(trained.sum()), "valid": int((np.isin(numbers, kept["valid"]) & ~trained).sum())}
+
+
+def told_questions(count: int, seen: Mapping[str, int] | None, file: str = "") -> str:
+    """So many questions of a file, and whether they were seen."""
+    questions = f"questions of {file}" if file else "questions"
+    if seen is None:
+        return f"{count:,} {questions}"
+    where = [f"{number:,} of them {SEEN_IN[split]}" for split, number in seen.items() if number]
+    return f"{count:,} {questions}, {' and '.join(where)}" if where else f"{count:,} unseen {questions}"
+
+
+def all_seen(found: Mapping[str, Any]) -> str | None:
+    """The split that has most of an evaluation's questions, if the run has seen all of them, so that it is no test."""
+    seen = found.get("seen") or {}
+    return max(seen, key=lambda split: seen[split]) if sum(seen.values()) == found["count"] else None
+
+
+def most_seen(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """By the run that has seen most of the same questions; None if one does not say which it has seen."""
+    each = [found.get("seen") for found in evaluations]
+    known = [seen for seen in each if seen is not None]
+    return max(known, key=lambda seen: sum(seen.values())) if len(known) == len(each) else None
+
+
+def _read(folder: Path | str) -> dict[str, np.ndarray] | None:
+    file = Path(folder) / QUESTIONS
+    if not file.is_file():
+        return None
+    with np.load(file) as kept:
+        return {split: kept[split] for split in SEEN_IN}
+
+
+def _numbers(questions: Sequence[str]) -> np.ndarray:
+    texts = (" ".join(question.split()) for question in questions)
+    digests = b"".join(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, np.uint64)
