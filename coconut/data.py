@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from coconut.methods import PromptFormat, mode_named
 from coconut.sources import default_cache_dir
+from coconut.words import word_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -403,28 +403,12 @@ def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:
-    """A word-level tokenizer whose words are those of the examples, the most frequent first.
-
-    Words, runs of `#`, single marks of punctuation and the end of a line are tokens; the spaces between
-    them are not, and decoding puts one before every word.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """A word-level tokenizer whose words are those of the examples, the most frequent first (see coconut.words)."""
     from transformers import PreTrainedTokenizerFast
 
-    prompt_format = prompt_format or PromptFormat()
-    split = pre_tokenizers.Split(Regex(r"\n|\w+|#+|[^\w\s]"), behavior="removed", invert=True)
-    counts: Counter[str] = Counter()
-    for example in examples:
-        segments = _segments(example.question, example.steps, example.answer, prompt_format)
-        counts.update(word for segment in segments for word, _ in split.pre_tokenize_str(segment))
-    special = ["<pad>", "<eos>", "<unk>"]
-    words = special + [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
-    spaced = decoders.Replace(Regex(r"^(?=[\w#|<>=+*/(-])"), " ")
-    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [spaced, decoders.Fuse(), decoders.Replace(Regex(r"(^|\n) "), "\n"), decoders.Strip("\n", 1, 0)]
-    )
+    form = prompt_format or PromptFormat()
+    segments = [_segments(example.question, example.steps, example.answer, form) for example in examples]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+        tokenizer_object=word_level(segments, open_end=form.step_end.endswith(" ")),
+        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
+    )  # fmt: skip

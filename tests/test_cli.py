@@ -235,7 +235,7 @@ def test_import_is_light() -> None:
 # --- structure ------------------------------------------------------------------------------------
 
 LAYERS = [
-    ["cli", "files", "methods", "screen", "tasks"],
+    ["cli", "files", "methods", "screen", "tasks", "words"],
     ["config", "modes"],
     ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
@@ -250,7 +250,19 @@ LAYERS = [
     ["adaptive"],
     ["analyze", "demo", "reward", "rollout"],
 ]
-TORCHLESS = {"cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening", "settings"}
+TORCHLESS = {
+    "cli",
+    "files",
+    "methods",
+    "screen",
+    "tasks",
+    "words",
+    "config",
+    "sources",
+    "schedule",
+    "opening",
+    "settings",
+}
 
 
 def imports(path: Path) -> set[str]:
