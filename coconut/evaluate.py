@@ -139,26 +139,20 @@ def evaluate(
     return Evaluated(_summary(task, examples, ordered, seconds, reasoning.modes), ordered, in_order)
 
 
-def read_answer(task: Task, text: str, form: PromptFormat) -> str | None:
-    """The answer in what a model wrote, without what the prompt format puts around it; None if there is none."""
-    found = task.read_answer(text, form.answer_mark)
-    return None if found is None else found.removesuffix(form.answer_end).strip()
-
-
 def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:
     text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
     reasoning = reasoning.in_mode(mode) if mode else reasoning
     form = reasoning.format
-    predicted = read_answer(task, text, form)
+    predicted = task.read_answer(text, form)
     gold = _steps_left(example, reasoning, thoughts)
-    written = task.read_steps(text, form.answer_mark, form.step_end)
+    match = gold is not None and _written(task, text, form) == _written(task, form.written(gold, example.answer), form)
     return Prediction(
         question=example.question,
         gold=example.answer,
         text=text,
         predicted=predicted,
         correct=task.judge(predicted, example.answer),
-        chain_match=None if gold is None else _plain(written) == _plain(gold),
+        chain_match=None if gold is None else match,
         num_thoughts=thoughts,
         new_tokens=int(out.lengths[row]),
         cut=bool(out.cut[row]),
@@ -178,8 +172,9 @@ def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequen
     return example.steps[cut:]
 
 
-def _plain(steps: Sequence[str]) -> str:
-    return "".join("".join(steps).split())
+def _written(task: Task, text: str, form: PromptFormat) -> str:
+    """The steps in a text, spaces apart."""
+    return "".join("".join(task.read_steps(text, form)).split())
 
 
 def _summary(

@@ -12,6 +12,7 @@ to Reason in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -331,6 +332,10 @@ class PromptFormat:
         before, after = template.split("{}")
         return before + text + after
 
+    def written(self, steps: Sequence[str], answer: str) -> str:
+        """What a model is to write."""
+        return "".join([*(self.fill(self.step, step) for step in steps), self.fill(self.answer, answer)])
+
     @property
     def answer_mark(self) -> str:
         return self.answer.split("{}")[0].strip()
@@ -338,6 +343,10 @@ class PromptFormat:
     @property
     def answer_end(self) -> str:
         return self.answer.split("{}")[1].strip()
+
+    @property
+    def step_begin(self) -> str:
+        return self.step.split("{}")[0].strip()
 
     @property
     def step_end(self) -> str:

@@ -65,6 +65,8 @@ WORDS = PromptFormat("{}", "{} ", "### {}")
         ("a b\nc", LINES, ["a b\n", "c"]),
         ("a b\nc ### 5", LINES, ["a b\n", "c ", "### 5"]),
         ("b c ### c", WORDS, ["b ", "c ", "### c"]),
+        ("### a\n#### 4\n### 5", LINES, ["### a\n", "#### 4\n", "### 5"]),
+        ("a\nb", PromptFormat(answer="{}"), ["a\n", "b"]),
         ("", LINES, [""]),
         ("\n### 1\nand more\n", LINES, ["\n### 1\nand more\n"]),
     ],
@@ -360,7 +362,7 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
     assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.samples]
     for text, shares in zip(texts, found.shares, strict=True):
-        steps = TASKS["prosqa"].read_steps(text, "###", " ")
+        steps = TASKS["prosqa"].read_steps(text, WORDS)
         assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in shares)
     assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled

@@ -10,7 +10,6 @@ import torch
 
 from coconut.adaptive.backends import Latent, Reply
 from coconut.data import Example
-from coconut.evaluate import read_answer
 from coconut.methods import PromptFormat
 from coconut.opening import opened, reaching
 from coconut.rewards.implicit import ImplicitReward
@@ -31,7 +30,7 @@ class Vote:
     form: PromptFormat
 
     def answers(self, reply: Reply) -> list[str | None]:
-        return [read_answer(self.task, text, self.form) for text in reply.texts]
+        return [self.task.read_answer(text, self.form) for text in reply.texts]
 
     def taken(self, reply: Reply) -> int:
         """The first sample with the answer that is taken."""

@@ -15,7 +15,6 @@ from coconut.analysis.plots import place_nodes
 from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data import encode_questions, unknown_id
-from coconut.evaluate import read_answer
 from coconut.layout import slot_ids
 from coconut.methods import Slot
 from coconut.tasks import prosqa
@@ -111,7 +110,7 @@ class Asker:
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
         found = []
         for count, text, cut in zip(counts, out.texts, out.cut.tolist(), strict=True):
-            answer = read_answer(task, text, lm.reasoning.format)
+            answer = task.read_answer(text, lm.reasoning.format)
             correct = None if right is None else task.judge(answer, right)
             found.append({"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "cut": cut})
         return found, likeliest(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []

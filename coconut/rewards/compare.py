@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from coconut.analysis.study import Study
-from coconut.evaluate import read_answer
 from coconut.modes import seeded
 from coconut.rewards.answers import Labelled
 from coconut.rewards.implicit import ImplicitReward
@@ -99,7 +98,7 @@ def selections(
         raise ValueError(f"Some questions have {min(counts)} answers and some {max(counts)}; all must have as many.")
     [N] = counts
     right_QN = np.array([row.correct for row in labelled], float)
-    answers = [[read_answer(judge.task, sample.text, judge.form) for sample in row.samples] for row in labelled]
+    answers = [[judge.task.read_answer(sample.text, judge.form) for sample in row.samples] for row in labelled]
     rows: list[dict[str, Any]] = []
 
     def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
@@ -139,7 +138,7 @@ def localisation(
         raise ValueError(f"{judge.task.name} has no exact check of steps: nothing says where the first error is.")
     form, read = judge.form, judge.task.read_steps
     told = [[(row.example.question, s.text) for row in part for s in row.samples] for part in (development, asked)]
-    truth = [[check(asks, read(text, form.answer_mark, form.step_end)) for asks, text in part] for part in told]
+    truth = [[check(asks, read(text, form)) for asks, text in part] for part in told]
     rows = []
     for pair in scored:
         steps = [
