@@ -30,12 +30,22 @@ class Task(StrEnum):
     pointers = "pointers"
 
 
+TASK_NAMES = ", ".join(Task)
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"  # autocast over float32 weights
 
 
 class TooLong(StrEnum):
+    error = "error"
+    skip = "skip"
+
+
+class Unreadable(StrEnum):
+    """What is done with rows whose gold answer would be judged wrong."""
+
     error = "error"
     skip = "skip"
 
@@ -126,13 +136,14 @@ class DataConfig:
     the data once, into the cache, if no file is named.
     """
 
-    task: Task = Task.prosqa
+    task: Task | None = None  # how answers are judged
     train: str = ""
     valid: str = ""
     test: str = ""
     files: str = ""
     build: dict[str, Any] = field(default_factory=dict)
     too_long: TooLong = TooLong.error  # an example longer than the model's context
+    unreadable: Unreadable = Unreadable.error  # one whose gold answer would be judged wrong
     format: PromptFormat = field(default_factory=PromptFormat)
     cache_dir: str | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
 
@@ -144,6 +155,8 @@ class DataConfig:
             raise ValueError(f"data.files={self.files} and data.{split}={file} are both given. Keep one of them.")
         if self.files or named:
             self.build = {}  # nothing is built, so it is no part of what the run is
+        elif self.build and not self.task:
+            raise ValueError(f"data.build={self.build}, of which task? Set data.task to one of {TASK_NAMES}.")
         for key in NOT_BUILT:
             if key in self.build:
                 raise ValueError(
@@ -157,6 +170,14 @@ class DataConfig:
             raise ValueError(
                 f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
                 f"data_builders.{self.task} hub={hub}, and name the files with data.files=data/{self.task}."
+            )
+
+    def judged(self) -> None:
+        """Raises ValueError if nothing says how answers are judged."""
+        if not self.task:
+            raise ValueError(
+                f"data.task is missing: how are answers judged? Set it to one of {TASK_NAMES}. gsm8k compares numbers, "
+                "prontoqa True and False, prosqa and pointers text."
             )
 
     def absolute(self) -> DataConfig:
@@ -339,7 +360,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    max_new_tokens: int | None = None  # by default the task's
+    max_new_tokens: int | None = None  # by default room for the longest gold text, and at least the task's
     eval_batch_size: int = 64
     valid_limit: int | None = None  # validate on the first so many examples
     keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
@@ -377,6 +398,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.judged()
         at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, save_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
@@ -442,6 +464,7 @@ class EvaluateConfig:
     batch_size: int = 64
     limit: int | None = None  # the first so many questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
+    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

@@ -1,7 +1,7 @@
 """Examples: reading and checking files, and their tokens, segment by segment.
 
 A data file is a JSON list, or one JSON object a line, of rows with `question` (text), `steps` (a list
-of texts, may be empty) and `answer` (text). Whatever else a row holds is kept in `meta`.
+of texts, may be empty or missing) and `answer` (text, or a number). Whatever else a row holds is kept in `meta`.
 
 Shapes: N examples; token arrays are flat, see `TokenizedData`.
 """
@@ -35,6 +35,7 @@ class Example:
     steps: tuple[str, ...]
     answer: str
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
+    where: str = field(default="", compare=False)  # its row or line in the file
 
 
 def read_examples(path: Path | str) -> list[Example]:
@@ -46,11 +47,12 @@ def read_examples(path: Path | str) -> list[Example]:
     path = existing(path)
     examples, problems = [], []
     for where, row in json_rows(path):
+        row = completed(row)
         if problem := _problem(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
             meta = {key: value for key, value in row.items() if key not in ("question", "steps", "answer")}
-            examples.append(Example(row["question"], tuple(row["steps"]), row["answer"], meta))
+            examples.append(Example(row["question"], tuple(row["steps"]), row["answer"], meta, where))
     if problems:
         shown = problems[:SHOWN_PROBLEMS]
         more = len(problems) - len(shown)
@@ -104,14 +106,24 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"line {number}", row
 
 
+def completed(row: Any) -> Any:
+    """A row with the steps that are missing, none, and with an answer that is a number as text."""
+    if not isinstance(row, dict):
+        return row
+    answer = row.get("answer")
+    number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    steps = [] if row.get("steps") is None else row["steps"]
+    return {**row, "steps": steps, **({"answer": json.dumps(answer)} if number else {})}
+
+
 def _problem(row: Any) -> str | None:
     if isinstance(row, _Unreadable):
         return row
     if not isinstance(row, dict):
         return f"must be an object with question, steps and answer; it is {_short(row)}"
-    missing = [key for key in ("question", "steps", "answer") if key not in row]
+    missing = [key for key in ("question", "answer") if key not in row]
     if missing:
-        return f"has no {', '.join(missing)}; its keys are: {', '.join(map(str, row)) or 'none'}"
+        return f"has no {' and no '.join(missing)}; its keys are: {', '.join(map(str, row)) or 'none'}"
     for key in ("question", "answer"):
         if not isinstance(row[key], str):
             return f"{key} must be text; it is {_short(row[key])}"
@@ -400,6 +412,16 @@ def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The token that stands for a word without an entry; None if the tokenizer has one for every text."""
     unknown: Any = tokenizer.unk_token_id
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
+
+
+def unknown_in(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """The words of a text that the tokenizer has no entry for."""
+    encoded: Any = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    unknown = unknown_id(tokenizer)
+    return list(dict.fromkeys(text[left:right] for token, (left, right) in places if token == unknown))
 
 
 def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:

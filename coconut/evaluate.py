@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.engine.world import World
 from coconut.files import read_json, sha256, write_json, write_text
+from coconut.gold import read_back, warn_of_limit
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.sources import data_files
@@ -54,7 +55,8 @@ class Result:
     any. `chain_match`: share of questions whose written steps are exactly those of the data that the
     model still writes; None where that is not a number of whole steps. `num_thoughts` is their mean,
     `passes` the mean number of forward passes, for prefix, thoughts and tokens. `left_out`: questions too
-    long for the model's context. `modes`: of a hybrid model, the share of each that it chose from.
+    long for the model's context, or with a gold answer that would be judged wrong. `modes`: of a hybrid model, the
+    share of each that it chose from.
     """
 
     count: int
@@ -162,14 +164,17 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
     """The steps that the model is expected to write; None if it was trained to begin within one."""
-    cut = reasoning.steps_cut
+    cut = _steps_cut(reasoning, thoughts)
     if cut is None or reasoning.tokens_cut is None:
         return ()
-    if reasoning.tokens_cut:
-        return None
-    if reasoning.slot is Slot.thought and thoughts != reasoning.num_thoughts and reasoning.thoughts_per_step:
-        cut = thoughts // reasoning.thoughts_per_step
-    return example.steps[cut:]
+    return None if reasoning.tokens_cut else example.steps[cut:]
+
+
+def _steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
+    """How many steps so many thoughts stand for; None: all."""
+    cut = reasoning.steps_cut
+    own = reasoning.slot is not Slot.thought or thoughts == reasoning.num_thoughts or not reasoning.thoughts_per_step
+    return cut if cut is None or own else thoughts // reasoning.thoughts_per_step
 
 
 def _written(task: Task, text: str, form: PromptFormat) -> str:
@@ -230,6 +235,13 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     lm, step = trained.lm, trained.step
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting_or_told(lm, rows, config)
+    task = TASKS[data["task"]]
+    with world.first_before_others():
+        gold, right = read_back(
+            lm, [examples[i] for i in kept], task, file=str(path), unreadable=config.unreadable, keep_unknown=True,
+            cache_dir=data["cache_dir"],
+        )  # fmt: skip
+    kept = [kept[i] for i in right]
     fitting = [examples[i] for i in kept]
     stop = None
     if config.stop is StopRule.classifier:
@@ -238,11 +250,17 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     say(f"Evaluating {_asked(lm.reasoning, config)}, update {step}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
+    limit, counted = config.max_new_tokens or lm.reasoning.max_new_tokens, config.num_thoughts
+    forms = [
+        form if counted is None else replace(form, steps_cut=_steps_cut(form, counted))
+        for form in lm.reasoning.forms(config.mode)
+    ]
+    warn_of_limit(gold, forms, limit, str(path))
     share = -(-len(fitting) // world.size)
     with working("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
         result, predictions, _ = evaluate(
             lm,
-            TASKS[data["task"]],
+            task,
             fitting,
             num_thoughts=config.num_thoughts,
             stop=stop,
@@ -347,7 +365,9 @@ def describe(result: Result) -> str:
         lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
     lines.append(("cut answers", f"{100 * result.cut:.1f} %"))
     if result.left_out:
-        lines.append(("left out", f"{result.left_out} questions, too long for the model's context"))
+        lines.append(
+            ("left out", f"{result.left_out} questions, too long or with a gold answer that would be judged wrong")
+        )
     lines.append(("time", f"{1000 * result.seconds_per_item:.1f} ms a question"))
     return "\n".join(f"  {name:<12} {value}" for name, value in lines)
 

@@ -399,6 +399,10 @@ class Reasoning:
             steps_cut=mode.steps_cut, modes=(),
         )  # fmt: skip
 
+    def forms(self, mode: str | None = None) -> list[Reasoning]:
+        """Its modes, or the one of that name, each as it is asked; a model without modes is asked in one way."""
+        return [self.in_mode(name) for name in self.modes if mode in (None, name)] or [self]
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -13,6 +13,7 @@ from coconut.engine.launch import on_processes
 from coconut.engine.world import World
 from coconut.evaluate import file_of_run, fitting
 from coconut.files import sha256, write_json
+from coconut.gold import read_back, warn_of_limit
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
 from coconut.rl.rollouts import Correctness, roll_out
@@ -37,7 +38,16 @@ def together(config: RolloutConfig, world: World) -> int:
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm
     kept = fitting(lm, [example.question for example in examples])
-    examples = [examples[i] for i in kept]
+    task = TASKS[data["task"]]
+    with world.first_before_others():
+        gold, right = read_back(
+            lm, [examples[i] for i in kept], task, file=str(path), unreadable=config.unreadable,
+            cache_dir=data["cache_dir"],
+        )  # fmt: skip
+    warn_of_limit(
+        gold, lm.reasoning.forms(config.mode), config.max_new_tokens or lm.reasoning.max_new_tokens, str(path)
+    )
+    examples = [examples[kept[i]] for i in right]
     output = Path(config.output or Path(config.run) / "rollouts" / f"{config.split}.jsonl")
     about = {
         "run": str(Path(config.run).resolve()), "step": trained.step, "file": str(path), "sha256": sha256(path),
@@ -46,7 +56,7 @@ def together(config: RolloutConfig, world: World) -> int:
     }  # fmt: skip
     parts = output.with_name(f".{output.name}.chunks")
     world.first_does(lambda: _begin(parts, about))
-    judge = Correctness(TASKS[data["task"]], lm.reasoning.format)
+    judge = Correctness(task, lm.reasoning.format)
     chunks = [range(first, min(first + CHUNK, len(examples))) for first in range(0, len(examples), CHUNK)]
     with working("sampling", len(chunks)) as bar, autocast(lm.device, config.engine.precision):
         for number, places in list(enumerate(chunks))[world.rank :: world.size]:

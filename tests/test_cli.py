@@ -80,7 +80,8 @@ def test_every_experiment_is_built(experiment: str) -> None:
     ("kind", "name"), [(kind, name) for kind in ("model", "data", "engine", "tracking") for name in group(kind)]
 )
 def test_every_choice_is_built(kind: str, name: str) -> None:
-    assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
+    files = ["data.train=a.json", "data.valid=b.json", "data.task=prosqa"]
+    assert isinstance(composed("train", f"{kind}={name}", *files), TrainConfig)
 
 
 @pytest.mark.parametrize("command", ["train", "rl", "adaptive"])
@@ -150,6 +151,8 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         (["optimizer.lr=0"], "optimizer.lr is 0"),
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
         (["data=own"], "data.train names no file"),
+        (["data=own", "data.train=a.json", "data.valid=b.json"], "data.task is missing"),
+        (["data=own", "+data.build.seed=1"], "of which task? Set data.task to one of gsm8k"),
         (["data.train=a.json"], "data.valid names no file"),
     ],
 )
@@ -240,6 +243,7 @@ LAYERS = [
     ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
     ["layout"],
+    ["gold"],
     ["model"],
     ["checkpoint", "thinking", "tracking"],
     ["build", "evaluate", "folder", "signals", "stopping", "trackers"],

@@ -56,11 +56,11 @@ GOOD = {"question": "q", "steps": ["s"], "answer": "a"}
     [
         ({**GOOD, "question": "  "}, "row 2: question is empty"),
         ({**GOOD, "answer": ""}, "row 2: answer is empty"),
-        ({**GOOD, "answer": 4}, "row 2: answer must be text; it is 4"),
+        ({**GOOD, "answer": True}, "row 2: answer must be text; it is true"),
         ({**GOOD, "answer": "a\nb"}, "row 2: the answer must be one line"),
         ({**GOOD, "steps": "s"}, "row 2: steps must be a list of texts"),
         ({**GOOD, "steps": [""]}, r"row 2: step 1 of 1 is empty .*steps: \[\]"),
-        ({"question": "q", "answer": "a"}, "row 2: has no steps; its keys are: question, answer"),
+        ({"question": "q"}, "row 2: has no answer; its keys are: question, steps"),
         ([1, 2], "row 2: must be an object"),
     ],
 )
@@ -69,6 +69,14 @@ def test_a_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> 
     path.write_text(json.dumps([GOOD, row]))
     with pytest.raises(ValueError, match=rf"data.json has 1 bad row:\s+{message}"):
         read_examples(path)
+
+
+def test_missing_steps_are_none_and_a_number_is_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "q", "answer": 7}\n\n{"question": "q", "answer": -2.5, "steps": null}\n')
+    read = read_examples(path)
+    assert read == [Example("q", (), "7"), Example("q", (), "-2.5")]
+    assert [example.where for example in read] == ["line 1", "line 3"]
 
 
 def test_all_bad_rows_are_counted(tmp_path: Path) -> None:

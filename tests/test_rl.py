@@ -29,6 +29,7 @@ from coconut.config import (
     EvaluateConfig,
     GenerateConfig,
     TableConfig,
+    Task,
     TooLong,
 )
 from coconut.data import Example
@@ -171,7 +172,7 @@ def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig],
 def data_beside(warm: str) -> DataConfig:
     folder = Path(warm).parent
     train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(train=train, valid=valid, test=test, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def alone(warm: str, folder: str) -> None:

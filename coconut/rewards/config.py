@@ -11,6 +11,7 @@ from coconut.config import (
     EngineConfig,
     LaunchConfig,
     RunConfig,
+    Unreadable,
     at_least,
     needs_run,
 )
@@ -31,6 +32,7 @@ class RolloutConfig:
     mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
     limit: int | None = None  # the first so many questions
+    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
     batch_size: int = 64
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)
