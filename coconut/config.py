@@ -172,13 +172,14 @@ class DataConfig:
                 f"data_builders.{self.task} hub={hub}, and name the files with data.files=data/{self.task}."
             )
 
-    def judged(self) -> None:
-        """Raises ValueError if nothing says how answers are judged."""
+    def judged(self) -> Task:
+        """The task that says how answers are judged. Raises ValueError if there is none."""
         if not self.task:
             raise ValueError(
                 f"data.task is missing: how are answers judged? Set it to one of {TASK_NAMES}. gsm8k compares numbers, "
                 "prontoqa True and False, prosqa and pointers text."
             )
+        return self.task
 
     def absolute(self) -> DataConfig:
         """The same files, named so that they are found from any folder."""

@@ -52,7 +52,7 @@ class Training:
 
     def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[str(config.data.task)]
+        self.task = TASKS[config.data.judged()]
         self.plan = plan(config.method, config.curriculum)
         self.standing = Standing(config, folder, world, {"pending": False})
         found = self.standing.found

@@ -19,6 +19,7 @@ from coconut.config import (
     EvaluateConfig,
     GenerateConfig,
     TooLong,
+    Unreadable,
 )
 from coconut.data import Example
 from coconut.evaluate import evaluate, read_results
@@ -231,6 +232,14 @@ def test_gold_answers_that_no_model_can_give_are_told(
     assert "no words for 1 of 4 answers" in capsys.readouterr().out
     (name,) = (name for name in read_results(trained) if name.startswith("unknown-"))
     assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (4, 0)
+    (tmp_path / "wrong.json").write_text(json.dumps([*rows, {**rows[0], "answer": "0 ### 1"}]))
+    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "wrong.json")))
+    with pytest.raises(ValueError, match="row 4, answer '0 ### 1': '1' is read"):
+        run_evaluate(config)
+    config.unreadable = Unreadable.skip
+    run_evaluate(config)
+    (name,) = (name for name in read_results(trained) if name.startswith("wrong-"))
+    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (3, 1)
     run_evaluate(EvaluateConfig(run=str(trained), limit=3, max_new_tokens=1))
     assert "3 of 3 gold texts" in capsys.readouterr().out
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import build, byte_level_tokenizer, small_run
 
+from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig, Task, Unreadable
 from coconut.data import Example, build_word_tokenizer, tokenize
-from coconut.files import write_json
+from coconut.files import read_json, write_json
 from coconut.gold import lengths, limit_for, read_back, readable, warn_of_limit
-from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, plan
+from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
+from coconut.model import LatentLM
 from coconut.tasks import TASKS
 from coconut.train import run
 
@@ -95,12 +97,20 @@ def test_the_limit_of_new_tokens_leaves_room_for_every_gold_text(capsys: pytest.
 
 
 def test_a_training_begins_with_the_check(tmp_path: Path) -> None:
-    rows = [{"question": "1 ?", "steps": ["1"], "answer": answer} for answer in ("True", "No")]
+    rows = [{"question": "1 ?", "steps": ["1"] * 130, "answer": answer} for answer in ("True", "No")]
     files = {}
     for split, part in (("train", rows[:1] * 4), ("valid", rows)):
         write_json(tmp_path / f"{split}.json", part)
         files[split] = str(tmp_path / f"{split}.json")
-    with pytest.raises(
-        ValueError, match=r"valid.json: of 2 gold answers 1 would be judged wrong:\n  row 2, answer 'No'"
-    ):
-        run(small_run(tmp_path / "run", DataConfig(Task.prontoqa, **files), batch_size=4))
+    config = small_run(
+        tmp_path / "run", DataConfig(Task.prontoqa, **files), method="cot", max_new_tokens=None, batch_size=4,
+        curriculum=Curriculum(unit=Unit.updates, total=1),
+    )  # fmt: skip
+    config.model.architecture["max_position_embeddings"] = 512
+    with pytest.raises(ValueError, match=r"valid.json: of 2 gold answers 1 would .*\n  row 2, answer 'No'"):
+        run(config)
+    config.data.unreadable = Unreadable.skip
+    assert run(config) == 0
+    assert read_json(tmp_path / "run" / "run.json")["data"]["valid"]["used"] == 1
+    saved = LatentLM.from_pretrained(Checkpoints(tmp_path / "run").find("last")).reasoning
+    assert saved.max_new_tokens == math.ceil(1.25 * (130 * 2 + 3))

@@ -21,10 +21,10 @@ from coconut import LatentLM
 from coconut.analyze import run as analyze
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints
-from coconut.config import AdamWConfig, AnalyzeConfig, DataConfig, EngineConfig, Task
+from coconut.config import AdamWConfig, AnalyzeConfig, DataConfig, DataFiles, EngineConfig, Task, Unreadable
 from coconut.data import encode_texts
 from coconut.engine.world import joined
-from coconut.files import read_json
+from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
 from coconut.rewards.answers import read_answers
@@ -502,6 +502,18 @@ def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) 
             settings(made, tmp_path / "none", **changes)
     with pytest.raises(ValueError, match="temperature is 0"):
         RolloutConfig(run="x", temperature=0.0)
+
+
+def test_answers_to_what_cannot_be_right_are_not_sampled(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [{"question": "0 1 ?", "answer": 1}, {"question": "0 1 ?", "answer": "0 ### 1"}]
+    write_json(tmp_path / "own.json", rows)
+    files, output = DataFiles(train=str(tmp_path / "own.json")), tmp_path / "answers.jsonl"
+    config = RolloutConfig(run=str(made[0]), data=files, output=str(output), samples=2, engine=CPU)
+    with pytest.raises(ValueError, match="row 2, answer '0 ### 1': '1' is read"):
+        roll(config)
+    config.unreadable = Unreadable.skip
+    assert roll(config) == 0
+    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == ["1"]
 
 
 def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path: Path) -> None:

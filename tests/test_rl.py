@@ -329,6 +329,13 @@ def test_long_questions_are_left_out_when_asked(
     assert "Left out 1 of 41 train questions" in capsys.readouterr().out
 
 
+def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
+    data = replace(made[1], train=str(tmp_path / "train.json"))
+    with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
+        run(settings((made[0], data), tmp_path / "run", batches=1))
+
+
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     config = settings(made, tmp_path / "run", questions=12)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}

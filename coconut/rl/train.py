@@ -53,7 +53,7 @@ class PolicyTraining:
         self, config: RLConfig, folder: Path, files: dict[str, str], world: World, reward: Reward | None = None
     ):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[str(config.data.task)]
+        self.task = TASKS[config.data.judged()]
         self.objective = config.objective.built()
         self.standing = Standing(config, folder, world, {"updates": 0, "pending": True})
 
