@@ -235,7 +235,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     lm, step = trained.lm, trained.step
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting_or_told(lm, rows, config)
-    task = TASKS[data["task"]]
+    task = task_of(data)
     with world.first_before_others():
         gold, right = read_back(
             lm, [examples[i] for i in kept], task, file=str(path), unreadable=config.unreadable, keep_unknown=True,
@@ -300,6 +300,13 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
         say("note: this file chose the checkpoint, so its accuracy is no test result.")
     say(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
+
+
+def task_of(data: dict[str, Any]) -> Task:
+    """What judges a run's answers. Raises ValueError if nothing does."""
+    if not data["task"]:
+        raise ValueError("The run has no task, as that of a reward model. Name the run that it started from.")
+    return TASKS[data["task"]]
 
 
 def file_of_run(data: dict[str, Any], split: str, world: World) -> str:

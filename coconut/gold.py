@@ -143,9 +143,13 @@ def _place(examples: Sequence[Example], row: int) -> str:
 
 
 def _told(examples: Sequence[Example], row: int, read: str | None, unknown: list[str] | None) -> str:
-    what = "no answer is found" if read is None else f"{read!r} is read"
+    what = "no answer is found" if read is None else f"{_brief(read)} is read"
     why = f"the tokenizer has no word for {', '.join(unknown)}" if unknown else what
-    return f"  {_place(examples, row)}, answer {examples[row].answer!r}: {why}"
+    return f"  {_place(examples, row)}, answer {_brief(examples[row].answer)}: {why}"
+
+
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:

@@ -11,14 +11,13 @@ from coconut.data import read_examples
 from coconut.engine.base import autocast
 from coconut.engine.launch import on_processes
 from coconut.engine.world import World
-from coconut.evaluate import file_of_run, fitting
+from coconut.evaluate import file_of_run, fitting, task_of
 from coconut.files import sha256, write_json
 from coconut.gold import read_back, warn_of_limit
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
 from coconut.rl.rollouts import Correctness, roll_out
 from coconut.screen import only_our_words, say, working
-from coconut.tasks import TASKS
 from coconut.tracking import read_config
 
 CHUNK = 256  # questions; what is sampled for one depends on the seed and its number alone
@@ -38,7 +37,7 @@ def together(config: RolloutConfig, world: World) -> int:
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm
     kept = fitting(lm, [example.question for example in examples])
-    task = TASKS[data["task"]]
+    task = task_of(data)
     with world.first_before_others():
         gold, right = read_back(
             lm, [examples[i] for i in kept], task, file=str(path), unreadable=config.unreadable,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -102,9 +102,7 @@ def word_level(segments: Sequence[Sequence[str]], open_end: bool) -> Any:
     spacing = Spacing.of(whole, open_end)
     counts = spacing.counts(text for texts in segments for text in texts)
     words = [*SPECIAL, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))]
-    needed = Spacing(
-        spacing.before, spacing.after, JOINER in counts, spacing.spaces.intersection(counts), spacing.open_end
-    )
+    needed = replace(spacing, joins=JOINER in counts, spaces=spacing.spaces.intersection(counts))
     return needed.backend({word: number for number, word in enumerate(words)})
 
 

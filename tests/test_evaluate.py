@@ -22,7 +22,7 @@ from coconut.config import (
     Unreadable,
 )
 from coconut.data import Example
-from coconut.evaluate import evaluate, read_results
+from coconut.evaluate import evaluate, read_results, task_of
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Slot
@@ -242,6 +242,11 @@ def test_gold_answers_that_no_model_can_give_are_told(
     assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (3, 1)
     run_evaluate(EvaluateConfig(run=str(trained), limit=3, max_new_tokens=1))
     assert "3 of 3 gold texts" in capsys.readouterr().out
+
+
+def test_a_run_without_a_task_is_not_judged() -> None:
+    with pytest.raises(ValueError, match="no task, as that of a reward model"):
+        task_of({"task": None})
 
 
 def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
