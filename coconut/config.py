@@ -155,8 +155,6 @@ class DataConfig:
             raise ValueError(f"data.files={self.files} and data.{split}={file} are both given. Keep one of them.")
         if self.files or named:
             self.build = {}  # nothing is built, so it is no part of what the run is
-        elif self.build and not self.task:
-            raise ValueError(f"data.build={self.build}, of which task? Set data.task to one of {TASK_NAMES}.")
         for key in NOT_BUILT:
             if key in self.build:
                 raise ValueError(
@@ -166,6 +164,8 @@ class DataConfig:
         for key in ("num_train", "num_valid"):
             if self.build.get(key) == 0:
                 raise ValueError(f"data.build.{key} is 0, and a run needs such rows. Leave it out, or raise it.")
+        if self.build and not self.task:
+            raise ValueError(f"data.build={self.build}, of which task? Set data.task to one of {TASK_NAMES}.")
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
                 f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
