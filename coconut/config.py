@@ -32,12 +32,22 @@ class Task(StrEnum):
     pointers = "pointers"
 
 
+TASK_NAMES = ", ".join(Task)
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"  # autocast over float32 weights
 
 
 class TooLong(StrEnum):
+    error = "error"
+    skip = "skip"
+
+
+class Unreadable(StrEnum):
+    """What is done with rows whose gold answer would be judged wrong."""
+
     error = "error"
     skip = "skip"
 
@@ -131,13 +141,14 @@ class DataConfig:
     the data once, into the cache, if no file is named.
     """
 
-    task: Task = Task.prosqa
+    task: Task | None = None  # how answers are judged
     train: PathName = ""
     valid: PathName = ""
     test: PathName = ""
     files: PathName = ""
     build: dict[str, Any] = field(default_factory=dict)
     too_long: TooLong = TooLong.error  # an example longer than the model's context
+    unreadable: Unreadable = Unreadable.error  # one whose gold answer would be judged wrong
     format: PromptFormat = field(default_factory=PromptFormat)
     cache_dir: PathName | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
 
@@ -158,11 +169,22 @@ class DataConfig:
         for key in ("num_train", "num_valid"):
             if self.build.get(key) == 0:
                 raise ValueError(f"data.build.{key} is 0, and a run needs such rows. Leave it out, or raise it.")
+        if self.build and not self.task:
+            raise ValueError(f"data.build={self.build}, of which task? Set data.task to one of {TASK_NAMES}.")
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
                 f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
                 f"data_builders.{self.task} hub={hub}, and name the files with data.files=data/{self.task}."
             )
+
+    def judged(self) -> Task:
+        """The task that says how answers are judged. Raises ValueError if there is none."""
+        if not self.task:
+            raise ValueError(
+                f"data.task is missing: how are answers judged? Set it to one of {TASK_NAMES}. gsm8k compares numbers, "
+                "prontoqa True and False, prosqa and pointers text."
+            )
+        return self.task
 
 
 SPLITS = ("train", "valid", "test")
@@ -353,7 +375,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    max_new_tokens: int | None = None  # by default the task's
+    max_new_tokens: int | None = None  # by default room for the longest gold text, and at least the task's
     micro_batch_size: int | None = None  # examples or answers a forward pass of one process; by default its whole share
     eval_batch_size: int = 64
     valid_limit: int | None = None  # validate on the first so many examples
@@ -396,6 +418,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.judged()
         at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, save_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
@@ -481,6 +504,7 @@ class EvaluateConfig:
     batch_size: int = 64
     limit: int | None = None  # the first so many questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
+    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

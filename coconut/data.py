@@ -1,7 +1,7 @@
 """Examples: reading and checking files, and their tokens, segment by segment.
 
 A data file is a JSON list, or one JSON object a line, of rows with `question` (text), `steps` (a list
-of texts, may be empty) and `answer` (text). Whatever else a row holds is kept in `meta`.
+of texts, may be empty or missing) and `answer` (text, or a number). Whatever else a row holds is kept in `meta`.
 
 Shapes: N examples; token arrays are flat, see `TokenizedData`.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from coconut.files import half_pair, read_utf8
 from coconut.methods import PromptFormat, mode_named
 from coconut.screen import say
 from coconut.sources import cache_folder
+from coconut.words import word_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +38,7 @@ class Example:
     steps: tuple[str, ...]
     answer: str
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
+    where: str = field(default="", compare=False)  # its row or line in the file
 
 
 def read_examples(path: Path | str) -> list[Example]:
@@ -49,11 +50,12 @@ def read_examples(path: Path | str) -> list[Example]:
     path = existing(path)
     examples, problems = [], []
     for where, row in json_rows(path):
+        row = completed(row)
         if problem := _problem(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
             meta = {key: value for key, value in row.items() if key not in ("question", "steps", "answer")}
-            examples.append(Example(row["question"], tuple(row["steps"]), row["answer"], meta))
+            examples.append(Example(row["question"], tuple(row["steps"]), row["answer"], meta, where))
     if problems:
         shown = problems[:SHOWN_PROBLEMS]
         more = len(problems) - len(shown)
@@ -109,14 +111,24 @@ def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield f"line {number}", row
 
 
+def completed(row: Any) -> Any:
+    """A row with the steps that are missing, none, and with an answer that is a number as text."""
+    if not isinstance(row, dict):
+        return row
+    answer = row.get("answer")
+    number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    steps = [] if row.get("steps") is None else row["steps"]
+    return {**row, "steps": steps, **({"answer": json.dumps(answer)} if number else {})}
+
+
 def _problem(row: Any) -> str | None:
     if isinstance(row, Unreadable):
         return row
     if not isinstance(row, dict):
         return f"must be an object with question, steps and answer; it is {_short(row)}"
-    missing = [key for key in ("question", "steps", "answer") if key not in row]
+    missing = [key for key in ("question", "answer") if key not in row]
     if missing:
-        return f"has no {', '.join(missing)}; its keys are: {', '.join(map(str, row)) or 'none'}"
+        return f"has no {' and no '.join(missing)}; its keys are: {', '.join(map(str, row)) or 'none'}"
     for key in ("question", "answer"):
         if not isinstance(row[key], str):
             return f"{key} must be text; it is {_short(row[key])}"
@@ -433,29 +445,23 @@ def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
-def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:
-    """A word-level tokenizer whose words are those of the examples, the most frequent first.
+def unknown_in(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """The words of a text that the tokenizer has no entry for."""
+    encoded: Any = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    unknown = unknown_id(tokenizer)
+    return list(dict.fromkeys(text[left:right] for token, (left, right) in places if token == unknown))
 
-    Words, runs of `#`, single marks of punctuation and the end of a line are tokens; the spaces between
-    them are not, and decoding puts one before every word.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:
+    """A word-level tokenizer whose words are those of the examples, the most frequent first (see coconut.words)."""
     from transformers import PreTrainedTokenizerFast
 
-    prompt_format = prompt_format or PromptFormat()
-    split = pre_tokenizers.Split(Regex(r"\n|\w+|#+|[^\w\s]"), behavior="removed", invert=True)
-    counts: Counter[str] = Counter()
-    for example in examples:
-        segments = _segments(example.question, example.steps, example.answer, prompt_format)
-        counts.update(word for segment in segments for word, _ in split.pre_tokenize_str(segment))
-    special = ["<pad>", "<eos>", "<unk>"]
-    words = special + [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
-    spaced = decoders.Replace(Regex(r"^(?=[\w#|<>=+*/(-])"), " ")
-    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [spaced, decoders.Fuse(), decoders.Replace(Regex(r"(^|\n) "), "\n"), decoders.Strip("\n", 1, 0)]
-    )
+    form = prompt_format or PromptFormat()
+    segments = [_segments(example.question, example.steps, example.answer, form) for example in examples]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+        tokenizer_object=word_level(segments, open_end=form.step_end.endswith(" ")),
+        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
+    )  # fmt: skip

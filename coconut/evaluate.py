@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.engine.world import World
 from coconut.files import make_writable, read_json, sha256, write_json, write_text
+from coconut.gold import read_back, warn_of_limit
 from coconut.layout import slot_ids
 from coconut.methods import REASONING_FILE, PromptFormat, Reasoning, Slot
 from coconut.seen import all_seen, seen_by, told_questions
@@ -55,7 +56,8 @@ class Result:
     any. `chain_match`: share of questions whose written steps are exactly those of the data that the
     model still writes; None where that is not a number of whole steps. `num_thoughts` is their mean,
     `passes` the mean number of forward passes, for prefix, thoughts and tokens. `left_out`: questions too
-    long for the model's context. `modes`: of a hybrid model, the share of each that it chose from.
+    long for the model's context, or with a gold answer that would be judged wrong. `modes`: of a hybrid model, the
+    share of each that it chose from.
     """
 
     count: int
@@ -140,15 +142,9 @@ def evaluate(
     return Evaluated(_summary(task, examples, ordered, seconds, reasoning.modes), ordered, in_order)
 
 
-def read_answer(task: Task, text: str, form: PromptFormat) -> str | None:
-    """The answer in what a model wrote, without what the prompt format puts around it; None if there is none."""
-    found = task.read_answer(text, form.answer_mark)
-    return None if found is None else found.removesuffix(form.answer_end).strip()
-
-
 def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
     """What the task compares of the answer in what a model wrote; None if there is none."""
-    found = read_answer(task, text, form)
+    found = task.read_answer(text, form)
     return None if found is None else task.key(found)
 
 
@@ -156,16 +152,16 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
     text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
     reasoning = reasoning.in_mode(mode) if mode else reasoning
     form = reasoning.format
-    predicted = read_answer(task, text, form)
+    predicted = task.read_answer(text, form)
     gold = _steps_left(example, reasoning, thoughts)
-    written = task.read_steps(text, form.answer_mark, form.step_end)
+    match = gold is not None and _written(task, text, form) == _written(task, form.written(gold, example.answer), form)
     return Prediction(
         question=example.question,
         gold=example.answer,
         text=text,
         predicted=predicted,
         correct=task.judge(predicted, example.answer),
-        chain_match=None if gold is None else _plain(written) == _plain(gold),
+        chain_match=None if gold is None else match,
         num_thoughts=thoughts,
         new_tokens=int(out.lengths[row]),
         cut=bool(out.cut[row]),
@@ -175,18 +171,22 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
     """The steps that the model is expected to write; None if it was trained to begin within one."""
-    cut = reasoning.steps_cut
+    cut = _steps_cut(reasoning, thoughts)
     if cut is None or reasoning.tokens_cut is None:
         return ()
-    if reasoning.tokens_cut:
-        return None
-    if reasoning.slot is Slot.thought and thoughts != reasoning.num_thoughts and reasoning.thoughts_per_step:
-        cut = thoughts // reasoning.thoughts_per_step
-    return example.steps[cut:]
+    return None if reasoning.tokens_cut else example.steps[cut:]
 
 
-def _plain(steps: Sequence[str]) -> str:
-    return "".join("".join(steps).split())
+def _steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
+    """How many steps so many thoughts stand for; None: all."""
+    cut = reasoning.steps_cut
+    own = reasoning.slot is not Slot.thought or thoughts == reasoning.num_thoughts or not reasoning.thoughts_per_step
+    return cut if cut is None or own else thoughts // reasoning.thoughts_per_step
+
+
+def _written(task: Task, text: str, form: PromptFormat) -> str:
+    """The steps in a text, spaces apart."""
+    return "".join("".join(task.read_steps(text, form)).split())
 
 
 def _summary(
@@ -248,6 +248,13 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     step = trained.step if trained else None
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting_or_told(lm, rows, config)
+    task = task_of(data)
+    with world.first_before_others():
+        gold, right = read_back(
+            lm, [examples[i] for i in kept], task, file=str(path), unreadable=config.unreadable, keep_unknown=True,
+            cache_dir=data.get("cache_dir"),
+        )  # fmt: skip
+    kept = [kept[i] for i in right]
     fitting = [examples[i] for i in kept]
     stop = None
     if trained and config.stop is StopRule.classifier:
@@ -257,11 +264,17 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     say(f"Evaluating {_asked(lm.reasoning, config)}{which}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
         say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
+    limit, counted = config.max_new_tokens or lm.reasoning.max_new_tokens, config.num_thoughts
+    forms = [
+        form if counted is None else replace(form, steps_cut=_steps_cut(form, counted))
+        for form in lm.reasoning.forms(config.mode)
+    ]
+    warn_of_limit(gold, forms, limit, str(path))
     share = -(-len(fitting) // world.size)
     with working("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
         result, predictions, _ = evaluate(
             lm,
-            TASKS[data["task"]],
+            task,
             fitting,
             num_thoughts=config.num_thoughts,
             stop=stop,
@@ -321,6 +334,13 @@ def is_saved(config: EvaluateConfig) -> bool:
         if (value := getattr(config, key)) != usual:
             raise ValueError(f"{key}={value} is for a run; {config.run} is a saved model.")
     return True
+
+
+def task_of(data: dict[str, Any]) -> Task:
+    """What judges a run's answers. Raises ValueError if nothing does."""
+    if not data["task"]:
+        raise ValueError("The run has no task, as that of a reward model. Name the run that it started from.")
+    return TASKS[data["task"]]
 
 
 def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
@@ -385,7 +405,9 @@ def describe(result: Result) -> str:
         lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
     lines.append(("cut answers", f"{100 * result.cut:.1f} %"))
     if result.left_out:
-        lines.append(("left out", f"{result.left_out} questions, too long for the model's context"))
+        lines.append(
+            ("left out", f"{result.left_out} questions, too long or with a gold answer that would be judged wrong")
+        )
     lines.append(("time", f"{1000 * result.seconds_per_item:.1f} ms a question"))
     return "\n".join(f"  {name:<12} {value}" for name, value in lines)
 

@@ -15,7 +15,7 @@ import torch
 
 from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
-from coconut.data import Unreadable, encode_questions, existing, json_rows
+from coconut.data import Unreadable, encode_questions, existing, json_rows, unknown_in
 from coconut.files import decoded, half_pair, read_utf8, write_text
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
 
@@ -62,6 +62,7 @@ def run(config: GenerateConfig) -> int:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     with autocast(lm.device, config.engine.precision):
         if question:
+            _warn_of_unknown(lm, question)
             _print_answer(lm, answer(lm, [question], **options), config.show_thoughts)
         elif questions:
             _answer_file(lm, questions, config, options)
@@ -86,6 +87,11 @@ def _print_answer(lm: LatentLM, result: Generated, show_thoughts: bool, spoken: 
 def _warn_of_cut(cut: bool) -> None:
     if cut:
         print("warning: the answer was cut at the limit; raise max_new_tokens.", file=sys.stderr)
+
+
+def _warn_of_unknown(lm: LatentLM, question: str) -> None:
+    if unknown := unknown_in(lm.tokenizer, question):
+        print(f"warning: the model has no word for {', '.join(unknown)}.", file=sys.stderr)
 
 
 def read_questions(path: str) -> list[str]:
@@ -126,6 +132,8 @@ def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> in
     limit = config.max_new_tokens or chooser.about["max_new_tokens"]
     backend = Latent(lm, config.run, config.batch_size, limit)
     for asked in [questions] if questions else ([question] for question in _typed()):
+        if not config.file:
+            _warn_of_unknown(lm, asked[0])
         try:
             with autocast(lm.device, config.engine.precision):
                 found = chooser.answer(backend, asked, config.seed)
@@ -140,7 +148,7 @@ def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> in
                  "num_thoughts": one.reply.num_thoughts[one.taken], "chosen": one.settings}
                 for question, one in zip(asked, found, strict=True)
             ]  # fmt: skip
-            _write(rows, config)
+            _write(lm, rows, config)
         else:
             print(f"[{found[0].label}: {found[0].reply.passes:g} forward passes]", file=sys.stderr)
             print(found[0].text)
@@ -183,10 +191,19 @@ def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, opt
                 found[i]["mode"] = out.modes[row]
             if config.show_thoughts:
                 found[i]["thoughts"] = likeliest(lm, out.thoughts[row][: int(out.num_thoughts[row])])
-    _write([found[i] for i in range(len(questions))], config)
+    _write(lm, [found[i] for i in range(len(questions))], config)
 
 
-def _write(rows: list[dict[str, Any]], config: GenerateConfig) -> None:
+def _write(lm: LatentLM, rows: list[dict[str, Any]], config: GenerateConfig) -> None:
+    """The answers, with the words of a question that the model does not know, where there are any."""
+    words = [unknown_in(lm.tokenizer, row["question"]) for row in rows]
+    rows = [{**row, **({"unknown": unknown} if unknown else {})} for row, unknown in zip(rows, words, strict=True)]
+    if without := [number for number, unknown in enumerate(words) if unknown]:
+        print(
+            f"warning: the model does not know all words of {len(without)} of {len(rows)} questions. The first is "
+            f"question {without[0] + 1}: {', '.join(words[without[0]])}.",
+            file=sys.stderr,
+        )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if config.output:
         write_text(Path(config.output), lines)
@@ -201,6 +218,7 @@ def _converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> Non
 
     as_text = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     for question in _typed():
+        _warn_of_unknown(lm, question)
         streamer = TextStreamer(lm.tokenizer, skip_prompt=True, **as_text)  # pyright: ignore
         try:
             _print_answer(lm, answer(lm, [question], streamer=streamer, **options), show_thoughts, spoken=True)

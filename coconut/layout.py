@@ -83,6 +83,17 @@ def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.nd
     return np.minimum(stage.num_thoughts, plan.thoughts_per_step * np.asarray(num_steps))
 
 
+def written_lengths(
+    data: TokenizedData, steps_cut: np.ndarray | int | None, tokens_cut: np.ndarray | int | None
+) -> np.ndarray:
+    """(N,) tokens that follow the slot: what the cut leaves of the chain, and the answer with its end."""
+    every = np.iinfo(np.int64).max
+    steps_cut, tokens_cut = (every if cut is None else cut for cut in (steps_cut, tokens_cut))
+    answer_starts = data.bounds[data.first[1:] - 2]
+    chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
+    return np.maximum(answer_starts - chain_starts - tokens_cut, 0) + data.starts[1:] - answer_starts
+
+
 class EpochView:
     """A data set as one epoch of one stage sees it.
 
@@ -117,13 +128,9 @@ class EpochView:
         if stage.smoothed:
             self.tokens_cut = self.tokens_cut + _icot_offsets(seed, epoch, len(data))
 
-        answer_starts = data.bounds[data.first[1:] - 2]
-        chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
-        kept = np.maximum(answer_starts - chain_starts - self.tokens_cut, 0)
         self.anchors = data.question_lengths + controls + markers // 2
-        self.lengths = (
-            data.question_lengths + controls + markers + self.num_thoughts + kept + data.starts[1:] - answer_starts
-        )
+        written = written_lengths(data, steps_cut, self.tokens_cut)
+        self.lengths = data.question_lengths + controls + markers + self.num_thoughts + written
 
     def __len__(self) -> int:
         return len(self.data)

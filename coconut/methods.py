@@ -12,6 +12,7 @@ to Reason in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -335,6 +336,10 @@ class PromptFormat:
         before, after = template.split("{}")
         return before + text + after
 
+    def written(self, steps: Sequence[str], answer: str) -> str:
+        """What a model is to write."""
+        return "".join([*(self.fill(self.step, step) for step in steps), self.fill(self.answer, answer)])
+
     @property
     def answer_mark(self) -> str:
         return self.answer.split("{}")[0].strip()
@@ -342,6 +347,10 @@ class PromptFormat:
     @property
     def answer_end(self) -> str:
         return self.answer.split("{}")[1].strip()
+
+    @property
+    def step_begin(self) -> str:
+        return self.step.split("{}")[0].strip()
 
     @property
     def step_end(self) -> str:
@@ -393,6 +402,10 @@ class Reasoning:
             self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
             steps_cut=mode.steps_cut, modes=(),
         )  # fmt: skip
+
+    def forms(self, mode: str | None = None) -> list[Reasoning]:
+        """Its modes, or the one of that name, each as it is asked; a model without modes is asked in one way."""
+        return [self.in_mode(name) for name in self.modes if mode in (None, name)] or [self]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,13 +12,14 @@ from coconut.data import read_examples
 from coconut.engine.base import autocast
 from coconut.engine.launch import on_processes
 from coconut.engine.world import World
+from coconut.evaluate import task_of
 from coconut.files import sha256, write_json
+from coconut.gold import read_back, warn_of_limit
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
 from coconut.rl.rollouts import Correctness, roll_out, with_room
 from coconut.screen import only_our_words, say, working
 from coconut.sources import file_of_split
-from coconut.tasks import TASKS
 from coconut.tracking import read_config
 
 CHUNK = 256  # questions; what is sampled for one depends on the seed and its number alone
@@ -39,6 +40,14 @@ def together(config: RolloutConfig, world: World) -> int:
     lm = trained.lm
     skip = config.too_long is TooLong.skip
     examples = with_room(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
+    task = task_of(data)
+    with world.first_before_others():
+        gold, right = read_back(
+            lm, examples, task, file=str(path), unreadable=config.unreadable, cache_dir=data["cache_dir"]
+        )
+    limit = config.max_new_tokens or lm.reasoning.max_new_tokens
+    warn_of_limit(gold, lm.reasoning.forms(config.mode), limit, str(path))
+    examples = [examples[i] for i in right]
     output = Path(config.output or Path(config.run) / "rollouts" / f"{config.split}.jsonl")
     about = {
         "run": str(Path(config.run).resolve()), "step": trained.step, "file": str(Path(path).resolve()),
@@ -48,7 +57,7 @@ def together(config: RolloutConfig, world: World) -> int:
     }  # fmt: skip
     parts = output.with_name(f".{output.name}.chunks")
     world.first_does(lambda: _begin(parts, about))
-    judge = Correctness(TASKS[data["task"]], lm.reasoning.format)
+    judge = Correctness(task, lm.reasoning.format)
     chunks = [range(first, min(first + CHUNK, len(examples))) for first in range(0, len(examples), CHUNK)]
     with working("sampling", len(chunks)) as bar, autocast(lm.device, config.engine.precision):
         for number, places in list(enumerate(chunks))[world.rank :: world.size]:

@@ -27,6 +27,7 @@ from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, Prediction, evaluate
 from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
+from coconut.gold import limit_for, readable, warn_of_limit
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, forms_of, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
@@ -51,7 +52,7 @@ class Training:
 
     def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[config.data.task]
+        self.task = TASKS[config.data.judged()]
         self.plan = plan(config.method, config.curriculum)
         self.standing = Standing(config, folder, world, {"pending": False})
         found = self.standing.found
@@ -97,7 +98,12 @@ class Training:
         fitting, kept = fit_context(self._all_views, data, self.lm.context, skip, self.files[split])
         if len(kept) < len(data):
             say(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
-        return fitting, kept
+        rows = [examples[i] for i in kept]
+        right = readable(
+            rows, fitting, self.lm.tokenizer, self.task, config.format,
+            file=self.files[split], unreadable=config.unreadable,
+        )  # fmt: skip
+        return (fitting, kept) if len(right) == len(kept) else (fitting.select(right), kept[right])
 
     def _refuse_without_pairs(self, data: TokenizedData, split: str) -> None:
         """An answer at once and one with its chain are the same thing where there is no chain."""
@@ -278,7 +284,8 @@ class Training:
         return open_tracking(self.config.tracking, self.folder, self.step, about, writes=self.world.first)
 
     def _reasoning(self, stage: Stage) -> Reasoning:
-        limit = self.config.max_new_tokens or self.task.max_new_tokens
+        forms = [stage, *(self.plan.depths if self.plan.mixing_probability else ())]
+        limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)
         return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
 
     def _write_page(self, track: Tracking) -> None:
@@ -412,6 +419,9 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
         say(f"note: {config.method} has no slot that tells stages apart, so curriculum.mixing_probability is not used")
     for stage in training.plan.stages:
         say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
+    if config.max_new_tokens:
+        for split, data in (("train", training.train), ("valid", training.valid)):
+            warn_of_limit(data, training.plan.stages, config.max_new_tokens, files[split])
     training.rehearse()
     training.standing.take_up(training.engine)
     world.first_does(lambda: describe_run(config, folder, training))

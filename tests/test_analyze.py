@@ -157,8 +157,9 @@ def test_thoughts_that_were_never_mixed_cannot_be_stopped_early(data: DataConfig
 def sums(folder: Path) -> DataConfig:
     """Questions without graphs."""
     files: Any = {}
-    for split, numbers in (("train", range(40)), ("valid", range(40, 48)), ("test", range(48, 60))):
-        rows = [{"question": f"{n} and 1 ?", "steps": [f"{n} + 1"], "answer": str(n + 1)} for n in numbers]
+    for split, numbers in (("train", range(40)), ("valid", range(2, 10)), ("test", range(10, 22))):
+        asked = "{} and 1 ?" if split == "train" else "1 and {} ?"
+        rows = [{"question": asked.format(n), "steps": [f"{n} + 1"], "answer": str(n + 1)} for n in numbers]
         write_json(folder / f"{split}.json", rows)
         files[split] = str(folder / f"{split}.json")
     return DataConfig(Task.gsm8k, **files, format=PromptFormat("{}", "{} ; ", "### {}"))

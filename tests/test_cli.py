@@ -91,7 +91,8 @@ def test_every_experiment_is_built(experiment: str) -> None:
     ("kind", "name"), [(kind, name) for kind in ("model", "data", "engine", "tracking") for name in group(kind)]
 )
 def test_every_choice_is_built(kind: str, name: str) -> None:
-    assert isinstance(composed("train", f"{kind}={name}", "data.train=a.json", "data.valid=b.json"), TrainConfig)
+    files = ["data.train=a.json", "data.valid=b.json", "data.task=prosqa"]
+    assert isinstance(composed("train", f"{kind}={name}", *files), TrainConfig)
 
 
 @pytest.mark.parametrize("command", ["train", "rl", "adaptive"])
@@ -161,6 +162,8 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         (["optimizer.lr=0"], "optimizer.lr is 0"),
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
         (["data=own"], "data.train names no file"),
+        (["data=own", "data.train=a.json", "data.valid=b.json"], "data.task is missing"),
+        (["data=own", "+data.build.seed=1"], "of which task? Set data.task to one of gsm8k"),
         (["data.train=a.json"], "data.valid names no file"),
     ],
 )
@@ -376,12 +379,13 @@ def test_import_is_light() -> None:
 # --- structure ------------------------------------------------------------------------------------
 
 LAYERS = [
-    ["overrides", "screen"],
+    ["overrides", "screen", "words"],
     ["cli", "files", "methods", "sweeps", "tasks"],
     ["config", "modes"],
     ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
     ["layout"],
+    ["gold"],
     ["model"],
     ["checkpoint", "seen", "thinking", "tracking"],
     ["build", "evaluate", "folder", "signals", "stopping", "trackers"],
@@ -392,8 +396,8 @@ LAYERS = [
     ["adaptive"],
     ["analyze", "demo", "reward", "rollout"],
 ]
-TORCHLESS = {"overrides", "cli", "files", "methods", "screen", "tasks", "config", "sources", "schedule", "opening",
-             "settings", "sweeps"}  # fmt: skip
+TORCHLESS = {"overrides", "cli", "files", "methods", "screen", "tasks", "words", "config", "sources", "schedule",
+             "opening", "settings", "sweeps"}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

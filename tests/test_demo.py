@@ -146,7 +146,7 @@ def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest)
         outs = [lm.generate(torch.tensor(prompts), num_thoughts=count) for count in counts]
         for one, out in zip(found["after"], outs, strict=True):
             assert (one["text"], one["cut"]) == (out.texts[0].strip(), bool(out.cut[0]))
-            assert one["answer"] == subject.task.read_answer(out.texts[0])
+            assert one["answer"] == subject.task.read_answer(out.texts[0], subject.lm.reasoning.format)
             assert one["correct"] == subject.task.judge(one["answer"], example.answer)
         for said, expected in zip(found["thoughts"], likeliest(lm, outs[-1].thoughts[0], 5), strict=True):
             assert [text for text, _ in said] == [text for text, _ in expected]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
 from coconut.engine.world import World, joined
 from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -348,7 +348,7 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
 def data_beside(warm: str) -> DataConfig:
     folder = Path(warm).parent
     train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(train=train, valid=valid, test=test, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def on_two(warm: str, folder: str) -> None:

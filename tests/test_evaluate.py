@@ -21,9 +21,10 @@ from coconut.config import (
     EvaluateConfig,
     GenerateConfig,
     TooLong,
+    Unreadable,
 )
 from coconut.data import Example
-from coconut.evaluate import evaluate, read_results
+from coconut.evaluate import evaluate, read_results, task_of
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import read_questions
 from coconut.generate import run as run_generate
@@ -157,7 +158,7 @@ def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: 
         run_evaluate(config)
     config.too_long = TooLong.skip
     run_evaluate(config)
-    assert "1 questions, too long for the model's context" in capsys.readouterr().out
+    assert "1 questions, too long or with a gold answer that would be judged wrong" in capsys.readouterr().out
 
 
 def test_a_chain_that_begins_within_a_step_is_not_compared() -> None:
@@ -242,6 +243,53 @@ def test_a_line_of_a_text_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     for end in ("\n", "\r\n"):
         file.write_bytes(end.join(questions).encode())
         assert read_questions(str(file)) == questions
+
+
+def test_words_that_the_model_does_not_know_are_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    asked = "Which animal barks?"
+    told = "warning: the model has no word for Which, animal, barks."
+    run_generate(GenerateConfig(run=str(trained), question=asked))
+    assert told in capsys.readouterr().err
+    typed = iter([asked, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    run_generate(GenerateConfig(run=str(trained)))
+    assert told in capsys.readouterr().err
+    (tmp_path / "some.txt").write_text(f"{graph_rows(seed=0, count=1)[0]['question']}\n{asked}\n")
+    run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt")))
+    shown = capsys.readouterr()
+    assert "all words of 1 of 2 questions. The first is question 2: Which, animal, barks." in shown.err
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    assert [row.get("unknown") for row in rows] == [None, ["Which", "animal", "barks"]]
+
+
+def test_gold_answers_that_no_model_can_give_are_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((trained.parent / "test.json").read_text())[:3]
+    unknown = [*rows, {**rows[0], "answer": "zebra"}]
+    (tmp_path / "unknown.json").write_text(json.dumps(unknown))
+    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "unknown.json"))))
+    assert "no words for 1 of 4 answers" in capsys.readouterr().out
+    (name,) = (name for name in read_results(trained) if name.startswith("unknown-"))
+    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (4, 0)
+    (tmp_path / "wrong.json").write_text(json.dumps([*rows, {**rows[0], "answer": "0 ### 1"}]))
+    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "wrong.json")))
+    with pytest.raises(ValueError, match="row 4, answer '0 ### 1': '1' is read"):
+        run_evaluate(config)
+    config.unreadable = Unreadable.skip
+    run_evaluate(config)
+    (name,) = (name for name in read_results(trained) if name.startswith("wrong-"))
+    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (3, 1)
+    run_evaluate(EvaluateConfig(run=str(trained), limit=3, max_new_tokens=1))
+    assert "3 of 3 gold texts" in capsys.readouterr().out
+
+
+def test_a_run_without_a_task_is_not_judged() -> None:
+    with pytest.raises(ValueError, match="no task, as that of a reward model"):
+        task_of({"task": None})
 
 
 def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -147,15 +147,13 @@ def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str, lm: Laten
     expected = done(lm, **batch)
     inner, own = lm.base.base_model.forward, lm.cache_argument
 
-    if name == "cache":
+    def with_cache(*, cache: Any = None, **given: Any) -> Any:
+        return inner(**given, **{own: cache})
 
-        def renamed(*, cache: Any = None, **given: Any) -> Any:
-            return inner(**given, **{own: cache})
-    else:
+    def with_past_key_values(*, past_key_values: Any = None, **given: Any) -> Any:
+        return inner(**given, **{own: past_key_values})
 
-        def renamed(*, past_key_values: Any = None, **given: Any) -> Any:
-            return inner(**given, **{own: past_key_values})
-
+    renamed = {"cache": with_cache, "past_key_values": with_past_key_values}[name]
     lm.base.base_model.forward = renamed
     again = LatentLM(lm.base, lm.tokenizer, lm.special, lm.reasoning)
     assert again.cache_argument == name

@@ -33,6 +33,7 @@ from coconut.config import (
     Precision,
     Task,
     TooLong,
+    Unreadable,
 )
 from coconut.data import Example, encode_texts
 from coconut.engine.base import Update
@@ -78,6 +79,8 @@ WORDS = PromptFormat("{}", "{} ", "### {}")
         ("a b\nc", LINES, ["a b\n", "c"]),
         ("a b\nc ### 5", LINES, ["a b\n", "c ", "### 5"]),
         ("b c ### c", WORDS, ["b ", "c ", "### c"]),
+        ("### a\n#### 4\n### 5", LINES, ["### a\n", "#### 4\n", "### 5"]),
+        ("a\nb", PromptFormat(answer="{}"), ["a\n", "b"]),
         ("", LINES, [""]),
         ("\n### 1\nand more\n", LINES, ["\n### 1\nand more\n"]),
     ],
@@ -597,7 +600,7 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
     assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.samples]
     for text, its in zip(texts, found.shares, strict=True):
-        steps = TASKS["prosqa"].read_steps(text, "###", " ")
+        steps = TASKS["prosqa"].read_steps(text, WORDS)
         assert len(its) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in its)
     assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
@@ -771,6 +774,18 @@ def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) 
             settings(made, tmp_path / "none", **changes)
     with pytest.raises(ValueError, match="temperature is 0"):
         RolloutConfig(run="x", temperature=0.0)
+
+
+def test_answers_to_what_cannot_be_right_are_not_sampled(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [{"question": "0 1 ?", "answer": 1}, {"question": "0 1 ?", "answer": "0 ### 1"}]
+    write_json(tmp_path / "own.json", rows)
+    files, output = DataFiles(train=str(tmp_path / "own.json")), tmp_path / "answers.jsonl"
+    config = RolloutConfig(run=str(made[0]), data=files, output=str(output), samples=2, engine=CPU)
+    with pytest.raises(ValueError, match="row 2, answer '0 ### 1': '1' is read"):
+        roll(config)
+    config.unreadable = Unreadable.skip
+    assert roll(config) == 0
+    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == ["1"]
 
 
 def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from coconut.config import (
     LoraConfig,
     Precision,
     TableConfig,
+    Task,
     TooLong,
 )
 from coconut.data import Example
@@ -174,7 +175,7 @@ def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig],
 def data_beside(warm: str) -> DataConfig:
     folder = Path(warm).parent
     train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(train=train, valid=valid, test=test, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def alone(warm: str, folder: str) -> None:
@@ -330,6 +331,13 @@ def test_long_questions_are_left_out_when_asked(
     config.data.too_long = TooLong.skip
     assert run(config) == 0
     assert "Left out 1 of 41 questions of" in capsys.readouterr().out
+
+
+def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
+    data = replace(made[1], train=str(tmp_path / "train.json"))
+    with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
+        run(settings((made[0], data), tmp_path / "run", batches=1))
 
 
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:

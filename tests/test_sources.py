@@ -120,7 +120,7 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
 )
 def test_keys_that_contradict(keys: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        DataConfig(**keys)
+        DataConfig(**{"task": Task.prosqa, **keys})
 
 
 def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

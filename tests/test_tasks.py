@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coconut.methods import PromptFormat
 from coconut.tasks import TASKS, gsm8k, pointers, prontoqa, prosqa
+from coconut.tasks.chain import read_answer, read_steps
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
 QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
@@ -30,8 +32,13 @@ SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
     [
         ("a b\nc\n### 72", ["a b", "c"], "72"),
         ("### 72\n", [], "72"),
-        ("\n a \n\n###72\nand more\n### 73", ["a"], "72"),
-        ("a\n# # # True", ["a"], "True"),
+        ("\n a \n\n###72\nand more", ["a"], "72"),
+        ("### step one : 2 + 3 = 5\n### 5", ["### step one : 2 + 3 = 5"], "5"),
+        ("a\n#### 4\n#### 3", ["a", "#### 4"], "3"),
+        ("a ### b\n### 5", ["a ### b"], "5"),
+        ("a\n  ### a ### b", ["a"], "a ### b"),
+        ("a\n### #5", ["a"], "#5"),
+        ("# ### True", ["#"], "True"),
         ("a ### 5", ["a"], "5"),
         ("a\nb", ["a", "b"], None),
         ("a\n###", ["a"], ""),
@@ -39,15 +46,41 @@ SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
     ],
 )
 def test_reading(task, text: str, steps: list[str], answer: str | None) -> None:
-    assert task.read_steps(text) == steps
-    assert task.read_answer(text) == answer
+    assert task.read_steps(text, PromptFormat()) == steps
+    assert task.read_answer(text, PromptFormat()) == answer
 
 
-def test_reading_with_another_mark() -> None:
-    assert gsm8k.read_answer("### 1\n#### 2", mark="####") == "2"
-    assert gsm8k.read_answer("The answer is: 2", mark="The answer is:") == "2"
-    assert (gsm8k.read_steps("a\nb\n", mark=""), gsm8k.read_answer("a\nb\n", mark="")) == (["a"], "b")
-    assert gsm8k.read_answer("", mark="") is None
+FORMS = [
+    PromptFormat(),
+    PromptFormat(step="{} "),
+    PromptFormat(step="{} ; ", answer="#### {}"),
+    PromptFormat(step="{}|", answer="###{}."),
+    PromptFormat(step="<{}>", answer="so ({})"),
+    PromptFormat(step="{}\n\n", answer="The answer is: {} ."),
+    PromptFormat(answer="Answer:\n{}"),
+    PromptFormat(answer="{}"),
+    PromptFormat(step="{};", answer="{}"),
+    PromptFormat(step="{} .\n", answer="{} ."),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+@given(
+    st.lists(st.sampled_from(["a", "2+3=5", "#", "### 4", "#### 4", "Answer:", "The answer is: 3", "so (2)"])),
+    st.sampled_from(["5", "-2.5", "1,234", "#5", "b", "3 # 4"]),
+)
+def test_what_is_written_is_read_back(form: PromptFormat, steps: list[str], answer: str) -> None:
+    if form.step_end == " ":
+        steps = [step.replace(" ", "") for step in steps]
+    if answer[0] == "#" and form.answer.startswith("###{"):
+        answer = answer[1:]
+    text = form.written(steps, answer)
+    assert (read_steps(text, form), read_answer(text, form)) == (steps, answer)
+
+
+def test_a_line_that_says_nothing_is_no_answer() -> None:
+    assert read_answer("", PromptFormat(answer="{}")) is None
+    assert read_answer("a\nb\n", PromptFormat(answer="{}")) == "b"
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from coconut.adaptive.space import Space
 from coconut.adaptive.trials import refuse_few, studies, trials
 from coconut.build import computed_as, load_model
 from coconut.cli import application, by_word
-from coconut.data import Example, read_examples
+from coconut.data import Example, read_examples, unknown_words
 from coconut.engine.base import autocast, set_up
 from coconut.files import sha256, sole_owner, write_text
+from coconut.gold import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
 from coconut.model import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
@@ -154,6 +155,8 @@ def _of_others(config: AdaptiveConfig) -> Asking:
     device, file = set_up(config.engine), getattr(config.data, config.split)
     examples = read_examples(file)[: config.limit]
     vote = Vote(TASKS[config.task], config.format)
+    right = readable(examples, None, None, vote.task, vote.form, file=file, unreadable=config.unreadable)
+    examples = [examples[i] for i in right]
     if config.base:
         backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
         fingerprint = _fingerprint(backend.model, backend.tokenizer, str(backend.tokenizer.chat_template))
@@ -187,7 +190,12 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     implicit = config.judge.kind is JudgeKind.implicit
     judge = Implicit(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
     encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
-    return Asking(backend, encode, judge, vote, read_examples(file)[: config.limit], file, lm.device)
+    examples = read_examples(file)[: config.limit]
+    gold, right = read_back(lm, examples, vote.task, file=file, unreadable=config.unreadable, keep_unknown=True)
+    warn_of_limit(gold, lm.reasoning.forms(), config.max_new_tokens or lm.reasoning.max_new_tokens, file)
+    if unknown := unknown_words(gold, lm.tokenizer):
+        say(f"warning: {unknown:,} words of {file} are not in the model's vocabulary.")
+    return Asking(backend, encode, judge, vote, [examples[i] for i in right], file, lm.device)
 
 
 def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:

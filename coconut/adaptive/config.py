@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.config import SPLITS, DataFiles, EngineConfig, Task, at_least
+from coconut.config import SPLITS, DataFiles, EngineConfig, Task, Unreadable, at_least
 from coconut.methods import PromptFormat
 from coconut.overrides import PathName, Place, Text
 
@@ -100,6 +100,7 @@ class AdaptiveConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     cost: float = 0.0  # of a forward pass, taken from the score
     limit: int | None = None  # the first so many questions
+    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
     few: int = 100  # questions to learn from; the others are for the test
     seeds: int = 20
     policy: PolicyConfig = field(default_factory=PolicyConfig)

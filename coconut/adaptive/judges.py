@@ -11,7 +11,7 @@ import torch
 
 from coconut.adaptive.backends import Latent, Reply
 from coconut.data import Example
-from coconut.evaluate import answer_key, read_answer
+from coconut.evaluate import answer_key
 from coconut.methods import PromptFormat
 from coconut.opening import opened, reaching
 from coconut.rewards.implicit import ImplicitReward
@@ -63,7 +63,7 @@ class Exact:
         task, form = self.vote.task, self.vote.form
 
         def right(place: int, sample: int) -> float:
-            said = read_answer(task, replies[place].texts[sample], form)
+            said = task.read_answer(replies[place].texts[sample], form)
             return float(task.judge(said, examples[place].answer))
 
         return self.vote.shared(replies, lambda places: [right(*place) for place in places])

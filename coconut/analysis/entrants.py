@@ -234,7 +234,7 @@ def settings_of(record: RunRecord) -> dict[str, Any]:
 def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     files, curriculum = description["data"], config["curriculum"]
     data = {
-        **{key: config["data"][key] for key in ("task", "too_long", "format")},
+        **{key: identity(config)["data"][key] for key in ("task", "too_long", "unreadable", "format")},
         **{split: row["sha256"][:12] for split, row in files.items()},
     }
     began, length = _origin(config, description)

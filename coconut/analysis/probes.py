@@ -168,7 +168,7 @@ def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool)
     counts = Counter(
         classify(
             asked,
-            subject.task.read_steps(prediction.text, form.answer_mark, form.step_end),
+            subject.task.read_steps(prediction.text, form),
             prediction.correct,
             hidden=hidden,
         )

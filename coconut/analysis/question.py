@@ -14,8 +14,7 @@ from coconut.analysis.names import Spelling, name_probabilities, spell
 from coconut.analysis.plots import place_nodes
 from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.config import Precision
-from coconut.data import encode_questions, unknown_id
-from coconut.evaluate import read_answer
+from coconut.data import encode_questions, unknown_id, unknown_in
 from coconut.layout import slot_ids
 from coconut.methods import Slot
 from coconut.tasks import prosqa
@@ -65,7 +64,7 @@ class Asker:
                 notes.append(f"This tells no graph. {error}")
         right = right or (parsed and right_answer(question, parsed))
         with self.lock, autocast(lm.device, self.precision):
-            if unknown := unknown_words(lm, question):
+            if unknown := unknown_in(lm.tokenizer, question):
                 notes.append(f"The model has no word for {', '.join(unknown)}.")
             spellings = spell_nodes(lm, parsed) if parsed and self._thinks else {}
             prompt = self._prompt(question, spellings)
@@ -111,7 +110,7 @@ class Asker:
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
         found = []
         for count, text, cut in zip(counts, out.texts, out.cut.tolist(), strict=True):
-            answer = read_answer(task, text, lm.reasoning.format)
+            answer = task.read_answer(text, lm.reasoning.format)
             correct = None if right is None else task.judge(answer, right)
             found.append({"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "cut": cut})
         return found, likeliest(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []
@@ -137,16 +136,6 @@ def spell_nodes(lm: LatentLM, parsed: prosqa.Question) -> dict[str, Spelling]:
     unknown = unknown_id(lm.tokenizer)
     spellings = spell(lm, list(nodes), parsed.symbolic)
     return {node: spelling for node, spelling in spellings.items() if unknown not in spelling.name}
-
-
-def unknown_words(lm: LatentLM, text: str) -> list[str]:
-    """The words of a text that the tokenizer has no entry for."""
-    encoded: Any = lm.tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
-    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    unknown = unknown_id(lm.tokenizer)
-    return list(dict.fromkeys(text[left:right] for token, (left, right) in places if token == unknown))
 
 
 def right_answer(question: str, parsed: prosqa.Question) -> str | None:

@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data import Example, Unreadable, encode_questions, encode_texts, existing, json_rows
+from coconut.data import Example, Unreadable, completed, encode_questions, encode_texts, existing, json_rows
 from coconut.files import write_text
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Group
@@ -120,6 +120,7 @@ def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Sample:
 def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
     count = 0
     for where, row in json_rows(existing(path)):
+        row = completed(row)
         if problem := _problem(row, len(lm.tokenizer), lm.reasoning.modes):
             raise ValueError(f"{path}, {where}: {problem}")
         count += 1

@@ -138,7 +138,7 @@ def localisation(
         raise ValueError(f"{judge.task.name} has no exact check of steps: nothing says where the first error is.")
     form, read = judge.form, judge.task.read_steps
     told = [[(row.example.question, s.text) for row in part for s in row.samples] for part in (development, asked)]
-    truth = [[check(asks, read(text, form.answer_mark, form.step_end)) for asks, text in part] for part in told]
+    truth = [[check(asks, read(text, form)) for asks, text in part] for part in told]
     rows = []
     for pair in scored:
         steps = [

@@ -12,6 +12,7 @@ from coconut.config import (
     LaunchConfig,
     RunConfig,
     TooLong,
+    Unreadable,
     at_least,
     needs_run,
     refuse_cuda_graphs,
@@ -35,6 +36,7 @@ class RolloutConfig:
     max_new_tokens: int | None = None
     limit: int | None = None  # the first so many questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
+    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
     batch_size: int = 64
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)

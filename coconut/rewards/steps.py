@@ -5,11 +5,11 @@ Nothing here reaches into the prompt: an answer is what the model said after it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from coconut.methods import PromptFormat
+from coconut.tasks.chain import find_answer
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -21,8 +21,8 @@ def text_ends(text: str, form: PromptFormat) -> list[int]:
     A step ends with what ends it in the prompt format, or where the answer's mark begins. Empty steps belong to the one
     before. A text without steps is one part, and so is what was said last if no answer was given.
     """
-    mark = _mark(text, form)
-    last = len(text) if mark is None else mark.start()
+    answer = find_answer(text, form)
+    last = len(text) if answer is None else answer[0]
     ends, begin = [], 0
     while begin < last:
         found = text.find(form.step_end, begin, last)
@@ -32,7 +32,7 @@ def text_ends(text: str, form: PromptFormat) -> list[int]:
         elif ends:
             ends[-1] = end
         begin = end
-    if mark is None and ends:
+    if answer is None and ends:
         return ends  # no answer was given: the last step is the last part
     return [*ends, len(text)]
 
@@ -40,11 +40,7 @@ def text_ends(text: str, form: PromptFormat) -> list[int]:
 def step_count(text: str, form: PromptFormat) -> int:
     """How many of the parts are steps: all but the answer, where there is one."""
     parts = len(text_ends(text, form))
-    return parts if _mark(text, form) is None and text.strip() else parts - 1
-
-
-def _mark(text: str, form: PromptFormat) -> re.Match[str] | None:
-    return re.search(r"[ \t]*".join(map(re.escape, form.answer_mark)), text) if form.answer_mark else None
+    return parts if find_answer(text, form) is None and text.strip() else parts - 1
 
 
 def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()) -> list[int]:

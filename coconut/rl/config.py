@@ -115,6 +115,7 @@ class RLConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.judged()
         at_least("", self, batches=1, questions=1, num_minibatches=1, num_iterations=1, rollout_batch_size=1,
                  micro_batch_size=1, validate_every=1, save_every=0)  # fmt: skip
         refuse_cuda_graphs(self.engine, "a policy")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from coconut.data import Example, encode_questions
-from coconut.evaluate import read_answer
 from coconut.methods import PromptFormat
 from coconut.modes import seeded
 from coconut.rl.policy import Cost, Sample, longest_answers, named, samples_of
@@ -56,7 +55,7 @@ class Correctness:
         return 1.0 - self.costs.get(mode, 0.0)
 
     def right(self, example: Example, text: str) -> bool:
-        return self.task.judge(read_answer(self.task, text, self.form), example.answer)
+        return self.task.judge(self.task.read_answer(text, self.form), example.answer)
 
 
 @dataclass(frozen=True)

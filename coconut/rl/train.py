@@ -23,6 +23,7 @@ from coconut.engine.world import World
 from coconut.evaluate import Abandoned, Prediction
 from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
+from coconut.gold import read_back, warn_of_limit
 from coconut.model import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.objectives import advantages, without_variance
@@ -53,7 +54,7 @@ class PolicyTraining:
         self, config: RLConfig, folder: Path, files: dict[str, str], world: World, reward: Reward | None = None
     ):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[config.data.task]
+        self.task = TASKS[config.data.judged()]
         self.objective = config.objective.built()
         self.standing = Standing(config, folder, world, {"updates": 0, "pending": True})
 
@@ -121,13 +122,22 @@ class PolicyTraining:
         )  # fmt: skip
 
     def _read(self, split: str) -> list[Example]:
-        """The examples whose questions leave room for the longest answer."""
-        file, skip = self.files[split], self.config.data.too_long is TooLong.skip
+        """The examples whose questions leave room for the longest answer, and whose own answers are judged right."""
+        file, config = self.files[split], self.config
         kept = with_room(
-            self.lm, read_examples(file), self.limit, skip, file, "Lower max_new_tokens, or leave them out with "
-            "data.too_long=skip.",
+            self.lm, read_examples(file), self.limit, config.data.too_long is TooLong.skip, file,
+            "Lower max_new_tokens, or leave them out with data.too_long=skip.",
         )  # fmt: skip
-        return kept
+        with self.world.first_before_others():
+            gold, right = read_back(
+                self.lm, kept, self.task, file=file, unreadable=config.data.unreadable, cache_dir=config.data.cache_dir
+            )
+        own = self.lm.reasoning
+        for mode, form in zip(own.modes or [""], own.forms(), strict=True):
+            limited = config.reward.limits.get(mode, self.limit)
+            key = "max_new_tokens" if limited >= self.limit else f"reward.limits.{mode}"
+            warn_of_limit(gold, [form], min(limited, self.limit), file, key)
+        return [kept[i] for i in right]
 
     def _asked(self, examples: Sequence[Example]) -> list[list[int]]:
         return encode_questions(self.lm.tokenizer, [e.question for e in examples], self.lm.reasoning.format)

@@ -6,21 +6,24 @@ A task is a module. Whatever only one of them can do (`prosqa.graph`) is a funct
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from coconut.tasks import gsm8k, pointers, prontoqa, prosqa
+
+if TYPE_CHECKING:
+    from coconut.methods import PromptFormat
 
 
 class Task(Protocol):
     name: str
     max_new_tokens: int
 
-    def read_answer(self, text: str, mark: str = "###") -> str | None:
-        """The answer in generated text; None if the text has no mark."""
+    def read_answer(self, text: str, form: PromptFormat) -> str | None:
+        """The answer in generated text; None if the text has none."""
         ...
 
-    def read_steps(self, text: str, mark: str = "###", end: str = "\n") -> list[str]:
-        """The written steps before the mark, each of which `end` closes."""
+    def read_steps(self, text: str, form: PromptFormat) -> list[str]:
+        """The written steps before the answer."""
         ...
 
     def key(self, answer: str) -> Hashable:

@@ -1,0 +1,175 @@
+"""What a model that makes no mistake would write: is it read back and judged right, and how long is it?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coconut.config import Unreadable
+from coconut.data import SHOWN_PROBLEMS, Example, TokenizedData, tokenize, unknown_id, unknown_in
+from coconut.layout import written_lengths
+from coconut.methods import PromptFormat, Reasoning, Stage
+from coconut.screen import say
+from coconut.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from coconut.model import LatentLM
+
+ROOM = 1.25  # times the longest gold text: the limit of new tokens that is taken from the data
+BATCH = 4096  # rows decoded at once
+
+
+def readable(
+    examples: Sequence[Example],
+    data: TokenizedData | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+    task: Task,
+    form: PromptFormat,
+    *,
+    file: str,
+    unreadable: Unreadable,
+    keep_unknown: bool = False,
+) -> np.ndarray:
+    """The places of the rows whose gold answer is judged right once it was encoded, decoded and read.
+
+    The others are named in the ValueError that is raised, or left out with `unreadable=skip`. `keep_unknown`: rows with
+    an answer that the tokenizer has no words for stay all the same, since a test counts them as wrong. Without `data`
+    the texts themselves are read.
+    """
+    texts = (
+        (form.written(example.steps, example.answer) for example in examples)
+        if data is None or tokenizer is None
+        else _decoded(data, tokenizer)
+    )
+    wrong, other_steps = _misread(examples, texts, task, form)
+    if other_steps:
+        row, count = next(iter(other_steps.items()))
+        say(
+            f"warning: {file}: of {len(other_steps):,} rows the steps are read back as another number of steps; the "
+            f"first is {_place(examples, row)}, {count} for {len(examples[row].steps)}. What is measured by steps goes "
+            f"by what is read. Choose a data.format.step whose end, now {form.step_end!r}, is in no step."
+        )
+    unknown = _without_words(examples, wrong, data, tokenizer, form)
+    if unknown and keep_unknown:
+        where, words = next(iter(unknown.items()))
+        say(
+            f"warning: the tokenizer has no words for {len(unknown):,} of {len(examples):,} answers of {file}, which "
+            f"are counted as wrong. The first is {_place(examples, where)}: {', '.join(words)}."
+        )
+        wrong = {row: read for row, read in wrong.items() if row not in unknown}
+    if wrong and unreadable is Unreadable.error:
+        told = [_told(examples, row, wrong[row], unknown.get(row)) for row in list(wrong)[:SHOWN_PROBLEMS]]
+        more = f"\n  and {len(wrong) - len(told)} more" if len(wrong) > len(told) else ""
+        raise ValueError(
+            f"{file}: of {len(examples):,} gold answers {len(wrong):,} would be judged wrong:\n"
+            + "\n".join(told) + more
+            + f"\nAn answer is written as {form.answer!r}, a step as {form.step!r} (data.format), and answers are "
+            f"judged by the task {task.name}. Change the rows, the format or the task, or leave such rows out with "
+            "unreadable=skip (data.unreadable=skip in a training)."
+        )  # fmt: skip
+    kept = np.array([row for row in range(len(examples)) if row not in wrong], np.int64)
+    if wrong and not len(kept):
+        raise ValueError(f"{file}: no gold answer is judged right; is it data of the task {task.name}?")
+    if wrong:
+        say(f"Left out {len(wrong):,} of {len(examples):,} rows of {file}, whose gold answer would be judged wrong.")
+    return kept
+
+
+def read_back(
+    lm: LatentLM,
+    examples: Sequence[Example],
+    task: Task,
+    *,
+    file: str,
+    unreadable: Unreadable,
+    keep_unknown: bool = False,
+    cache_dir: str | None = None,
+) -> tuple[TokenizedData, np.ndarray]:
+    """The rows that are `readable` with a model's tokenizer and format: their tokens, and their places."""
+    form = lm.reasoning.format
+    data = tokenize(examples, lm.tokenizer, form, cache_dir)
+    kept = readable(
+        examples, data, lm.tokenizer, task, form, file=file, unreadable=unreadable, keep_unknown=keep_unknown
+    )
+    return data if len(kept) == len(data) else data.select(kept), kept
+
+
+def _misread(
+    examples: Sequence[Example], texts: Iterable[str], task: Task, form: PromptFormat
+) -> tuple[dict[int, str | None], dict[int, int]]:
+    """By the places of rows: the answer that is read where it is judged wrong, the number of steps where it differs."""
+    judged: dict[tuple[str | None, str], bool] = {}
+    wrong: dict[int, str | None] = {}
+    other_steps: dict[int, int] = {}
+    for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
+        pair = task.read_answer(text, form), example.answer
+        if pair not in judged:
+            judged[pair] = task.judge(*pair)
+        if not judged[pair]:
+            wrong[row] = pair[0]
+        if (count := len(task.read_steps(text, form))) != len(example.steps):
+            other_steps[row] = count
+    return wrong, other_steps
+
+
+def _decoded(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> Iterable[str]:
+    """The chain and the answer of each row, from their tokens."""
+    begins, ends = data.bounds[data.first[:-1]], data.starts[1:] - 1
+    for first in range(0, len(data), BATCH):
+        part = range(first, min(first + BATCH, len(data)))
+        rows = [data.tokens[begins[i] : ends[i]].tolist() for i in part]
+        yield from tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False)
+
+
+def _without_words(
+    examples: Sequence[Example], rows: Iterable[int], data: TokenizedData | None, tokenizer: Any, form: PromptFormat
+) -> dict[int, list[str]]:
+    """Of these rows those with an answer that the tokenizer does not know all words of, and these words."""
+    unknown = None if data is None else unknown_id(tokenizer)
+    if data is None or unknown is None:
+        return {}
+    begins = data.bounds[data.first[1:] - 2]
+    found = [row for row in rows if (data.tokens[begins[row] : data.starts[row + 1]] == unknown).any()]
+    return {row: unknown_in(tokenizer, form.fill(form.answer, examples[row].answer)) for row in found}
+
+
+def _place(examples: Sequence[Example], row: int) -> str:
+    return examples[row].where or f"example {row + 1}"
+
+
+def _told(examples: Sequence[Example], row: int, read: str | None, unknown: list[str] | None) -> str:
+    what = "no answer is found" if read is None else f"{_brief(read)} is read"
+    why = f"the tokenizer has no word for {', '.join(unknown)}" if unknown else what
+    return f"  {_place(examples, row)}, answer {_brief(examples[row].answer)}: {why}"
+
+
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:
+    """(N,) tokens that are to be written, with the end of the sequence, in the form in which they are most."""
+    every = [form for one in forms for form in (one.modes if isinstance(one, Stage) and one.modes else [one])]
+    return np.max([written_lengths(data, form.steps_cut, form.tokens_cut) for form in every], axis=0)
+
+
+def limit_for(data: Iterable[TokenizedData], forms: Sequence[Stage | Reasoning], least: int) -> int:
+    """The limit of new tokens that leaves room for the longest gold text, and for some mistakes in it."""
+    return max(least, *(math.ceil(ROOM * int(lengths(part, forms).max())) for part in data))
+
+
+def warn_of_limit(
+    data: TokenizedData, forms: Sequence[Stage | Reasoning], limit: int, file: str, key: str = "max_new_tokens"
+) -> None:
+    """Say how many gold texts of a file are too long for the limit of new tokens that `key` sets."""
+    long = lengths(data, forms)
+    if over := int((long > limit).sum()):
+        say(
+            f"warning: {over:,} of {len(data):,} gold texts of {file} have more tokens than {key}={limit} allows, so "
+            f"that no model can write them. The longest has {long.max():,}."
+        )
