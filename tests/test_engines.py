@@ -187,7 +187,7 @@ CHECKS = [float32_is_the_same, another_family_is_the_same, bfloat16_stays_near, 
 
 
 def all_checks() -> None:
-    with joined(LOCAL) as world:
+    with joined(ZERO[0]) as world:
         for check in CHECKS:
             check(world)
             print(f"held: {check.__name__}", flush=True)
@@ -203,7 +203,7 @@ def told() -> str:
 
 
 def a_process_alone() -> None:
-    with joined(LOCAL) as world:
+    with joined(ZERO[0]) as world:
         float32_is_the_same(world, configs=ZERO[3:])
         assert group_threads()
     assert not group_threads()

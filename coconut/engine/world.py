@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from coconut.config import EngineConfig
+from coconut.config import EngineConfig, EngineKind
 from coconut.screen import hush, listed
 
 T = TypeVar("T")
@@ -242,6 +243,10 @@ def joined(config: EngineConfig) -> Iterator[World]:
         "RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank),
         "LOCAL_WORLD_SIZE": str(place.local_size), "MASTER_ADDR": place.host, "MASTER_PORT": str(place.port),
     }  # fmt: skip
+    if config.kind is EngineKind.deepspeed and find_spec("deepspeed"):
+        from coconut.engine.zero import import_deepspeed
+
+        import_deepspeed()  # before there is a group, which its functions would keep as default arguments for good
     world = World(place)
     watch = Watch(world, _meet(place, config.timeout, gpus), config.timeout)
     try:
