@@ -324,8 +324,10 @@ def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, mo
     expected = read_json(trained / "evaluation" / "test.json")
     for folder in (tmp_path / "evaluation" / "model", tmp_path / "elsewhere"):
         [told] = [read_json(path) for path in folder.glob("*.json")]
-        assert {key for key in told if told[key] != expected[key]} <= {"file", "seconds_per_item", "step", "checkpoint"}
+        other = {"file", "seconds_per_item", "step", "checkpoint", "seen"}
+        assert {key for key in told if told[key] != expected[key]} <= other
         assert told["step"] is None
+        assert told["seen"] is None, "a saved model does not say which questions its run has seen"
         [answers] = folder.glob("*.predictions.jsonl")
         assert answers.read_text() == (trained / "evaluation" / "test.predictions.jsonl").read_text()
     for config, message in (
