@@ -31,7 +31,7 @@ class Spacing:
 
     `before`, `after`: marks without a space before them, and after them. `joins`: whether there is a joiner. `spaces`:
     the whitespace, of one line, that has tokens. `open_end`: a single space at the end of a text is left to what
-    follows, since a step ends with it.
+    follows, since a step ends with it, and what follows a step has a space before it by default.
     """
 
     before: frozenset[str]
@@ -100,6 +100,9 @@ def word_level(segments: Sequence[Sequence[str]], open_end: bool) -> Any:
     """
     whole = [text for question, *chain in segments for text in (question, "".join(chain))]
     spacing = Spacing.of(whole, open_end)
+    following = {text[:1] for _, _, *later in segments for text in later}
+    if any(first.isspace() or first in spacing.before for first in following):
+        spacing = replace(spacing, open_end=False)
     counts = spacing.counts(text for texts in segments for text in texts)
     words = [*SPECIAL, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))]
     needed = replace(spacing, joins=JOINER in counts, spaces=spacing.spaces.intersection(counts))

@@ -235,6 +235,15 @@ def test_what_the_word_tokenizer_was_made_from_comes_back(text: str) -> None:
         assert decoded(tokenizer, [token for row in ids for token in row]) == "".join(segments)
 
 
+@pytest.mark.parametrize("steps", [("<<48/2=24>>", "<<48+24=72>>"), ("a. b.", ".5 more"), ("a", " b")])
+def test_a_space_that_ends_a_step_comes_back_whatever_follows_it(steps: tuple[str, str]) -> None:
+    form = PromptFormat("{}", "{} ", "### {}")
+    tokenizer = build_word_tokenizer([Example("How many?", steps, "72")], form)
+    segments = [*(form.fill(form.step, step) for step in steps), form.fill(form.answer, "72")]
+    ids = encode_texts(tokenizer, segments)
+    assert decoded(tokenizer, [token for row in ids for token in row]) == form.written(steps, "72")
+
+
 def test_spacing_that_a_vocabulary_does_not_need_is_no_part_of_it() -> None:
     tokenizer = build_word_tokenizer([Example("0 3 | 3 4 ? 4 or 0 from 0", ("3", "4"), "4")], PromptFormat("{}", "{} "))
     assert len(tokenizer) == len(["<pad>", "<eos>", "<unk>", "0", "3", "4", "|", "?", "or", "from", "###"])
