@@ -191,7 +191,10 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     judge = Implicit(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
     encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
     examples = read_examples(file)[: config.limit]
-    gold, right = read_back(lm, examples, vote.task, file=file, unreadable=config.unreadable, keep_unknown=True)
+    gold, right = read_back(
+        lm, examples, vote.task, file=file, unreadable=config.unreadable, keep_unknown=True,
+        cache_dir=data.get("cache_dir"),
+    )  # fmt: skip
     warn_of_limit(gold, lm.reasoning.forms(), config.max_new_tokens or lm.reasoning.max_new_tokens, file)
     if unknown := unknown_words(gold, lm.tokenizer):
         say(f"warning: {unknown:,} words of {file} are not in the model's vocabulary.")
