@@ -311,6 +311,9 @@ def test_what_is_not_utf8_is_refused_at_once(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=rf"^{argument.partition('=')[0]} is .*, which is not UTF-8") as raised:
             typed("train", "experiment=quickstart", argument)
         str(raised.value).encode()
+    question = "question=" + os.fsdecode(b"1 \xe9")
+    with pytest.raises(ValueError, match=r"^question is not UTF-8 text .*line 1 holds 0xE9, byte 3"):
+        typed("generate", "run=r", question)
     monkeypatch.chdir(odd)
     with pytest.raises(ValueError, match=r"^The current folder is .*, which is not UTF-8"):
         typed("analyze", "run=r")
