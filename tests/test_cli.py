@@ -268,13 +268,14 @@ def test_a_sweep_over_lists(argument: str) -> None:
 def test_what_means_something_in_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
     config = typed(
-        "train", "run=~/r", "init=~", 'model.base="~/m"', "seed=3", "name='a b'", "data=own", "data.train=t-${seed}",
-        r"data.valid=\${v}", "model.tokenizer=null", "tracking.tags=a b,c", "tracking.name=~",
+        "train", "run=~/r", "init=~", 'model.base="~/m"', "seed=3", "name='a b'", "data=own", "data.task=prosqa",
+        "data.train=t-${seed}", r"data.valid=\${v}", "model.tokenizer=null", "tracking.tags=a b,c", "tracking.name=~",
     )  # fmt: skip
     assert (config.run, config.init, config.model.base) == ("/home/anna/r", "/home/anna", "/home/anna/m")
     assert (config.name, config.data.train, config.data.valid) == ("a b", "t-3", "${v}")
     assert (config.model.tokenizer, config.tracking.tags, config.tracking.name) == (None, ["a b", "c"], "~")
     assert typed("evaluate", "run=null").run == "null"
+    assert typed("evaluate", "run=r", "output=~/x").output == "/home/anna/x"
 
 
 @pytest.mark.parametrize(
