@@ -352,6 +352,15 @@ def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
+def test_another_program_is_interrupted_as_always(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import coconut\n")
+    asked = "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    (tmp_path / "mine" / "__main__.py").write_text(asked)
+    done = python("-m", "mine", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
