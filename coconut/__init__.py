@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,12 @@ _HOME = {
 }
 
 
-_is_command = sys.argv[:1] == ["-m"] or Path((sys.argv or [""])[0]).name.startswith("coconut-")
+_module = next((name for flag, name in pairwise(sys.orig_argv) if flag == "-m"), "")
+_is_command = (
+    _module.partition(".")[0] in ("coconut", "data_builders")
+    if sys.argv[:1] == ["-m"]
+    else Path((sys.argv or [""])[0]).name.startswith("coconut-")
+)
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `coconut.cli` listens: no traceback out of an import
 

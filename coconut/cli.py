@@ -144,7 +144,7 @@ def built(config: Any, schema: type) -> Any:
         raise ValueError(no_key(added, schema))
     made: Any = OmegaConf.to_object(config)
     change_texts(made, at_home)
-    refuse_other_bytes(asdict(made))
+    refuse_other_bytes(asdict(made), schema)
     return made
 
 

@@ -496,7 +496,7 @@ class EvaluateConfig:
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
     task: Task | None = None  # of a saved model, which does not say it
-    output: str = ""  # a folder; by default RUN/evaluation, of a saved model evaluation/NAME
+    output: PathName = ""  # a folder; by default RUN/evaluation, of a saved model evaluation/NAME
     num_thoughts: int | None = None  # by default the model's own
     stop: StopRule = StopRule.constant
     mode: str | None = None  # of a hybrid model: force it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
 from coconut.data import Unreadable, encode_questions, existing, json_rows, unknown_in
-from coconut.files import decoded, half_pair, read_utf8, write_text
+from coconut.files import decoded, read_utf8, write_text
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
 
 if TYPE_CHECKING:
@@ -40,10 +39,9 @@ def run(config: GenerateConfig) -> int:
     typed = not config.question and not config.file
     if typed and not sys.stdin.isatty():
         raise ValueError('There is no question. Ask one with question="...", question=- (standard input) or file=FILE.')
-    if config.question == "-":
+    question = config.question
+    if question == "-":
         question = decoded(sys.stdin.buffer.read(), "Standard input").strip()
-    elif half_pair(question := config.question) is not None:
-        question = decoded(os.fsencode(question), "The question")
     if config.question and not question:
         raise ValueError("Standard input held no question.")
     questions = read_questions(config.file) if config.file else []

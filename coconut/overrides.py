@@ -14,6 +14,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from coconut.files import decoded
+
 # Kinds of text in the annotations of a schema; a plain str is a name.
 PathName = Annotated[str, "path"]  # a file or folder: ~ is the home folder
 Place = Annotated[str, "place"]  # a folder, or a name elsewhere, such as OWNER/NAME on the Hugging Face hub
@@ -152,11 +154,14 @@ def at_home(key: str, kind: Kind, text: str) -> str:
     return os.path.expanduser(text) if kind.tag in ("path", "place") else text
 
 
-def refuse_other_bytes(values: dict[str, Any]) -> None:
+def refuse_other_bytes(values: dict[str, Any], schema: type) -> None:
     """Raise ValueError if a text, or where a run is to lie, is not UTF-8, as the files that tell of it are."""
     around = {"The current folder": os.getcwd(), "COCONUT_CACHE": os.environ.get("COCONUT_CACHE", "")}
     for name, text in (*around.items(), *_texts(values)):
-        for seen in {text, str(Path(text).resolve()) if text and "\0" not in text else ""}:
+        if (kind := kind_of(name, schema)) and kind.tag in ("text", "template"):  # which is no path
+            decoded(os.fsencode(text), name)
+            continue
+        for seen in (text, str(Path(text).resolve()) if text and "\0" not in text else ""):
             try:
                 seen.encode()
             except UnicodeEncodeError:

@@ -268,13 +268,14 @@ def test_a_sweep_over_lists(argument: str) -> None:
 def test_what_means_something_in_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
     config = typed(
-        "train", "run=~/r", "init=~", 'model.base="~/m"', "seed=3", "name='a b'", "data=own", "data.train=t-${seed}",
-        r"data.valid=\${v}", "model.tokenizer=null", "tracking.tags=a b,c", "tracking.name=~",
+        "train", "run=~/r", "init=~", 'model.base="~/m"', "seed=3", "name='a b'", "data=own", "data.task=prosqa",
+        "data.train=t-${seed}", r"data.valid=\${v}", "model.tokenizer=null", "tracking.tags=a b,c", "tracking.name=~",
     )  # fmt: skip
     assert (config.run, config.init, config.model.base) == ("/home/anna/r", "/home/anna", "/home/anna/m")
     assert (config.name, config.data.train, config.data.valid) == ("a b", "t-3", "${v}")
     assert (config.model.tokenizer, config.tracking.tags, config.tracking.name) == (None, ["a b", "c"], "~")
     assert typed("evaluate", "run=null").run == "null"
+    assert typed("evaluate", "run=r", "output=~/x").output == "/home/anna/x"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +312,9 @@ def test_what_is_not_utf8_is_refused_at_once(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=rf"^{argument.partition('=')[0]} is .*, which is not UTF-8") as raised:
             typed("train", "experiment=quickstart", argument)
         str(raised.value).encode()
+    question = "question=" + os.fsdecode(b"1 \xe9")
+    with pytest.raises(ValueError, match=r"^question is not UTF-8 text .*line 1 holds 0xE9, byte 3"):
+        typed("generate", "run=r", question)
     monkeypatch.chdir(odd)
     with pytest.raises(ValueError, match=r"^The current folder is .*, which is not UTF-8"):
         typed("analyze", "run=r")
@@ -346,6 +350,15 @@ def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> Non
         interrupted()
     assert left.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_another_program_is_interrupted_as_always(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import coconut\n")
+    asked = "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    (tmp_path / "mine" / "__main__.py").write_text(asked)
+    done = python("-m", "mine", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_folder_with_a_card_that_transformers_opens_elsewhere(trained: Path, t
     result = json.loads((trained / "evaluation" / "test.json").read_text())
     assert f"| test | {100 * result['accuracy']:.1f} % |" in card
     assert "2 continuous thoughts" in card
+    assert "pypi.org" not in card, "the package is on no index"
     with pytest.raises(ValueError, match="not empty"):
         run_export(ExportConfig(run=str(trained), output=str(folder)))
 

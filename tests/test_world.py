@@ -251,6 +251,13 @@ def test_launchers_tell_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
             assert seat() == expected
 
 
+def test_without_scontrol_a_lone_process_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {**SRUN, "MASTER_ADDR": "", "PATH": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"scontrol .* 'n\[1-4\]' .*MASTER_ADDR.* env -u SLURM_STEP_ID COMMAND"):
+        seat()
+
+
 def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

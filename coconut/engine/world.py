@@ -108,7 +108,8 @@ def _first_host(nodes: str) -> str:
         told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(
-            f"scontrol does not tell the first of SLURM's nodes {nodes!r} ({error}). Set MASTER_ADDR to its name."
+            f"scontrol does not tell the first of SLURM's nodes {nodes!r} ({error}). Set MASTER_ADDR to its name; or, "
+            "if this process is the only one, as in a shell of srun --pty, start it with: env -u SLURM_STEP_ID COMMAND"
         ) from error
     return told.stdout.split()[0]
 
