@@ -633,11 +633,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", folder / "models"
 
 
-def test_reward_models_side_by_side(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_models_side_by_side(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler, folder = models
     answers = str(sampler / "rollouts" / "test.jsonl")
     config = CompareConfig(runs=[f"{folder}/*"], answers=answers, rollouts=2, stepwise=4, engine=CPU)
+    opened: list[Path] = []
+    load = LatentLM.from_pretrained
+    monkeypatch.setattr(
+        LatentLM, "from_pretrained", lambda place, *how: opened.append(Path(place).resolve()) or load(place, *how)
+    )
     assert compare(config) == 0
+    assert opened.count(reference_of(folder / "ce")) == 1, "one reference for all that are in its types"
     told = capsys.readouterr().out
     assert "ce, sum" in told
     assert "rollouts" in told
