@@ -406,7 +406,7 @@ def _holds(file: Path, rows: int) -> bool:
     try:
         with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
             return sum(batch.num_rows for batch in batches) == rows
-    except (OSError, pyarrow.ArrowInvalid):
+    except (OSError, pyarrow.ArrowException):
         return False
 
 

@@ -15,6 +15,7 @@ import torch
 from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
 from coconut.data import Unreadable, encode_questions, existing, json_rows, unknown_in
+from coconut.evaluate import room_for_question
 from coconut.files import decoded, read_utf8, write_text
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
 
@@ -174,7 +175,7 @@ def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, opt
     """A JSON object a line, in the order of the questions."""
     encoded = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
-    if len(encoded[longest]) >= lm.context:
+    if len(encoded[longest]) > room_for_question(lm, config.num_thoughts, config.mode):
         raise ValueError(
             f"{config.file}, question {longest + 1}: it has {len(encoded[longest])} tokens, which leaves no room for "
             f"an answer in the model's context of {lm.context} tokens."

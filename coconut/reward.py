@@ -62,7 +62,8 @@ def compare(config: CompareConfig) -> int:
     ):
         for number, (folder, its) in enumerate(zip(runs, configs, strict=True)):
             lm = load_run(folder, config.checkpoint, config.engine).lm
-            beside = computed_as(LatentLM.from_pretrained(init), lm, device)
+            alike = all(a.dtype is b.dtype for a, b in zip(reference.parameters(), lm.parameters(), strict=True))
+            beside = reference if alike else computed_as(LatentLM.from_pretrained(init), lm, device)
             loss, reward = loss_named(its["loss"]), ImplicitReward(lm, beside, its["beta"])
             score: Callable[..., scoring.Scored] = (
                 partial(scoring.valued, folder.name, ValueModel(lm))

@@ -165,7 +165,7 @@ def test_tokens_are_cached(tmp_path: Path) -> None:
     assert len(list((tmp_path / "tokens").glob("*.arrow"))) == 4
 
 
-@pytest.mark.parametrize("part", ["within a batch", "between batches", "nothing"])
+@pytest.mark.parametrize("part", ["within a batch", "between batches", "nothing", "other bytes"])
 def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     many = [Example(f"{number} + 1 = ?", (), str(number + 1)) for number in range(1500)]
     tokenizer = byte_level_tokenizer()
@@ -174,8 +174,11 @@ def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path: Path, part: str, capsy
     with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
         batches.read_next_batch()
         first = source.tell()
-    cut = {"within a batch": first - 100, "between batches": first, "nothing": 0}[part]
-    file.write_bytes(file.read_bytes()[:cut])
+    cut = {"within a batch": first - 100, "between batches": first, "nothing": 0}.get(part)
+    damaged = bytearray(file.read_bytes()[:cut])
+    if part == "other bytes":
+        damaged[damaged.index((32).to_bytes(4, "little"), 8)] = 7  # integers of seven bits, which Arrow has not
+    file.write_bytes(damaged)
     again = tokenize(many, tokenizer, cache_dir=tmp_path)
     assert f"warning: {file} is damaged; its tokens are made anew" in capsys.readouterr().out
     assert len(again) == 1500

@@ -19,6 +19,8 @@ from coconut.evaluate import run as run_evaluate
 from coconut.files import read_json, write_json
 from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, Slot, Unit, mode_named
+from coconut.rewards.config import RolloutConfig
+from coconut.rollout import run as roll
 from coconut.thinking import mode_log_probs
 from coconut.tracking import read_metrics
 from coconut.train import run
@@ -205,6 +207,16 @@ def test_a_question_is_to_leave_room_in_every_mode_that_may_be_chosen(warm: Path
     run_evaluate(replace(config, mode="think"))
     run_evaluate(replace(config, too_long=TooLong.skip))
     assert [found["count"] for name, found in read_results(warm).items() if name.startswith("long-")] == [2, 1]
+    asked = GenerateConfig(run=str(warm), file=str(file), batch_size=1, output=str(tmp_path / "answers.jsonl"))
+    for mode in (None, "latent_2"):
+        with pytest.raises(ValueError, match=r"long.json, question 1: it has 94 tokens, which leaves no room"):
+            run_generate(replace(asked, mode=mode))
+    assert run_generate(replace(asked, mode="think")) == 0
+
+
+def test_answers_in_a_mode_that_there_is_not_are_not_sampled(warm: Path) -> None:
+    with pytest.raises(ValueError, match="mode=latent_9 is not one of short, think, latent_2"):
+        roll(RolloutConfig(run=str(warm), split="valid", samples=2, mode="latent_9"))
 
 
 def test_examples_without_a_chain_are_no_pairs(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from coconut.rewards.answers import Labelled, read_answers
 from coconut.rewards.batches import Answers, preference, reward_batch, reward_loss
 from coconut.rewards.compare import Trained, all_bounds, bounds, costs, selections
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
-from coconut.rewards.implicit import ImplicitReward, by_part, reference_of
+from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.montecarlo import gone_on, step_labels
 from coconut.rewards.selection import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
@@ -372,6 +372,11 @@ def test_a_reward_model_keeps_to_what_it_was_trained_against(made: tuple[Path, D
     write_json(later / "manifest.json", {**manifest, "state.json": told})
     assert starting_point(str(sampler)).resolve() != against, "it was trained further, and another one is best"
     assert reference_of(tmp_path / "run") == against
+    kept = torch.load(tmp_path / "run" / REFERENCE)
+    torch.save({split: kept[split] for split in ("train", "valid")}, tmp_path / "run" / REFERENCE)
+    with pytest.raises(ValueError, match=r"is of an earlier version.*Train it anew"):
+        reference_of(tmp_path / "run")
+    torch.save(kept, tmp_path / "run" / REFERENCE)
     lm = LatentLM.from_pretrained(against)
     with torch.no_grad():
         next(lm.parameters()).add_(0.1)
@@ -628,11 +633,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", folder / "models"
 
 
-def test_reward_models_side_by_side(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_models_side_by_side(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler, folder = models
     answers = str(sampler / "rollouts" / "test.jsonl")
     config = CompareConfig(runs=[f"{folder}/*"], answers=answers, rollouts=2, stepwise=4, engine=CPU)
+    opened: list[Path] = []
+    load = LatentLM.from_pretrained
+    monkeypatch.setattr(
+        LatentLM, "from_pretrained", lambda place, *how: opened.append(Path(place).resolve()) or load(place, *how)
+    )
     assert compare(config) == 0
+    assert opened.count(reference_of(folder / "ce")) == 1, "one reference for all that are in its types"
     told = capsys.readouterr().out
     assert "ce, sum" in told
     assert "rollouts" in told

@@ -56,7 +56,12 @@ def reference_of(run: Path | str) -> Path:
     missing = "put it back, or name another reward model"
     if not started.is_dir():
         raise ValueError(f"{run} was trained against {started}, which is not there any more: {missing}.")
-    if torch.load(folder / REFERENCE, weights_only=True)[WEIGHTS] != digest_of(started):
+    kept = torch.load(folder / REFERENCE, weights_only=True)
+    if WEIGHTS not in kept:
+        raise ValueError(
+            f"{run} is of an earlier version, which did not keep against which weights it was trained. Train it anew."
+        )
+    if kept[WEIGHTS] != digest_of(started):
         raise ValueError(f"{run} was trained against {started}, which holds other weights by now: {missing}.")
     return started
 

@@ -81,8 +81,8 @@ def with_room(
 
     Raises ValueError that names the others, unless `skip`.
     """
-    forms = [sample for sample in longest_answers(lm, [], limit) if mode in (None, sample.mode)]
-    room = lm.context - max(len(sample.layout.ids) for sample in forms)
+    forms = longest_answers(lm, [], limit)
+    room = lm.context - max(len(form.layout.ids) for form in [f for f in forms if f.mode == mode] or forms)
     asked = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     lengths = [len(row) for row in asked]
     too_long = [i for i, length in enumerate(lengths) if length > room]
