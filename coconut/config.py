@@ -138,7 +138,7 @@ class DataConfig:
     """A file for each split, or `files`, what the names of all three begin with, or `build`.
 
     `files` is what a builder was given as OUT_DIR/NAME. `build`: keys of the task's builder, which makes
-    the data once, into the cache, if no file is named.
+    the data once, into the cache, if no file to train on is named. `test` takes the place of either's test file.
     """
 
     task: Task | None = None  # how answers are judged
@@ -153,7 +153,7 @@ class DataConfig:
     cache_dir: PathName | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
 
     def __post_init__(self) -> None:
-        named = {split: getattr(self, split) for split in SPLITS if getattr(self, split)}
+        named = {split: getattr(self, split) for split in NEEDED if getattr(self, split)}
         self.build = {key: value for key, value in self.build.items() if value is not None}
         if self.files and named:
             split, file = next(iter(named.items()))
@@ -188,6 +188,7 @@ class DataConfig:
 
 
 SPLITS = ("train", "valid", "test")
+NEEDED = ("train", "valid")  # by a training
 
 
 @dataclass
@@ -384,8 +385,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0)
-        named = [split for split in SPLITS if getattr(self.data, split)]
-        for split in ("train", "valid"):
+        named = [split for split in NEEDED if getattr(self.data, split)]
+        for split in NEEDED:
             if split not in named and not self.data.files and (named or not self.data.build):
                 raise ValueError(
                     f"data.{split} names no file. Set data.{split}=FILE, or choose data=graphs or another and name no "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.cli import own_environment
-from coconut.config import SPLITS
+from coconut.config import NEEDED, SPLITS
 from coconut.files import clear_abandoned
 from coconut.overrides import quoted
 from coconut.screen import say
@@ -26,17 +26,19 @@ from coconut.screen import say
 def data_files(data: Mapping[str, Any]) -> dict[str, str]:
     """The file of each split, "" if there is none, from the `data` part of a configuration.
 
-    If it names no file the set is made by `data_builders.TASK` with the keys of `data["build"]`, once for
+    If it names no file to train on the set is made by `data_builders.TASK` with the keys of `data["build"]`, once for
     all runs that ask for the same. Raises ValueError if that fails.
     """
-    if common := data.get("files"):
-        named = {split: f"{common}_{split}.json" for split in SPLITS}
-        return {split: file if split != "test" or Path(file).is_file() else "" for split, file in named.items()}
-    if any(data[split] for split in SPLITS):
+    if any(data[split] for split in NEEDED):
         return {split: data[split] for split in SPLITS}
-    folder = _made(str(data["task"]), data["build"], data["cache_dir"])
-    made = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
-    return {split: str(file) if file.is_file() else "" for split, file in made.items()}
+    if common := data.get("files"):
+        found = {split: f"{common}_{split}.json" for split in SPLITS}
+    else:
+        folder = _made(str(data["task"]), data["build"], data["cache_dir"])
+        made = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
+        found = {split: str(file) if file.is_file() else "" for split, file in made.items()}
+    test = data["test"] or (found["test"] if Path(found["test"]).is_file() else "")
+    return {**found, "test": test}
 
 
 def file_of_split(data: Mapping[str, Any], split: str, given: str | None = None) -> str:

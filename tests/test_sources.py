@@ -37,6 +37,8 @@ def test_files_that_are_named(tmp_path: Path) -> None:
     common = data_files(asdict(config(files=str(tmp_path / "mine"))))
     assert common == {split: str(tmp_path / f"mine_{split}.json") for split in ("train", "valid", "test")}
     assert data_files(asdict(config(files=str(tmp_path / "other"))))["test"] == "", "a set need not have one"
+    other = data_files(asdict(config(files=str(tmp_path / "mine"), test="mine.json")))
+    assert other == common | {"test": "mine.json"}
 
 
 def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +53,9 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert data_files(asdict(data)) == files
     assert capfd.readouterr().out == ""
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    with_test = replace(data, test="mine.json")
+    assert data_files(asdict(with_test)) == files | {"test": "mine.json"}
+    assert with_test.build == data.build, "the run stays what it is"
     other = data_files(asdict(replace(data, build=BUILD | {"seed": 4})))
     assert Path(other["train"]).read_text() != Path(files["train"]).read_text()
     assert len(list((tmp_path / "data").iterdir())) == 2, "nothing half-made is left beside"
