@@ -66,14 +66,14 @@ def read_examples(path: Path | str) -> list[Example]:
     return examples
 
 
-def existing(path: Path | str) -> Path:
-    """The path of a data file. Raises FileNotFoundError that says how to get one."""
+def existing(
+    path: Path | str, advice: str = "Make one with python -m data_builders.NAME, or name your own file."
+) -> Path:
+    """The path of a file. Raises FileNotFoundError that says how to get one."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"The data file {path} {what}. Make one with python -m data_builders.NAME, or name your own file."
-        )
+        raise FileNotFoundError(f"The file {path} {what}. {advice}")
     return path
 
 

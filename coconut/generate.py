@@ -99,7 +99,7 @@ def read_questions(path: str) -> list[str]:
     What the text begins with says which of them it is, if the name does not. Raises FileNotFoundError, or ValueError
     if there are none, or if the file may be a table of another kind, whose lines are no questions.
     """
-    file = existing(path)
+    file = existing(path, "Name a text file with a question a line, or JSON rows with a question each.")
     suffix, text = file.suffix.lower(), read_utf8(file)
     if suffix in JSON_NAMES or re.match(r'\s*(\[\s*)?\{\s*"', text):
         found = []

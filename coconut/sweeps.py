@@ -26,7 +26,7 @@ class Sweep(Callback):
         jobs = BasicSweeper.split_arguments(overrides, None)[0]
         launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         where = LAUNCHERS.get(launcher, f"by {launcher}")
-        say(f"A sweep of {len(jobs)} runs, {where}:")
+        say(f"A sweep of {len(jobs)} run{'s' * (len(jobs) != 1)}, {where}:")
         for number, job in enumerate(jobs):
             values = [each for each in job if each.partition("=")[0] in swept]
             say(f"  {number}: {' '.join(values) or 'the only one'}")
