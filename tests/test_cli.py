@@ -392,8 +392,9 @@ def test_import_is_light() -> None:
 # --- structure ------------------------------------------------------------------------------------
 
 LAYERS = [
-    ["overrides", "screen", "words"],
-    ["cli", "files", "methods", "sweeps", "tasks"],
+    ["files", "screen", "words"],
+    ["overrides"],
+    ["cli", "methods", "sweeps", "tasks"],
     ["config", "modes"],
     ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
     ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],

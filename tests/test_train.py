@@ -31,6 +31,7 @@ from coconut.config import (
     OptimizerConfig,
     Reset,
     Resume,
+    Task,
     TooLong,
     TrainConfig,
     locate,
@@ -660,7 +661,7 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
 
     def asked(folder: str, up: str) -> list[dict[str, Any]]:
         monkeypatch.chdir(tmp_path / folder)
-        data = DataConfig(train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
+        data = DataConfig(task=Task.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
         model = ModelConfig(base=f"{up}m", tokenizer="words")
         dense = DenseConfig(weight=1, init=f"{up}m")
         found = [
