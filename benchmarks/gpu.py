@@ -27,8 +27,8 @@ from benchmarks.ways import SIZES, VOCABULARY, WAYS, Size, make_batches, make_mo
 from coconut import LatentLM
 from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.local import LocalEngine
-from coconut.files import write_json
 from coconut.layout import IGNORED, Batch
+from coconut.utils.files import write_json
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # NVIDIA's data sheets, SXM, bfloat16, dense
 OURS = "ours, CUDA graphs"

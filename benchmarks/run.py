@@ -50,9 +50,9 @@ from coconut.analysis.charts import save_png
 from coconut.analysis.plots import LIGHT, new_figure
 from coconut.config import Precision
 from coconut.engine.base import autocast, keep_memory
-from coconut.files import write_json
 from coconut.layout import Batch, epoch_batches, micro_batches
 from coconut.thinking import pad_rows
+from coconut.utils.files import write_json
 
 GIB = 2**30
 QUESTIONS = 32  # answered in one go

@@ -14,15 +14,15 @@ from coconut.analysis.findings import WIDE, are_they_used, drawings, how_many, w
 from coconut.analysis.page import percent
 from coconut.analysis.report import RunRecord, answers, headline, learning, provenance, read_run, report
 from coconut.analysis.study import FOLDER, Study, Unfit
-from coconut.cli import application, by_word
 from coconut.config import AnalyzeConfig, Part, TableConfig
 from coconut.engine.world import seat
-from coconut.files import whole_folder, write_text
 from coconut.methods import Curriculum, plan
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
-from coconut.screen import only_our_words, say, working
 from coconut.seen import told_questions
+from coconut.utils.console import only_our_words, say, working
+from coconut.utils.files import whole_folder, write_text
+from coconut.utils.hydra_app import application, by_word
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
@@ -66,9 +66,9 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data import read_examples
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
-    from coconut.files import sha256
     from coconut.sources import file_of_split
     from coconut.tasks import TASKS
+    from coconut.utils.files import sha256
 
     try:
         path = file_of_split(record.config["data"], "test", config.data.test)
@@ -119,11 +119,11 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data import read_examples
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
-    from coconut.files import sha256
     from coconut.rl.routers import choice_studies
     from coconut.seen import seen_by
     from coconut.sources import file_of_split
     from coconut.tasks import TASKS
+    from coconut.utils.files import sha256
 
     try:
         files = {split: file_of_split(record.config["data"], split, getattr(config.data, split)) for split in ASKED}

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from coconut.modes import computed_in, differentiable_once
+from coconut.utils.torch_utils import computed_in, differentiable_once
 
 
 class _OneQuery(torch.autograd.Function):

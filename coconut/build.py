@@ -16,9 +16,9 @@ from coconut.engine.base import set_up
 from coconut.engine.world import World
 from coconut.methods import REASONING_FILE, plan
 from coconut.model import LatentLM
-from coconut.opening import on_disk, opened, reaching
-from coconut.screen import say
 from coconut.tracking import read_config
+from coconut.utils.console import say
+from coconut.utils.pretrained import on_disk, opened, reaching
 
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:

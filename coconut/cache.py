@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from coconut.modes import differentiable_once
+from coconut.utils.torch_utils import differentiable_once
 
 
 class Room:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from coconut.data import around_questions
 from coconut.evaluate import read_results
-from coconut.files import read_json
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Slot
 from coconut.seen import told_questions
 from coconut.tracking import DESCRIPTION, read_config
+from coconut.utils.files import read_json
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

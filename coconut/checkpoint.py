@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from coconut.files import Unwritten, read_json, sha256, whole_folder, write_json
 from coconut.model import LatentLM
+from coconut.utils.files import Unwritten, read_json, sha256, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"

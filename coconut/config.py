@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.methods import METHODS, Curriculum, PromptFormat, Slot, plan
-from coconut.overrides import Kind, PathName, Place, Text, change_texts
+from coconut.utils.overrides import Kind, PathName, Place, Text, change_texts
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others. The test file is never opened in training.

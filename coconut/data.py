@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coconut.files import half_pair, read_utf8
 from coconut.methods import PromptFormat, mode_named
-from coconut.screen import say
 from coconut.sources import cache_folder
+from coconut.utils.console import say
+from coconut.utils.files import half_pair, read_utf8
 from coconut.words import word_level
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 from coconut.analysis.plots import DARK, LIGHT
 from coconut.analysis.probes import Subject
 from coconut.analysis.question import Asker
-from coconut.cli import application
 from coconut.config import DemoConfig
-from coconut.screen import say
 from coconut.tasks import TASKS
+from coconut.utils.console import say
+from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
     from coconut.data import Example
@@ -234,7 +234,7 @@ def _rows(data: Mapping[str, Any]) -> tuple[str, Sequence[Example]]:
 def run(config: DemoConfig) -> int:
     """Serve the page until Ctrl-C."""
     from coconut.engine.world import seat
-    from coconut.screen import only_our_words
+    from coconut.utils.console import only_our_words
 
     if seat().rank:
         return 0  # of several processes one is enough

@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coconut.cli import application
 from coconut.config import EvaluateConfig, StopRule, TooLong
 from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
 from coconut.engine.world import World
-from coconut.files import make_writable, read_json, sha256, write_json, write_text
 from coconut.gold import read_back, warn_of_limit
 from coconut.layout import slot_ids
 from coconut.methods import REASONING_FILE, PromptFormat, Reasoning, Slot
@@ -21,6 +19,8 @@ from coconut.seen import all_seen, seen_by, told_questions
 from coconut.sources import file_of_split
 from coconut.tasks import TASKS, Task
 from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
+from coconut.utils.files import make_writable, read_json, sha256, write_json, write_text
+from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +220,7 @@ def _summary(
 def run(config: EvaluateConfig) -> int:
     """Evaluate a trained run on one of its splits, or a run or a saved model on any file in the data format."""
     from coconut.engine.launch import on_processes
-    from coconut.screen import only_our_words
+    from coconut.utils.console import only_our_words
 
     only_our_words()
     return on_processes(config.launch, config.engine, "coconut.evaluate", lambda w: evaluate_together(config, w))
@@ -230,9 +230,9 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     """What each process of an evaluation does."""
     from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
-    from coconut.screen import say, working
     from coconut.stopping import classifier_of
     from coconut.tracking import read_config
+    from coconut.utils.console import say, working
 
     own_file, saved = getattr(config.data, config.split), is_saved(config)
     data: dict[str, Any] = {"task": config.task} if saved else read_config(config.run)["data"]

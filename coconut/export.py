@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.card import card
-from coconut.cli import application
 from coconut.config import ExportConfig
-from coconut.files import whole_folder, write_text
 from coconut.methods import Curriculum, Reasoning, Slot, plan
-from coconut.opening import opened, out_of_reach, reaching
+from coconut.utils.files import whole_folder, write_text
+from coconut.utils.hydra_app import application
+from coconut.utils.pretrained import opened, out_of_reach, reaching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,7 @@ def _rows_of_table(config: Any, state: dict[str, Tensor], file: Path | str) -> i
 def run(config: ExportConfig) -> int:
     """Write a folder that others can open; from there to the hub if asked."""
     from coconut.build import load_run
-    from coconut.screen import only_our_words, say
+    from coconut.utils.console import only_our_words, say
 
     only_our_words()
     if config.push:

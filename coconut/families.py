@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from coconut.linear import FusedGelu
-from coconut.modes import evaluating
+from coconut.utils.torch_utils import evaluating
 
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coconut.cli import application
 from coconut.config import GenerateConfig, StopRule
 from coconut.data import Unreadable, encode_questions, existing, json_rows, unknown_in
 from coconut.evaluate import room_for_question
-from coconut.files import decoded, read_utf8, write_text
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
+from coconut.utils.files import decoded, read_utf8, write_text
+from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM
@@ -31,8 +31,8 @@ def run(config: GenerateConfig) -> int:
     from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
     from coconut.engine.world import seat
-    from coconut.screen import only_our_words
     from coconut.stopping import classifier_of
+    from coconut.utils.console import only_our_words
 
     if seat().rank:
         return 0  # of several processes one is enough

@@ -12,8 +12,8 @@ from coconut.config import Unreadable
 from coconut.data import SHOWN_PROBLEMS, Example, TokenizedData, tokenize, unknown_id, unknown_in
 from coconut.layout import written_lengths
 from coconut.methods import PromptFormat, Reasoning, Stage
-from coconut.screen import say
 from coconut.tasks import Task
+from coconut.utils.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coconut.modes import differentiable_once
+from coconut.utils.torch_utils import differentiable_once
 
 Passes = Callable[..., Tensor]
 MOST = 128  # recordings that are kept: of each the input, the states and their gradients, besides what all share

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coconut.config import LoraConfig
-from coconut.opening import opened
+from coconut.utils.pretrained import opened
 
 ROWS_FILE = "added_rows.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from coconut.overrides import Template
+from coconut.utils.overrides import Template
 
 
 class Slot(StrEnum):

@@ -41,15 +41,15 @@ from coconut.families import (
     is_here,
     text_config,
 )
-from coconut.files import as_umask, read_json, write_json
 from coconut.graphs import Graphs, rounded, rounded_down
 from coconut.layout import IGNORED
 from coconut.linear import products_as_pay, rows_added, weights_summed_once
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named
-from coconut.modes import evaluating
-from coconut.opening import on_disk, opened
 from coconut.unread import LastLayer
+from coconut.utils.files import as_umask, read_json, write_json
+from coconut.utils.pretrained import on_disk, opened
+from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut.cache import GrowingCache, GrowingLayer
-from coconut.modes import forwards_replaced
+from coconut.utils.torch_utils import forwards_replaced
 
 
 def check_recomputable(model: PreTrainedModel) -> None:

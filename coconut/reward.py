@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.cli import application, by_word
 from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.train import run
-from coconut.screen import only_our_words, say, working
+from coconut.utils.console import only_our_words, say, working
+from coconut.utils.hydra_app import application, by_word
 
 if TYPE_CHECKING:
     from coconut.rewards.compare import Trained
@@ -27,7 +27,6 @@ def compare(config: CompareConfig) -> int:
     from coconut.build import computed_as, in_float32, load_run
     from coconut.config import TooLong
     from coconut.engine.base import autocast, set_up
-    from coconut.files import write_text
     from coconut.model import LatentLM
     from coconut.rewards import compare as scoring
     from coconut.rewards import report
@@ -38,6 +37,7 @@ def compare(config: CompareConfig) -> int:
     from coconut.rl.rollouts import Correctness
     from coconut.tasks import TASKS
     from coconut.tracking import read_config
+    from coconut.utils.files import write_text
 
     only_our_words()
     runs = folders(config.runs)

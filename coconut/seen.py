@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from coconut.files import whole_file
+from coconut.utils.files import whole_file
 
 QUESTIONS = "questions.npz"
 SEEN_IN = {"train": "in the training data", "valid": "in the validation data"}

@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_environment
 from coconut.config import NEEDED, SPLITS
-from coconut.files import clear_abandoned
-from coconut.overrides import quoted
-from coconut.screen import say
+from coconut.utils.console import say
+from coconut.utils.files import clear_abandoned
+from coconut.utils.hydra_app import own_environment
+from coconut.utils.overrides import quoted
 
 
 def data_files(data: Mapping[str, Any]) -> dict[str, str]:

@@ -12,10 +12,10 @@ from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import RunConfig
 from coconut.engine.base import Engine, restore_master
 from coconut.engine.world import World
-from coconut.files import whole_folder
 from coconut.methods import Reasoning
 from coconut.model import LatentLM
-from coconut.screen import say
+from coconut.utils.console import say
+from coconut.utils.files import whole_folder
 
 
 class Standing:

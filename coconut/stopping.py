@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from coconut.config import DataFiles
 from coconut.data import Example, encode_questions, read_examples
-from coconut.files import whole_file
 from coconut.methods import Curriculum, Plan, Slot, plan
-from coconut.modes import seeded
-from coconut.screen import say
 from coconut.sources import file_of_split
 from coconut.thinking import longest_first, pad_rows, think
+from coconut.utils.console import say
+from coconut.utils.files import whole_file
+from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.build import Trained

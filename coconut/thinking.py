@@ -16,8 +16,8 @@ from coconut.data import SpecialIds, encode_questions
 from coconut.layout import slot_ids
 from coconut.linear import products_as_pay
 from coconut.methods import Reasoning, Slot
-from coconut.modes import evaluating
 from coconut.settings import HANDED_ON, settings
+from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from coconut.files import read_json
-from coconut.screen import say
 from coconut.tracking import METRICS, TRACKING, TRACKING_LOG, samples_file, unsent
+from coconut.utils.console import say
+from coconut.utils.files import read_json
 
 SECONDS_TO_ANSWER = "20"  # that W&B has at the beginning; after them the run is kept offline
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -20,11 +20,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_environment
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.files import read_json, write_json, write_text, writing
 from coconut.methods import REASONING_FILE
-from coconut.screen import say
+from coconut.utils.console import say
+from coconut.utils.files import read_json, write_json, write_text, writing
+from coconut.utils.hydra_app import own_environment
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from coconut.build import carried_out_as, make_model, starting_point
-from coconut.cli import application, own_environment
 from coconut.collapse import look_at
 from coconut.config import RunConfig, TooLong, TrainConfig
 from coconut.data import Example, TokenizedData, read_examples, tokenize, unknown_words
@@ -25,18 +24,19 @@ from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, Prediction, evaluate
-from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
 from coconut.gold import limit_for, readable, warn_of_limit
 from coconut.layout import Batch, EpochView, epoch_batches, fit_context, forms_of, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
-from coconut.screen import duration, only_our_words, say, working
 from coconut.signals import Asked, asked_to_stop
 from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
+from coconut.utils.console import duration, only_our_words, say, working
+from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import application, own_environment
 
 
 class Diverged(ValueError):

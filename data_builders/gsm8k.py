@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import application
-from coconut.overrides import Place
 from coconut.tasks import gsm8k
+from coconut.utils.hydra_app import application
+from coconut.utils.overrides import Place
 from data_builders.arithmetic import Outcome, check, shown
 from data_builders.building import Builder, run
 from data_builders.hub import load_hub

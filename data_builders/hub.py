@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from coconut.files import sha256
-from coconut.opening import out_of_reach
+from coconut.utils.files import sha256
+from coconut.utils.pretrained import out_of_reach
 
 SPLIT_NAMES = {
     "train": "train",

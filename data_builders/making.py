@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from coconut.screen import working
+from coconut.utils.console import working
 from data_builders.statistics import Measures, compact
 from data_builders.writing import Row
 

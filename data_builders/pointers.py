@@ -14,8 +14,8 @@ from hashlib import blake2b
 from string import ascii_lowercase
 from typing import Any
 
-from coconut.cli import application
 from coconut.tasks import pointers
+from coconut.utils.hydra_app import application
 from data_builders.building import Builder, run
 from data_builders.making import Recipe, Row
 from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from coconut.cli import application
+from coconut.utils.hydra_app import application
 from data_builders.building import Builder, run, text_key
 from data_builders.making import Recipe, Row
 from data_builders.ontology import Names, OntologyDials, Ordering, draw, measure

@@ -16,8 +16,8 @@ from typing import Any
 
 import networkx
 
-from coconut.cli import application
 from coconut.tasks import prosqa
+from coconut.utils.hydra_app import application
 from data_builders.building import Builder, run
 from data_builders.chains import ChainDials
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape

@@ -9,8 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.files import decoded, half_pair, sha256
-from coconut.overrides import PathName, Place
+from coconut.utils.files import decoded, half_pair, sha256
+from coconut.utils.overrides import PathName, Place
 from data_builders.writing import SPLITS, Row, divide
 
 SHOWN = 10  # bad rows that an error names; it counts them all

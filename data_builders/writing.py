@@ -14,8 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from coconut.cli import own_version
-from coconut.files import clear_abandoned, read_json, sha256, write_json, write_text
+from coconut.utils.files import clear_abandoned, read_json, sha256, write_json, write_text
+from coconut.utils.hydra_app import own_version
 from data_builders.statistics import Measures, summary
 
 Row = dict[str, Any]

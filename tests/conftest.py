@@ -29,10 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
 from coconut.data import Example, build_word_tokenizer
-from coconut.files import write_json
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
 from coconut.model import LatentLM
 from coconut.tracking import read_metrics
+from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -40,7 +40,6 @@ from coconut.checkpoint import Checkpoints
 from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
 from coconut.data import Example, encode_questions
 from coconut.evaluate import evaluate
-from coconut.files import read_json, write_json
 from coconut.generate import run as generate
 from coconut.layout import slot_ids
 from coconut.methods import PromptFormat
@@ -49,6 +48,7 @@ from coconut.rl.policy import sample_said
 from coconut.tasks import TASKS
 from coconut.thinking import pad_rows
 from coconut.train import run as train
+from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)
 QUESTIONS = [example.question for example in EXAMPLES]

@@ -18,9 +18,9 @@ from coconut.analysis.report import read_run
 from coconut.analysis.study import Study, Unfit
 from coconut.config import AnalyzeConfig, DataConfig, DataFiles, EngineConfig, EvaluateConfig, Part, PromptFormat, Task
 from coconut.evaluate import run as run_evaluate
-from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, Unit
 from coconut.train import run as train
+from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)
 MIXED = Curriculum(max_stage=2, unit=Unit.updates, first=4, each=3, total=12, mixing_probability=0.3)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer
 
-from coconut.files import sha256
 from coconut.tasks import prontoqa as prontoqa_task
+from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary

@@ -25,8 +25,8 @@ from coconut.analysis.page import Figure as Shown
 from coconut.analysis.plots import as_svg
 from coconut.analysis.report import RunRecord, read_run, report
 from coconut.analysis.study import Study
-from coconut.files import write_json
 from coconut.tasks import prosqa
+from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
 OWN = 3

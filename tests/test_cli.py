@@ -25,7 +25,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 import coconut
 from coconut.adaptive.config import AdaptiveConfig
-from coconut.cli import CONF_DIR, built, ends_quietly, in_words
 from coconut.config import (
     AnalyzeConfig,
     DemoConfig,
@@ -39,9 +38,10 @@ from coconut.config import (
     TrainConfig,
 )
 from coconut.methods import plan
-from coconut.overrides import as_override
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rl.config import RLConfig
+from coconut.utils.hydra_app import CONF_DIR, built, ends_quietly, in_words
+from coconut.utils.overrides import as_override
 from data_builders.gsm8k import Gsm8kBuild
 
 ROOT = Path(__file__).parent.parent
@@ -461,7 +461,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    check = "import coconut, coconut.cli; print(coconut.__file__); print(coconut.cli.CONF_DIR)"
+    check = "import coconut, coconut.utils.hydra_app; print(coconut.__file__); print(coconut.utils.hydra_app.CONF_DIR)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=environment,
                           check=True)  # fmt: skip
     assert done.stdout.split() == [str(installed / "coconut" / "__init__.py"), str(installed / "coconut" / "conf")]

@@ -28,7 +28,6 @@ from coconut import evaluate, train
 from coconut.analysis.compare import accuracy_interval, compare, difference_interval, exact_test, holm
 from coconut.analysis.table import SCREEN, on_screen
 from coconut.analysis.table import run as table
-from coconut.cli import CONF_DIR
 from coconut.config import (
     DataConfig,
     DataFiles,
@@ -36,9 +35,10 @@ from coconut.config import (
     EvaluateConfig,
     TableConfig,
 )
-from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, Unit
-from coconut.overrides import as_override
+from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import CONF_DIR
+from coconut.utils.overrides import as_override
 
 ConfigStore.instance().store(name="table_schema", node=TableConfig)
 CPU = EngineConfig(device="cpu", threads=1)
@@ -562,7 +562,7 @@ def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("coconut.files.os.replace", fail)
+    monkeypatch.setattr("coconut.utils.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         table(TableConfig(runs=[f"{copy}/co*"], output=str(out)))
     assert {path: path.read_bytes() for path in out.iterdir()} == before

@@ -18,7 +18,6 @@ from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
 from coconut.engine.world import World, joined
-from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.dense import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
@@ -30,6 +29,7 @@ from coconut.rl.train import together as run_together
 from coconut.rollout import run as roll
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
+from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)
 LEARNS = AdamWConfig(lr=3e-3, clip=1.0, warmup=2)

@@ -26,12 +26,12 @@ from coconut.config import DataFiles, EvaluateConfig, ExportConfig, GenerateConf
 from coconut.evaluate import run as run_evaluate
 from coconut.export import from_released
 from coconut.export import run as run_export
-from coconut.files import read_json
 from coconut.generate import run as run_generate
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.thinking import answer
 from coconut.tracking import read_config
 from coconut.train import run as run_train
+from coconut.utils.files import read_json
 
 
 @pytest.fixture(scope="module")

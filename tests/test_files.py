@@ -16,7 +16,8 @@ import torch
 from conftest import build
 from safetensors.torch import save_file
 
-from coconut.files import (
+from coconut.tracking import Metrics, read_metrics
+from coconut.utils.files import (
     BEFORE,
     Unwritten,
     decoded,
@@ -28,7 +29,6 @@ from coconut.files import (
     write_json,
     write_text,
 )
-from coconut.tracking import Metrics, read_metrics
 
 
 def fail_in(context: AbstractContextManager[Path], write: Callable[[Path], object]) -> None:
@@ -160,7 +160,7 @@ def test_what_is_no_utf8_is_named_by_line_and_byte() -> None:
 def test_a_folder_has_one_owner_and_the_leftovers_of_a_killed_one_go(tmp_path: Path) -> None:
     code = """
 import sys, time
-from coconut.files import sole_owner, whole_folder
+from coconut.utils.files import sole_owner, whole_folder
 with sole_owner(sys.argv[1]), whole_folder(sys.argv[1] + "/x") as part:
     print(part, flush=True)
     time.sleep(60)
@@ -184,7 +184,7 @@ def test_a_replacement_killed_half_way_is_undone(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from coconut.files import sole_owner, whole_folder
+from coconut.utils.files import sole_owner, whole_folder
 replace = os.replace
 def replace_and_die(*paths):
     replace(*paths)

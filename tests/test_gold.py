@@ -11,12 +11,12 @@ from conftest import build, byte_level_tokenizer, small_run
 from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig, Task, Unreadable
 from coconut.data import Example, build_word_tokenizer, tokenize
-from coconut.files import read_json, write_json
 from coconut.gold import lengths, limit_for, read_back, readable, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
 from coconut.model import LatentLM
 from coconut.tasks import TASKS
 from coconut.train import run
+from coconut.utils.files import read_json, write_json
 
 FORMS = [
     PromptFormat(),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coconut.files import sha256
+from coconut.utils.files import sha256
 from data_builders import gsm8k
 from data_builders.arithmetic import LONGEST, OPERATORS, Outcome, Verdict, check, evaluate, shown
 from data_builders.gsm8k import Faulty, Gsm8kBuild, Preset, Steps, measure, released_rows

@@ -16,7 +16,6 @@ from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerC
 from coconut.data import encode_questions
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
-from coconut.files import read_json, write_json
 from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, Slot, Unit, mode_named
 from coconut.rewards.config import RolloutConfig
@@ -24,6 +23,7 @@ from coconut.rollout import run as roll
 from coconut.thinking import mode_log_probs
 from coconut.tracking import read_metrics
 from coconut.train import run
+from coconut.utils.files import read_json, write_json
 
 MODES = ["short", "think", "latent_2"]
 

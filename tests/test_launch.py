@@ -22,9 +22,9 @@ from hydra.types import RunMode
 from processes import CLEAN, HERE, free_port
 
 from coconut.checkpoint import Checkpoints
-from coconut.cli import CONF_DIR
 from coconut.config import TrainConfig
 from coconut.tracking import read_metrics
+from coconut.utils.hydra_app import CONF_DIR
 
 ROOT = HERE.parent
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut import LatentLM
 from coconut.build import make_model
 from coconut.checkpoint import Checkpoints, load_trainer
-from coconut.cli import CONF_DIR
 from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, Precision, TrainConfig
 from coconut.data import build_word_tokenizer, read_examples
-from coconut.files import read_json
 from coconut.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
 from coconut.tracking import read_metrics
 from coconut.train import run
+from coconut.utils.files import read_json
+from coconut.utils.hydra_app import CONF_DIR
 
 
 @pytest.fixture(scope="module")

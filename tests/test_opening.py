@@ -13,8 +13,8 @@ from conftest import build
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.files import read_json, write_json
-from coconut.opening import on_disk, opened, out_of_reach, reaching
+from coconut.utils.files import read_json, write_json
+from coconut.utils.pretrained import on_disk, opened, out_of_reach, reaching
 
 CODE = """
 from pathlib import Path

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.files import read_json, write_json
 from coconut.tasks.pointers import parse_question, walk
+from coconut.utils.files import read_json, write_json
 from data_builders.pointers import PointersBuild, alike, build, checked, draw_row, key_of
 
 

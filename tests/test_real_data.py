@@ -17,7 +17,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from coconut.cli import CONF_DIR
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EvaluateConfig, TrainConfig
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
@@ -27,6 +26,7 @@ from coconut.rewards.train import run as run_reward
 from coconut.rollout import run as roll
 from coconut.tracking import read_metrics
 from coconut.train import run
+from coconut.utils.hydra_app import CONF_DIR
 
 HERE = Path(__file__).parent
 RELEASED = {

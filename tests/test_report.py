@@ -22,8 +22,8 @@ from coconut.config import (
     ModelConfig,
     OptimizerConfig,
 )
-from coconut.files import read_json, write_json
 from coconut.methods import Curriculum, Unit
+from coconut.utils.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_a_report_that_fails_leaves_the_old_one(copy: Path, monkeypatch: pytest.
     def fail(*_: object):
         raise OSError("disk full")
 
-    monkeypatch.setattr("coconut.files.os.replace", fail)
+    monkeypatch.setattr("coconut.utils.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         analyze.run(AnalyzeConfig(run=str(copy)))
     assert (copy / "report.html").read_text() == "old"

@@ -38,7 +38,6 @@ from coconut.config import (
 from coconut.data import Example, encode_texts
 from coconut.engine.base import Update
 from coconut.engine.world import World, joined
-from coconut.files import read_json, sha256, write_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
 from coconut.rewards.answers import Labelled, read_answers
@@ -59,6 +58,7 @@ from coconut.rollout import run as roll
 from coconut.tasks import TASKS
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
+from coconut.utils.files import read_json, sha256, write_json
 from data_builders.pointers import PointersBuild
 from data_builders.pointers import build as build_pointers
 

@@ -38,7 +38,6 @@ from coconut.config import (
 from coconut.data import Example
 from coconut.engine.world import World, joined
 from coconut.evaluate import run as run_evaluate
-from coconut.files import read_json, write_json
 from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
@@ -47,6 +46,7 @@ from coconut.rl.train import REFERENCE, PolicyTraining, run
 from coconut.rl.train import together as run_together
 from coconut.tracking import read_metrics
 from coconut.train import run as run_training
+from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)
 

@@ -17,10 +17,10 @@ import data_builders
 from coconut.config import DataConfig, EngineConfig, EvaluateConfig, ModelConfig, Task, TrainConfig
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
-from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.sources import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.train import run
+from coconut.utils.files import read_json
 
 BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_test": 8, "nodes": None}
 

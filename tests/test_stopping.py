@@ -19,10 +19,10 @@ from coconut.config import (
 from coconut.data import Example
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
-from coconut.files import read_json
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
 from coconut.stopping import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
 from coconut.train import run as train
+from coconut.utils.files import read_json
 
 
 def separable(N: int = 2000, K: int = 3, D: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

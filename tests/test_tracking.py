@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.files import read_json
 from coconut.trackers import numbers
 from coconut.tracking import (
     TRACKING,
@@ -28,6 +27,7 @@ from coconut.tracking import (
     surroundings,
     unsent,
 )
+from coconut.utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 ABOUT = {"config": {"seed": 0, "optimizer": {"lr": 1e-4}}, "plan": [{"thoughts": 2}], "git": {"revision": "abc"}}

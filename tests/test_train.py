@@ -41,7 +41,6 @@ from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
 from coconut.evaluate import evaluate
-from coconut.files import read_json, write_json
 from coconut.folder import differences
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig
@@ -49,6 +48,7 @@ from coconut.schedule import Schedule, updates_since_reset
 from coconut.sources import data_files
 from coconut.tracking import read_metrics
 from coconut.train import Diverged, Training, run
+from coconut.utils.files import read_json, write_json
 
 CURRICULUM = Curriculum(max_stage=2, unit=Unit.updates, first=5, each=4, total=14, mixing_probability=0.3)
 ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}  # dropout is on

@@ -22,7 +22,6 @@ from hydra.core.config_store import ConfigStore
 from processes import CLEAN, HERE, together
 
 from coconut.checkpoint import Checkpoints
-from coconut.cli import CONF_DIR, built
 from coconut.config import (
     Activations,
     DataConfig,
@@ -42,6 +41,7 @@ from coconut.evaluate import run as evaluate_alone
 from coconut.methods import Curriculum, Unit
 from coconut.tracking import read_metrics
 from coconut.train import run, train_together
+from coconut.utils.hydra_app import CONF_DIR, built
 
 ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
 ZERO_3 = replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=3)

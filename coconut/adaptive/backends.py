@@ -24,12 +24,12 @@ from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data import encode_questions
 from coconut.evaluate import room_for_question
-from coconut.files import writing
 from coconut.methods import PromptFormat
-from coconut.modes import seeded
-from coconut.opening import opened, reaching
-from coconut.screen import working
 from coconut.thinking import Generated, forward_passes, longest_first, pad_rows
+from coconut.utils.console import working
+from coconut.utils.files import writing
+from coconut.utils.pretrained import opened, reaching
+from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

@@ -9,7 +9,7 @@ from typing import Any
 
 from coconut.config import SPLITS, DataFiles, EngineConfig, Task, Unreadable, at_least
 from coconut.methods import PromptFormat
-from coconut.overrides import PathName, Place, Text
+from coconut.utils.overrides import PathName, Place, Text
 
 
 class JudgeKind(StrEnum):

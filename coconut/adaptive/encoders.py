@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from coconut.data import encode_questions
-from coconut.modes import evaluating
-from coconut.opening import opened, reaching
 from coconut.thinking import longest_first
+from coconut.utils.pretrained import opened, reaching
+from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

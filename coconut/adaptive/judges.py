@@ -13,10 +13,10 @@ from coconut.adaptive.backends import Latent, Reply
 from coconut.data import Example
 from coconut.evaluate import answer_key
 from coconut.methods import PromptFormat
-from coconut.opening import opened, reaching
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rl.policy import Sample, sample_said
 from coconut.tasks import Task
+from coconut.utils.pretrained import opened, reaching
 
 Judge = Callable[[Sequence[Example], Sequence[Reply], dict[str, Any]], Sequence[float]]
 """From examples, a reply to each, and the settings with which all were asked, to one number each."""

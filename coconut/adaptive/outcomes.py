@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.adaptive.space import Space
-from coconut.files import whole_file
+from coconut.utils.files import whole_file
 
 Numbers = NDArray[np.float32]
 

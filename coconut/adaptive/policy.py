@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from coconut.adaptive.config import PolicyConfig
 from coconut.adaptive.space import Space
-from coconut.files import whole_file
-from coconut.modes import seeded
+from coconut.utils.files import whole_file
+from coconut.utils.torch_utils import seeded
 
 
 class Policy(nn.Module):

@@ -16,8 +16,8 @@ import networkx
 
 from coconut.analysis.plots import LIGHT, MOST_NODES, new_figure, place_nodes, styled, whole_ticks
 from coconut.analysis.study import Study
-from coconut.files import whole_file
 from coconut.tasks import prosqa
+from coconut.utils.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,9 +26,9 @@ import numpy as np
 from coconut.analysis.entrants import Entrant, entrants, natural
 from coconut.config import TableConfig
 from coconut.methods import METHODS
-from coconut.overrides import quoted
-from coconut.screen import listed
 from coconut.seen import most_seen, told_questions
+from coconut.utils.console import listed
+from coconut.utils.overrides import quoted
 
 RESAMPLES = 10_000
 LEVEL = 0.05  # a p value above it tells nothing apart

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.config import TrainConfig, identity
-from coconut.files import read_json
 from coconut.methods import Curriculum, Unit, plan
 from coconut.seen import SEEN_IN, all_seen
 from coconut.tracking import CONFIG, DESCRIPTION, read_config
+from coconut.utils.files import read_json
 
 if TYPE_CHECKING:
     from coconut.analysis.report import RunRecord

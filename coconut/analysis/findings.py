@@ -31,8 +31,8 @@ from coconut.analysis.plots import as_svg
 from coconut.analysis.report import NONE, RunRecord, counted
 from coconut.analysis.study import Study
 from coconut.methods import Slot
-from coconut.screen import listed
 from coconut.tasks import prosqa
+from coconut.utils.console import listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut.methods import PromptFormat
-from coconut.modes import evaluating
 from coconut.thinking import longest_first, pad_rows, think
+from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor

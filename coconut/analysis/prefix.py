@@ -21,8 +21,8 @@ from coconut.data import encode_questions
 from coconut.layout import Layout, collate, slot_ids
 from coconut.losses import target_log_probs
 from coconut.methods import PromptFormat
-from coconut.modes import evaluating
 from coconut.thinking import longest_first
+from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject

@@ -31,11 +31,11 @@ from coconut.analysis.page import (
 )
 from coconut.analysis.plots import Band, Curves, graph_picture, learning_curves
 from coconut.analysis.study import FOLDER, Study
-from coconut.files import read_json
 from coconut.methods import Slot, Stage, Unit, method_named
-from coconut.screen import duration
 from coconut.seen import SEEN_IN, all_seen, told_questions
 from coconut.tracking import CONFIG, DESCRIPTION, read_config, read_metrics
+from coconut.utils.console import duration
+from coconut.utils.files import read_json
 
 BINS = 200  # points of the smoothed training loss, over a whole run
 SHOWN_RIGHT, SHOWN_WRONG, DRAWN = 4, 5, 2  # sample answers, and graphs drawn of each

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coconut.files import read_json, write_text
+from coconut.utils.files import read_json, write_text
 
 FOLDER = "analysis"  # within that of the run
 

@@ -44,9 +44,9 @@ from coconut.analysis.plots import LIGHT, as_svg, new_figure, styled
 from coconut.analysis.report import NONE, command, counted
 from coconut.analysis.study import Study
 from coconut.config import TableConfig
-from coconut.files import write_text
 from coconut.methods import method_named
-from coconut.screen import say
+from coconut.utils.console import say
+from coconut.utils.files import write_text
 
 SCREEN = 100  # columns
 FEW_PAIRS = 6  # that are all shown at once

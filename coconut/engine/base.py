@@ -19,7 +19,7 @@ from torch import nn
 
 from coconut.config import AdamWConfig, EngineConfig, EngineKind, Precision
 from coconut.engine.world import World
-from coconut.screen import say
+from coconut.utils.console import say
 
 
 class MicroBatch(Protocol):

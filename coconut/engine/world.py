@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from coconut.config import EngineConfig, EngineKind
-from coconut.screen import hush, listed
+from coconut.utils.console import hush, listed
 
 T = TypeVar("T")
 FAILED = "COCONUT_FAILED"  # names a file that a failed process of `launch=local` leaves

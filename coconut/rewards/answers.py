@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.data import Example, Unreadable, completed, encode_questions, encode_texts, existing, json_rows
-from coconut.files import write_text
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Group
-from coconut.screen import say
+from coconut.utils.console import say
+from coconut.utils.files import write_text
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

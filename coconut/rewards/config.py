@@ -17,8 +17,8 @@ from coconut.config import (
     needs_run,
     refuse_cuda_graphs,
 )
-from coconut.overrides import PathName
 from coconut.rewards.losses import loss_named
+from coconut.utils.overrides import PathName
 
 
 @dataclass

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from coconut.build import run_of
-from coconut.files import read_json, sha256
 from coconut.rewards.steps import parts_said
 from coconut.rl.policy import Policy, Sample
 from coconut.tracking import CONFIG, DESCRIPTION, read_config
+from coconut.utils.files import read_json, sha256
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

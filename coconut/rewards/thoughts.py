@@ -24,9 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from coconut.layout import slot_ids
 from coconut.losses import target_log_probs
 from coconut.methods import Slot
-from coconut.modes import evaluating
 from coconut.rl.policy import refuse_too_long
 from coconut.thinking import longest_first
+from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

@@ -16,7 +16,6 @@ from coconut.build import carried_out_as, computed_as, in_float32, weights_of
 from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
-from coconut.files import read_json, whole_file
 from coconut.folder import describe, held_folder, used_file
 from coconut.model import LatentLM
 from coconut.rewards.answers import read_answers
@@ -34,11 +33,12 @@ from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.losses import loss_named
 from coconut.rewards.value import ValueModel
 from coconut.rl.policy import Policy, Sample, needs, shares
-from coconut.screen import duration, say, working
 from coconut.signals import asked_to_stop
 from coconut.standing import Standing, stopped
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
+from coconut.utils.console import duration, say, working
+from coconut.utils.files import read_json, whole_file
 
 
 class RewardTraining:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coconut.config import AdamWConfig, RunConfig, at_least, refuse_cuda_graphs
-from coconut.overrides import Place
 from coconut.rl.objectives import Objective, objective_named
+from coconut.utils.overrides import Place
 
 
 @dataclass

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from coconut.data import Example, encode_questions
 from coconut.methods import PromptFormat
-from coconut.modes import seeded
 from coconut.rl.policy import Cost, Sample, longest_answers, named, samples_of
-from coconut.screen import say
 from coconut.tasks import Task
 from coconut.thinking import longest_first, pad_rows
+from coconut.utils.console import say
+from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

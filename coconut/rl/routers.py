@@ -18,9 +18,9 @@ from torch import nn
 from coconut.analysis.study import Study
 from coconut.data import Example, encode_questions
 from coconut.evaluate import Prediction, evaluate
-from coconut.modes import seeded
 from coconut.tasks import Task
 from coconut.thinking import longest_first, pad_rows, think
+from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.model import LatentLM

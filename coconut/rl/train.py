@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from coconut.build import carried_out_as, computed_as, in_float32, weights_of
-from coconut.cli import application
 from coconut.config import TooLong
 from coconut.data import Example, encode_questions, read_examples
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.evaluate import Abandoned, Prediction
-from coconut.files import read_json, write_json
 from coconut.folder import describe, held_folder, used_file
 from coconut.gold import read_back, warn_of_limit
 from coconut.model import LatentLM
@@ -30,12 +28,14 @@ from coconut.rl.objectives import advantages, without_variance
 from coconut.rl.policy import Policy, PolicyBatch, for_tokens, longest_answers, needs, policy_batch, shares, totals_of
 from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
-from coconut.screen import duration, say, working
 from coconut.signals import Asked, asked_to_stop
 from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
+from coconut.utils.console import duration, say, working
+from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
     from coconut.rewards.dense import DenseRewards

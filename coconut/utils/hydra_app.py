@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO, get_type_hints
 
-from coconut.overrides import as_override, at_home, change_texts, refuse_other_bytes
+from coconut.utils.overrides import as_override, at_home, change_texts, refuse_other_bytes
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 PIPE_CLOSED = 128 + 13  # the status of what SIGPIPE ends
 

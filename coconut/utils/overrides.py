@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from coconut.files import decoded
+from coconut.utils.files import decoded
 
 # Kinds of text in the annotations of a schema; a plain str is a name.
 PathName = Annotated[str, "path"]  # a file or folder: ~ is the home folder

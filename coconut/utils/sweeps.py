@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from coconut.screen import say
+from coconut.utils.console import say
 
 LAUNCHERS = {
     "BasicLauncher": "here, one after the other",
