@@ -35,9 +35,7 @@ _is_command = (
     else Path((sys.argv or [""])[0]).name.startswith("coconut-")
 )
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # until a command listens: no traceback out of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command listens: no traceback out of an import
 
 
 def __getattr__(name: str) -> Any:

@@ -1,42 +1,16 @@
-"""What is trained, as data.
+"""The curriculum: which stages a method walks through, how long each is, and what each replaces.
 
-A method says three things: what fills the slot between question and chain, how the written chain is
-cut, and whether the markers `<bot>` and `<eot>` stand around the slot. `plan` expands a method and a
-curriculum into the explicit list of stages that a run logs, saves and walks through. Nothing here
-knows tokens or tensors.
-
-The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models
-to Reason in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-up of a model that chooses its mode.
+`plan` expands a method and a curriculum into the explicit list of stages that a run logs, saves and walks through.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from coconut.utils.overrides import Template
-
-
-class Slot(StrEnum):
-    """What stands between the question and the written chain."""
-
-    nothing = "nothing"
-    pause = "pause"  # a learned <pause> token
-    thought = "thought"  # the last hidden state, fed back
-
-
-class Cut(StrEnum):
-    """What is removed from the front of the written chain, and when."""
-
-    never = "never"
-    steps = "steps"  # stage k removes the first k steps
-    last = "last"  # as in the last stage of `steps`, from the start
-    tokens = "tokens"  # a few tokens more in every stage (iCoT)
-    all = "all"
-    modes = "modes"  # as the mode has it, in which an example is answered
+from coconut.methods.modes import Mode, mode_named
+from coconut.methods.table import Cut, Method, Slot, method_named
 
 
 class Unit(StrEnum):
@@ -49,58 +23,6 @@ class Mixing(StrEnum):
 
     current = "current"  # 0 .. the current stage (superposition paper, arXiv 2505.12514)
     all = "all"  # 0 .. the example's number of steps (released Coconut code)
-
-
-@dataclass(frozen=True)
-class Method:
-    slot: Slot
-    cut: Cut
-    markers: bool
-    summary: str
-
-    def __post_init__(self) -> None:
-        assert self.markers or self.slot is not Slot.thought, "speech begins at <eot>, after the last thought"
-
-
-METHODS: dict[str, Method] = {
-    "coconut": Method(Slot.thought, Cut.steps, True, "stage k: the first k steps become k*c thoughts"),
-    "cot": Method(Slot.nothing, Cut.never, False, "the whole chain in words"),
-    "no_cot": Method(Slot.nothing, Cut.all, False, "the answer at once"),
-    "icot": Method(Slot.nothing, Cut.tokens, False, "the chain is removed token by token"),
-    "pause": Method(Slot.pause, Cut.all, True, "pause tokens, then the answer; no curriculum"),
-    "without_curriculum": Method(Slot.thought, Cut.last, True, "Coconut's last stage from the start"),
-    "without_thought": Method(Slot.nothing, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
-    "pause_as_thought": Method(Slot.pause, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
-    "hybrid_warmup": Method(Slot.nothing, Cut.modes, False, "each example in each mode, after its control token"),
-}
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way in which a hybrid model answers: what it does after this control token (Thinkless, arXiv 2505.13379).
-
-    `<short>` is the answer at once, `<think>` the whole chain in words, `<latent_K>` K thoughts and the answer.
-    """
-
-    name: str
-    slot: Slot
-    num_thoughts: int
-    steps_cut: int | None
-
-    @property
-    def token(self) -> str:
-        return f"<{self.name}>"
-
-
-def mode_named(name: str) -> Mode:
-    """Raises ValueError if no mode has this name."""
-    if name == "short":
-        return Mode(name, Slot.nothing, 0, None)
-    if name == "think":
-        return Mode(name, Slot.nothing, 0, 0)
-    if found := re.fullmatch(r"latent_([1-9]\d*)", name):
-        return Mode(name, Slot.thought, int(found[1]), None)
-    raise ValueError(f"There is no mode {name!r}. The modes are short, think, and latent_K for K thoughts.")
 
 
 @dataclass
@@ -223,13 +145,6 @@ class Plan:
         return {"method": self.method, "unit": self.unit.value, "stages": [asdict(s) for s in self.stages]}
 
 
-def method_named(name: str) -> Method:
-    """The entry of METHODS. Raises ValueError that lists the names."""
-    if name not in METHODS:
-        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")
-    return METHODS[name]
-
-
 def plan(name: str, curriculum: Curriculum) -> Plan:
     """Expand a method and a curriculum to the explicit stages of a run.
 
@@ -305,114 +220,3 @@ def _icot_stages(curriculum: Curriculum) -> list[Stage]:
     whole = Stage(0, curriculum.icot_each, Slot.nothing, markers=False, num_thoughts=0, steps_cut=0, smoothed=True)
     stages = [replace(whole, index=k, tokens_cut=tokens) for k, tokens in enumerate(due)]
     return [*stages, replace(whole, index=len(due), steps_cut=None, tokens_cut=None, smoothed=False)]
-
-
-@dataclass
-class PromptFormat:
-    """How a question, its steps and its answer become text. Encoded segment by segment.
-
-    On the command line \\n in a template is a newline, \\t a tab and \\\\ a backslash; quotes around the
-    whole are no part of it.
-    `chat`: the question is what a user says in the tokenizer's chat template, and the assistant's turn begins after it.
-    """
-
-    question: Template = "{}\n"
-    step: Template = "{}\n"
-    answer: Template = "### {}"
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        for name, template in (("question", self.question), ("step", self.step), ("answer", self.answer)):
-            if template.count("{}") != 1:
-                raise ValueError(f"The prompt format of {name!r} is {template!r}; it must contain {{}} exactly once.")
-        if not self.step_end:
-            raise ValueError(
-                f"The prompt format of 'step' is {self.step!r}; something must stand after {{}} to end a step."
-            )
-
-    @staticmethod
-    def fill(template: str, text: str) -> str:
-        """The text in its place; braces of its own, and other ones of the template, stay as they are."""
-        before, after = template.split("{}")
-        return before + text + after
-
-    def written(self, steps: Sequence[str], answer: str) -> str:
-        """What a model is to write."""
-        return "".join([*(self.fill(self.step, step) for step in steps), self.fill(self.answer, answer)])
-
-    @property
-    def answer_mark(self) -> str:
-        return self.answer.split("{}")[0].strip()
-
-    @property
-    def answer_end(self) -> str:
-        return self.answer.split("{}")[1].strip()
-
-    @property
-    def step_begin(self) -> str:
-        return self.step.split("{}")[0].strip()
-
-    @property
-    def step_end(self) -> str:
-        return self.step.split("{}")[1]
-
-
-REASONING_FILE = "coconut.json"  # beside a model's weights
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """How a trained model is to be asked: saved with its weights, so that nobody has to guess.
-
-    `num_thoughts` is what inference uses; it never depends on the example's gold chain.
-    """
-
-    method: str = "coconut"
-    stage: int = 0
-    slot: Slot = Slot.thought
-    markers: bool = True
-    num_thoughts: int = 0
-    thoughts_per_step: int = 1
-    steps_cut: int | None = 0  # how many steps of the chain this stage no longer writes; None: all
-    tokens_cut: int | None = 0  # how many tokens of it, likewise (iCoT)
-    max_new_tokens: int = 128
-    format: PromptFormat = field(default_factory=PromptFormat)
-    modes: tuple[str, ...] = ()  # of a hybrid model: what it chooses from with its first token
-
-    @classmethod
-    def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
-        """How a model is asked after training in this stage."""
-        return cls(
-            method=plan.method,
-            stage=stage.index,
-            slot=stage.slot,
-            markers=stage.markers,
-            num_thoughts=stage.num_thoughts,
-            thoughts_per_step=plan.thoughts_per_step,
-            steps_cut=stage.steps_cut,
-            tokens_cut=stage.tokens_cut,
-            max_new_tokens=max_new_tokens,
-            modes=tuple(form.mode for form in stage.modes),
-        )
-
-    def in_mode(self, name: str) -> Reasoning:
-        """How it is asked after the control token of that mode."""
-        mode = mode_named(name)
-        return replace(
-            self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
-            steps_cut=mode.steps_cut, modes=(),
-        )  # fmt: skip
-
-    def forms(self, mode: str | None = None) -> list[Reasoning]:
-        """Its modes, or the one of that name, each as it is asked; a model without modes is asked in one way."""
-        return [self.in_mode(name) for name in self.modes if mode in (None, name)] or [self]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Reasoning:
-        values = dict(values)
-        form = PromptFormat(**values["format"])
-        modes = tuple(values.get("modes", ()))
-        return cls(**{**values, "slot": Slot(values["slot"]), "format": form, "modes": modes})

@@ -1,0 +1,28 @@
+"""What is trained, as data: the table of methods, the curriculum that walks through one, and how a model is asked.
+
+Nothing here knows tokens or tensors.
+"""
+
+from coconut.methods.curriculum import Curriculum, Mixing, Plan, Stage, Unit, plan
+from coconut.methods.modes import Mode, mode_named
+from coconut.methods.reasoning import REASONING_FILE, PromptFormat, Reasoning
+from coconut.methods.table import METHODS, Cut, Method, Slot, method_named
+
+__all__ = [
+    "METHODS",
+    "REASONING_FILE",
+    "Curriculum",
+    "Cut",
+    "Method",
+    "Mixing",
+    "Mode",
+    "Plan",
+    "PromptFormat",
+    "Reasoning",
+    "Slot",
+    "Stage",
+    "Unit",
+    "method_named",
+    "mode_named",
+    "plan",
+]

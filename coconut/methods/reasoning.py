@@ -1,0 +1,123 @@
+"""How a trained model is asked: its method, how many thoughts it has, and the prompt format. Saved beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from coconut.methods.curriculum import Plan, Stage
+from coconut.methods.modes import mode_named
+from coconut.methods.table import Slot
+from coconut.utils.overrides import Template
+
+
+@dataclass
+class PromptFormat:
+    """How a question, its steps and its answer become text. Encoded segment by segment.
+
+    On the command line \\n in a template is a newline, \\t a tab and \\\\ a backslash; quotes around the
+    whole are no part of it.
+    `chat`: the question is what a user says in the tokenizer's chat template, and the assistant's turn begins after it.
+    """
+
+    question: Template = "{}\n"
+    step: Template = "{}\n"
+    answer: Template = "### {}"
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, template in (("question", self.question), ("step", self.step), ("answer", self.answer)):
+            if template.count("{}") != 1:
+                raise ValueError(f"The prompt format of {name!r} is {template!r}; it must contain {{}} exactly once.")
+        if not self.step_end:
+            raise ValueError(
+                f"The prompt format of 'step' is {self.step!r}; something must stand after {{}} to end a step."
+            )
+
+    @staticmethod
+    def fill(template: str, text: str) -> str:
+        """The text in its place; braces of its own, and other ones of the template, stay as they are."""
+        before, after = template.split("{}")
+        return before + text + after
+
+    def written(self, steps: Sequence[str], answer: str) -> str:
+        """What a model is to write."""
+        return "".join([*(self.fill(self.step, step) for step in steps), self.fill(self.answer, answer)])
+
+    @property
+    def answer_mark(self) -> str:
+        return self.answer.split("{}")[0].strip()
+
+    @property
+    def answer_end(self) -> str:
+        return self.answer.split("{}")[1].strip()
+
+    @property
+    def step_begin(self) -> str:
+        return self.step.split("{}")[0].strip()
+
+    @property
+    def step_end(self) -> str:
+        return self.step.split("{}")[1]
+
+
+REASONING_FILE = "coconut.json"  # beside a model's weights
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """How a trained model is to be asked: saved with its weights, so that nobody has to guess.
+
+    `num_thoughts` is what inference uses; it never depends on the example's gold chain.
+    """
+
+    method: str = "coconut"
+    stage: int = 0
+    slot: Slot = Slot.thought
+    markers: bool = True
+    num_thoughts: int = 0
+    thoughts_per_step: int = 1
+    steps_cut: int | None = 0  # how many steps of the chain this stage no longer writes; None: all
+    tokens_cut: int | None = 0  # how many tokens of it, likewise (iCoT)
+    max_new_tokens: int = 128
+    format: PromptFormat = field(default_factory=PromptFormat)
+    modes: tuple[str, ...] = ()  # of a hybrid model: what it chooses from with its first token
+
+    @classmethod
+    def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
+        """How a model is asked after training in this stage."""
+        return cls(
+            method=plan.method,
+            stage=stage.index,
+            slot=stage.slot,
+            markers=stage.markers,
+            num_thoughts=stage.num_thoughts,
+            thoughts_per_step=plan.thoughts_per_step,
+            steps_cut=stage.steps_cut,
+            tokens_cut=stage.tokens_cut,
+            max_new_tokens=max_new_tokens,
+            modes=tuple(form.mode for form in stage.modes),
+        )
+
+    def in_mode(self, name: str) -> Reasoning:
+        """How it is asked after the control token of that mode."""
+        mode = mode_named(name)
+        return replace(
+            self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
+            steps_cut=mode.steps_cut, modes=(),
+        )  # fmt: skip
+
+    def forms(self, mode: str | None = None) -> list[Reasoning]:
+        """Its modes, or the one of that name, each as it is asked; a model without modes is asked in one way."""
+        return [self.in_mode(name) for name in self.modes if mode in (None, name)] or [self]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Reasoning:
+        values = dict(values)
+        form = PromptFormat(**values["format"])
+        modes = tuple(values.get("modes", ()))
+        return cls(**{**values, "slot": Slot(values["slot"]), "format": form, "modes": modes})

@@ -1,0 +1,63 @@
+"""The table of methods.
+
+A method says three things: what fills the slot between question and chain, how the written chain is
+cut, and whether the markers `<bot>` and `<eot>` stand around the slot.
+
+The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models
+to Reason in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-up of a model that chooses its mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Slot(StrEnum):
+    """What stands between the question and the written chain."""
+
+    nothing = "nothing"
+    pause = "pause"  # a learned <pause> token
+    thought = "thought"  # the last hidden state, fed back
+
+
+class Cut(StrEnum):
+    """What is removed from the front of the written chain, and when."""
+
+    never = "never"
+    steps = "steps"  # stage k removes the first k steps
+    last = "last"  # as in the last stage of `steps`, from the start
+    tokens = "tokens"  # a few tokens more in every stage (iCoT)
+    all = "all"
+    modes = "modes"  # as the mode has it, in which an example is answered
+
+
+@dataclass(frozen=True)
+class Method:
+    slot: Slot
+    cut: Cut
+    markers: bool
+    summary: str
+
+    def __post_init__(self) -> None:
+        assert self.markers or self.slot is not Slot.thought, "speech begins at <eot>, after the last thought"
+
+
+METHODS: dict[str, Method] = {
+    "coconut": Method(Slot.thought, Cut.steps, True, "stage k: the first k steps become k*c thoughts"),
+    "cot": Method(Slot.nothing, Cut.never, False, "the whole chain in words"),
+    "no_cot": Method(Slot.nothing, Cut.all, False, "the answer at once"),
+    "icot": Method(Slot.nothing, Cut.tokens, False, "the chain is removed token by token"),
+    "pause": Method(Slot.pause, Cut.all, True, "pause tokens, then the answer; no curriculum"),
+    "without_curriculum": Method(Slot.thought, Cut.last, True, "Coconut's last stage from the start"),
+    "without_thought": Method(Slot.nothing, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
+    "pause_as_thought": Method(Slot.pause, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
+    "hybrid_warmup": Method(Slot.nothing, Cut.modes, False, "each example in each mode, after its control token"),
+}
+
+
+def method_named(name: str) -> Method:
+    """The entry of METHODS. Raises ValueError that lists the names."""
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")
+    return METHODS[name]
