@@ -26,8 +26,8 @@ from benchmarks.run import GIB, Row, seconds, shown
 from benchmarks.ways import SIZES, VOCABULARY, WAYS, Size, make_batches, make_model
 from coconut import LatentLM
 from coconut.config import AdamWConfig, EngineConfig, Precision
+from coconut.data.batching import IGNORED, Batch
 from coconut.engine.local import LocalEngine
-from coconut.layout import IGNORED, Batch
 from coconut.utils.files import write_json
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # NVIDIA's data sheets, SXM, bfloat16, dense

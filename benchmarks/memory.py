@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coconut import LatentLM
-from coconut.data import ADDED_TOKENS, Example, build_word_tokenizer
+from coconut.data.examples import Example
+from coconut.data.tokenization import ADDED_TOKENS, build_word_tokenizer
 
 GIB = 2**30
 ROWS, QUESTION, AFTER = 8, 160, 50

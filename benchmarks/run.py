@@ -49,8 +49,8 @@ from coconut import LatentLM
 from coconut.analysis.charts import save_png
 from coconut.analysis.plots import LIGHT, new_figure
 from coconut.config import Precision
+from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.engine.base import autocast, keep_memory
-from coconut.layout import Batch, epoch_batches, micro_batches
 from coconut.thinking import pad_rows
 from coconut.utils.files import write_json
 

@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coconut import LatentLM
-from coconut.data import ADDED_TOKENS, Example, TokenizedData, build_word_tokenizer
-from coconut.layout import IGNORED, Batch, EpochView, epoch_batches, micro_batches
+from coconut.data.batching import IGNORED, Batch, epoch_batches, micro_batches
+from coconut.data.examples import Example
+from coconut.data.sequences import EpochView
+from coconut.data.tokenization import ADDED_TOKENS, TokenizedData, build_word_tokenizer
 from coconut.methods import Curriculum, plan
 
 VOCABULARY = 50257 + len(ADDED_TOKENS)

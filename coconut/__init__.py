@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coconut.data import Example
+    from coconut.data.examples import Example
     from coconut.methods import METHODS, Curriculum, Reasoning, plan
     from coconut.model import LatentLM
     from coconut.thinking import answer, likeliest

@@ -15,11 +15,11 @@ from coconut.analysis.page import percent
 from coconut.analysis.report import RunRecord, answers, headline, learning, provenance, read_run, report
 from coconut.analysis.study import FOLDER, Study, Unfit
 from coconut.config import AnalyzeConfig, Part, TableConfig
+from coconut.data.seen_questions import told_questions
 from coconut.engine.world import seat
 from coconut.methods import Curriculum, plan
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
-from coconut.seen import told_questions
 from coconut.utils.console import only_our_words, say, working
 from coconut.utils.files import whole_folder, write_text
 from coconut.utils.hydra_app import application, by_word
@@ -63,10 +63,10 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     """
     from coconut.analysis.probes import MORE, Subject, asked
     from coconut.build import load_run
-    from coconut.data import read_examples
+    from coconut.data.datasets import file_of_split
+    from coconut.data.examples import read_examples
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
-    from coconut.sources import file_of_split
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
 
@@ -116,12 +116,12 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     """How a hybrid model chooses, on its test questions, and who would choose better: into RUN/analysis."""
     from coconut.build import load_run
-    from coconut.data import read_examples
+    from coconut.data.datasets import file_of_split
+    from coconut.data.examples import read_examples
+    from coconut.data.seen_questions import seen_by
     from coconut.engine.base import autocast
     from coconut.evaluate import fitting
     from coconut.rl.routers import choice_studies
-    from coconut.seen import seen_by
-    from coconut.sources import file_of_split
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
 

@@ -11,7 +11,8 @@ import torch
 
 from coconut.checkpoint import Checkpoints, load_state
 from coconut.config import WORDS, Activations, EngineConfig, ModelConfig, Precision, TrainConfig
-from coconut.data import Example, build_word_tokenizer
+from coconut.data.examples import Example
+from coconut.data.tokenization import build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
 from coconut.methods import REASONING_FILE, plan

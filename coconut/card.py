@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data import around_questions
+from coconut.data.seen_questions import told_questions
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import around_questions
 from coconut.evaluate import read_results
-from coconut.layout import slot_ids
 from coconut.methods import PromptFormat, Slot
-from coconut.seen import told_questions
 from coconut.tracking import DESCRIPTION, read_config
 from coconut.utils.files import read_json
 

@@ -27,7 +27,7 @@ from coconut.utils.console import say
 from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
-    from coconut.data import Example
+    from coconut.data.examples import Example
 
 MOST_BYTES = 100_000  # of what a browser may send
 PAGE = Path(__file__).with_name("demo.html")
@@ -220,8 +220,8 @@ def open_demo(config: DemoConfig) -> Asker:
 
 def _rows(data: Mapping[str, Any]) -> tuple[str, Sequence[Example]]:
     """The name of the file that questions are drawn from, and its rows; none if no such file is here."""
-    from coconut.data import read_examples
-    from coconut.sources import data_files
+    from coconut.data.datasets import data_files
+    from coconut.data.examples import read_examples
 
     files = data_files(data)
     path = Path(files["test"] or files["valid"])

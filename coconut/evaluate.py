@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coconut.config import EvaluateConfig, StopRule, TooLong
-from coconut.data import Example, TokenizedData, encode_questions, read_examples, unknown_words
+from coconut.data.datasets import file_of_split
+from coconut.data.examples import Example, read_examples
+from coconut.data.seen_questions import all_seen, seen_by, told_questions
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
 from coconut.engine.world import World
 from coconut.gold import read_back, warn_of_limit
-from coconut.layout import slot_ids
 from coconut.methods import REASONING_FILE, PromptFormat, Reasoning, Slot
-from coconut.seen import all_seen, seen_by, told_questions
-from coconut.sources import file_of_split
 from coconut.tasks import TASKS, Task
 from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
 from coconut.utils.files import make_writable, read_json, sha256, write_json, write_text

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from coconut.config import Resume, RunConfig, identity, locate
-from coconut.data import existing
+from coconut.data.datasets import data_files
+from coconut.data.examples import existing
+from coconut.data.seen_questions import QUESTIONS, keep_questions
 from coconut.engine.world import World
-from coconut.seen import QUESTIONS, keep_questions
-from coconut.sources import data_files
 from coconut.tracking import CONFIG, DESCRIPTION, read_config, ready, surroundings
 from coconut.utils.console import say
 from coconut.utils.files import read_json, release, sha256, sole_owner, write_json

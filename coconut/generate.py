@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut.config import GenerateConfig, StopRule
-from coconut.data import Unreadable, encode_questions, existing, json_rows, unknown_in
+from coconut.data.examples import Unreadable, existing, json_rows
+from coconut.data.tokenization import encode_questions, unknown_in
 from coconut.evaluate import room_for_question
 from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
 from coconut.utils.files import decoded, read_utf8, write_text

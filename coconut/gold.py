@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.config import Unreadable
-from coconut.data import SHOWN_PROBLEMS, Example, TokenizedData, tokenize, unknown_id, unknown_in
-from coconut.layout import written_lengths
+from coconut.data.examples import SHOWN_PROBLEMS, Example
+from coconut.data.sequences import written_lengths
+from coconut.data.tokenization import TokenizedData, tokenize, unknown_id, unknown_in
 from coconut.methods import PromptFormat, Reasoning, Stage
 from coconut.tasks import Task
 from coconut.utils.console import say

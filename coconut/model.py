@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from coconut.attention import in_place_of_torchs, needs_sight, sighted
 from coconut.cache import GrowingCache
-from coconut.data import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
+from coconut.data.batching import IGNORED
+from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
     EXPERTS,
     TESTED,
@@ -42,7 +43,6 @@ from coconut.families import (
     text_config,
 )
 from coconut.graphs import Graphs, rounded, rounded_down
-from coconut.layout import IGNORED
 from coconut.linear import products_as_pay, rows_added, weights_summed_once
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from coconut.build import load_run
 from coconut.config import TooLong
-from coconut.data import read_examples
+from coconut.data.datasets import file_of_split
+from coconut.data.examples import read_examples
 from coconut.engine.base import autocast
 from coconut.engine.launch import on_processes
 from coconut.engine.world import World
@@ -16,7 +17,6 @@ from coconut.gold import read_back, warn_of_limit
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
 from coconut.rl.rollouts import Correctness, roll_out, with_room
-from coconut.sources import file_of_split
 from coconut.tracking import read_config
 from coconut.utils.console import only_our_words, say, working
 from coconut.utils.files import sha256, write_json

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coconut.config import DataFiles
-from coconut.data import Example, encode_questions, read_examples
+from coconut.data.datasets import file_of_split
+from coconut.data.examples import Example, read_examples
+from coconut.data.tokenization import encode_questions
 from coconut.methods import Curriculum, Plan, Slot, plan
-from coconut.sources import file_of_split
 from coconut.thinking import longest_first, pad_rows, think
 from coconut.utils.console import say
 from coconut.utils.files import whole_file

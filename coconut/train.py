@@ -19,14 +19,16 @@ from torch import nn
 from coconut.build import carried_out_as, make_model, starting_point
 from coconut.collapse import look_at
 from coconut.config import RunConfig, TooLong, TrainConfig
-from coconut.data import Example, TokenizedData, read_examples, tokenize, unknown_words
+from coconut.data.batching import Batch, epoch_batches, micro_batches
+from coconut.data.examples import Example, read_examples
+from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluate import Abandoned, Prediction, evaluate
 from coconut.folder import describe, held_folder, used_file
 from coconut.gold import limit_for, readable, warn_of_limit
-from coconut.layout import Batch, EpochView, epoch_batches, fit_context, forms_of, micro_batches
 from coconut.methods import Reasoning, Stage, plan
 from coconut.model import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset

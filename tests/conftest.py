@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
-from coconut.data import Example, build_word_tokenizer
+from coconut.data.examples import Example
+from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
 from coconut.model import LatentLM
 from coconut.tracking import read_metrics

@@ -20,7 +20,7 @@ from pathlib import Path
 from conftest import graph_files
 from processes import CLEAN
 
-from coconut.data import read_examples
+from coconut.data.examples import read_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}

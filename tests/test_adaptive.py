@@ -38,10 +38,11 @@ from coconut.adaptive.space import Space
 from coconut.adaptive.trials import arms_study, studies, trials
 from coconut.checkpoint import Checkpoints
 from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
-from coconut.data import Example, encode_questions
+from coconut.data.examples import Example
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import encode_questions
 from coconut.evaluate import evaluate
 from coconut.generate import run as generate
-from coconut.layout import slot_ids
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rl.policy import sample_said

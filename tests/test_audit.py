@@ -28,9 +28,11 @@ from coconut.analysis.compare import difference_interval
 from coconut.analysis.paths import redirect
 from coconut.analysis.probes import Subject
 from coconut.analysis.study import Study, Unfit
-from coconut.data import Example, build_word_tokenizer, encode_questions, encode_texts
+from coconut.data.batching import collate
+from coconut.data.examples import Example
+from coconut.data.sequences import layout
+from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.evaluate import Evaluated
-from coconut.layout import collate, layout
 from coconut.methods import PromptFormat, Reasoning, Slot, Stage
 from coconut.tasks import TASKS, prosqa
 

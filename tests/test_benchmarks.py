@@ -13,7 +13,7 @@ from benchmarks.pieces import HALF, WITHOUT
 from benchmarks.run import precision, questions
 from coconut import LatentLM
 from coconut.attention import _OneQuery
-from coconut.layout import Batch
+from coconut.data.batching import Batch
 from coconut.thinking import pad_rows
 
 

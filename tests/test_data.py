@@ -14,13 +14,12 @@ from conftest import byte_level_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.data import (
-    Example,
+from coconut.data.examples import Example, read_examples
+from coconut.data.tokenization import (
     add_special_tokens,
     build_word_tokenizer,
     encode_questions,
     encode_texts,
-    read_examples,
     token_ids,
     tokenize,
     unknown_words,

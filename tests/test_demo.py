@@ -31,7 +31,7 @@ from coconut.analysis.plots import DARK, LIGHT, place_nodes
 from coconut.analysis.probes import MORE
 from coconut.checkpoint import Checkpoints, load_state
 from coconut.config import DataConfig, DemoConfig, EngineConfig, Task
-from coconut.data import encode_questions
+from coconut.data.tokenization import encode_questions
 from coconut.demo import MOST_BYTES, Server, open_demo, page
 from coconut.methods import Curriculum, Unit
 from coconut.tasks import prosqa

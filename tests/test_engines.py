@@ -15,10 +15,10 @@ from processes import group_threads, together
 from torch import nn
 
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
+from coconut.data.batching import Batch
 from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World, joined
-from coconut.layout import Batch
 from coconut.model import LatentLM
 
 LOCAL = EngineConfig(device="cpu", threads=1, timeout=120)

@@ -22,7 +22,7 @@ from coconut.config import (
     TooLong,
     Unreadable,
 )
-from coconut.data import Example
+from coconut.data.examples import Example
 from coconut.evaluate import evaluate, read_results, task_of
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import read_questions

@@ -21,8 +21,9 @@ from conftest import WORDS, gradients, graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
 from coconut.checkpoint import Checkpoints
-from coconut.data import SpecialIds, build_word_tokenizer
-from coconut.layout import collate, layout
+from coconut.data.batching import collate
+from coconut.data.sequences import layout
+from coconut.data.tokenization import SpecialIds, build_word_tokenizer
 from coconut.thinking import pad_rows
 from coconut.train import run as train
 

@@ -14,7 +14,7 @@ from test_model import mixed_batch, relative
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from coconut import LatentLM
-from coconut.data import build_word_tokenizer
+from coconut.data.tokenization import build_word_tokenizer
 from coconut.families import TESTED
 from coconut.methods import Reasoning
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from coconut import LatentLM
-from coconut.data import token_ids
-from coconut.layout import slot_ids
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import token_ids
 from coconut.methods import Reasoning, Slot
 from coconut.thinking import answer, think
 

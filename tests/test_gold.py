@@ -10,7 +10,8 @@ from conftest import build, byte_level_tokenizer, small_run
 
 from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig, Task, Unreadable
-from coconut.data import Example, build_word_tokenizer, tokenize
+from coconut.data.examples import Example
+from coconut.data.tokenization import build_word_tokenizer, tokenize
 from coconut.gold import lengths, limit_for, read_back, readable, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
 from coconut.model import LatentLM

@@ -13,7 +13,7 @@ from test_generate import QUESTIONS, by_recomputation, padded, rows_of
 
 from coconut import LatentLM, answer
 from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerConfig, TooLong, TrainConfig
-from coconut.data import encode_questions
+from coconut.data.tokenization import encode_questions
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate

@@ -11,8 +11,9 @@ from conftest import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.data import SpecialIds, TokenizedData
-from coconut.layout import EpochView, collate, epoch_batches, fit_context, forms_of, micro_batches
+from coconut.data.batching import collate, epoch_batches, micro_batches
+from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
 from coconut.model import align
 

@@ -21,7 +21,8 @@ from coconut import LatentLM
 from coconut.build import make_model
 from coconut.checkpoint import Checkpoints, load_trainer
 from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, Precision, TrainConfig
-from coconut.data import build_word_tokenizer, read_examples
+from coconut.data.examples import read_examples
+from coconut.data.tokenization import build_word_tokenizer
 from coconut.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
 from coconut.tracking import read_metrics
 from coconut.train import run

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.data import Example, add_control_tokens, add_special_tokens, build_word_tokenizer, tokenize
-from coconut.layout import EpochView
+from coconut.data.examples import Example
+from coconut.data.sequences import EpochView
+from coconut.data.tokenization import add_control_tokens, add_special_tokens, build_word_tokenizer, tokenize
 from coconut.methods import METHODS, Curriculum, Cut, Mixing, PromptFormat, Reasoning, Slot, Stage, Unit, plan
 
 GOLDEN = Path(__file__).with_name("golden_layouts.txt")

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from coconut import LatentLM
-from coconut.data import ADDED_TOKENS, add_special_tokens, build_word_tokenizer, encode_texts, token_ids
+from coconut.data.tokenization import ADDED_TOKENS, add_special_tokens, build_word_tokenizer, encode_texts, token_ids
 from coconut.methods import REASONING_FILE, Slot
 from coconut.model import align
 

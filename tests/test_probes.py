@@ -19,8 +19,9 @@ from coconut.analysis.names import spell
 from coconut.analysis.paths import Outcome
 from coconut.analysis.probes import Subject, decoded, inner_products, k_forcing, next_step_values, stopping
 from coconut.analysis.study import Study, Unfit
-from coconut.data import Example, encode_questions, encode_texts
-from coconut.layout import slot_ids
+from coconut.data.examples import Example
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.stopping import Measured, StopClassifier
 from coconut.tasks import TASKS

@@ -35,7 +35,8 @@ from coconut.config import (
     TooLong,
     Unreadable,
 )
-from coconut.data import Example, encode_texts
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_texts
 from coconut.engine.base import Update
 from coconut.engine.world import World, joined
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit

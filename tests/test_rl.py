@@ -35,7 +35,7 @@ from coconut.config import (
     Task,
     TooLong,
 )
-from coconut.data import Example
+from coconut.data.examples import Example
 from coconut.engine.world import World, joined
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate

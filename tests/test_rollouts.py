@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_hybrid import MODES, hybrid
 
-from coconut.data import Example, encode_questions
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_questions
 from coconut.evaluate import evaluate
 from coconut.methods import PromptFormat
 from coconut.rl.objectives import OBJECTIVES

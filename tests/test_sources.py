@@ -15,10 +15,10 @@ import pytest
 
 import data_builders
 from coconut.config import DataConfig, EngineConfig, EvaluateConfig, ModelConfig, Task, TrainConfig
+from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.methods import Curriculum, PromptFormat, Unit
-from coconut.sources import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.train import run
 from coconut.utils.files import read_json
 
@@ -66,7 +66,7 @@ def test_another_builder_makes_other_data(tmp_path: Path, monkeypatch: pytest.Mo
     builders = tmp_path / "data_builders"
     shutil.copytree(Path(data_builders.__file__).parent, builders, ignore=shutil.ignore_patterns("__pycache__"))
     found = SimpleNamespace(submodule_search_locations=[builders])
-    monkeypatch.setattr("coconut.sources.find_spec", lambda name: found)
+    monkeypatch.setattr("coconut.data.datasets.find_spec", lambda name: found)
     before = builders_code()
     assert before == builders_code()
     with (builders / "graphs.py").open("a") as code:

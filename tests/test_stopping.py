@@ -16,7 +16,7 @@ from coconut.config import (
     EvaluateConfig,
     StopRule,
 )
-from coconut.data import Example
+from coconut.data.examples import Example
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan

@@ -18,7 +18,8 @@ from coconut import LatentLM
 from coconut.analysis.prefix import encoded_answers, prefix_values
 from coconut.analysis.probes import Subject
 from coconut.analysis.study import Study, Unfit
-from coconut.data import Example, encode_questions, encode_texts
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.methods import PromptFormat, Slot
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards

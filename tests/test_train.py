@@ -36,7 +36,9 @@ from coconut.config import (
     TrainConfig,
     locate,
 )
-from coconut.data import build_word_tokenizer, read_examples
+from coconut.data.datasets import data_files
+from coconut.data.examples import read_examples
+from coconut.data.tokenization import build_word_tokenizer
 from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
@@ -45,7 +47,6 @@ from coconut.folder import differences
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig
 from coconut.schedule import Schedule, updates_since_reset
-from coconut.sources import data_files
 from coconut.tracking import read_metrics
 from coconut.train import Diverged, Training, run
 from coconut.utils.files import read_json, write_json

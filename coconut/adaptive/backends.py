@@ -22,7 +22,7 @@ import torch
 
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
-from coconut.data import encode_questions
+from coconut.data.tokenization import encode_questions
 from coconut.evaluate import room_for_question
 from coconut.methods import PromptFormat
 from coconut.thinking import Generated, forward_passes, longest_first, pad_rows

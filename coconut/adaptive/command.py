@@ -25,13 +25,14 @@ from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
 from coconut.adaptive.trials import refuse_few, studies, trials
 from coconut.build import computed_as, load_model
-from coconut.data import Example, read_examples, unknown_words
+from coconut.data.datasets import file_of_split
+from coconut.data.examples import Example, read_examples
+from coconut.data.tokenization import unknown_words
 from coconut.engine.base import autocast, set_up
 from coconut.gold import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
 from coconut.model import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
-from coconut.sources import file_of_split
 from coconut.tasks import TASKS
 from coconut.tracking import CONFIG, read_config
 from coconut.utils.console import only_our_words, say

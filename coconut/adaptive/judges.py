@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coconut.adaptive.backends import Latent, Reply
-from coconut.data import Example
+from coconut.data.examples import Example
 from coconut.evaluate import answer_key
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward

@@ -25,8 +25,8 @@ import numpy as np
 
 from coconut.analysis.entrants import Entrant, entrants, natural
 from coconut.config import TableConfig
+from coconut.data.seen_questions import most_seen, told_questions
 from coconut.methods import METHODS
-from coconut.seen import most_seen, told_questions
 from coconut.utils.console import listed
 from coconut.utils.overrides import quoted
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.config import TrainConfig, identity
+from coconut.data.seen_questions import SEEN_IN, all_seen
 from coconut.methods import Curriculum, Unit, plan
-from coconut.seen import SEEN_IN, all_seen
 from coconut.tracking import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from coconut.analysis.study import Study, Unfit
-from coconut.data import encode_questions
-from coconut.layout import Layout, collate, slot_ids
+from coconut.data.batching import collate
+from coconut.data.sequences import Layout, slot_ids
+from coconut.data.tokenization import encode_questions
 from coconut.losses import target_log_probs
 from coconut.methods import PromptFormat
 from coconut.thinking import longest_first

@@ -18,7 +18,8 @@ import torch
 from coconut.analysis.names import name_probabilities, spell
 from coconut.analysis.paths import GraphQuestion, Outcome, classify
 from coconut.analysis.study import Study, Unfit
-from coconut.data import Example, encode_questions
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_questions
 from coconut.evaluate import Evaluated, Prediction, evaluate
 from coconut.methods import METHODS, Slot
 from coconut.tasks import TASKS, Task

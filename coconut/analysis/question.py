@@ -14,8 +14,8 @@ from coconut.analysis.names import Spelling, name_probabilities, spell
 from coconut.analysis.plots import place_nodes
 from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.config import Precision
-from coconut.data import encode_questions, unknown_id, unknown_in
-from coconut.layout import slot_ids
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
 from coconut.methods import Slot
 from coconut.tasks import prosqa
 from coconut.thinking import likeliest

@@ -31,8 +31,8 @@ from coconut.analysis.page import (
 )
 from coconut.analysis.plots import Band, Curves, graph_picture, learning_curves
 from coconut.analysis.study import FOLDER, Study
+from coconut.data.seen_questions import SEEN_IN, all_seen, told_questions
 from coconut.methods import Slot, Stage, Unit, method_named
-from coconut.seen import SEEN_IN, all_seen, told_questions
 from coconut.tracking import CONFIG, DESCRIPTION, read_config, read_metrics
 from coconut.utils.console import duration
 from coconut.utils.files import read_json

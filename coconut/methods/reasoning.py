@@ -1,4 +1,4 @@
-"""How a trained model is asked: its method, how many thoughts it has, and the prompt format. Saved beside its weights."""
+"""How a trained model is asked: its method, its number of thoughts, the prompt format. Saved beside its weights."""
 
 from __future__ import annotations
 

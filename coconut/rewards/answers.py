@@ -17,7 +17,8 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data import Example, Unreadable, completed, encode_questions, encode_texts, existing, json_rows
+from coconut.data.examples import Example, Unreadable, completed, existing, json_rows
+from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.rl.policy import Sample, sample_said
 from coconut.rl.rollouts import Group
 from coconut.utils.console import say

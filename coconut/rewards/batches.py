@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coconut.data import SpecialIds
+from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
 from coconut.rewards.answers import Labelled
 from coconut.rewards.losses import Loss

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from coconut.layout import slot_ids
+from coconut.data.sequences import slot_ids
 from coconut.losses import target_log_probs
 from coconut.methods import Slot
 from coconut.rl.policy import refuse_too_long

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coconut.data import SpecialIds
-from coconut.layout import Layout, collate, slot_ids
+from coconut.data.batching import collate
+from coconut.data.sequences import Layout, slot_ids
+from coconut.data.tokenization import SpecialIds
 from coconut.methods import Slot
 from coconut.rl.objectives import Objective, Totals, clipped, k3
 from coconut.thinking import Generated, forward_passes

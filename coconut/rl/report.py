@@ -28,8 +28,8 @@ from coconut.analysis.plots import LIGHT, Point, draw_line, new_figure, styled, 
 from coconut.analysis.report import RunRecord, answers, counted, settings_of_adamw, what_was_trained
 from coconut.analysis.study import Study
 from coconut.analysis.table import aligned
+from coconut.data.seen_questions import most_seen, told_questions
 from coconut.methods import mode_named
-from coconut.seen import most_seen, told_questions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

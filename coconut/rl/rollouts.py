@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.data import Example, encode_questions
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_questions
 from coconut.methods import PromptFormat
 from coconut.rl.policy import Cost, Sample, longest_answers, named, samples_of
 from coconut.tasks import Task

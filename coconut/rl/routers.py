@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 from torch import nn
 
 from coconut.analysis.study import Study
-from coconut.data import Example, encode_questions
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_questions
 from coconut.evaluate import Prediction, evaluate
 from coconut.tasks import Task
 from coconut.thinking import longest_first, pad_rows, think

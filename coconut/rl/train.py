@@ -16,7 +16,8 @@ from torch import Tensor
 
 from coconut.build import carried_out_as, computed_as, in_float32, weights_of
 from coconut.config import TooLong
-from coconut.data import Example, encode_questions, read_examples
+from coconut.data.examples import Example, read_examples
+from coconut.data.tokenization import encode_questions
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.evaluate import Abandoned, Prediction

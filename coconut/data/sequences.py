@@ -1,4 +1,4 @@
-"""From an example and a stage to token ids, and from token ids to batches.
+"""From an example and a stage to the token ids of one training sequence.
 
 `layout` is the one place that says what a training sequence looks like:
 
@@ -7,25 +7,20 @@
 with the loss on what follows the slot, and on the control token of a hybrid model. Everything random here is a function
 of (seed, epoch, index).
 
-Shapes: N examples of a data set; B rows of a batch, T columns.
+Shapes: N examples of a data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from coconut.data import SpecialIds, TokenizedData
+from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
 
-IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
-BUCKET = 64  # batches that are sorted by length together
-ALIKE = 4  # batches of that order that are sorted by prefix together
-
-_MIXING, _OFFSET, _ORDER = 1, 2, 3  # what a random number is for
+MIXING, ICOT_OFFSET, ORDER = 1, 2, 3  # what a random number is for: the last part of its key
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class EpochView:
         if stage.modes:  # all of them in turn, as many of each in every epoch
             which = (np.arange(len(data)) + epoch) % len(forms)
         elif plan.mixing_probability > 0:
-            chance, depth = _uniform(seed, epoch, _MIXING, (2, len(data)))
+            chance, depth = _uniform(seed, epoch, MIXING, (2, len(data)))
             highest = np.full(len(data), stage.index) if plan.mixing is Mixing.current else data.num_steps
             drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.depths) - 1)
             which = np.where(chance < plan.mixing_probability, 1 + drawn, 0)
@@ -161,105 +156,7 @@ def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.
 
 def _icot_offsets(seed: int, epoch: int, count: int) -> np.ndarray:
     """o with probability proportional to exp(-4 o) (Deng et al., arXiv 2405.14838, removal smoothing)."""
-    return np.floor(-np.log1p(-_uniform(seed, epoch, _OFFSET, (count,))) / 4).astype(np.int64)
-
-
-def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The indices of each update of an epoch: every example once, in batches of like lengths, in random order.
-
-    Of a hybrid model's modes a batch has what a random draw gives it. Whatever goes with length (the number of steps,
-    the depth of a mixed row) is more alike within a batch than in a random one.
-
-    The last batch may be smaller. A function of its arguments alone, so a resumed run takes up its place.
-    """
-    random = np.random.default_rng([seed, epoch, _ORDER])
-    order = random.permutation(len(view))
-    span = batch_size * BUCKET
-    chunks = np.split(order, range(span, len(order), span))
-    order = np.concatenate([_like_together(view, chunk, ALIKE * batch_size) for chunk in chunks])
-    batches = np.split(order, range(batch_size, len(order), batch_size))
-    return [batches[k] for k in random.permutation(len(batches))]
-
-
-def _like_together(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
-    """Sort rows by length; where there are thoughts, by what stands before them in each `group` rows of that order.
-
-    A row changes places with rows of its own mode alone, so that the modes stay where they were drawn.
-    """
-    order = np.empty_like(rows)
-    for mode in np.unique(view.modes[rows]):
-        places = np.flatnonzero(view.modes[rows] == mode)
-        own = rows[places]
-        own = own[np.argsort(view.lengths[own], kind="stable")]
-        if view.passes.max() > 1:
-            own = own[np.lexsort((view.anchors[own], places // group))]
-        order[places] = own
-    return order
-
-
-@dataclass
-class Batch:
-    """Token ids, mask and labels, each (B, T); labels are IGNORED where there is no target.
-
-    `passes`: how many forward passes it is to take at least, so that several processes keep step.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    passes: int = 1
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.labels != IGNORED).sum())
-
-    def to(self, device: torch.device | str) -> Batch:
-        ids, mask, labels = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)
-        )
-        return Batch(ids, mask, labels, self.passes)
-
-
-def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
-    """Rows of one batch, with the first thoughts in one column where there are any."""
-    shifts = [item.anchor if special.latent in item.ids else 0 for item in layouts]
-    left = [max(shifts) - shift if shift else 0 for shift in shifts]
-    width = max(pad + len(item.ids) for pad, item in zip(left, layouts, strict=True))
-    ids = np.full((len(layouts), width), special.pad, np.int64)
-    mask = np.zeros((len(layouts), width), np.int64)
-    labels = np.full((len(layouts), width), IGNORED, np.int64)
-    for row, (pad, item) in enumerate(zip(left, layouts, strict=True)):
-        end = pad + len(item.ids)
-        ids[row, pad:end] = item.ids
-        mask[row, pad:end] = 1
-        labels[row, pad + item.num_prompt : end] = item.ids[item.num_prompt :]
-        if item.control >= 0:
-            labels[row, pad + item.control] = item.ids[item.control]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
-
-
-def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """What one process of `ranks` does of an update, in parts of at most `size` rows of one mode.
-
-    All processes get equally many parts, with equally many passes each; one for which no row is left gets
-    a row without targets.
-    """
-    for mode in np.unique(view.modes[batch]):
-        rows = batch[view.modes[batch] == mode]
-        shares = [rows[other::ranks] for other in range(ranks)]
-        for start in range(0, len(shares[0]), size):
-            parts = [share[start : start + size] for share in shares]
-            yield _one_of(view, parts, rank)
-
-
-def _one_of(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
-    """The part of one process among those that are carried out at the same time."""
-    rows = parts[rank] if len(parts[rank]) else parts[0][:1]
-    made = collate([view.layout(i) for i in rows], view.special)
-    if not len(parts[rank]):
-        made.labels.fill_(IGNORED)
-    made.passes = max(int(view.passes[part].max()) for part in parts if len(part))
-    return made
+    return np.floor(-np.log1p(-_uniform(seed, epoch, ICOT_OFFSET, (count,))) / 4).astype(np.int64)
 
 
 def fit_context(

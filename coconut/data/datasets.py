@@ -19,7 +19,7 @@ from typing import Any
 from coconut.config import NEEDED, SPLITS
 from coconut.utils.console import say
 from coconut.utils.files import clear_abandoned
-from coconut.utils.hydra_app import own_environment
+from coconut.utils.hydra_app import PACKAGE, own_environment
 from coconut.utils.overrides import quoted
 
 
@@ -85,7 +85,7 @@ def builders_code() -> str:
     Data are kept under it, so that a change to a builder makes them anew.
     """
     spec = find_spec("data_builders")
-    places = [Path(__file__).with_name("tasks"), *map(Path, (spec and spec.submodule_search_locations) or ())]
+    places = [PACKAGE / "tasks", *map(Path, (spec and spec.submodule_search_locations) or ())]
     digest = hashlib.sha256()
     for file in (file for place in places for file in sorted(place.glob("*.py"))):
         code = file.read_bytes()
