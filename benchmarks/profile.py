@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.run import machine, seconds, step, timed
 from benchmarks.ways import SIZES, Size, make_batches, make_model
-from coconut import linear
+from coconut.acceleration import linear
 from coconut.engine.base import keep_memory
 
 KINDS = {

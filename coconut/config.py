@@ -254,7 +254,7 @@ class EngineConfig:
     """`device`: auto, cpu, cuda, cuda:1, mps; on several processes each takes a GPU of its own.
 
     `threads`: CPU threads of a process, 0 for its share of the cores. `cuda_graphs`: whether a GPU starts the passes of
-    a batch as one (coconut.graphs); where device=auto finds none, a warning is given. `timeout`: seconds after which a
+    a batch as one (CUDA graphs); where device=auto finds none, a warning is given. `timeout`: seconds after which a
     process of several that does not get on ends the run. The rest is for DeepSpeed: ZeRO's stage (1 shards
     the optimizer, 2 the gradients too, 3 the weights too), and what stays in the memory of the host.
     """

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from coconut.linear import FusedGelu
+from coconut.acceleration.linear import FusedGelu
 from coconut.utils.torch_utils import evaluating
 
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
@@ -156,7 +156,7 @@ class Windows:
 
     def matter(self, is_token: Tensor) -> bool:
         """Whether a row is longer than the window and has padding between its tokens, or on a GPU begins with padding
-        (`coconut.attention`).
+        (`coconut.acceleration.attention`).
         """
         columns = torch.arange(is_token.shape[1], device=is_token.device)
         last = torch.where(is_token, columns, -1).amax(1)

@@ -25,8 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from coconut.attention import in_place_of_torchs, needs_sight, sighted
-from coconut.cache import GrowingCache
+from coconut.acceleration.attention import in_place_of_torchs, needs_sight, sighted
+from coconut.acceleration.cuda_graphs import Graphs, rounded, rounded_down
+from coconut.acceleration.final_layer import LastLayer
+from coconut.acceleration.kv_cache import GrowingCache
+from coconut.acceleration.linear import products_as_pay, rows_added, weights_summed_once
 from coconut.data.batching import IGNORED
 from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
 from coconut.families import (
@@ -42,11 +45,8 @@ from coconut.families import (
     is_here,
     text_config,
 )
-from coconut.graphs import Graphs, rounded, rounded_down
-from coconut.linear import products_as_pay, rows_added, weights_summed_once
 from coconut.losses import summed_cross_entropy, target_log_probs
 from coconut.methods import REASONING_FILE, Reasoning, mode_named
-from coconut.unread import LastLayer
 from coconut.utils.files import as_umask, read_json, write_json
 from coconut.utils.pretrained import on_disk, opened
 from coconut.utils.torch_utils import evaluating
@@ -340,14 +340,14 @@ class LatentLM(nn.Module):
     @recompute.setter
     def recompute(self, wanted: bool) -> None:
         if wanted:
-            from coconut.recompute import check_recomputable
+            from coconut.acceleration.activation_checkpointing import check_recomputable
 
             check_recomputable(self.base)
         self._recompute = wanted
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether a GPU starts the passes of a training batch with thoughts as one (`coconut.graphs`).
+        """Whether a GPU starts the passes of a training batch with thoughts as one (`acceleration.cuda_graphs`).
 
         Elsewhere it does nothing. Losses and gradients are the same but for rounding; with dropout other numbers are
         drawn. Setting it raises ValueError if what the model does hangs on more than a batch's shape.
@@ -603,7 +603,7 @@ class LatentLM(nn.Module):
     def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
         if not self._recomputes_now:
             return nullcontext()
-        from coconut.recompute import recomputing
+        from coconut.acceleration.activation_checkpointing import recomputing
 
         return recomputing(self.base, around)
 

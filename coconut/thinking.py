@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from coconut.acceleration.linear import products_as_pay
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import SpecialIds, encode_questions
-from coconut.linear import products_as_pay
 from coconut.methods import Reasoning, Slot
 from coconut.settings import HANDED_ON, settings
 from coconut.utils.torch_utils import evaluating

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.pieces import kept, queries_in_views
 from coconut import LatentLM, model
-from coconut.attention import _OneQuery, in_place_of_torchs, sighted
+from coconut.acceleration.attention import _OneQuery, in_place_of_torchs, sighted
 from coconut.data.batching import Batch
 
 MASKS = {

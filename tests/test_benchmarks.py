@@ -12,7 +12,7 @@ from benchmarks import ways
 from benchmarks.pieces import HALF, WITHOUT
 from benchmarks.run import precision, questions
 from coconut import LatentLM
-from coconut.attention import _OneQuery
+from coconut.acceleration.attention import _OneQuery
 from coconut.data.batching import Batch
 from coconut.thinking import pad_rows
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
-from coconut.cache import GrowingCache
+from coconut.acceleration.kv_cache import GrowingCache
 
 CONFIGS: dict[str, Any] = {
     "full": LlamaConfig(num_hidden_layers=1),

@@ -12,20 +12,21 @@ from test_model import mixed_batch, relative
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coconut import LatentLM, linear
-from coconut.linear import _Product, products_as_pay, rows_added
+from coconut import LatentLM
+from coconut.acceleration import linear
+from coconut.acceleration.linear import _Product, products_as_pay, rows_added
 
 
 @pytest.fixture(autouse=True)
 def _small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coconut.linear.LEAST", 1)
+    monkeypatch.setattr("coconut.acceleration.linear.LEAST", 1)
 
 
 def both(lm: LatentLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Gradients summed pass by pass, and once."""
     found = []
     for least in (2**40, 1):
-        monkeypatch.setattr("coconut.linear.LEAST", least)
+        monkeypatch.setattr("coconut.acceleration.linear.LEAST", least)
         lm.zero_grad()
         lm(**batch).loss.backward()
         found.append(gradients(lm))
@@ -75,7 +76,7 @@ def test_which_passes_onednn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_graph(lm(ids, labels=ids).loss, _Product) == products, "in float32 on a CPU"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not in_graph(lm(ids, labels=ids).loss, _Product)
-    monkeypatch.setattr("coconut.linear.LEAST", 2**40)
+    monkeypatch.setattr("coconut.acceleration.linear.LEAST", 2**40)
     assert not in_graph(lm(ids, labels=ids).loss, _Product), "where weights are large"
 
 
@@ -85,7 +86,7 @@ def test_a_model_in_float32_is_the_same_without_onednn(family: str, monkeypatch:
     found = []
     for onednn in (True, False):
         if not onednn:
-            monkeypatch.setattr("coconut.linear._by_onednn", lambda given: False)
+            monkeypatch.setattr("coconut.acceleration.linear._by_onednn", lambda given: False)
         lm.zero_grad()
         lm(**batch).loss.backward()
         answers = lm.generate(batch["input_ids"][:, :2].clamp(max=20), num_thoughts=2, max_new_tokens=4)

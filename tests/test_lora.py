@@ -90,7 +90,7 @@ def small_batch(lm: LatentLM) -> dict[str, Any]:
 def test_it_begins_as_the_model_and_trains_nothing_else(
     place: Path, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coconut.linear.LEAST", least)
+    monkeypatch.setattr("coconut.acceleration.linear.LEAST", least)
     whole, lm = wrapped(place), wrapped(place)
     lm.load_state_dict(whole.state_dict())
     batch = small_batch(lm)

@@ -14,9 +14,10 @@ from test_families import base_of
 from test_generate import padded
 from test_model import mixed_batch
 
-from coconut import LatentLM, unread
+from coconut import LatentLM
+from coconut.acceleration import final_layer as unread
+from coconut.acceleration.final_layer import LastLayer
 from coconut.config import LoraConfig
-from coconut.unread import LastLayer
 
 INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_proj",
           "qwen3": "model.layers.1.mlp.gate_proj"}  # fmt: skip

@@ -5,8 +5,8 @@ And what a backward pass says that cannot be differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -24,27 +24,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-@contextmanager
-def forwards_replaced(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within, each of the modules computes what stands beside it; their hooks run as always."""
-    with ExitStack() as replaced:
-        for part, forward in replacements:
-            replaced.enter_context(_forward_replaced(part, forward))
-        yield
-
-
-@contextmanager
-def _forward_replaced(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(part).get("forward")
-    part.forward = forward
-    try:
-        yield
-    finally:
-        del part.forward
-        if before is not None:
-            part.forward = before
 
 
 @contextmanager

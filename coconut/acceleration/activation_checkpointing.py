@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from coconut.cache import GrowingCache, GrowingLayer
-from coconut.utils.torch_utils import forwards_replaced
+from coconut.acceleration.kv_cache import GrowingCache, GrowingLayer
+from coconut.acceleration.patching import forwards_replaced
 
 
 def check_recomputable(model: PreTrainedModel) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coconut.utils.torch_utils import computed_in, differentiable_once, forwards_replaced
+from coconut.acceleration.patching import forwards_replaced
+from coconut.utils.torch_utils import computed_in, differentiable_once
 
 BEFORE = "before_gelu"  # an attribute of what GELU made: what went into it
 LEAST = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving

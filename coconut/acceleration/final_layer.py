@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from coconut.attention import InPlaceOfTorchs
-from coconut.utils.torch_utils import forwards_replaced
+from coconut.acceleration.attention import InPlaceOfTorchs
+from coconut.acceleration.patching import forwards_replaced
 
 Forward = Callable[..., Any]
 ATTENTION = ("attn", "self_attn", "attention", "self_attention")  # what families call it, and its last product

@@ -1,0 +1,1 @@
+"""What makes passes faster or smaller without changing what they compute."""
