@@ -28,13 +28,14 @@ from transformers.activations import NewGELUActivation
 
 from benchmarks.run import Row, in_turn, machine, padding, questions, shown, step
 from benchmarks.ways import NEW_TOKENS, SIZES, WAYS, make_batch, make_data, make_model, make_view, our_answers
-from coconut import LatentLM, model
+from coconut import LatentLM
 from coconut.acceleration import attention, linear
 from coconut.acceleration.linear import FusedGelu, fused_gelu
 from coconut.data import sequences as layout
 from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView
 from coconut.engine.base import keep_memory
+from coconut.models import latent_lm as model
 from coconut.thinking import longest_first, pad_rows
 
 THOUGHTS = (3, 12)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coconut.data.examples import Example
     from coconut.methods import METHODS, Curriculum, Reasoning, plan
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
     from coconut.thinking import answer, likeliest
 
 __all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "likeliest", "plan"]
@@ -20,7 +20,7 @@ _HOME = {
     "METHODS": "coconut.methods",
     "Curriculum": "coconut.methods",
     "Example": "coconut.data",
-    "LatentLM": "coconut.model",
+    "LatentLM": "coconut.models.latent_lm",
     "Reasoning": "coconut.methods",
     "answer": "coconut.thinking",
     "likeliest": "coconut.thinking",

@@ -16,7 +16,7 @@ from coconut.data.tokenization import build_word_tokenizer
 from coconut.engine.base import set_up
 from coconut.engine.world import World
 from coconut.methods import REASONING_FILE, plan
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.tracking import read_config
 from coconut.utils.console import say
 from coconut.utils.pretrained import on_disk, opened, reaching

@@ -14,7 +14,7 @@ from coconut.tracking import DESCRIPTION, read_config
 from coconut.utils.files import read_json
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 TEMPLATE = "card.md.j2"
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.files import Unwritten, read_json, sha256, whole_folder, write_json
 
 MANIFEST = "manifest.json"

@@ -26,7 +26,7 @@ from coconut.utils.hydra_app import application
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass

@@ -18,7 +18,7 @@ from coconut.utils.pretrained import opened, out_of_reach, reaching
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 RELEASED_TOKENS = ("<bot>", "<eot>", "<latent>")  # in the order in which the released code adds its own three
 WRAPPED_IN = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_causallm\.)+")
@@ -42,7 +42,7 @@ def from_released(
     from tokenizers import AddedToken
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
     state = _tensors(Path(file))
     with reaching(base, "base"):

@@ -21,7 +21,7 @@ from coconut.utils.files import decoded, read_utf8, write_text
 from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
 TEXT_NAMES = (".txt", ".text", "")

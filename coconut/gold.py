@@ -19,7 +19,7 @@ from coconut.utils.console import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 ROOM = 1.25  # times the longest gold text: the limit of new tokens that is taken from the data
 BATCH = 4096  # rows decoded at once

@@ -27,7 +27,7 @@ def compare(config: CompareConfig) -> int:
     from coconut.build import computed_as, in_float32, load_run
     from coconut.config import TooLong
     from coconut.engine.base import autocast, set_up
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
     from coconut.rewards import compare as scoring
     from coconut.rewards import report
     from coconut.rewards.answers import read_answers

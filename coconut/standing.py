@@ -13,7 +13,7 @@ from coconut.config import RunConfig
 from coconut.engine.base import Engine, restore_master
 from coconut.engine.world import World
 from coconut.methods import Reasoning
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.console import say
 from coconut.utils.files import whole_folder
 

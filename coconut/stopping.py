@@ -34,7 +34,7 @@ from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.build import Trained
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 FOLDER = "stopping"
 MOST_EXAMPLES = 8000  # that it is fitted to

@@ -20,7 +20,7 @@ from coconut.settings import HANDED_ON, settings
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass

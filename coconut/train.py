@@ -30,7 +30,7 @@ from coconut.evaluate import Abandoned, Prediction, evaluate
 from coconut.folder import describe, held_folder, used_file
 from coconut.gold import limit_for, readable, warn_of_limit
 from coconut.methods import Reasoning, Stage, plan
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.signals import Asked, asked_to_stop
 from coconut.standing import Standing, stopped

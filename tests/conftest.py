@@ -31,7 +31,7 @@ from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfi
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.tracking import read_metrics
 from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.pieces import kept, queries_in_views
-from coconut import LatentLM, model
+from coconut import LatentLM
 from coconut.acceleration.attention import _OneQuery, in_place_of_torchs, sighted
 from coconut.data.batching import Batch
+from coconut.models import latent_lm as model
 
 MASKS = {
     "none": None,

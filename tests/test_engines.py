@@ -19,7 +19,7 @@ from coconut.data.batching import Batch
 from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World, joined
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 
 LOCAL = EngineConfig(device="cpu", threads=1, timeout=120)
 ZERO = [replace(LOCAL, kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4)]

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from coconut import LatentLM
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.families import TESTED
 from coconut.methods import Reasoning
+from coconut.models.families import TESTED
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)

@@ -14,7 +14,7 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
 from coconut.gold import lengths, limit_for, read_back, readable, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
 from coconut.train import run
 from coconut.utils.files import read_json, write_json

@@ -17,13 +17,14 @@ from test_families import base_of, new_tokenizer
 from test_model import mixed_batch, relative
 
 from benchmarks.ways import Size, make_batch, make_data, make_model
-from coconut import LatentLM, model
+from coconut import LatentLM
 from coconut.acceleration.cuda_graphs import fresh_leaves, rounded, rounded_down
 from coconut.config import Activations, AdamWConfig, EngineConfig, EngineKind, EvaluateConfig
 from coconut.data.batching import Batch
 from coconut.engine.base import set_up
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
+from coconut.models import latent_lm as model
 from coconut.tracking import read_metrics
 from coconut.train import run, summed_loss
 

@@ -15,7 +15,7 @@ from coconut.data.batching import collate, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView, fit_context, forms_of
 from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
-from coconut.model import align
+from coconut.models.passes import align
 
 SPECIAL = SpecialIds(
     bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95, "latent_3": 96}

@@ -23,7 +23,7 @@ from coconut.checkpoint import Checkpoints, load_trainer
 from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import read_examples
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
+from coconut.models.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
 from coconut.tracking import read_metrics
 from coconut.train import run
 from coconut.utils.files import read_json

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from coconut import LatentLM
 from coconut.data.tokenization import ADDED_TOKENS, add_special_tokens, build_word_tokenizer, encode_texts, token_ids
 from coconut.methods import REASONING_FILE, Slot
-from coconut.model import align
+from coconut.models.passes import align
 
 
 def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

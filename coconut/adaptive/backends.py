@@ -32,7 +32,7 @@ from coconut.utils.pretrained import opened, reaching
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 CHUNK = 256  # questions of one call; a model's answers to them are kept together
 SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model

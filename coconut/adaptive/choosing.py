@@ -18,7 +18,7 @@ from coconut.adaptive.space import Settings
 from coconut.tasks import TASKS
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 CLOSE = 0.02  # how far an embedding may lie from the one that was kept, as a share of it
 

@@ -31,7 +31,7 @@ from coconut.data.tokenization import unknown_words
 from coconut.engine.base import autocast, set_up
 from coconut.gold import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
 from coconut.tasks import TASKS
 from coconut.tracking import CONFIG, read_config

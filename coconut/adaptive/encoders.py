@@ -18,7 +18,7 @@ from coconut.utils.pretrained import opened, reaching
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 POOLINGS = ("mean", "last")
 

@@ -20,7 +20,7 @@ from coconut.utils.torch_utils import evaluating
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 _CACHE_BYTES = 2**28  # of the cache that is repeated for the names of several questions
 

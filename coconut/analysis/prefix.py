@@ -20,14 +20,14 @@ from coconut.analysis.study import Study, Unfit
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_ids
 from coconut.data.tokenization import encode_questions
-from coconut.losses import target_log_probs
 from coconut.methods import PromptFormat
+from coconut.models.losses import target_log_probs
 from coconut.thinking import longest_first
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 RESAMPLES = 2000
 FEW = 10  # questions of as many steps, below which they have no rows of their own

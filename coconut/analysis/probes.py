@@ -26,7 +26,7 @@ from coconut.tasks import TASKS, Task
 from coconut.thinking import likeliest
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
     from coconut.stopping import StopClassifier
 
 MORE = 2  # how many thoughts more than its own a model is given at most

@@ -21,7 +21,7 @@ from coconut.tasks import prosqa
 from coconut.thinking import likeliest
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from coconut.utils.console import say
 from coconut.utils.files import write_text
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)

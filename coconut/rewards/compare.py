@@ -33,7 +33,7 @@ from coconut.rl.policy import Sample
 from coconut.rl.rollouts import Correctness
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)

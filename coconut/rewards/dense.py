@@ -18,7 +18,7 @@ from torch import Tensor
 from coconut.build import computed_as, in_float32, run_of, weights_of
 from coconut.checkpoint import load_trainer
 from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, loss_named

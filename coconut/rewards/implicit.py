@@ -25,7 +25,7 @@ from coconut.tracking import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json, sha256
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 REFERENCE = "reference.pt"  # in a run's folder: its reference's weights, and how likely it is to give each answer

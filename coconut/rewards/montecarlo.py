@@ -21,7 +21,7 @@ from coconut.thinking import longest_first, pad_rows
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)

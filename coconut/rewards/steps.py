@@ -12,7 +12,7 @@ from coconut.methods import PromptFormat
 from coconut.tasks.chain import find_answer
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 def text_ends(text: str, form: PromptFormat) -> list[int]:

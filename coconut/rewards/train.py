@@ -17,7 +17,7 @@ from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.folder import describe, held_folder, used_file
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.rewards.answers import read_answers
 from coconut.rewards.batches import (
     Answers,

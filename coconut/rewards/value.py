@@ -19,7 +19,7 @@ from coconut.rewards.steps import parts_said
 from coconut.rl.policy import Sample, Scored, at_targets, of_tokens
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 def values(module: nn.Module, batch: Scored, token: int) -> Tensor:

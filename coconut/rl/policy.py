@@ -21,7 +21,7 @@ from coconut.rl.objectives import Objective, Totals, clipped, k3
 from coconut.thinking import Generated, forward_passes
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)

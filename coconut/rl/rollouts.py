@@ -24,7 +24,7 @@ from coconut.utils.console import say
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 THINKLESS_COSTS = {"short": 0.0, "think": 0.5}  # Fang et al., arXiv 2505.13379, eq. 5, with gamma = .5
 

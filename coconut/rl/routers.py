@@ -24,7 +24,7 @@ from coconut.thinking import longest_first, pad_rows, think
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
-    from coconut.model import LatentLM
+    from coconut.models.latent_lm import LatentLM
 
 Numbers = NDArray[np.float64]
 RESAMPLES = 2000

@@ -23,7 +23,7 @@ from coconut.engine.world import World
 from coconut.evaluate import Abandoned, Prediction
 from coconut.folder import describe, held_folder, used_file
 from coconut.gold import read_back, warn_of_limit
-from coconut.model import LatentLM
+from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.objectives import advantages, without_variance
 from coconut.rl.policy import Policy, PolicyBatch, for_tokens, longest_answers, needs, policy_batch, shares, totals_of

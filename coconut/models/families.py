@@ -88,7 +88,7 @@ def check_head(base: PreTrainedModel) -> None:
     if apart > (0.05 if table.weight.dtype in (torch.float16, torch.bfloat16) else 1e-3):
         raise ValueError(
             f"{text_config(base).model_type} makes other logits from its last hidden states than its head alone "
-            f"({apart:.1g} apart, relative to their norm), in a way that coconut/families.py does not know."
+            f"({apart:.1g} apart, relative to their norm), in a way that coconut/models/families.py does not know."
         )
 
 

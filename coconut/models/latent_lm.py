@@ -13,7 +13,6 @@ K thoughts of the row that has most, N targets.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from coconut.acceleration.attention import in_place_of_torchs, needs_sight, sighted
-from coconut.acceleration.cuda_graphs import Graphs, rounded, rounded_down
+from coconut.acceleration.cuda_graphs import Graphs, rounded_down
 from coconut.acceleration.final_layer import LastLayer
 from coconut.acceleration.kv_cache import GrowingCache
 from coconut.acceleration.linear import products_as_pay, rows_added, weights_summed_once
 from coconut.data.batching import IGNORED
 from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
-from coconut.families import (
+from coconut.methods import REASONING_FILE, Reasoning, mode_named
+from coconut.models.families import (
     EXPERTS,
     TESTED,
     Windows,
@@ -45,9 +45,11 @@ from coconut.families import (
     is_here,
     text_config,
 )
-from coconut.losses import summed_cross_entropy, target_log_probs
-from coconut.methods import REASONING_FILE, Reasoning, mode_named
-from coconut.utils.files import as_umask, read_json, write_json
+from coconut.models.losses import summed_cross_entropy, target_log_probs
+from coconut.models.passes import after_last_token, align, previous_token, unread_columns
+from coconut.models.serialization import FORMAT_VERSION, load_base, read_record
+from coconut.models.token_embeddings import initialize_tokens, resize_tables
+from coconut.utils.files import as_umask, write_json
 from coconut.utils.pretrained import on_disk, opened
 from coconut.utils.torch_utils import evaluating
 
@@ -55,10 +57,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from coconut.config import LoraConfig
-    from coconut.lora import Adapter
+    from coconut.models.lora import Adapter
     from coconut.thinking import Generated
-
-FORMAT_VERSION = 1
 
 
 @dataclass
@@ -79,63 +79,6 @@ class LatentOutput:
     def loss(self) -> Tensor | None:
         """Mean over the targets."""
         return None if self.loss_sum is None else self.loss_sum / max(self.num_targets, 1)
-
-
-@dataclass
-class Alignment:
-    """How the rows are cut into passes.
-
-    Column t of row b goes to `column_BT[b, t]`; `source_BS` is the way back, -1 where there is only
-    padding. Pass k takes the columns `borders[k] : borders[k + 1]`.
-    """
-
-    column_BT: Tensor
-    source_BS: Tensor
-    borders: list[int]
-
-
-def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, even: bool = False) -> Alignment:
-    """Cut rows at their thoughts so that K + 1 passes serve all of them, or `min_passes` if that is more.
-
-    Each row's last thought stands at the head of the last pass, the one before at the head of the pass
-    before, and so on; what precedes a row's first thought is the first pass. All passes but the last
-    are padded on the left, so that a pass ends with the state that the next one feeds back. A row
-    without thoughts fills the first pass as far as the other rows do and goes on in the last. Further
-    passes are cut off the head of the first. With `even`, passes of several columns are made a little wider, so that
-    batches are alike.
-    """
-    B, T = is_token_BT.shape
-    tokens_BT = is_token_BT.long()
-    seen_BT = is_latent_BT.long().cumsum(1)
-    thoughts_B1 = seen_BT[:, -1:]
-    K = int(thoughts_B1.max())
-    rank_BT = tokens_BT.cumsum(1) - 1
-    block_BT = torch.where(seen_BT > 0, K - thoughts_B1 + seen_BT, 0)
-    if K:
-        prefix_B = (tokens_BT * (seen_BT == 0)).sum(1)
-        width = torch.where(thoughts_B1[:, 0] > 0, prefix_B, 0).max()
-        block_BT = torch.where((thoughts_B1 == 0) & (rank_BT >= width), K, block_BT)
-
-    count_BK = torch.zeros(B, K + 1, dtype=torch.long, device=block_BT.device).scatter_add(1, block_BT, tokens_BT)
-    before_BK = count_BK.cumsum(1) - count_BK
-    widths_K = count_BK.amax(0)
-    more = max(min_passes - K - 1, 0)
-    widths_K[0] = widths_K[0].clamp(min=more + 1)
-    if even:
-        widths_K = torch.tensor([rounded(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
-    starts_K = widths_K.cumsum(0) - widths_K
-    pads_BK = widths_K - count_BK
-    pads_BK[:, -1] = 0
-    widths = widths_K.tolist()
-    S = sum(widths)
-    offset_BK = starts_K + pads_BK - before_BK
-    column_BT = torch.where(is_token_BT, rank_BT + offset_BK.gather(1, block_BT), S)
-    columns_T = torch.arange(T, device=column_BT.device).expand(B, T)
-    source_BS = torch.full((B, S + 1), -1, device=column_BT.device).scatter(1, column_BT, columns_T)[:, :S]
-    borders = list(range(more + 1))
-    for width in [widths[0] - more, *widths[1:]]:
-        borders.append(borders[-1] + width)
-    return Alignment(column_BT, source_BS, borders)
 
 
 class LatentLM(nn.Module):
@@ -198,9 +141,9 @@ class LatentLM(nn.Module):
         if text_config(base).model_type not in TESTED and is_here(base):
             _check_fed(base, tokenizer)
         special = add_special_tokens(tokenizer)
-        _make_room(base, len(tokenizer))
+        resize_tables(base, len(tokenizer))
         new_ids = list(range(old, len(tokenizer)))
-        _initialise(base, new_ids, old, init, tokenizer)
+        initialize_tokens(base, new_ids, old, init, tokenizer)
         new_tokens = {"init": init, "tokens": tokenizer.convert_ids_to_tokens(new_ids)}
         return cls(base, tokenizer, special, reasoning, new_tokens)
 
@@ -215,9 +158,9 @@ class LatentLM(nn.Module):
             raise ValueError(f"This model has LoRA, and no rows for {', '.join(missing)}. Merge it first: lm.merged().")
         old = len(self.tokenizer)
         self.special = add_control_tokens(self.tokenizer, self.special, modes)
-        _make_room(self.base, len(self.tokenizer))
+        resize_tables(self.base, len(self.tokenizer))
         new_ids = list(range(old, len(self.tokenizer)))
-        _initialise(self.base, new_ids, old, init, self.tokenizer)
+        initialize_tokens(self.base, new_ids, old, init, self.tokenizer)
         self.reasoning = replace(self.reasoning, modes=tuple(modes))
         if new_ids:
             added = self.tokenizer.convert_ids_to_tokens(new_ids)
@@ -230,7 +173,7 @@ class LatentLM(nn.Module):
         trained is saved. Raises ValueError if peft is missing, if a target is no linear layer of the model,
         or if the model has LoRA already.
         """
-        from coconut.lora import Adapter, attach
+        from coconut.models.lora import Adapter, attach
 
         if self.adapter:
             raise ValueError("This model has LoRA already. Write it whole first: lm.merged().save_pretrained(FOLDER).")
@@ -242,7 +185,7 @@ class LatentLM(nn.Module):
         """A copy without LoRA that computes the same: the correction is written into the weights."""
         if not self.adapter:
             raise ValueError("This model has no LoRA to merge; it is whole already.")
-        from coconut.lora import merged
+        from coconut.models.lora import merged
 
         return LatentLM(merged(self.base), self.tokenizer, self.special, self.reasoning, self.new_tokens)
 
@@ -253,7 +196,7 @@ class LatentLM(nn.Module):
         is written; `merged` gives one that is written whole.
         """
         if self.adapter:
-            from coconut.lora import save
+            from coconut.models.lora import save
 
             save(self.base, folder)
         else:
@@ -298,18 +241,18 @@ class LatentLM(nn.Module):
         from transformers import AutoTokenizer
 
         folder = on_disk(folder)
-        values, special, reasoning = _read_record(folder)
+        values, special, reasoning = read_record(folder)
         tokenizer = opened(AutoTokenizer, folder)
         tokens = [*ADDED_TOKENS, *(mode_named(name).token for name in special.control)]
         if token_ids(tokenizer, tokens) != special.added:
             raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
         if not values.get("lora"):
-            return cls(_open_whole(folder, attention), tokenizer, special, reasoning, values["new_tokens"])
-        from coconut.lora import Adapter, load
+            return cls(load_base(folder, attention), tokenizer, special, reasoning, values["new_tokens"])
+        from coconut.models.lora import Adapter, load
 
         adapter = Adapter.from_dict(values["lora"])
         under = adapter.open_base(base, attention)
-        _make_room(under, len(tokenizer))
+        resize_tables(under, len(tokenizer))
         lm = cls(under, tokenizer, special, reasoning, values["new_tokens"])
         lm.add_lora(adapter.settings, base or adapter.base)
         load(lm.base, folder)
@@ -478,7 +421,7 @@ class LatentLM(nn.Module):
         self._refuse_headless(is_latent_BT, is_token_BT)
         is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
         positions_BS = position_ids.gather(1, source_BS)
-        unread = _unread((read_BT.gather(1, source_BS) & is_token_BS).any(0), way.borders)
+        unread = unread_columns((read_BT.gather(1, source_BS) & is_token_BS).any(0), way.borders)
         with rows_added(self.base):
             embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
         given = embeds_BSD, is_token_BS, is_latent_BS, positions_BS
@@ -522,7 +465,7 @@ class LatentLM(nn.Module):
             )
         windows = self._windows if self._windows and self._windows.matter(is_token_BS) else None
         cache = self.new_cache(borders[-1], windows=windows is None) if several else None
-        attended_BS = is_token_BS | _after_last(is_token_BS)
+        attended_BS = is_token_BS | after_last_token(is_token_BS)
         states, last_BD = [], None
         with self._over_passes() if several else nullcontext():
             for (start, stop), first in zip(pairwise(borders), unread, strict=True):
@@ -545,7 +488,7 @@ class LatentLM(nn.Module):
         """The plain path: for each thought in turn, run everything and copy one state forward."""
         self._refuse_headless(is_latent_BT, is_token_BT)
         embeds_BTD = self.base.get_input_embeddings()(input_ids)
-        previous_BT = _previous(is_token_BT).clamp(min=0)
+        previous_BT = previous_token(is_token_BT).clamp(min=0)
         number_BT = is_latent_BT.long().cumsum(1) * is_latent_BT
         mask: Any = is_token_BT
         if self._windows and self._windows.matter(is_token_BT):
@@ -644,81 +587,8 @@ def _check_fed(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Non
         )
 
 
-def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
-    """What coconut.json holds. Raises FileNotFoundError or ValueError if there is none, or none that can be read."""
-    record = folder / REASONING_FILE
-    if not record.is_file():
-        what = f"holds no {REASONING_FILE}, so it" if folder.is_dir() else "does not exist, so it"
-        raise FileNotFoundError(
-            f"{folder} {what} is no saved LatentLM. A plain model is wrapped with LatentLM.from_base(model, tokenizer)."
-        )
-    try:
-        values = read_json(record)
-        version = int(values["format_version"])
-        if version <= FORMAT_VERSION:
-            return values, SpecialIds(**values["special"]), Reasoning.from_dict(values["reasoning"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{record} is damaged ({type(error).__name__}: {error}). Save the model again.") from error
-    raise ValueError(
-        f"{folder} has format version {version}; this version of coconut reads up to {FORMAT_VERSION}. "
-        "Update coconut-latent."
-    )
-
-
-def _open_whole(folder: Path, attention: str | None) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        base, report = opened(AutoModelForCausalLM, folder, output_loading_info=True, attn_implementation=attention)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {folder} are damaged: {error}") from error
-    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-        problem = {key: sorted(map(str, value)) for key, value in report.items() if value}
-        raise ValueError(f"The weights in {folder} do not fit the model that its config describes: {problem}.")
-    return base
-
-
-def _make_room(base: PreTrainedModel, tokens: int) -> None:
-    table: Any = base.get_input_embeddings()
-    if tokens > table.num_embeddings:
-        base.resize_token_embeddings(tokens, mean_resizing=False)
-
-
-def _initialise(base: PreTrainedModel, ids: list[int], old: int, init: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    both: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    for weight in {id(table.weight): table.weight for table in both}.values():
-        _initialise_rows(weight, ids, old, init, tokenizer)
-
-
-def _initialise_rows(weight: Tensor, ids: list[int], old: int, init: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    if not ids:
-        return
-    with torch.no_grad():
-        known = weight[:old].float()
-        if init == "mean":
-            rows = known.mean(0).expand(len(ids), -1)
-        elif init == "random":
-            rows = torch.randn(len(ids), weight.shape[1], device=weight.device) * known.std()
-        else:
-            rows = known[token_ids(tokenizer, [init])[0]].expand(len(ids), -1)
-        weight[ids] = rows.to(weight.dtype)
-
-
 def _is_token(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-
-
-def _after_last(is_token: Tensor) -> Tensor:
-    """Where nothing but padding follows. Nothing attends to it, and a mask without it is often a plain causal one."""
-    return is_token.long().flip(1).cumsum(1).flip(1) == 0
-
-
-def _previous(is_token_BT: Tensor) -> Tensor:
-    """(B, T) the column of the token before each column, -1 where there is none."""
-    columns_T = torch.arange(is_token_BT.shape[1], device=is_token_BT.device)
-    latest_BT = torch.where(is_token_BT, columns_T, -1).cummax(1).values
-    return torch.cat([torch.full_like(latest_BT[:, :1], -1), latest_BT[:, :-1]], dim=1)
 
 
 @dataclass
@@ -731,12 +601,6 @@ class _Targets:
 
     @classmethod
     def of(cls, labels: Tensor, is_token_BT: Tensor) -> _Targets:
-        previous_BT = _previous(is_token_BT)
+        previous_BT = previous_token(is_token_BT)
         rows_N, places_N = ((labels != IGNORED) & is_token_BT & (previous_BT >= 0)).nonzero(as_tuple=True)
         return cls(labels[rows_N, places_N], rows_N, previous_BT[rows_N, places_N])
-
-
-def _unread(read_S: Tensor, borders: list[int]) -> list[int]:
-    """In each block, how many columns stand before the first that is read, its last one at the latest."""
-    places = [*read_S.nonzero()[:, 0].tolist(), borders[-1]]
-    return [min(places[bisect_left(places, start)], stop - 1) - start for start, stop in pairwise(borders)]
