@@ -35,8 +35,8 @@ from coconut.data import sequences as layout
 from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView
 from coconut.engine.base import keep_memory
+from coconut.generation.generate import longest_first, pad_rows
 from coconut.models import latent_lm as model
-from coconut.thinking import longest_first, pad_rows
 
 THOUGHTS = (3, 12)
 BATCHES = (8, 16, 64, 128)

@@ -51,7 +51,7 @@ from coconut.analysis.plots import LIGHT, new_figure
 from coconut.config import Precision
 from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.engine.base import autocast, keep_memory
-from coconut.thinking import pad_rows
+from coconut.generation.generate import pad_rows
 from coconut.utils.files import write_json
 
 GIB = 2**30

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coconut.data.examples import Example
+    from coconut.generation.generate import answer, likeliest
     from coconut.methods import METHODS, Curriculum, Reasoning, plan
     from coconut.models.latent_lm import LatentLM
-    from coconut.thinking import answer, likeliest
 
 __all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "likeliest", "plan"]
 
@@ -22,8 +22,8 @@ _HOME = {
     "Example": "coconut.data",
     "LatentLM": "coconut.models.latent_lm",
     "Reasoning": "coconut.methods",
-    "answer": "coconut.thinking",
-    "likeliest": "coconut.thinking",
+    "answer": "coconut.generation.generate",
+    "likeliest": "coconut.generation.generate",
     "plan": "coconut.methods",
 }
 

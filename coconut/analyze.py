@@ -156,7 +156,7 @@ def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
 
 def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeConfig) -> list[Study]:
     from coconut.analysis import audit, prefix, probes
-    from coconut.stopping import classifier_of
+    from coconut.generation.stop_classifier import classifier_of
 
     def stopping() -> list[Study]:
         try:

@@ -16,10 +16,11 @@ from coconut.data.seen_questions import all_seen, seen_by, told_questions
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
 from coconut.engine.world import World
+from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
+from coconut.generation.thoughts import Stop
 from coconut.gold import read_back, warn_of_limit
 from coconut.methods import REASONING_FILE, PromptFormat, Reasoning, Slot
 from coconut.tasks import TASKS, Task
-from coconut.thinking import Generated, Stop, forward_passes, longest_first, pad_rows
 from coconut.utils.files import make_writable, read_json, sha256, write_json, write_text
 from coconut.utils.hydra_app import application
 
@@ -231,7 +232,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     """What each process of an evaluation does."""
     from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
-    from coconut.stopping import classifier_of
+    from coconut.generation.stop_classifier import classifier_of
     from coconut.tracking import read_config
     from coconut.utils.console import say, working
 

@@ -16,7 +16,7 @@ from coconut.config import GenerateConfig, StopRule
 from coconut.data.examples import Unreadable, existing, json_rows
 from coconut.data.tokenization import encode_questions, unknown_in
 from coconut.evaluate import room_for_question
-from coconut.thinking import Generated, answer, generate, likeliest, longest_first, pad_rows
+from coconut.generation.generate import Generated, answer, generate, likeliest, longest_first, pad_rows
 from coconut.utils.files import decoded, read_utf8, write_text
 from coconut.utils.hydra_app import application
 
@@ -32,7 +32,7 @@ def run(config: GenerateConfig) -> int:
     from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
     from coconut.engine.world import seat
-    from coconut.stopping import classifier_of
+    from coconut.generation.stop_classifier import classifier_of
     from coconut.utils.console import only_our_words
 
     if seat().rank:

@@ -43,11 +43,11 @@ from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import evaluate
 from coconut.generate import run as generate
+from coconut.generation.generate import pad_rows
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rl.policy import sample_said
 from coconut.tasks import TASKS
-from coconut.thinking import pad_rows
 from coconut.train import run as train
 from coconut.utils.files import read_json, write_json
 

@@ -14,7 +14,7 @@ from benchmarks.run import precision, questions
 from coconut import LatentLM
 from coconut.acceleration.attention import _OneQuery
 from coconut.data.batching import Batch
-from coconut.thinking import pad_rows
+from coconut.generation.generate import pad_rows
 
 
 @pytest.fixture(scope="module")

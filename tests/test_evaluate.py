@@ -27,9 +27,9 @@ from coconut.evaluate import evaluate, read_results, task_of
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import read_questions
 from coconut.generate import run as run_generate
+from coconut.generation.generate import Generated
 from coconut.methods import PromptFormat, Slot
 from coconut.tasks import TASKS
-from coconut.thinking import Generated
 from coconut.train import run as run_train
 
 

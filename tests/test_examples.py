@@ -24,7 +24,7 @@ from coconut.checkpoint import Checkpoints
 from coconut.data.batching import collate
 from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
-from coconut.thinking import pad_rows
+from coconut.generation.generate import pad_rows
 from coconut.train import run as train
 
 ROOT = Path(__file__).parents[1]

@@ -27,8 +27,8 @@ from coconut.evaluate import run as run_evaluate
 from coconut.export import from_released
 from coconut.export import run as run_export
 from coconut.generate import run as run_generate
+from coconut.generation.generate import answer
 from coconut.methods import PromptFormat, Reasoning, Slot
-from coconut.thinking import answer
 from coconut.tracking import read_config
 from coconut.train import run as run_train
 from coconut.utils.files import read_json

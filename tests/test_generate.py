@@ -20,8 +20,9 @@ from transformers import (
 from coconut import LatentLM
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import token_ids
+from coconut.generation.generate import answer
+from coconut.generation.thoughts import think
 from coconut.methods import Reasoning, Slot
-from coconut.thinking import answer, think
 
 QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19, 20]]
 

@@ -17,10 +17,10 @@ from coconut.data.tokenization import encode_questions
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate
+from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Slot, Unit, mode_named
 from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
-from coconut.thinking import mode_log_probs
 from coconut.tracking import read_metrics
 from coconut.train import run
 from coconut.utils.files import read_json, write_json

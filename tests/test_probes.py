@@ -22,8 +22,8 @@ from coconut.analysis.study import Study, Unfit
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions, encode_texts
+from coconut.generation.stop_classifier import Measured, StopClassifier
 from coconut.methods import PromptFormat, Reasoning, Slot
-from coconut.stopping import Measured, StopClassifier
 from coconut.tasks import TASKS
 
 SYMBOLS = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=1, count=6)]

@@ -19,8 +19,8 @@ from coconut.config import (
 from coconut.data.examples import Example
 from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
+from coconut.generation.stop_classifier import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
-from coconut.stopping import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
 from coconut.train import run as train
 from coconut.utils.files import read_json
 

@@ -20,12 +20,13 @@ from coconut.analysis.probes import Subject
 from coconut.analysis.study import Study, Unfit
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions, encode_texts
+from coconut.generation.generate import Generated
+from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat, Slot
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
 from coconut.rl.policy import Policy, sample_said, samples_of
 from coconut.tasks import TASKS
-from coconut.thinking import Generated, think
 
 SIGMA, BETA = 0.3, 0.05
 

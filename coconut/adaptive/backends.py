@@ -24,8 +24,8 @@ from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import room_for_question
+from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.methods import PromptFormat
-from coconut.thinking import Generated, forward_passes, longest_first, pad_rows
 from coconut.utils.console import working
 from coconut.utils.files import writing
 from coconut.utils.pretrained import opened, reaching

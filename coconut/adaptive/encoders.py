@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from coconut.data.tokenization import encode_questions
-from coconut.thinking import longest_first
+from coconut.generation.generate import longest_first
 from coconut.utils.pretrained import opened, reaching
 from coconut.utils.torch_utils import evaluating
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from coconut.generation.generate import longest_first, pad_rows
+from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat
-from coconut.thinking import longest_first, pad_rows, think
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:

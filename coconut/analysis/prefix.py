@@ -20,9 +20,9 @@ from coconut.analysis.study import Study, Unfit
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_ids
 from coconut.data.tokenization import encode_questions
+from coconut.generation.generate import longest_first
 from coconut.methods import PromptFormat
 from coconut.models.losses import target_log_probs
-from coconut.thinking import longest_first
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:

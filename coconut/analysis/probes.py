@@ -21,13 +21,13 @@ from coconut.analysis.study import Study, Unfit
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import Evaluated, Prediction, evaluate
+from coconut.generation.generate import likeliest
 from coconut.methods import METHODS, Slot
 from coconut.tasks import TASKS, Task
-from coconut.thinking import likeliest
 
 if TYPE_CHECKING:
+    from coconut.generation.stop_classifier import StopClassifier
     from coconut.models.latent_lm import LatentLM
-    from coconut.stopping import StopClassifier
 
 MORE = 2  # how many thoughts more than its own a model is given at most
 SHOWN_TOKENS = 5

@@ -16,9 +16,9 @@ from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
+from coconut.generation.generate import likeliest
 from coconut.methods import Slot
 from coconut.tasks import prosqa
-from coconut.thinking import likeliest
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM

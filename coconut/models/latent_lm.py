@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from coconut.config import LoraConfig
+    from coconut.generation.generate import Generated
     from coconut.models.lora import Adapter
-    from coconut.thinking import Generated
 
 
 @dataclass
@@ -381,8 +381,8 @@ class LatentLM(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> Generated:
-        """Think, then speak: `coconut.thinking.generate` with this model."""
-        from coconut.thinking import generate
+        """Think, then speak: `coconut.generation.generate.generate` with this model."""
+        from coconut.generation.generate import generate
 
         return generate(self, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
 

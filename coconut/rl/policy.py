@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_ids
 from coconut.data.tokenization import SpecialIds
+from coconut.generation.generate import Generated, forward_passes
 from coconut.methods import Slot
 from coconut.rl.objectives import Objective, Totals, clipped, k3
-from coconut.thinking import Generated, forward_passes
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM

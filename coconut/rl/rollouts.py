@@ -16,10 +16,10 @@ from torch import Tensor
 
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
+from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import PromptFormat
 from coconut.rl.policy import Cost, Sample, longest_answers, named, samples_of
 from coconut.tasks import Task
-from coconut.thinking import longest_first, pad_rows
 from coconut.utils.console import say
 from coconut.utils.torch_utils import seeded
 

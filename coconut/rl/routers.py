@@ -19,8 +19,9 @@ from coconut.analysis.study import Study
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import Prediction, evaluate
+from coconut.generation.generate import longest_first, pad_rows
+from coconut.generation.thoughts import think
 from coconut.tasks import Task
-from coconut.thinking import longest_first, pad_rows, think
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:

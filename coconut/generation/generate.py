@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from coconut.acceleration.linear import products_as_pay
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import SpecialIds, encode_questions
+from coconut.generation.options import HANDED_ON, settings
+from coconut.generation.thoughts import Stop, think
 from coconut.methods import Reasoning, Slot
-from coconut.settings import HANDED_ON, settings
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:
@@ -56,69 +57,6 @@ def forward_passes(new_tokens: int, cut: bool, num_thoughts: int, mode: str) -> 
     return new_tokens + (not cut) + num_thoughts + (num_thoughts > 0) + bool(mode)
 
 
-@dataclass
-class Thinking:
-    """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).
-
-    `states` (B, D): the last hidden states.
-    """
-
-    cache: Any
-    thoughts: Tensor
-    counts: Tensor
-    states: Tensor
-
-
-class Stop(Protocol):
-    """Decides from the thoughts (B, D) which rows have thought enough (B,)."""
-
-    def __call__(self, thoughts_BD: Tensor, /) -> Tensor: ...
-
-
-@torch.no_grad()
-def think(
-    lm: LatentLM,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    num_thoughts: int,
-    *,
-    thoughts: Tensor | None = None,
-    noise: float = 0.0,
-    stop: Stop | None = None,
-    room: int = 0,
-) -> Thinking:
-    """Run prompts (B, T), padded on the left, and the thoughts that follow them.
-
-    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of what is added to
-    each number of a thought before it is fed. With `stop`, a row ends with the first thought at which it says so;
-    the loop ends when all rows have ended. `room`: how many tokens will be read on from the cache, if that is known.
-    """
-    cache = lm.new_cache(input_ids.shape[1] + num_thoughts + room)
-    is_token_BT = attention_mask.bool()
-    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-    embeds_BTD = lm.base.get_input_embeddings()(input_ids)
-    unread = input_ids.shape[1] - 1
-    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache, unread=unread)[:, -1]
-    fed: list[Tensor] = []
-    thinking_B = torch.ones_like(is_token_BT[:, 0])
-    counts_B = torch.zeros_like(positions_BT[:, 0])
-    for k in range(num_thoughts):
-        thought_BD = (last_BD if thoughts is None else thoughts[:, k]).to(embeds_BTD)
-        if noise:
-            thought_BD = thought_BD + noise * torch.randn_like(thought_BD)
-        fed.append(thought_BD)
-        counts_B += thinking_B
-        is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
-        positions_B1 = positions_BT[:, -1:] + k + 1
-        last_BD = lm.states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
-        if stop is not None:
-            thinking_B = thinking_B & ~stop(thought_BD)
-            if not thinking_B.any():
-                break
-    thoughts_BKD = torch.stack(fed, dim=1) if fed else embeds_BTD[:, :0]
-    return Thinking(cache, thoughts_BKD, counts_B, last_BD)
-
-
 @torch.no_grad()
 def generate(
     lm: LatentLM,
@@ -152,7 +90,7 @@ def generate(
     With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
     `options` are those of transformers' generate that say which words are chosen and where an answer ends
-    (coconut.settings), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it
+    (coconut.generation.options), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it
     too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What
     they leave open is off, whatever the base model's own settings are. The added tokens are never produced, and an
     answer ends with the tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought

@@ -26,8 +26,9 @@ from coconut.config import DataFiles
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions
+from coconut.generation.generate import longest_first, pad_rows
+from coconut.generation.thoughts import think
 from coconut.methods import Curriculum, Plan, Slot, plan
-from coconut.thinking import longest_first, pad_rows, think
 from coconut.utils.console import say
 from coconut.utils.files import whole_file
 from coconut.utils.torch_utils import seeded

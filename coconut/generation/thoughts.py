@@ -1,0 +1,75 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
+
+
+@dataclass
+class Thinking:
+    """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).
+
+    `states` (B, D): the last hidden states.
+    """
+
+    cache: Any
+    thoughts: Tensor
+    counts: Tensor
+    states: Tensor
+
+
+class Stop(Protocol):
+    """Decides from the thoughts (B, D) which rows have thought enough (B,)."""
+
+    def __call__(self, thoughts_BD: Tensor, /) -> Tensor: ...
+
+
+@torch.no_grad()
+def think(
+    lm: LatentLM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_thoughts: int,
+    *,
+    thoughts: Tensor | None = None,
+    noise: float = 0.0,
+    stop: Stop | None = None,
+    room: int = 0,
+) -> Thinking:
+    """Run prompts (B, T), padded on the left, and the thoughts that follow them.
+
+    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of what is added to
+    each number of a thought before it is fed. With `stop`, a row ends with the first thought at which it says so;
+    the loop ends when all rows have ended. `room`: how many tokens will be read on from the cache, if that is known.
+    """
+    cache = lm.new_cache(input_ids.shape[1] + num_thoughts + room)
+    is_token_BT = attention_mask.bool()
+    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+    embeds_BTD = lm.base.get_input_embeddings()(input_ids)
+    unread = input_ids.shape[1] - 1
+    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache, unread=unread)[:, -1]
+    fed: list[Tensor] = []
+    thinking_B = torch.ones_like(is_token_BT[:, 0])
+    counts_B = torch.zeros_like(positions_BT[:, 0])
+    for k in range(num_thoughts):
+        thought_BD = (last_BD if thoughts is None else thoughts[:, k]).to(embeds_BTD)
+        if noise:
+            thought_BD = thought_BD + noise * torch.randn_like(thought_BD)
+        fed.append(thought_BD)
+        counts_B += thinking_B
+        is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
+        positions_B1 = positions_BT[:, -1:] + k + 1
+        last_BD = lm.states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
+        if stop is not None:
+            thinking_B = thinking_B & ~stop(thought_BD)
+            if not thinking_B.any():
+                break
+    thoughts_BKD = torch.stack(fed, dim=1) if fed else embeds_BTD[:, :0]
+    return Thinking(cache, thoughts_BKD, counts_B, last_BD)
