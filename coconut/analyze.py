@@ -66,7 +66,7 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.engine.base import autocast
-    from coconut.evaluate import fitting
+    from coconut.evaluation.evaluator import fitting
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
 
@@ -120,7 +120,7 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.examples import read_examples
     from coconut.data.seen_questions import seen_by
     from coconut.engine.base import autocast
-    from coconut.evaluate import fitting
+    from coconut.evaluation.evaluator import fitting
     from coconut.rl.routers import choice_studies
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256

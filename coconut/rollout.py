@@ -12,8 +12,8 @@ from coconut.data.examples import read_examples
 from coconut.engine.base import autocast
 from coconut.engine.launch import on_processes
 from coconut.engine.world import World
-from coconut.evaluate import task_of
-from coconut.gold import read_back, warn_of_limit
+from coconut.evaluation.evaluator import task_of
+from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
 from coconut.rl.rollouts import Correctness, roll_out, with_room

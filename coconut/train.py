@@ -26,9 +26,9 @@ from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
-from coconut.evaluate import Abandoned, Prediction, evaluate
+from coconut.evaluation.evaluator import Abandoned, Prediction, evaluate
+from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit
 from coconut.folder import describe, held_folder, used_file
-from coconut.gold import limit_for, readable, warn_of_limit
 from coconut.methods import Reasoning, Stage, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.schedule import Place, Schedule, updates_since_reset

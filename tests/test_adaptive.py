@@ -41,7 +41,7 @@ from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
-from coconut.evaluate import evaluate
+from coconut.evaluation.evaluator import evaluate
 from coconut.generate import run as generate
 from coconut.generation.generate import pad_rows
 from coconut.methods import PromptFormat

@@ -32,7 +32,7 @@ from coconut.data.batching import collate
 from coconut.data.examples import Example
 from coconut.data.sequences import layout
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
-from coconut.evaluate import Evaluated
+from coconut.evaluation.evaluator import Evaluated
 from coconut.methods import PromptFormat, Reasoning, Slot, Stage
 from coconut.tasks import TASKS, prosqa
 

@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 from test_cli import python
 from test_report import Loads, words
 
-from coconut import evaluate, train
+from coconut import train
 from coconut.analysis.compare import accuracy_interval, compare, difference_interval, exact_test, holm
 from coconut.analysis.table import SCREEN, on_screen
 from coconut.analysis.table import run as table
@@ -35,6 +35,7 @@ from coconut.config import (
     EvaluateConfig,
     TableConfig,
 )
+from coconut.evaluation import evaluator as evaluate
 from coconut.methods import Curriculum, Unit
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import CONF_DIR

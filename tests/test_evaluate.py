@@ -23,8 +23,8 @@ from coconut.config import (
     Unreadable,
 )
 from coconut.data.examples import Example
-from coconut.evaluate import evaluate, read_results, task_of
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.evaluator import evaluate, read_results, task_of
 from coconut.generate import read_questions
 from coconut.generate import run as run_generate
 from coconut.generation.generate import Generated

@@ -12,7 +12,7 @@ from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig, Task, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
-from coconut.gold import lengths, limit_for, read_back, readable, warn_of_limit
+from coconut.evaluation.gold_answers import lengths, limit_for, read_back, readable, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS

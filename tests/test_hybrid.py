@@ -14,8 +14,8 @@ from test_generate import QUESTIONS, by_recomputation, padded, rows_of
 from coconut import LatentLM, answer
 from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerConfig, TooLong, TrainConfig
 from coconut.data.tokenization import encode_questions
-from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.evaluator import read_results
 from coconut.generate import run as run_generate
 from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Slot, Unit, mode_named

@@ -18,8 +18,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EvaluateConfig, TrainConfig
-from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.evaluator import read_results
 from coconut.reward import compare
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.train import run as run_reward

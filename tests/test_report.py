@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Path) -> Path:
-    from coconut import evaluate
+    from coconut.evaluation import evaluator as evaluate
 
     run = trained.parent / "evaluated"
     shutil.copytree(trained, run)

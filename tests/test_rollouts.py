@@ -10,7 +10,7 @@ from test_hybrid import MODES, hybrid
 
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
-from coconut.evaluate import evaluate
+from coconut.evaluation.evaluator import evaluate
 from coconut.methods import PromptFormat
 from coconut.rl.objectives import OBJECTIVES
 from coconut.rl.policy import Policy, for_tokens, policy_batch, totals_of

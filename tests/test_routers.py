@@ -8,7 +8,7 @@ import torch
 from test_hybrid import MODES, hybrid
 from test_rollouts import EXAMPLES, TASK
 
-from coconut.evaluate import evaluate
+from coconut.evaluation.evaluator import evaluate
 from coconut.rl.routers import Classifier, Outcomes, cheapest_right, compare, outcomes, routes, states
 
 KNOWN = Outcomes(

@@ -17,8 +17,8 @@ from coconut.config import (
     StopRule,
 )
 from coconut.data.examples import Example
-from coconut.evaluate import read_results
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.evaluator import read_results
 from coconut.generation.stop_classifier import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
 from coconut.train import run as train

@@ -42,7 +42,7 @@ from coconut.data.tokenization import build_word_tokenizer
 from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
-from coconut.evaluate import evaluate
+from coconut.evaluation.evaluator import evaluate
 from coconut.folder import differences
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig

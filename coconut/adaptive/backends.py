@@ -23,7 +23,7 @@ import torch
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data.tokenization import encode_questions
-from coconut.evaluate import room_for_question
+from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.methods import PromptFormat
 from coconut.utils.console import working

@@ -29,7 +29,7 @@ from coconut.data.datasets import file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import unknown_words
 from coconut.engine.base import autocast, set_up
-from coconut.gold import read_back, readable, warn_of_limit
+from coconut.evaluation.gold_answers import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of

@@ -11,7 +11,7 @@ import torch
 
 from coconut.adaptive.backends import Latent, Reply
 from coconut.data.examples import Example
-from coconut.evaluate import answer_key
+from coconut.evaluation.evaluator import answer_key
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rl.policy import Sample, sample_said

@@ -21,7 +21,7 @@ from coconut.analysis.compare import difference_interval
 from coconut.analysis.paths import GraphQuestion, redirect, remove_elsewhere, remove_on_way
 from coconut.analysis.probes import MORE, Subject
 from coconut.analysis.study import Study
-from coconut.evaluate import Evaluated, Prediction
+from coconut.evaluation.evaluator import Evaluated, Prediction
 from coconut.methods import Slot
 from coconut.tasks import Task, prosqa
 

@@ -20,7 +20,7 @@ from coconut.analysis.paths import GraphQuestion, Outcome, classify
 from coconut.analysis.study import Study, Unfit
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
-from coconut.evaluate import Evaluated, Prediction, evaluate
+from coconut.evaluation.evaluator import Evaluated, Prediction, evaluate
 from coconut.generation.generate import likeliest
 from coconut.methods import METHODS, Slot
 from coconut.tasks import TASKS, Task

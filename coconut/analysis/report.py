@@ -111,7 +111,7 @@ def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
 
 def read_run(folder: Path | str) -> RunRecord:
     """Raises ValueError if the folder is no run, or one that gives no answers."""
-    from coconut.evaluate import read_results
+    from coconut.evaluation.evaluator import read_results
 
     folder = Path(folder)
     config = read_config(folder)

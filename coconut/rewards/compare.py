@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from coconut.analysis.study import Study
-from coconut.evaluate import answer_key
+from coconut.evaluation.evaluator import answer_key
 from coconut.rewards.answers import Labelled
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.montecarlo import gone_on, step_labels

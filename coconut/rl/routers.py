@@ -18,7 +18,7 @@ from torch import nn
 from coconut.analysis.study import Study
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
-from coconut.evaluate import Prediction, evaluate
+from coconut.evaluation.evaluator import Prediction, evaluate
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.tasks import Task

@@ -20,9 +20,9 @@ from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
-from coconut.evaluate import Abandoned, Prediction
+from coconut.evaluation.evaluator import Abandoned, Prediction
+from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.folder import describe, held_folder, used_file
-from coconut.gold import read_back, warn_of_limit
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.objectives import advantages, without_variance
