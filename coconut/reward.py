@@ -25,6 +25,7 @@ def compare(config: CompareConfig) -> int:
     from coconut.analysis.study import Study
     from coconut.analysis.table import common_folder
     from coconut.build import computed_as, in_float32, load_run
+    from coconut.completions.rollouts import Correctness
     from coconut.config import TooLong
     from coconut.engine.base import autocast, set_up
     from coconut.models.latent_lm import LatentLM
@@ -34,7 +35,6 @@ def compare(config: CompareConfig) -> int:
     from coconut.rewards.implicit import ImplicitReward, reference_of
     from coconut.rewards.losses import loss_named
     from coconut.rewards.value import ValueModel
-    from coconut.rl.rollouts import Correctness
     from coconut.tasks import TASKS
     from coconut.tracking import read_config
     from coconut.utils.files import write_text

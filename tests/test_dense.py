@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state, load_trainer
+from coconut.completions.rollouts import Group
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
 from coconut.engine.world import World, joined
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -23,7 +24,6 @@ from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.dense import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
 from coconut.rewards.train import run as run_reward
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.rollouts import Group
 from coconut.rl.train import REFERENCE, PolicyTraining, run
 from coconut.rl.train import together as run_together
 from coconut.rollout import run as roll

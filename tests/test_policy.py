@@ -15,14 +15,15 @@ from test_hybrid import hybrid
 from test_model import relative
 
 from coconut import LatentLM
+from coconut.completions.completion import Sample, sample_said, samples_of
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig
 from coconut.engine.base import make_engine
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World, joined
 from coconut.methods import Slot
+from coconut.rl.loss import Policy, PolicyBatch, for_tokens, policy_batch
+from coconut.rl.loss import totals_of as all_of
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
-from coconut.rl.policy import Policy, PolicyBatch, Sample, for_tokens, policy_batch, sample_said, samples_of
-from coconut.rl.policy import totals_of as all_of
 
 GROUP = 4
 

@@ -23,6 +23,8 @@ from coconut import LatentLM
 from coconut.analyze import run as analyze
 from coconut.build import computed_as, starting_point
 from coconut.checkpoint import Checkpoints, load_state
+from coconut.completions.completion import needs, question_of, sample_said, shares
+from coconut.completions.rollouts import Correctness
 from coconut.config import (
     AdamWConfig,
     AnalyzeConfig,
@@ -53,8 +55,7 @@ from coconut.rewards.steps import text_ends, token_parts
 from coconut.rewards.train import RewardTraining, run
 from coconut.rewards.train import together as run_together
 from coconut.rewards.value import ValueModel
-from coconut.rl.policy import Policy, needs, question_of, sample_said, shares
-from coconut.rl.rollouts import Correctness
+from coconut.rl.loss import Policy
 from coconut.rollout import run as roll
 from coconut.tasks import TASKS
 from coconut.tracking import read_metrics

@@ -20,6 +20,7 @@ from coconut.analyze import run as analyze
 from coconut.analyze import several as compare
 from coconut.build import starting_point
 from coconut.checkpoint import Checkpoints, load_state
+from coconut.completions.rollouts import Cost
 from coconut.config import (
     Activations,
     AdamWConfig,
@@ -41,7 +42,6 @@ from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.rollouts import Cost
 from coconut.rl.train import REFERENCE, PolicyTraining, run
 from coconut.rl.train import together as run_together
 from coconut.tracking import read_metrics

@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_hybrid import MODES, hybrid
 
+from coconut.completions.rollouts import THINKLESS_COSTS, Correctness, Cost, Group, roll_out
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.methods import PromptFormat
+from coconut.rl.loss import Policy, for_tokens, policy_batch, totals_of
 from coconut.rl.objectives import OBJECTIVES
-from coconut.rl.policy import Policy, for_tokens, policy_batch, totals_of
-from coconut.rl.rollouts import THINKLESS_COSTS, Correctness, Cost, Group, roll_out
 from coconut.tasks import TASKS
 
 EXAMPLES = [Example("1 2 3", ("a b",), "c"), Example("4 5 6 7 8", ("a b",), "c"), Example("9", ("a b",), "c")]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from coconut.adaptive.backends import Latent, Reply
+from coconut.completions.completion import Sample, sample_said
 from coconut.data.examples import Example
 from coconut.evaluation.evaluator import answer_key
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
-from coconut.rl.policy import Sample, sample_said
 from coconut.tasks import Task
 from coconut.utils.pretrained import opened, reaching
 

@@ -17,10 +17,10 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coconut.completions.completion import Sample, sample_said
+from coconut.completions.rollouts import Group
 from coconut.data.examples import Example, Unreadable, completed, existing, json_rows
 from coconut.data.tokenization import encode_questions, encode_texts
-from coconut.rl.policy import Sample, sample_said
-from coconut.rl.rollouts import Group
 from coconut.utils.console import say
 from coconut.utils.files import write_text
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coconut.completions.completion import Sample
+from coconut.completions.scoring import Scored
 from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
 from coconut.rewards.answers import Labelled
 from coconut.rewards.losses import Loss
 from coconut.rewards.value import values
-from coconut.rl.policy import Policy, Sample, Scored
+from coconut.rl.loss import Policy
 
 T = TypeVar("T")
 

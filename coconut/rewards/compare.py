@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from coconut.analysis.study import Study
+from coconut.completions.completion import Sample
+from coconut.completions.rollouts import Correctness
 from coconut.evaluation.evaluator import answer_key
 from coconut.rewards.answers import Labelled
 from coconut.rewards.implicit import ImplicitReward
@@ -29,8 +31,6 @@ from coconut.rewards.selection import (
 )
 from coconut.rewards.steps import step_count
 from coconut.rewards.value import ValueModel
-from coconut.rl.policy import Sample
-from coconut.rl.rollouts import Correctness
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM

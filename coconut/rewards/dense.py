@@ -17,14 +17,15 @@ from torch import Tensor
 
 from coconut.build import computed_as, in_float32, run_of, weights_of
 from coconut.checkpoint import load_trainer
+from coconut.completions.completion import Sample, needs, shares
+from coconut.completions.rollouts import Correctness, Group
 from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, loss_named
 from coconut.rl.config import RLConfig
-from coconut.rl.policy import Policy, Sample, needs, shares
-from coconut.rl.rollouts import Correctness, Group
+from coconut.rl.loss import Policy
 from coconut.standing import Standing
 from coconut.tracking import read_config
 from coconut.train import Diverged

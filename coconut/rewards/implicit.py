@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from coconut.build import run_of
+from coconut.completions.completion import Sample
 from coconut.rewards.steps import parts_said
-from coconut.rl.policy import Policy, Sample
+from coconut.rl.loss import Policy
 from coconut.tracking import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json, sha256
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from coconut.completions.completion import Sample, question_of
+from coconut.completions.rollouts import Correctness
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import Slot
 from coconut.rewards.answers import Labelled
 from coconut.rewards.steps import parts_said, step_count
-from coconut.rl.policy import Sample, question_of
-from coconut.rl.rollouts import Correctness
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:

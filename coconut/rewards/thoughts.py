@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from coconut.completions.completion import refuse_too_long
 from coconut.data.sequences import slot_ids
 from coconut.generation.generate import longest_first
 from coconut.methods import Slot
 from coconut.models.losses import target_log_probs
-from coconut.rl.policy import refuse_too_long
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:

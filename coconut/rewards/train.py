@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coconut.build import carried_out_as, computed_as, in_float32, weights_of
+from coconut.completions.completion import Sample, needs, shares
 from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
@@ -32,7 +33,7 @@ from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.losses import loss_named
 from coconut.rewards.value import ValueModel
-from coconut.rl.policy import Policy, Sample, needs, shares
+from coconut.rl.loss import Policy
 from coconut.signals import asked_to_stop
 from coconut.standing import Standing, stopped
 from coconut.tracking import DESCRIPTION, Tracking, open_tracking

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from coconut.completions.completion import Sample
+from coconut.completions.scoring import Scored, at_targets, of_tokens
 from coconut.rewards.steps import parts_said
-from coconut.rl.policy import Sample, Scored, at_targets, of_tokens
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from coconut.build import carried_out_as, computed_as, in_float32, weights_of
+from coconut.completions.completion import longest_answers, needs, shares
+from coconut.completions.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
 from coconut.config import TooLong
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions
@@ -25,9 +27,8 @@ from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.folder import describe, held_folder, used_file
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
+from coconut.rl.loss import Policy, PolicyBatch, for_tokens, policy_batch, totals_of
 from coconut.rl.objectives import advantages, without_variance
-from coconut.rl.policy import Policy, PolicyBatch, for_tokens, longest_answers, needs, policy_batch, shares, totals_of
-from coconut.rl.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.signals import Asked, asked_to_stop
 from coconut.standing import Standing, stopped
@@ -48,7 +49,7 @@ class PolicyTraining:
     """One run, as one of its processes sees it: policy, reference, dense rewards, questions, engine and folder.
 
     `init`: the weights that it began with. `reward`: by default that of the configuration,
-    coconut.rl.rollouts.Correctness.
+    coconut.completions.rollouts.Correctness.
     """
 
     def __init__(

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coconut.completions.completion import Cost, Sample, longest_answers, named, samples_of
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import PromptFormat
-from coconut.rl.policy import Cost, Sample, longest_answers, named, samples_of
 from coconut.tasks import Task
 from coconut.utils.console import say
 from coconut.utils.torch_utils import seeded

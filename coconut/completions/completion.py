@@ -1,24 +1,18 @@
-"""Sampled answers as a batch, and the loss of the policy on it.
-
-Shapes: N answers, B rows of a batch, T columns, V vocabulary, M sampled tokens of all rows, one after the other.
-"""
+"""TODO"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_ids
-from coconut.data.tokenization import SpecialIds
 from coconut.generation.generate import Generated, forward_passes
 from coconut.methods import Slot
-from coconut.rl.objectives import Objective, Totals, clipped, k3
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -168,49 +162,6 @@ def longest_answers(lm: LatentLM, question: Sequence[int], limit: int) -> list[S
     return found
 
 
-@dataclass
-class Scored:
-    """A batch of answers; `is_control` (M,) of each sampled token."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    passes: int
-    is_control: Tensor
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], special: SpecialIds, passes: int) -> Scored:
-        made = collate([sample.layout for sample in samples], special)
-        is_control_M = torch.cat([sample.is_control for sample in samples])
-        return cls(made.input_ids, made.attention_mask, made.labels, passes, is_control_M)
-
-    def to(self, device: torch.device | str) -> Self:
-        values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **values)
-
-
-def at_targets(module: nn.Module, batch: Scored) -> Any:
-    """The forward pass over a batch, with logits where its targets are predicted."""
-    return module(
-        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
-    )
-
-
-def of_tokens(lm: LatentLM, samples: Sequence[Sample], size: int, score: Callable[[Scored], Tensor]) -> list[Tensor]:
-    """For each answer, on the CPU, what `score` says (M,) of the sampled tokens of a batch of up to `size` answers.
-
-    Raises ValueError if one is longer than the model's context.
-    """
-    refuse_too_long(lm, [len(sample.layout.ids) for sample in samples])
-    found: dict[int, Tensor] = {}
-    for places, passes in shares([needs([sample]) for sample in samples], size):
-        chosen = [samples[i] for i in places]
-        batch = Scored.of(chosen, lm.special, passes).to(lm.device)
-        lengths = [len(sample.log_probs) for sample in chosen]
-        found |= zip(places, score(batch).cpu().split(lengths), strict=True)
-    return [found[place] for place in range(len(samples))]
-
-
 def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
     """Raise ValueError if an answer, with its question so many tokens long, is longer than the model's context."""
     if too_long := [i for i, length in enumerate(lengths) if length > lm.context]:
@@ -224,123 +175,3 @@ def named(what: str, places: Sequence[int], lengths: Sequence[int]) -> str:
     """The first of them by their numbers, with their lengths."""
     shown = ", ".join(f"{what} {i + 1} ({lengths[i]} tokens)" for i in places[:5])
     return shown + (f" and {len(places) - 5} more" if len(places) > 5 else "")
-
-
-@dataclass
-class PolicyBatch(Scored):
-    """A micro-batch of answers; of each sampled token (M,) what its term needs.
-
-    `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
-    `old`: log-probabilities when they were sampled, None if those are the present ones. `reference`: those of the model
-    that the policy is held to, computed on this very batch; None if it is held to none.
-    """
-
-    advantages: Tensor
-    weights: Tensor
-    kl_weights: Tensor
-    old: Tensor | None
-    reference: Tensor | None = None
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.advantages)
-
-
-def for_tokens(gains_N: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
-    """One number an answer as one for each of its sampled tokens."""
-    return [gain.expand(len(sample.log_probs)) for gain, sample in zip(gains_N, samples, strict=True)]
-
-
-def policy_batch(
-    samples: Sequence[Sample],
-    advantages: Sequence[Tensor],
-    objective: Objective,
-    totals: Totals,
-    special: SpecialIds,
-    *,
-    on_policy: bool,
-    passes: int = 1,
-) -> PolicyBatch:
-    """Answers with the advantages of their sampled tokens as a micro-batch of a batch that has `totals` in all."""
-    made = Scored.of(samples, special, max(passes, *(sample.passes for sample in samples)))
-    lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
-    weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
-    return PolicyBatch(
-        **vars(made),
-        advantages=torch.cat(list(advantages)).float(),
-        weights=weights_M * totals.tokens,
-        kl_weights=kl_weights_M * totals.tokens,
-        old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),
-    )
-
-
-def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
-    """Of all answers of an update."""
-    tokens, controls = (sum(map(len, (s.log_probs for s in samples))), sum(int(s.is_control.sum()) for s in samples))
-    return Totals(len(samples), tokens, controls, budget)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What may be said where, and at which temperature: the distribution that answers are sampled from.
-
-    A control token is one of `controls`; any other token is none of `refused`.
-    """
-
-    refused: tuple[int, ...] = ()
-    controls: tuple[int, ...] = ()
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, special: SpecialIds, temperature: float = 1.0) -> Policy:
-        """That of a model with these tokens."""
-        return cls(tuple(special.added), tuple(special.control.values()), temperature)
-
-    def log_probs(self, module: nn.Module, batch: Scored) -> Tensor:
-        """(M,) of the targets of a batch, in float32."""
-        out = at_targets(module, batch)
-        logits_MV = out.target_logits.float() / self.temperature
-        refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
-        refused_2V[0, list(self.refused)] = True
-        refused_2V[1] = True
-        refused_2V[1, list(self.controls)] = False
-        logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
-        return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
-
-    @torch.no_grad()
-    def score(self, lm: LatentLM, samples: Sequence[Sample], size: int) -> list[Tensor]:
-        """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
-        return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))
-
-    def loss(self, objective: Objective, beta: float) -> PolicyLoss:
-        return PolicyLoss(self, objective, beta)
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights.
-
-    `divergences`: of each micro-batch that has a reference, the sum of its tokens' k3.
-    """
-
-    policy: Policy
-    objective: Objective
-    beta: float
-    divergences: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
-        log_probs_M = self.policy.log_probs(module, batch)
-        old_M = log_probs_M.detach() if batch.old is None else batch.old
-        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.low, self.objective.high)
-        loss = (batch.weights * terms_M).sum()
-        if batch.reference is None:
-            return loss
-        apart_M = k3(log_probs_M, batch.reference)
-        self.divergences.append(apart_M.detach().sum())
-        return loss + self.beta * (batch.kl_weights * apart_M).sum()
-
-    def divergence(self) -> float:
-        """The sum over all micro-batches since the last call."""
-        found = sum(part.item() for part in self.divergences)
-        self.divergences.clear()
-        return found

@@ -1,0 +1,60 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from coconut.completions.completion import Sample, needs, refuse_too_long, shares
+from coconut.data.batching import collate
+from coconut.data.tokenization import SpecialIds
+
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
+
+
+@dataclass
+class Scored:
+    """A batch of answers; `is_control` (M,) of each sampled token."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    passes: int
+    is_control: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], special: SpecialIds, passes: int) -> Scored:
+        made = collate([sample.layout for sample in samples], special)
+        is_control_M = torch.cat([sample.is_control for sample in samples])
+        return cls(made.input_ids, made.attention_mask, made.labels, passes, is_control_M)
+
+    def to(self, device: torch.device | str) -> Self:
+        values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **values)
+
+
+def at_targets(module: nn.Module, batch: Scored) -> Any:
+    """The forward pass over a batch, with logits where its targets are predicted."""
+    return module(
+        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
+    )
+
+
+def of_tokens(lm: LatentLM, samples: Sequence[Sample], size: int, score: Callable[[Scored], Tensor]) -> list[Tensor]:
+    """For each answer, on the CPU, what `score` says (M,) of the sampled tokens of a batch of up to `size` answers.
+
+    Raises ValueError if one is longer than the model's context.
+    """
+    refuse_too_long(lm, [len(sample.layout.ids) for sample in samples])
+    found: dict[int, Tensor] = {}
+    for places, passes in shares([needs([sample]) for sample in samples], size):
+        chosen = [samples[i] for i in places]
+        batch = Scored.of(chosen, lm.special, passes).to(lm.device)
+        lengths = [len(sample.log_probs) for sample in chosen]
+        found |= zip(places, score(batch).cpu().split(lengths), strict=True)
+    return [found[place] for place in range(len(samples))]

@@ -1,0 +1,141 @@
+"""Sampled answers as a batch, and the loss of the policy on it.
+
+Shapes: N answers, B rows of a batch, T columns, V vocabulary, M sampled tokens of all rows, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from coconut.completions.completion import Sample
+from coconut.completions.scoring import Scored, at_targets, of_tokens
+from coconut.data.tokenization import SpecialIds
+from coconut.rl.objectives import Objective, Totals, clipped, k3
+
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
+
+
+@dataclass
+class PolicyBatch(Scored):
+    """A micro-batch of answers; of each sampled token (M,) what its term needs.
+
+    `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
+    `old`: log-probabilities when they were sampled, None if those are the present ones. `reference`: those of the model
+    that the policy is held to, computed on this very batch; None if it is held to none.
+    """
+
+    advantages: Tensor
+    weights: Tensor
+    kl_weights: Tensor
+    old: Tensor | None
+    reference: Tensor | None = None
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.advantages)
+
+
+def for_tokens(gains_N: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
+    """One number an answer as one for each of its sampled tokens."""
+    return [gain.expand(len(sample.log_probs)) for gain, sample in zip(gains_N, samples, strict=True)]
+
+
+def policy_batch(
+    samples: Sequence[Sample],
+    advantages: Sequence[Tensor],
+    objective: Objective,
+    totals: Totals,
+    special: SpecialIds,
+    *,
+    on_policy: bool,
+    passes: int = 1,
+) -> PolicyBatch:
+    """Answers with the advantages of their sampled tokens as a micro-batch of a batch that has `totals` in all."""
+    made = Scored.of(samples, special, max(passes, *(sample.passes for sample in samples)))
+    lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
+    weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
+    return PolicyBatch(
+        **vars(made),
+        advantages=torch.cat(list(advantages)).float(),
+        weights=weights_M * totals.tokens,
+        kl_weights=kl_weights_M * totals.tokens,
+        old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),
+    )
+
+
+def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
+    """Of all answers of an update."""
+    tokens, controls = (sum(map(len, (s.log_probs for s in samples))), sum(int(s.is_control.sum()) for s in samples))
+    return Totals(len(samples), tokens, controls, budget)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be said where, and at which temperature: the distribution that answers are sampled from.
+
+    A control token is one of `controls`; any other token is none of `refused`.
+    """
+
+    refused: tuple[int, ...] = ()
+    controls: tuple[int, ...] = ()
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, special: SpecialIds, temperature: float = 1.0) -> Policy:
+        """That of a model with these tokens."""
+        return cls(tuple(special.added), tuple(special.control.values()), temperature)
+
+    def log_probs(self, module: nn.Module, batch: Scored) -> Tensor:
+        """(M,) of the targets of a batch, in float32."""
+        out = at_targets(module, batch)
+        logits_MV = out.target_logits.float() / self.temperature
+        refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
+        refused_2V[0, list(self.refused)] = True
+        refused_2V[1] = True
+        refused_2V[1, list(self.controls)] = False
+        logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
+        return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
+
+    @torch.no_grad()
+    def score(self, lm: LatentLM, samples: Sequence[Sample], size: int) -> list[Tensor]:
+        """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
+        return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))
+
+    def loss(self, objective: Objective, beta: float) -> PolicyLoss:
+        return PolicyLoss(self, objective, beta)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights.
+
+    `divergences`: of each micro-batch that has a reference, the sum of its tokens' k3.
+    """
+
+    policy: Policy
+    objective: Objective
+    beta: float
+    divergences: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
+        log_probs_M = self.policy.log_probs(module, batch)
+        old_M = log_probs_M.detach() if batch.old is None else batch.old
+        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.low, self.objective.high)
+        loss = (batch.weights * terms_M).sum()
+        if batch.reference is None:
+            return loss
+        apart_M = k3(log_probs_M, batch.reference)
+        self.divergences.append(apart_M.detach().sum())
+        return loss + self.beta * (batch.kl_weights * apart_M).sum()
+
+    def divergence(self) -> float:
+        """The sum over all micro-batches since the last call."""
+        found = sum(part.item() for part in self.divergences)
+        self.divergences.clear()
+        return found
