@@ -12,21 +12,22 @@ from coconut.analysis.charts import save_png
 from coconut.analysis.entrants import folders
 from coconut.analysis.findings import WIDE, are_they_used, drawings, how_many, what_they_hold
 from coconut.analysis.page import percent
-from coconut.analysis.report import RunRecord, answers, headline, learning, provenance, read_run, report
-from coconut.analysis.study import FOLDER, Study, Unfit
+from coconut.analysis.report import answers, headline, learning, provenance, report
 from coconut.config import AnalyzeConfig, Part, TableConfig
 from coconut.data.seen_questions import told_questions
 from coconut.engine.world import seat
 from coconut.methods import Curriculum, plan
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
+from coconut.runs.record import RunRecord, read_run
+from coconut.runs.study import FOLDER, Study, Unfit
 from coconut.utils.console import only_our_words, say, working
 from coconut.utils.files import whole_folder, write_text
 from coconut.utils.hydra_app import application, by_word
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
-    from coconut.build import Trained
+    from coconut.runs.loading import Trained
 
 DECODED = 20  # questions, among which the page finds a telling one
 ASKED = ("train", "test")  # splits that a router learns from, and is compared on
@@ -62,11 +63,11 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     Raises ValueError if a part that was asked for by name does not fit the run; others are left out, and said so.
     """
     from coconut.analysis.probes import MORE, Subject, asked
-    from coconut.build import load_run
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.engine.base import autocast
     from coconut.evaluation.evaluator import fitting
+    from coconut.runs.loading import load_run
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
 
@@ -115,13 +116,13 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
 
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     """How a hybrid model chooses, on its test questions, and who would choose better: into RUN/analysis."""
-    from coconut.build import load_run
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.data.seen_questions import seen_by
     from coconut.engine.base import autocast
     from coconut.evaluation.evaluator import fitting
     from coconut.rl.routers import choice_studies
+    from coconut.runs.loading import load_run
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
 
@@ -156,7 +157,7 @@ def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
 
 def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeConfig) -> list[Study]:
     from coconut.analysis import audit, prefix, probes
-    from coconut.generation.stop_classifier import classifier_of
+    from coconut.runs.loading import classifier_of
 
     def stopping() -> list[Study]:
         try:

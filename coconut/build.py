@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coconut.checkpoint import Checkpoints, load_state
 from coconut.config import WORDS, Activations, EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.engine.base import set_up
-from coconut.engine.world import World
-from coconut.methods import REASONING_FILE, plan
+from coconut.methods import plan
 from coconut.models.latent_lm import LatentLM
-from coconut.tracking import read_config
+from coconut.runs.loading import starting_point
 from coconut.utils.console import say
-from coconut.utils.pretrained import on_disk, opened, reaching
+from coconut.utils.pretrained import opened, reaching
 
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
@@ -105,69 +101,3 @@ def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example])
         return build_word_tokenizer(examples, config.data.format)
     with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
         return opened(AutoTokenizer, name)
-
-
-def starting_point(init: str) -> Path:
-    """The weights that `init` names: a checkpoint's folder, or a run's best checkpoint, or else its last."""
-    path = Path(init)
-    if (path / "checkpoints").is_dir():
-        checkpoints = Checkpoints(path)
-        try:
-            return checkpoints.find("best")
-        except ValueError:
-            return checkpoints.find("last")
-    return path
-
-
-def weights_of(init: str) -> Path:
-    """The folder that `init` names at this moment: a run that is trained further has another best checkpoint later."""
-    return on_disk(starting_point(init)).resolve()
-
-
-def in_float32(lm: LatentLM) -> LatentLM:
-    """As a training starts, whatever the weights were saved in; what LoRA corrects is left as it is."""
-    return (lm if lm.adapter else lm.to(torch.float32)).eval()
-
-
-def computed_as(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
-    """The reference, on the device, with every weight in the type that `lm` has it in: equals give equal numbers."""
-    for weight, its in zip(reference.parameters(), lm.parameters(), strict=True):
-        weight.data = weight.data.to(its.dtype)
-    return reference.to(device).eval()
-
-
-def run_of(init: str) -> Path:
-    """The folder of the run that `init` names, itself or one of its checkpoints."""
-    path = Path(init)
-    return path if (path / "checkpoints").is_dir() else path.parent.parent
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's model at a checkpoint, on its device. `config` is what the run was made with."""
-
-    lm: LatentLM
-    config: dict[str, Any]
-    step: int
-
-
-def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> Trained:
-    """Raises ValueError if the folder is no run, or has no such checkpoint."""
-    world = world or World()
-    config = read_config(run)
-    path = world.first_does(lambda: Checkpoints(run).find(checkpoint))
-    device = set_up(engine, world)
-    lm = LatentLM.from_pretrained(path, config["model"]["attention"] if "model" in config else None)
-    lm.to(device)
-    return Trained(lm.eval(), config, load_state(path)["step"])
-
-
-def load_model(place: str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LatentLM:
-    """The model of a run, or one that was saved: a folder, or OWNER/NAME on the Hugging Face hub. On its device.
-
-    Raises FileNotFoundError or ValueError if there is none.
-    """
-    if Path(place).exists() and not Path(place, REASONING_FILE).is_file():
-        return load_run(place, checkpoint, engine, world).lm
-    lm = LatentLM.from_pretrained(place)
-    return lm.to(set_up(engine, world)).eval()

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from coconut.data.seen_questions import told_questions
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import around_questions
-from coconut.evaluation.evaluator import read_results
 from coconut.methods import PromptFormat, Slot
-from coconut.tracking import DESCRIPTION, read_config
+from coconut.runs.record import DESCRIPTION, read_config, read_results
 from coconut.utils.files import read_json
 
 if TYPE_CHECKING:

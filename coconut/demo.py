@@ -193,8 +193,8 @@ def page() -> str:
 
 def open_demo(config: DemoConfig) -> Asker:
     """The run's model, and the questions of its test file, else of its validation file."""
-    from coconut.build import load_run
     from coconut.methods import Curriculum, plan
+    from coconut.runs.loading import load_run
 
     trained = load_run(config.run, config.checkpoint, config.engine)
     file, examples = _rows(trained.config["data"])

@@ -35,10 +35,9 @@ def run(config: EvaluateConfig) -> int:
 
 def evaluate_together(config: EvaluateConfig, world: World) -> int:
     """What each process of an evaluation does."""
-    from coconut.build import load_model, load_run
     from coconut.engine.base import autocast
-    from coconut.generation.stop_classifier import classifier_of
-    from coconut.tracking import read_config
+    from coconut.runs.loading import classifier_of, load_model, load_run
+    from coconut.runs.record import read_config
     from coconut.utils.console import say, working
 
     own_file, saved = getattr(config.data, config.split), is_saved(config)
@@ -177,3 +176,6 @@ def _unknown_words(lm: LatentLM, rows: list[list[int]]) -> int:
 
 
 main = application("evaluate", EvaluateConfig, run)
+
+if __name__ == "__main__":
+    main()

@@ -120,7 +120,7 @@ def _rows_of_table(config: Any, state: dict[str, Tensor], file: Path | str) -> i
 
 def run(config: ExportConfig) -> int:
     """Write a folder that others can open; from there to the hub if asked."""
-    from coconut.build import load_run
+    from coconut.runs.loading import load_run
     from coconut.utils.console import only_our_words, say
 
     only_our_words()

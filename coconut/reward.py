@@ -22,9 +22,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 def compare(config: CompareConfig) -> int:
     """Score the same answers with several reward models, and write what each is good for."""
     from coconut.analysis.entrants import folders
-    from coconut.analysis.study import Study
     from coconut.analysis.table import common_folder
-    from coconut.build import computed_as, in_float32, load_run
     from coconut.completions.rollouts import Correctness
     from coconut.config import TooLong
     from coconut.engine.base import autocast, set_up
@@ -35,8 +33,10 @@ def compare(config: CompareConfig) -> int:
     from coconut.rewards.implicit import ImplicitReward, reference_of
     from coconut.rewards.losses import loss_named
     from coconut.rewards.value import ValueModel
+    from coconut.runs.loading import computed_as, in_float32, load_run
+    from coconut.runs.record import read_config
+    from coconut.runs.study import Study
     from coconut.tasks import TASKS
-    from coconut.tracking import read_config
     from coconut.utils.files import write_text
 
     only_our_words()
@@ -110,7 +110,7 @@ def compare(config: CompareConfig) -> int:
 def _training(folder: Path, loss: Loss) -> Trained:
     """What a run's updates took."""
     from coconut.rewards.compare import Trained
-    from coconut.tracking import read_metrics
+    from coconut.runs.record import read_metrics
 
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
     seconds, units = (sum(row[key] for row in rows) for key in ("seconds", "units"))
@@ -121,8 +121,8 @@ def _training(folder: Path, loss: Loss) -> Trained:
 
 def _task(init: str) -> str:
     """Of the run whose answers are judged."""
-    from coconut.build import run_of
-    from coconut.tracking import read_config
+    from coconut.runs.loading import run_of
+    from coconut.runs.record import read_config
 
     return str(read_config(run_of(init))["data"]["task"])
 

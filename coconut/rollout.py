@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from coconut.build import load_run
 from coconut.completions.rollouts import Correctness, roll_out, with_room
 from coconut.config import TooLong
 from coconut.data.datasets import file_of_split
@@ -17,7 +16,8 @@ from coconut.evaluation.evaluator import task_of
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
-from coconut.tracking import read_config
+from coconut.runs.loading import load_run
+from coconut.runs.record import read_config
 from coconut.utils.console import only_our_words, say, working
 from coconut.utils.files import sha256, write_json
 from coconut.utils.hydra_app import application

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from coconut.build import carried_out_as, make_model, starting_point
+from coconut.build import carried_out_as, make_model
 from coconut.collapse import look_at
 from coconut.config import RunConfig, TooLong, TrainConfig
 from coconut.data.batching import Batch, epoch_batches, micro_batches
@@ -28,14 +28,16 @@ from coconut.engine.launch import on_processes, processes
 from coconut.engine.world import World, seat
 from coconut.evaluation.evaluator import Abandoned, Prediction, evaluate
 from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit
-from coconut.folder import describe, held_folder, used_file
 from coconut.methods import Reasoning, Stage, plan
 from coconut.models.latent_lm import LatentLM
+from coconut.runs.folder import describe, held_folder, used_file
+from coconut.runs.loading import starting_point
+from coconut.runs.record import DESCRIPTION
+from coconut.runs.state import Standing, stopped
+from coconut.runs.tracking import Tracking, open_tracking, ready
 from coconut.schedule import Place, Schedule, updates_since_reset
 from coconut.signals import Asked, asked_to_stop
-from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
-from coconut.tracking import DESCRIPTION, Tracking, open_tracking, ready
 from coconut.utils.console import duration, only_our_words, say, working
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import application, own_environment

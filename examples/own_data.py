@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from coconut import answer
-from coconut.build import load_run
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
 from coconut.methods import Curriculum, Unit
+from coconut.runs.loading import load_run
 from coconut.train import run
 
 ROWS = [

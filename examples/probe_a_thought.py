@@ -12,8 +12,8 @@ Shapes: K thoughts, D hidden.
 import argparse
 
 from coconut import answer, likeliest
-from coconut.build import load_model
 from coconut.config import EngineConfig
+from coconut.runs.loading import load_model
 from coconut.utils.console import only_our_words
 
 GRAPH = "4 3 | 6 4 | 2 8 | 3 8 | 2 3 | 7 0 | 9 7 | 1 5 | 2 4 | 5 7"

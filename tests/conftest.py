@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
 from coconut.models.latent_lm import LatentLM
-from coconut.tracking import read_metrics
+from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.record import read_metrics
 from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from conftest import graph_files, same_end
 from test_world import Launched
 
-from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig
+from coconut.runs.checkpoints import Checkpoints
 
 KEYS = ("curriculum.total=200", "keep_checkpoints=3")
 BORDERS = (6, 11)  # where a stage ends

@@ -36,7 +36,6 @@ from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.policy import Policy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
 from coconut.adaptive.trials import arms_study, studies, trials
-from coconut.checkpoint import Checkpoints
 from coconut.completions.completion import sample_said
 from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
 from coconut.data.examples import Example
@@ -47,6 +46,7 @@ from coconut.generate import run as generate
 from coconut.generation.generate import pad_rows
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
+from coconut.runs.checkpoints import Checkpoints
 from coconut.tasks import TASKS
 from coconut.train import run as train
 from coconut.utils.files import read_json, write_json

@@ -14,11 +14,11 @@ import pytest
 from conftest import graph_files, small_run
 
 from coconut import analyze
-from coconut.analysis.report import read_run
-from coconut.analysis.study import Study, Unfit
 from coconut.config import AnalyzeConfig, DataConfig, DataFiles, EngineConfig, EvaluateConfig, Part, PromptFormat, Task
 from coconut.evaluate import run as run_evaluate
 from coconut.methods import Curriculum, Unit
+from coconut.runs.record import read_run
+from coconut.runs.study import Study, Unfit
 from coconut.train import run as train
 from coconut.utils.files import read_json, write_json
 

@@ -27,13 +27,13 @@ from coconut.analysis.audit import (
 from coconut.analysis.compare import difference_interval
 from coconut.analysis.paths import redirect
 from coconut.analysis.probes import Subject
-from coconut.analysis.study import Study, Unfit
 from coconut.data.batching import collate
 from coconut.data.examples import Example
 from coconut.data.sequences import layout
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.evaluation.evaluator import Evaluated
 from coconut.methods import PromptFormat, Reasoning, Slot, Stage
+from coconut.runs.study import Study, Unfit
 from coconut.tasks import TASKS, prosqa
 
 EXAMPLES = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=6, count=24)]

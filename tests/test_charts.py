@@ -23,8 +23,9 @@ from coconut.analysis.findings import are_they_used, drawings, how_many, sample,
 from coconut.analysis.page import Aside, Code, Lead, Ranked, Section, Table, Text, typeset
 from coconut.analysis.page import Figure as Shown
 from coconut.analysis.plots import as_svg
-from coconut.analysis.report import RunRecord, read_run, report
-from coconut.analysis.study import Study
+from coconut.analysis.report import report
+from coconut.runs.record import RunRecord, read_run
+from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row

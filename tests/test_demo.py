@@ -29,12 +29,12 @@ from coconut import train
 from coconut.analysis.names import name_probabilities, spell
 from coconut.analysis.plots import DARK, LIGHT, place_nodes
 from coconut.analysis.probes import MORE
-from coconut.checkpoint import Checkpoints, load_state
 from coconut.config import DataConfig, DemoConfig, EngineConfig, Task
 from coconut.data.tokenization import encode_questions
 from coconut.demo import MOST_BYTES, Server, open_demo, page
 from coconut.generation.generate import likeliest
 from coconut.methods import Curriculum, Unit
+from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.tasks import prosqa
 from coconut.utils.files import read_json, write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row

@@ -14,8 +14,6 @@ from processes import together
 from safetensors.torch import load_file
 
 from coconut import LatentLM
-from coconut.build import starting_point
-from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.completions.rollouts import Group
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
 from coconut.engine.world import World, joined
@@ -27,7 +25,9 @@ from coconut.rl.config import DenseConfig, ObjectiveConfig, RewardConfig, RLConf
 from coconut.rl.train import REFERENCE, PolicyTraining, run
 from coconut.rl.train import together as run_together
 from coconut.rollout import run as roll
-from coconut.tracking import read_metrics
+from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.loading import starting_point
+from coconut.runs.record import read_metrics
 from coconut.train import run as run_training
 from coconut.utils.files import read_json, write_json
 

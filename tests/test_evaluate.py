@@ -14,7 +14,6 @@ from conftest import build, graph_files, graph_rows, small_run
 from scipy.stats import norm
 
 from coconut import LatentLM
-from coconut.checkpoint import Checkpoints
 from coconut.config import (
     DataFiles,
     EvaluateConfig,
@@ -24,11 +23,13 @@ from coconut.config import (
 )
 from coconut.data.examples import Example
 from coconut.evaluate import run as run_evaluate
-from coconut.evaluation.evaluator import evaluate, read_results, task_of
+from coconut.evaluation.evaluator import evaluate, task_of
 from coconut.generate import read_questions
 from coconut.generate import run as run_generate
 from coconut.generation.generate import Generated
 from coconut.methods import PromptFormat, Slot
+from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.record import read_results
 from coconut.tasks import TASKS
 from coconut.train import run as run_train
 

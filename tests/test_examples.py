@@ -20,11 +20,11 @@ import torch
 from conftest import WORDS, gradients, graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
-from coconut.checkpoint import Checkpoints
 from coconut.data.batching import collate
 from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
 from coconut.generation.generate import pad_rows
+from coconut.runs.checkpoints import Checkpoints
 from coconut.train import run as train
 
 ROOT = Path(__file__).parents[1]

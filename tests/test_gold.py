@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import build, byte_level_tokenizer, small_run
 
-from coconut.checkpoint import Checkpoints
 from coconut.config import DataConfig, Task, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
 from coconut.evaluation.gold_answers import lengths, limit_for, read_back, readable, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
 from coconut.models.latent_lm import LatentLM
+from coconut.runs.checkpoints import Checkpoints
 from coconut.tasks import TASKS
 from coconut.train import run
 from coconut.utils.files import read_json, write_json

@@ -15,13 +15,12 @@ from coconut import LatentLM, answer
 from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerConfig, TooLong, TrainConfig
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import run as run_evaluate
-from coconut.evaluation.evaluator import read_results
 from coconut.generate import run as run_generate
 from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Slot, Unit, mode_named
 from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
-from coconut.tracking import read_metrics
+from coconut.runs.record import read_metrics, read_results
 from coconut.train import run
 from coconut.utils.files import read_json, write_json
 

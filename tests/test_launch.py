@@ -21,9 +21,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from processes import CLEAN, HERE, free_port
 
-from coconut.checkpoint import Checkpoints
 from coconut.config import TrainConfig
-from coconut.tracking import read_metrics
+from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.record import read_metrics
 from coconut.utils.hydra_app import CONF_DIR
 
 ROOT = HERE.parent

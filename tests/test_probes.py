@@ -18,12 +18,12 @@ from coconut.analysis import names
 from coconut.analysis.names import spell
 from coconut.analysis.paths import Outcome
 from coconut.analysis.probes import Subject, decoded, inner_products, k_forcing, next_step_values, stopping
-from coconut.analysis.study import Study, Unfit
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.stop_classifier import Measured, StopClassifier
 from coconut.methods import PromptFormat, Reasoning, Slot
+from coconut.runs.study import Study, Unfit
 from coconut.tasks import TASKS
 
 SYMBOLS = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=1, count=6)]

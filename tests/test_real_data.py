@@ -19,12 +19,11 @@ from omegaconf import OmegaConf
 
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EvaluateConfig, TrainConfig
 from coconut.evaluate import run as run_evaluate
-from coconut.evaluation.evaluator import read_results
 from coconut.reward import compare
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.train import run as run_reward
 from coconut.rollout import run as roll
-from coconut.tracking import read_metrics
+from coconut.runs.record import read_metrics, read_results
 from coconut.train import run
 from coconut.utils.hydra_app import CONF_DIR
 

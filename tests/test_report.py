@@ -14,7 +14,7 @@ from conftest import graph_files, small_run
 
 from coconut import analyze
 from coconut.analysis.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
-from coconut.analysis.report import RunRecord, answers, command, headline, read_run, report
+from coconut.analysis.report import answers, command, headline, report
 from coconut.config import (
     AnalyzeConfig,
     EngineConfig,
@@ -23,6 +23,7 @@ from coconut.config import (
     OptimizerConfig,
 )
 from coconut.methods import Curriculum, Unit
+from coconut.runs.record import RunRecord, read_run
 from coconut.utils.files import read_json, write_json
 
 

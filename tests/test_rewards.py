@@ -21,8 +21,6 @@ from test_hybrid import hybrid
 
 from coconut import LatentLM
 from coconut.analyze import run as analyze
-from coconut.build import computed_as, starting_point
-from coconut.checkpoint import Checkpoints, load_state
 from coconut.completions.completion import needs, question_of, sample_said, shares
 from coconut.completions.rollouts import Correctness
 from coconut.config import (
@@ -57,8 +55,10 @@ from coconut.rewards.train import together as run_together
 from coconut.rewards.value import ValueModel
 from coconut.rl.loss import Policy
 from coconut.rollout import run as roll
+from coconut.runs.checkpoints import Checkpoints, load_state
+from coconut.runs.loading import computed_as, starting_point
+from coconut.runs.record import read_metrics
 from coconut.tasks import TASKS
-from coconut.tracking import read_metrics
 from coconut.train import run as run_training
 from coconut.utils.files import read_json, sha256, write_json
 from data_builders.pointers import PointersBuild

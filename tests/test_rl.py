@@ -18,8 +18,6 @@ from test_hybrid import MODES
 from coconut import LatentLM
 from coconut.analyze import run as analyze
 from coconut.analyze import several as compare
-from coconut.build import starting_point
-from coconut.checkpoint import Checkpoints, load_state
 from coconut.completions.rollouts import Cost
 from coconut.config import (
     Activations,
@@ -44,7 +42,9 @@ from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.train import REFERENCE, PolicyTraining, run
 from coconut.rl.train import together as run_together
-from coconut.tracking import read_metrics
+from coconut.runs.checkpoints import Checkpoints, load_state
+from coconut.runs.loading import starting_point
+from coconut.runs.record import read_metrics
 from coconut.train import run as run_training
 from coconut.utils.files import read_json, write_json
 

@@ -17,8 +17,8 @@ import data_builders
 from coconut.config import DataConfig, EngineConfig, EvaluateConfig, ModelConfig, Task, TrainConfig
 from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.evaluate import run as run_evaluate
-from coconut.evaluation.evaluator import read_results
 from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.runs.record import read_results
 from coconut.train import run
 from coconut.utils.files import read_json
 

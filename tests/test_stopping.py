@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import build, graph_files, graph_rows, small_run
 
-from coconut.build import load_run
 from coconut.config import (
     EngineConfig,
     EvaluateConfig,
@@ -18,9 +17,10 @@ from coconut.config import (
 )
 from coconut.data.examples import Example
 from coconut.evaluate import run as run_evaluate
-from coconut.evaluation.evaluator import read_results
-from coconut.generation.stop_classifier import StopClassifier, classifier_of, fit, fit_classifier, refuse_untrained
+from coconut.generation.stop_classifier import StopClassifier, fit, fit_classifier, refuse_untrained
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
+from coconut.runs.loading import classifier_of, load_run
+from coconut.runs.record import read_results
 from coconut.train import run as train
 from coconut.utils.files import read_json
 

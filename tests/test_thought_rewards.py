@@ -17,7 +17,6 @@ from torch.distributions import Normal
 from coconut import LatentLM
 from coconut.analysis.prefix import encoded_answers, prefix_values
 from coconut.analysis.probes import Subject
-from coconut.analysis.study import Study, Unfit
 from coconut.completions.completion import sample_said, samples_of
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions, encode_texts
@@ -27,6 +26,7 @@ from coconut.methods import PromptFormat, Slot
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
 from coconut.rl.loss import Policy
+from coconut.runs.study import Study, Unfit
 from coconut.tasks import TASKS
 
 SIGMA, BETA = 0.3, 0.05

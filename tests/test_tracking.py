@@ -16,17 +16,9 @@ from typing import Any
 import pytest
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.trackers import numbers
-from coconut.tracking import (
-    TRACKING,
-    TRACKING_LOG,
-    open_tracking,
-    read_metrics,
-    ready,
-    samples_file,
-    surroundings,
-    unsent,
-)
+from coconut.runs.record import read_metrics, samples_file, surroundings
+from coconut.runs.tracker_process import numbers
+from coconut.runs.tracking import TRACKING, TRACKING_LOG, open_tracking, ready, unsent
 from coconut.utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +28,7 @@ RUN = """
 import sys, time
 from pathlib import Path
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.tracking import open_tracking
+from coconut.runs.tracking import open_tracking
 from tests.test_tracking import ABOUT, updates
 mode, wait, pause = sys.argv[2:]
 config = TrackingConfig(to=Tracker.wandb, mode=TrackingMode(mode), wait=float(wait))
@@ -271,7 +263,7 @@ def test_a_missing_login_is_named_before_anything_starts(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
     code = (
-        "from coconut.config import Tracker, TrackingConfig; from coconut.tracking import ready\n"
+        "from coconut.config import Tracker, TrackingConfig; from coconut.runs.tracking import ready\n"
         f"ready(TrackingConfig(to=Tracker.{tracker}))"
     )
     bare = {"PYTHONPATH": str(ROOT)}  # and with -S no installed package is found

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import (
     DataConfig,
     EngineConfig,
@@ -43,11 +42,12 @@ from coconut.engine.base import NonFinite
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import evaluate
-from coconut.folder import differences
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig
+from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.folder import differences
+from coconut.runs.record import read_metrics
 from coconut.schedule import Schedule, updates_since_reset
-from coconut.tracking import read_metrics
 from coconut.train import Diverged, Training, run
 from coconut.utils.files import read_json, write_json
 

@@ -21,7 +21,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from processes import CLEAN, HERE, together
 
-from coconut.checkpoint import Checkpoints
 from coconut.config import (
     Activations,
     DataConfig,
@@ -39,7 +38,8 @@ from coconut.engine.world import Seat, joined, seat
 from coconut.evaluate import evaluate_together
 from coconut.evaluate import run as evaluate_alone
 from coconut.methods import Curriculum, Unit
-from coconut.tracking import read_metrics
+from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.record import read_metrics
 from coconut.train import run, train_together
 from coconut.utils.hydra_app import CONF_DIR, built
 

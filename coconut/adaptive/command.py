@@ -24,7 +24,6 @@ from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
 from coconut.adaptive.trials import refuse_few, studies, trials
-from coconut.build import computed_as, load_model
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import unknown_words
@@ -33,8 +32,9 @@ from coconut.evaluation.gold_answers import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
+from coconut.runs.loading import computed_as, load_model
+from coconut.runs.record import CONFIG, read_config
 from coconut.tasks import TASKS
-from coconut.tracking import CONFIG, read_config
 from coconut.utils.console import only_our_words, say
 from coconut.utils.files import sha256, sole_owner, write_text
 from coconut.utils.hydra_app import application, by_word

@@ -11,8 +11,8 @@ from coconut.analysis.charts import panel, share_axis
 from coconut.analysis.findings import figure_of
 from coconut.analysis.page import Lead, Legend, Section, Table, Text, page, percent, typeset
 from coconut.analysis.plots import LIGHT, draw_line, new_figure, styled
-from coconut.analysis.study import Study
 from coconut.analysis.table import aligned, wrapped
+from coconut.runs.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from coconut.adaptive.config import PolicyConfig
 from coconut.adaptive.outcomes import Outcomes
 from coconut.adaptive.policy import Learned, distances, entropies, learn
-from coconut.analysis.study import Study
+from coconut.runs.study import Study
 
 POINTS = 60  # of a curve
 BEST_FIXED, POLICY, ORACLE = "best fixed", "policy", "oracle"

@@ -20,9 +20,9 @@ import torch
 from coconut.analysis.compare import difference_interval
 from coconut.analysis.paths import GraphQuestion, redirect, remove_elsewhere, remove_on_way
 from coconut.analysis.probes import MORE, Subject
-from coconut.analysis.study import Study
 from coconut.evaluation.evaluator import Evaluated, Prediction
 from coconut.methods import Slot
+from coconut.runs.study import Study
 from coconut.tasks import Task, prosqa
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import networkx
 
 from coconut.analysis.plots import LIGHT, MOST_NODES, new_figure, place_nodes, styled, whole_ticks
-from coconut.analysis.study import Study
+from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.files import whole_file
 

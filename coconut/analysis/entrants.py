@@ -18,11 +18,11 @@ import numpy as np
 from coconut.config import TrainConfig, identity
 from coconut.data.seen_questions import SEEN_IN, all_seen
 from coconut.methods import Curriculum, Unit, plan
-from coconut.tracking import CONFIG, DESCRIPTION, read_config
+from coconut.runs.record import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json
 
 if TYPE_CHECKING:
-    from coconut.analysis.report import RunRecord
+    from coconut.runs.record import RunRecord
 
 # These say which of the runs of a group a run is.
 NO_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
@@ -93,7 +93,7 @@ def entrants(names: Sequence[str], name: str = "test") -> list[Entrant]:
     evaluation on data that it was trained or chosen with, with unusual settings, or of a checkpoint that is no
     longer the best; evaluations on different questions.
     """
-    from coconut.analysis.report import read_run
+    from coconut.runs.record import read_run
 
     records = [read_run(folder) for folder in folders(names)]
     _refuse(

@@ -28,9 +28,10 @@ from coconut.analysis.page import (
     percent,
 )
 from coconut.analysis.plots import as_svg
-from coconut.analysis.report import NONE, RunRecord, counted
-from coconut.analysis.study import Study
+from coconut.analysis.report import counted
 from coconut.methods import Slot
+from coconut.runs.record import NONE, RunRecord
+from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.console import listed
 

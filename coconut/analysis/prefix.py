@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.analysis.study import Study, Unfit
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_ids
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
 from coconut.methods import PromptFormat
 from coconut.models.losses import target_log_probs
+from coconut.runs.study import Study, Unfit
 from coconut.utils.torch_utils import evaluating
 
 if TYPE_CHECKING:

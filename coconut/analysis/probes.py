@@ -17,12 +17,12 @@ import torch
 
 from coconut.analysis.names import name_probabilities, spell
 from coconut.analysis.paths import GraphQuestion, Outcome, classify
-from coconut.analysis.study import Study, Unfit
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Evaluated, Prediction, evaluate
 from coconut.generation.generate import likeliest
 from coconut.methods import METHODS, Slot
+from coconut.runs.study import Study, Unfit
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:

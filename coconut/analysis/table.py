@@ -41,10 +41,11 @@ from coconut.analysis.page import (
     percent,
 )
 from coconut.analysis.plots import LIGHT, as_svg, new_figure, styled
-from coconut.analysis.report import NONE, command, counted
-from coconut.analysis.study import Study
+from coconut.analysis.report import command, counted
 from coconut.config import TableConfig
 from coconut.methods import method_named
+from coconut.runs.record import NONE
+from coconut.runs.study import Study
 from coconut.utils.console import say
 from coconut.utils.files import write_text
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
-from coconut.evaluate import main
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.generation.thoughts import Stop
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.tasks import TASKS, Task
-from coconut.utils.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -259,12 +256,3 @@ def describe(result: Result) -> str:
         )
     lines.append(("time", f"{1000 * result.seconds_per_item:.1f} ms a question"))
     return "\n".join(f"  {name:<12} {value}" for name, value in lines)
-
-
-def read_results(run: Path | str) -> dict[str, dict[str, Any]]:
-    """All evaluations of a run, by name."""
-    return {path.stem: read_json(path) for path in sorted((Path(run) / "evaluation").glob("*.json"))}
-
-
-if __name__ == "__main__":
-    main()

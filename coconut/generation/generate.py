@@ -90,7 +90,7 @@ def generate(
     With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
 
     `options` are those of transformers' generate that say which words are chosen and where an answer ends
-    (coconut.generation.options), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it
+    (`options.py`), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it
     too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What
     they leave open is off, whatever the base model's own settings are. The added tokens are never produced, and an
     answer ends with the tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought

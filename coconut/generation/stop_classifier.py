@@ -22,23 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from coconut.config import DataFiles
-from coconut.data.datasets import file_of_split
-from coconut.data.examples import Example, read_examples
+from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
-from coconut.methods import Curriculum, Plan, Slot, plan
-from coconut.utils.console import say
+from coconut.methods import Plan, Slot
 from coconut.utils.files import whole_file
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
-    from coconut.build import Trained
     from coconut.models.latent_lm import LatentLM
 
-FOLDER = "stopping"
-MOST_EXAMPLES = 8000  # that it is fitted to
 WIDTH, EPOCHS, BATCH = 256, 10, 256
 
 
@@ -159,31 +153,3 @@ def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
             "in training and never learned to speak after fewer. Train with curriculum.mixing_probability=0.1, or with "
             "curriculum.pad_thoughts=false."
         )
-
-
-def classifier_of(
-    run: Path | str, trained: Trained, batch_size: int = 64, data: DataFiles | None = None
-) -> StopClassifier:
-    """The classifier of a run's checkpoint; fitted, and kept in the run's folder, when it is first asked for.
-
-    `data` names files to fit it on in place of the run's own. Raises ValueError if the run was not trained for it, or
-    FileNotFoundError if its files are not where they were.
-    """
-    lm = trained.lm
-    refuse_untrained(lm, plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"])))
-    file = Path(run) / FOLDER / f"step-{trained.step:07d}.safetensors"
-    if file.is_file():
-        return StopClassifier.load(file).to(lm.device)
-    files = data or DataFiles()
-    try:
-        named = [file_of_split(trained.config["data"], split, getattr(files, split)) for split in ("train", "valid")]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"stop=classifier is fitted once on the run's data. {error} It is kept in the run's folder when it is "
-            f"fitted by python -m coconut.analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
-        ) from None
-    train, valid = (read_examples(file)[:MOST_EXAMPLES] for file in named)
-    say(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
-    classifier = fit_classifier(lm, train, valid, batch_size)
-    classifier.save(file)
-    return classifier

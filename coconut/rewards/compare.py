@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.analysis.study import Study
 from coconut.completions.completion import Sample
 from coconut.completions.rollouts import Correctness
 from coconut.evaluation.evaluator import answer_key
@@ -31,6 +30,7 @@ from coconut.rewards.selection import (
 )
 from coconut.rewards.steps import step_count
 from coconut.rewards.value import ValueModel
+from coconut.runs.study import Study
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import computed_as, in_float32, run_of, weights_of
-from coconut.checkpoint import load_trainer
 from coconut.completions.completion import Sample, needs, shares
 from coconut.completions.rollouts import Correctness, Group
 from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
@@ -26,8 +24,10 @@ from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, loss_named
 from coconut.rl.config import RLConfig
 from coconut.rl.loss import Policy
-from coconut.standing import Standing
-from coconut.tracking import read_config
+from coconut.runs.checkpoints import load_trainer
+from coconut.runs.loading import computed_as, in_float32, run_of, weights_of
+from coconut.runs.record import read_config
+from coconut.runs.state import Standing
 from coconut.train import Diverged
 
 REWARD_MODEL = "reward_model"  # in a checkpoint; in the run's folder, if it stays as it is

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coconut.build import run_of
 from coconut.completions.completion import Sample
 from coconut.rewards.steps import parts_said
 from coconut.rl.loss import Policy
-from coconut.tracking import CONFIG, DESCRIPTION, read_config
+from coconut.runs.loading import run_of
+from coconut.runs.record import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json, sha256
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from coconut.analysis.charts import panel, share_axis
 from coconut.analysis.findings import figure_of
 from coconut.analysis.page import Legend, Part, Section, Table, Text, page, percent
 from coconut.analysis.plots import LIGHT, draw_line, new_figure, styled
-from coconut.analysis.study import Study
 from coconut.analysis.table import aligned
+from coconut.runs.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import carried_out_as, computed_as, in_float32, weights_of
+from coconut.build import carried_out_as
 from coconut.completions.completion import Sample, needs, shares
 from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
-from coconut.folder import describe, held_folder, used_file
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.answers import read_answers
 from coconut.rewards.batches import (
@@ -34,9 +33,12 @@ from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.losses import loss_named
 from coconut.rewards.value import ValueModel
 from coconut.rl.loss import Policy
+from coconut.runs.folder import describe, held_folder, used_file
+from coconut.runs.loading import computed_as, in_float32, weights_of
+from coconut.runs.record import DESCRIPTION
+from coconut.runs.state import Standing, stopped
+from coconut.runs.tracking import Tracking, open_tracking
 from coconut.signals import asked_to_stop
-from coconut.standing import Standing, stopped
-from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
 from coconut.utils.console import duration, say, working
 from coconut.utils.files import read_json, whole_file

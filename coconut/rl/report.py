@@ -25,11 +25,12 @@ from coconut.analysis.page import (
     percent,
 )
 from coconut.analysis.plots import LIGHT, Point, draw_line, new_figure, styled, whole_ticks
-from coconut.analysis.report import RunRecord, answers, counted, settings_of_adamw, what_was_trained
-from coconut.analysis.study import Study
+from coconut.analysis.report import answers, counted, settings_of_adamw, what_was_trained
 from coconut.analysis.table import aligned
 from coconut.data.seen_questions import most_seen, told_questions
 from coconut.methods import mode_named
+from coconut.runs.record import RunRecord
+from coconut.runs.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import nn
 
-from coconut.analysis.study import Study
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Prediction, evaluate
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
+from coconut.runs.study import Study
 from coconut.tasks import Task
 from coconut.utils.torch_utils import seeded
 

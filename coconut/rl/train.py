@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import carried_out_as, computed_as, in_float32, weights_of
+from coconut.build import carried_out_as
 from coconut.completions.completion import longest_answers, needs, shares
 from coconut.completions.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
 from coconut.config import TooLong
@@ -24,16 +24,18 @@ from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import Abandoned, Prediction
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
-from coconut.folder import describe, held_folder, used_file
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.loss import Policy, PolicyBatch, for_tokens, policy_batch, totals_of
 from coconut.rl.objectives import advantages, without_variance
 from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
+from coconut.runs.folder import describe, held_folder, used_file
+from coconut.runs.loading import computed_as, in_float32, weights_of
+from coconut.runs.record import DESCRIPTION
+from coconut.runs.state import Standing, stopped
+from coconut.runs.tracking import Tracking, open_tracking
 from coconut.signals import Asked, asked_to_stop
-from coconut.standing import Standing, stopped
 from coconut.tasks import TASKS
-from coconut.tracking import DESCRIPTION, Tracking, open_tracking
 from coconut.train import Diverged, carry_out, share_out, spread
 from coconut.utils.console import duration, say, working
 from coconut.utils.files import read_json, write_json

@@ -14,7 +14,8 @@ from coconut.data.datasets import data_files
 from coconut.data.examples import existing
 from coconut.data.seen_questions import QUESTIONS, keep_questions
 from coconut.engine.world import World
-from coconut.tracking import CONFIG, DESCRIPTION, read_config, ready, surroundings
+from coconut.runs.record import CONFIG, DESCRIPTION, read_config, surroundings
+from coconut.runs.tracking import ready
 from coconut.utils.console import say
 from coconut.utils.files import read_json, release, sha256, sole_owner, write_json
 

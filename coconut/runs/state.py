@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from coconut.checkpoint import Checkpoints, load_state, load_trainer
 from coconut.config import RunConfig
 from coconut.engine.base import Engine, restore_master
 from coconut.engine.world import World
 from coconut.methods import Reasoning
 from coconut.models.latent_lm import LatentLM
+from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.utils.console import say
 from coconut.utils.files import whole_folder
 

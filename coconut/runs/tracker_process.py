@@ -1,6 +1,6 @@
-"""The process that sends a run's numbers on to W&B or TensorBoard: python -m coconut.trackers RUN
+"""The process that sends a run's numbers on to W&B or TensorBoard: python -m coconut.runs.tracker_process RUN
 
-`coconut.tracking` starts it. It reads RUN/tracking.json and follows RUN/metrics.jsonl, until standard input
+`coconut.runs.tracking` starts it. It reads RUN/tracking.json and follows RUN/metrics.jsonl, until standard input
 brings a line or ends. Lines of standard output reach the user; the rest goes to RUN/tracking.log.
 """
 
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from coconut.tracking import METRICS, TRACKING, TRACKING_LOG, samples_file, unsent
+from coconut.runs.record import METRICS, samples_file
+from coconut.runs.tracking import TRACKING, TRACKING_LOG, unsent
 from coconut.utils.console import say
 from coconut.utils.files import read_json
 

@@ -1,6 +1,6 @@
 """What a run writes about itself: metrics.jsonl, samples, its configuration, where it was carried out.
 
-W&B and TensorBoard are fed by a process of their own (`coconut.trackers`) that reads the run's folder
+W&B and TensorBoard are fed by a process of their own (`coconut.runs.tracker_process`) that reads the run's folder
 while it grows. Training writes files and waits for nothing else, whatever a library or a network does.
 """
 
@@ -9,26 +9,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import secrets
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.methods import REASONING_FILE
+from coconut.runs.record import METRICS, _version, read_metrics, samples_file
 from coconut.utils.console import say
 from coconut.utils.files import read_json, write_json, write_text, writing
 from coconut.utils.hydra_app import own_environment
 
-METRICS = "metrics.jsonl"
-CONFIG = "config.json"
-DESCRIPTION = "run.json"
 TRACKING = "tracking.json"  # what the tracker is told, the id of the W&B run among it
 TRACKING_LOG = "tracking.log"  # what the tracker and its library say
 LOGIN_SECONDS = 30
@@ -55,11 +49,6 @@ class Metrics:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a row that `log` could not write, and said so
             self.file.close()
-
-
-def samples_file(run: Path | str, step: int) -> Path:
-    """Where the samples of the validation after this update lie."""
-    return Path(run) / "samples" / f"step-{step:07d}.json"
 
 
 def ready(config: TrackingConfig) -> None:
@@ -129,7 +118,7 @@ class Sender:
         write_json(folder / TRACKING, told)
         with (folder / TRACKING_LOG).open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "coconut.trackers", str(folder)], stdin=subprocess.PIPE,
+                [sys.executable, "-P", "-m", "coconut.runs.tracker_process", str(folder)], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=log, env=own_environment(), start_new_session=True,
             )  # fmt: skip
         assert self.process.stdout
@@ -226,68 +215,3 @@ def open_tracking(
     except OSError as error:
         say(f"warning: {config.to} could not be started: {error}. {METRICS} has all of the run.")
         return Tracking(metrics, None)
-
-
-def read_metrics(run: Path | str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that was cut off is left out."""
-    path = Path(run) / METRICS
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def read_config(run: Path | str) -> dict[str, Any]:
-    """The resolved configuration that a run was made with. Raises ValueError if the folder is no run."""
-    path = Path(run) / CONFIG
-    if (Path(run) / REASONING_FILE).is_file():
-        raise ValueError(
-            f"{run} is a saved model and no run: nothing in it says on what it was trained. "
-            f'It can be asked: python -m coconut.generate run={run} question="...", and evaluated: python -m '
-            f"coconut.evaluate run={run} task=TASK data.test=FILE"
-        )
-    if not path.is_file():
-        what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
-        raise ValueError(f"{run} is no run: {what}. Name a folder that coconut.train wrote, such as runs/quickstart.")
-    return read_json(path)
-
-
-def surroundings() -> dict[str, Any]:
-    """What a run was made with: command, time, code, versions, machine."""
-    import torch
-
-    names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "coconut-latent")
-    optional = {name: found for name in ("deepspeed", "wandb", "peft") if (found := _version(name))}
-    return {
-        "command": shlex.join(sys.argv),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}, **optional},
-        "machine": {
-            "system": platform.platform(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Revision of the code that runs, and whether it was changed since."""
-    here = Path(__file__).parent
-    try:
-        ask = ["git", "-C", str(here)]
-        subprocess.run([*ask, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
-        revision = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"revision": revision.stdout.strip(), "changed": bool(status.stdout.strip())}

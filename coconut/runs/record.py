@@ -1,0 +1,236 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coconut.data.seen_questions import all_seen, told_questions
+from coconut.methods import REASONING_FILE, Stage, Unit
+from coconut.runs.study import FOLDER, Study
+from coconut.utils.files import read_json
+
+if TYPE_CHECKING:
+    pass
+
+
+METRICS = "metrics.jsonl"
+
+
+CONFIG = "config.json"
+
+
+DESCRIPTION = "run.json"
+
+
+def samples_file(run: Path | str, step: int) -> Path:
+    """Where the samples of the validation after this update lie."""
+    return Path(run) / "samples" / f"step-{step:07d}.json"
+
+
+def read_metrics(run: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that was cut off is left out."""
+    path = Path(run) / METRICS
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def read_config(run: Path | str) -> dict[str, Any]:
+    """The resolved configuration that a run was made with. Raises ValueError if the folder is no run."""
+    path = Path(run) / CONFIG
+    if (Path(run) / REASONING_FILE).is_file():
+        raise ValueError(
+            f"{run} is a saved model and no run: nothing in it says on what it was trained. "
+            f'It can be asked: python -m coconut.generate run={run} question="...", and evaluated: python -m '
+            f"coconut.evaluate run={run} task=TASK data.test=FILE"
+        )
+    if not path.is_file():
+        what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
+        raise ValueError(f"{run} is no run: {what}. Name a folder that coconut.train wrote, such as runs/quickstart.")
+    return read_json(path)
+
+
+def surroundings() -> dict[str, Any]:
+    """What a run was made with: command, time, code, versions, machine."""
+    import torch
+
+    names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "coconut-latent")
+    optional = {name: found for name in ("deepspeed", "wandb", "peft") if (found := _version(name))}
+    return {
+        "command": shlex.join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}, **optional},
+        "machine": {
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Revision of the code that runs, and whether it was changed since."""
+    here = Path(__file__).parent
+    try:
+        ask = ["git", "-C", str(here)]
+        subprocess.run([*ask, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        revision = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision.stdout.strip(), "changed": bool(status.stdout.strip())}
+
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the folder of a run holds.
+
+    `test` names the evaluation that is the run's test result: one of a file that the run was neither
+    trained on nor validated with, whole, with the model's own number of thoughts. `answers` are that
+    evaluation's predictions, or else the newest samples of training, which `answers_of` says. `studies`
+    by name: what coconut.analyze measured.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    description: dict[str, Any]
+    train: list[dict[str, Any]]
+    valid: list[dict[str, Any]]
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    test: str | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    answers_of: str = ""
+    studies: dict[str, Study] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [Stage.from_dict(row) for row in self.description["plan"]["stages"]]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return max((row["step"] for row in self.train), default=0)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The validation that chose the best checkpoint, within the last stage."""
+        stage = self.stages[-1]
+        return max(_in_stage(self.valid, stage), key=lambda row: stage.rank(row["accuracy"], row["loss"]), default=None)
+
+    @property
+    def guess(self) -> float | None:
+        """The share that guessing gets right, where an evaluation says so, the test result first."""
+        guesses = [self.evaluations[name]["guess"] for name in [self.test, *self.evaluations] if name]
+        return next((guess for guess in guesses if guess is not None), None)
+
+    @property
+    def examined(self) -> str:
+        """What the studies were made with, where that is not what the test result was."""
+        facts = next((study.facts for study in self.studies.values()), {})
+        keys = ("step", "sha256", "count")
+        test = self.evaluations[self.test] if self.test else dict.fromkeys(keys)
+        if not facts or (facts["step"], facts["sha256"], facts["questions"]) == tuple(test[key] for key in keys):
+            return ""
+        return (
+            f"What follows was measured on update {facts['step']:,}, with {facts['questions']:,} questions of "
+            f"{Path(facts['file']).name}."
+        )
+
+    def updates(self, stage: Stage) -> int:
+        in_epochs = self.description["plan"]["unit"] == Unit.epochs
+        return stage.length * (self.description["updates_per_epoch"] if in_epochs else 1)
+
+
+def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
+    return [row for row in rows if row["stage"] == stage.index]
+
+
+def read_run(folder: Path | str) -> RunRecord:
+    """Raises ValueError if the folder is no run, or one that gives no answers."""
+
+    folder = Path(folder)
+    config = read_config(folder)
+    if not (folder / DESCRIPTION).is_file():
+        raise ValueError(
+            f"{folder} is no complete run: it holds {CONFIG} but no {DESCRIPTION}. "
+            "Start it again with coconut.train, which writes both."
+        )
+    description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)
+    if description.get("trained") == "reward model":
+        raise ValueError(
+            f"{folder} is a reward model, which answers no questions. What it is good for: "
+            f"python -m coconut.reward compare runs={folder} answers=FILE"
+        )
+    evaluations = read_results(folder)
+    test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
+    answers, answers_of = _read_answers(folder, test, evaluations[test].get("seen") if test else None)
+    return RunRecord(
+        folder=folder,
+        config=config,
+        description=description,
+        train=[row for row in metrics if row["kind"] == "train"],
+        valid=[row for row in metrics if row["kind"] == "valid"],
+        evaluations=evaluations,
+        test=test,
+        answers=answers,
+        answers_of=answers_of,
+        studies=_read_studies(folder / FOLDER),
+    )
+
+
+def _read_studies(folder: Path) -> dict[str, Study]:
+    found = {file.stem: Study.read(folder, file.stem) for file in sorted(folder.glob("*.json"))}
+    return {name: study for name, study in found.items() if study}
+
+
+def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
+    """`test`, or else the evaluation of another file, with the usual settings, and not on what the run has seen."""
+
+    def counts(found: dict[str, Any]) -> bool:
+        return found["usual"] and found["split"] == "test" and found["sha256"] not in seen and not all_seen(found)
+
+    names = [name for name, found in evaluations.items() if counts(found)]
+    return "test" if "test" in names else min(names, default=None)
+
+
+def _read_answers(folder: Path, test: str | None, seen: dict[str, int] | None) -> tuple[list[dict[str, Any]], str]:
+    predictions = folder / "evaluation" / f"{test}.predictions.jsonl"
+    if test and predictions.is_file():
+        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
+        return rows, f"Of the {told_questions(len(rows), seen)}, in the order of the file."
+    samples = sorted((folder / "samples").glob("step-*.json"))
+    if not samples:
+        return [], ""
+    step = int(samples[-1].stem.removeprefix("step-"))
+    of = f"The first questions of the validation data, as answered after update {step:,}."
+    return read_json(samples[-1]), of
+
+
+def read_results(run: Path | str) -> dict[str, dict[str, Any]]:
+    """All evaluations of a run, by name."""
+    return {path.stem: read_json(path) for path in sorted((Path(run) / "evaluation").glob("*.json"))}
