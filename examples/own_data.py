@@ -19,7 +19,7 @@ from coconut import answer
 from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.loading import load_run
-from coconut.train import run
+from coconut.training.trainer import run
 
 ROWS = [
     {

@@ -48,7 +48,7 @@ from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.runs.checkpoints import Checkpoints
 from coconut.tasks import TASKS
-from coconut.train import run as train
+from coconut.training.trainer import run as train
 from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)

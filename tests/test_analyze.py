@@ -19,7 +19,7 @@ from coconut.evaluate import run as run_evaluate
 from coconut.methods import Curriculum, Unit
 from coconut.runs.record import read_run
 from coconut.runs.study import Study, Unfit
-from coconut.train import run as train
+from coconut.training.trainer import run as train
 from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)

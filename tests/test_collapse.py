@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist
 
-from coconut.collapse import look_at
+from coconut.training.thought_statistics import look_at
 
 
 def drawn(N: int = 20, K: int = 3, D: int = 8) -> torch.Tensor:

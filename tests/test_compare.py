@@ -24,7 +24,6 @@ from scipy.stats import binomtest
 from test_cli import python
 from test_report import Loads, words
 
-from coconut import train
 from coconut.analysis.compare import accuracy_interval, compare, difference_interval, exact_test, holm
 from coconut.analysis.table import SCREEN, on_screen
 from coconut.analysis.table import run as table
@@ -37,6 +36,7 @@ from coconut.config import (
 )
 from coconut.evaluation import evaluator as evaluate
 from coconut.methods import Curriculum, Unit
+from coconut.training import trainer as train
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import CONF_DIR
 from coconut.utils.overrides import as_override

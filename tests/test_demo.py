@@ -25,7 +25,6 @@ import pytest
 import torch
 from conftest import graph_files, small_run
 
-from coconut import train
 from coconut.analysis.names import name_probabilities, spell
 from coconut.analysis.plots import DARK, LIGHT, place_nodes
 from coconut.analysis.probes import MORE
@@ -36,6 +35,7 @@ from coconut.generation.generate import likeliest
 from coconut.methods import Curriculum, Unit
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.tasks import prosqa
+from coconut.training import trainer as train
 from coconut.utils.files import read_json, write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 

@@ -28,7 +28,7 @@ from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_metrics
-from coconut.train import run as run_training
+from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)

@@ -31,7 +31,7 @@ from coconut.methods import PromptFormat, Slot
 from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.record import read_results
 from coconut.tasks import TASKS
-from coconut.train import run as run_train
+from coconut.training.trainer import run as run_train
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
 from coconut.generation.generate import pad_rows
 from coconut.runs.checkpoints import Checkpoints
-from coconut.train import run as train
+from coconut.training.trainer import run as train
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

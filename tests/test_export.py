@@ -30,7 +30,7 @@ from coconut.generate import run as run_generate
 from coconut.generation.generate import answer
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.runs.record import read_config
-from coconut.train import run as run_train
+from coconut.training.trainer import run as run_train
 from coconut.utils.files import read_json
 
 

@@ -16,7 +16,7 @@ from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, pla
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints
 from coconut.tasks import TASKS
-from coconut.train import run
+from coconut.training.trainer import run
 from coconut.utils.files import read_json, write_json
 
 FORMS = [

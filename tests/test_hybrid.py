@@ -21,7 +21,7 @@ from coconut.methods import Curriculum, Slot, Unit, mode_named
 from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
 from coconut.runs.record import read_metrics, read_results
-from coconut.train import run
+from coconut.training.trainer import run
 from coconut.utils.files import read_json, write_json
 
 MODES = ["short", "think", "latent_2"]

@@ -18,14 +18,14 @@ from test_model import mixed_batch, relative
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from coconut import LatentLM
-from coconut.build import make_model
 from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import read_examples
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.models.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
 from coconut.runs.checkpoints import Checkpoints, load_trainer
 from coconut.runs.record import read_metrics
-from coconut.train import run
+from coconut.training.model_setup import make_model
+from coconut.training.trainer import run
 from coconut.utils.files import read_json
 from coconut.utils.hydra_app import CONF_DIR
 

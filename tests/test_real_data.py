@@ -24,7 +24,7 @@ from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConf
 from coconut.rewards.train import run as run_reward
 from coconut.rollout import run as roll
 from coconut.runs.record import read_metrics, read_results
-from coconut.train import run
+from coconut.training.trainer import run
 from coconut.utils.hydra_app import CONF_DIR
 
 HERE = Path(__file__).parent

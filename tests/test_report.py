@@ -30,7 +30,7 @@ from coconut.utils.files import read_json, write_json
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight updates, not evaluated."""
-    from coconut import train
+    from coconut.training import trainer as train
 
     folder = tmp_path_factory.mktemp("report")
     architecture = {

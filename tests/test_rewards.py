@@ -59,7 +59,7 @@ from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import computed_as, starting_point
 from coconut.runs.record import read_metrics
 from coconut.tasks import TASKS
-from coconut.train import run as run_training
+from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, sha256, write_json
 from data_builders.pointers import PointersBuild
 from data_builders.pointers import build as build_pointers

@@ -45,7 +45,7 @@ from coconut.rl.train import together as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_metrics
-from coconut.train import run as run_training
+from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)

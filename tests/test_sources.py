@@ -19,7 +19,7 @@ from coconut.data.datasets import builders_code, cache_folder, data_files, defau
 from coconut.evaluate import run as run_evaluate
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.runs.record import read_results
-from coconut.train import run
+from coconut.training.trainer import run
 from coconut.utils.files import read_json
 
 BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_test": 8, "nodes": None}

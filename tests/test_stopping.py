@@ -21,7 +21,7 @@ from coconut.generation.stop_classifier import StopClassifier, fit, fit_classifi
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
 from coconut.runs.loading import classifier_of, load_run
 from coconut.runs.record import read_results
-from coconut.train import run as train
+from coconut.training.trainer import run as train
 from coconut.utils.files import read_json
 
 

@@ -47,8 +47,9 @@ from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.folder import differences
 from coconut.runs.record import read_metrics
-from coconut.schedule import Schedule, updates_since_reset
-from coconut.train import Diverged, Training, run
+from coconut.training.loop import Diverged
+from coconut.training.schedule import Schedule, updates_since_reset
+from coconut.training.trainer import Training, run
 from coconut.utils.files import read_json, write_json
 
 CURRICULUM = Curriculum(max_stage=2, unit=Unit.updates, first=5, each=4, total=14, mixing_probability=0.3)

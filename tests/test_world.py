@@ -40,7 +40,7 @@ from coconut.evaluate import run as evaluate_alone
 from coconut.methods import Curriculum, Unit
 from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.record import read_metrics
-from coconut.train import run, train_together
+from coconut.training.trainer import run, train_together
 from coconut.utils.hydra_app import CONF_DIR, built
 
 ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)

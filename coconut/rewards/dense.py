@@ -28,7 +28,7 @@ from coconut.runs.checkpoints import load_trainer
 from coconut.runs.loading import computed_as, in_float32, run_of, weights_of
 from coconut.runs.record import read_config
 from coconut.runs.state import Standing
-from coconut.train import Diverged
+from coconut.training.loop import Diverged
 
 REWARD_MODEL = "reward_model"  # in a checkpoint; in the run's folder, if it stays as it is
 REWARD_REFERENCE = "reward_reference"  # in the run's folder, if it is not what the policy started from

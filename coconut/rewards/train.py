@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import carried_out_as
 from coconut.completions.completion import Sample, needs, shares
 from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
@@ -38,8 +37,10 @@ from coconut.runs.loading import computed_as, in_float32, weights_of
 from coconut.runs.record import DESCRIPTION
 from coconut.runs.state import Standing, stopped
 from coconut.runs.tracking import Tracking, open_tracking
-from coconut.signals import asked_to_stop
-from coconut.train import Diverged, carry_out, share_out, spread
+from coconut.training.launch import carry_out, share_out, spread
+from coconut.training.loop import Diverged
+from coconut.training.model_setup import carried_out_as
+from coconut.training.signals import asked_to_stop
 from coconut.utils.console import duration, say, working
 from coconut.utils.files import read_json, whole_file
 

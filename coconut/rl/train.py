@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.build import carried_out_as
 from coconut.completions.completion import longest_answers, needs, shares
 from coconut.completions.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
 from coconut.config import TooLong
@@ -34,9 +33,11 @@ from coconut.runs.loading import computed_as, in_float32, weights_of
 from coconut.runs.record import DESCRIPTION
 from coconut.runs.state import Standing, stopped
 from coconut.runs.tracking import Tracking, open_tracking
-from coconut.signals import Asked, asked_to_stop
 from coconut.tasks import TASKS
-from coconut.train import Diverged, carry_out, share_out, spread
+from coconut.training.launch import carry_out, share_out, spread
+from coconut.training.loop import Diverged
+from coconut.training.model_setup import carried_out_as
+from coconut.training.signals import Asked, asked_to_stop
 from coconut.utils.console import duration, say, working
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import application

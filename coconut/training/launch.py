@@ -1,0 +1,45 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from coconut.config import RunConfig
+from coconut.engine.launch import on_processes, processes
+from coconut.engine.world import World, seat
+from coconut.runs.tracking import ready
+from coconut.utils.console import only_our_words
+
+
+def spread(config: RunConfig, world: World) -> dict[str, Any]:
+    """What a run is carried out by. It may change from session to session."""
+    return {
+        "processes": world.size,
+        "engine": str(config.engine.kind),
+        "device": config.engine.device,
+        "micro_batch_size": config.micro_batch_size,
+    }
+
+
+def carry_out(config: RunConfig, shared: str, module: str, work: Callable[[World], int]) -> int:
+    """The exit status of a run's work in each of its processes, among which the key `shared` is a number to share out.
+
+    Workers that are started for it run the module.
+    """
+    only_our_words()
+    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
+        share_out(getattr(config, shared), count, shared)
+        ready(config.tracking)
+    return on_processes(config.launch, config.engine, module, work)
+
+
+def share_out(number: int, ranks: int, key: str = "batch_size") -> None:
+    """Raise ValueError if so many examples, which `key` asks for, cannot be shared out evenly."""
+    if over := number % ranks:
+        below = number - over
+        near = f"{below} or {below + ranks}" if below else f"{ranks}"
+        raise ValueError(
+            f"{key}={number} is not divisible by {ranks} processes. It is a number of examples over all of them: "
+            f"choose a multiple, such as {near}."
+        )

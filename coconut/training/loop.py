@@ -1,0 +1,7 @@
+"""TODO"""
+
+from __future__ import annotations
+
+
+class Diverged(ValueError):
+    """Training stopped on a loss that is not finite; the message is the diagnosis."""

@@ -1,0 +1,408 @@
+"""Training: for each stage, for each update: update, log, validate if due, save if due."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coconut.config import TooLong, TrainConfig
+from coconut.data.batching import Batch, epoch_batches, micro_batches
+from coconut.data.examples import Example, read_examples
+from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
+from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
+from coconut.engine.world import World
+from coconut.evaluation.evaluator import Abandoned, Prediction, evaluate
+from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit
+from coconut.methods import Reasoning, Stage, plan
+from coconut.models.latent_lm import LatentLM
+from coconut.runs.folder import describe, held_folder, used_file
+from coconut.runs.loading import starting_point
+from coconut.runs.record import DESCRIPTION
+from coconut.runs.state import Standing, stopped
+from coconut.runs.tracking import Tracking, open_tracking
+from coconut.tasks import TASKS
+from coconut.train import main
+from coconut.training.launch import carry_out, share_out, spread
+from coconut.training.loop import Diverged
+from coconut.training.model_setup import carried_out_as, make_model
+from coconut.training.schedule import Place, Schedule, updates_since_reset
+from coconut.training.signals import Asked, asked_to_stop
+from coconut.training.thought_statistics import look_at
+from coconut.utils.console import duration, say, working
+from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import own_environment
+
+
+def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+    return module(batch.input_ids, batch.attention_mask, labels=batch.labels, min_passes=batch.passes).loss_sum
+
+
+class Training:
+    """One run, as one of its processes sees it: model, data, engine and folder."""
+
+    def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
+        self.config, self.folder, self.files, self.world = config, folder, files, world
+        self.task = TASKS[config.data.judged()]
+        self.plan = plan(config.method, config.curriculum)
+        self.standing = Standing(config, folder, world, {"pending": False})
+        found = self.standing.found
+
+        torch.manual_seed(config.seed)
+        examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
+        if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
+            say(f"warning: {shared:,} questions of the validation data are in the training data too.")
+        self.lm = (
+            LatentLM.from_pretrained(found, config.model.attention) if found else make_model(config, examples["train"])
+        )
+        self.standing.restore(self.lm)
+        self.lm.train()
+        carried_out_as(self.lm, config.engine)
+        self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
+        with world.first_before_others():  # which then find the tokens in the cache
+            self.train, used = self._prepare("train", examples["train"])
+            self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
+        if any(stage.modes for stage in self.plan.stages):
+            self._refuse_without_pairs(self.train, "train")
+        self.valid_examples = [examples["valid"][i] for i in kept]
+        self.questions = {
+            "train": [examples["train"][i].question for i in used],
+            "valid": [example.question for example in self.valid_examples],
+        }
+        self.schedule = Schedule(self.plan, -(-len(self.train) // config.batch_size))
+        if world.rank:
+            torch.manual_seed(config.seed + world.rank)  # the model is the same everywhere, what dropout drops is not
+        self.engine: Engine = make_engine(self.lm, summed_loss, config.engine, config.optimizer, world)
+
+        state = self.standing.state
+        self.step, self.best = state["step"], state["best"]
+        self.pending = state["pending"]  # a validation that is due, and was left for being asked to stop
+        self.recent: deque[dict[str, float]] = deque(maxlen=5)
+        self.collapse: list[str] = []  # what was last found wrong with the thoughts
+
+    def _prepare(self, split: str, examples: list[Example]) -> tuple[TokenizedData, np.ndarray]:
+        config = self.config.data
+        data = tokenize(examples, self.lm.tokenizer, config.format, config.cache_dir)
+        if unknown := unknown_words(data, self.lm.tokenizer):
+            say(f"warning: {unknown:,} words of {self.files[split]} are not in the tokenizer's vocabulary.")
+        skip = config.too_long is TooLong.skip
+        fitting, kept = fit_context(self._all_views, data, self.lm.context, skip, self.files[split])
+        if len(kept) < len(data):
+            say(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
+        rows = [examples[i] for i in kept]
+        right = readable(
+            rows, fitting, self.lm.tokenizer, self.task, config.format,
+            file=self.files[split], unreadable=config.unreadable,
+        )  # fmt: skip
+        return (fitting, kept) if len(right) == len(kept) else (fitting.select(right), kept[right])
+
+    def _refuse_without_pairs(self, data: TokenizedData, split: str) -> None:
+        """An answer at once and one with its chain are the same thing where there is no chain."""
+        if without := np.flatnonzero(data.num_steps == 0).tolist():
+            raise ValueError(
+                f"{self.files[split]}: {len(without)} of {len(data)} examples have no steps, the first of them example "
+                f"{without[0] + 1}. {self.config.method} shows each example with a short answer and a long one, so "
+                "that it needs a chain for each. Leave these examples out."
+            )
+
+    def _all_views(self, data: TokenizedData) -> list[EpochView]:
+        return [self._plain_view(data, form) for form in forms_of(self.plan)]
+
+    def _plain_view(self, data: TokenizedData, stage: Stage) -> EpochView:
+        """The data as the stage has it, nothing mixed in."""
+        return EpochView(data, replace(self.plan, mixing_probability=0.0), stage, self.lm.special, seed=0, epoch=0)
+
+    @property
+    def micro_batch_size(self) -> int:
+        share = self.config.batch_size // self.world.size
+        return min(self.config.micro_batch_size or share, share)
+
+    def rehearse(self) -> None:
+        """Run the largest micro-batch of the form with the most passes, and of the one with the longest rows."""
+        world, size = self.world, self.micro_batch_size
+        views = self._all_views(self.train)
+        widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
+        deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
+        for k in {widest, deepest}:
+            longest = np.argsort(-views[k].lengths, kind="stable")[: size * world.size]
+            for batch in micro_batches(views[k], longest, size, world.rank, world.size):
+                try:
+                    self.engine.rehearse(batch)
+                except RuntimeError as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                        raise
+                    rows, columns = batch.input_ids.shape
+                    raise ValueError(
+                        f"Memory does not suffice for the largest micro-batch, {rows} rows of {columns} tokens. Lower "
+                        f"micro_batch_size (now {size}); the loss does not change with it. {error}"
+                    ) from error
+
+    def run(self) -> int:
+        """Train from where the run stands to its end, or until asked to stop. Gives the exit status."""
+        config, schedule = self.config, self.schedule
+        started, first = time.monotonic(), self.step
+        view, batches = None, []
+        with (
+            asked_to_stop(self.world) as asked,
+            self._tracking() as track,
+            working("training", schedule.total, self.step) as bar,
+        ):
+            if self.pending:
+                self.validate(schedule.at(self.step - 1), track, asked)
+                self.save()
+                if number := asked.anywhere():
+                    return stopped(number, f"update {self.step}")
+            for step in range(self.step, schedule.total):
+                place = schedule.at(step)
+                if updates_since_reset(place, config.optimizer.reset) == 0:
+                    self.engine.reset_optimizer()
+                if place.stage_step == 0 or step == first:
+                    self.lm.reasoning = self._reasoning(place.stage)
+                    say(f"Stage {place.stage.index}: {place.stage.describe()}")
+                if place.batch == 0 or view is None:
+                    view = EpochView(self.train, self.plan, place.stage, self.lm.special, config.seed, place.epoch)
+                    batches = epoch_batches(view, config.batch_size, config.seed, place.epoch)
+
+                row = self.update(place, view, batches[place.batch])
+                track.log("train", step + 1, stage=place.stage.index, epoch=place.epoch, **row)
+                bar(step + 1, f"stage {place.stage.index}, loss {row['loss']:.3f}")
+                self.step = step + 1
+
+                due = self.pending = self._validation_due(place)
+                if due and not asked.anywhere():
+                    self.validate(place, track, asked)
+                    self._report(place, time.monotonic() - started, first)
+                number = asked.anywhere()
+                if due or number or any(n and self.step % n == 0 for n in (config.save_every, config.keep_every)):
+                    self.save()
+                if number:
+                    return stopped(number, f"update {self.step}")
+            if track.sender:
+                self._write_page(track)
+        say(f"Done: {schedule.total:,} updates in {self.folder}")
+        if self.best:
+            say(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
+        say(f"Next: python -m coconut.evaluate run={self.folder}")
+        return 0
+
+    def update(self, place: Place, view: EpochView, batch: np.ndarray) -> dict[str, float]:
+        config, world = self.config, self.world
+        world.mark(f"in update {place.step + 1}")
+        begin = time.perf_counter()
+        parts = list(micro_batches(view, batch, self.micro_batch_size, world.rank, world.size))
+        since = updates_since_reset(place, config.optimizer.reset)
+        lr = config.optimizer.learning_rate(since, place.stage.index)
+        try:
+            done = self.engine.update(parts, lr)
+        except NonFinite as error:
+            raise Diverged(self._diagnosis(place, error, batch, lr)) from error
+        row = {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "targets": done.num_targets}
+        self.recent.append({"step": place.step + 1, **row})
+        return {
+            **row,
+            "tokens": int(view.lengths[batch].sum()),
+            "seconds": time.perf_counter() - begin,
+            "memory": peak_memory(self.engine.device),
+        }
+
+    def _validation_due(self, place: Place) -> bool:
+        every = self.config.validate_every
+        return place.ends_stage or (self.step % every == 0 if every else place.ends_epoch)
+
+    def validate(self, place: Place, track: Tracking, asked: Asked) -> None:
+        """Loss and accuracy by generation on validation data, as the stage has it; keeps the best.
+
+        When asked to stop it is left, and stays pending.
+        """
+        world, size = self.world, self.config.eval_batch_size
+        view = self._plain_view(self.valid, place.stage)
+        order = np.argsort(view.lengths, kind="stable")
+        loss_sum, targets = 0.0, 0
+        try:
+            with self.engine.whole() as lm, torch.no_grad(), self.engine.autocast():
+                lm.eval()
+                lm.reasoning = self.lm.reasoning
+                for batch in micro_batches(view, order, size, world.rank, world.size):
+                    world.mark(f"in the validation after update {self.step}")
+                    loss_sum += summed_loss(lm, batch.to(self.engine.device)).item()
+                    targets += batch.num_targets
+                    if asked:
+                        break
+                result, predictions, thoughts = evaluate(
+                    lm, self.task, self.valid_examples, batch_size=size, world=world, asked=asked
+                )
+                watched = self._watch(lm, thoughts, predictions) if thoughts.shape[1] else {}
+        except Abandoned:
+            return
+        finally:
+            self.lm.train()
+        loss = world.sum(loss_sum) / max(world.sum(targets), 1)
+        if place.in_last_stage:
+            rank = place.stage.rank
+            if not self.best or rank(result.accuracy, loss) > rank(self.best["accuracy"], self.best["loss"]):
+                self.best = {"step": self.step, "accuracy": result.accuracy, "loss": loss}
+        track.samples(self.step, [asdict(prediction) for prediction in predictions[:5]])
+        self.validated = {
+            "loss": loss,
+            "accuracy": result.accuracy,
+            "chain_match": result.chain_match,
+            "new_tokens": result.mean_new_tokens,
+            "cut": result.cut,
+            **watched,
+        }
+        track.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **self.validated)
+        self.pending = False
+
+    def _watch(self, lm: LatentLM, thoughts: torch.Tensor, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """What the thoughts of the validation questions look like; warns when they collapse, once in a row."""
+        table: Any = lm.base.get_input_embeddings()
+        found = look_at(thoughts, table.weight, torch.tensor([said.num_thoughts for said in predictions]))
+        collapse = found.collapse()
+        for problem in collapse:
+            if problem not in self.collapse:
+                say(f"warning: the thoughts of the validation questions {problem} ({found.told()})")
+        self.collapse = collapse
+        return {f"thought_{name}": value for name, value in found.as_dict().items()}
+
+    def save(self) -> None:
+        self.world.mark(f"saving update {self.step}")
+        state = {"best": self.best, "pending": self.pending}
+        self.standing.save(self.step, self.engine, self.lm.reasoning, state)
+
+    def _tracking(self) -> Tracking:
+        described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
+        about = {"config": asdict(self.config), **described}
+        return open_tracking(self.config.tracking, self.folder, self.step, about, writes=self.world.first)
+
+    def _reasoning(self, stage: Stage) -> Reasoning:
+        forms = [stage, *(self.plan.depths if self.plan.mixing_probability else ())]
+        limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)
+        return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
+
+    def _write_page(self, track: Tracking) -> None:
+        """RUN/report.html for the tracker, made by the command that makes it for people."""
+        command = [sys.executable, "-P", "-m", "coconut.analyze", f"run={self.folder}", "parts=[]"]
+        made = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=False)
+        if made.returncode:
+            say(f"warning: the report for the tracker could not be made: {made.stderr.strip()}")
+        else:
+            track.artifact(self.folder / "report.html", "report")
+
+    def _report(self, place: Place, seconds: float, first: int) -> None:
+        if self.pending:
+            return
+        left = seconds / (self.step - first) * (self.schedule.total - self.step)
+        loss, found = self.recent[-1]["loss"], self.validated
+        say(
+            f"  update {self.step:>6,} of {self.schedule.total:,}  stage {place.stage.index}  loss {loss:.3f}  "
+            f"valid loss {found['loss']:.3f}  accuracy {100 * found['accuracy']:5.1f} %  "
+            f"{duration(seconds)} so far, about {duration(left)} left"
+        )
+
+    def _diagnosis(self, place: Place, error: NonFinite, batch: np.ndarray, lr: float) -> str:
+        found = {
+            "step": place.step + 1, "stage": place.stage.index, "epoch": place.epoch, "lr": lr,
+            "loss": str(error.loss), "grad_norm": str(error.grad_norm), "not_finite": error.culprits,
+            "examples": [int(i) for i in batch], "before": list(self.recent),
+        }  # fmt: skip
+        if self.world.first:
+            write_json(self.folder / "diverged.json", found)
+        saved = self.standing.checkpoints.steps()
+        before = "; ".join(f"{r['loss']:.3g} ({r['grad_norm']:.3g})" for r in self.recent) or "none"
+        unnamed = "a gradient" if math.isfinite(error.loss) else "the loss"
+        first = f"{error.culprits[0]} ({len(error.culprits)} in all)" if error.culprits else unnamed
+        return (
+            f"The loss of update {place.step + 1} (stage {place.stage.index}) is {error.loss}, its gradient norm "
+            f"{error.grad_norm}. It was not applied"
+            + (f", and the checkpoint of update {saved[-1]} is whole.\n" if saved else ".\n")
+            + f"  not finite in: {first}\n"
+            f"  losses before, with gradient norms: {before}\n"
+            f"  learning rate {lr:g}, clipping {self.config.optimizer.clip or 'off'}, "
+            f"{self.config.engine.precision.value}\n"
+            "A norm that grew before points to the learning rate: lower optimizer.lr, or set optimizer.clip=1 and "
+            "optimizer.warmup=100. One that did not points to the data: the examples of this update are listed in "
+            f"{self.folder / 'diverged.json'}."
+        )
+
+
+def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
+    """What exactly is trained, on what, with which code, where: config.json and run.json."""
+    describe(
+        folder,
+        config,
+        {
+            "name": config.name,
+            "plan": training.plan.as_dict(),
+            "updates": training.schedule.total,
+            "updates_per_epoch": training.schedule.updates_per_epoch,
+            "parameters": training.num_parameters,
+            "new_tokens": training.lm.new_tokens,
+            "data": {
+                split: used_file(training.files[split], len(used))
+                for split, used in [("train", training.train), ("valid", training.valid)]
+            },
+            "model_type": training.lm.base.config.model_type,
+            "init": str(starting_point(config.init).resolve()) if config.init and not training.step else None,
+        },
+        {**spread(config, training.world), "from_update": training.step},
+        training.questions,
+    )
+
+
+def run(config: TrainConfig) -> int:
+    """Train one run, or go on with it, on as many processes as asked for."""
+    return carry_out(config, "batch_size", "coconut.train", lambda world: train_together(config, world))
+
+
+def train_together(config: TrainConfig, world: World) -> int:
+    """What each process of a run does."""
+    share_out(config.batch_size, world.size)
+    with held_folder(config, world) as (folder, files):
+        return train(config, folder, files, world)
+
+
+def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World) -> int:
+    """The run of this configuration on these files, in a folder that is its own."""
+    training = Training(config, folder, files, world)
+    if training.step == training.schedule.total and not training.pending:
+        say(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
+        return 0
+    where = f"{world.size} processes, {config.engine.kind}" if world.size > 1 else str(training.engine.device)
+    say(
+        f"{config.method}: {len(training.train):,} training and {len(training.valid):,} validation examples, "
+        f"{training.num_parameters / 1e6:.1f}M parameters, {training.schedule.total:,} updates on {where}"
+    )
+    unit = training.plan.unit.value
+    if config.curriculum.mixing_probability and not training.plan.mixing_probability:
+        say(f"note: {config.method} has no slot that tells stages apart, so curriculum.mixing_probability is not used")
+    for stage in training.plan.stages:
+        say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
+    if config.max_new_tokens:
+        for split, data in (("train", training.train), ("valid", training.valid)):
+            warn_of_limit(data, training.plan.stages, config.max_new_tokens, files[split])
+    training.rehearse()
+    training.standing.take_up(training.engine)
+    world.first_does(lambda: describe_run(config, folder, training))
+    if training.step:
+        say(f"Going on from update {training.step:,}")
+        now = spread(config, world)
+        session = read_json(folder / DESCRIPTION)["sessions"][-2] if world.first else now
+        differing = [key for key in now if session.get(key, now[key]) != now[key]]
+        if changed := [f"{key}: {session[key]} before, {now[key]} now" for key in differing]:
+            say(f"note: {', '.join(changed)}. Batches are the same, losses but for the last digits; dropout is not")
+    return training.run()
+
+
+if __name__ == "__main__":
+    main()
