@@ -1,4 +1,4 @@
-"""TODO"""
+"""The command that evaluates a run, or a saved model, on a file of questions."""
 
 from __future__ import annotations
 

@@ -1,125 +1,22 @@
-"""A model to hand on: out of a run with a card, onto the hub; and in from the released code's checkpoints."""
+"""The command that hands a model on: out of a run with a card, onto the hub; or in from the released code."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from coconut.card import card
 from coconut.config import ExportConfig
-from coconut.methods import Curriculum, Reasoning, Slot, plan
+from coconut.hub.model_card import card
+from coconut.hub.push import check_name, push
+from coconut.methods import Curriculum, Reasoning, plan
 from coconut.utils.files import whole_folder, write_text
 from coconut.utils.hydra_app import application
-from coconut.utils.pretrained import opened, out_of_reach, reaching
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from coconut.models.latent_lm import LatentLM
-
-RELEASED_TOKENS = ("<bot>", "<eot>", "<latent>")  # in the order in which the released code adds its own three
-WRAPPED_IN = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_causallm\.)+")
-DERIVED = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
-
-
-# --- the released code's checkpoints ----------------------------------------------------------------
-
-
-def from_released(
-    file: Path | str, base: str, reasoning: Reasoning, tokenizer: str = "", attention: str | None = None
-) -> LatentLM:
-    """A checkpoint that the code released with arXiv 2412.06769 wrote: a state dict, its names perhaps with a prefix.
-
-    `base` names the model that it was trained from, for its config and (if `tokenizer` is not given) its tokenizer;
-    its weights are not read. The three added tokens become `<bot>`, `<eot>` and `<latent>`. The file does not say how
-    the model is to be asked: that is `reasoning`.
-
-    Raises FileNotFoundError, or ValueError if the file holds anything but tensors or does not fit the base.
-    """
-    from tokenizers import AddedToken
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from coconut.models.latent_lm import LatentLM
-
-    state = _tensors(Path(file))
-    with reaching(base, "base"):
-        config = opened(AutoConfig, base)
-    with reaching(tokenizer or base, "tokenizer" if tokenizer else "base"):
-        words = opened(AutoTokenizer, tokenizer or base)
-    rows = _rows_of_table(config, state, file)
-    if rows == len(words) + len(RELEASED_TOKENS):
-        words.add_tokens([AddedToken(token, special=True, normalized=False) for token in RELEASED_TOKENS],
-                         special_tokens=True)  # fmt: skip
-    elif rows < len(words) or rows == config.vocab_size:
-        if reasoning.slot is not Slot.nothing:
-            raise ValueError(
-                f"{file} has {rows} embeddings, as many as {base}: it was saved without the markers that "
-                f"{reasoning.method} needs. Name its method: cot, no_cot, icot."
-            )
-    else:
-        raise ValueError(f"{file} has {rows} embeddings; {base} has {len(words)} tokens, and the released code adds 3.")
-    config.get_text_config(decoder=True).vocab_size = rows
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    _refuse_others(model.state_dict(), state, f"The weights in {file} are not those of {base}")
-    model.load_state_dict(state, strict=False)
-    return LatentLM.from_base(model, words, reasoning=reasoning)
-
-
-def _refuse_others(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
-    """Raises ValueError unless all that a model has is there, and nothing else; tied weights may be there once."""
-    held = {own[name].data_ptr() for name in state if name in own}
-    missing = [name for name, weight in own.items() if name not in state and weight.data_ptr() not in held]
-    others = [name for name in state if name not in own]
-    if missing or others:
-        raise ValueError(
-            f"{what}: {len(missing)} are missing ({', '.join(missing[:3])}), {len(others)} too many "
-            f"({', '.join(others[:3])})."
-        )
-    for name, weight in state.items():
-        if weight.shape != own[name].shape:
-            raise ValueError(f"{what}: {name} is {tuple(weight.shape)} there and {tuple(own[name].shape)} here.")
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    import pickle
-
-    import torch
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is no file of tensors alone, and nothing else is read: {error}") from None
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds no state dict (names to tensors).")
-    found = {WRAPPED_IN.sub("", name): value for name, value in state.items() if not DERIVED.search(name)}
-    found.pop("embedding.weight", None)  # the wrapper's second name for the table
-    return found
-
-
-def _rows_of_table(config: Any, state: dict[str, Tensor], file: Path | str) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config)
-    table = shape.get_input_embeddings().weight
-    name = next(name for name, weight in shape.named_parameters() if weight is table)
-    if name not in state:
-        raise ValueError(f"{file} has no {name}, so its weights are not those of a {config.model_type}.")
-    return len(state[name])
-
-
-# --- the command ------------------------------------------------------------------------------------
 
 
 def run(config: ExportConfig) -> int:
     """Write a folder that others can open; from there to the hub if asked."""
+    from coconut.hub.released_checkpoints import from_released
     from coconut.runs.loading import load_run
     from coconut.utils.console import only_our_words, say
 
@@ -156,52 +53,14 @@ def run(config: ExportConfig) -> int:
         try:
             push(folder, config.push, config.private)
         except ValueError as error:
-            again = f"from coconut.export import push; push({str(folder)!r}, {config.push!r}, private={config.private})"
+            again = (
+                f"from coconut.hub.push import push; push({str(folder)!r}, {config.push!r}, private={config.private})"
+            )
             raise ValueError(
                 f"{error}\nThe model is whole in {folder}. This sends it: {shlex.join(['python', '-c', again])}"
             ) from error
         say(f"It is at https://huggingface.co/{config.push}")
     return 0
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError if this is no OWNER/NAME."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"push={name} is no OWNER/NAME of the hub: {error}") from None
-    if name.count("/") != 1:
-        raise ValueError(f"push={name} is no OWNER/NAME of the hub.")
-
-
-def push(folder: Path | str, name: str, private: bool = True) -> None:
-    """Put a saved folder on the Hugging Face hub as OWNER/NAME.
-
-    Raises ValueError if the hub does not take it, or if it is to be private and the name is public there.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
-
-    check_name(name)
-    if silent := out_of_reach():
-        raise ValueError(f"The hub did not take {name}: {silent}.")
-    api = HfApi()
-    try:
-        api.create_repo(name, private=private, exist_ok=True)
-        public = private and not api.repo_info(name).private
-        if not public:
-            api.upload_folder(repo_id=name, folder_path=folder)
-    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The hub did not take {name}: {reason} To log in: hf auth login") from error
-    if public:
-        raise ValueError(
-            f"{name} is on the hub already and is public, so nothing was sent: it was to be private. Make it private "
-            "there, give another name, or publish with private=false."
-        )
 
 
 main = application("export", ExportConfig, run)

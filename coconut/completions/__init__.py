@@ -1,1 +1,1 @@
-"""TODO"""
+"""Sampled answers: groups of them, their batches and log-probabilities."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""One sampled answer: what was sampled, what was forced, what it cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Sampled answers as a batch to be scored, and the states and log-probabilities at their tokens."""
 
 from __future__ import annotations
 

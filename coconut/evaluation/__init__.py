@@ -1,1 +1,1 @@
-"""TODO"""
+"""Honest evaluation: ask every question once, judge, count."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Answering questions: thoughts first, then words."""

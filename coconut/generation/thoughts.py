@@ -1,4 +1,7 @@
-"""TODO"""
+"""Run prompts and the thoughts that follow them into a cache.
+
+Shapes: B questions, T columns of the prompts, K thoughts, D hidden.
+"""
 
 from __future__ import annotations
 

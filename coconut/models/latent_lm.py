@@ -222,8 +222,8 @@ class LatentLM(nn.Module):
         """
         from tempfile import TemporaryDirectory
 
-        from coconut.card import card
-        from coconut.export import push
+        from coconut.hub.model_card import card
+        from coconut.hub.push import push
 
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The model that a run made, or one that was saved, on its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a run wrote about itself, read back: configuration, metrics, evaluations, studies."""
 
 from __future__ import annotations
 

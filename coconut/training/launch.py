@@ -1,4 +1,4 @@
-"""TODO"""
+"""Start a training on as many processes as asked for, and say what carries it out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What all trainers share."""
 
 from __future__ import annotations
 

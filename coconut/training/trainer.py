@@ -33,7 +33,6 @@ from coconut.runs.record import DESCRIPTION
 from coconut.runs.state import Standing, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.tasks import TASKS
-from coconut.train import main
 from coconut.training.launch import carry_out, share_out, spread
 from coconut.training.loop import Diverged
 from coconut.training.model_setup import carried_out_as, make_model
@@ -402,7 +401,3 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
         if changed := [f"{key}: {session[key]} before, {now[key]} now" for key in differing]:
             say(f"note: {', '.join(changed)}. Batches are the same, losses but for the last digits; dropout is not")
     return training.run()
-
-
-if __name__ == "__main__":
-    main()

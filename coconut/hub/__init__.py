@@ -1,0 +1,1 @@
+"""Handing models on: the card, the Hugging Face hub, checkpoints of other code."""

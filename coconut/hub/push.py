@@ -1,0 +1,51 @@
+"""Send a folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coconut.utils.pretrained import out_of_reach
+
+if TYPE_CHECKING:
+    pass
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if this is no OWNER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"push={name} is no OWNER/NAME of the hub: {error}") from None
+    if name.count("/") != 1:
+        raise ValueError(f"push={name} is no OWNER/NAME of the hub.")
+
+
+def push(folder: Path | str, name: str, private: bool = True) -> None:
+    """Put a saved folder on the Hugging Face hub as OWNER/NAME.
+
+    Raises ValueError if the hub does not take it, or if it is to be private and the name is public there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
+
+    check_name(name)
+    if silent := out_of_reach():
+        raise ValueError(f"The hub did not take {name}: {silent}.")
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        public = private and not api.repo_info(name).private
+        if not public:
+            api.upload_folder(repo_id=name, folder_path=folder)
+    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The hub did not take {name}: {reason} To log in: hf auth login") from error
+    if public:
+        raise ValueError(
+            f"{name} is on the hub already and is public, so nothing was sent: it was to be private. Make it private "
+            "there, give another name, or publish with private=false."
+        )
