@@ -121,7 +121,7 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.seen_questions import seen_by
     from coconut.engine.base import autocast
     from coconut.evaluation.evaluator import fitting
-    from coconut.rl.routers import choice_studies
+    from coconut.rl.mode_routing import choice_studies
     from coconut.runs.loading import load_run
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256

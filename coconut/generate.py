@@ -124,7 +124,7 @@ def read_questions(path: str) -> list[str]:
 def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> int:
     """Each question in the way that a policy of coconut.adaptive chooses for it."""
     from coconut.adaptive.backends import Latent
-    from coconut.adaptive.choosing import Chooser
+    from coconut.adaptive.chooser import Chooser
     from coconut.engine.base import autocast
 
     chooser = Chooser(config.policy, lm, config.batch_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.rewards.config import CompareConfig, RewardModelConfig
-from coconut.rewards.train import run
+from coconut.rewards.trainer import run
 from coconut.utils.console import only_our_words, say, working
 from coconut.utils.hydra_app import application, by_word
 
@@ -29,10 +29,10 @@ def compare(config: CompareConfig) -> int:
     from coconut.models.latent_lm import LatentLM
     from coconut.rewards import compare as scoring
     from coconut.rewards import report
-    from coconut.rewards.answers import read_answers
     from coconut.rewards.implicit import ImplicitReward, reference_of
+    from coconut.rewards.labelled_answers import read_answers
     from coconut.rewards.losses import loss_named
-    from coconut.rewards.value import ValueModel
+    from coconut.rewards.value_model import ValueModel
     from coconut.runs.loading import computed_as, in_float32, load_run
     from coconut.runs.record import read_config
     from coconut.runs.study import Study

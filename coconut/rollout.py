@@ -14,8 +14,8 @@ from coconut.engine.launch import on_processes
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import task_of
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
-from coconut.rewards.answers import as_row, write_answers
 from coconut.rewards.config import RolloutConfig
+from coconut.rewards.labelled_answers import as_row, write_answers
 from coconut.runs.loading import load_run
 from coconut.runs.record import read_config
 from coconut.utils.console import only_our_words, say, working

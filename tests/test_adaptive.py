@@ -27,15 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from coconut import LatentLM
 from coconut.adaptive import backends, encoders, report
-from coconut.adaptive import command as adaptive
+from coconut.adaptive import main as adaptive
 from coconut.adaptive.backends import CausalModel, Failed, Function, Latent, Reply, answers
-from coconut.adaptive.choosing import Chooser, kept
+from coconut.adaptive.chooser import Chooser, kept
 from coconut.adaptive.config import AdaptiveConfig, FunctionConfig, JudgeConfig, JudgeKind, PolicyConfig
+from coconut.adaptive.experiments import arms_study, studies, trials
 from coconut.adaptive.judges import Exact, Implicit, Pretrained, Vote, judged
-from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.outcome_table import Outcomes
 from coconut.adaptive.policy import Policy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
-from coconut.adaptive.trials import arms_study, studies, trials
 from coconut.completions.completion import sample_said
 from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
 from coconut.data.examples import Example

@@ -20,10 +20,10 @@ from coconut.engine.world import World, joined
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.dense import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
-from coconut.rewards.train import run as run_reward
+from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.train import REFERENCE, PolicyTraining, run
-from coconut.rl.train import together as run_together
+from coconut.rl.trainer import REFERENCE, PolicyTraining, run
+from coconut.rl.trainer import together as run_together
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.loading import starting_point

@@ -21,7 +21,7 @@ from coconut.config import AdamWConfig, DataConfig, EngineConfig, EvaluateConfig
 from coconut.evaluate import run as run_evaluate
 from coconut.reward import compare
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
-from coconut.rewards.train import run as run_reward
+from coconut.rewards.trainer import run as run_reward
 from coconut.rollout import run as roll
 from coconut.runs.record import read_metrics, read_results
 from coconut.training.trainer import run

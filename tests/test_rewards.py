@@ -41,18 +41,18 @@ from coconut.engine.base import Update
 from coconut.engine.world import World, joined
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
-from coconut.rewards.answers import Labelled, read_answers
+from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
 from coconut.rewards.batches import Answers, preference, reward_batch, reward_loss
 from coconut.rewards.compare import Trained, all_bounds, bounds, costs, selections
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
+from coconut.rewards.labelled_answers import Labelled, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
-from coconut.rewards.montecarlo import gone_on, step_labels
-from coconut.rewards.selection import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
-from coconut.rewards.steps import text_ends, token_parts
-from coconut.rewards.train import RewardTraining, run
-from coconut.rewards.train import together as run_together
-from coconut.rewards.value import ValueModel
+from coconut.rewards.monte_carlo import gone_on, step_labels
+from coconut.rewards.step_spans import text_ends, token_parts
+from coconut.rewards.trainer import RewardTraining, run
+from coconut.rewards.trainer import together as run_together
+from coconut.rewards.value_model import ValueModel
 from coconut.rl.loss import Policy
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state

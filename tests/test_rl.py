@@ -40,8 +40,8 @@ from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.train import REFERENCE, PolicyTraining, run
-from coconut.rl.train import together as run_together
+from coconut.rl.trainer import REFERENCE, PolicyTraining, run
+from coconut.rl.trainer import together as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_metrics

@@ -9,7 +9,7 @@ from test_hybrid import MODES, hybrid
 from test_rollouts import EXAMPLES, TASK
 
 from coconut.evaluation.evaluator import evaluate
-from coconut.rl.routers import Classifier, Outcomes, cheapest_right, compare, outcomes, routes, states
+from coconut.rl.mode_routing import Classifier, Outcomes, cheapest_right, compare, outcomes, routes, states
 
 KNOWN = Outcomes(
     modes=("short", "think"),

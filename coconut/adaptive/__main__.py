@@ -1,6 +1,6 @@
 """python -m coconut.adaptive"""
 
-from coconut.adaptive.command import main
+from coconut.adaptive.main import main
 
 if __name__ == "__main__":
     main()

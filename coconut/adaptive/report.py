@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.adaptive.trials import BEST_FIXED, ORACLE, POLICY
+from coconut.adaptive.experiments import BEST_FIXED, ORACLE, POLICY
 from coconut.analysis.charts import panel, share_axis
 from coconut.analysis.findings import figure_of
 from coconut.analysis.page import Lead, Legend, Section, Table, Text, page, percent, typeset

@@ -14,10 +14,7 @@ import torch
 from coconut.completions.completion import Sample
 from coconut.completions.rollouts import Correctness
 from coconut.evaluation.evaluator import answer_key
-from coconut.rewards.answers import Labelled
-from coconut.rewards.implicit import ImplicitReward
-from coconut.rewards.montecarlo import gone_on, step_labels
-from coconut.rewards.selection import (
+from coconut.rewards.aggregation import (
     SUBSETS,
     any_right,
     best_of,
@@ -28,8 +25,11 @@ from coconut.rewards.selection import (
     of_steps,
     voted,
 )
-from coconut.rewards.steps import step_count
-from coconut.rewards.value import ValueModel
+from coconut.rewards.implicit import ImplicitReward
+from coconut.rewards.labelled_answers import Labelled
+from coconut.rewards.monte_carlo import gone_on, step_labels
+from coconut.rewards.step_spans import step_count
+from coconut.rewards.value_model import ValueModel
 from coconut.runs.study import Study
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from coconut.completions.completion import Sample
-from coconut.rewards.steps import parts_said
+from coconut.rewards.step_spans import parts_said
 from coconut.rl.loss import Policy
 from coconut.runs.loading import run_of
 from coconut.runs.record import CONFIG, DESCRIPTION, read_config

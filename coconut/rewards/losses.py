@@ -46,7 +46,7 @@ def kto(rewards_N: Tensor, labels_N: Tensor, zero: Tensor, weight: float = 1.0) 
 class Loss:
     """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it has a zero and a weight.
 
-    `valued`: whether it is of the values of prefixes (coconut.rewards.value) and not of the rewards of answers.
+    `valued`: whether it is of the values of prefixes (coconut.rewards.value_model) and not of the rewards of answers.
     """
 
     of: Callable[..., Tensor]

@@ -1,6 +1,6 @@
 """python -m coconut.rl"""
 
-from coconut.rl.train import main
+from coconut.rl.trainer import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ import torch
 from coconut.adaptive import encoders
 from coconut.adaptive.backends import Latent, Reply, fit_all, refuse_unknown
 from coconut.adaptive.judges import Vote
-from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.outcome_table import Outcomes
 from coconut.adaptive.policy import Policy
 from coconut.adaptive.space import Settings
 from coconut.tasks import TASKS

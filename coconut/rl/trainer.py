@@ -26,8 +26,8 @@ from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.loss import Policy, PolicyBatch, for_tokens, policy_batch, totals_of
+from coconut.rl.mode_routing import by_steps, gathered, in_each_mode, of_modes
 from coconut.rl.objectives import advantages, without_variance
-from coconut.rl.routers import by_steps, gathered, in_each_mode, of_modes
 from coconut.runs.folder import describe, held_folder, used_file
 from coconut.runs.loading import computed_as, in_float32, weights_of
 from coconut.runs.record import DESCRIPTION

@@ -17,7 +17,6 @@ from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
 from coconut.engine.world import World
 from coconut.models.latent_lm import LatentLM
-from coconut.rewards.answers import read_answers
 from coconut.rewards.batches import (
     Answers,
     RewardBatch,
@@ -29,8 +28,9 @@ from coconut.rewards.batches import (
 )
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
+from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import loss_named
-from coconut.rewards.value import ValueModel
+from coconut.rewards.value_model import ValueModel
 from coconut.rl.loss import Policy
 from coconut.runs.folder import describe, held_folder, used_file
 from coconut.runs.loading import computed_as, in_float32, weights_of

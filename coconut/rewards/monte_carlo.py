@@ -16,8 +16,8 @@ from coconut.completions.completion import Sample, question_of
 from coconut.completions.rollouts import Correctness
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import Slot
-from coconut.rewards.answers import Labelled
-from coconut.rewards.steps import parts_said, step_count
+from coconut.rewards.labelled_answers import Labelled
+from coconut.rewards.step_spans import parts_said, step_count
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coconut.completions.completion import Sample
 from coconut.completions.scoring import Scored, at_targets, of_tokens
-from coconut.rewards.steps import parts_said
+from coconut.rewards.step_spans import parts_said
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM

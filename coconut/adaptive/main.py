@@ -16,14 +16,14 @@ import torch
 
 from coconut.adaptive import encoders
 from coconut.adaptive.backends import Backend, CausalModel, Function, Latent, answers, fit_all, refuse_unknown
-from coconut.adaptive.choosing import kept
+from coconut.adaptive.chooser import kept
 from coconut.adaptive.config import AdaptiveConfig, JudgeKind
 from coconut.adaptive.encoders import Encoder
+from coconut.adaptive.experiments import refuse_few, studies, trials
 from coconut.adaptive.judges import Exact, Implicit, Judge, Pretrained, Vote, judged
-from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.outcome_table import Outcomes
 from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
-from coconut.adaptive.trials import refuse_few, studies, trials
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import unknown_words

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from coconut.adaptive.config import PolicyConfig
-from coconut.adaptive.outcomes import Outcomes
+from coconut.adaptive.outcome_table import Outcomes
 from coconut.adaptive.policy import Learned, distances, entropies, learn
 from coconut.runs.study import Study
 
