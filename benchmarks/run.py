@@ -46,12 +46,12 @@ from benchmarks.ways import (
     released_answer,
 )  # fmt: skip
 from coconut import LatentLM
-from coconut.analysis.charts import save_png
-from coconut.analysis.plots import LIGHT, new_figure
 from coconut.config import Precision
 from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.engine.base import autocast, keep_memory
 from coconut.generation.generate import pad_rows
+from coconut.reporting.charts import save_png
+from coconut.reporting.plots import LIGHT, new_figure
 from coconut.utils.files import write_json
 
 GIB = 2**30

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.analysis import table
-from coconut.analysis.charts import save_png
-from coconut.analysis.entrants import folders
-from coconut.analysis.findings import WIDE, are_they_used, drawings, how_many, what_they_hold
-from coconut.analysis.page import percent
-from coconut.analysis.report import answers, headline, learning, provenance, report
+from coconut.analysis.comparable_runs import folders
 from coconut.config import AnalyzeConfig, Part, TableConfig
 from coconut.data.seen_questions import told_questions
 from coconut.engine.world import seat
 from coconut.methods import Curriculum, plan
+from coconut.reporting import run_table as table
+from coconut.reporting.charts import save_png
+from coconut.reporting.page import percent
+from coconut.reporting.run_page import answers, headline, learning, provenance, report
+from coconut.reporting.sections import WIDE, are_they_used, drawings, how_many, what_they_hold
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
 from coconut.runs.record import RunRecord, read_run
@@ -156,7 +156,9 @@ def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
 
 
 def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeConfig) -> list[Study]:
-    from coconut.analysis import audit, prefix, probes
+    from coconut.analysis import interventions as audit
+    from coconut.analysis import prefix_values as prefix
+    from coconut.analysis import probes
     from coconut.runs.loading import classifier_of
 
     def stopping() -> list[Study]:

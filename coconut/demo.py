@@ -1,6 +1,6 @@
 """A page to play with a trained model: a question, and what the model does with it after each number of thoughts.
 
-`coconut.analysis.question` asks the model; here it is brought to the browser.
+`coconut.analysis.interactive` asks the model; here it is brought to the browser.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from coconut.analysis.plots import DARK, LIGHT
+from coconut.analysis.interactive import Asker
 from coconut.analysis.probes import Subject
-from coconut.analysis.question import Asker
 from coconut.config import DemoConfig
+from coconut.reporting.plots import DARK, LIGHT
 from coconut.tasks import TASKS
 from coconut.utils.console import say
 from coconut.utils.hydra_app import application

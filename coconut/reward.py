@@ -21,12 +21,12 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 def compare(config: CompareConfig) -> int:
     """Score the same answers with several reward models, and write what each is good for."""
-    from coconut.analysis.entrants import folders
-    from coconut.analysis.table import common_folder
+    from coconut.analysis.comparable_runs import folders
     from coconut.completions.rollouts import Correctness
     from coconut.config import TooLong
     from coconut.engine.base import autocast, set_up
     from coconut.models.latent_lm import LatentLM
+    from coconut.reporting.run_table import common_folder
     from coconut.rewards import compare as scoring
     from coconut.rewards import report
     from coconut.rewards.implicit import ImplicitReward, reference_of

@@ -15,7 +15,8 @@ from scipy.stats import binomtest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.analysis.audit import (
+from coconut.analysis.graph_paths import redirect
+from coconut.analysis.interventions import (
     audit_edges,
     audit_thoughts,
     changed_thoughts,
@@ -24,9 +25,8 @@ from coconut.analysis.audit import (
     share_lost,
     thoughts_verdict,
 )
-from coconut.analysis.compare import difference_interval
-from coconut.analysis.paths import redirect
 from coconut.analysis.probes import Subject
+from coconut.analysis.statistics import difference_interval
 from coconut.data.batching import collate
 from coconut.data.examples import Example
 from coconut.data.sequences import layout

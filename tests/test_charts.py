@@ -18,12 +18,12 @@ from conftest import graph_rows
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from coconut.analysis import charts
-from coconut.analysis.findings import are_they_used, drawings, how_many, sample, told_k_forcing, what_they_hold
-from coconut.analysis.page import Aside, Code, Lead, Ranked, Section, Table, Text, typeset
-from coconut.analysis.page import Figure as Shown
-from coconut.analysis.plots import as_svg
-from coconut.analysis.report import report
+from coconut.reporting import charts
+from coconut.reporting.page import Aside, Code, Lead, Ranked, Section, Table, Text, typeset
+from coconut.reporting.page import Figure as Shown
+from coconut.reporting.plots import as_svg
+from coconut.reporting.run_page import report
+from coconut.reporting.sections import are_they_used, drawings, how_many, sample, told_k_forcing, what_they_hold
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study
 from coconut.tasks import prosqa

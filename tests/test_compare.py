@@ -24,9 +24,7 @@ from scipy.stats import binomtest
 from test_cli import python
 from test_report import Loads, words
 
-from coconut.analysis.compare import accuracy_interval, compare, difference_interval, exact_test, holm
-from coconut.analysis.table import SCREEN, on_screen
-from coconut.analysis.table import run as table
+from coconut.analysis.statistics import accuracy_interval, compare, difference_interval, exact_test, holm
 from coconut.config import (
     DataConfig,
     DataFiles,
@@ -36,6 +34,8 @@ from coconut.config import (
 )
 from coconut.evaluation import evaluator as evaluate
 from coconut.methods import Curriculum, Unit
+from coconut.reporting.run_table import SCREEN, on_screen
+from coconut.reporting.run_table import run as table
 from coconut.training import trainer as train
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import CONF_DIR

@@ -25,14 +25,15 @@ import pytest
 import torch
 from conftest import graph_files, small_run
 
-from coconut.analysis.names import name_probabilities, spell
-from coconut.analysis.plots import DARK, LIGHT, place_nodes
+from coconut.analysis.graph_layout import place_nodes
+from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.analysis.probes import MORE
 from coconut.config import DataConfig, DemoConfig, EngineConfig, Task
 from coconut.data.tokenization import encode_questions
 from coconut.demo import MOST_BYTES, Server, open_demo, page
 from coconut.generation.generate import likeliest
 from coconut.methods import Curriculum, Unit
+from coconut.reporting.plots import DARK, LIGHT
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.tasks import prosqa
 from coconut.training import trainer as train

@@ -14,14 +14,7 @@ from conftest import graph_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.analysis.paths import (
-    GraphQuestion,
-    Outcome,
-    classify,
-    redirect,
-    remove_elsewhere,
-    remove_on_way,
-)
+from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify, redirect, remove_elsewhere, remove_on_way
 from coconut.tasks import prosqa
 
 # a -> b -> t and a -> c -> d -> t; a -> e; a side way x -> d; the other option y is reached from x alone

@@ -14,9 +14,9 @@ from conftest import build, byte_level_tokenizer, graph_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.analysis import names
-from coconut.analysis.names import spell
-from coconut.analysis.paths import Outcome
+from coconut.analysis import node_probabilities as names
+from coconut.analysis.graph_paths import Outcome
+from coconut.analysis.node_probabilities import spell
 from coconut.analysis.probes import Subject, decoded, inner_products, k_forcing, next_step_values, stopping
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids

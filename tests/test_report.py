@@ -13,8 +13,6 @@ import pytest
 from conftest import graph_files, small_run
 
 from coconut import analyze
-from coconut.analysis.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
-from coconut.analysis.report import answers, command, headline, report
 from coconut.config import (
     AnalyzeConfig,
     EngineConfig,
@@ -23,6 +21,8 @@ from coconut.config import (
     OptimizerConfig,
 )
 from coconut.methods import Curriculum, Unit
+from coconut.reporting.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
+from coconut.reporting.run_page import answers, command, headline, report
 from coconut.runs.record import RunRecord, read_run
 from coconut.utils.files import read_json, write_json
 

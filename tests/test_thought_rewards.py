@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from coconut import LatentLM
-from coconut.analysis.prefix import encoded_answers, prefix_values
+from coconut.analysis.prefix_values import encoded_answers, prefix_values
 from coconut.analysis.probes import Subject
 from coconut.completions.completion import sample_said, samples_of
 from coconut.data.examples import Example

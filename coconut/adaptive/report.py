@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.adaptive.experiments import BEST_FIXED, ORACLE, POLICY
-from coconut.analysis.charts import panel, share_axis
-from coconut.analysis.findings import figure_of
-from coconut.analysis.page import Lead, Legend, Section, Table, Text, page, percent, typeset
-from coconut.analysis.plots import LIGHT, draw_line, new_figure, styled
-from coconut.analysis.table import aligned, wrapped
+from coconut.reporting.charts import panel, share_axis
+from coconut.reporting.page import Lead, Legend, Section, Table, Text, page, percent, typeset
+from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled
+from coconut.reporting.run_table import aligned, wrapped
+from coconut.reporting.sections import figure_of
 from coconut.runs.study import Study
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""What can be seen in a finished run: figures, sections, and the page that holds them."""
+"""Measurements of a trained model, and statistics of comparisons between runs."""

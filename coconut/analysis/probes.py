@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.analysis.names import name_probabilities, spell
-from coconut.analysis.paths import GraphQuestion, Outcome, classify
+from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify
+from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Evaluated, Prediction, evaluate

@@ -10,25 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coconut.analysis.charts import panel, share_axis
-from coconut.analysis.findings import figure_of
-from coconut.analysis.page import (
-    Figure,
-    Heading,
-    Legend,
-    Part,
-    Score,
-    Section,
-    Table,
-    Text,
-    page,
-    percent,
-)
-from coconut.analysis.plots import LIGHT, Point, draw_line, new_figure, styled, whole_ticks
-from coconut.analysis.report import answers, counted, settings_of_adamw, what_was_trained
-from coconut.analysis.table import aligned
+from coconut.analysis.graph_layout import Point
 from coconut.data.seen_questions import most_seen, told_questions
 from coconut.methods import mode_named
+from coconut.reporting.charts import panel, share_axis
+from coconut.reporting.page import Figure, Heading, Legend, Part, Score, Section, Table, Text, page, percent
+from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
+from coconut.reporting.run_page import answers, counted, settings_of_adamw, what_was_trained
+from coconut.reporting.run_table import aligned
+from coconut.reporting.sections import figure_of
 from coconut.runs.record import RunRecord
 from coconut.runs.study import Study
 

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from coconut.analysis.compare import (
+from coconut.analysis.comparable_runs import Entrant
+from coconut.analysis.statistics import (
     RESAMPLES,
     Comparison,
     Group,
@@ -24,8 +25,9 @@ from coconut.analysis.compare import (
     told_range,
     told_seeds,
 )
-from coconut.analysis.entrants import Entrant
-from coconut.analysis.page import (
+from coconut.config import TableConfig
+from coconut.methods import method_named
+from coconut.reporting.page import (
     Aside,
     Code,
     Facts,
@@ -40,10 +42,8 @@ from coconut.analysis.page import (
     page,
     percent,
 )
-from coconut.analysis.plots import LIGHT, as_svg, new_figure, styled
-from coconut.analysis.report import command, counted
-from coconut.config import TableConfig
-from coconut.methods import method_named
+from coconut.reporting.plots import LIGHT, as_svg, new_figure, styled
+from coconut.reporting.run_page import command, counted
 from coconut.runs.record import NONE
 from coconut.runs.study import Study
 from coconut.utils.console import say

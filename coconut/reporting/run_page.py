@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from coconut.analysis.page import (
+from coconut.data.seen_questions import SEEN_IN, all_seen, told_questions
+from coconut.methods import Slot, Stage, method_named
+from coconut.reporting.page import (
     Answer,
     Answers,
     Code,
@@ -28,9 +30,7 @@ from coconut.analysis.page import (
     page,
     percent,
 )
-from coconut.analysis.plots import Band, Curves, graph_picture, learning_curves
-from coconut.data.seen_questions import SEEN_IN, all_seen, told_questions
-from coconut.methods import Slot, Stage, method_named
+from coconut.reporting.plots import Band, Curves, graph_picture, learning_curves
 from coconut.runs.record import CONFIG, NONE, RunRecord, _in_stage
 from coconut.utils.console import duration
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import networkx
 
-from coconut.analysis.plots import LIGHT, MOST_NODES, new_figure, place_nodes, styled, whole_ticks
+from coconut.analysis.graph_layout import place_nodes
+from coconut.reporting.plots import LIGHT, MOST_NODES, new_figure, styled, whole_ticks
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.files import whole_file

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from coconut.analysis.plots import DARK, LIGHT
+from coconut.reporting.plots import DARK, LIGHT
 
 
 @dataclass(frozen=True)

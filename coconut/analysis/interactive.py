@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import networkx
 import torch
 
-from coconut.analysis.names import Spelling, name_probabilities, spell
-from coconut.analysis.plots import place_nodes
+from coconut.analysis.graph_layout import place_nodes
+from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
 from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data.sequences import slot_ids

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.analysis.compare import difference_interval
-from coconut.analysis.paths import GraphQuestion, redirect, remove_elsewhere, remove_on_way
+from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_way
 from coconut.analysis.probes import MORE, Subject
+from coconut.analysis.statistics import difference_interval
 from coconut.evaluation.evaluator import Evaluated, Prediction
 from coconut.methods import Slot
 from coconut.runs.study import Study

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from coconut.analysis import charts
-from coconut.analysis.page import (
+from coconut.methods import Slot
+from coconut.reporting import charts
+from coconut.reporting.page import (
     Aside,
     Code,
     Figure,
@@ -27,9 +28,8 @@ from coconut.analysis.page import (
     Text,
     percent,
 )
-from coconut.analysis.plots import as_svg
-from coconut.analysis.report import counted
-from coconut.methods import Slot
+from coconut.reporting.plots import as_svg
+from coconut.reporting.run_page import counted
 from coconut.runs.record import NONE, RunRecord
 from coconut.runs.study import Study
 from coconut.tasks import prosqa

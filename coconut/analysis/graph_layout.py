@@ -1,0 +1,47 @@
+"""Where the nodes of a graph stand in a picture of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networkx
+
+Point = tuple[float, float]
+
+
+def place_nodes(told: networkx.DiGraph, root: str) -> dict[str, Point]:
+    """Column and, downwards from 0, row: by distance from the root, and below what it does not reach."""
+    reached = networkx.single_source_shortest_path_length(told, root)
+    rest = told.subgraph(node for node in told if node not in reached)
+    apart = dict.fromkeys(rest, 0)
+    if networkx.is_directed_acyclic_graph(rest):
+        for column, nodes in enumerate(networkx.topological_generations(rest)):
+            apart |= dict.fromkeys(nodes, column)
+    places: dict[str, Point] = {}
+    top = 0.0
+    for depth in (reached, apart):
+        columns = _columns(told, depth)
+        height = max(map(len, columns), default=0)
+        for x, column in enumerate(columns):
+            first = top + (height - len(column)) / 2
+            places |= {node: (float(x), -first - i) for i, node in enumerate(column)}
+        top += height
+    return places
+
+
+def _columns(told: networkx.DiGraph, depth: dict[str, int]) -> list[list[str]]:
+    """The nodes by depth, each column ordered by where its neighbours in the column beside it stand."""
+    columns = [[n for n in told if depth.get(n) == d] for d in range(1 + max(depth.values(), default=-1))]
+
+    def sort(column: list[str], beside: list[str], neighbours: Any) -> None:
+        place = {node: i for i, node in enumerate(beside)}
+        found = {node: [place[n] for n in neighbours(node) if n in place] for node in column}
+        mean = {node: sum(at) / len(at) if at else len(beside) / 2 for node, at in found.items()}
+        column.sort(key=lambda node: mean[node])
+
+    for _ in range(3):
+        for left, right in networkx.utils.pairwise(columns):
+            sort(right, left, told.predecessors)
+        for left, right in list(networkx.utils.pairwise(columns))[::-1]:
+            sort(left, right, told.successors)
+    return columns
