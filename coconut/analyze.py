@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coconut.analysis.comparable_runs import folders
 from coconut.config import AnalyzeConfig, Part, TableConfig
 from coconut.data.seen_questions import told_questions
-from coconut.engine.world import seat
+from coconut.engine.launcher_env import seat
 from coconut.methods import Curriculum, plan
 from coconut.reporting import run_table as table
 from coconut.reporting.charts import save_png

@@ -233,7 +233,7 @@ def _rows(data: Mapping[str, Any]) -> tuple[str, Sequence[Example]]:
 
 def run(config: DemoConfig) -> int:
     """Serve the page until Ctrl-C."""
-    from coconut.engine.world import seat
+    from coconut.engine.launcher_env import seat
     from coconut.utils.console import only_our_words
 
     if seat().rank:

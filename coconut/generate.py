@@ -30,7 +30,7 @@ TEXT_NAMES = (".txt", ".text", "")
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run, or those of a file, or those that are typed in."""
     from coconut.engine.base import autocast
-    from coconut.engine.world import seat
+    from coconut.engine.launcher_env import seat
     from coconut.runs.loading import classifier_of, load_model, load_run
     from coconut.utils.console import only_our_words
 

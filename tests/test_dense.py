@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.completions.rollouts import Group
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
-from coconut.engine.world import World, joined
+from coconut.engine.process_group import joined
+from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
-from coconut.rewards.dense import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
 from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import DenseConfig, ObjectiveConfig, RewardConfig, RLConfig
+from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
 from coconut.rl.trainer import REFERENCE, PolicyTraining, run
 from coconut.rl.trainer import together as run_together
 from coconut.rollout import run as roll

@@ -16,9 +16,11 @@ from torch import nn
 
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
 from coconut.data.batching import Batch
-from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
+from coconut.engine.base import Engine, NonFinite, restore_master
+from coconut.engine.factory import make_engine
 from coconut.engine.local import LocalEngine
-from coconut.engine.world import World, joined
+from coconut.engine.process_group import joined
+from coconut.engine.world import World
 from coconut.models.latent_lm import LatentLM
 
 LOCAL = EngineConfig(device="cpu", threads=1, timeout=120)

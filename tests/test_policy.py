@@ -16,12 +16,14 @@ from test_model import relative
 
 from coconut import LatentLM
 from coconut.completions.completion import Sample, sample_said, samples_of
+from coconut.completions.scoring import Policy
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig
-from coconut.engine.base import make_engine
+from coconut.engine.factory import make_engine
 from coconut.engine.local import LocalEngine
-from coconut.engine.world import World, joined
+from coconut.engine.process_group import joined
+from coconut.engine.world import World
 from coconut.methods import Slot
-from coconut.rl.loss import Policy, PolicyBatch, for_tokens, policy_batch
+from coconut.rl.loss import PolicyBatch, PolicyLoss, for_tokens, policy_batch
 from coconut.rl.loss import totals_of as all_of
 from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, k3, per_answer, per_token, without_variance
 
@@ -130,7 +132,7 @@ def test_the_loss_is_that_of_the_paper(name: str, by_token: bool) -> None:
     if by_token:
         batch = replace(batch, advantages=torch.randn(batch.num_targets))
     policy = Policy.of(lm.special)
-    loss = policy.loss(objective, 0.0)(lm, batch) / batch.num_targets
+    loss = PolicyLoss(policy, objective, 0.0)(lm, batch) / batch.num_targets
     lengths = [len(sample.log_probs) for sample in samples]
     now = list(policy.log_probs(lm, batch).detach().split(lengths))
     expected = by_the_formula(name, now, [sample.log_probs for sample in shifted], batch.advantages.split(lengths))
@@ -143,7 +145,7 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
     reference = [sample.log_probs + 0.1 for sample in samples]
     batch = replace(batch_of(lm, samples, objective), reference=torch.cat(reference))
     policy = Policy.of(lm.special)
-    with_it, without = (policy.loss(objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
+    with_it, without = (PolicyLoss(policy, objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
     log_probs = policy.log_probs(lm, batch).detach().split([len(sample.log_probs) for sample in samples])
     mean = sum(float(k3(a, b).mean()) for a, b in zip(log_probs, reference, strict=True)) / len(samples)
     assert float((with_it - without).detach()) == pytest.approx(0.5 * mean, rel=1e-4)
@@ -220,7 +222,7 @@ def test_the_split_into_micro_batches_changes_nothing(name: str) -> None:
         ]
         policy = Policy.of(lm.special)
         engine = LocalEngine(
-            lm, policy.loss(objective, 0.0), EngineConfig(device="cpu", threads=1), OptimizerConfig(lr=1e-3)
+            lm, PolicyLoss(policy, objective, 0.0), EngineConfig(device="cpu", threads=1), OptimizerConfig(lr=1e-3)
         )
         done = engine.update(parts, 1e-3)
         found.append((done.loss, done.grad_norm))
@@ -248,7 +250,7 @@ def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float
         )
         for rows in (mine[:size], mine[size:])
     ]  # fmt: skip
-    engine = make_engine(lm, Policy.of(lm.special).loss(objective, 0.1), config, OptimizerConfig(lr=1e-3), world)
+    engine = make_engine(lm, PolicyLoss(Policy.of(lm.special), objective, 0.1), config, OptimizerConfig(lr=1e-3), world)
     engine.rehearse(parts[0])
     done = engine.update(parts, 1e-3)
     return done.loss, done.grad_norm
@@ -289,7 +291,7 @@ def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None
     shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
     objective, beta = OBJECTIVES[name], 0.04
     batch = replace(batch_of(lm, shifted, objective, on_policy=False), reference=torch.cat(reference))
-    ours = Policy().loss(objective, beta)(lm, batch) / batch.num_targets  # nothing is refused there
+    ours = PolicyLoss(Policy(), objective, beta)(lm, batch) / batch.num_targets  # nothing is refused there
     ours.backward()
     our_gradients = gradients(lm)
 

@@ -23,6 +23,7 @@ from coconut import LatentLM
 from coconut.analyze import run as analyze
 from coconut.completions.completion import needs, question_of, sample_said, shares
 from coconut.completions.rollouts import Correctness
+from coconut.completions.scoring import Policy
 from coconut.config import (
     AdamWConfig,
     AnalyzeConfig,
@@ -38,7 +39,8 @@ from coconut.config import (
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_texts
 from coconut.engine.base import Update
-from coconut.engine.world import World, joined
+from coconut.engine.process_group import joined
+from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
 from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
@@ -53,7 +55,6 @@ from coconut.rewards.step_spans import text_ends, token_parts
 from coconut.rewards.trainer import RewardTraining, run
 from coconut.rewards.trainer import together as run_together
 from coconut.rewards.value_model import ValueModel
-from coconut.rl.loss import Policy
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import computed_as, starting_point

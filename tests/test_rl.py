@@ -35,7 +35,8 @@ from coconut.config import (
     TooLong,
 )
 from coconut.data.examples import Example
-from coconut.engine.world import World, joined
+from coconut.engine.process_group import joined
+from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
 from coconut.generate import run as run_generate
 from coconut.methods import Curriculum, PromptFormat, Unit

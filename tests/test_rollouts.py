@@ -9,11 +9,12 @@ import torch
 from test_hybrid import MODES, hybrid
 
 from coconut.completions.rollouts import THINKLESS_COSTS, Correctness, Cost, Group, roll_out
+from coconut.completions.scoring import Policy
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.methods import PromptFormat
-from coconut.rl.loss import Policy, for_tokens, policy_batch, totals_of
+from coconut.rl.loss import for_tokens, policy_batch, totals_of
 from coconut.rl.objectives import OBJECTIVES
 from coconut.tasks import TASKS
 

@@ -18,6 +18,7 @@ from coconut import LatentLM
 from coconut.analysis.prefix_values import encoded_answers, prefix_values
 from coconut.analysis.probes import Subject
 from coconut.completions.completion import sample_said, samples_of
+from coconut.completions.scoring import Policy
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.generate import Generated
@@ -25,7 +26,6 @@ from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat, Slot
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
-from coconut.rl.loss import Policy
 from coconut.runs.study import Study, Unfit
 from coconut.tasks import TASKS
 

@@ -34,7 +34,8 @@ from coconut.config import (
 )
 from coconut.engine.base import choose_device
 from coconut.engine.launch import started_workers
-from coconut.engine.world import Seat, joined, seat
+from coconut.engine.launcher_env import Seat, seat
+from coconut.engine.process_group import joined
 from coconut.evaluate import evaluate_together
 from coconut.evaluate import run as evaluate_alone
 from coconut.methods import Curriculum, Unit

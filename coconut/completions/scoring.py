@@ -16,6 +16,9 @@ from coconut.data.tokenization import SpecialIds
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
+
 
 @dataclass
 class Scored:
@@ -58,3 +61,36 @@ def of_tokens(lm: LatentLM, samples: Sequence[Sample], size: int, score: Callabl
         lengths = [len(sample.log_probs) for sample in chosen]
         found |= zip(places, score(batch).cpu().split(lengths), strict=True)
     return [found[place] for place in range(len(samples))]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be said where, and at which temperature: the distribution that answers are sampled from.
+
+    A control token is one of `controls`; any other token is none of `refused`.
+    """
+
+    refused: tuple[int, ...] = ()
+    controls: tuple[int, ...] = ()
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, special: SpecialIds, temperature: float = 1.0) -> Policy:
+        """That of a model with these tokens."""
+        return cls(tuple(special.added), tuple(special.control.values()), temperature)
+
+    def log_probs(self, module: nn.Module, batch: Scored) -> Tensor:
+        """(M,) of the targets of a batch, in float32."""
+        out = at_targets(module, batch)
+        logits_MV = out.target_logits.float() / self.temperature
+        refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
+        refused_2V[0, list(self.refused)] = True
+        refused_2V[1] = True
+        refused_2V[1, list(self.controls)] = False
+        logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
+        return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
+
+    @torch.no_grad()
+    def score(self, lm: LatentLM, samples: Sequence[Sample], size: int) -> list[Tensor]:
+        """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
+        return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))

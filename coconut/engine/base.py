@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from coconut.config import AdamWConfig, EngineConfig, EngineKind, Precision
+from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.world import World
 from coconut.utils.console import say
 
@@ -91,19 +91,6 @@ class Engine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, after a rehearsal. Nothing of `state` is changed later."""
         ...
-
-
-def make_engine(
-    module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: AdamWConfig, world: World
-) -> Engine:
-    """Raises ValueError if what the engine needs is not installed."""
-    if config.kind is EngineKind.deepspeed:
-        from coconut.engine.zero import ZeroEngine
-
-        return ZeroEngine(module, loss_function, config, optimizer, world)
-    from coconut.engine.local import LocalEngine
-
-    return LocalEngine(module, loss_function, config, optimizer, world)
 
 
 def restore_master(module: nn.Module, state: dict[str, Any]) -> None:

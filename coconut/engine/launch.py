@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 from coconut.config import EngineConfig, LaunchConfig
-from coconut.engine.world import FAILED, World, joined, seat
+from coconut.engine.launcher_env import seat
+from coconut.engine.process_group import FAILED, joined
+from coconut.engine.world import World
 
 
 def stopping_signals() -> list[signal.Signals]:

@@ -7,13 +7,10 @@ optimizer changes.
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -33,30 +30,10 @@ from coconut.engine.base import (
     set_up,
     trained,
 )
+from coconut.engine.deepspeed_import import import_deepspeed, quiet
 from coconut.engine.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def import_deepspeed() -> Any:
-    """Raises ValueError if it is not installed."""
-    try:
-        with quiet():
-            import deepspeed
-    except ImportError as error:
-        raise ValueError(f"engine=deepspeed needs DeepSpeed ({error}). Install it: pip install deepspeed") from error
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on CPUs it would be compiled, for a minute
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    return deepspeed
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without DeepSpeed's warnings of old names in torch, and what it prints of its operators."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 class ZeroEngine:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from coconut.completions.completion import Sample
-from coconut.completions.scoring import Scored
+from coconut.completions.scoring import Policy, Scored
 from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
 from coconut.rewards.labelled_answers import Labelled
 from coconut.rewards.losses import Loss
 from coconut.rewards.value_model import values
-from coconut.rl.loss import Policy
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from coconut.completions.completion import Sample
+from coconut.completions.scoring import Policy
 from coconut.rewards.step_spans import parts_said
-from coconut.rl.loss import Policy
 from coconut.runs.loading import run_of
 from coconut.runs.record import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json, sha256

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from coconut.completions.completion import Sample, needs, shares
+from coconut.completions.scoring import Policy
 from coconut.config import TooLong
-from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
+from coconut.engine.base import Engine, NonFinite, peak_memory
+from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import (
@@ -31,7 +33,6 @@ from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import loss_named
 from coconut.rewards.value_model import ValueModel
-from coconut.rl.loss import Policy
 from coconut.runs.folder import describe, held_folder, used_file
 from coconut.runs.loading import computed_as, in_float32, weights_of
 from coconut.runs.record import DESCRIPTION

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from coconut.completions.completion import Sample
-from coconut.completions.scoring import Scored, at_targets, of_tokens
+from coconut.completions.scoring import Policy, Scored
 from coconut.data.tokenization import SpecialIds
 from coconut.rl.objectives import Objective, Totals, clipped, k3
 
 if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
+    pass
 
 
 @dataclass
@@ -73,42 +73,6 @@ def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
     """Of all answers of an update."""
     tokens, controls = (sum(map(len, (s.log_probs for s in samples))), sum(int(s.is_control.sum()) for s in samples))
     return Totals(len(samples), tokens, controls, budget)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What may be said where, and at which temperature: the distribution that answers are sampled from.
-
-    A control token is one of `controls`; any other token is none of `refused`.
-    """
-
-    refused: tuple[int, ...] = ()
-    controls: tuple[int, ...] = ()
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, special: SpecialIds, temperature: float = 1.0) -> Policy:
-        """That of a model with these tokens."""
-        return cls(tuple(special.added), tuple(special.control.values()), temperature)
-
-    def log_probs(self, module: nn.Module, batch: Scored) -> Tensor:
-        """(M,) of the targets of a batch, in float32."""
-        out = at_targets(module, batch)
-        logits_MV = out.target_logits.float() / self.temperature
-        refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
-        refused_2V[0, list(self.refused)] = True
-        refused_2V[1] = True
-        refused_2V[1, list(self.controls)] = False
-        logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
-        return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
-
-    @torch.no_grad()
-    def score(self, lm: LatentLM, samples: Sequence[Sample], size: int) -> list[Tensor]:
-        """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
-        return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))
-
-    def loss(self, objective: Objective, beta: float) -> PolicyLoss:
-        return PolicyLoss(self, objective, beta)
 
 
 @dataclass(frozen=True)

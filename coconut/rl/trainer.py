@@ -16,16 +16,18 @@ from torch import Tensor
 
 from coconut.completions.completion import longest_answers, needs, shares
 from coconut.completions.rollouts import Correctness, Cost, Group, Reward, rewarded, roll_out, with_room
+from coconut.completions.scoring import Policy
 from coconut.config import TooLong
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions
-from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
+from coconut.engine.base import Engine, NonFinite, peak_memory
+from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import Abandoned, Prediction
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
-from coconut.rl.loss import Policy, PolicyBatch, for_tokens, policy_batch, totals_of
+from coconut.rl.loss import PolicyBatch, PolicyLoss, for_tokens, policy_batch, totals_of
 from coconut.rl.mode_routing import by_steps, gathered, in_each_mode, of_modes
 from coconut.rl.objectives import advantages, without_variance
 from coconut.runs.folder import describe, held_folder, used_file
@@ -43,7 +45,7 @@ from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
-    from coconut.rewards.dense import DenseRewards
+    from coconut.rl.process_reward import DenseRewards
 
 REFERENCE = "reference"  # in the run's folder: what it started from
 
@@ -74,7 +76,7 @@ class PolicyTraining:
         self.valid = self._read("valid")[: config.valid_limit]
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.standing.restore(self.lm)
-        self.loss = self.policy.loss(self.objective, config.objective.beta)
+        self.loss = PolicyLoss(self.policy, self.objective, config.objective.beta)
         carried_out_as(self.lm, config.engine)
         self.engine: Engine = make_engine(self.lm, self.loss, config.engine, config.optimizer, world)
         self.reference = self._reference()
@@ -118,7 +120,6 @@ class PolicyTraining:
     def _dense(self) -> DenseRewards | None:
         if not self.config.dense.weight:
             return None
-        from coconut.rewards.dense import DenseRewards  # it stands above this package, and is reached when asked for
 
         start = None if self.config.dense.init else self.reference
         return DenseRewards(

@@ -7,7 +7,8 @@ from typing import Any
 
 from coconut.config import RunConfig
 from coconut.engine.launch import on_processes, processes
-from coconut.engine.world import World, seat
+from coconut.engine.launcher_env import seat
+from coconut.engine.world import World
 from coconut.runs.tracking import ready
 from coconut.utils.console import only_our_words
 

@@ -21,7 +21,8 @@ from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.data.examples import Example, read_examples
 from coconut.data.sequences import EpochView, fit_context, forms_of
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
-from coconut.engine.base import Engine, NonFinite, make_engine, peak_memory
+from coconut.engine.base import Engine, NonFinite, peak_memory
+from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import Abandoned, Prediction, evaluate
 from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit

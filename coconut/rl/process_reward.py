@@ -17,13 +17,14 @@ from torch import Tensor
 
 from coconut.completions.completion import Sample, needs, shares
 from coconut.completions.rollouts import Correctness, Group
-from coconut.engine.base import Engine, NonFinite, make_engine, restore_master
+from coconut.completions.scoring import Policy
+from coconut.engine.base import Engine, NonFinite, restore_master
+from coconut.engine.factory import make_engine
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, loss_named
 from coconut.rl.config import RLConfig
-from coconut.rl.loss import Policy
 from coconut.runs.checkpoints import load_trainer
 from coconut.runs.loading import computed_as, in_float32, run_of, weights_of
 from coconut.runs.record import read_config

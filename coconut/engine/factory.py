@@ -1,0 +1,22 @@
+"""The engine that a configuration asks for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from coconut.config import AdamWConfig, EngineConfig, EngineKind
+from coconut.engine.base import Engine, LossFunction
+from coconut.engine.world import World
+
+
+def make_engine(
+    module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: AdamWConfig, world: World
+) -> Engine:
+    """Raises ValueError if what the engine needs is not installed."""
+    if config.kind is EngineKind.deepspeed:
+        from coconut.engine.zero import ZeroEngine
+
+        return ZeroEngine(module, loss_function, config, optimizer, world)
+    from coconut.engine.local import LocalEngine
+
+    return LocalEngine(module, loss_function, config, optimizer, world)
