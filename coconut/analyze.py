@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.analysis.comparable_runs import folders
-from coconut.config import AnalyzeConfig, Part, TableConfig
+from coconut.analysis.config import AnalyzeConfig, Part, TableConfig
 from coconut.data.seen_questions import told_questions
 from coconut.engine.launcher_env import seat
 from coconut.methods import Curriculum, plan

@@ -12,8 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import METHODS, Curriculum, PromptFormat, Slot, plan
-from coconut.utils.overrides import Kind, PathName, Place, Text, change_texts
+from coconut.methods import Curriculum, PromptFormat, plan
+from coconut.utils.overrides import Kind, PathName, Place, change_texts
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others. The test file is never opened in training.
@@ -474,13 +474,6 @@ def _but_for_how(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
-class StopRule(StrEnum):
-    """How many thoughts a question gets."""
-
-    constant = "constant"  # as many as the model's last stage had, or num_thoughts
-    classifier = "classifier"  # a classifier on the thoughts ends them, at the latest after so many
-
-
 @dataclass
 class DataFiles:
     """Files to take in place of those that the run was made with."""
@@ -488,166 +481,6 @@ class DataFiles:
     train: PathName | None = None
     valid: PathName | None = None
     test: PathName | None = None
-
-
-@dataclass
-class EvaluateConfig:
-    run: Place = ""  # or a saved model: a folder, or OWNER/NAME on the hub
-    checkpoint: str = "best"  # best, last, or the number of an update
-    split: str = "test"
-    data: DataFiles = field(default_factory=DataFiles)
-    task: Task | None = None  # of a saved model, which does not say it
-    output: PathName = ""  # a folder; by default RUN/evaluation, of a saved model evaluation/NAME
-    num_thoughts: int | None = None  # by default the model's own
-    stop: StopRule = StopRule.constant
-    mode: str | None = None  # of a hybrid model: force it
-    max_new_tokens: int | None = None
-    batch_size: int = 64
-    limit: int | None = None  # the first so many questions
-    too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
-    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-
-    def __post_init__(self) -> None:
-        needs_run(self.run)
-        at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
-        for other in SPLITS:
-            if other != self.split and getattr(self.data, other):
-                raise ValueError(f"data.{other} is given but split={self.split} is evaluated. Add split={other}.")
-
-
-@dataclass
-class GenerateConfig:
-    run: PathName = ""
-    checkpoint: str = "best"
-    question: Text = ""  # "-" reads standard input; with neither a question nor a file they are typed in
-    file: PathName = ""  # questions, one a line, or rows of JSON
-    output: PathName = ""  # where the answers to a file go, as JSON lines; by default to the screen
-    policy: PathName = ""  # of coconut.adaptive, which then says how each question is asked
-    batch_size: int = 64
-    show_thoughts: bool = False
-    num_thoughts: int | None = None
-    stop: StopRule = StopRule.constant
-    mode: str | None = None  # of a hybrid model: force it
-    max_new_tokens: int | None = None
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0
-    seed: int = 0
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        needs_run(self.run)
-        at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0, batch_size=1)
-        if self.question and not self.question.strip():
-            raise ValueError('The question is empty. Ask one with question="..." or pipe it in with question=-.')
-        if self.question and self.file:
-            raise ValueError("question and file are both given. Leave one of them out.")
-        if self.output and not self.file:
-            raise ValueError("output is for the answers to file=FILE; one answer goes to the screen.")
-        if self.policy:
-            usual = GenerateConfig(run=self.run)
-            for name in ("num_thoughts", "stop", "mode", "temperature", "top_p", "show_thoughts"):
-                if (value := getattr(self, name)) != getattr(usual, name):
-                    raise ValueError(
-                        f"{name}={value} and policy={self.policy} are both given. The policy says how each question is "
-                        "asked: leave one of them out."
-                    )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
-        if self.top_p < 1 and not self.temperature:
-            raise ValueError(f"top_p={self.top_p} is for sampling: set temperature, for example to 1.")
-
-
-@dataclass
-class ExportConfig:
-    run: PathName = ""
-    checkpoint: str = "best"
-    released: PathName = ""  # in place of a run: a checkpoint of the code released with the paper
-    base: Place = ""  # the model that it was trained from: its config and tokenizer; of a LoRA run the name to record
-    tokenizer: Place = ""  # if it is not the base's
-    method: str = "coconut"  # how the released checkpoint was trained
-    stage: int | None = None
-    thoughts_per_step: int = 1
-    output: PathName = ""
-    merge: bool = True  # write a LoRA model whole
-    max_shard_size: str = "5GB"  # no file of weights is larger
-    push: str = ""  # OWNER/NAME on the Hugging Face hub
-    private: bool = True
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        if bool(self.run) == bool(self.released):
-            raise ValueError("Name either run=DIR, a trained run, or released=FILE, a checkpoint of the released code.")
-        if not self.output:
-            raise ValueError("Name the folder to write with output=FOLDER.")
-        if self.released and not self.base:
-            raise ValueError("Name the model that the checkpoint was trained from with base=NAME (for its config).")
-        at_least("", self, stage=0, thoughts_per_step=0)
-        plan(self.method, Curriculum())
-        if self.released and self.stage is None and METHODS[self.method].slot is not Slot.nothing:
-            raise ValueError(f"Say in which stage the checkpoint was written, stage=K: {self.method} has thoughts or "
-                             "pauses according to it.")  # fmt: skip
-
-
-@dataclass
-class DemoConfig:
-    run: PathName = ""
-    checkpoint: str = "best"
-    host: str = "127.0.0.1"  # who can open the page: this machine alone
-    port: int = 8000  # 0: any that is free
-    max_new_tokens: int | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        needs_run(self.run)
-        at_least("", self, port=0, max_new_tokens=1)
-        if self.port > 65535:
-            raise ValueError(f"port is {self.port}; it must be at most 65535.")
-        if not self.host or ":" in self.host:
-            raise ValueError(f"host={self.host} is no IPv4 address or name; 127.0.0.1 is this machine alone.")
-
-
-class Part(StrEnum):
-    """What can be measured of a trained run, besides its accuracy."""
-
-    k_forcing = "k_forcing"  # accuracy and reasoning paths with any number of thoughts
-    prefix_values = "prefix_values"  # what each thought adds to the probability of the right answer
-    values = "values"  # the latent search tree: what the next step would be after each thought
-    inner_products = "inner_products"  # thoughts against the embeddings of nodes
-    decoded = "decoded"  # the tokens that a thought is closest to saying
-    audit_thoughts = "audit_thoughts"  # other thoughts in place of its own
-    audit_edges = "audit_edges"  # questions with an edge changed
-    stopping = "stopping"  # a classifier that ends the thoughts against their constant number
-
-
-@dataclass
-class AnalyzeConfig:
-    run: PathName = ""
-    checkpoint: str = "best"
-    data: DataFiles = field(default_factory=DataFiles)
-    parts: list[Part] | None = None  # by default all that fit the run; []: the page alone
-    limit: int | None = None  # the first so many test questions
-    batch_size: int = 64
-    output: PathName | None = None  # by default RUN/report.html
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        needs_run(self.run)
-        at_least("", self, limit=1, batch_size=1)
-
-
-@dataclass
-class TableConfig:
-    runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
-    split: str = "test"  # or the name of another evaluation that all of them have
-    output: PathName | None = None  # a folder; by default the one that all runs lie in
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed*'.")
 
 
 def needs_run(run: str) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from coconut.analysis.config import DemoConfig
 from coconut.analysis.interactive import Asker
 from coconut.analysis.probes import Subject
-from coconut.config import DemoConfig
 from coconut.reporting.plots import DARK, LIGHT
 from coconut.tasks import TASKS
 from coconut.utils.console import say

@@ -7,13 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.config import EvaluateConfig, StopRule, TooLong
+from coconut.config import TooLong
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
 from coconut.data.seen_questions import all_seen, seen_by, told_questions
 from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
 from coconut.engine.world import World
+from coconut.evaluation.config import EvaluateConfig
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
+from coconut.generation.config import StopRule
 from coconut.methods import REASONING_FILE, Reasoning, Slot
 from coconut.tasks import TASKS
 from coconut.utils.files import make_writable, sha256, write_json, write_text

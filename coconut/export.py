@@ -6,7 +6,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from coconut.config import ExportConfig
+from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.push import check_name, push
 from coconut.methods import Curriculum, Reasoning, plan

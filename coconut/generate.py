@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coconut.config import GenerateConfig, StopRule
 from coconut.data.examples import Unreadable, existing, json_rows
 from coconut.data.tokenization import encode_questions, unknown_in
 from coconut.evaluation.evaluator import room_for_question
+from coconut.generation.config import GenerateConfig, StopRule
 from coconut.generation.generate import Generated, answer, generate, likeliest, longest_first, pad_rows
 from coconut.utils.files import decoded, read_utf8, write_text
 from coconut.utils.hydra_app import application

@@ -37,12 +37,13 @@ from coconut.adaptive.outcome_table import Outcomes
 from coconut.adaptive.policy import Policy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
 from coconut.completions.completion import sample_said
-from coconut.config import DataFiles, EngineConfig, GenerateConfig, Task
+from coconut.config import DataFiles, EngineConfig, Task
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.generate import run as generate
+from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import pad_rows
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward

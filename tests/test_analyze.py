@@ -14,8 +14,10 @@ import pytest
 from conftest import graph_files, small_run
 
 from coconut import analyze
-from coconut.config import AnalyzeConfig, DataConfig, DataFiles, EngineConfig, EvaluateConfig, Part, PromptFormat, Task
+from coconut.analysis.config import AnalyzeConfig, Part
+from coconut.config import DataConfig, DataFiles, EngineConfig, PromptFormat, Task
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.record import read_run
 from coconut.runs.study import Study, Unfit

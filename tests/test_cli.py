@@ -25,18 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 import coconut
 from coconut.adaptive.config import AdaptiveConfig
-from coconut.config import (
-    AnalyzeConfig,
-    DemoConfig,
-    EngineConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from coconut.analysis.config import AnalyzeConfig, DemoConfig
+from coconut.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from coconut.evaluation.config import EvaluateConfig
+from coconut.generation.config import GenerateConfig
+from coconut.hub.config import ExportConfig
 from coconut.methods import plan
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rl.config import RLConfig

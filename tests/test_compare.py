@@ -24,15 +24,11 @@ from scipy.stats import binomtest
 from test_cli import python
 from test_report import Loads, words
 
+from coconut import evaluate
+from coconut.analysis.config import TableConfig
 from coconut.analysis.statistics import accuracy_interval, compare, difference_interval, exact_test, holm
-from coconut.config import (
-    DataConfig,
-    DataFiles,
-    EngineConfig,
-    EvaluateConfig,
-    TableConfig,
-)
-from coconut.evaluation import evaluator as evaluate
+from coconut.config import DataConfig, DataFiles, EngineConfig
+from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.reporting.run_table import SCREEN, on_screen
 from coconut.reporting.run_table import run as table

@@ -25,10 +25,11 @@ import pytest
 import torch
 from conftest import graph_files, small_run
 
+from coconut.analysis.config import DemoConfig
 from coconut.analysis.graph_layout import place_nodes
 from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.analysis.probes import MORE
-from coconut.config import DataConfig, DemoConfig, EngineConfig, Task
+from coconut.config import DataConfig, EngineConfig, Task
 from coconut.data.tokenization import encode_questions
 from coconut.demo import MOST_BYTES, Server, open_demo, page
 from coconut.generation.generate import likeliest

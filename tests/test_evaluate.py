@@ -14,18 +14,14 @@ from conftest import build, graph_files, graph_rows, small_run
 from scipy.stats import norm
 
 from coconut import LatentLM
-from coconut.config import (
-    DataFiles,
-    EvaluateConfig,
-    GenerateConfig,
-    TooLong,
-    Unreadable,
-)
+from coconut.config import DataFiles, TooLong, Unreadable
 from coconut.data.examples import Example
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.evaluation.evaluator import evaluate, task_of
 from coconut.generate import read_questions
 from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated
 from coconut.methods import PromptFormat, Slot
 from coconut.runs.checkpoints import Checkpoints

@@ -21,11 +21,14 @@ from conftest import ARCHITECTURES, build, byte_level_tokenizer, graph_files, sm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.config import DataFiles, EvaluateConfig, ExportConfig, GenerateConfig, StopRule, Task
+from coconut.config import DataFiles, Task
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.export import run as run_export
 from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig, StopRule
 from coconut.generation.generate import answer
+from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.released_checkpoints import from_released
 from coconut.methods import PromptFormat, Reasoning, Slot

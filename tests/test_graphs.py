@@ -19,11 +19,12 @@ from test_model import mixed_batch, relative
 from benchmarks.ways import Size, make_batch, make_data, make_model
 from coconut import LatentLM
 from coconut.acceleration.cuda_graphs import fresh_leaves, rounded, rounded_down
-from coconut.config import Activations, AdamWConfig, EngineConfig, EngineKind, EvaluateConfig
+from coconut.config import Activations, AdamWConfig, EngineConfig, EngineKind
 from coconut.data.batching import Batch
 from coconut.engine.base import set_up
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.models import latent_lm as model
 from coconut.runs.record import read_metrics
 from coconut.training.trainer import run, summed_loss

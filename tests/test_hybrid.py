@@ -12,10 +12,12 @@ from conftest import build, graph_files, small_run
 from test_generate import QUESTIONS, by_recomputation, padded, rows_of
 
 from coconut import LatentLM, answer
-from coconut.config import DataFiles, EvaluateConfig, GenerateConfig, OptimizerConfig, TooLong, TrainConfig
+from coconut.config import DataFiles, OptimizerConfig, TooLong, TrainConfig
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Slot, Unit, mode_named
 from coconut.rewards.config import RolloutConfig

@@ -17,8 +17,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EvaluateConfig, TrainConfig
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, TrainConfig
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.reward import compare
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.trainer import run as run_reward

@@ -13,13 +13,9 @@ import pytest
 from conftest import graph_files, small_run
 
 from coconut import analyze
-from coconut.config import (
-    AnalyzeConfig,
-    EngineConfig,
-    EvaluateConfig,
-    ModelConfig,
-    OptimizerConfig,
-)
+from coconut.analysis.config import AnalyzeConfig
+from coconut.config import EngineConfig, ModelConfig, OptimizerConfig
+from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.reporting.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
 from coconut.reporting.run_page import answers, command, headline, report

@@ -20,13 +20,13 @@ from processes import killed_and_stopped, together
 from test_hybrid import hybrid
 
 from coconut import LatentLM
+from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
 from coconut.completions.completion import needs, question_of, sample_said, shares
 from coconut.completions.rollouts import Correctness
 from coconut.completions.scoring import Policy
 from coconut.config import (
     AdamWConfig,
-    AnalyzeConfig,
     DataConfig,
     DataFiles,
     EngineConfig,

@@ -16,21 +16,18 @@ from processes import killed_and_stopped, together
 from test_hybrid import MODES
 
 from coconut import LatentLM
+from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
 from coconut.analyze import several as compare
 from coconut.completions.rollouts import Cost
 from coconut.config import (
     Activations,
     AdamWConfig,
-    AnalyzeConfig,
     DataConfig,
     EngineConfig,
     EngineKind,
-    EvaluateConfig,
-    GenerateConfig,
     LoraConfig,
     Precision,
-    TableConfig,
     Task,
     TooLong,
 )
@@ -38,7 +35,9 @@ from coconut.data.examples import Example
 from coconut.engine.process_group import joined
 from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.trainer import REFERENCE, PolicyTraining, run

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import data_builders
-from coconut.config import DataConfig, EngineConfig, EvaluateConfig, ModelConfig, Task, TrainConfig
+from coconut.config import DataConfig, EngineConfig, ModelConfig, Task, TrainConfig
 from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.runs.record import read_results
 from coconut.training.trainer import run

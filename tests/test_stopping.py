@@ -10,13 +10,11 @@ import pytest
 import torch
 from conftest import build, graph_files, graph_rows, small_run
 
-from coconut.config import (
-    EngineConfig,
-    EvaluateConfig,
-    StopRule,
-)
+from coconut.config import EngineConfig
 from coconut.data.examples import Example
 from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
+from coconut.generation.config import StopRule
 from coconut.generation.stop_classifier import StopClassifier, fit, fit_classifier, refuse_untrained
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
 from coconut.runs.loading import classifier_of, load_run

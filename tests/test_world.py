@@ -26,7 +26,6 @@ from coconut.config import (
     DataConfig,
     EngineConfig,
     EngineKind,
-    EvaluateConfig,
     LaunchConfig,
     LoraConfig,
     OptimizerConfig,
@@ -38,6 +37,7 @@ from coconut.engine.launcher_env import Seat, seat
 from coconut.engine.process_group import joined
 from coconut.evaluate import evaluate_together
 from coconut.evaluate import run as evaluate_alone
+from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.record import read_metrics

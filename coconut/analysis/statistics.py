@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from coconut.analysis.comparable_runs import Entrant, entrants, natural
-from coconut.config import TableConfig
+from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import most_seen, told_questions
 from coconut.methods import METHODS
 from coconut.utils.console import listed

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.analysis.comparable_runs import Entrant
+from coconut.analysis.config import TableConfig
 from coconut.analysis.statistics import (
     RESAMPLES,
     Comparison,
@@ -25,7 +26,6 @@ from coconut.analysis.statistics import (
     told_range,
     told_seeds,
 )
-from coconut.config import TableConfig
 from coconut.methods import method_named
 from coconut.reporting.page import (
     Aside,

@@ -1,0 +1,38 @@
+"""The schema of evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coconut.config import SPLITS, DataFiles, EngineConfig, LaunchConfig, Task, TooLong, Unreadable, at_least, needs_run
+from coconut.generation.config import StopRule
+from coconut.utils.overrides import PathName, Place
+
+
+@dataclass
+class EvaluateConfig:
+    run: Place = ""  # or a saved model: a folder, or OWNER/NAME on the hub
+    checkpoint: str = "best"  # best, last, or the number of an update
+    split: str = "test"
+    data: DataFiles = field(default_factory=DataFiles)
+    task: Task | None = None  # of a saved model, which does not say it
+    output: PathName = ""  # a folder; by default RUN/evaluation, of a saved model evaluation/NAME
+    num_thoughts: int | None = None  # by default the model's own
+    stop: StopRule = StopRule.constant
+    mode: str | None = None  # of a hybrid model: force it
+    max_new_tokens: int | None = None
+    batch_size: int = 64
+    limit: int | None = None  # the first so many questions
+    too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
+    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        needs_run(self.run)
+        at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
+        for other in SPLITS:
+            if other != self.split and getattr(self.data, other):
+                raise ValueError(f"data.{other} is given but split={self.split} is evaluated. Add split={other}.")
