@@ -206,7 +206,7 @@ def step(lm: LatentLM, batch: dict[str, Tensor]) -> None:
 def measure(thoughts: int, recompute: bool) -> dict[str, float]:
     """In this process: a step for its time and resident set, then one for the tensors that live."""
     lm = make_model()
-    lm.recompute = recompute
+    lm.activation_checkpointing = recompute
     batch = make_batch(lm, thoughts)
     before = time.process_time()
     step(lm, batch)
@@ -225,7 +225,7 @@ def difference(thoughts: int) -> float:
     """The largest |a - b| / |b| over the parameters' gradients, dropout on, one seed."""
     lm = make_model(dropout=0.1)
     found: list[dict[str, Tensor]] = []
-    for lm.recompute in (False, True):
+    for lm.activation_checkpointing in (False, True):
         lm.zero_grad()
         step(lm, make_batch(lm, thoughts))
         found.append({name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None})

@@ -34,7 +34,7 @@ from coconut.acceleration.linear import FusedGelu, fused_gelu
 from coconut.data import sequences as layout
 from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView
-from coconut.engine.base import keep_memory
+from coconut.engine.base import keep_freed_memory
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.models import latent_lm as model
 
@@ -224,7 +224,7 @@ def padding_rows() -> Iterator[Row]:
 
 
 def main() -> None:
-    keep_memory()
+    keep_freed_memory()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{date.today()}, {machine()}")
     for kind, pieces in {"float32": WITHOUT, "bfloat16": HALF}.items():

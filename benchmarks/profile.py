@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.run import machine, seconds, step, timed
 from benchmarks.ways import SIZES, Size, make_batches, make_model
 from coconut.acceleration import linear
-from coconut.engine.base import keep_memory
+from coconut.engine.base import keep_freed_memory
 
 KINDS = {
     "products": ("mm", "linear", "matmul", "mkldnn"),
@@ -56,7 +56,7 @@ UNCOUNTED = {torch.ops.mkldnn._linear_pointwise: by_onednn}
 
 
 def main() -> None:
-    keep_memory()
+    keep_freed_memory()
     thoughts = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{machine()}; {thoughts} thoughts; seconds a step")
     columns = ["step", *KINDS, "the rest", "Python", "system", "floor"]

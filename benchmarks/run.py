@@ -48,7 +48,7 @@ from benchmarks.ways import (
 from coconut import LatentLM
 from coconut.config import Precision
 from coconut.data.batching import Batch, epoch_batches, micro_batches
-from coconut.engine.base import autocast, keep_memory
+from coconut.engine.base import autocast, keep_freed_memory
 from coconut.generation.generate import pad_rows
 from coconut.reporting.charts import save_png
 from coconut.reporting.plots import LIGHT, new_figure
@@ -175,9 +175,9 @@ def largest() -> int:
 def steps_alone(size: str, kind: str, way: str, how: str, rounds: int) -> Row:
     """Medians of so many steps of this process, after one that is not counted, and its largest resident set in GiB."""
     if how != "given back":
-        keep_memory()
+        keep_freed_memory()
     lm = make_model(SIZES[size])
-    lm.recompute = how == "recomputed"
+    lm.activation_checkpointing = how == "recomputed"
     thoughts = 3
     batch = make_batches(lm, thoughts, SIZES[size].rows)[way]
     spent, system = zip(*[timed(lambda: step(way, lm, batch, kind)) for _ in range(rounds + 1)], strict=True)
@@ -286,7 +286,7 @@ PARTS: dict[str, tuple[str, Callable[[Form, Found], Iterator[Row]]]] = {
 
 
 def report(form: Form, folder: Path | None) -> None:
-    keep_memory()
+    keep_freed_memory()
     print(f"{date.today()}, {machine()}")
     found: Found = {}
     for name, (title, rows) in PARTS.items():

@@ -85,7 +85,7 @@ def make_data(rows: int) -> TokenizedData:
 
 def make_view(lm: LatentLM, data: TokenizedData, thoughts: int) -> EpochView:
     """The stage in which three steps are cut, with so many thoughts in their place."""
-    made = plan("coconut", Curriculum(max_stage=3, total=50))
+    made = plan("coconut", Curriculum(max_stage=3, total_length=50))
     return EpochView(data, made, replace(made.stages[3], num_thoughts=thoughts), lm.special, seed=0, epoch=0)
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coconut.data.examples import Example
-    from coconut.generation.generate import answer, likeliest
+    from coconut.generation.generate import answer, logit_lens
     from coconut.methods import METHODS, Curriculum, Reasoning, plan
     from coconut.models.latent_lm import LatentLM
 
-__all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "likeliest", "plan"]
+__all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "logit_lens", "plan"]
 
 _HOME = {
     "METHODS": "coconut.methods",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from coconut.analysis.comparable_runs import folders
 from coconut.analysis.config import AnalyzeConfig, Part, TableConfig
-from coconut.data.seen_questions import told_questions
-from coconut.engine.launcher_env import seat
+from coconut.data.seen_questions import describe_questions
+from coconut.engine.launcher_env import read_launcher_env
 from coconut.methods import Curriculum, plan
 from coconut.reporting import run_table as table
 from coconut.reporting.charts import save_png
@@ -20,14 +20,14 @@ from coconut.reporting.sections import WIDE, are_they_used, drawings, how_many, 
 from coconut.rl import report as policies
 from coconut.rl.report import on_screen
 from coconut.runs.record import RunRecord, read_run
-from coconut.runs.study import FOLDER, Study, Unfit
-from coconut.utils.console import only_our_words, say, working
-from coconut.utils.files import whole_folder, write_text
-from coconut.utils.hydra_app import application, by_word
+from coconut.runs.study import FOLDER, NotApplicable, Study
+from coconut.utils.console import log, progress_bar, silence_libraries
+from coconut.utils.files import atomic_folder, write_text
+from coconut.utils.hydra_app import application, subcommands
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
-    from coconut.runs.loading import Trained
+    from coconut.runs.loading import LoadedRun
 
 DECODED = 20  # questions, among which the page finds a telling one
 ASKED = ("train", "test")  # splits that a router learns from, and is compared on
@@ -37,9 +37,9 @@ SECTIONS = (headline, policies.choices, how_many, what_they_hold, are_they_used,
 
 def run(config: AnalyzeConfig) -> int:
     """Examine a run's model, if it has come so far, and write its page."""
-    if seat().rank:
+    if read_launcher_env().rank:
         return 0  # of several processes one is enough
-    only_our_words()
+    silence_libraries()
     record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
     if config.parts is None and policies.chooses(record):
@@ -50,8 +50,8 @@ def run(config: AnalyzeConfig) -> int:
     write_text(path, policies.report(record) if policies.is_policy(record) else report(record, SECTIONS))
     if record.test:
         found = record.evaluations[record.test]
-        say(f"accuracy {percent(found['accuracy'])} on {told_questions(found['count'], found.get('seen'))}")
-    say(f"Report: {path}")
+        log(f"accuracy {percent(found['accuracy'])} on {describe_questions(found['count'], found.get('seen'))}")
+    log(f"Report: {path}")
     return 0
 
 
@@ -66,7 +66,7 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.engine.base import autocast
-    from coconut.evaluation.evaluator import fitting
+    from coconut.evaluation.evaluator import indices_that_fit
     from coconut.runs.loading import load_run
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
@@ -77,41 +77,43 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
         raise FileNotFoundError(f"{error} parts=[] writes the page alone.") from None
     trained = load_run(config.run, config.checkpoint, config.engine)
     examples = read_examples(path)[: config.limit]
-    kept = fitting(trained.lm, [example.question for example in examples], MORE)
+    kept = indices_that_fit(trained.lm, [example.question for example in examples], MORE)
     subject = Subject(
         trained.lm,
         TASKS[record.config["data"]["task"]],
         [examples[i] for i in kept],
         batch_size=config.batch_size,
-        knows_fewer=plan(record.config["method"], Curriculum.from_dict(record.config["curriculum"])).knows_fewer,
+        trained_with_fewer_thoughts=plan(
+            record.config["method"], Curriculum.from_dict(record.config["curriculum"])
+        ).trained_with_fewer_thoughts,
     )
     about = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
     wanted = config.parts or list(Part)
-    say(f"Looking into update {trained.step:,} with {len(kept):,} questions of {path}")
+    log(f"Looking into update {trained.step:,} with {len(kept):,} questions of {path}")
     if len(kept) < len(examples):
-        say(f"Left out {len(examples) - len(kept):,} questions that leave no room for {MORE} thoughts more.")
+        log(f"Left out {len(examples) - len(kept):,} questions that leave no room for {MORE} thoughts more.")
     studies = {
         name: study for name, study in record.studies.items() if config.parts and study.facts == study.facts | about
     }
-    with working("parts", len(wanted)) as bar, autocast(trained.lm.device, config.engine.precision):
+    with progress_bar("parts", len(wanted)) as bar, autocast(trained.lm.device, config.engine.precision):
         for done, part in enumerate(wanted):
             bar(done, part.value)
             try:
                 made = _carry_out(part, subject, trained, config)
-            except Unfit as reason:
+            except NotApplicable as reason:
                 if config.parts:
                     raise
-                say(f"Left out {part.value}: {reason}")
+                log(f"Left out {part.value}: {reason}")
                 continue
             studies |= {study.name: _as_in_file(study, kept, about) for study in made}
     if studies:
         studies["asked"] = _as_in_file(asked(subject), kept, about)
-    with whole_folder(record.folder / FOLDER) as folder:
+    with atomic_folder(record.folder / FOLDER) as folder:
         for study in studies.values():
             study.write(folder)
         for name, draw in drawings(replace(record, studies=studies)).items():
             save_png(draw(WIDE), folder / f"{name}.png")
-    say(f"Data and pictures: {record.folder / FOLDER}")
+    log(f"Data and pictures: {record.folder / FOLDER}")
 
 
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
@@ -120,7 +122,7 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.examples import read_examples
     from coconut.data.seen_questions import seen_by
     from coconut.engine.base import autocast
-    from coconut.evaluation.evaluator import fitting
+    from coconut.evaluation.evaluator import indices_that_fit
     from coconut.rl.mode_routing import choice_studies
     from coconut.runs.loading import load_run
     from coconut.tasks import TASKS
@@ -129,12 +131,14 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     try:
         files = {split: file_of_split(record.config["data"], split, getattr(config.data, split)) for split in ASKED}
     except FileNotFoundError as error:
-        say(f"Its choices are not compared. {error}")
+        log(f"Its choices are not compared. {error}")
         return
     trained = load_run(config.run, config.checkpoint, config.engine)
     asked, others = read_examples(files["test"])[: config.limit], read_examples(files["train"])[:FITTED_ON]
-    asked, others = ([part[i] for i in fitting(trained.lm, [e.question for e in part])] for part in (asked, others))
-    say(f"Looking into {trained.step:,}: {len(asked):,} questions of {files['test']}, in every mode")
+    asked, others = (
+        [part[i] for i in indices_that_fit(trained.lm, [e.question for e in part])] for part in (asked, others)
+    )
+    log(f"Looking into {trained.step:,}: {len(asked):,} questions of {files['test']}, in every mode")
     with autocast(trained.lm.device, config.engine.precision):
         studies = choice_studies(
             trained.lm, TASKS[record.config["data"]["task"]], asked, others, batch_size=config.batch_size
@@ -143,10 +147,10 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
         "step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked),
         "seen": seen_by(config.run, [example.question for example in asked]),
     }  # fmt: skip
-    with whole_folder(record.folder / FOLDER) as folder:
+    with atomic_folder(record.folder / FOLDER) as folder:
         for study in studies:
             replace(study, facts=study.facts | about).write(folder)
-    say(on_screen(studies[0]))
+    log(on_screen(studies[0]))
 
 
 def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
@@ -155,7 +159,7 @@ def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
     return Study(study.name, rows, study.facts | facts)
 
 
-def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeConfig) -> list[Study]:
+def _carry_out(part: Part, subject: Subject, trained: LoadedRun, config: AnalyzeConfig) -> list[Study]:
     from coconut.analysis import interventions as audit
     from coconut.analysis import prefix_values as prefix
     from coconut.analysis import probes
@@ -165,7 +169,7 @@ def _carry_out(part: Part, subject: Subject, trained: Trained, config: AnalyzeCo
         try:
             classifier = classifier_of(config.run, trained, config.batch_size, config.data)
         except ValueError as reason:
-            raise Unfit(str(reason)) from None
+            raise NotApplicable(str(reason)) from None
         return [probes.stopping(subject, classifier)]
 
     make: dict[Part, Callable[[], list[Study]]] = {
@@ -195,12 +199,12 @@ def several(config: TableConfig) -> int:
     folder = table.place_of(config, table.common_folder(named))
     study.write(folder)
     write_text(folder / "policies.html", policies.comparison_page(study, records, folder))
-    say("\n".join(table.aligned([policies.columns(study.facts["modes"]), *policies.table_rows(study)])))
-    say(f"Table: {folder / 'policies.html'}, and beside it .csv, .json")
+    log("\n".join(table.aligned([policies.columns(study.facts["modes"]), *policies.table_rows(study)])))
+    log(f"Table: {folder / 'policies.html'}, and beside it .csv, .json")
     return 0
 
 
-main = by_word(application("analyze", AnalyzeConfig, run), table=application("table", TableConfig, several))
+main = subcommands(application("analyze", AnalyzeConfig, run), table=application("table", TableConfig, several))
 
 
 if __name__ == "__main__":

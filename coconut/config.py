@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from coconut.methods import Curriculum, PromptFormat, plan
-from coconut.utils.overrides import Kind, PathName, Place, change_texts
+from coconut.utils.overrides import Kind, PathName, Place, map_texts
 
 # These say where and how a run is carried out, not what it is: they do not enter its name, and a run
 # may be resumed with others. The test file is never opened in training.
 NOT_IDENTITY = (
     "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "data.test", "launch",
     "tracking", "micro_batch_size", "eval_batch_size", "rollout_batch_size", "engine.kind", "engine.device",
-    "engine.threads", "engine.activations", "engine.cuda_graphs", "engine.timeout", "engine.zero_stage",
+    "engine.threads", "engine.activation_checkpointing", "engine.cuda_graphs", "engine.timeout", "engine.zero_stage",
     "engine.offload_optimizer", "engine.offload_parameters",
 )  # fmt: skip
 
@@ -112,7 +112,7 @@ class ModelConfig:
     base: Place | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
     tokenizer: Place | None = None
-    new_tokens: str = "mean"
+    new_token_init: str = "mean"
     attention: str | None = None  # transformers' attn_implementation; by default what it takes for the model
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -145,7 +145,7 @@ class DataConfig:
     train: PathName = ""
     valid: PathName = ""
     test: PathName = ""
-    files: PathName = ""
+    prefix: PathName = ""
     build: dict[str, Any] = field(default_factory=dict)
     too_long: TooLong = TooLong.error  # an example longer than the model's context
     unreadable: Unreadable = Unreadable.error  # one whose gold answer would be judged wrong
@@ -155,10 +155,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         named = {split: getattr(self, split) for split in NEEDED if getattr(self, split)}
         self.build = {key: value for key, value in self.build.items() if value is not None}
-        if self.files and named:
+        if self.prefix and named:
             split, file = next(iter(named.items()))
-            raise ValueError(f"data.files={self.files} and data.{split}={file} are both given. Keep one of them.")
-        if self.files or named:
+            raise ValueError(f"data.prefix={self.prefix} and data.{split}={file} are both given. Keep one of them.")
+        if self.prefix or named:
             self.build = {}  # nothing is built, so it is no part of what the run is
         for key in NOT_BUILT:
             if key in self.build:
@@ -174,7 +174,7 @@ class DataConfig:
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
                 f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
-                f"data_builders.{self.task} hub={hub}, and name the files with data.files=data/{self.task}."
+                f"data_builders.{self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
             )
 
     def judged(self) -> Task:
@@ -199,8 +199,8 @@ class AdamWConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
-    warmup: int = 0
-    clip: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("optimizer.", self, weight_decay=0, warmup=0, clip=0)
@@ -218,30 +218,23 @@ class AdamWConfig:
         return self.lr * self._warmed_up(updates)
 
     def _warmed_up(self, updates: int) -> float:
-        return min(1.0, (updates + 1) / max(self.warmup, 1))
+        return min(1.0, (updates + 1) / max(self.warmup_steps, 1))
 
 
 @dataclass
 class OptimizerConfig(AdamWConfig):
     """AdamW through the stages of a curriculum. `later_lr`: the learning rate from stage 1 on, if it is another one."""
 
-    later_lr: float | None = None
-    reset: Reset = Reset.stage
+    later_stage_lr: float | None = None
+    reset_every: Reset = Reset.stage
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._above_zero("later_lr")
+        self._above_zero("later_stage_lr")
 
     def learning_rate(self, updates: int, stage: int = 0) -> float:
         """As it is in this stage."""
-        return (self.later_lr if stage and self.later_lr else self.lr) * self._warmed_up(updates)
-
-
-class Activations(StrEnum):
-    """What is done with what a layer computes on its way to its output, which its gradient needs."""
-
-    keep = "keep"
-    recompute = "recompute"  # in the backward pass, from the inputs of layers, which alone are kept
+        return (self.later_stage_lr if stage and self.later_stage_lr else self.lr) * self._warmed_up(updates)
 
 
 class EngineKind(StrEnum):
@@ -263,7 +256,7 @@ class EngineConfig:
     device: str = "auto"
     precision: Precision = Precision.float32
     threads: int = 0
-    activations: Activations = Activations.keep
+    activation_checkpointing: bool = False
     cuda_graphs: bool = False
     timeout: float = 600
     zero_stage: int = 0
@@ -284,8 +277,8 @@ class EngineConfig:
                 f"engine.cuda_graphs=true is for a GPU of NVIDIA's, and engine.device is {self.device}. Set "
                 "engine.cuda_graphs=false, or engine.device=cuda."
             )
-        if self.cuda_graphs and (deepspeed or self.activations is Activations.recompute):
-            what = "engine=local" if deepspeed else "engine.activations=keep"
+        if self.cuda_graphs and (deepspeed or self.activation_checkpointing):
+            what = "engine=local" if deepspeed else "engine.activation_checkpointing=false"
             raise ValueError(
                 f"engine.cuda_graphs=true needs {what}: what runs then is not in the graph. Set one of the two."
             )
@@ -332,18 +325,18 @@ class TrackingConfig:
     `wait`: seconds that the end of training waits at most for the tracker.
     """
 
-    to: Tracker = Tracker.none
+    tracker: Tracker = Tracker.none
     mode: TrackingMode = TrackingMode.online
     project: str = "coconut"
     entity: str | None = None
     name: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    wait: float = 60
+    finish_timeout: float = 60
 
     def __post_init__(self) -> None:
         at_least("tracking.", self, wait=1)
-        if self.to is Tracker.none and self.mode is TrackingMode.offline:
+        if self.tracker is Tracker.none and self.mode is TrackingMode.offline:
             raise ValueError("tracking.mode=offline says nothing of where to. Add tracking=wandb.")
         if not self.project or set(self.project) & set("/\\#?%:"):
             raise ValueError(f"tracking.project is {self.project!r}; W&B takes a name without / \\ # ? % and :.")
@@ -387,7 +380,7 @@ class RunConfig:
         at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0)
         named = [split for split in NEEDED if getattr(self.data, split)]
         for split in NEEDED:
-            if split not in named and not self.data.files and (named or not self.data.build):
+            if split not in named and not self.data.prefix and (named or not self.data.build):
                 raise ValueError(
                     f"data.{split} names no file. Set data.{split}=FILE, or choose data=graphs or another and name no "
                     "file at all: it is then made."
@@ -444,7 +437,7 @@ def locate(config: RunConfig) -> None:
         is_folder = kind.tag == "place" and text != WORDS and Path(text).exists()
         return str(Path(text).resolve()) if text and (is_path or is_folder) else text
 
-    change_texts(config, absolute)
+    map_texts(config, absolute)
 
 
 def identity(config: dict[str, Any], schema: type[RunConfig] = TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from coconut.analysis.interactive import Asker
 from coconut.analysis.probes import Subject
 from coconut.reporting.plots import DARK, LIGHT
 from coconut.tasks import TASKS
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def open_demo(config: DemoConfig) -> Asker:
     file, examples = _rows(trained.config["data"])
     made = plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"]))
     task = TASKS[trained.config["data"]["task"]]
-    subject = Subject(trained.lm, task, examples, knows_fewer=made.knows_fewer)
+    subject = Subject(trained.lm, task, examples, trained_with_fewer_thoughts=made.trained_with_fewer_thoughts)
     reasoning = trained.lm.reasoning
     about = {
         "run": Path(config.run).resolve().name,
@@ -208,11 +208,11 @@ def open_demo(config: DemoConfig) -> Asker:
         "stage": reasoning.stage,
         "step": trained.step,
         "slot": reasoning.slot.value,
-        "own": subject.own,
+        "trained_thoughts": subject.num_trained_thoughts,
         "task": task.name,
         "file": file,
         "rows": len(examples),
-        "knows_fewer": made.knows_fewer,
+        "trained_with_fewer_thoughts": made.trained_with_fewer_thoughts,
         "warning": subject.warning,
     }
     return Asker(subject, about, config.engine.precision, config.max_new_tokens)
@@ -226,25 +226,25 @@ def _rows(data: Mapping[str, Any]) -> tuple[str, Sequence[Example]]:
     files = data_files(data)
     path = Path(files["test"] or files["valid"])
     if not path.is_file():
-        say(f"The run's data are not here, so that no question can be drawn: {path}")
+        log(f"The run's data are not here, so that no question can be drawn: {path}")
         return "", ()
     return path.name, read_examples(path)
 
 
 def run(config: DemoConfig) -> int:
     """Serve the page until Ctrl-C."""
-    from coconut.engine.launcher_env import seat
-    from coconut.utils.console import only_our_words
+    from coconut.engine.launcher_env import read_launcher_env
+    from coconut.utils.console import silence_libraries
 
-    if seat().rank:
+    if read_launcher_env().rank:
         return 0  # of several processes one is enough
-    only_our_words()
+    silence_libraries()
     with Server(config.host, config.port) as server:
         server.asker = open_demo(config)
         with contextlib.suppress(KeyboardInterrupt):
-            say(f"The page is at {server.address} (Ctrl-C ends it)")
+            log(f"The page is at {server.address} (Ctrl-C ends it)")
             if not str(server.server_address[0]).startswith("127."):
-                say("Whoever can reach this machine can ask the model. host=127.0.0.1 keeps the page to this machine.")
+                log("Whoever can reach this machine can ask the model. host=127.0.0.1 keeps the page to this machine.")
             server.serve_forever()
         server.asker.lock.acquire()  # an answer that is being computed is finished, and none begins after it
     return 0

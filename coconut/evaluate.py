@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coconut.config import TooLong
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
-from coconut.data.seen_questions import all_seen, seen_by, told_questions
+from coconut.data.seen_questions import all_seen, describe_questions, seen_by
 from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
 from coconut.engine.world import World
 from coconut.evaluation.config import EvaluateConfig
@@ -18,7 +18,7 @@ from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.generation.config import StopRule
 from coconut.methods import REASONING_FILE, Reasoning, Slot
 from coconut.tasks import TASKS
-from coconut.utils.files import make_writable, sha256, write_json, write_text
+from coconut.utils.files import ensure_writable, sha256, write_json, write_text
 from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
@@ -28,36 +28,36 @@ from coconut.evaluation.evaluator import _steps_cut, describe, evaluate, room_fo
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate a trained run on one of its splits, or a run or a saved model on any file in the data format."""
-    from coconut.engine.launch import on_processes
-    from coconut.utils.console import only_our_words
+    from coconut.engine.launch import run_on_processes
+    from coconut.utils.console import silence_libraries
 
-    only_our_words()
-    return on_processes(config.launch, config.engine, "coconut.evaluate", lambda w: evaluate_together(config, w))
+    silence_libraries()
+    return run_on_processes(config.launch, config.engine, "coconut.evaluate", lambda w: run_rank(config, w))
 
 
-def evaluate_together(config: EvaluateConfig, world: World) -> int:
+def run_rank(config: EvaluateConfig, world: World) -> int:
     """What each process of an evaluation does."""
     from coconut.engine.base import autocast
     from coconut.runs.loading import classifier_of, load_model, load_run
     from coconut.runs.record import read_config
-    from coconut.utils.console import say, working
+    from coconut.utils.console import log, progress_bar
 
     own_file, saved = getattr(config.data, config.split), is_saved(config)
     data: dict[str, Any] = {"task": config.task} if saved else read_config(config.run)["data"]
     if config.task not in (None, data["task"]):
         raise ValueError(f"task={config.task} is for saved models; {config.run} was made for {data['task']}.")
-    path = world.first_does(lambda: file_of_split(data, config.split, own_file))
+    path = world.on_main_process(lambda: file_of_split(data, config.split, own_file))
     examples = read_examples(path)[: config.limit]
     place = Path("evaluation", Path(config.run).resolve().name) if saved else Path(config.run, "evaluation")
     folder = Path(config.output) if config.output else place
-    world.first_does(lambda: make_writable(folder))
+    world.on_main_process(lambda: ensure_writable(folder))
     trained = None if saved else load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm if trained else load_model(config.run, config.checkpoint, config.engine, world)
     step = trained.step if trained else None
     rows = encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     kept = _fitting_or_told(lm, rows, config)
     task = task_of(data)
-    with world.first_before_others():
+    with world.main_process_first():
         gold, right = read_back(
             lm, [examples[i] for i in kept], task, file=str(path), unreadable=config.unreadable, keep_unknown=True,
             cache_dir=data.get("cache_dir"),
@@ -66,12 +66,12 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     fitting = [examples[i] for i in kept]
     stop = None
     if trained and config.stop is StopRule.classifier:
-        with world.first_before_others():
+        with world.main_process_first():
             stop = classifier_of(config.run, trained, config.batch_size).stop
     which = f", update {step}" if trained else ""
-    say(f"Evaluating {_asked(lm.reasoning, config)}{which}, on {len(fitting)} questions of {path}")
+    log(f"Evaluating {_asked(lm.reasoning, config)}{which}, on {len(fitting)} questions of {path}")
     if unknown := _unknown_words(lm, [rows[i] for i in kept]):
-        say(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
+        log(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
     limit, counted = config.max_new_tokens or lm.reasoning.max_new_tokens, config.num_thoughts
     forms = [
         form if counted is None else replace(form, steps_cut=_steps_cut(form, counted))
@@ -79,7 +79,7 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
     ]
     warn_of_limit(gold, forms, limit, str(path))
     share = -(-len(fitting) // world.size)
-    with working("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
+    with progress_bar("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
         result, predictions, _ = evaluate(
             lm,
             task,
@@ -92,11 +92,11 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
             on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
             world=world,
         )
-    if not world.first:
+    if not world.is_main:
         return 0
     result.left_out = len(examples) - len(fitting)
     digest = sha256(path)
-    unusual = _unusual(config)
+    unusual = _non_default_settings(config)
     name = "-".join([f"{Path(path).stem}-{digest[:8]}" if own_file else config.split, *unusual])
     record = {
         **asdict(result),
@@ -108,22 +108,22 @@ def evaluate_together(config: EvaluateConfig, world: World) -> int:
         "step": step,
         "method": lm.reasoning.method,
         "stage": lm.reasoning.stage,
-        "usual": not unusual,
+        "default_settings": not unusual,
         "seen": seen_by(config.run, [example.question for example in fitting]),
         "chose_the_checkpoint": config.split == "valid" and not own_file,
     }
-    say(describe(result))
+    log(describe(result))
     write_text(
         folder / f"{name}.predictions.jsonl",
         "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions),
     )
     write_json(folder / f"{name}.json", record)
     if record["chose_the_checkpoint"]:
-        say("note: this file chose the checkpoint, so its accuracy is no test result.")
+        log("note: this file chose the checkpoint, so its accuracy is no test result.")
     elif record["seen"] and any(record["seen"].values()):
         what = "so its accuracy is no test result" if all_seen(record) else "which may make its accuracy too high"
-        say(f"note: {told_questions(result.count, record['seen'])}, {what}.")
-    say(f"Every prediction: {folder / name}.predictions.jsonl")
+        log(f"note: {describe_questions(result.count, record['seen'])}, {what}.")
+    log(f"Every prediction: {folder / name}.predictions.jsonl")
     return 0
 
 
@@ -152,7 +152,8 @@ def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig
         shown = ", ".join(f"question {i + 1} ({len(rows[i])} tokens)" for i in too_long[:5])
         raise ValueError(
             f"{len(too_long)} of {len(rows)} questions leave no room for an answer in the model's context of "
-            f"{lm.context} tokens: {shown}{', ...' if len(too_long) > 5 else ''}. Leave them out with too_long=skip."
+            f"{lm.max_sequence_length} tokens: {shown}{', ...' if len(too_long) > 5 else ''}. Leave them out with "
+            "too_long=skip."
         )
     return [i for i, row in enumerate(rows) if len(row) <= room]
 
@@ -160,11 +161,11 @@ def _fitting_or_told(lm: LatentLM, rows: list[list[int]], config: EvaluateConfig
 def _asked(reasoning: Reasoning, config: EvaluateConfig) -> str:
     """In words: which method, at which stage, with how many thoughts."""
     count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
-    slot = "" if reasoning.slot is Slot.nothing else f", {count} {reasoning.slot.value}{'s' * (count != 1)}"
+    slot = "" if reasoning.slot is Slot.none else f", {count} {reasoning.slot.value}{'s' * (count != 1)}"
     return f"{reasoning.method}, stage {reasoning.stage}{slot}"
 
 
-def _unusual(config: EvaluateConfig) -> list[str]:
+def _non_default_settings(config: EvaluateConfig) -> list[str]:
     """The settings that make an evaluation another one, for its name."""
     usual = EvaluateConfig(run=config.run)
     keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", "limit")

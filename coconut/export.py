@@ -10,7 +10,7 @@ from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.push import check_name, push
 from coconut.methods import Curriculum, Reasoning, plan
-from coconut.utils.files import whole_folder, write_text
+from coconut.utils.files import atomic_folder, write_text
 from coconut.utils.hydra_app import application
 
 
@@ -18,16 +18,16 @@ def run(config: ExportConfig) -> int:
     """Write a folder that others can open; from there to the hub if asked."""
     from coconut.hub.released_checkpoints import from_released
     from coconut.runs.loading import load_run
-    from coconut.utils.console import only_our_words, say
+    from coconut.utils.console import log, silence_libraries
 
-    only_our_words()
+    silence_libraries()
     if config.push:
         check_name(config.push)
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output={folder} is {'not empty' if folder.is_dir() else 'a file'}. Name a new folder.")
     if config.released:
-        stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total=10**6)
+        stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total_length=10**6)
         made = plan(config.method, stages)
         asked = Reasoning.at(made, made.stages[-1])
         lm = from_released(config.released, config.base, asked, config.tokenizer)
@@ -40,15 +40,15 @@ def run(config: ExportConfig) -> int:
         if lm.adapter and config.base:
             lm.adapter = replace(lm.adapter, base=config.base)
         elif lm.adapter and Path(lm.adapter.base).is_absolute():
-            say(
+            log(
                 f"warning: the correction is to {lm.adapter.base}, a folder of this machine. base=NAME records another "
                 "name of the same model, under which readers will find it."
             )
         text = card(lm, config.run, trained.step, name=config.push)
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         lm.save_pretrained(part, max_shard_size=config.max_shard_size)
         write_text(part / "README.md", text)
-    say(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
+    log(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
     if config.push:
         try:
             push(folder, config.push, config.private)
@@ -59,7 +59,7 @@ def run(config: ExportConfig) -> int:
             raise ValueError(
                 f"{error}\nThe model is whole in {folder}. This sends it: {shlex.join(['python', '-c', again])}"
             ) from error
-        say(f"It is at https://huggingface.co/{config.push}")
+        log(f"It is at https://huggingface.co/{config.push}")
     return 0
 
 

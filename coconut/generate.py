@@ -16,8 +16,8 @@ from coconut.data.examples import Unreadable, existing, json_rows
 from coconut.data.tokenization import encode_questions, unknown_in
 from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.config import GenerateConfig, StopRule
-from coconut.generation.generate import Generated, answer, generate, likeliest, longest_first, pad_rows
-from coconut.utils.files import decoded, read_utf8, write_text
+from coconut.generation.generate import Generated, answer, generate, logit_lens, longest_first, pad_rows
+from coconut.utils.files import decode_utf8, read_utf8, write_text
 from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ TEXT_NAMES = (".txt", ".text", "")
 def run(config: GenerateConfig) -> int:
     """Answer one question with a trained run, or those of a file, or those that are typed in."""
     from coconut.engine.base import autocast
-    from coconut.engine.launcher_env import seat
+    from coconut.engine.launcher_env import read_launcher_env
     from coconut.runs.loading import classifier_of, load_model, load_run
-    from coconut.utils.console import only_our_words
+    from coconut.utils.console import silence_libraries
 
-    if seat().rank:
+    if read_launcher_env().rank:
         return 0  # of several processes one is enough
-    only_our_words()
+    silence_libraries()
     typed = not config.question and not config.file
     if typed and not sys.stdin.isatty():
         raise ValueError('There is no question. Ask one with question="...", question=- (standard input) or file=FILE.')
     question = config.question
     if question == "-":
-        question = decoded(sys.stdin.buffer.read(), "Standard input").strip()
+        question = decode_utf8(sys.stdin.buffer.read(), "Standard input").strip()
     if config.question and not question:
         raise ValueError("Standard input held no question.")
     questions = read_questions(config.file) if config.file else []
@@ -75,12 +75,12 @@ def _print_answer(lm: LatentLM, result: Generated, show_thoughts: bool, spoken: 
     mode = f"{result.modes[0]}, " if result.modes[0] else ""
     print(f"[{mode}{count} thought{'s' * (count != 1)}, {int(result.lengths[0])} tokens]", file=sys.stderr)
     if show_thoughts:
-        for number, tokens in enumerate(likeliest(lm, result.thoughts[0]), 1):
+        for number, tokens in enumerate(logit_lens(lm, result.thoughts[0]), 1):
             said = ", ".join(f"{text.strip() or repr(text)} {probability:.2f}" for text, probability in tokens)
             print(f"[thought {number} is close to: {said}]", file=sys.stderr)
     if not spoken:
         print(result.texts[0].strip())
-    _warn_of_cut(bool(result.cut[0]))
+    _warn_of_cut(bool(result.truncated[0]))
 
 
 def _warn_of_cut(cut: bool) -> None:
@@ -123,13 +123,13 @@ def read_questions(path: str) -> list[str]:
 
 def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> int:
     """Each question in the way that a policy of coconut.adaptive chooses for it."""
-    from coconut.adaptive.backends import Latent
+    from coconut.adaptive.backends import LatentBackend
     from coconut.adaptive.chooser import Chooser
     from coconut.engine.base import autocast
 
     chooser = Chooser(config.policy, lm, config.batch_size)
     limit = config.max_new_tokens or chooser.about["max_new_tokens"]
-    backend = Latent(lm, config.run, config.batch_size, limit)
+    backend = LatentBackend(lm, config.run, config.batch_size, limit)
     for asked in [questions] if questions else ([question] for question in _typed()):
         if not config.file:
             _warn_of_unknown(lm, asked[0])
@@ -143,7 +143,7 @@ def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> in
             continue
         if config.file:
             rows = [
-                {"question": question, "text": one.text, "cut": one.reply.cut, "passes": one.reply.passes,
+                {"question": question, "text": one.text, "truncated": one.reply.truncated, "passes": one.reply.passes,
                  "num_thoughts": one.reply.num_thoughts[one.taken], "chosen": one.settings}
                 for question, one in zip(asked, found, strict=True)
             ]  # fmt: skip
@@ -151,7 +151,7 @@ def _by_policy(lm: LatentLM, questions: list[str], config: GenerateConfig) -> in
         else:
             print(f"[{found[0].label}: {found[0].reply.passes:g} forward passes]", file=sys.stderr)
             print(found[0].text)
-            _warn_of_cut(found[0].reply.cut)
+            _warn_of_cut(found[0].reply.truncated)
     return 0
 
 
@@ -178,18 +178,18 @@ def _answer_file(lm: LatentLM, questions: list[str], config: GenerateConfig, opt
     if len(encoded[longest]) > room_for_question(lm, config.num_thoughts, config.mode):
         raise ValueError(
             f"{config.file}, question {longest + 1}: it has {len(encoded[longest])} tokens, which leaves no room for "
-            f"an answer in the model's context of {lm.context} tokens."
+            f"an answer in the model's context of {lm.max_sequence_length} tokens."
         )
     found: dict[int, dict[str, Any]] = {}
     for places in longest_first(encoded, config.batch_size):
         out = generate(lm, *pad_rows([encoded[i] for i in places], lm.special.pad), **options)
         for row, i in enumerate(places):
-            found[i] = {"question": questions[i], "text": out.texts[row].strip(), "cut": bool(out.cut[row]),
+            found[i] = {"question": questions[i], "text": out.texts[row].strip(), "truncated": bool(out.truncated[row]),
                         "num_thoughts": int(out.num_thoughts[row])}  # fmt: skip
             if out.modes[row]:
                 found[i]["mode"] = out.modes[row]
             if config.show_thoughts:
-                found[i]["thoughts"] = likeliest(lm, out.thoughts[row][: int(out.num_thoughts[row])])
+                found[i]["thoughts"] = logit_lens(lm, out.thoughts[row][: int(out.num_thoughts[row])])
     _write(lm, [found[i] for i in range(len(questions))], config)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from coconut.completions.rollouts import Correctness, roll_out, with_room
+from coconut.completions.rollouts import CorrectnessReward, sample_groups, with_room
 from coconut.config import TooLong
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
 from coconut.engine.base import autocast
-from coconut.engine.launch import on_processes
+from coconut.engine.launch import run_on_processes
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import task_of
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
@@ -18,7 +18,7 @@ from coconut.rewards.config import RolloutConfig
 from coconut.rewards.labelled_answers import as_row, write_answers
 from coconut.runs.loading import load_run
 from coconut.runs.record import read_config
-from coconut.utils.console import only_our_words, say, working
+from coconut.utils.console import log, progress_bar, silence_libraries
 from coconut.utils.files import sha256, write_json
 from coconut.utils.hydra_app import application
 
@@ -27,21 +27,21 @@ CHUNK = 256  # questions; what is sampled for one depends on the seed and its nu
 
 def run(config: RolloutConfig) -> int:
     """Sample answers to the questions of a split, judge them and write them down."""
-    only_our_words()
-    return on_processes(config.launch, config.engine, "coconut.rollout", lambda world: together(config, world))
+    silence_libraries()
+    return run_on_processes(config.launch, config.engine, "coconut.rollout", lambda world: run_rank(config, world))
 
 
-def together(config: RolloutConfig, world: World) -> int:
+def run_rank(config: RolloutConfig, world: World) -> int:
     """What each process does. Chunks are kept beside the file until it is whole, so that a killed command goes on."""
     data = read_config(config.run)["data"]
-    path = world.first_does(lambda: file_of_split(data, config.split, getattr(config.data, config.split)))
+    path = world.on_main_process(lambda: file_of_split(data, config.split, getattr(config.data, config.split)))
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm
     skip = config.too_long is TooLong.skip
     examples = with_room(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
     task = task_of(data)
-    with world.first_before_others():
+    with world.main_process_first():
         gold, right = read_back(
             lm, examples, task, file=str(path), unreadable=config.unreadable, cache_dir=data["cache_dir"]
         )
@@ -56,23 +56,25 @@ def together(config: RolloutConfig, world: World) -> int:
         "seed": config.seed,
     }  # fmt: skip
     parts = output.with_name(f".{output.name}.chunks")
-    world.first_does(lambda: _begin(parts, about))
-    judge = Correctness(task, lm.reasoning.format)
+    world.on_main_process(lambda: _begin(parts, about))
+    judge = CorrectnessReward(task, lm.reasoning.format)
     chunks = [range(first, min(first + CHUNK, len(examples))) for first in range(0, len(examples), CHUNK)]
-    with working("sampling", len(chunks)) as bar, autocast(lm.device, config.engine.precision):
+    with progress_bar("sampling", len(chunks)) as bar, autocast(lm.device, config.engine.precision):
         for number, places in list(enumerate(chunks))[world.rank :: world.size]:
-            world.mark(f"sampling chunk {number}")
+            world.set_activity(f"sampling chunk {number}")
             chunk = parts / f"{number:06d}.jsonl"
             if not chunk.is_file():
-                groups = roll_out(
+                groups = sample_groups(
                     lm, [examples[i] for i in places], lambda *_: 0.0, samples=config.samples,
                     seed=(config.seed, number), temperature=config.temperature, mode=config.mode,
                     max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
-                write_answers(chunk, (as_row(g, [judge.right(g.example, s.text) for s in g.samples]) for g in groups))
+                write_answers(
+                    chunk, (as_row(g, [judge.right(g.example, s.text) for s in g.completions]) for g in groups)
+                )
             bar(number + 1, "")
-    world.gather(None)
-    if world.first:
+    world.all_gather_object(None)
+    if world.is_main:
         texts = [(parts / f"{number:06d}.jsonl").read_text(encoding="utf-8") for number in range(len(chunks))]
         rows = [json.loads(line) for text in texts for line in text.split("\n") if line]
         write_answers(output, rows)
@@ -80,9 +82,9 @@ def together(config: RolloutConfig, world: World) -> int:
         for left in parts.iterdir():
             left.unlink()
         parts.rmdir()
-        labels = [said["correct"] for row in rows for said in row["samples"]]
+        labels = [said["correct"] for row in rows for said in row["completions"]]
         right = f"{100 * sum(labels) / len(labels):.1f} % of them right"
-        say(f"{len(rows):,} questions, {len(labels):,} answers, {right}: {output}")
+        log(f"{len(rows):,} questions, {len(labels):,} answers, {right}: {output}")
     return 0
 
 

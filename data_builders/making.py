@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from coconut.utils.console import working
+from coconut.utils.console import progress_bar
 from data_builders.statistics import Measures, compact
 from data_builders.writing import Row
 
@@ -65,7 +65,7 @@ def make_splits(
     places = [(split, index) for split in ORDER for index in range(counts.get(split, 0))]
     splits: dict[str, list[Made]] = {split: [] for split in ORDER if counts.get(split)}
     questions: set[str] = set()
-    with working("making rows", len(places)) as bar:
+    with progress_bar("making rows", len(places)) as bar:
         rows = _make_all(recipe, places, seed, num_workers or _cores())
         for done, (split, index) in enumerate(places, start=1):
             made = next(rows)

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.utils.files import decoded, half_pair, sha256
+from coconut.utils.files import decode_utf8, lone_surrogate, sha256
 from coconut.utils.overrides import PathName, Place
 from data_builders.writing import SPLITS, Row, divide
 
@@ -134,7 +134,7 @@ def open_released(path: str | Path) -> Released:
     raw = path.read_bytes()
     if raw.startswith(MAGIC) or (b"\0" in raw and not raw.startswith(UTF16)):
         return Released(path, Kind.binary, [])
-    text = decoded(raw, str(path))
+    text = decode_utf8(raw, str(path))
     if not text.strip():
         return Released(path, Kind.empty, [])
     if text.startswith("version https://git-lfs"):
@@ -163,7 +163,7 @@ def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
     for number, record in released.records:
         try:
             row = convert(record)
-            if (broken := half_pair(row)) is not None:
+            if (broken := lone_surrogate(row)) is not None:
                 raise ValueError(f"it holds half of a surrogate pair, which is no text: {broken!a}.")
             rows.append(row)
         except ValueError as error:

@@ -55,9 +55,11 @@ def configuration(folder: Path, file: Path) -> TrainConfig:
                 "max_position_embeddings": 64,
             },
             tokenizer="words",
-            new_tokens="random",
+            new_token_init="random",
         ),
-        curriculum=Curriculum(max_stage=2, unit=Unit.updates, first=40, each=40, total=120),
+        curriculum=Curriculum(
+            max_stage=2, length_unit=Unit.updates, stage0_length=40, stage_length=40, total_length=120
+        ),
         optimizer=OptimizerConfig(lr=3e-3),
         engine=EngineConfig(device="cpu"),
         batch_size=len(ROWS),

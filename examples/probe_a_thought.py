@@ -11,10 +11,10 @@ Shapes: K thoughts, D hidden.
 
 import argparse
 
-from coconut import answer, likeliest
+from coconut import answer, logit_lens
 from coconut.config import EngineConfig
 from coconut.runs.loading import load_model
-from coconut.utils.console import only_our_words
+from coconut.utils.console import silence_libraries
 
 GRAPH = "4 3 | 6 4 | 2 8 | 3 8 | 2 3 | 7 0 | 9 7 | 1 5 | 2 4 | 5 7"
 
@@ -25,7 +25,7 @@ def probe(run: str, question: str, other: str) -> None:
     own_KD, others_KD = asked.thoughts
     for text, said, thoughts_KD in zip((question, other), asked.texts, asked.thoughts, strict=True):
         print(f"{text}\n  answer: {said.strip()}")
-        for number, tokens in enumerate(likeliest(lm, thoughts_KD), 1):
+        for number, tokens in enumerate(logit_lens(lm, thoughts_KD), 1):
             close = ", ".join(f"{token.strip()} {probability:.2f}" for token, probability in tokens)
             print(f"  thought {number} is close to: {close}")
 
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     parser.add_argument("--question", default=f"{GRAPH} ? 8 or 7 from 6")
     parser.add_argument("--other", default=f"{GRAPH} ? 8 or 7 from 1")
     arguments = parser.parse_args()
-    only_our_words()
+    silence_libraries()
     try:
         probe(arguments.run, arguments.question, arguments.other)
     except (ValueError, OSError) as error:

@@ -23,7 +23,7 @@ echo "[2/5] Data: random graphs of 10 nodes, and a question about each (seconds)
     "$python" -m data_builders.prosqa preset=graphs name=graphs out_dir="data/$name" seed="$seed"
 
 echo "[3/5] Training: first with written steps, then with thoughts in their place (seven to ten minutes)"
-"$python" -m coconut.train experiment=quickstart run="runs/$name" seed="$seed" data.files="data/$name/graphs"
+"$python" -m coconut.train experiment=quickstart run="runs/$name" seed="$seed" data.prefix="data/$name/graphs"
 
 echo "[4/5] Evaluation: 500 graphs that the model has never seen (seconds)"
 "$python" -m coconut.evaluate run="runs/$name" batch_size=250

@@ -40,7 +40,7 @@ after_first_stage() { # method, whose first stage, seed
         return
     fi
     train "$1" "$3" init="$runs/$2-seed$3/checkpoints/$(printf step-%07d "$first")" \
-        curriculum.start_stage=1 curriculum.total=$((total - first))
+        curriculum.start_stage=1 curriculum.total_length=$((total - first))
 }
 
 in_one_pass() {

@@ -18,14 +18,14 @@ for argument in "$@"; do
     esac
 done
 
-vanilla="objective.name=grpo objective.scaled=false" # in arXiv 2505.13379 advantages are not divided by a deviation
-main_arms=("degrpo objective.control=0.02" "grpo $vanilla") # a short answer's control token has 1/4 in GRPO
+vanilla="objective.name=grpo objective.normalize_advantages=false" # in arXiv 2505.13379 advantages are not divided by a deviation
+main_arms=("degrpo objective.control_token_weight=0.02" "grpo $vanilla") # a short answer's control token has 1/4 in GRPO
 other_arms=(
-    "degrpo_faster objective.control=0.1"
-    "degrpo_published objective.control=0.001"
-    "grpo_tokens objective.name=dapo objective.scaled=false objective.high=0.2"
-    "grpo_slowed $vanilla objective.slowed=0.1"
-    "grpo_unlimited $vanilla ~reward.limits.short"
+    "degrpo_faster objective.control_token_weight=0.1"
+    "degrpo_published objective.control_token_weight=0.001"
+    "grpo_tokens objective.name=dapo objective.normalize_advantages=false objective.clip_high=0.2"
+    "grpo_slowed $vanilla objective.control_token_scale=0.1"
+    "grpo_unlimited $vanilla ~reward.max_mode_tokens.short"
 )
 
 echo "[1/4] Set-up"

@@ -76,8 +76,10 @@ def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
                     "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
     values: dict[str, Any] = {
         "run": str(folder),
-        "curriculum": Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=6),
-        "model": ModelConfig(architecture=architecture, tokenizer="words", new_tokens="random"),
+        "curriculum": Curriculum(
+            max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=6
+        ),
+        "model": ModelConfig(architecture=architecture, tokenizer="words", new_token_init="random"),
         "data": data,
         "optimizer": OptimizerConfig(lr=1e-2),
         "engine": EngineConfig(device="cpu", threads=1),

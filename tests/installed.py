@@ -58,7 +58,8 @@ def main(torch: str = "") -> None:
         given = [
             "experiment=quickstart", "run=run", f"data.train={data.train}", f"data.valid={data.valid}",
             f"data.test={data.test}", *(f"model.architecture.{name}={value}" for name, value in MODEL.items()),
-            "curriculum.first=2", "curriculum.each=1", "curriculum.max_stage=2", "curriculum.total=5", "batch_size=8",
+            "curriculum.stage0_length=2", "curriculum.stage_length=1", "curriculum.max_stage=2",
+            "curriculum.total_length=5", "batch_size=8",
         ]  # fmt: skip
         for name, arguments in {
             "train": given, "generate": ["run=run", f"question={question}"], "evaluate": ["run=run"],

@@ -25,7 +25,7 @@ from test_world import Launched
 from coconut.config import DataConfig
 from coconut.runs.checkpoints import Checkpoints
 
-KEYS = ("curriculum.total=200", "keep_checkpoints=3")
+KEYS = ("curriculum.total_length=200", "keep_checkpoints=3")
 BORDERS = (6, 11)  # where a stage ends
 
 

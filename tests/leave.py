@@ -16,7 +16,13 @@ from pathlib import Path
 from conftest import graph_files
 from test_world import Launched
 
-KEYS = ("engine=deepspeed", "curriculum.first=2", "curriculum.each=2", "curriculum.total=6", "save_every=100")
+KEYS = (
+    "engine=deepspeed",
+    "curriculum.stage0_length=2",
+    "curriculum.stage_length=2",
+    "curriculum.total_length=6",
+    "save_every=100",
+)
 
 
 def main(runs: int = 50, zero_stage: int = 2, busy: int = 2) -> None:

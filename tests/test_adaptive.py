@@ -28,15 +28,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from coconut import LatentLM
 from coconut.adaptive import backends, encoders, report
 from coconut.adaptive import main as adaptive
-from coconut.adaptive.backends import CausalModel, Failed, Function, Latent, Reply, answers
+from coconut.adaptive.backends import CausalModelBackend, Failed, FunctionBackend, LatentBackend, Reply, answers
 from coconut.adaptive.chooser import Chooser, kept
 from coconut.adaptive.config import AdaptiveConfig, FunctionConfig, JudgeConfig, JudgeKind, PolicyConfig
-from coconut.adaptive.experiments import arms_study, studies, trials
-from coconut.adaptive.judges import Exact, Implicit, Pretrained, Vote, judged
-from coconut.adaptive.outcome_table import Outcomes
-from coconut.adaptive.policy import Policy, distances, entropies, learn, reinforce
+from coconut.adaptive.experiments import arms_study, run_experiments, studies
+from coconut.adaptive.judges import ExactJudge, ImplicitJudge, PretrainedJudge, Vote, judged
+from coconut.adaptive.outcome_table import OutcomeTable
+from coconut.adaptive.policy import ConfigurationPolicy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
-from coconut.completions.completion import sample_said
+from coconut.completions.completion import completion_from_ids
 from coconut.config import DataFiles, EngineConfig, Task
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
@@ -126,7 +126,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
             torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
 
 
-def clear_table(questions: int = 300, seed: int = 0) -> Outcomes:
+def clear_table(questions: int = 300, seed: int = 0) -> OutcomeTable:
     """Three kinds of questions, each of which one value of a dimension answers; the other dimension costs."""
     random = np.random.default_rng(seed)
     kinds = random.integers(3, size=questions)
@@ -137,12 +137,12 @@ def clear_table(questions: int = 300, seed: int = 0) -> Outcomes:
     embeddings = np.eye(3, 8)[kinds] + 0.1 * random.normal(size=(questions, 8))
     told = [f"question {i}" for i in range(questions)]
     about = {"backend": "by hand", "embedding": "mean", "task": "prosqa", "max_new_tokens": None, "checkpoint": "best"}
-    return Outcomes(space, told, kinds, right, right, passes, embeddings.astype(np.float32), about)
+    return OutcomeTable(space, told, kinds, right, right, passes, embeddings.astype(np.float32), about)
 
 
 def test_it_learns_what_depends_on_the_question() -> None:
     table = clear_table()
-    found = trials(table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, few=60, seeds=4)
+    found = run_experiments(table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, few=60, seeds=4)
     rows = {row["arm"]: row for row in arms_study(found).rows}
     assert rows["oracle"]["reward"] == pytest.approx(0.9)
     assert rows["policy"]["reward"] > 0.85
@@ -188,10 +188,10 @@ def test_a_held_dimension_is_not_explored() -> None:
 
 def test_a_policy_in_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    policy, embeddings = Policy(SPACE, 8, 4, copies=3), torch.randn(3, 50, 8)
+    policy, embeddings = ConfigurationPolicy(SPACE, 8, 4, copies=3), torch.randn(3, 50, 8)
     policy.fit_scale(embeddings)
     policy.save(tmp_path / "p.safetensors", {"task": "prosqa"}, copy=2)
-    alone, about = Policy.load(tmp_path / "p.safetensors")
+    alone, about = ConfigurationPolicy.load(tmp_path / "p.safetensors")
     assert about == {"task": "prosqa"}
     assert torch.equal(alone.best(embeddings[2:]), policy.best(embeddings)[2:])
     assert (tmp_path / "p.safetensors").stat().st_size < 4096
@@ -199,16 +199,16 @@ def test_a_policy_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no")
     for name in ("other.safetensors", "text"):
         with pytest.raises(ValueError, match="is no policy"):
-            Policy.load(tmp_path / name)
+            ConfigurationPolicy.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
-        Policy.load(tmp_path / "missing")
+        ConfigurationPolicy.load(tmp_path / "missing")
 
 
 # --- who answers ------------------------------------------------------------------------------------
 
 
-def latent(batch_size: int = 64) -> Latent:
-    return Latent(build("gpt2", torch.float64), "a model", batch_size, 6)
+def latent(batch_size: int = 64) -> LatentBackend:
+    return LatentBackend(build("gpt2", torch.float64), "a model", batch_size, 6)
 
 
 def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
@@ -219,17 +219,17 @@ def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
         told = evaluate(backend.lm, TASK, EXAMPLES, num_thoughts=settings["num_thoughts"], max_new_tokens=6)
         for row, prediction in zip(replies, told.predictions, strict=True):
             assert row[number].texts == (prediction.text.strip(),)
-            assert (row[number].passes, row[number].cut) == (prediction.passes, prediction.cut)
+            assert (row[number].passes, row[number].truncated) == (prediction.passes, prediction.truncated)
         for row in replies:
             several = row[number + 1]
-            assert len(several.texts) == len(several.said) == 3
+            assert len(several.texts) == len(several.completion_ids) == 3
 
 
 @pytest.mark.parametrize("kind", ["words", "thoughts", "hybrid"])
 def test_passes_are_the_calls_that_it_takes(kind: str) -> None:
     """Said again one call at a time: the prompt once, then each sample's tokens after it but the last."""
     lm = hybrid("gpt2") if kind == "hybrid" else build("gpt2", torch.float64)
-    backend, calls = Latent(lm, "a model", 64, 5), 0
+    backend, calls = LatentBackend(lm, "a model", 64, 5), 0
     settings: dict[str, Any] = {"temperature": 1, "samples": 5}
     if kind != "hybrid":
         settings["num_thoughts"] = 3 * (kind == "thoughts")
@@ -259,7 +259,7 @@ def test_passes_are_the_calls_that_it_takes(kind: str) -> None:
                 state = fed(state[None], prompt)
             if count:
                 state = fed(embedded(slot[-1:]), prompt)
-            for place, said in enumerate(reply.said):
+            for place, said in enumerate(reply.completion_ids):
                 if reply.modes[place] != mode:
                     continue
                 cache, own = copy.deepcopy(prompt), state
@@ -294,8 +294,8 @@ def test_the_question_is_asked_as_an_evaluation_asks_it() -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer)
     asked = [" Is Tom a cat? ", "How many?\n"]
-    assert Latent(lm, "a model").rows(asked, {}) == encode_questions(lm.tokenizer, asked, lm.reasoning.format)
-    assert Latent(lm, "a model").rows(asked, {"prefix": "Every dog"}) == encode_questions(
+    assert LatentBackend(lm, "a model").rows(asked, {}) == encode_questions(lm.tokenizer, asked, lm.reasoning.format)
+    assert LatentBackend(lm, "a model").rows(asked, {"prefix": "Every dog"}) == encode_questions(
         lm.tokenizer, [f"Every dog {question}" for question in asked], lm.reasoning.format
     )
 
@@ -308,7 +308,7 @@ def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.
     part, asked = tmp_path / "part.jsonl", 0
     real = latent()
 
-    class Stopping(Latent):
+    class Stopping(LatentBackend):
         def __call__(self, *arguments: Any) -> Any:
             nonlocal asked
             asked += 1
@@ -320,7 +320,7 @@ def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.
         answers(Stopping(real.lm, "a model", 64, 6), QUESTIONS, SPACE, part, chunk=2)
     part.write_text(part.read_text() + '{"key": "cut of')
     assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
-    monkeypatch.setattr(Latent, "__call__", lambda *_: pytest.fail("nothing is asked twice"))
+    monkeypatch.setattr(LatentBackend, "__call__", lambda *_: pytest.fail("nothing is asked twice"))
     assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
     fewer = Space.of({"decoding": {"vote": {"temperature": 1, "samples": 3}, "greedy": {"temperature": 0}},
                       "num_thoughts": [3, 1]})  # fmt: skip
@@ -330,7 +330,7 @@ def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_hybrid_models_mode_and_a_prefix_are_settings(tmp_path: Path) -> None:
-    backend = Latent(hybrid("gpt2"), "hybrid", 64, 4)
+    backend = LatentBackend(hybrid("gpt2"), "hybrid", 64, 4)
     replies = answers(backend, QUESTIONS, Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]}), tmp_path / "l")
     assert {mode for row in replies for reply in row for mode in reply.modes} == {"short", "think"}
     assert backend.rows(["1"], {"prefix": "7 7"}) == backend.rows(["7 7 1"], {})
@@ -339,7 +339,7 @@ def test_a_hybrid_models_mode_and_a_prefix_are_settings(tmp_path: Path) -> None:
 
 
 def test_samples_that_choose_their_own_mode(tmp_path: Path) -> None:
-    backend = Latent(hybrid("gpt2"), "hybrid", 64, 4)
+    backend = LatentBackend(hybrid("gpt2"), "hybrid", 64, 4)
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "vote": {"temperature": 2, "samples": 8}}})
     several = [row[1] for row in answers(backend, QUESTIONS, space, tmp_path / "l")]
     assert any(len(set(reply.modes)) > 1 for reply in several)
@@ -369,55 +369,57 @@ def test_any_model_of_hugging_face(tmp_path: Path) -> None:
         {"steps": [1, 2], "decoding": {"greedy": {"temperature": 0}, "two": {"temperature": 1, "samples": 2}}}
     )
     cpu = torch.device("cpu")
-    backend = CausalModel(str(place), "{question} in {steps} steps", cpu, max_new_tokens=5)
+    backend = CausalModelBackend(str(place), "{question} in {steps} steps", cpu, max_new_tokens=5)
     replies = answers(backend, QUESTIONS, space, tmp_path / "log")
-    one = CausalModel(str(place), "{question} in {steps} steps", cpu, batch_size=1, max_new_tokens=5)
+    one = CausalModelBackend(str(place), "{question} in {steps} steps", cpu, batch_size=1, max_new_tokens=5)
     alone = answers(one, QUESTIONS, space, tmp_path / "log1")
     for row, other in zip(replies, alone, strict=True):
         assert [reply.texts for reply in row[::2]] == [reply.texts for reply in other[::2]]
         assert [len(reply.texts) for reply in row] == [1, 2, 1, 2]
         assert all(0 < reply.passes <= 5 * len(reply.texts) for reply in row)
     with pytest.raises(ValueError, match="no dimension of the space gives it a value"):
-        answers(CausalModel(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
+        answers(CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
                 tmp_path / "x")  # fmt: skip
     for prompt, told in (
         ("{steps}", "the question must stand in it"),
         ("{question} {}", "braces hold names of settings"),
     ):
         with pytest.raises(ValueError, match=told):
-            CausalModel(str(place), prompt, cpu)
+            CausalModelBackend(str(place), prompt, cpu)
     assert one.fits(["1", "1 " * 200], {"steps": 1}) == [True, False]
 
 
 def test_a_models_own_generation_settings_are_put_aside(tmp_path: Path) -> None:
     place = saved_causal(tmp_path / "model")
     prompt, cpu = "{question} ?", torch.device("cpu")
-    plain = CausalModel(str(place), prompt, cpu, max_new_tokens=6)
+    plain = CausalModelBackend(str(place), prompt, cpu, max_new_tokens=6)
     own = {"do_sample": True, "repetition_penalty": 9.0, "min_p": 0.99, "no_repeat_ngram_size": 1, "min_new_tokens": 6,
            "eos_token_id": plain.ends}  # fmt: skip
     write_json(place / "generation_config.json", own)
-    backend = CausalModel(str(place), prompt, cpu, max_new_tokens=6)
+    backend = CausalModelBackend(str(place), prompt, cpu, max_new_tokens=6)
     [found] = backend(QUESTIONS, {"temperature": 0}, (0,))
     for i, ids in enumerate(backend.rows(QUESTIONS, {})):
         said: list[int] = []
         while len(said) < 6 and not set(said) & set(backend.ends):
             with torch.no_grad():
                 said.append(int(backend.model(torch.tensor([ids + said])).logits[0, -1].argmax()))
-        assert found[i].said == (tuple(said),)
+        assert found[i].completion_ids == (tuple(said),)
     wild = {"temperature": 1.5, "samples": 6}
     [[sampled], [expected]] = ([*each(QUESTIONS, wild, (0,))] for each in (backend, plain))
     assert sampled == expected
 
 
 def test_samples_of_a_model_are_of_all_its_words(tmp_path: Path) -> None:
-    backend = CausalModel(str(saved_causal(tmp_path / "model")), "{question}", torch.device("cpu"), max_new_tokens=1)
+    backend = CausalModelBackend(
+        str(saved_causal(tmp_path / "model")), "{question}", torch.device("cpu"), max_new_tokens=1
+    )
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "wild": {"temperature": 1000, "samples": 400}}})
     [row] = answers(backend, ["1 2"], space, tmp_path / "log")
-    assert len(set(row[1].said)) > 60  # transformers' own top_k is 50
+    assert len(set(row[1].completion_ids)) > 60  # transformers' own top_k is 50
 
 
-def function(call: Any) -> Function:
-    return Function(call, "mine", QUICK, frozenset({"steps"}))
+def function(call: Any) -> FunctionBackend:
+    return FunctionBackend(call, "mine", QUICK, frozenset({"steps"}))
 
 
 STEPS = Space.of({"steps": [1, 2]})
@@ -477,7 +479,7 @@ def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> 
     def never(question: str, settings: dict[str, Any]) -> str:
         raise TimeoutError
 
-    asked = Function(never, "mine", FunctionConfig(workers=1, tries=4, wait=1.0), frozenset())
+    asked = FunctionBackend(never, "mine", FunctionConfig(workers=1, tries=4, wait=1.0), frozenset())
     with pytest.raises(Failed, match="4 times"):
         list(asked(["1"], {}, (0,)))
     assert len(waits) == 3
@@ -493,8 +495,8 @@ def test_tied_answers_share_the_score() -> None:
     examples = [Example("?", (), "c")]
     for texts in set(permutations(["### a", "### c", "nothing", "### c .", "### a"])):
         assert sorted(texts[i][:5] for i in VOTE.tied(Reply(texts))) == ["### a", "### c"]
-        assert Exact(VOTE)(examples, [Reply(texts)]) == [0.5]
-    assert Exact(VOTE)(examples, [Reply(("### a", "### b", "### c"))]) == [pytest.approx(1 / 3)]
+        assert ExactJudge(VOTE)(examples, [Reply(texts)]) == [0.5]
+    assert ExactJudge(VOTE)(examples, [Reply(("### a", "### b", "### c"))]) == [pytest.approx(1 / 3)]
     firsts = [texts[VOTE.taken(Reply(texts))] for texts in permutations(["### a", "### c", "### c", "### a"])]
     assert firsts.count("### c") == firsts.count("### a") == 12, "which of them comes first is even odds"
     numbers = Vote(TASKS["gsm8k"], PromptFormat())
@@ -508,7 +510,7 @@ def test_a_vote_takes_the_first_of_the_most_frequent() -> None:
     assert VOTE.taken(Reply(("nothing", "none"))) == 0
     numbers = Vote(TASKS["gsm8k"], PromptFormat())
     assert numbers.taken(Reply(("### 7", "### 1000", "### 1,000", "### 7", "### $1000"))) == 1
-    exact = Exact(VOTE)
+    exact = ExactJudge(VOTE)
     told = [Reply(("### a", "### c", "### c")), Reply(("### a",)), Reply(("c",))]
     assert exact([Example("?", (), "c")] * 3, told) == [1, 0, 0]
 
@@ -528,15 +530,15 @@ def test_a_pretrained_judge(tmp_path: Path) -> None:
         config = AutoConfig.for_model("gpt2", **shape, num_labels=labels)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    judge = Pretrained(str(tmp_path / "judge"), VOTE, torch.device("cpu"), batch_size=2)
+    judge = PretrainedJudge(str(tmp_path / "judge"), VOTE, torch.device("cpu"), batch_size=2)
     replies = [Reply(("### a", "### c", "### c")), Reply(("a longer answer ### c",)), Reply(("### b",))]
     scores = judged(judge, EXAMPLES, replies, {})
     assert len({round(score, 6) for score in scores}) == 3
     for example, reply, score in zip(EXAMPLES, replies, scores, strict=True):
-        alone = Pretrained(str(tmp_path / "judge"), VOTE, torch.device("cpu"))
+        alone = PretrainedJudge(str(tmp_path / "judge"), VOTE, torch.device("cpu"))
         assert alone([example], [Reply((reply.texts[VOTE.taken(reply)],))]) == pytest.approx([score], abs=1e-5)
     with pytest.raises(ValueError, match="has 2 outputs; a judge has one"):
-        Pretrained(str(tmp_path / "classes"), VOTE, torch.device("cpu"))
+        PretrainedJudge(str(tmp_path / "classes"), VOTE, torch.device("cpu"))
 
 
 def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
@@ -544,10 +546,10 @@ def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
     reward = ImplicitReward(model, backend.lm, 0.5)
     settings = {"num_thoughts": 1}
     replies = [row[0] for row in answers(backend, QUESTIONS, Space.of({"num_thoughts": [1, 2]}), tmp_path / "l")]
-    scores = judged(Implicit(backend, reward, VOTE), EXAMPLES, replies, settings)
+    scores = judged(ImplicitJudge(backend, reward, VOTE), EXAMPLES, replies, settings)
     for question, reply, score in zip(QUESTIONS, replies, scores, strict=True):
         [row] = backend.rows([question], settings)
-        [tokens] = reward.tokens([sample_said(model, row, reply.said[0], text="", num_thoughts=1)])
+        [tokens] = reward.tokens([completion_from_ids(model, row, reply.completion_ids[0], text="", num_thoughts=1)])
         assert score == pytest.approx(float(tokens.sum().sigmoid()), abs=1e-6)
     assert len(set(scores)) > 1
 
@@ -561,7 +563,7 @@ def test_an_embedding_does_not_depend_on_its_batch(pooling: str, tmp_path: Path)
     many, one = (encoders.of_latent(lm, pooling, size)(QUESTIONS) for size in (3, 1))
     torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
     place = str(saved_causal(tmp_path / "model"))
-    backend = CausalModel(place, "{question}", torch.device("cpu"))
+    backend = CausalModelBackend(place, "{question}", torch.device("cpu"))
     many, one = (encoders.of_model(backend.model.base_model, backend.tokenizer, pooling, size)(QUESTIONS)
                  for size in (3, 1))  # fmt: skip
     torch.testing.assert_close(many, one, rtol=0, atol=1e-5)
@@ -576,7 +578,7 @@ def test_an_embedding_does_not_depend_on_its_batch(pooling: str, tmp_path: Path)
 def test_a_table_in_a_file(tmp_path: Path) -> None:
     table = clear_table(20)
     table.write(tmp_path / "t.npz")
-    again = Outcomes.read(tmp_path / "t.npz")
+    again = OutcomeTable.read(tmp_path / "t.npz")
     assert (again.questions, again.about, again.space) == (table.questions, table.about, table.space)
     for name in ("score", "correct", "passes", "embeddings", "steps"):
         assert np.array_equal(getattr(again, name), getattr(table, name))
@@ -584,23 +586,23 @@ def test_a_table_in_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", a=np.zeros(1))
     for name in ("no.npz", "other.npz"):
         with pytest.raises(ValueError, match=r"is no table of python -m coconut\.adaptive"):
-            Outcomes.read(tmp_path / name)
+            OutcomeTable.read(tmp_path / name)
 
 
 def test_bad_tables_are_named() -> None:
     table = clear_table(4)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
     with pytest.raises(ValueError, match="has a score of 2"):
-        Outcomes(**{**values, "score": table.score + 1})
+        OutcomeTable(**{**values, "score": table.score + 1})
     with pytest.raises(ValueError, match="The table of outcomes is empty"):
-        Outcomes(**{**values, "questions": []})
+        OutcomeTable(**{**values, "questions": []})
     with pytest.raises(ValueError, match="few=4 questions to learn from leave none of 4"):
-        trials(table, PolicyConfig(updates=1), cost=0, default=0, few=4, seeds=2)
+        run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, few=4, seeds=2)
 
 
 def test_arms_by_hand_and_the_page(tmp_path: Path) -> None:
     table = clear_table(60)
-    found = trials(table, PolicyConfig(updates=30), cost=0.05, default=5, few=20, seeds=3)
+    found = run_experiments(table, PolicyConfig(updates=30), cost=0.05, default=5, few=20, seeds=3)
     assert not set(found.train[0]) & set(found.test[0])
     assert len(set(found.train[0]) | set(found.test[0])) == 60
     rewards = table.rewards(0.05)
@@ -629,8 +631,8 @@ def test_arms_by_hand_and_the_page(tmp_path: Path) -> None:
 def test_no_headroom_is_said() -> None:
     table = clear_table(60)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
-    flat = Outcomes(**{**values, "score": np.ones_like(table.score), "correct": np.ones_like(table.score)})
-    made = studies(trials(flat, PolicyConfig(updates=5), cost=0.0, default=0, few=20, seeds=2))
+    flat = OutcomeTable(**{**values, "score": np.ones_like(table.score), "correct": np.ones_like(table.score)})
+    made = studies(run_experiments(flat, PolicyConfig(updates=5), cost=0.0, default=0, few=20, seeds=2))
     assert any("hardly anything to choose" in sentence for sentence in report.sentences(made))
 
 
@@ -657,7 +659,7 @@ def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
 
 def test_one_command_does_it_all(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adaptive.only_table(command(trained)) == 0
-    table = Outcomes.read(trained / "adaptive" / "outcomes.npz")
+    table = OutcomeTable.read(trained / "adaptive" / "outcomes.npz")
     assert adaptive.run(command(trained)) == 0
     said = capsys.readouterr().out
     assert "There is +" in said
@@ -680,8 +682,8 @@ def test_a_question_is_asked_as_the_policy_says(
 ) -> None:
     greedy = {"space": {"num_thoughts": [0, 1, 2]}, "output": str(tmp_path / "choice")}
     adaptive.run(command(trained, **greedy))
-    table = Outcomes.read(tmp_path / "choice" / "outcomes.npz")
-    policy, about = Policy.load(tmp_path / "choice" / "policy.safetensors")
+    table = OutcomeTable.read(tmp_path / "choice" / "outcomes.npz")
+    policy, about = ConfigurationPolicy.load(tmp_path / "choice" / "policy.safetensors")
     chosen = policy.best(torch.from_numpy(table.embeddings)[None])[0].tolist()
     capsys.readouterr()
     questions = tmp_path / "questions.txt"
@@ -715,15 +717,15 @@ def test_a_policy_knows_its_model(tmp_path: Path) -> None:
     table = clear_table(5)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
     seen = encoders.of_latent(lm, "mean")([QUESTIONS[0]])
-    mine = Outcomes(**{**values, "questions": [QUESTIONS[0], *table.questions[1:]],
+    mine = OutcomeTable(**{**values, "questions": [QUESTIONS[0], *table.questions[1:]],
                        "embeddings": np.repeat(seen.numpy(), 5, 0)})  # fmt: skip
-    Policy(table.space, seen.shape[1], 4).save(tmp_path / "p", kept(mine))
+    ConfigurationPolicy(table.space, seen.shape[1], 4).save(tmp_path / "p", kept(mine))
     assert len(Chooser(tmp_path / "p", lm).choose(QUESTIONS)) == len(QUESTIONS)
     with pytest.raises(ValueError, match="another model, by hand"):
         Chooser(tmp_path / "p", other)
-    Policy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", kept(mine))
+    ConfigurationPolicy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", kept(mine))
     with pytest.raises(ValueError, match="The space sets steps, which means nothing here"):
-        Chooser(tmp_path / "steps", lm).answer(Latent(lm, "a model"), QUESTIONS)
+        Chooser(tmp_path / "steps", lm).answer(LatentBackend(lm, "a model"), QUESTIONS)
 
 
 def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -786,7 +788,7 @@ def test_another_limit_is_another_answer(trained: Path, tmp_path: Path) -> None:
     tables = []
     for limit in (1, 6):
         adaptive.only_table(command(trained, output=output, space=space, max_new_tokens=limit))
-        tables.append(Outcomes.read(tmp_path / "out" / "outcomes.npz"))
+        tables.append(OutcomeTable.read(tmp_path / "out" / "outcomes.npz"))
     assert (tables[0].passes < tables[1].passes).any()
 
 
@@ -856,7 +858,7 @@ def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:
     kept_then = len(backends.read_log(log))
     done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    table = Outcomes.read(tmp_path / "out" / "outcomes.npz")
+    table = OutcomeTable.read(tmp_path / "out" / "outcomes.npz")
     asked = (tmp_path / "calls").stat().st_size
     needed = len(set(table.questions)) * 3
     assert kept_then >= 5

@@ -20,12 +20,14 @@ from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.record import read_run
-from coconut.runs.study import Study, Unfit
+from coconut.runs.study import NotApplicable, Study
 from coconut.training.trainer import run as train
 from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)
-MIXED = Curriculum(max_stage=2, unit=Unit.updates, first=4, each=3, total=12, mixing_probability=0.3)
+MIXED = Curriculum(
+    max_stage=2, length_unit=Unit.updates, stage0_length=4, stage_length=3, total_length=12, mixing_probability=0.3
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_a_method_without_thoughts_gets_what_fits_it(
 def test_a_part_that_does_not_fit_is_named_and_nothing_is_written(data: DataConfig, tmp_path: Path, part: Part) -> None:
     folder = tmp_path / "run"
     train(small_run(folder, data, method="cot"))
-    with pytest.raises(Unfit, match="cot"):
+    with pytest.raises(NotApplicable, match="cot"):
         analyze.run(AnalyzeConfig(run=str(folder), parts=[part], engine=CPU))
     assert not (folder / "analysis").exists()
     assert not (folder / "report.html").exists()
@@ -152,7 +154,7 @@ def test_a_part_that_does_not_fit_is_named_and_nothing_is_written(data: DataConf
 
 def test_thoughts_that_were_never_mixed_cannot_be_stopped_early(data: DataConfig, tmp_path: Path) -> None:
     train(small_run(tmp_path / "run", data))
-    with pytest.raises(Unfit, match="never learned to speak"):
+    with pytest.raises(NotApplicable, match="never learned to speak"):
         analyze.run(AnalyzeConfig(run=str(tmp_path / "run"), parts=[Part.stopping], engine=CPU))
 
 
@@ -181,7 +183,7 @@ def test_a_task_without_graphs_is_audited_and_has_no_graph_figures(
     assert {"audit_thoughts.json", "decoded.json", "k_forcing.json"} <= {
         p.name for p in (folder / "analysis").iterdir()
     }
-    with pytest.raises(Unfit, match="tell no graph"):
+    with pytest.raises(NotApplicable, match="tell no graph"):
         analyze.run(AnalyzeConfig(run=str(folder), parts=[Part.values], engine=CPU))
 
 

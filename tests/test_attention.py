@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.pieces import kept, queries_in_views
 from coconut import LatentLM
-from coconut.acceleration.attention import _OneQuery, in_place_of_torchs, sighted
+from coconut.acceleration.attention import _OneQuery, attend_to_self_mask, patched_sdpa
 from coconut.data.batching import Batch
 from coconut.models import latent_lm as model
 
@@ -32,7 +32,7 @@ def parts(queries: int = 1, dtype: torch.dtype = torch.bfloat16, heads: int = 2)
 
 def within(parts: list[Tensor], mask: Tensor | None = None, **options: Any) -> Tensor:
     query, key, value = parts
-    with in_place_of_torchs(query.transpose(1, 2).flatten(2), cached=False):
+    with patched_sdpa(query.transpose(1, 2).flatten(2), cached=False):
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
@@ -117,10 +117,10 @@ def test_keys_and_values_are_kept_once() -> None:
 
 def test_padding_sees_itself_and_tokens_what_they_saw() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]])
-    whole = sighted(mask, torch.zeros(2, 4, 8))[:, 0].int().tolist()
+    whole = attend_to_self_mask(mask, torch.zeros(2, 4, 8))[:, 0].int().tolist()
     assert whole[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert whole[1] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
-    assert sighted(mask, torch.zeros(2, 1, 8)).int().tolist() == [[[[0, 0, 1, 1]]], [[[1, 0, 1, 1]]]]
+    assert attend_to_self_mask(mask, torch.zeros(2, 1, 8)).int().tolist() == [[[[0, 0, 1, 1]]], [[[1, 0, 1, 1]]]]
 
 
 def test_with_sight_nothing_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

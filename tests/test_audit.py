@@ -33,7 +33,7 @@ from coconut.data.sequences import layout
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.evaluation.evaluator import Evaluated
 from coconut.methods import PromptFormat, Reasoning, Slot, Stage
-from coconut.runs.study import Study, Unfit
+from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, prosqa
 
 EXAMPLES = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=6, count=24)]
@@ -91,14 +91,14 @@ def said(found: Evaluated) -> list[str | None]:
 
 
 def test_the_thoughts_of_the_run_give_its_answers(examined: Subject) -> None:
-    assert examined.ask(thoughts=examined.usual.thoughts).predictions == examined.usual.predictions
+    assert examined.ask(thoughts=examined.baseline.thoughts).predictions == examined.baseline.predictions
 
 
 def test_every_change_of_the_thoughts_is_counted(examined: Subject, thoughts: Study) -> None:
     rows = by_change(thoughts)
     assert list(rows) == ["none", "zeros", "noise", "mean", "other", "order", "thought_1", "thought_2", "thought_3",
                           "count_0", "count_1", "count_2", "count_4", "count_5"]  # fmt: skip
-    usual_NKD = examined.usual.thoughts
+    usual_NKD = examined.baseline.thoughts
     mean_NKD = usual_NKD.mean(0, keepdim=True).expand_as(usual_NKD)
     without_2 = torch.stack([usual_NKD[:, 0], mean_NKD[:, 1], usual_NKD[:, 2]], dim=1)
     changes: dict[str, dict[str, Any]] = {
@@ -109,7 +109,7 @@ def test_every_change_of_the_thoughts_is_counted(examined: Subject, thoughts: St
         "count_0": {"num_thoughts": 0},
         "count_5": {"num_thoughts": 5},
     }
-    was = examined.usual
+    was = examined.baseline
     for name, options in changes.items():
         found, row = examined.ask(**options), rows[name]
         assert row["accuracy"] == found.result.accuracy
@@ -138,7 +138,7 @@ def test_thoughts_of_others_are_those_of_another_question_each() -> None:
 
 
 def test_noise_is_as_long_as_the_thoughts_and_the_same_each_time(examined: Subject, thoughts: Study) -> None:
-    usual_NKD = examined.usual.thoughts
+    usual_NKD = examined.baseline.thoughts
     changed = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(usual_NKD)}
     again = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(usual_NKD)}
     torch.testing.assert_close(changed["noise"].norm(dim=-1), usual_NKD.norm(dim=-1))
@@ -169,7 +169,7 @@ def test_a_single_question_has_no_other_thoughts() -> None:
 
 def test_without_latent_thoughts_there_is_nothing_to_audit() -> None:
     lm = build("llama", torch.float32, slot=Slot.pause, method="pause", num_thoughts=2)
-    with pytest.raises(Unfit, match="pause has no latent thoughts"):
+    with pytest.raises(NotApplicable, match="pause has no latent thoughts"):
         audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS))
 
 
@@ -177,7 +177,7 @@ def test_without_latent_thoughts_there_is_nothing_to_audit() -> None:
 
 
 def test_answers_to_changed_graphs_are_counted(examined: Subject, edges: Study) -> None:
-    right = [i for i, prediction in enumerate(examined.usual.predictions) if prediction.correct]
+    right = [i for i, prediction in enumerate(examined.baseline.predictions) if prediction.correct]
     assert edges.facts["right"] == len(right) > 4
     rows = by_change(edges)
     assert list(rows) == ["redirected", "redirected_old_thoughts", "redirected_thoughts_only", "removed",
@@ -194,7 +194,7 @@ def test_answers_to_changed_graphs_are_counted(examined: Subject, edges: Study) 
 
 
 def test_following_is_naming_the_option_that_is_now_right(examined: Subject, edges: Study) -> None:
-    right = [i for i, prediction in enumerate(examined.usual.predictions) if prediction.correct]
+    right = [i for i, prediction in enumerate(examined.baseline.predictions) if prediction.correct]
     found = {i: redirect(EXAMPLES[i].question, examined.asked[i], Random(f"0 {i}")) for i in right}
     questions = {i: each.question for i, each in found.items() if each}
     before, asked = [EXAMPLES[i] for i in questions], list(questions)
@@ -206,7 +206,7 @@ def test_following_is_naming_the_option_that_is_now_right(examined: Subject, edg
     again = examined.ask(turned)
     answers = {
         "redirected": again,
-        "redirected_old_thoughts": examined.ask(turned, thoughts=examined.usual.thoughts[asked]),
+        "redirected_old_thoughts": examined.ask(turned, thoughts=examined.baseline.thoughts[asked]),
         "redirected_thoughts_only": examined.ask(before, thoughts=again.thoughts),
     }
     for name, each in answers.items():
@@ -234,7 +234,7 @@ def test_where_no_answer_is_right_nothing_is_said_of_edges() -> None:
 
 def test_edges_need_graphs() -> None:
     lm = build("llama", torch.float32, num_thoughts=1, max_new_tokens=2)
-    with pytest.raises(Unfit, match="questions of gsm8k tell no graph"):
+    with pytest.raises(NotApplicable, match="questions of gsm8k tell no graph"):
         audit_edges(Subject(lm, TASKS["gsm8k"], SUMS))
 
 

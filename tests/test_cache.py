@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
-from coconut.acceleration.kv_cache import GrowingCache
+from coconut.acceleration.kv_cache import AppendOnlyCache
 
 CONFIGS: dict[str, Any] = {
     "full": LlamaConfig(num_hidden_layers=1),
@@ -48,7 +48,7 @@ def test_equals_a_dynamic_cache(kind: str, widths: list[int], columns: int, coun
     """Also where the attention of some passes counts for nothing."""
     inputs = [new(width) for width in widths for _ in range(2)]
     found = []
-    for cache in (DynamicCache(config=CONFIGS[kind]), GrowingCache(CONFIGS[kind], columns)):
+    for cache in (DynamicCache(config=CONFIGS[kind]), AppendOnlyCache(CONFIGS[kind], columns)):
         passes = []
         for start, (keys, values) in enumerate(zip(inputs[::2], inputs[1::2], strict=True)):
             assert cache.get_mask_sizes(keys.shape[-2], 0)[1] >= 0
@@ -66,7 +66,7 @@ def test_copies_read_on_independently(columns: int) -> None:
     inputs = [new(3), new(2), new(1), new(4), new(2)]
     prefix, left, right, more, again = inputs
     found = []
-    for cache in (DynamicCache(config=CONFIGS["full"]), GrowingCache(CONFIGS["full"], columns)):
+    for cache in (DynamicCache(config=CONFIGS["full"]), AppendOnlyCache(CONFIGS["full"], columns)):
         loss = weighed(cache, prefix, prefix)
         other = copy(cache)
         other.layers = [copy(layer) for layer in cache.layers]
@@ -83,7 +83,7 @@ def test_rows_may_be_selected_repeated_reordered_and_the_end_cut_off(columns: in
     inputs = [new(5), new(2), new(1, rows=6), new(1, rows=6)]
     first, second, third, fourth = inputs
     found = []
-    for cache in (DynamicCache(config=CONFIGS["full"]), GrowingCache(CONFIGS["full"], columns)):
+    for cache in (DynamicCache(config=CONFIGS["full"]), AppendOnlyCache(CONFIGS["full"], columns)):
         loss = weighed(cache, first, first)
         cache.crop(-2)
         loss = loss + weighed(cache, second, second)
@@ -98,7 +98,7 @@ def test_rows_may_be_selected_repeated_reordered_and_the_end_cut_off(columns: in
 
 def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
     inputs = [new(3), new(1), new(2)]
-    cache = GrowingCache(CONFIGS["full"], 6)
+    cache = AppendOnlyCache(CONFIGS["full"], 6)
     loss = torch.stack([weighed(cache, part, part) for part in inputs]).sum()
     whole = gradients(loss, inputs, retain_graph=True)
     torch.testing.assert_close(gradients(loss, inputs[1:], retain_graph=True), whole[1:])
@@ -113,7 +113,7 @@ def test_the_room_is_made_once_and_holds_everything_once() -> None:
     places = set()
     for start, stop in pairwise([0, 6, 7, 8, 12]):
         positions = torch.arange(start, stop).expand(2, -1)
-        lm.states(lm.base.get_input_embeddings()(ids[:, start:stop]), torch.ones(2, stop), positions, cache)
+        lm.hidden_states(lm.base.get_input_embeddings()(ids[:, start:stop]), torch.ones(2, stop), positions, cache)
         places.add(cache.layers[0].keys.data_ptr())
     assert len(places) == 1
     assert cache.layers[0].keys.untyped_storage().nbytes() == cache.layers[0].keys.nbytes

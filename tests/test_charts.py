@@ -23,7 +23,7 @@ from coconut.reporting.page import Aside, Code, Lead, Ranked, Section, Table, Te
 from coconut.reporting.page import Figure as Shown
 from coconut.reporting.plots import as_svg
 from coconut.reporting.run_page import report
-from coconut.reporting.sections import are_they_used, drawings, how_many, sample, told_k_forcing, what_they_hold
+from coconut.reporting.sections import are_they_used, describe_k_forcing, drawings, how_many, sample, what_they_hold
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
@@ -308,7 +308,7 @@ def test_a_probability_is_never_rounded_to_nothing_or_all(share: float, said: st
 
 
 def test_what_other_numbers_of_thoughts_do_is_told_by_their_intervals():
-    told = " ".join(told_k_forcing(K_FORCING))
+    told = " ".join(describe_k_forcing(K_FORCING))
     assert "With its own 3 thoughts the model is right on 95.0 % of 100 questions." in told
     assert "No other number does better" not in told
     assert "Clearly better" not in told
@@ -316,9 +316,12 @@ def test_what_other_numbers_of_thoughts_do_is_told_by_their_intervals():
     assert "No clear difference: 2 thoughts (94.0 %) and 4 thoughts (96.0 %)." in told
     assert told.endswith("no way through the graph: 20.0 % with no thoughts and 10.0 % with 1 thought.")
     reverse = Study("k_forcing", K_FORCING.rows, {"own": 0})
-    assert "Clearly better: 1 thought (80.0 %), 2 thoughts (94.0 %)" in " ".join(told_k_forcing(reverse))
+    assert "Clearly better: 1 thought (80.0 %), 2 thoughts (94.0 %)" in " ".join(describe_k_forcing(reverse))
     plain = Study("k_forcing", [forced(0, 60), forced(1, 90)], {"own": 1})
-    assert told_k_forcing(plain, "pause")[1:] == ["No other number does better.", "Clearly worse: no pauses (60.0 %)."]
+    assert describe_k_forcing(plain, "pause")[1:] == [
+        "No other number does better.",
+        "Clearly worse: no pauses (60.0 %).",
+    ]
 
 
 def section(maker: Callable[[RunRecord], Section | None], run: RunRecord) -> Section:

@@ -33,7 +33,7 @@ from coconut.hub.config import ExportConfig
 from coconut.methods import plan
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rl.config import RLConfig
-from coconut.utils.hydra_app import CONF_DIR, built, ends_quietly, in_words
+from coconut.utils.hydra_app import CONF_DIR, exits_cleanly, explain_error, to_dataclass
 from coconut.utils.overrides import as_override
 from data_builders.gsm8k import Gsm8kBuild
 
@@ -49,7 +49,7 @@ for name, schema in SCHEMAS.items():
 
 def composed(command: str, *overrides: str) -> Any:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return built(compose(command, list(overrides)), SCHEMAS[command])
+        return to_dataclass(compose(command, list(overrides)), SCHEMAS[command])
 
 
 def typed(command: str, *arguments: str) -> Any:
@@ -102,8 +102,8 @@ def test_the_papers_hyperparameters() -> None:
         config = composed("train", f"experiment={name}")
         assert isinstance(config, TrainConfig)
         assert config.model == ModelConfig(base="openai-community/gpt2")
-        assert (config.batch_size, config.curriculum.total) == (128, 50)
-        assert config.optimizer == OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup=0, clip=0)
+        assert (config.batch_size, config.curriculum.total_length) == (128, 50)
+        assert config.optimizer == OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=0, max_grad_norm=0)
         assert config.engine == EngineConfig()
         stages = plan(config.method, config.curriculum).stages
         expected = [6, 3, 3, 3, 35] if name == "gsm8k_gpt2" else [5, 5, 5, 5, 5, 5, 20]
@@ -150,7 +150,7 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         ),
         (["run=${nope}"], "run: Interpolation key 'nope' not found"),
         (["curriculum.thoughts_per_step=-1"], "curriculum.thoughts_per_step is -1"),
-        (["curriculum.total=3"], "curriculum.total is 3"),
+        (["curriculum.total_length=3"], "curriculum.total_length is 3"),
         (["method=cocnut"], "There is no method 'cocnut'"),
         (["optimizer.lr=0"], "optimizer.lr is 0"),
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
@@ -163,12 +163,12 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
 def test_unknown_keys_and_wrong_values_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as raised:
         composed("train", "experiment=quickstart", *overrides)
-    assert words in in_words(raised.value, TrainConfig)
+    assert words in explain_error(raised.value, TrainConfig)
 
 
 def test_an_error_is_one_message(tmp_path: Path) -> None:
     for overrides, words in [
-        (["curriculum.total=3"], "error: The stages of coconut before the last one"),
+        (["curriculum.total_length=3"], "error: The stages of coconut before the last one"),
         (["data.train=away.json", "data.valid=away.json"], "away.json does not exist"),
         (["method=cot,icot", "methd=cot", "--multirun"], "error: There is no key methd"),
     ]:
@@ -211,7 +211,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["run", "name", "data.files", "++model.tokenizer", "tracking.tags"])
+@pytest.mark.parametrize("key", ["run", "name", "data.prefix", "++model.tokenizer", "tracking.tags"])
 def test_any_name_survives(key: str) -> None:
     for name in NAMES:
         in_quotes = '"' + (name + "\\" if name.endswith("\\") else name) + '"'
@@ -292,7 +292,7 @@ def test_builders_take_names_to_the_letter() -> None:
     ConfigStore.instance().store(name="build_gsm8k_schema", node=Gsm8kBuild)
     arguments = ["out_dir=1.10=a b", "name=12e5", "hub=1e5", "hub_config=true"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = built(compose("build_gsm8k", [as_override(each, Gsm8kBuild) for each in arguments]), Gsm8kBuild)
+        config = to_dataclass(compose("build_gsm8k", [as_override(each, Gsm8kBuild) for each in arguments]), Gsm8kBuild)
     assert (config.out_dir, config.name, config.hub, config.hub_config) == ("1.10=a b", "12e5", "1e5", "true")
 
 
@@ -324,7 +324,7 @@ def test_default_folders_say_method_and_seed() -> None:
 
 def test_a_missing_launcher_says_what_to_install() -> None:
     error = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic"])
-    assert "pip install hydra-submitit-launcher" in in_words(error, TrainConfig)
+    assert "pip install hydra-submitit-launcher" in explain_error(error, TrainConfig)
 
 
 def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +335,7 @@ def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> Non
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
-    @ends_quietly
+    @exits_cleanly
     def interrupted() -> None:
         raise KeyboardInterrupt
 

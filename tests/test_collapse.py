@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist
 
-from coconut.training.thought_statistics import look_at
+from coconut.training.thought_statistics import measure_thoughts
 
 
 def drawn(N: int = 20, K: int = 3, D: int = 8) -> torch.Tensor:
@@ -20,7 +20,7 @@ TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
 
 def test_distances_are_those_of_scipy() -> None:
     thoughts = drawn()
-    found = look_at(thoughts, TABLE)
+    found = measure_thoughts(thoughts, TABLE)
     assert found.norm == pytest.approx(thoughts.norm(dim=-1).mean().item(), rel=1e-5)
     assert found.within == pytest.approx(sum(pdist(chain).mean() for chain in thoughts.numpy()) / 20, rel=1e-4)
     assert found.across == pytest.approx(sum(pdist(thoughts[:, k].numpy()).mean() for k in range(3)) / 3, rel=1e-4)
@@ -50,21 +50,23 @@ def flat(thoughts: torch.Tensor, counts: list[int]) -> dict[str, float]:
 def test_zeros_after_a_questions_last_thought_count_for_nothing() -> None:
     counts = [3, 0, 2, 1, 0, 3, 3, 2] + 12 * [0]
     thoughts = drawn() * (torch.arange(3) < torch.tensor(counts)[:, None])[..., None]
-    assert look_at(thoughts, TABLE, torch.tensor(counts)).as_dict() == pytest.approx(flat(thoughts, counts), rel=1e-5)
+    assert measure_thoughts(thoughts, TABLE, torch.tensor(counts)).as_dict() == pytest.approx(
+        flat(thoughts, counts), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
 def test_thoughts_that_are_nearly_equal_and_large(spread: float) -> None:
     centre = 100 * torch.ones(8, dtype=torch.float64)
     thoughts = centre + spread * drawn().double()
-    assert look_at(thoughts, TABLE).as_dict() == pytest.approx(flat(thoughts, [3] * 20), rel=1e-5)
+    assert measure_thoughts(thoughts, TABLE).as_dict() == pytest.approx(flat(thoughts, [3] * 20), rel=1e-5)
 
 
 @pytest.mark.parametrize("directions", [1, 2, 5])
 def test_the_effective_rank_counts_directions_of_equal_weight(directions: int) -> None:
     axes = torch.eye(8)[:directions]
     thoughts = torch.cat([axes, -axes]).reshape(-1, 1, 8)
-    assert look_at(thoughts, TABLE).rank == pytest.approx(directions, rel=1e-4)
+    assert measure_thoughts(thoughts, TABLE).rank == pytest.approx(directions, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +80,13 @@ def test_the_effective_rank_counts_directions_of_equal_weight(directions: int) -
     ],
 )
 def test_each_collapse_is_named(thoughts: torch.Tensor, said: str) -> None:
-    (problem,) = look_at(thoughts, TABLE).collapse()
+    (problem,) = measure_thoughts(thoughts, TABLE).collapse()
     assert said in problem
 
 
 def test_one_thought_and_one_question_have_no_distances() -> None:
-    found = look_at(drawn(1, 1), TABLE)
+    found = measure_thoughts(drawn(1, 1), TABLE)
     assert found.within is None
     assert found.across is None
     assert found.collapse() == []
-    assert "within" not in found.told()
+    assert "within" not in found.describe()

@@ -147,7 +147,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed in (0, 1):
             make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
     started = str(folder / "runs" / "coconut-seed0" / "checkpoints" / "step-0000002")
-    later = Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=4, start_stage=1)
+    later = Curriculum(
+        max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=4, start_stage=1
+    )
     make(folder, data, "pause_as_thought-seed0", method="pause_as_thought", init=started, curriculum=later)
     return folder / "runs"
 
@@ -314,7 +316,7 @@ def test_a_run_that_took_up_its_methods_curriculum_is_a_whole_one(copy: Path) ->
     began(run, origin, step=2, total=4)
     assert labels(copy) == ["coconut", "cot", "pause_as_thought"]
     began(run, origin, step=2, total=5)
-    assert "coconut (curriculum.total=7)" in labels(copy)
+    assert "coconut (curriculum.total_length=7)" in labels(copy)
 
 
 def test_what_a_run_began_with_makes_it_another(copy: Path) -> None:

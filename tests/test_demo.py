@@ -32,7 +32,7 @@ from coconut.analysis.probes import MORE
 from coconut.config import DataConfig, EngineConfig, Task
 from coconut.data.tokenization import encode_questions
 from coconut.demo import MOST_BYTES, Server, open_demo, page
-from coconut.generation.generate import likeliest
+from coconut.generation.generate import logit_lens
 from coconut.methods import Curriculum, Unit
 from coconut.reporting.plots import DARK, LIGHT
 from coconut.runs.checkpoints import Checkpoints, load_state
@@ -64,7 +64,9 @@ def trained(folder: Path, data: DataConfig, **changes: Any) -> Path:
     config = small_run(
         folder / "run",
         replace(data, cache_dir=str(folder / "tokens")),
-        curriculum=Curriculum(max_stage=OWN, unit=Unit.updates, first=20, each=20, total=60),
+        curriculum=Curriculum(
+            max_stage=OWN, length_unit=Unit.updates, stage0_length=20, stage_length=20, total_length=60
+        ),
         **changes,
     )
     assert train.run(config) == 0
@@ -147,10 +149,10 @@ def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest)
         assert [one["thoughts"] for one in found["after"]] == list(counts)
         outs = [lm.generate(torch.tensor(prompts), num_thoughts=count) for count in counts]
         for one, out in zip(found["after"], outs, strict=True):
-            assert (one["text"], one["cut"]) == (out.texts[0].strip(), bool(out.cut[0]))
+            assert (one["text"], one["cut"]) == (out.texts[0].strip(), bool(out.truncated[0]))
             assert one["answer"] == subject.task.read_answer(out.texts[0], subject.lm.reasoning.format)
             assert one["correct"] == subject.task.judge(one["answer"], example.answer)
-        for said, expected in zip(found["thoughts"], likeliest(lm, outs[-1].thoughts[0], 5), strict=True):
+        for said, expected in zip(found["thoughts"], logit_lens(lm, outs[-1].thoughts[0], 5), strict=True):
             assert [text for text, _ in said] == [text for text, _ in expected]
             assert [share for _, share in said] == pytest.approx([share for _, share in expected], rel=1e-3)
         nodes = [node["name"] for node in found["graph"]["nodes"]]
@@ -300,7 +302,7 @@ def test_what_is_no_json_is_refused(in_symbols: Server, body: bytes) -> None:
 
 def test_a_question_may_fill_the_context_and_no_more(in_symbols: Server) -> None:
     lm = in_symbols.asker.subject.lm
-    room = lm.context - len(["<bot>", "<eot>", "answer"]) - (OWN + MORE)
+    room = lm.max_sequence_length - len(["<bot>", "<eot>", "answer"]) - (OWN + MORE)
     assert len(ask(in_symbols, question="3 " * room)["after"]) == OWN + MORE + 1
     status, found = post(in_symbols, {"question": "3 " * (room + 1)})
     assert status == 400

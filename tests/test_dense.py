@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.completions.rollouts import Group
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
-from coconut.engine.process_group import joined
+from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.trainer import run as run_reward
-from coconut.rl.config import DenseConfig, ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, DenseRewards, Judged, token_advantages
-from coconut.rl.trainer import REFERENCE, PolicyTraining, run
-from coconut.rl.trainer import together as run_together
+from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RewardConfig, RLConfig
+from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, Judged, OnlineProcessReward, token_advantages
+from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
+from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.loading import starting_point
@@ -33,7 +33,7 @@ from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
 CPU = EngineConfig(device="cpu", threads=1)
-LEARNS = AdamWConfig(lr=3e-3, clip=1.0, warmup=2)
+LEARNS = AdamWConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=2)
 
 Made = tuple[Path, DataConfig]
 
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A model that is sometimes right, and its data."""
     folder = tmp_path_factory.mktemp("warm")
     data = graph_files(folder, 40, 12, 8)
-    curriculum = Curriculum(unit=Unit.updates, total=60)
+    curriculum = Curriculum(length_unit=Unit.updates, total_length=60)
     assert run_training(small_run(folder / "run", data, method="cot", curriculum=curriculum, max_new_tokens=8)) == 0
     return folder / "run", data
 
@@ -63,15 +63,15 @@ def reward_model(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(made: Made, folder: Path, dense: DenseConfig | None = None, **changes: Any) -> RLConfig:
+def settings(made: Made, folder: Path, dense: ProcessRewardConfig | None = None, **changes: Any) -> RLConfig:
     values: dict[str, Any] = {
         "run": str(folder),
         "init": str(made[0]),
         "data": made[1],
-        "objective": ObjectiveConfig("dr_grpo", beta=0.0),
-        "reward": RewardConfig(wrong=0.0),
-        "dense": dense or DenseConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
-        "optimizer": AdamWConfig(lr=1e-3, clip=1.0),
+        "objective": ObjectiveConfig("dr_grpo", kl_coef=0.0),
+        "reward": RewardConfig(incorrect_reward=0.0),
+        "dense": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0),
         "engine": CPU,
         "batches": 4,
         "questions": 4,
@@ -84,17 +84,17 @@ def settings(made: Made, folder: Path, dense: DenseConfig | None = None, **chang
     return RLConfig(**{**values, **changes})
 
 
-def begun(config: RLConfig, made: Made, world: World | None = None) -> PolicyTraining:
+def begun(config: RLConfig, made: Made, world: World | None = None) -> PolicyTrainer:
     folder = Path(str(config.run))
     folder.mkdir(exist_ok=True)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    return PolicyTraining(config, folder, files, world or World())
+    return PolicyTrainer(config, folder, files, world or World())
 
 
-def rewarded(training: PolicyTraining) -> tuple[DenseRewards, list[Group], list[Judged]]:
-    assert training.dense
+def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[Judged]]:
+    assert training.process_reward
     groups = training.sample(0)
-    return training.dense, groups, training.dense.rewards(groups)
+    return training.process_reward, groups, training.process_reward.rewards(groups)
 
 
 # --- advantages -------------------------------------------------------------------------------------
@@ -127,18 +127,18 @@ def test_a_reward_model_that_equals_its_reference_leaves_the_outcome_alone(
     for group, its in zip(groups, judged, strict=True):
         for i, row in enumerate(its.advantages(1.0)):
             others = torch.cat([group.rewards[:i], group.rewards[i + 1 :]])
-            assert len(row) == len(group.samples[i].log_probs)
+            assert len(row) == len(group.completions[i].log_probs)
             assert torch.equal(row, (group.rewards[i] - others.mean()).expand(len(row)))
     assert all(not row.any() for its in judged for row in its.tokens)
 
 
 def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: Path, tmp_path: Path) -> None:
     """Against the probabilities of the two models themselves, one answer at a time."""
-    dense = DenseConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
+    dense = ProcessRewardConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
     training = begun(settings(made, tmp_path / "run", dense), made)
     its, groups, judged = rewarded(training)
     mine, reference = (LatentLM.from_pretrained(starting_point(str(place))).eval() for place in (reward_model, made[0]))
-    sample, row = groups[0].samples[2], judged[0].tokens[2]
+    sample, row = groups[0].completions[2], judged[0].tokens[2]
     scored = [its.policy.score(lm, [sample], 1)[0] for lm in (mine, reference)]
     torch.testing.assert_close(row, 0.5 * (scored[0] - scored[1]), rtol=1e-4, atol=1e-5)
     assert row.abs().max() > 1e-3
@@ -165,7 +165,7 @@ def test_an_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_
 def test_labels_are_the_judges_and_not_what_answers_cost(made: Made, tmp_path: Path) -> None:
     training = begun(settings(made, tmp_path / "run"), made)
     dense, groups, _ = rewarded(training)
-    costly = [replace(group, rewards=-torch.ones(len(group.samples))) for group in groups]
+    costly = [replace(group, rewards=-torch.ones(len(group.completions))) for group in groups]
     right = torch.cat([its.right for its in dense.rewards(costly)])
     assert right.any()
     assert torch.equal(right, torch.cat([group.rewards for group in groups]) == 1)
@@ -186,18 +186,18 @@ def test_a_control_token_has_the_advantage_of_all_that_follows(tmp_path: Path) -
     data = graph_files(tmp_path, 16, 4, 4)
     warm = small_run(
         tmp_path / "warm", data, method="hybrid_warmup", max_new_tokens=8,
-        curriculum=Curriculum(modes=["short", "think"], unit=Unit.updates, total=20),
+        curriculum=Curriculum(modes=["short", "think"], length_unit=Unit.updates, total_length=20),
     )  # fmt: skip
     assert run_training(warm) == 0
     made = tmp_path / "warm", data
-    config = settings(made, tmp_path / "run", objective=ObjectiveConfig("degrpo", beta=0.01))
+    config = settings(made, tmp_path / "run", objective=ObjectiveConfig("degrpo", kl_coef=0.01))
     training = begun(config, made)
     dense, groups, judged = rewarded(training)
     dense.update([replace(judged[0], right=torch.arange(6) < 3)])
     its = dense.rewards(groups)[0]
-    for sample, rewards, gains in zip(its.group.samples, its.tokens, its.advantages(1.0), strict=True):
+    for sample, rewards, gains in zip(its.group.completions, its.tokens, its.advantages(1.0), strict=True):
         assert sample.layout.control >= 0
-        assert len(rewards) == len(gains) == len(sample.said) + 1
+        assert len(rewards) == len(gains) == len(sample.completion_ids) + 1
     one = its.advantages(1.0)[0]
     means = torch.stack([row.mean() for row in its.tokens[1:]])
     outcome = its.group.rewards[0] - its.group.rewards[1:].mean()
@@ -270,7 +270,7 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: Made, reward_model: Pa
     shutil.copytree(made[0], warm)
     shutil.copytree(reward_model, rewards)
     changes = {"own": {}, "trained": {"init": str(rewards)}, "frozen": {"init": str(rewards), "online": False}}[kind]
-    dense = DenseConfig(weight=0.5, beta=0.5, optimizer=LEARNS, **changes)
+    dense = ProcessRewardConfig(weight=0.5, beta=0.5, optimizer=LEARNS, **changes)
     folder = tmp_path / "run"
     config = settings((warm, made[1]), folder, dense)
     assert run(config) == 0
@@ -286,7 +286,7 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: Made, reward_model: Pa
 
 
 def test_a_frozen_reward_model_stays_as_it_is(made: Made, reward_model: Path, tmp_path: Path) -> None:
-    dense = DenseConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
+    dense = ProcessRewardConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
     training = begun(settings(made, tmp_path / "run", dense), made)
     its, _, judged = rewarded(training)
     assert its.update(judged) == {}
@@ -301,7 +301,7 @@ def test_a_frozen_reward_model_stays_as_it_is(made: Made, reward_model: Path, tm
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, weight: float) -> None:
     """Neither the policy nor the reward model; a batch without any makes no update."""
-    dense = DenseConfig(weight=weight, between=[0.999, 1.0], optimizer=LEARNS)
+    dense = ProcessRewardConfig(weight=weight, accuracy_range=[0.999, 1.0], optimizer=LEARNS)
     assert run(settings(made, tmp_path / "run", dense, batches=2)) == 0
     rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert all(row["learned_from"] == 0 for row in rows)
@@ -314,13 +314,13 @@ def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, 
 
 
 def test_which_questions_are_within_the_bounds(made: Made, tmp_path: Path) -> None:
-    dense = DenseConfig(weight=1.0, between=[0.0, 0.5])
+    dense = ProcessRewardConfig(weight=1.0, accuracy_range=[0.0, 0.5])
     training = begun(settings(made, tmp_path / "run", dense), made)
     _, groups, judged = rewarded(training)
     shares = [float(its.right.float().mean()) for its in judged]
     assert [training._teaches(group) for group in groups] == [0 < share < 0.5 for share in shares]
     group, its = next(pair for pair in zip(groups, judged, strict=True) if pair[1].right.any())
-    right = group.samples[int(its.right.int().argmax())]
+    right = group.completions[int(its.right.int().argmax())]
     wrong = replace(right, text="")
     for count, teaches in ((0, False), (1, True), (3, False), (6, False)):
         mixed = replace(group, samples=(*[right] * count, *[wrong] * (6 - count)))
@@ -337,12 +337,12 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
         alone = begun(replace(config, run=f"{folder}-alone-{world.rank}"), made)
         groups = alone.sample(0)[:3]
     training = begun(config, made, world)
-    assert training.dense
+    assert training.process_reward
     found = []
     for _ in range(2):
-        judged = training.dense.rewards(groups)
-        found += [*training.dense.update(judged).values(), *training.dense.described(judged).values()]
-    last = training.dense.rewards(groups)
+        judged = training.process_reward.rewards(groups)
+        found += [*training.process_reward.update(judged).values(), *training.process_reward.described(judged).values()]
+    last = training.process_reward.rewards(groups)
     return found + [float(row.sum()) for its in last for row in its.advantages(1.0)]
 
 
@@ -358,11 +358,11 @@ def on_two(warm: str, folder: str) -> None:
         "run": replace(CPU, timeout=120),
         "zero3": EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
     }
-    with joined(kinds["run"]) as world:
+    with init_distributed(kinds["run"]) as world:
         for name, engine in kinds.items():
             config = settings(made, place / name, engine=engine, batches=2, save_every=1)
             assert run_together(config, world) == 0
-            world.first_does(lambda ended=place / name: one_back(ended))
+            world.on_main_process(lambda ended=place / name: one_back(ended))
             assert run_together(config, world) == 0
         found = updated(made, place / "together", world)
         alone = updated(made, place / f"alone-{world.rank}", World())
@@ -396,36 +396,42 @@ def test_the_number_of_processes_and_the_engine_change_nothing(made: Made, tmp_p
     ("changes", "message"),
     [
         ({"weight": 1.0, "online": False}, "equals its reference, which rewards nothing. Name a trained one"),
-        ({"weight": -1.0}, "dense.weight is -1.0; it must be at least 0"),
-        ({"weight": 1.0, "beta": 0.0}, "dense.beta is 0.0"),
-        ({"online": False}, "dense.online=false is about dense rewards, and there are none"),
-        ({"init": "runs/rewards"}, "dense.init=runs/rewards is about dense rewards"),
-        ({"between": [0.8, 0.2]}, r"dense.between is \[0.8, 0.2\]; it is two shares"),
+        ({"weight": -1.0}, "process_reward.weight is -1.0; it must be at least 0"),
+        ({"weight": 1.0, "beta": 0.0}, "process_reward.beta is 0.0"),
+        ({"online": False}, "process_reward.online=false is about dense rewards, and there are none"),
+        ({"init": "runs/rewards"}, "process_reward.init=runs/rewards is about dense rewards"),
+        ({"between": [0.8, 0.2]}, r"process_reward.accuracy_range is \[0.8, 0.2\]; it is two shares"),
         ({"between": [0.5]}, "it is two shares"),
         ({"between": [0.0, 1.5]}, "it is two shares"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DenseConfig(**changes)
+        ProcessRewardConfig(**changes)
 
 
 def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"objective.name=grpo divides advantages.*Set objective.scaled=false"):
+    with pytest.raises(
+        ValueError, match=r"objective.name=grpo divides advantages.*Set objective.normalize_advantages=false"
+    ):
         settings(made, tmp_path / "run", objective=ObjectiveConfig("grpo"))
     other = tmp_path / "other"
     data = graph_files(tmp_path, 6, 4, 4)
-    curriculum = Curriculum(unit=Unit.updates, total=1)
+    curriculum = Curriculum(length_unit=Unit.updates, total_length=1)
     assert run_training(small_run(other, data, method="cot", curriculum=curriculum, seed=1)) == 0
     valued = tmp_path / "valued"
     shutil.copytree(reward_model, valued)
     config = read_json(valued / "config.json")
     write_json(valued / "config.json", {**config, "loss": "value"})
     for dense, policy, message in [
-        (DenseConfig(1.0, str(reward_model)), made, "dense.beta is 0.05, and .* was trained with 0.5"),
-        (DenseConfig(1.0, str(valued)), made, "was trained with loss=value: it says what prefixes are worth"),
-        (DenseConfig(1.0, str(made[0])), made, r"is no run of python -m coconut.reward, nor a checkpoint of one"),
-        (DenseConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
+        (ProcessRewardConfig(1.0, str(reward_model)), made, "process_reward.beta is 0.05, and .* was trained with 0.5"),
+        (ProcessRewardConfig(1.0, str(valued)), made, "was trained with loss=value: it says what prefixes are worth"),
+        (
+            ProcessRewardConfig(1.0, str(made[0])),
+            made,
+            r"is no run of python -m coconut.reward, nor a checkpoint of one",
+        ),
+        (ProcessRewardConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(settings(policy, tmp_path / "run", dense))

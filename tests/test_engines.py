@@ -16,10 +16,10 @@ from torch import nn
 
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
 from coconut.data.batching import Batch
-from coconut.engine.base import Engine, NonFinite, restore_master
+from coconut.engine.base import Engine, NonFiniteUpdate, restore_master
 from coconut.engine.factory import make_engine
 from coconut.engine.local import LocalEngine
-from coconut.engine.process_group import joined
+from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.models.latent_lm import LatentLM
 
@@ -31,7 +31,7 @@ OFFLOADED = [
 ]
 EXACT = [LOCAL, *ZERO, *OFFLOADED]
 LOWERED = [replace(config, precision=Precision.bfloat16) for config in (LOCAL, *ZERO[1:])]
-SETTINGS = OptimizerConfig(lr=1e-2, beta2=0.95, clip=0.5)
+SETTINGS = OptimizerConfig(lr=1e-2, beta2=0.95, max_grad_norm=0.5)
 UPDATES, BORDER, LEFT = 8, 3, 5  # the optimizer is made anew at BORDER; a run goes on from LEFT
 KEYS = [f"base.transformer.h.{layer}.attn.c_attn.bias" for layer in range(2)]  # the gradient of a key's bias is 0
 # but for rounding, of which Adam makes a whole step
@@ -82,7 +82,7 @@ def go(engine: Engine, lm: LatentLM, world: World, first: int, last: int) -> lis
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    with engine.whole() as whole:
+    with engine.full_module() as whole:
         return {name: weight.detach().clone() for name, weight in whole.named_parameters()}
 
 
@@ -124,15 +124,15 @@ def trajectory(config: EngineConfig, world: World, family: str) -> tuple[list[tu
     """
     engine, lm = begun(config, world, family)
     start = weights(engine)
-    engine.rehearse(share(0, lm, world)[0])
+    engine.dry_run(share(0, lm, world)[0])
     assert same(weights(engine), start), "the rehearsal changed weights"
     told = go(engine, lm, world, 0, LEFT)
-    kept, state = weights(engine), world.share(copy.deepcopy(engine.state_dict()))
+    kept, state = weights(engine), world.broadcast_object(copy.deepcopy(engine.state_dict()))
     rest = go(engine, lm, world, LEFT, UPDATES)
     end = weights(engine)
 
     again, lm = begun(config, world, family, kept, state)
-    again.rehearse(share(0, lm, world)[0])
+    again.dry_run(share(0, lm, world)[0])
     again.load_state_dict(state)
     assert go(again, lm, world, LEFT, UPDATES) == rest, "going on is not exact"
     assert same(weights(again), end), "going on ends with other weights"
@@ -180,7 +180,7 @@ def what_is_not_finite_is_not_applied(world: World) -> None:
         lm = model("gpt2")
         engine = make_engine(lm, poisoned, config, SETTINGS, world)
         before = weights(engine)
-        with pytest.raises(NonFinite):
+        with pytest.raises(NonFiniteUpdate):
             engine.update(share(0, lm, world), lr=1e-2)
         assert same(weights(engine), before), config
 
@@ -189,7 +189,7 @@ CHECKS = [float32_is_the_same, another_family_is_the_same, bfloat16_stays_near, 
 
 
 def all_checks() -> None:
-    with joined(ZERO[0]) as world:
+    with init_distributed(ZERO[0]) as world:
         for check in CHECKS:
             check(world)
             print(f"held: {check.__name__}", flush=True)
@@ -205,7 +205,7 @@ def told() -> str:
 
 
 def a_process_alone() -> None:
-    with joined(ZERO[0]) as world:
+    with init_distributed(ZERO[0]) as world:
         float32_is_the_same(world, configs=ZERO[3:])
         assert group_threads()
     assert not group_threads()

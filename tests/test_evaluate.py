@@ -71,8 +71,8 @@ def test_what_is_counted() -> None:
     assert (result.count, result.correct, result.accuracy) == (4, 2, 0.5)
     assert result.mean_new_tokens == (3 + 4 + 2 + 10) / 4
     assert result.num_thoughts == 3
-    assert result.cut == 0.25
-    assert result.guess is None
+    assert result.truncated == 0.25
+    assert result.chance_accuracy is None
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -159,7 +159,7 @@ def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: 
 
 def test_a_chain_that_begins_within_a_step_is_not_compared() -> None:
     lm = saying("### 7")
-    lm.reasoning = replace(lm.reasoning, slot=Slot.nothing, steps_cut=0, tokens_cut=8)
+    lm.reasoning = replace(lm.reasoning, slot=Slot.none, steps_cut=0, tokens_cut=8)
     result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
     assert result.chain_match is None
 

@@ -64,11 +64,11 @@ def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) 
     lines, expected, chosen = ["import sys"], [], set()
     modes = ["short", "latent_2", "latent_3"]
     for number, (slot, chat, hybrid) in enumerate(
-        [*product(Slot, (False, True), [False]), *product([Slot.nothing], (False, True), [True])]
+        [*product(Slot, (False, True), [False]), *product([Slot.none], (False, True), [True])]
     ):
         folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
-        lm = build("llama", torch.float32, slot=slot, markers=slot is not Slot.nothing,
-                   num_thoughts=3 * (slot is not Slot.nothing), max_new_tokens=8, format=form)  # fmt: skip
+        lm = build("llama", torch.float32, slot=slot, markers=slot is not Slot.none,
+                   num_thoughts=3 * (slot is not Slot.none), max_new_tokens=8, format=form)  # fmt: skip
         if hybrid:
             lm.add_modes(modes, init="random")
         lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
@@ -232,7 +232,7 @@ def test_a_released_checkpoint_thinks_here_as_it_did(base: Path, tmp_path: Path,
 
 def test_a_released_baseline_has_no_markers(base: Path, tmp_path: Path) -> None:
     as_released(base, tmp_path / "cot", prefix="", more=0)
-    lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=Slot.nothing, markers=False))
+    lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=Slot.none, markers=False))
     assert lm.reasoning.method == "cot"
     with pytest.raises(ValueError, match="without the markers that coconut needs"):
         from_released(tmp_path / "cot", str(base), Reasoning(num_thoughts=2))

@@ -121,7 +121,7 @@ def test_what_turns_positions_anew_is_used_up_to_there() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
     sizes = {**LLAMA, "pad_token_id": 0, "rope_parameters": rope, "original_max_position_embeddings": 24}
-    assert LatentLM.from_base(base_of(Family("", "phi3", "", sizes)), new_tokenizer()).context == 24
+    assert LatentLM.from_base(base_of(Family("", "phi3", "", sizes)), new_tokenizer()).max_sequence_length == 24
 
 
 def test_a_head_that_is_not_known_is_noticed() -> None:

@@ -20,13 +20,13 @@ from coconut.runs.record import read_metrics
 from coconut.runs.tracking import Metrics
 from coconut.utils.files import (
     BEFORE,
-    Unwritten,
-    decoded,
-    half_pair,
+    FileWriteError,
+    atomic_file,
+    atomic_folder,
+    decode_utf8,
+    exclusive_lock,
+    lone_surrogate,
     read_json,
-    sole_owner,
-    whole_file,
-    whole_folder,
     write_json,
     write_text,
 )
@@ -42,7 +42,7 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file.txt"
     write_text(path, "old")
     with pytest.raises(OSError, match="disk"):
-        fail_in(whole_file(path), lambda part: part.write_text("half"))
+        fail_in(atomic_file(path), lambda part: part.write_text("half"))
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
@@ -50,12 +50,12 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for content in ("old", "new"):
-        with whole_folder(path) as part:
+        with atomic_folder(path) as part:
             (part / "sub").mkdir()
             write_text(part / "sub" / "file.txt", content)
         assert (path / "sub" / "file.txt").read_text() == content
     with pytest.raises(OSError, match="disk"):
-        fail_in(whole_folder(path), lambda part: write_text(part / "other.txt", "half"))
+        fail_in(atomic_folder(path), lambda part: write_text(part / "other.txt", "half"))
     assert (path / "sub" / "file.txt").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
@@ -79,7 +79,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "folder").symlink_to(tmp_path / "there")
     write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "there" / "a.txt").read_text() == "new"
-    with whole_folder(tmp_path / "folder") as part:
+    with atomic_folder(tmp_path / "folder") as part:
         write_text(part / "b.txt", "b")
     assert (tmp_path / "folder").is_symlink()
     assert os.listdir(tmp_path / "there") == ["b.txt"]
@@ -93,7 +93,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
     write_text(tmp_path / "a.txt", "text")
     with pytest.raises(OSError, match=r"a\.txt is no folder"):
-        fail_in(whole_folder(tmp_path / "a.txt"), Path.touch)
+        fail_in(atomic_folder(tmp_path / "a.txt"), Path.touch)
     with pytest.raises(OSError, match=r"'\S+a\.txt/b\.txt'"):
         write_text(tmp_path / "a.txt" / "b.txt", "text")
     assert (tmp_path / "a.txt").read_text() == "text"
@@ -126,11 +126,11 @@ def test_a_file_that_finds_no_room_is_named(tmp_path: Path, kind: str) -> None:
     path, write = tmp_path / "result", WRITERS[kind]
     path.write_text("old")
     with pytest.raises(
-        Unwritten, match=rf"{path} could not be written: File too large \(.* MiB free there\).*Make room"
+        FileWriteError, match=rf"{path} could not be written: File too large \(.* MiB free there\).*Make room"
     ):
-        fail_in(whole_file(path), write)
-    with pytest.raises(Unwritten, match=rf"{tmp_path}/folder could not be written: File too large"):
-        fail_in(whole_folder(tmp_path / "folder"), lambda part: write(part / "a"))
+        fail_in(atomic_file(path), write)
+    with pytest.raises(FileWriteError, match=rf"{tmp_path}/folder could not be written: File too large"):
+        fail_in(atomic_folder(tmp_path / "folder"), lambda part: write(part / "a"))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["result"]
 
@@ -139,7 +139,7 @@ def test_a_file_that_finds_no_room_is_named(tmp_path: Path, kind: str) -> None:
 def test_a_row_of_metrics_that_finds_no_room_is_named(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
     metrics.log("train", 1, loss=1.0)
-    with pytest.raises(Unwritten, match=rf"{tmp_path}/metrics\.jsonl could not be written: File too large"):
+    with pytest.raises(FileWriteError, match=rf"{tmp_path}/metrics\.jsonl could not be written: File too large"):
         metrics.log("train", 2, names=["a" * 9000])
     metrics.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
@@ -149,13 +149,13 @@ def test_what_is_no_utf8_is_named_by_line_and_byte() -> None:
     for mark in (b"", b"\xef\xbb\xbf"):
         where = rf"FILE is not UTF-8 text \(.*\): line 2 holds 0xE9, byte {len(mark) + 8} of all.*iconv -f LATIN1"
         with pytest.raises(ValueError, match=where):
-            decoded(mark + "a b\ncaf\xe9\n".encode("latin-1"), "FILE")
+            decode_utf8(mark + "a b\ncaf\xe9\n".encode("latin-1"), "FILE")
     with pytest.raises(ValueError, match=r"line 1 holds 0xFF, byte 1 .*iconv -f UTF-16 -t UTF-8 OLD > NEW\.$"):
-        decoded("text".encode("utf-16"), "FILE")
-    assert decoded(b"\xef\xbb\xbfa\r\nb", "FILE") == "a\r\nb"
-    assert half_pair({"a": ["b", {"c": "d\ud800"}]}) == "d\ud800"
-    assert half_pair({"\udfff": 1}) == "\udfff"
-    assert half_pair([1, None, "\U0001f600"]) is None
+        decode_utf8("text".encode("utf-16"), "FILE")
+    assert decode_utf8(b"\xef\xbb\xbfa\r\nb", "FILE") == "a\r\nb"
+    assert lone_surrogate({"a": ["b", {"c": "d\ud800"}]}) == "d\ud800"
+    assert lone_surrogate({"\udfff": 1}) == "\udfff"
+    assert lone_surrogate([1, None, "\U0001f600"]) is None
 
 
 def test_a_folder_has_one_owner_and_the_leftovers_of_a_killed_one_go(tmp_path: Path) -> None:
@@ -169,13 +169,13 @@ with sole_owner(sys.argv[1]), whole_folder(sys.argv[1] + "/x") as part:
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     left = Path(other.stdout.readline().strip())
-    with pytest.raises(OSError, match="Another process is at work"), sole_owner(tmp_path):
+    with pytest.raises(OSError, match="Another process is at work"), exclusive_lock(tmp_path):
         pass
     other.send_signal(signal.SIGKILL)
     other.communicate()
     assert left.is_dir()
     (tmp_path / ".mine.part").touch()
-    with sole_owner(tmp_path):
+    with exclusive_lock(tmp_path):
         assert not left.exists()
         assert sorted(os.listdir(tmp_path)) == [".lock", ".mine.part"], "only what tempfile named"
 
@@ -197,7 +197,7 @@ with sole_owner(sys.argv[1]), whole_folder(sys.argv[1] + "/x") as part:
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "x").exists()
-    with sole_owner(tmp_path):
+    with exclusive_lock(tmp_path):
         assert (tmp_path / "x" / "old").read_text() == "kept"
         assert sorted(os.listdir(tmp_path)) == [".lock", "x"]
 
@@ -205,6 +205,6 @@ with sole_owner(sys.argv[1]), whole_folder(sys.argv[1] + "/x") as part:
 def test_what_a_killed_replacement_left_is_in_nobodys_way(tmp_path: Path) -> None:
     write_text(tmp_path / f".x{BEFORE}" / "older", "")
     write_text(tmp_path / "x" / "old", "")
-    with whole_folder(tmp_path / "x") as part:
+    with atomic_folder(tmp_path / "x") as part:
         (part / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "new"]

@@ -55,9 +55,9 @@ def rows_of(out: Any) -> list[list[int]]:
     return [row[:n] for row, n in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.nothing, 0)])
+@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.none, 0)])
 def test_an_answer_that_has_begun_goes_on_after_its_thoughts(family: str, slot: Slot, count: int) -> None:
-    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
     whole = [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
     for width in (1, 3):
         places = [i for i, row in enumerate(whole) if len(row) > width]
@@ -67,10 +67,10 @@ def test_an_answer_that_has_begun_goes_on_after_its_thoughts(family: str, slot: 
         assert set(out.num_thoughts.tolist()) == {count if slot is Slot.thought else 0}
 
 
-@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.thought, 0), (Slot.pause, 2), (Slot.nothing, 0)])
+@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.thought, 0), (Slot.pause, 2), (Slot.none, 0)])
 @pytest.mark.parametrize("right", [False, True])
 def test_a_batch_says_what_each_question_would(family: str, slot: Slot, count: int, right: bool) -> None:
-    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
     ids, mask = padded(QUESTIONS, right)
     out = lm.generate(ids, mask, max_new_tokens=6)
     assert out.num_thoughts.tolist() == [count if slot is Slot.thought else 0] * len(QUESTIONS)
@@ -196,10 +196,10 @@ def test_added_tokens_are_never_produced(sampling: dict[str, Any]) -> None:
 def test_answers_that_end_and_answers_that_are_cut() -> None:
     lm = build("llama", num_thoughts=1)
     ids, mask = padded(QUESTIONS)
-    assert lm.generate(ids, mask, max_new_tokens=1).cut.any()
+    assert lm.generate(ids, mask, max_new_tokens=1).truncated.any()
     prefer(lm, lm.special.eos)
     out = lm.generate(ids, mask, max_new_tokens=8)
-    assert not out.cut.any()
+    assert not out.truncated.any()
     assert out.lengths.tolist() == [0, 0, 0, 0]
     assert out.texts == [""] * 4
 
@@ -273,21 +273,21 @@ def test_a_text_that_stops_an_answer() -> None:
     out = lm.generate(ids, mask, max_new_tokens=8, stop_strings=["aaa"])
     assert out.texts == ["aaa"] * 4
     assert out.lengths.tolist() == [3] * 4
-    assert not out.cut.any()
-    assert not lm.generate(ids, mask, max_new_tokens=3, stop_strings="aaa").cut.any(), "ended right at the limit"
-    assert lm.generate(ids, mask, max_new_tokens=8).cut.all()
+    assert not out.truncated.any()
+    assert not lm.generate(ids, mask, max_new_tokens=3, stop_strings="aaa").truncated.any(), "ended right at the limit"
+    assert lm.generate(ids, mask, max_new_tokens=8).truncated.all()
 
 
-@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.nothing, 0)])
+@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.none, 0)])
 def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those to the question asked so often, but it is read and thought about once."""
-    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.nothing)
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
     ids, mask = padded(QUESTIONS)
     how = {"max_new_tokens": 6, "do_sample": True}
     torch.manual_seed(0)
     asked_often = lm.generate(ids.repeat_interleave(3, dim=0), mask.repeat_interleave(3, dim=0), **how)
     read: list[int] = []
-    states = LatentLM.states
+    states = LatentLM.hidden_states
     monkeypatch.setattr(
         LatentLM,
         "states",
@@ -299,7 +299,7 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
     assert rows_of(out) == rows_of(asked_often)
     assert len({tuple(row) for row in rows_of(out)[:3]}) > 1, "they are sampled one by one"
     assert out.texts == asked_often.texts
-    assert torch.equal(out.cut, asked_often.cut)
+    assert torch.equal(out.truncated, asked_often.truncated)
     torch.testing.assert_close(out.thoughts, asked_often.thoughts)
 
 
@@ -329,7 +329,7 @@ def test_what_generation_does_not_do_is_refused() -> None:
         lm.generate(ids[:0])
     with pytest.raises(ValueError, match="Question 2 is empty"):
         lm.generate(ids.repeat(2, 1), torch.tensor([[1, 1], [0, 0]]))
-    plain = build("llama", slot=Slot.nothing, markers=False, method="cot")
+    plain = build("llama", slot=Slot.none, markers=False, method="cot")
     with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):
         plain.generate(torch.tensor([[5, 6]]), num_thoughts=2)
 
@@ -370,7 +370,7 @@ def test_what_transformers_takes_is_taken() -> None:
     assert not set(without) & set(lm.special.added)
     out = lm.generate(ids, mask, 5, stopping_criteria=StoppingCriteriaList([Ends()]))
     assert out.tokens.shape[1] == 2
-    assert not out.cut.any()
+    assert not out.truncated.any()
 
 
 def test_an_answer_is_streamed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:

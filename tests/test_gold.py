@@ -88,7 +88,7 @@ def test_the_limit_of_new_tokens_leaves_room_for_every_gold_text(capsys: pytest.
     assert limit_for([data.select([0])], stages, least=16) == 16
     hybrid = plan("hybrid_warmup", Curriculum())
     assert lengths(data, hybrid.stages).tolist() == lengths(data, stages[:1]).tolist(), "the longest of the modes"
-    reasoning = Reasoning(slot=Slot.nothing, markers=False, modes=("short", "think"))
+    reasoning = Reasoning(slot=Slot.none, markers=False, modes=("short", "think"))
     assert [lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
     assert [form.steps_cut for form in reasoning.forms("short")] == [None]
     warn_of_limit(data, stages, 64, "f")
@@ -105,7 +105,7 @@ def test_a_training_begins_with_the_check(tmp_path: Path) -> None:
         files[split] = str(tmp_path / f"{split}.json")
     config = small_run(
         tmp_path / "run", DataConfig(Task.prontoqa, **files), method="cot", max_new_tokens=None, batch_size=4,
-        curriculum=Curriculum(unit=Unit.updates, total=1),
+        curriculum=Curriculum(length_unit=Unit.updates, total_length=1),
     )  # fmt: skip
     config.model.architecture["max_position_embeddings"] = 512
     with pytest.raises(ValueError, match=r"valid.json: of 2 gold answers 1 would .*\n  row 2, answer 'No'"):

@@ -18,10 +18,10 @@ from test_model import mixed_batch, relative
 
 from benchmarks.ways import Size, make_batch, make_data, make_model
 from coconut import LatentLM
-from coconut.acceleration.cuda_graphs import fresh_leaves, rounded, rounded_down
-from coconut.config import Activations, AdamWConfig, EngineConfig, EngineKind
+from coconut.acceleration.cuda_graphs import bucket_down, bucket_up, detached_leaf_parameters
+from coconut.config import AdamWConfig, EngineConfig, EngineKind
 from coconut.data.batching import Batch
-from coconut.engine.base import set_up
+from coconut.engine.base import set_up_device
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
@@ -34,14 +34,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 
 @given(st.integers(1, 10_000))
 def test_widths_are_rounded_by_less_than_an_eighth(width: int) -> None:
-    assert width <= rounded(width) < width + max(8, width / 8)
-    assert rounded(rounded(width)) == rounded(width)
-    assert width - max(8, width / 2) < rounded_down(width) <= width
+    assert width <= bucket_up(width) < width + max(8, width / 8)
+    assert bucket_up(bucket_up(width)) == bucket_up(width)
+    assert width - max(8, width / 2) < bucket_down(width) <= width
 
 
 @given(st.integers(64, 1000))
 def test_few_widths_are_left(width: int) -> None:
-    assert len({rounded(w) for w in range(width, 2 * width)}) <= 17
+    assert len({bucket_up(w) for w in range(width, 2 * width)}) <= 17
 
 
 def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
     batch = mixed_batch(lm)
     found = []
     for even in (False, True):
-        monkeypatch.setattr(model, "align", partial(model.align, even=even))
+        monkeypatch.setattr(model, "align", partial(model.plan_passes, bucket_widths=even))
         lm.zero_grad()
         loss = lm(**batch).loss_sum
         loss.backward()
@@ -64,7 +64,7 @@ def test_without_a_gpu_they_do_nothing(family: str) -> None:
     assert torch.equal(lm(**mixed_batch(lm)).loss_sum, before)
     assert lm.cuda_graphs
     assert lm._graphs is not None
-    assert lm._graphs.recorded == 0
+    assert lm._graphs.captured == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -82,7 +82,7 @@ def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
     ("other", "told"),
     [
         ({"device": "cpu"}, "engine.device is cpu"),
-        ({"activations": Activations.recompute}, "engine.activations=keep"),
+        ({"activation_checkpointing": True}, "engine.activation_checkpointing=false"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 2}, "engine=local"),
     ],
 )
@@ -94,7 +94,7 @@ def test_what_does_not_go_with_them_is_named(other: dict[str, Any], told: str) -
 def test_a_device_without_them_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there are GPUs here")
-    set_up(EngineConfig(cuda_graphs=True, threads=1))
+    set_up_device(EngineConfig(cuda_graphs=True, threads=1))
     assert capsys.readouterr().out.startswith("warning: engine.cuda_graphs=true does nothing here: the device is ")
 
 
@@ -105,7 +105,7 @@ def test_fresh_leaves_are_the_same_weights(family: str) -> None:
     weights = lm._trained_in_passes()
     loss = lm(**batch).loss_sum
     expected = torch.autograd.grad(loss, weights)
-    with fresh_leaves(lm.base, weights) as leaves:
+    with detached_leaf_parameters(lm.base, weights) as leaves:
         inside = lm(**batch).loss_sum
         assert torch.equal(inside, loss)
         found = torch.autograd.grad(inside, leaves)
@@ -147,7 +147,7 @@ def done(lm: LatentLM, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def recorded(lm: LatentLM) -> int:
     assert lm._graphs is not None
-    return lm._graphs.recorded
+    return lm._graphs.captured
 
 
 @needs_gpu
@@ -240,7 +240,7 @@ def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None
         lm = build(family, torch.float32).train()
         lm.cuda_graphs = graphs
         config = EngineConfig(device="cuda", precision=precision)  # pyright: ignore[reportArgumentType]
-        engine = LocalEngine(lm, summed_loss, config, AdamWConfig(lr=1e-3, clip=1.0))
+        engine = LocalEngine(lm, summed_loss, config, AdamWConfig(lr=1e-3, max_grad_norm=1.0))
         batches = [Batch(**{key: value.cpu() for key, value in on_gpu(lm, seed).items()}) for seed in range(8)]
         losses[graphs] = [engine.update([batch, batch], 1e-3).loss for batch in batches]
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-3 if precision == "float32" else 0.05, atol=0)

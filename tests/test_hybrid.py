@@ -19,7 +19,7 @@ from coconut.evaluation.config import EvaluateConfig
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import mode_log_probs
-from coconut.methods import Curriculum, Slot, Unit, mode_named
+from coconut.methods import Curriculum, Slot, Unit, parse_mode
 from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
 from coconut.runs.record import read_metrics, read_results
@@ -30,7 +30,7 @@ MODES = ["short", "think", "latent_2"]
 
 
 def hybrid(family: str = "llama", dtype: torch.dtype = torch.float64) -> LatentLM:
-    lm = build(family, dtype, slot=Slot.nothing, markers=False)
+    lm = build(family, dtype, slot=Slot.none, markers=False)
     lm.add_modes(MODES, init="random")
     table: Any = lm.base.get_input_embeddings()
     with torch.no_grad():
@@ -41,7 +41,7 @@ def hybrid(family: str = "llama", dtype: torch.dtype = torch.float64) -> LatentL
 
 def alone(lm: LatentLM, question: list[int], mode: str, limit: int) -> list[int]:
     """As a model without modes answers the question with the control token at its end, recomputed."""
-    thinks = mode_named(mode)
+    thinks = parse_mode(mode)
     plain = LatentLM(lm.base, lm.tokenizer, lm.special, lm.reasoning.in_mode(mode))
     return by_recomputation(plain, [*question, lm.special.control[mode]], thinks.num_thoughts, limit)
 
@@ -60,7 +60,7 @@ def test_each_mode_when_forced(family: str) -> None:
         out = lm.generate(ids, mask, max_new_tokens=6, mode=mode)
         assert out.modes == [mode] * 4
         assert out.mode_log_probs == [None] * 4
-        assert out.num_thoughts.tolist() == [mode_named(mode).num_thoughts] * 4
+        assert out.num_thoughts.tolist() == [parse_mode(mode).num_thoughts] * 4
         assert rows_of(out) == [alone(lm, question, mode, 6) for question in QUESTIONS]
     each = ["think", "latent_2", "short", "latent_2"]
     out = lm.generate(ids, mask, max_new_tokens=6, mode=each)
@@ -107,7 +107,7 @@ def test_sampled_choices_come_as_often_as_they_are_likely() -> None:
 def test_a_question_is_read_once_a_mode_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = hybrid()
     read: list[tuple[int, ...]] = []
-    states = LatentLM.states
+    states = LatentLM.hidden_states
     monkeypatch.setattr(
         LatentLM,
         "states",
@@ -156,7 +156,8 @@ def test_what_a_hybrid_model_cannot_be_asked() -> None:
 def warm_up(folder: Path, **changes: Any) -> TrainConfig:
     return small_run(
         folder / "run", graph_files(folder, 64, 16, 16), method="hybrid_warmup", max_new_tokens=8,
-        curriculum=Curriculum(modes=MODES, unit=Unit.updates, total=60), optimizer=OptimizerConfig(lr=1e-2), **changes,
+        curriculum=Curriculum(modes=MODES, length_unit=Unit.updates, total_length=60),
+        optimizer=OptimizerConfig(lr=1e-2), **changes,
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list
     def keys(folder: Path, total: int) -> list[str]:
         return [
             "experiment=quickstart", f"run={folder}", f"data.train={data.train}", f"data.valid={data.valid}",
-            "curriculum.first=1", "curriculum.each=1", f"curriculum.total={total}", f"validate_every={LONG}",
+            "curriculum.stage0_length=1", "curriculum.stage_length=1", f"curriculum.total_length={total}",
+            f"validate_every={LONG}",
             "batch_size=8", "max_new_tokens=4", "engine.device=cpu", "engine.threads=1", "engine.timeout=120",
             *(f"model.architecture.{name}={value}" for name, value in small.items()),
         ]  # fmt: skip

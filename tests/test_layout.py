@@ -15,7 +15,7 @@ from coconut.data.batching import collate, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView, fit_context, forms_of
 from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
-from coconut.models.passes import align
+from coconut.models.passes import plan_passes
 
 SPECIAL = SpecialIds(
     bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95, "latent_3": 96}
@@ -42,9 +42,9 @@ def plans(draw: st.DrawFn) -> Plan:
         thoughts_per_step=draw(st.integers(0, 3)),
         max_stage=draw(st.integers(0, 3)),
         extra_stage=draw(st.booleans()),
-        first=1,
-        each=1,
-        total=10,
+        stage0_length=1,
+        stage_length=1,
+        total_length=10,
         pad_thoughts=draw(st.booleans()),
         mixing=draw(st.sampled_from(list(Mixing))),
         mixing_probability=draw(st.sampled_from([0.0, 0.5])),
@@ -78,7 +78,7 @@ def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, sta
         for index in range(len(data)):
             item = view.layout(index)
             assert len(item.ids) == view.lengths[index]
-            assert item.anchor == view.anchors[index]
+            assert item.slot_start == view.slot_starts[index]
             assert item.ids[-1] == SPECIAL.eos
             question = data.question(index)
             assert item.ids[: len(question)].tolist() == question.tolist()
@@ -186,9 +186,9 @@ def test_a_collated_batch_needs_no_further_padding() -> None:
     stages = plan("coconut", Curriculum())
     view = EpochView(data, stages, stages.stages[3], SPECIAL, seed=0, epoch=0)
     batch = collate([view.layout(i) for i in range(32)], SPECIAL)
-    way = align(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
+    way = plan_passes(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
     assert way.source_BS.shape == batch.input_ids.shape
-    assert len(way.borders) == 3 + 2
+    assert len(way.pass_bounds) == 3 + 2
 
 
 @pytest.mark.parametrize("method", ["coconut", "hybrid_warmup"])
@@ -200,7 +200,9 @@ def test_a_loss_does_not_change_with_the_split_into_micro_batches(method: str) -
         lm.add_modes(MODES, "random")
         stages = plan(method, Curriculum(modes=list(MODES)))
     else:
-        stages = plan(method, Curriculum(max_stage=2, first=1, each=1, total=3, mixing_probability=0.5))
+        stages = plan(
+            method, Curriculum(max_stage=2, stage0_length=1, stage_length=1, total_length=3, mixing_probability=0.5)
+        )
     view = EpochView(data, stages, stages.stages[-1], lm.special, seed=0, epoch=0)
     rows = [view.layout(i) for i in range(8)]
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coconut import LatentLM
 from coconut.acceleration import linear
-from coconut.acceleration.linear import _Product, products_as_pay, rows_added
+from coconut.acceleration.linear import _Product, onednn_linear, sparse_embedding_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +54,11 @@ def test_onednn_makes_the_products_of_the_layer(kind: Any, rows: int, bias: bool
     torch.manual_seed(0)
     layer: Any = Conv1D(48, 80) if kind is Conv1D else nn.Linear(80, 48, bias)
     found = []
-    for way in (products_as_pay, lambda layer, given: nullcontext()):
+    for way in (onednn_linear, lambda layer, given: nullcontext()):
         given = torch.randn(2, rows, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
         with way(layer, given):
             made = layer(given)
-        assert in_graph(made, _Product) == (way is products_as_pay)
+        assert in_graph(made, _Product) == (way is onednn_linear)
         made.square().sum().backward()
         weights = {name: weight.grad for name, weight in layer.named_parameters()}
         found.append({"made": made.detach(), "given": given.grad, **weights})
@@ -130,7 +130,7 @@ def test_words_are_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_layer_makes_may_be_changed_in_place() -> None:
     layer: Any = nn.Linear(8, 8)
     given = torch.randn(2, 3, 8, requires_grad=True)
-    with products_as_pay(layer, given):
+    with onednn_linear(layer, given):
         made = layer(given)
     made[..., 0] = 1.0
     made.sum().backward()
@@ -141,10 +141,10 @@ def test_what_a_layer_makes_may_be_changed_in_place() -> None:
 def test_weights_that_are_in_parts_are_left_alone() -> None:
     layer: Any = nn.Linear(8, 8)
     given = torch.randn(2, 8)
-    with products_as_pay(layer, given):
+    with onednn_linear(layer, given):
         assert "forward" in vars(layer)
     layer.weight.ds_id = 0
-    with products_as_pay(layer, given):
+    with onednn_linear(layer, given):
         assert "forward" not in vars(layer)
 
 
@@ -153,7 +153,7 @@ def test_layers_that_are_run_again(family: str) -> None:
     batch = mixed_batch(lm)
     lm(**batch).loss.backward()
     kept = gradients(lm)
-    lm.recompute = True
+    lm.activation_checkpointing = True
     loss = lm(**batch).loss
     for _ in range(2):
         lm.zero_grad()
@@ -246,10 +246,10 @@ def test_a_table_that_is_the_heads_gets_one_gradient_of_its_size(family: str) ->
     table: Any = lm.base.get_input_embeddings()
     head: Any = lm.base.get_output_embeddings()
     tied = head.weight is table.weight
-    with rows_added(lm.base):
+    with sparse_embedding_gradient(lm.base):
         assert table(torch.tensor([1, 2])).grad_fn._saved_sparse == tied
     assert not table.sparse
-    with torch.no_grad(), rows_added(lm.base):
+    with torch.no_grad(), sparse_embedding_gradient(lm.base):
         assert not table.sparse
     lm(**mixed_batch(lm)).loss.backward()
     assert table.weight.grad.layout == torch.strided

@@ -228,7 +228,7 @@ def test_what_is_trained_beside_a_model_in_bfloat16_is_float32(tmp_path: Path, d
 
 
 def lora_run(folder: Path, place: Path, data: DataConfig, **changes: Any) -> TrainConfig:
-    model = ModelConfig(base=str(place), new_tokens="random", lora=LoraConfig(rank=4, dropout=0.1))
+    model = ModelConfig(base=str(place), new_token_init="random", lora=LoraConfig(rank=4, dropout=0.1))
     return small_run(folder, data, **{"model": model, "save_every": 1, "keep_checkpoints": 100, **changes})
 
 

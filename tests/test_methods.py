@@ -23,14 +23,16 @@ def test_the_eight_rows_of_the_table_and_the_warm_up() -> None:
 
 
 def test_the_plan_of_the_paper_for_prosqa() -> None:
-    stages = plan("coconut", Curriculum(max_stage=6, first=5, each=5, total=50)).stages
+    stages = plan("coconut", Curriculum(max_stage=6, stage0_length=5, stage_length=5, total_length=50)).stages
     assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
         (0, 5, 0, 0), (1, 5, 1, 1), (2, 5, 2, 2), (3, 5, 3, 3), (4, 5, 4, 4), (5, 5, 5, 5), (6, 20, 6, 6),
     ]  # fmt: skip
 
 
 def test_the_plan_of_the_paper_for_gsm8k() -> None:
-    curriculum = Curriculum(thoughts_per_step=2, max_stage=3, extra_stage=True, first=6, each=3, total=50)
+    curriculum = Curriculum(
+        thoughts_per_step=2, max_stage=3, extra_stage=True, stage0_length=6, stage_length=3, total_length=50
+    )
     stages = plan("coconut", curriculum).stages
     assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
         (0, 6, 0, 0), (1, 3, 2, 1), (2, 3, 4, 2), (3, 3, 6, 3), (4, 35, 6, None),
@@ -42,13 +44,15 @@ def test_the_plan_of_the_paper_for_gsm8k() -> None:
 
 
 def test_the_plan_of_icot_for_gsm8k() -> None:
-    stages = plan("icot", Curriculum(total=50)).stages
+    stages = plan("icot", Curriculum(total_length=50)).stages
     assert [(s.length, s.tokens_cut) for s in stages] == [(1, 0), (1, 8), (1, 16), (1, 24), (1, 32), (45, None)]
     assert [s.smoothed for s in stages] == [True] * 5 + [False]
 
 
 def test_a_run_may_start_at_a_later_stage() -> None:
-    stages = plan("coconut", Curriculum(max_stage=2, first=6, each=3, total=10, start_stage=1)).stages
+    stages = plan(
+        "coconut", Curriculum(max_stage=2, stage0_length=6, stage_length=3, total_length=10, start_stage=1)
+    ).stages
     assert [(s.index, s.length) for s in stages] == [(1, 3), (2, 7)]
 
 
@@ -60,7 +64,7 @@ def test_a_plan_fills_its_total_or_says_why_not(
     method: str, c: int, deepest: int, extra: bool, first: int, each: int, total: int
 ) -> None:
     curriculum = Curriculum(c, deepest, extra, Unit.updates, first, each, total)
-    lengths = {"icot": 5 * curriculum.icot_each}.get(method, 0)
+    lengths = {"icot": 5 * curriculum.icot_stage_length}.get(method, 0)
     if METHODS[method].cut is Cut.steps:
         lengths = first + each * (deepest + extra - 1) if deepest + extra else 0
     if lengths >= total:
@@ -70,7 +74,7 @@ def test_a_plan_fills_its_total_or_says_why_not(
     stages = plan(method, curriculum).stages
     assert sum(s.length for s in stages) == total
     assert all(s.length > 0 for s in stages)
-    assert all(s.num_thoughts == 0 for s in stages if s.slot is Slot.nothing)
+    assert all(s.num_thoughts == 0 for s in stages if s.slot is Slot.none)
     assert all(s.num_thoughts <= c * deepest for s in stages)
 
 
@@ -90,8 +94,8 @@ def test_impossible_numbers_are_named(values: dict[str, float], message: str) ->
 
 
 def test_impossible_plans_are_named() -> None:
-    with pytest.raises(ValueError, match=r"take 30 epochs, and curriculum.total is 20"):
-        plan("coconut", Curriculum(total=20))
+    with pytest.raises(ValueError, match=r"take 30 epochs, and curriculum.total_length is 20"):
+        plan("coconut", Curriculum(total_length=20))
     with pytest.raises(ValueError, match=r"no method 'cocnut'.*coconut, cot"):
         plan("cocnut", Curriculum())
     with pytest.raises(ValueError, match="stages 0 to 6"):
@@ -122,9 +126,11 @@ EXAMPLES = [
     Example("Is Tom a rat or cat ?", ("Tom is a dog .", "Every dog is a pet .", "Every pet is a cat ."), "a cat ."),
     Example("Is Sam a bee ?", ("Sam is a bee .",), "Yes"),
 ]
-CURRICULUM = Curriculum(thoughts_per_step=2, max_stage=2, extra_stage=True, first=1, each=1, total=4)
-ICOT = Curriculum(max_stage=2, total=4, icot_tokens=8, icot_limit=16)
-HYBRID = Curriculum(modes=["short", "think", "latent_2"], total=4)
+CURRICULUM = Curriculum(
+    thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4
+)
+ICOT = Curriculum(max_stage=2, total_length=4, icot_tokens=8, icot_limit=16)
+HYBRID = Curriculum(modes=["short", "think", "latent_2"], total_length=4)
 
 
 def show(view: EpochView, index: int, words: list[str]) -> str:
@@ -155,7 +161,10 @@ def golden_text() -> str:
                 view = EpochView(data, stages, stage, special, 0, epoch + later)
                 lines += [f"    {show(view, i, words)}" for i in range(len(data))] + [""]
     unpadded = plan(
-        "coconut", Curriculum(thoughts_per_step=2, max_stage=2, pad_thoughts=False, first=1, each=1, total=3)
+        "coconut",
+        Curriculum(
+            thoughts_per_step=2, max_stage=2, pad_thoughts=False, stage0_length=1, stage_length=1, total_length=3
+        ),
     )
     lines += ["coconut with curriculum.pad_thoughts=false: short chains get thoughts for their own steps only", ""]
     view = EpochView(data, unpadded, unpadded.stages[-1], special, 0, 0)
@@ -178,7 +187,9 @@ def test_golden_layouts() -> None:
 
 def mixing_view(mixing: Mixing, probability: float, epoch: int = 0, seed: int = 0, repeat: int = 400) -> EpochView:
     tokenizer = build_word_tokenizer(EXAMPLES)
-    curriculum = Curriculum(max_stage=2, first=1, each=1, total=3, mixing=mixing, mixing_probability=probability)
+    curriculum = Curriculum(
+        max_stage=2, stage0_length=1, stage_length=1, total_length=3, mixing=mixing, mixing_probability=probability
+    )
     stages = plan("coconut", curriculum)
     data = tokenize(EXAMPLES * repeat, tokenizer)
     return EpochView(data, stages, stages.stages[1], add_special_tokens(tokenizer), seed, epoch)
@@ -222,4 +233,4 @@ def test_examples_are_mixed_only_where_the_slot_tells_stages_apart() -> None:
     curriculum = Curriculum(mixing_probability=0.1)
     mixed = {name for name in METHODS if plan(name, curriculum).mixing_probability}
     assert mixed == {"coconut", "pause_as_thought"}
-    assert all(plan(name, curriculum).knows_fewer == (name in mixed) for name in METHODS)
+    assert all(plan(name, curriculum).trained_with_fewer_thoughts == (name in mixed) for name in METHODS)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from coconut import LatentLM
 from coconut.data.tokenization import ADDED_TOKENS, add_special_tokens, build_word_tokenizer, encode_texts, token_ids
 from coconut.methods import REASONING_FILE, Slot
-from coconut.models.passes import align
+from coconut.models.passes import plan_passes
 
 
 def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -85,21 +85,21 @@ def layouts(draw: st.DrawFn) -> tuple[list[list[int]], list[list[bool]]]:
 @given(layouts())
 def test_any_layout_is_cut_into_as_few_passes_as_thoughts_allow(layout: tuple[Any, Any]) -> None:
     latent, token = torch.tensor(layout[0]).bool(), torch.tensor(layout[1])
-    way = align(latent, token)
+    way = plan_passes(latent, token)
     deepest = int(latent.sum(1).max())
-    assert len(way.borders) == deepest + 2
+    assert len(way.pass_bounds) == deepest + 2
     for row in range(len(token)):
         columns = way.column_BT[row][token[row]].tolist()
         assert columns == sorted(set(columns)), "the order of the tokens is kept"
         assert way.source_BS[row][columns].tolist() == token[row].nonzero()[:, 0].tolist()
         assert (way.source_BS[row] >= 0).sum() == token[row].sum()
         for column in way.column_BT[row][latent[row]].tolist():
-            block = max(b for b in way.borders[:-1] if b <= column)
+            block = max(b for b in way.pass_bounds[:-1] if b <= column)
             assert (way.source_BS[row][block:column] < 0).all(), "a thought is the first of its pass"
             before = way.source_BS[row][:block]
-            previous = [b for b in way.borders if b <= block and (before[:b] >= 0).any()]
+            previous = [b for b in way.pass_bounds if b <= block and (before[:b] >= 0).any()]
             assert previous
-            ends = [b - 1 for b in way.borders[1:] if b <= block and way.source_BS[row][b - 1] >= 0]
+            ends = [b - 1 for b in way.pass_bounds[1:] if b <= block and way.source_BS[row][b - 1] >= 0]
             assert way.source_BS[row][ends[-1]] == before.max(), "what precedes it ends a pass"
 
 
@@ -212,7 +212,7 @@ def test_pauses_fed_one_by_one_equal_pauses_fed_at_once(family: str) -> None:
     states = []
     for start, stop in pairwise([0, 5, 6, 7, 8, row.shape[1]]):
         mask = torch.ones_like(row[:, :stop])
-        states.append(lm.states(embeds[:, start:stop], mask, positions[:, start:stop], cache))
+        states.append(lm.hidden_states(embeds[:, start:stop], mask, positions[:, start:stop], cache))
     logits = lm.logits(torch.cat(states, dim=1))[0, 8:-1]
     loss = torch.nn.functional.cross_entropy(logits, row[0, 9:], reduction="sum")
     torch.testing.assert_close(loss, at_once.loss_sum, rtol=1e-9, atol=1e-9)

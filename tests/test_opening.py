@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.utils.files import read_json, write_json
-from coconut.utils.pretrained import on_disk, opened, out_of_reach, reaching
+from coconut.utils.pretrained import explain_load_errors, load_pretrained, out_of_reach, resolve_local_path
 
 CODE = """
 from pathlib import Path
@@ -48,7 +48,7 @@ def odd(tmp_path: Path) -> tuple[Path, Path]:
 def test_it_is_not_run_unasked(odd: tuple[Path, Path], kind: type) -> None:
     folder, trace = odd
     with pytest.raises(ValueError, match=r"odd needs code that it brings along.* COCONUT_REMOTE_CODE=1"):
-        opened(kind, folder)
+        load_pretrained(kind, folder)
     with pytest.raises(ValueError, match="COCONUT_REMOTE_CODE=1"):
         LatentLM.from_pretrained(folder)
     assert not trace.exists()
@@ -92,11 +92,11 @@ def test_a_hub_that_does_not_answer_is_told_at_once(capfd: pytest.CaptureFixture
         pytest.raises(
             ValueError, match=r"one/model could not be loaded.*: http://127\.0\.0\.1:9 does not answer \(.*, and"
         ),
-        reaching("one/model", "base"),
+        explain_load_errors("one/model", "base"),
     ):
-        opened(AutoConfig, "one/model")
+        load_pretrained(AutoConfig, "one/model")
     with pytest.raises(FileNotFoundError, match=r"one/model is no folder here.*9 does not answer"):
-        on_disk("one/model")
+        resolve_local_path("one/model")
     assert time.monotonic() - began < 8, "the library's retries take 23 seconds for each file"
     assert "Retry" not in "".join(capfd.readouterr())
 
@@ -108,8 +108,8 @@ def test_a_copy_in_the_cache_needs_no_hub(tmp_path: Path, online: pytest.MonkeyP
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1")
     online.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert opened(AutoConfig, "one/model", cache_dir=tmp_path).model_type == "gpt2"
-    assert on_disk("one/model") == cached / "snapshots" / "1"
+    assert load_pretrained(AutoConfig, "one/model", cache_dir=tmp_path).model_type == "gpt2"
+    assert resolve_local_path("one/model") == cached / "snapshots" / "1"
 
 
 def test_a_hub_is_there_whatever_it_answers(online: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.stop_classifier import Measured, StopClassifier
 from coconut.methods import PromptFormat, Reasoning, Slot
-from coconut.runs.study import Study, Unfit
+from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS
 
 SYMBOLS = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=1, count=6)]
@@ -276,7 +276,7 @@ def test_decoded_thoughts_are_what_the_head_makes_of_them() -> None:
     study = decoded(examined, count=2)
     assert len(study.rows) == 2 * 2 * 5
     for row in study.rows:
-        logits_V = examined.lm.logits(examined.usual.thoughts[row["question"], row["thought"] - 1].double())
+        logits_V = examined.lm.logits(examined.baseline.thoughts[row["question"], row["thought"] - 1].double())
         values, ids = logits_V.detach().softmax(-1).topk(5)
         assert row["probability"] == pytest.approx(float(values[row["rank"] - 1]), rel=1e-5)
         assert row["token"] == examined.lm.tokenizer.decode([int(ids[row["rank"] - 1])])
@@ -292,22 +292,22 @@ def test_thoughts_are_decoded_without_graphs() -> None:
 
 def test_studies_that_need_thoughts_say_so() -> None:
     for study in (next_step_values, inner_products, decoded):
-        with pytest.raises(Unfit, match=r"pause has no latent .* pauses\. .*: coconut, without_curriculum\."):
+        with pytest.raises(NotApplicable, match=r"pause has no latent .* pauses\. .*: coconut, without_curriculum\."):
             study(symbolic(slot=Slot.pause, method="pause"))
-        with pytest.raises(Unfit, match="coconut has no thoughts yet at stage 0"):
+        with pytest.raises(NotApplicable, match="coconut has no thoughts yet at stage 0"):
             study(symbolic(num_thoughts=0))
-    with pytest.raises(Unfit, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought\."):
-        k_forcing(symbolic(slot=Slot.nothing, method="cot", markers=False, num_thoughts=0))
+    with pytest.raises(NotApplicable, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought\."):
+        k_forcing(symbolic(slot=Slot.none, method="cot", markers=False, num_thoughts=0))
 
 
 def test_studies_that_need_graphs_say_so() -> None:
     lm = build("llama", num_thoughts=1, max_new_tokens=2)
     for study in (next_step_values, inner_products):
-        with pytest.raises(Unfit, match="questions of gsm8k tell no graph; this study needs one: prosqa"):
+        with pytest.raises(NotApplicable, match="questions of gsm8k tell no graph; this study needs one: prosqa"):
             study(subject(lm, SUMS, "gsm8k"))
-        with pytest.raises(Unfit, match=r"Question 7 tells no graph\. The question ends neither"):
+        with pytest.raises(NotApplicable, match=r"Question 7 tells no graph\. The question ends neither"):
             study(subject(lm, [*SYMBOLS, SUMS[0]]))
-        with pytest.raises(Unfit, match="Some questions are in symbols and others in sentences"):
+        with pytest.raises(NotApplicable, match="Some questions are in symbols and others in sentences"):
             study(subject(lm, [*SYMBOLS, *SENTENCES]))
 
 
@@ -320,5 +320,5 @@ def test_examining_leaves_the_model_as_it_was() -> None:
 
 def test_the_usual_answers_are_made_once() -> None:
     examined = symbolic()
-    assert examined.usual is examined.forced(2)
+    assert examined.baseline is examined.forced(2)
     assert examined.forced(0) is examined.forced(0)

@@ -61,7 +61,8 @@ def test_from_released_file_to_evaluation(name: str, tokenizer: str, tmp_path: P
         f"experiment={task}_gpt2", "model=gpt2_new", f"model.tokenizer={folder}", "+model.architecture.n_layer=1",
         "+model.architecture.n_embd=16", "+model.architecture.n_head=2", "+model.architecture.n_positions=2048",
         f"data.train={data}", f"data.valid={data}", f"run={tmp_path / 'run'}", "engine.device=cpu",
-        "curriculum.unit=updates", "curriculum.first=1", "curriculum.each=1", f"curriculum.total={stages}",
+        "curriculum.length_unit=updates", "curriculum.stage0_length=1", "curriculum.stage_length=1",
+        f"curriculum.total_length={stages}",
         "max_new_tokens=3", "batch_size=4", "keep_checkpoints=1",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -85,7 +86,7 @@ def test_rewards_of_the_steps_of_real_solutions(name: str, tmp_path: Path) -> No
         "experiment=gsm8k_gpt2", "method=cot", "model=gpt2_new", f"model.tokenizer={tmp_path / 'tokenizer'}",
         "+model.architecture.n_layer=1", "+model.architecture.n_embd=16", "+model.architecture.n_head=2",
         "+model.architecture.n_positions=2048", f"data.train={data}", f"data.valid={data}", f"data.test={data}",
-        f"run={tmp_path / 'run'}", "engine.device=cpu", "curriculum.unit=updates", "curriculum.total=1",
+        f"run={tmp_path / 'run'}", "engine.device=cpu", "curriculum.length_unit=updates", "curriculum.total_length=1",
         "max_new_tokens=3", "batch_size=4", "keep_checkpoints=1",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "run",
         replace(graph_files(folder, 32, 8, 20), cache_dir=str(folder / "tokens")),
         name="small & quick",
-        curriculum=Curriculum(max_stage=2, unit=Unit.updates, first=2, each=2, total=8),
+        curriculum=Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=8),
         model=ModelConfig(architecture=architecture, tokenizer="words", attention="eager"),
         optimizer=OptimizerConfig(lr=1e-3),
         engine=EngineConfig(device="cpu"),

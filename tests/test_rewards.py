@@ -22,9 +22,9 @@ from test_hybrid import hybrid
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
-from coconut.completions.completion import needs, question_of, sample_said, shares
-from coconut.completions.rollouts import Correctness
-from coconut.completions.scoring import Policy
+from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
+from coconut.completions.rollouts import CorrectnessReward
+from coconut.completions.scoring import SamplingDistribution
 from coconut.config import (
     AdamWConfig,
     DataConfig,
@@ -38,26 +38,26 @@ from coconut.config import (
 )
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_texts
-from coconut.engine.base import Update
-from coconut.engine.process_group import joined
+from coconut.engine.base import StepResult
+from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
 from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
-from coconut.rewards.batches import Answers, preference, reward_batch, reward_loss
-from coconut.rewards.compare import Trained, all_bounds, bounds, costs, selections
+from coconut.rewards.batches import AnswerSet, preference, reward_batch, reward_loss
+from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
-from coconut.rewards.labelled_answers import Labelled, read_answers
+from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
-from coconut.rewards.monte_carlo import gone_on, step_labels
+from coconut.rewards.monte_carlo import continue_completions, step_labels
 from coconut.rewards.step_spans import text_ends, token_parts
-from coconut.rewards.trainer import RewardTraining, run
-from coconut.rewards.trainer import together as run_together
+from coconut.rewards.trainer import RewardTrainer, run
+from coconut.rewards.trainer import run_rank as run_together
 from coconut.rewards.value_model import ValueModel
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state
-from coconut.runs.loading import computed_as, starting_point
+from coconut.runs.loading import match_dtypes, starting_point
 from coconut.runs.record import read_metrics
 from coconut.tasks import TASKS
 from coconut.training.trainer import run as run_training
@@ -144,7 +144,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
     folder = tmp_path_factory.mktemp("sampler")
     data = graph_files(folder, 40, 12, 8)
     config = small_run(
-        folder / "run", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=60), max_new_tokens=8
+        folder / "run",
+        data,
+        method="cot",
+        curriculum=Curriculum(length_unit=Unit.updates, total_length=60),
+        max_new_tokens=8,
     )
     assert run_training(config) == 0
     for split in ("train", "valid"):
@@ -184,11 +188,11 @@ def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]
         for weight in lm.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
     labelled = read_answers(made[1].train, lm)[:10]
-    samples = [sample for row in labelled for sample in row.samples]
+    samples = [sample for row in labelled for sample in row.completions]
     reward = ImplicitReward(lm, reference, 0.05)
     tokens, steps = reward.tokens(samples), reward.steps(samples)
     for sample, by_token, by_step in zip(samples, tokens, steps, strict=True):
-        assert len(by_token) == len(sample.said), "of the answer alone"
+        assert len(by_token) == len(sample.completion_ids), "of the answer alone"
         assert float(by_step.sum()) == pytest.approx(float(by_token.sum()), abs=1e-6)
         parts = reward.parts(sample)
         for part in range(max(parts) + 1):
@@ -208,7 +212,7 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> Rew
         "run": str(folder),
         "init": str(made[0]),
         "data": made[1],
-        "optimizer": AdamWConfig(lr=1e-3, clip=1.0, warmup=2),
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=2),
         "engine": CPU,
         "batch_size": 16,
         "micro_batch_size": 6,
@@ -235,9 +239,9 @@ def test_it_learns_to_tell_right_from_wrong(made: tuple[Path, DataConfig], tmp_p
 
 def test_the_value_after_a_step_is_that_of_all_tokens_up_to_its_end(made: tuple[Path, DataConfig]) -> None:
     lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
-    samples = [sample for row in read_answers(made[1].valid, lm) for sample in row.samples][:12]
+    samples = [sample for row in read_answers(made[1].valid, lm) for sample in row.completions][:12]
     for sample, values in zip(samples, ValueModel(lm).parts(samples), strict=True):
-        parts = token_parts(lm.tokenizer, sample.said, lm.reasoning.format, [lm.special.eos, lm.special.pad])
+        parts = token_parts(lm.tokenizer, sample.completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
         assert len(values) == parts[-1] + 1
         with torch.no_grad():
             logits = lm(torch.tensor([sample.layout.ids.tolist()]), return_logits=True).logits[0, :, lm.special.latent]
@@ -277,7 +281,7 @@ def alone(sampler: str, folder: str) -> None:
 def on_two(sampler: str, folder: str) -> None:
     made = Path(sampler), answers_beside(Path(sampler))
     engine = EngineConfig(device="cpu", threads=1, timeout=120)
-    with joined(engine) as world:
+    with init_distributed(engine) as world:
         for loss in TOGETHER:
             assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
 
@@ -308,7 +312,7 @@ def test_the_split_into_micro_batches_changes_nothing(made: tuple[Path, DataConf
 
 
 def test_pairs_are_of_one_question() -> None:
-    answers = Answers([], np.array([1, 0, 0, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 2]))
+    answers = AnswerSet([], np.array([1, 0, 0, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 2]))
     for seed in range(5):
         pairs = answers.pairs(seed)
         assert pairs.shape == (1, 2), "question 1 has no wrong answer, question 2 no right one"
@@ -321,9 +325,9 @@ def test_pairs_are_of_one_question() -> None:
 # --- the reference ----------------------------------------------------------------------------------
 
 
-def begun(config: RewardModelConfig) -> RewardTraining:
+def begun(config: RewardModelConfig) -> RewardTrainer:
     Path(str(config.run)).mkdir()
-    return RewardTraining(
+    return RewardTrainer(
         config, Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}, World()
     )
 
@@ -348,13 +352,13 @@ def test_a_reward_model_that_has_not_moved_rewards_nothing(
     )
     training = begun(settings(made, tmp_path / "run", init=str(init), engine=engine))
     for split in ("train", "valid"):
-        whole = training._whole(training.lm, training.answers[split].samples)
+        whole = training._whole(training.lm, training.answers[split].completions)
         assert torch.equal(whole, training.reference[split])
     saved = tmp_path / "saved"
     training.lm.save_pretrained(saved)
     lm = LatentLM.from_pretrained(saved)
-    beside = computed_as(LatentLM.from_pretrained(init), lm, torch.device("cpu"))
-    rewards = ImplicitReward(lm, beside, 0.5).tokens(training.answers["valid"].samples[:8])
+    beside = match_dtypes(LatentLM.from_pretrained(init), lm, torch.device("cpu"))
+    rewards = ImplicitReward(lm, beside, 0.5).tokens(training.answers["valid"].completions[:8])
     assert all(not row.any() for row in rewards)
 
 
@@ -409,11 +413,11 @@ def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig],
         training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
         tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
         units = [training.update(step)["units"] for step in range(training.total)]
-    answers = training.answers["train"].samples
-    trained = Trained(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
+    answers = training.answers["train"].completions
+    trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
     labelled = read_answers(files["train"], training.lm)
     [row] = costs([trained], labelled, 7, None, 1).rows
-    paired = [answers[i] for i in training.units.flatten()]
+    paired = [answers[i] for i in training.training_items.flatten()]
     if loss == "dpo":  # the mean answer stands for those that are in pairs
         mean = sum(len(answer.layout.ids) for answer in answers) / len(answers)
         tokens[0] += 6 * sum(mean - len(answer.layout.ids) for answer in paired)
@@ -432,16 +436,16 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
     training = begun(settings(made, tmp_path / "run", loss="dpo", data=data))
     passes: list[int] = []
 
-    def update(micro_batches: Any, lr: float) -> Update:
+    def update(micro_batches: Any, lr: float) -> StepResult:
         passes.extend(part.passes for part in micro_batches)
-        return Update(0.0, 0.0, 1)
+        return StepResult(0.0, 0.0, 1)
 
     training.engine.update = update
     training.update(0)
     assert passes == [3], "two thoughts are three passes, of the shorter answer"
-    first, second = training.answers["train"].samples
+    first, second = training.answers["train"].completions
     assert len(first.layout.ids) > len(second.layout.ids)
-    assert shares([needs([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
+    assert shard_by_length([needs([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
 
 
 # --- answers that are too long ----------------------------------------------------------------------
@@ -449,11 +453,11 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_answers_longer_than_the_context_are_not_scored(kind: str) -> None:
-    lm = build(kind, torch.float32, slot=Slot.nothing, markers=False)
-    samples = [sample_said(lm, [5, 6], [7] * count, text="") for count in (3, 94, 95)]
-    assert len(Policy.of(lm.special).score(lm, samples[:2], 2)[1]) == 94
+    lm = build(kind, torch.float32, slot=Slot.none, markers=False)
+    samples = [completion_from_ids(lm, [5, 6], [7] * count, text="") for count in (3, 94, 95)]
+    assert len(SamplingDistribution.of(lm.special).score(lm, samples[:2], 2)[1]) == 94
     with pytest.raises(ValueError, match=r"1 of 3 answers are.*context of 96 tokens: answer 3 \(97 tokens\)"):
-        Policy.of(lm.special).score(lm, samples, 2)
+        SamplingDistribution.of(lm.special).score(lm, samples, 2)
     with pytest.raises(ValueError, match=r"1 of 3 answers are"):
         ValueModel(lm).before(samples)
 
@@ -473,10 +477,10 @@ def test_answers_longer_than_the_context_are_named_or_left_out(
     with pytest.raises(ValueError, match=message):
         run(config)
     config.data.too_long = TooLong.skip
-    assert len(begun(config).answers["train"].samples) == 23
+    assert len(begun(config).answers["train"].completions) == 23
     assert "Left out 1 of 24 answers" in capsys.readouterr().out
     whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, alike=True)
-    assert [len(row.samples) for row in whole] == [6, 6, 6]
+    assert [len(row.completions) for row in whole] == [6, 6, 6]
     assert rows[2]["question"] not in {row.example.question for row in whole}
 
 
@@ -566,10 +570,10 @@ def test_many_samples_vote_exactly() -> None:
 def test_equal_answers_vote_together() -> None:
     texts = ["### $18", "### 7", "### 18.00", "### 7", "### 18"]
     lm = build("gpt2", torch.float32)
-    samples = tuple(sample_said(lm, [3], [5, 1], text=text) for text in texts)
-    row = Labelled(Example("?", (), "18"), samples, tuple(text != "### 7" for text in texts))
+    samples = tuple(completion_from_ids(lm, [3], [5, 1], text=text) for text in texts)
+    row = LabelledAnswers(Example("?", (), "18"), samples, tuple(text != "### 7" for text in texts))
     [found] = [
-        row for row in selections([row], [], Correctness(TASKS["gsm8k"], PromptFormat()), [5]).rows
+        row for row in selections([row], [], CorrectnessReward(TASKS["gsm8k"], PromptFormat()), [5]).rows
         if row["scorer"] == "majority"
     ]  # fmt: skip
     assert found["accuracy"] == 1.0
@@ -601,12 +605,12 @@ def test_the_first_wrong_step() -> None:
 def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
     lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
     labelled = read_answers(made[1].train, lm)[:6]
-    judge = Correctness(TASKS["prosqa"], lm.reasoning.format)
+    judge = CorrectnessReward(TASKS["prosqa"], lm.reasoning.format)
     found = step_labels(lm, judge, labelled, rollouts=4, seed=1)
     again = step_labels(lm, judge, labelled, rollouts=4, seed=1, batch_size=1000)
     assert len(found.shares) == 6 * 6
     assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
-    texts = [sample.text for row in labelled for sample in row.samples]
+    texts = [sample.text for row in labelled for sample in row.completions]
     for text, its in zip(texts, found.shares, strict=True):
         steps = TASKS["prosqa"].read_steps(text, WORDS)
         assert len(its) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
@@ -626,7 +630,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     train, valid, test = (str(folder / f"pointers_{split}.json") for split in ("train", "valid", "test"))
     data = DataConfig(Task.pointers, train, valid, test, format=WORDS)
     config = small_run(
-        folder / "run", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=80), max_new_tokens=8
+        folder / "run",
+        data,
+        method="cot",
+        curriculum=Curriculum(length_unit=Unit.updates, total_length=80),
+        max_new_tokens=8,
     )
     assert run_training(config) == 0
     for split in ("train", "valid", "test"):
@@ -641,7 +649,7 @@ def test_reward_models_side_by_side(
 ) -> None:
     sampler, folder = models
     answers = str(sampler / "rollouts" / "test.jsonl")
-    config = CompareConfig(runs=[f"{folder}/*"], answers=answers, rollouts=2, stepwise=4, engine=CPU)
+    config = CompareConfig(runs=[f"{folder}/*"], answers=answers, rollouts=2, num_step_questions=4, engine=CPU)
     opened: list[Path] = []
     load = LatentLM.from_pretrained
     monkeypatch.setattr(
@@ -695,7 +703,7 @@ def test_the_value_of_a_prefix_is_the_soft_mean_of_what_follows(models: tuple[Pa
 
 @pytest.mark.parametrize("kind", ["thoughts", "pauses", "modes"])
 def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
-    slot = {"thoughts": Slot.thought, "pauses": Slot.pause, "modes": Slot.nothing}[kind]
+    slot = {"thoughts": Slot.thought, "pauses": Slot.pause, "modes": Slot.none}[kind]
     models = []
     for _ in range(2):
         lm = (
@@ -709,21 +717,21 @@ def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
         for weight in lm.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
     modes = ["latent_2", "think"] if kind == "modes" else ["", ""]
-    samples = [sample_said(lm, [5, 6, 7 + i], [8, 9, 10], text="", mode=mode) for i, mode in enumerate(modes)]
-    labelled = [Labelled(Example("", (), ""), tuple(samples), (True, False))]
+    samples = [completion_from_ids(lm, [5, 6, 7 + i], [8, 9, 10], text="", mode=mode) for i, mode in enumerate(modes)]
+    labelled = [LabelledAnswers(Example("", (), ""), tuple(samples), (True, False))]
     found = bounds(ImplicitReward(lm, reference, 0.5), labelled, continuations=4096, prefixes=2)
     assert max(abs(row["q"]) for row in found.rows) > 0.02
     for row in found.rows:
         assert row["soft"] == pytest.approx(row["q"], abs=0.01)
     for sample in samples:
-        begun = sample.saying(sample.said[:1])
+        begun = sample.saying(sample.completion_ids[:1])
         assert question_of(lm, begun) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
-        [several] = gone_on(reference, [begun], 3)
+        [several] = continue_completions(reference, [begun], 3)
         assert all(1 <= len(more) <= 3 for more in several)
-        whole = begun.saying([*begun.said, *several[0]])
+        whole = begun.saying([*begun.completion_ids, *several[0]])
         assert whole.layout.ids.tolist().count(lm.latent_id) == sample.layout.ids.tolist().count(lm.latent_id)
     ended = samples[0].saying([8, lm.special.eos])
-    assert gone_on(reference, [ended], 2) == [[[], []]], "what has ended does not go on"
+    assert continue_completions(reference, [ended], 2) == [[[], []]], "what has ended does not go on"
 
 
 def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -733,7 +741,11 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
     rows[0]["samples"].pop()
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="Some questions have 7 answers and some 8"):
-        compare(CompareConfig(runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), stepwise=2, engine=CPU))
+        compare(
+            CompareConfig(
+                runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), num_step_questions=2, engine=CPU
+            )
+        )
     with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut.reward compare"):
         analyze(AnalyzeConfig(run=str(folder / "ce")))
     with pytest.raises(ValueError, match="Name the reward models"):
@@ -813,15 +825,19 @@ def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path
                 said.pop(key)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with_ids, without = read_answers(made[1].train, lm)[:5], read_answers(tmp_path / "text.jsonl", lm)
-    pairs = [(a, b) for x, y in zip(with_ids, without, strict=True) for a, b in zip(x.samples, y.samples, strict=True)]
-    assert all(a.said == b.said for a, b in pairs if not a.cut)
+    pairs = [
+        (a, b)
+        for x, y in zip(with_ids, without, strict=True)
+        for a, b in zip(x.completions, y.completions, strict=True)
+    ]
+    assert all(a.completion_ids == b.completion_ids for a, b in pairs if not a.truncated)
 
 
 def test_gradient_reaches_every_token_of_the_answer_and_nothing_else() -> None:
-    lm = build("llama", slot=Slot.nothing, markers=False)
-    samples = [sample_said(lm, [5, 6], [7, 8, 1], text=""), sample_said(lm, [5, 6, 9], [8, 1], text="")]
+    lm = build("llama", slot=Slot.none, markers=False)
+    samples = [completion_from_ids(lm, [5, 6], [7, 8, 1], text=""), completion_from_ids(lm, [5, 6, 9], [8, 1], text="")]
     batch = reward_batch(samples, torch.zeros(2), torch.tensor([True, False]), lm.special, 1)
-    policy = Policy.of(lm.special)
+    policy = SamplingDistribution.of(lm.special)
     loss = reward_loss(LOSSES["ce"], policy, 0.5)(lm, batch)
     sums = torch.stack([row.sum() for row in policy.score(lm, samples, 2)]).double()
     expected = cross_entropy(0.5 * sums, torch.tensor([1.0, 0.0])).sum()

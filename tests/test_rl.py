@@ -21,7 +21,6 @@ from coconut.analyze import run as analyze
 from coconut.analyze import several as compare
 from coconut.completions.rollouts import Cost
 from coconut.config import (
-    Activations,
     AdamWConfig,
     DataConfig,
     EngineConfig,
@@ -32,7 +31,7 @@ from coconut.config import (
     TooLong,
 )
 from coconut.data.examples import Example
-from coconut.engine.process_group import joined
+from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
@@ -40,8 +39,8 @@ from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.trainer import REFERENCE, PolicyTraining, run
-from coconut.rl.trainer import together as run_together
+from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
+from coconut.rl.trainer import run_rank as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_metrics
@@ -58,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
     data = graph_files(folder, 40, 12, 8)
     config = small_run(
         folder / "run", data, method="hybrid_warmup",
-        curriculum=Curriculum(modes=MODES, unit=Unit.updates, total=40), max_new_tokens=8,
+        curriculum=Curriculum(modes=MODES, length_unit=Unit.updates, total_length=40), max_new_tokens=8,
     )  # fmt: skip
     assert run_training(config) == 0
     return folder / "run", data
@@ -70,9 +69,9 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLC
         "run": str(folder),
         "init": str(warm),
         "data": data,
-        "objective": ObjectiveConfig("degrpo", beta=0.01),
+        "objective": ObjectiveConfig("degrpo", kl_coef=0.01),
         "reward": RewardConfig({"think": 0.5}),
-        "optimizer": AdamWConfig(lr=1e-3, clip=1.0, warmup=3),
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=3),
         "engine": EngineConfig(device="cpu", threads=1),
         "batches": 6,
         "questions": 4,
@@ -191,9 +190,9 @@ def on_two(warm: str, folder: str) -> None:
         "local": EngineConfig(device="cpu", threads=1, timeout=120),
         "zero3": EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
     }
-    with joined(kinds["local"]) as world:
+    with init_distributed(kinds["local"]) as world:
         for name, engine in kinds.items():
-            config = settings(made, Path(folder) / name, engine=engine, batches=2, drop_without_variance=True)
+            config = settings(made, Path(folder) / name, engine=engine, batches=2, drop_zero_variance_groups=True)
             assert run_together(config, world) == 0
 
 
@@ -229,10 +228,12 @@ def first_word(example: Example, text: str, mode: str, cost: Cost, /) -> float:
 def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) -> None:
     """A model without modes learns to begin with the mark."""
     data = graph_files(tmp_path, 16, 4, 4)
-    warm = small_run(tmp_path / "warm", data, method="cot", curriculum=Curriculum(unit=Unit.updates, total=2))
+    warm = small_run(
+        tmp_path / "warm", data, method="cot", curriculum=Curriculum(length_unit=Unit.updates, total_length=2)
+    )
     assert run_training(warm) == 0
     config = settings(
-        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, beta=0.0), batches=12,
+        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, kl_coef=0.0), batches=12,
         reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, samples=8, validate_every=12,
         questions=8,
     )  # fmt: skip
@@ -246,7 +247,7 @@ def cheap(example: Example, text: str, mode: str, cost: Cost, /) -> float:
 
 
 def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    objective = ObjectiveConfig("degrpo", control=1.0, beta=0.0)
+    objective = ObjectiveConfig("degrpo", control_token_weight=1.0, kl_coef=0.0)
     config = settings(made, tmp_path / "run", objective=objective, batches=15, optimizer=AdamWConfig(lr=6e-3))
     assert run(config, cheap) == 0
     chances = [row["chance_short"] for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
@@ -255,7 +256,7 @@ def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataCo
 
 def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = settings(made, folder, batches=2, drop_without_variance=True)
+    config = settings(made, folder, batches=2, drop_zero_variance_groups=True)
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
     assert run(config, lambda *_: 1.0) == 0
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
@@ -303,7 +304,7 @@ def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> 
             settings(made, tmp_path / "none", **changes)
     with pytest.raises(ValueError, match=r"There is no objective 'ppo'. The objectives are: grpo"):
         ObjectiveConfig("ppo")
-    with pytest.raises(ValueError, match=r"reward.costs.think is nan"):
+    with pytest.raises(ValueError, match=r"reward.mode_costs.think is nan"):
         RewardConfig({"think": float("nan")})
     for changes, message in [
         ({"reward": RewardConfig({"long": 0.5})}, "costs.long is .* the model does not have: its modes are short"),
@@ -348,11 +349,11 @@ def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tm
     assert training._questions(4).tolist() == asked[48:60].tolist()
 
 
-def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTraining:
+def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
     folder = Path(str(config.run))
     folder.mkdir(exist_ok=True)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    return PolicyTraining(config, folder, files, World())
+    return PolicyTrainer(config, folder, files, World())
 
 
 def lowered(place: Path, folder: Path) -> Path:
@@ -384,7 +385,7 @@ def test_a_policy_that_has_not_moved_is_its_reference(made: tuple[Path, DataConf
     engine = EngineConfig(device="cpu", threads=1, precision=precision)
     changes: dict[str, Any] = {"engine": engine, "micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
     training = begun(settings((init, made[1]), tmp_path / "run", **changes), made)
-    training.rehearse()
+    training.dry_run()
     groups = training.sample(0)
     assert training.learn(groups)["kl"] == 0.0
     rows = training.learn(groups)
@@ -398,7 +399,7 @@ def test_the_divergence_is_that_of_answers_one_by_one(made: tuple[Path, DataConf
         training.learn(groups)
     assert training.reference
     told = []
-    for sample in [sample for group in groups for sample in group.samples]:
+    for sample in [sample for group in groups for sample in group.completions]:
         ids = torch.tensor([sample.layout.ids.tolist()])
         apart = []
         for lm in (training.lm, training.reference):
@@ -433,10 +434,10 @@ def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
 def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     found: list[tuple[float, float]] = []
     calls: list[int] = []
-    for activations in (Activations.keep, Activations.recompute):
-        engine = EngineConfig(device="cpu", threads=1, activations=activations)
-        objective = ObjectiveConfig("degrpo", beta=0.0)
-        training = begun(settings(made, tmp_path / activations, engine=engine, objective=objective), made)
+    for checkpointed in (False, True):
+        engine = EngineConfig(device="cpu", threads=1, activation_checkpointing=checkpointed)
+        objective = ObjectiveConfig("degrpo", kl_coef=0.0)
+        training = begun(settings(made, tmp_path / str(checkpointed), engine=engine, objective=objective), made)
         groups = training.sample(0)
         counted = [0]
         layers: Any = training.lm.base.base_model.layers
@@ -503,7 +504,9 @@ def test_a_hybrid_model_before_reinforcement(made: tuple[Path, DataConfig], tmp_
 
 def test_a_policy_without_modes_has_a_page_too(tmp_path: Path) -> None:
     data = graph_files(tmp_path, 16, 4, 4)
-    warm = small_run(tmp_path / "warm", data, method="coconut", curriculum=Curriculum(unit=Unit.updates, total=41))
+    warm = small_run(
+        tmp_path / "warm", data, method="coconut", curriculum=Curriculum(length_unit=Unit.updates, total_length=41)
+    )
     assert run_training(warm) == 0
     assert run(settings((tmp_path / "warm", data), tmp_path / "run", batches=2, reward=RewardConfig())) == 0
     run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))

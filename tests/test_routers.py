@@ -9,9 +9,9 @@ from test_hybrid import MODES, hybrid
 from test_rollouts import EXAMPLES, TASK
 
 from coconut.evaluation.evaluator import evaluate
-from coconut.rl.mode_routing import Classifier, Outcomes, cheapest_right, compare, outcomes, routes, states
+from coconut.rl.mode_routing import Classifier, ModeOutcomes, cheapest_right, compare, outcomes, routes, states
 
-KNOWN = Outcomes(
+KNOWN = ModeOutcomes(
     modes=("short", "think"),
     correct=np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]),
     tokens=np.array([[1.0, 9.0]] * 4),
@@ -42,7 +42,7 @@ def test_by_hand() -> None:
 def test_at_random_is_what_independent_draws_come_to() -> None:
     random = np.random.default_rng(0)
     correct = (random.random((500, 3)) < [0.3, 0.6, 0.9]).astype(np.float64)
-    known = Outcomes(tuple(MODES), correct, np.ones((500, 3)), np.ones((500, 3)), random.random((500, 3)))
+    known = ModeOutcomes(tuple(MODES), correct, np.ones((500, 3)), np.ones((500, 3)), random.random((500, 3)))
     shares = np.bincount(known.chosen, minlength=3) / 500
     drawn = random.choice(3, p=shares, size=(2000, 500))
     found = compare(known, routes(known))["at random, as often"]
@@ -76,7 +76,7 @@ def test_a_classifier_learns_what_the_state_tells() -> None:
     torch.manual_seed(0)
     states_QD = torch.randn(600, 8)
     hard = (states_QD[:, 0] > 0).numpy()
-    known = Outcomes(
+    known = ModeOutcomes(
         modes=("short", "think"),
         correct=np.stack([~hard, np.ones(600)], 1).astype(float),
         tokens=np.array([[1.0, 9.0]] * 600),

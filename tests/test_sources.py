@@ -117,7 +117,7 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"files": "a", "train": "b"}, "data.files=a and data.train=b are both given"),
+        ({"files": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
         ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
         ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),
@@ -134,7 +134,8 @@ def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tiny = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
     trained = TrainConfig(
         run=str(tmp_path / "run"), data=config(format=PromptFormat("{}", "{} ", "### {}")),
-        curriculum=Curriculum(max_stage=1, unit=Unit.updates, first=2, each=1, total=4), batch_size=8,
+        curriculum=Curriculum(max_stage=1, length_unit=Unit.updates, stage0_length=2, stage_length=1, total_length=4),
+        batch_size=8,
         model=ModelConfig(architecture=tiny, tokenizer="words"), engine=EngineConfig(device="cpu"), max_new_tokens=4,
     )  # fmt: skip
     assert run(replace(trained)) == 0

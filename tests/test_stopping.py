@@ -89,7 +89,9 @@ def test_a_model_that_learned_to_speak_early_is_not() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopping")
-    curriculum = Curriculum(max_stage=3, unit=Unit.updates, first=1, each=1, total=4, mixing_probability=0.3)
+    curriculum = Curriculum(
+        max_stage=3, length_unit=Unit.updates, stage0_length=1, stage_length=1, total_length=4, mixing_probability=0.3
+    )
     assert train(small_run(folder / "run", graph_files(folder, 40, 10, 10), curriculum=curriculum)) == 0
     return folder / "run"
 

@@ -17,8 +17,8 @@ from torch.distributions import Normal
 from coconut import LatentLM
 from coconut.analysis.prefix_values import encoded_answers, prefix_values
 from coconut.analysis.probes import Subject
-from coconut.completions.completion import sample_said, samples_of
-from coconut.completions.scoring import Policy
+from coconut.completions.completion import completion_from_ids, completions_of
+from coconut.completions.scoring import SamplingDistribution
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.generate import Generated
@@ -26,7 +26,7 @@ from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat, Slot
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
-from coconut.runs.study import Study, Unfit
+from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS
 
 SIGMA, BETA = 0.3, 0.05
@@ -158,7 +158,7 @@ def test_the_mean_reward_is_the_divergence_of_the_models() -> None:
 def test_thoughts_and_tokens_add_up_to_the_log_ratio_of_the_whole(family: str) -> None:
     reward = pair(family)
     out = noisy(reward.lm, do_sample=True, log_probs=True)
-    said = [out.said(row) for row in range(len(QUESTIONS))]
+    said = [out.completion_ids(row) for row in range(len(QUESTIONS))]
     of_thoughts = thought_rewards(reward, QUESTIONS, out.thoughts, SIGMA)
     of_tokens = token_rewards(reward, QUESTIONS, out.thoughts, said)
     wholes = []
@@ -183,7 +183,7 @@ def after(lm: LatentLM, question: list[int], thoughts_KD: Tensor, said: list[int
     for place, (fed, token) in enumerate(zip([lm.special.eot, *said], said, strict=False)):
         mask, position = torch.ones(1, begin + place + 1), torch.tensor([[begin + place]])
         with torch.no_grad():
-            logits = lm.logits(lm.states(table(torch.tensor([[fed]])), mask, position, thinking.cache))[0, -1]
+            logits = lm.logits(lm.hidden_states(table(torch.tensor([[fed]])), mask, position, thinking.cache))[0, -1]
         logits[lm.special.added] = -torch.inf
         total = total + logits.log_softmax(-1)[token]
     return total
@@ -193,10 +193,10 @@ def test_after_the_models_own_thoughts_tokens_have_the_usual_rewards(family: str
     reward = pair(family)
     out = noisy(reward.lm, sigma=0.0, log_probs=True)
     samples = [
-        sample for row, question in enumerate(QUESTIONS) for sample in samples_of(reward.lm, question, out, [row])
+        sample for row, question in enumerate(QUESTIONS) for sample in completions_of(reward.lm, question, out, [row])
     ]
-    usual = Policy.of(reward.lm.special).score(reward.lm, samples, 4)
-    said = [sample.said for sample in samples]
+    usual = SamplingDistribution.of(reward.lm.special).score(reward.lm, samples, 4)
+    said = [sample.completion_ids for sample in samples]
     plain = ImplicitReward(reward.lm, reward.reference, 1.0)
     of_tokens = token_rewards(plain, QUESTIONS, out.thoughts, said)
     both = [torch.stack([after(lm, q, z, s) for q, z, s in zip(QUESTIONS, out.thoughts, said, strict=True)])
@@ -213,7 +213,7 @@ def test_what_has_no_such_reward_is_refused() -> None:
         with pytest.raises(ValueError, match=f"sigma is {sigma}; it must be above 0"):
             thought_rewards(reward, QUESTIONS, thoughts, sigma)
     for lm in (
-        build("llama", slot=Slot.nothing, method="cot", markers=False),
+        build("llama", slot=Slot.none, method="cot", markers=False),
         build("llama", slot=Slot.pause),
         hybrid(),
     ):
@@ -247,10 +247,10 @@ def test_a_prefix_value_is_the_log_probability_of_the_answer_after_so_many_thoug
     before = None
     for count in range(3):
         samples = [
-            sample_said(lm, question, said, text="", num_thoughts=count)
+            completion_from_ids(lm, question, said, text="", num_thoughts=count)
             for question, said in zip(questions, answers, strict=True)
         ]
-        scored = Policy.of(lm.special).score(lm, samples, 7)
+        scored = SamplingDistribution.of(lm.special).score(lm, samples, 7)
         values = torch.stack([row.sum() for row in scored])
         (row,) = rows_about(study, of="answer", steps=None, thoughts=count)
         assert row["value"] == pytest.approx(float(values.mean()), abs=1e-5)
@@ -294,11 +294,13 @@ def test_a_run_without_mixing_is_warned_of_and_one_without_thoughts_refused() ->
     assert "without mixing" in prefix_values(examined).facts["warning"]
     assert prefix_values(replace(examined, knows_fewer=True)).facts["warning"] is None
     pauses: dict[str, Any] = {"slot": Slot.pause, "method": "pause"}
-    words: dict[str, Any] = {"slot": Slot.nothing, "method": "cot", "markers": False}
+    words: dict[str, Any] = {"slot": Slot.none, "method": "cot", "markers": False}
     unready: dict[str, Any] = {"num_thoughts": 0}
     for without in (pauses, words, unready):
-        with pytest.raises(Unfit, match=r"no latent thoughts|no thoughts yet"):
+        with pytest.raises(NotApplicable, match=r"no latent thoughts|no thoughts yet"):
             prefix_values(subject(**without))
     long = Example("3 4", (), " ".join(["5"] * 95))
-    with pytest.raises(Unfit, match=r"1 of 4 answers are.*context of 96 tokens; the first is that to question 4"):
+    with pytest.raises(
+        NotApplicable, match=r"1 of 4 answers are.*context of 96 tokens; the first is that to question 4"
+    ):
         prefix_values(subject([*GRAPHS[:3], long]))

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.runs.record import read_metrics, samples_file, surroundings
+from coconut.runs.record import environment_info, read_metrics, samples_file
 from coconut.runs.tracker_process import numbers
-from coconut.runs.tracking import TRACKING, TRACKING_LOG, open_tracking, ready, unsent
+from coconut.runs.tracking import TRACKING, TRACKING_LOG, check_tracker, open_tracking, unsent
 from coconut.utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 ABOUT = {"config": {"seed": 0, "optimizer": {"lr": 1e-4}}, "plan": [{"thoughts": 2}], "git": {"revision": "abc"}}
-OFFLINE = TrackingConfig(to=Tracker.wandb, mode=TrackingMode.offline, project="p", group="g", tags=["a", "b"])
+OFFLINE = TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode.offline, project="p", group="g", tags=["a", "b"])
 RUN = """
 import sys, time
 from pathlib import Path
@@ -197,9 +197,9 @@ def test_the_tracker_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
 
 def test_a_tracker_that_fails_is_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
-    with open_tracking(TrackingConfig(to=Tracker.tensorboard), tmp_path, 0, ABOUT) as track:
-        assert track.sender
-        track.sender.process.wait(60)
+    with open_tracking(TrackingConfig(tracker=Tracker.tensorboard), tmp_path, 0, ABOUT) as track:
+        assert track.tracker_process
+        track.tracker_process.process.wait(60)
         updates(track, 1, 3)
     said = capsys.readouterr().out
     assert said.count("warning: tensorboard failed, and nothing more is sent to it") == 1
@@ -211,7 +211,7 @@ def test_a_tracker_that_fails_is_told_of_once(tmp_path: Path, capsys: pytest.Cap
 def test_tensorboard_is_read_back(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = TrackingConfig(to=Tracker.tensorboard)
+    config = TrackingConfig(tracker=Tracker.tensorboard)
     with open_tracking(config, tmp_path, 0, ABOUT) as track:
         updates(track, 1, 4)
         validation(track, 4)
@@ -227,7 +227,7 @@ def test_tensorboard_is_read_back(tmp_path: Path) -> None:
 
 
 def test_without_a_tracker_there_are_files_and_nothing_else(tmp_path: Path) -> None:
-    ready(TrackingConfig())
+    check_tracker(TrackingConfig())
     with (
         open_tracking(TrackingConfig(), tmp_path, 0, ABOUT) as track,
         open_tracking(OFFLINE, tmp_path / "other", 0, ABOUT, writes=False) as silent,
@@ -253,11 +253,11 @@ def test_a_missing_login_is_named_before_anything_starts(tmp_path: Path, monkeyp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"(?s)no login: .*wandb login.*WANDB_API_KEY.*tracking\.mode=offline"):
-        ready(TrackingConfig(to=Tracker.wandb))
+        check_tracker(TrackingConfig(tracker=Tracker.wandb))
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with pytest.raises(ValueError, match="API key must have 40"):
-        ready(TrackingConfig(to=Tracker.wandb))
-    ready(OFFLINE)
+        check_tracker(TrackingConfig(tracker=Tracker.wandb))
+    check_tracker(OFFLINE)
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
@@ -274,7 +274,8 @@ def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"), [({"wait": 0}, "tracking.wait is 0"), ({"project": "a/b"}, "tracking.project is 'a/b'")]
+    ("wrong", "words"),
+    [({"wait": 0}, "tracking.finish_timeout is 0"), ({"project": "a/b"}, "tracking.project is 'a/b'")],
 )
 def test_wrong_values_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -282,4 +283,4 @@ def test_wrong_values_are_refused(wrong: dict[str, Any], words: str) -> None:
 
 
 def test_optional_packages_are_among_the_versions() -> None:
-    assert {"deepspeed", "wandb", "peft"} <= surroundings()["versions"].keys()
+    assert {"deepspeed", "wandb", "peft"} <= environment_info()["versions"].keys()

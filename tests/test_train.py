@@ -38,21 +38,23 @@ from coconut.config import (
 from coconut.data.datasets import data_files
 from coconut.data.examples import read_examples
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.engine.base import NonFinite
+from coconut.engine.base import NonFiniteUpdate
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import evaluate
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
-from coconut.rl.config import DenseConfig, ObjectiveConfig, RLConfig
+from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RLConfig
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.folder import differences
 from coconut.runs.record import read_metrics
-from coconut.training.loop import Diverged
+from coconut.training.loop import NonFiniteLossError
 from coconut.training.schedule import Schedule, updates_since_reset
-from coconut.training.trainer import Training, run
+from coconut.training.trainer import Trainer, run
 from coconut.utils.files import read_json, write_json
 
-CURRICULUM = Curriculum(max_stage=2, unit=Unit.updates, first=5, each=4, total=14, mixing_probability=0.3)
+CURRICULUM = Curriculum(
+    max_stage=2, length_unit=Unit.updates, stage0_length=5, stage_length=4, total_length=14, mixing_probability=0.3
+)
 ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}  # dropout is on
 
 
@@ -65,8 +67,8 @@ def settings(data: DataConfig, folder: Path, **changes: Any) -> TrainConfig:
     """A run of 14 updates, 4 in an epoch, with everything random switched on."""
     random: dict[str, Any] = {
         "curriculum": CURRICULUM,
-        "model": ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", new_tokens="random"),
-        "optimizer": OptimizerConfig(lr=1e-2, clip=1.0, warmup=2),
+        "model": ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", new_token_init="random"),
+        "optimizer": OptimizerConfig(lr=1e-2, max_grad_norm=1.0, warmup_steps=2),
         "batch_size": 8,
         "micro_batch_size": 3,
         "keep_checkpoints": 100,
@@ -265,7 +267,7 @@ def test_a_complete_run_says_so(finished: Path, data: DataConfig, capsys: pytest
 
 
 def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, tmp_path: Path) -> None:
-    other = settings(data, finished, seed=7, optimizer=OptimizerConfig(lr=2e-2, clip=1.0, warmup=2))
+    other = settings(data, finished, seed=7, optimizer=OptimizerConfig(lr=2e-2, max_grad_norm=1.0, warmup_steps=2))
     with pytest.raises(
         ValueError, match=r"(?s)another configuration:\n  optimizer.lr: 0.01 there, 0.02 asked for\n  seed"
     ):
@@ -296,7 +298,7 @@ def test_a_run_goes_on_with_less_memory(
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"curriculum": replace(CURRICULUM, total=20)}, "curriculum.total: 14 there, 20 asked for\n.*its plan"),
+        ({"curriculum": replace(CURRICULUM, total=20)}, "curriculum.total_length: 14 there, 20 asked for\n.*its plan"),
         ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: what validation measures"),
         ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
     ],
@@ -447,7 +449,7 @@ def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> 
     model = ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", attention="eager")
     config = settings(data, tmp_path / "run", model=model)
     run(config)
-    again = Training(config, tmp_path / "run", data_files(asdict(data)), World())
+    again = Trainer(config, tmp_path / "run", data_files(asdict(data)), World())
     assert again.lm.base.config._attn_implementation == "eager"
 
 
@@ -465,7 +467,7 @@ def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> N
 
 def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
     calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-                       tokenizer="words", new_tokens="random")  # fmt: skip
+                       tokenizer="words", new_token_init="random")  # fmt: skip
     losses = []
     for size in (1, 3, 8):
         folder = tmp_path / str(size)
@@ -481,7 +483,7 @@ def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path
 def test_the_optimizer_is_made_anew_when_asked(
     data: DataConfig, tmp_path: Path, reset: Reset, resets: list[int]
 ) -> None:
-    optimizer = OptimizerConfig(lr=1e-2, reset=reset)
+    optimizer = OptimizerConfig(lr=1e-2, reset_every=reset)
     run(settings(data, tmp_path, optimizer=optimizer, save_every=1))
     made = []
     for step in range(1, 15):
@@ -494,7 +496,7 @@ def test_the_optimizer_is_made_anew_when_asked(
 def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) -> None:
     """The first update of stage 1 equals the one of a new run that starts there from the same weights."""
     calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-                       tokenizer="words", new_tokens="random")  # fmt: skip
+                       tokenizer="words", new_token_init="random")  # fmt: skip
     still = replace(CURRICULUM, mixing_probability=0.0)
     whole = tmp_path / "whole"
     run(settings(data, whole, model=calm, curriculum=still, save_every=1, validate_every=100))
@@ -515,7 +517,7 @@ def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data
     run(config)
     assert read_json(folder / "run.json")["init"] == str(Checkpoints(finished).find("best"))
     fresh = settings(data, tmp_path / "fresh", init=str(finished))
-    lm = Training(fresh, tmp_path / "fresh", data_files(asdict(data)), World()).lm
+    lm = Trainer(fresh, tmp_path / "fresh", data_files(asdict(data)), World()).lm
     loaded = LatentLM.from_pretrained(Checkpoints(finished).find("best"))
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
 
@@ -549,7 +551,9 @@ def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: P
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"(?s)The loss of update \d+ \(stage 0\) is (nan|inf).*lower optimizer.lr"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"(?s)The loss of update \d+ \(stage 0\) is (nan|inf).*lower optimizer.lr"
+    ):
         run(settings(data, tmp_path, optimizer=OptimizerConfig(lr=1e20), save_every=1))
     found = read_json(tmp_path / "diverged.json")
     assert found["examples"]
@@ -561,15 +565,17 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_
 def test_a_gradient_that_is_not_finite_is_named_alone() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     module.get_parameter("1.bias").register_hook(lambda gradient: gradient * torch.nan)
-    engine = LocalEngine(module, lambda m, batch: m(batch).sum(), EngineConfig(device="cpu"), OptimizerConfig(clip=1.0))
+    engine = LocalEngine(
+        module, lambda m, batch: m(batch).sum(), EngineConfig(device="cpu"), OptimizerConfig(max_grad_norm=1.0)
+    )
 
     class Rows(torch.Tensor):
         num_targets = 2
 
     before = [p.clone() for p in module.parameters()]
-    with pytest.raises(NonFinite) as caught:
+    with pytest.raises(NonFiniteUpdate) as caught:
         engine.update([torch.ones(1, 2).as_subclass(Rows)], lr=1.0)
-    assert caught.value.culprits == ["gradient of 1.bias"]
+    assert caught.value.non_finite_names == ["gradient of 1.bias"]
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
@@ -580,12 +586,12 @@ def test_a_broken_weight_is_named(finished: Path, data: DataConfig, tmp_path: Pa
     broken = load_file(file)
     broken["transformer.ln_f.weight"][3] = torch.nan
     save_file(broken, file, metadata={"format": "pt"})
-    with pytest.raises(Diverged, match=r"not finite in: weight base.transformer.ln_f.weight \(1 in all\)"):
+    with pytest.raises(NonFiniteLossError, match=r"not finite in: weight base.transformer.ln_f.weight \(1 in all\)"):
         run(settings(data, tmp_path / "run", init=str(tmp_path / "start")))
 
 
 def test_examples_longer_than_the_context(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ModelConfig(architecture={**ARCHITECTURE, "n_positions": 34}, tokenizer="words", new_tokens="random")
+    short = ModelConfig(architecture={**ARCHITECTURE, "n_positions": 34}, tokenizer="words", new_token_init="random")
     with pytest.raises(ValueError, match=r"train.json: \d+ of 28 examples are longer than the model's context of 34"):
         run(settings(data, tmp_path / "a", model=short))
     assert not (tmp_path / "a").exists()
@@ -627,7 +633,9 @@ def test_a_model_out_of_reach_says_what_to_set(data: DataConfig, tmp_path: Path)
 
 @given(st.integers(1, 7), st.sampled_from(list(Unit)), st.integers(1, 4), st.integers(0, 3))
 def test_a_schedule_walks_through_its_stages(per_epoch: int, unit: Unit, each: int, deepest: int) -> None:
-    curriculum = Curriculum(max_stage=deepest, unit=unit, first=2, each=each, total=2 + each * deepest + 1)
+    curriculum = Curriculum(
+        max_stage=deepest, length_unit=unit, stage0_length=2, stage_length=each, total_length=2 + each * deepest + 1
+    )
     schedule = Schedule(plan("coconut", curriculum), per_epoch)
     places = [schedule.at(step) for step in range(schedule.total)]
     for stage in schedule.plan.stages:
@@ -646,13 +654,13 @@ def test_a_schedule_walks_through_its_stages(per_epoch: int, unit: Unit, each: i
 
 
 def test_the_learning_rate_warms_up_and_stays() -> None:
-    optimizer = OptimizerConfig(lr=1.0, warmup=4)
+    optimizer = OptimizerConfig(lr=1.0, warmup_steps=4)
     assert [optimizer.learning_rate(n) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert OptimizerConfig(lr=1.0).learning_rate(0) == 1.0
-    later = OptimizerConfig(lr=1.0, later_lr=0.2, warmup=2)
+    later = OptimizerConfig(lr=1.0, later_stage_lr=0.2, warmup_steps=2)
     assert [later.learning_rate(n, stage) for stage in (0, 1, 2) for n in (0, 1)] == [0.5, 1.0, 0.1, 0.2, 0.1, 0.2]
     with pytest.raises(ValueError, match="later_lr is 0"):
-        OptimizerConfig(later_lr=0.0)
+        OptimizerConfig(later_stage_lr=0.0)
 
 
 def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
@@ -665,10 +673,10 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
         monkeypatch.chdir(tmp_path / folder)
         data = DataConfig(task=Task.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
         model = ModelConfig(base=f"{up}m", tokenizer="words")
-        dense = DenseConfig(weight=1, init=f"{up}m")
+        dense = ProcessRewardConfig(weight=1, init=f"{up}m")
         found = [
             TrainConfig(run="r", init=f"{up}m", model=model, data=data),
-            RLConfig(init="owner/name", dense=dense, data=data, objective=ObjectiveConfig("dr_grpo")),
+            RLConfig(init="owner/name", process_reward=dense, data=data, objective=ObjectiveConfig("dr_grpo")),
         ]
         for config in found:
             locate(config)

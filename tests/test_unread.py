@@ -16,7 +16,7 @@ from test_model import mixed_batch
 
 from coconut import LatentLM
 from coconut.acceleration import final_layer as unread
-from coconut.acceleration.final_layer import LastLayer
+from coconut.acceleration.final_layer import FinalLayer
 from coconut.config import LoraConfig
 
 INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_proj",
@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_those_of_all_columns(family: str, how: str, ma
     if how == "LoRA":
         lm.add_lora(LoraConfig(rank=2), "somewhere")
         lm.double()
-    lm.recompute = how == "recomputed"
+    lm.activation_checkpointing = how == "recomputed"
     batch = {**make(lm), "use_cache": how != "not cached"}
 
     def done() -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_of_a_question_one_column_is_read(family: str) -> None:
     with widths(lm, family) as found:
         loss = lm(**batch).loss
         assert found == [1, 1, 4], "the prefix of 5 columns, a thought, the last thought and up to three words"
-        lm.recompute = True
+        lm.activation_checkpointing = True
         lm(**batch).loss.backward()
         assert found == [1, 1, 4, 1, 1, 4, 4, 1, 1], "and as many when the layer runs again"
         del found[:]
@@ -159,6 +159,6 @@ def test_later_queries_get_what_all_of_them_would(causal: bool, columns: int, ke
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_experts_and_what_is_in_the_layer_itself_are_left_alone(family: Any) -> None:
     whole = family.model_type in ("opt", "mixtral", "qwen3_moe")
-    last = LastLayer.of(base_of(family))
+    last = FinalLayer.of(base_of(family))
     assert len(last.attention) == 1
     assert len(last.by_column) == (1 if whole else 2)

@@ -22,7 +22,6 @@ from hydra.core.config_store import ConfigStore
 from processes import CLEAN, HERE, together
 
 from coconut.config import (
-    Activations,
     DataConfig,
     EngineConfig,
     EngineKind,
@@ -33,16 +32,16 @@ from coconut.config import (
 )
 from coconut.engine.base import choose_device
 from coconut.engine.launch import started_workers
-from coconut.engine.launcher_env import Seat, seat
-from coconut.engine.process_group import joined
-from coconut.evaluate import evaluate_together
+from coconut.engine.launcher_env import RankInfo, read_launcher_env
+from coconut.engine.process_group import init_distributed
 from coconut.evaluate import run as evaluate_alone
+from coconut.evaluate import run_rank as evaluate_on_rank
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.record import read_metrics
-from coconut.training.trainer import run, train_together
-from coconut.utils.hydra_app import CONF_DIR, built
+from coconut.training.trainer import run, run_rank
+from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 
 ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
 ZERO_3 = replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=3)
@@ -56,9 +55,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def settings(folder: Path, data: DataConfig, engine: EngineConfig = ENGINE, **changes: Any) -> TrainConfig:
     """A run of 10 updates, 4 in an epoch, the last of them with one row; mixing is on."""
     values: dict[str, Any] = {
-        "curriculum": Curriculum(max_stage=2, unit=Unit.updates, first=3, each=3, total=10, mixing_probability=0.3),
+        "curriculum": Curriculum(
+            max_stage=2,
+            length_unit=Unit.updates,
+            stage0_length=3,
+            stage_length=3,
+            total_length=10,
+            mixing_probability=0.3,
+        ),
         "engine": engine,
-        "optimizer": OptimizerConfig(lr=1e-2, clip=1.0),
+        "optimizer": OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
         "batch_size": 8,
         "micro_batch_size": 3,
         "save_every": 1,
@@ -89,13 +95,13 @@ def runs_of_two(folder: str, files: dict[str, str]) -> None:
     """What the fixture `made` has done by each of two processes."""
     data = graph_data(files)
     where = Path(folder)
-    with joined(ENGINE) as world:
+    with init_distributed(ENGINE) as world:
         for name, engine in {"ddp": ENGINE, "zero": ZERO_3, "ddp_from_one": ENGINE, "zero_from_one": ZERO_3}.items():
-            assert train_together(settings(where / name, data, engine), world) == 0
-        sparing = replace(ZERO_3, activations=Activations.recompute)
-        assert train_together(corrected(where, "zero_lora", data, sparing), world) == 0
-        assert train_together(composed(keys(where / "whole", data)), world) == 0
-        assert evaluate_together(EvaluateConfig(str(where / "one"), engine=ENGINE, batch_size=2), world) == 0
+            assert run_rank(settings(where / name, data, engine), world) == 0
+        sparing = replace(ZERO_3, activation_checkpointing=True)
+        assert run_rank(corrected(where, "zero_lora", data, sparing), world) == 0
+        assert run_rank(composed(keys(where / "whole", data)), world) == 0
+        assert evaluate_on_rank(EvaluateConfig(str(where / "one"), engine=ENGINE, batch_size=2), world) == 0
 
 
 def keys(folder: Path, data: DataConfig) -> list[str]:
@@ -105,8 +111,9 @@ def keys(folder: Path, data: DataConfig) -> list[str]:
         "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
         *(f"model.architecture.{name}={value}" for name, value in size.items()),
         "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
-        "curriculum.first=6", "curriculum.each=5", "curriculum.max_stage=2", "curriculum.total=16",
-        "optimizer.warmup=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",
+        "curriculum.stage0_length=6", "curriculum.stage_length=5", "curriculum.max_stage=2",
+        "curriculum.total_length=16",
+        "optimizer.warmup_steps=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",
         "engine.device=cpu", "engine.threads=1",
     ]  # fmt: skip
 
@@ -114,7 +121,7 @@ def keys(folder: Path, data: DataConfig) -> list[str]:
 def composed(given: list[str]) -> TrainConfig:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return built(compose("train", given), TrainConfig)
+        return to_dataclass(compose("train", given), TrainConfig)
 
 
 def graph_data(files: dict[str, Any]) -> DataConfig:
@@ -238,25 +245,25 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", 
 
 def test_launchers_tell_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
     for told, expected in [
-        ({}, Seat()),
-        (TORCHRUN, Seat(3, 4, 1, 2, "n1", 7)),
-        (SRUN, Seat(5, 7, 1, 2, "n1", 29234)),
-        ({**SRUN, "MASTER_PORT": "9"}, Seat(5, 7, 1, 2, "n1", 9)),
-        ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}, Seat()),  # sbatch's own script
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, Seat()),
-        ({**SRUN, **TORCHRUN}, Seat(3, 4, 1, 2, "n1", 7)),
+        ({}, RankInfo()),
+        (TORCHRUN, RankInfo(3, 4, 1, 2, "n1", 7)),
+        (SRUN, RankInfo(5, 7, 1, 2, "n1", 29234)),
+        ({**SRUN, "MASTER_PORT": "9"}, RankInfo(5, 7, 1, 2, "n1", 9)),
+        ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}, RankInfo()),  # sbatch's own script
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, RankInfo()),
+        ({**SRUN, **TORCHRUN}, RankInfo(3, 4, 1, 2, "n1", 7)),
     ]:
         with monkeypatch.context() as here:
             for name, value in told.items():
                 here.setenv(name, value)
-            assert seat() == expected
+            assert read_launcher_env() == expected
 
 
 def test_without_scontrol_a_lone_process_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {**SRUN, "MASTER_ADDR": "", "PATH": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"scontrol .* 'n\[1-4\]' .*MASTER_ADDR.* env -u SLURM_STEP_ID COMMAND"):
-        seat()
+        read_launcher_env()
 
 
 def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +271,7 @@ def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="not MASTER_ADDR and MASTER_PORT"):
-        seat()
+        read_launcher_env()
 
 
 def test_waiting_for_processes_that_never_come_says_how_to_be_alone(
@@ -281,7 +288,10 @@ def test_waiting_for_processes_that_never_come_says_how_to_be_alone(
         monkeypatch.delenv(name)
     monkeypatch.setattr("coconut.engine.world.SECONDS_BEFORE_A_WORD", 0.2)
     hint = r"SLURM_STEP_ID=0 in the environment .* one of 7.* srun --pty, start it with: env -u SLURM_STEP_ID COMMAND"
-    with pytest.raises(ValueError, match=f"did not meet the 6 others at .*{hint}"), joined(replace(ENGINE, timeout=1)):
+    with (
+        pytest.raises(ValueError, match=f"did not meet the 6 others at .*{hint}"),
+        init_distributed(replace(ENGINE, timeout=1)),
+    ):
         pass
     assert re.search(f"^Waiting for 6 more processes at 127.0.0.1:{port}. {hint}$", capsys.readouterr().out, re.M)
 

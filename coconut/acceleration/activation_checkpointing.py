@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from coconut.acceleration.kv_cache import GrowingCache, GrowingLayer
-from coconut.acceleration.patching import forwards_replaced
+from coconut.acceleration.kv_cache import AppendOnlyCache, AppendOnlyLayer
+from coconut.acceleration.patching import patched_forwards
 
 
 def check_recomputable(model: PreTrainedModel) -> None:
@@ -26,13 +26,14 @@ def check_recomputable(model: PreTrainedModel) -> None:
     if not _layers(model):
         raise ValueError(
             f"{type(model).__name__} has no layers that transformers marks as recomputable. Keep the activations "
-            "(engine.activations=keep) and lower micro_batch_size."
+            "(engine.activation_checkpointing=false) and lower micro_batch_size."
         )
-    for layer in GrowingCache(model.config).layers:
-        if not isinstance(layer, GrowingLayer):
+    for layer in AppendOnlyCache(model.config).layers:
+        if not isinstance(layer, AppendOnlyLayer):
             raise ValueError(
                 f"{model.config.model_type} keeps a {type(layer).__name__}, and only keys and values can be kept while "
-                "layers are recomputed. Keep the activations (engine.activations=keep) and lower micro_batch_size."
+                "layers are recomputed. Keep the activations (engine.activation_checkpointing=false) and lower "
+                "micro_batch_size."
             )
 
 
@@ -43,7 +44,7 @@ def recomputing(
 
     Their modules' hooks run again with them, and within `around()`, as the first time. A cache must be a GrowingCache.
     """
-    return forwards_replaced((layer, _recomputed(layer.forward, around)) for layer in _layers(model))
+    return patched_forwards((layer, _recomputed(layer.forward, around)) for layer in _layers(model))
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -71,12 +72,12 @@ def _recomputed(forward: Callable[..., Any], around: Callable[[], AbstractContex
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is None:
             return checkpoint(forward, *args, **how, **kwargs)
-        if not isinstance(cache, GrowingCache):
+        if not isinstance(cache, AppendOnlyCache):
             raise ValueError(f"A layer that is recomputed was given a {type(cache).__name__}. Give lm.new_cache().")
         # What the graph holds must not hold what comes after it: such a circle would never be freed.
         before = copy(cache)
 
-        def run(*args: Any, **kwargs: Any) -> tuple[Any, GrowingCache]:
+        def run(*args: Any, **kwargs: Any) -> tuple[Any, AppendOnlyCache]:
             after = copy(before)
 
             def given(value: Any) -> Any:

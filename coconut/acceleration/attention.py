@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from coconut.utils.torch_utils import computed_in, differentiable_once
+from coconut.utils.torch_utils import compute_dtype, differentiable_once
 
 
 class _OneQuery(torch.autograd.Function):
@@ -69,16 +69,16 @@ def _attend(
     plain = (
         one and query.requires_grad and not (dropout_p or is_causal) and not getattr(attn_mask, "requires_grad", False)
     )
-    if plain and query.dtype == key.dtype == value.dtype == computed_in(query):
+    if plain and query.dtype == key.dtype == value.dtype == compute_dtype(query):
         made = _OneQuery.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
         assert isinstance(made, Tensor)
         return made
     return scaled_dot_product_attention(
-        by_itself(query), key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        own_storage(query), key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
-class InPlaceOfTorchs(TorchFunctionMode):
+class SDPAOverride(TorchFunctionMode):
     """Within, in this thread, `attend` is called where torch's attention is."""
 
     def __init__(self, attend: Callable[..., Tensor]):
@@ -89,26 +89,26 @@ class InPlaceOfTorchs(TorchFunctionMode):
         return (self.attend if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
-def by_itself(query: Tensor) -> Tensor:
+def own_storage(query: Tensor) -> Tensor:
     """The query (B, H, T, D) in memory of its own, heads innermost, if it is a small part of what it is in."""
     small = 2 * query.nbytes <= query.untyped_storage().nbytes()
     return query.transpose(1, 2).contiguous().transpose(1, 2) if small else query
 
 
-def in_place_of_torchs(embeds: Tensor, cached: bool) -> AbstractContextManager[Any]:
+def patched_sdpa(embeds: Tensor, cached: bool) -> AbstractContextManager[Any]:
     """Within, in this thread, attention is the above. For a pass over `embeds` (B, T, D), with a cache or without.
 
     Nothing is changed where it brings nothing: but for passes to be gone back through, of one column on a CPU in half
     precision, or of several with a cache.
     """
     if embeds.shape[1] == 1:
-        pays = embeds.device.type == "cpu" and computed_in(embeds).itemsize == 2
+        pays = embeds.device.type == "cpu" and compute_dtype(embeds).itemsize == 2
     else:
         pays = cached
-    return InPlaceOfTorchs(_attend) if pays and torch.is_grad_enabled() else nullcontext()
+    return SDPAOverride(_attend) if pays and torch.is_grad_enabled() else nullcontext()
 
 
-def needs_sight(model: PreTrainedModel, mask_BS: Tensor, embeds: Tensor) -> bool:
+def has_fully_masked_query(model: PreTrainedModel, mask_BS: Tensor, embeds: Tensor) -> bool:
     """Whether a query of a pass over `embeds` (B, T, D), the last T columns, may see nothing, in torch's on a GPU.
 
     While a CUDA graph is recorded that is not known: it may.
@@ -119,7 +119,7 @@ def needs_sight(model: PreTrainedModel, mask_BS: Tensor, embeds: Tensor) -> bool
     return torch.cuda.is_current_stream_capturing() or not bool(until_first.any(1).all())
 
 
-def sighted(mask_BS: Tensor, embeds: Tensor) -> Tensor:
+def attend_to_self_mask(mask_BS: Tensor, embeds: Tensor) -> Tensor:
     """(B, 1, T, S) what the last T columns see: of the tokens themselves and what is before them, of padding itself."""
     columns_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     queries_T1 = columns_S[-embeds.shape[1] :, None]

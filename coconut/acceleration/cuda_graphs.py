@@ -23,18 +23,18 @@ Passes = Callable[..., Tensor]
 MOST = 128  # recordings that are kept: of each the input, the states and their gradients, besides what all share
 
 
-def rounded(width: int) -> int:
+def bucket_up(width: int) -> int:
     """So wide is a pass made that others have its shape, too: up by less than an eighth, or to a multiple of 8."""
     step = max(8, 2 ** (width.bit_length() - 4))
     return -(-width // step) * step
 
 
-def rounded_down(width: int) -> int:
+def bucket_down(width: int) -> int:
     """More coarsely: it only says what is left out."""
     return width - width % max(8, 2 ** (width.bit_length() - 2))
 
 
-class Graphs:
+class CudaGraphs:
     """Recordings of one model's passes. A shape that comes for the first time is run as always."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,13 +43,13 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._pool: Any = None
         self._gradients: _Gradients | None = None
-        self._turn: Callable[[], _Turn | None] = lambda: None
+        self._turn: Callable[[], _ReplayToken | None] = lambda: None
 
-    def __deepcopy__(self, memo: Any) -> Graphs:
-        return Graphs(deepcopy(self._model, memo))
+    def __deepcopy__(self, memo: Any) -> CudaGraphs:
+        return CudaGraphs(deepcopy(self._model, memo))
 
     @property
-    def recorded(self) -> int:
+    def captured(self) -> int:
         """How many shapes are."""
         return len(self._recordings)
 
@@ -72,7 +72,7 @@ class Graphs:
         self._recordings.move_to_end(key)
         for static, tensor in zip(recording.given, given, strict=True):
             static.data.copy_(tensor)
-        turn = _Turn()
+        turn = _ReplayToken()
         self._turn = weakref.ref(turn)
         found = _Replayed.apply(recording, turn, given[0], *weights)
         assert isinstance(found, Tensor)
@@ -88,12 +88,12 @@ class Graphs:
             self._gradients = _Gradients(weights)
         uncached = torch.autocast("cuda", kind, cache_enabled=False) if kind else nullcontext()
         device = given[0].device
-        with torch.random.fork_rng([device]), uncached, fresh_leaves(self._model, weights) as leaves:
+        with torch.random.fork_rng([device]), uncached, detached_leaf_parameters(self._model, weights) as leaves:
             return _Recording(passes, given, leaves, self._gradients, self._pool)
 
 
 @contextmanager
-def fresh_leaves(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def detached_leaf_parameters(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Within, the model has other leaves for these weights, in the same memory.
 
     A leaf is tied to the stream on which it was first used for as long as a loss that came from it lives, and what is
@@ -111,7 +111,7 @@ def fresh_leaves(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[T
             held.update(before)
 
 
-class _Turn:
+class _ReplayToken:
     """Lives as long as a replay can be gone back through."""
 
 
@@ -172,7 +172,7 @@ class _Recording:
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, turn: _Turn, given: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, recording: _Recording, turn: _ReplayToken, given: Tensor, *weights: Tensor) -> Tensor:
         ctx.recording, ctx.turn = recording, turn
         recording.forward.replay()
         return recording.made.clone()

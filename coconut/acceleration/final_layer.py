@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from coconut.acceleration.attention import InPlaceOfTorchs
-from coconut.acceleration.patching import forwards_replaced
+from coconut.acceleration.attention import SDPAOverride
+from coconut.acceleration.patching import patched_forwards
 
 Forward = Callable[..., Any]
 ATTENTION = ("attn", "self_attn", "attention", "self_attention")  # what families call it, and its last product
@@ -32,7 +32,7 @@ FEED_FORWARD = "mlp"
 
 
 @dataclass(frozen=True)
-class LastLayer:
+class FinalLayer:
     """The names of those parts of the last layer that work on each column by itself, and of its attention.
 
     Where experts are in the feed-forward part, or it is in the layer itself (OPT), that is not among them.
@@ -42,7 +42,7 @@ class LastLayer:
     attention: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> LastLayer:
+    def of(cls, model: PreTrainedModel) -> FinalLayer:
         modules = dict(model.named_modules())
         layers = [name for name, part in modules.items() if isinstance(part, GradientCheckpointingLayer)]
         last = layers[-1] if layers else ""
@@ -51,11 +51,11 @@ class LastLayer:
         inner = f"{last}.{FEED_FORWARD}"
         return cls((*outputs, *([inner] if inner in modules and _dense(modules[inner]) else ())), attention)
 
-    def without(self, model: PreTrainedModel, columns: int) -> AbstractContextManager[None]:
+    def skip_positions(self, model: PreTrainedModel, columns: int) -> AbstractContextManager[None]:
         """Within, it makes nothing of the first so many columns of a pass but keys and values: zeros, mostly."""
         ways = {**dict.fromkeys(self.by_column, _by_column), **dict.fromkeys(self.attention, _attending)}
         parts = ((model.get_submodule(name), way) for name, way in ways.items())
-        return forwards_replaced((part, partial(way, columns, part.forward)) for part, way in parts)
+        return patched_forwards((part, partial(way, columns, part.forward)) for part, way in parts)
 
 
 def _dense(part: nn.Module) -> bool:
@@ -71,7 +71,7 @@ def _by_column(columns: int, own: Forward, given: Tensor, *args: Any, **kwargs: 
 
 
 def _attending(columns: int, own: Forward, *args: Any, **kwargs: Any) -> Any:
-    with InPlaceOfTorchs(partial(_of_later_queries, columns)):
+    with SDPAOverride(partial(_of_later_queries, columns)):
         return own(*args, **kwargs)
 
 

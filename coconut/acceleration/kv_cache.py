@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from coconut.utils.torch_utils import differentiable_once
 
 
-class Room:
+class KVBuffer:
     """Keys or values of one layer: columns that are filled from the left, and their gradient in a backward pass."""
 
     def __init__(self, like: Tensor, columns: int):
@@ -62,7 +62,7 @@ class _Append(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, room: Room, before: Tensor | None, new: Tensor) -> Tensor:
+    def forward(ctx: Any, room: KVBuffer, before: Tensor | None, new: Tensor) -> Tensor:
         start = 0 if before is None else before.shape[-2]
         ctx.room, ctx.start, ctx.stop = room, start, start + new.shape[-2]
         ctx.set_materialize_grads(False)
@@ -74,19 +74,19 @@ class _Append(torch.autograd.Function):
         return None, None, ctx.room.collect(gradient, ctx.start, ctx.stop)
 
 
-def append(room: Room, before: Tensor | None, new: Tensor) -> Tensor:
+def append(room: KVBuffer, before: Tensor | None, new: Tensor) -> Tensor:
     found = _Append.apply(room, before, new)
     assert isinstance(found, Tensor)
     return found
 
 
-class GrowingLayer(DynamicLayer):
+class AppendOnlyLayer(DynamicLayer):
     """The keys and values of one layer, with room for so many columns, and more when they are needed."""
 
     def __init__(self, columns: int):
         super().__init__()
         self.columns = columns
-        self.rooms: tuple[Room, Room] | None = None
+        self.rooms: tuple[KVBuffer, KVBuffer] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -96,7 +96,7 @@ class GrowingLayer(DynamicLayer):
         stop = self.get_seq_length() + key_states.shape[-2]
         if not self.rooms or held[0] is None or not self.rooms[0].goes_on_from(held[0], stop):
             columns = self.columns if stop <= self.columns else stop + stop // 4
-            self.rooms = Room(new[0], columns), Room(new[1], columns)
+            self.rooms = KVBuffer(new[0], columns), KVBuffer(new[1], columns)
             held = tuple(
                 None if part is None else append(room, None, part) for room, part in zip(self.rooms, held, strict=True)
             )
@@ -104,7 +104,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
+class AppendOnlySlidingLayer(AppendOnlyLayer, DynamicSlidingWindowLayer):
     """The same where a token sees no more than a window."""
 
     def __init__(self, columns: int, sliding_window: int):
@@ -118,7 +118,7 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
         return keys[..., -seen:, :], values[..., -seen:, :]
 
 
-class GrowingCache(DynamicCache):
+class AppendOnlyCache(DynamicCache):
     """A DynamicCache for a model of this config whose layers have room for `columns` from the start.
 
     Without `windows` every layer is given all that there is: masks say what it may see.
@@ -132,19 +132,19 @@ class GrowingCache(DynamicCache):
         self.layers = [_growing(layer, columns, windows) for layer in self.layers]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.layers[layer_idx], GrowingLayer):
+        if isinstance(self.layers[layer_idx], AppendOnlyLayer):
             self.layers[layer_idx] = copy(self.layers[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def __copy__(self) -> GrowingCache:
-        other = object.__new__(GrowingCache)
+    def __copy__(self) -> AppendOnlyCache:
+        other = object.__new__(AppendOnlyCache)
         other.__dict__ = {**self.__dict__, "layers": [copy(layer) for layer in self.layers]}
         return other
 
 
 def _growing(layer: Any, columns: int, windows: bool) -> Any:
     if type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and not windows):
-        return GrowingLayer(columns)
+        return AppendOnlyLayer(columns)
     if type(layer) is DynamicSlidingWindowLayer:
-        return GrowingSlidingLayer(columns, layer.sliding_window)
+        return AppendOnlySlidingLayer(columns, layer.sliding_window)
     return layer

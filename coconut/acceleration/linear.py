@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coconut.acceleration.patching import forwards_replaced
-from coconut.utils.torch_utils import computed_in, differentiable_once
+from coconut.acceleration.patching import patched_forwards
+from coconut.utils.torch_utils import compute_dtype, differentiable_once
 
-BEFORE = "before_gelu"  # an attribute of what GELU made: what went into it
-LEAST = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving
+PRE_GELU_ATTR = "before_gelu"  # an attribute of what GELU made: what went into it
+MIN_WEIGHT_NUMEL = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving
 
 
 def fused_gelu(given: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ class FusedGelu(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         made = fused_gelu(given)
         if torch.is_grad_enabled():
-            setattr(made, BEFORE, given)
+            setattr(made, PRE_GELU_ATTR, given)
         return made
 
 
 def _by_onednn(given: Tensor) -> bool:
     """Whether torch would have its BLAS make products of this, and oneDNN is there."""
     onednn: Any = torch.backends.mkldnn
-    by_blas = given.device.type == "cpu" and computed_in(given) == torch.float32
+    by_blas = given.device.type == "cpu" and compute_dtype(given) == torch.float32
     return by_blas and onednn.is_available() and onednn.enabled
 
 
@@ -142,12 +142,12 @@ def _used(layer: Any) -> Callable[[Tensor], Tensor]:
         return layer.weight.to(dtype).t() if transposed else layer.weight.to(dtype)
 
     def forward(given: Tensor) -> Tensor:
-        dtype = computed_in(layer.weight)
+        dtype = compute_dtype(layer.weight)
         if dtype not in weights:
             weights[dtype] = in_type(dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         taken = given.to(dtype)
-        return _apply(_Product, taken, weights[dtype], bias, uses, getattr(taken, BEFORE, None))
+        return _apply(_Product, taken, weights[dtype], bias, uses, getattr(taken, PRE_GELU_ATTR, None))
 
     return forward
 
@@ -156,18 +156,18 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
     return function.apply(*arguments)
 
 
-def weights_summed_once(model: PreTrainedModel) -> AbstractContextManager[None]:
+def deferred_weight_gradients(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within, the linear layers whose weights are trained compute as always; the passes' gradients come as one."""
     head = model.get_output_embeddings()
     trained = (layer for layer in _large(model) if layer is not head and layer.weight.requires_grad)
-    return forwards_replaced((layer, _used(layer)) for layer in trained)
+    return patched_forwards((layer, _used(layer)) for layer in trained)
 
 
-def products_as_pay(part: nn.Module, given: Tensor) -> AbstractContextManager[None]:
+def onednn_linear(part: nn.Module, given: Tensor) -> AbstractContextManager[None]:
     """Within, the linear layers of `part` compute as always, by the library that pays for products of `given`."""
     if not _by_onednn(given):
         return nullcontext()
-    return forwards_replaced((layer, _used(layer)) for layer in _large(part))
+    return patched_forwards((layer, _used(layer)) for layer in _large(part))
 
 
 def _large(part: nn.Module) -> Iterator[Any]:
@@ -178,12 +178,12 @@ def _large(part: nn.Module) -> Iterator[Any]:
     for layer in part.modules():
         if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer):
             weight = layer._parameters.get("weight")
-            if type(weight) is nn.Parameter and weight.numel() >= LEAST and not hasattr(weight, "ds_id"):
+            if type(weight) is nn.Parameter and weight.numel() >= MIN_WEIGHT_NUMEL and not hasattr(weight, "ds_id"):
                 yield layer
 
 
 @contextmanager
-def rows_added(model: PreTrainedModel) -> Iterator[None]:
+def sparse_embedding_gradient(model: PreTrainedModel) -> Iterator[None]:
     """Within, looking up embeddings gives a gradient for the rows that were looked up, if the table is the head's, too.
 
     Added to the head's gradient, which is there first and as large as the table, it needs no other of that size. On a

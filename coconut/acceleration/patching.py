@@ -10,16 +10,16 @@ from torch import nn
 
 
 @contextmanager
-def forwards_replaced(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def patched_forwards(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Within, each of the modules computes what stands beside it; their hooks run as always."""
     with ExitStack() as replaced:
         for part, forward in replacements:
-            replaced.enter_context(_forward_replaced(part, forward))
+            replaced.enter_context(_patched_forward(part, forward))
         yield
 
 
 @contextmanager
-def _forward_replaced(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _patched_forward(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     before = vars(part).get("forward")
     part.forward = forward
     try:

@@ -26,9 +26,9 @@ from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.methods import PromptFormat
-from coconut.utils.console import working
+from coconut.utils.console import progress_bar
 from coconut.utils.files import writing
-from coconut.utils.pretrained import opened, reaching
+from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ class Reply:
     passes: float = 0.0
     num_thoughts: tuple[int, ...] = ()
     modes: tuple[str, ...] = ()
-    said: tuple[tuple[int, ...], ...] = ()
-    cut: bool = False
+    completion_ids: tuple[tuple[int, ...], ...] = ()
+    truncated: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reply:
         told = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**{**told, "said": tuple(map(tuple, values["said"]))})
+        return cls(**{**told, "completion_ids": tuple(map(tuple, values["completion_ids"]))})
 
 
 class Backend(Protocol):
@@ -77,7 +77,7 @@ class Backend(Protocol):
         ...
 
 
-class Latent:
+class LatentBackend:
     """A LatentLM. Settings: num_thoughts, mode, prefix (text before the question), and those of sampling."""
 
     takes = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
@@ -130,19 +130,19 @@ def _reply(out: Generated, rows: range) -> Reply:
     Its prompt, with the thoughts in it, is read once for all samples of a mode, and gives the first token of each.
     """
     thoughts, modes = tuple(int(out.num_thoughts[row]) for row in rows), tuple(out.modes[row] for row in rows)
-    further = sum(forward_passes(int(out.lengths[row]), bool(out.cut[row]), 0, "") - 1 for row in rows)
+    further = sum(forward_passes(int(out.lengths[row]), bool(out.truncated[row]), 0, "") - 1 for row in rows)
     prompts = sum(forward_passes(1, True, count, "") for count, _ in set(zip(thoughts, modes, strict=True)))
     return Reply(
         texts=tuple(out.texts[row].strip() for row in rows),
         passes=any(modes) + prompts + further,
         num_thoughts=thoughts,
         modes=modes,
-        said=tuple(tuple(out.said(row)) for row in rows),
-        cut=any(bool(out.cut[row]) for row in rows),
+        completion_ids=tuple(tuple(out.completion_ids(row)) for row in rows),
+        truncated=any(bool(out.truncated[row]) for row in rows),
     )
 
 
-class CausalModel:
+class CausalModelBackend:
     """Any causal language model of Hugging Face. What it reads is `prompt`, filled with the question and settings.
 
     A model with a chat template is told it as what a user says. Of its own generation settings only where a text ends
@@ -154,9 +154,9 @@ class CausalModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         fields = _fields(prompt)
-        with reaching(place, "base"):
-            self.model = opened(AutoModelForCausalLM, place).to(device).eval()
-            self.tokenizer = opened(AutoTokenizer, place)
+        with explain_load_errors(place, "base"):
+            self.model = load_pretrained(AutoModelForCausalLM, place).to(device).eval()
+            self.tokenizer = load_pretrained(AutoTokenizer, place)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
         self.name = f"{place} {prompt}"
         self.takes = frozenset({*SAMPLED, *fields} - {"question"})
@@ -197,7 +197,7 @@ class CausalModel:
                     texts = self.tokenizer.batch_decode(its, skip_special_tokens=True)
                     cut = any(one[-1] not in self.ends for one in its)
                     told = tuple(text.strip() for text in texts)
-                    found[i] = Reply(told, sum(map(len, its)), said=tuple(map(tuple, its)), cut=cut)
+                    found[i] = Reply(told, sum(map(len, its)), completion_ids=tuple(map(tuple, its)), truncated=cut)
         yield found
 
     def _until_end(self, ids: list[int]) -> list[int]:
@@ -230,7 +230,7 @@ class Failed(ValueError):
     """A function did not answer, as often as it was tried."""
 
 
-class Function:
+class FunctionBackend:
     """Any function from a question and its settings to a text, or to a Reply: an API model, for instance.
 
     It is called from several threads. A text's passes are counted as its words.
@@ -292,9 +292,9 @@ def refuse_unknown(space: Space, backend: Backend) -> None:
             f"The space sets {', '.join(sorted(unknown))}, which means nothing here. {backend.name} takes "
             f"{', '.join(sorted(backend.takes))}."
         )
-    if isinstance(backend, CausalModel) and (open_ := backend.takes - set(SAMPLED) - space.keys):
+    if isinstance(backend, CausalModelBackend) and (open_ := backend.takes - set(SAMPLED) - space.keys):
         raise ValueError(f"The prompt has {{{min(open_)}}} in it, and no dimension of the space gives it a value.")
-    for number in range(len(space) if not isinstance(backend, Function) else 0):
+    for number in range(len(space) if not isinstance(backend, FunctionBackend) else 0):
         settings = space.settings(number)
         if settings.get("samples", 1) > 1 and not settings.get("temperature"):
             raise ValueError(
@@ -325,7 +325,7 @@ def answers(
     with (
         writing(log),
         log.open("a", encoding="utf-8") as file,
-        working("asking", wanted, have := done()) as bar,
+        progress_bar("asking", wanted, have := done()) as bar,
     ):
         if file.tell() and not log.read_bytes().endswith(b"\n"):
             file.write("\n")  # after a line that was cut off

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut.adaptive import encoders
-from coconut.adaptive.backends import Latent, Reply, fit_all, refuse_unknown
+from coconut.adaptive.backends import LatentBackend, Reply, fit_all, refuse_unknown
 from coconut.adaptive.judges import Vote
-from coconut.adaptive.outcome_table import Outcomes
-from coconut.adaptive.policy import Policy
+from coconut.adaptive.outcome_table import OutcomeTable
+from coconut.adaptive.policy import ConfigurationPolicy
 from coconut.adaptive.space import Settings
 from coconut.tasks import TASKS
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CLOSE = 0.02  # how far an embedding may lie from the one that was kept, as a share of it
 
 
-def kept(table: Outcomes) -> dict[str, Any]:
+def kept(table: OutcomeTable) -> dict[str, Any]:
     """What a policy's file says of where it belongs: how it sees a question, with one question as it saw it."""
     embedding = [round(float(x), 4) for x in table.embeddings[0]]
     return {**table.about, "probe": {"question": table.questions[0], "embedding": embedding}}
@@ -45,7 +45,7 @@ class Chooser:
 
     def __init__(self, path: Path | str, lm: LatentLM, batch_size: int = 64):
         """Raises ValueError if the policy sees a question otherwise than it did, so that it is another model's."""
-        self.policy, self.about = Policy.load(path)
+        self.policy, self.about = ConfigurationPolicy.load(path)
         how, probe = self.about["embedding"], self.about["probe"]
         own = how in encoders.POOLINGS
         self.encode = encoders.of_latent(lm, how, batch_size) if own else encoders.named(how, lm.device, batch_size)
@@ -62,7 +62,7 @@ class Chooser:
         """The numbers of the configurations, in the policy's space."""
         return self.policy.best(self.encode(questions)[None])[0].tolist()
 
-    def answer(self, backend: Latent, questions: Sequence[str], seed: int = 0) -> list[Answered]:
+    def answer(self, backend: LatentBackend, questions: Sequence[str], seed: int = 0) -> list[Answered]:
         """Each question in the configuration that is chosen for it; those of one configuration together.
 
         Raises ValueError if the model does not know the settings, or a question leaves no room for an answer.
@@ -73,7 +73,7 @@ class Chooser:
             if not fits:
                 raise ValueError(
                     f"Question {number} is too long: in one of the configurations it leaves no room for an answer in "
-                    f"the model's context of {backend.lm.context} tokens."
+                    f"the model's context of {backend.lm.max_sequence_length} tokens."
                 )
         vote = Vote(TASKS[self.about["task"]], backend.lm.reasoning.format)
         found: dict[int, Answered] = {}

@@ -25,13 +25,13 @@ class JudgeConfig:
     """`place`: of the pretrained model, or of the run of coconut.reward."""
 
     kind: JudgeKind = JudgeKind.exact
-    place: Place = ""
+    model: Place = ""
 
     def __post_init__(self) -> None:
-        if self.place and self.kind is JudgeKind.exact:
-            raise ValueError(f"judge.place={self.place} is for judge.kind=model or judge.kind=implicit.")
-        if not self.place and self.kind is not JudgeKind.exact:
-            raise ValueError(f"judge.kind={self.kind} needs the model that judges: judge.place=NAME_OR_FOLDER.")
+        if self.model and self.kind is JudgeKind.exact:
+            raise ValueError(f"judge.model={self.model} is for judge.kind=model or judge.kind=implicit.")
+        if not self.model and self.kind is not JudgeKind.exact:
+            raise ValueError(f"judge.kind={self.kind} needs the model that judges: judge.model=NAME_OR_FOLDER.")
 
 
 @dataclass
@@ -101,7 +101,7 @@ class AdaptiveConfig:
     cost: float = 0.0  # of a forward pass, taken from the score
     limit: int | None = None  # the first so many questions
     unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
-    few: int = 100  # questions to learn from; the others are for the test
+    num_train_questions: int = 100  # questions to learn from; the others are for the test
     seeds: int = 20
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     output: PathName = ""  # by default RUN/adaptive

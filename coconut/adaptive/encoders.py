@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
-from coconut.utils.pretrained import opened, reaching
-from coconut.utils.torch_utils import evaluating
+from coconut.utils.pretrained import explain_load_errors, load_pretrained
+from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -31,12 +31,12 @@ def of_latent(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
 
     def encode(questions: Sequence[str]) -> Tensor:
         rows = encode_questions(lm.tokenizer, list(questions), lm.reasoning.format)
-        with evaluating(lm):
+        with eval_mode(lm):
             return _pooled(rows, lm.special.pad, lm.device, batch_size, pooling, states)
 
     def states(ids: Tensor, mask: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return lm.states(lm.base.get_input_embeddings()(ids), mask.bool(), positions)
+        return lm.hidden_states(lm.base.get_input_embeddings()(ids), mask.bool(), positions)
 
     return encode
 
@@ -59,8 +59,8 @@ def named(name: str, device: torch.device, batch_size: int = 64) -> Encoder:
     """A sentence encoder of Hugging Face, by its name or folder; the mean of its states."""
     from transformers import AutoModel, AutoTokenizer
 
-    with reaching(name, "embedding"):
-        model, tokenizer = opened(AutoModel, name).to(device).eval(), opened(AutoTokenizer, name)
+    with explain_load_errors(name, "embedding"):
+        model, tokenizer = load_pretrained(AutoModel, name).to(device).eval(), load_pretrained(AutoTokenizer, name)
     return of_model(model, tokenizer, "mean", batch_size)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from coconut.adaptive.config import PolicyConfig
-from coconut.adaptive.outcome_table import Outcomes
+from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import Learned, distances, entropies, learn
 from coconut.runs.study import Study
 
@@ -37,10 +37,10 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Trials:
+class Experiments:
     """`train` (S, T) and `test` (S, U) are the places of the questions."""
 
-    table: Outcomes
+    table: OutcomeTable
     cost: float
     train: NDArray[np.int64]
     test: NDArray[np.int64]
@@ -66,9 +66,9 @@ def refuse_few(few: int, questions: int) -> None:
         )
 
 
-def trials(
-    table: Outcomes, config: PolicyConfig, *, cost: float, default: int, few: int, seeds: int, seed: int = 0
-) -> Trials:
+def run_experiments(
+    table: OutcomeTable, config: PolicyConfig, *, cost: float, default: int, few: int, seeds: int, seed: int = 0
+) -> Experiments:
     """Policies that learn from `few` questions each, and beside them, on the same test questions:
 
     random: every configuration equally often. default. best fixed: the configuration that is best on the questions to
@@ -109,7 +109,7 @@ def trials(
         arms.append(at(f"{name} alone", space.number(taken)))
     arms.append(at(POLICY, chosen(learned, unknown)))
     arms.append(at(ORACLE, np.asarray(rewards.argmax(1))[test]))
-    return Trials(table, cost, train, test, arms, learned)
+    return Experiments(table, cost, train, test, arms, learned)
 
 
 def mean_and_interval(values_S: NDArray[Any]) -> tuple[float, float, float]:
@@ -119,7 +119,7 @@ def mean_and_interval(values_S: NDArray[Any]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def arms_study(found: Trials) -> Study:
+def arms_study(found: Experiments) -> Study:
     """A row an arm: mean over the seeds with 95 % intervals, and the gain over the best fixed configuration."""
     best = found.arm(BEST_FIXED).reward.mean(1)
     rows = []
@@ -149,7 +149,7 @@ def arms_study(found: Trials) -> Study:
     return Study("arms", rows, facts)
 
 
-def curve_study(found: Trials) -> Study:
+def curve_study(found: Experiments) -> Study:
     """What the policies got while they learned: reward, regret (how much less than each question's best) and entropy.
 
     Facts: the regret of the others on the questions to learn from, per question.
@@ -179,7 +179,7 @@ def curve_study(found: Trials) -> Study:
     return Study("curve", rows, facts)
 
 
-def heads_study(found: Trials) -> Study:
+def heads_study(found: Experiments) -> Study:
     """Of each dimension, on test questions: how undecided the policies are and how far apart the distributions of two
     questions lie, at the temperature at which they ended; and how often two questions are given different values.
     """
@@ -198,7 +198,7 @@ def heads_study(found: Trials) -> Study:
     return Study("heads", rows)
 
 
-def choices_study(found: Trials) -> Study:
+def choices_study(found: Experiments) -> Study:
     """For questions of each number of steps: what the policies take most often, and what comes of it."""
     table, space, best = found.table, found.table.space, found.arm(BEST_FIXED)
     policy, oracle = found.arm(POLICY), found.arm(ORACLE)
@@ -221,5 +221,5 @@ def choices_study(found: Trials) -> Study:
     return Study("choices", rows)
 
 
-def studies(found: Trials) -> list[Study]:
+def studies(found: Experiments) -> list[Study]:
     return [arms_study(found), curve_study(found), heads_study(found), choices_study(found)]

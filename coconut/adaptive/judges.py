@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from coconut.adaptive.backends import Latent, Reply
-from coconut.completions.completion import Sample, sample_said
+from coconut.adaptive.backends import LatentBackend, Reply
+from coconut.completions.completion import Completion, completion_from_ids
 from coconut.data.examples import Example
 from coconut.evaluation.evaluator import answer_key
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.tasks import Task
-from coconut.utils.pretrained import opened, reaching
+from coconut.utils.pretrained import explain_load_errors, load_pretrained
 
 Judge = Callable[[Sequence[Example], Sequence[Reply], dict[str, Any]], Sequence[float]]
 """From examples, a reply to each, and the settings with which all were asked, to one number each."""
@@ -54,7 +54,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactJudge:
     """1 for what the task judges right, 0 for the rest; where answers are tied, the share of them that is right."""
 
     vote: Vote
@@ -69,7 +69,7 @@ class Exact:
         return self.vote.shared(replies, lambda places: [right(*place) for place in places])
 
 
-class Pretrained:
+class PretrainedJudge:
     """A reward model of Hugging Face with one output: the sigmoid of what it says of question, reference and answer.
 
     AdaReasoner takes OpenAssistant/reward-model-deberta-v3-large-v2 (arXiv 2505.17312, section 4.1).
@@ -78,9 +78,9 @@ class Pretrained:
     def __init__(self, place: str, vote: Vote, device: torch.device, batch_size: int = 64):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        with reaching(place, "judge.place"):
-            self.model = opened(AutoModelForSequenceClassification, place).to(device).eval()
-            self.tokenizer = opened(AutoTokenizer, place)
+        with explain_load_errors(place, "judge.model"):
+            self.model = load_pretrained(AutoModelForSequenceClassification, place).to(device).eval()
+            self.tokenizer = load_pretrained(AutoTokenizer, place)
         if self.model.config.num_labels != 1:
             raise ValueError(
                 f"{place} has {self.model.config.num_labels} outputs; a judge has one, how good an answer is."
@@ -106,22 +106,23 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
-class Implicit:
+class ImplicitJudge:
     """The sigmoid of the implicit reward of the answer that is taken, r(y) = beta log pi(y)/pi_ref(y). It needs no
     reference answer.
     """
 
-    backend: Latent
+    backend: LatentBackend
     reward: ImplicitReward
     vote: Vote
 
     def __call__(self, examples: Sequence[Example], replies: Sequence[Reply], settings: dict[str, Any]) -> list[float]:
         rows = self.backend.rows([example.question for example in examples], settings)
 
-        def said(place: int, taken: int) -> Sample:
+        def said(place: int, taken: int) -> Completion:
             reply = replies[place]
-            return sample_said(
-                self.backend.lm, rows[place], reply.said[taken], text=reply.texts[taken], mode=reply.modes[taken],
+            return completion_from_ids(
+                self.backend.lm, rows[place], reply.completion_ids[taken], text=reply.texts[taken],
+                mode=reply.modes[taken],
                 num_thoughts=reply.num_thoughts[taken],
             )  # fmt: skip
 

@@ -15,68 +15,82 @@ import numpy as np
 import torch
 
 from coconut.adaptive import encoders
-from coconut.adaptive.backends import Backend, CausalModel, Function, Latent, answers, fit_all, refuse_unknown
+from coconut.adaptive.backends import (
+    Backend,
+    CausalModelBackend,
+    FunctionBackend,
+    LatentBackend,
+    answers,
+    fit_all,
+    refuse_unknown,
+)
 from coconut.adaptive.chooser import kept
 from coconut.adaptive.config import AdaptiveConfig, JudgeKind
 from coconut.adaptive.encoders import Encoder
-from coconut.adaptive.experiments import refuse_few, studies, trials
-from coconut.adaptive.judges import Exact, Implicit, Judge, Pretrained, Vote, judged
-from coconut.adaptive.outcome_table import Outcomes
+from coconut.adaptive.experiments import refuse_few, run_experiments, studies
+from coconut.adaptive.judges import ExactJudge, ImplicitJudge, Judge, PretrainedJudge, Vote, judged
+from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import unknown_words
-from coconut.engine.base import autocast, set_up
+from coconut.engine.base import autocast, set_up_device
 from coconut.evaluation.gold_answers import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
-from coconut.runs.loading import computed_as, load_model
+from coconut.runs.loading import load_model, match_dtypes
 from coconut.runs.record import CONFIG, read_config
 from coconut.tasks import TASKS
-from coconut.utils.console import only_our_words, say
-from coconut.utils.files import sha256, sole_owner, write_text
-from coconut.utils.hydra_app import application, by_word
+from coconut.utils.console import log, silence_libraries
+from coconut.utils.files import exclusive_lock, sha256, write_text
+from coconut.utils.hydra_app import application, subcommands
 
 TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
 
 
 def run(config: AdaptiveConfig) -> int:
     """The table of outcomes, unless it is given; then policies, and what they are worth against other choices."""
-    only_our_words()
-    given = Outcomes.read(config.table) if config.table else _asking(config)
-    refuse_few(config.few, len(given.questions))
-    with sole_owner(config.folder):
-        learn_and_tell(config, given if isinstance(given, Outcomes) else make_table(config, given))
+    silence_libraries()
+    given = OutcomeTable.read(config.table) if config.table else _asking(config)
+    refuse_few(config.num_train_questions, len(given.questions))
+    with exclusive_lock(config.folder):
+        learn_and_tell(config, given if isinstance(given, OutcomeTable) else make_table(config, given))
     return 0
 
 
 def only_table(config: AdaptiveConfig) -> int:
     """Ask every question in every configuration, judge the answers, and write what came of it."""
-    only_our_words()
+    silence_libraries()
     if config.table:
         raise ValueError(f"table={config.table} is made already. Leave out the word table to learn from it.")
     asked = _asking(config)
-    with sole_owner(config.folder):
+    with exclusive_lock(config.folder):
         make_table(config, asked)
     return 0
 
 
-def learn_and_tell(config: AdaptiveConfig, table: Outcomes) -> None:
+def learn_and_tell(config: AdaptiveConfig, table: OutcomeTable) -> None:
     """Policies from a table, what they are worth, and the first of them."""
     folder, space = config.folder, table.space
     default = space.named(config.default or table.about.get("default", {}))
-    found = trials(
-        table, config.policy, cost=config.cost, default=default, few=config.few, seeds=config.seeds, seed=config.seed
+    found = run_experiments(
+        table,
+        config.policy,
+        cost=config.cost,
+        default=default,
+        few=config.num_train_questions,
+        seeds=config.seeds,
+        seed=config.seed,
     )
     made = studies(found)
     for study in made:
         study.write(folder)
     found.learned.policy.save(folder / POLICY, {**kept(table), "cost": config.cost})
-    say(on_screen(made))
+    log(on_screen(made))
     write_text(folder / PAGE, adaptive_page(made, config.name, folder))
-    say(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
+    log(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
 
 
 class Asking(NamedTuple):
@@ -95,14 +109,14 @@ class Asking(NamedTuple):
         return [example.question for example in self.examples]
 
 
-def make_table(config: AdaptiveConfig, asked: Asking) -> Outcomes:
+def make_table(config: AdaptiveConfig, asked: Asking) -> OutcomeTable:
     """Written to the command's folder. What was asked before is not asked again."""
     space, questions = Space.of(config.space), asked.questions
-    say(f"{len(questions):,} questions of {asked.file} in {len(space)} configurations")
+    log(f"{len(questions):,} questions of {asked.file} in {len(space)} configurations")
     with autocast(asked.device, config.engine.precision):
         replies = answers(asked.backend, questions, space, config.folder / LOG, seed=config.seed)
         embeddings = asked.encode(questions).numpy()
-        exact = Exact(asked.vote)
+        exact = ExactJudge(asked.vote)
         columns = [[row[c] for row in replies] for c in range(len(space))]
 
         def judged_by(judge: Judge) -> np.ndarray:
@@ -110,8 +124,8 @@ def make_table(config: AdaptiveConfig, asked: Asking) -> Outcomes:
             return np.array(told, np.float32).T
 
         score = judged_by(asked.judge)
-        correct = score if isinstance(asked.judge, Exact) else judged_by(exact)
-    table = Outcomes(
+        correct = score if isinstance(asked.judge, ExactJudge) else judged_by(exact)
+    table = OutcomeTable(
         space=space,
         questions=questions,
         steps=np.array([len(example.steps) for example in asked.examples]),
@@ -124,7 +138,7 @@ def make_table(config: AdaptiveConfig, asked: Asking) -> Outcomes:
                "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint},
     )  # fmt: skip
     table.write(config.folder / TABLE)
-    say(f"Table: {config.folder / TABLE}")
+    log(f"Table: {config.folder / TABLE}")
     return table
 
 
@@ -139,7 +153,7 @@ def _asking(config: AdaptiveConfig) -> Asking:
     for count, why in ((len(asked.examples) - len(different), "asked before"),
                        (len(different) - len(kept_ones), "too long in one of the configurations")):  # fmt: skip
         if count:
-            say(f"{count:,} questions are left out: {why}.")
+            log(f"{count:,} questions are left out: {why}.")
     if not kept_ones:
         raise ValueError(f"No question of {asked.file} leaves room for an answer in every configuration.")
     return asked._replace(examples=kept_ones)
@@ -153,20 +167,20 @@ def _limits(config: AdaptiveConfig) -> str:
 def _of_others(config: AdaptiveConfig) -> Asking:
     """A model of Hugging Face, or a function."""
     assert config.task
-    device, file = set_up(config.engine), getattr(config.data, config.split)
+    device, file = set_up_device(config.engine), getattr(config.data, config.split)
     examples = read_examples(file)[: config.limit]
     vote = Vote(TASKS[config.task], config.format)
     right = readable(examples, None, None, vote.task, vote.form, file=file, unreadable=config.unreadable)
     examples = [examples[i] for i in right]
     if config.base:
-        backend = CausalModel(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
+        backend = CausalModelBackend(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
         fingerprint = _fingerprint(backend.model, backend.tokenizer, str(backend.tokenizer.chat_template))
         backend.name = f"{backend.name} {fingerprint} {_limits(config)}"
         own = partial(encoders.of_model, backend.model.base_model, backend.tokenizer)
         encode = _encoder(config, own, device)
     else:
         known = frozenset(Space.of(config.space).keys)
-        backend = Function(_function(config.function), config.function, config.calls, known)
+        backend = FunctionBackend(_function(config.function), config.function, config.calls, known)
         encode = encoders.named(config.embedding, device, config.batch_size)
     return Asking(backend, encode, _judge(config, vote, device), vote, examples, file, device)
 
@@ -187,9 +201,9 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     vote = Vote(TASKS[task], lm.reasoning.format)
     fingerprint = _fingerprint(lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))
     name = f"{Path(config.run).name} {fingerprint} {_limits(config)}"
-    backend = Latent(lm, name, config.batch_size, config.max_new_tokens)
+    backend = LatentBackend(lm, name, config.batch_size, config.max_new_tokens)
     implicit = config.judge.kind is JudgeKind.implicit
-    judge = Implicit(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
+    judge = ImplicitJudge(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
     encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
     examples = read_examples(file)[: config.limit]
     gold, right = read_back(
@@ -198,12 +212,14 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     )  # fmt: skip
     warn_of_limit(gold, lm.reasoning.forms(), config.max_new_tokens or lm.reasoning.max_new_tokens, file)
     if unknown := unknown_words(gold, lm.tokenizer):
-        say(f"warning: {unknown:,} words of {file} are not in the model's vocabulary.")
+        log(f"warning: {unknown:,} words of {file} are not in the model's vocabulary.")
     return Asking(backend, encode, judge, vote, [examples[i] for i in right], file, lm.device)
 
 
 def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
-    return Exact(vote) if config.judge.kind is JudgeKind.exact else Pretrained(config.judge.place, vote, device)
+    return (
+        ExactJudge(vote) if config.judge.kind is JudgeKind.exact else PretrainedJudge(config.judge.model, vote, device)
+    )
 
 
 def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
@@ -223,11 +239,11 @@ def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
 
 def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
     """The reward of a run of coconut.reward. Raises ValueError if it speaks another model's tokens."""
-    run = config.judge.place
+    run = config.judge.model
     rewarding = load_model(run, "best", config.engine)
     if rewarding.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(f"judge.place={run} scores the tokens of another model than {config.run}.")
-    reference = computed_as(LatentLM.from_pretrained(reference_of(run)), rewarding, lm.device)
+        raise ValueError(f"judge.model={run} scores the tokens of another model than {config.run}.")
+    reference = match_dtypes(LatentLM.from_pretrained(reference_of(run)), rewarding, lm.device)
     return ImplicitReward(rewarding, reference, read_config(run)["beta"])
 
 
@@ -244,4 +260,6 @@ def _function(name: str) -> Callable[..., Any]:
     return found
 
 
-main = by_word(application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, only_table))
+main = subcommands(
+    application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, only_table)
+)

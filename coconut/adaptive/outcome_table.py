@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.adaptive.space import Space
-from coconut.utils.files import whole_file
+from coconut.utils.files import atomic_file
 
 Numbers = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class OutcomeTable:
     """`score`, `correct`, `passes`: (Q, C) each; `embeddings` (Q, D).
 
     `score` is what is learned from, in [0, 1]; `correct` is the exact judge's, whatever is learned from: 0 or 1, or
@@ -56,11 +56,11 @@ class Outcomes:
     def write(self, path: Path | str) -> None:
         told = {"space": self.space.as_data(), "questions": self.questions, "about": self.about}
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
-        with whole_file(path) as part, part.open("wb") as file:
+        with atomic_file(path) as part, part.open("wb") as file:
             np.savez_compressed(file, told=np.array(json.dumps(told, ensure_ascii=False)), **arrays)
 
     @classmethod
-    def read(cls, path: Path | str) -> Outcomes:
+    def read(cls, path: Path | str) -> OutcomeTable:
         """Raises FileNotFoundError or ValueError if the file holds none."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no table {path}. python -m coconut.adaptive table run=DIR makes one.")

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from coconut.adaptive.config import PolicyConfig
 from coconut.adaptive.space import Space
-from coconut.utils.files import whole_file
+from coconut.utils.files import atomic_file
 from coconut.utils.torch_utils import seeded
 
 
-class Policy(nn.Module):
+class ConfigurationPolicy(nn.Module):
     """S policies of one shape in one module, each with weights of its own; one of them is kept in a file.
 
     Embeddings are put to mean 0 and deviation 1 as they were where the policy learned.
@@ -68,11 +68,11 @@ class Policy(nn.Module):
         """One of the policies, a few kilobytes, with its space and whatever JSON is to be known about it."""
         told = {"space": self.space.as_data(), "about": about}
         weights = {name: weight[copy : copy + 1].contiguous() for name, weight in self.state_dict().items()}
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             save_file(weights, part, metadata={"coconut_policy": json.dumps(told)})
 
     @classmethod
-    def load(cls, path: Path | str) -> tuple[Policy, dict[str, Any]]:
+    def load(cls, path: Path | str) -> tuple[ConfigurationPolicy, dict[str, Any]]:
         """A policy, and what is known about it. Raises FileNotFoundError or ValueError if the file holds none."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no policy {path}. python -m coconut.adaptive writes one.")
@@ -108,7 +108,7 @@ class Learned:
     `temperature`: of the last update.
     """
 
-    policy: Policy
+    policy: ConfigurationPolicy
     rewards: np.ndarray
     questions: np.ndarray
     entropy: np.ndarray
@@ -133,7 +133,7 @@ def learn(
     S, T, D = embeddings_STD.shape
     random = torch.Generator().manual_seed(seed)
     with seeded(seed):
-        policy = Policy(space, D, config.hidden, S)
+        policy = ConfigurationPolicy(space, D, config.hidden, S)
     policy.fit_scale(embeddings_STD)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     each_S1 = torch.arange(S)[:, None]

@@ -29,7 +29,7 @@ NO_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
 
 
 @dataclass(frozen=True)
-class Entrant:
+class ComparableRun:
     """A run that may stand in a table, with one of its evaluations.
 
     `settings`: what it is but for its method and seed, by dotted keys. `before`: updates of the runs whose
@@ -86,7 +86,7 @@ def folders(names: Sequence[str]) -> list[Path]:
     return found
 
 
-def entrants(names: Sequence[str], name: str = "test") -> list[Entrant]:
+def comparable_runs(names: Sequence[str], name: str = "test") -> list[ComparableRun]:
     """The runs with their evaluation of this name, if all may be ranked by it.
 
     Raises ValueError that says why not and what to do: a run that is not complete or not evaluated; an
@@ -129,11 +129,11 @@ def _refuse(cases: Sequence[str], what: str, remedy: str) -> None:
 
 def _evaluate(record: RunRecord, name: str) -> str:
     data = record.config["data"]
-    own = name == "test" and (data["test"] or data["files"] or data["build"])
+    own = name == "test" and (data["test"] or data["prefix"] or data["build"])
     return f"python -m coconut.evaluate run={shlex.quote(str(record.folder))}" + ("" if own else " data.test=FILE")
 
 
-def _entrant(record: RunRecord, name: str) -> Entrant:
+def _entrant(record: RunRecord, name: str) -> ComparableRun:
     """Raises ValueError if the predictions do not belong to the evaluation."""
     found, file = record.evaluations[name], record.folder / "evaluation" / f"{name}.predictions.jsonl"
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
@@ -143,7 +143,7 @@ def _entrant(record: RunRecord, name: str) -> Entrant:
             f"{file} does not hold the {found['count']:,} answers, {found['correct']:,} of them right, that "
             f"{name}.json counts. Evaluate again: {_evaluate(record, name)}"
         )
-    return Entrant(
+    return ComparableRun(
         record=record,
         found=found,
         settings=settings_of(record),
@@ -171,7 +171,7 @@ def _checkpoint(init: str) -> tuple[int, Path]:
     return int(step[1]) if step else 0, Path(init).parent.parent
 
 
-def _refuse_known(runs: Sequence[Entrant], name: str) -> None:
+def _refuse_known(runs: Sequence[ComparableRun], name: str) -> None:
     """The questions must be new to every run, and to those that it began with."""
     cases = []
     for run in runs:
@@ -191,17 +191,17 @@ def _refuse_known(runs: Sequence[Entrant], name: str) -> None:
     )
 
 
-def _not_the_usual(run: Entrant) -> str | None:
+def _not_the_usual(run: ComparableRun) -> str | None:
     best = run.record.best
-    if not run.found["usual"]:
+    if not run.found["default_settings"]:
         return "unusual settings (another checkpoint, number of thoughts, limit or precision)"
     if best and run.found["step"] != best["step"]:
         return f"update {run.found['step']:,} was evaluated, and the best is {best['step']:,}"
     return None
 
 
-def _refuse_other_questions(runs: Sequence[Entrant], name: str) -> None:
-    files: dict[tuple[str, str], list[Entrant]] = defaultdict(list)
+def _refuse_other_questions(runs: Sequence[ComparableRun], name: str) -> None:
+    files: dict[tuple[str, str], list[ComparableRun]] = defaultdict(list)
     for run in runs:
         files[run.found["sha256"], json.dumps(run.questions)].append(run)
     if len(files) < 2:
@@ -238,7 +238,7 @@ def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, 
         **{split: row["sha256"][:12] for split, row in files.items()},
     }
     began, length = _origin(config, description)
-    made_of = {**identity(config), "data": data, "curriculum": {**curriculum, "total": length}, "init": began}
+    made_of = {**identity(config), "data": data, "curriculum": {**curriculum, "total_length": length}, "init": began}
     own = TrainConfig.__annotations__  # what training alone has tells the most, and comes first
     made_of = dict(sorted(made_of.items(), key=lambda item: item[0] not in own))
     settings = {key: value for key, value in _flat(made_of).items() if key not in NO_SETTINGS}
@@ -250,7 +250,7 @@ def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, 
 def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | None, int]:
     """What the weights came from, None if the run went through all of its own stages; the length of it all."""
     curriculum, init = config["curriculum"], description["init"]
-    total = curriculum["total"]
+    total = curriculum["total_length"]
     if not init:
         return (None, total) if not curriculum["start_stage"] else ("nothing", total)
     step, folder = _checkpoint(init)
@@ -258,7 +258,7 @@ def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | 
         return str(init), total
     earlier_config, earlier = read_config(folder), read_json(folder / DESCRIPTION)
     made = json.dumps([earlier_config["method"], step, _settings(earlier_config, earlier)], sort_keys=True)
-    length = total + step if curriculum["unit"] == Unit.updates else total
+    length = total + step if curriculum["length_unit"] == Unit.updates else total
     if earlier_config["method"] == config["method"] and step == _skipped(config["method"], curriculum):
         return None, length
     digest = hashlib.sha256(made.encode()).hexdigest()[:8]
@@ -268,7 +268,7 @@ def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | 
 def _skipped(method: str, values: Mapping[str, Any]) -> int | None:
     """The updates of the stages before the one with which a run began; None where stages are counted in epochs."""
     curriculum = Curriculum.from_dict(dict(values))
-    if curriculum.unit is not Unit.updates:
+    if curriculum.length_unit is not Unit.updates:
         return None
     whole = plan(method, replace(curriculum, start_stage=0, total=10**9))
     return sum(stage.length for stage in whole.stages if stage.index < curriculum.start_stage)

@@ -16,7 +16,7 @@ from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
-from coconut.generation.generate import likeliest
+from coconut.generation.generate import logit_lens
 from coconut.methods import Slot
 from coconut.tasks import prosqa
 
@@ -83,7 +83,7 @@ class Asker:
     @property
     def counts(self) -> list[int]:
         """The numbers of thoughts, or of pauses, that a question is asked with."""
-        most = 0 if self.subject.lm.reasoning.slot is Slot.nothing else self.subject.own + MORE
+        most = 0 if self.subject.lm.reasoning.slot is Slot.none else self.subject.num_trained_thoughts + MORE
         return list(range(most + 1))
 
     @property
@@ -95,11 +95,11 @@ class Asker:
         lm, most = self.subject.lm, self.counts[-1]
         [prompt] = encode_questions(lm.tokenizer, [question], lm.reasoning.format)
         name = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
-        if len(prompt) + len(slot_ids(lm.reasoning, lm.special, most)) + name > lm.context:
+        if len(prompt) + len(slot_ids(lm.reasoning, lm.special, most)) + name > lm.max_sequence_length:
             slot = f"{most} {lm.reasoning.slot.value}s and " if most else ""
             raise ValueError(
                 f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "
-                f"context of {lm.context:,} tokens. Ask something shorter."
+                f"context of {lm.max_sequence_length:,} tokens. Ask something shorter."
             )
         return prompt
 
@@ -109,11 +109,13 @@ class Asker:
         ids_BT = torch.tensor([prompt]).expand(len(counts), -1)
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
         found = []
-        for count, text, cut in zip(counts, out.texts, out.cut.tolist(), strict=True):
+        for count, text, truncated in zip(counts, out.texts, out.truncated.tolist(), strict=True):
             answer = task.read_answer(text, lm.reasoning.format)
             correct = None if right is None else task.judge(answer, right)
-            found.append({"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "cut": cut})
-        return found, likeliest(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []
+            found.append(
+                {"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "truncated": truncated}
+            )
+        return found, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []
 
     def _names(
         self, prompt: list[int], spellings: Mapping[str, Spelling], symbolic: bool

@@ -55,9 +55,9 @@ def audit_thoughts(subject: Subject) -> Study:
     Raises Unfit if the model has no latent thoughts.
     """
     subject.need_thoughts()
-    usual = subject.usual
+    usual = subject.baseline
     rows: Rows = {"none": _row(subject, "none", "as trained", usual)}
-    guess = usual.result.guess
+    guess = usual.result.chance_accuracy
     lost = None
     for name, told, thoughts_NKD in changed_thoughts(usual.thoughts):
         found = subject.ask(thoughts=thoughts_NKD)
@@ -65,11 +65,11 @@ def audit_thoughts(subject: Subject) -> Study:
         if name == "other":
             before, after = (np.array([p.correct for p in each.predictions]) for each in (usual, found))
             lost = share_lost(before, after, guess or 0.0)
-    for count in range(subject.own + MORE + 1):
-        if count != subject.own:
+    for count in range(subject.num_trained_thoughts + MORE + 1):
+        if count != subject.num_trained_thoughts:
             name, told = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
             rows[name] = _row(subject, name, told, subject.forced(count))
-    facts = {"guess": guess, "lost": lost, "verdict": thoughts_verdict(rows, guess, lost)}
+    facts = {"chance_accuracy": guess, "lost": lost, "verdict": thoughts_verdict(rows, guess, lost)}
     return Study("audit_thoughts", list(rows.values()), facts)
 
 
@@ -121,7 +121,7 @@ def others(count: int) -> np.ndarray:
 
 
 def _row(subject: Subject, change: str, told: str, found: Evaluated) -> dict[str, Any]:
-    before = subject.usual.predictions
+    before = subject.baseline.predictions
     was_right, is_right = ([p.correct for p in predictions] for predictions in (before, found.predictions))
     accuracy, low, high = _share(is_right)
     row: dict[str, Any] = {"change": change, "told": told, "questions": len(is_right), "accuracy": accuracy, "low": low,
@@ -264,7 +264,7 @@ def audit_edges(subject: Subject) -> Study:
     Raises Unfit if the questions tell no graphs.
     """
     graphs = subject.asked
-    right = [i for i, prediction in enumerate(subject.usual.predictions) if prediction.correct]
+    right = [i for i, prediction in enumerate(subject.baseline.predictions) if prediction.correct]
 
     def edited(edit: Callable[[str, GraphQuestion, Random], Any]) -> dict[int, Any]:
         """The edits of questions answered rightly, by their place, where there is one."""
@@ -272,7 +272,7 @@ def audit_edges(subject: Subject) -> Study:
         return {i: edit for i, edit in found.items() if edit}
 
     redirections = edited(redirect)
-    latent = subject.lm.reasoning.slot is Slot.thought and subject.own > 0
+    latent = subject.lm.reasoning.slot is Slot.thought and subject.num_trained_thoughts > 0
     rows: Rows = {}
     if redirections:
         asked = list(redirections)
@@ -282,7 +282,7 @@ def audit_edges(subject: Subject) -> Study:
         told = "an edge turned towards the other option"
         rows["redirected"] = _edge_row(subject, "redirected", told, asked, again, followed=True)
         if latent:
-            name, found = "redirected_old_thoughts", subject.ask(turned, thoughts=subject.usual.thoughts[asked])
+            name, found = "redirected_old_thoughts", subject.ask(turned, thoughts=subject.baseline.thoughts[asked])
             rows[name] = _edge_row(subject, name, "an edge turned, thoughts from before", asked, found, followed=True)
             name, found = "redirected_thoughts_only", subject.ask(goals, thoughts=again.thoughts)
             rows[name] = _edge_row(subject, name, "no edge turned, thoughts as if", asked, found, followed=True)
@@ -297,7 +297,7 @@ def audit_edges(subject: Subject) -> Study:
             cut = [replace(subject.examples[i], question=question) for i, question in questions.items()]
             rows[name] = _edge_row(subject, name, told, list(questions), subject.ask(cut), followed=False)
     facts = {
-        "guess": subject.usual.result.guess,
+        "chance_accuracy": subject.baseline.result.chance_accuracy,
         "right": len(right),
         "left_out": left_out,
         "redirections": {
@@ -320,7 +320,7 @@ def _other_answer(subject: Subject, index: int) -> str:
 def _edge_row(
     subject: Subject, change: str, told: str, asked: Sequence[int], found: Evaluated, *, followed: bool
 ) -> dict[str, Any]:
-    before = [subject.usual.predictions[i] for i in asked]
+    before = [subject.baseline.predictions[i] for i in asked]
     follows = _share([p.correct for p in found.predictions]) if followed else None
     changed = _share(_unlike(subject.task, before, found.predictions))
     return {"change": change, "told": told, "questions": len(asked), **_named("followed", follows),

@@ -16,7 +16,7 @@ import torch
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat
-from coconut.utils.torch_utils import evaluating
+from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def name_probabilities(
     probability is the product over the name's tokens, in float32. The numbers of thoughts are `counts`.
     """
     found: dict[tuple[int, int], list[float]] = {}
-    with evaluating(lm):
+    with eval_mode(lm):
         for chosen in longest_first(prompts, batch_size):
             for count, context in _after_each(lm, [prompts[i] for i in chosen], counts):
                 values = _probabilities(lm, context, [candidates[i] for i in chosen])
@@ -95,7 +95,7 @@ class _Context:
         self.is_token_BT = torch.cat([self.is_token_BT, self.is_token_BT.new_ones(B, L)], dim=1)
         positions_BL = self.next_B[:, None] + torch.arange(L, device=self.next_B.device)
         self.next_B = self.next_B + L
-        return lm.states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)
+        return lm.hidden_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)
 
     def read_ids(self, lm: LatentLM, ids_BL: Tensor) -> Tensor:
         return self.read(lm, lm.base.get_input_embeddings()(ids_BL))

@@ -22,8 +22,8 @@ from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
 from coconut.methods import PromptFormat
 from coconut.models.losses import target_log_probs
-from coconut.runs.study import Study, Unfit
-from coconut.utils.torch_utils import evaluating
+from coconut.runs.study import NotApplicable, Study
+from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
     from coconut.analysis.probes import Subject
@@ -53,8 +53,8 @@ def prefix_values(subject: Subject) -> Study:
     for of, values_NC in zip(("answer", "after_mark"), _values(subject), strict=True):
         for steps, places in groups:
             rows += [{"of": of, "steps": steps, **row} for row in _means(values_NC[places])]
-    warning = None if subject.knows_fewer else subject.warning
-    return Study("prefix_values", rows, {"own": subject.own, "warning": warning})
+    warning = None if subject.trained_with_fewer_thoughts else subject.warning
+    return Study("prefix_values", rows, {"trained_thoughts": subject.num_trained_thoughts, "warning": warning})
 
 
 def _means(values_NC: np.ndarray) -> list[dict[str, Any]]:
@@ -78,18 +78,18 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     lm = subject.lm
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     answers, marks = encoded_answers(lm, [e.answer for e in subject.examples])
-    slot = len(slot_ids(lm.reasoning, lm.special, subject.own))
+    slot = len(slot_ids(lm.reasoning, lm.special, subject.num_trained_thoughts))
     lengths = [len(asks) + slot + len(said) for asks, said in zip(questions, answers, strict=True)]
-    if too_long := [i for i, length in enumerate(lengths) if length > lm.context]:
-        raise Unfit(
+    if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
+        raise NotApplicable(
             f"{len(too_long)} of {len(lengths)} answers are, with their questions and thoughts, longer than the "
-            f"model's context of {lm.context} tokens; the first is that to question {too_long[0] + 1} "
+            f"model's context of {lm.max_sequence_length} tokens; the first is that to question {too_long[0] + 1} "
             f"({lengths[too_long[0]]})."
         )
-    whole_NC, after_NC = np.zeros((2, len(questions), subject.own + 1))
-    with evaluating(lm):
+    whole_NC, after_NC = np.zeros((2, len(questions), subject.num_trained_thoughts + 1))
+    with eval_mode(lm):
         for places in longest_first(questions, subject.batch_size):
-            for count in range(subject.own + 1):
+            for count in range(subject.num_trained_thoughts + 1):
                 rows = [_layout(lm, questions[i], count, answers[i]) for i in places]
                 batch = collate(rows, lm.special).to(lm.device)
                 out: Any = lm(batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True)
@@ -105,7 +105,7 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 def _layout(lm: LatentLM, question: Sequence[int], count: int, answer: Sequence[int]) -> Layout:
     before = [*question, *slot_ids(lm.reasoning, lm.special, count)]
     anchor = len(question) + lm.reasoning.markers
-    return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), anchor=anchor)
+    return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), slot_start=anchor)
 
 
 def encoded_answers(lm: LatentLM, golds: Sequence[str]) -> tuple[list[list[int]], list[int]]:

@@ -20,9 +20,9 @@ from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Evaluated, Prediction, evaluate
-from coconut.generation.generate import likeliest
+from coconut.generation.generate import logit_lens
 from coconut.methods import METHODS, Slot
-from coconut.runs.study import Study, Unfit
+from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -45,23 +45,23 @@ class Subject:
     task: Task
     examples: Sequence[Example]
     batch_size: int = 64
-    knows_fewer: bool = False
+    trained_with_fewer_thoughts: bool = False
     _made: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
 
     @property
-    def own(self) -> int:
+    def num_trained_thoughts(self) -> int:
         """The model's own number of thoughts or pauses."""
         return self.lm.reasoning.num_thoughts
 
     @property
-    def usual(self) -> Evaluated:
+    def baseline(self) -> Evaluated:
         """Asked as it was trained."""
-        return self.forced(self.own)
+        return self.forced(self.num_trained_thoughts)
 
     def forced(self, count: int) -> Evaluated:
         """Asked with so many thoughts or pauses, each number once."""
         if count not in self._made:
-            self._made[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot is not Slot.nothing else None)
+            self._made[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot is not Slot.none else None)
         return self._made[count]
 
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
@@ -74,13 +74,13 @@ class Subject:
         """The graphs. Raises Unfit if the task has none or a question tells none."""
         if not hasattr(self.task, "graph"):
             having = ", ".join(name for name, task in TASKS.items() if hasattr(task, "graph"))
-            raise Unfit(f"The questions of {self.task.name} tell no graph; this study needs one: {having}.")
+            raise NotApplicable(f"The questions of {self.task.name} tell no graph; this study needs one: {having}.")
         found = []
         for number, example in enumerate(self.examples, 1):
             try:
                 found.append(GraphQuestion.read(example.question, example.answer))
             except ValueError as error:
-                raise Unfit(f"Question {number} tells no graph. {error}") from None
+                raise NotApplicable(f"Question {number} tells no graph. {error}") from None
         return found
 
     @property
@@ -88,7 +88,9 @@ class Subject:
         """Whether the questions are in symbols. Raises Unfit if some are and others not."""
         forms = {asked.symbolic for asked in self.asked}
         if len(forms) > 1:
-            raise Unfit("Some questions are in symbols and others in sentences. Take those of one form at a time.")
+            raise NotApplicable(
+                "Some questions are in symbols and others in sentences. Take those of one form at a time."
+            )
         return forms == {True}
 
     @cached_property
@@ -107,10 +109,12 @@ class Subject:
     def warning(self) -> str:
         """What to beware of with other numbers of thoughts than its own."""
         noun = self.lm.reasoning.slot.value
-        if self.knows_fewer:
-            return f"More {noun}s than its own {self.own} were never trained: what is seen there may be surprise."
+        if self.trained_with_fewer_thoughts:
+            trained = self.num_trained_thoughts
+            return f"More {noun}s than its own {trained} were never trained: what is seen there may be surprise."
         return (
-            f"The run was trained without mixing, so its last stage knows {self.own} {noun}s and no other number: "
+            f"The run was trained without mixing, so its last stage knows {self.num_trained_thoughts} {noun}s and "
+            "no other number: "
             "what is seen with fewer or more may be surprise."
         )
 
@@ -118,13 +122,13 @@ class Subject:
         """Raises Unfit if the model has no latent thoughts."""
         reasoning = self.lm.reasoning
         if reasoning.slot is not Slot.thought:
-            holds = {Slot.nothing: "nothing", Slot.pause: "pauses"}[reasoning.slot]
+            holds = {Slot.none: "nothing", Slot.pause: "pauses"}[reasoning.slot]
             having = ", ".join(name for name, method in METHODS.items() if method.slot is Slot.thought)
-            raise Unfit(
+            raise NotApplicable(
                 f"{reasoning.method} has no latent thoughts, its slot holds {holds}. Methods that have: {having}."
             )
-        if not self.own:
-            raise Unfit(
+        if not self.num_trained_thoughts:
+            raise NotApplicable(
                 f"{reasoning.method} has no thoughts yet at stage {reasoning.stage}. Take a checkpoint of a later one."
             )
 
@@ -138,14 +142,14 @@ def k_forcing(subject: Subject) -> Study:
     Pauses count as thoughts. Raises Unfit if the method has nothing in its slot.
     """
     reasoning = subject.lm.reasoning
-    if reasoning.slot is Slot.nothing:
-        having = ", ".join(name for name, method in METHODS.items() if method.slot is not Slot.nothing)
-        raise Unfit(
+    if reasoning.slot is Slot.none:
+        having = ", ".join(name for name, method in METHODS.items() if method.slot is not Slot.none)
+        raise NotApplicable(
             f"{reasoning.method} has nothing in its slot, so there is no number of thoughts to force. Methods with "
             f"thoughts or pauses: {having}."
         )
     rows = []
-    for count in range(subject.own + MORE + 1):
+    for count in range(subject.num_trained_thoughts + MORE + 1):
         result, predictions, _ = subject.forced(count)
         low, high = result.interval
         rows.append(
@@ -159,7 +163,7 @@ def k_forcing(subject: Subject) -> Study:
                 **_outcomes(subject, predictions, hidden=count > 0),
             }
         )
-    return Study("k_forcing", rows, {"own": subject.own, "warning": subject.warning})
+    return Study("k_forcing", rows, {"trained_thoughts": subject.num_trained_thoughts, "warning": subject.warning})
 
 
 def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool) -> dict[str, int | None]:
@@ -186,7 +190,7 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
     subject.need_thoughts()
     assert classifier.measured
     rows = []
-    for rule, found in (("constant", subject.usual), ("classifier", subject.ask(stop=classifier.stop))):
+    for rule, found in (("constant", subject.baseline), ("classifier", subject.ask(stop=classifier.stop))):
         low, high = found.result.interval
         rows.append({"rule": rule, "thoughts": found.result.num_thoughts, "questions": found.result.count,
                      "accuracy": found.result.accuracy, "low": low, "high": high})  # fmt: skip
@@ -205,7 +209,7 @@ def asked(subject: Subject) -> Study:
     """The questions, and what the model answers as trained; `question` is the place, `text` the question."""
     rows = [
         {"question": i, "text": p.question, "gold": p.gold, "predicted": p.predicted, "correct": p.correct}
-        for i, p in enumerate(subject.usual.predictions)
+        for i, p in enumerate(subject.baseline.predictions)
     ]
     return Study("asked", rows)
 
@@ -226,7 +230,9 @@ def next_step_values(subject: Subject) -> list[Study]:
     subject.need_thoughts()
     c, offset = subject.lm.reasoning.thoughts_per_step, int(subject.symbolic)
     rows = []
-    for (question, after), values in sorted(_values(subject, range(c * (1 - offset), subject.own + 1, c)).items()):
+    for (question, after), values in sorted(
+        _values(subject, range(c * (1 - offset), subject.num_trained_thoughts + 1, c)).items()
+    ):
         asked, place = subject.asked[question], after // c + offset
         goes_on = asked.hops is not None and asked.hops > after // c
         for node, value in zip(asked.graph, values, strict=True):
@@ -248,7 +254,7 @@ def next_step_values(subject: Subject) -> list[Study]:
         "form": "symbols" if subject.symbolic else "sentences",
         "offset": offset,
         "thoughts_per_step": c,
-        "warning": None if subject.knows_fewer else subject.warning,
+        "warning": None if subject.trained_with_fewer_thoughts else subject.warning,
     }
     return [Study("values", rows, facts), _parallelism(rows), _heights(rows)]
 
@@ -324,7 +330,7 @@ def inner_products(subject: Subject) -> Study:
         for node, spelling in spell(lm, subject.nodes, subject.symbolic).items()
     }
     products: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for asked, thoughts_KD in zip(subject.asked, subject.usual.thoughts, strict=True):
+    for asked, thoughts_KD in zip(subject.asked, subject.baseline.thoughts, strict=True):
         nodes = list(asked.graph)
         nodes_ND = torch.stack([vectors[node] for node in nodes])
         for number, row in enumerate((thoughts_KD @ nodes_ND.T).tolist(), 1):
@@ -333,7 +339,7 @@ def inner_products(subject: Subject) -> Study:
                 for node, product in zip(nodes, row, strict=True):
                     products[number, _group(asked, node, distance)].append(product)
     rows = []
-    for number in range(1, subject.own + 1):
+    for number in range(1, subject.num_trained_thoughts + 1):
         for group in GROUPS:
             if values := products[number, group]:
                 mean, sd = _mean_sd(values)
@@ -357,8 +363,8 @@ def decoded(subject: Subject, count: int = 3) -> Study:
     subject.need_thoughts()
     lm = subject.lm
     rows = []
-    for question, thoughts_KD in enumerate(subject.usual.thoughts[:count]):
-        for thought, tokens in enumerate(likeliest(lm, thoughts_KD, SHOWN_TOKENS), 1):
+    for question, thoughts_KD in enumerate(subject.baseline.thoughts[:count]):
+        for thought, tokens in enumerate(logit_lens(lm, thoughts_KD, SHOWN_TOKENS), 1):
             for rank, (text, value) in enumerate(tokens, 1):
                 rows.append({"question": question, "thought": thought, "rank": rank, "token": text,
                              "probability": value})  # fmt: skip

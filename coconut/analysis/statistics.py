@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from coconut.analysis.comparable_runs import Entrant, entrants, natural
+from coconut.analysis.comparable_runs import ComparableRun, comparable_runs, natural
 from coconut.analysis.config import TableConfig
-from coconut.data.seen_questions import most_seen, told_questions
+from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.methods import METHODS
 from coconut.utils.console import listed
 from coconut.utils.overrides import quoted
@@ -114,7 +114,7 @@ class Group:
     """Runs that differ in the seed alone, in the order of their seeds."""
 
     label: str
-    runs: list[Entrant]
+    runs: list[ComparableRun]
 
     @property
     def seeds(self) -> list[int]:
@@ -185,13 +185,13 @@ def alike(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[list[str]]:
     return found
 
 
-def grouped(runs: Sequence[Entrant]) -> list[Group]:
+def grouped(runs: Sequence[ComparableRun]) -> list[Group]:
     """The runs by method and settings, in the order of METHODS.
 
     Groups of one method are labelled with the keys in which they differ. Raises ValueError if two runs have
     the same settings and seed.
     """
-    found: dict[str, list[Entrant]] = defaultdict(list)
+    found: dict[str, list[ComparableRun]] = defaultdict(list)
     for run in runs:
         found[json.dumps([run.method, run.settings], sort_keys=True)].append(run)
     groups = []
@@ -202,7 +202,7 @@ def grouped(runs: Sequence[Entrant]) -> list[Group]:
     return groups
 
 
-def _by_seed(runs: list[Entrant]) -> list[Entrant]:
+def _by_seed(runs: list[ComparableRun]) -> list[ComparableRun]:
     runs = sorted(runs, key=lambda run: run.seed)
     for one, other in pairwise(runs):
         if one.seed == other.seed:
@@ -260,7 +260,7 @@ class Comparison:
     command: str
 
     @property
-    def runs(self) -> list[Entrant]:
+    def runs(self) -> list[ComparableRun]:
         return [run for group in self.groups for run in group.runs]
 
     @property
@@ -272,7 +272,7 @@ class Comparison:
     def questions(self) -> str:
         """How many of which file, and how many of them the run has seen that has seen the most."""
         seen = most_seen([run.found for run in self.runs])
-        return told_questions(self.found["count"], seen, Path(self.found["file"]).name)
+        return describe_questions(self.found["count"], seen, Path(self.found["file"]).name)
 
     @property
     def best(self) -> dict[str, Any]:
@@ -282,7 +282,7 @@ class Comparison:
 
 def compare(config: TableConfig) -> Comparison:
     """Raises ValueError if the runs may not be compared (see `entrants`)."""
-    groups = grouped(entrants(config.runs, config.split))
+    groups = grouped(comparable_runs(config.runs, config.split))
     pairs = pairs_of(groups)
     return Comparison(
         groups=groups,
@@ -309,7 +309,7 @@ def _row(group: Group) -> dict[str, Any]:
     each = [run.found["accuracy"] for run in group.runs]
     return {
         "method": group.label,
-        "seeds": told_seeds(group.seeds),
+        "seeds": describe_seeds(group.seeds),
         "runs": len(group.runs),
         "questions": group.runs[0].found["count"],
         "accuracy": group.accuracy,
@@ -319,7 +319,7 @@ def _row(group: Group) -> dict[str, Any]:
         "new_tokens": group.mean("mean_new_tokens") + group.mean("num_thoughts"),
         "language_tokens": group.mean("mean_new_tokens"),
         "thoughts": group.mean("num_thoughts"),
-        "cut": group.mean("cut"),
+        "truncated": group.mean("truncated"),
         "passes": group.mean("passes"),
         "seconds_per_item": group.mean("seconds_per_item"),
         "batch_size": same_in_all([run.found.get("batch_size") for run in group.runs]),
@@ -327,7 +327,7 @@ def _row(group: Group) -> dict[str, Any]:
     }
 
 
-def updates_of(run: Entrant) -> int:
+def updates_of(run: ComparableRun) -> int:
     """All that the weights have been through."""
     return run.before + run.record.description["updates"]
 
@@ -337,7 +337,7 @@ def same_in_all(values: Sequence[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def told_seeds(seeds: Sequence[int]) -> str:
+def describe_seeds(seeds: Sequence[int]) -> str:
     if len(seeds) > 2 and all(b == a + 1 for a, b in pairwise(seeds)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
@@ -365,12 +365,14 @@ def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     if same_in_all([updates_of(run) for run in runs]) is None:
         least, most = min(map(updates_of, runs)), max(map(updates_of, runs))
         told.append(f"Not all were trained equally long: {least:,} to {most:,} updates.")
-    cut = [f"{group.label} {100 * group.mean('cut'):.1f} %" for group in groups if group.mean("cut") >= CUT]
+    cut = [f"{group.label} {100 * group.mean('truncated'):.1f} %" for group in groups if group.mean("truncated") >= CUT]
     if cut:
         told.append(f"Answers cut off at the limit of new tokens: {listed(cut)}.")
     seen = most_seen([run.found for run in runs])
     if seen and any(seen.values()):
-        told.append(f"Not all is unseen: {told_questions(runs[0].found['count'], seen)} of the run that saw the most.")
+        told.append(
+            f"Not all is unseen: {describe_questions(runs[0].found['count'], seen)} of the run that saw the most."
+        )
     elif seen is None:
         told.append("Not every run says which questions it has seen, so some may be in its training data.")
     if left_out := max(run.found["left_out"] for run in runs):
@@ -383,7 +385,9 @@ def _alike(labels: Sequence[str], pairs: Sequence[Pair]) -> str:
     widest = max(among, key=lambda pair: abs(pair.difference))
     told = f"{listed(labels)} cannot be told apart on these questions: "
     told += "difference" if len(among) == 1 else f"the largest difference, {widest.a} to {widest.b}, is"
-    told += f" {points(widest.difference)} points, 95 % interval {told_range(widest)}, {told_p(widest.p_holm)}."
+    told += (
+        f" {points(widest.difference)} points, 95 % interval {describe_interval(widest)}, {describe_p(widest.p_holm)}."
+    )
     return told if widest.p_holm > LEVEL else f"{told} These runs differ; with other seeds it may be otherwise."
 
 
@@ -393,9 +397,9 @@ def points(share: float) -> str:
     return text if text.strip("+-0.") else "0.0"
 
 
-def told_range(pair: Pair) -> str:
+def describe_interval(pair: Pair) -> str:
     return f"{points(pair.low)} to {points(pair.high)}"
 
 
-def told_p(p: float) -> str:
+def describe_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p {p:.2g}"

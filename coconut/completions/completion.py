@@ -28,7 +28,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Completion:
     """One answer: which of its tokens were sampled (`layout`: its targets), and how likely they were.
 
     Forced are the question, a control token that was not the model's choice, markers, thoughts and pauses.
@@ -41,7 +41,7 @@ class Sample:
     mode: str
     new_tokens: int
     num_thoughts: int
-    cut: bool
+    truncated: bool
 
     @property
     def is_control(self) -> Tensor:
@@ -54,35 +54,37 @@ class Sample:
         return self.num_thoughts + 1
 
     @property
-    def took(self) -> Cost:
+    def cost(self) -> Cost:
         """What it took to say it."""
-        passes = forward_passes(self.new_tokens, self.cut, self.num_thoughts, self.mode)
+        passes = forward_passes(self.new_tokens, self.truncated, self.num_thoughts, self.mode)
         return Cost(passes, self.num_thoughts, self.new_tokens)
 
     @property
-    def said(self) -> list[int]:
+    def completion_ids(self) -> list[int]:
         """The tokens after the prompt."""
         return self.layout.ids[self.layout.num_prompt :].tolist()
 
-    def saying(self, said: Sequence[int]) -> Sample:
+    def saying(self, said: Sequence[int]) -> Completion:
         """The same question, mode and thoughts with another answer, of which nobody knows how likely it is."""
         ids = np.array([*self.layout.ids[: self.layout.num_prompt], *said], np.int32)
         return replace(
             self, layout=replace(self.layout, ids=ids, control=-1), log_probs=torch.zeros(len(said)), text=""
         )
 
-    def muted(self) -> Sample:
+    def without_targets(self) -> Completion:
         """The same row with nothing in it that counts, for a process that has no other while others compute."""
         layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
         return replace(self, layout=layout, log_probs=self.log_probs[:0])
 
 
-def needs(samples: Sequence[Sample]) -> tuple[int, int]:
+def needs(samples: Sequence[Completion]) -> tuple[int, int]:
     """Of a forward pass over these answers: how many passes it takes, and how many tokens the longest has."""
     return max(sample.passes for sample in samples), max(len(sample.layout.ids) for sample in samples)
 
 
-def shares(needed: Sequence[tuple[int, int]], size: int, rank: int = 0, ranks: int = 1) -> list[tuple[list[int], int]]:
+def shard_by_length(
+    needed: Sequence[tuple[int, int]], size: int, rank: int = 0, ranks: int = 1
+) -> list[tuple[list[int], int]]:
     """The places of the answers, or pairs of them, that one process of `ranks` takes at a time, at most `size` of them,
     and the passes.
 
@@ -94,24 +96,24 @@ def shares(needed: Sequence[tuple[int, int]], size: int, rank: int = 0, ranks: i
     return [(part[rank::ranks] or [-1], max(needed[i][0] for i in part)) for part in parts]
 
 
-def samples_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Sample]:
+def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Completion]:
     """The answers in these rows, to one question (its token ids), of `lm.generate(log_probs=True)`."""
     assert out.log_probs is not None
     return [_sample(lm, question, out, row, out.log_probs[row]) for row in rows]
 
 
-def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Sample:
+def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Completion:
     mode, count = out.modes[row], int(out.num_thoughts[row])
     chosen = out.mode_log_probs[row] if mode else None
     how_likely = [log_probs] if chosen is None else [torch.tensor([chosen]), log_probs]
-    return Sample(
-        layout=_layout(lm, question, mode, count, out.said(row), sampled=chosen is not None),
+    return Completion(
+        layout=_layout(lm, question, mode, count, out.completion_ids(row), sampled=chosen is not None),
         log_probs=torch.cat(how_likely),
         text=out.texts[row],
         mode=mode,
         new_tokens=int(out.lengths[row]),
         num_thoughts=count,
-        cut=bool(out.cut[row]),
+        truncated=bool(out.truncated[row]),
     )
 
 
@@ -123,18 +125,18 @@ def _layout(lm: LatentLM, question: Sequence[int], mode: str, count: int, said: 
     return Layout(
         ids=np.array([*before, *said], np.int32),
         num_prompt=len(before),
-        anchor=len(question) + len(control) + reasoning.markers,
+        slot_start=len(question) + len(control) + reasoning.markers,
         control=len(question) if sampled else -1,
     )
 
 
-def question_of(lm: LatentLM, sample: Sample) -> list[int]:
+def question_of(lm: LatentLM, sample: Completion) -> list[int]:
     """The question's tokens, without control token and slot."""
     reasoning = lm.reasoning.in_mode(sample.mode) if sample.mode else lm.reasoning
-    return sample.layout.ids[: sample.layout.anchor - reasoning.markers - bool(sample.mode)].tolist()
+    return sample.layout.ids[: sample.layout.slot_start - reasoning.markers - bool(sample.mode)].tolist()
 
 
-def sample_said(
+def completion_from_ids(
     lm: LatentLM,
     question: Sequence[int],
     said: Sequence[int],
@@ -142,32 +144,32 @@ def sample_said(
     text: str,
     mode: str = "",
     num_thoughts: int | None = None,
-) -> Sample:
+) -> Completion:
     """An answer that was given before, of which nobody knows how likely it was: its log-probabilities are zeros."""
     reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
     ended = bool(said) and said[-1] == lm.special.eos
     layout = _layout(lm, question, mode, count, said, sampled=False)
-    return Sample(layout, torch.zeros(len(said)), text, mode, len(said) - ended, count, cut=not ended)
+    return Completion(layout, torch.zeros(len(said)), text, mode, len(said) - ended, count, truncated=not ended)
 
 
-def longest_answers(lm: LatentLM, question: Sequence[int], limit: int) -> list[Sample]:
+def longest_completions(lm: LatentLM, question: Sequence[int], limit: int) -> list[Completion]:
     """In each mode an answer to this question that is cut off after so many tokens, all alike."""
     found = []
     for mode in lm.reasoning.modes or ("",):
         count = (lm.reasoning.in_mode(mode) if mode else lm.reasoning).num_thoughts
         said = _layout(lm, question, mode, count, [lm.special.eos] * limit, sampled=bool(mode))
         likely = torch.zeros(limit + bool(mode))
-        found.append(Sample(said, likely, "", mode, limit, count, cut=True))
+        found.append(Completion(said, likely, "", mode, limit, count, truncated=True))
     return found
 
 
 def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
     """Raise ValueError if an answer, with its question so many tokens long, is longer than the model's context."""
-    if too_long := [i for i, length in enumerate(lengths) if length > lm.context]:
+    if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise ValueError(
             f"{len(too_long)} of {len(lengths)} answers are, with their questions, longer than the model's context of "
-            f"{lm.context} tokens: {named('answer', too_long, lengths)}. Leave them out."
+            f"{lm.max_sequence_length} tokens: {named('answer', too_long, lengths)}. Leave them out."
         )
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Cost, Sample, longest_answers, named, samples_of
+from coconut.completions.completion import Completion, Cost, completions_of, longest_completions, named
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import PromptFormat
 from coconut.tasks import Task
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Reward(Protocol):
 
 
 @dataclass(frozen=True)
-class Correctness:
+class CorrectnessReward:
     """1 for a right answer, less the cost of its mode; `wrong` for any other.
 
     A mode without a cost has none. The mode is the one that was answered in, by its token: what the text says of modes
@@ -46,14 +46,14 @@ class Correctness:
 
     task: Task
     form: PromptFormat
-    costs: Mapping[str, float] = field(default_factory=dict)
-    wrong: float = -1.0
-    limits: Mapping[str, int] = field(default_factory=dict)
+    mode_costs: Mapping[str, float] = field(default_factory=dict)
+    incorrect_reward: float = -1.0
+    max_mode_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float:
-        if cost.new_tokens > self.limits.get(mode, cost.new_tokens) or not self.right(example, text):
-            return self.wrong
-        return 1.0 - self.costs.get(mode, 0.0)
+        if cost.new_tokens > self.max_mode_tokens.get(mode, cost.new_tokens) or not self.right(example, text):
+            return self.incorrect_reward
+        return 1.0 - self.mode_costs.get(mode, 0.0)
 
     def right(self, example: Example, text: str) -> bool:
         return self.task.judge(self.task.read_answer(text, self.form), example.answer)
@@ -64,7 +64,7 @@ class Group:
     """The answers to one question, with their `rewards` (S,), float32."""
 
     example: Example
-    samples: tuple[Sample, ...]
+    completions: tuple[Completion, ...]
     rewards: Tensor
 
 
@@ -82,8 +82,8 @@ def with_room(
 
     Raises ValueError that names the others, unless `skip`.
     """
-    forms = longest_answers(lm, [], limit)
-    room = lm.context - max(len(form.layout.ids) for form in [f for f in forms if f.mode == mode] or forms)
+    forms = longest_completions(lm, [], limit)
+    room = lm.max_sequence_length - max(len(form.layout.ids) for form in [f for f in forms if f.mode == mode] or forms)
     asked = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     lengths = [len(row) for row in asked]
     too_long = [i for i, length in enumerate(lengths) if length > room]
@@ -92,13 +92,13 @@ def with_room(
     if not skip or len(too_long) == len(examples):
         raise ValueError(
             f"{file}: {len(too_long)} of {len(examples)} questions leave no room for an answer of {limit} tokens in "
-            f"the model's context of {lm.context}: {named('question', too_long, lengths)}. {advice}"
+            f"the model's context of {lm.max_sequence_length}: {named('question', too_long, lengths)}. {advice}"
         )
-    say(f"Left out {len(too_long)} of {len(examples)} questions of {file}, too long for the model's context.")
+    log(f"Left out {len(too_long)} of {len(examples)} questions of {file}, too long for the model's context.")
     return [example for example, length in zip(examples, lengths, strict=True) if length <= room]
 
 
-def roll_out(
+def sample_groups(
     lm: LatentLM,
     examples: Sequence[Example],
     reward: Reward,
@@ -126,13 +126,13 @@ def roll_out(
                 max_new_tokens=max_new_tokens, log_probs=True,
             )  # fmt: skip
             for row, place in enumerate(places):
-                found = samples_of(lm, rows[place], out, range(row * samples, (row + 1) * samples))
+                found = completions_of(lm, rows[place], out, range(row * samples, (row + 1) * samples))
                 groups[place] = _rewarded(examples[place], found, reward)
     return [groups[place] for place in range(len(examples))]
 
 
-def _rewarded(example: Example, samples: Sequence[Sample], reward: Reward) -> Group:
-    numbers = [rewarded(reward, example, sample.text, sample.mode, sample.took) for sample in samples]
+def _rewarded(example: Example, samples: Sequence[Completion], reward: Reward) -> Group:
+    numbers = [rewarded(reward, example, sample.text, sample.mode, sample.cost) for sample in samples]
     return Group(example, tuple(samples), torch.tensor(numbers))
 
 

@@ -51,7 +51,7 @@ def _like_together(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
         own = rows[places]
         own = own[np.argsort(view.lengths[own], kind="stable")]
         if view.passes.max() > 1:
-            own = own[np.lexsort((view.anchors[own], places // group))]
+            own = own[np.lexsort((view.slot_starts[own], places // group))]
         order[places] = own
     return order
 
@@ -81,7 +81,7 @@ class Batch:
 
 def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
     """Rows of one batch, with the first thoughts in one column where there are any."""
-    shifts = [item.anchor if special.latent in item.ids else 0 for item in layouts]
+    shifts = [item.slot_start if special.latent in item.ids else 0 for item in layouts]
     left = [max(shifts) - shift if shift else 0 for shift in shifts]
     width = max(pad + len(item.ids) for pad, item in zip(left, layouts, strict=True))
     ids = np.full((len(layouts), width), special.pad, np.int64)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.config import NEEDED, SPLITS
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.files import clear_abandoned
 from coconut.utils.hydra_app import PACKAGE, own_environment
 from coconut.utils.overrides import quoted
@@ -31,7 +31,7 @@ def data_files(data: Mapping[str, Any]) -> dict[str, str]:
     """
     if any(data[split] for split in NEEDED):
         return {split: data[split] for split in SPLITS}
-    if common := data.get("files"):
+    if common := data.get("prefix"):
         found = {split: f"{common}_{split}.json" for split in SPLITS}
     else:
         folder = _made(str(data["task"]), data["build"], data["cache_dir"])
@@ -48,7 +48,7 @@ def file_of_split(data: Mapping[str, Any], split: str, given: str | None = None)
     """
     if given:
         return given
-    path = data_files(data)[split] or (f"{data['files']}_{split}.json" if data.get("files") else "")
+    path = data_files(data)[split] or (f"{data['prefix']}_{split}.json" if data.get("prefix") else "")
     if path and Path(path).is_file():
         return path
     what = f"is not at {path}, where it was expected" if path else "was never named, and none was made"
@@ -101,20 +101,20 @@ def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     if folder.is_dir():
         return folder
     clear_abandoned(cache, f".{task}-*")
-    say(" ".join([f"Making the data, once: python -m data_builders.{task}", *(f"{k}={v}" for k, v in build.items())]))
+    log(" ".join([f"Making the data, once: python -m data_builders.{task}", *(f"{k}={v}" for k, v in build.items())]))
     keys = [f"{key}={_as_override(value)}" for key, value in build.items()]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
         if _run([f"data_builders.{task}", *keys, f"out_dir={folder.name}", f"name={task}"], part):
             raise ValueError(
                 f"data_builders.{task} could not make the data; its message stands above. Change data.build, or name "
-                "files: data.train=FILE data.valid=FILE, or data.files=FOLDER/NAME for what a builder wrote."
+                "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for what a builder wrote."
             )
         try:
             (Path(part) / folder.name).rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-    say(f"The data lie in {folder}")
+    log(f"The data lie in {folder}")
     return folder
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.utils.files import half_pair, read_utf8
+from coconut.utils.files import lone_surrogate, read_utf8
 
 if TYPE_CHECKING:
     pass
@@ -81,7 +81,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_utf8(path)
     halves = re.search(r"\\u[dD][89a-fA-F]", text)
     for where, row in _parsed(path, text):
-        broken = half_pair(row) if halves else None
+        broken = lone_surrogate(row) if halves else None
         yield where, row if broken is None else Unreadable(f"holds half of a surrogate pair, no text: {broken!a}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from coconut.utils.files import whole_file
+from coconut.utils.files import atomic_file
 
 QUESTIONS = "questions.npz"
 SEEN_IN = {"train": "in the training data", "valid": "in the validation data"}
@@ -24,7 +24,7 @@ def keep_questions(folder: Path, questions: Mapping[str, Sequence[str]], began_w
     found = {split: _numbers(texts) for split, texts in questions.items()}
     if began_with and (earlier := _read(began_with)):
         found = {split: np.union1d(numbers, earlier[split]) for split, numbers in found.items()}
-    with whole_file(folder / QUESTIONS) as part, open(part, "wb") as file:
+    with atomic_file(folder / QUESTIONS) as part, open(part, "wb") as file:
         np.savez(file, train=np.unique(found["train"]), valid=np.unique(found["valid"]))
 
 
@@ -38,7 +38,7 @@ def seen_by(folder: Path | str, questions: Sequence[str]) -> dict[str, int] | No
     return {"train": int(trained.sum()), "valid": int((np.isin(numbers, kept["valid"]) & ~trained).sum())}
 
 
-def told_questions(count: int, seen: Mapping[str, int] | None, file: str = "") -> str:
+def describe_questions(count: int, seen: Mapping[str, int] | None, file: str = "") -> str:
     """So many questions of a file, and whether they were seen."""
     questions = f"questions of {file}" if file else "questions"
     if seen is None:

@@ -32,7 +32,7 @@ class Layout:
 
     ids: np.ndarray
     num_prompt: int
-    anchor: int
+    slot_start: int
     control: int = -1
 
 
@@ -60,14 +60,14 @@ def layout(
     return Layout(
         ids=np.concatenate([before, chain, answer]),
         num_prompt=len(before),
-        anchor=len(question) + len(control) + stage.markers,
+        slot_start=len(question) + len(control) + stage.markers,
         control=len(question) if control else -1,
     )
 
 
 def slot_ids(form: Stage | Reasoning, special: SpecialIds, num_thoughts: int) -> np.ndarray:
     """What stands between question and chain: the markers and the slot's tokens."""
-    fill = {Slot.nothing: [], Slot.pause: [special.pause], Slot.thought: [special.latent]}[form.slot] * num_thoughts
+    fill = {Slot.none: [], Slot.pause: [special.pause], Slot.thought: [special.latent]}[form.slot] * num_thoughts
     return np.array([special.bot, *fill, special.eot] if form.markers else fill, np.int32)
 
 
@@ -123,7 +123,7 @@ class EpochView:
         if stage.smoothed:
             self.tokens_cut = self.tokens_cut + _icot_offsets(seed, epoch, len(data))
 
-        self.anchors = data.question_lengths + controls + markers // 2
+        self.slot_starts = data.question_lengths + controls + markers // 2
         written = written_lengths(data, steps_cut, self.tokens_cut)
         self.lengths = data.question_lengths + controls + markers + self.num_thoughts + written
 

@@ -17,9 +17,9 @@ import numpy as np
 from coconut.data.datasets import cache_folder
 from coconut.data.examples import Example
 from coconut.data.word_tokenizer import word_level
-from coconut.methods import PromptFormat, mode_named
-from coconut.utils.console import say
-from coconut.utils.files import half_pair
+from coconut.methods import PromptFormat, parse_mode
+from coconut.utils.console import log
+from coconut.utils.files import lone_surrogate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +76,7 @@ def add_as_special(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) ->
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerFast, special: SpecialIds, modes: Sequence[str]) -> SpecialIds:
     """Add the control tokens of these modes where they are missing, and give all ids."""
-    tokens = [mode_named(name).token for name in modes]
+    tokens = [parse_mode(name).token for name in modes]
     add_as_special(tokenizer, tokens)
     return replace(special, control={**special.control, **dict(zip(modes, token_ids(tokenizer, tokens), strict=True))})
 
@@ -97,7 +97,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     try:
         ids: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     except TypeError:
-        if (broken := half_pair(list(texts))) is None:
+        if (broken := lone_surrogate(list(texts))) is None:
             raise
         raise ValueError(f"Half of a surrogate pair is no text and cannot be encoded: {broken!a}") from None
     return ids
@@ -238,7 +238,7 @@ def tokenize(
     key = content.hexdigest()[:32]
     file = cache_folder(cache_dir, "tokens") / f"{key}.arrow"
     if file.is_file() and not _holds(file, len(examples)):
-        say(f"warning: {file} is damaged; its tokens are made anew.")
+        log(f"warning: {file} is damaged; its tokens are made anew.")
         file.unlink()
 
     text = datasets.Features(

@@ -19,7 +19,7 @@ from torch import nn
 
 from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.world import World
-from coconut.utils.console import say
+from coconut.utils.console import log
 
 
 class MicroBatch(Protocol):
@@ -35,7 +35,7 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]  # the loss summed over 
 
 
 @dataclass(frozen=True)
-class Update:
+class StepResult:
     """`loss`: mean over all targets of the update. `grad_norm`: before clipping."""
 
     loss: float
@@ -43,12 +43,12 @@ class Update:
     num_targets: int
 
 
-class NonFinite(ArithmeticError):
+class NonFiniteUpdate(ArithmeticError):
     """A loss or gradient that is not finite. No weight was changed. `culprits` names where it was seen."""
 
     def __init__(self, loss: float, grad_norm: float, culprits: list[str]):
         super().__init__(f"loss {loss}, gradient norm {grad_norm}")
-        self.loss, self.grad_norm, self.culprits = loss, grad_norm, culprits
+        self.loss, self.grad_norm, self.non_finite_names = loss, grad_norm, culprits
 
 
 class Engine(Protocol):
@@ -61,20 +61,20 @@ class Engine(Protocol):
         """Make the optimizer anew: no moments, no step count."""
         ...
 
-    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One update: the mean of the loss over all targets of all micro-batches of all processes.
 
         Every process gives equally many micro-batches, with equally many passes each. Raises NonFinite.
         """
         ...
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run(self, micro_batch: MicroBatch) -> None:
         """Forward and backward without an update: fails now if memory does not suffice."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]: ...
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def full_module(self) -> AbstractContextManager[Any]:
         """The module with all its weights, to evaluate or save, whatever part of them a process keeps."""
         ...
 
@@ -125,7 +125,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         ) from None
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones.
 
     By default it maps large blocks anew each time, and the kernel clears their pages: a quarter of a two-layer
@@ -139,7 +139,7 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
-def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
+def set_up_device(config: EngineConfig, world: World | None = None) -> torch.device:
     """Set the number of threads, and give the device."""
     world = world or World()
     if config.threads:
@@ -148,9 +148,9 @@ def set_up(config: EngineConfig, world: World | None = None) -> torch.device:
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     device = choose_device(config.device, world.local_rank)
     if config.cuda_graphs and device.type != "cuda":
-        say(f"warning: engine.cuda_graphs=true does nothing here: the device is {device.type}, and it takes a GPU.")
+        log(f"warning: engine.cuda_graphs=true does nothing here: the device is {device.type}, and it takes a GPU.")
     if device.type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from coconut.config import EngineConfig, LaunchConfig
-from coconut.engine.launcher_env import seat
-from coconut.engine.process_group import FAILED, joined
+from coconut.engine.launcher_env import read_launcher_env
+from coconut.engine.process_group import FAILED, init_distributed
 from coconut.engine.world import World
 
 
@@ -28,12 +28,12 @@ def stopping_signals() -> list[signal.Signals]:
     return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def processes(launch: LaunchConfig, engine: EngineConfig) -> int:
+def num_processes(launch: LaunchConfig, engine: EngineConfig) -> int:
     """How many a run is on: those of the launcher that started this one, or those asked for.
 
     Raises ValueError if there are fewer GPUs than that, or if their number is left to GPUs and there are none.
     """
-    if (there := seat().size) > 1:
+    if (there := read_launcher_env().size) > 1:
         return there
     gpus = torch.cuda.device_count() if engine.device in ("auto", "cuda") else 0
     count = gpus if launch.num_processes is None else launch.num_processes
@@ -53,11 +53,11 @@ def started_workers(launch: LaunchConfig, engine: EngineConfig, module: str, arg
     None if this process is to do the work: it is the only one, or one that a launcher started. Raises
     ValueError as `processes` does.
     """
-    count = processes(launch, engine)
-    return None if count == 1 or seat().size > 1 else _run(count, launch.grace, module, arguments)
+    count = num_processes(launch, engine)
+    return None if count == 1 or read_launcher_env().size > 1 else _run(count, launch.grace, module, arguments)
 
 
-def on_processes(launch: LaunchConfig, engine: EngineConfig, module: str, work: Callable[[World], int]) -> int:
+def run_on_processes(launch: LaunchConfig, engine: EngineConfig, module: str, work: Callable[[World], int]) -> int:
     """The exit status of `work` in each process of the world, or of the workers that this command starts for it.
 
     Workers are given this command's own arguments. Raises ValueError as `processes` does.
@@ -65,7 +65,7 @@ def on_processes(launch: LaunchConfig, engine: EngineConfig, module: str, work: 
     status = started_workers(launch, engine, module, sys.argv[1:])
     if status is not None:
         return status
-    with joined(engine) as world:
+    with init_distributed(engine) as world:
         return work(world)
 
 

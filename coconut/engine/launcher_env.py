@@ -10,7 +10,7 @@ from coconut.utils.console import listed
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """Which of the processes this one is; `host` and `port` are where the first one is to be found.
 
     `told_by`: the variable without which this process would be alone.
@@ -22,19 +22,19 @@ class Seat:
     local_size: int = 1
     host: str = ""
     port: int = 0
-    told_by: str = field(default="", compare=False)
+    launcher: str = field(default="", compare=False)
 
     @property
     def alone(self) -> str:
         """What to do if there are no others."""
-        named = f"{self.told_by}={os.environ.get(self.told_by, '')}"
+        named = f"{self.launcher}={os.environ.get(self.launcher, '')}"
         return (
             f"{named} in the environment says that this process is one of {self.size}. If it is the only one, as in a "
-            f"shell of srun --pty, start it with: env -u {self.told_by} COMMAND"
+            f"shell of srun --pty, start it with: env -u {self.launcher} COMMAND"
         )
 
 
-def seat() -> Seat:
+def read_launcher_env() -> RankInfo:
     """As torchrun, deepspeed or SLURM's srun tell it; alone if none of them started this process.
 
     Raises ValueError if what they tell is not enough.
@@ -49,18 +49,18 @@ def seat() -> Seat:
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
         rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
-        return Seat(rank, size, local_rank, local_size, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "RANK")
+        return RankInfo(rank, size, local_rank, local_size, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "RANK")
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if "SLURM_STEP_ID" not in env or size == 1:
-        return Seat()
-    return Seat(
+        return RankInfo()
+    return RankInfo(
         rank=int(env["SLURM_PROCID"]),
         size=size,
         local_rank=int(env["SLURM_LOCALID"]),
         local_size=_most_on_a_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1")),
         host=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", "")),
         port=int(env.get("MASTER_PORT") or _port(int(env.get("SLURM_JOB_ID", 0)), int(env["SLURM_STEP_ID"]))),
-        told_by="SLURM_STEP_ID",
+        launcher="SLURM_STEP_ID",
     )
 
 

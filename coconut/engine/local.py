@@ -17,15 +17,15 @@ from coconut.config import AdamWConfig, EngineConfig
 from coconut.engine.base import (
     LossFunction,
     MicroBatch,
-    NonFinite,
-    Update,
+    NonFiniteUpdate,
+    StepResult,
     adamw,
     autocast,
     clip_gradients,
     own_random_state,
     random_state,
     set_random_state,
-    set_up,
+    set_up_device,
 )
 from coconut.engine.world import World
 
@@ -40,7 +40,7 @@ class LocalEngine:
         world: World | None = None,
     ):
         self.world = world or World()
-        self.device = set_up(config, self.world)
+        self.device = set_up_device(config, self.world)
         self.module = module.to(self.device)
         self.called: nn.Module = self.module
         if self.world.size > 1:
@@ -60,38 +60,41 @@ class LocalEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.precision)
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
+    def full_module(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.module)
 
-    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         world = self.world
-        num_targets = int(world.sum(sum(batch.num_targets for batch in micro_batches)))
+        num_targets = int(world.all_reduce_sum(sum(batch.num_targets for batch in micro_batches)))
         loss = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         for batch in micro_batches:
-            world.tick()
+            world.heartbeat()
             with self._communicating(batch is micro_batches[-1]):
                 loss_sum = self._loss_sum(batch)
                 (loss_sum * world.size / num_targets).backward()  # processes are averaged
             loss += loss_sum.detach().to(loss)
-        norm, mean = clip_gradients(self.module, self.settings.clip), world.sum(loss.item()) / num_targets
+        norm, mean = (
+            clip_gradients(self.module, self.settings.max_grad_norm),
+            world.all_reduce_sum(loss.item()) / num_targets,
+        )
         if not (math.isfinite(mean) and math.isfinite(norm)):
-            culprits = self._culprits()
+            culprits = self._non_finite_names()
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFinite(mean, norm, culprits)
+            raise NonFiniteUpdate(mean, norm, culprits)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(mean, norm, num_targets)
+        return StepResult(mean, norm, num_targets)
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run(self, micro_batch: MicroBatch) -> None:
         before = random_state(self.device)
         self._loss_sum(micro_batch).backward()
         self.optimizer.zero_grad(set_to_none=True)
         set_random_state(before, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        random = self.world.gather(random_state(self.device))
+        random = self.world.all_gather_object(random_state(self.device))
         return {"optimizer": self.optimizer.state_dict(), "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,7 +111,7 @@ class LocalEngine:
         with self.autocast():
             return self.loss_function(self.called, batch.to(self.device))
 
-    def _culprits(self) -> list[str]:
+    def _non_finite_names(self) -> list[str]:
         named = list(self.module.named_parameters())
         bad = [f"weight {name}" for name, p in named if not torch.isfinite(p).all()]
         return bad or [

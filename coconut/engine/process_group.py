@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from coconut.config import EngineConfig, EngineKind
-from coconut.engine.launcher_env import Seat, seat
-from coconut.engine.watchdog import Watch
+from coconut.engine.launcher_env import RankInfo, read_launcher_env
+from coconut.engine.watchdog import Watchdog
 from coconut.engine.world import ENDING, LOST, World
 from coconut.utils.console import hush
 
@@ -37,14 +37,14 @@ FOR_EVER = timedelta(days=30)  # `Watch` knows better than a clock when a proces
 
 
 @contextlib.contextmanager
-def joined(config: EngineConfig) -> Iterator[World]:
+def init_distributed(config: EngineConfig) -> Iterator[World]:
     """The world that a launcher made, or one of this process alone.
 
     While it lasts, only the first process writes to the screen, and an error that several have is raised in
     one of them. If a process dies or does not get on for `config.timeout` seconds, the others say so and end
     with status 3.
     """
-    place = seat()
+    place = read_launcher_env()
     gpus = torch.cuda.is_available() and not config.device.startswith("cpu")
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
@@ -65,13 +65,13 @@ def joined(config: EngineConfig) -> Iterator[World]:
 
         import_deepspeed()  # before there is a group, which its functions would keep as default arguments for good
     world = World(place)
-    watch = Watch(world, _meet(place, config.timeout, gpus), config.timeout)
+    watch = Watchdog(world, _rendezvous(place, config.timeout, gpus), config.timeout)
     try:
         with hush() if world.rank else contextlib.nullcontext():
             dist.barrier()
             watch.start()
             yield world
-            world.mark(ENDING)
+            world.set_activity(ENDING)
             dist.barrier()
             watch.end("done")
     except (ValueError, OSError) as error:
@@ -82,7 +82,7 @@ def joined(config: EngineConfig) -> Iterator[World]:
             time.sleep(1)  # if the first process has the same error, it says so
         if not watch.says_first(str(error)):
             raise SystemExit(2) from error
-        if world.first:
+        if world.is_main:
             raise
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"{error}\n(process {world.rank} of {world.size}, on {socket.gethostname()})") from error
@@ -94,7 +94,7 @@ def joined(config: EngineConfig) -> Iterator[World]:
         time.sleep(1)  # for a signal that was meant for all, and has reached the other one first
         if watch.says_first("lost"):
             reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
-            watch.say(f"process {world.rank} lost its connection to another one while {world.doing}: {reason}")
+            watch.say(f"process {world.rank} lost its connection to another one while {world.activity}: {reason}")
         raise SystemExit(LOST) from error
     except BaseException:
         watch.end("failed")
@@ -103,7 +103,7 @@ def joined(config: EngineConfig) -> Iterator[World]:
         world.close()
 
 
-def _meet(place: Seat, seconds: float, gpus: bool) -> Any:
+def _rendezvous(place: RankInfo, seconds: float, gpus: bool) -> Any:
     """Make the process group, and give a store in which the processes leave word for each other.
 
     Raises ValueError if the others do not come.

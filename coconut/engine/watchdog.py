@@ -27,7 +27,7 @@ def _machine() -> str:
     return " ".join(found)
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """Looks after all processes from a thread of each: whether they live, and whether they get on.
 
     They tell each other by a store: `count` rises as a process gets on, `beats` while it lives at all.
@@ -45,7 +45,7 @@ class Watch(threading.Thread):
 
     def tell(self, state: str) -> None:
         world, self.beats = self.world, self.beats + 1
-        told = {"count": world.count, "doing": world.doing, "waiting": world.waiting, "beats": self.beats,
+        told = {"count": world.count, "doing": world.activity, "waiting": world.waiting, "beats": self.beats,
                 "state": state, "pid": os.getpid(), "host": socket.gethostname(), "machine": self.machine}  # fmt: skip
         self.store.set(f"watch/{world.rank}", json.dumps(told))
 

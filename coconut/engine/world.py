@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from coconut.engine.launcher_env import Seat
+from coconut.engine.launcher_env import RankInfo
 
 T = TypeVar("T")
 LOST = 3  # exit status of a process that ends because another one did, or does not get on
@@ -21,11 +21,11 @@ STARTING, ENDING = "starting", "ending"  # what takes as long as it takes: loadi
 class World:
     """All processes of a run, seen from one of them; with a single one, everything is immediate."""
 
-    def __init__(self, place: Seat | None = None):
-        place = place or Seat()
+    def __init__(self, place: RankInfo | None = None):
+        place = place or RankInfo()
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
-        self.doing, self.count, self.waiting = STARTING, 0, False
+        self.activity, self.count, self.waiting = STARTING, 0, False
         self.endings = contextlib.ExitStack()  # what engines let go of before the process groups are destroyed
 
     def close(self) -> None:
@@ -45,19 +45,19 @@ class World:
         gc.collect()  # DeepSpeed's engine and optimizer refer to each other, and to the groups
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def mark(self, doing: str) -> None:
+    def set_activity(self, doing: str) -> None:
         """Note that this process gets on, and with what."""
-        self.doing = doing
-        self.tick()
+        self.activity = doing
+        self.heartbeat()
 
-    def tick(self) -> None:
+    def heartbeat(self) -> None:
         """Note that this process gets on."""
         self.count += 1
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """What the first process gives."""
         box = [value]
         if self.size > 1:
@@ -65,7 +65,7 @@ class World:
                 dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """What each process gives, in the order of their ranks."""
         if self.size == 1:
             return [value]
@@ -74,7 +74,7 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
-    def sum(self, value: float) -> float:
+    def all_reduce_sum(self, value: float) -> float:
         """Over all processes."""
         if self.size == 1:
             return value
@@ -83,36 +83,36 @@ class World:
             dist.all_reduce(total)
         return total.item()
 
-    def any(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Whether it holds in any process."""
-        return self.sum(float(flag)) > 0
+        return self.all_reduce_sum(float(flag)) > 0
 
-    def first_does(self, work: Callable[[], T]) -> T:
+    def on_main_process(self, work: Callable[[], T]) -> T:
         """What `work` gives in the first process. Raises its ValueError or OSError in all of them."""
         result: Any = None
         error: tuple[bool, str] | None = None
-        if self.first:
+        if self.is_main:
             try:
                 result = work()
             except (ValueError, OSError) as caught:
                 if self.size == 1:
                     raise
                 error = isinstance(caught, ValueError), str(caught)
-        result, error = self.share((result, error))
+        result, error = self.broadcast_object((result, error))
         if error is not None:
             raise (ValueError if error[0] else OSError)(error[1])
         return result
 
     @contextlib.contextmanager
-    def first_before_others(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """A block that the first process goes through before the others begin it."""
-        if not self.first:
-            self.share(None)
+        if not self.is_main:
+            self.broadcast_object(None)
         try:
             yield
         finally:
-            if self.first:
-                self.share(None)
+            if self.is_main:
+                self.broadcast_object(None)
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -121,4 +121,4 @@ class World:
             yield
         finally:
             self.waiting = False
-            self.tick()
+            self.heartbeat()

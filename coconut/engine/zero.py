@@ -20,14 +20,14 @@ from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.base import (
     LossFunction,
     MicroBatch,
-    NonFinite,
-    Update,
+    NonFiniteUpdate,
+    StepResult,
     adamw,
     clip_gradients,
     own_random_state,
     random_state,
     set_random_state,
-    set_up,
+    set_up_device,
     trained,
 )
 from coconut.engine.deepspeed_import import import_deepspeed, quiet
@@ -46,7 +46,7 @@ class ZeroEngine:
         world: World,
     ):
         self.world = world
-        self.device = set_up(config, world)
+        self.device = set_up_device(config, world)
         self.stage = config.zero_stage
         self.lowered = config.precision is Precision.bfloat16
         self.loss_function = loss_function
@@ -92,7 +92,7 @@ class ZeroEngine:
         return nullcontext()
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def full_module(self) -> Iterator[nn.Module]:
         """With stage 3 a copy with all weights, for as long as it is used: passes need not be in step with others'."""
         if self.replica is None:
             yield self.module
@@ -108,39 +108,39 @@ class ZeroEngine:
             for copied in self.replica.parameters():
                 copied.data = copied.data.new_empty(0)
 
-    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> Update:
+    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         world = self.world
-        num_targets = int(world.sum(sum(batch.num_targets for batch in micro_batches)))
+        num_targets = int(world.all_reduce_sum(sum(batch.num_targets for batch in micro_batches)))
         loss = torch.zeros((), dtype=torch.float64)
         for batch in micro_batches:
             self.deepspeed.set_gradient_accumulation_boundary(batch is micro_batches[-1])
-            world.tick()
+            world.heartbeat()
             loss_sum = self.loss_function(self.deepspeed, batch.to(self.device))
             self.deepspeed.backward(loss_sum * world.size / num_targets, scale_wrt_gas=False)
             loss += loss_sum.detach().to(loss)
-        mean = world.sum(loss.item()) / num_targets
-        norm = math.nan if self.stage else clip_gradients(self.module, self.settings.clip)
+        mean = world.all_reduce_sum(loss.item()) / num_targets
+        norm = math.nan if self.stage else clip_gradients(self.module, self.settings.max_grad_norm)
         if not math.isfinite(mean) or (not self.stage and not math.isfinite(norm)):
-            raise NonFinite(mean, norm, [])
+            raise NonFiniteUpdate(mean, norm, [])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
         if self.stage:
             norm = float(self.deepspeed.get_global_grad_norm())
             if self.sharded.overflow:  # then ZeRO has left the weights alone
-                raise NonFinite(mean, norm, [])
-        return Update(mean, norm, num_targets)
+                raise NonFiniteUpdate(mean, norm, [])
+        return StepResult(mean, norm, num_targets)
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run(self, micro_batch: MicroBatch) -> None:
         """An update that changes nothing, its learning rate being 0: the moments take their memory, too."""
         before = random_state(self.device)
-        with suppress(NonFinite):  # the first update says so
+        with suppress(NonFiniteUpdate):  # the first update says so
             self.update([micro_batch], lr=0.0)
         self.reset_optimizer()
         set_random_state(before, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        random = self.world.gather(random_state(self.device))
+        random = self.world.all_gather_object(random_state(self.device))
         if not self.stage:
             return {"optimizer": self.optimizer.state_dict(), "random": random}
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -149,7 +149,7 @@ class ZeroEngine:
         state: dict[int, dict[str, torch.Tensor]] = {}
         master: dict[str, torch.Tensor] = {}
         for index, (name, weight) in enumerate(trained(self.module)):
-            self.world.tick()
+            self.world.heartbeat()
             moments = {key: self._kept(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
             state[index] = {"step": step.cpu().clone(), **moments}  # AdamW counts on in each by itself
             if self.lowered:
@@ -161,7 +161,7 @@ class ZeroEngine:
 
     def _kept(self, value: torch.Tensor | None) -> torch.Tensor:
         assert value is not None
-        return value.cpu() if self.world.first else value.new_empty(0)
+        return value.cpu() if self.world.is_main else value.new_empty(0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """To be called after `rehearse`, which makes the moments."""
@@ -232,7 +232,7 @@ def settings(config: EngineConfig, optimizer: AdamWConfig, weights: int) -> dict
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
+        "gradient_clipping": optimizer.max_grad_norm if config.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision is Precision.bfloat16},

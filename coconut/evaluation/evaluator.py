@@ -12,7 +12,7 @@ from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
-from coconut.generation.thoughts import Stop
+from coconut.generation.thoughts import StopCriterion
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.tasks import TASKS, Task
 
@@ -34,16 +34,16 @@ class Prediction:
     chain_match: bool | None
     num_thoughts: int
     new_tokens: int
-    cut: bool
+    truncated: bool
     mode: str = ""
 
     @property
     def passes(self) -> int:
-        return forward_passes(self.new_tokens, self.cut, self.num_thoughts, self.mode)
+        return forward_passes(self.new_tokens, self.truncated, self.num_thoughts, self.mode)
 
 
 @dataclass
-class Result:
+class EvalResult:
     """Shares are between 0 and 1; `interval` is the 95 % Wilson interval of the accuracy.
 
     `guess`: the expected accuracy of choosing among the answers that the question names, where it names
@@ -58,25 +58,25 @@ class Result:
     correct: int
     accuracy: float
     interval: tuple[float, float]
-    guess: float | None
+    chance_accuracy: float | None
     chain_match: float | None
     mean_new_tokens: float
     num_thoughts: float
     passes: float
-    cut: float
+    truncated: float
     seconds_per_item: float
     left_out: int = 0
     modes: dict[str, float] = field(default_factory=dict)
 
 
-class Abandoned(Exception):
+class EvaluationInterrupted(Exception):
     """The evaluation was asked to stop before its end."""
 
 
 class Evaluated(NamedTuple):
     """`thoughts` (N, K, D) are what was fed, in the order of the examples, zeros after an example's last."""
 
-    result: Result
+    result: EvalResult
     predictions: list[Prediction]
     thoughts: Tensor
 
@@ -88,7 +88,7 @@ def evaluate(
     *,
     num_thoughts: int | None = None,
     thoughts: Tensor | None = None,
-    stop: Stop | None = None,
+    stop: StopCriterion | None = None,
     mode: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
@@ -115,7 +115,7 @@ def evaluate(
     for places in longest_first([rows[i] for i in mine], batch_size):
         if asked:
             break
-        world.mark("in an evaluation")
+        world.set_activity("in an evaluation")
         chosen = [mine[place] for place in places]
         ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
         given = None if thoughts is None else thoughts[chosen]
@@ -126,10 +126,10 @@ def evaluate(
             predictions[i] = _judge(task, examples[i], reasoning, out, row)
         fed |= zip(chosen, (thoughts.clone() for thoughts in out.thoughts), strict=True)  # not views of the batch's
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
-    if world.any(bool(asked)):
-        raise Abandoned
-    predictions = {i: p for part in world.gather(predictions) for i, p in part.items()}
-    fed = {i: thought for part in world.gather(fed) for i, thought in part.items()}
+    if world.any_process(bool(asked)):
+        raise EvaluationInterrupted
+    predictions = {i: p for part in world.all_gather_object(predictions) for i, p in part.items()}
+    fed = {i: thought for part in world.all_gather_object(fed) for i, thought in part.items()}
     seconds = time.perf_counter() - start
     ordered = [predictions[i] for i in range(len(examples))]
     in_order = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
@@ -158,7 +158,7 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
         chain_match=None if gold is None else match,
         num_thoughts=thoughts,
         new_tokens=int(out.lengths[row]),
-        cut=bool(out.cut[row]),
+        truncated=bool(out.truncated[row]),
         mode=mode,
     )
 
@@ -185,7 +185,7 @@ def _written(task: Task, text: str, form: PromptFormat) -> str:
 
 def _summary(
     task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float, modes: Sequence[str]
-) -> Result:
+) -> EvalResult:
     from scipy.stats import binomtest
 
     count, correct = len(predictions), sum(p.correct for p in predictions)
@@ -195,17 +195,17 @@ def _summary(
     mean_tokens = sum(p.new_tokens for p in predictions) / count
     matches = [p.chain_match for p in predictions]
     thoughts = sum(p.num_thoughts for p in predictions) / count
-    return Result(
+    return EvalResult(
         count=count,
         correct=correct,
         accuracy=correct / count,
         interval=(float(interval.low), float(interval.high)),
-        guess=guess,
+        chance_accuracy=guess,
         chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
         passes=sum(p.passes for p in predictions) / count,
-        cut=sum(p.cut for p in predictions) / count,
+        truncated=sum(p.truncated for p in predictions) / count,
         seconds_per_item=seconds / count,
         modes={mode: sum(p.mode == mode for p in predictions) / count for mode in modes},
     )
@@ -218,7 +218,7 @@ def task_of(data: dict[str, Any]) -> Task:
     return TASKS[data["task"]]
 
 
-def fitting(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
+def indices_that_fit(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
     """Which questions leave room for so many thoughts more than the model's own, and an answer."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
@@ -234,22 +234,22 @@ def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str |
     forms = [own.in_mode(name) for name in own.modes if mode in (None, name)] or [own]
     counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
     slots = [len(slot_ids(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
-    return lm.context - max(slots) - bool(own.modes) - 1
+    return lm.max_sequence_length - max(slots) - bool(own.modes) - 1
 
 
-def describe(result: Result) -> str:
+def describe(result: EvalResult) -> str:
     """The result as a person reads it."""
     low, high = (100 * bound for bound in result.interval)
     accuracy = f"{100 * result.accuracy:.1f} % ({result.correct} of {result.count})"
     lines = [("accuracy", f"{accuracy}, 95 % interval {low:.1f} to {high:.1f}")]
-    if result.guess is not None:
-        lines.append(("guessing", f"{100 * result.guess:.1f} %"))
+    if result.chance_accuracy is not None:
+        lines.append(("guessing", f"{100 * result.chance_accuracy:.1f} %"))
     lines.append(("new tokens", f"{result.mean_new_tokens:.1f} of language, {result.num_thoughts:.3g} thoughts"))
     if result.modes:
         lines.append(("modes", ", ".join(f"{mode} {100 * share:.1f} %" for mode, share in result.modes.items())))
     if result.chain_match is not None:
         lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
-    lines.append(("cut answers", f"{100 * result.cut:.1f} %"))
+    lines.append(("cut answers", f"{100 * result.truncated:.1f} %"))
     if result.left_out:
         lines.append(
             ("left out", f"{result.left_out} questions, too long or with a gold answer that would be judged wrong")

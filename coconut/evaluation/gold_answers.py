@@ -14,7 +14,7 @@ from coconut.data.sequences import written_lengths
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_id, unknown_in
 from coconut.methods import PromptFormat, Reasoning, Stage
 from coconut.tasks import Task
-from coconut.utils.console import say
+from coconut.utils.console import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def readable(
     wrong, other_steps = _misread(examples, texts, task, form)
     if other_steps:
         row, count = next(iter(other_steps.items()))
-        say(
+        log(
             f"warning: {file}: of {len(other_steps):,} rows the steps are read back as another number of steps; the "
             f"first is {_place(examples, row)}, {count} for {len(examples[row].steps)}. What is measured by steps goes "
             f"by what is read. Choose a data.format.step whose end, now {form.step_end!r}, is in no step."
@@ -58,7 +58,7 @@ def readable(
     unknown = _without_words(examples, wrong, data, tokenizer, form)
     if unknown and keep_unknown:
         where, words = next(iter(unknown.items()))
-        say(
+        log(
             f"warning: the tokenizer has no words for {len(unknown):,} of {len(examples):,} answers of {file}, which "
             f"are counted as wrong. The first is {_place(examples, where)}: {', '.join(words)}."
         )
@@ -77,7 +77,7 @@ def readable(
     if wrong and not len(kept):
         raise ValueError(f"{file}: no gold answer is judged right; is it data of the task {task.name}?")
     if wrong:
-        say(f"Left out {len(wrong):,} of {len(examples):,} rows of {file}, whose gold answer would be judged wrong.")
+        log(f"Left out {len(wrong):,} of {len(examples):,} rows of {file}, whose gold answer would be judged wrong.")
     return kept
 
 
@@ -170,7 +170,7 @@ def warn_of_limit(
     """Say how many gold texts of a file are too long for the limit of new tokens that `key` sets."""
     long = lengths(data, forms)
     if over := int((long > limit).sum()):
-        say(
+        log(
             f"warning: {over:,} of {len(data):,} gold texts of {file} have more tokens than {key}={limit} allows, so "
             f"that no model can write them. The longest has {long.max():,}."
         )

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coconut.acceleration.linear import products_as_pay
+from coconut.acceleration.linear import onednn_linear
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import SpecialIds, encode_questions
-from coconut.generation.options import HANDED_ON, settings
-from coconut.generation.thoughts import Stop, think
+from coconut.generation.options import PASSTHROUGH, settings
+from coconut.generation.thoughts import StopCriterion, think
 from coconut.methods import Reasoning, Slot
-from coconut.utils.torch_utils import evaluating
+from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -38,7 +38,7 @@ class Generated:
 
     tokens: Tensor
     lengths: Tensor
-    cut: Tensor
+    truncated: Tensor
     num_thoughts: Tensor
     texts: list[str]
     thoughts: Tensor
@@ -46,9 +46,9 @@ class Generated:
     mode_log_probs: list[float | None]
     log_probs: list[Tensor] | None = None
 
-    def said(self, row: int) -> list[int]:
+    def completion_ids(self, row: int) -> list[int]:
         """The tokens of an answer, with the end of the sequence unless it was cut off."""
-        ended = not self.cut[row] and int(self.lengths[row]) < self.tokens.shape[1]
+        ended = not self.truncated[row] and int(self.lengths[row]) < self.tokens.shape[1]
         return self.tokens[row, : int(self.lengths[row]) + ended].tolist()
 
 
@@ -67,9 +67,9 @@ def generate(
     num_thoughts: int | Sequence[int] | Tensor | None = None,
     thoughts: Tensor | None = None,
     thought_noise: float = 0.0,
-    stop: Stop | None = None,
+    stop: StopCriterion | None = None,
     mode: str | Sequence[str] | None = None,
-    begun: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
     log_probs: bool = False,
     **options: Any,
 ) -> Generated:
@@ -109,8 +109,8 @@ def generate(
     if not is_question_BT.any(1).all():
         raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
     samples_B = torch.full((len(ids_BT),), samples)
-    begun_BW = ids_BT[:, :0] if begun is None else begun.to(ids_BT)
-    with evaluating(lm):
+    begun_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
+    with eval_mode(lm):
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
@@ -122,7 +122,7 @@ def generate(
                 "The mode says how many thoughts there are, and they are its own: leave out num_thoughts, thoughts, "
                 "thought_noise and stop."
             )
-        elif begun is not None and mode is None:
+        elif prefix_ids is not None and mode is None:
             raise ValueError("begun: an answer that has begun is in a mode already. Name it with mode=...")
         else:
             answers = _in_modes(lm, ids_BT, is_question_BT, mode, begun_BW, samples_B, options)
@@ -191,18 +191,18 @@ def _answers(
     *,
     thoughts: Tensor | None = None,
     noise: float = 0.0,
-    stop: Stop | None = None,
+    stop: StopCriterion | None = None,
 ) -> list[list[_Answer]]:
     """For each of the questions (B, T), padded on the left, so many answers, with so many tokens in the slot."""
-    in_slot_B = len(slot_ids(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.nothing)
+    in_slot_B = len(slot_ids(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.none)
     lengths_B = is_question_BT.sum(1)
     in_slot_B = in_slot_B + begun_BW.shape[1]
-    room_B = lm.context - lengths_B - in_slot_B
+    room_B = lm.max_sequence_length - lengths_B - in_slot_B
     if (room_B < 1).any():
         row = int(room_B.argmin())
         raise ValueError(
             f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(in_slot_B[row])} more before the answer "
-            f"it leaves no room in the model's context of {lm.context} tokens. Ask something shorter"
+            f"it leaves no room in the model's context of {lm.max_sequence_length} tokens. Ask something shorter"
             + (", or with fewer thoughts." if counts_B[row] else ".")
         )
     limits_B = room_B.clamp(max=options["max_new_tokens"])
@@ -219,7 +219,7 @@ def _answers(
         given = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
         begun = begun_BW[rows]
-        found = _think_and_speak(lm, reasoning, ids, is_token, count, given, noise, stop, begun, samples_R, limited)
+        found = _think_and_decode(lm, reasoning, ids, is_token, count, given, noise, stop, begun, samples_R, limited)
         for row, several in zip(rows.tolist(), found, strict=True):
             answers[row] += several
     return answers
@@ -244,7 +244,7 @@ def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> 
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
         lengths=torch.tensor(lengths),
-        cut=torch.tensor(cut),
+        truncated=torch.tensor(cut),
         num_thoughts=torch.tensor([len(row) for row in fed]),
         texts=texts,
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
@@ -262,7 +262,7 @@ def _how_many(
     num_thoughts: int | Sequence[int] | Tensor | None,
     thoughts: Tensor | None,
     noise: float,
-    stop: Stop | None,
+    stop: StopCriterion | None,
 ) -> Tensor:
     """(B,) tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
     table: Any = lm.base.get_input_embeddings()
@@ -272,7 +272,7 @@ def _how_many(
         raise ValueError(
             f"num_thoughts is {num_thoughts}; it must be a number, or one for each of {questions} questions."
         )
-    if reasoning.slot is Slot.nothing and asked is not None and asked.any():
+    if reasoning.slot is Slot.none and asked is not None and asked.any():
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
     if reasoning.slot is not Slot.thought and (thoughts is not None or noise or stop is not None):
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace, to make noisy or to stop.")
@@ -310,7 +310,7 @@ def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
     return len(row)
 
 
-def _think_and_speak(
+def _think_and_decode(
     lm: LatentLM,
     reasoning: Reasoning,
     ids_BT: Tensor,
@@ -318,7 +318,7 @@ def _think_and_speak(
     count: int,
     thoughts: Tensor | None,
     noise: float,
-    stop: Stop | None,
+    stop: StopCriterion | None,
     begun_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
@@ -336,7 +336,7 @@ def _think_and_speak(
     if not prefix:  # a question of one token, and nothing after it
         table: Any = lm.base.get_input_embeddings()
         nothing = torch.zeros(0, table.embedding_dim)
-        found = _speak(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples_B, options)
+        found = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples_B, options)
         return [[_Answer(new, nothing, limit, likely) for new, likely in several] for several in found]
     how: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "room": room}
     thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, **how)
@@ -351,7 +351,7 @@ def _think_and_speak(
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
         _read_on(lm, prompts[:, :-1], masks[:, :-1], cache, prefix + n)
         for row, several in zip(
-            rows.tolist(), _speak(lm, prompts, masks, cache, samples_B[rows.cpu()], options), strict=True
+            rows.tolist(), _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], options), strict=True
         ):
             fed = thinking.thoughts[row, :n].float().cpu()
             answers[row] = [_Answer(new, fed, limit, likely) for new, likely in several]
@@ -364,10 +364,10 @@ def _read_on(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any, read
         return
     embeds_BTD = lm.base.get_input_embeddings()(ids_BT[:, read:])
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-    lm.states(embeds_BTD, is_token_BT, positions_BT[:, read:], cache, unread=embeds_BTD.shape[1] - 1)
+    lm.hidden_states(embeds_BTD, is_token_BT, positions_BT[:, read:], cache, num_skipped=embeds_BTD.shape[1] - 1)
 
 
-def _speak(
+def _decode(
     lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, options: dict[str, Any]
 ) -> list[list[tuple[list[int], Tensor]]]:
     """By question, so many times the tokens after its prompt, of which the cache holds all but the last column.
@@ -381,8 +381,8 @@ def _speak(
         cache.batch_select_indices(again)
         prompt_BT, is_token_BT = prompt_BT[again], is_token_BT[again]
     special = lm.special
-    handed_on = {name: options[name] for name in HANDED_ON if name in options}
-    options = {name: value for name, value in options.items() if name not in HANDED_ON}
+    handed_on = {name: options[name] for name in PASSTHROUGH if name in options}
+    options = {name: value for name, value in options.items() if name not in PASSTHROUGH}
     suppressed = options.pop("suppress_tokens", ())
     recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
     if recorder:
@@ -397,7 +397,7 @@ def _speak(
     base: Any = lm.base
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        with products_as_pay(base, base.get_input_embeddings().weight):
+        with onednn_linear(base, base.get_input_embeddings().weight):
             sequences = base.generate(
                 input_ids=prompt_BT,
                 attention_mask=is_token_BT.long(),
@@ -469,7 +469,7 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def likeliest(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
+def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
     """What the model's head makes of each of the thoughts (N, D): the likeliest tokens and their probabilities."""
     logits_NV = lm.logits(thoughts.to(lm.device, lm.base.dtype)).float()
     values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))

@@ -11,7 +11,7 @@ SETTINGS = frozenset({
     "remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
     "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
 })  # fmt: skip
-HANDED_ON = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
+PASSTHROUGH = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
 MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
 HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
 
@@ -31,13 +31,15 @@ def settings(options: dict[str, Any], limit: int, questions: int, noisy: bool = 
     samples = asked.pop("num_return_sequences", 1)
     if asked["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens is {asked['max_new_tokens']}; it must be at least 1.")
-    for name in asked.keys() - SETTINGS - HANDED_ON - {"max_new_tokens"}:
-        near = get_close_matches(name, SETTINGS | HANDED_ON | {"num_thoughts", "thought_noise", "max_new_tokens"}, n=1)
+    for name in asked.keys() - SETTINGS - PASSTHROUGH - {"max_new_tokens"}:
+        near = get_close_matches(
+            name, SETTINGS | PASSTHROUGH | {"num_thoughts", "thought_noise", "max_new_tokens"}, n=1
+        )
         raise ValueError(
             f"{name}={asked[name]!r} cannot be asked of a model that thinks. "
             + (f"Did you mean {near[0]}? " if near else "")
             + "Beside num_thoughts, thoughts, thought_noise, stop, mode, log_probs, max_new_tokens and "
-            f"num_return_sequences, generate takes {', '.join(sorted(SETTINGS | HANDED_ON))}."
+            f"num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
         )
     if samples > 1 and not (asked.get("do_sample") or noisy):
         raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")

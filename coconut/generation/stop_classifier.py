@@ -27,7 +27,7 @@ from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.methods import Plan, Slot
-from coconut.utils.files import whole_file
+from coconut.utils.files import atomic_file
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class StopClassifier(nn.Module):
 
     def save(self, file: Path) -> None:
         assert self.measured
-        with whole_file(file) as part:
+        with atomic_file(file) as part:
             save_file(self.state_dict(), part, {"measured": json.dumps(asdict(self.measured))})
 
     @classmethod
@@ -147,7 +147,7 @@ def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
     """Raise ValueError if a model so trained cannot speak after fewer thoughts than its stage has."""
     if lm.reasoning.slot is not Slot.thought or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
-    if not trained.knows_fewer:
+    if not trained.trained_with_fewer_thoughts:
         raise ValueError(
             f"stop=classifier ends the thoughts early, but this model always had {lm.reasoning.num_thoughts} of them "
             "in training and never learned to speak after fewer. Train with curriculum.mixing_probability=0.1, or with "

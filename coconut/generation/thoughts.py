@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Thinking:
+class ThoughtState:
     """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).
 
     `states` (B, D): the last hidden states.
@@ -28,7 +28,7 @@ class Thinking:
     states: Tensor
 
 
-class Stop(Protocol):
+class StopCriterion(Protocol):
     """Decides from the thoughts (B, D) which rows have thought enough (B,)."""
 
     def __call__(self, thoughts_BD: Tensor, /) -> Tensor: ...
@@ -43,9 +43,9 @@ def think(
     *,
     thoughts: Tensor | None = None,
     noise: float = 0.0,
-    stop: Stop | None = None,
+    stop: StopCriterion | None = None,
     room: int = 0,
-) -> Thinking:
+) -> ThoughtState:
     """Run prompts (B, T), padded on the left, and the thoughts that follow them.
 
     `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of what is added to
@@ -57,7 +57,7 @@ def think(
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
     unread = input_ids.shape[1] - 1
-    last_BD = lm.states(embeds_BTD, is_token_BT, positions_BT, cache, unread=unread)[:, -1]
+    last_BD = lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=unread)[:, -1]
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
@@ -69,10 +69,10 @@ def think(
         counts_B += thinking_B
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
         positions_B1 = positions_BT[:, -1:] + k + 1
-        last_BD = lm.states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
+        last_BD = lm.hidden_states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
         if stop is not None:
             thinking_B = thinking_B & ~stop(thought_BD)
             if not thinking_B.any():
                 break
     thoughts_BKD = torch.stack(fed, dim=1) if fed else embeds_BTD[:, :0]
-    return Thinking(cache, thoughts_BKD, counts_B, last_BD)
+    return ThoughtState(cache, thoughts_BKD, counts_B, last_BD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data.seen_questions import told_questions
+from coconut.data.seen_questions import describe_questions
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import around_questions
 from coconut.methods import PromptFormat, Slot
@@ -63,7 +63,7 @@ def _of_run(run: Path | str, step: int | None) -> dict[str, Any]:
     results = {name: found for name, found in read_results(run).items() if found["step"] == step}
     for found in results.values():
         known = any((found.get("seen") or {}).values())
-        found["told_seen"] = told_questions(found["count"], found["seen"]) if known else ""
+        found["told_seen"] = describe_questions(found["count"], found["seen"]) if known else ""
     files = [{**file, "name": Path(file["file"]).name} for file in record["data"].values()]
     return {**record, "step": step, "config": read_config(run), "files": files, "results": results,
             "session": record["sessions"][-1]}  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.methods import Reasoning, Slot
-from coconut.utils.pretrained import opened, reaching
+from coconut.utils.pretrained import explain_load_errors, load_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +39,16 @@ def from_released(
     from coconut.models.latent_lm import LatentLM
 
     state = _tensors(Path(file))
-    with reaching(base, "base"):
-        config = opened(AutoConfig, base)
-    with reaching(tokenizer or base, "tokenizer" if tokenizer else "base"):
-        words = opened(AutoTokenizer, tokenizer or base)
+    with explain_load_errors(base, "base"):
+        config = load_pretrained(AutoConfig, base)
+    with explain_load_errors(tokenizer or base, "tokenizer" if tokenizer else "base"):
+        words = load_pretrained(AutoTokenizer, tokenizer or base)
     rows = _rows_of_table(config, state, file)
     if rows == len(words) + len(RELEASED_TOKENS):
         words.add_tokens([AddedToken(token, special=True, normalized=False) for token in RELEASED_TOKENS],
                          special_tokens=True)  # fmt: skip
     elif rows < len(words) or rows == config.vocab_size:
-        if reasoning.slot is not Slot.nothing:
+        if reasoning.slot is not Slot.none:
             raise ValueError(
                 f"{file} has {rows} embeddings, as many as {base}: it was saved without the markers that "
                 f"{reasoning.method} needs. Name its method: cot, no_cot, icot."

@@ -4,9 +4,9 @@ Nothing here knows tokens or tensors.
 """
 
 from coconut.methods.curriculum import Curriculum, Mixing, Plan, Stage, Unit, plan
-from coconut.methods.modes import Mode, mode_named
+from coconut.methods.modes import Mode, parse_mode
 from coconut.methods.reasoning import REASONING_FILE, PromptFormat, Reasoning
-from coconut.methods.table import METHODS, Cut, Method, Slot, method_named
+from coconut.methods.table import METHODS, Cut, Method, Slot, get_method
 
 __all__ = [
     "METHODS",
@@ -22,7 +22,7 @@ __all__ = [
     "Slot",
     "Stage",
     "Unit",
-    "method_named",
-    "mode_named",
+    "get_method",
+    "parse_mode",
     "plan",
 ]

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from coconut.methods.modes import Mode, mode_named
-from coconut.methods.table import Cut, Method, Slot, method_named
+from coconut.methods.modes import Mode, parse_mode
+from coconut.methods.table import Cut, Method, Slot, get_method
 
 
 class Unit(StrEnum):
@@ -36,26 +36,26 @@ class Curriculum:
     thoughts_per_step: int = 1  # c
     max_stage: int = 6
     extra_stage: bool = False  # after the last stage, one in which all remaining steps go (GSM8K)
-    unit: Unit = Unit.epochs
-    first: int = 5  # length of stage 0
-    each: int = 5  # length of every later stage; the last one takes what is left of the total
-    total: int = 50
+    length_unit: Unit = Unit.epochs
+    stage0_length: int = 5  # length of stage 0
+    stage_length: int = 5  # length of every later stage; the last one takes what is left of the total
+    total_length: int = 50
     start_stage: int = 0  # skip the stages before this one (with init=RUN)
     pad_thoughts: bool = True  # an example with fewer steps than the stage gets the stage's thoughts all the same
     mixing: Mixing = Mixing.current
     mixing_probability: float = 0.0  # share of the examples that are trained at a random stage, if the slot shows it
     icot_tokens: int = 8  # tokens that each stage of icot removes more than the one before
     icot_limit: int = 39  # when more than this many are due, the whole chain goes
-    icot_each: int = 1  # length of a stage of icot
+    icot_stage_length: int = 1  # length of a stage of icot
     modes: list[str] = field(default_factory=lambda: ["short", "think"])  # of hybrid_warmup
 
     def __post_init__(self) -> None:
         if len(self.modes) < 2 or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"curriculum.modes is {self.modes}; it must name two modes or more, each once.")
         for name in self.modes:
-            mode_named(name)
-        for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("first", 0), ("each", 1),
-                            ("total", 1), ("start_stage", 0), ("icot_tokens", 1), ("icot_limit", 0),
+            parse_mode(name)
+        for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("stage0_length", 0), ("stage_length", 1),
+                            ("total_length", 1), ("start_stage", 0), ("icot_tokens", 1), ("icot_limit", 0),
                             ("icot_each", 1)]:  # fmt: skip
             value = getattr(self, name)
             if value < least:
@@ -68,7 +68,7 @@ class Curriculum:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Curriculum:
         """As a run's configuration keeps it."""
-        return cls(**{**values, "unit": Unit(values["unit"]), "mixing": Mixing(values["mixing"])})
+        return cls(**{**values, "length_unit": Unit(values["length_unit"]), "mixing": Mixing(values["mixing"])})
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Stage:
         forms = tuple(cls.from_dict(form) for form in values.get("modes", ()))
         return cls(**{**values, "slot": Slot(values["slot"]), "modes": forms})
 
-    def rank(self, accuracy: float, loss: float) -> tuple[float, float]:
+    def checkpoint_score(self, accuracy: float, loss: float) -> tuple[float, float]:
         """By which the best checkpoint is chosen, the highest being best.
 
         Loss alone where each example is seen in several forms: the accuracy is then that of whichever mode the model
@@ -106,7 +106,7 @@ class Stage:
 
     def describe(self) -> str:
         if self.modes:
-            return f"each example as {', '.join(mode_named(form.mode).token for form in self.modes)}"
+            return f"each example as {', '.join(parse_mode(form.mode).token for form in self.modes)}"
         if self.steps_cut is None or self.tokens_cut is None:
             left = "answer only"
         elif self.tokens_cut:
@@ -137,7 +137,7 @@ class Plan:
     mixing_probability: float = 0.0
 
     @property
-    def knows_fewer(self) -> bool:
+    def trained_with_fewer_thoughts(self) -> bool:
         """Whether the last stage is also trained with fewer thoughts than its own."""
         return self.mixing_probability > 0 or not self.pad_thoughts
 
@@ -150,17 +150,17 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
 
     Raises ValueError if the method does not exist or its stages do not fit into the total length.
     """
-    method = method_named(name)
-    unit, total = curriculum.unit.value, curriculum.total
+    method = get_method(name)
+    unit, total = curriculum.length_unit.value, curriculum.total_length
     depths = _depths(method, curriculum)
     last = curriculum.max_stage + curriculum.extra_stage
     if method.cut is Cut.steps:
-        lengths = [curriculum.first] + [curriculum.each] * last
+        lengths = [curriculum.stage0_length] + [curriculum.stage_length] * last
         stages = [replace(stage, length=length) for stage, length in zip(depths, lengths, strict=False)]
     elif method.cut is Cut.tokens:
         stages = _icot_stages(curriculum)
     elif method.cut is Cut.modes:
-        stages = [replace(depths[0], length=total, modes=tuple(_form(mode_named(name)) for name in curriculum.modes))]
+        stages = [replace(depths[0], length=total, modes=tuple(_form(parse_mode(name)) for name in curriculum.modes))]
     else:
         only = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}
         stages = [replace(only[method.cut], index=0, length=total)]
@@ -173,15 +173,15 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
     before = sum(stage.length for stage in stages[:-1])
     if before >= total:
         raise ValueError(
-            f"The stages of {name} before the last one take {before} {unit}, and curriculum.total is {total}: "
-            f"nothing is left for stage {stages[-1].index}. Raise curriculum.total above {before}, or lower "
-            "curriculum.first, curriculum.each or curriculum.max_stage."
+            f"The stages of {name} before the last one take {before} {unit}, and curriculum.total_length is {total}: "
+            f"nothing is left for stage {stages[-1].index}. Raise curriculum.total_length above {before}, or lower "
+            "curriculum.stage0_length, curriculum.stage_length or curriculum.max_stage."
         )
     stages[-1] = replace(stages[-1], length=total - before)
-    mixes = method.cut is Cut.steps and method.slot is not Slot.nothing  # what else would tell the stages apart
+    mixes = method.cut is Cut.steps and method.slot is not Slot.none  # what else would tell the stages apart
     return Plan(
         method=name,
-        unit=curriculum.unit,
+        unit=curriculum.length_unit,
         stages=tuple(stage for stage in stages if stage.length > 0),
         depths=tuple(depths) if mixes else (),
         thoughts_per_step=curriculum.thoughts_per_step,
@@ -201,7 +201,7 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Stage]:
             length=0,
             slot=slot,
             markers=method.markers,
-            num_thoughts=0 if slot is Slot.nothing else c * min(k, curriculum.max_stage),
+            num_thoughts=0 if slot is Slot.none else c * min(k, curriculum.max_stage),
             steps_cut=cut,
         )
         for k, cut in enumerate(cuts)
@@ -217,6 +217,6 @@ def _form(mode: Mode) -> Stage:
 def _icot_stages(curriculum: Curriculum) -> list[Stage]:
     """Remove `icot_tokens` more in each stage, and everything once more than `icot_limit` are due."""
     due = list(range(0, curriculum.icot_limit + 1, curriculum.icot_tokens))
-    whole = Stage(0, curriculum.icot_each, Slot.nothing, markers=False, num_thoughts=0, steps_cut=0, smoothed=True)
+    whole = Stage(0, curriculum.icot_stage_length, Slot.none, markers=False, num_thoughts=0, steps_cut=0, smoothed=True)
     stages = [replace(whole, index=k, tokens_cut=tokens) for k, tokens in enumerate(due)]
     return [*stages, replace(whole, index=len(due), steps_cut=None, tokens_cut=None, smoothed=False)]

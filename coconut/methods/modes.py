@@ -25,12 +25,12 @@ class Mode:
         return f"<{self.name}>"
 
 
-def mode_named(name: str) -> Mode:
+def parse_mode(name: str) -> Mode:
     """Raises ValueError if no mode has this name."""
     if name == "short":
-        return Mode(name, Slot.nothing, 0, None)
+        return Mode(name, Slot.none, 0, None)
     if name == "think":
-        return Mode(name, Slot.nothing, 0, 0)
+        return Mode(name, Slot.none, 0, 0)
     if found := re.fullmatch(r"latent_([1-9]\d*)", name):
         return Mode(name, Slot.thought, int(found[1]), None)
     raise ValueError(f"There is no mode {name!r}. The modes are short, think, and latent_K for K thoughts.")

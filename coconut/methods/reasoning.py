@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from coconut.methods.curriculum import Plan, Stage
-from coconut.methods.modes import mode_named
+from coconut.methods.modes import parse_mode
 from coconut.methods.table import Slot
 from coconut.utils.overrides import Template
 
@@ -102,7 +102,7 @@ class Reasoning:
 
     def in_mode(self, name: str) -> Reasoning:
         """How it is asked after the control token of that mode."""
-        mode = mode_named(name)
+        mode = parse_mode(name)
         return replace(
             self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
             steps_cut=mode.steps_cut, modes=(),

@@ -16,7 +16,7 @@ from enum import StrEnum
 class Slot(StrEnum):
     """What stands between the question and the written chain."""
 
-    nothing = "nothing"
+    none = "nothing"
     pause = "pause"  # a learned <pause> token
     thought = "thought"  # the last hidden state, fed back
 
@@ -45,18 +45,18 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "coconut": Method(Slot.thought, Cut.steps, True, "stage k: the first k steps become k*c thoughts"),
-    "cot": Method(Slot.nothing, Cut.never, False, "the whole chain in words"),
-    "no_cot": Method(Slot.nothing, Cut.all, False, "the answer at once"),
-    "icot": Method(Slot.nothing, Cut.tokens, False, "the chain is removed token by token"),
+    "cot": Method(Slot.none, Cut.never, False, "the whole chain in words"),
+    "no_cot": Method(Slot.none, Cut.all, False, "the answer at once"),
+    "icot": Method(Slot.none, Cut.tokens, False, "the chain is removed token by token"),
     "pause": Method(Slot.pause, Cut.all, True, "pause tokens, then the answer; no curriculum"),
     "without_curriculum": Method(Slot.thought, Cut.last, True, "Coconut's last stage from the start"),
-    "without_thought": Method(Slot.nothing, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
+    "without_thought": Method(Slot.none, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
     "pause_as_thought": Method(Slot.pause, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
-    "hybrid_warmup": Method(Slot.nothing, Cut.modes, False, "each example in each mode, after its control token"),
+    "hybrid_warmup": Method(Slot.none, Cut.modes, False, "each example in each mode, after its control token"),
 }
 
 
-def method_named(name: str) -> Method:
+def get_method(name: str) -> Method:
     """The entry of METHODS. Raises ValueError that lists the names."""
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")

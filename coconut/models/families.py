@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from coconut.acceleration.linear import FusedGelu
-from coconut.utils.torch_utils import evaluating
+from coconut.utils.torch_utils import eval_mode
 
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
@@ -76,14 +76,14 @@ def check_head(base: PreTrainedModel) -> None:
     """Raises ValueError if `finish` does not know how this family gets from its head to its logits."""
     table: Any = base.get_input_embeddings()
     head: Any = base.get_output_embeddings()
-    if not is_here(base):
+    if not weights_materialized(base):
         return
     ids = torch.arange(4, device=table.weight.device)[None] % table.num_embeddings
     shared: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-    with evaluating(base):
+    with eval_mode(base):
         theirs = base(input_ids=ids, **shared).logits.float()
         states = base.base_model(inputs_embeds=table(ids), **shared).last_hidden_state
-    ours = finish(text_config(base), head(states)).float()
+    ours = postprocess_logits(text_config(base), head(states)).float()
     apart = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
     if apart > (0.05 if table.weight.dtype in (torch.float16, torch.bfloat16) else 1e-3):
         raise ValueError(
@@ -92,7 +92,7 @@ def check_head(base: PreTrainedModel) -> None:
         )
 
 
-def is_here(base: PreTrainedModel) -> bool:
+def weights_materialized(base: PreTrainedModel) -> bool:
     """Whether it has weights, and this process all of them."""
     weight: Any = base.get_input_embeddings().weight
     return weight.device.type != "meta" and weight.numel() > 0
@@ -104,7 +104,7 @@ def cache_argument(base: PreTrainedModel) -> str:
     return next(name for name in CACHE_ARGUMENTS if name in taken)
 
 
-def context_of(config: Any) -> int:
+def max_sequence_length(config: Any) -> int:
     """The longest sequence that a model of this config takes, in tokens.
 
     Phi-3's and other models' longrope turns all positions by other angles once a row is longer than at first; keys that
@@ -117,7 +117,7 @@ def context_of(config: Any) -> int:
     return int(min([longest, *filter(None, first)]))
 
 
-def finish(config: Any, logits: Tensor) -> Tensor:
+def postprocess_logits(config: Any, logits: Tensor) -> Tensor:
     """What a family still does to what its head gives."""
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
@@ -134,7 +134,7 @@ def fuse_gelu(base: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True)
-class Windows:
+class SlidingWindow:
     """Sliding windows of `size` tokens: of every layer, or (`mixed`) of those that config.layer_types says.
 
     transformers counts a window in columns. Where padding stands between a row's tokens that is not in tokens, and
@@ -145,7 +145,7 @@ class Windows:
     mixed: bool
 
     @classmethod
-    def of(cls, base: PreTrainedModel) -> Windows | None:
+    def of(cls, base: PreTrainedModel) -> SlidingWindow | None:
         """None if no layer has one."""
         layers = DynamicCache(config=text_config(base)).layers
         sizes = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}

@@ -24,34 +24,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from coconut.acceleration.attention import in_place_of_torchs, needs_sight, sighted
-from coconut.acceleration.cuda_graphs import Graphs, rounded_down
-from coconut.acceleration.final_layer import LastLayer
-from coconut.acceleration.kv_cache import GrowingCache
-from coconut.acceleration.linear import products_as_pay, rows_added, weights_summed_once
+from coconut.acceleration.attention import attend_to_self_mask, has_fully_masked_query, patched_sdpa
+from coconut.acceleration.cuda_graphs import CudaGraphs, bucket_down
+from coconut.acceleration.final_layer import FinalLayer
+from coconut.acceleration.kv_cache import AppendOnlyCache
+from coconut.acceleration.linear import deferred_weight_gradients, onednn_linear, sparse_embedding_gradient
 from coconut.data.batching import IGNORED
 from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, add_control_tokens, add_special_tokens, token_ids
-from coconut.methods import REASONING_FILE, Reasoning, mode_named
+from coconut.methods import REASONING_FILE, Reasoning, parse_mode
 from coconut.models.families import (
     EXPERTS,
     TESTED,
-    Windows,
+    SlidingWindow,
     cache_argument,
     check_family,
     check_head,
-    context_of,
-    finish,
     fuse_gelu,
-    is_here,
+    max_sequence_length,
+    postprocess_logits,
     text_config,
+    weights_materialized,
 )
 from coconut.models.losses import summed_cross_entropy, target_log_probs
-from coconut.models.passes import after_last_token, align, previous_token, unread_columns
+from coconut.models.passes import after_last_token, plan_passes, previous_token, unread_columns
 from coconut.models.serialization import FORMAT_VERSION, load_base, read_record
 from coconut.models.token_embeddings import initialize_tokens, resize_tables
-from coconut.utils.files import as_umask, write_json
-from coconut.utils.pretrained import on_disk, opened
-from coconut.utils.torch_utils import evaluating
+from coconut.utils.files import apply_umask, write_json
+from coconut.utils.pretrained import load_pretrained, resolve_local_path
+from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -95,16 +95,16 @@ class LatentLM(nn.Module):
         super().__init__()
         fuse_gelu(base)
         self.base = base
-        self._windows = Windows.of(base)
+        self._windows = SlidingWindow.of(base)
         self.cache_argument = cache_argument(base)
-        self._last_layer = LastLayer.of(base) if text_config(base).model_type in TESTED else None
+        self._last_layer = FinalLayer.of(base) if text_config(base).model_type in TESTED else None
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
         self.new_tokens = new_tokens or {}
         self.adapter: Adapter | None = None
-        self._recompute = False
-        self._graphs: Graphs | None = None
+        self._activation_checkpointing = False
+        self._graphs: CudaGraphs | None = None
 
     # --- making, saving, loading ------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class LatentLM(nn.Module):
             )
         if init not in ("mean", "random") and init not in tokenizer.get_vocab():
             raise ValueError(f'init={init!r} is neither "mean", "random" nor a token of this tokenizer.')
-        if text_config(base).model_type not in TESTED and is_here(base):
+        if text_config(base).model_type not in TESTED and weights_materialized(base):
             _check_fed(base, tokenizer)
         special = add_special_tokens(tokenizer)
         resize_tables(base, len(tokenizer))
@@ -153,7 +153,7 @@ class LatentLM(nn.Module):
         Their control tokens are added where they are missing, with embeddings that start from `init`.
         Raises ValueError for a mode that is none, or if the model has LoRA already, whose added tokens are settled.
         """
-        missing = [mode_named(name).token for name in modes if name not in self.special.control]
+        missing = [parse_mode(name).token for name in modes if name not in self.special.control]
         if missing and self.adapter:
             raise ValueError(f"This model has LoRA, and no rows for {', '.join(missing)}. Merge it first: lm.merged().")
         old = len(self.tokenizer)
@@ -202,7 +202,7 @@ class LatentLM(nn.Module):
         else:
             self.base.save_pretrained(folder, max_shard_size=max_shard_size)
         for file in Path(folder).glob("*.safetensors"):  # which are written for their owner alone
-            as_umask(file)
+            apply_umask(file)
         self.tokenizer.save_pretrained(folder)
         write_json(
             Path(folder) / REASONING_FILE,
@@ -240,10 +240,10 @@ class LatentLM(nn.Module):
         """
         from transformers import AutoTokenizer
 
-        folder = on_disk(folder)
+        folder = resolve_local_path(folder)
         values, special, reasoning = read_record(folder)
-        tokenizer = opened(AutoTokenizer, folder)
-        tokens = [*ADDED_TOKENS, *(mode_named(name).token for name in special.control)]
+        tokenizer = load_pretrained(AutoTokenizer, folder)
+        tokens = [*ADDED_TOKENS, *(parse_mode(name).token for name in special.control)]
         if token_ids(tokenizer, tokens) != special.added:
             raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
         if not values.get("lora"):
@@ -267,26 +267,26 @@ class LatentLM(nn.Module):
         return self.base.device
 
     @property
-    def context(self) -> int:
+    def max_sequence_length(self) -> int:
         """The longest sequence that the model takes, in tokens."""
-        return context_of(text_config(self.base))
+        return max_sequence_length(text_config(self.base))
 
     @property
-    def recompute(self) -> bool:
+    def activation_checkpointing(self) -> bool:
         """Whether layers run again in the backward pass instead of keeping their activations.
 
         Losses and gradients are the same, with dropout (train()) and without (eval()). Setting it raises ValueError if
         the model's layers cannot.
         """
-        return self._recompute
+        return self._activation_checkpointing
 
-    @recompute.setter
-    def recompute(self, wanted: bool) -> None:
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, wanted: bool) -> None:
         if wanted:
             from coconut.acceleration.activation_checkpointing import check_recomputable
 
             check_recomputable(self.base)
-        self._recompute = wanted
+        self._activation_checkpointing = wanted
 
     @property
     def cuda_graphs(self) -> bool:
@@ -305,18 +305,18 @@ class LatentLM(nn.Module):
                 f"{config.model_type}: which {'columns are seen' if self._windows else 'experts are asked'} hangs on "
                 "more than a batch's shape, and its passes cannot be CUDA graphs. Leave engine.cuda_graphs=false."
             )
-        self._graphs = Graphs(self.base) if wanted else None
+        self._graphs = CudaGraphs(self.base) if wanted else None
 
     @property
     def _recomputes_now(self) -> bool:
-        return self._recompute and torch.is_grad_enabled()
+        return self._activation_checkpointing and torch.is_grad_enabled()
 
-    def new_cache(self, columns: int = 0, windows: bool = True) -> GrowingCache:
+    def new_cache(self, columns: int = 0, windows: bool = True) -> AppendOnlyCache:
         """An empty cache for `states`, with room for so many columns from the start.
 
         `windows`: whether a layer with a sliding window is given no more than that.
         """
-        return GrowingCache(self.base.config, columns, windows)
+        return AppendOnlyCache(self.base.config, columns, windows)
 
     # --- the feedback loop ------------------------------------------------------------------------
 
@@ -416,26 +416,31 @@ class LatentLM(nn.Module):
         min_passes: int,
     ) -> tuple[Tensor, Tensor]:
         graphs = self._graphs if self._may_replay and is_latent_BT.any() else None
-        way = align(is_latent_BT, is_token_BT, min_passes, even=graphs is not None)
+        way = plan_passes(is_latent_BT, is_token_BT, min_passes, bucket_widths=graphs is not None)
         source_BS, is_token_BS = way.source_BS.clamp(min=0), way.source_BS >= 0
         self._refuse_headless(is_latent_BT, is_token_BT)
         is_latent_BS = is_latent_BT.gather(1, source_BS) & is_token_BS
         positions_BS = position_ids.gather(1, source_BS)
-        unread = unread_columns((read_BT.gather(1, source_BS) & is_token_BS).any(0), way.borders)
-        with rows_added(self.base):
+        unread = unread_columns((read_BT.gather(1, source_BS) & is_token_BS).any(0), way.pass_bounds)
+        with sparse_embedding_gradient(self.base):
             embeds_BSD = self.base.get_input_embeddings()(input_ids.gather(1, source_BS))
         given = embeds_BSD, is_token_BS, is_latent_BS, positions_BS
         if graphs is None:
-            return self._run_blocks(*given, way.borders, unread), way.column_BT
-        widths = [stop - start for start, stop in pairwise(way.borders)]
-        unread = [n if n == w - 1 else rounded_down(n) for n, w in zip(unread, widths, strict=True)]
-        passes = partial(self._run_blocks, borders=way.borders, unread=unread)
-        shape = tuple(way.borders), tuple(unread)
+            return self._run_blocks(*given, way.pass_bounds, unread), way.column_BT
+        widths = [stop - start for start, stop in pairwise(way.pass_bounds)]
+        unread = [n if n == w - 1 else bucket_down(n) for n, w in zip(unread, widths, strict=True)]
+        passes = partial(self._run_blocks, borders=way.pass_bounds, unread=unread)
+        shape = tuple(way.pass_bounds), tuple(unread)
         return graphs.run(shape, passes, given, self._trained_in_passes()), way.column_BT
 
     @property
     def _may_replay(self) -> bool:
-        return self.training and torch.is_grad_enabled() and self.device.type == "cuda" and not self._recompute
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and self.device.type == "cuda"
+            and not self._activation_checkpointing
+        )
 
     def _trained_in_passes(self) -> list[Tensor]:
         """All weights that are trained but those of the tables."""
@@ -460,7 +465,8 @@ class LatentLM(nn.Module):
         if several and self._checkpointed:
             raise ValueError(
                 "Gradient checkpointing switches the cache off inside transformers, and the thoughts would lose "
-                "their context without a word. Turn it off (gradient_checkpointing_disable) and set recompute=True "
+                "their context without a word. Turn it off (gradient_checkpointing_disable) and set "
+                "activation_checkpointing=True "
                 "on the LatentLM, or run the plain path with use_cache=False."
             )
         windows = self._windows if self._windows and self._windows.matter(is_token_BS) else None
@@ -475,7 +481,7 @@ class LatentLM(nn.Module):
                     block_BSD = torch.where(is_latent_BS[:, start:stop, None], fed_B1D, block_BSD)
                 mask_BS = attended_BS[:, :stop]
                 mask = windows.masks(mask_BS, positions_BS[:, :stop], start, block_BSD.dtype) if windows else mask_BS
-                hidden_BSD = self.states(block_BSD, mask, positions_BS[:, start:stop], cache, unread=first)
+                hidden_BSD = self.hidden_states(block_BSD, mask, positions_BS[:, start:stop], cache, num_skipped=first)
                 states.append(hidden_BSD)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
                 end_BD = hidden_BSD[:, -1]
@@ -494,13 +500,15 @@ class LatentLM(nn.Module):
         if self._windows and self._windows.matter(is_token_BT):
             mask = self._windows.masks(is_token_BT, position_ids.expand_as(input_ids), 0, embeds_BTD.dtype)
         for number in range(1, int(number_BT.max()) + 1):
-            hidden_BTD = self.states(embeds_BTD, mask, position_ids)
+            hidden_BTD = self.hidden_states(embeds_BTD, mask, position_ids)
             before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)).to(embeds_BTD)
             embeds_BTD = torch.where((number_BT == number)[..., None], before_BTD, embeds_BTD)
         columns_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.states(embeds_BTD, mask, position_ids), columns_BT
+        return self.hidden_states(embeds_BTD, mask, position_ids), columns_BT
 
-    def states(self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, unread: int = 0) -> Tensor:
+    def hidden_states(
+        self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0
+    ) -> Tensor:
         """The model without its head: the last hidden states (B, T, D), after the final norm.
 
         `embeds` (B, T, D) are input embeddings; `mask` covers them and what the cache holds, (B, S) or as the
@@ -508,8 +516,12 @@ class LatentLM(nn.Module):
         columns (below T) are there for the cache: what comes back for them means nothing.
         """
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            mask = mask.long() if self._windows or not needs_sight(self.base, mask, embeds) else sighted(mask, embeds)
-        around = partial(self._as_pays, embeds, cache is not None, unread)
+            mask = (
+                mask.long()
+                if self._windows or not has_fully_masked_query(self.base, mask, embeds)
+                else attend_to_self_mask(mask, embeds)
+            )
+        around = partial(self._as_pays, embeds, cache is not None, num_skipped)
         with self._layers_as_set(around), around():
             output = self.base.base_model(
                 inputs_embeds=embeds,
@@ -523,7 +535,7 @@ class LatentLM(nn.Module):
     def _over_passes(self) -> AbstractContextManager[None]:
         if not torch.is_grad_enabled() or self._recomputes_now:
             return nullcontext()
-        return weights_summed_once(self.base)
+        return deferred_weight_gradients(self.base)
 
     @contextmanager
     def _as_pays(self, embeds: Tensor, cached: bool, columns: int) -> Iterator[None]:
@@ -534,13 +546,13 @@ class LatentLM(nn.Module):
         if self._checkpointed:
             yield
             return
-        last = self._last_layer.without(self.base, columns) if self._last_layer and columns else nullcontext()
-        with products_as_pay(self.base.base_model, embeds), in_place_of_torchs(embeds, cached), last:
+        last = self._last_layer.skip_positions(self.base, columns) if self._last_layer and columns else nullcontext()
+        with onednn_linear(self.base.base_model, embeds), patched_sdpa(embeds, cached), last:
             yield
 
     @property
     def _checkpointed(self) -> bool:
-        """By transformers, which is not `recompute`."""
+        """By transformers, which is not `activation_checkpointing`."""
         return self.training and any(getattr(part, "gradient_checkpointing", False) for part in self.base.modules())
 
     def _layers_as_set(self, around: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
@@ -553,8 +565,8 @@ class LatentLM(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """What the head makes of last hidden states: (..., D) to (..., V)."""
         head: Any = self.base.get_output_embeddings()
-        with products_as_pay(head, states):
-            return finish(text_config(self.base), head(states))
+        with onednn_linear(head, states):
+            return postprocess_logits(text_config(self.base), head(states))
 
     @staticmethod
     def _refuse_headless(is_latent_BT: Tensor, is_token_BT: Tensor) -> None:
@@ -573,7 +585,7 @@ def _check_fed(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Non
         return
     lm = LatentLM(base, tokenizer, special)
     ids = torch.tensor(rows, device=lm.device)
-    with evaluating(lm):
+    with eval_mode(lm):
         together = lm(ids, return_logits=True).logits
         alone = [lm(row[None], return_logits=True, use_cache=False).logits for row in ids]
     assert together is not None

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coconut.config import LoraConfig
-from coconut.utils.pretrained import opened
+from coconut.utils.pretrained import load_pretrained
 
 ROWS_FILE = "added_rows.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -59,7 +59,9 @@ class Adapter:
         place = place or self.base
         moved = f"If it has moved: ln -s PLACE {place}, or in Python LatentLM.from_pretrained(FOLDER, base=PLACE)."
         try:
-            base = opened(AutoModelForCausalLM, place, dtype=getattr(torch, self.dtype), attn_implementation=attention)
+            base = load_pretrained(
+                AutoModelForCausalLM, place, dtype=getattr(torch, self.dtype), attn_implementation=attention
+            )
         except (OSError, ValueError) as error:
             lost = Path(place).is_absolute() and not Path(place).exists()
             first = "there is no such folder" if lost else str(error).strip().splitlines()[0]

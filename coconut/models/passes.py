@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coconut.acceleration.cuda_graphs import rounded
+from coconut.acceleration.cuda_graphs import bucket_up
 
 if TYPE_CHECKING:
     pass
 
 
 @dataclass
-class Alignment:
+class PassPlan:
     """How the rows are cut into passes.
 
     Column t of row b goes to `column_BT[b, t]`; `source_BS` is the way back, -1 where there is only
@@ -29,10 +29,12 @@ class Alignment:
 
     column_BT: Tensor
     source_BS: Tensor
-    borders: list[int]
+    pass_bounds: list[int]
 
 
-def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, even: bool = False) -> Alignment:
+def plan_passes(
+    is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, bucket_widths: bool = False
+) -> PassPlan:
     """Cut rows at their thoughts so that K + 1 passes serve all of them, or `min_passes` if that is more.
 
     Each row's last thought stands at the head of the last pass, the one before at the head of the pass
@@ -59,8 +61,8 @@ def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, even: 
     widths_K = count_BK.amax(0)
     more = max(min_passes - K - 1, 0)
     widths_K[0] = widths_K[0].clamp(min=more + 1)
-    if even:
-        widths_K = torch.tensor([rounded(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
+    if bucket_widths:
+        widths_K = torch.tensor([bucket_up(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
     starts_K = widths_K.cumsum(0) - widths_K
     pads_BK = widths_K - count_BK
     pads_BK[:, -1] = 0
@@ -73,7 +75,7 @@ def align(is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, even: 
     borders = list(range(more + 1))
     for width in [widths[0] - more, *widths[1:]]:
         borders.append(borders[-1] + width)
-    return Alignment(column_BT, source_BS, borders)
+    return PassPlan(column_BT, source_BS, borders)
 
 
 def after_last_token(is_token: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coconut.data.tokenization import SpecialIds
 from coconut.methods import REASONING_FILE, Reasoning
 from coconut.utils.files import read_json
-from coconut.utils.pretrained import opened
+from coconut.utils.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,9 @@ def load_base(folder: Path, attention: str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        base, report = opened(AutoModelForCausalLM, folder, output_loading_info=True, attn_implementation=attention)
+        base, report = load_pretrained(
+            AutoModelForCausalLM, folder, output_loading_info=True, attn_implementation=attention
+        )
     except SafetensorError as error:
         raise ValueError(f"The weights in {folder} are damaged: {error}") from error
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:

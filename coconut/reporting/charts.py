@@ -18,7 +18,7 @@ from coconut.analysis.graph_layout import place_nodes
 from coconut.reporting.plots import LIGHT, MOST_NODES, new_figure, styled, whole_ticks
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
-from coconut.utils.files import whole_file
+from coconut.utils.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ DASHED = (0, (4, 3))
 
 def save_png(figure: Figure, path: Path | str) -> None:
     """On white, 200 dots an inch; the file appears whole or not at all."""
-    with styled(), whole_file(path) as part:
+    with styled(), atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=200, facecolor="white")
 
 
@@ -86,7 +86,7 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
         lower = panel(figure, left, top + above + gap, width - left - right, below)
         panels.append(lower)
         _outcomes(lower, rows, seen, columns)
-    own = study.facts["own"]
+    own = study.facts["trained_thoughts"]
     for axes in panels:
         axes.axvspan(own - 0.5, own + 0.5, color=LIGHT["band"], linewidth=0, zorder=0)
         axes.set_xlim(rows[0]["thoughts"] - 0.5, rows[-1]["thoughts"] + 0.5)
@@ -145,7 +145,7 @@ def prefix_values(study: Study, width: float) -> Figure:
                         linewidth=4.5, clip_on=False)  # fmt: skip
             axes.plot(x, [row["value"] for row in rows], color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4,
                       label=told, clip_on=False)  # fmt: skip
-        axes.set_xlim(-0.3, study.facts["own"] + 0.3)
+        axes.set_xlim(-0.3, study.facts["trained_thoughts"] + 0.3)
         axes.xaxis.set_major_locator(whole_ticks(8))
         axes.set_ylim(min(lowest * 1.05, -0.1), 0)
         axes.set_title(title, loc="left", pad=24)
@@ -448,7 +448,7 @@ def audit(study: Study, width: float) -> Figure:
     accuracy = [(row["accuracy"], row["low"], row["high"]) for row in rows]
     changed = [None if row["change"] == "none" else _interval(row, "changed") for row in rows]
     panels = [
-        _Dots("Accuracy", "blue", accuracy, trained, study.facts.get("guess")),
+        _Dots("Accuracy", "blue", accuracy, trained, study.facts.get("chance_accuracy")),
         _Dots("Answers changed", "red", changed),
     ]
     return _dot_chart([row["told"] for row in rows], panels, width)

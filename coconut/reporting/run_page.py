@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from coconut.data.seen_questions import SEEN_IN, all_seen, told_questions
-from coconut.methods import Slot, Stage, method_named
+from coconut.data.seen_questions import SEEN_IN, all_seen, describe_questions
+from coconut.methods import Slot, Stage, get_method
 from coconut.reporting.page import (
     Answer,
     Answers,
@@ -53,16 +53,16 @@ def headline(run: RunRecord) -> Section:
         found = run.evaluations[run.test]
         thoughts = _thoughts(run, found)
         takes = f"{thoughts} and " if thoughts else ""
-        what = f"on {told_questions(found['count'], found.get('seen'))}"
+        what = f"on {describe_questions(found['count'], found.get('seen'))}"
         told = (
             f"{found['correct']:,} of {found['count']:,} right in {Path(found['file']).name}, "
             f"each asked once, with the checkpoint of update {found['step']:,}{_choice(run, found)}. "
             f"An answer takes {takes}{found['mean_new_tokens']:.1f} tokens of language; "
-            f"{percent(found['cut'])} were cut off."
+            f"{percent(found['truncated'])} were cut off."
         )
         if found["left_out"]:
             told += f" {found['left_out']:,} questions were left out, too long for the model's context."
-        parts += [Score(found["accuracy"], what, found["interval"], found["guess"]), Text(told)]
+        parts += [Score(found["accuracy"], what, found["interval"], found["chance_accuracy"]), Text(told)]
     else:
         parts += _how_to_test(run)
     others = [_other(run, name) for name in run.evaluations if name != run.test]
@@ -80,7 +80,7 @@ def _how_to_test(run: RunRecord) -> list[Part]:
     if "test" in run.evaluations:
         why = "Its evaluation was on questions that it was trained or validated on, which is no test."
     data = run.config["data"]
-    ready = (data["test"] or data["files"] or data["build"]) and "test" not in run.evaluations
+    ready = (data["test"] or data["prefix"] or data["build"]) and "test" not in run.evaluations
     file = "" if ready else " data.test=FILE"
     return [
         Text(f"{why} This measures it on questions that it has never seen:"),
@@ -107,14 +107,14 @@ def _other(run: RunRecord, name: str) -> list[str]:
     elif split := all_seen(found):
         what += f"; questions {SEEN_IN[split]}, so no test result"
     elif found.get("seen") and any(found["seen"].values()):
-        what += f"; {told_questions(found['count'], found['seen'])}"
+        what += f"; {describe_questions(found['count'], found['seen'])}"
     return [name, what, f"{found['count']:,}", percent(found["accuracy"])]
 
 
 def _thoughts(run: RunRecord, found: dict[str, Any]) -> str:
     """How many thoughts or pauses an answer took, in words; empty if the method has none."""
     last = run.stages[-1]
-    if last.slot is Slot.nothing:
+    if last.slot is Slot.none:
         return ""
     return counted(found["num_thoughts"] if last.slot is Slot.thought else last.num_thoughts, last.slot.value)
 
@@ -154,7 +154,7 @@ def learning(run: RunRecord) -> Section:
 def _bands(run: RunRecord) -> list[Band]:
     bands, begin = [], 0
     for stage in run.stages:
-        detail = "" if stage.slot is Slot.nothing else counted(stage.num_thoughts, stage.slot.value)
+        detail = "" if stage.slot is Slot.none else counted(stage.num_thoughts, stage.slot.value)
         bands.append(Band(f"stage {stage.index}", detail, begin, begin + run.updates(stage)))
         begin += run.updates(stage)
     return bands
@@ -222,7 +222,7 @@ def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
         gold=row["gold"],
         correct=row["correct"],
         written="" if "".join(row["text"].split()) == "".join(bare.split()) else row["text"].strip(),
-        remark="cut off at the limit of new tokens" if row["cut"] else "",
+        remark="cut off at the limit of new tokens" if row["truncated"] else "",
         picture=graph_picture(row["question"], row["gold"], picture) if draws and picture else None,
     )
 
@@ -232,9 +232,9 @@ def provenance(run: RunRecord) -> Section:
     config, description = run.config, run.description
     optimizer = config["optimizer"]
     micro = f", {config['micro_batch_size']} a pass" if config["micro_batch_size"] else ""
-    warmup = f", after {optimizer['warmup']:,} updates of warm-up" if optimizer["warmup"] else ""
+    warmup = f", after {optimizer['warmup_steps']:,} updates of warm-up" if optimizer["warmup_steps"] else ""
     facts = [
-        ("method", f"{config['method']}: {method_named(config['method']).summary}"),
+        ("method", f"{config['method']}: {get_method(config['method']).summary}"),
         ("task", config["data"]["task"]),
         ("model", _model(description, config["model"])),
         ("parameters", f"{description['parameters']:,}"),
@@ -309,8 +309,8 @@ def _made_new(architecture: dict[str, Any]) -> str:
 
 
 def settings_of_adamw(optimizer: dict[str, Any]) -> str:
-    clip = f"clipping at {optimizer['clip']:g}" if optimizer["clip"] else "no clipping"
-    reset = optimizer.get("reset", "never")
+    clip = f"clipping at {optimizer['max_grad_norm']:g}" if optimizer["max_grad_norm"] else "no clipping"
+    reset = optimizer.get("reset_every", "never")
     made = "" if reset == "never" else f", made anew each {reset}"
     betas = f"betas {optimizer['beta1']:g} and {optimizer['beta2']:g}"
     return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{made}"
@@ -334,4 +334,4 @@ def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section | No
     """The page with these sections, in their order; one that is None has nothing to say of this run."""
     method = run.config["method"]
     made = [made for section in sections if (made := section(run))]
-    return page(run.description["name"], method, method_named(method).summary, run.folder, made)
+    return page(run.description["name"], method, get_method(method).summary, run.folder, made)

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from coconut.analysis.comparable_runs import Entrant
+from coconut.analysis.comparable_runs import ComparableRun
 from coconut.analysis.config import TableConfig
 from coconut.analysis.statistics import (
     RESAMPLES,
@@ -18,15 +18,15 @@ from coconut.analysis.statistics import (
     Group,
     Pair,
     compare,
+    describe_interval,
+    describe_p,
+    describe_seeds,
     differing,
     points,
     ranked,
     same_in_all,
-    told_p,
-    told_range,
-    told_seeds,
 )
-from coconut.methods import method_named
+from coconut.methods import get_method
 from coconut.reporting.page import (
     Aside,
     Code,
@@ -46,7 +46,7 @@ from coconut.reporting.plots import LIGHT, as_svg, new_figure, styled
 from coconut.reporting.run_page import command, counted
 from coconut.runs.record import NONE
 from coconut.runs.study import Study
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.files import write_text
 
 SCREEN = 100  # columns
@@ -102,15 +102,15 @@ PAIR_COLUMNS = ["a pair", "difference", "95 % interval", "p", "p (Holm)"]
 
 
 def pair_cells(pair: Pair) -> list[str]:
-    p, corrected = (told_p(value).removeprefix("p ") for value in (pair.p, pair.p_holm))
-    return [f"{pair.a} to {pair.b}", points(pair.difference), told_range(pair), p, corrected]
+    p, corrected = (describe_p(value).removeprefix("p ") for value in (pair.p, pair.p_holm))
+    return [f"{pair.a} to {pair.b}", points(pair.difference), describe_interval(pair), p, corrected]
 
 
 def _notes(compared: Comparison) -> list[str]:
     """What the columns mean."""
     size = same_in_all([row["batch_size"] for row in compared.rows])
     at = f"in batches of {size}" if size else "in the batches of each evaluation"
-    guess = compared.found["guess"]
+    guess = compared.found["chance_accuracy"]
     notes = [
         ("" if guess is None else f"Guessing: {percent(guess)}. ")
         + "Accuracy: mean over seeds; sd: over seeds; interval: other questions and seeds.",
@@ -134,7 +134,7 @@ def markdown(compared: Comparison) -> str:
     seeds = sorted({run.seed for run in compared.runs})
     measured = (
         f"{found['count']:,} questions of {Path(found['file']).name} (SHA-256 {found['sha256'][:12]}), asked once of "
-        f"each run's best checkpoint; seed{'s' * (len(seeds) > 1)} {told_seeds(seeds)}; "
+        f"each run's best checkpoint; seed{'s' * (len(seeds) > 1)} {describe_seeds(seeds)}; "
         f"{'; '.join(_machines(compared.runs))}; {when}."
     )
     lines += ["", measured, *_notes(compared), "", f"`{compared.command}`"]
@@ -143,7 +143,7 @@ def markdown(compared: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machines(runs: Sequence[Entrant]) -> list[str]:
+def _machines(runs: Sequence[ComparableRun]) -> list[str]:
     """Those that the runs ended on."""
     machines = [run.record.description["sessions"][-1]["machine"] for run in runs]
     told = [
@@ -160,7 +160,7 @@ def study(compared: Comparison) -> Study:
         "questions": found["count"],
         "file": found["file"],
         "sha256": found["sha256"],
-        "guess": found["guess"],
+        "chance_accuracy": found["chance_accuracy"],
         "command": compared.command,
         "resamples": RESAMPLES,
         "pairs": [{**asdict(pair), "told_apart": pair.told_apart} for pair in compared.pairs],
@@ -170,7 +170,7 @@ def study(compared: Comparison) -> Study:
     return Study("table", compared.rows, facts)
 
 
-def _run_facts(group: Group, run: Entrant) -> dict[str, Any]:
+def _run_facts(group: Group, run: ComparableRun) -> dict[str, Any]:
     description = run.record.description
     return {
         "group": group.label,
@@ -201,7 +201,7 @@ def html(compared: Comparison, folder: Path) -> str:
 def headline(compared: Comparison) -> Section:
     best = compared.best
     what = best["method"] + (f", the highest of {len(compared.groups)}" if len(compared.groups) > 1 else "")
-    parts: list[Part] = [Score(best["accuracy"], what, (best["low"], best["high"]), compared.found["guess"])]
+    parts: list[Part] = [Score(best["accuracy"], what, (best["low"], best["high"]), compared.found["chance_accuracy"])]
     if compared.warnings:
         parts.append(Lead(compared.warnings))
     return Section("headline", None, parts)
@@ -214,7 +214,7 @@ def table(compared: Comparison) -> Section:
         accuracies(compared, 720, "accuracies-wide"),
         accuracies(compared, 350, "accuracies-narrow"),
         f"Accuracies with their intervals: {told}.",
-        caption if compared.found["guess"] is None else f"{caption} The dashed line is guessing.",
+        caption if compared.found["chance_accuracy"] is None else f"{caption} The dashed line is guessing.",
     )
     shown = Table(COLUMNS, [cells(row) for row in compared.rows], len(COLUMNS) - 1)
     return Section("table", "The table", [figure, shown, Text(" ".join(_notes(compared)))])
@@ -262,7 +262,7 @@ def provenance(compared: Comparison) -> Section:
     told = [", ".join(f"{name} {number}" for name, number in each.items() if number) for each in versions]
     keys = differing([run.settings for run in runs])
     facts = [
-        *((method, method_named(method).summary) for method in methods),
+        *((method, get_method(method).summary) for method in methods),
         ("settings that differ", ", ".join(keys) if keys else "none but the seed"),
         ("machine", "; ".join(_machines(runs))),
         ("versions", "; ".join(dict.fromkeys(told))),
@@ -283,7 +283,7 @@ def provenance(compared: Comparison) -> Section:
     )
 
 
-def _run_row(label: str, run: Entrant) -> list[str]:
+def _run_row(label: str, run: ComparableRun) -> list[str]:
     updates = f"{run.record.description['updates']:,}"
     if origin := run.record.description["init"]:
         updates = f"{run.before:,} of {Path(origin).parent.parent.name} + {updates}"
@@ -291,7 +291,7 @@ def _run_row(label: str, run: Entrant) -> list[str]:
     return [str(run.folder), label, str(run.seed), updates, f"{run.found['step']:,}", right]
 
 
-def _revision(run: Entrant) -> str:
+def _revision(run: ComparableRun) -> str:
     git = run.record.description["sessions"][-1]["git"]
     return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "") if git else "git not known"
 
@@ -305,7 +305,7 @@ def accuracies(compared: Comparison, width: float, name: str) -> str:
     height = each * len(compared.rows) + 30
     figure = new_figure(width, height)
     axes = figure.add_axes((left / width, 26 / height, 1 - (left + right) / width, 1 - 30 / height))
-    guess = compared.found["guess"]
+    guess = compared.found["chance_accuracy"]
     seeds = [[run.found["accuracy"] for run in group.runs] for group in compared.groups]
     lowest = min([row["low"] for row in compared.rows] + [min(each) for each in seeds] + [guess or 1.0])
     axes.set_xlim(max(0.0, (20 * lowest - 0.5) // 1 / 20), 1)
@@ -345,10 +345,10 @@ def run(config: TableConfig) -> int:
     study(compared).write(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
-    say(on_screen(compared))
+    log(on_screen(compared))
     for warning in compared.warnings:
-        say(wrapped(f"warning: {warning}"))
-    say(f"Table: {folder / 'table.html'}, and beside it .md, .csv, .json")
+        log(wrapped(f"warning: {warning}"))
+    log(f"Table: {folder / 'table.html'}, and beside it .md, .csv, .json")
     return 0
 
 

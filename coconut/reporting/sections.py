@@ -54,7 +54,7 @@ def how_many(run: RunRecord) -> Section | None:
         return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
     parts: list[Part] = [Text(seen)] if seen else []
     if study := run.studies.get("k_forcing"):
-        parts.append(Text(" ".join(told_k_forcing(study, noun, run.guess))))
+        parts.append(Text(" ".join(describe_k_forcing(study, noun, run.guess))))
         if study.facts["warning"]:
             parts.append(Text(study.facts["warning"]))
         caption = (
@@ -80,9 +80,9 @@ def how_many(run: RunRecord) -> Section | None:
     return Section("how-many", title, parts) if parts else None
 
 
-def told_k_forcing(study: Study, noun: str = "thought", guess: float | None = None) -> list[str]:
+def describe_k_forcing(study: Study, noun: str = "thought", guess: float | None = None) -> list[str]:
     """In sentences, how the accuracy depends on the number of thoughts."""
-    own = next(row for row in study.rows if row["thoughts"] == study.facts["own"])
+    own = next(row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"])
     others = [row for row in study.rows if row is not own]
 
     def with_numbers(rows: list[Row]) -> str:
@@ -116,7 +116,7 @@ def told_k_forcing(study: Study, noun: str = "thought", guess: float | None = No
 
 def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
     kinds = {of: [row for row in study.rows if row["of"] == of and row["steps"] is None] for of in charts.PREFIXES}
-    parts: list[Part] = [Text(" ".join(told_prefix_values(study)))]
+    parts: list[Part] = [Text(" ".join(describe_prefix_values(study)))]
     if study.facts["warning"]:
         parts.append(Text(study.facts["warning"]))
     caption = (
@@ -135,7 +135,7 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
     return [*parts, *_figure(drawings(run), "prefix_values", told, caption), Aside("The numbers", [table])]
 
 
-def told_prefix_values(study: Study) -> list[str]:
+def describe_prefix_values(study: Study) -> list[str]:
     """In sentences, what each thought adds to the log-probability of the right answer."""
     rows = [row for row in study.rows if row["of"] == "answer" and row["steps"] is None]
     after = [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
@@ -186,7 +186,7 @@ def _stopping(study: Study) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownQuestion:
     """A question with its index in the test file, and its rows of the study `values`; chosen out of `count`."""
 
     index: int
@@ -196,7 +196,7 @@ class Sample:
     values: Study
 
 
-def sample(run: RunRecord) -> Sample | None:
+def sample(run: RunRecord) -> ShownQuestion | None:
     """A question answered rightly whose path has two edges or more: the one with most forks, and then the first.
 
     A fork is a moment when one node ahead leads to the target and another does not. It is chosen from the
@@ -210,11 +210,11 @@ def sample(run: RunRecord) -> Sample | None:
         rows_of.setdefault(row["question"], []).append(row)
     decoded = {row["question"] for row in run.studies["decoded"].rows} if "decoded" in run.studies else set()
     for pool in (decoded & rows_of.keys(), rows_of.keys()):
-        found: list[tuple[int, Sample]] = []
+        found: list[tuple[int, ShownQuestion]] = []
         for index in sorted(pool):
             if index in questions and _may_be_shown(questions[index], rows_of[index]):
                 asked, rows = questions[index], Study("values", rows_of[index], study.facts)
-                found.append((_forks(rows), Sample(index, len(pool), asked["text"], asked["gold"], rows)))
+                found.append((_forks(rows), ShownQuestion(index, len(pool), asked["text"], asked["gold"], rows)))
         if found:
             return max(found, key=lambda pair: pair[0])[1]
     return None
@@ -278,7 +278,7 @@ def _beware(values: Study) -> list[Part]:
     return [Text(" ".join(told))] if told else []
 
 
-def _tree(drawn: Drawings, chosen: Sample) -> list[Part]:
+def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
     asked, rows = prosqa.parse_question(chosen.question), chosen.values.rows
     target = prosqa.read_target(chosen.answer)
     told = (
@@ -307,7 +307,7 @@ def _tree(drawn: Drawings, chosen: Sample) -> list[Part]:
     return [Heading("One question, thought by thought"), Text(told), legend, *figure]
 
 
-def _decoded(run: RunRecord, chosen: Sample | None) -> list[Part]:
+def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
     study, questions = run.studies.get("decoded"), _asked(run)
     if not study or not study.rows:
         return []
@@ -337,7 +337,7 @@ def _decoded(run: RunRecord, chosen: Sample | None) -> list[Part]:
     return [Heading("The thoughts read as words"), Text(told), Ranked(words)]
 
 
-def _names_at_distance(words: list[tuple[str, list[tuple[str, float]]]], chosen: Sample) -> str:
+def _names_at_distance(words: list[tuple[str, list[tuple[str, float]]]], chosen: ShownQuestion) -> str:
     """How many thoughts are likeliest read as a node as far from the root as they have come."""
     c = chosen.values.facts["thoughts_per_step"]
     distance = {row["node"]: row["distance"] for row in chosen.values.rows}

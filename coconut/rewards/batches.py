@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coconut.completions.completion import Sample
-from coconut.completions.scoring import Policy, Scored
+from coconut.completions.completion import Completion
+from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
-from coconut.rewards.labelled_answers import Labelled
+from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.losses import Loss
 from coconut.rewards.value_model import values
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class RewardBatch(Scored):
+class RewardBatch(CompletionBatch):
     """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
 
     `reference` (N,): log-probabilities of the whole answers. `right` (N,): whether they are right. `units`: answers or
@@ -35,12 +35,12 @@ class RewardBatch(Scored):
     counts: Tensor
     reference: Tensor
     right: Tensor
-    zero: Tensor
-    units: int
+    reference_point: Tensor
+    num_items: int
 
     @property
     def num_targets(self) -> int:
-        return self.units
+        return self.num_items
 
     @property
     def owner(self) -> Tensor:
@@ -49,38 +49,38 @@ class RewardBatch(Scored):
 
 
 def reward_batch(
-    samples: Sequence[Sample],
+    samples: Sequence[Completion],
     reference_N: Tensor,
     right_N: Tensor,
     special: SpecialIds,
     passes: int,
     *,
-    zero: Tensor | None = None,
-    units: int | None = None,
+    reference_point: Tensor | None = None,
+    num_items: int | None = None,
 ) -> RewardBatch:
     """These answers as a micro-batch; `units`: pairs, if it is not the answers that count."""
     return RewardBatch(
-        **vars(Scored.of(samples, special, passes)),
+        **vars(CompletionBatch.of(samples, special, passes)),
         counts=torch.tensor([len(sample.log_probs) for sample in samples]),
         reference=reference_N,
         right=right_N,
-        zero=torch.zeros(()) if zero is None else zero,
-        units=len(reference_N) if units is None else units,
+        reference_point=torch.zeros(()) if reference_point is None else reference_point,
+        num_items=len(reference_N) if num_items is None else num_items,
     )
 
 
-def reward_loss(loss: Loss, policy: Policy, beta: float, weight: float = 1.0) -> Any:
+def reward_loss(loss: Loss, policy: SamplingDistribution, beta: float, weight: float = 1.0) -> Any:
     """An engine's loss function. `weight`: wrong answers for each right one, for a loss that weighs them."""
 
     def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
         log_probs_M = policy.log_probs(module, batch)
-        if not batch.units:
+        if not batch.num_items:
             return 0.0 * log_probs_M.sum()
         sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, batch.owner, log_probs_M)
         rewards_N = beta * (sums_N - batch.reference)
         if loss.pairs:
             return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
-        shifted = (batch.zero, weight) if loss.shifted else ()
+        shifted = (batch.reference_point, weight) if loss.uses_reference_point else ()
         return loss.of(rewards_N, batch.right, *shifted).sum()
 
     return summed
@@ -91,7 +91,7 @@ def value_loss(loss: Loss, token: int) -> Any:
 
     def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
         values_M = values(module, batch, token)
-        if not batch.units:
+        if not batch.num_items:
             return 0.0 * values_M.sum()
         return (loss.of(values_M, batch.right[batch.owner]) / batch.counts[batch.owner]).sum()
 
@@ -99,18 +99,18 @@ def value_loss(loss: Loss, token: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerSet:
     """Answers to several questions, one after the other; `question` (N,) says whose each is."""
 
-    samples: list[Sample]
+    completions: list[Completion]
     right: np.ndarray
     question: np.ndarray
 
     @classmethod
-    def of(cls, labelled: Sequence[Labelled]) -> Answers:
-        counts = [len(row.samples) for row in labelled]
+    def of(cls, labelled: Sequence[LabelledAnswers]) -> AnswerSet:
+        counts = [len(row.completions) for row in labelled]
         return cls(
-            samples=[sample for row in labelled for sample in row.samples],
+            completions=[sample for row in labelled for sample in row.completions],
             right=np.array([right for row in labelled for right in row.correct]),
             question=np.repeat(np.arange(len(labelled)), counts),
         )
@@ -125,7 +125,7 @@ class Answers:
         return np.array(found, int).reshape(-1, 2)
 
 
-def preference(rewards: np.ndarray, answers: Answers) -> dict[str, float]:
+def preference(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
     """How well rewards tell right answers from wrong ones to the same question.
 
     `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
@@ -143,10 +143,10 @@ def preference(rewards: np.ndarray, answers: Answers) -> dict[str, float]:
 
 
 def scored_together(
-    score: Callable[[Sequence[Sample]], Sequence[T]], samples: Sequence[Sample], world: World
+    score: Callable[[Sequence[Completion]], Sequence[T]], samples: Sequence[Completion], world: World
 ) -> list[T]:
     """What `score` says of each answer; each process does its share, and all know the outcome."""
     found: dict[int, T] = {}
-    for rank, part in enumerate(world.gather(score(samples[world.rank :: world.size]))):
+    for rank, part in enumerate(world.all_gather_object(score(samples[world.rank :: world.size]))):
         found |= zip(range(rank, len(samples), world.size), part, strict=True)
     return [found[place] for place in range(len(samples))]

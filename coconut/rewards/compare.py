@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.completions.completion import Sample
-from coconut.completions.rollouts import Correctness
+from coconut.completions.completion import Completion
+from coconut.completions.rollouts import CorrectnessReward
 from coconut.evaluation.evaluator import answer_key
 from coconut.rewards.aggregation import (
     SUBSETS,
@@ -26,8 +26,8 @@ from coconut.rewards.aggregation import (
     voted,
 )
 from coconut.rewards.implicit import ImplicitReward
-from coconut.rewards.labelled_answers import Labelled
-from coconut.rewards.monte_carlo import gone_on, step_labels
+from coconut.rewards.labelled_answers import LabelledAnswers
+from coconut.rewards.monte_carlo import continue_completions, step_labels
 from coconut.rewards.step_spans import step_count
 from coconut.rewards.value_model import ValueModel
 from coconut.runs.study import Study
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScorerResult:
     """What a scorer says of the parts of answers, in the order of the questions and of their answers.
 
     `seconds`, and `tokens` that went through a model, of each model that they went through. `values`: whether a part is
@@ -51,7 +51,7 @@ class Scored:
     values: bool = False
 
     @property
-    def ways(self) -> tuple[str, ...]:
+    def aggregations(self) -> tuple[str, ...]:
         """Of making one score of those of the parts. The sum of values means nothing."""
         return ("min", "last") if self.values else ("sum", "min", "last")
 
@@ -60,45 +60,49 @@ class Scored:
         return of_steps(self.parts, "last") if self.values else 1 / (1 + np.exp(-of_steps(self.parts, "sum")))
 
 
-def samples_of(labelled: Sequence[Labelled]) -> list[Sample]:
-    return [sample for row in labelled for sample in row.samples]
+def samples_of(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
+    return [sample for row in labelled for sample in row.completions]
 
 
-def implicit(name: str, reward: ImplicitReward, labelled: Sequence[Labelled], batch_size: int = 256) -> Scored:
+def implicit(
+    name: str, reward: ImplicitReward, labelled: Sequence[LabelledAnswers], batch_size: int = 256
+) -> ScorerResult:
     begin, samples = time.perf_counter(), samples_of(labelled)
     parts = [row.tolist() for row in reward.steps(samples, batch_size)]
-    return Scored(name, parts, time.perf_counter() - begin, 2 * sum(len(sample.layout.ids) for sample in samples))
+    return ScorerResult(name, parts, time.perf_counter() - begin, 2 * sum(len(sample.layout.ids) for sample in samples))
 
 
-def valued(name: str, model: ValueModel, labelled: Sequence[Labelled], batch_size: int = 256) -> Scored:
+def valued(name: str, model: ValueModel, labelled: Sequence[LabelledAnswers], batch_size: int = 256) -> ScorerResult:
     begin, samples = time.perf_counter(), samples_of(labelled)
     parts = [row.tolist() for row in model.parts(samples, batch_size)]
     tokens = sum(len(sample.layout.ids) for sample in samples)
-    return Scored(name, parts, time.perf_counter() - begin, tokens, values=True)
+    return ScorerResult(name, parts, time.perf_counter() - begin, tokens, values=True)
 
 
-def monte_carlo(lm: LatentLM, judge: Correctness, labelled: Sequence[Labelled], **options: Any) -> Scored:
+def monte_carlo(
+    lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], **options: Any
+) -> ScorerResult:
     """The shares of rollouts from the end of each step that come out right; `options` are those of `step_labels`."""
     begin = time.perf_counter()
     found = step_labels(lm, judge, labelled, **options)
     parts = [shares or [1.0] for shares in found.shares]
-    return Scored("rollouts", parts, time.perf_counter() - begin, found.tokens, values=True)
+    return ScorerResult("rollouts", parts, time.perf_counter() - begin, found.tokens, values=True)
 
 
 def selections(
-    labelled: Sequence[Labelled], scored: Sequence[Scored], judge: Correctness, sizes: Sequence[int]
+    labelled: Sequence[LabelledAnswers], scored: Sequence[ScorerResult], judge: CorrectnessReward, sizes: Sequence[int]
 ) -> Study:
     """How often the answer that each scorer takes of n is right, for each number n of samples, with 95 % intervals.
 
     `more`: than the majority's on the same questions.
     Raises ValueError unless every question has as many answers as the others.
     """
-    counts = {len(row.samples) for row in labelled}
+    counts = {len(row.completions) for row in labelled}
     if len(counts) != 1:
         raise ValueError(f"Some questions have {min(counts)} answers and some {max(counts)}; all must have as many.")
     [N] = counts
     right_QN = np.array([row.correct for row in labelled], float)
-    answers = [[answer_key(judge.task, sample.text, judge.form) for sample in row.samples] for row in labelled]
+    answers = [[answer_key(judge.task, sample.text, judge.form) for sample in row.completions] for row in labelled]
     rows: list[dict[str, Any]] = []
 
     def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
@@ -113,7 +117,7 @@ def selections(
         add("oracle", "any right", size, any_right(right_QN, size))
         add("majority", "vote", size, majority_Q)
         for scorer in scored:
-            for way in scorer.ways:
+            for way in scorer.aggregations:
                 scores_QN = of_steps(scorer.parts, way).reshape(right_QN.shape)
                 add(scorer.name, way, size, best_of(scores_QN, right_QN, size))
             weights_QN = scorer.weights().reshape(right_QN.shape)
@@ -124,10 +128,10 @@ def selections(
 
 
 def localisation(
-    development: Sequence[Labelled],
-    asked: Sequence[Labelled],
-    scored: Sequence[tuple[Scored, Scored]],
-    judge: Correctness,
+    development: Sequence[LabelledAnswers],
+    asked: Sequence[LabelledAnswers],
+    scored: Sequence[tuple[ScorerResult, ScorerResult]],
+    judge: CorrectnessReward,
 ) -> Study:
     """How well each scorer finds the first wrong step, by a threshold that the development answers choose.
 
@@ -137,7 +141,7 @@ def localisation(
     if check is None:
         raise ValueError(f"{judge.task.name} has no exact check of steps: nothing says where the first error is.")
     form, read = judge.form, judge.task.read_steps
-    told = [[(row.example.question, s.text) for row in part for s in row.samples] for part in (development, asked)]
+    told = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, asked)]
     truth = [[check(asks, read(text, form)) for asks, text in part] for part in told]
     rows = []
     for pair in scored:
@@ -163,7 +167,7 @@ def localisation(
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRewardModel:
     """A reward model's training: the answers that it was updated with, counted as often as they were.
 
     `compared`: with a reference, that was asked once about all of them. `shifted`: by the mean reward of each update,
@@ -178,7 +182,11 @@ class Trained:
 
 
 def costs(
-    models: Sequence[Trained], answers: Sequence[Labelled], parameters: int, rollouts: Scored | None, of: int
+    models: Sequence[TrainedRewardModel],
+    answers: Sequence[LabelledAnswers],
+    parameters: int,
+    rollouts: ScorerResult | None,
+    of: int,
 ) -> Study:
     """What it takes to know of steps what the labels of so many answers say: a training, or rollouts for labels.
 
@@ -206,7 +214,12 @@ def costs(
 
 
 def bounds(
-    reward: ImplicitReward, labelled: Sequence[Labelled], *, continuations: int = 64, prefixes: int = 200, seed: int = 0
+    reward: ImplicitReward,
+    labelled: Sequence[LabelledAnswers],
+    *,
+    continuations: int = 64,
+    prefixes: int = 200,
+    seed: int = 0,
 ) -> Study:
     """Whether E_ref[r] <= q <= max r, where q is the value of a prefix and r are the rewards of whole answers that the
     reference gives after it (arXiv 2412.01981, proposition 3.1).
@@ -215,12 +228,12 @@ def bounds(
     beta log mean exp(r / beta), which over all continuations is q itself.
     """
     draw = np.random.default_rng(seed)
-    samples = [sample for sample in samples_of(labelled) if len(sample.said) > 1]
+    samples = [sample for sample in samples_of(labelled) if len(sample.completion_ids) > 1]
     chosen = [samples[i] for i in draw.choice(len(samples), min(prefixes, len(samples)), replace=False)]
     cuts = [int(draw.integers(1, len(sample.said))) for sample in chosen]
     values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
     begun = [sample.saying(sample.said[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
-    found = gone_on(reward.reference, begun, continuations, seed=seed, batch_size=32)
+    found = continue_completions(reward.reference, begun, continuations, seed=seed, batch_size=32)
     rows = []
     for sample, value, several in zip(begun, values, found, strict=True):
         whole = [sample.saying([*sample.said, *more]) for more in several]
@@ -250,6 +263,9 @@ def all_bounds(studies: Mapping[str, Study]) -> Study:
     return Study("bounds", rows)
 
 
-def first_answers(labelled: Sequence[Labelled], questions: int, answers: int = 8) -> list[Labelled]:
+def first_answers(labelled: Sequence[LabelledAnswers], questions: int, answers: int = 8) -> list[LabelledAnswers]:
     """The first answers to each of the first questions."""
-    return [replace(row, samples=row.samples[:answers], correct=row.correct[:answers]) for row in labelled[:questions]]
+    return [
+        replace(row, completions=row.completions[:answers], correct=row.correct[:answers])
+        for row in labelled[:questions]
+    ]

@@ -17,7 +17,7 @@ from coconut.config import (
     needs_run,
     refuse_cuda_graphs,
 )
-from coconut.rewards.losses import loss_named
+from coconut.rewards.losses import get_loss
 from coconut.utils.overrides import PathName
 
 
@@ -69,7 +69,7 @@ class RewardModelConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("", self, epochs=1, batch_size=2, micro_batch_size=2, validate_every=0, save_every=0)
-        loss_named(self.loss)
+        get_loss(self.loss)
         refuse_cuda_graphs(self.engine, "a reward model")
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be above 0, since it is what a reward is measured in.")
@@ -92,7 +92,7 @@ class CompareConfig:
     development: PathName = ""  # other ones, that choose thresholds; by default the first run's validation answers
     checkpoint: str = "best"
     rollouts: int = 0  # Monte-Carlo rollouts from each step; 0: none
-    stepwise: int = 100  # questions whose first errors are looked for, with the first 8 answers to each
+    num_step_questions: int = 100  # questions whose first errors are looked for, with the first 8 answers to each
     too_long: TooLong = TooLong.error  # an answer longer than the model's context; skip: with all of its question
     output: PathName = ""  # by default the folder that all runs lie in
     batch_size: int = 256

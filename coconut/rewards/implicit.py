@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Sample
-from coconut.completions.scoring import Policy
+from coconut.completions.completion import Completion
+from coconut.completions.scoring import SamplingDistribution
 from coconut.rewards.step_spans import parts_said
-from coconut.runs.loading import run_of
+from coconut.runs.loading import run_folder_of
 from coconut.runs.record import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json, sha256
 
@@ -46,7 +46,7 @@ def reference_of(run: Path | str) -> Path:
 
     Raises ValueError if it is no such run, or if that model is not there any more, or is another one by now.
     """
-    folder = run_of(str(run))
+    folder = run_folder_of(str(run))
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     if not {"loss", "beta", "init"} <= config.keys():
         raise ValueError(
@@ -75,21 +75,21 @@ class ImplicitReward:
     reference: LatentLM
     beta: float
 
-    def tokens(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
+    def tokens(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(M,) for each answer: the reward of each of its tokens."""
-        policy = Policy.of(self.lm.special)
+        policy = SamplingDistribution.of(self.lm.special)
         mine, its = (policy.score(lm, samples, batch_size) for lm in (self.lm, self.reference))
         return [self.beta * (a - b) for a, b in zip(mine, its, strict=True)]
 
-    def steps(self, samples: Sequence[Sample], batch_size: int = 256) -> list[Tensor]:
+    def steps(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each answer: the rewards of its steps, and of the answer itself last."""
         return [
             by_part(row, self.parts(sample))
             for row, sample in zip(self.tokens(samples, batch_size), samples, strict=True)
         ]
 
-    def parts(self, sample: Sample) -> list[int]:
-        return parts_said(self.lm, sample.said)
+    def parts(self, sample: Completion) -> list[int]:
+        return parts_said(self.lm, sample.completion_ids)
 
 
 def by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A file is JSON lines, one for each question:
 
-    {"question": "...", "answer": "...", "steps": [...], "samples": [{"text": "...", "correct": true, ...}, ...]}
+    {"question": "...", "answer": "...", "steps": [...], "completions": [{"text": "...", "correct": true, ...}, ...]}
 
 Besides text and label a sample may hold `ids`, the tokens that were said (with the end of the sequence, unless the
 answer was cut off), `mode` and `num_thoughts`. Without ids the text is encoded, and taken to be whole.
@@ -17,11 +17,11 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.completions.completion import Sample, sample_said
+from coconut.completions.completion import Completion, completion_from_ids
 from coconut.completions.rollouts import Group
 from coconut.data.examples import Example, Unreadable, completed, existing, json_rows
 from coconut.data.tokenization import encode_questions, encode_texts
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledAnswers:
     """The answers to one question, and which of them are right."""
 
     example: Example
-    samples: tuple[Sample, ...]
+    completions: tuple[Completion, ...]
     correct: tuple[bool, ...]
 
-    def only(self, which: Sequence[bool]) -> Labelled:
+    def only(self, which: Sequence[bool]) -> LabelledAnswers:
         """Those of its answers."""
-        return replace(self, samples=tuple(compress(self.samples, which)), correct=tuple(compress(self.correct, which)))
+        return replace(
+            self, samples=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
+        )
 
 
 def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
@@ -47,16 +49,21 @@ def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
         {
             "text": sample.text,
             "correct": bool(right),
-            "ids": sample.said,
+            "ids": sample.completion_ids,
             "mode": sample.mode,
             "num_thoughts": sample.num_thoughts,
             "new_tokens": sample.new_tokens,
-            "cut": sample.cut,
+            "truncated": sample.truncated,
         }
-        for sample, right in zip(group.samples, correct, strict=True)
+        for sample, right in zip(group.completions, correct, strict=True)
     ]
     example = group.example
-    return {"question": example.question, "answer": example.answer, "steps": list(example.steps), "samples": samples}
+    return {
+        "question": example.question,
+        "answer": example.answer,
+        "steps": list(example.steps),
+        "completions": samples,
+    }
 
 
 def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
@@ -64,7 +71,7 @@ def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool = False) -> list[Labelled]:
+def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool = False) -> list[LabelledAnswers]:
     """As this model has them.
 
     With `skip` answers that are, with their questions, longer than its context are left out, and with `alike` all
@@ -75,14 +82,16 @@ def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool
     asked = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
     found = []
     for row, question in zip(rows, asked, strict=True):
-        samples = tuple(_sample(lm, question, said) for said in row["samples"])
+        samples = tuple(_sample(lm, question, said) for said in row["completions"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
-        found.append(Labelled(example, samples, tuple(said["correct"] for said in row["samples"])))
-    return _fitting(path, found, lm.context, skip, alike)
+        found.append(LabelledAnswers(example, samples, tuple(said["correct"] for said in row["completions"])))
+    return _fitting(path, found, lm.max_sequence_length, skip, alike)
 
 
-def _fitting(path: Path | str, labelled: list[Labelled], context: int, skip: bool, alike: bool) -> list[Labelled]:
-    fits = [[len(sample.layout.ids) <= context for sample in row.samples] for row in labelled]
+def _fitting(
+    path: Path | str, labelled: list[LabelledAnswers], context: int, skip: bool, alike: bool
+) -> list[LabelledAnswers]:
+    fits = [[len(sample.layout.ids) <= context for sample in row.completions] for row in labelled]
     count = sum(map(len, fits))
     if not (too_long := count - sum(map(sum, fits))):
         return labelled
@@ -93,7 +102,7 @@ def _fitting(path: Path | str, labelled: list[Labelled], context: int, skip: boo
         shown = [
             f"answer {number} to question {n} ({len(sample.layout.ids)} tokens)"
             for n, row in enumerate(labelled, 1)
-            for number, sample in enumerate(row.samples, 1)
+            for number, sample in enumerate(row.completions, 1)
             if len(sample.layout.ids) > context
         ]
         more = f" and {too_long - 5} more" if too_long > 5 else ""
@@ -104,16 +113,16 @@ def _fitting(path: Path | str, labelled: list[Labelled], context: int, skip: boo
         )
     left_out = count - sum(map(sum, fits))
     others = ", and all others to the same questions" if alike else ""
-    say(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others}.")
+    log(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others}.")
     return kept
 
 
-def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Sample:
+def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Completion:
     ids = said.get("ids")
     if ids is None:
         [ids] = encode_texts(lm.tokenizer, [said["text"]])
         ids = [*ids, lm.special.eos]
-    return sample_said(
+    return completion_from_ids(
         lm, question, ids, text=said["text"], mode=said.get("mode", ""), num_thoughts=said.get("num_thoughts")
     )
 
@@ -135,11 +144,11 @@ def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
         return row
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         return "it must be an object with question, answer, steps and samples"
-    if not isinstance(row.get("samples"), list) or not row["samples"]:
+    if not isinstance(row.get("completions"), list) or not row["completions"]:
         return "it has no samples"
     if not isinstance(row.get("steps"), list):
         return f"steps is {row.get('steps')!r}; it must be a list of texts"
-    for number, said in enumerate(row["samples"], 1):
+    for number, said in enumerate(row["completions"], 1):
         if not isinstance(said, dict) or not isinstance(said.get("text"), str):
             return f"sample {number} has no text"
         if not isinstance(said.get("correct"), bool):

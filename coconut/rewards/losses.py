@@ -29,14 +29,14 @@ def nca(better_P: Tensor, worse_P: Tensor) -> Tensor:
     return -F.logsigmoid(better_P) - 0.5 * (F.logsigmoid(-better_P) + F.logsigmoid(-worse_P))
 
 
-def kto(rewards_N: Tensor, labels_N: Tensor, zero: Tensor, weight: float = 1.0) -> Tensor:
+def kto(rewards_N: Tensor, labels_N: Tensor, reference_point: Tensor, weight: float = 1.0) -> Tensor:
     """(N,) weight (1 - sigma(r - zero)) for a right answer, 1 - sigma(zero - r) for a wrong one.
 
     `zero`, a scalar without gradient: the mean reward of the update, at least 0 (Ethayarajh et al., arXiv 2402.01306,
     eq. 8; there an estimate of the divergence). `weight`: wrong answers for each right one, so that both kinds weigh
     the same, which the paper advises.
     """
-    apart_N = rewards_N - zero
+    apart_N = rewards_N - reference_point
     right_N = labels_N.bool()
     missed_N = torch.sigmoid(torch.where(right_N, -apart_N, apart_N))
     return torch.where(right_N, weight * missed_N, missed_N)
@@ -51,20 +51,20 @@ class Loss:
 
     of: Callable[..., Tensor]
     pairs: bool = False
-    shifted: bool = False
-    valued: bool = False
+    uses_reference_point: bool = False
+    is_value_model: bool = False
 
 
 LOSSES: dict[str, Loss] = {
     "ce": Loss(cross_entropy),
-    "kto": Loss(kto, shifted=True),
+    "kto": Loss(kto, uses_reference_point=True),
     "dpo": Loss(dpo, pairs=True),
     "nca": Loss(nca, pairs=True),
-    "value": Loss(cross_entropy, valued=True),
+    "value": Loss(cross_entropy, is_value_model=True),
 }
 
 
-def loss_named(name: str) -> Loss:
+def get_loss(name: str) -> Loss:
     """Raises ValueError that lists the names."""
     if name not in LOSSES:
         raise ValueError(f"There is no loss {name!r}. The losses are: {', '.join(LOSSES)}.")

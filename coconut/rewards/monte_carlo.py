@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.completions.completion import Sample, question_of
-from coconut.completions.rollouts import Correctness
+from coconut.completions.completion import Completion, question_of
+from coconut.completions.rollouts import CorrectnessReward
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import Slot
-from coconut.rewards.labelled_answers import Labelled
+from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.step_spans import parts_said, step_count
 from coconut.utils.torch_utils import seeded
 
@@ -45,8 +45,8 @@ class StepLabels:
 @torch.no_grad()
 def step_labels(
     lm: LatentLM,
-    judge: Correctness,
-    labelled: Sequence[Labelled],
+    judge: CorrectnessReward,
+    labelled: Sequence[LabelledAnswers],
     *,
     rollouts: int = 8,
     seed: int = 0,
@@ -58,22 +58,22 @@ def step_labels(
     """
     eos, form = lm.special.eos, lm.reasoning.format
     begun: dict[
-        tuple[int, tuple[int, ...]], Sample
+        tuple[int, tuple[int, ...]], Completion
     ] = {}  # by its question and its tokens: an answer up to a step's end
     ends: list[list[tuple[int, tuple[int, ...]]]] = []  # of each answer, where its steps end
     for n, row in enumerate(labelled):
-        for sample in row.samples:
-            parts = parts_said(lm, sample.said)
+        for sample in row.completions:
+            parts = parts_said(lm, sample.completion_ids)
             cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, form))]
-            prefixes = [sample.saying(sample.said[:cut]) for cut in cuts]
+            prefixes = [sample.saying(sample.completion_ids[:cut]) for cut in cuts]
             ends.append([(n, tuple(prefix.layout.ids.tolist())) for prefix in prefixes])
             begun |= zip(ends[-1], prefixes, strict=True)
     wanted = sorted(begun)
     prefixes = [begun[end] for end in wanted]
     tokens, shares = sum(len(ids) for _, ids in wanted), {}
-    found = gone_on(lm, prefixes, rollouts, seed=seed, batch_size=batch_size)
+    found = continue_completions(lm, prefixes, rollouts, seed=seed, batch_size=batch_size)
     for end, prefix, several in zip(wanted, prefixes, found, strict=True):
-        whole = [[token for token in [*prefix.said, *more] if token != eos] for more in several]
+        whole = [[token for token in [*prefix.completion_ids, *more] if token != eos] for more in several]
         texts = [str(lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in whole]
         shares[end] = float(np.mean([judge.right(labelled[end[0]].example, text) for text in texts]))
         tokens += sum(token != eos for more in several for token in more)
@@ -81,8 +81,8 @@ def step_labels(
 
 
 @torch.no_grad()
-def gone_on(
-    lm: LatentLM, begun: Sequence[Sample], count: int, *, seed: int = 0, batch_size: int = 64
+def continue_completions(
+    lm: LatentLM, begun: Sequence[Completion], count: int, *, seed: int = 0, batch_size: int = 64
 ) -> list[list[list[int]]]:
     """So many continuations of each answer, sampled from the model: their tokens, with the end of the sequence unless
     they were cut off. An answer that has ended, or fills the model's context, has empty ones.
@@ -93,12 +93,12 @@ def gone_on(
             ids, mask = pad_rows(prompts, lm.special.pad)
             out = lm.generate(ids, mask, do_sample=True, num_return_sequences=count, **options)
             for row, place in enumerate(places):
-                found[place] = [out.said(i) for i in range(row * count, (row + 1) * count)]
+                found[place] = [out.completion_ids(i) for i in range(row * count, (row + 1) * count)]
     return [found.get(place, [[]] * count) for place in range(len(begun))]
 
 
 def _batches(
-    lm: LatentLM, begun: Sequence[Sample], size: int
+    lm: LatentLM, begun: Sequence[Completion], size: int
 ) -> Iterator[tuple[list[int], list[list[int]], dict[str, Any]]]:
     """The places of the answers that go on together, the prompts, and what else `generate` is told.
 
@@ -106,18 +106,24 @@ def _batches(
     slot, which `generate` adds, and those of equal length go together.
     """
     reasoning, ended = lm.reasoning, lm.special.eos
-    open_ = [i for i, s in enumerate(begun) if len(s.layout.ids) < lm.context and s.said[-1:] != [ended]]
-    if not (reasoning.modes or reasoning.markers or reasoning.slot is not Slot.nothing):
+    open_ = [
+        i
+        for i, s in enumerate(begun)
+        if len(s.layout.ids) < lm.max_sequence_length and s.completion_ids[-1:] != [ended]
+    ]
+    if not (reasoning.modes or reasoning.markers or reasoning.slot is not Slot.none):
         whole = [begun[i].layout.ids.tolist() for i in open_]
         for rows in longest_first(whole, size):
             yield [open_[row] for row in rows], [whole[row] for row in rows], {}
         return
-    for width in sorted({len(begun[i].said) for i in open_}):
-        alike = [i for i in open_ if len(begun[i].said) == width]
+    for width in sorted({len(begun[i].completion_ids) for i in open_}):
+        alike = [i for i in open_ if len(begun[i].completion_ids) == width]
         questions = [question_of(lm, begun[i]) for i in alike]
         for rows in longest_first(questions, size):
             chosen = [begun[alike[row]] for row in rows]
-            options: dict[str, Any] = {"begun": torch.tensor([sample.said for sample in chosen], dtype=torch.long)}
+            options: dict[str, Any] = {
+                "begun": torch.tensor([sample.completion_ids for sample in chosen], dtype=torch.long)
+            }
             if reasoning.modes:
                 options["mode"] = [sample.mode for sample in chosen]
             elif reasoning.slot is Slot.thought:

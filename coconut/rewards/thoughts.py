@@ -26,7 +26,7 @@ from coconut.data.sequences import slot_ids
 from coconut.generation.generate import longest_first
 from coconut.methods import Slot
 from coconut.models.losses import target_log_probs
-from coconut.utils.torch_utils import evaluating
+from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -96,7 +96,7 @@ def _read(
     table: Any = lm.base.get_input_embeddings()
     means_NKD = torch.zeros(thoughts.shape)
     log_probs: dict[int, Tensor] = {}
-    with evaluating(lm):
+    with eval_mode(lm):
         for places in longest_first(rows, batch_size):
             ids_BT = pad_sequence([torch.tensor(rows[i]) for i in places], batch_first=True).to(lm.device)
             counts = [len(said[i]) for i in places]
@@ -108,7 +108,7 @@ def _read(
             embeds_BTD = table(ids_BT)
             embeds_BTD[is_thought_BT] = thoughts[places].to(embeds_BTD).flatten(0, 1)
             everything_BT = torch.ones_like(ids_BT)  # nothing looks at the padding, which stands at the end
-            states_BTD = lm.states(embeds_BTD, everything_BT, everything_BT.cumsum(1) - 1)
+            states_BTD = lm.hidden_states(embeds_BTD, everything_BT, everything_BT.cumsum(1) - 1)
             before = states_BTD[is_thought_BT.roll(-1, 1)]
             means_NKD[places] = before.float().cpu().view(len(places), *thoughts.shape[1:])
             logits_MV = lm.logits(states_BTD[is_said_BT.roll(-1, 1)])

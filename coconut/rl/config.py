@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coconut.config import AdamWConfig, RunConfig, at_least, refuse_cuda_graphs
-from coconut.rl.objectives import Objective, objective_named
+from coconut.rl.objectives import Objective, get_objective
 from coconut.utils.overrides import Place
 
 
@@ -20,20 +20,23 @@ class ObjectiveConfig:
     """
 
     name: str = "degrpo"
-    control: float | None = None
-    slowed: float | None = None
-    low: float | None = None
-    high: float | None = None
-    scaled: bool | None = None
-    beta: float = 0.001
+    control_token_weight: float | None = None
+    control_token_scale: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    normalize_advantages: bool | None = None
+    kl_coef: float = 0.001
 
     def __post_init__(self) -> None:
         at_least("objective.", self, control=0, slowed=0, low=0, high=0, beta=0)
         self.built()
 
     def built(self) -> Objective:
-        changes = {name: getattr(self, name) for name in ("control", "slowed", "low", "high", "scaled")}
-        return objective_named(self.name, **changes)
+        changes = {
+            name: getattr(self, name)
+            for name in ("control_token_weight", "control_token_scale", "clip_low", "clip_high", "normalize_advantages")
+        }
+        return get_objective(self.name, **changes)
 
 
 @dataclass
@@ -43,21 +46,21 @@ class RewardConfig:
     `limits`: the most new tokens of a mode; a longer answer earns `wrong`.
     """
 
-    costs: dict[str, float] = field(default_factory=dict)
-    wrong: float = -1.0
-    limits: dict[str, int] = field(default_factory=dict)
+    mode_costs: dict[str, float] = field(default_factory=dict)
+    incorrect_reward: float = -1.0
+    max_mode_tokens: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for mode, cost in self.costs.items():
+        for mode, cost in self.mode_costs.items():
             if cost != cost or abs(cost) == float("inf"):
-                raise ValueError(f"reward.costs.{mode} is {cost}; it must be a number.")
-        for mode, limit in self.limits.items():
+                raise ValueError(f"reward.mode_costs.{mode} is {cost}; it must be a number.")
+        for mode, limit in self.max_mode_tokens.items():
             if limit < 1:
-                raise ValueError(f"reward.limits.{mode} is {limit}; it must be at least 1.")
+                raise ValueError(f"reward.max_mode_tokens.{mode} is {limit}; it must be at least 1.")
 
 
 @dataclass
-class DenseConfig:
+class ProcessRewardConfig:
     """A reward for each token, beta log pi_phi/pi_ref, of a model that learns beside the policy (arXiv 2502.01456).
 
     `weight`: of these rewards in the advantages, beside those of whole answers; 0: none. `init`: a run of
@@ -71,25 +74,31 @@ class DenseConfig:
     beta: float = 0.05
     online: bool = True
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
-    between: list[float] | None = None
+    accuracy_range: list[float] | None = None
 
     def __post_init__(self) -> None:
         at_least("dense.", self, weight=0)
         if not self.beta > 0:
             raise ValueError(
-                f"dense.beta is {self.beta}; it must be above 0, since it is what a reward is measured in."
+                f"process_reward.beta is {self.beta}; it must be above 0, since it is what a reward is measured in."
             )
         if not self.weight and (self.init or not self.online):
             key = f"init={self.init}" if self.init else "online=false"
-            raise ValueError(f"dense.{key} is about dense rewards, and there are none. Set dense.weight, to 1 perhaps.")
+            raise ValueError(
+                f"dense.{key} is about dense rewards, and there are none. Set process_reward.weight, to 1 perhaps."
+            )
         if not self.online and not self.init:
             raise ValueError(
-                "dense.online=false leaves a reward model that equals its reference, which rewards nothing. Name a "
-                "trained one: dense.init=RUN, a run of python -m coconut.reward."
+                "process_reward.online=false leaves a reward model that equals its reference, which rewards "
+                "nothing. Name a "
+                "trained one: process_reward.init=RUN, a run of python -m coconut.reward."
             )
-        if self.between is not None and not (len(self.between) == 2 and 0 <= self.between[0] < self.between[1] <= 1):
+        if self.accuracy_range is not None and not (
+            len(self.accuracy_range) == 2 and 0 <= self.accuracy_range[0] < self.accuracy_range[1] <= 1
+        ):
             raise ValueError(
-                f"dense.between is {self.between}; it is two shares of right answers, the lower one first, such as "
+                f"process_reward.accuracy_range is {self.accuracy_range}; it is two shares of right answers, the "
+                "lower one first, such as "
                 "[0.2,0.8]."
             )
 
@@ -100,15 +109,15 @@ class RLConfig(RunConfig):
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    dense: DenseConfig = field(default_factory=DenseConfig)
+    process_reward: ProcessRewardConfig = field(default_factory=ProcessRewardConfig)
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
-    batches: int = 100  # of rollouts, each learned from and thrown away
-    questions: int = 128  # a batch, over all processes
-    samples: int = 8  # answers to each question
+    num_steps: int = 100  # of rollouts, each learned from and thrown away
+    prompts_per_step: int = 128  # a batch, over all processes
+    group_size: int = 8  # answers to each question
     temperature: float = 1.0
     num_minibatches: int = 1  # updates that the questions of a batch are divided into
     num_iterations: int = 1  # times that a batch is gone through
-    drop_without_variance: bool = False  # groups whose answers were rewarded alike leave the denominators too
+    drop_zero_variance_groups: bool = False  # groups whose answers were rewarded alike leave the denominators too
     rollout_batch_size: int = 64  # questions that are answered at once, by one process
     validate_every: int = 10  # batches; always before the first and after the last
     save_every: int = 0  # batches between further checkpoints; 0: only with each validation
@@ -124,20 +133,21 @@ class RLConfig(RunConfig):
                 "Name the model to start from, a run or a checkpoint: init=RUN. One that chooses how to answer is made "
                 "by python -m coconut.train method=hybrid_warmup."
             )
-        if self.samples < 2:
+        if self.group_size < 2:
             raise ValueError(
-                f"samples is {self.samples}. An answer is compared with the others to its question: take 2 or more."
+                f"samples is {self.group_size}. An answer is compared with the others to its question: take 2 or more."
             )
-        if self.dense.weight and self.objective.built().scaled:
+        if self.process_reward.weight and self.objective.built().normalize_advantages:
             raise ValueError(
                 f"objective.name={self.objective.name} divides advantages by their group's deviation, which those of "
-                "dense rewards are not. Set objective.scaled=false."
+                "dense rewards are not. Set objective.normalize_advantages=false."
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; answers are sampled, so it must be above 0.")
-        if self.num_minibatches > self.questions:
+        if self.num_minibatches > self.prompts_per_step:
             raise ValueError(
-                f"num_minibatches={self.num_minibatches} is more than there are questions in a batch, {self.questions}."
+                f"num_minibatches={self.num_minibatches} is more than there are questions in a batch, "
+                f"{self.prompts_per_step}."
             )
 
     @property

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from coconut.completions.completion import Sample
-from coconut.completions.scoring import Policy, Scored
+from coconut.completions.completion import Completion
+from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
-from coconut.rl.objectives import Objective, Totals, clipped, k3
+from coconut.rl.objectives import Objective, Totals, clipped, kl_k3
 
 if TYPE_CHECKING:
     pass
 
 
 @dataclass
-class PolicyBatch(Scored):
+class PolicyBatch(CompletionBatch):
     """A micro-batch of answers; of each sampled token (M,) what its term needs.
 
     `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
@@ -41,13 +41,13 @@ class PolicyBatch(Scored):
         return len(self.advantages)
 
 
-def for_tokens(gains_N: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
+def broadcast_to_tokens(advantages_N: Tensor, samples: Sequence[Completion]) -> list[Tensor]:
     """One number an answer as one for each of its sampled tokens."""
-    return [gain.expand(len(sample.log_probs)) for gain, sample in zip(gains_N, samples, strict=True)]
+    return [gain.expand(len(sample.log_probs)) for gain, sample in zip(advantages_N, samples, strict=True)]
 
 
 def policy_batch(
-    samples: Sequence[Sample],
+    samples: Sequence[Completion],
     advantages: Sequence[Tensor],
     objective: Objective,
     totals: Totals,
@@ -57,7 +57,7 @@ def policy_batch(
     passes: int = 1,
 ) -> PolicyBatch:
     """Answers with the advantages of their sampled tokens as a micro-batch of a batch that has `totals` in all."""
-    made = Scored.of(samples, special, max(passes, *(sample.passes for sample in samples)))
+    made = CompletionBatch.of(samples, special, max(passes, *(sample.passes for sample in samples)))
     lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
     weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
     return PolicyBatch(
@@ -69,7 +69,7 @@ def policy_batch(
     )
 
 
-def totals_of(samples: Sequence[Sample], budget: int) -> Totals:
+def totals_of(samples: Sequence[Completion], budget: int) -> Totals:
     """Of all answers of an update."""
     tokens, controls = (sum(map(len, (s.log_probs for s in samples))), sum(int(s.is_control.sum()) for s in samples))
     return Totals(len(samples), tokens, controls, budget)
@@ -82,21 +82,21 @@ class PolicyLoss:
     `divergences`: of each micro-batch that has a reference, the sum of its tokens' k3.
     """
 
-    policy: Policy
+    policy: SamplingDistribution
     objective: Objective
-    beta: float
+    kl_coef: float
     divergences: list[Tensor] = field(default_factory=list)
 
     def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
         log_probs_M = self.policy.log_probs(module, batch)
         old_M = log_probs_M.detach() if batch.old is None else batch.old
-        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.low, self.objective.high)
+        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high)
         loss = (batch.weights * terms_M).sum()
         if batch.reference is None:
             return loss
-        apart_M = k3(log_probs_M, batch.reference)
+        apart_M = kl_k3(log_probs_M, batch.reference)
         self.divergences.append(apart_M.detach().sum())
-        return loss + self.beta * (batch.kl_weights * apart_M).sum()
+        return loss + self.kl_coef * (batch.kl_weights * apart_M).sum()
 
     def divergence(self) -> float:
         """The sum over all micro-batches since the last call."""

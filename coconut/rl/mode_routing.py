@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class ModeOutcomes:
     """What comes of every question in every mode, (Q, M) each.
 
     `tokens`: of language. `passes`: forward passes one after the other. `chances`: how likely the model takes the mode.
@@ -61,7 +61,7 @@ def in_each_mode(lm: LatentLM, task: Task, examples: Sequence[Example], **option
     }
 
 
-def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> Outcomes:
+def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> ModeOutcomes:
     """What comes of each example in each mode, greedily, and how likely the model would take it.
 
     `options` are those of `evaluate`.
@@ -69,14 +69,14 @@ def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: A
     return gathered(lm, examples, in_each_mode(lm, task, examples, **options))
 
 
-def gathered(lm: LatentLM, examples: Sequence[Example], forced: Mapping[str, list[Prediction]]) -> Outcomes:
+def gathered(lm: LatentLM, examples: Sequence[Example], forced: Mapping[str, list[Prediction]]) -> ModeOutcomes:
     """The outcomes of these predictions."""
 
     def table(name: str) -> Numbers:
         return np.array([[float(getattr(p, name)) for p in row] for row in forced.values()]).T
 
     chances = mode_chances(lm, examples) if lm.reasoning.modes else np.ones((len(examples), 1))
-    return Outcomes(tuple(forced), table("correct"), table("new_tokens"), table("passes"), chances)
+    return ModeOutcomes(tuple(forced), table("correct"), table("new_tokens"), table("passes"), chances)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def states(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -
     return torch.stack([found[place] for place in range(len(rows))])
 
 
-def cheapest_right(known: Outcomes) -> NDArray[np.int64]:
+def cheapest_right(known: ModeOutcomes) -> NDArray[np.int64]:
     """(Q,) of the modes that are right the one with fewest passes; where none is, the one with fewest."""
     return np.where(known.correct > 0, known.passes, known.passes + known.passes.max() + 1).argmin(1)
 
@@ -105,7 +105,9 @@ def cheapest_right(known: Outcomes) -> NDArray[np.int64]:
 class Classifier:
     """One hidden layer on the model's state after a question, fitted to name the cheapest mode that is right."""
 
-    def __init__(self, states_QD: torch.Tensor, known: Outcomes, *, hidden: int = 64, steps: int = 300, seed: int = 0):
+    def __init__(
+        self, states_QD: torch.Tensor, known: ModeOutcomes, *, hidden: int = 64, steps: int = 300, seed: int = 0
+    ):
         self.mean, self.scale = states_QD.mean(0), states_QD.std(0) + 1e-6
         with seeded(seed):
             self.net = nn.Sequential(
@@ -124,7 +126,7 @@ class Classifier:
         return self.net((states_QD - self.mean) / self.scale).argmax(1).numpy()
 
 
-def routes(known: Outcomes, classified: NDArray[np.int64] | None = None) -> dict[str, Numbers]:
+def routes(known: ModeOutcomes, classified: NDArray[np.int64] | None = None) -> dict[str, Numbers]:
     """(Q, M) each: how likely a router takes each mode. `classified` (Q,): what a classifier says."""
     one_M = np.eye(len(known.modes))
     own = one_M[known.chosen]
@@ -137,7 +139,7 @@ def routes(known: Outcomes, classified: NDArray[np.int64] | None = None) -> dict
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutingResult:
     """Expected values over the questions. `interval`: of the accuracy, 95 %; Wilson's, or where a router takes its mode
     by chance that of questions drawn anew.
     """
@@ -149,7 +151,7 @@ class Routed:
     shares: dict[str, float]
 
 
-def compare(known: Outcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[str, Routed]:
+def compare(known: ModeOutcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[str, RoutingResult]:
     """What each of the routers comes to on the same questions."""
     Q = len(known.chosen)
     draws_RQ = np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))
@@ -161,7 +163,7 @@ def compare(known: Outcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[s
             low, high = wilson.low, wilson.high
         else:
             low, high = np.quantile(right_Q[draws_RQ].mean(1), [0.025, 0.975])
-        found[name] = Routed(
+        found[name] = RoutingResult(
             accuracy=float(right_Q.mean()),
             interval=(float(low), float(high)),
             tokens=float((route_QM * known.tokens).sum(1).mean()),
@@ -171,7 +173,7 @@ def compare(known: Outcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[s
     return found
 
 
-def of_modes(known: Outcomes, rows: NDArray[np.int64]) -> dict[str, float]:
+def of_modes(known: ModeOutcomes, rows: NDArray[np.int64]) -> dict[str, float]:
     """Of these questions, for each mode: how often it is chosen, how likely it is, how often it is right if forced."""
     found: dict[str, float] = {}
     for number, mode in enumerate(known.modes if known.modes != ("",) else ()):
@@ -183,7 +185,7 @@ def of_modes(known: Outcomes, rows: NDArray[np.int64]) -> dict[str, float]:
     return found
 
 
-def by_steps(known: Outcomes, examples: Sequence[Example]) -> list[dict[str, float]]:
+def by_steps(known: ModeOutcomes, examples: Sequence[Example]) -> list[dict[str, float]]:
     """`of_modes` for the questions of each number of steps, which is how hard they are."""
     steps_Q = np.array([len(example.steps) for example in examples])
     return [

@@ -66,34 +66,34 @@ class Objective:
     """
 
     denominator: Denominator
-    scaled: bool = False
-    control: float | None = None
-    slowed: float = 1.0
-    low: float = 0.2
-    high: float = 0.2
+    normalize_advantages: bool = False
+    control_token_weight: float | None = None
+    control_token_scale: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
 
     def weights(self, lengths_N: Tensor, is_control_M: Tensor, totals: Totals) -> tuple[Tensor, Tensor]:
         """w and v, both (M,), float32. `lengths` counts an answer's sampled tokens, the control token among them."""
         owner_M = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
         whole_M = 1 / self.denominator(lengths_N, totals).float()[owner_M]
-        if self.control is None:
-            return torch.where(is_control_M, self.slowed * whole_M, whole_M), whole_M
+        if self.control_token_weight is None:
+            return torch.where(is_control_M, self.control_token_scale * whole_M, whole_M), whole_M
         controls_N = torch.zeros_like(lengths_N).scatter_add(0, owner_M, is_control_M.to(lengths_N))
         rest = replace(totals, tokens=totals.tokens - totals.controls, controls=0)
         rest_M = 1 / self.denominator(lengths_N - controls_N, rest).float()[owner_M]
-        alone = self.slowed * self.control / totals.answers
+        alone = self.control_token_scale * self.control_token_weight / totals.answers
         return torch.where(is_control_M, torch.full_like(rest_M, alone), rest_M), whole_M
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "grpo": Objective(per_answer, scaled=True),  # Shao et al., arXiv 2402.03300, eq. 3
+    "grpo": Objective(per_answer, normalize_advantages=True),  # Shao et al., arXiv 2402.03300, eq. 3
     "dr_grpo": Objective(per_budget),  # Liu et al., arXiv 2503.20783, section 3.2
-    "dapo": Objective(per_token, scaled=True, high=0.28),  # Yu et al., arXiv 2503.14476, eq. 8
-    "degrpo": Objective(per_answer, control=1e-3),  # Fang et al., arXiv 2505.13379, eq. 8
+    "dapo": Objective(per_token, normalize_advantages=True, clip_high=0.28),  # Yu et al., arXiv 2503.14476, eq. 8
+    "degrpo": Objective(per_answer, control_token_weight=1e-3),  # Fang et al., arXiv 2505.13379, eq. 8
 }
 
 
-def objective_named(name: str, **changes: Any) -> Objective:
+def get_objective(name: str, **changes: Any) -> Objective:
     """The entry of OBJECTIVES, with what is not None in place of its own. Raises ValueError that lists the names."""
     if name not in OBJECTIVES:
         raise ValueError(f"There is no objective {name!r}. The objectives are: {', '.join(OBJECTIVES)}.")
@@ -111,7 +111,7 @@ def advantages(rewards_GS: Tensor, scaled: bool) -> Tensor:
     return centred_GS / (rewards_GS.std(1, keepdim=True) + LEAST_DEVIATION) if scaled else centred_GS
 
 
-def without_variance(rewards_GS: Tensor) -> Tensor:
+def has_zero_variance(rewards_GS: Tensor) -> Tensor:
     """(G,) groups whose answers were all rewarded alike: their advantages are zero, they teach nothing."""
     return (rewards_GS == rewards_GS[:, :1]).all(1)
 
@@ -122,7 +122,7 @@ def clipped(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float
     return torch.max(-ratio_M * advantages_M, -ratio_M.clamp(1 - low, 1 + high) * advantages_M)
 
 
-def k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:
+def kl_k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:
     """(M,) an estimate of KL(policy || reference) that is never negative (http://joschu.net/blog/kl-approx.html)."""
     apart_M = reference_M - log_probs_M
     return torch.expm1(apart_M) - apart_M

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Sample, needs, shares
-from coconut.completions.rollouts import Correctness, Group
-from coconut.completions.scoring import Policy
-from coconut.engine.base import Engine, NonFinite, restore_master
+from coconut.completions.completion import Completion, needs, shard_by_length
+from coconut.completions.rollouts import CorrectnessReward, Group
+from coconut.completions.scoring import SamplingDistribution
+from coconut.engine.base import Engine, NonFiniteUpdate, restore_master
 from coconut.engine.factory import make_engine
 from coconut.models.latent_lm import LatentLM
-from coconut.rewards.batches import Answers, RewardBatch, preference, reward_batch, reward_loss, scored_together
+from coconut.rewards.batches import AnswerSet, RewardBatch, preference, reward_batch, reward_loss, scored_together
 from coconut.rewards.implicit import reference_of
-from coconut.rewards.losses import LOSSES, cross_entropy, loss_named
+from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
 from coconut.runs.checkpoints import load_trainer
-from coconut.runs.loading import computed_as, in_float32, run_of, weights_of
+from coconut.runs.loading import in_float32, match_dtypes, resolve_weights, run_folder_of
 from coconut.runs.record import read_config
-from coconut.runs.state import Standing
-from coconut.training.loop import Diverged
+from coconut.runs.state import TrainingState
+from coconut.training.loop import NonFiniteLossError
 
 REWARD_MODEL = "reward_model"  # in a checkpoint; in the run's folder, if it stays as it is
 REWARD_REFERENCE = "reward_reference"  # in the run's folder, if it is not what the policy started from
@@ -70,7 +70,7 @@ class Judged:
         return token_advantages(self.group.rewards, self.tokens, weight)
 
 
-class DenseRewards:
+class OnlineProcessReward:
     """A reward model beside a policy: r_phi,t = beta log pi_phi(y_t)/pi_ref(y_t).
 
     `policy`: the model whose answers are rewarded. `start`: what the run started from, if that is the reference, and
@@ -82,109 +82,114 @@ class DenseRewards:
         self,
         config: RLConfig,
         folder: Path,
-        standing: Standing,
-        judge: Correctness,
+        standing: TrainingState,
+        judge: CorrectnessReward,
         policy: LatentLM,
         init: Path,
         start: LatentLM | None,
         device: torch.device,
         size: int,
     ):
-        self.config, self.folder, self.judge, self.size = config.dense, folder, judge, size
-        self.world, self.standing = standing.world, standing
-        self.found = standing.found / REWARD_MODEL if standing.found and config.dense.online else None
+        self.config, self.folder, self.judge, self.size = config.process_reward, folder, judge, size
+        self.world, self.training_state = standing.world, standing
+        self.resume_from = (
+            standing.resume_from / REWARD_MODEL if standing.resume_from and config.process_reward.online else None
+        )
         self.updates = standing.state.get("dense_updates", 0)
-        self.lm = LatentLM.from_pretrained(standing.world.first_does(lambda: self._model(init)))
-        if not self.found:
+        self.lm = LatentLM.from_pretrained(standing.world.on_main_process(lambda: self._model(init)))
+        if not self.resume_from:
             in_float32(self.lm)
         self.lm.eval()
         if self.lm.special != policy.special or self.lm.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(
-                f"dense.init={config.dense.init} has other tokens than the policy, whose answers it is to reward. Name "
+                f"process_reward.init={config.process_reward.init} has other tokens than the policy, whose answers "
+                "it is to reward. Name "
                 "a reward model that was made from the same model."
             )
         reference = start or LatentLM.from_pretrained(self._own_reference())
-        self.policy = Policy.of(self.lm.special)
+        self.policy = SamplingDistribution.of(self.lm.special)
         self.engine: Engine | None = None
-        if config.dense.online:
-            if self.found:
-                restore_master(self.lm, load_trainer(self.found))
-            loss = reward_loss(LOSSES["ce"], self.policy, config.dense.beta)
-            self.engine = make_engine(self.lm, loss, config.engine, config.dense.optimizer, self.world)
+        if config.process_reward.online:
+            if self.resume_from:
+                restore_master(self.lm, load_trainer(self.resume_from))
+            loss = reward_loss(LOSSES["ce"], self.policy, config.process_reward.beta)
+            self.engine = make_engine(self.lm, loss, config.engine, config.process_reward.optimizer, self.world)
         else:
             self.lm.to(device)
-        self.reference = computed_as(reference, self.lm, device)
+        self.reference = match_dtypes(reference, self.lm, device)
 
     def _model(self, init: Path) -> Path:
-        if self.standing.found:
-            return self.found or self.folder / REWARD_MODEL
+        if self.training_state.resume_from:
+            return self.resume_from or self.folder / REWARD_MODEL
         if not self.config.init:
             return init
         reference_of(self.config.init)
-        trained = read_config(run_of(self.config.init))
-        if loss_named(trained["loss"]).valued:
+        trained = read_config(run_folder_of(self.config.init))
+        if get_loss(trained["loss"]).is_value_model:
             raise ValueError(
                 f"{self.config.init} was trained with loss={trained['loss']}: it says what prefixes are worth, and has "
-                "no implicit rewards. Name a model of another loss with dense.init=RUN."
+                "no implicit rewards. Name a model of another loss with process_reward.init=RUN."
             )
         beta = trained["beta"]
         if beta != self.config.beta:
             raise ValueError(
-                f"dense.beta is {self.config.beta:g}, and {self.config.init} was trained with {beta:g}. Set "
-                f"dense.beta={beta:g}; dense.weight says how much its rewards count."
+                f"process_reward.beta is {self.config.beta:g}, and {self.config.init} was trained with {beta:g}. Set "
+                f"process_reward.beta={beta:g}; process_reward.weight says how much its rewards count."
             )
-        return weights_of(self.config.init)
+        return resolve_weights(self.config.init)
 
     def _own_reference(self) -> Path:
-        return self.folder / REWARD_REFERENCE if self.standing.found else reference_of(str(self.config.init))
+        return (
+            self.folder / REWARD_REFERENCE if self.training_state.resume_from else reference_of(str(self.config.init))
+        )
 
     @property
-    def beside(self) -> dict[str, Engine]:
+    def extra_models(self) -> dict[str, Engine]:
         """What is kept in checkpoints."""
         return {REWARD_MODEL: self.engine} if self.engine else {}
 
     def keep(self) -> None:
         """Copies in the run's folder of what does not change, since where it came from may go."""
         if self.config.init:
-            self.standing.keep_copy(self.folder / REWARD_REFERENCE, self.reference)
+            self.training_state.snapshot_model(self.folder / REWARD_REFERENCE, self.reference)
         if not self.engine:
-            self.standing.keep_copy(self.folder / REWARD_MODEL, self.lm)
+            self.training_state.snapshot_model(self.folder / REWARD_MODEL, self.lm)
 
-    def rehearse(self, samples: Sequence[Sample]) -> None:
+    def dry_run(self, samples: Sequence[Completion]) -> None:
         if self.engine:
             nothing_N = torch.zeros(len(samples))
-            self.engine.rehearse(self._batch(samples, nothing_N, nothing_N.bool(), 1))
+            self.engine.dry_run(self._batch(samples, nothing_N, nothing_N.bool(), 1))
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Go on where the checkpoint was written. After a rehearsal."""
-        if self.engine and self.found:
-            self.engine.load_state_dict(load_trainer(self.found))
+        if self.engine and self.resume_from:
+            self.engine.load_state_dict(load_trainer(self.resume_from))
 
     def rewards(self, groups: Sequence[Group]) -> list[Judged]:
         """Of all answers of a batch, by the reward model as it is before it learns from them.
 
         The paper's "single forward"; an update with them and one of the policy may follow in either order.
         """
-        self.world.mark("rewarding tokens")
-        samples = [sample for group in groups for sample in group.samples]
+        self.world.set_activity("rewarding tokens")
+        samples = [sample for group in groups for sample in group.completions]
         with self._whole() as lm:
 
-            def score(share: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
+            def score(share: Sequence[Completion]) -> list[tuple[Tensor, Tensor]]:
                 mine, its = (self.policy.score(model, share, self.size) for model in (lm, self.reference))
                 return list(zip(mine, its, strict=True))
 
             scored = iter(scored_together(score, samples, self.world))
-        return [self._judged(group, [next(scored) for _ in group.samples]) for group in groups]
+        return [self._judged(group, [next(scored) for _ in group.completions]) for group in groups]
 
     def _whole(self) -> AbstractContextManager[Any]:
-        return self.engine.whole() if self.engine else nullcontext(self.lm)
+        return self.engine.full_module() if self.engine else nullcontext(self.lm)
 
     def _judged(self, group: Group, scored: Sequence[tuple[Tensor, Tensor]]) -> Judged:
         return Judged(
             group,
             tokens=[self.config.beta * (mine - its) for mine, its in scored],
             reference=torch.stack([its.sum() for _, its in scored]),
-            right=torch.tensor([self.judge.right(group.example, sample.text) for sample in group.samples]),
+            right=torch.tensor([self.judge.right(group.example, sample.text) for sample in group.completions]),
         )
 
     @staticmethod
@@ -202,7 +207,7 @@ class DenseRewards:
                 found[f"dense_reward_{name}"] = float(rewards_N[kind_N].mean())
         if any(its.right.any() and not its.right.all() for its in judged):
             question_N = np.repeat(np.arange(len(judged)), [len(its.tokens) for its in judged])
-            answers = Answers([], right_N.numpy(), question_N)
+            answers = AnswerSet([], right_N.numpy(), question_N)
             found["dense_pairs"] = preference(rewards_N.numpy(), answers)["pairs"]
         return found
 
@@ -210,27 +215,28 @@ class DenseRewards:
         """Learn which of these answers are right, by cross-entropy; a reward model that stays as it is does not."""
         if not self.engine:
             return {}
-        self.world.mark(f"in update {self.updates + 1} of the reward model")
-        samples = [sample for its in judged for sample in its.group.samples]
+        self.world.set_activity(f"in update {self.updates + 1} of the reward model")
+        samples = [sample for its in judged for sample in its.group.completions]
         reference_N, right_N = torch.cat([its.reference for its in judged]), torch.cat([its.right for its in judged])
         needed = [needs([sample]) for sample in samples]
-        rows = [*samples, samples[0].muted()]  # place -1 is the muted one
+        rows = [*samples, samples[0].without_targets()]  # place -1 is the muted one
         parts = []
-        for places, passes in shares(needed, self.size, self.world.rank, self.world.size):
+        for places, passes in shard_by_length(needed, self.size, self.world.rank, self.world.size):
             counted = [place for place in places if place >= 0]
             parts.append(self._batch([rows[i] for i in places], reference_N[counted], right_N[counted], passes))
         lr = self.config.optimizer.learning_rate(self.updates)
         try:
             done = self.engine.update(parts, lr)
-        except NonFinite as error:
-            raise Diverged(
+        except NonFiniteUpdate as error:
+            raise NonFiniteLossError(
                 f"The loss of update {self.updates + 1} of the reward model is {error.loss}, its gradient norm "
-                f"{error.grad_norm}. It was not applied. Lower dense.optimizer.lr, or set dense.optimizer.clip=1."
+                f"{error.grad_norm}. It was not applied. Lower process_reward.optimizer.lr, or set "
+                "process_reward.optimizer.max_grad_norm=1."
             ) from error
         self.updates += 1
         return {"dense_grad_norm": done.grad_norm, "dense_lr": lr}
 
-    def _batch(self, samples: Sequence[Sample], reference_N: Tensor, right_N: Tensor, passes: int) -> RewardBatch:
+    def _batch(self, samples: Sequence[Completion], reference_N: Tensor, right_N: Tensor, passes: int) -> RewardBatch:
         return reward_batch(
             samples, reference_N, right_N, self.lm.special, max(passes, *(sample.passes for sample in samples))
         )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.analysis.graph_layout import Point
-from coconut.data.seen_questions import most_seen, told_questions
-from coconut.methods import mode_named
+from coconut.data.seen_questions import describe_questions, most_seen
+from coconut.methods import parse_mode
 from coconut.reporting.charts import panel, share_axis
 from coconut.reporting.page import Figure, Heading, Legend, Part, Score, Section, Table, Text, page, percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
@@ -69,7 +69,7 @@ def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
                 draw_line(chances, by_steps(run.valid[-1], mode), colour, 1.5, mode, dots=True)
                 faint = by_steps(run.valid[0], mode)
                 chances.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
-    last = max(run.config["batches"] for run in runs)
+    last = max(run.config["num_steps"] for run in runs)
     for axes, title in ((shares, "Share of the answers"), (right_ones, "Right, when made to")):
         axes.set_xlim(0, last)
         axes.set_xlabel("batches", loc="right")
@@ -106,7 +106,7 @@ def reward_curve(run: RunRecord, width: float) -> Drawing:
     axes = panel(figure, 40, 30, width - 54, 126)
     draw_line(axes, smooth(run.train, "reward"), "muted", 1.2, "sampled", dots=False)
     draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, its likeliest answers", dots=True)
-    axes.set_xlim(0, run.config["batches"])
+    axes.set_xlim(0, run.config["num_steps"])
     axes.set_xlabel("batches", loc="right")
     axes.xaxis.set_major_locator(whole_ticks(8))
     axes.set_title("Reward", loc="left")
@@ -126,7 +126,7 @@ def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
 
 def _legend(modes: Sequence[str]) -> Legend:
     entries = []
-    for number, mode in enumerate(map(mode_named, modes)):
+    for number, mode in enumerate(map(parse_mode, modes)):
         told = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
         words = told or f"{counted(mode.num_thoughts, 'thought')} and the answer"
         entries.append((COLOURS[number % len(COLOURS)], f"{mode.token}: {words}"))
@@ -146,8 +146,8 @@ def report(run: RunRecord) -> str:
 
 def headline(run: RunRecord) -> Section:
     parts: list[Part] = []
-    if run.step < run.config["batches"]:
-        parts.append(Text(f"Not complete: batch {run.step:,} of {run.config['batches']:,}."))
+    if run.step < run.config["num_steps"]:
+        parts.append(Text(f"Not complete: batch {run.step:,} of {run.config['num_steps']:,}."))
     routers = run.studies.get("routers")
     if routers:
         parts += routed(routers)
@@ -174,7 +174,7 @@ def on_screen(study: Study) -> str:
 def routed(study: Study) -> list[Part]:
     """The model's own choice against those of routers, on test questions."""
     own, facts, modes = study.rows[0], study.facts, study.facts["modes"]
-    asked = told_questions(facts["questions"], facts.get("seen"))
+    asked = describe_questions(facts["questions"], facts.get("seen"))
     shares = ", ".join(f"{mode} for {percent(own[f'share_{mode}'])}" for mode in modes)
     names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
     return [
@@ -218,8 +218,8 @@ def learning(run: RunRecord) -> Section:
     columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
-        silent = percent(float(np.mean([row["without_variance"] for row in run.train])))
-        dense = dense_told(run.config.get("dense")) != "none"
+        silent = percent(float(np.mean([row["zero_variance_groups"] for row in run.train])))
+        dense = describe_process_reward(run.config.get("process_reward")) != "none"
         taught = "where only the rewards of tokens teach" if dense else "which teaches nothing"
         parts.append(Text(f"In {silent} of the groups all answers were rewarded alike, {taught}."))
     return Section("learning", "How it learned", parts)
@@ -228,7 +228,7 @@ def learning(run: RunRecord) -> Section:
 def _every(run: RunRecord) -> int:
     """So that about ten validations are shown."""
     own = run.config["validate_every"]
-    return own * max(1, -(-run.config["batches"] // (10 * own)))
+    return own * max(1, -(-run.config["num_steps"] // (10 * own)))
 
 
 def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
@@ -239,31 +239,34 @@ def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
     config, told = run.config, run.description["objective"]
-    reward, asked = config["reward"], f"{config['questions']} questions with {config['samples']} answers each"
-    costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["costs"].items()) or "none"
-    limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["limits"].items()) or "none"
-    scaled = "divided by the deviation of their group" if told["scaled"] else "not divided"
-    own_term = f"a term of its own, of weight {told['control']}"
-    control = "a token like the others" if told["control"] is None else own_term
+    reward, asked = config["reward"], f"{config['prompts_per_step']} questions with {config['group_size']} answers each"
+    costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
+    limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
+    scaled = "divided by the deviation of their group" if told["normalize_advantages"] else "not divided"
+    own_term = f"a term of its own, of weight {told['control_token_weight']}"
+    control = "a token like the others" if told["control_token_weight"] is None else own_term
     facts = [
         ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages {scaled}"),
-        ("control token", control + ("" if told["slowed"] == 1 else f", slowed to {told['slowed']:g}")),
-        ("clipping", f"ratios from {1 - told['low']:g} to {1 + told['high']:g}"),
-        ("divergence", f"weight {config['objective']['beta']:g}, from where it started"),
-        ("reward", f"1 when right, less the cost of the mode; otherwise {reward['wrong']:g}"),
-        ("dense rewards", dense_told(config.get("dense"))),
+        (
+            "control token",
+            control + ("" if told["control_token_scale"] == 1 else f", slowed to {told['control_token_scale']:g}"),
+        ),
+        ("clipping", f"ratios from {1 - told['clip_low']:g} to {1 + told['clip_high']:g}"),
+        ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
+        ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
+        ("dense rewards", describe_process_reward(config.get("process_reward"))),
         ("costs", costs),
         ("limits", limits),
         ("started from", str(run.description["init"])),
         ("parameters", f"{run.description['parameters']:,}"),
-        ("batches", f"{run.step:,} of {config['batches']:,}, of {asked}, at temperature {config['temperature']:g}"),
+        ("batches", f"{run.step:,} of {config['num_steps']:,}, of {asked}, at temperature {config['temperature']:g}"),
         ("updates a batch", str(config["num_minibatches"] * config["num_iterations"])),
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
     ]
     return what_was_trained(run, facts, "batches")
 
 
-def dense_told(dense: dict[str, Any] | None) -> str:
+def describe_process_reward(dense: dict[str, Any] | None) -> str:
     """Of a run's configuration; None if it was made before there were any."""
     if not (dense and dense["weight"]):
         return "none"
@@ -293,8 +296,8 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
     Raises ValueError if one is not complete, not examined or has no modes, or if they have other modes or questions.
     """
     for run in runs:
-        if run.step < run.config["batches"]:
-            raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['batches']:,}.")
+        if run.step < run.config["num_steps"]:
+            raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['num_steps']:,}.")
         if "routers" not in run.studies:
             raise ValueError(f"{run.folder} was not examined: python -m coconut.analyze run={run.folder} does that.")
     first = runs[0].studies["routers"].facts
@@ -340,7 +343,7 @@ def _validated(run: RunRecord) -> dict[str, Any]:
 def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
     """The page of several runs."""
     modes = study.facts["modes"]
-    asked = told_questions(study.facts["questions"], study.facts.get("seen"))
+    asked = describe_questions(study.facts["questions"], study.facts.get("seen"))
     note = (
         f"On {asked}; means over seeds. All numbers of a run are of the "
         "checkpoint that was examined, the best by its reward unless another was named; the reward is that on "

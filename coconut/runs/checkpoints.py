@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from coconut.models.latent_lm import LatentLM
-from coconut.utils.files import Unwritten, read_json, sha256, whole_folder, write_json
+from coconut.utils.files import FileWriteError, atomic_folder, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
@@ -50,7 +50,7 @@ class Checkpoints:
         trainer: dict[str, Any],
         state: dict[str, Any],
         on_file: Callable[[], None] = lambda: None,
-        beside: Mapping[str, tuple[LatentLM, dict[str, Any]]] | None = None,
+        extra_models: Mapping[str, tuple[LatentLM, dict[str, Any]]] | None = None,
     ) -> Path:
         """Write a checkpoint, then remove those that are no longer kept. `on_file` is called as it gets on.
 
@@ -59,8 +59,8 @@ class Checkpoints:
         """
         path = self.path(step)
         try:
-            with whole_folder(path) as part:
-                for name, (model, its) in {"": (lm, trainer), **(beside or {})}.items():
+            with atomic_folder(path) as part:
+                for name, (model, its) in {"": (lm, trainer), **(extra_models or {})}.items():
                     model.save_pretrained(part / name)
                     on_file()
                     torch.save(its, part / name / TRAINER)
@@ -76,7 +76,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free / 2**20
             before = self.steps()
             whole = f"The checkpoint of update {before[-1]} is whole." if before else "There is no earlier one."
-            reason = error.reason if isinstance(error, Unwritten) else error
+            reason = error.reason if isinstance(error, FileWriteError) else error
             raise OSError(
                 f"The checkpoint of update {step} could not be written to {self.folder} "
                 f"({free:,.0f} MiB free there): {reason}. {whole} Make room if there is none, then "
@@ -88,7 +88,7 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
         return path
 
-    def set_aside_after(self, step: int) -> None:
+    def quarantine_after(self, step: int) -> None:
         """Rename the checkpoints above `step`, which a run that goes on from there writes anew."""
         for later in self.steps():
             if later > step:
@@ -111,7 +111,7 @@ class Checkpoints:
             _say_damaged(self.path(step), damage)
         return None
 
-    def to_go_on_from(self) -> Path | None:
+    def latest_valid(self) -> Path | None:
         """The newest that is whole, None if there is none at all. Raises ValueError if every one is damaged."""
         found = self.last()
         if not found and self.steps():

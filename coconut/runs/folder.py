@@ -14,27 +14,27 @@ from coconut.data.datasets import data_files
 from coconut.data.examples import existing
 from coconut.data.seen_questions import QUESTIONS, keep_questions
 from coconut.engine.world import World
-from coconut.runs.record import CONFIG, DESCRIPTION, read_config, surroundings
-from coconut.runs.tracking import ready
-from coconut.utils.console import say
-from coconut.utils.files import read_json, release, sha256, sole_owner, write_json
+from coconut.runs.record import CONFIG, DESCRIPTION, environment_info, read_config
+from coconut.runs.tracking import check_tracker
+from coconut.utils.console import log
+from coconut.utils.files import exclusive_lock, read_json, release, sha256, write_json
 
 
 @contextmanager
-def held_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[str, str]]]:
+def open_run_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[str, str]]]:
     """The run's folder, which no other process may enter meanwhile, and the file of each split.
 
     Raises ValueError if the run cannot begin or go on there.
     """
-    world.first_does(lambda: ready(config.tracking))
+    world.on_main_process(lambda: check_tracker(config.tracking))
     locate(config)
-    files = world.first_does(lambda: data_files(asdict(config.data)))
+    files = world.on_main_process(lambda: data_files(asdict(config.data)))
     folder = config.folder()
     read = {split: files[split] for split in ("train", "valid")}
-    world.first_does(lambda: open_folder(folder, config, read))
-    say(f"Run folder: {folder}")
+    world.on_main_process(lambda: open_folder(folder, config, read))
+    log(f"Run folder: {folder}")
     with ExitStack() as held:
-        world.first_does(lambda: held.enter_context(sole_owner(folder)) if world.first else None)
+        world.on_main_process(lambda: held.enter_context(exclusive_lock(folder)) if world.is_main else None)
         if not folder.is_dir():
             raise ValueError(
                 f"{folder}, the run's folder, is not to be seen from {platform.node()}. All nodes need it: name a "
@@ -43,14 +43,14 @@ def held_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[st
         try:
             yield folder, files
         finally:
-            if world.first and not (folder / DESCRIPTION).exists():
+            if world.is_main and not (folder / DESCRIPTION).exists():
                 release(folder)
 
 
 _LONGER = "the length of a run is part of its plan, and the last validation and checkpoint are at its end"
 _MEASURED = "what validation measures chooses the best checkpoint, and that of one run is measured in one way"
 WHY = {
-    "curriculum.total": _LONGER, "batches": _LONGER, "epochs": _LONGER, "max_new_tokens": _MEASURED,
+    "curriculum.total_length": _LONGER, "num_steps": _LONGER, "epochs": _LONGER, "max_new_tokens": _MEASURED,
     "valid_limit": _MEASURED, "validate_every": _MEASURED,
 }  # fmt: skip
 
@@ -133,7 +133,7 @@ def describe(
         {
             **about,
             "init": init,
-            "sessions": [*earlier.get("sessions", []), {**surroundings(), **session}],
+            "sessions": [*earlier.get("sessions", []), {**environment_info(), **session}],
         },
     )
     write_json(folder / CONFIG, asdict(config))

@@ -11,14 +11,14 @@ import torch
 from coconut.config import DataFiles, EngineConfig
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
-from coconut.engine.base import set_up
+from coconut.engine.base import set_up_device
 from coconut.engine.world import World
 from coconut.methods import REASONING_FILE, Curriculum, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.record import read_config
-from coconut.utils.console import say
-from coconut.utils.pretrained import on_disk
+from coconut.utils.console import log
+from coconut.utils.pretrained import resolve_local_path
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -37,9 +37,9 @@ def starting_point(init: str) -> Path:
     return path
 
 
-def weights_of(init: str) -> Path:
+def resolve_weights(init: str) -> Path:
     """The folder that `init` names at this moment: a run that is trained further has another best checkpoint later."""
-    return on_disk(starting_point(init)).resolve()
+    return resolve_local_path(starting_point(init)).resolve()
 
 
 def in_float32(lm: LatentLM) -> LatentLM:
@@ -47,21 +47,21 @@ def in_float32(lm: LatentLM) -> LatentLM:
     return (lm if lm.adapter else lm.to(torch.float32)).eval()
 
 
-def computed_as(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
+def match_dtypes(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
     """The reference, on the device, with every weight in the type that `lm` has it in: equals give equal numbers."""
     for weight, its in zip(reference.parameters(), lm.parameters(), strict=True):
         weight.data = weight.data.to(its.dtype)
     return reference.to(device).eval()
 
 
-def run_of(init: str) -> Path:
+def run_folder_of(init: str) -> Path:
     """The folder of the run that `init` names, itself or one of its checkpoints."""
     path = Path(init)
     return path if (path / "checkpoints").is_dir() else path.parent.parent
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A run's model at a checkpoint, on its device. `config` is what the run was made with."""
 
     lm: LatentLM
@@ -69,15 +69,15 @@ class Trained:
     step: int
 
 
-def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> Trained:
+def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LoadedRun:
     """Raises ValueError if the folder is no run, or has no such checkpoint."""
     world = world or World()
     config = read_config(run)
-    path = world.first_does(lambda: Checkpoints(run).find(checkpoint))
-    device = set_up(engine, world)
+    path = world.on_main_process(lambda: Checkpoints(run).find(checkpoint))
+    device = set_up_device(engine, world)
     lm = LatentLM.from_pretrained(path, config["model"]["attention"] if "model" in config else None)
     lm.to(device)
-    return Trained(lm.eval(), config, load_state(path)["step"])
+    return LoadedRun(lm.eval(), config, load_state(path)["step"])
 
 
 def load_model(place: str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LatentLM:
@@ -88,7 +88,7 @@ def load_model(place: str, checkpoint: str, engine: EngineConfig, world: World |
     if Path(place).exists() and not Path(place, REASONING_FILE).is_file():
         return load_run(place, checkpoint, engine, world).lm
     lm = LatentLM.from_pretrained(place)
-    return lm.to(set_up(engine, world)).eval()
+    return lm.to(set_up_device(engine, world)).eval()
 
 
 FOLDER = "stopping"
@@ -98,7 +98,7 @@ MOST_EXAMPLES = 8000  # that it is fitted to
 
 
 def classifier_of(
-    run: Path | str, trained: Trained, batch_size: int = 64, data: DataFiles | None = None
+    run: Path | str, trained: LoadedRun, batch_size: int = 64, data: DataFiles | None = None
 ) -> StopClassifier:
     """The classifier of a run's checkpoint; fitted, and kept in the run's folder, when it is first asked for.
 
@@ -119,7 +119,7 @@ def classifier_of(
             f"fitted by python -m coconut.analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
         ) from None
     train, valid = (read_examples(file)[:MOST_EXAMPLES] for file in named)
-    say(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
+    log(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
     classifier = fit_classifier(lm, train, valid, batch_size)
     classifier.save(file)
     return classifier

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data.seen_questions import all_seen, told_questions
+from coconut.data.seen_questions import all_seen, describe_questions
 from coconut.methods import REASONING_FILE, Stage, Unit
 from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
@@ -63,7 +63,7 @@ def read_config(run: Path | str) -> dict[str, Any]:
     return read_json(path)
 
 
-def surroundings() -> dict[str, Any]:
+def environment_info() -> dict[str, Any]:
     """What a run was made with: command, time, code, versions, machine."""
     import torch
 
@@ -140,12 +140,16 @@ class RunRecord:
     def best(self) -> dict[str, Any] | None:
         """The validation that chose the best checkpoint, within the last stage."""
         stage = self.stages[-1]
-        return max(_in_stage(self.valid, stage), key=lambda row: stage.rank(row["accuracy"], row["loss"]), default=None)
+        return max(
+            _in_stage(self.valid, stage),
+            key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]),
+            default=None,
+        )
 
     @property
     def guess(self) -> float | None:
         """The share that guessing gets right, where an evaluation says so, the test result first."""
-        guesses = [self.evaluations[name]["guess"] for name in [self.test, *self.evaluations] if name]
+        guesses = [self.evaluations[name]["chance_accuracy"] for name in [self.test, *self.evaluations] if name]
         return next((guess for guess in guesses if guess is not None), None)
 
     @property
@@ -212,7 +216,12 @@ def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str 
     """`test`, or else the evaluation of another file, with the usual settings, and not on what the run has seen."""
 
     def counts(found: dict[str, Any]) -> bool:
-        return found["usual"] and found["split"] == "test" and found["sha256"] not in seen and not all_seen(found)
+        return (
+            found["default_settings"]
+            and found["split"] == "test"
+            and found["sha256"] not in seen
+            and not all_seen(found)
+        )
 
     names = [name for name, found in evaluations.items() if counts(found)]
     return "test" if "test" in names else min(names, default=None)
@@ -222,7 +231,7 @@ def _read_answers(folder: Path, test: str | None, seen: dict[str, int] | None) -
     predictions = folder / "evaluation" / f"{test}.predictions.jsonl"
     if test and predictions.is_file():
         rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
-        return rows, f"Of the {told_questions(len(rows), seen)}, in the order of the file."
+        return rows, f"Of the {describe_questions(len(rows), seen)}, in the order of the file."
     samples = sorted((folder / "samples").glob("step-*.json"))
     if not samples:
         return [], ""

@@ -14,11 +14,11 @@ from coconut.engine.world import World
 from coconut.methods import Reasoning
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
-from coconut.utils.console import say
-from coconut.utils.files import whole_folder
+from coconut.utils.console import log
+from coconut.utils.files import atomic_folder
 
 
-class Standing:
+class TrainingState:
     """The checkpoints of one run. `found` is the one to go on from, None if the run is new.
 
     `state`: what the checkpoint says of where the run stands, or, for a new one, step 0, no best and `new`.
@@ -27,26 +27,26 @@ class Standing:
     def __init__(self, config: RunConfig, folder: Path, world: World, new: dict[str, Any]):
         self.world = world
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
-        self.found = world.first_does(self.checkpoints.to_go_on_from)
-        self.trainer = load_trainer(self.found) if self.found else {}
-        self.state = load_state(self.found) if self.found else {"step": 0, "best": None, **new}
+        self.resume_from = world.on_main_process(self.checkpoints.latest_valid)
+        self.trainer = load_trainer(self.resume_from) if self.resume_from else {}
+        self.state = load_state(self.resume_from) if self.resume_from else {"step": 0, "best": None, **new}
 
-    def keep_copy(self, place: Path, lm: LatentLM) -> None:
+    def snapshot_model(self, place: Path, lm: LatentLM) -> None:
         """A copy of a model in the run's folder, when the run begins: what is there then is of another beginning."""
-        if not self.found:
-            with whole_folder(place) as part:
+        if not self.resume_from:
+            with atomic_folder(place) as part:
                 lm.save_pretrained(part)
 
     def restore(self, lm: LatentLM) -> None:
         """Put what a checkpoint has in higher precision into the model, before an engine is made of it."""
         restore_master(lm, self.trainer)
 
-    def take_up(self, engine: Engine) -> None:
+    def resume(self, engine: Engine) -> None:
         """Go on where the checkpoint was written. After a rehearsal, which some engines need for it."""
-        if self.found:
+        if self.resume_from:
             engine.load_state_dict(self.trainer)
             self.trainer = {}
-            self.world.first_does(lambda: self.checkpoints.set_aside_after(self.state["step"]))
+            self.world.on_main_process(lambda: self.checkpoints.quarantine_after(self.state["step"]))
 
     def save(
         self,
@@ -54,19 +54,24 @@ class Standing:
         engine: Engine,
         reasoning: Reasoning,
         state: dict[str, Any],
-        beside: Mapping[str, Engine] | None = None,
+        extra_models: Mapping[str, Engine] | None = None,
     ) -> None:
         """Write a checkpoint, of a model that is to be asked so. `beside`: engines of other models, by their names."""
         trainer = engine.state_dict()
-        trainers = {name: its.state_dict() for name, its in (beside or {}).items()}
+        trainers = {name: its.state_dict() for name, its in (extra_models or {}).items()}
         with ExitStack() as held:
-            lm = held.enter_context(engine.whole())
+            lm = held.enter_context(engine.full_module())
             lm.reasoning = reasoning
-            others = {name: (held.enter_context(its.whole()), trainers[name]) for name, its in (beside or {}).items()}
-            self.world.first_does(lambda: self.checkpoints.save(step, lm, trainer, state, self.world.tick, others))
+            others = {
+                name: (held.enter_context(its.full_module()), trainers[name])
+                for name, its in (extra_models or {}).items()
+            }
+            self.world.on_main_process(
+                lambda: self.checkpoints.save(step, lm, trainer, state, self.world.heartbeat, others)
+            )
 
 
 def stopped(number: int, where: str) -> int:
     """The exit status of a run that a signal stopped and that is saved, which is said."""
-    say(f"Stopped by {signal.Signals(number).name}; saved at {where}. The same command goes on from here.")
+    log(f"Stopped by {signal.Signals(number).name}; saved at {where}. The same command goes on from here.")
     return 128 + number

@@ -14,7 +14,7 @@ from coconut.utils.files import read_json, write_text
 FOLDER = "analysis"  # within that of the run
 
 
-class Unfit(ValueError):
+class NotApplicable(ValueError):
     """The run or its questions do not have what a study needs; the message says what."""
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from coconut.runs.record import METRICS, samples_file
 from coconut.runs.tracking import TRACKING, TRACKING_LOG, unsent
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.files import read_json
 
 SECONDS_TO_ANSWER = "20"  # that W&B has at the beginning; after them the run is kept offline
@@ -61,7 +61,7 @@ class Wandb:
                 raise
             wandb.teardown()
             self.run = begin("offline")
-            say(f"warning: W&B was not reached ({error}). The run is kept here, to be sent later.")
+            log(f"warning: W&B was not reached ({error}). The run is kept here, to be sent later.")
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
@@ -84,7 +84,7 @@ class Wandb:
             self.run.finish(exit_code=int(failed))
             if self.run.offline:
                 folders = shlex.join(map(str, unsent(self.folder)))
-                say(f"W&B has not got this run yet. Send it with: wandb sync {folders}")
+                log(f"W&B has not got this run yet. Send it with: wandb sync {folders}")
 
 
 class TensorBoard:
@@ -175,7 +175,10 @@ def send(folder: Path, library: Library, told: dict[str, Any], ending: Ending) -
                     library.samples(step, samples)
             except Exception as error:
                 traceback.print_exc()
-                say(f"warning: {told['to']} took no samples, and no more are sent to it ({error}). {file} holds them.")
+                log(
+                    f"warning: {told['tracker']} took no samples, and no more are sent to it ({error}). {file} "
+                    "holds them."
+                )
                 takes_samples = False
     library.finish(**ending.message)
 
@@ -185,14 +188,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     folder = Path(sys.argv[1])
     told = read_json(folder / TRACKING)
-    ending = Ending(told["wait"] + GRACE)
+    ending = Ending(told["finish_timeout"] + GRACE)
     ending.start()
     try:
-        send(folder, LIBRARIES[told["to"]](folder, told), told, ending)
+        send(folder, LIBRARIES[told["tracker"]](folder, told), told, ending)
     except Exception as error:
         traceback.print_exc()
-        say(
-            f"warning: {told['to']} failed, and nothing more is sent to it ({error}). Training goes on. {METRICS} has "
+        log(
+            f"warning: {told['tracker']} failed, and nothing more is sent to it ({error}). Training goes on. "
+            f"{METRICS} has "
             f"all of it; {folder / TRACKING_LOG} tells more."
         )
         os._exit(0)  # a library that failed may wait for ever in what it does at exit

@@ -19,7 +19,7 @@ from typing import Any
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.record import METRICS, _version, read_metrics, samples_file
-from coconut.utils.console import say
+from coconut.utils.console import log
 from coconut.utils.files import read_json, write_json, write_text, writing
 from coconut.utils.hydra_app import own_environment
 
@@ -51,16 +51,17 @@ class Metrics:
             self.file.close()
 
 
-def ready(config: TrackingConfig) -> None:
+def check_tracker(config: TrackingConfig) -> None:
     """Raise ValueError if the tracker is not installed, or W&B is to be online and has no login."""
-    if config.to is Tracker.none:
+    if config.tracker is Tracker.none:
         return
-    if _version(config.to) is None:
+    if _version(config.tracker) is None:
         raise ValueError(
-            f"tracking={config.to} needs the package {config.to}, which is not installed here. Install it with "
-            f"pip install {config.to}, or leave tracking={config.to} out."
+            f"tracking={config.tracker} needs the package {config.tracker}, which is not installed here. Install it "
+            "with "
+            f"pip install {config.tracker}, or leave tracking={config.tracker} out."
         )
-    if config.to is Tracker.wandb and config.mode is TrackingMode.online and (problem := _no_login()):
+    if config.tracker is Tracker.wandb and config.mode is TrackingMode.online and (problem := _no_login()):
         raise ValueError(
             f"tracking=wandb is to send the run to W&B, and there is no login: {problem}\nLog in with `wandb login`, "
             "set WANDB_API_KEY, or keep the run here with tracking.mode=offline; `wandb sync` sends it later."
@@ -97,7 +98,7 @@ def unsent(run: Path, online: bool = False) -> list[Path]:
     )
 
 
-class Sender:
+class TrackerProcess:
     """The process that sends a run's numbers on to W&B or TensorBoard.
 
     Nothing that it does or fails to do reaches training but its words, which are passed on. It begins with
@@ -129,7 +130,7 @@ class Sender:
         assert self.process.stdout
         with contextlib.suppress(BlockingIOError):
             for line in os.read(self.process.stdout.fileno(), 1 << 16).decode(errors="replace").splitlines():
-                say(line)
+                log(line)
 
     def finish(self, failed: bool, artifacts: dict[str, str]) -> None:
         """Tell the process that the run has ended, and give it `config.wait` seconds for what is left."""
@@ -139,22 +140,25 @@ class Sender:
             with contextlib.suppress(OSError):  # it may have ended
                 self.process.stdin.write(json.dumps({"failed": failed, "artifacts": artifacts}).encode() + b"\n")
                 self.process.stdin.close()
-            if not self._ends_within(min(QUIET_SECONDS, self.config.wait)):
-                say(f"Waiting for {self.config.to} to take the rest, at most {self.config.wait:g} seconds")
-                self._ends_within(self.config.wait - QUIET_SECONDS)
+            if not self._ends_within(min(QUIET_SECONDS, self.config.finish_timeout)):
+                log(
+                    f"Waiting for {self.config.tracker} to take the rest, at most {self.config.finish_timeout:g} "
+                    "seconds"
+                )
+                self._ends_within(self.config.finish_timeout - QUIET_SECONDS)
         finally:
             self.process.kill()
             self.process.wait()
             self.hear()
             self.process.stdout.close()
         if self.process.returncode:
-            say(
-                f"warning: {self.config.to} did not finish and was left behind. {METRICS} has all of the run; "
+            log(
+                f"warning: {self.config.tracker} did not finish and was left behind. {METRICS} has all of the run; "
                 f"{self.folder / TRACKING_LOG} tells more."
             )
-            if self.config.to is Tracker.wandb:
+            if self.config.tracker is Tracker.wandb:
                 folders = shlex.join(map(str, unsent(self.folder, online=True)))
-                say(f"  What W&B had taken is sent with: wandb sync --include-online {folders}")
+                log(f"  What W&B had taken is sent with: wandb sync --include-online {folders}")
 
     def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -168,16 +172,16 @@ class Tracking:
     A context manager. Of several processes of one run, one writes; to the others it does nothing.
     """
 
-    def __init__(self, metrics: Metrics | None, sender: Sender | None):
-        self.metrics, self.sender = metrics, sender
+    def __init__(self, metrics: Metrics | None, sender: TrackerProcess | None):
+        self.metrics, self.tracker_process = metrics, sender
         self.artifacts: dict[str, str] = {}
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """A row of metrics.jsonl. Numbers among the values go to the tracker as KIND/NAME."""
         if self.metrics:
             self.metrics.log(kind, step, **values)
-        if self.sender:
-            self.sender.hear()
+        if self.tracker_process:
+            self.tracker_process.hear()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Validation samples after this update, to RUN/samples; to be called before the row that belongs to them."""
@@ -194,8 +198,8 @@ class Tracking:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.metrics:
             self.metrics.close()
-        if self.sender:
-            self.sender.finish(kind is not None, self.artifacts)
+        if self.tracker_process:
+            self.tracker_process.finish(kind is not None, self.artifacts)
 
 
 def open_tracking(
@@ -208,10 +212,10 @@ def open_tracking(
     if not writes:
         return Tracking(None, None)
     metrics = Metrics(folder, step)
-    if config.to is Tracker.none:
+    if config.tracker is Tracker.none:
         return Tracking(metrics, None)
     try:
-        return Tracking(metrics, Sender(config, Path(folder), step, about))
+        return Tracking(metrics, TrackerProcess(config, Path(folder), step, about))
     except OSError as error:
-        say(f"warning: {config.to} could not be started: {error}. {METRICS} has all of the run.")
+        log(f"warning: {config.tracker} could not be started: {error}. {METRICS} has all of the run.")
         return Tracking(metrics, None)

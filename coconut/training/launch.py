@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from coconut.config import RunConfig
-from coconut.engine.launch import on_processes, processes
-from coconut.engine.launcher_env import seat
+from coconut.engine.launch import num_processes, run_on_processes
+from coconut.engine.launcher_env import read_launcher_env
 from coconut.engine.world import World
-from coconut.runs.tracking import ready
-from coconut.utils.console import only_our_words
+from coconut.runs.tracking import check_tracker
+from coconut.utils.console import silence_libraries
 
 
-def spread(config: RunConfig, world: World) -> dict[str, Any]:
+def runtime_info(config: RunConfig, world: World) -> dict[str, Any]:
     """What a run is carried out by. It may change from session to session."""
     return {
         "processes": world.size,
@@ -23,19 +23,21 @@ def spread(config: RunConfig, world: World) -> dict[str, Any]:
     }
 
 
-def carry_out(config: RunConfig, shared: str, module: str, work: Callable[[World], int]) -> int:
+def launch_training(config: RunConfig, shared: str, module: str, work: Callable[[World], int]) -> int:
     """The exit status of a run's work in each of its processes, among which the key `shared` is a number to share out.
 
     Workers that are started for it run the module.
     """
-    only_our_words()
-    if seat().size == 1 and (count := processes(config.launch, config.engine)) > 1:  # before workers are started
-        share_out(getattr(config, shared), count, shared)
-        ready(config.tracking)
-    return on_processes(config.launch, config.engine, module, work)
+    silence_libraries()
+    if (
+        read_launcher_env().size == 1 and (count := num_processes(config.launch, config.engine)) > 1
+    ):  # before workers are started
+        check_divisible(getattr(config, shared), count, shared)
+        check_tracker(config.tracking)
+    return run_on_processes(config.launch, config.engine, module, work)
 
 
-def share_out(number: int, ranks: int, key: str = "batch_size") -> None:
+def check_divisible(number: int, ranks: int, key: str = "batch_size") -> None:
     """Raise ValueError if so many examples, which `key` asks for, cannot be shared out evenly."""
     if over := number % ranks:
         below = number - over

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class Diverged(ValueError):
+class NonFiniteLossError(ValueError):
     """Training stopped on a loss that is not finite; the message is the diagnosis."""

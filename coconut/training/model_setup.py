@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from coconut.config import WORDS, Activations, EngineConfig, ModelConfig, Precision, TrainConfig
+from coconut.config import WORDS, EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.loading import starting_point
-from coconut.utils.console import say
-from coconut.utils.pretrained import opened, reaching
+from coconut.utils.console import log
+from coconut.utils.pretrained import explain_load_errors, load_pretrained
 
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
@@ -23,7 +23,7 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     lm, place = _starting_model(config, examples)
     lora = config.model.lora
     if modes := plan(config.method, config.curriculum).stages[0].modes:
-        lm.add_modes([form.mode for form in modes], config.model.new_tokens)
+        lm.add_modes([form.mode for form in modes], config.model.new_token_init)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
         raise ValueError(
             f"{place} has LoRA already, {lm.adapter.settings}, and {lora} is asked for. Leave model.lora out to go on "
@@ -34,9 +34,9 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     return lm
 
 
-def carried_out_as(lm: LatentLM, engine: EngineConfig) -> LatentLM:
+def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
     """What is kept of its passes in training, and how a GPU starts them. Raises ValueError if the model cannot."""
-    lm.recompute = engine.activations is Activations.recompute
+    lm.activation_checkpointing = engine.activation_checkpointing
     lm.cuda_graphs = engine.cuda_graphs
     return lm
 
@@ -45,7 +45,7 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
     """The model before LoRA, and where it comes from."""
     if config.init:
         place = starting_point(config.init)
-        say(f"Model, weights and tokenizer are those of {place}, not those of model.*")
+        log(f"Model, weights and tokenizer are those of {place}, not those of model.*")
         lm = LatentLM.from_pretrained(place, config.model.attention)
         return (lm if lm.adapter else lm.to(_dtype(config))), str(place)
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -57,9 +57,11 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
                 f"model.base={model.base} holds LoRA weights and no model. Go on with them with init={model.base}, or "
                 "write the model whole first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
             )
-        with reaching(model.base, "model.base"):
-            base = opened(AutoModelForCausalLM, model.base, dtype=_dtype(config), attn_implementation=model.attention)
-        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_tokens), model.base
+        with explain_load_errors(model.base, "model.base"):
+            base = load_pretrained(
+                AutoModelForCausalLM, model.base, dtype=_dtype(config), attn_implementation=model.attention
+            )
+        return LatentLM.from_base(base, _tokenizer(model, config, examples), init=model.new_token_init), model.base
     tokenizer = _tokenizer(model, config, examples)
     settings = {
         "vocab_size": len(tokenizer),
@@ -74,7 +76,7 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
         base = AutoModelForCausalLM.from_config(architecture, attn_implementation=model.attention)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"No model can be made from model.architecture={model.architecture}: {error}") from error
-    return LatentLM.from_base(base, tokenizer, init=model.new_tokens), ""
+    return LatentLM.from_base(base, tokenizer, init=model.new_token_init), ""
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
@@ -99,5 +101,5 @@ def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example])
     name = model.tokenizer or model.base
     if name == WORDS:
         return build_word_tokenizer(examples, config.data.format)
-    with reaching(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
-        return opened(AutoTokenizer, name)
+    with explain_load_errors(str(name), "model.tokenizer" if model.tokenizer else "model.base"):
+        return load_pretrained(AutoTokenizer, name)

@@ -9,7 +9,7 @@ from coconut.methods import Plan, Stage, Unit
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPosition:
     """Where the update after `step` others stands. `batch` counts within the epoch, `epoch` over the run."""
 
     step: int
@@ -36,7 +36,7 @@ class Schedule:
     def total(self) -> int:
         return sum(map(self.updates, self.plan.stages))
 
-    def at(self, step: int) -> Place:
+    def at(self, step: int) -> StepPosition:
         begin, epochs = 0, 0
         for stage in self.plan.stages:
             length = self.updates(stage)
@@ -48,7 +48,7 @@ class Schedule:
             raise IndexError(f"The run has {begin} updates, numbered from 0; there is no update {step}.")
         epoch, batch = divmod(step - begin, self.updates_per_epoch)
         ends_stage = step + 1 == begin + length
-        return Place(
+        return StepPosition(
             step=step,
             stage=stage,
             stage_step=step - begin,
@@ -60,5 +60,5 @@ class Schedule:
         )
 
 
-def updates_since_reset(place: Place, reset: Reset) -> int:
+def updates_since_reset(place: StepPosition, reset: Reset) -> int:
     return {Reset.stage: place.stage_step, Reset.epoch: place.batch, Reset.never: place.step}[reset]

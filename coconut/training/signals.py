@@ -12,7 +12,7 @@ from coconut.engine.launch import stopping_signals
 from coconut.engine.world import World
 
 
-class Asked:
+class StopRequest:
     """Whether a signal has asked this process to stop, and whether one has asked any of them."""
 
     def __init__(self, world: World):
@@ -23,16 +23,16 @@ class Asked:
 
     def anywhere(self) -> int:
         """The number of the signal, 0 for none."""
-        return max(self.world.gather(self.number)) if self.world.any(self.number > 0) else 0
+        return max(self.world.all_gather_object(self.number)) if self.world.any_process(self.number > 0) else 0
 
 
 @contextmanager
-def asked_to_stop(world: World) -> Iterator[Asked]:
+def handle_stop_signals(world: World) -> Iterator[StopRequest]:
     """Note a signal that asks to stop, in place of what it does; a later SIGINT interrupts as usual.
 
     Under a launcher the first may come twice: from the terminal, and handed on.
     """
-    asked = Asked(world)
+    asked = StopRequest(world)
     first = float("inf")
 
     def note(number: int, frame: Any) -> None:

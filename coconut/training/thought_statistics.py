@@ -18,7 +18,7 @@ FLAT = 1.5  # an effective rank below this is one direction and noise
 
 
 @dataclass(frozen=True)
-class Thoughts:
+class ThoughtStatistics:
     """Means over thoughts, or over pairs of them; distances are Euclidean, in the unit of `norm`.
 
     `within`: between two thoughts of a chain; None if none has two. `across`: between the thoughts of two
@@ -36,7 +36,7 @@ class Thoughts:
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         parts = {"norm": self.norm, "within a chain": self.within, "across questions": self.across, "rank": self.rank}
         return ", ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
 
@@ -54,7 +54,7 @@ class Thoughts:
         return found
 
 
-def look_at(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | None = None) -> Thoughts:
+def measure_thoughts(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | None = None) -> ThoughtStatistics:
     """Statistics of thoughts (N, K, D), K at least 1, against the table of input embeddings (V, D).
 
     `counts_N`: how many thoughts each question has, one of them at least one, if it is not K for all; what follows a
@@ -65,13 +65,13 @@ def look_at(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | None = No
     there_NK = torch.ones(N, K, dtype=torch.bool) if counts_N is None else torch.arange(K) < counts_N.cpu()[:, None]
     rows_RD = thoughts[there_NK]
     if not torch.isfinite(rows_RD).all():
-        return Thoughts(math.nan, None, None, math.nan, math.nan)
+        return ThoughtStatistics(math.nan, None, None, math.nan, math.nan)
     chains = [thoughts[n, there] for n, there in enumerate(there_NK)]
     places = [thoughts[there, k] for k, there in enumerate(there_NK.T)]
     centred_RD = torch.cat([place - place.mean(0) for place in places])
     singular = torch.linalg.svdvals(centred_RD.float())
     shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return Thoughts(
+    return ThoughtStatistics(
         norm=rows_RD.norm(dim=1).mean().item(),
         within=_mean_distance(chains),
         across=_mean_distance(places),

@@ -21,26 +21,26 @@ from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.data.examples import Example, read_examples
 from coconut.data.sequences import EpochView, fit_context, forms_of
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
-from coconut.engine.base import Engine, NonFinite, peak_memory
+from coconut.engine.base import Engine, NonFiniteUpdate, peak_memory
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
-from coconut.evaluation.evaluator import Abandoned, Prediction, evaluate
+from coconut.evaluation.evaluator import EvaluationInterrupted, Prediction, evaluate
 from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit
 from coconut.methods import Reasoning, Stage, plan
 from coconut.models.latent_lm import LatentLM
-from coconut.runs.folder import describe, held_folder, used_file
+from coconut.runs.folder import describe, open_run_folder, used_file
 from coconut.runs.loading import starting_point
 from coconut.runs.record import DESCRIPTION
-from coconut.runs.state import Standing, stopped
+from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.tasks import TASKS
-from coconut.training.launch import carry_out, share_out, spread
-from coconut.training.loop import Diverged
-from coconut.training.model_setup import carried_out_as, make_model
-from coconut.training.schedule import Place, Schedule, updates_since_reset
-from coconut.training.signals import Asked, asked_to_stop
-from coconut.training.thought_statistics import look_at
-from coconut.utils.console import duration, say, working
+from coconut.training.launch import check_divisible, launch_training, runtime_info
+from coconut.training.loop import NonFiniteLossError
+from coconut.training.model_setup import apply_engine_options, make_model
+from coconut.training.schedule import Schedule, StepPosition, updates_since_reset
+from coconut.training.signals import StopRequest, handle_stop_signals
+from coconut.training.thought_statistics import measure_thoughts
+from coconut.utils.console import duration, log, progress_bar
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import own_environment
 
@@ -49,28 +49,28 @@ def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
     return module(batch.input_ids, batch.attention_mask, labels=batch.labels, min_passes=batch.passes).loss_sum
 
 
-class Training:
+class Trainer:
     """One run, as one of its processes sees it: model, data, engine and folder."""
 
     def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.judged()]
         self.plan = plan(config.method, config.curriculum)
-        self.standing = Standing(config, folder, world, {"pending": False})
-        found = self.standing.found
+        self.training_state = TrainingState(config, folder, world, {"pending": False})
+        found = self.training_state.resume_from
 
         torch.manual_seed(config.seed)
         examples = {split: read_examples(self.files[split]) for split in ("train", "valid")}
         if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
-            say(f"warning: {shared:,} questions of the validation data are in the training data too.")
+            log(f"warning: {shared:,} questions of the validation data are in the training data too.")
         self.lm = (
             LatentLM.from_pretrained(found, config.model.attention) if found else make_model(config, examples["train"])
         )
-        self.standing.restore(self.lm)
+        self.training_state.restore(self.lm)
         self.lm.train()
-        carried_out_as(self.lm, config.engine)
+        apply_engine_options(self.lm, config.engine)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
-        with world.first_before_others():  # which then find the tokens in the cache
+        with world.main_process_first():  # which then find the tokens in the cache
             self.train, used = self._prepare("train", examples["train"])
             self.valid, kept = self._prepare("valid", examples["valid"][: config.valid_limit])
         if any(stage.modes for stage in self.plan.stages):
@@ -85,7 +85,7 @@ class Training:
             torch.manual_seed(config.seed + world.rank)  # the model is the same everywhere, what dropout drops is not
         self.engine: Engine = make_engine(self.lm, summed_loss, config.engine, config.optimizer, world)
 
-        state = self.standing.state
+        state = self.training_state.state
         self.step, self.best = state["step"], state["best"]
         self.pending = state["pending"]  # a validation that is due, and was left for being asked to stop
         self.recent: deque[dict[str, float]] = deque(maxlen=5)
@@ -95,11 +95,11 @@ class Training:
         config = self.config.data
         data = tokenize(examples, self.lm.tokenizer, config.format, config.cache_dir)
         if unknown := unknown_words(data, self.lm.tokenizer):
-            say(f"warning: {unknown:,} words of {self.files[split]} are not in the tokenizer's vocabulary.")
+            log(f"warning: {unknown:,} words of {self.files[split]} are not in the tokenizer's vocabulary.")
         skip = config.too_long is TooLong.skip
-        fitting, kept = fit_context(self._all_views, data, self.lm.context, skip, self.files[split])
+        fitting, kept = fit_context(self._all_views, data, self.lm.max_sequence_length, skip, self.files[split])
         if len(kept) < len(data):
-            say(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
+            log(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
         rows = [examples[i] for i in kept]
         right = readable(
             rows, fitting, self.lm.tokenizer, self.task, config.format,
@@ -128,7 +128,7 @@ class Training:
         share = self.config.batch_size // self.world.size
         return min(self.config.micro_batch_size or share, share)
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """Run the largest micro-batch of the form with the most passes, and of the one with the longest rows."""
         world, size = self.world, self.micro_batch_size
         views = self._all_views(self.train)
@@ -138,7 +138,7 @@ class Training:
             longest = np.argsort(-views[k].lengths, kind="stable")[: size * world.size]
             for batch in micro_batches(views[k], longest, size, world.rank, world.size):
                 try:
-                    self.engine.rehearse(batch)
+                    self.engine.dry_run(batch)
                 except RuntimeError as error:
                     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                         raise
@@ -154,9 +154,9 @@ class Training:
         started, first = time.monotonic(), self.step
         view, batches = None, []
         with (
-            asked_to_stop(self.world) as asked,
+            handle_stop_signals(self.world) as asked,
             self._tracking() as track,
-            working("training", schedule.total, self.step) as bar,
+            progress_bar("training", schedule.total, self.step) as bar,
         ):
             if self.pending:
                 self.validate(schedule.at(self.step - 1), track, asked)
@@ -165,11 +165,11 @@ class Training:
                     return stopped(number, f"update {self.step}")
             for step in range(self.step, schedule.total):
                 place = schedule.at(step)
-                if updates_since_reset(place, config.optimizer.reset) == 0:
+                if updates_since_reset(place, config.optimizer.reset_every) == 0:
                     self.engine.reset_optimizer()
                 if place.stage_step == 0 or step == first:
                     self.lm.reasoning = self._reasoning(place.stage)
-                    say(f"Stage {place.stage.index}: {place.stage.describe()}")
+                    log(f"Stage {place.stage.index}: {place.stage.describe()}")
                 if place.batch == 0 or view is None:
                     view = EpochView(self.train, self.plan, place.stage, self.lm.special, config.seed, place.epoch)
                     batches = epoch_batches(view, config.batch_size, config.seed, place.epoch)
@@ -188,25 +188,25 @@ class Training:
                     self.save()
                 if number:
                     return stopped(number, f"update {self.step}")
-            if track.sender:
+            if track.tracker_process:
                 self._write_page(track)
-        say(f"Done: {schedule.total:,} updates in {self.folder}")
+        log(f"Done: {schedule.total:,} updates in {self.folder}")
         if self.best:
-            say(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
-        say(f"Next: python -m coconut.evaluate run={self.folder}")
+            log(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
+        log(f"Next: python -m coconut.evaluate run={self.folder}")
         return 0
 
-    def update(self, place: Place, view: EpochView, batch: np.ndarray) -> dict[str, float]:
+    def update(self, place: StepPosition, view: EpochView, batch: np.ndarray) -> dict[str, float]:
         config, world = self.config, self.world
-        world.mark(f"in update {place.step + 1}")
+        world.set_activity(f"in update {place.step + 1}")
         begin = time.perf_counter()
         parts = list(micro_batches(view, batch, self.micro_batch_size, world.rank, world.size))
-        since = updates_since_reset(place, config.optimizer.reset)
+        since = updates_since_reset(place, config.optimizer.reset_every)
         lr = config.optimizer.learning_rate(since, place.stage.index)
         try:
             done = self.engine.update(parts, lr)
-        except NonFinite as error:
-            raise Diverged(self._diagnosis(place, error, batch, lr)) from error
+        except NonFiniteUpdate as error:
+            raise NonFiniteLossError(self._diagnosis(place, error, batch, lr)) from error
         row = {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "targets": done.num_targets}
         self.recent.append({"step": place.step + 1, **row})
         return {
@@ -216,11 +216,11 @@ class Training:
             "memory": peak_memory(self.engine.device),
         }
 
-    def _validation_due(self, place: Place) -> bool:
+    def _validation_due(self, place: StepPosition) -> bool:
         every = self.config.validate_every
         return place.ends_stage or (self.step % every == 0 if every else place.ends_epoch)
 
-    def validate(self, place: Place, track: Tracking, asked: Asked) -> None:
+    def validate(self, place: StepPosition, track: Tracking, asked: StopRequest) -> None:
         """Loss and accuracy by generation on validation data, as the stage has it; keeps the best.
 
         When asked to stop it is left, and stays pending.
@@ -230,11 +230,11 @@ class Training:
         order = np.argsort(view.lengths, kind="stable")
         loss_sum, targets = 0.0, 0
         try:
-            with self.engine.whole() as lm, torch.no_grad(), self.engine.autocast():
+            with self.engine.full_module() as lm, torch.no_grad(), self.engine.autocast():
                 lm.eval()
                 lm.reasoning = self.lm.reasoning
                 for batch in micro_batches(view, order, size, world.rank, world.size):
-                    world.mark(f"in the validation after update {self.step}")
+                    world.set_activity(f"in the validation after update {self.step}")
                     loss_sum += summed_loss(lm, batch.to(self.engine.device)).item()
                     targets += batch.num_targets
                     if asked:
@@ -243,13 +243,13 @@ class Training:
                     lm, self.task, self.valid_examples, batch_size=size, world=world, asked=asked
                 )
                 watched = self._watch(lm, thoughts, predictions) if thoughts.shape[1] else {}
-        except Abandoned:
+        except EvaluationInterrupted:
             return
         finally:
             self.lm.train()
-        loss = world.sum(loss_sum) / max(world.sum(targets), 1)
+        loss = world.all_reduce_sum(loss_sum) / max(world.all_reduce_sum(targets), 1)
         if place.in_last_stage:
-            rank = place.stage.rank
+            rank = place.stage.checkpoint_score
             if not self.best or rank(result.accuracy, loss) > rank(self.best["accuracy"], self.best["loss"]):
                 self.best = {"step": self.step, "accuracy": result.accuracy, "loss": loss}
         track.samples(self.step, [asdict(prediction) for prediction in predictions[:5]])
@@ -258,7 +258,7 @@ class Training:
             "accuracy": result.accuracy,
             "chain_match": result.chain_match,
             "new_tokens": result.mean_new_tokens,
-            "cut": result.cut,
+            "truncated": result.truncated,
             **watched,
         }
         track.log("valid", self.step, stage=place.stage.index, epoch=place.epoch, **self.validated)
@@ -267,23 +267,23 @@ class Training:
     def _watch(self, lm: LatentLM, thoughts: torch.Tensor, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What the thoughts of the validation questions look like; warns when they collapse, once in a row."""
         table: Any = lm.base.get_input_embeddings()
-        found = look_at(thoughts, table.weight, torch.tensor([said.num_thoughts for said in predictions]))
+        found = measure_thoughts(thoughts, table.weight, torch.tensor([said.num_thoughts for said in predictions]))
         collapse = found.collapse()
         for problem in collapse:
             if problem not in self.collapse:
-                say(f"warning: the thoughts of the validation questions {problem} ({found.told()})")
+                log(f"warning: the thoughts of the validation questions {problem} ({found.describe()})")
         self.collapse = collapse
         return {f"thought_{name}": value for name, value in found.as_dict().items()}
 
     def save(self) -> None:
-        self.world.mark(f"saving update {self.step}")
+        self.world.set_activity(f"saving update {self.step}")
         state = {"best": self.best, "pending": self.pending}
-        self.standing.save(self.step, self.engine, self.lm.reasoning, state)
+        self.training_state.save(self.step, self.engine, self.lm.reasoning, state)
 
     def _tracking(self) -> Tracking:
-        described = read_json(self.folder / DESCRIPTION) if self.world.first else {}
+        described = read_json(self.folder / DESCRIPTION) if self.world.is_main else {}
         about = {"config": asdict(self.config), **described}
-        return open_tracking(self.config.tracking, self.folder, self.step, about, writes=self.world.first)
+        return open_tracking(self.config.tracking, self.folder, self.step, about, writes=self.world.is_main)
 
     def _reasoning(self, stage: Stage) -> Reasoning:
         forms = [stage, *(self.plan.depths if self.plan.mixing_probability else ())]
@@ -295,48 +295,52 @@ class Training:
         command = [sys.executable, "-P", "-m", "coconut.analyze", f"run={self.folder}", "parts=[]"]
         made = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=False)
         if made.returncode:
-            say(f"warning: the report for the tracker could not be made: {made.stderr.strip()}")
+            log(f"warning: the report for the tracker could not be made: {made.stderr.strip()}")
         else:
             track.artifact(self.folder / "report.html", "report")
 
-    def _report(self, place: Place, seconds: float, first: int) -> None:
+    def _report(self, place: StepPosition, seconds: float, first: int) -> None:
         if self.pending:
             return
         left = seconds / (self.step - first) * (self.schedule.total - self.step)
         loss, found = self.recent[-1]["loss"], self.validated
-        say(
+        log(
             f"  update {self.step:>6,} of {self.schedule.total:,}  stage {place.stage.index}  loss {loss:.3f}  "
             f"valid loss {found['loss']:.3f}  accuracy {100 * found['accuracy']:5.1f} %  "
             f"{duration(seconds)} so far, about {duration(left)} left"
         )
 
-    def _diagnosis(self, place: Place, error: NonFinite, batch: np.ndarray, lr: float) -> str:
+    def _diagnosis(self, place: StepPosition, error: NonFiniteUpdate, batch: np.ndarray, lr: float) -> str:
         found = {
             "step": place.step + 1, "stage": place.stage.index, "epoch": place.epoch, "lr": lr,
-            "loss": str(error.loss), "grad_norm": str(error.grad_norm), "not_finite": error.culprits,
+            "loss": str(error.loss), "grad_norm": str(error.grad_norm), "not_finite": error.non_finite_names,
             "examples": [int(i) for i in batch], "before": list(self.recent),
         }  # fmt: skip
-        if self.world.first:
+        if self.world.is_main:
             write_json(self.folder / "diverged.json", found)
-        saved = self.standing.checkpoints.steps()
+        saved = self.training_state.checkpoints.steps()
         before = "; ".join(f"{r['loss']:.3g} ({r['grad_norm']:.3g})" for r in self.recent) or "none"
         unnamed = "a gradient" if math.isfinite(error.loss) else "the loss"
-        first = f"{error.culprits[0]} ({len(error.culprits)} in all)" if error.culprits else unnamed
+        first = (
+            f"{error.non_finite_names[0]} ({len(error.non_finite_names)} in all)" if error.non_finite_names else unnamed
+        )
         return (
             f"The loss of update {place.step + 1} (stage {place.stage.index}) is {error.loss}, its gradient norm "
             f"{error.grad_norm}. It was not applied"
             + (f", and the checkpoint of update {saved[-1]} is whole.\n" if saved else ".\n")
             + f"  not finite in: {first}\n"
             f"  losses before, with gradient norms: {before}\n"
-            f"  learning rate {lr:g}, clipping {self.config.optimizer.clip or 'off'}, "
+            f"  learning rate {lr:g}, clipping {self.config.optimizer.max_grad_norm or 'off'}, "
             f"{self.config.engine.precision.value}\n"
-            "A norm that grew before points to the learning rate: lower optimizer.lr, or set optimizer.clip=1 and "
-            "optimizer.warmup=100. One that did not points to the data: the examples of this update are listed in "
+            "A norm that grew before points to the learning rate: lower optimizer.lr, or set "
+            "optimizer.max_grad_norm=1 and "
+            "optimizer.warmup_steps=100. One that did not points to the data: the examples of this update are "
+            "listed in "
             f"{self.folder / 'diverged.json'}."
         )
 
 
-def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
+def describe_run(config: TrainConfig, folder: Path, training: Trainer) -> None:
     """What exactly is trained, on what, with which code, where: config.json and run.json."""
     describe(
         folder,
@@ -355,50 +359,50 @@ def describe_run(config: TrainConfig, folder: Path, training: Training) -> None:
             "model_type": training.lm.base.config.model_type,
             "init": str(starting_point(config.init).resolve()) if config.init and not training.step else None,
         },
-        {**spread(config, training.world), "from_update": training.step},
+        {**runtime_info(config, training.world), "from_update": training.step},
         training.questions,
     )
 
 
 def run(config: TrainConfig) -> int:
     """Train one run, or go on with it, on as many processes as asked for."""
-    return carry_out(config, "batch_size", "coconut.train", lambda world: train_together(config, world))
+    return launch_training(config, "batch_size", "coconut.train", lambda world: run_rank(config, world))
 
 
-def train_together(config: TrainConfig, world: World) -> int:
+def run_rank(config: TrainConfig, world: World) -> int:
     """What each process of a run does."""
-    share_out(config.batch_size, world.size)
-    with held_folder(config, world) as (folder, files):
+    check_divisible(config.batch_size, world.size)
+    with open_run_folder(config, world) as (folder, files):
         return train(config, folder, files, world)
 
 
 def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World) -> int:
     """The run of this configuration on these files, in a folder that is its own."""
-    training = Training(config, folder, files, world)
+    training = Trainer(config, folder, files, world)
     if training.step == training.schedule.total and not training.pending:
-        say(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
+        log(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
         return 0
     where = f"{world.size} processes, {config.engine.kind}" if world.size > 1 else str(training.engine.device)
-    say(
+    log(
         f"{config.method}: {len(training.train):,} training and {len(training.valid):,} validation examples, "
         f"{training.num_parameters / 1e6:.1f}M parameters, {training.schedule.total:,} updates on {where}"
     )
     unit = training.plan.unit.value
     if config.curriculum.mixing_probability and not training.plan.mixing_probability:
-        say(f"note: {config.method} has no slot that tells stages apart, so curriculum.mixing_probability is not used")
+        log(f"note: {config.method} has no slot that tells stages apart, so curriculum.mixing_probability is not used")
     for stage in training.plan.stages:
-        say(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
+        log(f"  stage {stage.index}: {stage.length} {unit}, {stage.describe()}")
     if config.max_new_tokens:
         for split, data in (("train", training.train), ("valid", training.valid)):
             warn_of_limit(data, training.plan.stages, config.max_new_tokens, files[split])
-    training.rehearse()
-    training.standing.take_up(training.engine)
-    world.first_does(lambda: describe_run(config, folder, training))
+    training.dry_run()
+    training.training_state.resume(training.engine)
+    world.on_main_process(lambda: describe_run(config, folder, training))
     if training.step:
-        say(f"Going on from update {training.step:,}")
-        now = spread(config, world)
-        session = read_json(folder / DESCRIPTION)["sessions"][-2] if world.first else now
+        log(f"Going on from update {training.step:,}")
+        now = runtime_info(config, world)
+        session = read_json(folder / DESCRIPTION)["sessions"][-2] if world.is_main else now
         differing = [key for key in now if session.get(key, now[key]) != now[key]]
         if changed := [f"{key}: {session[key]} before, {now[key]} now" for key in differing]:
-            say(f"note: {', '.join(changed)}. Batches are the same, losses but for the last digits; dropout is not")
+            log(f"note: {', '.join(changed)}. Batches are the same, losses but for the last digits; dropout is not")
     return training.run()

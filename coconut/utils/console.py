@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10  # where the screen is no terminal
 _hushed = False
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     if not _hushed:
         print(text, flush=True)
 
@@ -30,7 +30,7 @@ def hush() -> Iterator[None]:
         _hushed = False
 
 
-def only_our_words() -> None:
+def silence_libraries() -> None:
     """Keep the progress bars of transformers, and what DeepSpeed says where it finds no GPU, off the screen."""
     import torch
     from transformers.utils import logging
@@ -41,7 +41,7 @@ def only_our_words() -> None:
 
 
 @contextlib.contextmanager
-def working(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on a terminal, a line now and then elsewhere; call it with what is done and a remark."""
     start, last = time.monotonic(), time.monotonic()
 
@@ -60,7 +60,7 @@ def working(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str
             return
         last = time.monotonic()
         left = (last - start) / max(now - done, 1) * (total - now)
-        say(f"  {what} {now:,} of {total:,}, {remark}, about {duration(left)} left")
+        log(f"  {what} {now:,} of {total:,}, {remark}, about {duration(left)} left")
 
     yield line
 

@@ -21,7 +21,7 @@ PART = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # what is being written, as temp
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Unwritten(OSError):
+class FileWriteError(OSError):
     """There is no room for a file or folder. `reason`: in the system's words."""
 
     reason: str
@@ -36,7 +36,7 @@ def writing(path: Path | str) -> Iterator[None]:
         if not (reason := _no_room(error)):
             raise
         there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
-        failure = Unwritten(
+        failure = FileWriteError(
             f"{path} could not be written: {reason} ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free there). "
             "What was written before is whole. Make room, then run the same command again."
         )
@@ -47,7 +47,7 @@ def writing(path: Path | str) -> Iterator[None]:
 def _no_room(error: BaseException | None) -> str | None:
     """The system's words for a full disk, also where a library has made an exception of its own of it."""
     while error:
-        if isinstance(error, Unwritten):
+        if isinstance(error, FileWriteError):
             return error.reason
         number = error.errno if isinstance(error, OSError) else None
         if told := re.search(r"\(os error (\d+)\)", str(error)):
@@ -59,7 +59,7 @@ def _no_room(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`; what was written there takes its place when the block ends well.
 
     A link is followed. Raises OSError if there is something else than a file, or if it cannot be written.
@@ -76,7 +76,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         try:
             yield part
             _sync(part)
-            as_umask(part)
+            apply_umask(part)
             os.replace(part, path)
             _sync(path.parent)
         finally:
@@ -84,7 +84,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str) -> Iterator[Path]:
     """As `whole_file` for a folder that does not exist yet, or is replaced."""
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
@@ -98,7 +98,7 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
             for file in part.rglob("*"):
                 _sync(file)
             _sync(part)
-            as_umask(part)
+            apply_umask(part)
             _take_place(part, path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -131,7 +131,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def make_writable(folder: Path) -> None:
+def ensure_writable(folder: Path) -> None:
     """Make a folder. Raises OSError if nothing can be written there: before the work that it is for, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,13 +141,13 @@ def make_writable(folder: Path) -> None:
         raise OSError(f"{folder} cannot be written to: {error.strerror}. Name another with output=.") from error
 
 
-def as_umask(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give a file or folder the permissions of one that is made without a temporary one."""
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 @contextlib.contextmanager
-def sole_owner(folder: Path | str) -> Iterator[None]:
+def exclusive_lock(folder: Path | str) -> Iterator[None]:
     """Hold a folder for this process, and clear away what killed ones left half-written.
 
     Raises OSError if another process on this machine holds it.
@@ -194,7 +194,7 @@ def release(folder: Path | str) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -208,10 +208,10 @@ def read_json(path: Path | str) -> Any:
 
 def read_utf8(path: Path | str) -> str:
     """The text of a file, without a mark at its beginning. Raises ValueError, as `decoded`, if it is none."""
-    return decoded(Path(path).read_bytes(), str(path))
+    return decode_utf8(Path(path).read_bytes(), str(path))
 
 
-def decoded(data: bytes, name: str) -> str:
+def decode_utf8(data: bytes, name: str) -> str:
     """UTF-8 bytes as text, line ends as they are. Raises ValueError that names the first line and byte that is none."""
     try:
         return data.decode("utf-8-sig")
@@ -226,12 +226,12 @@ def decoded(data: bytes, name: str) -> str:
         ) from None
 
 
-def half_pair(value: Any) -> str | None:
+def lone_surrogate(value: Any) -> str | None:
     """The first text in a JSON value that holds half of a surrogate pair, which is no text and cannot be written."""
     if isinstance(value, str):
         return value if re.search(r"[\ud800-\udfff]", value) else None
     values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next((found for part in values if (found := half_pair(part)) is not None), None)
+    return next((found for part in values if (found := lone_surrogate(part)) is not None), None)
 
 
 def sha256(path: Path | str) -> str:

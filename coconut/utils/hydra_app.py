@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO, get_type_hints
 
-from coconut.utils.overrides import as_override, at_home, change_texts, refuse_other_bytes
+from coconut.utils.overrides import as_override, expand_home, map_texts, refuse_non_utf8
 
 PACKAGE = Path(__file__).parent.parent
 CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -29,7 +29,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     a configuration that cannot be composed, and a sweep of which a job failed.
     """
 
-    @ends_quietly
+    @exits_cleanly
     def main() -> None:
         refuse_namesake()
         import hydra
@@ -58,13 +58,13 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                         "launch=local does not go with --multirun. Start one run after the other, or give each job its "
                         "processes: hydra/launcher=slurm hydra.launcher.tasks_per_node=NUMBER."
                     )
-                status = run(built(config, schema)) or 0
+                status = run(to_dataclass(config, schema)) or 0
             except (ValueError, OSError, OmegaConfBaseException) as error:
                 if isinstance(error, BrokenPipeError) and is_closed(sys.stdout):
                     sys.exit(PIPE_CLOSED)
                 if os.environ.get("COCONUT_TRACEBACK"):
                     raise
-                failure = f"error: {in_words(error, schema)}"
+                failure = f"error: {explain_error(error, schema)}"
                 print(failure, file=sys.stderr)
                 status = 2
             except KeyboardInterrupt:
@@ -72,7 +72,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                     print("\ninterrupted", file=sys.stderr)
                 status = 130
             if several and status > 128:  # asked to stop: so are the jobs after this one
-                hand_on(status - 128)
+                run_in_own_environment(status - 128)
                 sys.exit(status)
             if several and status:
                 raise CompactHydraException(failure or f"error: the run ended with status {status}")
@@ -82,7 +82,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
         except CompactHydraException as error:
             if os.environ.get("COCONUT_TRACEBACK"):
                 raise
-            words = in_words(error, schema)
+            words = explain_error(error, schema)
             print(words if words.startswith("error: ") else f"error: {words}", file=sys.stderr)
             status = 2
         sys.exit(status)
@@ -90,7 +90,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
     return main
 
 
-def ends_quietly(command: Callable[[], None]) -> Callable[[], None]:
+def exits_cleanly(command: Callable[[], None]) -> Callable[[], None]:
     """The command, which ends without a traceback if it is interrupted or nobody reads what it prints."""
 
     @functools.wraps(command)
@@ -121,7 +121,7 @@ def is_closed(stream: TextIO) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
-def by_word(usual: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
+def subcommands(usual: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
     """The `main` of a command that does something else after one of these words."""
 
     def main() -> None:
@@ -133,7 +133,7 @@ def by_word(usual: Callable[[], None], **others: Callable[[], None]) -> Callable
     return main
 
 
-def built(config: Any, schema: type) -> Any:
+def to_dataclass(config: Any, schema: type) -> Any:
     """The schema's instance, with the home folder for a path's `~`.
 
     Raises ValueError for a key that +KEY=VALUE added where the schema has none, and for text that is not UTF-8.
@@ -143,12 +143,12 @@ def built(config: Any, schema: type) -> Any:
     if added := next(_unknown(config), None):
         raise ValueError(no_key(added, schema))
     made: Any = OmegaConf.to_object(config)
-    change_texts(made, at_home)
-    refuse_other_bytes(asdict(made), schema)
+    map_texts(made, expand_home)
+    refuse_non_utf8(asdict(made), schema)
     return made
 
 
-def in_words(error: Exception, schema: type) -> str:
+def explain_error(error: Exception, schema: type) -> str:
     """What an error says, and for one of Hydra's or OmegaConf's what came and what could have come."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
@@ -207,7 +207,7 @@ def _unknown(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _unknown(node, f"{prefix}{name}.")
 
 
-def hand_on(number: int) -> None:
+def run_in_own_environment(number: int) -> None:
     """Tell whoever listened to this signal before us, such as submitit, which can start the job again."""
     if callable(signal.getsignal(number)) and number != signal.SIGINT:
         signal.raise_signal(number)

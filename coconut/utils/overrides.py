@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from coconut.utils.files import decoded
+from coconut.utils.files import decode_utf8
 
 # Kinds of text in the annotations of a schema; a plain str is a name.
 PathName = Annotated[str, "path"]  # a file or folder: ~ is the home folder
@@ -138,28 +138,28 @@ def _in_quotes(text: str) -> str:
     return f"'{text}'"
 
 
-def change_texts(config: Any, change: Callable[[str, Kind, str], str], prefix: str = "") -> None:
+def map_texts(config: Any, change: Callable[[str, Kind, str], str], prefix: str = "") -> None:
     """Put `change(key, kind, text)` in the place of each text of a configuration and of those in it."""
     for name, annotation in get_type_hints(type(config), include_extras=True).items():
         value, kind, key = getattr(config, name), Kind.of(annotation), f"{prefix}{name}"
         if is_dataclass(value):
-            change_texts(value, change, f"{key}.")
+            map_texts(value, change, f"{key}.")
         elif kind and value is not None:
             new = [change(key, kind, item) for item in value] if kind.many else change(key, kind, value)
             setattr(config, name, new)
 
 
-def at_home(key: str, kind: Kind, text: str) -> str:
+def expand_home(key: str, kind: Kind, text: str) -> str:
     """`~` at the beginning of a path as the home folder."""
     return os.path.expanduser(text) if kind.tag in ("path", "place") else text
 
 
-def refuse_other_bytes(values: dict[str, Any], schema: type) -> None:
+def refuse_non_utf8(values: dict[str, Any], schema: type) -> None:
     """Raise ValueError if a text, or where a run is to lie, is not UTF-8, as the files that tell of it are."""
     around = {"The current folder": os.getcwd(), "COCONUT_CACHE": os.environ.get("COCONUT_CACHE", "")}
     for name, text in (*around.items(), *_texts(values)):
         if (kind := kind_of(name, schema)) and kind.tag in ("text", "template"):  # which is no path
-            decoded(os.fsencode(text), name)
+            decode_utf8(os.fsencode(text), name)
             continue
         for seen in (text, str(Path(text).resolve()) if text and "\0" not in text else ""):
             try:

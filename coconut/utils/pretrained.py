@@ -13,7 +13,7 @@ from typing import Any
 ASKED = "COCONUT_REMOTE_CODE"  # an environment variable: whom to trust is not for a run's configuration to say
 
 
-def opened(kind: Any, place: Any, **settings: Any) -> Any:
+def load_pretrained(kind: Any, place: Any, **settings: Any) -> Any:
     """`kind.from_pretrained(place)`, of one of transformers' Auto classes; weights are copied out of their file.
 
     Where the hub does not answer, the cache's copy is taken.
@@ -46,7 +46,7 @@ def _copy_weights(found: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
-def on_disk(place: Path | str) -> Path:
+def resolve_local_path(place: Path | str) -> Path:
     """A folder: this one, or of what is OWNER/NAME on the Hugging Face hub a copy in its cache.
 
     Raises FileNotFoundError if the hub has no such thing, or cannot be reached.
@@ -90,7 +90,7 @@ def _silence(endpoint: str) -> str:
 
 
 @contextmanager
-def reaching(name: str, key: str) -> Iterator[None]:
+def explain_load_errors(name: str, key: str) -> Iterator[None]:
     """Say what to do where a model or tokenizer, which the setting `key` names, cannot be loaded."""
     try:
         yield

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from coconut.utils.console import say
+from coconut.utils.console import log
 
 LAUNCHERS = {
     "BasicLauncher": "here, one after the other",
@@ -26,10 +26,10 @@ class Sweep(Callback):
         jobs = BasicSweeper.split_arguments(overrides, None)[0]
         launcher = str(config.hydra.launcher._target_).rpartition(".")[2]
         where = LAUNCHERS.get(launcher, f"by {launcher}")
-        say(f"A sweep of {len(jobs)} run{'s' * (len(jobs) != 1)}, {where}:")
+        log(f"A sweep of {len(jobs)} run{'s' * (len(jobs) != 1)}, {where}:")
         for number, job in enumerate(jobs):
             values = [each for each in job if each.partition("=")[0] in swept]
-            say(f"  {number}: {' '.join(values) or 'the only one'}")
+            log(f"  {number}: {' '.join(values) or 'the only one'}")
         if folder := OmegaConf.select(config, "hydra.launcher.submitit_folder"):
             logs = str(folder).replace("%j", "JOB")
-            say(f"What they say is in {logs}, in *_log.out and *_log.err. This command waits for them.")
+            log(f"What they say is in {logs}, in *_log.out and *_log.err. This command waits for them.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Afterwards every part of it is in the mode that it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -40,7 +40,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def computed_in(given: Tensor) -> torch.dtype:
+def compute_dtype(given: Tensor) -> torch.dtype:
     """The type that products of it are made in: autocast's, or its own."""
     kind = given.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
