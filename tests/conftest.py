@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import coconut
 
-if not Path(coconut.__file__).with_name("methods.py").is_file():
+if not Path(coconut.__file__).with_name("methods").is_dir():
     raise ImportError(f"Another package named coconut shadows this one: {coconut.__file__}")
 
 import pytest
