@@ -132,5 +132,5 @@ def test_with_sight_nothing_changes(family: str, monkeypatch: pytest.MonkeyPatch
         return gradients(lm) | {"loss": loss.detach()}
 
     before = done(lm)
-    monkeypatch.setattr(model, "needs_sight", lambda *_: True)
+    monkeypatch.setattr(model, "has_fully_masked_query", lambda *_: True)
     torch.testing.assert_close(done(lm), before, rtol=1e-9, atol=1e-12)

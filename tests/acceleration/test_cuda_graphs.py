@@ -48,7 +48,7 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
     batch = mixed_batch(lm)
     found = []
     for even in (False, True):
-        monkeypatch.setattr(model, "align", partial(model.plan_passes, bucket_widths=even))
+        monkeypatch.setattr(model, "plan_passes", partial(model.plan_passes, bucket_widths=even))
         lm.zero_grad()
         loss = lm(**batch).loss_sum
         loss.backward()

@@ -174,7 +174,7 @@ def test_each_number_of_thoughts_is_forced() -> None:
         assert (row["accuracy"], (row["low"], row["high"])) == (result.accuracy, result.interval)
         assert row["new_tokens"] == result.mean_new_tokens
         assert sum(row[outcome] for outcome in Outcome) == row["questions"] == len(SYMBOLS)
-    assert study.facts["own"] == 2
+    assert study.facts["trained_thoughts"] == 2
 
 
 def test_without_graphs_there_are_no_outcomes() -> None:
@@ -192,7 +192,7 @@ def test_pauses_can_be_forced() -> None:
 def test_a_run_without_mixing_warns() -> None:
     examined = symbolic()
     assert "without mixing" in k_forcing(examined).facts["warning"]
-    mixed = k_forcing(replace(examined, knows_fewer=True)).facts["warning"]
+    mixed = k_forcing(replace(examined, trained_with_fewer_thoughts=True)).facts["warning"]
     assert mixed.startswith("More thoughts than its own 2 were never trained")
 
 

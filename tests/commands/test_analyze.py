@@ -70,7 +70,7 @@ def test_every_part_leaves_data_and_the_page_shows_it(trained: Path) -> None:
 def test_the_usual_number_of_thoughts_gives_the_evaluations_accuracy(trained: Path) -> None:
     study, found = Study.read(trained / "analysis", "k_forcing"), read_json(trained / "evaluation" / "test.json")
     assert study
-    (own,) = [row for row in study.rows if row["thoughts"] == study.facts["own"]]
+    (own,) = [row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"]]
     assert own["accuracy"] == found["accuracy"]
     assert own["questions"] == found["count"]
 
@@ -204,7 +204,7 @@ def test_questions_are_numbered_as_in_their_file(tmp_path: Path, capsys: pytest.
 
 def test_a_run_in_progress_has_a_page_without_figures(data: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train(small_run(folder, data, curriculum=replace(MIXED, max_stage=0, total=5)))
+    train(small_run(folder, data, curriculum=replace(MIXED, max_stage=0, total_length=5)))
     config = read_json(folder / "run.json")
     config["updates"] = 500
     write_json(folder / "run.json", config)

@@ -149,7 +149,7 @@ def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest)
         assert [one["thoughts"] for one in found["after"]] == list(counts)
         outs = [lm.generate(torch.tensor(prompts), num_thoughts=count) for count in counts]
         for one, out in zip(found["after"], outs, strict=True):
-            assert (one["text"], one["cut"]) == (out.texts[0].strip(), bool(out.truncated[0]))
+            assert (one["text"], one["truncated"]) == (out.texts[0].strip(), bool(out.truncated[0]))
             assert one["answer"] == subject.task.read_answer(out.texts[0], subject.lm.reasoning.format)
             assert one["correct"] == subject.task.judge(one["answer"], example.answer)
         for said, expected in zip(found["thoughts"], logit_lens(lm, outs[-1].thoughts[0], 5), strict=True):
@@ -224,7 +224,7 @@ def test_methods_without_thoughts(without_thoughts: Server) -> None:
     found = ask(without_thoughts, row=2)
     assert len(found["graph"]["nodes"]) > 2
     assert found["thoughts"] == []
-    pauses = about["own"] + MORE if about["method"] == "pause" else 0
+    pauses = about["trained_thoughts"] + MORE if about["method"] == "pause" else 0
     assert [one["thoughts"] for one in found["after"]] == list(range(pauses + 1))
     assert {one["names"] for one in found["after"]} == {None}
 
@@ -245,8 +245,9 @@ def test_what_it_says_of_the_run(in_symbols: Server, in_sentences: Server, symbo
     assert status == 200
     warning, step = about.pop("warning"), load_state(Checkpoints(symbols_run).find("best"))["step"]
     assert warning.startswith("The run was trained without mixing, so its last stage knows 2 thoughts")
-    assert about == {"run": "run", "method": "coconut", "stage": 2, "step": step, "slot": "thought", "own": OWN,
-                     "task": "prosqa", "file": "test.json", "rows": 20, "knows_fewer": False}  # fmt: skip
+    assert about == {"run": "run", "method": "coconut", "stage": 2, "step": step, "slot": "thought",
+                     "trained_thoughts": OWN, "task": "prosqa", "file": "test.json", "rows": 20,
+                     "trained_with_fewer_thoughts": False}  # fmt: skip
     assert request(in_sentences, "GET", "/about")[1]["file"] == "valid.json"
 
 

@@ -95,8 +95,8 @@ def test_a_right_answer_is_paid_by_the_mode_that_its_token_names() -> None:
     assert reward(example, right, "", nothing) == 1.0
     for wrong in ("### A is a c.", "A is a b", ""):
         assert reward(example, wrong, "short", nothing) == -1.0
-    assert replace(reward, wrong=0.0)(example, "", "think", nothing) == 0.0
-    limited = replace(reward, limits={"short": 3})
+    assert replace(reward, incorrect_reward=0.0)(example, "", "think", nothing) == 0.0
+    limited = replace(reward, max_mode_tokens={"short": 3})
     rewards = [limited(example, right, mode, Cost(5, 0, n)) for mode in ("short", "think") for n in (3, 4)]
     assert rewards == [1.0, -1.0, 0.5, 0.5]
 

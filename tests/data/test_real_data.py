@@ -73,7 +73,7 @@ def test_from_released_file_to_evaluation(name: str, tokenizer: str, tmp_path: P
     assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), split="valid", max_new_tokens=2)) == 0
     result = next(iter(read_results(tmp_path / "run").values()))
     assert result["num_thoughts"] == 6
-    assert result["guess"] == (None if task == "gsm8k" else 0.5)
+    assert result["chance_accuracy"] == (None if task == "gsm8k" else 0.5)
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k_aug"])

@@ -90,7 +90,7 @@ def test_an_evaluation_is_written_down(trained: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     result = read_results(trained)["test"]
     assert result["count"] == 20
-    assert result["guess"] == 0.5
+    assert result["chance_accuracy"] == 0.5
     assert (result["method"], result["stage"], result["num_thoughts"]) == ("coconut", 2, 2)
     assert f"accuracy     {100 * result['accuracy']:.1f} % ({result['correct']} of 20)" in said
     rows = [json.loads(line) for line in (trained / "evaluation" / "test.predictions.jsonl").read_text().splitlines()]
@@ -117,7 +117,7 @@ def test_what_is_unusual_has_a_name_of_its_own(trained: Path, capsys: pytest.Cap
     own.write_text(json.dumps([{"question": "0 zebra ?", "steps": [], "answer": "zebra"}]))
     run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(own))))
     (name,) = (name for name in read_results(trained) if name.startswith("own-"))
-    assert read_results(trained)[name]["guess"] is None
+    assert read_results(trained)[name]["chance_accuracy"] is None
     assert "1 words of the questions are not in the model's vocabulary" in capsys.readouterr().out
 
 

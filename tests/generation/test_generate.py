@@ -30,7 +30,7 @@ def test_an_answer_that_has_begun_goes_on_after_its_thoughts(family: str, slot: 
     for width in (1, 3):
         places = [i for i, row in enumerate(whole) if len(row) > width]
         begun = torch.tensor([whole[i][:width] for i in places])
-        out = lm.generate(*padded([QUESTIONS[i] for i in places]), max_new_tokens=6 - width, begun=begun)
+        out = lm.generate(*padded([QUESTIONS[i] for i in places]), max_new_tokens=6 - width, prefix_ids=begun)
         assert rows_of(out) == [whole[i][width:] for i in places]
         assert set(out.num_thoughts.tolist()) == {count if slot is Slot.thought else 0}
 
@@ -258,7 +258,7 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
     states = LatentLM.hidden_states
     monkeypatch.setattr(
         LatentLM,
-        "states",
+        "hidden_states",
         lambda lm, embeds, *rest, **how: read.append(len(embeds)) or states(lm, embeds, *rest, **how),
     )
     torch.manual_seed(0)

@@ -62,10 +62,10 @@ def test_an_answer_that_has_begun_goes_on_in_its_mode() -> None:
     assert {each[i] for i in places} >= {"latent_2"}
     begun = torch.tensor([whole[i][:2] for i in places])
     ids, mask = padded([QUESTIONS[i] for i in places])
-    out = lm.generate(ids, mask, max_new_tokens=4, mode=[each[i] for i in places], begun=begun)
+    out = lm.generate(ids, mask, max_new_tokens=4, mode=[each[i] for i in places], prefix_ids=begun)
     assert rows_of(out) == [whole[i][2:] for i in places]
     with pytest.raises(ValueError, match=r"is in a mode already. Name it with mode="):
-        lm.generate(ids, mask, begun=begun)
+        lm.generate(ids, mask, prefix_ids=begun)
 
 
 def test_its_own_choice_is_its_likeliest_control_token(family: str) -> None:
@@ -98,7 +98,7 @@ def test_a_question_is_read_once_a_mode_for_all_its_samples(monkeypatch: pytest.
     states = LatentLM.hidden_states
     monkeypatch.setattr(
         LatentLM,
-        "states",
+        "hidden_states",
         lambda lm, embeds, *rest, **how: read.append(embeds.shape[:2]) or states(lm, embeds, *rest, **how),
     )
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_it_is_evaluated_by_its_choice_and_in_any_mode(warm: Path, capsys: pytes
     forced = read_json(warm / "evaluation" / "test-mode-latent_2.json")
     assert forced["modes"] == {"short": 0, "think": 0, "latent_2": 1}
     assert forced["num_thoughts"] == 2
-    assert not forced["usual"]
+    assert not forced["default_settings"]
     capsys.readouterr()
     question = read_json(warm.parent / "test.json")[0]["question"]
     run_generate(GenerateConfig(run=str(warm), question=question, mode="think"))

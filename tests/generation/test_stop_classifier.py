@@ -108,7 +108,7 @@ def test_an_evaluation_with_it_fits_it_once_and_counts_the_thoughts(trained: Pat
     counts = [json.loads(line)["num_thoughts"] for line in lines]
     assert all(1 <= count <= 3 for count in counts)
     assert found["num_thoughts"] == pytest.approx(sum(counts) / len(counts))
-    assert not found["usual"]
+    assert not found["default_settings"]
 
     assert run_evaluate(config) == 0
     assert "Fitting" not in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""The families of models that are tested, small, and the table of docs/models.md: PYTHONPATH=tests python -m helpers.family_table"""
+"""The families of models that are tested, small, and the table of docs/models.md.
+
+PYTHONPATH=tests python -m helpers.family_table writes the table anew.
+"""
 
 from __future__ import annotations
 

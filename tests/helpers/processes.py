@@ -80,7 +80,7 @@ def together(
 def killed_and_stopped(
     function: Callable[..., Any], *arguments: Any, steps: Callable[[], list[int]], first: int, then: int
 ) -> None:
-    """Call a test module's function(*arguments) in a process and send it SIGKILL, then in another one and send it SIGTERM.
+    """Call a test module's function(*arguments) in a process, which gets SIGKILL, then in another, which gets SIGTERM.
 
     Each is sent as soon as a run has come to step `first`, or `then`; `steps` tells which are saved. Fails if the run
     did not get further each time, or did not say that it stopped.

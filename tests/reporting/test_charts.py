@@ -92,7 +92,7 @@ K_FORCING = Study(
         forced(3, 95, correct_label=95, incorrect_label=5),
         forced(4, 96, correct_label=96, incorrect_label=4),
     ],
-    {"own": OWN, "warning": None} | FACTS,
+    {"trained_thoughts": OWN, "warning": None} | FACTS,
 )
 
 
@@ -153,14 +153,16 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
     studies = [
         Study("asked", asked),
         K_FORCING,
-        Study("prefix_values", prefixes, {"own": OWN, "warning": None}),
+        Study("prefix_values", prefixes, {"trained_thoughts": OWN, "warning": None}),
         values_of(rows),
         Study("parallelism", parallel),
         Study("heights", heights),
         Study("inner_products", products),
         Study("decoded", decoded),
-        Study("audit_thoughts", thoughts, {"guess": 0.5, "verdict": ["The thoughts are used.", "A second one."]}),
-        Study("audit_edges", edges, {"guess": 0.5, "verdict": ["The answer follows the graph."]}),
+        Study(
+            "audit_thoughts", thoughts, {"chance_accuracy": 0.5, "verdict": ["The thoughts are used.", "A second one."]}
+        ),
+        Study("audit_edges", edges, {"chance_accuracy": 0.5, "verdict": ["The answer follows the graph."]}),
         Study("stopping", stopping, {"classifier_accuracy": 0.93, "by_place_alone": 0.75, "trained_on": 1000}),
     ]
     stage = {"index": 3, "slot": "thought", "num_thoughts": OWN, "steps_cut": 3, "length": 8, "markers": True}
@@ -170,7 +172,7 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
         description={"name": "mine", "plan": {"stages": [stage]}},
         train=[],
         valid=[{"stage": 3, "accuracy": 0.9, "loss": 0.1, "step": 8}],
-        evaluations={"test": {"guess": 0.5, "step": 8, "sha256": "0123", "count": 8}},
+        evaluations={"test": {"chance_accuracy": 0.5, "step": 8, "sha256": "0123", "count": 8}},
         test="test",
         studies={study.name: replace(study, facts=study.facts | FACTS) for study in studies},
     )
@@ -285,7 +287,7 @@ def test_the_bars_of_k_forcing_are_all_answers():
         "96.0",
     ]
     assert "guessing, 50.0 %" in [text.get_text() for text in upper.texts]
-    without = Study("k_forcing", [forced(0, 50), forced(1, 90)], {"own": 1})
+    without = Study("k_forcing", [forced(0, 50), forced(1, 90)], {"trained_thoughts": 1})
     assert len(charts.k_forcing(without, 350).axes) == 1
 
 
@@ -315,9 +317,9 @@ def test_what_other_numbers_of_thoughts_do_is_told_by_their_intervals():
     assert "Clearly worse: no thoughts (70.0 %) and 1 thought (80.0 %)." in told
     assert "No clear difference: 2 thoughts (94.0 %) and 4 thoughts (96.0 %)." in told
     assert told.endswith("no way through the graph: 20.0 % with no thoughts and 10.0 % with 1 thought.")
-    reverse = Study("k_forcing", K_FORCING.rows, {"own": 0})
+    reverse = Study("k_forcing", K_FORCING.rows, {"trained_thoughts": 0})
     assert "Clearly better: 1 thought (80.0 %), 2 thoughts (94.0 %)" in " ".join(describe_k_forcing(reverse))
-    plain = Study("k_forcing", [forced(0, 60), forced(1, 90)], {"own": 1})
+    plain = Study("k_forcing", [forced(0, 60), forced(1, 90)], {"trained_thoughts": 1})
     assert describe_k_forcing(plain, "pause")[1:] == [
         "No other number does better.",
         "Clearly worse: no pauses (60.0 %).",
@@ -440,7 +442,7 @@ def test_the_verdict_stands_before_the_figures(run: RunRecord):
     assert of_edges.rows[1][1:] == ["30", "–", "50.0 % (40.0 to 60.0)"]
     without = section(are_they_used, replace(run, studies={"audit_edges": run.studies["audit_edges"]}))
     assert without.title == "Where the answer comes from"
-    none = Study("audit_edges", [], {"guess": None, "verdict": ["It cannot be told."]})
+    none = Study("audit_edges", [], {"chance_accuracy": None, "verdict": ["It cannot be told."]})
     assert section(are_they_used, replace(run, studies={"audit_edges": none})).parts == [Lead(["It cannot be told."])]
 
 

@@ -166,7 +166,7 @@ def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path
     found = read_json(copy / "evaluation" / "other.json")
     write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json"})
     assert "on 20 unseen questions" in words(page_of(copy))
-    write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json", "usual": False})
+    write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json", "default_settings": False})
     assert "no test result yet" in words(page_of(copy))
 
 
@@ -198,9 +198,9 @@ def test_right_and_wrong_answers_are_shown_apart(evaluated: Path):
         "text": "a b ### Tom",
         "predicted": "Tom",
         "correct": True,
-        "cut": False,
+        "truncated": False,
     }
-    wrong = {**right, "text": "a b c", "predicted": None, "correct": False, "cut": True}
+    wrong = {**right, "text": "a b c", "predicted": None, "correct": False, "truncated": True}
     text = words(page_of(replace(record, answers=[right] * 9 + [wrong] * 2)))
     assert "Right, the first 4 of 9" in text
     assert "Wrong, all 2" in text

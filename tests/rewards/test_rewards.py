@@ -170,7 +170,7 @@ def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp
         for said in row["samples"]:
             ids = said["ids"][:-1] if said["ids"][-1] == lm.special.eos else said["ids"]
             assert lm.tokenizer.decode(ids) == said["text"]
-            assert said["cut"] == (said["ids"][-1] != lm.special.eos)
+            assert said["truncated"] == (said["ids"][-1] != lm.special.eos)
     told = read_json(made[0] / "rollouts" / "train.json")
     assert (told["samples"], told["questions"], told["seed"]) == (6, 40, 0)
     assert not list((made[0] / "rollouts").glob(".*"))
@@ -410,7 +410,7 @@ def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig],
         patched.setattr(LatentLM, "forward", counted)
         training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
         tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
-        units = [training.update(step)["units"] for step in range(training.total)]
+        units = [training.update(step)["items"] for step in range(training.total)]
     answers = training.answers["train"].completions
     trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
     labelled = read_answers(files["train"], training.lm)
@@ -761,7 +761,7 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
         (lambda row: row["samples"][1].pop("correct"), "line 2: sample 2 has no label"),
         (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
         (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
-        (lambda row: row.update(samples=[]), "it has no samples"),
+        (lambda row: row.update(completions=[]), "it has no samples"),
         (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
         (lambda row: row.update(steps="a"), "steps is 'a'"),
         (lambda row: row.pop("question"), "it must be an object with question"),
@@ -819,7 +819,7 @@ def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
         for said in row["samples"]:
-            for key in ("ids", "mode", "num_thoughts", "new_tokens", "cut"):
+            for key in ("ids", "mode", "num_thoughts", "new_tokens", "truncated"):
                 said.pop(key)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with_ids, without = read_answers(made[1].train, lm)[:5], read_answers(tmp_path / "text.jsonl", lm)

@@ -290,7 +290,7 @@ def test_the_mark_of_an_answer_is_what_every_answer_begins_with(template: str, m
 def test_a_run_without_mixing_is_warned_of_and_one_without_thoughts_refused() -> None:
     examined = subject(GRAPHS[:3])
     assert "without mixing" in prefix_values(examined).facts["warning"]
-    assert prefix_values(replace(examined, knows_fewer=True)).facts["warning"] is None
+    assert prefix_values(replace(examined, trained_with_fewer_thoughts=True)).facts["warning"] is None
     pauses: dict[str, Any] = {"slot": Slot.pause, "method": "pause"}
     words: dict[str, Any] = {"slot": Slot.none, "method": "cot", "markers": False}
     unready: dict[str, Any] = {"num_thoughts": 0}

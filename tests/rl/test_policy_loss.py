@@ -179,7 +179,7 @@ def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
 def test_words_weigh_as_much_with_a_control_weight_as_alone(name: str, kind: str) -> None:
     lm = build("llama", torch.float32, slot=Slot.none, markers=False) if kind == "words" else hybrid()
     samples = sampled(lm) if kind != "forced" else forced(lm)
-    objective = replace(OBJECTIVES[name], control=0.01)
+    objective = replace(OBJECTIVES[name], control_token_weight=0.01)
     batch = batch_of(lm, samples, objective)
     words = [len(sample.log_probs) - int(sample.is_control.sum()) for sample in samples]
     expected = []

@@ -73,9 +73,9 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLC
         "reward": RewardConfig({"think": 0.5}),
         "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=3),
         "engine": EngineConfig(device="cpu", threads=1),
-        "batches": 6,
-        "questions": 4,
-        "samples": 4,
+        "num_steps": 6,
+        "prompts_per_step": 4,
+        "group_size": 4,
         "validate_every": 3,
         "keep_checkpoints": 100,
     }
@@ -96,7 +96,7 @@ def several(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLCo
 
 def test_a_run_describes_itself(finished: Path) -> None:
     described = read_json(finished / "run.json")
-    assert described["objective"]["control"] == 1e-3
+    assert described["objective"]["control_token_weight"] == 1e-3
     assert described["objective"]["denominator"] == "per_answer"
     assert described["reasoning"]["modes"] == MODES
     assert described["data"]["train"]["used"] == 40
@@ -190,7 +190,7 @@ def on_two(warm: str, folder: str) -> None:
     }
     with init_distributed(kinds["local"]) as world:
         for name, engine in kinds.items():
-            config = settings(made, Path(folder) / name, engine=engine, batches=2, drop_zero_variance_groups=True)
+            config = settings(made, Path(folder) / name, engine=engine, num_steps=2, drop_zero_variance_groups=True)
             assert run_together(config, world) == 0
 
 
@@ -209,7 +209,7 @@ def test_an_update_does_not_change_with_the_micro_batches(made: tuple[Path, Data
     found = []
     for size in (None, 5, 1):
         folder = tmp_path / str(size)
-        assert run(settings(made, folder, batches=1, micro_batch_size=size)) == 0
+        assert run(settings(made, folder, num_steps=1, micro_batch_size=size)) == 0
         found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
     assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
@@ -231,9 +231,9 @@ def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) 
     )
     assert run_training(warm) == 0
     config = settings(
-        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, kl_coef=0.0), batches=12,
-        reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, samples=8, validate_every=12,
-        questions=8,
+        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, kl_coef=0.0), num_steps=12,
+        reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, group_size=8, validate_every=12,
+        prompts_per_step=8,
     )  # fmt: skip
     assert run(config, first_word) == 0
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
@@ -246,7 +246,7 @@ def cheap(example: Example, text: str, mode: str, cost: Cost, /) -> float:
 
 def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     objective = ObjectiveConfig("degrpo", control_token_weight=1.0, kl_coef=0.0)
-    config = settings(made, tmp_path / "run", objective=objective, batches=15, optimizer=AdamWConfig(lr=6e-3))
+    config = settings(made, tmp_path / "run", objective=objective, num_steps=15, optimizer=AdamWConfig(lr=6e-3))
     assert run(config, cheap) == 0
     chances = [row["chance_short"] for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
     assert chances[0] < 0.5 < 0.75 < chances[-1]
@@ -254,7 +254,7 @@ def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataCo
 
 def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = settings(made, folder, batches=2, drop_zero_variance_groups=True)
+    config = settings(made, folder, num_steps=2, drop_zero_variance_groups=True)
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
     assert run(config, lambda *_: 1.0) == 0
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
@@ -284,9 +284,9 @@ def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig],
         state |= {"bad": bad, "after": after}
         folder = tmp_path / name
         with pytest.raises(ValueError, match=f"{message}.*saved at batch {saved}"):
-            run(settings(made, folder, batches=5), broken)
+            run(settings(made, folder, num_steps=5), broken)
         assert Checkpoints(folder).steps()[-1] == saved
-        assert run(settings(made, folder, batches=5), cheap) == 0, "it goes on"
+        assert run(settings(made, folder, num_steps=5), cheap) == 0, "it goes on"
         assert [row["step"] for row in read_metrics(folder) if row["kind"] == "valid"] == [0, 3, 5]
 
 
@@ -311,10 +311,10 @@ def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> 
         with pytest.raises(ValueError, match=message):
             run(settings(made, tmp_path / "none", **changes))
         assert not (tmp_path / "none").exists()
-    assert run(settings(made, tmp_path / "run", batches=1)) == 0
+    assert run(settings(made, tmp_path / "run", num_steps=1)) == 0
     with pytest.raises(ValueError, match=r"(?s)another configuration:\n  samples: 4 there, 8 asked for"):
-        run(settings(made, tmp_path / "run", batches=1, samples=8))
-    assert run(settings(made, tmp_path / "run", batches=1, micro_batch_size=1, rollout_batch_size=1)) == 0
+        run(settings(made, tmp_path / "run", num_steps=1, group_size=8))
+    assert run(settings(made, tmp_path / "run", num_steps=1, micro_batch_size=1, rollout_batch_size=1)) == 0
 
 
 def test_long_questions_are_left_out_when_asked(
@@ -324,7 +324,7 @@ def test_long_questions_are_left_out_when_asked(
     long = {**rows[0], "question": " | ".join([rows[0]["question"].split(" ?")[0]] * 2) + " ? 5 or 3 from 0"}
     write_json(tmp_path / "train.json", [*rows, long])
     data = replace(made[1], train=str(tmp_path / "train.json"))
-    config = settings((made[0], data), tmp_path / "run", batches=1, max_new_tokens=40)
+    config = settings((made[0], data), tmp_path / "run", num_steps=1, max_new_tokens=40)
     with pytest.raises(ValueError, match=r"1 of 41 questions leave no room.*: question 41 \(\d+ tokens\)"):
         run(config)
     config.data.too_long = TooLong.skip
@@ -336,11 +336,11 @@ def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, Data
     write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
     data = replace(made[1], train=str(tmp_path / "train.json"))
     with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
-        run(settings((made[0], data), tmp_path / "run", batches=1))
+        run(settings((made[0], data), tmp_path / "run", num_steps=1))
 
 
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    training = begun(settings(made, tmp_path / "run", questions=12), made)
+    training = begun(settings(made, tmp_path / "run", prompts_per_step=12), made)
     asked = np.concatenate([training._questions(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
@@ -422,7 +422,7 @@ def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
         for weight in other.parameters():
             weight.add_(0.1)
     other.save_pretrained(tmp_path / "run" / REFERENCE)
-    training = begun(settings(made, tmp_path / "run", batches=1), made)
+    training = begun(settings(made, tmp_path / "run", num_steps=1), made)
     training.keep_references()
     kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
     assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
@@ -506,7 +506,7 @@ def test_a_policy_without_modes_has_a_page_too(tmp_path: Path) -> None:
         tmp_path / "warm", data, method="coconut", curriculum=Curriculum(length_unit=Unit.updates, total_length=41)
     )
     assert run_training(warm) == 0
-    assert run(settings((tmp_path / "warm", data), tmp_path / "run", batches=2, reward=RewardConfig())) == 0
+    assert run(settings((tmp_path / "warm", data), tmp_path / "run", num_steps=2, reward=RewardConfig())) == 0
     run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))
     assert analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU)) == 0
     page = (tmp_path / "run" / "report.html").read_text()

@@ -73,9 +73,9 @@ def settings(made: Made, folder: Path, dense: ProcessRewardConfig | None = None,
         "dense": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
         "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0),
         "engine": CPU,
-        "batches": 4,
-        "questions": 4,
-        "samples": 6,
+        "num_steps": 4,
+        "prompts_per_step": 4,
+        "group_size": 6,
         "max_new_tokens": 8,
         "micro_batch_size": 5,
         "validate_every": 2,
@@ -174,7 +174,7 @@ def test_labels_are_the_judges_and_not_what_answers_cost(made: Made, tmp_path: P
 def test_micro_batches_change_nothing(made: Made, tmp_path: Path) -> None:
     found = []
     for size in (None, 5, 1):
-        config = settings(made, tmp_path / str(size), batches=2, micro_batch_size=size)
+        config = settings(made, tmp_path / str(size), num_steps=2, micro_batch_size=size)
         assert run(config) == 0
         rows = [row for row in read_metrics(tmp_path / str(size)) if row["kind"] == "train"]
         found.append([row[key] for row in rows for key in ("loss", "grad_norm", "dense_loss", "dense_grad_norm")])
@@ -202,7 +202,7 @@ def test_a_control_token_has_the_advantage_of_all_that_follows(tmp_path: Path) -
     means = torch.stack([row.mean() for row in its.tokens[1:]])
     outcome = its.group.rewards[0] - its.group.rewards[1:].mean()
     torch.testing.assert_close(one[0], outcome + (its.tokens[0] - means.mean()).sum())
-    assert run(replace(config, run=str(tmp_path / "whole"), batches=2)) == 0
+    assert run(replace(config, run=str(tmp_path / "whole"), num_steps=2)) == 0
     rows = [row for row in read_metrics(tmp_path / "whole") if row["kind"] == "train"]
     assert all({"kl", "dense_loss"} <= row.keys() for row in rows)
 
@@ -302,7 +302,7 @@ def test_a_frozen_reward_model_stays_as_it_is(made: Made, reward_model: Path, tm
 def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, weight: float) -> None:
     """Neither the policy nor the reward model; a batch without any makes no update."""
     dense = ProcessRewardConfig(weight=weight, accuracy_range=[0.999, 1.0], optimizer=LEARNS)
-    assert run(settings(made, tmp_path / "run", dense, batches=2)) == 0
+    assert run(settings(made, tmp_path / "run", dense, num_steps=2)) == 0
     rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert all(row["learned_from"] == 0 for row in rows)
     assert all(row["updates"] == 0 and "loss" not in row and "dense_grad_norm" not in row for row in rows)
@@ -323,7 +323,7 @@ def test_which_questions_are_within_the_bounds(made: Made, tmp_path: Path) -> No
     right = group.completions[int(its.right.int().argmax())]
     wrong = replace(right, text="")
     for count, teaches in ((0, False), (1, True), (3, False), (6, False)):
-        mixed = replace(group, samples=(*[right] * count, *[wrong] * (6 - count)))
+        mixed = replace(group, completions=(*[right] * count, *[wrong] * (6 - count)))
         assert training._teaches(mixed) == teaches
 
 
@@ -360,7 +360,7 @@ def on_two(warm: str, folder: str) -> None:
     }
     with init_distributed(kinds["run"]) as world:
         for name, engine in kinds.items():
-            config = settings(made, place / name, engine=engine, batches=2, save_every=1)
+            config = settings(made, place / name, engine=engine, num_steps=2, save_every=1)
             assert run_together(config, world) == 0
             world.on_main_process(lambda ended=place / name: one_back(ended))
             assert run_together(config, world) == 0

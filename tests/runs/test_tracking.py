@@ -31,7 +31,7 @@ from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.tracking import open_tracking
 from tests.test_tracking import ABOUT, updates
 mode, wait, pause = sys.argv[2:]
-config = TrackingConfig(to=Tracker.wandb, mode=TrackingMode(mode), wait=float(wait))
+config = TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode(mode), finish_timeout=float(wait))
 with open_tracking(config, sys.argv[1], 0, ABOUT) as track:
     start = time.perf_counter()
     updates(track, 1, 200)
@@ -264,7 +264,7 @@ def test_a_missing_login_is_named_before_anything_starts(tmp_path: Path, monkeyp
 def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
     code = (
         "from coconut.config import Tracker, TrackingConfig; from coconut.runs.tracking import ready\n"
-        f"ready(TrackingConfig(to=Tracker.{tracker}))"
+        f"check_tracker(TrackingConfig(tracker=Tracker.{tracker}))"
     )
     bare = {"PYTHONPATH": str(ROOT)}  # and with -S no installed package is found
     done = subprocess.run(
@@ -275,7 +275,7 @@ def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"wait": 0}, "tracking.finish_timeout is 0"), ({"project": "a/b"}, "tracking.project is 'a/b'")],
+    [({"finish_timeout": 0}, "tracking.finish_timeout is 0"), ({"project": "a/b"}, "tracking.project is 'a/b'")],
 )
 def test_wrong_values_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -160,7 +160,7 @@ def test_resumed_equals_uninterrupted_from_pretrained_weights(
         part.save_pretrained(tmp_path / "pretrained")
 
     def ours(folder: Path) -> TrainConfig:
-        curriculum = replace(CURRICULUM, first=1, each=2, total=5)
+        curriculum = replace(CURRICULUM, stage0_length=1, stage_length=2, total_length=5)
         return settings(
             data, folder, model=ModelConfig(base=str(tmp_path / "pretrained")), curriculum=curriculum, batch_size=9,
             micro_batch_size=micro_batch_size, save_every=1,
@@ -298,7 +298,10 @@ def test_a_run_goes_on_with_less_memory(
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"curriculum": replace(CURRICULUM, total=20)}, "curriculum.total_length: 14 there, 20 asked for\n.*its plan"),
+        (
+            {"curriculum": replace(CURRICULUM, total_length=20)},
+            "curriculum.total_length: 14 there, 20 asked for\n.*its plan",
+        ),
         ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: what validation measures"),
         ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
     ],
@@ -458,7 +461,7 @@ def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> None:
-    curriculum = replace(CURRICULUM, icot_limit=2, icot_tokens=1, icot_each=2)
+    curriculum = replace(CURRICULUM, icot_limit=2, icot_tokens=1, icot_stage_length=2)
     run(settings(data, tmp_path / method, method=method, curriculum=curriculum))
     losses = [row["loss"] for row in read_metrics(tmp_path / method) if row["kind"] == "train"]
     assert len(losses) == 14
@@ -501,7 +504,7 @@ def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) 
     whole = tmp_path / "whole"
     run(settings(data, whole, model=calm, curriculum=still, save_every=1, validate_every=100))
     later = tmp_path / "later"
-    run(settings(data, later, model=calm, curriculum=replace(still, start_stage=1, total=9), save_every=1,
+    run(settings(data, later, model=calm, curriculum=replace(still, start_stage=1, total_length=9), save_every=1,
                  init=str(Checkpoints(whole).path(5))))  # fmt: skip
     first = next(row for row in read_metrics(later) if row["kind"] == "train")
     assert first["stage"] == 1
@@ -513,7 +516,7 @@ def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) 
 
 def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = settings(data, folder, init=str(finished), curriculum=replace(CURRICULUM, start_stage=2, total=3))
+    config = settings(data, folder, init=str(finished), curriculum=replace(CURRICULUM, start_stage=2, total_length=3))
     run(config)
     assert read_json(folder / "run.json")["init"] == str(Checkpoints(finished).find("best"))
     fresh = settings(data, tmp_path / "fresh", init=str(finished))
@@ -526,7 +529,7 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: Dat
     start, folder = tmp_path / "start", tmp_path / "run"
     shutil.copytree(finished, start)
     config = settings(
-        data, folder, init=str(start), save_every=1, curriculum=replace(CURRICULUM, start_stage=2, total=3)
+        data, folder, init=str(start), save_every=1, curriculum=replace(CURRICULUM, start_stage=2, total_length=3)
     )
     run(config)
     began_from = read_json(folder / "run.json")["init"]
@@ -659,7 +662,7 @@ def test_the_learning_rate_warms_up_and_stays() -> None:
     assert OptimizerConfig(lr=1.0).learning_rate(0) == 1.0
     later = OptimizerConfig(lr=1.0, later_stage_lr=0.2, warmup_steps=2)
     assert [later.learning_rate(n, stage) for stage in (0, 1, 2) for n in (0, 1)] == [0.5, 1.0, 0.1, 0.2, 0.1, 0.2]
-    with pytest.raises(ValueError, match="later_lr is 0"):
+    with pytest.raises(ValueError, match="later_stage_lr is 0"):
         OptimizerConfig(later_stage_lr=0.0)
 
 
