@@ -132,7 +132,7 @@ def torch_attention(lm: LatentLM) -> AbstractContextManager[Any]:
 
 def queries_in_views(lm: LatentLM) -> AbstractContextManager[Any]:
     """Queries where keys and values are, too, which then are kept twice."""
-    return patch.object(attention, "by_itself", lambda query: query)
+    return patch.object(attention, "own_storage", lambda query: query)
 
 
 def by_length() -> AbstractContextManager[Any]:

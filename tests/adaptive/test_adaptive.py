@@ -596,7 +596,7 @@ def test_bad_tables_are_named() -> None:
         OutcomeTable(**{**values, "score": table.score + 1})
     with pytest.raises(ValueError, match="The table of outcomes is empty"):
         OutcomeTable(**{**values, "questions": []})
-    with pytest.raises(ValueError, match="few=4 questions to learn from leave none of 4"):
+    with pytest.raises(ValueError, match="num_train_questions=4 leaves none of 4"):
         run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, few=4, seeds=2)
 
 
@@ -648,7 +648,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     values: dict[str, Any] = {
-        "run": str(folder or ""), "split": "valid", "few": 4, "seeds": 2, "max_new_tokens": 6, "cost": 0.01,
+        "run": str(folder or ""), "split": "valid", "num_train_questions": 4, "seeds": 2, "max_new_tokens": 6, "cost": 0.01,
         "engine": CPU,
         "space": {"num_thoughts": [0, 1, 2], "decoding": {"greedy": {"temperature": 0},
                                                           "vote": {"temperature": 1, "samples": 3}}},
@@ -758,7 +758,7 @@ def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, mo
         ({"space": {"num_thoughts": [1]}}, "What has one value is no choice"),
         ({"default": {"num_thoughts": 9}}, "has no value 9"),
         ({"split": "other"}, "split is 'other'"),
-        ({"few": 1}, "few is 1; it must be at least 2"),
+        ({"num_train_questions": 1}, "num_train_questions is 1; it must be at least 2"),
     ],
 )  # fmt: skip
 def test_configurations_that_are_none(changes: dict[str, Any], told: str) -> None:
@@ -770,7 +770,7 @@ def test_what_cannot_come_off_is_said_before_anything_is_asked(trained: Path, tm
     output = str(tmp_path / "out")
     wild = {"space": {"temperature": [0, 1], "samples": [1, 3]}}
     for changes, told in (
-        ({"few": 24}, "few=24 questions to learn from leave none of"),
+        ({"num_train_questions": 24}, "num_train_questions=24 leaves none of"),
         (wild, "temperature 0, samples 3: 3 samples without a temperature are the same answer"),
         ({"space": {"num_thoughts": [0, 200]}}, "No question of .* leaves room for an answer"),
         ({"run": str(tmp_path / "nothing"), "output": ""}, "is no folder here"),
@@ -843,7 +843,7 @@ def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:
     told = [
         sys.executable, "-m", "coconut.adaptive", "table", "function=slow:ask", f"embedding={place}",
         f"data.valid={file}", "split=valid", "task=prosqa", "+space.steps=[1,2,3]", f"output={tmp_path}/out",
-        "few=4", "seeds=2",
+        "num_train_questions=4", "seeds=2",
         "engine.device=cpu", "engine.threads=1", "calls.workers=1",
     ]  # fmt: skip
     environment = {**CLEAN, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -117,7 +117,7 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"files": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
+        ({"prefix": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
         ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
         ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),

@@ -82,7 +82,7 @@ def test_a_plan_fills_its_total_or_says_why_not(
     [
         ({"thoughts_per_step": -1}, "thoughts_per_step is -1"),
         ({"max_stage": -1}, "max_stage is -1"),
-        ({"each": 0}, "each is 0"),
+        ({"stage_length": 0}, "stage_length is 0"),
         ({"mixing_probability": 1.5}, "mixing_probability is 1.5"),
         ({"icot_tokens": 0}, "icot_tokens is 0"),
     ],

@@ -166,8 +166,8 @@ def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp
     assert len(rows) == 40
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
-        assert len(row["samples"]) == 6
-        for said in row["samples"]:
+        assert len(row["completions"]) == 6
+        for said in row["completions"]:
             ids = said["ids"][:-1] if said["ids"][-1] == lm.special.eos else said["ids"]
             assert lm.tokenizer.decode(ids) == said["text"]
             assert said["truncated"] == (said["ids"][-1] != lm.special.eos)
@@ -464,7 +464,7 @@ def test_answers_longer_than_the_context_are_named_or_left_out(
     made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:4]
-    said = rows[2]["samples"][1]
+    said = rows[2]["completions"][1]
     said["ids"] = [said["ids"][0]] * 90
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
@@ -736,7 +736,7 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
     sampler, folder = models
     answers = sampler / "rollouts" / "test.jsonl"
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    rows[0]["samples"].pop()
+    rows[0]["completions"].pop()
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="Some questions have 7 answers and some 8"):
         compare(
@@ -758,14 +758,14 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row["samples"][1].pop("correct"), "line 2: sample 2 has no label"),
-        (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
-        (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
+        (lambda row: row["completions"][1].pop("correct"), "line 2: sample 2 has no label"),
+        (lambda row: row["completions"][0].update(ids=[10**6]), "none of this model's .* tokens"),
+        (lambda row: row["completions"][0].pop("text"), "sample 1 has no text"),
         (lambda row: row.update(completions=[]), "it has no samples"),
-        (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
+        (lambda row: row["completions"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
         (lambda row: row.update(steps="a"), "steps is 'a'"),
         (lambda row: row.pop("question"), "it must be an object with question"),
-        (lambda row: row["samples"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
+        (lambda row: row["completions"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
     ],
 )
 def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str) -> None:
@@ -779,7 +779,7 @@ def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path
 def test_nothing_to_compare(made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
     for row in rows:
-        for said in row["samples"]:
+        for said in row["completions"]:
             said["correct"] = True
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=str(tmp_path / "one.jsonl"), valid=made[1].valid)
@@ -818,7 +818,7 @@ def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:5]
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
-        for said in row["samples"]:
+        for said in row["completions"]:
             for key in ("ids", "mode", "num_thoughts", "new_tokens", "truncated"):
                 said.pop(key)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

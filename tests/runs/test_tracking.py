@@ -263,7 +263,7 @@ def test_a_missing_login_is_named_before_anything_starts(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
     code = (
-        "from coconut.config import Tracker, TrackingConfig; from coconut.runs.tracking import ready\n"
+        "from coconut.config import Tracker, TrackingConfig; from coconut.runs.tracking import check_tracker\n"
         f"check_tracker(TrackingConfig(tracker=Tracker.{tracker}))"
     )
     bare = {"PYTHONPATH": str(ROOT)}  # and with -S no installed package is found
