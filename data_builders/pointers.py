@@ -16,9 +16,9 @@ from typing import Any
 
 from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run
-from data_builders.making import Recipe, Row
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.builder_app import Builder, run
+from data_builders.parallel_generation import Recipe, Row
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 from data_builders.statistics import Measures
 
 COUNTS = {"train": 20000, "valid": 500, "test": 1000}

@@ -21,9 +21,9 @@ from conftest import byte_level_tokenizer
 from coconut.tasks import prontoqa as prontoqa_task
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
+from data_builders.dataset_writer import SPLITS, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
-from data_builders.writing import SPLITS, shared_questions
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"

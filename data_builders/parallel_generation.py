@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from coconut.utils.console import progress_bar
+from data_builders.dataset_writer import Row
 from data_builders.statistics import Measures, compact
-from data_builders.writing import Row
 
 BATCH = 250  # rows that a process is given at once
 ATTEMPTS = 500  # draws for one place before the dials are held to be exhausted

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from data_builders.making import Recipe, Row, as_line, make_splits
-from data_builders.sources import SourceKeys
+from data_builders.dataset_writer import Card, check_place, shared_questions, write_splits
+from data_builders.parallel_generation import Recipe, Row, as_line, make_splits
+from data_builders.release_formats import SourceKeys
 from data_builders.statistics import Measures, compact, compare, table
-from data_builders.writing import Card, check_place, shared_questions, write_splits
 
 
 def text_key(row: Row) -> int:

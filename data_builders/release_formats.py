@@ -11,7 +11,7 @@ from typing import Any
 
 from coconut.utils.files import decode_utf8, lone_surrogate, sha256
 from coconut.utils.overrides import PathName, Place
-from data_builders.writing import SPLITS, Row, divide
+from data_builders.dataset_writer import SPLITS, Row, divide
 
 SHOWN = 10  # bad rows that an error names; it counts them all
 
