@@ -204,7 +204,7 @@ def several(config: TableConfig) -> int:
     return 0
 
 
-main = subcommands(application("analyze", AnalyzeConfig, run), table=application("table", TableConfig, several))
+main = subcommands(application("analyze", AnalyzeConfig, run), table=application("run_table", TableConfig, several))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _task(init: str) -> str:
 
 
 main = subcommands(
-    application("reward", RewardModelConfig, run), compare=application("compare", CompareConfig, compare)
+    application("reward", RewardModelConfig, run), compare=application("reward_compare", CompareConfig, compare)
 )
 
 

@@ -7,7 +7,7 @@
 # Ctrl-C or SIGTERM: the workers finish their update and save, for which they have GRACE seconds (300 by default).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/command.sh "$@"
+source launch/parse_args.sh "$@"
 
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$count" --max-restarts=0 \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout="${GRACE:-300}" -m "${command[@]}"
