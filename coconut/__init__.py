@@ -19,11 +19,11 @@ __all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer"
 _HOME = {
     "METHODS": "coconut.methods",
     "Curriculum": "coconut.methods",
-    "Example": "coconut.data",
+    "Example": "coconut.data.examples",
     "LatentLM": "coconut.models.latent_lm",
     "Reasoning": "coconut.methods",
     "answer": "coconut.generation.generate",
-    "likeliest": "coconut.generation.generate",
+    "logit_lens": "coconut.generation.generate",
     "plan": "coconut.methods",
 }
 

@@ -38,8 +38,8 @@ def run(config: EvaluateConfig) -> int:
 def run_rank(config: EvaluateConfig, world: World) -> int:
     """What each process of an evaluation does."""
     from coconut.engine.base import autocast
+    from coconut.runs.description import read_config
     from coconut.runs.loading import classifier_of, load_model, load_run
-    from coconut.runs.record import read_config
     from coconut.utils.console import log, progress_bar
 
     own_file, saved = getattr(config.data, config.split), is_saved(config)

@@ -33,8 +33,8 @@ def compare(config: CompareConfig) -> int:
     from coconut.rewards.labelled_answers import read_answers
     from coconut.rewards.losses import get_loss
     from coconut.rewards.value_model import ValueModel
+    from coconut.runs.description import read_config
     from coconut.runs.loading import in_float32, load_run, match_dtypes
-    from coconut.runs.record import read_config
     from coconut.runs.study import Study
     from coconut.tasks import TASKS
     from coconut.utils.files import write_text
@@ -110,7 +110,7 @@ def compare(config: CompareConfig) -> int:
 def _training(folder: Path, loss: Loss) -> TrainedRewardModel:
     """What a run's updates took."""
     from coconut.rewards.compare import TrainedRewardModel
-    from coconut.runs.record import read_metrics
+    from coconut.runs.description import read_metrics
 
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
     seconds, items = (sum(row[key] for row in rows) for key in ("seconds", "items"))
@@ -125,8 +125,8 @@ def _training(folder: Path, loss: Loss) -> TrainedRewardModel:
 
 def _task(init: str) -> str:
     """Of the run whose answers are judged."""
+    from coconut.runs.description import read_config
     from coconut.runs.loading import run_folder_of
-    from coconut.runs.record import read_config
 
     return str(read_config(run_folder_of(init))["data"]["task"])
 

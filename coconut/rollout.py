@@ -16,8 +16,8 @@ from coconut.evaluation.evaluator import task_of
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.rewards.config import RolloutConfig
 from coconut.rewards.labelled_answers import as_row, write_answers
+from coconut.runs.description import read_config
 from coconut.runs.loading import load_run
-from coconut.runs.record import read_config
 from coconut.utils.console import log, progress_bar, silence_libraries
 from coconut.utils.files import sha256, write_json
 from coconut.utils.hydra_app import application

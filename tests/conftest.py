@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import coconut
 
-if not Path(coconut.__file__).with_name("methods.py").is_file():
+if not Path(coconut.__file__).with_name("methods").is_dir():
     raise ImportError(f"Another package named coconut shadows this one: {coconut.__file__}")
 
 import pytest
@@ -32,7 +32,7 @@ from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Unit
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
-from coconut.runs.record import read_metrics
+from coconut.runs.description import read_metrics
 from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 

@@ -377,7 +377,7 @@ def test_import_is_light() -> None:
         "-c", "import coconut, sys; coconut.METHODS; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert done.stdout.strip() == "[]"
-    assert python("-c", "from coconut import *; LatentLM, METHODS, answer, likeliest, plan").returncode == 0
+    assert python("-c", "from coconut import *; LatentLM, METHODS, answer, logit_lens, plan").returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = coconut.Nothing
 

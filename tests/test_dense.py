@@ -27,8 +27,8 @@ from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
 from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
-from coconut.runs.record import read_metrics
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 

@@ -25,7 +25,7 @@ from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated
 from coconut.methods import PromptFormat, Slot
 from coconut.runs.checkpoints import Checkpoints
-from coconut.runs.record import read_results
+from coconut.runs.description import read_results
 from coconut.tasks import TASKS
 from coconut.training.trainer import run as run_train
 

@@ -32,7 +32,7 @@ from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.released_checkpoints import from_released
 from coconut.methods import PromptFormat, Reasoning, Slot
-from coconut.runs.record import read_config
+from coconut.runs.description import read_config
 from coconut.training.trainer import run as run_train
 from coconut.utils.files import read_json
 

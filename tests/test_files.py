@@ -16,7 +16,7 @@ import torch
 from conftest import build
 from safetensors.torch import save_file
 
-from coconut.runs.record import read_metrics
+from coconut.runs.description import read_metrics
 from coconut.runs.tracking import Metrics
 from coconut.utils.files import (
     BEFORE,

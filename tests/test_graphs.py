@@ -26,7 +26,7 @@ from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.models import latent_lm as model
-from coconut.runs.record import read_metrics
+from coconut.runs.description import read_metrics
 from coconut.training.trainer import run, summed_loss
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -22,7 +22,7 @@ from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Slot, Unit, parse_mode
 from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
-from coconut.runs.record import read_metrics, read_results
+from coconut.runs.description import read_metrics, read_results
 from coconut.training.trainer import run
 from coconut.utils.files import read_json, write_json
 

@@ -23,7 +23,7 @@ from processes import CLEAN, HERE, free_port
 
 from coconut.config import TrainConfig
 from coconut.runs.checkpoints import Checkpoints
-from coconut.runs.record import read_metrics
+from coconut.runs.description import read_metrics
 from coconut.utils.hydra_app import CONF_DIR
 
 ROOT = HERE.parent

@@ -19,14 +19,14 @@ from coconut.acceleration.linear import _Product, onednn_linear, sparse_embeddin
 
 @pytest.fixture(autouse=True)
 def _small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coconut.acceleration.linear.LEAST", 1)
+    monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", 1)
 
 
 def both(lm: LatentLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Gradients summed pass by pass, and once."""
     found = []
     for least in (2**40, 1):
-        monkeypatch.setattr("coconut.acceleration.linear.LEAST", least)
+        monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", least)
         lm.zero_grad()
         lm(**batch).loss.backward()
         found.append(gradients(lm))
@@ -76,7 +76,7 @@ def test_which_passes_onednn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_graph(lm(ids, labels=ids).loss, _Product) == products, "in float32 on a CPU"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not in_graph(lm(ids, labels=ids).loss, _Product)
-    monkeypatch.setattr("coconut.acceleration.linear.LEAST", 2**40)
+    monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", 2**40)
     assert not in_graph(lm(ids, labels=ids).loss, _Product), "where weights are large"
 
 

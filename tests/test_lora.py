@@ -23,7 +23,7 @@ from coconut.data.examples import read_examples
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.models.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
 from coconut.runs.checkpoints import Checkpoints, load_trainer
-from coconut.runs.record import read_metrics
+from coconut.runs.description import read_metrics
 from coconut.training.model_setup import make_model
 from coconut.training.trainer import run
 from coconut.utils.files import read_json
@@ -90,7 +90,7 @@ def small_batch(lm: LatentLM) -> dict[str, Any]:
 def test_it_begins_as_the_model_and_trains_nothing_else(
     place: Path, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coconut.acceleration.linear.LEAST", least)
+    monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", least)
     whole, lm = wrapped(place), wrapped(place)
     lm.load_state_dict(whole.state_dict())
     batch = small_batch(lm)

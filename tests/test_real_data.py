@@ -24,7 +24,7 @@ from coconut.reward import compare
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rollout import run as roll
-from coconut.runs.record import read_metrics, read_results
+from coconut.runs.description import read_metrics, read_results
 from coconut.training.trainer import run
 from coconut.utils.hydra_app import CONF_DIR
 

@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Path) -> Path:
-    from coconut.evaluation import evaluator as evaluate
+    from coconut import evaluate
 
     run = trained.parent / "evaluated"
     shutil.copytree(trained, run)

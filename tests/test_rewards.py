@@ -57,8 +57,8 @@ from coconut.rewards.trainer import run_rank as run_together
 from coconut.rewards.value_model import ValueModel
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state
+from coconut.runs.description import read_metrics
 from coconut.runs.loading import match_dtypes, starting_point
-from coconut.runs.record import read_metrics
 from coconut.tasks import TASKS
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, sha256, write_json

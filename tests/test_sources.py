@@ -19,7 +19,7 @@ from coconut.data.datasets import builders_code, cache_folder, data_files, defau
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
-from coconut.runs.record import read_results
+from coconut.runs.description import read_results
 from coconut.training.trainer import run
 from coconut.utils.files import read_json
 

@@ -17,8 +17,8 @@ from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import StopRule
 from coconut.generation.stop_classifier import StopClassifier, fit, fit_classifier, refuse_untrained
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
+from coconut.runs.description import read_results
 from coconut.runs.loading import classifier_of, load_run
-from coconut.runs.record import read_results
 from coconut.training.trainer import run as train
 from coconut.utils.files import read_json
 

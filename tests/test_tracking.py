@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.runs.record import environment_info, read_metrics, samples_file
+from coconut.runs.description import environment_info, read_metrics, samples_file
 from coconut.runs.tracker_process import numbers
 from coconut.runs.tracking import TRACKING, TRACKING_LOG, check_tracker, open_tracking, unsent
 from coconut.utils.files import read_json

@@ -45,8 +45,8 @@ from coconut.evaluation.evaluator import evaluate
 from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RLConfig
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.description import read_metrics
 from coconut.runs.folder import differences
-from coconut.runs.record import read_metrics
 from coconut.training.loop import NonFiniteLossError
 from coconut.training.schedule import Schedule, updates_since_reset
 from coconut.training.trainer import Trainer, run
@@ -225,7 +225,7 @@ def test_a_validation_left_for_a_signal_is_made_up_for(
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(*args, **kwargs)
 
-        monkeypatch.setattr("coconut.train.evaluate", evaluated)
+        monkeypatch.setattr("coconut.training.trainer.evaluate", evaluated)
         assert run(settings(data, folder, save_every=1)) == 128 + signal.SIGTERM
         assert load_state(Checkpoints(folder).path(left_at))["pending"]
         assert not Checkpoints(folder).path(left_at + 1).exists()

@@ -39,7 +39,7 @@ from coconut.evaluate import run_rank as evaluate_on_rank
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.checkpoints import Checkpoints
-from coconut.runs.record import read_metrics
+from coconut.runs.description import read_metrics
 from coconut.training.trainer import run, run_rank
 from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 
@@ -286,7 +286,7 @@ def test_waiting_for_processes_that_never_come_says_how_to_be_alone(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # which joining sets, to be taken back
         monkeypatch.delenv(name)
-    monkeypatch.setattr("coconut.engine.world.SECONDS_BEFORE_A_WORD", 0.2)
+    monkeypatch.setattr("coconut.engine.process_group.SECONDS_BEFORE_A_WORD", 0.2)
     hint = r"SLURM_STEP_ID=0 in the environment .* one of 7.* srun --pty, start it with: env -u SLURM_STEP_ID COMMAND"
     with (
         pytest.raises(ValueError, match=f"did not meet the 6 others at .*{hint}"),

@@ -40,8 +40,8 @@ from coconut.evaluation.gold_answers import read_back, readable, warn_of_limit
 from coconut.methods import REASONING_FILE
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.implicit import ImplicitReward, reference_of
+from coconut.runs.description import CONFIG, read_config
 from coconut.runs.loading import load_model, match_dtypes
-from coconut.runs.record import CONFIG, read_config
 from coconut.tasks import TASKS
 from coconut.utils.console import log, silence_libraries
 from coconut.utils.files import exclusive_lock, sha256, write_text

@@ -18,7 +18,7 @@ import numpy as np
 from coconut.config import TrainConfig, identity
 from coconut.data.seen_questions import SEEN_IN, all_seen
 from coconut.methods import Curriculum, Unit, plan
-from coconut.runs.record import CONFIG, DESCRIPTION, read_config
+from coconut.runs.description import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from coconut.data.seen_questions import describe_questions
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import around_questions
 from coconut.methods import PromptFormat, Slot
-from coconut.runs.record import DESCRIPTION, read_config, read_results
+from coconut.runs.description import DESCRIPTION, read_config, read_results
 from coconut.utils.files import read_json
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from coconut.reporting.page import (
     percent,
 )
 from coconut.reporting.plots import Band, Curves, graph_picture, learning_curves
-from coconut.runs.record import CONFIG, NONE, RunRecord, _in_stage
+from coconut.runs.description import CONFIG
+from coconut.runs.record import NONE, RunRecord, _in_stage
 from coconut.utils.console import duration
 
 BINS = 200  # points of the smoothed training loss, over a whole run

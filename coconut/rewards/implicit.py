@@ -21,8 +21,8 @@ from torch import Tensor
 from coconut.completions.completion import Completion
 from coconut.completions.scoring import SamplingDistribution
 from coconut.rewards.step_spans import parts_said
+from coconut.runs.description import CONFIG, DESCRIPTION, read_config
 from coconut.runs.loading import run_folder_of
-from coconut.runs.record import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json, sha256
 
 if TYPE_CHECKING:

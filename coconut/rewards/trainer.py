@@ -33,9 +33,9 @@ from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import get_loss
 from coconut.rewards.value_model import ValueModel
+from coconut.runs.description import DESCRIPTION
 from coconut.runs.folder import describe, open_run_folder, used_file
 from coconut.runs.loading import in_float32, match_dtypes, resolve_weights
-from coconut.runs.record import DESCRIPTION
 from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.training.launch import check_divisible, launch_training, runtime_info

@@ -26,8 +26,8 @@ from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
 from coconut.runs.checkpoints import load_trainer
+from coconut.runs.description import read_config
 from coconut.runs.loading import in_float32, match_dtypes, resolve_weights, run_folder_of
-from coconut.runs.record import read_config
 from coconut.runs.state import TrainingState
 from coconut.training.loop import NonFiniteLossError
 

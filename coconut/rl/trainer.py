@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,9 +29,10 @@ from coconut.rl.config import RLConfig
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
 from coconut.rl.mode_routing import by_steps, gathered, in_each_mode, of_modes
 from coconut.rl.objectives import advantages, has_zero_variance
+from coconut.rl.process_reward import OnlineProcessReward
+from coconut.runs.description import DESCRIPTION
 from coconut.runs.folder import describe, open_run_folder, used_file
 from coconut.runs.loading import in_float32, match_dtypes, resolve_weights
-from coconut.runs.record import DESCRIPTION
 from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.tasks import TASKS
@@ -43,9 +43,6 @@ from coconut.training.signals import StopRequest, handle_stop_signals
 from coconut.utils.console import duration, log, progress_bar
 from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import application
-
-if TYPE_CHECKING:
-    from coconut.rl.process_reward import OnlineProcessReward
 
 REFERENCE = "reference"  # in the run's folder: what it started from
 

@@ -14,7 +14,7 @@ from coconut.data.datasets import data_files
 from coconut.data.examples import existing
 from coconut.data.seen_questions import QUESTIONS, keep_questions
 from coconut.engine.world import World
-from coconut.runs.record import CONFIG, DESCRIPTION, environment_info, read_config
+from coconut.runs.description import CONFIG, DESCRIPTION, environment_info, read_config
 from coconut.runs.tracking import check_tracker
 from coconut.utils.console import log
 from coconut.utils.files import exclusive_lock, read_json, release, sha256, write_json

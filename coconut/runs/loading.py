@@ -16,7 +16,7 @@ from coconut.engine.world import World
 from coconut.methods import REASONING_FILE, Curriculum, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state
-from coconut.runs.record import read_config
+from coconut.runs.description import read_config
 from coconut.utils.console import log
 from coconut.utils.pretrained import resolve_local_path
 

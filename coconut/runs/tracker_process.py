@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from coconut.runs.record import METRICS, samples_file
+from coconut.runs.description import METRICS, samples_file
 from coconut.runs.tracking import TRACKING, TRACKING_LOG, unsent
 from coconut.utils.console import log
 from coconut.utils.files import read_json

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.runs.record import METRICS, _version, read_metrics, samples_file
+from coconut.runs.description import METRICS, _version, read_metrics, samples_file
 from coconut.utils.console import log
 from coconut.utils.files import read_json, write_json, write_text, writing
 from coconut.utils.hydra_app import own_environment

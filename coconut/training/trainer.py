@@ -28,9 +28,9 @@ from coconut.evaluation.evaluator import EvaluationInterrupted, Prediction, eval
 from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit
 from coconut.methods import Reasoning, Stage, plan
 from coconut.models.latent_lm import LatentLM
+from coconut.runs.description import DESCRIPTION
 from coconut.runs.folder import describe, open_run_folder, used_file
 from coconut.runs.loading import starting_point
-from coconut.runs.record import DESCRIPTION
 from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.tasks import TASKS
