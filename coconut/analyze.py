@@ -66,7 +66,7 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.engine.base import autocast
-    from coconut.evaluation.evaluator import indices_that_fit
+    from coconut.generation.room import indices_that_fit
     from coconut.runs.loading import load_run
     from coconut.tasks import TASKS
     from coconut.utils.files import sha256
@@ -122,7 +122,7 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> None:
     from coconut.data.examples import read_examples
     from coconut.data.seen_questions import seen_by
     from coconut.engine.base import autocast
-    from coconut.evaluation.evaluator import indices_that_fit
+    from coconut.generation.room import indices_that_fit
     from coconut.rl.mode_routing import choice_studies
     from coconut.runs.loading import load_run
     from coconut.tasks import TASKS

@@ -19,7 +19,7 @@ from coconut.data.examples import Example
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.evaluation.evaluator import evaluate, task_of
-from coconut.generate import read_questions
+from coconut.data.questions import read_questions
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated
