@@ -28,12 +28,13 @@ from omegaconf.errors import OmegaConfBaseException
 import coconut
 from coconut.adaptive.config import AdaptiveConfig
 from coconut.analysis.config import AnalyzeConfig, DemoConfig
+from coconut.completions.config import RolloutConfig
 from coconut.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import GenerateConfig
 from coconut.hub.config import ExportConfig
 from coconut.methods import plan
-from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.config import RewardModelConfig
 from coconut.rl.config import RLConfig
 from coconut.utils.hydra_app import CONF_DIR, exits_cleanly, explain_error, to_dataclass
 from coconut.utils.overrides import as_override

@@ -23,6 +23,7 @@ from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
 from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
+from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import (
@@ -46,7 +47,7 @@ from coconut.reward import compare
 from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
 from coconut.rewards.batches import AnswerSet, preference, reward_batch, reward_loss
 from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
-from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
+from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
