@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asker:
+class InteractiveModel:
     """A trained model and the rows whose questions can be drawn. It answers one question at a time.
 
     `about`: what the page says of the run.

@@ -49,7 +49,7 @@ def write_rollouts(
                     max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
                 rows = (as_row(g, [judge.right(g.example, s.text) for s in g.completions]) for g in groups)
-                write_answers(files[number], rows)
+                write_rows(files[number], rows)
             bar(number + 1, "")
     world.all_gather_object(None)
     if world.is_main:
@@ -69,7 +69,7 @@ def _open_chunks(folder: Path, about: dict[str, Any]) -> None:
 def _join(files: Sequence[Path], output: Path) -> None:
     """Write the chunks as one file."""
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
-    write_answers(output, rows)
+    write_rows(output, rows)
     labels = [completion["correct"] for row in rows for completion in row["completions"]]
     right = f"{100 * sum(labels) / len(labels):.1f} % of them right"
     log(f"{len(rows):,} questions, {len(labels):,} answers, {right}: {output}")
@@ -98,6 +98,6 @@ def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
     """The whole file or none of it."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
