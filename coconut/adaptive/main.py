@@ -45,7 +45,6 @@ from coconut.runs.loading import load_model, match_dtypes
 from coconut.tasks import TASKS
 from coconut.utils.console import log, silence_libraries
 from coconut.utils.files import exclusive_lock, sha256, write_text
-from coconut.utils.hydra_app import application, subcommands
 
 TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
 
@@ -258,8 +257,3 @@ def _function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"function={name} is {found!r}, which cannot be called.")
     return found
-
-
-main = subcommands(
-    application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, only_table)
-)

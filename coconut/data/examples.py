@@ -11,13 +11,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.utils.files import lone_surrogate, read_utf8
-
-if TYPE_CHECKING:
-    pass
-
 
 SHOWN_PROBLEMS = 10
 

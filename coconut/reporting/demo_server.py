@@ -12,19 +12,13 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from coconut.analysis.interactive import InteractiveModel
 from coconut.reporting.plots import DARK, LIGHT
 
-if TYPE_CHECKING:
-    pass
-
-
 MAX_REQUEST_BYTES = 100_000
-
-
 PAGE = Path(__file__).with_name("demo.html")
 
 

@@ -42,7 +42,6 @@ from coconut.training.model_setup import apply_engine_options
 from coconut.training.signals import StopRequest, handle_stop_signals
 from coconut.utils.console import duration, log, progress_bar
 from coconut.utils.files import read_json, write_json
-from coconut.utils.hydra_app import application
 
 REFERENCE = "reference"  # in the run's folder: what it started from
 
@@ -482,6 +481,3 @@ def describe_run(config: RLConfig, folder: Path, training: PolicyTrainer) -> Non
     session = {**runtime_info(config, training.world), "from_update": training.step}
     splits = {"train": training.train, "valid": training.valid}
     describe(folder, config, about, session, {split: [e.question for e in part] for split, part in splits.items()})
-
-
-main = application("rl", RLConfig, run)

@@ -12,14 +12,10 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.methods import REASONING_FILE
 from coconut.utils.files import read_json
-
-if TYPE_CHECKING:
-    pass
-
 
 METRICS = "metrics.jsonl"
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.data.seen_questions import all_seen, describe_questions
 from coconut.methods import Stage, Unit
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config, read_metrics, read_results
 from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
-
-if TYPE_CHECKING:
-    pass
-
 
 NONE = "–"
 
