@@ -80,7 +80,7 @@ def command(config: SourceKeys, builder: Builder) -> str:
     left_out = ("num_workers", "out_dir")
     given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
     return shlex.join(
-        ["python", "-m", f"data_builders.{builder.task}", *(f"{f.name}={getattr(config, f.name)}" for f in given)]
+        ["coconut", "data", builder.task, *(f"{f.name}={getattr(config, f.name)}" for f in given)]
     )
 
 

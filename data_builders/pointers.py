@@ -1,6 +1,6 @@
 """Pointer chasing, made from scratch: a task whose difficulty is a dial.
 
-Run `python -m data_builders.pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
+Run `coconut data pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
 node is as likely an answer as another.
 """
 

@@ -1,6 +1,6 @@
 """ProntoQA: made from scratch, or the output of the original generator, checked and converted.
 
-Run `python -m data_builders.prontoqa --help`.
+Run `coconut data prontoqa --help`.
 """
 
 from __future__ import annotations

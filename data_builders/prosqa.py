@@ -1,6 +1,6 @@
 """ProsQA and its relatives: random graphs with a question, made from scratch, or released files checked.
 
-Run `python -m data_builders.prosqa --help`. The task is of Hao et al. (arXiv 2412.06769); what the
+Run `coconut data prosqa --help`. The task is of Hao et al. (arXiv 2412.06769); what the
 presets are, and how they compare with the released data, docs/data.md says.
 """
 

@@ -1,4 +1,4 @@
-"""python -m coconut.adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
+"""coconut adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
 
 
 def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
-    """The reward of a run of coconut.reward. Raises ValueError if it speaks another model's tokens."""
+    """The reward of a run of coconut reward. Raises ValueError if it speaks another model's tokens."""
     run = config.judge.model
     rewarding = load_model(run, "best", config.engine)
     if rewarding.tokenizer.get_vocab() != lm.tokenizer.get_vocab():

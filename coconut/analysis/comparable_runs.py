@@ -74,7 +74,7 @@ def folders(names: Sequence[str]) -> list[Path]:
             matched = [Path(match) for match in sorted(glob.glob(name), key=natural)]
             runs = [match for match in matched if (match / CONFIG).is_file()]
             if not runs:
-                raise ValueError(f"No run matches {name}. Name folders that coconut.train wrote.")
+                raise ValueError(f"No run matches {name}. Name folders that coconut train wrote.")
             found += runs
         else:
             found.append(path)
@@ -115,7 +115,7 @@ def comparable_runs(names: Sequence[str], name: str = "test") -> list[Comparable
     _refuse(
         [f"{run.folder}: {told}" for run in runs if (told := _not_the_usual(run))],
         f"not evaluated ({name!r}) as the others are, at its best and with the usual settings",
-        "Evaluate again: python -m coconut.evaluate run=DIR.",
+        "Evaluate again: coconut evaluate run=DIR.",
     )
     _refuse_other_questions(runs, name)
     return runs
@@ -130,7 +130,7 @@ def _refuse(cases: Sequence[str], what: str, remedy: str) -> None:
 def _evaluate(record: RunRecord, name: str) -> str:
     data = record.config["data"]
     own = name == "test" and (data["test"] or data["prefix"] or data["build"])
-    return f"python -m coconut.evaluate run={shlex.quote(str(record.folder))}" + ("" if own else " data.test=FILE")
+    return f"coconut evaluate run={shlex.quote(str(record.folder))}" + ("" if own else " data.test=FILE")
 
 
 def _entrant(record: RunRecord, name: str) -> ComparableRun:

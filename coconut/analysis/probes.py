@@ -65,7 +65,7 @@ class Subject:
         return self._made[count]
 
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
-        """`coconut.evaluate.evaluate` with this model, on these or on all examples."""
+        """`evaluate` with this model, on these or on all examples."""
         asked = self.examples if examples is None else examples
         return evaluate(self.lm, self.task, asked, batch_size=self.batch_size, **options)
 

@@ -301,7 +301,7 @@ def _command(config: TableConfig) -> str:
     named = [f"runs={shlex.quote(runs)}"]
     if config.split != TableConfig.split:
         named.append(f"split={shlex.quote(config.split)}")
-    return " ".join(["python -m coconut.analyze table", *named])
+    return " ".join(["coconut analyze table", *named])
 
 
 def _row(group: Group) -> dict[str, Any]:

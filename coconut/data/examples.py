@@ -55,7 +55,7 @@ def read_examples(path: Path | str) -> list[Example]:
 
 
 def existing(
-    path: Path | str, advice: str = "Make one with python -m data_builders.NAME, or name your own file."
+    path: Path | str, advice: str = "Make one with coconut data NAME, or name your own file."
 ) -> Path:
     """The path of a file. Raises FileNotFoundError that says how to get one."""
     path = Path(path)

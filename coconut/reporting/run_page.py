@@ -85,7 +85,7 @@ def _how_to_test(run: RunRecord) -> list[Part]:
     file = "" if ready else " data.test=FILE"
     return [
         Text(f"{why} This measures it on questions that it has never seen:"),
-        Code(f"python -m coconut.evaluate run={shlex.quote(str(run.folder))}{file}"),
+        Code(f"coconut evaluate run={shlex.quote(str(run.folder))}{file}"),
     ]
 
 
@@ -290,9 +290,9 @@ def command(argv: str) -> str:
     program, space, rest = argv.partition(" ")
     path = Path(program)
     if path.suffix == ".py" and path.parent.name == "coconut":
-        program = f"python -m coconut.{path.stem}"
+        program = f"coconut {path.stem}"
     elif path.name == "__main__.py":
-        program = f"python -m coconut.{path.parent.name}"
+        program = f"coconut {path.parent.name}"
     return program + space + rest
 
 

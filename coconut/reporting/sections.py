@@ -50,7 +50,7 @@ def how_many(run: RunRecord) -> Section | None:
     noun, seen = run.stages[-1].slot.value, run.examined
     title = f"How many {noun}s"
     if not run.studies and run.best and run.stages[-1].slot is Slot.thought:
-        hint = f"python -m coconut.analyze run={shlex.quote(str(run.folder))}"
+        hint = f"coconut analyze run={shlex.quote(str(run.folder))}"
         return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
     parts: list[Part] = [Text(seen)] if seen else []
     if study := run.studies.get("k_forcing"):

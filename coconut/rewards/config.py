@@ -53,7 +53,7 @@ class RewardModelConfig(RunConfig):
 class CompareConfig:
     """Reward models on the same sampled answers."""
 
-    runs: list[PathName] = field(default_factory=list)  # that coconut.reward made from one model
+    runs: list[PathName] = field(default_factory=list)  # that coconut reward made from one model
     answers: PathName = ""  # a file of labelled answers, with equally many for each question
     development: PathName = ""  # other ones, that choose thresholds; by default the first run's validation answers
     checkpoint: str = "best"
@@ -69,5 +69,5 @@ class CompareConfig:
         if not self.runs:
             raise ValueError("Name the reward models: runs=DIR,DIR,... or a pattern, such as runs='runs/rewards/ce*'.")
         if not self.answers:
-            raise ValueError("Name the answers to choose among: answers=FILE, such as coconut.rollout writes.")
+            raise ValueError("Name the answers to choose among: answers=FILE, such as coconut rollout writes.")
         at_least("", self, rollouts=0, num_step_questions=1, batch_size=1, seed=0)

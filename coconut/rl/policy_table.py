@@ -68,7 +68,7 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
         if run.step < run.config["num_steps"]:
             raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['num_steps']:,}.")
         if "routers" not in run.studies:
-            raise ValueError(f"{run.folder} was not examined: python -m coconut.analyze run={run.folder} does that.")
+            raise ValueError(f"{run.folder} was not examined: coconut analyze run={run.folder} does that.")
     first = runs[0].studies["routers"].facts
     rows = []
     for run in runs:
@@ -104,7 +104,7 @@ def _validated(run: RunRecord) -> dict[str, Any]:
     if not rows:
         raise ValueError(
             f"{run.folder} was examined at batch {step:,}, where nothing was validated: what it earned there is not "
-            f"known. Examine another checkpoint: python -m coconut.analyze run={run.folder} checkpoint=best"
+            f"known. Examine another checkpoint: coconut analyze run={run.folder} checkpoint=best"
         )
     return rows[-1]
 

@@ -27,7 +27,7 @@ POINTS = 60  # of a smoothed curve
 
 
 def is_policy(run: RunRecord) -> bool:
-    """Whether coconut.rl made it."""
+    """Whether coconut rl made it."""
     return "objective" in run.config
 
 

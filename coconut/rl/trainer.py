@@ -210,7 +210,7 @@ class PolicyTrainer:
                 return stopped(number, f"batch {self.step}")
         log(f"Done: {config.num_steps:,} batches in {self.folder}")
         log(f"Best checkpoint: batch {self.best['step']}, reward {self.best['reward']:.3f} on validation data")
-        log(f"Next: python -m coconut.evaluate run={self.folder}")
+        log(f"Next: coconut evaluate run={self.folder}")
         return 0
 
     def sample(self, step: int) -> list[Group]:
@@ -439,7 +439,7 @@ def run_rank(config: RLConfig, world: World, reward: Reward | None = None) -> in
     with open_run_folder(config, world) as (folder, files):
         training = PolicyTrainer(config, folder, files, world, reward)
         if training.step == config.num_steps and not training.pending:
-            log(f"This run is complete: {training.step:,} batches. Next: python -m coconut.evaluate run={folder}")
+            log(f"This run is complete: {training.step:,} batches. Next: coconut evaluate run={folder}")
             return 0
         lm, objective = training.lm, config.objective
         updates = config.num_minibatches * config.num_iterations

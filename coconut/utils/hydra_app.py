@@ -133,6 +133,12 @@ def subcommands(usual: Callable[[], None], **others: Callable[[], None]) -> Call
     return main
 
 
+def help_line(config_name: str) -> str:
+    """The first line of a command's --help."""
+    text = (CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
+    return text.partition("template: |-\n")[2].partition("\n")[0].strip()
+
+
 def to_dataclass(config: Any, schema: type) -> Any:
     """The schema's instance, with the home folder for a path's `~`.
 
@@ -158,8 +164,12 @@ def explain_error(error: Exception, schema: type) -> str:
         choices = ", ".join(error.options)
         if name.startswith("submitit_") and not any(option.startswith("submitit_") for option in error.options):
             return f"{group}={name} needs submitit's plugin for Hydra. Install it: pip install hydra-submitit-launcher"
-        return f"There is no {group}={name}. {_nearest(name, error.options)}The choices are: {choices}."
+        return f"There is no {group}={name}. {nearest(name, error.options)}The choices are: {choices}."
     if isinstance(error, OverrideParseException):
+        for group in (path for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name != "hydra"):
+            choices = [path.stem for path in group.glob("*.yaml")]
+            if found := difflib.get_close_matches(str(error.override), choices, n=1):
+                return f"{error.override} is not KEY=VALUE. Did you mean {group.name}={found[0]}?"
         return f"{error.override} cannot be read as KEY=VALUE. Quote a value with marks in it: 'KEY=\"a value\"'"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
@@ -178,10 +188,11 @@ def no_key(name: str, schema: type) -> str:
     known = [*_keys(schema), *(path.name for path in CONF_DIR.iterdir() if path.is_dir())]
     alike = [key for key in known if key.rpartition(".")[2] == name]
     alike = alike or [key for key in known if not name.startswith(f"{key}.")]
-    return f"There is no key {name}. {_nearest(name, alike)}All keys with their values: --cfg job; about them: --help"
+    return f"There is no key {name}. {nearest(name, alike)}All keys with their values: --cfg job; about them: --help"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A suggestion, with a space after it; nothing if no name is close."""
     found = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {found[0]}? " if found else ""
 
