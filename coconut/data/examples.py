@@ -54,9 +54,7 @@ def read_examples(path: Path | str) -> list[Example]:
     return examples
 
 
-def existing(
-    path: Path | str, advice: str = "Make one with coconut data NAME, or name your own file."
-) -> Path:
+def existing(path: Path | str, advice: str = "Make one with coconut data NAME, or name your own file.") -> Path:
     """The path of a file. Raises FileNotFoundError that says how to get one."""
     path = Path(path)
     if not path.is_file():

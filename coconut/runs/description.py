@@ -47,7 +47,8 @@ def read_config(run: Path | str) -> dict[str, Any]:
     if (Path(run) / REASONING_FILE).is_file():
         raise ValueError(
             f"{run} is a saved model and no run: it does not record its task or data. Ask it: "
-            f'coconut generate run={run} question="..." Evaluate it: coconut evaluate run={run} task=TASK data.test=FILE'
+            f'coconut generate run={run} question="..." Evaluate it: coconut evaluate run={run} task=TASK '
+            "data.test=FILE"
         )
     if not path.is_file():
         what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"

@@ -199,7 +199,7 @@ def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == {
         "table.html", "table.md", "table.csv", "table.json",
     }  # fmt: skip
-    assert "`python -m coconut.analyze table runs='runs/*'`" in (copy / "table.md").read_text()
+    assert "`coconut analyze table runs='runs/*'`" in (copy / "table.md").read_text()
 
 
 def test_a_row_says_what_its_runs_did(copy: Path) -> None:
@@ -446,7 +446,7 @@ def test_every_run_that_lacks_something_is_named_at_once(copy: Path) -> None:
         no_evaluation(run)
     with pytest.raises(ValueError, match="5 runs are without the evaluation 'test'") as found:
         table(named(copy))
-    assert str(found.value).count("python -m coconut.evaluate run=") == 5
+    assert str(found.value).count("coconut evaluate run=") == 5
 
 
 def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,9 +592,9 @@ def test_runs_can_be_named_in_several_ways(argument: str, expected: list[str]) -
 def test_help_and_errors_read_well(tmp_path: Path) -> None:
     done = python("-m", "coconut.analyze", "table", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "python -m coconut.analyze table runs=DIR,DIR,..." in done.stdout
+    assert "coconut analyze table runs=DIR,DIR,..." in done.stdout
     assert "Powered by Hydra" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
     done = python("-m", "coconut.analyze", "table", "runs=no*", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: No run matches no*. Name folders that coconut.train wrote.\n")
+    assert (done.returncode, done.stderr) == (2, "error: No run matches no*. Name folders that coconut train wrote.\n")
     assert not list(tmp_path.iterdir())

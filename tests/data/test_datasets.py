@@ -46,7 +46,7 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     data = config(cache_dir=str(tmp_path))
     files = data_files(asdict(data))
     said = capfd.readouterr().out
-    assert "Making the data, once: python -m data_builders.prosqa preset=graphs seed=3" in said
+    assert "Making the data, once: coconut data prosqa preset=graphs seed=3" in said
     assert "The data lie in" in said
     counts = {split: len(json.loads(Path(file).read_text())) for split, file in files.items()}
     assert counts == {"train": 24, "valid": 8, "test": 8}

@@ -409,7 +409,7 @@ def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
 
 def test_a_section_without_its_studies_says_how_to_get_them_or_is_left_out(run: RunRecord):
     bare = replace(run, studies={})
-    assert parts_of(section(how_many, bare), Code)[0].text == "python -m coconut.analyze run=runs/mine"
+    assert parts_of(section(how_many, bare), Code)[0].text == "coconut analyze run=runs/mine"
     assert what_they_hold(bare) is None
     assert are_they_used(bare) is None
     assert how_many(replace(bare, valid=[])) is None, "not trained far enough"

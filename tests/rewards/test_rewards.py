@@ -745,7 +745,7 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
                 runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), num_step_questions=2, engine=CPU
             )
         )
-    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut.reward compare"):
+    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut reward compare"):
         analyze(AnalyzeConfig(run=str(folder / "ce")))
     with pytest.raises(ValueError, match="Name the reward models"):
         CompareConfig(answers="a")

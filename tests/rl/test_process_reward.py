@@ -430,7 +430,7 @@ def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Pat
         (
             ProcessRewardConfig(1.0, str(made[0])),
             made,
-            r"is no run of python -m coconut.reward, nor a checkpoint of one",
+            r"is no run of coconut reward, nor a checkpoint of one",
         ),
         (ProcessRewardConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:
