@@ -33,7 +33,7 @@ def run(config: AnalyzeConfig) -> int:
     elif config.parts or (config.parts is None and not policies.is_policy(record) and record.best):
         measure(config, record)
     record = read_run(config.run)
-    write_text(path, _page(record))
+    write_text(path, page_of(record))
     if record.test:
         found = record.evaluations[record.test]
         log(f"accuracy {percent(found['accuracy'])} on {describe_questions(found['count'], found.get('seen'))}")
@@ -74,7 +74,8 @@ def measure_choices(config: AnalyzeConfig, record: RunRecord) -> None:
         log(on_screen(studies[0]))
 
 
-def _page(record: RunRecord) -> str:
+def page_of(record: RunRecord) -> str:
+    """The HTML of a run's report."""
     from coconut.reporting.run_page import answers, headline, learning, provenance, report
     from coconut.reporting.sections import are_they_used, how_many, what_they_hold
     from coconut.rl import report as policies

@@ -79,9 +79,7 @@ def command(config: SourceKeys, builder: Builder) -> str:
     """The command that makes the same set again."""
     left_out = ("num_workers", "out_dir")
     given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
-    return shlex.join(
-        ["coconut", "data", builder.task, *(f"{f.name}={getattr(config, f.name)}" for f in given)]
-    )
+    return shlex.join(["coconut", "data", builder.task, *(f"{f.name}={getattr(config, f.name)}" for f in given)])
 
 
 def _in_words(made: dict[str, Any]) -> str:

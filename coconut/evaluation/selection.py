@@ -11,8 +11,9 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
 from coconut.engine.world import World
 from coconut.evaluation.config import EvaluateConfig
-from coconut.evaluation.evaluator import room_for_question, steps_cut
+from coconut.evaluation.evaluator import steps_cut
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
+from coconut.generation.room import room_for_question
 from coconut.tasks import Task
 from coconut.utils.console import log
 

@@ -168,7 +168,7 @@ def explain_error(error: Exception, schema: type) -> str:
     if isinstance(error, OverrideParseException):
         for group in (path for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name != "hydra"):
             choices = [path.stem for path in group.glob("*.yaml")]
-            if found := difflib.get_close_matches(str(error.override), choices, n=1):
+            if found := difflib.get_close_matches(str(error.override), choices, n=1, cutoff=0.8):
                 return f"{error.override} is not KEY=VALUE. Did you mean {group.name}={found[0]}?"
         return f"{error.override} cannot be read as KEY=VALUE. Quote a value with marks in it: 'KEY=\"a value\"'"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__

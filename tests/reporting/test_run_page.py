@@ -74,7 +74,7 @@ def copy(evaluated: Path, tmp_path: Path) -> Path:
 
 def page_of(run: Path | RunRecord) -> str:
     record = run if isinstance(run, RunRecord) else read_run(run)
-    return report(record, analyze.SECTIONS)
+    return analyze.page_of(record)
 
 
 def test_the_page_says_how_good_the_run_is(evaluated: Path):
