@@ -35,10 +35,9 @@ SHOWN_TOKENS = 5
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A trained model and the questions that it is examined with; what several studies need is made once.
+    """A trained model and the questions to measure it with. Results that several studies need are computed once.
 
-    Every question leaves room for MORE thoughts than the model's own. `knows_fewer`: whether the run was
-    also trained with fewer.
+    Every question leaves room for MORE thoughts than the model's own.
     """
 
     lm: LatentLM

@@ -55,15 +55,15 @@ def headline(run: RunRecord) -> Section:
         thoughts = _thoughts(run, found)
         takes = f"{thoughts} and " if thoughts else ""
         what = f"on {describe_questions(found['count'], found.get('seen'))}"
-        told = (
+        text = (
             f"{found['correct']:,} of {found['count']:,} right in {Path(found['file']).name}, "
             f"each asked once, with the checkpoint of update {found['step']:,}{_choice(run, found)}. "
             f"An answer takes {takes}{found['mean_new_tokens']:.1f} tokens of language; "
             f"{percent(found['truncated'])} were cut off."
         )
         if found["left_out"]:
-            told += f" {found['left_out']:,} questions were left out, too long for the model's context."
-        parts += [Score(found["accuracy"], what, found["interval"], found["chance_accuracy"]), Text(told)]
+            text += f" {found['left_out']:,} questions were left out, too long for the model's context."
+        parts += [Score(found["accuracy"], what, found["interval"], found["chance_accuracy"]), Text(text)]
     else:
         parts += _how_to_test(run)
     others = [_other(run, name) for name in run.evaluations if name != run.test]

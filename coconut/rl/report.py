@@ -123,8 +123,8 @@ def curves_figure(runs: Sequence[RunRecord], name: str) -> Figure:
 def mode_legend(modes: Sequence[str]) -> Legend:
     entries = []
     for number, mode in enumerate(map(parse_mode, modes)):
-        told = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
-        words = told or f"{counted(mode.num_thoughts, 'thought')} and the answer"
+        described = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
+        words = described or f"{counted(mode.num_thoughts, 'thought')} and the answer"
         entries.append((COLOURS[number % len(COLOURS)], f"{mode.token}: {words}"))
     return Legend(entries)
 
@@ -234,20 +234,24 @@ def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
-    config, told = run.config, run.description["objective"]
+    config, objective = run.config, run.description["objective"]
     reward, asked = config["reward"], f"{config['prompts_per_step']} questions with {config['group_size']} answers each"
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
-    scaled = "divided by the deviation of their group" if told["normalize_advantages"] else "not divided"
-    own_term = f"a term of its own, of weight {told['control_token_weight']}"
-    control = "a token like the others" if told["control_token_weight"] is None else own_term
+    scaled = "divided by the deviation of their group" if objective["normalize_advantages"] else "not divided"
+    own_term = f"a term of its own, of weight {objective['control_token_weight']}"
+    control = "a token like the others" if objective["control_token_weight"] is None else own_term
     facts = [
-        ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages {scaled}"),
+        (
+            "objective",
+            f"{config['objective']['name']}: {objective['denominator'].replace('_', ' ')}; advantages {scaled}",
+        ),
         (
             "control token",
-            control + ("" if told["control_token_scale"] == 1 else f", slowed to {told['control_token_scale']:g}"),
+            control
+            + ("" if objective["control_token_scale"] == 1 else f", slowed to {objective['control_token_scale']:g}"),
         ),
-        ("clipping", f"ratios from {1 - told['clip_low']:g} to {1 + told['clip_high']:g}"),
+        ("clipping", f"ratios from {1 - objective['clip_low']:g} to {1 + objective['clip_high']:g}"),
         ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
         ("dense rewards", describe_process_reward(config.get("process_reward"))),

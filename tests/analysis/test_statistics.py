@@ -430,7 +430,7 @@ def no_longer_the_best(run: Path) -> None:
         (trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
         (began_with_a_run_that_was_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
         (trained_on_its_questions, r"cot-seed1: the questions of \S+test\.json are in the training data"),
-        (unusual, r"cot-seed1: unusual settings.*Evaluate again"),
+        (unusual, r"cot-seed1: non-default settings.*Evaluate again"),
         (no_longer_the_best, r"cot-seed1: update 1 was evaluated, and the best is \d"),
     ],
 )
