@@ -123,7 +123,7 @@ def _read_studies(folder: Path) -> dict[str, Study]:
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
-    """`test`, or else the evaluation of another file, with default settings, and not on questions that the run has seen."""
+    """`test`, or else the evaluation of another file, with default settings and on unseen questions."""
 
     def counts(found: dict[str, Any]) -> bool:
         return (

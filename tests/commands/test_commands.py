@@ -392,6 +392,16 @@ def test_another_program_is_interrupted_as_always(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_command_leaves_an_interrupt_without_a_traceback(tmp_path: Path) -> None:
+    asked = "import coconut, signal\nassert signal.getsignal(signal.SIGINT) is signal.SIG_DFL\n"
+    (tmp_path / "coconut").write_text(asked)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "coconut")], capture_output=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
@@ -440,10 +450,10 @@ def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Pa
     wanted = {str(path.relative_to(CONF_DIR)) for path in CONF_DIR.rglob("*.yaml")}
     found = {str(path.relative_to(installed / "coconut" / "conf")) for path in (installed / "coconut").rglob("*.yaml")}
     assert found == wanted
-    few = ["num_train=5", "num_valid=5", "num_test=5"]
-    for arguments in (["coconut.train", "experiment=quickstart", "--cfg", "job"], ["data_builders.prosqa", *few]):
+    script, few = str(installed / "bin" / "coconut"), ["num_train=5", "num_valid=5", "num_test=5"]
+    for arguments in (["train", "experiment=quickstart", "--cfg", "job"], ["data", "prosqa", *few]):
         done = subprocess.run(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, script, *arguments],
             capture_output=True,
             text=True,
             cwd=tmp_path,
