@@ -1,6 +1,6 @@
-"""What every builder does: make rows or read them, then write the set, or set it beside a file.
+"""The application that all builders share: make or read rows, then write the set or compare it with a file.
 
-A builder's module says the rest in one `Builder`.
+A task's module describes its part in one `Builder`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Builder:
 
 
 def run(config: SourceKeys, builder: Builder) -> None:
-    """Carry out a build. Raises ValueError for what the user can mend."""
+    """Run a build. Raises ValueError for errors that the user can mend."""
     if config.compare:
         _compare(config, builder)
         return

@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al., arXiv 2110.14168) and GSM8K-Aug (Deng et al., arXiv 2311.01460), converted.
 
 From the released files, or by name from the Hugging Face hub. Every calculator annotation is checked,
-and what does not hold is listed in the manifest. Run `coconut data gsm8k --help`.
+and annotations that do not hold are listed in the manifest. Run `coconut data gsm8k --help`.
 """
 
 from __future__ import annotations

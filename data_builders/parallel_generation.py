@@ -1,4 +1,4 @@
-"""Rows made from scratch: drawn, proved and measured, on as many processes as there are cores.
+"""Generate rows in parallel: each is drawn, checked and measured in one of several processes.
 
 Every row is a function of the seed, its split and its place, so the number of processes and the size of
 other splits change nothing. Which split a question may stand in depends on nothing but the question: on

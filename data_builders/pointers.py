@@ -1,4 +1,4 @@
-"""Pointer chasing, made from scratch: a task whose difficulty is a dial.
+"""Pointer chasing, generated: the number of hops sets its difficulty.
 
 Run `coconut data pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
 node is as likely an answer as another.

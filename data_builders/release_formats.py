@@ -1,4 +1,4 @@
-"""Files that others released: what kind they are, and their rows."""
+"""The formats of released files: detect a file's format and read its rows."""
 
 from __future__ import annotations
 

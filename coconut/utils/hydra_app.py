@@ -225,7 +225,7 @@ def _pass_signal_on(number: int) -> None:
 
 
 def own_environment() -> dict[str, str]:
-    """Environment variables for a child that runs `python -m coconut.NAME`, from any folder and outside of a launcher."""
+    """Environment variables for a child process that runs `python -m coconut.NAME` outside of a launcher."""
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     launched = ("RANK", "SLURM_STEP_ID")
     return {name: value for name, value in os.environ.items() if name not in launched} | {"PYTHONPATH": path}
