@@ -267,7 +267,7 @@ def test_without_its_data_it_still_answers(
     config["data"]["test"] = str(tmp_path / "away.json")
     write_json(tmp_path / "run" / "config.json", config)
     with served(tmp_path / "run") as server:
-        assert "no question can be drawn" in capsys.readouterr().out
+        assert "No question can be drawn" in capsys.readouterr().out
         assert request(server, "GET", "/about")[1]["rows"] == 0
         assert post(server, {"row": 0}) == (400, {"error": "There is no row 0. No file of the run's data is here."})
         assert ask(server, question="0 3 | 3 5 ? 5 or 4 from 0")["right"] == "5"
