@@ -35,10 +35,10 @@ def test_files_that_are_named(tmp_path: Path) -> None:
     assert data_files(asdict(own)) == {"train": "a.json", "valid": "b.json", "test": ""}
     assert own.build == {}, "what is not built is no part of the run's configuration"
     (tmp_path / "mine_test.json").touch()
-    common = data_files(asdict(config(files=str(tmp_path / "mine"))))
+    common = data_files(asdict(config(prefix=str(tmp_path / "mine"))))
     assert common == {split: str(tmp_path / f"mine_{split}.json") for split in ("train", "valid", "test")}
-    assert data_files(asdict(config(files=str(tmp_path / "other"))))["test"] == "", "a set need not have one"
-    other = data_files(asdict(config(files=str(tmp_path / "mine"), test="mine.json")))
+    assert data_files(asdict(config(prefix=str(tmp_path / "other"))))["test"] == "", "a set need not have one"
+    other = data_files(asdict(config(prefix=str(tmp_path / "mine"), test="mine.json")))
     assert other == common | {"test": "mine.json"}
 
 
@@ -117,7 +117,7 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"files": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
+        ({"prefix": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
         ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
         ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),

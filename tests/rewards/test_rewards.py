@@ -167,8 +167,8 @@ def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp
     assert len(rows) == 40
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
-        assert len(row["samples"]) == 6
-        for said in row["samples"]:
+        assert len(row["completions"]) == 6
+        for said in row["completions"]:
             ids = said["ids"][:-1] if said["ids"][-1] == lm.special.eos else said["ids"]
             assert lm.tokenizer.decode(ids) == said["text"]
             assert said["truncated"] == (said["ids"][-1] != lm.special.eos)
@@ -428,7 +428,7 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
     lm.save_pretrained(tmp_path / "hybrid")
     long = {"text": "7 8 9 10 11 12 13 14", "correct": True, "mode": "short"}
     thinks = {"text": "7", "correct": False, "mode": "latent_2", "num_thoughts": 2}
-    row = {"question": "3 4", "answer": "c", "steps": [], "samples": [long, thinks]}
+    row = {"question": "3 4", "answer": "c", "steps": [], "completions": [long, thinks]}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     data = DataConfig(train=str(tmp_path / "answers.jsonl"), valid=str(tmp_path / "answers.jsonl"))
     made = tmp_path / "hybrid", data
@@ -759,14 +759,14 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row["samples"][1].pop("correct"), "line 2: sample 2 has no label"),
-        (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
-        (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
+        (lambda row: row["completions"][1].pop("correct"), "line 2: sample 2 has no label"),
+        (lambda row: row["completions"][0].update(ids=[10**6]), "none of this model's .* tokens"),
+        (lambda row: row["completions"][0].pop("text"), "sample 1 has no text"),
         (lambda row: row.update(completions=[]), "it has no samples"),
-        (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
+        (lambda row: row["completions"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
         (lambda row: row.update(steps="a"), "steps is 'a'"),
         (lambda row: row.pop("question"), "it must be an object with question"),
-        (lambda row: row["samples"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
+        (lambda row: row["completions"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
     ],
 )
 def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str) -> None:
@@ -780,7 +780,7 @@ def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path
 def test_nothing_to_compare(made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
     for row in rows:
-        for said in row["samples"]:
+        for said in row["completions"]:
             said["correct"] = True
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=str(tmp_path / "one.jsonl"), valid=made[1].valid)
@@ -819,7 +819,7 @@ def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:5]
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
-        for said in row["samples"]:
+        for said in row["completions"]:
             for key in ("ids", "mode", "num_thoughts", "new_tokens", "truncated"):
                 said.pop(key)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
