@@ -173,8 +173,8 @@ class DataConfig:
             raise ValueError(f"data.build={self.build}, of which task? Set data.task to one of {TASK_NAMES}.")
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
-                f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with python -m "
-                f"data_builders.{self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
+                f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with "
+                f"coconut data {self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
             )
 
     def judged(self) -> Task:
@@ -478,4 +478,4 @@ class DataFiles:
 
 def needs_run(run: str) -> None:
     if not run:
-        raise ValueError("Name the run: run=DIR, the folder that coconut.train wrote.")
+        raise ValueError("Name the run: run=DIR, the folder that coconut train wrote.")

@@ -1,5 +1,5 @@
-"""Data for the three tasks: made from scratch, or from the files that their authors released.
+"""Data sets for the tasks: generated, or converted from released files. `coconut data` lists the builders.
 
-Each builder writes NAME_train.json, NAME_valid.json and NAME_test.json, a JSON list with one row a
-line, NAME_manifest.json, which says how they were made, and NAME_card.md, which says it to people.
+Each builder writes NAME_train.json, NAME_valid.json and NAME_test.json (a JSON list with one row a line),
+NAME_manifest.json with the settings and statistics, and NAME_card.md, the same for people.
 """

@@ -9,7 +9,7 @@ from itertools import pairwise
 import networkx
 
 from coconut.tasks import prosqa
-from data_builders.making import Row
+from data_builders.parallel_generation import Row
 from data_builders.statistics import Measures
 
 _MASK = (1 << 64) - 1

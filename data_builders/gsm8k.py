@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al., arXiv 2110.14168) and GSM8K-Aug (Deng et al., arXiv 2311.01460), converted.
 
 From the released files, or by name from the Hugging Face hub. Every calculator annotation is checked,
-and what does not hold is listed in the manifest. Run `python -m data_builders.gsm8k --help`.
+and annotations that do not hold are listed in the manifest. Run `coconut data gsm8k --help`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from coconut.tasks import gsm8k
 from coconut.utils.hydra_app import application
 from coconut.utils.overrides import Place
 from data_builders.arithmetic import Outcome, check, shown
-from data_builders.building import Builder, run
+from data_builders.builder_app import Builder, run
+from data_builders.dataset_writer import Row, divide
 from data_builders.hub import load_hub
-from data_builders.sources import SHOWN, Kind, Released, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import SHOWN, Kind, Released, SourceKeys, expect, open_released, rows_of, text_field
 from data_builders.statistics import Measures
-from data_builders.writing import Row, divide
 
 ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 SOLUTIONS = {"steps": r"\n", "cot": r"\n|(?<=[.!?])\s+", "answer": r"\n"}  # fields with it, and what parts sentences

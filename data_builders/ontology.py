@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise, product
 
-from data_builders.names import Names
+from data_builders.dataset_writer import Row
+from data_builders.entity_names import Names
 from data_builders.prover import ASKED, Claim, Sentence, parse_proof, parse_question
 from data_builders.statistics import Measures
-from data_builders.writing import Row
 
 ENTITIES = ("Fae", "Rex", "Sally", "Max", "Alex", "Sam", "Polly", "Stella", "Wren")
 FAMILIES = (

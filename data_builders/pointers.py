@@ -1,6 +1,6 @@
-"""Pointer chasing, made from scratch: a task whose difficulty is a dial.
+"""Pointer chasing, generated: the number of hops sets its difficulty.
 
-Run `python -m data_builders.pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
+Run `coconut data pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
 node is as likely an answer as another.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run
-from data_builders.making import Recipe, Row
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.builder_app import Builder, run
+from data_builders.parallel_generation import Recipe, Row
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 from data_builders.statistics import Measures
 
 COUNTS = {"train": 20000, "valid": 500, "test": 1000}

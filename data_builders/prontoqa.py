@@ -1,6 +1,6 @@
 """ProntoQA: made from scratch, or the output of the original generator, checked and converted.
 
-Run `python -m data_builders.prontoqa --help`.
+Run `coconut data prontoqa --help`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run, text_key
-from data_builders.making import Recipe, Row
+from data_builders.builder_app import Builder, run, text_key
 from data_builders.ontology import Names, OntologyDials, Ordering, draw, measure
+from data_builders.parallel_generation import Recipe, Row
 from data_builders.prover import ASKED, check
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):

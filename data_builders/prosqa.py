@@ -1,6 +1,6 @@
 """ProsQA and its relatives: random graphs with a question, made from scratch, or released files checked.
 
-Run `python -m data_builders.prosqa --help`. The task is of Hao et al. (arXiv 2412.06769); what the
+Run `coconut data prosqa --help`. The task is of Hao et al. (arXiv 2412.06769); what the
 presets are, and how they compare with the released data, docs/data.md says.
 """
 
@@ -18,13 +18,13 @@ import networkx
 
 from coconut.tasks import prosqa
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run
+from data_builders.builder_app import Builder, run
 from data_builders.chains import ChainDials
+from data_builders.entity_names import Names, pools
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
-from data_builders.making import Recipe, Row
-from data_builders.names import Names, pools
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.parallel_generation import Recipe, Row
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):

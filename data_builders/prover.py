@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from data_builders.writing import Row
+from data_builders.dataset_writer import Row
 
 ASKED = "True or false: "
 

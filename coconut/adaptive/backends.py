@@ -23,8 +23,8 @@ import torch
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data.tokenization import encode_questions
-from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
+from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.utils.console import progress_bar
 from coconut.utils.files import writing

@@ -55,7 +55,7 @@ class Chooser:
                 f"{path} was learned beside another model, {self.about['backend']}, "
                 f"checkpoint={self.about['checkpoint']}: "
                 "this one sees the same question differently. Name the run and the checkpoint that it was learned "
-                "beside, or learn one: python -m coconut.adaptive run=DIR"
+                "beside, or learn one: coconut adaptive run=DIR"
             )
 
     def choose(self, questions: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The schema of python -m coconut.adaptive."""
+"""The schema of coconut adaptive."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class JudgeKind(StrEnum):
 
     exact = "exact"  # the task's own judge: 1 for a right answer, 0 for another
     model = "model"  # a pretrained reward model of answer against reference
-    implicit = "implicit"  # a run of coconut.reward, which needs no reference
+    implicit = "implicit"  # a run of coconut reward, which needs no reference
 
 
 @dataclass
 class JudgeConfig:
-    """`place`: of the pretrained model, or of the run of coconut.reward."""
+    """`place`: of the pretrained model, or of the run of coconut reward."""
 
     kind: JudgeKind = JudgeKind.exact
     model: Place = ""
@@ -83,7 +83,7 @@ class AdaptiveConfig:
     """One of `run`, `base` and `function` answers the questions, unless there is a `table` of what they answered."""
 
     name: str = "custom"
-    run: PathName = ""  # of coconut.train, coconut.rl, or a folder with a model
+    run: PathName = ""  # of coconut train, coconut rl, or a folder with a model
     base: Place = ""  # any causal language model of Hugging Face
     function: str = ""  # MODULE:NAME, from (question, settings) to a text
     table: PathName = ""  # of outcomes, made before: no model is needed

@@ -1,4 +1,4 @@
-"""python -m coconut.adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
+"""coconut adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ from coconut.runs.loading import load_model, match_dtypes
 from coconut.tasks import TASKS
 from coconut.utils.console import log, silence_libraries
 from coconut.utils.files import exclusive_lock, sha256, write_text
-from coconut.utils.hydra_app import application, subcommands
 
 TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
 
@@ -238,7 +237,7 @@ def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
 
 
 def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
-    """The reward of a run of coconut.reward. Raises ValueError if it speaks another model's tokens."""
+    """The reward of a run of coconut reward. Raises ValueError if it speaks another model's tokens."""
     run = config.judge.model
     rewarding = load_model(run, "best", config.engine)
     if rewarding.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
@@ -258,8 +257,3 @@ def _function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"function={name} is {found!r}, which cannot be called.")
     return found
-
-
-main = subcommands(
-    application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, only_table)
-)

@@ -63,11 +63,11 @@ class OutcomeTable:
     def read(cls, path: Path | str) -> OutcomeTable:
         """Raises FileNotFoundError or ValueError if the file holds none."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no table {path}. python -m coconut.adaptive table run=DIR makes one.")
+            raise FileNotFoundError(f"There is no table {path}. coconut adaptive table run=DIR makes one.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             told = json.loads(str(arrays.pop("told")))
         except (BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no table of python -m coconut.adaptive table ({error}).") from None
+            raise ValueError(f"{path} is no table of coconut adaptive table ({error}).") from None
         return cls(space=Space.of(told["space"]), questions=told["questions"], about=told["about"], **arrays)

@@ -75,13 +75,13 @@ class ConfigurationPolicy(nn.Module):
     def load(cls, path: Path | str) -> tuple[ConfigurationPolicy, dict[str, Any]]:
         """A policy, and what is known about it. Raises FileNotFoundError or ValueError if the file holds none."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no policy {path}. python -m coconut.adaptive writes one.")
+            raise FileNotFoundError(f"There is no policy {path}. coconut adaptive writes one.")
         try:
             with safe_open(path, "pt") as file:
                 told = json.loads((file.metadata() or {})["coconut_policy"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is no policy of python -m coconut.adaptive ({error}).") from None
+            raise ValueError(f"{path} is no policy of coconut adaptive ({error}).") from None
         width, hidden = weights["mean"].shape[-1], weights["shared"].shape[-1]
         policy = cls(Space.of(told["space"]), width, hidden)
         policy.load_state_dict(weights)

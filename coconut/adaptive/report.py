@@ -49,8 +49,8 @@ CHOICES = (
 
 def sentences(studies: Sequence[Study]) -> list[str]:
     """What was found, the headroom first."""
-    told = {study.name: study for study in studies}
-    facts, rows = told["arms"].facts, {row["arm"]: row for row in told["arms"].rows}
+    by_name = {study.name: study for study in studies}
+    facts, rows = by_name["arms"].facts, {row["arm"]: row for row in by_name["arms"].rows}
     (low, high), policy, blind = facts["headroom_interval"], rows[POLICY], rows["blind policy"]
     found = [
         f"There is {facts['headroom']:+.3f} of reward ({low:+.3f} to {high:+.3f}) between the best "
@@ -69,30 +69,30 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         found[-1] += f" That is {100 * more / facts['headroom']:.0f} % of the headroom."
     found.append(f"A policy that is not shown the question comes to {blind['reward']:.3f}, where it comes to "
                  f"{policy['reward']:.3f}.")  # fmt: skip
-    if max(row["differing"] for row in told["heads"].rows) < SAME:
+    if max(row["differing"] for row in by_name["heads"].rows) < SAME:
         found.append("It does nearly the same for all questions, so it chooses nothing.")
     return found
 
 
 def on_screen(studies: Sequence[Study]) -> str:
     """Within the width of a terminal."""
-    told = {study.name: study for study in studies}
+    by_name = {study.name: study for study in studies}
     rows = [
         ["who chooses", "reward", "more", "accuracy", "passes"],
-        *([cells[0], cells[1], cells[3], cells[6], cells[7]] for cells in arm_rows(told["arms"])),
+        *([cells[0], cells[1], cells[3], cells[6], cells[7]] for cells in arm_rows(by_name["arms"])),
     ]
     return "\n".join([*map(wrapped, sentences(studies)), "", *aligned(rows)])
 
 
 def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
     """One page of all that was measured."""
-    told = {study.name: study for study in studies}
-    curve, names = told["curve"], told["curve"].facts["names"]
+    by_name = {study.name: study for study in studies}
+    curve, names = by_name["curve"], by_name["curve"].facts["names"]
     sections = [
         Section("headline", None, [
             Lead(sentences(studies)),
-            Table(ARM_COLUMNS, arm_rows(told["arms"]), len(ARM_COLUMNS) - 1),
-            Text(ABOUT.format(**told["arms"].facts)),
+            Table(ARM_COLUMNS, arm_rows(by_name["arms"]), len(ARM_COLUMNS) - 1),
+            Text(ABOUT.format(**by_name["arms"].facts)),
             Text(ARMS),
         ]),
         Section("learning", "How it learned", [
@@ -100,9 +100,9 @@ def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
             figure_of(lambda width: curves(curve, width), "curve", "Regret and entropy over updates.", CURVE),
         ]),
         Section("choices", "What it chooses", [
-            Table(CHOICE_COLUMNS, choice_rows(told["choices"]), 7),
+            Table(CHOICE_COLUMNS, choice_rows(by_name["choices"]), 7),
             Text(CHOICES),
-            Table(HEAD_COLUMNS, head_rows(told["heads"]), 4),
+            Table(HEAD_COLUMNS, head_rows(by_name["heads"]), 4),
             Text(HEADS),
         ]),
     ]  # fmt: skip

@@ -101,12 +101,12 @@ def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     if folder.is_dir():
         return folder
     clear_abandoned(cache, f".{task}-*")
-    log(" ".join([f"Making the data, once: python -m data_builders.{task}", *(f"{k}={v}" for k, v in build.items())]))
+    log(" ".join([f"Making the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]))
     keys = [f"{key}={_as_override(value)}" for key, value in build.items()]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
         if _run([f"data_builders.{task}", *keys, f"out_dir={folder.name}", f"name={task}"], part):
             raise ValueError(
-                f"data_builders.{task} could not make the data; its message stands above. Change data.build, or name "
+                f"coconut data {task} could not make the data; its message stands above. Change data.build, or name "
                 "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for what a builder wrote."
             )
         try:

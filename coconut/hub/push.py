@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coconut.utils.pretrained import out_of_reach
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_name(name: str) -> None:

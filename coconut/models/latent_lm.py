@@ -216,7 +216,7 @@ class LatentLM(nn.Module):
         )
 
     def push_to_hub(self, name: str, private: bool = True) -> None:
-        """Put it with a card on the Hugging Face hub as OWNER/NAME; `python -m coconut.export` adds a run's numbers.
+        """Put it with a card on the Hugging Face hub as OWNER/NAME; `coconut export` adds a run's numbers.
 
         Raises ValueError if the hub does not take it.
         """

@@ -8,15 +8,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coconut.acceleration.cuda_graphs import bucket_up
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -1,54 +1,18 @@
-"""The schemas of python -m coconut.rollout and python -m coconut.reward."""
+"""The schemas of coconut reward and coconut reward compare."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from coconut.config import (
-    SPLITS,
     AdamWConfig,
-    DataFiles,
     EngineConfig,
-    LaunchConfig,
     RunConfig,
     TooLong,
-    Unreadable,
     at_least,
-    needs_run,
     refuse_cuda_graphs,
 )
-from coconut.rewards.losses import get_loss
 from coconut.utils.overrides import PathName
-
-
-@dataclass
-class RolloutConfig:
-    """Answers sampled from a run's model to the questions of one of its splits, judged and written to a file."""
-
-    run: PathName = ""
-    checkpoint: str = "best"
-    split: str = "train"
-    data: DataFiles = field(default_factory=DataFiles)
-    output: PathName = ""  # by default RUN/rollouts/SPLIT.jsonl
-    samples: int = 8
-    temperature: float = 1.0
-    mode: str | None = None  # of a hybrid model: force it
-    max_new_tokens: int | None = None
-    limit: int | None = None  # the first so many questions
-    too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
-    unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
-    batch_size: int = 64
-    seed: int = 0
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-
-    def __post_init__(self) -> None:
-        needs_run(self.run)
-        at_least("", self, samples=1, max_new_tokens=1, limit=1, batch_size=1, seed=0)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; answers are sampled, so it must be above 0.")
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
 
 
 @dataclass
@@ -69,6 +33,8 @@ class RewardModelConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("", self, epochs=1, batch_size=2, micro_batch_size=2, validate_every=0, save_every=0)
+        from coconut.rewards.losses import get_loss  # imports torch, which --help does without
+
         get_loss(self.loss)
         refuse_cuda_graphs(self.engine, "a reward model")
         if not self.beta > 0:
@@ -87,7 +53,7 @@ class RewardModelConfig(RunConfig):
 class CompareConfig:
     """Reward models on the same sampled answers."""
 
-    runs: list[PathName] = field(default_factory=list)  # that coconut.reward made from one model
+    runs: list[PathName] = field(default_factory=list)  # that coconut reward made from one model
     answers: PathName = ""  # a file of labelled answers, with equally many for each question
     development: PathName = ""  # other ones, that choose thresholds; by default the first run's validation answers
     checkpoint: str = "best"
@@ -103,5 +69,5 @@ class CompareConfig:
         if not self.runs:
             raise ValueError("Name the reward models: runs=DIR,DIR,... or a pattern, such as runs='runs/rewards/ce*'.")
         if not self.answers:
-            raise ValueError("Name the answers to choose among: answers=FILE, such as coconut.rollout writes.")
+            raise ValueError("Name the answers to choose among: answers=FILE, such as coconut rollout writes.")
         at_least("", self, rollouts=0, num_step_questions=1, batch_size=1, seed=0)

@@ -42,7 +42,7 @@ def digest_of(place: Path) -> str:
 
 
 def reference_of(run: Path | str) -> Path:
-    """The model that a run of coconut.reward, named by itself or one of its checkpoints, was trained against.
+    """The model that a run of coconut reward, named by itself or one of its checkpoints, was trained against.
 
     Raises ValueError if it is no such run, or if that model is not there any more, or is another one by now.
     """
@@ -50,7 +50,7 @@ def reference_of(run: Path | str) -> Path:
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     if not {"loss", "beta", "init"} <= config.keys():
         raise ValueError(
-            f"{run} is no run of python -m coconut.reward, nor a checkpoint of one, so nothing says what its reference "
+            f"{run} is no run of coconut reward, nor a checkpoint of one, so nothing says what its reference "
             "is. Name the run that trained the reward model."
         )
     started = Path(read_json(folder / DESCRIPTION)["init"])

@@ -10,19 +10,16 @@ answer was cut off), `mode` and `num_thoughts`. Without ids the text is encoded,
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.completions.completion import Completion, completion_from_ids
-from coconut.completions.rollouts import Group
 from coconut.data.examples import Example, Unreadable, completed, existing, json_rows
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.utils.console import log
-from coconut.utils.files import write_text
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -41,34 +38,6 @@ class LabelledAnswers:
         return replace(
             self, samples=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
         )
-
-
-def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
-    """A line of the file."""
-    samples = [
-        {
-            "text": sample.text,
-            "correct": bool(right),
-            "ids": sample.completion_ids,
-            "mode": sample.mode,
-            "num_thoughts": sample.num_thoughts,
-            "new_tokens": sample.new_tokens,
-            "truncated": sample.truncated,
-        }
-        for sample, right in zip(group.completions, correct, strict=True)
-    ]
-    example = group.example
-    return {
-        "question": example.question,
-        "answer": example.answer,
-        "steps": list(example.steps),
-        "completions": samples,
-    }
-
-
-def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
-    """The whole file or none of it."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool = False) -> list[LabelledAnswers]:

@@ -54,18 +54,18 @@ BEST = ("sum", "last")  # the way that stands for a scorer in the figure: the fi
 
 def on_screen(studies: Sequence[Study]) -> str:
     """All tables within the width of a terminal."""
-    told = {study.name: study for study in studies}
-    tables = [[["right, of n answers", *map(str, sizes(told["selection"]))], *selection_rows(told["selection"])]]
-    if "first_errors" in told:
-        tables.append([ERROR_COLUMNS, *error_rows(told["first_errors"])])
-    tables += [[COST_COLUMNS, *cost_rows(told["costs"])], [BOUND_COLUMNS, *bound_rows(told["bounds"])]]
+    by_name = {study.name: study for study in studies}
+    tables = [[["right, of n answers", *map(str, sizes(by_name["selection"]))], *selection_rows(by_name["selection"])]]
+    if "first_errors" in by_name:
+        tables.append([ERROR_COLUMNS, *error_rows(by_name["first_errors"])])
+    tables += [[COST_COLUMNS, *cost_rows(by_name["costs"])], [BOUND_COLUMNS, *bound_rows(by_name["bounds"])]]
     return "\n\n".join("\n".join(aligned(table)) for table in tables if len(table) > 1)
 
 
 def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
     """One page of all that was measured."""
-    told = {study.name: study for study in studies}
-    selection = told["selection"]
+    by_name = {study.name: study for study in studies}
+    selection = by_name["selection"]
     facts, most = selection.facts, max(sizes(selection))
     columns = ["who chooses", "how", *(f"of {size}" for size in sizes(selection)), f"more than majority, of {most}"]
     more = [_more(row) for row in selection.rows if row["n"] == most]
@@ -77,15 +77,15 @@ def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
         figure_of(lambda width: selection_curves(selection, width), "selection", "Accuracy of the answer taken of n.",
                   CURVES),
         Table(columns, rows, len(columns) - 2),
-        Text(WAYS.format(most=most, draws=told["selection"].facts["draws"])),
+        Text(WAYS.format(most=most, draws=by_name["selection"].facts["draws"])),
     ]  # fmt: skip
     sections = [Section("headline", None, choosing)]
-    if errors := told.get("first_errors"):
+    if errors := by_name.get("first_errors"):
         about = ERRORS.format(**errors.facts)
         sections.append(_tabled("errors", "The first wrong step", about, ERROR_COLUMNS, error_rows(errors)))
-    about = COSTS.format(**told["costs"].facts)
-    sections.append(_tabled("costs", "What it costs to know", about, COST_COLUMNS, cost_rows(told["costs"])))
-    if rows := bound_rows(told["bounds"]):
+    about = COSTS.format(**by_name["costs"].facts)
+    sections.append(_tabled("costs", "What it costs to know", about, COST_COLUMNS, cost_rows(by_name["costs"])))
+    if rows := bound_rows(by_name["bounds"]):
         sections.append(_tabled("bounds", "The value of a prefix", BOUNDS, BOUND_COLUMNS, rows))
     what = "what each is good for, against votes, rollouts and the oracle"
     return page(name, "Reward models", what, folder, sections, kicker="comparison")

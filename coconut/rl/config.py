@@ -1,4 +1,4 @@
-"""The schema of python -m coconut.rl."""
+"""The schema of coconut rl."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ProcessRewardConfig:
     """A reward for each token, beta log pi_phi/pi_ref, of a model that learns beside the policy (arXiv 2502.01456).
 
     `weight`: of these rewards in the advantages, beside those of whole answers; 0: none. `init`: a run of
-    coconut.reward or a checkpoint of one, with its reference; by default reward model and reference are what the policy
+    coconut reward or a checkpoint of one, with its reference; by default reward model and reference are what the policy
     starts from. `online`: it learns from each batch which answers are right; if false, it stays as it is. `between`:
     learn only from questions whose share of right answers lies strictly within these two, with weight 0 too.
     """
@@ -92,7 +92,7 @@ class ProcessRewardConfig:
             raise ValueError(
                 "process_reward.online=false leaves a reward model that equals its reference, which rewards "
                 "nothing. Name a "
-                "trained one: process_reward.init=RUN, a run of python -m coconut.reward."
+                "trained one: process_reward.init=RUN, a run of coconut reward."
             )
         if self.accuracy_range is not None and not (
             len(self.accuracy_range) == 2 and 0 <= self.accuracy_range[0] < self.accuracy_range[1] <= 1
@@ -132,7 +132,7 @@ class RLConfig(RunConfig):
         if not self.init:
             raise ValueError(
                 "Name the model to start from, a run or a checkpoint: init=RUN. One that chooses how to answer is made "
-                "by python -m coconut.train method=hybrid_warmup."
+                "by coconut train method=hybrid_warmup."
             )
         if self.group_size < 2:
             raise ValueError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
 from coconut.rl.objectives import Objective, Totals, clipped, kl_k3
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -42,7 +42,6 @@ from coconut.training.model_setup import apply_engine_options
 from coconut.training.signals import StopRequest, handle_stop_signals
 from coconut.utils.console import duration, log, progress_bar
 from coconut.utils.files import read_json, write_json
-from coconut.utils.hydra_app import application
 
 REFERENCE = "reference"  # in the run's folder: what it started from
 
@@ -211,7 +210,7 @@ class PolicyTrainer:
                 return stopped(number, f"batch {self.step}")
         log(f"Done: {config.num_steps:,} batches in {self.folder}")
         log(f"Best checkpoint: batch {self.best['step']}, reward {self.best['reward']:.3f} on validation data")
-        log(f"Next: python -m coconut.evaluate run={self.folder}")
+        log(f"Next: coconut evaluate run={self.folder}")
         return 0
 
     def sample(self, step: int) -> list[Group]:
@@ -440,7 +439,7 @@ def run_rank(config: RLConfig, world: World, reward: Reward | None = None) -> in
     with open_run_folder(config, world) as (folder, files):
         training = PolicyTrainer(config, folder, files, world, reward)
         if training.step == config.num_steps and not training.pending:
-            log(f"This run is complete: {training.step:,} batches. Next: python -m coconut.evaluate run={folder}")
+            log(f"This run is complete: {training.step:,} batches. Next: coconut evaluate run={folder}")
             return 0
         lm, objective = training.lm, config.objective
         updates = config.num_minibatches * config.num_iterations
@@ -482,6 +481,3 @@ def describe_run(config: RLConfig, folder: Path, training: PolicyTrainer) -> Non
     session = {**runtime_info(config, training.world), "from_update": training.step}
     splits = {"train": training.train, "valid": training.valid}
     describe(folder, config, about, session, {split: [e.question for e in part] for split, part in splits.items()})
-
-
-main = application("rl", RLConfig, run)

@@ -12,14 +12,10 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.methods import REASONING_FILE
 from coconut.utils.files import read_json
-
-if TYPE_CHECKING:
-    pass
-
 
 METRICS = "metrics.jsonl"
 
@@ -50,13 +46,13 @@ def read_config(run: Path | str) -> dict[str, Any]:
     path = Path(run) / CONFIG
     if (Path(run) / REASONING_FILE).is_file():
         raise ValueError(
-            f"{run} is a saved model and no run: nothing in it says on what it was trained. "
-            f'It can be asked: python -m coconut.generate run={run} question="...", and evaluated: python -m '
-            f"coconut.evaluate run={run} task=TASK data.test=FILE"
+            f"{run} is a saved model and no run: it does not record its task or data. Ask it: "
+            f'coconut generate run={run} question="..." Evaluate it: coconut evaluate run={run} task=TASK '
+            "data.test=FILE"
         )
     if not path.is_file():
         what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
-        raise ValueError(f"{run} is no run: {what}. Name a folder that coconut.train wrote, such as runs/quickstart.")
+        raise ValueError(f"{run} is no run: {what}. Name a folder that coconut train wrote, such as runs/quickstart.")
     return read_json(path)
 
 

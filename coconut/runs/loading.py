@@ -116,7 +116,7 @@ def classifier_of(
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"stop=classifier is fitted once on the run's data. {error} It is kept in the run's folder when it is "
-            f"fitted by python -m coconut.analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
+            f"fitted by coconut analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
         ) from None
     train, valid = (read_examples(file)[:MOST_EXAMPLES] for file in named)
     log(f"Fitting the stopping classifier, once, on {len(train):,} training examples")

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.data.seen_questions import all_seen, describe_questions
 from coconut.methods import Stage, Unit
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config, read_metrics, read_results
 from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
-
-if TYPE_CHECKING:
-    pass
-
 
 NONE = "–"
 
@@ -27,7 +23,7 @@ class RunRecord:
     `test` names the evaluation that is the run's test result: one of a file that the run was neither
     trained on nor validated with, whole, with the model's own number of thoughts. `answers` are that
     evaluation's predictions, or else the newest samples of training, which `answers_of` says. `studies`
-    by name: what coconut.analyze measured.
+    by name: what coconut analyze measured.
     """
 
     folder: Path
@@ -96,13 +92,13 @@ def read_run(folder: Path | str) -> RunRecord:
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(
             f"{folder} is no complete run: it holds {CONFIG} but no {DESCRIPTION}. "
-            "Start it again with coconut.train, which writes both."
+            "Start it again with coconut train, which writes both."
         )
     description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)
     if description.get("trained") == "reward model":
         raise ValueError(
             f"{folder} is a reward model, which answers no questions. What it is good for: "
-            f"python -m coconut.reward compare runs={folder} answers=FILE"
+            f"coconut reward compare runs={folder} answers=FILE"
         )
     evaluations = read_results(folder)
     test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
@@ -127,7 +123,7 @@ def _read_studies(folder: Path) -> dict[str, Study]:
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
-    """`test`, or else the evaluation of another file, with the usual settings, and not on what the run has seen."""
+    """`test`, or else the evaluation of another file, with default settings and on unseen questions."""
 
     def counts(found: dict[str, Any]) -> bool:
         return (

@@ -193,7 +193,7 @@ class Trainer:
         log(f"Done: {schedule.total:,} updates in {self.folder}")
         if self.best:
             log(f"Best checkpoint: update {self.best['step']}, {100 * self.best['accuracy']:.1f} % on validation data")
-        log(f"Next: python -m coconut.evaluate run={self.folder}")
+        log(f"Next: coconut evaluate run={self.folder}")
         return 0
 
     def update(self, place: StepPosition, view: EpochView, batch: np.ndarray) -> dict[str, float]:
@@ -380,7 +380,7 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], world: World
     """The run of this configuration on these files, in a folder that is its own."""
     training = Trainer(config, folder, files, world)
     if training.step == training.schedule.total and not training.pending:
-        log(f"This run is complete: {training.step:,} updates. Next: python -m coconut.evaluate run={folder}")
+        log(f"This run is complete: {training.step:,} updates. Next: coconut evaluate run={folder}")
         return 0
     where = f"{world.size} processes, {config.engine.kind}" if world.size > 1 else str(training.engine.device)
     log(

@@ -585,7 +585,7 @@ def test_a_table_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "no.npz").write_text("no")
     np.savez(tmp_path / "other.npz", a=np.zeros(1))
     for name in ("no.npz", "other.npz"):
-        with pytest.raises(ValueError, match=r"is no table of python -m coconut\.adaptive"):
+        with pytest.raises(ValueError, match=r"is no table of coconut adaptive"):
             OutcomeTable.read(tmp_path / name)
 
 

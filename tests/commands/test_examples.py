@@ -22,6 +22,7 @@ from helpers.models import WORDS, gradients
 from helpers.runs import graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
+from coconut.__main__ import COMMANDS
 from coconut.data.batching import collate
 from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
@@ -219,8 +220,10 @@ def test_python_in_the_docs_runs(block: str, desk: Path, monkeypatch: pytest.Mon
     exec(block, {})
 
 
-PACKAGES = ("coconut.adaptive", "coconut.rl")
-COMMAND = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?python -m ((?:coconut|data_builders)\.\w+)(.*)")
+COMMAND = re.compile(
+    r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?"
+    r"(?:(?:python -m )?coconut[ .](?P<command>[a-z]+)|python -m data_builders\.(?P<builder>\w+))\b(?P<rest>.*)"
+)
 
 
 def commands() -> list[list[str]]:
@@ -228,9 +231,15 @@ def commands() -> list[list[str]]:
     found = []
     for block in blocks("bash"):
         for line in block.values[0].replace("\\\n", " ").splitlines():
-            if told := COMMAND.match(line):
-                rest = [word for word in shlex.split(told[2], comments=True) if word != "..."]
-                found.append([told[1], *(word.replace("experiment=NAME", "experiment=quickstart") for word in rest)])
+            if match := COMMAND.match(line):
+                words = [word for word in shlex.split(match["rest"], comments=True) if word != "..."]
+                command, builder = match["command"], match["builder"]
+                if command == "data" and words:
+                    builder, *words = words
+                module = f"data_builders.{builder}" if builder else f"coconut.{command}"
+                if builder or command in COMMANDS:
+                    keys = (word.replace("experiment=NAME", "experiment=quickstart") for word in words)
+                    found.append([f"{module}.__main__" if command in ("rl", "adaptive") else module, *keys])
     return found
 
 
@@ -247,7 +256,7 @@ def test_commands_in_the_docs_compose(
                 word.partition(",")[0] if word.startswith(("seed=", "method=")) else word for word in arguments
             ]
         monkeypatch.setattr("sys.argv", [name, *arguments, "--cfg", "job"])
-        main = importlib.import_module(f"{name}.__main__" if name in PACKAGES else name).main
+        main = importlib.import_module(name).main
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0, (name, arguments, capsys.readouterr().err)

@@ -35,10 +35,10 @@ def test_files_that_are_named(tmp_path: Path) -> None:
     assert data_files(asdict(own)) == {"train": "a.json", "valid": "b.json", "test": ""}
     assert own.build == {}, "what is not built is no part of the run's configuration"
     (tmp_path / "mine_test.json").touch()
-    common = data_files(asdict(config(files=str(tmp_path / "mine"))))
+    common = data_files(asdict(config(prefix=str(tmp_path / "mine"))))
     assert common == {split: str(tmp_path / f"mine_{split}.json") for split in ("train", "valid", "test")}
-    assert data_files(asdict(config(files=str(tmp_path / "other"))))["test"] == "", "a set need not have one"
-    other = data_files(asdict(config(files=str(tmp_path / "mine"), test="mine.json")))
+    assert data_files(asdict(config(prefix=str(tmp_path / "other"))))["test"] == "", "a set need not have one"
+    other = data_files(asdict(config(prefix=str(tmp_path / "mine"), test="mine.json")))
     assert other == common | {"test": "mine.json"}
 
 
@@ -46,7 +46,7 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     data = config(cache_dir=str(tmp_path))
     files = data_files(asdict(data))
     said = capfd.readouterr().out
-    assert "Making the data, once: python -m data_builders.prosqa preset=graphs seed=3" in said
+    assert "Making the data, once: coconut data prosqa preset=graphs seed=3" in said
     assert "The data lie in" in said
     counts = {split: len(json.loads(Path(file).read_text())) for split, file in files.items()}
     assert counts == {"train": 24, "valid": 8, "test": 8}

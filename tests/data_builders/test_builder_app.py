@@ -22,9 +22,9 @@ from helpers.models import byte_level_tokenizer
 from coconut.tasks import prontoqa as prontoqa_task
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
+from data_builders.dataset_writer import SPLITS, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
-from data_builders.writing import SPLITS, shared_questions
 
 REAL = SHARED
 
@@ -78,7 +78,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, 
     assert len(one) == 5
     assert one == two
     card = (tmp_path / "1" / f"{config.name}_card.md").read_text()
-    assert f"python -m data_builders.{'prosqa' if config.name == 'graphs' else config.name} " in card
+    assert f"coconut data {'prosqa' if config.name == 'graphs' else config.name} " in card
     assert "seed=5" in card
     manifest = json.loads((tmp_path / "1" / f"{config.name}_manifest.json").read_text())
     assert (manifest["seed"], manifest["shared_questions"]) == (5, {})
@@ -414,7 +414,7 @@ def test_the_command_from_another_folder(tmp_path: Path) -> None:
 def test_help(name: str, tmp_path: Path) -> None:
     done = command(tmp_path, f"data_builders.{name}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count(f"python -m data_builders.{name}") >= 3
+    assert done.stdout.count(f"coconut data {name}") >= 3
     assert all(key in done.stdout for key in ("out_dir", "name", "seed", "source", "num_train"))
     assert not list(tmp_path.iterdir())
 

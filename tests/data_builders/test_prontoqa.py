@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_builders import prontoqa
+from data_builders.dataset_writer import Row
 from data_builders.ontology import ENTITIES, FAMILIES, NAMES, Names, OntologyDials, Ordering, draw, measure
 from data_builders.prover import check, closure, parse_proof, parse_question, parse_sentence
-from data_builders.writing import Row
 
 EXCERPT = DATA / "prontoqa_generated.json"
 REAL = SHARED / "prontoqa" / "5hop_0shot_random.json"

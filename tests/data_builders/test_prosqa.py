@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coconut.tasks import prosqa as task
+from data_builders.entity_names import CONCEPTS, PERSONS, Names, pools
 from data_builders.graph_measures import alike, key_of, measure
-from data_builders.names import CONCEPTS, PERSONS, Names, pools
 from data_builders.prosqa import Form, Preset, ProsqaBuild, checked, draw_row, prove, recipe, released_rows
 from data_builders.statistics import compare
 

@@ -12,6 +12,7 @@ from helpers.models import MODES, QUESTIONS, build, by_recomputation, hybrid, pa
 from helpers.runs import graph_files, small_run
 
 from coconut import LatentLM, answer
+from coconut.completions.config import RolloutConfig
 from coconut.config import DataFiles, OptimizerConfig, TooLong, TrainConfig
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import run as run_evaluate
@@ -20,7 +21,6 @@ from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Unit, parse_mode
-from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
 from coconut.runs.description import read_metrics, read_results
 from coconut.training.trainer import run

@@ -23,6 +23,7 @@ from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
 from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
+from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import (
@@ -46,7 +47,7 @@ from coconut.reward import compare
 from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
 from coconut.rewards.batches import AnswerSet, preference, reward_batch, reward_loss
 from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
-from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
+from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
@@ -427,7 +428,7 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
     lm.save_pretrained(tmp_path / "hybrid")
     long = {"text": "7 8 9 10 11 12 13 14", "correct": True, "mode": "short"}
     thinks = {"text": "7", "correct": False, "mode": "latent_2", "num_thoughts": 2}
-    row = {"question": "3 4", "answer": "c", "steps": [], "samples": [long, thinks]}
+    row = {"question": "3 4", "answer": "c", "steps": [], "completions": [long, thinks]}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     data = DataConfig(train=str(tmp_path / "answers.jsonl"), valid=str(tmp_path / "answers.jsonl"))
     made = tmp_path / "hybrid", data
@@ -744,7 +745,7 @@ def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Pat
                 runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), num_step_questions=2, engine=CPU
             )
         )
-    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut.reward compare"):
+    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut reward compare"):
         analyze(AnalyzeConfig(run=str(folder / "ce")))
     with pytest.raises(ValueError, match="Name the reward models"):
         CompareConfig(answers="a")

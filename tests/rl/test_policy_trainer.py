@@ -18,7 +18,7 @@ from helpers.runs import graph_files, same_end, small_run
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
-from coconut.analyze import several as compare
+from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
 from coconut.config import (
     AdamWConfig,

@@ -14,12 +14,13 @@ from helpers.runs import graph_files, same_end, small_run
 from safetensors.torch import load_file
 
 from coconut import LatentLM
+from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import Group
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
-from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RewardConfig, RLConfig
 from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, Judged, OnlineProcessReward, token_advantages
@@ -429,7 +430,7 @@ def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Pat
         (
             ProcessRewardConfig(1.0, str(made[0])),
             made,
-            r"is no run of python -m coconut.reward, nor a checkpoint of one",
+            r"is no run of coconut reward, nor a checkpoint of one",
         ),
         (ProcessRewardConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:

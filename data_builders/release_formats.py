@@ -1,4 +1,4 @@
-"""Files that others released: what kind they are, and their rows."""
+"""The formats of released files: detect a file's format and read its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from coconut.utils.files import decode_utf8, lone_surrogate, sha256
 from coconut.utils.overrides import PathName, Place
-from data_builders.writing import SPLITS, Row, divide
+from data_builders.dataset_writer import SPLITS, Row, divide
 
 SHOWN = 10  # bad rows that an error names; it counts them all
 

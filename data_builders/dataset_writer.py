@@ -1,4 +1,4 @@
-"""How built data lies on the disk: the splits, a manifest that says how they were made, and a card to read."""
+"""Write a data set: the splits, a manifest with settings and statistics, and a card for readers."""
 
 from __future__ import annotations
 

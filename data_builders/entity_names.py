@@ -1,4 +1,4 @@
-"""Names of nodes: those of the released ProsQA, and made-up ones for graphs that need more."""
+"""Names of nodes: those of the released ProsQA, and generated ones for larger graphs."""
 
 from __future__ import annotations
 

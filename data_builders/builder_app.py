@@ -1,6 +1,6 @@
-"""What every builder does: make rows or read them, then write the set, or set it beside a file.
+"""The application that all builders share: make or read rows, then write the set or compare it with a file.
 
-A builder's module says the rest in one `Builder`.
+A task's module describes its part in one `Builder`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from data_builders.making import Recipe, Row, as_line, make_splits
-from data_builders.sources import SourceKeys
+from data_builders.dataset_writer import Card, check_place, shared_questions, write_splits
+from data_builders.parallel_generation import Recipe, Row, as_line, make_splits
+from data_builders.release_formats import SourceKeys
 from data_builders.statistics import Measures, compact, compare, table
-from data_builders.writing import Card, check_place, shared_questions, write_splits
 
 
 def text_key(row: Row) -> int:
@@ -51,7 +51,7 @@ class Builder:
 
 
 def run(config: SourceKeys, builder: Builder) -> None:
-    """Carry out a build. Raises ValueError for what the user can mend."""
+    """Run a build. Raises ValueError for errors that the user can mend."""
     if config.compare:
         _compare(config, builder)
         return
@@ -79,9 +79,7 @@ def command(config: SourceKeys, builder: Builder) -> str:
     """The command that makes the same set again."""
     left_out = ("num_workers", "out_dir")
     given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
-    return shlex.join(
-        ["python", "-m", f"data_builders.{builder.task}", *(f"{f.name}={getattr(config, f.name)}" for f in given)]
-    )
+    return shlex.join(["coconut", "data", builder.task, *(f"{f.name}={getattr(config, f.name)}" for f in given)])
 
 
 def _in_words(made: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Rows made from scratch: drawn, proved and measured, on as many processes as there are cores.
+"""Generate rows in parallel: each is drawn, checked and measured in one of several processes.
 
 Every row is a function of the seed, its split and its place, so the number of processes and the size of
 other splits change nothing. Which split a question may stand in depends on nothing but the question: on
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from coconut.utils.console import progress_bar
+from data_builders.dataset_writer import Row
 from data_builders.statistics import Measures, compact
-from data_builders.writing import Row
 
 BATCH = 250  # rows that a process is given at once
 ATTEMPTS = 500  # draws for one place before the dials are held to be exhausted
