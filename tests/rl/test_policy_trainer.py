@@ -258,7 +258,7 @@ def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataCo
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
     assert run(config, lambda *_: 1.0) == 0
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-    assert all(row["without_variance"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
+    assert all(row["zero_variance_groups"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
     after = LatentLM.from_pretrained(Checkpoints(folder).find("last")).state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -283,7 +283,7 @@ def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig],
         calls.clear()
         state |= {"bad": bad, "after": after}
         folder = tmp_path / name
-        with pytest.raises(ValueError, match=f"{message}.*saved at batch {saved}"):
+        with pytest.raises(ValueError, match=f"{message}.*saved at step {saved}"):
             run(settings(made, folder, num_steps=5), broken)
         assert Checkpoints(folder).steps()[-1] == saved
         assert run(settings(made, folder, num_steps=5), cheap) == 0, "it goes on"
@@ -341,10 +341,10 @@ def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, Data
 
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     training = begun(settings(made, tmp_path / "run", prompts_per_step=12), made)
-    asked = np.concatenate([training._questions(step) for step in range(10)])
+    asked = np.concatenate([training._prompts(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
-    assert training._questions(4).tolist() == asked[48:60].tolist()
+    assert training._prompts(4).tolist() == asked[48:60].tolist()
 
 
 def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
@@ -423,7 +423,7 @@ def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
             weight.add_(0.1)
     other.save_pretrained(tmp_path / "run" / REFERENCE)
     training = begun(settings(made, tmp_path / "run", num_steps=1), made)
-    training.keep_references()
+    training.snapshot_models()
     kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
     assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
     assert training.learn(training.sample(0))["kl"] == 0.0

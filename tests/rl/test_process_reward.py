@@ -22,7 +22,13 @@ from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig, RolloutConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RewardConfig, RLConfig
-from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, Judged, OnlineProcessReward, token_advantages
+from coconut.rl.process_reward import (
+    REWARD_MODEL,
+    REWARD_REFERENCE,
+    OnlineProcessReward,
+    TokenRewards,
+    token_advantages,
+)
 from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
 from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
@@ -70,7 +76,7 @@ def settings(made: Made, folder: Path, dense: ProcessRewardConfig | None = None,
         "data": made[1],
         "objective": ObjectiveConfig("dr_grpo", kl_coef=0.0),
         "reward": RewardConfig(incorrect_reward=0.0),
-        "dense": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
+        "process_reward": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
         "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0),
         "engine": CPU,
         "num_steps": 4,
@@ -91,7 +97,7 @@ def begun(config: RLConfig, made: Made, world: World | None = None) -> PolicyTra
     return PolicyTrainer(config, folder, files, world or World())
 
 
-def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[Judged]]:
+def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[TokenRewards]]:
     assert training.process_reward
     groups = training.sample(0)
     return training.process_reward, groups, training.process_reward.rewards(groups)
@@ -139,7 +145,7 @@ def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: 
     its, groups, judged = rewarded(training)
     mine, reference = (LatentLM.from_pretrained(starting_point(str(place))).eval() for place in (reward_model, made[0]))
     sample, row = groups[0].completions[2], judged[0].tokens[2]
-    scored = [its.policy.score(lm, [sample], 1)[0] for lm in (mine, reference)]
+    scored = [its.distribution.score(lm, [sample], 1)[0] for lm in (mine, reference)]
     torch.testing.assert_close(row, 0.5 * (scored[0] - scored[1]), rtol=1e-4, atol=1e-5)
     assert row.abs().max() > 1e-3
 
@@ -150,13 +156,13 @@ def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: 
 def test_an_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_path: Path) -> None:
     training = begun(settings(made, tmp_path / "run"), made)
     dense, groups, judged = rewarded(training)
-    before = dense.described(judged)
+    before = dense.statistics(judged)
     assert before["dense_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert before["dense_pairs"] == 0.5
     assert before["dense_reward_right"] == before["dense_reward_wrong"] == 0
     for _ in range(8):
         assert dense.update(dense.rewards(groups))["dense_grad_norm"] > 0
-    after = dense.described(dense.rewards(groups))
+    after = dense.statistics(dense.rewards(groups))
     assert after["dense_loss"] < before["dense_loss"] - 0.01
     assert after["dense_pairs"] > 0.5
     assert after["dense_reward_right"] > after["dense_reward_wrong"]
@@ -341,7 +347,10 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
     found = []
     for _ in range(2):
         judged = training.process_reward.rewards(groups)
-        found += [*training.process_reward.update(judged).values(), *training.process_reward.described(judged).values()]
+        found += [
+            *training.process_reward.update(judged).values(),
+            *training.process_reward.statistics(judged).values(),
+        ]
     last = training.process_reward.rewards(groups)
     return found + [float(row.sum()) for its in last for row in its.advantages(1.0)]
 
