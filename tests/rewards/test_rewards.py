@@ -460,7 +460,8 @@ def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig],
         training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
         tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
         units = []
-        for training.step in range(training.num_steps):
+        for step in range(training.num_steps):
+            training.step = step
             units.append(training.train_step()["items"])
     answers = training.answers["train"].completions
     trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
+from coconut.evaluation.evaluator import evaluate
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -44,6 +47,7 @@ from coconut.rl.trainer import run_rank as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
@@ -159,6 +163,43 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig
     shutil.rmtree(warm)
     assert run(config) == 0
     assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_a_validation_interrupted_by_a_signal_is_made_up_for(
+    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, and after the last one."""
+    folder = tmp_path / "run"
+    for interrupted_at, evaluation in ((0, 2), (6, 8)):  # each validation evaluates each of the three modes
+        evaluations: list[int] = []
+
+        def interrupted(*args: Any, begun: list[int] = evaluations, last: int = evaluation, **options: Any) -> Any:
+            begun.append(1)
+            if len(begun) == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **options)
+
+        monkeypatch.setattr("coconut.rl.mode_routing.evaluate", interrupted)
+        assert run(several(made, folder)) == 128 + signal.SIGTERM
+        assert Checkpoints(folder).steps()[-1] == interrupted_at
+        assert load_state(Checkpoints(folder).path(interrupted_at))["pending"]
+    monkeypatch.undo()
+    assert run(several(made, folder)) == 0
+    same_end(folder, finished)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run"), made)
+    training.save()
+    groups = training.sample(0)
+    with torch.no_grad():
+        next(training.lm.parameters()).fill_(math.nan)
+    message = r"(?s)The loss of step 1 \(update 1\) is nan.*checkpoint of step 0 is whole.*lower optimizer.lr"
+    with pytest.raises(NonFiniteLossError, match=message):
+        training.learn(groups)
+    failed = read_json(tmp_path / "run" / "diverged.json")
+    assert (failed["step"], failed["update"]) == (1, 1)
+    assert failed["examples"] == training._prompts(0).tolist()
 
 
 def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
@@ -166,6 +168,17 @@ def test_an_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_
     assert after["dense_loss"] < before["dense_loss"] - 0.01
     assert after["dense_pairs"] > 0.5
     assert after["dense_reward_right"] > after["dense_reward_wrong"]
+
+
+def test_a_loss_of_the_reward_model_that_is_not_finite_is_named(made: Made, tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run"), made)
+    process_reward, groups, _ = rewarded(training)
+    with torch.no_grad():
+        next(process_reward.lm.parameters()).fill_(math.nan)
+    message = r"(?s)step 1 \(update 1 of the reward model\) is nan.*lower process_reward.optimizer.lr"
+    with pytest.raises(NonFiniteLossError, match=message):
+        training.learn(groups)
+    assert read_json(tmp_path / "run" / "diverged.json")["reward_model_update"] == 1
 
 
 def test_labels_are_the_judges_and_not_what_answers_cost(made: Made, tmp_path: Path) -> None:
