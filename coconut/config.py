@@ -375,9 +375,11 @@ class RunConfig:
     valid_limit: int | None = None  # validate on the first so many examples
     keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
     keep_every: int = 0  # a checkpoint at each multiple is written and stays
+    save_every: int = 0  # steps between further checkpoints; 0: only with each validation
 
     def __post_init__(self) -> None:
-        at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0)
+        at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0,
+                 save_every=0)  # fmt: skip
         named = [split for split in NEEDED if getattr(self.data, split)]
         for split in NEEDED:
             if split not in named and not self.data.prefix and (named or not self.data.build):
@@ -408,12 +410,11 @@ class TrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # examples an update, over all processes
     validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
-    save_every: int = 0  # updates between further checkpoints; 0: only with each validation
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.judged()
-        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, save_every=0)
+        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} corrects a pretrained model, and model.architecture makes a "

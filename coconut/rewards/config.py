@@ -28,11 +28,10 @@ class RewardModelConfig(RunConfig):
     epochs: int = 1
     batch_size: int = 64  # answers an update, over all processes
     validate_every: int = 0  # updates; 0: at the end of each epoch
-    save_every: int = 0  # updates between further checkpoints; 0: only with each validation
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("", self, epochs=1, batch_size=2, micro_batch_size=2, validate_every=0, save_every=0)
+        at_least("", self, epochs=1, batch_size=2, micro_batch_size=2, validate_every=0)
         from coconut.rewards.losses import get_loss  # imports torch, which --help does without
 
         get_loss(self.loss)

@@ -121,13 +121,12 @@ class RLConfig(RunConfig):
     drop_zero_variance_groups: bool = False  # groups whose answers were rewarded alike leave the denominators too
     rollout_batch_size: int = 64  # questions that are answered at once, by one process
     validate_every: int = 10  # batches; always before the first and after the last
-    save_every: int = 0  # batches between further checkpoints; 0: only with each validation
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.judged()
         at_least("", self, num_steps=1, prompts_per_step=1, num_minibatches=1, num_iterations=1, rollout_batch_size=1,
-                 micro_batch_size=1, validate_every=1, save_every=0)  # fmt: skip
+                 micro_batch_size=1, validate_every=1)  # fmt: skip
         refuse_cuda_graphs(self.engine, "a policy")
         if not self.init:
             raise ValueError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import combinations
 from math import comb
@@ -25,7 +27,7 @@ from coconut.analyze import run as analyze
 from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
 from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import CorrectnessReward
-from coconut.completions.scoring import SamplingDistribution
+from coconut.completions.scoring import SamplingDistribution, of_tokens
 from coconut.config import (
     AdamWConfig,
     DataConfig,
@@ -61,6 +63,7 @@ from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import match_dtypes, starting_point
 from coconut.tasks import TASKS
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, sha256, write_json
 from data_builders.pointers import PointersBuild
@@ -272,6 +275,52 @@ def test_killed_and_started_again(made: tuple[Path, DataConfig], tmp_path: Path)
     same_end(folder, whole)
 
 
+def test_a_validation_interrupted_by_a_signal_is_made_up_for(
+    made: tuple[Path, DataConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the training, and at its very end."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    config = settings(made, folder, validate_every=8)
+    assert run(replace(config, run=str(whole))) == 0
+    steps = [row["step"] for row in read_metrics(whole) if row["kind"] == "valid"]
+    for interrupted_at in (steps[1], steps[-1]):
+
+        def interrupted(
+            lm: LatentLM, completions: Any, size: int, score: Any, at: int = interrupted_at
+        ) -> list[torch.Tensor]:
+            """Send a signal between the first batch and the second of the validation at this step."""
+            validating = len(completions) == 12 * 6 and (read_metrics(folder) or [{"step": 0}])[-1]["step"] == at
+            batches: list[int] = []
+
+            def score_batch(batch: Any) -> torch.Tensor:
+                batches.append(1)
+                if validating and len(batches) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return score(batch)
+
+            return of_tokens(lm, completions, size, score_batch)
+
+        monkeypatch.setattr("coconut.rewards.trainer.of_tokens", interrupted)
+        assert run(config) == 128 + signal.SIGTERM
+        checkpoints = Checkpoints(folder)
+        assert checkpoints.steps()[-1] == interrupted_at
+        assert load_state(checkpoints.path(interrupted_at))["pending"]
+        assert read_metrics(folder)[-1]["kind"] == "train", "nothing of the validation is logged"
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert read_metrics(folder)[-1]["step"] == steps[-1]
+    same_end(folder, whole)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    config = settings(made, tmp_path / "run", optimizer=AdamWConfig(lr=1e20), save_every=1)
+    with pytest.raises(NonFiniteLossError, match=r"(?s)The loss of update \d+ is (nan|inf).*lower optimizer.lr"):
+        run(config)
+    found = read_json(tmp_path / "run" / "diverged.json")
+    assert len(found["examples"]) == 16
+    assert found["before"][-1]["step"] == found["step"] - 1 == Checkpoints(tmp_path / "run").steps()[-1]
+
+
 def alone(sampler: str, folder: str) -> None:
     made = Path(sampler), answers_beside(Path(sampler))
     raise SystemExit(run(settings(made, Path(folder), save_every=1)))
@@ -351,7 +400,7 @@ def test_a_reward_model_that_has_not_moved_rewards_nothing(
     )
     training = begun(settings(made, tmp_path / "run", init=str(init), engine=engine))
     for split in ("train", "valid"):
-        whole = training._whole(training.lm, training.answers[split].completions)
+        whole = training._score(training.lm, training.answers[split].completions)
         assert torch.equal(whole, training.reference[split])
     saved = tmp_path / "saved"
     training.lm.save_pretrained(saved)
@@ -411,7 +460,10 @@ def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig],
         patched.setattr(LatentLM, "forward", counted)
         training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
         tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
-        units = [training.update(step)["items"] for step in range(training.total)]
+        units = []
+        for step in range(training.num_steps):
+            training.step = step
+            units.append(training.train_step()["items"])
     answers = training.answers["train"].completions
     trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
     labelled = read_answers(files["train"], training.lm)
@@ -440,7 +492,7 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
         return StepResult(0.0, 0.0, 1)
 
     training.engine.update = update
-    training.update(0)
+    training.train_step()
     assert passes == [3], "two thoughts are three passes, of the shorter answer"
     first, second = training.answers["train"].completions
     assert len(first.layout.ids) > len(second.layout.ids)

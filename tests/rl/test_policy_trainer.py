@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
+from coconut.evaluation.evaluator import evaluate
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -44,6 +47,7 @@ from coconut.rl.trainer import run_rank as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
@@ -161,6 +165,43 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig
     assert read_metrics(tmp_path / "run")[-1]["step"] == 6
 
 
+def test_a_validation_interrupted_by_a_signal_is_made_up_for(
+    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, and after the last one."""
+    folder = tmp_path / "run"
+    for interrupted_at, evaluation in ((0, 2), (6, 8)):  # each validation evaluates each of the three modes
+        evaluations: list[int] = []
+
+        def interrupted(*args: Any, begun: list[int] = evaluations, last: int = evaluation, **options: Any) -> Any:
+            begun.append(1)
+            if len(begun) == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **options)
+
+        monkeypatch.setattr("coconut.rl.mode_routing.evaluate", interrupted)
+        assert run(several(made, folder)) == 128 + signal.SIGTERM
+        assert Checkpoints(folder).steps()[-1] == interrupted_at
+        assert load_state(Checkpoints(folder).path(interrupted_at))["pending"]
+    monkeypatch.undo()
+    assert run(several(made, folder)) == 0
+    same_end(folder, finished)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run"), made)
+    training.save()
+    groups = training.sample(0)
+    with torch.no_grad():
+        next(training.lm.parameters()).fill_(math.nan)
+    message = r"(?s)The loss of step 1 \(update 1\) is nan.*checkpoint of step 0 is whole.*lower optimizer.lr"
+    with pytest.raises(NonFiniteLossError, match=message):
+        training.learn(groups)
+    failed = read_json(tmp_path / "run" / "diverged.json")
+    assert (failed["step"], failed["update"]) == (1, 1)
+    assert failed["examples"] == training._prompts(0).tolist()
+
+
 def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     """By SIGKILL at a batch of its own choosing, then asked to stop by SIGTERM, then to its end."""
     folder = tmp_path / "run"
@@ -258,7 +299,7 @@ def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataCo
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
     assert run(config, lambda *_: 1.0) == 0
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-    assert all(row["without_variance"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
+    assert all(row["zero_variance_groups"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
     after = LatentLM.from_pretrained(Checkpoints(folder).find("last")).state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -283,7 +324,7 @@ def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig],
         calls.clear()
         state |= {"bad": bad, "after": after}
         folder = tmp_path / name
-        with pytest.raises(ValueError, match=f"{message}.*saved at batch {saved}"):
+        with pytest.raises(ValueError, match=f"{message}.*saved at step {saved}"):
             run(settings(made, folder, num_steps=5), broken)
         assert Checkpoints(folder).steps()[-1] == saved
         assert run(settings(made, folder, num_steps=5), cheap) == 0, "it goes on"
@@ -341,10 +382,10 @@ def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, Data
 
 def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     training = begun(settings(made, tmp_path / "run", prompts_per_step=12), made)
-    asked = np.concatenate([training._questions(step) for step in range(10)])
+    asked = np.concatenate([training._prompts(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
-    assert training._questions(4).tolist() == asked[48:60].tolist()
+    assert training._prompts(4).tolist() == asked[48:60].tolist()
 
 
 def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
@@ -423,7 +464,7 @@ def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
             weight.add_(0.1)
     other.save_pretrained(tmp_path / "run" / REFERENCE)
     training = begun(settings(made, tmp_path / "run", num_steps=1), made)
-    training.keep_references()
+    training.snapshot_models()
     kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
     assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
     assert training.learn(training.sample(0))["kl"] == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,20 @@ from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RewardConfig, RLConfig
-from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, Judged, OnlineProcessReward, token_advantages
+from coconut.rl.process_reward import (
+    REWARD_MODEL,
+    REWARD_REFERENCE,
+    OnlineProcessReward,
+    TokenRewards,
+    token_advantages,
+)
 from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
 from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
@@ -92,7 +100,7 @@ def begun(config: RLConfig, made: Made, world: World | None = None) -> PolicyTra
     return PolicyTrainer(config, folder, files, world or World())
 
 
-def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[Judged]]:
+def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[TokenRewards]]:
     assert training.process_reward
     groups = training.sample(0)
     return training.process_reward, groups, training.process_reward.rewards(groups)
@@ -140,7 +148,7 @@ def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: 
     its, groups, judged = rewarded(training)
     mine, reference = (LatentLM.from_pretrained(starting_point(str(place))).eval() for place in (reward_model, made[0]))
     sample, row = groups[0].completions[2], judged[0].tokens[2]
-    scored = [its.policy.score(lm, [sample], 1)[0] for lm in (mine, reference)]
+    scored = [its.distribution.score(lm, [sample], 1)[0] for lm in (mine, reference)]
     torch.testing.assert_close(row, 0.5 * (scored[0] - scored[1]), rtol=1e-4, atol=1e-5)
     assert row.abs().max() > 1e-3
 
@@ -151,16 +159,27 @@ def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: 
 def test_an_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_path: Path) -> None:
     training = begun(settings(made, tmp_path / "run"), made)
     dense, groups, judged = rewarded(training)
-    before = dense.described(judged)
+    before = dense.statistics(judged)
     assert before["dense_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert before["dense_pairs"] == 0.5
     assert before["dense_reward_right"] == before["dense_reward_wrong"] == 0
     for _ in range(8):
         assert dense.update(dense.rewards(groups))["dense_grad_norm"] > 0
-    after = dense.described(dense.rewards(groups))
+    after = dense.statistics(dense.rewards(groups))
     assert after["dense_loss"] < before["dense_loss"] - 0.01
     assert after["dense_pairs"] > 0.5
     assert after["dense_reward_right"] > after["dense_reward_wrong"]
+
+
+def test_a_loss_of_the_reward_model_that_is_not_finite_is_named(made: Made, tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run"), made)
+    process_reward, groups, _ = rewarded(training)
+    with torch.no_grad():
+        next(process_reward.lm.parameters()).fill_(math.nan)
+    message = r"(?s)step 1 \(update 1 of the reward model\) is nan.*lower process_reward.optimizer.lr"
+    with pytest.raises(NonFiniteLossError, match=message):
+        training.learn(groups)
+    assert read_json(tmp_path / "run" / "diverged.json")["reward_model_update"] == 1
 
 
 def test_labels_are_the_judges_and_not_what_answers_cost(made: Made, tmp_path: Path) -> None:
@@ -342,7 +361,10 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
     found = []
     for _ in range(2):
         judged = training.process_reward.rewards(groups)
-        found += [*training.process_reward.update(judged).values(), *training.process_reward.described(judged).values()]
+        found += [
+            *training.process_reward.update(judged).values(),
+            *training.process_reward.statistics(judged).values(),
+        ]
     last = training.process_reward.rewards(groups)
     return found + [float(row.sum()) for its in last for row in its.advantages(1.0)]
 

@@ -47,7 +47,7 @@ from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RLConfig
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.runs.folder import differences
-from coconut.training.loop import NonFiniteLossError
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.schedule import Schedule, updates_since_reset
 from coconut.training.trainer import Trainer, run
 from coconut.utils.files import read_json, write_json
