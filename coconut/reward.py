@@ -51,8 +51,8 @@ def compare(config: CompareConfig) -> int:
     task = TASKS[_task(init)]
     judge = CorrectnessReward(task, reference.reasoning.format)
     skip = config.too_long is TooLong.skip
-    asked = read_answers(config.answers, reference, skip, alike=True)
-    development = read_answers(config.development or configs[0]["data"]["valid"], reference, skip, alike=True)
+    asked = read_answers(config.answers, reference, skip, whole_questions=True)
+    development = read_answers(config.development or configs[0]["data"]["valid"], reference, skip, whole_questions=True)
     parts = [scoring.first_answers(labelled, config.num_step_questions) for labelled in (development, asked)]
     scored, stepwise, trained = [], [], []
     bounds: dict[str, Study] = {}
@@ -66,9 +66,9 @@ def compare(config: CompareConfig) -> int:
             beside = reference if alike else match_dtypes(LatentLM.from_pretrained(init), lm, device)
             loss, reward = get_loss(its["loss"]), ImplicitReward(lm, beside, its["beta"])
             score: Callable[..., scoring.ScorerResult] = (
-                partial(scoring.valued, folder.name, ValueModel(lm))
+                partial(scoring.score_with_value_model, folder.name, ValueModel(lm))
                 if loss.is_value_model
-                else partial(scoring.implicit, folder.name, reward)
+                else partial(scoring.score_with_implicit_reward, folder.name, reward)
             )
             scored.append(score(asked, config.batch_size))
             dev, test = (score(part, config.batch_size) for part in parts)
@@ -79,9 +79,9 @@ def compare(config: CompareConfig) -> int:
             bar(number + 1, folder.name)
         if config.rollouts:
             options: dict[str, Any] = {"rollouts": config.rollouts, "seed": config.seed}
-            dev, test = (scoring.monte_carlo(reference, judge, part, **options) for part in parts)
+            dev, test = (scoring.score_with_rollouts(reference, judge, part, **options) for part in parts)
             stepwise.append((dev, test))
-            scored.append(scoring.monte_carlo(reference, judge, asked, **options))
+            scored.append(scoring.score_with_rollouts(reference, judge, asked, **options))
             bar(len(runs) + 1, "rollouts")
     learned_from = read_answers(configs[0]["data"]["train"], reference, skip=True)
     studies = [
@@ -91,11 +91,11 @@ def compare(config: CompareConfig) -> int:
             learned_from,
             sum(weight.numel() for weight in reference.parameters()),
             stepwise[-1][1] if config.rollouts else None,
-            len(scoring.samples_of(parts[1])),
+            len(scoring.all_completions(parts[1])),
         ),
     ]
     if hasattr(task, "first_wrong"):
-        studies.append(scoring.localisation(parts[0], parts[1], stepwise, judge))
+        studies.append(scoring.error_localisation(parts[0], parts[1], stepwise, judge))
     folder = Path(config.output) if config.output else common_folder(runs)
     studies.append(scoring.all_bounds(bounds))
     for study in studies:
@@ -118,8 +118,8 @@ def _training(folder: Path, loss: Loss) -> TrainedRewardModel:
         folder.name,
         seconds,
         int(items) * (2 if loss.pairs else 1),
-        compared=not loss.is_value_model,
-        shifted=loss.uses_reference_point,
+        uses_reference=not loss.is_value_model,
+        uses_reference_point=loss.uses_reference_point,
     )
 
 

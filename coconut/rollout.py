@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from coconut.completions.rollouts import CorrectnessReward, sample_groups, with_room
+from coconut.completions.rollouts import CorrectnessReward, examples_that_fit, sample_groups
 from coconut.config import TooLong
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
@@ -15,7 +15,7 @@ from coconut.engine.world import World
 from coconut.evaluation.evaluator import task_of
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.rewards.config import RolloutConfig
-from coconut.rewards.labelled_answers import as_row, write_answers
+from coconut.rewards.labelled_answers import answer_row, write_answers
 from coconut.runs.description import read_config
 from coconut.runs.loading import load_run
 from coconut.utils.console import log, progress_bar, silence_libraries
@@ -39,7 +39,7 @@ def run_rank(config: RolloutConfig, world: World) -> int:
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm
     skip = config.too_long is TooLong.skip
-    examples = with_room(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
+    examples = examples_that_fit(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
     task = task_of(data)
     with world.main_process_first():
         gold, right = read_back(
@@ -70,7 +70,7 @@ def run_rank(config: RolloutConfig, world: World) -> int:
                     max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
                 write_answers(
-                    chunk, (as_row(g, [judge.right(g.example, s.text) for s in g.completions]) for g in groups)
+                    chunk, (answer_row(g, [judge.is_correct(g.example, s.text) for s in g.completions]) for g in groups)
                 )
             bar(number + 1, "")
     world.all_gather_object(None)

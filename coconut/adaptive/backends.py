@@ -64,7 +64,7 @@ class Backend(Protocol):
     """`name` tells it from others in the log of answers; `takes` are the settings that it knows."""
 
     name: str
-    takes: frozenset[str]
+    setting_names: frozenset[str]
 
     def __call__(
         self, questions: Sequence[str], settings: Settings, seed: Sequence[int], /
@@ -80,7 +80,7 @@ class Backend(Protocol):
 class LatentBackend:
     """A LatentLM. Settings: num_thoughts, mode, prefix (text before the question), and those of sampling."""
 
-    takes = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
+    setting_names = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
 
     def __init__(self, lm: LatentLM, name: str, batch_size: int = 64, max_new_tokens: int | None = None):
         self.lm, self.name, self.batch_size = lm, name, batch_size
@@ -97,7 +97,7 @@ class LatentBackend:
         return [len(row) <= room for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
-        rows, samples, options = self.rows(questions, settings), *generation(settings, self.max_new_tokens)
+        rows, samples, options = self.rows(questions, settings), *generation_options(settings, self.max_new_tokens)
         options |= {key: settings[key] for key in ("num_thoughts", "mode") if settings.get(key) is not None}
         found: dict[int, Reply] = {}
         with _seeded(seed, self.lm.device):
@@ -107,7 +107,7 @@ class LatentBackend:
         yield found
 
 
-def generation(settings: Settings, limit: int | None) -> tuple[int, dict[str, Any]]:
+def generation_options(settings: Settings, limit: int | None) -> tuple[int, dict[str, Any]]:
     """How many samples, and the options of generation: greedy at temperature 0."""
     temperature, samples = float(settings.get("temperature", 0)), int(settings.get("samples", 1))
     options: dict[str, Any] = {"max_new_tokens": settings.get("max_new_tokens", limit), "num_return_sequences": samples}
@@ -159,14 +159,14 @@ class CausalModelBackend:
             self.tokenizer = load_pretrained(AutoTokenizer, place)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
         self.name = f"{place} {prompt}"
-        self.takes = frozenset({*SAMPLED, *fields} - {"question"})
+        self.setting_names = frozenset({*SAMPLED, *fields} - {"question"})
         self.form = PromptFormat(question="{}", chat=bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.model.generation_config = GenerationConfig()  # it would fill in what is not asked for
-        self.ends = list(ends) if isinstance(ends, list) else [ends]
+        self.eos_ids = list(ends) if isinstance(ends, list) else [ends]
         pad = self.tokenizer.pad_token_id
-        self.pad = self.ends[0] if pad is None else pad
+        self.pad = self.eos_ids[0] if pad is None else pad
 
     def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
         """What it reads, in tokens."""
@@ -181,9 +181,9 @@ class CausalModelBackend:
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
         from transformers import GenerationConfig
 
-        samples, options = generation(settings, self.max_new_tokens)
+        samples, options = generation_options(settings, self.max_new_tokens)
         rows = self.rows(questions, settings)
-        asked = GenerationConfig(**{"do_sample": False, **options}, eos_token_id=self.ends, pad_token_id=self.pad)
+        asked = GenerationConfig(**{"do_sample": False, **options}, eos_token_id=self.eos_ids, pad_token_id=self.pad)
         if asked.do_sample:
             asked.top_k = 0
         found: dict[int, Reply] = {}
@@ -195,13 +195,13 @@ class CausalModelBackend:
                 for row, i in enumerate(places):
                     its = said[row * samples : (row + 1) * samples]
                     texts = self.tokenizer.batch_decode(its, skip_special_tokens=True)
-                    cut = any(one[-1] not in self.ends for one in its)
+                    cut = any(one[-1] not in self.eos_ids for one in its)
                     told = tuple(text.strip() for text in texts)
                     found[i] = Reply(told, sum(map(len, its)), completion_ids=tuple(map(tuple, its)), truncated=cut)
         yield found
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids) - 1) + 1]
+        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids) - 1) + 1]
 
 
 def _fields(prompt: str) -> set[str]:
@@ -226,7 +226,7 @@ def fit_all(backend: Backend, questions: Sequence[str], space: Space) -> list[bo
     return [all(row) for row in zip(*columns, strict=True)]
 
 
-class Failed(ValueError):
+class FunctionFailed(ValueError):
     """A function did not answer, as often as it was tried."""
 
 
@@ -238,7 +238,7 @@ class FunctionBackend:
 
     def __init__(self, function: Callable[[str, Settings], str | Reply], name: str, config: FunctionConfig,
                  takes: frozenset[str]):  # fmt: skip
-        self.function, self.name, self.config, self.takes = function, name, config, takes
+        self.function, self.name, self.config, self.setting_names = function, name, config, takes
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
         return [True] * len(questions)
@@ -266,7 +266,7 @@ class FunctionBackend:
         if isinstance(found, str):
             return Reply((found,), len(found.split()))
         if not isinstance(found, Reply) or not found.texts:
-            raise Failed(f"{self.name} gave {found!r} for {question!r}; it must give a text.")
+            raise FunctionFailed(f"{self.name} gave {found!r} for {question!r}; it must give a text.")
         return found
 
     def _tried(self, question: str, settings: Settings) -> Any:
@@ -280,19 +280,19 @@ class FunctionBackend:
             tries = self.config.tries
             times = f"{tries} times" if tries > 1 else "once"
             told = f"{type(error).__name__}: {error}"
-            raise Failed(f"{self.name} failed {times} on {question!r}, the last time with {told}") from error
+            raise FunctionFailed(f"{self.name} failed {times} on {question!r}, the last time with {told}") from error
 
 
 def refuse_unknown(space: Space, backend: Backend) -> None:
     """Raises ValueError for a setting in the space that the backend does not know, or that its prompt lacks, and for
     samples without a temperature.
     """
-    if unknown := space.keys - backend.takes:
+    if unknown := space.keys - backend.setting_names:
         raise ValueError(
             f"The space sets {', '.join(sorted(unknown))}, which means nothing here. {backend.name} takes "
-            f"{', '.join(sorted(backend.takes))}."
+            f"{', '.join(sorted(backend.setting_names))}."
         )
-    if isinstance(backend, CausalModelBackend) and (open_ := backend.takes - set(SAMPLED) - space.keys):
+    if isinstance(backend, CausalModelBackend) and (open_ := backend.setting_names - set(SAMPLED) - space.keys):
         raise ValueError(f"The prompt has {{{min(open_)}}} in it, and no dimension of the space gives it a value.")
     for number in range(len(space) if not isinstance(backend, FunctionBackend) else 0):
         settings = space.settings(number)
@@ -303,7 +303,7 @@ def refuse_unknown(space: Space, backend: Backend) -> None:
             )
 
 
-def answers(
+def collect_answers(
     backend: Backend, questions: Sequence[str], space: Space, log: Path, *, seed: int = 0, chunk: int = CHUNK
 ) -> list[list[Reply]]:
     """What comes of each question in each configuration, from the log or asked now, and then in the log.

@@ -20,10 +20,10 @@ from coconut.tasks import TASKS
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
-CLOSE = 0.02  # how far an embedding may lie from the one that was kept, as a share of it
+TOLERANCE = 0.02  # how far an embedding may lie from the one that was kept, as a share of it
 
 
-def kept(table: OutcomeTable) -> dict[str, Any]:
+def policy_metadata(table: OutcomeTable) -> dict[str, Any]:
     """What a policy's file says of where it belongs: how it sees a question, with one question as it saw it."""
     embedding = [round(float(x), 4) for x in table.embeddings[0]]
     return {**table.about, "probe": {"question": table.questions[0], "embedding": embedding}}
@@ -48,9 +48,11 @@ class Chooser:
         self.policy, self.about = ConfigurationPolicy.load(path)
         how, probe = self.about["embedding"], self.about["probe"]
         own = how in encoders.POOLINGS
-        self.encode = encoders.of_latent(lm, how, batch_size) if own else encoders.named(how, lm.device, batch_size)
+        self.encode = (
+            encoders.latent_encoder(lm, how, batch_size) if own else encoders.load_encoder(how, lm.device, batch_size)
+        )
         [here], there = self.encode([probe["question"]]), torch.tensor(probe["embedding"])
-        if here.shape != there.shape or (here - there).norm() > CLOSE * there.norm():
+        if here.shape != there.shape or (here - there).norm() > TOLERANCE * there.norm():
             raise ValueError(
                 f"{path} was learned beside another model, {self.about['backend']}, "
                 f"checkpoint={self.about['checkpoint']}: "
@@ -82,6 +84,6 @@ class Chooser:
             places, settings = [i for i, other in enumerate(numbers) if other == number], space.settings(number)
             for replies in backend([questions[i] for i in places], settings, (seed, number)):
                 for place, reply in replies.items():
-                    taken = vote.taken(reply)
+                    taken = vote.chosen_sample(reply)
                     found[places[place]] = Answered(reply.texts[taken], taken, space.label(number), settings, reply)
         return [found[i] for i in range(len(questions))]

@@ -137,7 +137,7 @@ class AdaptiveConfig:
                 f"embedding={self.embedding} is of a model's own states, and a function shows none. Name a sentence "
                 "encoder: embedding=NAME_OR_FOLDER."
             )
-        Space.of(self.space).named(self.default)
+        Space.of(self.space).find(self.default)
 
     @property
     def folder(self) -> Path:

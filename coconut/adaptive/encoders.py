@@ -26,7 +26,7 @@ Encoder = Callable[[Sequence[str]], Tensor]
 """From questions to (Q, D), float32, on the CPU. The same whatever questions are beside one."""
 
 
-def of_latent(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
+def latent_encoder(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
     """The last hidden states of a LatentLM after a question, before any thought: their mean, or the last of them."""
 
     def encode(questions: Sequence[str]) -> Tensor:
@@ -41,7 +41,7 @@ def of_latent(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
     return encode
 
 
-def of_model(model: Any, tokenizer: Any, pooling: str, batch_size: int = 64) -> Encoder:
+def model_encoder(model: Any, tokenizer: Any, pooling: str, batch_size: int = 64) -> Encoder:
     """The last hidden states of a model of Hugging Face without its head: their mean over the question, or the last."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -55,13 +55,13 @@ def of_model(model: Any, tokenizer: Any, pooling: str, batch_size: int = 64) -> 
     return encode
 
 
-def named(name: str, device: torch.device, batch_size: int = 64) -> Encoder:
+def load_encoder(name: str, device: torch.device, batch_size: int = 64) -> Encoder:
     """A sentence encoder of Hugging Face, by its name or folder; the mean of its states."""
     from transformers import AutoModel, AutoTokenizer
 
     with explain_load_errors(name, "embedding"):
         model, tokenizer = load_pretrained(AutoModel, name).to(device).eval(), load_pretrained(AutoTokenizer, name)
-    return of_model(model, tokenizer, "mean", batch_size)
+    return model_encoder(model, tokenizer, "mean", batch_size)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from coconut.adaptive.config import PolicyConfig
 from coconut.adaptive.outcome_table import OutcomeTable
-from coconut.adaptive.policy import Learned, distances, entropies, learn
+from coconut.adaptive.policy import LearningResult, distances, entropies, learn
 from coconut.runs.study import Study
 
 POINTS = 60  # of a curve
@@ -45,7 +45,7 @@ class Experiments:
     train: NDArray[np.int64]
     test: NDArray[np.int64]
     arms: list[Arm]
-    learned: Learned
+    learned: LearningResult
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -53,12 +53,12 @@ class Experiments:
 
 def split(questions: int, few: int, seeds: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each seed `few` questions to learn from, and the others."""
-    refuse_few(few, questions)
+    check_num_train_questions(few, questions)
     orders = np.stack([np.random.default_rng([seed, s]).permutation(questions) for s in range(seeds)])
     return orders[:, :few], orders[:, few:]
 
 
-def refuse_few(few: int, questions: int) -> None:
+def check_num_train_questions(few: int, questions: int) -> None:
     """Raises ValueError if so many to learn from leave no question for the test."""
     if few >= questions:
         raise ValueError(
@@ -67,7 +67,14 @@ def refuse_few(few: int, questions: int) -> None:
 
 
 def run_experiments(
-    table: OutcomeTable, config: PolicyConfig, *, cost: float, default: int, few: int, seeds: int, seed: int = 0
+    table: OutcomeTable,
+    config: PolicyConfig,
+    *,
+    cost: float,
+    default: int,
+    num_train_questions: int,
+    seeds: int,
+    seed: int = 0,
 ) -> Experiments:
     """Policies that learn from `few` questions each, and beside them, on the same test questions:
 
@@ -76,7 +83,7 @@ def run_experiments(
     of one dimension, with the others as in the best fixed. oracle: for each question what is best there.
     """
     space, rewards = table.space, table.rewards(cost)
-    train, test = split(len(table.questions), few, seeds, seed)
+    train, test = split(len(table.questions), num_train_questions, seeds, seed)
     fixed_S = rewards[train].mean(1).argmax(1)
     embeddings, rewards_STC = torch.from_numpy(table.embeddings), torch.from_numpy(rewards[train])
     known, unknown = embeddings[torch.from_numpy(train)], embeddings[torch.from_numpy(test)]
@@ -87,7 +94,7 @@ def run_experiments(
     def everywhere(name: str, number_S: NDArray[np.int64]) -> Arm:
         return at(name, np.broadcast_to(number_S[:, None], test.shape))
 
-    def chosen(learned: Learned, questions: torch.Tensor) -> NDArray[np.int64]:
+    def chosen(learned: LearningResult, questions: torch.Tensor) -> NDArray[np.int64]:
         return learned.policy.best(questions).numpy()
 
     means = [values.mean(1)[test] for values in (rewards, table.correct, table.passes)]

@@ -29,24 +29,24 @@ class Vote:
     task: Task
     form: PromptFormat
 
-    def tied(self, reply: Reply) -> list[int]:
+    def tied_samples(self, reply: Reply) -> list[int]:
         """The first sample with each of the answers that have most votes; the first of all if none has an answer."""
         keys: list[Hashable | None] = [answer_key(self.task, text, self.form) for text in reply.texts]
         votes = Counter(key for key in keys if key is not None)
         most = max(votes.values(), default=0)
         return [keys.index(key) for key, count in votes.items() if count == most] or [0]
 
-    def taken(self, reply: Reply) -> int:
+    def chosen_sample(self, reply: Reply) -> int:
         """The first sample with the answer that is taken: of tied ones the one sampled first, each equally likely."""
-        return self.tied(reply)[0]
+        return self.tied_samples(reply)[0]
 
-    def shared(
+    def mean_over_ties(
         self, replies: Sequence[Reply], score: Callable[[list[tuple[int, int]]], Sequence[float]]
     ) -> list[float]:
         """A score for each reply: the mean over the tied answers of what `score` says of samples, each the place of a
         reply and that of a text in it.
         """
-        places = [(place, sample) for place, reply in enumerate(replies) for sample in self.tied(reply)]
+        places = [(place, sample) for place, reply in enumerate(replies) for sample in self.tied_samples(reply)]
         found: list[list[float]] = [[] for _ in replies]
         for (place, _), value in zip(places, score(places), strict=True):
             found[place].append(value)
@@ -66,7 +66,7 @@ class ExactJudge:
             said = task.read_answer(replies[place].texts[sample], form)
             return float(task.judge(said, examples[place].answer))
 
-        return self.vote.shared(replies, lambda places: [right(*place) for place in places])
+        return self.vote.mean_over_ties(replies, lambda places: [right(*place) for place in places])
 
 
 class PretrainedJudge:
@@ -102,7 +102,7 @@ class PretrainedJudge:
                 found += self.model(**inputs.to(self.model.device)).logits[:, 0].float().sigmoid().tolist()
             return found
 
-        return self.vote.shared(replies, scores)
+        return self.vote.mean_over_ties(replies, scores)
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class ImplicitJudge:
             samples = [said(*place) for place in places]
             return [float(rewards.sum().sigmoid()) for rewards in self.reward.tokens(samples)]
 
-        return self.vote.shared(replies, scores)
+        return self.vote.mean_over_ties(replies, scores)
 
 
-def judged(
+def judge_scores(
     judge: Judge, examples: Sequence[Example], replies: Sequence[Reply], settings: dict[str, Any]
 ) -> list[float]:
     """What the judge says. Raises ValueError that names the answer if a score is not in [0, 1]."""

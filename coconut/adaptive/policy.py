@@ -51,8 +51,8 @@ class ConfigurationPolicy(nn.Module):
 
     def forward(self, embeddings_SBD: Tensor) -> list[Tensor]:
         """Q, of each dimension (S, B, V): the logits of its softmax."""
-        hidden_SBH = _applied(self.shared, (embeddings_SBD - self.mean) / self.scale).tanh()
-        return [_applied(head, hidden_SBH) for head in self.heads]
+        hidden_SBH = _affine(self.shared, (embeddings_SBD - self.mean) / self.scale).tanh()
+        return [_affine(head, hidden_SBH) for head in self.heads]
 
     @torch.no_grad()
     def best(self, embeddings_SBD: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ def _linear(copies: int, inputs: int, outputs: int, scale: float = 1.0) -> nn.Pa
     return nn.Parameter(weight)
 
 
-def _applied(weight: Tensor, x_SBI: Tensor) -> Tensor:
+def _affine(weight: Tensor, x_SBI: Tensor) -> Tensor:
     return torch.baddbmm(weight[:, -1:], x_SBI, weight[:, :-1])
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearningResult:
     """S policies, and what happened while they learned: (updates, S) each.
 
     `rewards`: of what they tried. `questions` (updates, S, B): which they were asked. `entropy` (updates, S, J), at
@@ -124,7 +124,7 @@ def learn(
     *,
     seed: int = 0,
     fixed: Sequence[Tensor | None] | None = None,
-) -> Learned:
+) -> LearningResult:
     """S policies side by side, each from T questions of its own and the rewards of what it tries.
 
     `fixed`: of each dimension None, or the values (S,) that it has throughout, so that the other heads learn alone.
@@ -145,7 +145,7 @@ def learn(
         asked_SB = torch.randint(T, (S, config.batch_size), generator=random)
         temperature = config.exploration(update)
         log_probs = [(q / temperature).log_softmax(-1) for q in policy(embeddings_STD[each_S1, asked_SB])]
-        taken = [_drawn(row.exp(), random) if at is None else at[:, None].expand_as(asked_SB)
+        taken = [_draw(row.exp(), random) if at is None else at[:, None].expand_as(asked_SB)
                  for row, at in zip(log_probs, held, strict=True)]  # fmt: skip
         number_SB = space.number(taken)
         reward_SB = rewards_STC[each_S1, asked_SB, number_SB]
@@ -164,7 +164,7 @@ def learn(
             seen["entropy"].append(entropies([row.exp() for row in log_probs]))
     history = {name: torch.stack(rows).numpy() for name, rows in seen.items()}
     tried = tried_STC.sum((1, 2)).numpy()
-    return Learned(policy.eval(), **history, tried=tried, temperature=config.exploration(config.updates - 1))
+    return LearningResult(policy.eval(), **history, tried=tried, temperature=config.exploration(config.updates - 1))
 
 
 def reinforce(log_probs: Sequence[Tensor], taken: Sequence[Tensor], gains_SB: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def reinforce(log_probs: Sequence[Tensor], taken: Sequence[Tensor], gains_SB: Te
     return -(gains_SB * torch.stack(chosen).sum(0)).mean(1).sum()
 
 
-def _drawn(probabilities_SBV: Tensor, random: torch.Generator) -> Tensor:
+def _draw(probabilities_SBV: Tensor, random: torch.Generator) -> Tensor:
     """(S, B)"""
     flat = torch.multinomial(probabilities_SBV.detach().flatten(0, 1), 1, generator=random)
     return flat.view(probabilities_SBV.shape[:2])

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 COLOURS = ("blue", "green", "plum", "red", "peach", "sky")  # of dimensions, in their order
-SLIGHT = 0.01  # a headroom below which there is hardly anything to choose
-SAME = 0.02  # a share of pairs of questions that are treated differently below which there is hardly a choice
+SMALL_HEADROOM = 0.01  # a headroom below which there is hardly anything to choose
+SMALL_DIFFERENCE = (
+    0.02  # a share of pairs of questions that are treated differently below which there is hardly a choice
+)
 ABOUT = (
     "{questions:,} questions, {configurations} configurations. Each of {seeds} policies learned from {few} questions "
     "of its own, and was asked the others; means over the {seeds}, with Student's 95 % interval: of other draws of "
@@ -57,7 +59,7 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         f"fixed configuration, {rows[BEST_FIXED]['reward']:.3f}, and the best for each question, "
         f"{rows[ORACLE]['reward']:.3f}."
     ]
-    if facts["headroom"] < SLIGHT:
+    if facts["headroom"] < SMALL_HEADROOM:
         found.append("That is next to nothing: on these questions there is hardly anything to choose.")
     more, more_low, more_high = policy["more"], policy["more_low"], policy["more_high"]
     worth = "beats" if more_low > 0 else "is worse than" if more_high < 0 else "cannot be told from"
@@ -69,7 +71,7 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         found[-1] += f" That is {100 * more / facts['headroom']:.0f} % of the headroom."
     found.append(f"A policy that is not shown the question comes to {blind['reward']:.3f}, where it comes to "
                  f"{policy['reward']:.3f}.")  # fmt: skip
-    if max(row["differing"] for row in told["heads"].rows) < SAME:
+    if max(row["differing"] for row in told["heads"].rows) < SMALL_DIFFERENCE:
         found.append("It does nearly the same for all questions, so it chooses nothing.")
     return found
 

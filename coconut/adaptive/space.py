@@ -130,7 +130,7 @@ class Space:
         named = zip(self.names, self.values(number), strict=True)
         return ", ".join(f"{name} {value.label}" for name, value in named)
 
-    def named(self, labels: Mapping[str, Any]) -> int:
+    def find(self, labels: Mapping[str, Any]) -> int:
         """The configuration with these values; a dimension that is not named takes its first.
 
         Raises ValueError for a dimension or value that there is not.

@@ -64,7 +64,7 @@ class Completion:
         """The tokens after the prompt."""
         return self.layout.ids[self.layout.num_prompt :].tolist()
 
-    def saying(self, said: Sequence[int]) -> Completion:
+    def with_completion_ids(self, said: Sequence[int]) -> Completion:
         """The same question, mode and thoughts with another answer, of which nobody knows how likely it is."""
         ids = np.array([*self.layout.ids[: self.layout.num_prompt], *said], np.int32)
         return replace(
@@ -77,7 +77,7 @@ class Completion:
         return replace(self, layout=layout, log_probs=self.log_probs[:0])
 
 
-def needs(samples: Sequence[Completion]) -> tuple[int, int]:
+def passes_and_length(samples: Sequence[Completion]) -> tuple[int, int]:
     """Of a forward pass over these answers: how many passes it takes, and how many tokens the longest has."""
     return max(sample.passes for sample in samples), max(len(sample.layout.ids) for sample in samples)
 
@@ -169,11 +169,11 @@ def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise ValueError(
             f"{len(too_long)} of {len(lengths)} answers are, with their questions, longer than the model's context of "
-            f"{lm.max_sequence_length} tokens: {named('answer', too_long, lengths)}. Leave them out."
+            f"{lm.max_sequence_length} tokens: {list_lengths('answer', too_long, lengths)}. Leave them out."
         )
 
 
-def named(what: str, places: Sequence[int], lengths: Sequence[int]) -> str:
+def list_lengths(what: str, places: Sequence[int], lengths: Sequence[int]) -> str:
     """The first of them by their numbers, with their lengths."""
     shown = ", ".join(f"{what} {i + 1} ({lengths[i]} tokens)" for i in places[:5])
     return shown + (f" and {len(places) - 5} more" if len(places) > 5 else "")

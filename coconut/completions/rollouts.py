@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, Cost, completions_of, longest_completions, named
+from coconut.completions.completion import Completion, Cost, completions_of, list_lengths, longest_completions
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
@@ -51,11 +51,11 @@ class CorrectnessReward:
     max_mode_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float:
-        if cost.new_tokens > self.max_mode_tokens.get(mode, cost.new_tokens) or not self.right(example, text):
+        if cost.new_tokens > self.max_mode_tokens.get(mode, cost.new_tokens) or not self.is_correct(example, text):
             return self.incorrect_reward
         return 1.0 - self.mode_costs.get(mode, 0.0)
 
-    def right(self, example: Example, text: str) -> bool:
+    def is_correct(self, example: Example, text: str) -> bool:
         return self.task.judge(self.task.read_answer(text, self.form), example.answer)
 
 
@@ -68,7 +68,7 @@ class Group:
     rewards: Tensor
 
 
-def with_room(
+def examples_that_fit(
     lm: LatentLM,
     examples: Sequence[Example],
     limit: int,
@@ -92,7 +92,7 @@ def with_room(
     if not skip or len(too_long) == len(examples):
         raise ValueError(
             f"{file}: {len(too_long)} of {len(examples)} questions leave no room for an answer of {limit} tokens in "
-            f"the model's context of {lm.max_sequence_length}: {named('question', too_long, lengths)}. {advice}"
+            f"the model's context of {lm.max_sequence_length}: {list_lengths('question', too_long, lengths)}. {advice}"
         )
     log(f"Left out {len(too_long)} of {len(examples)} questions of {file}, too long for the model's context.")
     return [example for example, length in zip(examples, lengths, strict=True) if length <= room]
@@ -127,16 +127,16 @@ def sample_groups(
             )  # fmt: skip
             for row, place in enumerate(places):
                 found = completions_of(lm, rows[place], out, range(row * samples, (row + 1) * samples))
-                groups[place] = _rewarded(examples[place], found, reward)
+                groups[place] = _reward_group(examples[place], found, reward)
     return [groups[place] for place in range(len(examples))]
 
 
-def _rewarded(example: Example, samples: Sequence[Completion], reward: Reward) -> Group:
-    numbers = [rewarded(reward, example, sample.text, sample.mode, sample.cost) for sample in samples]
+def _reward_group(example: Example, samples: Sequence[Completion], reward: Reward) -> Group:
+    numbers = [checked_reward(reward, example, sample.text, sample.mode, sample.cost) for sample in samples]
     return Group(example, tuple(samples), torch.tensor(numbers))
 
 
-def rewarded(reward: Reward, example: Example, text: str, mode: str, cost: Cost) -> float:
+def checked_reward(reward: Reward, example: Example, text: str, mode: str, cost: Cost) -> float:
     """What the reward gives. Raises ValueError that names the answer if it is not one finite number."""
     value: Any = reward(example, text, mode, cost)
     of = f"The reward of {text!r}, an answer to {example.question!r},"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from coconut.completions.completion import Completion, needs, refuse_too_long, shard_by_length
+from coconut.completions.completion import Completion, passes_and_length, refuse_too_long, shard_by_length
 from coconut.data.batching import collate
 from coconut.data.tokenization import SpecialIds
 
@@ -41,14 +41,14 @@ class CompletionBatch:
         return replace(self, **values)
 
 
-def at_targets(module: nn.Module, batch: CompletionBatch) -> Any:
+def forward_at_targets(module: nn.Module, batch: CompletionBatch) -> Any:
     """The forward pass over a batch, with logits where its targets are predicted."""
     return module(
         batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
     )
 
 
-def of_tokens(
+def score_tokens(
     lm: LatentLM, samples: Sequence[Completion], size: int, score: Callable[[CompletionBatch], Tensor]
 ) -> list[Tensor]:
     """For each answer, on the CPU, what `score` says (M,) of the sampled tokens of a batch of up to `size` answers.
@@ -57,7 +57,7 @@ def of_tokens(
     """
     refuse_too_long(lm, [len(sample.layout.ids) for sample in samples])
     found: dict[int, Tensor] = {}
-    for places, passes in shard_by_length([needs([sample]) for sample in samples], size):
+    for places, passes in shard_by_length([passes_and_length([sample]) for sample in samples], size):
         chosen = [samples[i] for i in places]
         batch = CompletionBatch.of(chosen, lm.special, passes).to(lm.device)
         lengths = [len(sample.log_probs) for sample in chosen]
@@ -72,7 +72,7 @@ class SamplingDistribution:
     A control token is one of `controls`; any other token is none of `refused`.
     """
 
-    refused: tuple[int, ...] = ()
+    suppressed: tuple[int, ...] = ()
     controls: tuple[int, ...] = ()
     temperature: float = 1.0
 
@@ -83,10 +83,10 @@ class SamplingDistribution:
 
     def log_probs(self, module: nn.Module, batch: CompletionBatch) -> Tensor:
         """(M,) of the targets of a batch, in float32."""
-        out = at_targets(module, batch)
+        out = forward_at_targets(module, batch)
         logits_MV = out.target_logits.float() / self.temperature
         refused_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
-        refused_2V[0, list(self.refused)] = True
+        refused_2V[0, list(self.suppressed)] = True
         refused_2V[1] = True
         refused_2V[1, list(self.controls)] = False
         logits_MV = logits_MV.masked_fill(refused_2V[batch.is_control.long()], -torch.inf)
@@ -95,4 +95,4 @@ class SamplingDistribution:
     @torch.no_grad()
     def score(self, lm: LatentLM, samples: Sequence[Completion], size: int) -> list[Tensor]:
         """How likely the sampled tokens of each answer are to a whole model, float32, on the CPU."""
-        return of_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))
+        return score_tokens(lm, samples, size, lambda batch: self.log_probs(lm, batch))

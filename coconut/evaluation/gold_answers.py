@@ -52,7 +52,7 @@ def readable(
         row, count = next(iter(other_steps.items()))
         log(
             f"warning: {file}: of {len(other_steps):,} rows the steps are read back as another number of steps; the "
-            f"first is {_place(examples, row)}, {count} for {len(examples[row].steps)}. What is measured by steps goes "
+            f"first is {_location(examples, row)}, {count} for {len(examples[row].steps)}. What is measured by steps goes "
             f"by what is read. Choose a data.format.step whose end, now {form.step_end!r}, is in no step."
         )
     unknown = _without_words(examples, wrong, data, tokenizer, form)
@@ -60,11 +60,11 @@ def readable(
         where, words = next(iter(unknown.items()))
         log(
             f"warning: the tokenizer has no words for {len(unknown):,} of {len(examples):,} answers of {file}, which "
-            f"are counted as wrong. The first is {_place(examples, where)}: {', '.join(words)}."
+            f"are counted as wrong. The first is {_location(examples, where)}: {', '.join(words)}."
         )
         wrong = {row: read for row, read in wrong.items() if row not in unknown}
     if wrong and unreadable is Unreadable.error:
-        told = [_told(examples, row, wrong[row], unknown.get(row)) for row in list(wrong)[:SHOWN_PROBLEMS]]
+        told = [_describe_misread(examples, row, wrong[row], unknown.get(row)) for row in list(wrong)[:SHOWN_PROBLEMS]]
         more = f"\n  and {len(wrong) - len(told)} more" if len(wrong) > len(told) else ""
         raise ValueError(
             f"{file}: of {len(examples):,} gold answers {len(wrong):,} would be judged wrong:\n"
@@ -139,21 +139,21 @@ def _without_words(
     return {row: unknown_in(tokenizer, form.fill(form.answer, examples[row].answer)) for row in found}
 
 
-def _place(examples: Sequence[Example], row: int) -> str:
+def _location(examples: Sequence[Example], row: int) -> str:
     return examples[row].where or f"example {row + 1}"
 
 
-def _told(examples: Sequence[Example], row: int, read: str | None, unknown: list[str] | None) -> str:
+def _describe_misread(examples: Sequence[Example], row: int, read: str | None, unknown: list[str] | None) -> str:
     what = "no answer is found" if read is None else f"{_brief(read)} is read"
     why = f"the tokenizer has no word for {', '.join(unknown)}" if unknown else what
-    return f"  {_place(examples, row)}, answer {_brief(examples[row].answer)}: {why}"
+    return f"  {_location(examples, row)}, answer {_brief(examples[row].answer)}: {why}"
 
 
 def _brief(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:
+def target_lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:
     """(N,) tokens that are to be written, with the end of the sequence, in the form in which they are most."""
     every = [form for one in forms for form in (one.modes if isinstance(one, Stage) and one.modes else [one])]
     return np.max([written_lengths(data, form.steps_cut, form.tokens_cut) for form in every], axis=0)
@@ -161,14 +161,14 @@ def lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarr
 
 def limit_for(data: Iterable[TokenizedData], forms: Sequence[Stage | Reasoning], least: int) -> int:
     """The limit of new tokens that leaves room for the longest gold text, and for some mistakes in it."""
-    return max(least, *(math.ceil(ROOM * int(lengths(part, forms).max())) for part in data))
+    return max(least, *(math.ceil(ROOM * int(target_lengths(part, forms).max())) for part in data))
 
 
 def warn_of_limit(
     data: TokenizedData, forms: Sequence[Stage | Reasoning], limit: int, file: str, key: str = "max_new_tokens"
 ) -> None:
     """Say how many gold texts of a file are too long for the limit of new tokens that `key` sets."""
-    long = lengths(data, forms)
+    long = target_lengths(data, forms)
     if over := int((long > limit).sum()):
         log(
             f"warning: {over:,} of {len(data):,} gold texts of {file} have more tokens than {key}={limit} allows, so "

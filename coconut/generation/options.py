@@ -12,11 +12,19 @@ SETTINGS = frozenset({
     "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
 })  # fmt: skip
 PASSTHROUGH = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
-MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
-HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
+NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
+IGNORED = (
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "transformers_version",
+    "max_length",
+)  # not what is said
 
 
-def settings(options: dict[str, Any], limit: int, questions: int, noisy: bool = False) -> tuple[int, dict[str, Any]]:
+def generation_settings(
+    options: dict[str, Any], limit: int, questions: int, noisy: bool = False
+) -> tuple[int, dict[str, Any]]:
     """How many answers a question, and the settings, `max_new_tokens` among them, which is `limit` unless they say.
 
     `options`: settings one by one, or a `generation_config`, which they come before. Raises ValueError for what is not
@@ -26,8 +34,8 @@ def settings(options: dict[str, Any], limit: int, questions: int, noisy: bool = 
     if not questions:
         raise ValueError("There is no question to answer.")
     said = {name: value for name, value in options.items() if value is not None and name != "generation_config"}
-    asked = {**_asked_in(options.get("generation_config")), **said}
-    asked = {"max_new_tokens": limit} | {name: asked[name] for name in asked if asked[name] != MEANINGLESS.get(name)}
+    asked = {**_config_settings(options.get("generation_config")), **said}
+    asked = {"max_new_tokens": limit} | {name: asked[name] for name in asked if asked[name] != NEUTRAL.get(name)}
     samples = asked.pop("num_return_sequences", 1)
     if asked["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens is {asked['max_new_tokens']}; it must be at least 1.")
@@ -48,7 +56,7 @@ def settings(options: dict[str, Any], limit: int, questions: int, noisy: bool = 
     return samples, asked
 
 
-def _asked_in(config: Any) -> dict[str, Any]:
+def _config_settings(config: Any) -> dict[str, Any]:
     """What a GenerationConfig says beyond the defaults, but for tokens (the tokenizer's) and the cache (ours)."""
     said = {} if config is None else config.to_diff_dict()
-    return {key: value for key, value in said.items() if key not in HOW and not key.endswith("token_id")}
+    return {key: value for key, value in said.items() if key not in IGNORED and not key.endswith("token_id")}

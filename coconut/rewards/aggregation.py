@@ -19,7 +19,7 @@ SUBSETS = 64  # draws of weighted votes; a sample, where there are more
 RESAMPLES = 2000
 
 
-def of_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
+def aggregate_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
     """(answers,) one score for each answer from the rewards of its parts: their sum, the least, or the last one."""
     ways: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
     return np.array([ways[how](parts) for parts in rewards])
@@ -33,19 +33,19 @@ def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
     N = scores_QN.shape[1]
     order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
     sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
-    right_QN = _even_out_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
+    right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
     behind_N = np.arange(N - 1, -1, -1)  # answers that are worse
     likely_N = np.exp(_log_choose(behind_N, size - 1) - _log_choose(np.array(N), size))
     return right_QN @ likely_N
 
 
-def any_right(right_QN: Numbers, size: int) -> Numbers:
+def pass_at(right_QN: Numbers, size: int) -> Numbers:
     """(Q,) how likely one at least of `size` answers is right: pass@size (Chen et al., arXiv 2107.03374, eq. 1)."""
     N, wrong_Q = right_QN.shape[1], (right_QN == 0).sum(1)
     return 1 - np.exp(_log_choose(wrong_Q, size) - _log_choose(np.array(N), size))
 
 
-def voted(
+def weighted_vote(
     answers: Sequence[Sequence[Hashable | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int = 0
 ) -> Numbers:
     """(Q,) how likely the answer with the largest sum of weights among `size` samples, drawn from the N without putting
@@ -69,13 +69,13 @@ def voted(
             draws: Iterable[Sequence[int]] = combinations(range(N), size)
             if not few:
                 draws = (draw.permutation(N)[:size].tolist() for _ in range(SUBSETS))
-            found[q] = np.mean([_elected(kind_N, weights_QN[q], right_K, chosen) for chosen in draws])
+            found[q] = np.mean([_vote_accuracy(kind_N, weights_QN[q], right_K, chosen) for chosen in draws])
         else:
-            found[q] = _majority(counts_K.tolist(), right_K.tolist(), N, size)
+            found[q] = _majority_accuracy(counts_K.tolist(), right_K.tolist(), N, size)
     return found
 
 
-def _elected(kind_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, chosen: Sequence[int]) -> float:
+def _vote_accuracy(kind_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, chosen: Sequence[int]) -> float:
     """How likely the answer that these samples elect is right."""
     voting = [sample for sample in chosen if kind_N[sample] >= 0]
     if not voting:
@@ -85,7 +85,7 @@ def _elected(kind_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, ch
     return float(right_K[np.isclose(sums_K, sums_K.max(), rtol=1e-9, atol=0)].mean())
 
 
-def _majority(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
+def _majority_accuracy(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
     """How likely the most frequent answer among `size` of the samples is right, over all draws.
 
     For each answer that can be right, and each number of its votes: the draws in which no other answer has more, by how
@@ -112,7 +112,7 @@ def _majority(counts: Sequence[int], right: Sequence[float], samples: int, size:
     return found
 
 
-def interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
     """95 %, of the mean, questions drawn anew."""
     Q = len(values_Q)
     means = values_Q[np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))].mean(1)
@@ -162,7 +162,7 @@ def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
     return np.where(n >= k, value, -np.inf)
 
 
-def _even_out_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
+def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
     """Among equal scores, which stand together, the share that is right in place of each."""
     found = right_QN.astype(np.float64).copy()
     for q, row in enumerate(sorted_QN):

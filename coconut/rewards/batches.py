@@ -19,7 +19,7 @@ from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
 from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.losses import Loss
-from coconut.rewards.value_model import values
+from coconut.rewards.value_model import token_values
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def value_loss(loss: Loss, token: int) -> Any:
     """An engine's loss function for a model of values: of an answer the mean over its tokens."""
 
     def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
-        values_M = values(module, batch, token)
+        values_M = token_values(module, batch, token)
         if not batch.num_items:
             return 0.0 * values_M.sum()
         return (loss.of(values_M, batch.right[batch.owner]) / batch.counts[batch.owner]).sum()
@@ -125,7 +125,7 @@ class AnswerSet:
         return np.array(found, int).reshape(-1, 2)
 
 
-def preference(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
+def preference_metrics(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
     """How well rewards tell right answers from wrong ones to the same question.
 
     `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
@@ -142,7 +142,7 @@ def preference(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
     return {"pairs": won / max(pairs, 1), "best_of_n": float(np.mean(best)), "mean": float(answers.right.mean())}
 
 
-def scored_together(
+def score_across_processes(
     score: Callable[[Sequence[Completion]], Sequence[T]], samples: Sequence[Completion], world: World
 ) -> list[T]:
     """What `score` says of each answer; each process does its share, and all know the outcome."""

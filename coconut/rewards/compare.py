@@ -16,14 +16,14 @@ from coconut.completions.rollouts import CorrectnessReward
 from coconut.evaluation.evaluator import answer_key
 from coconut.rewards.aggregation import (
     SUBSETS,
-    any_right,
+    aggregate_steps,
     best_of,
     best_threshold,
+    bootstrap_interval,
     first_below,
     first_errors,
-    interval,
-    of_steps,
-    voted,
+    pass_at,
+    weighted_vote,
 )
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.labelled_answers import LabelledAnswers
@@ -57,29 +57,35 @@ class ScorerResult:
 
     def weights(self) -> np.ndarray:
         """(answers,) of their votes, from 0 to 1."""
-        return of_steps(self.parts, "last") if self.values else 1 / (1 + np.exp(-of_steps(self.parts, "sum")))
+        return (
+            aggregate_steps(self.parts, "last")
+            if self.values
+            else 1 / (1 + np.exp(-aggregate_steps(self.parts, "sum")))
+        )
 
 
-def samples_of(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
+def all_completions(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
     return [sample for row in labelled for sample in row.completions]
 
 
-def implicit(
+def score_with_implicit_reward(
     name: str, reward: ImplicitReward, labelled: Sequence[LabelledAnswers], batch_size: int = 256
 ) -> ScorerResult:
-    begin, samples = time.perf_counter(), samples_of(labelled)
+    begin, samples = time.perf_counter(), all_completions(labelled)
     parts = [row.tolist() for row in reward.steps(samples, batch_size)]
     return ScorerResult(name, parts, time.perf_counter() - begin, 2 * sum(len(sample.layout.ids) for sample in samples))
 
 
-def valued(name: str, model: ValueModel, labelled: Sequence[LabelledAnswers], batch_size: int = 256) -> ScorerResult:
-    begin, samples = time.perf_counter(), samples_of(labelled)
+def score_with_value_model(
+    name: str, model: ValueModel, labelled: Sequence[LabelledAnswers], batch_size: int = 256
+) -> ScorerResult:
+    begin, samples = time.perf_counter(), all_completions(labelled)
     parts = [row.tolist() for row in model.parts(samples, batch_size)]
     tokens = sum(len(sample.layout.ids) for sample in samples)
     return ScorerResult(name, parts, time.perf_counter() - begin, tokens, values=True)
 
 
-def monte_carlo(
+def score_with_rollouts(
     lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], **options: Any
 ) -> ScorerResult:
     """The shares of rollouts from the end of each step that come out right; `options` are those of `step_labels`."""
@@ -106,28 +112,28 @@ def selections(
     rows: list[dict[str, Any]] = []
 
     def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
-        low, high = interval(values_Q)
+        low, high = bootstrap_interval(values_Q)
         found = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
-        more_low, more_high = interval(values_Q - majority_Q)
+        more_low, more_high = bootstrap_interval(values_Q - majority_Q)
         more = {"more": float((values_Q - majority_Q).mean()), "more_low": more_low, "more_high": more_high}
         rows.append({"scorer": scorer, "way": way, "n": size, **found, **more})
 
     for size in [n for n in sizes if n <= N]:
-        majority_Q = voted(answers, np.ones_like(right_QN), right_QN, size)
-        add("oracle", "any right", size, any_right(right_QN, size))
+        majority_Q = weighted_vote(answers, np.ones_like(right_QN), right_QN, size)
+        add("oracle", "any right", size, pass_at(right_QN, size))
         add("majority", "vote", size, majority_Q)
         for scorer in scored:
             for way in scorer.aggregations:
-                scores_QN = of_steps(scorer.parts, way).reshape(right_QN.shape)
+                scores_QN = aggregate_steps(scorer.parts, way).reshape(right_QN.shape)
                 add(scorer.name, way, size, best_of(scores_QN, right_QN, size))
             weights_QN = scorer.weights().reshape(right_QN.shape)
-            add(scorer.name, "vote", size, voted(answers, weights_QN, right_QN, size))
+            add(scorer.name, "vote", size, weighted_vote(answers, weights_QN, right_QN, size))
     scoring = {scorer.name: {"seconds": scorer.seconds, "tokens": scorer.tokens} for scorer in scored}
     facts = {"questions": len(labelled), "samples": N, "mean": float(right_QN.mean()), "draws": SUBSETS}
     return Study("selection", rows, {**facts, "scoring": scoring})
 
 
-def localisation(
+def error_localisation(
     development: Sequence[LabelledAnswers],
     asked: Sequence[LabelledAnswers],
     scored: Sequence[tuple[ScorerResult, ScorerResult]],
@@ -177,8 +183,8 @@ class TrainedRewardModel:
     name: str
     seconds: float
     answers: int
-    compared: bool
-    shifted: bool
+    uses_reference: bool
+    uses_reference_point: bool
 
 
 def costs(
@@ -186,7 +192,7 @@ def costs(
     answers: Sequence[LabelledAnswers],
     parameters: int,
     rollouts: ScorerResult | None,
-    of: int,
+    num_rollout_answers: int,
 ) -> Study:
     """What it takes to know of steps what the labels of so many answers say: a training, or rollouts for labels.
 
@@ -194,20 +200,23 @@ def costs(
     shifted by, and what its reference says of the answers, but no validation. `rollouts` are of `of` answers; their
     cost is scaled to as many as were trained on, and the training on their labels, which is to come, is not in it.
     """
-    samples = samples_of(answers)
+    samples = all_completions(answers)
     tokens = sum(len(sample.layout.ids) for sample in samples)
     rows: list[dict[str, Any]] = [
         {
             "scorer": model.name,
             "seconds": model.seconds,
             "flops": float(
-                2 * parameters * tokens * ((3 + model.shifted) * model.answers / len(samples) + model.compared)
+                2
+                * parameters
+                * tokens
+                * ((3 + model.uses_reference_point) * model.answers / len(samples) + model.uses_reference)
             ),
         }
         for model in models
     ]
     if rollouts:
-        scale = len(samples) / of
+        scale = len(samples) / num_rollout_answers
         flops = 2.0 * parameters * rollouts.tokens * scale
         rows.append({"scorer": rollouts.name, "seconds": rollouts.seconds * scale, "flops": flops})
     return Study("costs", rows, {"answers": len(samples), "tokens": tokens, "parameters": parameters})
@@ -228,15 +237,15 @@ def bounds(
     beta log mean exp(r / beta), which over all continuations is q itself.
     """
     draw = np.random.default_rng(seed)
-    samples = [sample for sample in samples_of(labelled) if len(sample.completion_ids) > 1]
+    samples = [sample for sample in all_completions(labelled) if len(sample.completion_ids) > 1]
     chosen = [samples[i] for i in draw.choice(len(samples), min(prefixes, len(samples)), replace=False)]
-    cuts = [int(draw.integers(1, len(sample.said))) for sample in chosen]
+    cuts = [int(draw.integers(1, len(sample.completion_ids))) for sample in chosen]
     values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
-    begun = [sample.saying(sample.said[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
+    begun = [sample.with_completion_ids(sample.completion_ids[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
     found = continue_completions(reward.reference, begun, continuations, seed=seed, batch_size=32)
     rows = []
     for sample, value, several in zip(begun, values, found, strict=True):
-        whole = [sample.saying([*sample.said, *more]) for more in several]
+        whole = [sample.with_completion_ids([*sample.completion_ids, *more]) for more in several]
         r = torch.stack([row.sum() for row in reward.tokens(whole)]).double()
         soft = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
         rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft)})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coconut.completions.completion import Completion
 from coconut.completions.scoring import SamplingDistribution
-from coconut.rewards.step_spans import parts_said
+from coconut.rewards.step_spans import completion_parts
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config
 from coconut.runs.loading import run_folder_of
 from coconut.utils.files import read_json, sha256
@@ -84,15 +84,15 @@ class ImplicitReward:
     def steps(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each answer: the rewards of its steps, and of the answer itself last."""
         return [
-            by_part(row, self.parts(sample))
+            sum_by_part(row, self.parts(sample))
             for row, sample in zip(self.tokens(samples, batch_size), samples, strict=True)
         ]
 
     def parts(self, sample: Completion) -> list[int]:
-        return parts_said(self.lm, sample.completion_ids)
+        return completion_parts(self.lm, sample.completion_ids)
 
 
-def by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:
+def sum_by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:
     """(P,) sums over the tokens of each part."""
     assert len(parts) == len(rewards_M), "rewards reach into the prompt"
     count = max(parts, default=-1) + 1

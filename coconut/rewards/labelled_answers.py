@@ -36,14 +36,14 @@ class LabelledAnswers:
     completions: tuple[Completion, ...]
     correct: tuple[bool, ...]
 
-    def only(self, which: Sequence[bool]) -> LabelledAnswers:
+    def select(self, which: Sequence[bool]) -> LabelledAnswers:
         """Those of its answers."""
         return replace(
-            self, samples=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
+            self, completions=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
         )
 
 
-def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
+def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
     """A line of the file."""
     samples = [
         {
@@ -71,7 +71,9 @@ def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool = False) -> list[LabelledAnswers]:
+def read_answers(
+    path: Path | str, lm: LatentLM, skip: bool = False, whole_questions: bool = False
+) -> list[LabelledAnswers]:
     """As this model has them.
 
     With `skip` answers that are, with their questions, longer than its context are left out, and with `alike` all
@@ -85,10 +87,10 @@ def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool
         samples = tuple(_sample(lm, question, said) for said in row["completions"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
         found.append(LabelledAnswers(example, samples, tuple(said["correct"] for said in row["completions"])))
-    return _fitting(path, found, lm.max_sequence_length, skip, alike)
+    return _fit_to_context(path, found, lm.max_sequence_length, skip, whole_questions)
 
 
-def _fitting(
+def _fit_to_context(
     path: Path | str, labelled: list[LabelledAnswers], context: int, skip: bool, alike: bool
 ) -> list[LabelledAnswers]:
     fits = [[len(sample.layout.ids) <= context for sample in row.completions] for row in labelled]
@@ -97,7 +99,7 @@ def _fitting(
         return labelled
     if alike:
         fits = [[all(row)] * len(row) for row in fits]
-    kept = [row.only(which) for row, which in zip(labelled, fits, strict=True) if any(which)]
+    kept = [row.select(which) for row, which in zip(labelled, fits, strict=True) if any(which)]
     if not skip or not kept:
         shown = [
             f"answer {number} to question {n} ({len(sample.layout.ids)} tokens)"

@@ -17,7 +17,7 @@ from coconut.completions.rollouts import CorrectnessReward
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import Slot
 from coconut.rewards.labelled_answers import LabelledAnswers
-from coconut.rewards.step_spans import parts_said, step_count
+from coconut.rewards.step_spans import completion_parts, step_count
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class StepLabels:
     """
 
     shares: list[list[float]]
-    sampled: int
+    num_rollouts: int
     tokens: int
 
     @property
@@ -63,9 +63,9 @@ def step_labels(
     ends: list[list[tuple[int, tuple[int, ...]]]] = []  # of each answer, where its steps end
     for n, row in enumerate(labelled):
         for sample in row.completions:
-            parts = parts_said(lm, sample.completion_ids)
+            parts = completion_parts(lm, sample.completion_ids)
             cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, form))]
-            prefixes = [sample.saying(sample.completion_ids[:cut]) for cut in cuts]
+            prefixes = [sample.with_completion_ids(sample.completion_ids[:cut]) for cut in cuts]
             ends.append([(n, tuple(prefix.layout.ids.tolist())) for prefix in prefixes])
             begun |= zip(ends[-1], prefixes, strict=True)
     wanted = sorted(begun)
@@ -75,7 +75,7 @@ def step_labels(
     for end, prefix, several in zip(wanted, prefixes, found, strict=True):
         whole = [[token for token in [*prefix.completion_ids, *more] if token != eos] for more in several]
         texts = [str(lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in whole]
-        shares[end] = float(np.mean([judge.right(labelled[end[0]].example, text) for text in texts]))
+        shares[end] = float(np.mean([judge.is_correct(labelled[end[0]].example, text) for text in texts]))
         tokens += sum(token != eos for more in several for token in more)
     return StepLabels([[shares[end] for end in its] for its in ends], len(wanted) * rollouts, tokens)
 

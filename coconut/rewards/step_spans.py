@@ -43,14 +43,19 @@ def step_count(text: str, form: PromptFormat) -> int:
     return parts if find_answer(text, form) is None and text.strip() else parts - 1
 
 
-def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()) -> list[int]:
+def token_parts(
+    tokenizer: Any, completion_ids: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()
+) -> list[int]:
     """For each token of an answer the number of its part, rising from 0.
 
     A token belongs where its last character stands; one without any, such as the end of the sequence, to the token
     before it. `ignored` tokens are never text.
     """
-    lengths = [len(_decoded(tokenizer, [t for t in said[:n] if t not in ignored])) for n in range(1, len(said) + 1)]
-    text = _decoded(tokenizer, [token for token in said if token not in ignored])
+    lengths = [
+        len(_decoded(tokenizer, [t for t in completion_ids[:n] if t not in ignored]))
+        for n in range(1, len(completion_ids) + 1)
+    ]
+    text = _decoded(tokenizer, [token for token in completion_ids if token not in ignored])
     ends, parts, part = text_ends(text, form), [], 0
     for length in lengths:
         while part < len(ends) - 1 and length > ends[part]:
@@ -59,7 +64,7 @@ def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored
     return parts
 
 
-def parts_said(lm: LatentLM, said: Sequence[int]) -> list[int]:
+def completion_parts(lm: LatentLM, said: Sequence[int]) -> list[int]:
     """The same of what this model said, in its prompt format."""
     return token_parts(lm.tokenizer, said, lm.reasoning.format, [lm.special.eos, lm.special.pad])
 

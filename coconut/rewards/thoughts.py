@@ -60,7 +60,7 @@ def token_rewards(
     reward: ImplicitReward,
     questions: Sequence[Sequence[int]],
     thoughts: Tensor,
-    said: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
     batch_size: int = 256,
 ) -> list[Tensor]:
     """(M,) for each answer: the rewards of what was said after these thoughts (`Generated.said`).
@@ -68,7 +68,7 @@ def token_rewards(
     `ImplicitReward.tokens` scores an answer after each model's own thoughts, this after those that were fed.
     Raises ValueError for a model without latent thoughts, or for thoughts of another shape.
     """
-    mine, its = (_read(lm, questions, thoughts, said, batch_size)[1] for lm in (reward.lm, reward.reference))
+    mine, its = (_read(lm, questions, thoughts, completion_ids, batch_size)[1] for lm in (reward.lm, reward.reference))
     return [reward.beta * (a - b) for a, b in zip(mine, its, strict=True)]
 
 

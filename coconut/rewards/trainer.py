@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, needs, shard_by_length
+from coconut.completions.completion import Completion, passes_and_length, shard_by_length
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import TooLong
 from coconut.engine.base import Engine, NonFiniteUpdate, peak_memory
@@ -22,10 +22,10 @@ from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import (
     AnswerSet,
     RewardBatch,
-    preference,
+    preference_metrics,
     reward_batch,
     reward_loss,
-    scored_together,
+    score_across_processes,
     value_loss,
 )
 from coconut.rewards.config import RewardModelConfig
@@ -123,7 +123,7 @@ class RewardTrainer:
             return [float(row.sum()) for row in self.policy.score(lm, share, size)]
 
         with self.engine.autocast():
-            return torch.tensor(scored_together(said, samples, self.world))
+            return torch.tensor(score_across_processes(said, samples, self.world))
 
     def keep_reference(self) -> None:
         with atomic_file(self.folder / REFERENCE) as part, part.open("wb") as file:
@@ -151,7 +151,7 @@ class RewardTrainer:
         answers = self.answers["train"].completions
         longest = sorted(range(len(answers)), key=lambda i: -len(answers[i].layout.ids))[: self.micro_batch_size]
         longest = longest[: len(longest) - len(longest) % self.training_items.shape[1]]
-        passes, _ = needs(answers)
+        passes, _ = passes_and_length(answers)
         self.engine.dry_run(
             self._batch(np.array(longest).reshape(-1, self.training_items.shape[1]), passes, torch.zeros(()))
         )
@@ -197,7 +197,7 @@ class RewardTrainer:
         order = np.random.default_rng((config.seed, epoch)).permutation(len(self.training_items))
         units = self.training_items[order[place * self.items_per_update : (place + 1) * self.items_per_update]]
         answers = self.answers["train"].completions
-        needed = [needs([answers[i] for i in unit]) for unit in units]
+        needed = [passes_and_length([answers[i] for i in unit]) for unit in units]
         size = max(1, self.micro_batch_size // units.shape[1])
         zero = self._reference_point(units)
         parts = [
@@ -246,7 +246,7 @@ class RewardTrainer:
             scale = 1.0 if self.loss.is_value_model else self.config.beta
             rewards = scale * (self._whole(lm, answers.completions) - self.reference["valid"]).numpy()
         self.validated = {
-            **preference(rewards, answers),
+            **preference_metrics(rewards, answers),
             "reward_right": float(rewards[answers.right].mean()) if answers.right.any() else 0.0,
             "reward_wrong": float(rewards[~answers.right].mean()) if not answers.right.all() else 0.0,
         }

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from coconut.completions.completion import Completion
-from coconut.completions.scoring import CompletionBatch, at_targets, of_tokens
-from coconut.rewards.step_spans import parts_said
+from coconut.completions.scoring import CompletionBatch, forward_at_targets, score_tokens
+from coconut.rewards.step_spans import completion_parts
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
 
-def values(module: nn.Module, batch: CompletionBatch, token: int) -> Tensor:
+def token_values(module: nn.Module, batch: CompletionBatch, token: int) -> Tensor:
     """(M,) before each token of the answers, in logits, float32."""
-    return at_targets(module, batch).target_logits[:, token].float()
+    return forward_at_targets(module, batch).target_logits[:, token].float()
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class ValueModel:
     @torch.no_grad()
     def before(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """For each answer (its tokens,), in logits: the value of what stands before each of them."""
-        return of_tokens(self.lm, samples, batch_size, lambda batch: values(self.lm, batch, self.lm.special.latent))
+        return score_tokens(
+            self.lm, samples, batch_size, lambda batch: token_values(self.lm, batch, self.lm.special.latent)
+        )
 
     def parts(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each answer: how likely it is to come out right after each of its steps, and after the answer."""
         found = []
         for row, sample in zip(self.before(samples, batch_size), samples, strict=True):
-            parts = torch.tensor(parts_said(self.lm, sample.completion_ids))
+            parts = torch.tensor(completion_parts(self.lm, sample.completion_ids))
             ends = [*torch.nonzero(parts.diff()).flatten().add(1).tolist(), len(parts) - 1]
             found.append(row[ends].sigmoid())
         return found

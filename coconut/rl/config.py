@@ -29,9 +29,9 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         at_least("objective.", self, control_token_weight=0, control_token_scale=0, clip_low=0, clip_high=0, kl_coef=0)
-        self.built()
+        self.build()
 
-    def built(self) -> Objective:
+    def build(self) -> Objective:
         changes = {
             name: getattr(self, name)
             for name in ("control_token_weight", "control_token_scale", "clip_low", "clip_high", "normalize_advantages")
@@ -138,7 +138,7 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"samples is {self.group_size}. An answer is compared with the others to its question: take 2 or more."
             )
-        if self.process_reward.weight and self.objective.built().normalize_advantages:
+        if self.process_reward.weight and self.objective.build().normalize_advantages:
             raise ValueError(
                 f"objective.name={self.objective.name} divides advantages by their group's deviation, which those of "
                 "dense rewards are not. Set objective.normalize_advantages=false."

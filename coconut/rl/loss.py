@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
-from coconut.rl.objectives import Objective, Totals, clipped, kl_k3
+from coconut.rl.objectives import Objective, Totals, clipped_objective, kl_k3
 
 if TYPE_CHECKING:
     pass
@@ -90,7 +90,9 @@ class PolicyLoss:
     def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
         log_probs_M = self.policy.log_probs(module, batch)
         old_M = log_probs_M.detach() if batch.old is None else batch.old
-        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high)
+        terms_M = clipped_objective(
+            log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high
+        )
         loss = (batch.weights * terms_M).sum()
         if batch.reference is None:
             return loss

@@ -42,15 +42,17 @@ class ModeOutcomes:
     correct: Numbers
     tokens: Numbers
     passes: Numbers
-    chances: Numbers
+    mode_probabilities: Numbers
 
     @property
     def chosen(self) -> NDArray[np.int64]:
         """(Q,) the mode that the model takes where it is not sampled."""
-        return self.chances.argmax(1)
+        return self.mode_probabilities.argmax(1)
 
 
-def in_each_mode(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> dict[str, list[Prediction]]:
+def predict_in_each_mode(
+    lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any
+) -> dict[str, list[Prediction]]:
     """Each example answered greedily in each mode; `options` are those of `evaluate`.
 
     A model without modes has one, the empty text.
@@ -61,33 +63,33 @@ def in_each_mode(lm: LatentLM, task: Task, examples: Sequence[Example], **option
     }
 
 
-def outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> ModeOutcomes:
+def mode_outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> ModeOutcomes:
     """What comes of each example in each mode, greedily, and how likely the model would take it.
 
     `options` are those of `evaluate`.
     """
-    return gathered(lm, examples, in_each_mode(lm, task, examples, **options))
+    return collect_outcomes(lm, examples, predict_in_each_mode(lm, task, examples, **options))
 
 
-def gathered(lm: LatentLM, examples: Sequence[Example], forced: Mapping[str, list[Prediction]]) -> ModeOutcomes:
+def collect_outcomes(lm: LatentLM, examples: Sequence[Example], forced: Mapping[str, list[Prediction]]) -> ModeOutcomes:
     """The outcomes of these predictions."""
 
     def table(name: str) -> Numbers:
         return np.array([[float(getattr(p, name)) for p in row] for row in forced.values()]).T
 
-    chances = mode_chances(lm, examples) if lm.reasoning.modes else np.ones((len(examples), 1))
+    chances = mode_probabilities(lm, examples) if lm.reasoning.modes else np.ones((len(examples), 1))
     return ModeOutcomes(tuple(forced), table("correct"), table("new_tokens"), table("passes"), chances)
 
 
 @torch.no_grad()
-def mode_chances(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> Numbers:
+def mode_probabilities(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> Numbers:
     """(Q, M) how likely the model's first token is that of each mode, among them."""
     controls = [lm.special.control[mode] for mode in lm.reasoning.modes]
-    states_QD = states(lm, examples, batch_size=batch_size).to(lm.device, lm.base.dtype)
+    states_QD = question_states(lm, examples, batch_size=batch_size).to(lm.device, lm.base.dtype)
     return lm.logits(states_QD)[:, controls].double().softmax(1).cpu().numpy()
 
 
-def states(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> torch.Tensor:
+def question_states(lm: LatentLM, examples: Sequence[Example], *, batch_size: int = 64) -> torch.Tensor:
     """(Q, D) the states from which the model chooses its mode, float32, on the CPU."""
     rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     found: dict[int, torch.Tensor] = {}
@@ -126,7 +128,7 @@ class Classifier:
         return self.net((states_QD - self.mean) / self.scale).argmax(1).numpy()
 
 
-def routes(known: ModeOutcomes, classified: NDArray[np.int64] | None = None) -> dict[str, Numbers]:
+def router_distributions(known: ModeOutcomes, classified: NDArray[np.int64] | None = None) -> dict[str, Numbers]:
     """(Q, M) each: how likely a router takes each mode. `classified` (Q,): what a classifier says."""
     one_M = np.eye(len(known.modes))
     own = one_M[known.chosen]
@@ -151,7 +153,7 @@ class RoutingResult:
     shares: dict[str, float]
 
 
-def compare(known: ModeOutcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[str, RoutingResult]:
+def compare_routers(known: ModeOutcomes, by: Mapping[str, Numbers], seed: int = 0) -> dict[str, RoutingResult]:
     """What each of the routers comes to on the same questions."""
     Q = len(known.chosen)
     draws_RQ = np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))
@@ -173,23 +175,23 @@ def compare(known: ModeOutcomes, by: Mapping[str, Numbers], seed: int = 0) -> di
     return found
 
 
-def of_modes(known: ModeOutcomes, rows: NDArray[np.int64]) -> dict[str, float]:
+def mode_metrics(known: ModeOutcomes, rows: NDArray[np.int64]) -> dict[str, float]:
     """Of these questions, for each mode: how often it is chosen, how likely it is, how often it is right if forced."""
     found: dict[str, float] = {}
     for number, mode in enumerate(known.modes if known.modes != ("",) else ()):
         found |= {
             f"share_{mode}": float((known.chosen[rows] == number).mean()),
-            f"chance_{mode}": float(known.chances[rows, number].mean()),
+            f"chance_{mode}": float(known.mode_probabilities[rows, number].mean()),
             f"accuracy_{mode}": float(known.correct[rows, number].mean()),
         }
     return found
 
 
-def by_steps(known: ModeOutcomes, examples: Sequence[Example]) -> list[dict[str, float]]:
+def metrics_by_steps(known: ModeOutcomes, examples: Sequence[Example]) -> list[dict[str, float]]:
     """`of_modes` for the questions of each number of steps, which is how hard they are."""
     steps_Q = np.array([len(example.steps) for example in examples])
     return [
-        {"steps": int(n), "count": int((steps_Q == n).sum()), **of_modes(known, np.flatnonzero(steps_Q == n))}
+        {"steps": int(n), "count": int((steps_Q == n).sum()), **mode_metrics(known, np.flatnonzero(steps_Q == n))}
         for n in np.unique(steps_Q)
     ]
 
@@ -201,9 +203,9 @@ def choice_studies(
 
     A classifier is fitted on other questions. `options` are those of `evaluate`.
     """
-    known, others = outcomes(lm, task, examples, **options), outcomes(lm, task, fitted_on, **options)
-    classified = Classifier(states(lm, fitted_on), others)(states(lm, examples))
-    found = compare(known, routes(known, classified))
+    known, others = mode_outcomes(lm, task, examples, **options), mode_outcomes(lm, task, fitted_on, **options)
+    classified = Classifier(question_states(lm, fitted_on), others)(question_states(lm, examples))
+    found = compare_routers(known, router_distributions(known, classified))
     rows = [
         {
             "router": name,
@@ -218,5 +220,5 @@ def choice_studies(
     ]
     return [
         Study("routers", rows, {"modes": list(known.modes), "fitted_on": len(fitted_on)}),
-        Study("difficulty", by_steps(known, examples), {"modes": list(known.modes)}),
+        Study("difficulty", metrics_by_steps(known, examples), {"modes": list(known.modes)}),
     ]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_DEVIATION = 1e-4  # added to the standard deviation of a group, as in TRL
+STD_EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def get_objective(name: str, **changes: Any) -> Objective:
     return replace(OBJECTIVES[name], **{key: value for key, value in changes.items() if value is not None})
 
 
-def advantages(rewards_GS: Tensor, scaled: bool) -> Tensor:
+def advantages(rewards_GS: Tensor, normalize: bool) -> Tensor:
     """(G, S) each reward less the mean of its group; by the group's standard deviation if `scaled`.
 
     Raises ValueError for groups of one, which have no mean to be better than.
@@ -108,7 +108,7 @@ def advantages(rewards_GS: Tensor, scaled: bool) -> Tensor:
     if rewards_GS.shape[1] < 2:
         raise ValueError("A group of one answer has nothing to be compared with. Sample two a question at least.")
     centred_GS = rewards_GS - rewards_GS.mean(1, keepdim=True)
-    return centred_GS / (rewards_GS.std(1, keepdim=True) + LEAST_DEVIATION) if scaled else centred_GS
+    return centred_GS / (rewards_GS.std(1, keepdim=True) + STD_EPSILON) if normalize else centred_GS
 
 
 def has_zero_variance(rewards_GS: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def has_zero_variance(rewards_GS: Tensor) -> Tensor:
     return (rewards_GS == rewards_GS[:, :1]).all(1)
 
 
-def clipped(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float, high: float) -> Tensor:
+def clipped_objective(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float, high: float) -> Tensor:
     """(M,) each token's term of the policy, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
     ratio_M = (log_probs_M - old_M).exp()
     return torch.max(-ratio_M * advantages_M, -ratio_M.clamp(1 - low, 1 + high) * advantages_M)

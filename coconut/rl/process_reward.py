@@ -15,13 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, needs, shard_by_length
+from coconut.completions.completion import Completion, passes_and_length, shard_by_length
 from coconut.completions.rollouts import CorrectnessReward, Group
 from coconut.completions.scoring import SamplingDistribution
 from coconut.engine.base import Engine, NonFiniteUpdate, restore_master
 from coconut.engine.factory import make_engine
 from coconut.models.latent_lm import LatentLM
-from coconut.rewards.batches import AnswerSet, RewardBatch, preference, reward_batch, reward_loss, scored_together
+from coconut.rewards.batches import (
+    AnswerSet,
+    RewardBatch,
+    preference_metrics,
+    reward_batch,
+    reward_loss,
+    score_across_processes,
+)
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
@@ -178,7 +185,7 @@ class OnlineProcessReward:
                 mine, its = (self.policy.score(model, share, self.size) for model in (lm, self.reference))
                 return list(zip(mine, its, strict=True))
 
-            scored = iter(scored_together(score, samples, self.world))
+            scored = iter(score_across_processes(score, samples, self.world))
         return [self._judged(group, [next(scored) for _ in group.completions]) for group in groups]
 
     def _whole(self) -> AbstractContextManager[Any]:
@@ -189,7 +196,7 @@ class OnlineProcessReward:
             group,
             tokens=[self.config.beta * (mine - its) for mine, its in scored],
             reference=torch.stack([its.sum() for _, its in scored]),
-            right=torch.tensor([self.judge.right(group.example, sample.text) for sample in group.completions]),
+            right=torch.tensor([self.judge.is_correct(group.example, sample.text) for sample in group.completions]),
         )
 
     @staticmethod
@@ -208,7 +215,7 @@ class OnlineProcessReward:
         if any(its.right.any() and not its.right.all() for its in judged):
             question_N = np.repeat(np.arange(len(judged)), [len(its.tokens) for its in judged])
             answers = AnswerSet([], right_N.numpy(), question_N)
-            found["dense_pairs"] = preference(rewards_N.numpy(), answers)["pairs"]
+            found["dense_pairs"] = preference_metrics(rewards_N.numpy(), answers)["pairs"]
         return found
 
     def update(self, judged: Sequence[Judged]) -> dict[str, float]:
@@ -218,7 +225,7 @@ class OnlineProcessReward:
         self.world.set_activity(f"in update {self.updates + 1} of the reward model")
         samples = [sample for its in judged for sample in its.group.completions]
         reference_N, right_N = torch.cat([its.reference for its in judged]), torch.cat([its.right for its in judged])
-        needed = [needs([sample]) for sample in samples]
+        needed = [passes_and_length([sample]) for sample in samples]
         rows = [*samples, samples[0].without_targets()]  # place -1 is the muted one
         parts = []
         for places, passes in shard_by_length(needed, self.size, self.world.rank, self.world.size):

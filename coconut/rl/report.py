@@ -150,7 +150,7 @@ def headline(run: RunRecord) -> Section:
         parts.append(Text(f"Not complete: batch {run.step:,} of {run.config['num_steps']:,}."))
     routers = run.studies.get("routers")
     if routers:
-        parts += routed(routers)
+        parts += router_parts(routers)
     elif run.valid:
         found = run.valid[-1]
         parts.append(Text(f"After batch {found['step']:,}: {percent(found['accuracy'])} of the validation questions, "
@@ -161,7 +161,7 @@ def headline(run: RunRecord) -> Section:
 def choices(run: RunRecord) -> Section | None:
     """Of a run that was warmed up: how it chooses."""
     study = run.studies.get("routers")
-    return Section("choices", "How it chooses", routed(study)) if study else None
+    return Section("choices", "How it chooses", router_parts(study)) if study else None
 
 
 def on_screen(study: Study) -> str:
@@ -171,7 +171,7 @@ def on_screen(study: Study) -> str:
     return "\n".join(aligned([names, *(router_cells(row, modes) for row in study.rows)]))
 
 
-def routed(study: Study) -> list[Part]:
+def router_parts(study: Study) -> list[Part]:
     """The model's own choice against those of routers, on test questions."""
     own, facts, modes = study.rows[0], study.facts, study.facts["modes"]
     asked = describe_questions(facts["questions"], facts.get("seen"))
@@ -214,7 +214,11 @@ def learning(run: RunRecord) -> Section:
     if run.train:
         caption = "Of the answers sampled for each batch, and of those that it would give without sampling."
         parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
-    rows = [_batch_row(row, modes) for row in run.valid if row["step"] % _every(run) == 0 or row is run.valid[-1]]
+    rows = [
+        _batch_row(row, modes)
+        for row in run.valid
+        if row["step"] % _validation_interval(run) == 0 or row is run.valid[-1]
+    ]
     columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
@@ -225,7 +229,7 @@ def learning(run: RunRecord) -> Section:
     return Section("learning", "How it learned", parts)
 
 
-def _every(run: RunRecord) -> int:
+def _validation_interval(run: RunRecord) -> int:
     """So that about ten validations are shown."""
     own = run.config["validate_every"]
     return own * max(1, -(-run.config["num_steps"] // (10 * own)))

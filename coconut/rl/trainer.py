@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import longest_completions, needs, shard_by_length
-from coconut.completions.rollouts import CorrectnessReward, Cost, Group, Reward, rewarded, sample_groups, with_room
+from coconut.completions.completion import longest_completions, passes_and_length, shard_by_length
+from coconut.completions.rollouts import (
+    CorrectnessReward,
+    Cost,
+    Group,
+    Reward,
+    checked_reward,
+    examples_that_fit,
+    sample_groups,
+)
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import TooLong
 from coconut.data.examples import Example, read_examples
@@ -27,7 +35,7 @@ from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
-from coconut.rl.mode_routing import by_steps, gathered, in_each_mode, of_modes
+from coconut.rl.mode_routing import collect_outcomes, metrics_by_steps, mode_metrics, predict_in_each_mode
 from coconut.rl.objectives import advantages, has_zero_variance
 from coconut.rl.process_reward import OnlineProcessReward
 from coconut.runs.description import DESCRIPTION
@@ -59,7 +67,7 @@ class PolicyTrainer:
     ):
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.judged()]
-        self.objective = config.objective.built()
+        self.objective = config.objective.build()
         self.training_state = TrainingState(config, folder, world, {"updates": 0, "pending": True})
 
         torch.manual_seed(config.seed + world.rank)
@@ -127,7 +135,7 @@ class PolicyTrainer:
     def _read(self, split: str) -> list[Example]:
         """The examples whose questions leave room for the longest answer, and whose own answers are judged right."""
         file, config = self.files[split], self.config
-        kept = with_room(
+        kept = examples_that_fit(
             self.lm, read_examples(file), self.limit, config.data.too_long is TooLong.skip, file,
             "Lower max_new_tokens, or leave them out with data.too_long=skip.",
         )  # fmt: skip
@@ -280,7 +288,7 @@ class PolicyTrainer:
         if config.drop_zero_variance_groups and has_zero_variance(group.rewards[None]).all():
             return False
         low, high = config.process_reward.accuracy_range or (-math.inf, math.inf)
-        right = [self.judge.right(group.example, sample.text) for sample in group.completions]
+        right = [self.judge.is_correct(group.example, sample.text) for sample in group.completions]
         return low < float(np.mean(right)) < high
 
     def _gains(self, groups: Sequence[Group], places: Sequence[int]) -> tuple[dict[str, float], list[list[Tensor]]]:
@@ -307,7 +315,7 @@ class PolicyTrainer:
         world.set_activity(f"preparing update {self.updates + 1}")
         samples = [sample for group in groups for sample in group.completions]
         totals = totals_of(samples, self.limit)
-        needed = [needs([sample]) for sample in samples]
+        needed = [passes_and_length([sample]) for sample in samples]
         rows, gains = [*samples, samples[0].without_targets()], [*gains, torch.zeros(0)]  # place -1 is the muted one
         parts = [
             policy_batch(
@@ -337,7 +345,7 @@ class PolicyTrainer:
         pairs = [(group.example, sample) for group in groups for sample in group.completions]
         samples = [sample for _, sample in pairs]
         rewards = torch.stack([group.rewards for group in groups])
-        right = np.array([self.judge.right(example, sample.text) for example, sample in pairs])
+        right = np.array([self.judge.is_correct(example, sample.text) for example, sample in pairs])
         found = {
             "reward": float(rewards.mean()),
             "accuracy": float(right.mean()),
@@ -362,11 +370,11 @@ class PolicyTrainer:
         world.set_activity(f"in the validation after batch {self.step}")
         try:
             with self.engine.full_module() as lm, self.engine.autocast():
-                forced = in_each_mode(
+                forced = predict_in_each_mode(
                     lm, self.task, self.valid, max_new_tokens=self.limit, batch_size=self.config.eval_batch_size,
                     world=world, asked=asked,
                 )  # fmt: skip
-                known = gathered(lm, self.valid, forced)
+                known = collect_outcomes(lm, self.valid, forced)
         except EvaluationInterrupted:
             return
         rows, answers = np.arange(len(known.chosen)), list(forced.values())
@@ -378,17 +386,17 @@ class PolicyTrainer:
             "accuracy": float(known.correct[rows, known.chosen].mean()),
             "new_tokens": float(known.tokens[rows, known.chosen].mean()),
             "passes": float(known.passes[rows, known.chosen].mean()),
-            **of_modes(known, rows),
+            **mode_metrics(known, rows),
         }
         if not self.best or self.validated["reward"] > self.best["reward"]:
             self.best = {"step": self.step, **{key: self.validated[key] for key in ("reward", "accuracy")}}
         track.samples(self.step, [asdict(prediction) for prediction in taken[:5]])
-        track.log("valid", self.step, **self.validated, by_steps=by_steps(known, self.valid))
+        track.log("valid", self.step, **self.validated, by_steps=metrics_by_steps(known, self.valid))
         self.pending = False
 
     def _reward_of(self, example: Example, said: Prediction) -> float:
         cost = Cost(said.passes, said.num_thoughts, said.new_tokens)
-        return rewarded(self.reward, example, said.text, said.mode, cost)
+        return checked_reward(self.reward, example, said.text, said.mode, cost)
 
     def save(self) -> None:
         self.world.set_activity(f"saving batch {self.step}")

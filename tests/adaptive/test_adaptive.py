@@ -28,11 +28,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from coconut import LatentLM
 from coconut.adaptive import backends, encoders, report
 from coconut.adaptive import main as adaptive
-from coconut.adaptive.backends import CausalModelBackend, Failed, FunctionBackend, LatentBackend, Reply, answers
-from coconut.adaptive.chooser import Chooser, kept
+from coconut.adaptive.backends import (
+    CausalModelBackend,
+    FunctionBackend,
+    FunctionFailed,
+    LatentBackend,
+    Reply,
+    collect_answers,
+)
+from coconut.adaptive.chooser import Chooser, policy_metadata
 from coconut.adaptive.config import AdaptiveConfig, FunctionConfig, JudgeConfig, JudgeKind, PolicyConfig
 from coconut.adaptive.experiments import arms_study, run_experiments, studies
-from coconut.adaptive.judges import ExactJudge, ImplicitJudge, PretrainedJudge, Vote, judged
+from coconut.adaptive.judges import ExactJudge, ImplicitJudge, PretrainedJudge, Vote, judge_scores
 from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import ConfigurationPolicy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
@@ -68,7 +75,7 @@ def test_a_configuration_is_its_number(sizes: list[int]) -> None:
     assert len(space) == np.prod(sizes)
     for number, places in enumerate(product(*map(range, sizes))):
         assert space.settings(number) == {f"d{i}": place for i, place in enumerate(places)}
-        assert space.number(places) == space.named({f"d{i}": place for i, place in enumerate(places)}) == number
+        assert space.number(places) == space.find({f"d{i}": place for i, place in enumerate(places)}) == number
     again = Space.of(json.loads(json.dumps(space.as_data())))
     assert [again.settings(number) for number in range(len(again))] == [space.settings(n) for n in range(len(space))]
 
@@ -77,7 +84,7 @@ def test_three_forms_of_a_dimension() -> None:
     crossed = Space.of({"instruction": {"base": ["Compute.", "Guess."], "variation": ["", "Be brief."]}})
     said = [crossed.settings(number)["instruction"] for number in range(len(crossed))]
     assert said == ["Compute.", "Compute. Be brief.", "Guess.", "Guess. Be brief."]
-    assert SPACE.settings(SPACE.named({"num_thoughts": 3, "decoding": "vote"})) == {
+    assert SPACE.settings(SPACE.find({"num_thoughts": 3, "decoding": "vote"})) == {
         "num_thoughts": 3, "temperature": 1, "samples": 3
     }  # fmt: skip
     assert SPACE.label(0) == "num_thoughts 0, decoding greedy"
@@ -100,9 +107,9 @@ def test_what_is_no_space_is_named(given: dict[str, Any], told: str) -> None:
 
 def test_a_value_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match="num_thoughts has no value 2; its values are 0, 1, 3"):
-        SPACE.named({"num_thoughts": 2})
+        SPACE.find({"num_thoughts": 2})
     with pytest.raises(ValueError, match="There is no dimension mode"):
-        SPACE.named({"mode": "think"})
+        SPACE.find({"mode": "think"})
 
 
 # --- the policy -------------------------------------------------------------------------------------
@@ -142,7 +149,9 @@ def clear_table(questions: int = 300, seed: int = 0) -> OutcomeTable:
 
 def test_it_learns_what_depends_on_the_question() -> None:
     table = clear_table()
-    found = run_experiments(table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, few=60, seeds=4)
+    found = run_experiments(
+        table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, num_train_questions=60, seeds=4
+    )
     rows = {row["arm"]: row for row in arms_study(found).rows}
     assert rows["oracle"]["reward"] == pytest.approx(0.9)
     assert rows["policy"]["reward"] > 0.85
@@ -213,7 +222,7 @@ def latent(batch_size: int = 64) -> LatentBackend:
 
 def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
     backend = latent()
-    replies = answers(backend, QUESTIONS, SPACE, tmp_path / "log.jsonl")
+    replies = collect_answers(backend, QUESTIONS, SPACE, tmp_path / "log.jsonl")
     for number in range(0, len(SPACE), 2):
         settings = SPACE.settings(number)
         told = evaluate(backend.lm, TASK, EXAMPLES, num_thoughts=settings["num_thoughts"], max_new_tokens=6)
@@ -302,9 +311,9 @@ def test_the_question_is_asked_as_an_evaluation_asks_it() -> None:
 
 def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = Space.of({"num_thoughts": [0, 1, 2]})
-    together = answers(latent(), QUESTIONS, greedy, tmp_path / "a.jsonl")
-    assert answers(latent(1), QUESTIONS, greedy, tmp_path / "b.jsonl") == together
-    whole = answers(latent(), QUESTIONS, SPACE, tmp_path / "whole.jsonl", chunk=2)
+    together = collect_answers(latent(), QUESTIONS, greedy, tmp_path / "a.jsonl")
+    assert collect_answers(latent(1), QUESTIONS, greedy, tmp_path / "b.jsonl") == together
+    whole = collect_answers(latent(), QUESTIONS, SPACE, tmp_path / "whole.jsonl", chunk=2)
     part, asked = tmp_path / "part.jsonl", 0
     real = latent()
 
@@ -317,37 +326,39 @@ def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.
             return super().__call__(*arguments)
 
     with pytest.raises(ValueError, match=r"out of memory\n5 of 18 answers are kept .* goes on from there"):
-        answers(Stopping(real.lm, "a model", 64, 6), QUESTIONS, SPACE, part, chunk=2)
+        collect_answers(Stopping(real.lm, "a model", 64, 6), QUESTIONS, SPACE, part, chunk=2)
     part.write_text(part.read_text() + '{"key": "cut of')
-    assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
+    assert collect_answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
     monkeypatch.setattr(LatentBackend, "__call__", lambda *_: pytest.fail("nothing is asked twice"))
-    assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
+    assert collect_answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
     fewer = Space.of({"decoding": {"vote": {"temperature": 1, "samples": 3}, "greedy": {"temperature": 0}},
                       "num_thoughts": [3, 1]})  # fmt: skip
-    assert answers(real, [*QUESTIONS, QUESTIONS[0]], SPACE, part, chunk=2) == [*whole, whole[0]]
-    [row, *_] = answers(real, QUESTIONS, fewer, part)
-    assert row[0] == whole[0][SPACE.named({"num_thoughts": 3, "decoding": "vote"})]
+    assert collect_answers(real, [*QUESTIONS, QUESTIONS[0]], SPACE, part, chunk=2) == [*whole, whole[0]]
+    [row, *_] = collect_answers(real, QUESTIONS, fewer, part)
+    assert row[0] == whole[0][SPACE.find({"num_thoughts": 3, "decoding": "vote"})]
 
 
 def test_a_hybrid_models_mode_and_a_prefix_are_settings(tmp_path: Path) -> None:
     backend = LatentBackend(hybrid("gpt2"), "hybrid", 64, 4)
-    replies = answers(backend, QUESTIONS, Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]}), tmp_path / "l")
+    replies = collect_answers(
+        backend, QUESTIONS, Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]}), tmp_path / "l"
+    )
     assert {mode for row in replies for reply in row for mode in reply.modes} == {"short", "think"}
     assert backend.rows(["1"], {"prefix": "7 7"}) == backend.rows(["7 7 1"], {})
     with pytest.raises(ValueError, match="The mode says how many thoughts"):
-        answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
+        collect_answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
 
 
 def test_samples_that_choose_their_own_mode(tmp_path: Path) -> None:
     backend = LatentBackend(hybrid("gpt2"), "hybrid", 64, 4)
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "vote": {"temperature": 2, "samples": 8}}})
-    several = [row[1] for row in answers(backend, QUESTIONS, space, tmp_path / "l")]
+    several = [row[1] for row in collect_answers(backend, QUESTIONS, space, tmp_path / "l")]
     assert any(len(set(reply.modes)) > 1 for reply in several)
 
 
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The space sets steps, which means nothing here"):
-        answers(latent(), QUESTIONS, Space.of({"steps": [1, 2]}), tmp_path / "l")
+        collect_answers(latent(), QUESTIONS, Space.of({"steps": [1, 2]}), tmp_path / "l")
     assert not (tmp_path / "l").exists()
 
 
@@ -370,15 +381,15 @@ def test_any_model_of_hugging_face(tmp_path: Path) -> None:
     )
     cpu = torch.device("cpu")
     backend = CausalModelBackend(str(place), "{question} in {steps} steps", cpu, max_new_tokens=5)
-    replies = answers(backend, QUESTIONS, space, tmp_path / "log")
+    replies = collect_answers(backend, QUESTIONS, space, tmp_path / "log")
     one = CausalModelBackend(str(place), "{question} in {steps} steps", cpu, batch_size=1, max_new_tokens=5)
-    alone = answers(one, QUESTIONS, space, tmp_path / "log1")
+    alone = collect_answers(one, QUESTIONS, space, tmp_path / "log1")
     for row, other in zip(replies, alone, strict=True):
         assert [reply.texts for reply in row[::2]] == [reply.texts for reply in other[::2]]
         assert [len(reply.texts) for reply in row] == [1, 2, 1, 2]
         assert all(0 < reply.passes <= 5 * len(reply.texts) for reply in row)
     with pytest.raises(ValueError, match="no dimension of the space gives it a value"):
-        answers(CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
+        collect_answers(CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
                 tmp_path / "x")  # fmt: skip
     for prompt, told in (
         ("{steps}", "the question must stand in it"),
@@ -394,13 +405,13 @@ def test_a_models_own_generation_settings_are_put_aside(tmp_path: Path) -> None:
     prompt, cpu = "{question} ?", torch.device("cpu")
     plain = CausalModelBackend(str(place), prompt, cpu, max_new_tokens=6)
     own = {"do_sample": True, "repetition_penalty": 9.0, "min_p": 0.99, "no_repeat_ngram_size": 1, "min_new_tokens": 6,
-           "eos_token_id": plain.ends}  # fmt: skip
+           "eos_token_id": plain.eos_ids}  # fmt: skip
     write_json(place / "generation_config.json", own)
     backend = CausalModelBackend(str(place), prompt, cpu, max_new_tokens=6)
     [found] = backend(QUESTIONS, {"temperature": 0}, (0,))
     for i, ids in enumerate(backend.rows(QUESTIONS, {})):
         said: list[int] = []
-        while len(said) < 6 and not set(said) & set(backend.ends):
+        while len(said) < 6 and not set(said) & set(backend.eos_ids):
             with torch.no_grad():
                 said.append(int(backend.model(torch.tensor([ids + said])).logits[0, -1].argmax()))
         assert found[i].completion_ids == (tuple(said),)
@@ -414,7 +425,7 @@ def test_samples_of_a_model_are_of_all_its_words(tmp_path: Path) -> None:
         str(saved_causal(tmp_path / "model")), "{question}", torch.device("cpu"), max_new_tokens=1
     )
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "wild": {"temperature": 1000, "samples": 400}}})
-    [row] = answers(backend, ["1 2"], space, tmp_path / "log")
+    [row] = collect_answers(backend, ["1 2"], space, tmp_path / "log")
     assert len(set(row[1].completion_ids)) > 60  # transformers' own top_k is 50
 
 
@@ -437,12 +448,12 @@ def test_a_function_is_tried_again_and_asked_once(tmp_path: Path) -> None:
             raise ConnectionError("busy")
         return f"{question} {settings['steps']}" if question != "9" else Reply(("### c",), passes=7)
 
-    replies = answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log")
+    replies = collect_answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log")
     assert len(calls) == 2 * len(QUESTIONS) * len(STEPS)
     assert replies[0][1].texts == (f"{QUESTIONS[0]} 2",)
     assert replies[0][1].passes == len(QUESTIONS[0].split()) + 1
     assert replies[2][0].passes == 7
-    assert answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log") == replies
+    assert collect_answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log") == replies
     assert len(calls) == 2 * len(QUESTIONS) * len(STEPS)
 
 
@@ -456,7 +467,7 @@ def test_a_function_that_fails_half_way(tmp_path: Path) -> None:
         return "### c"
 
     with pytest.raises(ValueError, match=r"mine failed 3 times on '7', the last time with ConnectionError: no route\n"):
-        answers(function(broken), questions, STEPS, tmp_path / "log")
+        collect_answers(function(broken), questions, STEPS, tmp_path / "log")
     before = len(backends.read_log(tmp_path / "log"))
     assert 5 <= before < 20
     calls: list[str] = []
@@ -465,11 +476,11 @@ def test_a_function_that_fails_half_way(tmp_path: Path) -> None:
         calls.append(question)
         return "### c"
 
-    answers(function(mended), questions, STEPS, tmp_path / "log")
+    collect_answers(function(mended), questions, STEPS, tmp_path / "log")
     assert len(calls) == 2 * len(questions) - before
     for bad in (3, Reply(())):
         with pytest.raises(ValueError, match=r"mine gave .* for '1'; it must give a text"):
-            answers(function(lambda *_, bad=bad: bad), ["1"], STEPS, tmp_path / "other")
+            collect_answers(function(lambda *_, bad=bad: bad), ["1"], STEPS, tmp_path / "other")
 
 
 def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +491,7 @@ def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> 
         raise TimeoutError
 
     asked = FunctionBackend(never, "mine", FunctionConfig(workers=1, tries=4, wait=1.0), frozenset())
-    with pytest.raises(Failed, match="4 times"):
+    with pytest.raises(FunctionFailed, match="4 times"):
         list(asked(["1"], {}, (0,)))
     assert len(waits) == 3
     assert all(0.75 * 2**i <= wait <= 1.25 * 2**i for i, wait in enumerate(waits))
@@ -494,22 +505,22 @@ VOTE = Vote(TASK, PromptFormat("{}", "{} ", "### {}"))
 def test_tied_answers_share_the_score() -> None:
     examples = [Example("?", (), "c")]
     for texts in set(permutations(["### a", "### c", "nothing", "### c .", "### a"])):
-        assert sorted(texts[i][:5] for i in VOTE.tied(Reply(texts))) == ["### a", "### c"]
+        assert sorted(texts[i][:5] for i in VOTE.tied_samples(Reply(texts))) == ["### a", "### c"]
         assert ExactJudge(VOTE)(examples, [Reply(texts)]) == [0.5]
     assert ExactJudge(VOTE)(examples, [Reply(("### a", "### b", "### c"))]) == [pytest.approx(1 / 3)]
-    firsts = [texts[VOTE.taken(Reply(texts))] for texts in permutations(["### a", "### c", "### c", "### a"])]
+    firsts = [texts[VOTE.chosen_sample(Reply(texts))] for texts in permutations(["### a", "### c", "### c", "### a"])]
     assert firsts.count("### c") == firsts.count("### a") == 12, "which of them comes first is even odds"
     numbers = Vote(TASKS["gsm8k"], PromptFormat())
-    assert numbers.tied(Reply(("### $18", "### 7", "### 18", "### 7", "### 18.00"))) == [0]
+    assert numbers.tied_samples(Reply(("### $18", "### 7", "### 18", "### 7", "### 18.00"))) == [0]
 
 
 def test_a_vote_takes_the_first_of_the_most_frequent() -> None:
     reply = Reply(("### a", "### c", "nothing", "### c", "### a"))
-    assert VOTE.taken(reply) == 0
-    assert VOTE.taken(Reply(("### a", "### c", "### c"))) == 1
-    assert VOTE.taken(Reply(("nothing", "none"))) == 0
+    assert VOTE.chosen_sample(reply) == 0
+    assert VOTE.chosen_sample(Reply(("### a", "### c", "### c"))) == 1
+    assert VOTE.chosen_sample(Reply(("nothing", "none"))) == 0
     numbers = Vote(TASKS["gsm8k"], PromptFormat())
-    assert numbers.taken(Reply(("### 7", "### 1000", "### 1,000", "### 7", "### $1000"))) == 1
+    assert numbers.chosen_sample(Reply(("### 7", "### 1000", "### 1,000", "### 7", "### $1000"))) == 1
     exact = ExactJudge(VOTE)
     told = [Reply(("### a", "### c", "### c")), Reply(("### a",)), Reply(("c",))]
     assert exact([Example("?", (), "c")] * 3, told) == [1, 0, 0]
@@ -518,7 +529,7 @@ def test_a_vote_takes_the_first_of_the_most_frequent() -> None:
 @pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
 def test_a_score_outside_is_named(score: float) -> None:
     with pytest.raises(ValueError, match=r"The judge gave .* to '### c', an answer to '\?'; a score is in \[0, 1\]"):
-        judged(lambda *_: [score], [Example("?", (), "c")], [Reply(("### c",))], {})
+        judge_scores(lambda *_: [score], [Example("?", (), "c")], [Reply(("### c",))], {})
 
 
 def test_a_pretrained_judge(tmp_path: Path) -> None:
@@ -532,11 +543,11 @@ def test_a_pretrained_judge(tmp_path: Path) -> None:
         tokenizer.save_pretrained(tmp_path / name)
     judge = PretrainedJudge(str(tmp_path / "judge"), VOTE, torch.device("cpu"), batch_size=2)
     replies = [Reply(("### a", "### c", "### c")), Reply(("a longer answer ### c",)), Reply(("### b",))]
-    scores = judged(judge, EXAMPLES, replies, {})
+    scores = judge_scores(judge, EXAMPLES, replies, {})
     assert len({round(score, 6) for score in scores}) == 3
     for example, reply, score in zip(EXAMPLES, replies, scores, strict=True):
         alone = PretrainedJudge(str(tmp_path / "judge"), VOTE, torch.device("cpu"))
-        assert alone([example], [Reply((reply.texts[VOTE.taken(reply)],))]) == pytest.approx([score], abs=1e-5)
+        assert alone([example], [Reply((reply.texts[VOTE.chosen_sample(reply)],))]) == pytest.approx([score], abs=1e-5)
     with pytest.raises(ValueError, match="has 2 outputs; a judge has one"):
         PretrainedJudge(str(tmp_path / "classes"), VOTE, torch.device("cpu"))
 
@@ -545,8 +556,10 @@ def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
     backend, model = latent(), build("gpt2", torch.float64, seed=3)
     reward = ImplicitReward(model, backend.lm, 0.5)
     settings = {"num_thoughts": 1}
-    replies = [row[0] for row in answers(backend, QUESTIONS, Space.of({"num_thoughts": [1, 2]}), tmp_path / "l")]
-    scores = judged(ImplicitJudge(backend, reward, VOTE), EXAMPLES, replies, settings)
+    replies = [
+        row[0] for row in collect_answers(backend, QUESTIONS, Space.of({"num_thoughts": [1, 2]}), tmp_path / "l")
+    ]
+    scores = judge_scores(ImplicitJudge(backend, reward, VOTE), EXAMPLES, replies, settings)
     for question, reply, score in zip(QUESTIONS, replies, scores, strict=True):
         [row] = backend.rows([question], settings)
         [tokens] = reward.tokens([completion_from_ids(model, row, reply.completion_ids[0], text="", num_thoughts=1)])
@@ -560,15 +573,15 @@ def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pooling", encoders.POOLINGS)
 def test_an_embedding_does_not_depend_on_its_batch(pooling: str, tmp_path: Path) -> None:
     lm = build("llama", torch.float64)
-    many, one = (encoders.of_latent(lm, pooling, size)(QUESTIONS) for size in (3, 1))
+    many, one = (encoders.latent_encoder(lm, pooling, size)(QUESTIONS) for size in (3, 1))
     torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
     place = str(saved_causal(tmp_path / "model"))
     backend = CausalModelBackend(place, "{question}", torch.device("cpu"))
-    many, one = (encoders.of_model(backend.model.base_model, backend.tokenizer, pooling, size)(QUESTIONS)
+    many, one = (encoders.model_encoder(backend.model.base_model, backend.tokenizer, pooling, size)(QUESTIONS)
                  for size in (3, 1))  # fmt: skip
     torch.testing.assert_close(many, one, rtol=0, atol=1e-5)
     if pooling == "mean":
-        named = encoders.named(place, torch.device("cpu"))(QUESTIONS)
+        named = encoders.load_encoder(place, torch.device("cpu"))(QUESTIONS)
         torch.testing.assert_close(named, one, rtol=0, atol=1e-5)
 
 
@@ -597,12 +610,12 @@ def test_bad_tables_are_named() -> None:
     with pytest.raises(ValueError, match="The table of outcomes is empty"):
         OutcomeTable(**{**values, "questions": []})
     with pytest.raises(ValueError, match="few=4 questions to learn from leave none of 4"):
-        run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, few=4, seeds=2)
+        run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, num_train_questions=4, seeds=2)
 
 
 def test_arms_by_hand_and_the_page(tmp_path: Path) -> None:
     table = clear_table(60)
-    found = run_experiments(table, PolicyConfig(updates=30), cost=0.05, default=5, few=20, seeds=3)
+    found = run_experiments(table, PolicyConfig(updates=30), cost=0.05, default=5, num_train_questions=20, seeds=3)
     assert not set(found.train[0]) & set(found.test[0])
     assert len(set(found.train[0]) | set(found.test[0])) == 60
     rewards = table.rewards(0.05)
@@ -632,7 +645,7 @@ def test_no_headroom_is_said() -> None:
     table = clear_table(60)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
     flat = OutcomeTable(**{**values, "score": np.ones_like(table.score), "correct": np.ones_like(table.score)})
-    made = studies(run_experiments(flat, PolicyConfig(updates=5), cost=0.0, default=0, few=20, seeds=2))
+    made = studies(run_experiments(flat, PolicyConfig(updates=5), cost=0.0, default=0, num_train_questions=20, seeds=2))
     assert any("hardly anything to choose" in sentence for sentence in report.sentences(made))
 
 
@@ -716,14 +729,14 @@ def test_a_policy_knows_its_model(tmp_path: Path) -> None:
     lm, other = build("gpt2", torch.float64), build("gpt2", torch.float64, seed=5)
     table = clear_table(5)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
-    seen = encoders.of_latent(lm, "mean")([QUESTIONS[0]])
+    seen = encoders.latent_encoder(lm, "mean")([QUESTIONS[0]])
     mine = OutcomeTable(**{**values, "questions": [QUESTIONS[0], *table.questions[1:]],
                        "embeddings": np.repeat(seen.numpy(), 5, 0)})  # fmt: skip
-    ConfigurationPolicy(table.space, seen.shape[1], 4).save(tmp_path / "p", kept(mine))
+    ConfigurationPolicy(table.space, seen.shape[1], 4).save(tmp_path / "p", policy_metadata(mine))
     assert len(Chooser(tmp_path / "p", lm).choose(QUESTIONS)) == len(QUESTIONS)
     with pytest.raises(ValueError, match="another model, by hand"):
         Chooser(tmp_path / "p", other)
-    ConfigurationPolicy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", kept(mine))
+    ConfigurationPolicy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", policy_metadata(mine))
     with pytest.raises(ValueError, match="The space sets steps, which means nothing here"):
         Chooser(tmp_path / "steps", lm).answer(LatentBackend(lm, "a model"), QUESTIONS)
 

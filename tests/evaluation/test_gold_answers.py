@@ -12,7 +12,7 @@ from helpers.runs import small_run
 from coconut.config import DataConfig, Task, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
-from coconut.evaluation.gold_answers import lengths, limit_for, read_back, readable, warn_of_limit
+from coconut.evaluation.gold_answers import limit_for, read_back, readable, target_lengths, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints
@@ -83,14 +83,16 @@ def test_the_limit_of_new_tokens_leaves_room_for_every_gold_text(capsys: pytest.
     data = tokenize(examples, build_word_tokenizer(examples))
     stages = plan("coconut", Curriculum(max_stage=2)).stages
     long = 30 * 3 + 3  # two words and the end of a line; the mark, the answer and the end of the sequence
-    assert lengths(data, stages[:1]).tolist() == [1 * 3 + 3, long]
-    assert lengths(data, stages[2:]).tolist() == [3, long - 2 * 3]
+    assert target_lengths(data, stages[:1]).tolist() == [1 * 3 + 3, long]
+    assert target_lengths(data, stages[2:]).tolist() == [3, long - 2 * 3]
     assert limit_for([data, data.select([0])], stages[:1], least=16) == math.ceil(1.25 * long)
     assert limit_for([data.select([0])], stages, least=16) == 16
     hybrid = plan("hybrid_warmup", Curriculum())
-    assert lengths(data, hybrid.stages).tolist() == lengths(data, stages[:1]).tolist(), "the longest of the modes"
+    assert target_lengths(data, hybrid.stages).tolist() == target_lengths(data, stages[:1]).tolist(), (
+        "the longest of the modes"
+    )
     reasoning = Reasoning(slot=Slot.none, markers=False, modes=("short", "think"))
-    assert [lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
+    assert [target_lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
     assert [form.steps_cut for form in reasoning.forms("short")] == [None]
     warn_of_limit(data, stages, 64, "f")
     assert "1 of 2 gold texts of f have more tokens than max_new_tokens=64 allows" in capsys.readouterr().out

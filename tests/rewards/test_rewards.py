@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
-from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
+from coconut.completions.completion import completion_from_ids, passes_and_length, question_of, shard_by_length
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import (
@@ -43,11 +43,19 @@ from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
-from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
-from coconut.rewards.batches import AnswerSet, preference, reward_batch, reward_loss
+from coconut.rewards.aggregation import (
+    aggregate_steps,
+    best_of,
+    best_threshold,
+    first_below,
+    first_errors,
+    pass_at,
+    weighted_vote,
+)
+from coconut.rewards.batches import AnswerSet, preference_metrics, reward_batch, reward_loss
 from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
 from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
-from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
+from coconut.rewards.implicit import REFERENCE, ImplicitReward, reference_of, sum_by_part
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.monte_carlo import continue_completions, step_labels
@@ -201,7 +209,7 @@ def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]
     same = ImplicitReward(reference, reference, 0.05)
     assert all(not row.any() for row in same.tokens(samples[:5]))
     with pytest.raises(AssertionError):
-        by_part(torch.zeros(3), [0, 0])
+        sum_by_part(torch.zeros(3), [0, 0])
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -316,7 +324,7 @@ def test_pairs_are_of_one_question() -> None:
         assert pairs.shape == (1, 2), "question 1 has no wrong answer, question 2 no right one"
         assert pairs[0, 0] == 0
         assert pairs[0, 1] in (1, 2)
-    found = preference(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
+    found = preference_metrics(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
     assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
 
 
@@ -443,7 +451,7 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
     assert passes == [3], "two thoughts are three passes, of the shorter answer"
     first, second = training.answers["train"].completions
     assert len(first.layout.ids) > len(second.layout.ids)
-    assert shard_by_length([needs([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
+    assert shard_by_length([passes_and_length([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
 
 
 # --- answers that are too long ----------------------------------------------------------------------
@@ -477,7 +485,7 @@ def test_answers_longer_than_the_context_are_named_or_left_out(
     config.data.too_long = TooLong.skip
     assert len(begun(config).answers["train"].completions) == 23
     assert "Left out 1 of 24 answers" in capsys.readouterr().out
-    whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, alike=True)
+    whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, whole_questions=True)
     assert [len(row.completions) for row in whole] == [6, 6, 6]
     assert rows[2]["question"] not in {row.example.question for row in whole}
 
@@ -512,7 +520,7 @@ def test_best_of_n_is_the_expectation_over_all_draws() -> None:
                 top = max(scores[q, i] for i in chosen)
                 expected[q] += np.mean([right[q, i] for i in chosen if scores[q, i] == top]) / comb(6, size)
                 some[q] += any(right[q, i] for i in chosen) / comb(6, size)
-        assert any_right(right, size) == pytest.approx(some)
+        assert pass_at(right, size) == pytest.approx(some)
         assert best_of(scores, right, size) == pytest.approx(expected)
     distinct = draw.permutation(18).reshape(3, 6).astype(float)
     for size in (1, 3, 6):
@@ -545,22 +553,22 @@ def test_a_vote_is_the_expectation_over_all_draws_with_ties_shared() -> None:
         right = np.array([float(answer in ("a", "c")) for answer in said])
         for size in (1, 2, 4, 6, 9, 11):
             for weights in (np.ones(11), np.full(11, 0.3), np.zeros(11)):
-                [exact] = voted([said], weights[None], right[None], size)
+                [exact] = weighted_vote([said], weights[None], right[None], size)
                 assert exact == pytest.approx(vote_by_hand(said, weights, right, size), abs=1e-12)
         weights = np.round(draw.random(11), 1)  # with ties, and votes that weigh nothing
         for size in (1, 10, 11):
-            [exact] = voted([said], weights[None], right[None], size)
+            [exact] = weighted_vote([said], weights[None], right[None], size)
             assert exact == pytest.approx(vote_by_hand(said, weights, right, size), abs=1e-12)
-        draws = [voted([said], weights[None], right[None], 5, seed)[0] for seed in range(8)]
+        draws = [weighted_vote([said], weights[None], right[None], 5, seed)[0] for seed in range(8)]
         assert np.mean(draws) == pytest.approx(vote_by_hand(said, weights, right, 5), abs=0.08)
 
 
 def test_many_samples_vote_exactly() -> None:
     said = [["a"] * 24 + ["b"] * 24 + ["c"] * 15 + [None]]
     right = np.array([[1.0] * 24 + [0.0] * 40])
-    shared = [voted(said, np.ones((1, 64)), right, size)[0] for size in (8, 16, 64)]
+    shared = [weighted_vote(said, np.ones((1, 64)), right, size)[0] for size in (8, 16, 64)]
     other = np.array([[0.0] * 24 + [1.0] * 24 + [0.0] * 16])
-    assert shared[:2] == pytest.approx([voted(said, np.ones((1, 64)), other, size)[0] for size in (8, 16)])
+    assert shared[:2] == pytest.approx([weighted_vote(said, np.ones((1, 64)), other, size)[0] for size in (8, 16)])
     assert shared[2] == 0.5, "whichever name comes first"
     assert shared[0] < shared[1] < 0.5
 
@@ -580,10 +588,10 @@ def test_equal_answers_vote_together() -> None:
 def test_votes() -> None:
     said = [["a", "a", "b", None], [None] * 4]
     right = np.array([[1.0, 1, 0, 0], [0.0] * 4])
-    assert voted(said, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
-    assert voted(said, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
-    assert voted(said, np.ones((2, 4)), right, 1)[0] == 0.5
-    weightless = voted([["a", "b", "b", "b"]], np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]), 4)
+    assert weighted_vote(said, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
+    assert weighted_vote(said, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
+    assert weighted_vote(said, np.ones((2, 4)), right, 1)[0] == 0.5
+    weightless = weighted_vote([["a", "b", "b", "b"]], np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]), 4)
     assert weightless.tolist() == [0.0], "votes that weigh nothing are counted, not given to who comes first"
 
 
@@ -595,9 +603,9 @@ def test_the_first_wrong_step() -> None:
     assert (found.wrong, found.right) == (0.5, 1.0)
     assert found.f1 == pytest.approx(2 / 3)
     assert first_below(rewards, best_threshold(rewards, [1, None, 2])) == [1, None, 2]
-    assert of_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
-    assert of_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
-    assert of_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
+    assert aggregate_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
+    assert aggregate_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
+    assert aggregate_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
 
 
 def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
@@ -607,13 +615,13 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
     found = step_labels(lm, judge, labelled, rollouts=4, seed=1)
     again = step_labels(lm, judge, labelled, rollouts=4, seed=1, batch_size=1000)
     assert len(found.shares) == 6 * 6
-    assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
+    assert (found.num_rollouts, len(found.shares)) == (again.num_rollouts, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.completions]
     for text, its in zip(texts, found.shares, strict=True):
         steps = TASKS["prosqa"].read_steps(text, WORDS)
         assert len(its) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in its)
-    assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
+    assert found.num_rollouts < found.tokens < found.num_rollouts * 9 + 100 * found.num_rollouts
     assert [list(map(bool, shares)) for shares in found.shares] == found.hard
 
 
@@ -722,13 +730,13 @@ def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
     for row in found.rows:
         assert row["soft"] == pytest.approx(row["q"], abs=0.01)
     for sample in samples:
-        begun = sample.saying(sample.completion_ids[:1])
+        begun = sample.with_completion_ids(sample.completion_ids[:1])
         assert question_of(lm, begun) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
         [several] = continue_completions(reference, [begun], 3)
         assert all(1 <= len(more) <= 3 for more in several)
-        whole = begun.saying([*begun.completion_ids, *several[0]])
+        whole = begun.with_completion_ids([*begun.completion_ids, *several[0]])
         assert whole.layout.ids.tolist().count(lm.latent_id) == sample.layout.ids.tolist().count(lm.latent_id)
-    ended = samples[0].saying([8, lm.special.eos])
+    ended = samples[0].with_completion_ids([8, lm.special.eos])
     assert continue_completions(reference, [ended], 2) == [[[], []]], "what has ended does not go on"
 
 
