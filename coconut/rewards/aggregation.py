@@ -21,8 +21,8 @@ RESAMPLES = 2000
 
 def aggregate_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
     """(answers,) one score for each answer from the rewards of its parts: their sum, the least, or the last one."""
-    ways: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
-    return np.array([ways[how](parts) for parts in rewards])
+    functions: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
+    return np.array([functions[how](parts) for parts in rewards])
 
 
 def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
@@ -34,9 +34,9 @@ def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
     order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
     sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
     right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
-    behind_N = np.arange(N - 1, -1, -1)  # answers that are worse
-    likely_N = np.exp(_log_choose(behind_N, size - 1) - _log_choose(np.array(N), size))
-    return right_QN @ likely_N
+    num_worse_N = np.arange(N - 1, -1, -1)  # answers that are worse
+    win_probability_N = np.exp(_log_choose(num_worse_N, size - 1) - _log_choose(np.array(N), size))
+    return right_QN @ win_probability_N
 
 
 def pass_at(right_QN: Numbers, size: int) -> Numbers:
@@ -55,33 +55,33 @@ def weighted_vote(
     where none has one that is wrong. Exactly, over all draws, where the samples weigh alike or there are at most
     SUBSETS draws; else the mean over SUBSETS random ones. Samples that all weigh nothing are counted.
     """
-    draw, found, N = np.random.default_rng(seed), np.zeros(len(answers)), right_QN.shape[1]
-    few = comb(N, size) <= SUBSETS
-    for q, said in enumerate(answers):
-        kinds = {key: n for n, key in enumerate(dict.fromkeys(key for key in said if key is not None))}
-        if not kinds:
+    rng, accuracy_Q, N = np.random.default_rng(seed), np.zeros(len(answers)), right_QN.shape[1]
+    enumerable = comb(N, size) <= SUBSETS
+    for q, keys in enumerate(answers):
+        key_ids = {key: n for n, key in enumerate(dict.fromkeys(key for key in keys if key is not None))}
+        if not key_ids:
             continue
-        kind_N = np.array([-1 if key is None else kinds[key] for key in said])
-        votes = kind_N >= 0
-        counts_K = np.bincount(kind_N[votes])
-        right_K = np.bincount(kind_N[votes], right_QN[q][votes]) / counts_K
-        if few or np.ptp(weights_QN[q][votes]):
+        key_id_N = np.array([-1 if key is None else key_ids[key] for key in keys])
+        has_key = key_id_N >= 0
+        counts_K = np.bincount(key_id_N[has_key])
+        right_K = np.bincount(key_id_N[has_key], right_QN[q][has_key]) / counts_K
+        if enumerable or np.ptp(weights_QN[q][has_key]):
             draws: Iterable[Sequence[int]] = combinations(range(N), size)
-            if not few:
-                draws = (draw.permutation(N)[:size].tolist() for _ in range(SUBSETS))
-            found[q] = np.mean([_vote_accuracy(kind_N, weights_QN[q], right_K, chosen) for chosen in draws])
+            if not enumerable:
+                draws = (rng.permutation(N)[:size].tolist() for _ in range(SUBSETS))
+            accuracy_Q[q] = np.mean([_vote_accuracy(key_id_N, weights_QN[q], right_K, drawn) for drawn in draws])
         else:
-            found[q] = _majority_accuracy(counts_K.tolist(), right_K.tolist(), N, size)
-    return found
+            accuracy_Q[q] = _majority_accuracy(counts_K.tolist(), right_K.tolist(), N, size)
+    return accuracy_Q
 
 
-def _vote_accuracy(kind_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, chosen: Sequence[int]) -> float:
+def _vote_accuracy(key_id_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, drawn: Sequence[int]) -> float:
     """How likely the answer that these samples elect is right."""
-    voting = [sample for sample in chosen if kind_N[sample] >= 0]
+    voting = [sample for sample in drawn if key_id_N[sample] >= 0]
     if not voting:
         return 0.0
     weights = weights_N[voting] if weights_N[voting].any() else np.ones(len(voting))
-    sums_K = np.bincount(kind_N[voting], weights, minlength=len(right_K))
+    sums_K = np.bincount(key_id_N[voting], weights, minlength=len(right_K))
     return float(right_K[np.isclose(sums_K, sums_K.max(), rtol=1e-9, atol=0)].mean())
 
 
@@ -91,25 +91,27 @@ def _majority_accuracy(counts: Sequence[int], right: Sequence[float], samples: i
     For each answer that can be right, and each number of its votes: the draws in which no other answer has more, by how
     many have as many.
     """
-    found = 0.0
-    for own, share in enumerate(right):
-        others = [count for other, count in enumerate(counts) if other != own]
-        for votes in range(1, min(counts[own], size) + 1) if share else ():
-            ways = np.zeros(((size - votes) // votes + 1, size - votes + 1))  # by answers that tie, and samples drawn
-            silent = samples - sum(counts)
-            ways[0] = [comb(silent, drawn) for drawn in range(size - votes + 1)]
+    accuracy = 0.0
+    for winner, right_share in enumerate(right):
+        others = [count for other, count in enumerate(counts) if other != winner]
+        for votes in range(1, min(counts[winner], size) + 1) if right_share else ():
+            combinations_by_ties = np.zeros(
+                ((size - votes) // votes + 1, size - votes + 1)
+            )  # by answers that tie, and samples drawn
+            no_answer = samples - sum(counts)
+            combinations_by_ties[0] = [comb(no_answer, drawn) for drawn in range(size - votes + 1)]
             for count in others:
-                more = np.zeros_like(ways)
+                more = np.zeros_like(combinations_by_ties)
                 for n in range(min(count, votes, size - votes) + 1):
-                    drawn = comb(count, n) * ways[:, : ways.shape[1] - n]
+                    drawn = comb(count, n) * combinations_by_ties[:, : combinations_by_ties.shape[1] - n]
                     if n < votes:
                         more[:, n:] += drawn
                     else:
                         more[1:, n:] += drawn[:-1]
-                ways = more
-            elected = (ways[:, -1] / np.arange(1, len(ways) + 1)).sum()
-            found += share * comb(counts[own], votes) * float(elected) / comb(samples, size)
-    return found
+                combinations_by_ties = more
+            elected = (combinations_by_ties[:, -1] / np.arange(1, len(combinations_by_ties) + 1)).sum()
+            accuracy += right_share * comb(counts[winner], votes) * float(elected) / comb(samples, size)
+    return accuracy
 
 
 def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
@@ -138,21 +140,21 @@ class FirstError:
 
 def first_errors(found: Sequence[int | None], true: Sequence[int | None]) -> FirstError:
     pairs = list(zip(found, true, strict=True))
-    wrong = [a == b for a, b in pairs if b is not None]
-    right = [a is None for a, b in pairs if b is None]
+    wrong = [predicted == expected for predicted, expected in pairs if expected is not None]
+    right = [predicted is None for predicted, expected in pairs if expected is None]
     return FirstError(float(np.mean(wrong)) if wrong else 0.0, float(np.mean(right)) if right else 0.0)
 
 
 def first_below(rewards: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
     """The first step of each answer that is rewarded less than this, None if there is none."""
-    return [next((n for n, value in enumerate(parts) if value < threshold), None) for parts in rewards]
+    return [next((n for n, value in enumerate(row) if value < threshold), None) for row in rewards]
 
 
 def best_threshold(rewards: Sequence[Sequence[float]], true: Sequence[int | None], tries: int = 99) -> float:
     """The one with the largest F1 on these answers, which are not those that it is then judged by."""
-    values = np.array([value for parts in rewards for value in parts])
+    values = np.array([value for row in rewards for value in row])
     candidates = np.quantile(values, np.linspace(0.005, 0.995, tries))
-    return float(max(candidates, key=lambda at: first_errors(first_below(rewards, at), true).f1))
+    return float(max(candidates, key=lambda threshold: first_errors(first_below(rewards, threshold), true).f1))
 
 
 def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
@@ -164,9 +166,9 @@ def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
 
 def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
     """Among equal scores, which stand together, the share that is right in place of each."""
-    found = right_QN.astype(np.float64).copy()
+    averaged = right_QN.astype(np.float64).copy()
     for q, row in enumerate(sorted_QN):
         _, inverse, counts = np.unique(-row, return_inverse=True, return_counts=True)
         if len(counts) < len(row):
-            found[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
-    return found
+            averaged[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
+    return averaged

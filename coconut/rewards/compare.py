@@ -65,23 +65,25 @@ class ScorerResult:
 
 
 def all_completions(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
-    return [sample for row in labelled for sample in row.completions]
+    return [completion for row in labelled for completion in row.completions]
 
 
 def score_with_implicit_reward(
     name: str, reward: ImplicitReward, labelled: Sequence[LabelledAnswers], batch_size: int = 256
 ) -> ScorerResult:
-    begin, samples = time.perf_counter(), all_completions(labelled)
-    parts = [row.tolist() for row in reward.steps(samples, batch_size)]
-    return ScorerResult(name, parts, time.perf_counter() - begin, 2 * sum(len(sample.layout.ids) for sample in samples))
+    begin, completions = time.perf_counter(), all_completions(labelled)
+    parts = [row.tolist() for row in reward.steps(completions, batch_size)]
+    return ScorerResult(
+        name, parts, time.perf_counter() - begin, 2 * sum(len(completion.layout.ids) for completion in completions)
+    )
 
 
 def score_with_value_model(
     name: str, model: ValueModel, labelled: Sequence[LabelledAnswers], batch_size: int = 256
 ) -> ScorerResult:
-    begin, samples = time.perf_counter(), all_completions(labelled)
-    parts = [row.tolist() for row in model.parts(samples, batch_size)]
-    tokens = sum(len(sample.layout.ids) for sample in samples)
+    begin, completions = time.perf_counter(), all_completions(labelled)
+    parts = [row.tolist() for row in model.parts(completions, batch_size)]
+    tokens = sum(len(completion.layout.ids) for completion in completions)
     return ScorerResult(name, parts, time.perf_counter() - begin, tokens, values=True)
 
 
@@ -90,9 +92,9 @@ def score_with_rollouts(
 ) -> ScorerResult:
     """The shares of rollouts from the end of each step that come out right; `options` are those of `step_labels`."""
     begin = time.perf_counter()
-    found = step_labels(lm, judge, labelled, **options)
-    parts = [shares or [1.0] for shares in found.shares]
-    return ScorerResult("rollouts", parts, time.perf_counter() - begin, found.tokens, values=True)
+    labels = step_labels(lm, judge, labelled, **options)
+    parts = [shares or [1.0] for shares in labels.shares]
+    return ScorerResult("rollouts", parts, time.perf_counter() - begin, labels.tokens, values=True)
 
 
 def selections(
@@ -108,24 +110,26 @@ def selections(
         raise ValueError(f"Some questions have {min(counts)} answers and some {max(counts)}; all must have as many.")
     [N] = counts
     right_QN = np.array([row.correct for row in labelled], float)
-    answers = [[answer_key(judge.task, sample.text, judge.form) for sample in row.completions] for row in labelled]
+    answers = [
+        [answer_key(judge.task, completion.text, judge.form) for completion in row.completions] for row in labelled
+    ]
     rows: list[dict[str, Any]] = []
 
-    def add(scorer: str, way: str, size: int, values_Q: np.ndarray) -> None:
+    def add(scorer: str, aggregation: str, size: int, values_Q: np.ndarray) -> None:
         low, high = bootstrap_interval(values_Q)
-        found = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
+        accuracy = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
         more_low, more_high = bootstrap_interval(values_Q - majority_Q)
         more = {"more": float((values_Q - majority_Q).mean()), "more_low": more_low, "more_high": more_high}
-        rows.append({"scorer": scorer, "way": way, "n": size, **found, **more})
+        rows.append({"scorer": scorer, "way": aggregation, "n": size, **accuracy, **more})
 
     for size in [n for n in sizes if n <= N]:
         majority_Q = weighted_vote(answers, np.ones_like(right_QN), right_QN, size)
         add("oracle", "any right", size, pass_at(right_QN, size))
         add("majority", "vote", size, majority_Q)
         for scorer in scored:
-            for way in scorer.aggregations:
-                scores_QN = aggregate_steps(scorer.parts, way).reshape(right_QN.shape)
-                add(scorer.name, way, size, best_of(scores_QN, right_QN, size))
+            for aggregation in scorer.aggregations:
+                scores_QN = aggregate_steps(scorer.parts, aggregation).reshape(right_QN.shape)
+                add(scorer.name, aggregation, size, best_of(scores_QN, right_QN, size))
             weights_QN = scorer.weights().reshape(right_QN.shape)
             add(scorer.name, "vote", size, weighted_vote(answers, weights_QN, right_QN, size))
     scoring = {scorer.name: {"seconds": scorer.seconds, "tokens": scorer.tokens} for scorer in scored}
@@ -147,28 +151,28 @@ def error_localisation(
     if check is None:
         raise ValueError(f"{judge.task.name} has no exact check of steps: nothing says where the first error is.")
     form, read = judge.form, judge.task.read_steps
-    told = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, asked)]
-    truth = [[check(asks, read(text, form)) for asks, text in part] for part in told]
+    texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, asked)]
+    truth = [[check(question, read(text, form)) for question, text in part] for part in texts]
     rows = []
-    for pair in scored:
+    for results in scored:
         steps = [
-            [parts[: step_count(text, form)] for parts, (_, text) in zip(one.parts, part, strict=True)]
-            for one, part in zip(pair, told, strict=True)
+            [parts[: step_count(text, form)] for parts, (_, text) in zip(result.parts, part, strict=True)]
+            for result, part in zip(results, texts, strict=True)
         ]
         threshold = best_threshold(steps[0], truth[0])
-        found, its = first_errors(first_below(steps[1], threshold), truth[1]), pair[1]
+        result, test_result = first_errors(first_below(steps[1], threshold), truth[1]), results[1]
         rows.append(
             {
-                "scorer": its.name,
-                "f1": found.f1,
-                "of_wrong": found.wrong,
-                "of_right": found.right,
+                "scorer": test_result.name,
+                "f1": result.f1,
+                "of_wrong": result.wrong,
+                "of_right": result.right,
                 "threshold": threshold,
-                "seconds": its.seconds,
-                "tokens": its.tokens,
+                "seconds": test_result.seconds,
+                "tokens": test_result.tokens,
             }
         )
-    wrong = sum(place is not None for place in truth[1])
+    wrong = sum(index is not None for index in truth[1])
     return Study("first_errors", rows, {"answers": len(truth[1]), "with_an_error": wrong})
 
 
@@ -200,8 +204,8 @@ def costs(
     shifted by, and what its reference says of the answers, but no validation. `rollouts` are of `of` answers; their
     cost is scaled to as many as were trained on, and the training on their labels, which is to come, is not in it.
     """
-    samples = all_completions(answers)
-    tokens = sum(len(sample.layout.ids) for sample in samples)
+    completions = all_completions(answers)
+    tokens = sum(len(completion.layout.ids) for completion in completions)
     rows: list[dict[str, Any]] = [
         {
             "scorer": model.name,
@@ -210,16 +214,16 @@ def costs(
                 2
                 * parameters
                 * tokens
-                * ((3 + model.uses_reference_point) * model.answers / len(samples) + model.uses_reference)
+                * ((3 + model.uses_reference_point) * model.answers / len(completions) + model.uses_reference)
             ),
         }
         for model in models
     ]
     if rollouts:
-        scale = len(samples) / num_rollout_answers
+        scale = len(completions) / num_rollout_answers
         flops = 2.0 * parameters * rollouts.tokens * scale
         rows.append({"scorer": rollouts.name, "seconds": rollouts.seconds * scale, "flops": flops})
-    return Study("costs", rows, {"answers": len(samples), "tokens": tokens, "parameters": parameters})
+    return Study("costs", rows, {"answers": len(completions), "tokens": tokens, "parameters": parameters})
 
 
 def bounds(
@@ -236,19 +240,24 @@ def bounds(
     A row for each of so many prefixes, cut at random: q, and of the sampled r the mean, the maximum, and
     beta log mean exp(r / beta), which over all continuations is q itself.
     """
-    draw = np.random.default_rng(seed)
-    samples = [sample for sample in all_completions(labelled) if len(sample.completion_ids) > 1]
-    chosen = [samples[i] for i in draw.choice(len(samples), min(prefixes, len(samples)), replace=False)]
-    cuts = [int(draw.integers(1, len(sample.completion_ids))) for sample in chosen]
+    rng = np.random.default_rng(seed)
+    completions = [completion for completion in all_completions(labelled) if len(completion.completion_ids) > 1]
+    chosen = [completions[i] for i in rng.choice(len(completions), min(prefixes, len(completions)), replace=False)]
+    cuts = [int(rng.integers(1, len(completion.completion_ids))) for completion in chosen]
     values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
-    begun = [sample.with_completion_ids(sample.completion_ids[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
-    found = continue_completions(reward.reference, begun, continuations, seed=seed, batch_size=32)
+    prefixed = [
+        completion.with_completion_ids(completion.completion_ids[:cut])
+        for completion, cut in zip(chosen, cuts, strict=True)
+    ]
+    sampled = continue_completions(reward.reference, prefixed, continuations, seed=seed, batch_size=32)
     rows = []
-    for sample, value, several in zip(begun, values, found, strict=True):
-        whole = [sample.with_completion_ids([*sample.completion_ids, *more]) for more in several]
-        r = torch.stack([row.sum() for row in reward.tokens(whole)]).double()
-        soft = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
-        rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft)})
+    for completion, value, continuations_of_prefix in zip(prefixed, values, sampled, strict=True):
+        wholes = [
+            completion.with_completion_ids([*completion.completion_ids, *more]) for more in continuations_of_prefix
+        ]
+        r = torch.stack([row.sum() for row in reward.tokens(wholes)]).double()
+        soft_value = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
+        rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft_value)})
     return Study("bounds", rows, {"continuations": continuations, "beta": reward.beta})
 
 

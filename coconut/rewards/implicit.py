@@ -33,10 +33,10 @@ REFERENCE = "reference.pt"  # in a run's folder: its reference's weights, and ho
 WEIGHTS = "weights"  # in there, what `digest_of` gives
 
 
-def digest_of(place: Path) -> str:
+def digest_of(folder: Path) -> str:
     """Of the weights in a folder."""
     digest = hashlib.sha256()
-    for file in sorted(place.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
@@ -53,18 +53,18 @@ def reference_of(run: Path | str) -> Path:
             f"{run} is no run of python -m coconut.reward, nor a checkpoint of one, so nothing says what its reference "
             "is. Name the run that trained the reward model."
         )
-    started = Path(read_json(folder / DESCRIPTION)["init"])
-    missing = "put it back, or name another reward model"
-    if not started.is_dir():
-        raise ValueError(f"{run} was trained against {started}, which is not there any more: {missing}.")
-    kept = torch.load(folder / REFERENCE, weights_only=True)
-    if WEIGHTS not in kept:
+    reference = Path(read_json(folder / DESCRIPTION)["init"])
+    remedy = "put it back, or name another reward model"
+    if not reference.is_dir():
+        raise ValueError(f"{run} was trained against {reference}, which is not there any more: {remedy}.")
+    saved = torch.load(folder / REFERENCE, weights_only=True)
+    if WEIGHTS not in saved:
         raise ValueError(
             f"{run} is of an earlier version, which did not keep against which weights it was trained. Train it anew."
         )
-    if kept[WEIGHTS] != digest_of(started):
-        raise ValueError(f"{run} was trained against {started}, which holds other weights by now: {missing}.")
-    return started
+    if saved[WEIGHTS] != digest_of(reference):
+        raise ValueError(f"{run} was trained against {reference}, which holds other weights by now: {remedy}.")
+    return reference
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,26 @@ class ImplicitReward:
     reference: LatentLM
     beta: float
 
-    def tokens(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+    def tokens(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(M,) for each answer: the reward of each of its tokens."""
-        policy = SamplingDistribution.of(self.lm.special)
-        mine, its = (policy.score(lm, samples, batch_size) for lm in (self.lm, self.reference))
-        return [self.beta * (a - b) for a, b in zip(mine, its, strict=True)]
-
-    def steps(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
-        """(P,) for each answer: the rewards of its steps, and of the answer itself last."""
+        sampling = SamplingDistribution.of(self.lm.special)
+        model_log_probs, reference_log_probs = (
+            sampling.score(lm, completions, batch_size) for lm in (self.lm, self.reference)
+        )
         return [
-            sum_by_part(row, self.parts(sample))
-            for row, sample in zip(self.tokens(samples, batch_size), samples, strict=True)
+            self.beta * (model - reference)
+            for model, reference in zip(model_log_probs, reference_log_probs, strict=True)
         ]
 
-    def parts(self, sample: Completion) -> list[int]:
-        return completion_parts(self.lm, sample.completion_ids)
+    def steps(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+        """(P,) for each answer: the rewards of its steps, and of the answer itself last."""
+        return [
+            sum_by_part(row, self.parts(completion))
+            for row, completion in zip(self.tokens(completions, batch_size), completions, strict=True)
+        ]
+
+    def parts(self, completion: Completion) -> list[int]:
+        return completion_parts(self.lm, completion.completion_ids)
 
 
 def sum_by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:

@@ -36,33 +36,33 @@ class LabelledAnswers:
     completions: tuple[Completion, ...]
     correct: tuple[bool, ...]
 
-    def select(self, which: Sequence[bool]) -> LabelledAnswers:
+    def select(self, mask: Sequence[bool]) -> LabelledAnswers:
         """Those of its answers."""
         return replace(
-            self, completions=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
+            self, completions=tuple(compress(self.completions, mask)), correct=tuple(compress(self.correct, mask))
         )
 
 
 def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
     """A line of the file."""
-    samples = [
+    completions = [
         {
-            "text": sample.text,
+            "text": completion.text,
             "correct": bool(right),
-            "ids": sample.completion_ids,
-            "mode": sample.mode,
-            "num_thoughts": sample.num_thoughts,
-            "new_tokens": sample.new_tokens,
-            "truncated": sample.truncated,
+            "ids": completion.completion_ids,
+            "mode": completion.mode,
+            "num_thoughts": completion.num_thoughts,
+            "new_tokens": completion.new_tokens,
+            "truncated": completion.truncated,
         }
-        for sample, right in zip(group.completions, correct, strict=True)
+        for completion, right in zip(group.completions, correct, strict=True)
     ]
     example = group.example
     return {
         "question": example.question,
         "answer": example.answer,
         "steps": list(example.steps),
-        "completions": samples,
+        "completions": completions,
     }
 
 
@@ -81,51 +81,53 @@ def read_answers(
     that are too long.
     """
     rows = list(_checked(path, lm))
-    asked = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
-    found = []
-    for row, question in zip(rows, asked, strict=True):
-        samples = tuple(_sample(lm, question, said) for said in row["completions"])
+    questions = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
+    labelled = []
+    for row, question in zip(rows, questions, strict=True):
+        completions = tuple(_as_completion(lm, question, record) for record in row["completions"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
-        found.append(LabelledAnswers(example, samples, tuple(said["correct"] for said in row["completions"])))
-    return _fit_to_context(path, found, lm.max_sequence_length, skip, whole_questions)
+        labelled.append(
+            LabelledAnswers(example, completions, tuple(record["correct"] for record in row["completions"]))
+        )
+    return _fit_to_context(path, labelled, lm.max_sequence_length, skip, whole_questions)
 
 
 def _fit_to_context(
-    path: Path | str, labelled: list[LabelledAnswers], context: int, skip: bool, alike: bool
+    path: Path | str, labelled: list[LabelledAnswers], max_length: int, skip: bool, whole_questions: bool
 ) -> list[LabelledAnswers]:
-    fits = [[len(sample.layout.ids) <= context for sample in row.completions] for row in labelled]
+    fits = [[len(completion.layout.ids) <= max_length for completion in row.completions] for row in labelled]
     count = sum(map(len, fits))
     if not (too_long := count - sum(map(sum, fits))):
         return labelled
-    if alike:
+    if whole_questions:
         fits = [[all(row)] * len(row) for row in fits]
-    kept = [row.select(which) for row, which in zip(labelled, fits, strict=True) if any(which)]
+    kept = [row.select(mask) for row, mask in zip(labelled, fits, strict=True) if any(mask)]
     if not skip or not kept:
-        shown = [
-            f"answer {number} to question {n} ({len(sample.layout.ids)} tokens)"
+        examples = [
+            f"answer {number} to question {n} ({len(completion.layout.ids)} tokens)"
             for n, row in enumerate(labelled, 1)
-            for number, sample in enumerate(row.completions, 1)
-            if len(sample.layout.ids) > context
+            for number, completion in enumerate(row.completions, 1)
+            if len(completion.layout.ids) > max_length
         ]
         more = f" and {too_long - 5} more" if too_long > 5 else ""
         raise ValueError(
             f"{path}: {too_long} of {count} answers are, with their questions, longer than the model's context of "
-            f"{context} tokens: {', '.join(shown[:5])}{more}. Leave them out with "
-            f"{'' if alike else 'data.'}too_long=skip."
+            f"{max_length} tokens: {', '.join(examples[:5])}{more}. Leave them out with "
+            f"{'' if whole_questions else 'data.'}too_long=skip."
         )
     left_out = count - sum(map(sum, fits))
-    others = ", and all others to the same questions" if alike else ""
-    log(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others}.")
+    others_note = ", and all others to the same questions" if whole_questions else ""
+    log(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others_note}.")
     return kept
 
 
-def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Completion:
-    ids = said.get("ids")
+def _as_completion(lm: LatentLM, question: list[int], record: dict[str, Any]) -> Completion:
+    ids = record.get("ids")
     if ids is None:
-        [ids] = encode_texts(lm.tokenizer, [said["text"]])
+        [ids] = encode_texts(lm.tokenizer, [record["text"]])
         ids = [*ids, lm.special.eos]
     return completion_from_ids(
-        lm, question, ids, text=said["text"], mode=said.get("mode", ""), num_thoughts=said.get("num_thoughts")
+        lm, question, ids, text=record["text"], mode=record.get("mode", ""), num_thoughts=record.get("num_thoughts")
     )
 
 
@@ -150,15 +152,15 @@ def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
         return "it has no samples"
     if not isinstance(row.get("steps"), list):
         return f"steps is {row.get('steps')!r}; it must be a list of texts"
-    for number, said in enumerate(row["completions"], 1):
-        if not isinstance(said, dict) or not isinstance(said.get("text"), str):
+    for number, record in enumerate(row["completions"], 1):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             return f"sample {number} has no text"
-        if not isinstance(said.get("correct"), bool):
-            return f"sample {number} has no label: correct is {said.get('correct')!r}, and must be true or false"
-        if (mode := said.get("mode", "")) not in (modes or [""]):
-            there = f"its modes are {', '.join(modes)}" if modes else "it has no modes"
-            return f"sample {number} has the mode {mode!r}, which this model does not have: {there}"
-        ids = said.get("ids")
+        if not isinstance(record.get("correct"), bool):
+            return f"sample {number} has no label: correct is {record.get('correct')!r}, and must be true or false"
+        if (mode := record.get("mode", "")) not in (modes or [""]):
+            available = f"its modes are {', '.join(modes)}" if modes else "it has no modes"
+            return f"sample {number} has the mode {mode!r}, which this model does not have: {available}"
+        ids = record.get("ids")
         if ids is not None and not (ids and all(isinstance(i, int) and 0 <= i < vocabulary for i in ids)):
             return (
                 f"sample {number} has ids that are none of this model's {vocabulary} tokens, so they were made with "

@@ -22,11 +22,11 @@ def text_ends(text: str, form: PromptFormat) -> list[int]:
     before. A text without steps is one part, and so is what was said last if no answer was given.
     """
     answer = find_answer(text, form)
-    last = len(text) if answer is None else answer[0]
+    steps_end = len(text) if answer is None else answer[0]
     ends, begin = [], 0
-    while begin < last:
-        found = text.find(form.step_end, begin, last)
-        end = last if found < 0 else found + len(form.step_end)
+    while begin < steps_end:
+        found = text.find(form.step_end, begin, steps_end)
+        end = steps_end if found < 0 else found + len(form.step_end)
         if text[begin:end].strip():
             ends.append(end)
         elif ends:
@@ -64,9 +64,9 @@ def token_parts(
     return parts
 
 
-def completion_parts(lm: LatentLM, said: Sequence[int]) -> list[int]:
+def completion_parts(lm: LatentLM, completion_ids: Sequence[int]) -> list[int]:
     """The same of what this model said, in its prompt format."""
-    return token_parts(lm.tokenizer, said, lm.reasoning.format, [lm.special.eos, lm.special.pad])
+    return token_parts(lm.tokenizer, completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -50,9 +50,11 @@ def thought_rewards(
             f"sigma is {sigma}; it must be above 0, the thought_noise that the thoughts were drawn with. A thought "
             "without noise has no probability, and so no implicit reward."
         )
-    mine, its = (thought_means(lm, questions, thoughts, batch_size).double() for lm in (reward.lm, reward.reference))
+    model_means, reference_means = (
+        thought_means(lm, questions, thoughts, batch_size).double() for lm in (reward.lm, reward.reference)
+    )
     # |z - its|^2 - |z - mine|^2 as one product, in which nothing large cancels
-    gaps_NK = ((mine - its) * (2 * thoughts.cpu().double() - mine - its)).sum(-1)
+    gaps_NK = ((model_means - reference_means) * (2 * thoughts.cpu().double() - model_means - reference_means)).sum(-1)
     return (reward.beta * gaps_NK / (2 * sigma**2)).float()
 
 
@@ -68,8 +70,12 @@ def token_rewards(
     `ImplicitReward.tokens` scores an answer after each model's own thoughts, this after those that were fed.
     Raises ValueError for a model without latent thoughts, or for thoughts of another shape.
     """
-    mine, its = (_read(lm, questions, thoughts, completion_ids, batch_size)[1] for lm in (reward.lm, reward.reference))
-    return [reward.beta * (a - b) for a, b in zip(mine, its, strict=True)]
+    model_log_probs, reference_log_probs = (
+        _read(lm, questions, thoughts, completion_ids, batch_size)[1] for lm in (reward.lm, reward.reference)
+    )
+    return [
+        reward.beta * (model - reference) for model, reference in zip(model_log_probs, reference_log_probs, strict=True)
+    ]
 
 
 def thought_means(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor, batch_size: int = 256) -> Tensor:
@@ -85,36 +91,36 @@ def _read(
     lm: LatentLM,
     questions: Sequence[Sequence[int]],
     thoughts: Tensor,
-    said: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
     batch_size: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """The states (N, K, D) before given thoughts, and the log-probabilities (M,) of what was said after them."""
     _check(lm, questions, thoughts)
     slot = slot_ids(lm.reasoning, lm.special, thoughts.shape[1]).tolist()
-    rows = [[*question, *slot, *tokens] for question, tokens in zip(questions, said, strict=True)]
+    rows = [[*question, *slot, *tokens] for question, tokens in zip(questions, completion_ids, strict=True)]
     refuse_too_long(lm, [len(row) for row in rows])
     table: Any = lm.base.get_input_embeddings()
     means_NKD = torch.zeros(thoughts.shape)
     log_probs: dict[int, Tensor] = {}
     with eval_mode(lm):
-        for places in longest_first(rows, batch_size):
-            ids_BT = pad_sequence([torch.tensor(rows[i]) for i in places], batch_first=True).to(lm.device)
-            counts = [len(said[i]) for i in places]
-            is_said_BT = pad_sequence(
-                [torch.arange(len(rows[i])) >= len(rows[i]) - n for i, n in zip(places, counts, strict=True)],
+        for indices in longest_first(rows, batch_size):
+            ids_BT = pad_sequence([torch.tensor(rows[i]) for i in indices], batch_first=True).to(lm.device)
+            counts = [len(completion_ids[i]) for i in indices]
+            is_completion_BT = pad_sequence(
+                [torch.arange(len(rows[i])) >= len(rows[i]) - n for i, n in zip(indices, counts, strict=True)],
                 batch_first=True,
             ).to(lm.device)
             is_thought_BT = ids_BT == lm.latent_id
             embeds_BTD = table(ids_BT)
-            embeds_BTD[is_thought_BT] = thoughts[places].to(embeds_BTD).flatten(0, 1)
-            everything_BT = torch.ones_like(ids_BT)  # nothing looks at the padding, which stands at the end
-            states_BTD = lm.hidden_states(embeds_BTD, everything_BT, everything_BT.cumsum(1) - 1)
-            before = states_BTD[is_thought_BT.roll(-1, 1)]
-            means_NKD[places] = before.float().cpu().view(len(places), *thoughts.shape[1:])
-            logits_MV = lm.logits(states_BTD[is_said_BT.roll(-1, 1)])
+            embeds_BTD[is_thought_BT] = thoughts[indices].to(embeds_BTD).flatten(0, 1)
+            ones_BT = torch.ones_like(ids_BT)  # nothing looks at the padding, which stands at the end
+            states_BTD = lm.hidden_states(embeds_BTD, ones_BT, ones_BT.cumsum(1) - 1)
+            means = states_BTD[is_thought_BT.roll(-1, 1)]
+            means_NKD[indices] = means.float().cpu().view(len(indices), *thoughts.shape[1:])
+            logits_MV = lm.logits(states_BTD[is_completion_BT.roll(-1, 1)])
             logits_MV[:, lm.special.added] = -torch.inf  # they are never said
-            found_M = target_log_probs(logits_MV, ids_BT[is_said_BT]).float().cpu()
-            log_probs |= zip(places, found_M.split(counts), strict=True)
+            log_probs_M = target_log_probs(logits_MV, ids_BT[is_completion_BT]).float().cpu()
+            log_probs |= zip(indices, log_probs_M.split(counts), strict=True)
     return means_NKD, [log_probs[i] for i in range(len(rows))]
 
 

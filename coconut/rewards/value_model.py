@@ -35,17 +35,17 @@ class ValueModel:
     lm: LatentLM
 
     @torch.no_grad()
-    def before(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+    def before(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """For each answer (its tokens,), in logits: the value of what stands before each of them."""
         return score_tokens(
-            self.lm, samples, batch_size, lambda batch: token_values(self.lm, batch, self.lm.special.latent)
+            self.lm, completions, batch_size, lambda batch: token_values(self.lm, batch, self.lm.special.latent)
         )
 
-    def parts(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+    def parts(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each answer: how likely it is to come out right after each of its steps, and after the answer."""
-        found = []
-        for row, sample in zip(self.before(samples, batch_size), samples, strict=True):
-            parts = torch.tensor(completion_parts(self.lm, sample.completion_ids))
+        values = []
+        for row, completion in zip(self.before(completions, batch_size), completions, strict=True):
+            parts = torch.tensor(completion_parts(self.lm, completion.completion_ids))
             ends = [*torch.nonzero(parts.diff()).flatten().add(1).tolist(), len(parts) - 1]
-            found.append(row[ends].sigmoid())
-        return found
+            values.append(row[ends].sigmoid())
+        return values
