@@ -187,8 +187,8 @@ def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
     """Raise ValueError if a completion is too long for the model; `lengths` are in tokens, with the prompt."""
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise ValueError(
-            f"{len(too_long)} of {len(lengths)} completions are, with their prompts, longer than the model's context of "
-            f"{lm.max_sequence_length} tokens: {list_lengths('completion', too_long, lengths)}. Leave them out."
+            f"{len(too_long)} of {len(lengths)} completions are, with their prompts, longer than the model's context "
+            f"of {lm.max_sequence_length} tokens: {list_lengths('completion', too_long, lengths)}. Leave them out."
         )
 
 

@@ -1,6 +1,6 @@
-"""What scores are good for: choosing among sampled answers, votes, and finding the first wrong step.
+"""Selection metrics: best of n, weighted majority votes, pass@n, and finding the first wrong step.
 
-Shapes: Q questions, N answers to each.
+Shapes: Q questions, N completions of each, K different answers among the completions of one question.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 Numbers = NDArray[np.float64]
-SUBSETS = 64  # draws of weighted votes; a sample, where there are more
-RESAMPLES = 2000
+SUBSETS = 64  # the most subsets of completions over which a weighted vote is averaged
+RESAMPLES = 2000  # of the bootstrap
 
 
 def aggregate_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
-    """(answers,) one score for each answer from the rewards of its parts: their sum, the least, or the last one."""
+    """(completions,) one score for each completion from the rewards of its parts: their sum, min or last."""
     functions: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
     return np.array([functions[how](parts) for parts in rewards])
 
 
 def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
-    """(Q,) how likely the best by its score of `size` answers, drawn from the N without putting back, is right.
+    """(Q,) expected accuracy of the completion with the best score of `size`, drawn without replacement from the N.
 
-    Exactly, over all draws; among equal scores each answer is as likely.
+    Exact, over all draws; tied completions are equally likely to be chosen.
     """
     N = scores_QN.shape[1]
     order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
     sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
     right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
-    num_worse_N = np.arange(N - 1, -1, -1)  # answers that are worse
+    num_worse_N = np.arange(N - 1, -1, -1)
     win_probability_N = np.exp(_log_choose(num_worse_N, size - 1) - _log_choose(np.array(N), size))
     return right_QN @ win_probability_N
 
 
 def pass_at(right_QN: Numbers, size: int) -> Numbers:
-    """(Q,) how likely one at least of `size` answers is right: pass@size (Chen et al., arXiv 2107.03374, eq. 1)."""
+    """(Q,) pass@size: the probability that one or more of `size` completions is right (arXiv 2107.03374, eq. 1)."""
     N, wrong_Q = right_QN.shape[1], (right_QN == 0).sum(1)
     return 1 - np.exp(_log_choose(wrong_Q, size) - _log_choose(np.array(N), size))
 
@@ -48,12 +48,13 @@ def pass_at(right_QN: Numbers, size: int) -> Numbers:
 def weighted_vote(
     answers: Sequence[Sequence[Hashable | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int = 0
 ) -> Numbers:
-    """(Q,) how likely the answer with the largest sum of weights among `size` samples, drawn from the N without putting
-    back, is right; among equal sums each answer is as likely.
+    """(Q,) expected accuracy of the weighted vote of `size` completions, drawn without replacement from the N.
 
-    `answers`: what the task compares of each sample (`Task.key`); a sample without an answer, None, has no vote, and
-    where none has one that is wrong. Exactly, over all draws, where the samples weigh alike or there are at most
-    SUBSETS draws; else the mean over SUBSETS random ones. Samples that all weigh nothing are counted.
+    answers: the key by which the task compares each completion's answer (`Task.key`). None, no answer, has no vote; if
+        all are None the vote is wrong.
+    The answer with the largest sum of weights wins; tied answers are equally likely. If all weights of a draw are zero,
+    each completion has one vote. Exact, over all draws, where weights are equal or there are at most SUBSETS draws;
+    else the mean over SUBSETS random draws.
     """
     rng, accuracy_Q, N = np.random.default_rng(seed), np.zeros(len(answers)), right_QN.shape[1]
     enumerable = comb(N, size) <= SUBSETS
@@ -76,8 +77,8 @@ def weighted_vote(
 
 
 def _vote_accuracy(key_id_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, drawn: Sequence[int]) -> float:
-    """How likely the answer that these samples elect is right."""
-    voting = [sample for sample in drawn if key_id_N[sample] >= 0]
+    """Expected accuracy of the weighted vote of the drawn completions of one question."""
+    voting = [index for index in drawn if key_id_N[index] >= 0]
     if not voting:
         return 0.0
     weights = weights_N[voting] if weights_N[voting].any() else np.ones(len(voting))
@@ -86,18 +87,18 @@ def _vote_accuracy(key_id_N: NDArray[np.int64], weights_N: Numbers, right_K: Num
 
 
 def _majority_accuracy(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
-    """How likely the most frequent answer among `size` of the samples is right, over all draws.
+    """Exact accuracy of the majority vote of `size` of the completions, over all draws.
 
-    For each answer that can be right, and each number of its votes: the draws in which no other answer has more, by how
-    many have as many.
+    counts (K,): completions with each answer. right (K,): the share of them that is right.
+    For each answer that can be right and each number of its votes, dynamic programming over the other answers counts
+    the draws in which none has more votes, by the number of answers with equally many.
     """
     accuracy = 0.0
     for winner, right_share in enumerate(right):
         others = [count for other, count in enumerate(counts) if other != winner]
         for votes in range(1, min(counts[winner], size) + 1) if right_share else ():
-            combinations_by_ties = np.zeros(
-                ((size - votes) // votes + 1, size - votes + 1)
-            )  # by answers that tie, and samples drawn
+            # by the number of other answers that tie, and of other completions drawn
+            combinations_by_ties = np.zeros(((size - votes) // votes + 1, size - votes + 1))
             no_answer = samples - sum(counts)
             combinations_by_ties[0] = [comb(no_answer, drawn) for drawn in range(size - votes + 1)]
             for count in others:
@@ -115,7 +116,7 @@ def _majority_accuracy(counts: Sequence[int], right: Sequence[float], samples: i
 
 
 def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
-    """95 %, of the mean, questions drawn anew."""
+    """The 95 % bootstrap interval of the mean, by resampling questions."""
     Q = len(values_Q)
     means = values_Q[np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -124,9 +125,11 @@ def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class FirstError:
-    """How well the first wrong step is found: among answers with one, exactly it; among the others, that there is none.
+    """How well the first wrong step is found.
 
-    `f1`: the harmonic mean of the two shares (ProcessBench; Zheng et al., arXiv 2412.06559, section 3).
+    wrong: among completions with a wrong step, the share for which the first is found exactly. right: among the others,
+        the share for which none is found.
+    f1: the harmonic mean of the two (ProcessBench; Zheng et al., arXiv 2412.06559, section 3).
     """
 
     wrong: float
@@ -139,6 +142,7 @@ class FirstError:
 
 
 def first_errors(found: Sequence[int | None], true: Sequence[int | None]) -> FirstError:
+    """Compare the found with the true index of each completion's first wrong step; None: no step is wrong."""
     pairs = list(zip(found, true, strict=True))
     wrong = [predicted == expected for predicted, expected in pairs if expected is not None]
     right = [predicted is None for predicted, expected in pairs if expected is None]
@@ -146,12 +150,12 @@ def first_errors(found: Sequence[int | None], true: Sequence[int | None]) -> Fir
 
 
 def first_below(rewards: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
-    """The first step of each answer that is rewarded less than this, None if there is none."""
+    """The index of the first step of each completion with a reward below the threshold; None if there is none."""
     return [next((n for n, value in enumerate(row) if value < threshold), None) for row in rewards]
 
 
 def best_threshold(rewards: Sequence[Sequence[float]], true: Sequence[int | None], tries: int = 99) -> float:
-    """The one with the largest F1 on these answers, which are not those that it is then judged by."""
+    """The threshold with the largest F1 on these completions. Report F1 on other ones."""
     values = np.array([value for row in rewards for value in row])
     candidates = np.quantile(values, np.linspace(0.005, 0.995, tries))
     return float(max(candidates, key=lambda threshold: first_errors(first_below(rewards, threshold), true).f1))
@@ -165,7 +169,7 @@ def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
 
 
 def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
-    """Among equal scores, which stand together, the share that is right in place of each."""
+    """Replace correctness within each run of tied scores by its mean; rows are sorted by score."""
     averaged = right_QN.astype(np.float64).copy()
     for q, row in enumerate(sorted_QN):
         _, inverse, counts = np.unique(-row, return_inverse=True, return_counts=True)

@@ -1,6 +1,6 @@
-"""Labelled answers as an engine takes them, the loss on them, and how well rewards tell right from wrong.
+"""Batches of labelled completions, the loss functions of reward models, and their validation metrics.
 
-Shapes: N answers, P pairs of a right and a wrong one to the same question.
+Shapes: N completions, M sampled tokens of all of them, P pairs of a right and a wrong completion of one question.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ T = TypeVar("T")
 
 @dataclass
 class RewardBatch(CompletionBatch):
-    """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
+    """A micro-batch of labelled completions. For a pairwise loss, right and wrong ones alternate.
 
-    `reference` (N,): log-probabilities of the whole answers. `right` (N,): whether they are right. `units`: answers or
-    pairs in it.
+    counts: (N,) sampled tokens of each completion.
+    reference: (N,) log-probabilities of the whole completions under the reference model.
+    right: (N,) whether the answer is right.
+    reference_point: scalar, the KL estimate of KTO.
+    num_items: the completions, or pairs, over which the loss is summed; the engine divides by their total.
     """
 
     counts: Tensor
@@ -44,7 +47,7 @@ class RewardBatch(CompletionBatch):
 
     @property
     def owner(self) -> Tensor:
-        """(M,) whose each token is."""
+        """(M,) the index of the completion that each token belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
 
 
@@ -58,7 +61,7 @@ def reward_batch(
     reference_point: Tensor | None = None,
     num_items: int | None = None,
 ) -> RewardBatch:
-    """These answers as a micro-batch; `units`: pairs, if it is not the answers that count."""
+    """Collate a micro-batch. `num_items`: by default the number of completions; pairs must be given."""
     return RewardBatch(
         **vars(CompletionBatch.of(completions, special, passes)),
         counts=torch.tensor([len(completion.log_probs) for completion in completions]),
@@ -70,7 +73,10 @@ def reward_batch(
 
 
 def reward_loss(loss: Loss, sampling: SamplingDistribution, beta: float, weight: float = 1.0) -> Any:
-    """An engine's loss function. `weight`: wrong answers for each right one, for a loss that weighs them."""
+    """The loss function of an implicit reward model, for an engine: summed over the items of a micro-batch.
+
+    `weight`: the number of wrong completions for each right one, for losses that balance them.
+    """
 
     def loss_sum(module: nn.Module, batch: RewardBatch) -> Tensor:
         log_probs_M = sampling.log_probs(module, batch)
@@ -87,7 +93,7 @@ def reward_loss(loss: Loss, sampling: SamplingDistribution, beta: float, weight:
 
 
 def value_loss(loss: Loss, token: int) -> Any:
-    """An engine's loss function for a model of values: of an answer the mean over its tokens."""
+    """The loss function of a value model, for an engine: of each completion the mean over its tokens."""
 
     def loss_sum(module: nn.Module, batch: RewardBatch) -> Tensor:
         values_M = token_values(module, batch, token)
@@ -100,7 +106,7 @@ def value_loss(loss: Loss, token: int) -> Any:
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """Answers to several questions, one after the other; `question` (N,) says whose each is."""
+    """Completions of several questions. `right` (N,): whether they are right. `question` (N,): the question's index."""
 
     completions: list[Completion]
     right: np.ndarray
@@ -116,7 +122,7 @@ class AnswerSet:
         )
 
     def pairs(self, seed: int) -> np.ndarray:
-        """(P, 2) a right and a wrong answer to the same question, each answer at most once."""
+        """(P, 2) indices of a right and a wrong completion of the same question, each completion at most once."""
         rng, pairs = np.random.default_rng(seed), []
         for question in range(int(self.question.max()) + 1):
             own = np.flatnonzero(self.question == question)
@@ -126,10 +132,10 @@ class AnswerSet:
 
 
 def preference_metrics(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
-    """How well rewards tell right answers from wrong ones to the same question.
+    """How well rewards separate right from wrong completions of the same question.
 
-    `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
-    largest reward is right; `mean`: how often any answer is.
+    pairs: the share of all (right, wrong) pairs in which the right one has the larger reward; ties count half.
+    best_of_n: the accuracy of the completion with the largest reward. mean: the accuracy of all completions.
     """
     num_ordered, num_pairs, best_is_right = 0.0, 0, []
     for question in range(int(answers.question.max()) + 1):
@@ -149,7 +155,7 @@ def preference_metrics(rewards: np.ndarray, answers: AnswerSet) -> dict[str, flo
 def score_across_processes(
     score: Callable[[Sequence[Completion]], Sequence[T]], completions: Sequence[Completion], world: World
 ) -> list[T]:
-    """What `score` says of each answer; each process does its share, and all know the outcome."""
+    """Score completions on all ranks, each with its shard, and gather the results on every rank, in order."""
     scores: dict[int, T] = {}
     for rank, shard in enumerate(world.all_gather_object(score(completions[world.rank :: world.size]))):
         scores |= zip(range(rank, len(completions), world.size), shard, strict=True)

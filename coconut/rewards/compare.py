@@ -1,4 +1,4 @@
-"""Reward models side by side, and against votes, chance, rollouts and the oracle: what each is good for, and costs."""
+"""Compare reward models with majority vote, Monte Carlo rollouts and the oracle: accuracy and cost."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScorerResult:
-    """What a scorer says of the parts of answers, in the order of the questions and of their answers.
+    """Scores of the parts (steps and answer) of completions, ordered by question.
 
-    `seconds`, and `tokens` that went through a model, of each model that they went through. `values`: whether a part is
-    said how likely the answer is to come out right after it, from 0 to 1, and not what the part adds.
+    seconds: wall time. tokens: those forwarded, counted once for each model.
+    values: whether a score is the probability that the completion comes out right after the part, and not the part's
+        own reward.
     """
 
     name: str
@@ -52,11 +53,11 @@ class ScorerResult:
 
     @property
     def aggregations(self) -> tuple[str, ...]:
-        """Of making one score of those of the parts. The sum of values means nothing."""
+        """The ways to make one score from those of the parts. Values, which are probabilities, are not summed."""
         return ("min", "last") if self.values else ("sum", "min", "last")
 
     def weights(self) -> np.ndarray:
-        """(answers,) of their votes, from 0 to 1."""
+        """(completions,) weights of their votes, in [0, 1]."""
         return (
             aggregate_steps(self.parts, "last")
             if self.values
@@ -90,7 +91,10 @@ def score_with_value_model(
 def score_with_rollouts(
     lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], **options: Any
 ) -> ScorerResult:
-    """The shares of rollouts from the end of each step that come out right; `options` are those of `step_labels`."""
+    """Monte Carlo estimates: the share of rollouts from the end of each step that come out right.
+
+    `options` are those of `step_labels`.
+    """
     begin = time.perf_counter()
     labels = step_labels(lm, judge, labelled, **options)
     parts = [shares or [1.0] for shares in labels.shares]
@@ -100,14 +104,16 @@ def score_with_rollouts(
 def selections(
     labelled: Sequence[LabelledAnswers], scored: Sequence[ScorerResult], judge: CorrectnessReward, sizes: Sequence[int]
 ) -> Study:
-    """How often the answer that each scorer takes of n is right, for each number n of samples, with 95 % intervals.
+    """Accuracy of each scorer's choice among n completions, for each n in `sizes`, with 95 % intervals over questions.
 
-    `more`: than the majority's on the same questions.
-    Raises ValueError unless every question has as many answers as the others.
+    `more`: the difference to majority vote on the same questions.
+    Raises ValueError unless all questions have the same number of completions.
     """
     counts = {len(row.completions) for row in labelled}
     if len(counts) != 1:
-        raise ValueError(f"Some questions have {min(counts)} answers and some {max(counts)}; all must have as many.")
+        raise ValueError(
+            f"Some questions have {min(counts)} completions and some {max(counts)}; all must have the same number."
+        )
     [N] = counts
     right_QN = np.array([row.correct for row in labelled], float)
     answers = [
@@ -120,7 +126,7 @@ def selections(
         accuracy = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
         more_low, more_high = bootstrap_interval(values_Q - majority_Q)
         more = {"more": float((values_Q - majority_Q).mean()), "more_low": more_low, "more_high": more_high}
-        rows.append({"scorer": scorer, "way": aggregation, "n": size, **accuracy, **more})
+        rows.append({"scorer": scorer, "aggregation": aggregation, "n": size, **accuracy, **more})
 
     for size in [n for n in sizes if n <= N]:
         majority_Q = weighted_vote(answers, np.ones_like(right_QN), right_QN, size)
@@ -143,13 +149,14 @@ def error_localisation(
     scored: Sequence[tuple[ScorerResult, ScorerResult]],
     judge: CorrectnessReward,
 ) -> Study:
-    """How well each scorer finds the first wrong step, by a threshold that the development answers choose.
+    """How well each scorer finds the first wrong step, with a threshold chosen on the development completions.
 
-    `scored`: of the development answers and of the others. Raises ValueError for a task that cannot check steps.
+    `scored`: for each scorer its results on the development and on the test completions. Raises ValueError for a task
+    that cannot check steps.
     """
     check = getattr(judge.task, "first_wrong", None)
     if check is None:
-        raise ValueError(f"{judge.task.name} has no exact check of steps: nothing says where the first error is.")
+        raise ValueError(f"The task {judge.task.name} has no exact check of steps, so the first error is not known.")
     form, read = judge.form, judge.task.read_steps
     texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, asked)]
     truth = [[check(question, read(text, form)) for question, text in part] for part in texts]
@@ -178,10 +185,10 @@ def error_localisation(
 
 @dataclass(frozen=True)
 class TrainedRewardModel:
-    """A reward model's training: the answers that it was updated with, counted as often as they were.
+    """The training cost of a reward model. `answers`: completions used in updates, counted with repetition.
 
-    `compared`: with a reference, that was asked once about all of them. `shifted`: by the mean reward of each update,
-    for which its answers go forward once more.
+    uses_reference: a reference model scored all of them once.
+    uses_reference_point: the completions of each update were forwarded once more, for its mean reward (KTO).
     """
 
     name: str
@@ -198,11 +205,12 @@ def costs(
     rollouts: ScorerResult | None,
     num_rollout_answers: int,
 ) -> Study:
-    """What it takes to know of steps what the labels of so many answers say: a training, or rollouts for labels.
+    """The cost of scoring steps: of training a reward model on the labelled `answers`, or of labelling by rollouts.
 
-    FLOPs: 2 for each parameter and token forward, 4 more backward; of a training its updates, with what they are
-    shifted by, and what its reference says of the answers, but no validation. `rollouts` are of `of` answers; their
-    cost is scaled to as many as were trained on, and the training on their labels, which is to come, is not in it.
+    FLOPs: 2 for each parameter and token forward, 4 more backward. A training's cost has its updates, with the forward
+    passes for the reference point, and the reference model's scores, but no validation. `rollouts` were measured on
+    `num_rollout_answers` completions; their cost is scaled to the number of `answers`, and does not include training on
+    their labels.
     """
     completions = all_completions(answers)
     tokens = sum(len(completion.layout.ids) for completion in completions)
@@ -234,11 +242,11 @@ def bounds(
     prefixes: int = 200,
     seed: int = 0,
 ) -> Study:
-    """Whether E_ref[r] <= q <= max r, where q is the value of a prefix and r are the rewards of whole answers that the
-    reference gives after it (arXiv 2412.01981, proposition 3.1).
+    """Test E_ref[r] <= q <= max r on random prefixes (arXiv 2412.01981, proposition 3.1).
 
-    A row for each of so many prefixes, cut at random: q, and of the sampled r the mean, the maximum, and
-    beta log mean exp(r / beta), which over all continuations is q itself.
+    q is the value of a prefix, r the rewards of whole completions that the reference model samples after it. A row for
+    each prefix: q, and of the sampled r the mean, the maximum and the soft value beta log mean exp(r / beta), which is
+    q in expectation over all continuations.
     """
     rng = np.random.default_rng(seed)
     completions = [completion for completion in all_completions(labelled) if len(completion.completion_ids) > 1]
@@ -262,9 +270,9 @@ def bounds(
 
 
 def all_bounds(studies: Mapping[str, Study]) -> Study:
-    """Of each reward model the share of prefixes for which each bound held.
+    """For each reward model, the share of prefixes for which each bound held.
 
-    `soft_error`: how far q was from its sampled estimate, in the mean; `spread`: the standard deviation of q.
+    soft_error: the mean absolute difference of q and the sampled soft value. spread: the standard deviation of q.
     """
     rows = [
         {
@@ -282,7 +290,7 @@ def all_bounds(studies: Mapping[str, Study]) -> Study:
 
 
 def first_answers(labelled: Sequence[LabelledAnswers], questions: int, answers: int = 8) -> list[LabelledAnswers]:
-    """The first answers to each of the first questions."""
+    """The first `answers` completions of each of the first `questions`."""
     return [
         replace(row, completions=row.completions[:answers], correct=row.correct[:answers])
         for row in labelled[:questions]

@@ -1,11 +1,11 @@
-"""Labelled answers: sampled from a model, or brought along; written to a file, read and checked.
+"""Files of labelled completions, sampled from a model or made elsewhere: write, read and check them.
 
 A file is JSON lines, one for each question:
 
     {"question": "...", "answer": "...", "steps": [...], "completions": [{"text": "...", "correct": true, ...}, ...]}
 
-Besides text and label a sample may hold `ids`, the tokens that were said (with the end of the sequence, unless the
-answer was cut off), `mode` and `num_thoughts`. Without ids the text is encoded, and taken to be whole.
+Beside text and label a completion may hold `ids`, its tokens (with the end of the sequence, unless it was truncated),
+`mode` and `num_thoughts`. Without `ids` the text is encoded and the end of the sequence is appended.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledAnswers:
-    """The answers to one question, and which of them are right."""
+    """The completions of one question, and whether each is right."""
 
     example: Example
     completions: tuple[Completion, ...]
     correct: tuple[bool, ...]
 
     def select(self, mask: Sequence[bool]) -> LabelledAnswers:
-        """Those of its answers."""
+        """Keep the completions for which `mask` is true."""
         return replace(
             self, completions=tuple(compress(self.completions, mask)), correct=tuple(compress(self.correct, mask))
         )
 
 
 def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
-    """A line of the file."""
+    """The line of the file for one question."""
     completions = [
         {
             "text": completion.text,
@@ -67,18 +67,18 @@ def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
 
 
 def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
-    """The whole file or none of it."""
+    """Write the file atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_answers(
     path: Path | str, lm: LatentLM, skip: bool = False, whole_questions: bool = False
 ) -> list[LabelledAnswers]:
-    """As this model has them.
+    """Read a file of labelled completions, tokenized for this model.
 
-    With `skip` answers that are, with their questions, longer than its context are left out, and with `alike` all
-    others to the same question. Raises ValueError for a line that is none, with its number, and that names the answers
-    that are too long.
+    skip: leave out completions that are, with their prompts, longer than the model's context.
+    whole_questions: with `skip`, leave out all completions of a question of which one is too long.
+    Raises ValueError for a malformed line, which it names, and, without `skip`, for completions that are too long.
     """
     rows = list(_checked(path, lm))
     questions = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
@@ -104,20 +104,20 @@ def _fit_to_context(
     kept = [row.select(mask) for row, mask in zip(labelled, fits, strict=True) if any(mask)]
     if not skip or not kept:
         examples = [
-            f"answer {number} to question {n} ({len(completion.layout.ids)} tokens)"
+            f"completion {number} of question {n} ({len(completion.layout.ids)} tokens)"
             for n, row in enumerate(labelled, 1)
             for number, completion in enumerate(row.completions, 1)
             if len(completion.layout.ids) > max_length
         ]
         more = f" and {too_long - 5} more" if too_long > 5 else ""
         raise ValueError(
-            f"{path}: {too_long} of {count} answers are, with their questions, longer than the model's context of "
+            f"{path}: {too_long} of {count} completions are, with their prompts, longer than the model's context of "
             f"{max_length} tokens: {', '.join(examples[:5])}{more}. Leave them out with "
             f"{'' if whole_questions else 'data.'}too_long=skip."
         )
     left_out = count - sum(map(sum, fits))
-    others_note = ", and all others to the same questions" if whole_questions else ""
-    log(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others_note}.")
+    others_note = ", and all others of the same questions" if whole_questions else ""
+    log(f"Left out {left_out} of {count} completions of {path}: those longer than the model's context{others_note}.")
     return kept
 
 
@@ -140,30 +140,31 @@ def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
         count += 1
         yield row
     if not count:
-        raise ValueError(f"{path} holds no answers.")
+        raise ValueError(f"{path} holds no completions.")
 
 
 def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
     if isinstance(row, Unreadable):
         return row
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        return "it must be an object with question, answer, steps and samples"
+        return "it must be an object with question, answer, steps and completions"
     if not isinstance(row.get("completions"), list) or not row["completions"]:
-        return "it has no samples"
+        return "it has no completions"
     if not isinstance(row.get("steps"), list):
         return f"steps is {row.get('steps')!r}; it must be a list of texts"
     for number, record in enumerate(row["completions"], 1):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            return f"sample {number} has no text"
+            return f"completion {number} has no text"
         if not isinstance(record.get("correct"), bool):
-            return f"sample {number} has no label: correct is {record.get('correct')!r}, and must be true or false"
+            return f"completion {number} has no label: correct is {record.get('correct')!r}; it must be true or false"
         if (mode := record.get("mode", "")) not in (modes or [""]):
             available = f"its modes are {', '.join(modes)}" if modes else "it has no modes"
-            return f"sample {number} has the mode {mode!r}, which this model does not have: {available}"
+            return f"completion {number} has the mode {mode!r}, which this model does not have: {available}"
         ids = record.get("ids")
         if ids is not None and not (ids and all(isinstance(i, int) and 0 <= i < vocabulary for i in ids)):
             return (
-                f"sample {number} has ids that are none of this model's {vocabulary} tokens, so they were made with "
-                "another tokenizer: leave the ids out, and the text is encoded, or take a model with the same one"
+                f"completion {number} has ids that are none of this model's {vocabulary} tokens, so they were made "
+                "with another tokenizer. Leave the ids out, so that the text is encoded, or take a model with the same "
+                "tokenizer"
             )
     return None

@@ -1,6 +1,7 @@
-"""Labels of steps from rollouts: a step is as good as what comes of it (Math-Shepherd; Wang et al., arXiv 2312.08935).
+"""Monte Carlo step labels: the share of rollouts from a step's end that come out right.
 
-What the implicit reward does without: K answers are sampled on from the end of every step.
+Math-Shepherd (Wang et al., arXiv 2312.08935). K completions are sampled from the end of every step; the implicit reward
+needs none.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepLabels:
-    """For each answer, in the order of the questions, of each step the share of rollouts that came out right.
+    """Monte Carlo estimates of the steps of each completion, ordered by question.
 
-    `sampled`: rollouts made, fewer than steps times K where answers begin alike. `tokens` that went through the model:
-    each prefix once, and what was said after it.
+    shares: for each step, the share of its rollouts that came out right.
+    num_rollouts: rollouts made, fewer than steps times K where completions have a common prefix.
+    tokens: tokens forwarded, each prefix once, and the sampled tokens.
     """
 
     shares: list[list[float]]
@@ -38,7 +40,7 @@ class StepLabels:
 
     @property
     def hard(self) -> list[list[bool]]:
-        """Whether any of a step's rollouts came out right."""
+        """Hard estimates: whether any of a step's rollouts came out right."""
         return [[share > 0 for share in shares] for shares in self.shares]
 
 
@@ -52,9 +54,9 @@ def step_labels(
     seed: int = 0,
     batch_size: int = 64,
 ) -> StepLabels:
-    """Sample on from the end of every step of every answer, and see what share comes out right.
+    """Label every step of every completion by `rollouts` completions sampled from its end.
 
-    Answers to a question that begin alike, after as many thoughts in the same mode, share their rollouts.
+    Completions of a question with a common prefix, of the same mode and number of thoughts, share their rollouts.
     """
     eos, form = lm.special.eos, lm.reasoning.format
     prefix_of: dict[
@@ -84,8 +86,9 @@ def step_labels(
 def continue_completions(
     lm: LatentLM, prefixes: Sequence[Completion], count: int, *, seed: int = 0, batch_size: int = 64
 ) -> list[list[list[int]]]:
-    """So many continuations of each answer, sampled from the model: their tokens, with the end of the sequence unless
-    they were cut off. An answer that has ended, or fills the model's context, has empty ones.
+    """Sample `count` continuations of each prefix; token ids, with the end of the sequence unless truncated.
+
+    A prefix that has ended, or that fills the model's context, has empty continuations.
     """
     continuations: dict[int, list[list[int]]] = {}
     with seeded(seed, lm.device):
@@ -100,10 +103,10 @@ def continue_completions(
 def _batches(
     lm: LatentLM, prefixes: Sequence[Completion], size: int
 ) -> Iterator[tuple[list[int], list[list[int]], dict[str, Any]]]:
-    """The places of the answers that go on together, the prompts, and what else `generate` is told.
+    """Batches for `generate`: the indices of the prefixes, the prompts, and further arguments.
 
-    Where nothing stands between question and answer, what was said is more of the prompt. Else it comes after the
-    slot, which `generate` adds, and those of equal length go together.
+    Without slot, markers and control token, a prefix is simply a longer prompt. Otherwise `generate` adds them after
+    the question, and the rest of the prefix is passed as `begun`, in batches of equal length.
     """
     reasoning, eos = lm.reasoning, lm.special.eos
     unfinished = [

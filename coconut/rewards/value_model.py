@@ -1,9 +1,9 @@
-"""The baseline with a head: after every token, how likely the answer is to come out right.
+"""Value model, the baseline with a head: after every token, the probability that the completion comes out right.
 
-A verifier of tokens (Cobbe et al., arXiv 2110.14168, section 4 and appendix E): trained on whole answers, whose label
-is the target at each of their tokens. As there the head is the logit of a token that is never said.
+A token-level verifier (Cobbe et al., arXiv 2110.14168, section 4 and appendix E), trained on whole completions, whose
+label is the target at each of their tokens. As there, the head is the logit of a token that is never generated.
 
-Shapes: N answers, M tokens of them, P parts of one of them.
+Shapes: M tokens of all completions, P parts of one of them.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 
 def token_values(module: nn.Module, batch: CompletionBatch, token: int) -> Tensor:
-    """(M,) before each token of the answers, in logits, float32."""
+    """(M,) the value before each token of the completions, as logits, float32. `token`: whose logit is the head."""
     return forward_at_targets(module, batch).target_logits[:, token].float()
 
 
 @dataclass(frozen=True)
 class ValueModel:
-    """What such a model says of answers."""
+    """The values that a trained value model gives to prefixes of completions."""
 
     lm: LatentLM
 
     @torch.no_grad()
     def before(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
-        """For each answer (its tokens,), in logits: the value of what stands before each of them."""
+        """(M,) for each completion, as logits: the value of the prefix before each of its tokens."""
         return score_tokens(
             self.lm, completions, batch_size, lambda batch: token_values(self.lm, batch, self.lm.special.latent)
         )
 
     def parts(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
-        """(P,) for each answer: how likely it is to come out right after each of its steps, and after the answer."""
+        """(P,) for each completion: the probability that it comes out right, after each step and after the answer."""
         values = []
         for row, completion in zip(self.before(completions, batch_size), completions, strict=True):
             parts = torch.tensor(completion_parts(self.lm, completion.completion_ids))
