@@ -1,4 +1,4 @@
-"""Pages about what a policy learned: one run, and several side by side."""
+"""Report pages of policies: of one run, and of several compared."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SEED = re.compile(r"-seed\d+$")
 
 
 def is_policy(run: RunRecord) -> bool:
-    """Whether coconut.rl made it."""
+    """Whether it is a run of coconut.rl."""
     return "objective" in run.config
 
 
 def modes_of(run: RunRecord) -> list[str]:
-    """What the run's model chooses from; nothing if it does not choose."""
+    """The modes of the run's model; none if it is not hybrid."""
     if is_policy(run):
         return run.description["reasoning"]["modes"]
     return run.config["curriculum"].get("modes", []) if run.stages[-1].modes else []
 
 
 def chooses(run: RunRecord) -> bool:
-    """Whether there is a model to be asked that chooses how to answer."""
+    """Whether the run has modes and a validation, so that its choices can be examined."""
     return bool(modes_of(run) and run.valid)
 
 
@@ -52,7 +52,7 @@ def chooses(run: RunRecord) -> bool:
 
 @styled()
 def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
-    """What the modes' shares, their accuracy and their chances by difficulty were: a line for each of the runs."""
+    """Share and accuracy of each mode over training, and its probability by steps: one line for each run and mode."""
     modes = modes_of(runs[0])
     left, right, top, bottom, high, gap = 40.0, 14.0, 26.0, 40.0, 130.0, 46.0
     beside = width > 500
@@ -70,12 +70,12 @@ def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
                 faint = by_steps(run.valid[0], mode)
                 chances.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
     last = max(run.config["num_steps"] for run in runs)
-    for axes, title in ((shares, "Share of the answers"), (right_ones, "Right, when made to")):
+    for axes, title in ((shares, "Share of completions"), (right_ones, "Accuracy when forced")):
         axes.set_xlim(0, last)
         axes.set_xlabel("batches", loc="right")
         axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(whole_ticks(4))
-    chances.set_title("Chance by steps", loc="left")
+    chances.set_title("Probability by steps", loc="left")
     chances.set_xlabel("steps of the question", loc="right")
     chances.xaxis.set_major_locator(whole_ticks(8))
     for axes in (shares, right_ones, chances):
@@ -88,10 +88,10 @@ def points(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
 
 
 def smooth(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    """Means of neighbouring batches."""
-    found = points(rows, key)
-    every = max(1, -(-len(found) // POINTS))
-    parts = [found[first : first + every] for first in range(0, len(found), every)]
+    """The curve of a metric over steps, averaged over neighbouring steps to at most POINTS points."""
+    values = points(rows, key)
+    every = max(1, -(-len(values) // POINTS))
+    parts = [values[first : first + every] for first in range(0, len(values), every)]
     return [(float(np.mean([x for x, _ in part])), float(np.mean([y for _, y in part]))) for part in parts]
 
 
@@ -101,11 +101,11 @@ def by_steps(row: dict[str, Any], mode: str) -> list[Point]:
 
 @styled()
 def reward_curve(run: RunRecord, width: float) -> Drawing:
-    """Rewards of the sampled answers, and on validation data."""
+    """Mean rewards of the sampled completions, and on validation questions."""
     figure = new_figure(width, 196)
     axes = panel(figure, 40, 30, width - 54, 126)
     draw_line(axes, smooth(run.train, "reward"), "muted", 1.2, "sampled", dots=False)
-    draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, its likeliest answers", dots=True)
+    draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, greedy", dots=True)
     axes.set_xlim(0, run.config["num_steps"])
     axes.set_xlabel("batches", loc="right")
     axes.xaxis.set_major_locator(whole_ticks(8))
@@ -118,18 +118,18 @@ def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
     return figure_of(
         lambda width: choice_curves(runs, width),
         name,
-        "Share of each mode among the sampled answers, accuracy of each mode, and the chance of each by difficulty.",
-        "Left: of the answers sampled for a batch. Middle: validation questions, each answered in every mode. Right: "
-        "how likely the first token is that of the mode, before the first batch (dotted) and after the last.",
+        "Share of each mode among the completions, accuracy of each mode, and its probability by number of steps.",
+        "Left: completions sampled in training. Middle: validation questions, each answered in every mode. Right: "
+        "the probability of the mode's control token, before the first batch (dashed) and after the last.",
     )
 
 
 def _legend(modes: Sequence[str]) -> Legend:
     entries = []
     for number, mode in enumerate(map(parse_mode, modes)):
-        told = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
-        words = told or f"{counted(mode.num_thoughts, 'thought')} and the answer"
-        entries.append((COLOURS[number % len(COLOURS)], f"{mode.token}: {words}"))
+        names = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
+        description = names or f"{counted(mode.num_thoughts, 'thought')} and the answer"
+        entries.append((COLOURS[number % len(COLOURS)], f"{mode.token}: {description}"))
     return Legend(entries)
 
 
@@ -137,10 +137,11 @@ def _legend(modes: Sequence[str]) -> Legend:
 
 
 def report(run: RunRecord) -> str:
-    """The page of one run."""
+    """The HTML page of one run."""
     objective = run.config["objective"]["name"]
     sections = [headline(run), learning(run), answers(run), provenance(run)]
-    what = f"learns which of {', '.join(modes_of(run))} to answer in" if modes_of(run) else "learns by reward"
+    modes = ", ".join(modes_of(run))
+    what = f"reinforcement learning of the choice between {modes}" if modes else "reinforcement learning"
     return page(run.description["name"], objective, what, run.folder, sections)
 
 
@@ -152,49 +153,49 @@ def headline(run: RunRecord) -> Section:
     if routers:
         parts += router_parts(routers)
     elif run.valid:
-        found = run.valid[-1]
-        parts.append(Text(f"After batch {found['step']:,}: {percent(found['accuracy'])} of the validation questions, "
-                          f"reward {found['reward']:.3f}. Unseen questions: name a test file."))  # fmt: skip
+        last = run.valid[-1]
+        parts.append(Text(f"After batch {last['step']:,}: {percent(last['accuracy'])} of the validation questions, "
+                          f"reward {last['reward']:.3f}. To evaluate unseen questions, name a test file."))  # fmt: skip
     return Section("headline", None, parts)
 
 
 def choices(run: RunRecord) -> Section | None:
-    """Of a run that was warmed up: how it chooses."""
+    """The section of a warmed-up hybrid model's page on its choice of modes."""
     study = run.studies.get("routers")
     return Section("choices", "How it chooses", router_parts(study)) if study else None
 
 
 def on_screen(study: Study) -> str:
-    """The routers within the width of a terminal."""
+    """The table of routers as text for a terminal."""
     modes = study.facts["modes"]
     names = ["who chooses", "accuracy", "interval", "tokens", "passes", *modes]
     return "\n".join(aligned([names, *(router_cells(row, modes) for row in study.rows)]))
 
 
 def router_parts(study: Study) -> list[Part]:
-    """The model's own choice against those of routers, on test questions."""
-    own, facts, modes = study.rows[0], study.facts, study.facts["modes"]
-    asked = describe_questions(facts["questions"], facts.get("seen"))
-    shares = ", ".join(f"{mode} for {percent(own[f'share_{mode}'])}" for mode in modes)
+    """The model's choice of modes against routers, on test questions: score, sentences and table."""
+    model_row, facts, modes = study.rows[0], study.facts, study.facts["modes"]
+    questions = describe_questions(facts["questions"], facts.get("seen"))
+    shares = ", ".join(f"{mode} for {percent(model_row[f'share_{mode}'])}" for mode in modes)
     names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
     return [
         Score(
-            own["accuracy"],
-            f"on {asked}",
-            (own["low"], own["high"]),
+            model_row["accuracy"],
+            f"on {questions}",
+            (model_row["low"], model_row["high"]),
             None,
         ),
         Text(
             f"With checkpoint {facts['step']:,} it chooses {shares} of the questions, and takes "
-            f"{own['new_tokens']:.1f} tokens of language and {own['passes']:.1f} forward passes an answer. Against "
-            "others that choose for it:"
+            f"{model_row['new_tokens']:.1f} new tokens and {model_row['passes']:.1f} forward passes an answer. "
+            "Compared with routers that choose for it:"
         ),
         Table(names, [router_cells(row, modes) for row in study.rows], len(names) - 1),
         Text(
-            "Expected values, on the same questions. At random: each mode as often as the model takes it, whatever the "
-            "question. Classifier: a small network on the model's state after the question, fitted on "
-            f"{facts['fitted_on']:,} training questions to name the cheapest mode that is right. Oracle: that mode "
-            "itself, which nobody knows beforehand."
+            "Expected values, on the same questions. At random: each mode as often as the model takes it, independent "
+            "of the question. Classifier: a small network on the model's hidden state after the question, fitted on "
+            f"{facts['fitted_on']:,} training questions to predict the cheapest mode that is right. Oracle: that mode, "
+            "an upper bound."
         ),
     ]
 
@@ -212,7 +213,7 @@ def learning(run: RunRecord) -> Section:
     modes = modes_of(run)
     parts: list[Part] = [_legend(modes), _curves([run], "choice")] if modes and run.train else []
     if run.train:
-        caption = "Of the answers sampled for each batch, and of those that it would give without sampling."
+        caption = "Completions sampled in training, and greedy answers to the validation questions."
         parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
     rows = [
         _batch_row(row, modes)
@@ -222,17 +223,17 @@ def learning(run: RunRecord) -> Section:
     columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
-        silent = percent(float(np.mean([row["zero_variance_groups"] for row in run.train])))
+        zero_variance = percent(float(np.mean([row["zero_variance_groups"] for row in run.train])))
         dense = describe_process_reward(run.config.get("process_reward")) != "none"
-        taught = "where only the rewards of tokens teach" if dense else "which teaches nothing"
-        parts.append(Text(f"In {silent} of the groups all answers were rewarded alike, {taught}."))
+        effect = "and only the process rewards give a gradient" if dense else "and give no gradient"
+        parts.append(Text(f"In {zero_variance} of the groups all rewards are equal, {effect}."))
     return Section("learning", "How it learned", parts)
 
 
 def _validation_interval(run: RunRecord) -> int:
-    """So that about ten validations are shown."""
-    own = run.config["validate_every"]
-    return own * max(1, -(-run.config["num_steps"] // (10 * own)))
+    """The steps between the validations that the table shows, about ten rows."""
+    interval = run.config["validate_every"]
+    return interval * max(1, -(-run.config["num_steps"] // (10 * interval)))
 
 
 def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
@@ -241,29 +242,33 @@ def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 
 
 def provenance(run: RunRecord) -> Section:
-    """What exactly was trained: all that is needed to do it again."""
-    config, told = run.config, run.description["objective"]
-    reward, asked = config["reward"], f"{config['prompts_per_step']} questions with {config['group_size']} answers each"
+    """The section on what exactly was trained: all settings that reproduce it."""
+    config, objective = run.config, run.description["objective"]
+    reward, batch = config["reward"], f"{config['prompts_per_step']} questions with {config['group_size']} answers each"
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
-    scaled = "divided by the deviation of their group" if told["normalize_advantages"] else "not divided"
-    own_term = f"a term of its own, of weight {told['control_token_weight']}"
-    control = "a token like the others" if told["control_token_weight"] is None else own_term
+    scaled = "divided by their group's standard deviation" if objective["normalize_advantages"] else "not divided"
+    own_term = f"a term of its own, of weight {objective['control_token_weight']}"
+    control = "a token like the others" if objective["control_token_weight"] is None else own_term
     facts = [
-        ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages {scaled}"),
+        (
+            "objective",
+            f"{config['objective']['name']}: {objective['denominator'].replace('_', ' ')}; advantages {scaled}",
+        ),
         (
             "control token",
-            control + ("" if told["control_token_scale"] == 1 else f", slowed to {told['control_token_scale']:g}"),
+            control
+            + ("" if objective["control_token_scale"] == 1 else f", scaled by {objective['control_token_scale']:g}"),
         ),
-        ("clipping", f"ratios from {1 - told['clip_low']:g} to {1 + told['clip_high']:g}"),
-        ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
-        ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
-        ("dense rewards", describe_process_reward(config.get("process_reward"))),
-        ("costs", costs),
-        ("limits", limits),
+        ("clipping", f"probability ratios from {1 - objective['clip_low']:g} to {1 + objective['clip_high']:g}"),
+        ("KL coefficient", f"{config['objective']['kl_coef']:g}; the reference is the model that it started from"),
+        ("reward", f"1 minus the mode's cost if right, otherwise {reward['incorrect_reward']:g}"),
+        ("process reward", describe_process_reward(config.get("process_reward"))),
+        ("mode costs", costs),
+        ("token limits of modes", limits),
         ("started from", str(run.description["init"])),
         ("parameters", f"{run.description['parameters']:,}"),
-        ("batches", f"{run.step:,} of {config['num_steps']:,}, of {asked}, at temperature {config['temperature']:g}"),
+        ("batches", f"{run.step:,} of {config['num_steps']:,}, of {batch}, at temperature {config['temperature']:g}"),
         ("updates a batch", str(config["num_minibatches"] * config["num_iterations"])),
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
     ]
@@ -271,10 +276,10 @@ def provenance(run: RunRecord) -> Section:
 
 
 def describe_process_reward(dense: dict[str, Any] | None) -> str:
-    """Of a run's configuration; None if it was made before there were any."""
+    """The process reward of a run's configuration in words."""
     if not (dense and dense["weight"]):
         return "none"
-    learns = "learns from each batch" if dense["online"] else "stays as it is"
+    learns = "is updated with each batch" if dense["online"] else "is frozen"
     return f"weight {dense['weight']:g}, beta {dense['beta']:g}; the reward model {learns}"
 
 
@@ -282,35 +287,35 @@ def describe_process_reward(dense: dict[str, Any] | None) -> str:
 
 
 def arm_of(run: RunRecord) -> str:
-    """The name of its folder, without the seed."""
+    """The name of the run's folder, without the seed."""
     return SEED.sub("", run.folder.resolve().name)
 
 
 def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of one arm together."""
-    found: dict[str, list[RunRecord]] = {}
+    """Group runs that differ in the seed alone, by the names of their folders."""
+    by_arm: dict[str, list[RunRecord]] = {}
     for run in runs:
-        found.setdefault(arm_of(run), []).append(run)
-    return found
+        by_arm.setdefault(arm_of(run), []).append(run)
+    return by_arm
 
 
 def comparison(runs: Sequence[RunRecord]) -> Study:
-    """A row for each of the runs: what it chooses, and what comes of it on test questions.
+    """A study with a row for each run: its choice of modes, and the results on test questions.
 
-    Raises ValueError if one is not complete, not examined or has no modes, or if they have other modes or questions.
+    Raises ValueError if a run is incomplete, was not analyzed, or has other modes or test questions than the first.
     """
     for run in runs:
         if run.step < run.config["num_steps"]:
             raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['num_steps']:,}.")
         if "routers" not in run.studies:
-            raise ValueError(f"{run.folder} was not examined: python -m coconut.analyze run={run.folder} does that.")
-    first = runs[0].studies["routers"].facts
+            raise ValueError(f"{run.folder} was not analyzed. Run python -m coconut.analyze run={run.folder}.")
+    first_facts = runs[0].studies["routers"].facts
     rows = []
     for run in runs:
         facts = run.studies["routers"].facts
-        if any(facts[key] != first[key] for key in ("modes", "sha256", "questions")):
-            raise ValueError(f"{run.folder} and {runs[0].folder} have other modes, or were asked other questions.")
-        own, *others = run.studies["routers"].rows
+        if any(facts[key] != first_facts[key] for key in ("modes", "sha256", "questions")):
+            raise ValueError(f"{run.folder} and {runs[0].folder} differ in their modes or in their test questions.")
+        model_row, *others = run.studies["routers"].rows
         by_name = {row["router"]: row for row in others}
         easy, *_, hard = run.studies["difficulty"].rows
         rows.append(
@@ -319,52 +324,51 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
                 "seed": run.config["seed"],
                 "step": run.studies["routers"].facts["step"],
                 "reward": _validated(run)["reward"],
-                **{key: own[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
+                **{key: model_row[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
                 "at_random": by_name["at random, as often"]["accuracy"],
                 "oracle": by_name["oracle"]["accuracy"],
-                **{key: value for key, value in own.items() if key.startswith("share_")},
-                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first["modes"]},
-                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first["modes"]},
+                **{key: value for key, value in model_row.items() if key.startswith("share_")},
+                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first_facts["modes"]},
+                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first_facts["modes"]},
                 "seconds": sum(row["seconds"] for row in run.train),
             }
         )
-    kept = {key: first[key] for key in ("modes", "sha256", "questions", "file")}
-    return Study("policies", rows, kept | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
+    facts_of_study = {key: first_facts[key] for key in ("modes", "sha256", "questions", "file")}
+    return Study("policies", rows, facts_of_study | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
 
 
 def _validated(run: RunRecord) -> dict[str, Any]:
-    """The validation of the checkpoint that was examined. Raises ValueError if that was not validated."""
+    """The validation of the checkpoint that was analyzed. Raises ValueError if there is none."""
     step = run.studies["routers"].facts["step"]
     rows = [row for row in run.valid if row["step"] == step]
     if not rows:
         raise ValueError(
-            f"{run.folder} was examined at batch {step:,}, where nothing was validated: what it earned there is not "
-            f"known. Examine another checkpoint: python -m coconut.analyze run={run.folder} checkpoint=best"
+            f"{run.folder} was analyzed at batch {step:,}, which has no validation, so its reward is not known. "
+            f"Analyze another checkpoint: python -m coconut.analyze run={run.folder} checkpoint=best"
         )
     return rows[-1]
 
 
 def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
-    """The page of several runs."""
+    """The HTML page that compares several runs."""
     modes = study.facts["modes"]
-    asked = describe_questions(study.facts["questions"], study.facts.get("seen"))
+    questions = describe_questions(study.facts["questions"], study.facts.get("seen"))
     note = (
-        f"On {asked}; means over seeds. All numbers of a run are of the "
-        "checkpoint that was examined, the best by its reward unless another was named; the reward is that on "
-        "validation questions. Minutes: of the whole training. Chance on easy and on hard: how likely "
-        "the first token is that of the mode, for questions of the fewest and of the most steps. At random: the "
-        "accuracy if each mode were taken as often, whatever the question."
+        f"On {questions}; means over seeds. All numbers of a run are of the checkpoint that was analyzed, by default "
+        "the one with the best reward; the reward is that on validation questions. Minutes: of the whole training. "
+        "Easy and hard: the probability of the mode's control token for questions with the fewest and with the most "
+        "steps. At random: the accuracy if each mode is taken as often, independent of the question."
     )
     parts: list[Part] = [Table(columns(modes), table_rows(study), len(columns(modes)) - 1), Text(note)]
     curves: list[Part] = [_legend(modes)]
-    for number, (arm, its) in enumerate(arms(runs).items()):
-        figure, seeds = _curves(its, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in its)
-        said = f"Seed{'s' * (len(its) > 1)} {seeds}."
-        curves += [Heading(arm), replace(figure, caption=f"{said} {figure.caption}" if not number else said)]
+    for number, (arm, arm_runs) in enumerate(arms(runs).items()):
+        figure, seeds = _curves(arm_runs, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in arm_runs)
+        caption = f"Seed{'s' * (len(arm_runs) > 1)} {seeds}."
+        curves += [Heading(arm), replace(figure, caption=f"{caption} {figure.caption}" if not number else caption)]
     return page(
         runs[0].description["name"],
         f"{len(runs)} policies",
-        f"how each learned which of {', '.join(modes)} to answer in",
+        f"reinforcement learning of the choice between {', '.join(modes)}",
         folder,
         [Section("headline", None, parts), Section("learning", "How they learned", curves)],
         kicker="comparison",
@@ -377,17 +381,19 @@ def columns(modes: Sequence[str]) -> list[str]:
 
 
 def table_rows(study: Study) -> list[list[str]]:
-    """A row for each arm, as it is read, in the order of `columns`."""
+    """A row of table cells for each arm, in the order of `columns`."""
     modes = study.facts["modes"]
-    found = []
+    table = []
     for arm in dict.fromkeys(row["arm"] for row in study.rows):
-        its = [row for row in study.rows if row["arm"] == arm]
-        mean = {key: float(np.mean([row[key] for row in its])) for key in its[0] if key not in ("arm", "seed", "step")}
+        rows = [row for row in study.rows if row["arm"] == arm]
+        mean = {
+            key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ("arm", "seed", "step")
+        }
         shares = [percent(mean[f"{kind}_{mode}"]) for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
-        found.append(
+        table.append(
             [
                 arm,
-                ", ".join(str(row["seed"]) for row in its),
+                ", ".join(str(row["seed"]) for row in rows),
                 f"{mean['reward']:.3f}",
                 *(percent(mean[key]) for key in ("accuracy", "at_random", "oracle")),
                 *shares,
@@ -396,4 +402,4 @@ def table_rows(study: Study) -> list[list[str]]:
                 f"{mean['seconds'] / 60:.1f}",
             ]
         )
-    return found
+    return table

@@ -1,4 +1,4 @@
-"""The model's own choice of a mode against routers that choose for it."""
+"""The hybrid model's choice of a mode compared with routers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KNOWN = ModeOutcomes(
 )
 
 
-def test_by_hand() -> None:
+def test_compare_routers_by_hand() -> None:
     assert cheapest_right(KNOWN).tolist() == [0, 1, 0, 0]
     found = compare_routers(KNOWN, router_distributions(KNOWN, np.array([1, 1, 0, 0])))
     expected = {
@@ -46,7 +46,7 @@ def test_by_hand() -> None:
     assert "classifier" not in router_distributions(KNOWN)
 
 
-def test_at_random_is_what_independent_draws_come_to() -> None:
+def test_random_router_equals_independent_draws() -> None:
     random = np.random.default_rng(0)
     correct = (random.random((500, 3)) < [0.3, 0.6, 0.9]).astype(np.float64)
     known = ModeOutcomes(tuple(MODES), correct, np.ones((500, 3)), np.ones((500, 3)), random.random((500, 3)))
@@ -56,7 +56,7 @@ def test_at_random_is_what_independent_draws_come_to() -> None:
     assert found.accuracy == pytest.approx(correct[np.arange(500), drawn].mean(), abs=5e-3)
 
 
-def test_outcomes_are_those_of_the_evaluations() -> None:
+def test_mode_outcomes_equal_evaluations() -> None:
     lm = hybrid()
     known = mode_outcomes(lm, TASK, EXAMPLES, batch_size=2)
     for number, mode in enumerate(MODES):
@@ -70,7 +70,7 @@ def test_outcomes_are_those_of_the_evaluations() -> None:
     assert compare_routers(known, router_distributions(known))["the model"].shares == pytest.approx(own.modes)
 
 
-def test_states_are_those_that_the_mode_is_read_from() -> None:
+def test_question_states_give_the_models_choice() -> None:
     lm = hybrid()
     found = question_states(lm, EXAMPLES, batch_size=2)
     controls = [lm.special.control[mode] for mode in MODES]
@@ -79,7 +79,7 @@ def test_states_are_those_that_the_mode_is_read_from() -> None:
     assert [MODES[number] for number in chosen] == [p.mode for p in evaluate(lm, TASK, EXAMPLES).predictions]
 
 
-def test_a_classifier_learns_what_the_state_tells() -> None:
+def test_classifier_learns_the_cheapest_right_mode() -> None:
     torch.manual_seed(0)
     states_QD = torch.randn(600, 8)
     hard = (states_QD[:, 0] > 0).numpy()
