@@ -106,7 +106,7 @@ def _batches(
     """Batches for `generate`: the indices of the prefixes, the prompts, and further arguments.
 
     Without slot, markers and control token, a prefix is simply a longer prompt. Otherwise `generate` adds them after
-    the question, and the rest of the prefix is passed as `begun`, in batches of equal length.
+    the question, and the rest of the prefix is passed as `prefix_ids`, in batches of equal length.
     """
     reasoning, eos = lm.reasoning, lm.special.eos
     unfinished = [
@@ -125,7 +125,7 @@ def _batches(
         for rows in longest_first(questions, size):
             chosen = [prefixes[same_length[row]] for row in rows]
             options: dict[str, Any] = {
-                "begun": torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
+                "prefix_ids": torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
             }
             if reasoning.modes:
                 options["mode"] = [completion.mode for completion in chosen]
