@@ -389,8 +389,10 @@ def test_causal_model_backend_answers_and_checks_its_prompt(tmp_path: Path) -> N
         assert [len(reply.texts) for reply in row] == [1, 2, 1, 2]
         assert all(0 < reply.passes <= 5 * len(reply.texts) for reply in row)
     with pytest.raises(ValueError, match="which the space does not set"):
-        collect_answers(CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
-                tmp_path / "x")  # fmt: skip
+        collect_answers(
+            CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
+            tmp_path / "x",
+        )  # fmt: skip
     for prompt, message in (
         ("{steps}", "it must contain {question}"),
         ("{question} {}", "braces must hold names of settings"),
@@ -663,8 +665,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     values: dict[str, Any] = {
-        "run": str(folder or ""), "split": "valid", "num_train_questions": 4, "seeds": 2, "max_new_tokens": 6, "cost": 0.01,
-        "engine": CPU,
+        "run": str(folder or ""), "split": "valid", "num_train_questions": 4, "seeds": 2, "max_new_tokens": 6,
+        "cost": 0.01, "engine": CPU,
         "space": {"num_thoughts": [0, 1, 2], "decoding": {"greedy": {"temperature": 0},
                                                           "vote": {"temperature": 1, "samples": 3}}},
         "policy": PolicyConfig(updates=20),

@@ -741,9 +741,9 @@ def test_continued_prefix_keeps_one_slot(kind: str) -> None:
     for sample in samples:
         prefix = sample.with_completion_ids(sample.completion_ids[:1])
         assert question_of(lm, prefix) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
-        [several] = continue_completions(reference, [new_trainer], 3)
+        [several] = continue_completions(reference, [prefix], 3)
         assert all(1 <= len(more) <= 3 for more in several)
-        whole = new_trainer.with_completion_ids([*new_trainer.completion_ids, *several[0]])
+        whole = prefix.with_completion_ids([*prefix.completion_ids, *several[0]])
         assert whole.layout.ids.tolist().count(lm.latent_id) == sample.layout.ids.tolist().count(lm.latent_id)
     ended = samples[0].with_completion_ids([8, lm.special.eos])
     assert continue_completions(reference, [ended], 2) == [[[], []]], "an ended completion has no continuation"

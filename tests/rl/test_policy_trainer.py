@@ -18,7 +18,7 @@ from helpers.runs import graph_files, same_end, small_run
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
-from coconut.analyze import settings_with_several_updates as compare
+from coconut.analyze import several as compare
 from coconut.completions.rollouts import Cost
 from coconut.config import (
     AdamWConfig,
@@ -84,7 +84,7 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLC
 
 @pytest.fixture(scope="module")
 def finished(made: tuple[Path, DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run with settings_with_several_updates updates a step and a checkpoint after every step."""
+    """An uninterrupted run with several updates a step and a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert run(settings_with_several_updates(made, folder)) == 0
     return folder
