@@ -262,7 +262,7 @@ def test_faulty_rows_are_listed_and_dropped_if_asked(
     assert third == "  row 4: 3/0=1 (unreadable: a number is divided by zero)"
     assert fourth == "  row 4: 2/3=.66 (exact: 2/3 (about 0.666667))"
     assert fifth.endswith(f"in 2 of 6 rows the last equation has another value than the answer ({fates[1]})")
-    assert last == "all of them stand in gsm8k_manifest.json"
+    assert last == "All of them are listed in gsm8k_manifest.json."
 
 
 def test_faulty_rows_are_an_error_if_asked(tmp_path: Path) -> None:
