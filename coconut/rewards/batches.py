@@ -31,7 +31,7 @@ class RewardBatch(CompletionBatch):
     counts: (N,) sampled tokens of each completion.
     reference: (N,) log-probabilities of the whole completions under the reference model.
     right: (N,) whether the answer is right.
-    reference_point: scalar, the KL estimate of KTO.
+    reference_point: scalar, see `losses.kto`.
     num_items: the completions, or pairs, over which the loss is summed; the engine divides by their total.
     """
 

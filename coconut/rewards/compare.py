@@ -145,7 +145,7 @@ def selections(
 
 def error_localisation(
     development: Sequence[LabelledAnswers],
-    asked: Sequence[LabelledAnswers],
+    test: Sequence[LabelledAnswers],
     scored: Sequence[tuple[ScorerResult, ScorerResult]],
     judge: CorrectnessReward,
 ) -> Study:
@@ -158,7 +158,7 @@ def error_localisation(
     if check is None:
         raise ValueError(f"The task {judge.task.name} has no exact check of steps, so the first error is not known.")
     form, read = judge.form, judge.task.read_steps
-    texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, asked)]
+    texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, test)]
     truth = [[check(question, read(text, form)) for question, text in part] for part in texts]
     rows = []
     for results in scored:

@@ -58,27 +58,29 @@ def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
     beside = width > 500
     wide = (width - left - right - 2 * gap) / 3 if beside else width - left - right
     figure = new_figure(width, top + high + bottom if beside else 3 * (top + high + bottom))
-    places = [(left + n * (wide + gap), top) if beside else (left, top + n * (top + high + bottom)) for n in range(3)]
-    shares, right_ones, chances = (panel(figure, *place, wide, high) for place in places)
+    positions = [
+        (left + n * (wide + gap), top) if beside else (left, top + n * (top + high + bottom)) for n in range(3)
+    ]
+    shares, accuracies, probabilities = (panel(figure, *position, wide, high) for position in positions)
     for number, mode in enumerate(modes):
         colour = COLOURS[number % len(COLOURS)]
         for run in runs:
             draw_line(shares, smooth(run.train, f"share_{mode}"), colour, 1.5, mode, dots=False)
-            draw_line(right_ones, points(run.valid, f"accuracy_{mode}"), colour, 1.5, mode, dots=False)
+            draw_line(accuracies, points(run.valid, f"accuracy_{mode}"), colour, 1.5, mode, dots=False)
             if run.valid:
-                draw_line(chances, by_steps(run.valid[-1], mode), colour, 1.5, mode, dots=True)
+                draw_line(probabilities, by_steps(run.valid[-1], mode), colour, 1.5, mode, dots=True)
                 faint = by_steps(run.valid[0], mode)
-                chances.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
+                probabilities.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
     last = max(run.config["num_steps"] for run in runs)
-    for axes, title in ((shares, "Share of completions"), (right_ones, "Accuracy when forced")):
+    for axes, title in ((shares, "Share of completions"), (accuracies, "Accuracy when forced")):
         axes.set_xlim(0, last)
         axes.set_xlabel("batches", loc="right")
         axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(whole_ticks(4))
-    chances.set_title("Probability by steps", loc="left")
-    chances.set_xlabel("steps of the question", loc="right")
-    chances.xaxis.set_major_locator(whole_ticks(8))
-    for axes in (shares, right_ones, chances):
+    probabilities.set_title("Probability by steps", loc="left")
+    probabilities.set_xlabel("steps of the question", loc="right")
+    probabilities.xaxis.set_major_locator(whole_ticks(8))
+    for axes in (shares, accuracies, probabilities):
         share_axis(axes.yaxis, 5)
     return figure
 
