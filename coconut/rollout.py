@@ -25,7 +25,7 @@ def run(config: RolloutConfig) -> int:
 def run_rank(config: RolloutConfig, world: World) -> int:
     """The work of each process."""
     from coconut.completions.rollout_file import write_rollouts
-    from coconut.completions.rollouts import CorrectnessReward, with_room
+    from coconut.completions.rollouts import CorrectnessReward, examples_that_fit
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.evaluation.evaluator import task_of
@@ -40,7 +40,7 @@ def run_rank(config: RolloutConfig, world: World) -> int:
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm, task = trained.lm, task_of(data)
     skip = config.too_long is TooLong.skip
-    examples = with_room(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
+    examples = examples_that_fit(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
     with world.main_process_first():
         gold, right = read_back(
             lm, examples, task, file=str(path), unreadable=config.unreadable, cache_dir=data["cache_dir"]

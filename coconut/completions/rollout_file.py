@@ -48,7 +48,7 @@ def write_rollouts(
                     seed=(config.seed, number), temperature=config.temperature, mode=config.mode,
                     max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
-                rows = (as_row(g, [judge.right(g.example, s.text) for s in g.completions]) for g in groups)
+                rows = (answer_row(g, [judge.is_correct(g.example, s.text) for s in g.completions]) for g in groups)
                 write_rows(files[number], rows)
             bar(number + 1, "")
     world.all_gather_object(None)
@@ -75,7 +75,7 @@ def _join(files: Sequence[Path], output: Path) -> None:
     log(f"{len(rows):,} questions, {len(labels):,} answers, {right}: {output}")
 
 
-def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
+def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
     """A line of the file."""
     samples = [
         {

@@ -15,7 +15,7 @@ from torch import Tensor
 from coconut.acceleration.linear import onednn_linear
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import SpecialIds, encode_questions
-from coconut.generation.options import PASSTHROUGH, settings
+from coconut.generation.options import PASSTHROUGH, generation_settings
 from coconut.generation.thoughts import StopCriterion, think
 from coconut.methods import Reasoning, Slot
 from coconut.utils.torch_utils import eval_mode
@@ -103,7 +103,7 @@ def generate(
     several to one streamer.
     """
     asked = {**options, "max_new_tokens": max_new_tokens}
-    samples, options = settings(asked, lm.reasoning.max_new_tokens, len(input_ids), noisy=thought_noise != 0)
+    samples, options = generation_settings(asked, lm.reasoning.max_new_tokens, len(input_ids), noisy=thought_noise != 0)
     options["log_probs"] = log_probs
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
     if not is_question_BT.any(1).all():

@@ -72,30 +72,32 @@ def compare_runs(config: CompareConfig) -> int:
             loss, lm = get_loss(its["loss"]), load_run(folder, config.checkpoint, config.engine).lm
             score: Score
             if loss.is_value_model:
-                score = partial(compare.valued, folder.name, ValueModel(lm), batch_size=config.batch_size)
+                score = partial(
+                    compare.score_with_value_model, folder.name, ValueModel(lm), batch_size=config.batch_size
+                )
                 scored.append(setting.scored(score))
             else:
                 reward = _implicit_reward(setting, lm, its["beta"])
-                score = partial(compare.implicit, folder.name, reward, batch_size=config.batch_size)
+                score = partial(compare.score_with_implicit_reward, folder.name, reward, batch_size=config.batch_size)
                 scored.append(setting.scored(score))
                 bounds[folder.name] = compare.bounds(reward, setting.answers, seed=config.seed)
             trained.append(_training(folder, loss))
             bar(number, folder.name)
         if config.rollouts:
             options = {"rollouts": config.rollouts, "seed": config.seed}
-            scored.append(setting.scored(partial(compare.monte_carlo, reference, setting.judge, **options)))
+            scored.append(setting.scored(partial(compare.score_with_rollouts, reference, setting.judge, **options)))
             bar(len(runs) + 1, "rollouts")
 
     learned_from = read_answers(configs[0]["data"]["train"], reference, skip=True)
     parameters = sum(weight.numel() for weight in reference.parameters())
     rollouts = scored[-1].steps[1] if config.rollouts else None
-    count = len(compare.samples_of(setting.step_answers[1]))
+    count = len(compare.all_completions(setting.step_answers[1]))
     studies = [
         compare.selections(setting.answers, [one.answers for one in scored], setting.judge, SIZES),
         compare.costs(trained, learned_from, parameters, rollouts, count),
     ]
     if hasattr(setting.judge.task, "first_wrong"):
-        studies.append(compare.localisation(*setting.step_answers, [one.steps for one in scored], setting.judge))
+        studies.append(compare.error_localisation(*setting.step_answers, [one.steps for one in scored], setting.judge))
     studies.append(compare.all_bounds(bounds))
     _write(studies, Path(config.output) if config.output else common_folder(runs), configs[0]["name"])
     return 0
@@ -110,8 +112,8 @@ def _setting(config: CompareConfig, runs: Sequence[Path], first: dict[str, Any])
     reference = in_float32(LatentLM.from_pretrained(init)).to(set_up_device(config.engine))
     task = TASKS[str(read_config(run_folder_of(init))["data"]["task"])]
     skip = config.too_long is TooLong.skip
-    answers = read_answers(config.answers, reference, skip, alike=True)
-    development = read_answers(config.development or first["data"]["valid"], reference, skip, alike=True)
+    answers = read_answers(config.answers, reference, skip, whole_questions=True)
+    development = read_answers(config.development or first["data"]["valid"], reference, skip, whole_questions=True)
     first_development, first_answers = (
         compare.first_answers(labelled, config.num_step_questions) for labelled in (development, answers)
     )
@@ -136,8 +138,8 @@ def _training(folder: Path, loss: Loss) -> compare.TrainedRewardModel:
         folder.name,
         seconds,
         int(items) * (2 if loss.pairs else 1),
-        compared=not loss.is_value_model,
-        shifted=loss.uses_reference_point,
+        uses_reference=not loss.is_value_model,
+        uses_reference_point=loss.uses_reference_point,
     )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, needs, shard_by_length
-from coconut.completions.scoring import CompletionBatch, SamplingDistribution, of_tokens
+from coconut.completions.completion import Completion, passes_and_length, shard_by_length
+from coconut.completions.scoring import CompletionBatch, SamplingDistribution, score_tokens
 from coconut.config import TooLong
 from coconut.engine.base import Engine, LossFunction, peak_memory
 from coconut.engine.factory import make_engine
@@ -22,17 +22,17 @@ from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import (
     AnswerSet,
     RewardBatch,
-    preference,
+    preference_metrics,
     reward_batch,
     reward_loss,
-    scored_together,
+    score_across_processes,
     value_loss,
 )
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import get_loss
-from coconut.rewards.value_model import values
+from coconut.rewards.value_model import token_values
 from coconut.runs.folder import describe, open_run_folder, used_file
 from coconut.runs.loading import in_float32, match_dtypes
 from coconut.runs.state import TrainingState
@@ -124,15 +124,15 @@ class RewardTrainer:
             if stop:
                 return torch.zeros(len(batch.is_control))
             if self.loss.is_value_model:
-                return values(lm, batch, lm.special.latent)
+                return token_values(lm, batch, lm.special.latent)
             return self.distribution.log_probs(lm, batch)
 
         def score_share(share: Sequence[Completion]) -> list[float]:
-            of_answers = of_tokens(lm, share, self.micro_batch_size, score_batch)
+            of_answers = score_tokens(lm, share, self.micro_batch_size, score_batch)
             return [float(tokens_M[-1] if self.loss.is_value_model else tokens_M.sum()) for tokens_M in of_answers]
 
         with self.engine.autocast():
-            scores_N = torch.tensor(scored_together(score_share, completions, self.world))
+            scores_N = torch.tensor(score_across_processes(score_share, completions, self.world))
         if stop is not None and self.world.any_process(bool(stop)):
             raise EvaluationInterrupted
         return scores_N
@@ -158,7 +158,7 @@ class RewardTrainer:
         completions, width = self.answers["train"].completions, self.training_items.shape[1]
         by_length = sorted(range(len(completions)), key=lambda i: -len(completions[i].layout.ids))
         longest = by_length[: min(self.micro_batch_size, len(by_length)) // width * width]
-        passes, _ = needs(completions)
+        passes, _ = passes_and_length(completions)
         self.engine.dry_run(self._micro_batch(np.array(longest).reshape(-1, width), passes, torch.zeros(())))
 
     def train_step(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class RewardTrainer:
         order = np.random.default_rng((config.seed, epoch)).permutation(len(self.training_items))
         items = self.training_items[order[index * self.items_per_update : (index + 1) * self.items_per_update]]
         completions = self.answers["train"].completions
-        needed = [needs([completions[i] for i in item]) for item in items]
+        needed = [passes_and_length([completions[i] for i in item]) for item in items]
         size = max(1, self.micro_batch_size // items.shape[1])
         reference_point = self._reference_point(items)
         parts = [
@@ -222,7 +222,7 @@ class RewardTrainer:
         scale = 1.0 if self.loss.is_value_model else self.config.beta
         rewards_N = scale * (scores_N - self.reference["valid"]).numpy()
         found = {
-            **preference(rewards_N, answers),
+            **preference_metrics(rewards_N, answers),
             "reward_right": float(rewards_N[answers.right].mean()) if answers.right.any() else 0.0,
             "reward_wrong": float(rewards_N[~answers.right].mean()) if not answers.right.all() else 0.0,
         }

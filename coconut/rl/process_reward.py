@@ -14,13 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, needs, shard_by_length
+from coconut.completions.completion import Completion, passes_and_length, shard_by_length
 from coconut.completions.rollouts import CorrectnessReward, Group
 from coconut.completions.scoring import SamplingDistribution
 from coconut.engine.base import Engine
 from coconut.engine.factory import make_engine
 from coconut.models.latent_lm import LatentLM
-from coconut.rewards.batches import AnswerSet, RewardBatch, preference, reward_batch, reward_loss, scored_together
+from coconut.rewards.batches import (
+    AnswerSet,
+    RewardBatch,
+    preference_metrics,
+    reward_batch,
+    reward_loss,
+    score_across_processes,
+)
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
@@ -170,7 +177,7 @@ class OnlineProcessReward:
                 own, reference = (self.distribution.score(m, share, self.batch_size) for m in (lm, self.reference))
                 return list(zip(own, reference, strict=True))
 
-            scores = iter(scored_together(score, completions, self.world))
+            scores = iter(score_across_processes(score, completions, self.world))
         return [self._rewards_of(group, [next(scores) for _ in group.completions]) for group in groups]
 
     def _rewards_of(self, group: Group, scores: Sequence[tuple[Tensor, Tensor]]) -> TokenRewards:
@@ -179,7 +186,9 @@ class OnlineProcessReward:
             group,
             tokens=[self.config.beta * (own_M - reference_M) for own_M, reference_M in scores],
             reference=torch.stack([reference_M.sum() for _, reference_M in scores]),
-            right=torch.tensor([self.judge.right(group.example, completion.text) for completion in group.completions]),
+            right=torch.tensor(
+                [self.judge.is_correct(group.example, completion.text) for completion in group.completions]
+            ),
         )
 
     @staticmethod
@@ -198,7 +207,7 @@ class OnlineProcessReward:
         if any(group.right.any() and not group.right.all() for group in rewarded):
             question_N = np.repeat(np.arange(len(rewarded)), [len(group.tokens) for group in rewarded])
             answers = AnswerSet([], right_N.numpy(), question_N)
-            found["dense_pairs"] = preference(rewards_N.numpy(), answers)["pairs"]
+            found["dense_pairs"] = preference_metrics(rewards_N.numpy(), answers)["pairs"]
         return found
 
     def update(self, rewarded: Sequence[TokenRewards]) -> dict[str, float]:
@@ -209,7 +218,7 @@ class OnlineProcessReward:
         completions = [completion for group in rewarded for completion in group.group.completions]
         reference_N = torch.cat([group.reference for group in rewarded])
         right_N = torch.cat([group.right for group in rewarded])
-        needed = [needs([completion]) for completion in completions]
+        needed = [passes_and_length([completion]) for completion in completions]
         rows = [*completions, completions[0].without_targets()]  # index -1, for a process that has none left
         parts = []
         for places, passes in shard_by_length(needed, self.batch_size, self.world.rank, self.world.size):

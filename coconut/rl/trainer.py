@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import longest_completions, needs, shard_by_length
-from coconut.completions.rollouts import CorrectnessReward, Cost, Group, Reward, rewarded, sample_groups, with_room
+from coconut.completions.completion import longest_completions, passes_and_length, shard_by_length
+from coconut.completions.rollouts import (
+    CorrectnessReward,
+    Cost,
+    Group,
+    Reward,
+    checked_reward,
+    examples_that_fit,
+    sample_groups,
+)
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import TooLong
 from coconut.data.examples import Example, read_examples
@@ -28,7 +36,7 @@ from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
-from coconut.rl.mode_routing import by_steps, gathered, in_each_mode, of_modes
+from coconut.rl.mode_routing import collect_outcomes, metrics_by_steps, mode_metrics, predict_in_each_mode
 from coconut.rl.objectives import advantages, has_zero_variance
 from coconut.rl.process_reward import OnlineProcessReward
 from coconut.runs.folder import describe, open_run_folder, used_file
@@ -59,7 +67,7 @@ class PolicyTrainer:
     ):
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.judged()]
-        self.objective = config.objective.built()
+        self.objective = config.objective.build()
         self.num_steps = config.num_steps
         # a new run validates before its first step
         self.training_state = TrainingState(config, folder, world, updates=0, pending=True)
@@ -120,7 +128,7 @@ class PolicyTrainer:
     def _read(self, split: str) -> list[Example]:
         """The examples whose prompts leave room for the longest completion and whose gold answers are judged right."""
         file, config = self.files[split], self.config
-        kept = with_room(
+        kept = examples_that_fit(
             self.lm, read_examples(file), self.max_new_tokens, config.data.too_long is TooLong.skip, file,
             "Lower max_new_tokens, or leave them out with data.too_long=skip.",
         )  # fmt: skip
@@ -221,7 +229,7 @@ class PolicyTrainer:
         pairs = [(group.example, completion) for group in groups for completion in group.completions]
         completions = [completion for _, completion in pairs]
         rewards = torch.stack([group.rewards for group in groups])
-        right = np.array([self.judge.right(example, completion.text) for example, completion in pairs])
+        right = np.array([self.judge.is_correct(example, completion.text) for example, completion in pairs])
         found = {
             "reward": float(rewards.mean()),
             "accuracy": float(right.mean()),
@@ -262,7 +270,7 @@ class PolicyTrainer:
         if config.drop_zero_variance_groups and has_zero_variance(group.rewards[None]).all():
             return False
         low, high = config.process_reward.accuracy_range or (-math.inf, math.inf)
-        right = [self.judge.right(group.example, completion.text) for completion in group.completions]
+        right = [self.judge.is_correct(group.example, completion.text) for completion in group.completions]
         return low < float(np.mean(right)) < high
 
     def _advantages(
@@ -295,7 +303,7 @@ class PolicyTrainer:
         world.set_activity(f"preparing update {self.updates + 1}")
         completions = [completion for group in groups for completion in group.completions]
         totals = totals_of(completions, self.max_new_tokens)
-        needed = [needs([completion]) for completion in completions]
+        needed = [passes_and_length([completion]) for completion in completions]
         # index -1: a row without targets, for a process that has none left
         rows, rows_advantages = [*completions, completions[0].without_targets()], [*token_advantages, torch.zeros(0)]
         parts = [
@@ -343,11 +351,11 @@ class PolicyTrainer:
         world = self.world
         world.set_activity(f"in the validation after step {self.step}")
         with self.engine.full_module() as lm, self.engine.autocast():
-            predictions = in_each_mode(
+            predictions = predict_in_each_mode(
                 lm, self.task, self.valid, max_new_tokens=self.max_new_tokens, batch_size=self.config.eval_batch_size,
                 world=world, asked=stop,
             )  # fmt: skip
-            outcomes = gathered(lm, self.valid, predictions)
+            outcomes = collect_outcomes(lm, self.valid, predictions)
         rows, by_mode = np.arange(len(outcomes.chosen)), list(predictions.values())
         chosen = [by_mode[mode][row] for row, mode in enumerate(outcomes.chosen)]
         with self._save_if_reward_fails():
@@ -357,18 +365,18 @@ class PolicyTrainer:
             "accuracy": float(outcomes.correct[rows, outcomes.chosen].mean()),
             "new_tokens": float(outcomes.tokens[rows, outcomes.chosen].mean()),
             "passes": float(outcomes.passes[rows, outcomes.chosen].mean()),
-            **of_modes(outcomes, rows),
+            **mode_metrics(outcomes, rows),
         }
         if not self.best or found["reward"] > self.best["reward"]:
             self.best = {"step": self.step, **{key: found[key] for key in ("reward", "accuracy")}}
         track.samples(self.step, [asdict(prediction) for prediction in chosen[:5]])
-        track.log("valid", self.step, **found, by_steps=by_steps(outcomes, self.valid))
+        track.log("valid", self.step, **found, by_steps=metrics_by_steps(outcomes, self.valid))
         modes = "".join(f"  {mode} {100 * found[f'share_{mode}']:5.1f} %" for mode in self.lm.reasoning.modes)
         return f"valid reward {found['reward']:6.3f}  accuracy {100 * found['accuracy']:5.1f} %{modes}"
 
     def _reward_of(self, example: Example, prediction: Prediction) -> float:
         cost = Cost(prediction.passes, prediction.num_thoughts, prediction.new_tokens)
-        return rewarded(self.reward, example, prediction.text, prediction.mode, cost)
+        return checked_reward(self.reward, example, prediction.text, prediction.mode, cost)
 
     @property
     def extra_models(self) -> dict[str, Engine]:

@@ -154,7 +154,7 @@ def test_a_part_that_does_not_fit_is_named_and_nothing_is_written(data: DataConf
 
 def test_thoughts_that_were_never_mixed_cannot_be_stopped_early(data: DataConfig, tmp_path: Path) -> None:
     train(small_run(tmp_path / "run", data))
-    with pytest.raises(NotApplicable, match="never learned to speak"):
+    with pytest.raises(NotApplicable, match="cannot answer after fewer"):
         analyze.run(AnalyzeConfig(run=str(tmp_path / "run"), parts=[Part.stopping], engine=CPU))
 
 

@@ -99,7 +99,7 @@ def test_rewards_of_the_steps_of_real_solutions(name: str, tmp_path: Path) -> No
     told = ["\n".join([*row["steps"], f"### {row['answer']}"]) for row in rows]
     answers = tmp_path / "answers.jsonl"
     lines = [
-        {**row, "samples": [{"text": told[n], "correct": True}, {"text": told[n - 1], "correct": False}]}
+        {**row, "completions": [{"text": told[n], "correct": True}, {"text": told[n - 1], "correct": False}]}
         for n, row in enumerate(rows)
     ]
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
