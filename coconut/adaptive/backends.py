@@ -27,7 +27,7 @@ from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.methods import PromptFormat
 from coconut.utils.console import progress_bar
-from coconut.utils.files import writing
+from coconut.utils.files import explain_full_disk
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from coconut.utils.torch_utils import seeded
 
@@ -323,7 +323,7 @@ def answers(
         return len({key for row in keys for key in row if key in known})
 
     with (
-        writing(log),
+        explain_full_disk(log),
         log.open("a", encoding="utf-8") as file,
         progress_bar("asking", wanted, have := done()) as bar,
     ):

@@ -22,7 +22,7 @@ from coconut.config import EngineConfig, EngineKind
 from coconut.engine.launcher_env import RankInfo, read_launcher_env
 from coconut.engine.watchdog import Watchdog
 from coconut.engine.world import ENDING, LOST, World
-from coconut.utils.console import hush
+from coconut.utils.console import mute_log
 
 FAILED = "COCONUT_FAILED"  # names a file that a failed process of `launch=local` leaves
 
@@ -67,7 +67,7 @@ def init_distributed(config: EngineConfig) -> Iterator[World]:
     world = World(place)
     watch = Watchdog(world, _rendezvous(place, config.timeout, gpus), config.timeout)
     try:
-        with hush() if world.rank else contextlib.nullcontext():
+        with mute_log() if world.rank else contextlib.nullcontext():
             dist.barrier()
             watch.start()
             yield world

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coconut.utils.pretrained import out_of_reach
+from coconut.utils.pretrained import hub_unreachable
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +33,7 @@ def push(folder: Path | str, name: str, private: bool = True) -> None:
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
     check_name(name)
-    if silent := out_of_reach():
+    if silent := hub_unreachable():
         raise ValueError(f"The hub did not take {name}: {silent}.")
     api = HfApi()
     try:

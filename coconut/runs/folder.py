@@ -17,7 +17,7 @@ from coconut.engine.world import World
 from coconut.runs.description import CONFIG, DESCRIPTION, environment_info, read_config
 from coconut.runs.tracking import check_tracker
 from coconut.utils.console import log
-from coconut.utils.files import exclusive_lock, read_json, release, sha256, write_json
+from coconut.utils.files import exclusive_lock, read_json, remove_if_empty, sha256, write_json
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def open_run_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dic
             yield folder, files
         finally:
             if world.is_main and not (folder / DESCRIPTION).exists():
-                release(folder)
+                remove_if_empty(folder)
 
 
 _LONGER = "the length of a run is part of its plan, and the last validation and checkpoint are at its end"

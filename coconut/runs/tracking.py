@@ -20,7 +20,7 @@ from typing import Any
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.description import METRICS, _version, read_metrics, samples_file
 from coconut.utils.console import log
-from coconut.utils.files import read_json, write_json, write_text, writing
+from coconut.utils.files import read_json, write_json, write_text, explain_full_disk
 from coconut.utils.hydra_app import own_environment
 
 TRACKING = "tracking.json"  # what the tracker is told, the id of the W&B run among it
@@ -42,7 +42,7 @@ class Metrics:
         self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        with writing(self.path):
+        with explain_full_disk(self.path):
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
 

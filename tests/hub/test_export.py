@@ -311,7 +311,7 @@ def test_a_saved_model_is_asked_by_its_folder_or_name(
     for place in (str(cached / "snapshots" / "1"), "someone/thing"):
         run_generate(GenerateConfig(run=place, question="3 7 21", max_new_tokens=5))
         assert capsys.readouterr().out.strip() == expected
-    with pytest.raises(FileNotFoundError, match=r"someone/other is no folder here, and as OWNER/NAME"):
+    with pytest.raises(FileNotFoundError, match=r"someone/other is not a local folder, .* as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
     with pytest.raises(
         ValueError, match=r"is a saved model and no run.*coconut\.generate run=.*coconut\.evaluate run="
