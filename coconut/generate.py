@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coconut.data.examples import Unreadable, existing, json_rows
+from coconut.data.examples import BadRow, existing, json_rows
 from coconut.data.tokenization import encode_questions, unknown_in
 from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.config import GenerateConfig, StopRule
@@ -106,7 +106,7 @@ def read_questions(path: str) -> list[str]:
         for where, row in json_rows(file):
             question = row.get("question") if isinstance(row, dict) else None
             if not isinstance(question, str) or not question.strip():
-                reason = row if isinstance(row, Unreadable) else "there is no question in it."
+                reason = row if isinstance(row, BadRow) else "there is no question in it."
                 raise ValueError(f"{path}, {where}: {reason}")
             found.append(question)
     elif suffix in TEXT_NAMES:

@@ -17,10 +17,10 @@ from coconut.data.tokenization import SpecialIds
 IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
 
 
-BUCKET = 64  # batches that are sorted by length together
+BATCHES_PER_BUCKET = 64  # batches that are sorted by length together
 
 
-ALIKE = 4  # batches of that order that are sorted by prefix together
+BATCHES_PER_GROUP = 4  # batches of that order that are sorted by prefix together
 
 
 def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -33,26 +33,26 @@ def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> li
     """
     random = np.random.default_rng([seed, epoch, ORDER])
     order = random.permutation(len(view))
-    span = batch_size * BUCKET
+    span = batch_size * BATCHES_PER_BUCKET
     chunks = np.split(order, range(span, len(order), span))
-    order = np.concatenate([_like_together(view, chunk, ALIKE * batch_size) for chunk in chunks])
+    order = np.concatenate([_sort_by_length(view, chunk, BATCHES_PER_GROUP * batch_size) for chunk in chunks])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[k] for k in random.permutation(len(batches))]
 
 
-def _like_together(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
+def _sort_by_length(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
     """Sort rows by length; where there are thoughts, by what stands before them in each `group` rows of that order.
 
     A row changes places with rows of its own mode alone, so that the modes stay where they were drawn.
     """
     order = np.empty_like(rows)
     for mode in np.unique(view.modes[rows]):
-        places = np.flatnonzero(view.modes[rows] == mode)
-        own = rows[places]
-        own = own[np.argsort(view.lengths[own], kind="stable")]
+        positions = np.flatnonzero(view.modes[rows] == mode)
+        same_mode = rows[positions]
+        same_mode = same_mode[np.argsort(view.lengths[same_mode], kind="stable")]
         if view.passes.max() > 1:
-            own = own[np.lexsort((view.slot_starts[own], places // group))]
-        order[places] = own
+            same_mode = same_mode[np.lexsort((view.slot_starts[same_mode], positions // group))]
+        order[positions] = same_mode
     return order
 
 
@@ -97,7 +97,7 @@ def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
 
 
-def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """What one process of `ranks` does of an update, in parts of at most `size` rows of one mode.
 
     All processes get equally many parts, with equally many passes each; one for which no row is left gets
@@ -105,13 +105,13 @@ def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, 
     """
     for mode in np.unique(view.modes[batch]):
         rows = batch[view.modes[batch] == mode]
-        shares = [rows[other::ranks] for other in range(ranks)]
+        shares = [rows[other::world_size] for other in range(world_size)]
         for start in range(0, len(shares[0]), size):
             parts = [share[start : start + size] for share in shares]
-            yield _one_of(view, parts, rank)
+            yield _collate_part(view, parts, rank)
 
 
-def _one_of(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
+def _collate_part(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
     """The part of one process among those that are carried out at the same time."""
     rows = parts[rank] if len(parts[rank]) else parts[0][:1]
     made = collate([view.layout(i) for i in rows], view.special)

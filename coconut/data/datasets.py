@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut.config import NEEDED, SPLITS
+from coconut.config import SPLITS, TRAINING_SPLITS
 from coconut.utils.console import log
 from coconut.utils.files import clear_abandoned
 from coconut.utils.hydra_app import PACKAGE, own_environment
@@ -29,25 +29,25 @@ def data_files(data: Mapping[str, Any]) -> dict[str, str]:
     If it names no file to train on the set is made by `data_builders.TASK` with the keys of `data["build"]`, once for
     all runs that ask for the same. Raises ValueError if that fails.
     """
-    if any(data[split] for split in NEEDED):
+    if any(data[split] for split in TRAINING_SPLITS):
         return {split: data[split] for split in SPLITS}
-    if common := data.get("prefix"):
-        found = {split: f"{common}_{split}.json" for split in SPLITS}
+    if prefix := data.get("prefix"):
+        found = {split: f"{prefix}_{split}.json" for split in SPLITS}
     else:
-        folder = _made(str(data["task"]), data["build"], data["cache_dir"])
-        made = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
-        found = {split: str(file) if file.is_file() else "" for split, file in made.items()}
+        folder = _built_dataset(str(data["task"]), data["build"], data["cache_dir"])
+        built = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
+        found = {split: str(file) if file.is_file() else "" for split, file in built.items()}
     test = data["test"] or (found["test"] if Path(found["test"]).is_file() else "")
     return {**found, "test": test}
 
 
-def file_of_split(data: Mapping[str, Any], split: str, given: str | None = None) -> str:
+def file_of_split(data: Mapping[str, Any], split: str, override: str | None = None) -> str:
     """The file of a split of a run's data, or the one that is `given` in its place.
 
     Raises FileNotFoundError that says where it was expected, and how another one is named.
     """
-    if given:
-        return given
+    if override:
+        return override
     path = data_files(data)[split] or (f"{data['prefix']}_{split}.json" if data.get("prefix") else "")
     if path and Path(path).is_file():
         return path
@@ -93,11 +93,11 @@ def builders_code() -> str:
     return digest.hexdigest()
 
 
-def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
+def _built_dataset(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
     """The folder of this set, made if it is not there. It appears whole: two processes may make it at once."""
-    asked = json.dumps([task, build, builders_code()], sort_keys=True)
+    content = json.dumps([task, build, builders_code()], sort_keys=True)
     cache = cache_folder(cache_dir, "data")
-    folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    folder = cache / f"{task}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
     clear_abandoned(cache, f".{task}-*")
@@ -121,7 +121,7 @@ def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
 def _run(module_and_keys: list[str], folder: str) -> int:
     """The exit status of a module run in a folder. SIGTERM to this process ends that one, too."""
     with (
-        _sigterm_raised(),
+        _sigterm_as_exit(),
         subprocess.Popen([sys.executable, "-m", *module_and_keys], cwd=folder, env=own_environment()) as process,
     ):
         try:
@@ -131,7 +131,7 @@ def _run(module_and_keys: list[str], folder: str) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_raised() -> Iterator[None]:
+def _sigterm_as_exit() -> Iterator[None]:
     """As SystemExit, so that what was begun is cleared away."""
     if threading.current_thread() is not threading.main_thread():
         yield

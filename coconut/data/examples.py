@@ -42,7 +42,7 @@ def read_examples(path: Path | str) -> list[Example]:
     path = existing(path)
     examples, problems = [], []
     for where, row in json_rows(path):
-        row = completed(row)
+        row = with_defaults(row)
         if problem := _problem(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
@@ -69,7 +69,7 @@ def existing(
     return path
 
 
-class Unreadable(str):
+class BadRow(str):
     """Why a row could not be parsed, or cannot be encoded."""
 
 
@@ -79,13 +79,13 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises ValueError if the file is no UTF-8 text, or begins as a list and breaks.
     """
     text = read_utf8(path)
-    halves = re.search(r"\\u[dD][89a-fA-F]", text)
-    for where, row in _parsed(path, text):
-        broken = lone_surrogate(row) if halves else None
-        yield where, row if broken is None else Unreadable(f"holds half of a surrogate pair, no text: {broken!a}")
+    has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text)
+    for where, row in _parse_rows(path, text):
+        broken = lone_surrogate(row) if has_surrogates else None
+        yield where, row if broken is None else BadRow(f"holds half of a surrogate pair, no text: {broken!a}")
 
 
-def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _parse_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -99,11 +99,11 @@ def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            row = Unreadable(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
+            row = BadRow(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
         yield f"line {number}", row
 
 
-def completed(row: Any) -> Any:
+def with_defaults(row: Any) -> Any:
     """A row with the steps that are missing, none, and with an answer that is a number as text."""
     if not isinstance(row, dict):
         return row
@@ -114,7 +114,7 @@ def completed(row: Any) -> Any:
 
 
 def _problem(row: Any) -> str | None:
-    if isinstance(row, Unreadable):
+    if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict):
         return f"must be an object with question, steps and answer; it is {_short(row)}"

@@ -82,8 +82,8 @@ def written_lengths(
     data: TokenizedData, steps_cut: np.ndarray | int | None, tokens_cut: np.ndarray | int | None
 ) -> np.ndarray:
     """(N,) tokens that follow the slot: what the cut leaves of the chain, and the answer with its end."""
-    every = np.iinfo(np.int64).max
-    steps_cut, tokens_cut = (every if cut is None else cut for cut in (steps_cut, tokens_cut))
+    everything = np.iinfo(np.int64).max
+    steps_cut, tokens_cut = (everything if cut is None else cut for cut in (steps_cut, tokens_cut))
     answer_starts = data.bounds[data.first[1:] - 2]
     chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
     return np.maximum(answer_starts - chain_starts - tokens_cut, 0) + data.starts[1:] - answer_starts
@@ -117,9 +117,11 @@ class EpochView:
         self.passes = np.where(latent, self.num_thoughts, 0) + 1
         markers = np.array([2 * form.markers for form in forms])[which]
         controls = np.array([bool(form.mode) for form in forms], np.int64)[which]
-        every = np.iinfo(np.int64).max
-        steps_cut = np.array([every if form.steps_cut is None else form.steps_cut for form in forms])[which]
-        self.tokens_cut = np.array([every if form.tokens_cut is None else form.tokens_cut for form in forms])[which]
+        everything = np.iinfo(np.int64).max
+        steps_cut = np.array([everything if form.steps_cut is None else form.steps_cut for form in forms])[which]
+        self.tokens_cut = np.array([everything if form.tokens_cut is None else form.tokens_cut for form in forms])[
+            which
+        ]
         if stage.smoothed:
             self.tokens_cut = self.tokens_cut + _icot_offsets(seed, epoch, len(data))
 

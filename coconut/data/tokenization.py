@@ -121,8 +121,8 @@ def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFo
         return _start_ids(tokenizer), []
     if not tokenizer.chat_template:
         raise ValueError("data.format.chat=true, but the tokenizer has no chat template. Take an instruct model's.")
-    mark = "[the question stands here]"
-    said = [{"role": "user", "content": mark}]
+    placeholder = "[the question stands here]"
+    said = [{"role": "user", "content": placeholder}]
     try:
         text: Any = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the template's own code raises
@@ -131,11 +131,11 @@ def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFo
             f"ends with {type(error).__name__}: {error}\nMend the template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json) in a copy of the folder, or take it out and ask without (data.format.chat=false)."
         ) from error
-    if text.count(mark) != 1:
+    if text.count(placeholder) != 1:
         raise ValueError(
-            f"The tokenizer's chat template gives the question {text.count(mark)} times, not once: {text!r}"
+            f"The tokenizer's chat template gives the question {text.count(placeholder)} times, not once: {text!r}"
         )
-    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark))
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(placeholder))
     return list(before), list(after)
 
 
@@ -237,7 +237,7 @@ def tokenize(
     content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
     key = content.hexdigest()[:32]
     file = cache_folder(cache_dir, "tokens") / f"{key}.arrow"
-    if file.is_file() and not _holds(file, len(examples)):
+    if file.is_file() and not _has_rows(file, len(examples)):
         log(f"warning: {file} is damaged; its tokens are made anew.")
         file.unlink()
 
@@ -247,7 +247,7 @@ def tokenize(
         answer=datasets.Value("string"),
     )
     integers = datasets.List(datasets.Value("int32"))
-    with _quiet_datasets(datasets, few=len(examples) < 20_000):
+    with _quiet_datasets(datasets, quiet=len(examples) < 20_000):
         encoded = datasets.Dataset.from_dict(
             {
                 "question": [e.question for e in examples],
@@ -274,7 +274,7 @@ def tokenize(
     )
 
 
-def _holds(file: Path, rows: int) -> bool:
+def _has_rows(file: Path, rows: int) -> bool:
     """Whether an Arrow file has so many rows. One that was cut off between its batches looks whole, and has fewer."""
     import pyarrow
 
@@ -295,8 +295,8 @@ def _segments(question: str, steps: Sequence[str], answer: str, prompt_format: P
 class _quiet_datasets:
     """No progress bar of `datasets` for what takes a moment."""
 
-    def __init__(self, datasets: Any, few: bool):
-        self.datasets, self.few = datasets, few
+    def __init__(self, datasets: Any, quiet: bool):
+        self.datasets, self.few = datasets, quiet
 
     def __enter__(self) -> None:
         self.was_on = self.datasets.utils.logging.is_progress_bar_enabled()

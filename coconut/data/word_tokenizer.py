@@ -29,14 +29,14 @@ _MARK = re.compile(r"(?<!#)#+|[^\w\s#]")
 class Spacing:
     """The default between two tokens, and what can be written besides it.
 
-    `before`, `after`: marks without a space before them, and after them. `joins`: whether there is a joiner. `spaces`:
+    `before`, `after`: marks without a space before them, and after them. `joiner`: whether there is a joiner. `spaces`:
     the whitespace, of one line, that has tokens. `open_end`: a single space at the end of a text is left to what
     follows, since a step ends with it, and what follows a step has a space before it by default.
     """
 
     before: frozenset[str]
     after: frozenset[str]
-    joins: bool
+    joiner: bool
     spaces: frozenset[str]
     open_end: bool
 
@@ -55,22 +55,22 @@ class Spacing:
                         spaced[side][found[0][0]] += 1 if other.isspace() else -1
         closed = {side: frozenset(mark for mark, sum_ in counts.items() if sum_ < 0) for side, counts in spaced.items()}
         spaces = frozenset(kind for kind in kinds if kind.isspace() and kind != "\n")
-        return cls(**closed, joins=True, spaces=spaces, open_end=open_end)
+        return cls(**closed, joiner=True, spaces=spaces, open_end=open_end)
 
     def backend(self, vocabulary: dict[str, int]) -> Any:
         """The tokenizer of these words."""
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-        before, after, spaces = (_in_brackets(marks) for marks in (self.before, self.after, self.spaces))
+        before, after, spaces = (_character_class(marks) for marks in (self.before, self.after, self.spaces))
         opens, closes = rf"[^\s{after}]", rf"[^\s{before}]"  # that have a space after them, and before them
-        foreign = normalizers.Replace(Regex(f"[{_in_brackets((JOINER, SPACE))}]"), FOREIGN)
+        foreign = normalizers.Replace(Regex(f"[{_character_class((JOINER, SPACE))}]"), FOREIGN)
         within = r"(?<=\w)(?=\w)|(?<=#)(?=#)"
         missing = normalizers.Replace(Regex(rf"(?!{within})(?<={opens})(?={closes})"), JOINER)
         end = r"|\z" if self.open_end else ""
         kept = rf"(?:(?<!{opens} )|(?!{closes}{end}))" if " " in self.spaces else ""
         written = rf"(?=[{spaces}])(?:[^ ]| {kept})|{_WORDS}" if self.spaces else _WORDS
         tokenizer: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.normalizer = normalizers.Sequence([foreign, missing] if self.joins else [foreign])
+        tokenizer.normalizer = normalizers.Sequence([foreign, missing] if self.joiner else [foreign])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(written), behavior="removed", invert=True)
         unspaced = rf"(?:{SPACE}{JOINER})+{SPACE}?|\A{SPACE}|(?<=[\s{after}]){SPACE}|{SPACE}(?=[\s{before}])"
         tokenizer.decoder = decoders.Sequence(
@@ -105,10 +105,10 @@ def word_level(segments: Sequence[Sequence[str]], open_end: bool) -> Any:
         spacing = replace(spacing, open_end=False)
     counts = spacing.counts(text for texts in segments for text in texts)
     words = [*SPECIAL, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))]
-    needed = replace(spacing, joins=JOINER in counts, spaces=spacing.spaces.intersection(counts))
+    needed = replace(spacing, joiner=JOINER in counts, spaces=spacing.spaces.intersection(counts))
     return needed.backend({word: number for number, word in enumerate(words)})
 
 
-def _in_brackets(characters: Iterable[str]) -> str:
+def _character_class(characters: Iterable[str]) -> str:
     """For a class of characters in a regular expression."""
     return "".join(rf"\x{{{ord(character):x}}}" for character in sorted(characters))

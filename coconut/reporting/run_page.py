@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from coconut.data.seen_questions import SEEN_IN, all_seen, describe_questions
+from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
 from coconut.methods import Slot, Stage, get_method
 from coconut.reporting.page import (
     Answer,
@@ -106,7 +106,7 @@ def _other(run: RunRecord, name: str) -> list[str]:
         reason = {"valid": "the file that chose the checkpoint", "train": "the file it was trained on"}[split]
         what += f"; {reason}, so no test result"
     elif split := all_seen(found):
-        what += f"; questions {SEEN_IN[split]}, so no test result"
+        what += f"; questions {SEEN_PHRASES[split]}, so no test result"
     elif found.get("seen") and any(found["seen"].values()):
         what += f"; {describe_questions(found['count'], found['seen'])}"
     return [name, what, f"{found['count']:,}", percent(found["accuracy"])]

@@ -58,7 +58,7 @@ class PolicyTrainer:
         self, config: RLConfig, folder: Path, files: dict[str, str], world: World, reward: Reward | None = None
     ):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[config.data.judged()]
+        self.task = TASKS[config.data.required_task()]
         self.objective = config.objective.built()
         self.training_state = TrainingState(config, folder, world, {"updates": 0, "pending": True})
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coconut.config import Resume, RunConfig, identity, locate
+from coconut.config import Resume, RunConfig, identity, make_paths_absolute
 from coconut.data.datasets import data_files
 from coconut.data.examples import existing
 from coconut.data.seen_questions import QUESTIONS, keep_questions
@@ -27,7 +27,7 @@ def open_run_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dic
     Raises ValueError if the run cannot begin or go on there.
     """
     world.on_main_process(lambda: check_tracker(config.tracking))
-    locate(config)
+    make_paths_absolute(config)
     files = world.on_main_process(lambda: data_files(asdict(config.data)))
     folder = config.folder()
     read = {split: files[split] for split in ("train", "valid")}

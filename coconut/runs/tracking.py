@@ -20,7 +20,7 @@ from typing import Any
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.description import METRICS, _version, read_metrics, samples_file
 from coconut.utils.console import log
-from coconut.utils.files import read_json, write_json, write_text, explain_full_disk
+from coconut.utils.files import explain_full_disk, read_json, write_json, write_text
 from coconut.utils.hydra_app import own_environment
 
 TRACKING = "tracking.json"  # what the tracker is told, the id of the W&B run among it

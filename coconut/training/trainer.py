@@ -54,7 +54,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[config.data.judged()]
+        self.task = TASKS[config.data.required_task()]
         self.plan = plan(config.method, config.curriculum)
         self.training_state = TrainingState(config, folder, world, {"pending": False})
         found = self.training_state.resume_from

@@ -37,7 +37,7 @@ from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import ConfigurationPolicy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
 from coconut.completions.completion import completion_from_ids
-from coconut.config import DataFiles, EngineConfig, Task
+from coconut.config import DataFiles, EngineConfig, TaskName
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
@@ -731,7 +731,7 @@ def test_a_policy_knows_its_model(tmp_path: Path) -> None:
 def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = saved_causal(tmp_path / "model")
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
-    asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": Task.prosqa, "limit": 8}
+    asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": TaskName.prosqa, "limit": 8}
     output = tmp_path / "by_model"
     assert adaptive.run(
         command(trained, **asked, base=str(place), prompt="{question} {steps}", output=str(output),
@@ -753,7 +753,7 @@ def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, mo
         ({"run": ""}, "It came none of them"),
         ({"base": "x"}, "It came run=.* and base=x"),
         ({"run": "", "base": "x", "output": "o"}, "name task="),
-        ({"run": "", "function": "a:b", "task": Task.prosqa, "output": "o", "data": DataFiles(valid="f")},
+        ({"run": "", "function": "a:b", "task": TaskName.prosqa, "output": "o", "data": DataFiles(valid="f")},
          "a function shows none"),
         ({"space": {"num_thoughts": [1]}}, "What has one value is no choice"),
         ({"default": {"num_thoughts": 9}}, "has no value 9"),
@@ -804,7 +804,7 @@ def test_kept_answers_are_of_the_weights_that_gave_them(trained: Path, tmp_path:
     place = saved_causal(tmp_path / "model")
     weights = load_file(place / "model.safetensors")
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
-    asked: dict[str, Any] = {"data": DataFiles(valid=file), "task": Task.prosqa, "output": str(tmp_path)}
+    asked: dict[str, Any] = {"data": DataFiles(valid=file), "task": TaskName.prosqa, "output": str(tmp_path)}
     by_base = command(None, **asked, base=str(place), limit=4, prompt="{question} {steps}", space={"steps": [1, 2]})
 
     def names() -> list[str]:

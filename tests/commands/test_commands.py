@@ -151,7 +151,7 @@ def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
         (["data=own"], "data.train names no file"),
         (["data=own", "data.train=a.json", "data.valid=b.json"], "data.task is missing"),
-        (["data=own", "+data.build.seed=1"], "of which task? Set data.task to one of gsm8k"),
+        (["data=own", "+data.build.seed=1"], "needs a task. Set data.task to one of gsm8k"),
         (["data.train=a.json"], "data.valid names no file"),
     ],
 )

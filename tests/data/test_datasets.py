@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import data_builders
-from coconut.config import DataConfig, EngineConfig, ModelConfig, Task, TrainConfig
+from coconut.config import DataConfig, EngineConfig, ModelConfig, TaskName, TrainConfig
 from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
@@ -27,7 +27,7 @@ BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_te
 
 
 def config(**changes: Any) -> DataConfig:
-    return DataConfig(**{"task": Task.prosqa, "build": BUILD, **changes})
+    return DataConfig(**{"task": TaskName.prosqa, "build": BUILD, **changes})
 
 
 def test_files_that_are_named(tmp_path: Path) -> None:
@@ -117,16 +117,16 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"files": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
-        ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
+        ({"prefix": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
+        ({"build": {"source": "a"}}, "data.build.source=a is not allowed: data.build holds settings for making rows"),
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
         ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),
-        ({"build": {"hub": "."}}, "data.build.hub=. is a folder here"),
+        ({"build": {"hub": "."}}, "data.build.hub=. is a local folder"),
     ],
 )
 def test_keys_that_contradict(keys: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        DataConfig(**{"task": Task.prosqa, **keys})
+        DataConfig(**{"task": TaskName.prosqa, **keys})
 
 
 def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_a_cache_that_cannot_be_made_says_how_to_name_another(tmp_path: Path, mo
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with pytest.raises(OSError, match=r"no place to keep data .*home/\.cache.*COCONUT_CACHE .*HF_HOME"):
-        data_files(asdict(DataConfig(Task.prosqa)))
+        data_files(asdict(DataConfig(TaskName.prosqa)))
     monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "named"))
     assert cache_folder(None, "tokens") == tmp_path / "named" / "tokens"
     assert list((tmp_path / "named").rglob("*")) == [tmp_path / "named" / "tokens"]

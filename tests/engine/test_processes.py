@@ -109,10 +109,10 @@ def composed(given: list[str]) -> TrainConfig:
 
 
 def graph_data(files: dict[str, Any]) -> DataConfig:
-    from coconut.config import Task
+    from coconut.config import TaskName
     from coconut.methods import PromptFormat
 
-    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(TaskName.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_processes_without_a_gpu_are_refused() -> None:
     [
         ({"zero_stage": 2}, "engine.zero_stage=2 needs DeepSpeed. Add engine=deepspeed"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 4}, "it is 0, 1, 2 or 3"),
-        ({"kind": EngineKind.deepspeed, "offload_optimizer": True}, "needs the optimizer sharded"),
+        ({"kind": EngineKind.deepspeed, "offload_optimizer": True}, "needs a sharded optimizer"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 2, "offload_parameters": True}, "Set engine.zero_stage=3"),
     ],
 )

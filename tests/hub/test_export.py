@@ -22,7 +22,7 @@ from helpers.runs import graph_files, small_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.config import DataFiles, Task
+from coconut.config import DataFiles, TaskName
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.export import run as run_export
@@ -323,7 +323,7 @@ def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     run_export(ExportConfig(run=str(trained), output="model"))
     file = str(trained.parent / "test.json")
-    asked = EvaluateConfig(run="model", data=DataFiles(test=file), task=Task.prosqa)
+    asked = EvaluateConfig(run="model", data=DataFiles(test=file), task=TaskName.prosqa)
     run_evaluate(asked)
     run_evaluate(replace(asked, output="elsewhere"))
     expected = read_json(trained / "evaluation" / "test.json")
@@ -342,7 +342,7 @@ def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, mo
         ),
         (replace(asked, checkpoint="last"), "checkpoint=last is for a run"),
         (replace(asked, stop=StopRule.classifier), "stop=classifier is for a run"),
-        (replace(asked, run=str(trained), task=Task.gsm8k), "was made for prosqa"),
+        (replace(asked, run=str(trained), task=TaskName.gsm8k), "was made for prosqa"),
         (replace(asked, run="nowhere", task=None), "nowhere is no run: there is no such folder"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -27,7 +27,7 @@ from coconut.config import (
     EngineKind,
     LoraConfig,
     Precision,
-    Task,
+    TaskName,
     TooLong,
 )
 from coconut.data.examples import Example
@@ -172,7 +172,7 @@ def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig],
 def data_beside(warm: str) -> DataConfig:
     folder = Path(warm).parent
     train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(TaskName.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def alone(warm: str, folder: str) -> None:

@@ -30,10 +30,10 @@ from coconut.config import (
     OptimizerConfig,
     Reset,
     Resume,
-    Task,
+    TaskName,
     TooLong,
     TrainConfig,
-    locate,
+    make_paths_absolute,
 )
 from coconut.data.datasets import data_files
 from coconut.data.examples import read_examples
@@ -674,7 +674,7 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
 
     def asked(folder: str, up: str) -> list[dict[str, Any]]:
         monkeypatch.chdir(tmp_path / folder)
-        data = DataConfig(task=Task.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
+        data = DataConfig(task=TaskName.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
         model = ModelConfig(base=f"{up}m", tokenizer="words")
         dense = ProcessRewardConfig(weight=1, init=f"{up}m")
         found = [
@@ -682,7 +682,7 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
             RLConfig(init="owner/name", process_reward=dense, data=data, objective=ObjectiveConfig("dr_grpo")),
         ]
         for config in found:
-            locate(config)
+            make_paths_absolute(config)
         return [asdict(config) for config in found]
 
     begun, rl = asked("a", "")
