@@ -1,7 +1,7 @@
-"""Examples: reading and checking data files.
+"""Read and check data files.
 
-A data file is a JSON list, or one JSON object a line, of rows with `question` (text), `steps` (a list
-of texts, may be empty or missing) and `answer` (text, or a number). Whatever else a row holds is kept in `meta`.
+A data file is a JSON list, or has one JSON object per line. Each row has `question` (text), `steps` (a list of texts,
+may be empty or missing) and `answer` (text, or a number). All other keys are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its written chain and its answer."""
+    """One question with its written chain of steps and its answer."""
 
     question: str
     steps: tuple[str, ...]
     answer: str
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
-    where: str = field(default="", compare=False)  # its row or line in the file
+    where: str = field(default="", compare=False)  # "row N" or "line N" of the file
 
 
 def read_examples(path: Path | str) -> list[Example]:
     """Read a data file.
 
-    Raises FileNotFoundError if there is none, and ValueError if it is empty or any row is malformed:
-    the message names the first bad rows and counts all of them.
+    Raises FileNotFoundError if it does not exist, and ValueError if it is empty or any row is malformed; the message
+    lists the first bad rows and counts all of them.
     """
     path = existing(path)
     examples, problems = [], []
@@ -54,14 +54,14 @@ def read_examples(path: Path | str) -> list[Example]:
         count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
         raise ValueError(f"{path} has {count}:\n" + "\n".join(shown) + (f"\n  and {more} more" if more else ""))
     if not examples:
-        raise ValueError(f"{path} holds no example. It must be a JSON list, or one JSON object a line.")
+        raise ValueError(f"{path} holds no example. It must be a JSON list, or have one JSON object per line.")
     return examples
 
 
 def existing(
     path: Path | str, advice: str = "Make one with python -m data_builders.NAME, or name your own file."
 ) -> Path:
-    """The path of a file. Raises FileNotFoundError that says how to get one."""
+    """Check that a file exists. Raises FileNotFoundError with the advice."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -70,19 +70,19 @@ def existing(
 
 
 class BadRow(str):
-    """Why a row could not be parsed, or cannot be encoded."""
+    """A row that is not valid JSON or cannot be encoded as UTF-8; the text says why."""
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row of a JSON list, or of one JSON object a line, stands, and the row, or why there is none.
+    """Yield the position ("row N" or "line N") and the content of each row; a BadRow for one that cannot be used.
 
-    Raises ValueError if the file is no UTF-8 text, or begins as a list and breaks.
+    Raises ValueError if the file is not UTF-8, or is a broken JSON list.
     """
     text = read_utf8(path)
     has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text)
     for where, row in _parse_rows(path, text):
         broken = lone_surrogate(row) if has_surrogates else None
-        yield where, row if broken is None else BadRow(f"holds half of a surrogate pair, no text: {broken!a}")
+        yield where, row if broken is None else BadRow(f"holds half of a surrogate pair, which is not text: {broken!a}")
 
 
 def _parse_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -90,7 +90,7 @@ def _parse_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} begins as a JSON list but breaks at line {error.lineno}: {error.msg}.") from None
+            raise ValueError(f"{path} is a JSON list that breaks at line {error.lineno}: {error.msg}.") from None
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -104,7 +104,7 @@ def _parse_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def with_defaults(row: Any) -> Any:
-    """A row with the steps that are missing, none, and with an answer that is a number as text."""
+    """Add empty `steps` to a row that has none, and turn a numeric answer into text."""
     if not isinstance(row, dict):
         return row
     answer = row.get("answer")
@@ -114,6 +114,7 @@ def with_defaults(row: Any) -> Any:
 
 
 def _problem(row: Any) -> str | None:
+    """What is wrong with a row, or None."""
     if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict):

@@ -1,7 +1,7 @@
-"""Which questions a run has seen: those of its training and validation data, and of the runs that it began with.
+"""Record which questions a run has seen in training and validation, to detect them in a test set.
 
-A run's folder keeps a number for each of them, so that a test set can be compared with them wherever their files are,
-and whatever else is in the same file. Questions are the same if their texts are, but for white space.
+A run's folder keeps a hash of each question of its data and of the runs it was initialized from, so a test set can be
+compared even if those files are gone. Questions are equal if their texts are, up to white space.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SEEN_PHRASES = {"train": "in the training data", "valid": "in the validation dat
 
 
 def keep_questions(folder: Path, questions: Mapping[str, Sequence[str]], initialized_from: Path | None) -> None:
-    """Write down the questions of each split, with those that the run `began_with` had seen."""
+    """Save hashes of the questions of each split, and of those seen by the run that this one was initialized from."""
     found = {split: _question_hashes(texts) for split, texts in questions.items()}
     if initialized_from and (earlier := _read_hashes(initialized_from)):
         found = {split: np.union1d(numbers, earlier[split]) for split, numbers in found.items()}
@@ -29,7 +29,7 @@ def keep_questions(folder: Path, questions: Mapping[str, Sequence[str]], initial
 
 
 def seen_by(folder: Path | str, questions: Sequence[str]) -> dict[str, int] | None:
-    """How many of the questions a run has seen, by the split that has them; None if it does not say which it has."""
+    """Count the questions that a run has seen, by split; None if the run has no record of its questions."""
     kept = _read_hashes(folder)
     if kept is None:
         return None
@@ -39,7 +39,7 @@ def seen_by(folder: Path | str, questions: Sequence[str]) -> dict[str, int] | No
 
 
 def describe_questions(count: int, seen: Mapping[str, int] | None, file: str = "") -> str:
-    """So many questions of a file, and whether they were seen."""
+    """A phrase with the number of questions and how many of them were seen, such as "500 unseen questions"."""
     questions = f"questions of {file}" if file else "questions"
     if seen is None:
         return f"{count:,} {questions}"
@@ -48,13 +48,13 @@ def describe_questions(count: int, seen: Mapping[str, int] | None, file: str = "
 
 
 def all_seen(evaluation: Mapping[str, Any]) -> str | None:
-    """The split that has most of an evaluation's questions, if the run has seen all of them, so that it is no test."""
+    """If a run has seen all questions of an evaluation, the split with most of them; else None."""
     seen = evaluation.get("seen") or {}
     return max(seen, key=lambda split: seen[split]) if sum(seen.values()) == evaluation["count"] else None
 
 
 def most_seen(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
-    """By the run that has seen most of the same questions; None if one does not say which it has seen."""
+    """The `seen` counts of the run that has seen most of the same questions; None if a run has no record."""
     each = [found.get("seen") for found in evaluations]
     known = [seen for seen in each if seen is not None]
     return max(known, key=lambda seen: sum(seen.values())) if len(known) == len(each) else None
