@@ -34,7 +34,7 @@ def compare(config: CompareConfig) -> int:
     from coconut.rewards.losses import get_loss
     from coconut.rewards.value_model import ValueModel
     from coconut.runs.description import read_config
-    from coconut.runs.loading import in_float32, load_run, match_dtypes
+    from coconut.runs.loading import load_run, match_dtypes, to_float32
     from coconut.runs.study import Study
     from coconut.tasks import TASKS
     from coconut.utils.files import write_text
@@ -47,7 +47,7 @@ def compare(config: CompareConfig) -> int:
         raise ValueError(f"The reward models started from different models: {', '.join(sorted(inits))}.")
     [init] = inits
     device = set_up_device(config.engine)
-    reference = in_float32(LatentLM.from_pretrained(init)).to(device)
+    reference = to_float32(LatentLM.from_pretrained(init)).to(device)
     task = TASKS[_task(init)]
     judge = CorrectnessReward(task, reference.reasoning.format)
     skip = config.too_long is TooLong.skip

@@ -34,8 +34,8 @@ from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import get_loss
 from coconut.rewards.value_model import ValueModel
 from coconut.runs.description import DESCRIPTION
-from coconut.runs.folder import describe, open_run_folder, used_file
-from coconut.runs.loading import in_float32, match_dtypes, resolve_weights
+from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.loading import match_dtypes, resolve_weights, to_float32
 from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.training.launch import check_divisible, launch_training, runtime_info
@@ -57,7 +57,7 @@ class RewardTrainer:
         self.init = world.on_main_process(self._init)  # the weights that it began with
         self.lm = LatentLM.from_pretrained(self.training_state.resume_from or self.init).eval()
         if not self.training_state.resume_from:
-            in_float32(self.lm)
+            to_float32(self.lm)
         self.policy = SamplingDistribution.of(self.lm.special)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         skip = config.data.too_long is TooLong.skip
@@ -312,4 +312,4 @@ def describe_run(config: RewardModelConfig, folder: Path, training: RewardTraine
         "model_type": training.lm.base.config.model_type,
         "init": str(training.init),
     }
-    describe(folder, config, about, {**runtime_info(config, training.world), "from_update": training.step})
+    write_description(folder, config, about, {**runtime_info(config, training.world), "from_update": training.step})

@@ -27,7 +27,7 @@ from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
 from coconut.runs.checkpoints import load_trainer
 from coconut.runs.description import read_config
-from coconut.runs.loading import in_float32, match_dtypes, resolve_weights, run_folder_of
+from coconut.runs.loading import match_dtypes, resolve_weights, run_folder_of, to_float32
 from coconut.runs.state import TrainingState
 from coconut.training.loop import NonFiniteLossError
 
@@ -98,7 +98,7 @@ class OnlineProcessReward:
         self.updates = standing.state.get("dense_updates", 0)
         self.lm = LatentLM.from_pretrained(standing.world.on_main_process(lambda: self._model(init)))
         if not self.resume_from:
-            in_float32(self.lm)
+            to_float32(self.lm)
         self.lm.eval()
         if self.lm.special != policy.special or self.lm.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(

@@ -31,8 +31,8 @@ from coconut.rl.mode_routing import by_steps, gathered, in_each_mode, of_modes
 from coconut.rl.objectives import advantages, has_zero_variance
 from coconut.rl.process_reward import OnlineProcessReward
 from coconut.runs.description import DESCRIPTION
-from coconut.runs.folder import describe, open_run_folder, used_file
-from coconut.runs.loading import in_float32, match_dtypes, resolve_weights
+from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.loading import match_dtypes, resolve_weights, to_float32
 from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
 from coconut.tasks import TASKS
@@ -91,7 +91,7 @@ class PolicyTrainer:
     def _policy(self) -> LatentLM:
         lm = LatentLM.from_pretrained(self.training_state.resume_from or self.init)
         if not self.training_state.resume_from:
-            in_float32(lm)
+            to_float32(lm)
         modes, reward = lm.reasoning.modes, self.config.reward
         there = f"its modes are {', '.join(modes)}" if modes else "it has none"
         for key, named in (("mode_costs", reward.mode_costs), ("max_mode_tokens", reward.max_mode_tokens)):
@@ -481,7 +481,9 @@ def describe_run(config: RLConfig, folder: Path, training: PolicyTrainer) -> Non
     }
     session = {**runtime_info(config, training.world), "from_update": training.step}
     splits = {"train": training.train, "valid": training.valid}
-    describe(folder, config, about, session, {split: [e.question for e in part] for split, part in splits.items()})
+    write_description(
+        folder, config, about, session, {split: [e.question for e in part] for split, part in splits.items()}
+    )
 
 
 main = application("rl", RLConfig, run)

@@ -29,7 +29,7 @@ from coconut.evaluation.gold_answers import limit_for, readable, warn_of_limit
 from coconut.methods import Reasoning, Stage, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.description import DESCRIPTION
-from coconut.runs.folder import describe, open_run_folder, used_file
+from coconut.runs.folder import open_run_folder, used_file, write_description
 from coconut.runs.loading import starting_point
 from coconut.runs.state import TrainingState, stopped
 from coconut.runs.tracking import Tracking, open_tracking
@@ -342,7 +342,7 @@ class Trainer:
 
 def describe_run(config: TrainConfig, folder: Path, training: Trainer) -> None:
     """What exactly is trained, on what, with which code, where: config.json and run.json."""
-    describe(
+    write_description(
         folder,
         config,
         {

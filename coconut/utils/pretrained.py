@@ -72,7 +72,7 @@ def resolve_local_path(name_or_path: Path | str) -> Path:
 def hub_unreachable() -> str:
     """Why the Hugging Face hub cannot be reached; "" if it can.
 
-    One request is made and its result kept: without it, each request of the libraries would be retried for half a
+    One request is made and its result is cached: without it, each request of the libraries would be retried for half a
     minute.
     """
     from huggingface_hub import constants

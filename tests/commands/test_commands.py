@@ -353,7 +353,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
         assert done.returncode == 2
-        assert "is no run: it holds no config.json" in done.stderr
+        assert "is not a run: it has no config.json" in done.stderr
         with pytest.raises(ValueError, match="Name the run: run=DIR"):
             composed(command, *more)
 
