@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "logit_lens", "plan"]
 
-_HOME = {
+_MODULE_OF = {
     "METHODS": "coconut.methods",
     "Curriculum": "coconut.methods",
     "Example": "coconut.data.examples",
@@ -35,13 +35,13 @@ _is_command = (
     else Path((sys.argv or [""])[0]).name == "coconut"
 )
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command listens: no traceback out of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if imports are interrupted; commands set handlers later
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import coconut` and `--help` do not wait for torch."""
-    if name not in _HOME:
+    """Import a public name on first use, so that `import coconut` and `--help` do not load torch."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'coconut' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

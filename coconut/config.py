@@ -1,6 +1,6 @@
-"""The schema of every command: dataclasses that check themselves when they are built.
+"""Configuration shared by the commands: dataclasses that check their values in `__post_init__`.
 
-Hydra composes conf/ into these. Nothing here knows torch.
+Hydra composes conf/ into these. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from coconut.methods import Curriculum, PromptFormat, plan
 from coconut.utils.overrides import Kind, PathName, Place, map_texts
 
-# These say where and how a run is carried out, not what it is: they do not enter its name, and a run
-# may be resumed with others. The test file is never opened in training.
+# Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
+# its default folder's name, and may differ when it is resumed. (The test file is never opened in training.)
 NOT_IDENTITY = (
     "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "data.test", "launch",
     "tracking", "micro_batch_size", "eval_batch_size", "rollout_batch_size", "engine.kind", "engine.device",
@@ -25,14 +25,14 @@ NOT_IDENTITY = (
 )  # fmt: skip
 
 
-class Task(StrEnum):
+class TaskName(StrEnum):
     gsm8k = "gsm8k"
     prontoqa = "prontoqa"
     prosqa = "prosqa"
     pointers = "pointers"
 
 
-TASK_NAMES = ", ".join(Task)
+TASK_NAMES = ", ".join(TaskName)
 
 
 class Precision(StrEnum):
@@ -46,14 +46,14 @@ class TooLong(StrEnum):
 
 
 class Unreadable(StrEnum):
-    """What is done with rows whose gold answer would be judged wrong."""
+    """What to do with rows whose gold answer the task itself would judge wrong."""
 
     error = "error"
     skip = "skip"
 
 
 class Reset(StrEnum):
-    """When the optimizer is made anew."""
+    """When the optimizer is created anew."""
 
     stage = "stage"
     epoch = "epoch"
@@ -61,23 +61,23 @@ class Reset(StrEnum):
 
 
 class Resume(StrEnum):
-    auto = "auto"  # go on where the run's folder left off
+    auto = "auto"  # resume the run in the folder, if there is one
     never = "never"  # refuse a folder that already holds a run
 
 
-def at_least(owner: str, config: Any, **bounds: float) -> None:
+def at_least(prefix: str, config: Any, **bounds: float) -> None:
     for name, least in bounds.items():
         value = getattr(config, name)
         if value is not None and value < least:
-            raise ValueError(f"{owner}{name} is {value}; it must be at least {least}.")
+            raise ValueError(f"{prefix}{name} is {value}; it must be at least {least}.")
 
 
 @dataclass
 class LoraConfig:
-    """Train a low-rank correction of linear layers in place of the model; `rank` 0 trains the model itself.
+    """LoRA: train low-rank corrections of linear layers instead of the weights. `rank` 0 turns it off.
 
-    A correction is scaled by alpha / rank; `alpha` is by default twice the rank. `targets`: names of layers,
-    or ends of them (q_proj, attn.c_proj); by default all linear layers but the head.
+    A correction is scaled by alpha / rank; `alpha` is by default twice the rank. `targets`: names of layers, or
+    suffixes of names (q_proj, attn.c_proj); by default all linear layers except the head.
     """
 
     rank: int = 0
@@ -97,7 +97,7 @@ class LoraConfig:
             raise ValueError(f"model.lora.dropout is {self.dropout}; it must be in [0, 1).")
 
 
-WORDS = "words"  # the tokenizer of words
+WORDS = "words"  # value of model.tokenizer: a word-level tokenizer made from the training file
 
 
 @dataclass
@@ -106,7 +106,7 @@ class ModelConfig:
 
     `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
     name or folder, or "words" for a word-level one made from the training file; by default the base's.
-    `new_tokens`: what the embeddings of added tokens start from: mean, random, or a token's name.
+    `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from.
     """
 
     base: Place | None = None
@@ -118,82 +118,83 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if bool(self.base) == bool(self.architecture):
-            given = "both are given" if self.base else "neither is given"
+            problem = "both are given" if self.base else "neither is given"
             raise ValueError(
-                f"The model is either pretrained (model.base) or new (model.architecture); {given}. "
-                "For a pretrained one, also in place of an experiment's own: model=gpt2, or model=gpt2 "
-                "model.base=NAME_OR_FOLDER. For a new one: model=gpt2_new or model=tiny."
+                f"The model is either pretrained (model.base) or new (model.architecture); {problem}. For a "
+                "pretrained one, set model=gpt2, or model=gpt2 model.base=NAME_OR_FOLDER; this also replaces an "
+                "experiment's model. For a new one: model=gpt2_new or model=tiny."
             )
         if self.architecture and "model_type" not in self.architecture:
-            raise ValueError(f"model.architecture names no model_type; its keys are {list(self.architecture)}.")
+            raise ValueError(f"model.architecture has no model_type; its keys are {list(self.architecture)}.")
         if self.architecture and not self.tokenizer:
             raise ValueError("A new model needs model.tokenizer: a name or folder, or words.")
 
 
-NOT_BUILT = ("out_dir", "name", "source", "train", "valid", "test", "compare")
+RESERVED_BUILD_KEYS = ("out_dir", "name", "source", "train", "valid", "test", "compare")
 
 
 @dataclass
 class DataConfig:
-    """A file for each split, or `files`, what the names of all three begin with, or `build`.
+    """Where the examples come from: a file for each split, or `prefix`, or `build`.
 
-    `files` is what a builder was given as OUT_DIR/NAME. `build`: keys of the task's builder, which makes
-    the data once, into the cache, if no file to train on is named. `test` takes the place of either's test file.
+    `prefix` stands for PREFIX_train.json, PREFIX_valid.json and PREFIX_test.json, a builder's OUT_DIR/NAME. `build`:
+    keys for the task's data builder, which runs once and writes to the cache if no training file is named. `test`
+    overrides the test file of `prefix` and `build`.
     """
 
-    task: Task | None = None  # how answers are judged
+    task: TaskName | None = None  # decides how answers are judged
     train: PathName = ""
     valid: PathName = ""
     test: PathName = ""
     prefix: PathName = ""
     build: dict[str, Any] = field(default_factory=dict)
-    too_long: TooLong = TooLong.error  # an example longer than the model's context
-    unreadable: Unreadable = Unreadable.error  # one whose gold answer would be judged wrong
+    too_long: TooLong = TooLong.error  # for examples longer than the model's context
+    unreadable: Unreadable = Unreadable.error  # for examples whose gold answer would be judged wrong
     format: PromptFormat = field(default_factory=PromptFormat)
-    cache_dir: PathName | None = None  # of tokens and of data made; by default COCONUT_CACHE or ~/.cache/coconut
+    cache_dir: PathName | None = None  # for tokens and built data; by default COCONUT_CACHE or ~/.cache/coconut
 
     def __post_init__(self) -> None:
-        named = {split: getattr(self, split) for split in NEEDED if getattr(self, split)}
+        named = {split: getattr(self, split) for split in TRAINING_SPLITS if getattr(self, split)}
         self.build = {key: value for key, value in self.build.items() if value is not None}
         if self.prefix and named:
             split, file = next(iter(named.items()))
             raise ValueError(f"data.prefix={self.prefix} and data.{split}={file} are both given. Keep one of them.")
         if self.prefix or named:
-            self.build = {}  # nothing is built, so it is no part of what the run is
-        for key in NOT_BUILT:
+            self.build = {}  # unused, so it must not enter the run's identity
+        for key in RESERVED_BUILD_KEYS:
             if key in self.build:
                 raise ValueError(
-                    f"data.build.{key}={self.build[key]}: data.build says how rows are made. For files, name them "
-                    "with data.train, data.valid and data.test."
+                    f"data.build.{key}={self.build[key]} is not allowed: data.build holds settings for making rows. "
+                    "Name files with data.train, data.valid and data.test."
                 )
         for key in ("num_train", "num_valid"):
             if self.build.get(key) == 0:
-                raise ValueError(f"data.build.{key} is 0, and a run needs such rows. Leave it out, or raise it.")
+                raise ValueError(f"data.build.{key} is 0, but a run needs such rows. Raise it, or leave it out.")
         if self.build and not self.task:
-            raise ValueError(f"data.build={self.build}, of which task? Set data.task to one of {TASK_NAMES}.")
+            raise ValueError(f"data.build={self.build} needs a task. Set data.task to one of {TASK_NAMES}.")
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
-                f"data.build.hub={hub} is a folder here, whose content may change. Convert it once with "
-                f"coconut data {self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
+                f"data.build.hub={hub} is a local folder, whose content may change. Convert it once with coconut data "
+                f"{self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
             )
 
-    def judged(self) -> Task:
-        """The task that says how answers are judged. Raises ValueError if there is none."""
+    def required_task(self) -> TaskName:
+        """The task, which decides how answers are judged. Raises ValueError if it is not set."""
         if not self.task:
             raise ValueError(
-                f"data.task is missing: how are answers judged? Set it to one of {TASK_NAMES}. gsm8k compares numbers, "
-                "prontoqa True and False, prosqa and pointers text."
+                f"data.task is missing; it decides how answers are judged. Set it to one of {TASK_NAMES}. gsm8k "
+                "compares numbers, prontoqa True and False, prosqa and pointers text."
             )
         return self.task
 
 
 SPLITS = ("train", "valid", "test")
-NEEDED = ("train", "valid")  # by a training
+TRAINING_SPLITS = ("train", "valid")  # that a training needs
 
 
 @dataclass
 class AdamWConfig:
-    """`warmup` counts updates from each time that the optimizer is made; `clip` 0 means no clipping."""
+    """AdamW. `warmup_steps` counts updates since the optimizer was created; `max_grad_norm` 0 means no clipping."""
 
     lr: float = 1e-4
     beta1: float = 0.9
@@ -214,7 +215,7 @@ class AdamWConfig:
             raise ValueError(f"optimizer.{name} is {rate}; it must be above 0.")
 
     def learning_rate(self, updates: int) -> float:
-        """For the update after so many since the optimizer was made: constant after a linear warm-up."""
+        """The learning rate after `updates` updates of this optimizer: linear warm-up, then constant."""
         return self.lr * self._warmed_up(updates)
 
     def _warmed_up(self, updates: int) -> float:
@@ -223,7 +224,7 @@ class AdamWConfig:
 
 @dataclass
 class OptimizerConfig(AdamWConfig):
-    """AdamW through the stages of a curriculum. `later_lr`: the learning rate from stage 1 on, if it is another one."""
+    """AdamW over the stages of a curriculum. `later_stage_lr`: the learning rate from stage 1 on, if it differs."""
 
     later_stage_lr: float | None = None
     reset_every: Reset = Reset.stage
@@ -233,23 +234,24 @@ class OptimizerConfig(AdamWConfig):
         self._above_zero("later_stage_lr")
 
     def learning_rate(self, updates: int, stage: int = 0) -> float:
-        """As it is in this stage."""
+        """The learning rate in this stage after `updates` updates of this optimizer."""
         return (self.later_stage_lr if stage and self.later_stage_lr else self.lr) * self._warmed_up(updates)
 
 
 class EngineKind(StrEnum):
-    local = "local"  # one device; on several processes DistributedDataParallel
+    local = "local"  # one device per process; DistributedDataParallel if there are several processes
     deepspeed = "deepspeed"  # ZeRO
 
 
 @dataclass
 class EngineConfig:
-    """`device`: auto, cpu, cuda, cuda:1, mps; on several processes each takes a GPU of its own.
+    """How updates are executed.
 
-    `threads`: CPU threads of a process, 0 for its share of the cores. `cuda_graphs`: whether a GPU starts the passes of
-    a batch as one (CUDA graphs); where device=auto finds none, a warning is given. `timeout`: seconds after which a
-    process of several that does not get on ends the run. The rest is for DeepSpeed: ZeRO's stage (1 shards
-    the optimizer, 2 the gradients too, 3 the weights too), and what stays in the memory of the host.
+    `device`: auto, cpu, cuda, cuda:1 or mps; with several processes each takes its own GPU. `threads`: CPU threads per
+    process, 0 for its share of the cores. `cuda_graphs`: record the passes of a batch as one CUDA graph; without a GPU
+    a warning is logged. `timeout`: seconds without progress after which the watchdog ends a run on several processes.
+    The other keys are for DeepSpeed: the ZeRO stage (1 shards the optimizer state, 2 also the gradients, 3 also the
+    weights), and what is offloaded to host memory.
     """
 
     kind: EngineKind = EngineKind.local
@@ -270,43 +272,43 @@ class EngineConfig:
                 if value := getattr(self, name):
                     raise ValueError(f"engine.{name}={value} needs DeepSpeed. Add engine=deepspeed.")
         if self.zero_stage not in range(4):
-            raise ValueError(f"engine.zero_stage is {self.zero_stage}; it is 0, 1, 2 or 3.")
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.")
         deepspeed = self.kind is EngineKind.deepspeed
         if self.cuda_graphs and (self.device == "mps" or self.device.startswith("cpu")):
             raise ValueError(
-                f"engine.cuda_graphs=true is for a GPU of NVIDIA's, and engine.device is {self.device}. Set "
+                f"engine.cuda_graphs=true needs an NVIDIA GPU, but engine.device is {self.device}. Set "
                 "engine.cuda_graphs=false, or engine.device=cuda."
             )
         if self.cuda_graphs and (deepspeed or self.activation_checkpointing):
             what = "engine=local" if deepspeed else "engine.activation_checkpointing=false"
             raise ValueError(
-                f"engine.cuda_graphs=true needs {what}: what runs then is not in the graph. Set one of the two."
+                f"engine.cuda_graphs=true needs {what}: the rest cannot be recorded in a graph. Change one of the two."
             )
         if deepspeed and self.precision is Precision.bfloat16 and self.zero_stage < 1:
             raise ValueError(
-                "engine.precision=bfloat16 keeps float32 master weights, which DeepSpeed does with "
-                "engine.zero_stage=1, 2 or 3. Choose one of them, or engine=local."
+                "engine.precision=bfloat16 keeps float32 master weights, which DeepSpeed supports with "
+                "engine.zero_stage=1, 2 or 3. Set one of them, or engine=local."
             )
         if self.offload_optimizer and self.zero_stage < 1:
-            raise ValueError("engine.offload_optimizer needs the optimizer sharded: engine.zero_stage=1, 2 or 3.")
+            raise ValueError("engine.offload_optimizer needs a sharded optimizer: set engine.zero_stage=1, 2 or 3.")
         if self.offload_parameters and self.zero_stage < 3:
             raise ValueError(
-                f"engine.offload_parameters needs the weights sharded, and engine.zero_stage is {self.zero_stage}. "
+                f"engine.offload_parameters needs sharded weights, but engine.zero_stage is {self.zero_stage}. "
                 "Set engine.zero_stage=3."
             )
 
 
-def refuse_cuda_graphs(engine: EngineConfig, trained: str) -> None:
-    """Raise ValueError if they are asked for where nothing would be recorded: what is trained so is in eval()."""
+def refuse_cuda_graphs(engine: EngineConfig, subject: str) -> None:
+    """Raise ValueError for engine.cuda_graphs=true, since `subject` trains in eval mode, which is not recorded."""
     if engine.cuda_graphs:
         raise ValueError(
-            f"engine.cuda_graphs=true records the passes of a model that is trained with its dropout, and {trained} is "
-            "trained without. Leave engine.cuda_graphs=false."
+            f"engine.cuda_graphs=true records passes in train mode only, but {subject} is trained in eval mode, "
+            "without dropout. Set engine.cuda_graphs=false."
         )
 
 
 class Tracker(StrEnum):
-    """Where a run's numbers go besides metrics.jsonl."""
+    """Where metrics are sent, in addition to metrics.jsonl."""
 
     none = "none"
     wandb = "wandb"
@@ -315,14 +317,15 @@ class Tracker(StrEnum):
 
 class TrackingMode(StrEnum):
     online = "online"
-    offline = "offline"  # into the run's folder; `wandb sync` sends it later
+    offline = "offline"  # written to the run's folder; `wandb sync` sends them later
 
 
 @dataclass
 class TrackingConfig:
-    """`project`, `entity`, `name`, `group` and `tags` are W&B's; the name is by default that of the run's folder.
+    """The tracker of a run.
 
-    `wait`: seconds that the end of training waits at most for the tracker.
+    `project`, `entity`, `name`, `group` and `tags` are passed to W&B; `name` is by default that of the run's folder.
+    `finish_timeout`: seconds that the end of training waits at most for the tracker.
     """
 
     tracker: Tracker = Tracker.none
@@ -337,16 +340,16 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         at_least("tracking.", self, finish_timeout=1)
         if self.tracker is Tracker.none and self.mode is TrackingMode.offline:
-            raise ValueError("tracking.mode=offline says nothing of where to. Add tracking=wandb.")
+            raise ValueError("tracking.mode=offline needs a tracker. Add tracking=wandb.")
         if not self.project or set(self.project) & set("/\\#?%:"):
             raise ValueError(f"tracking.project is {self.project!r}; W&B takes a name without / \\ # ? % and :.")
 
 
 @dataclass
 class LaunchConfig:
-    """The processes that the command starts on this machine to do the work.
+    """The processes that a command starts on this machine.
 
-    `num_processes`: null for one a GPU. `grace`: seconds that they have to save when they are asked to stop.
+    `num_processes`: null for one per GPU. `grace`: seconds to write a checkpoint after a stop signal.
     """
 
     num_processes: int | None = 1
@@ -358,7 +361,7 @@ class LaunchConfig:
 
 @dataclass
 class RunConfig:
-    """What every training has: where it lies, on what it is, and how it is carried out."""
+    """The keys of every kind of training: folder, data, engine, launch, tracking, validation and checkpoints."""
 
     name: str = "custom"  # of the experiment; part of the run's default folder
     run: PathName | None = None  # the run's folder; by default runs/NAME-KIND-seedN-HASH
@@ -369,36 +372,37 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    max_new_tokens: int | None = None  # by default room for the longest gold text, and at least the task's
-    micro_batch_size: int | None = None  # examples or answers a forward pass of one process; by default its whole share
+    max_new_tokens: int | None = None  # by default enough for the longest gold text, and at least the task's number
+    micro_batch_size: int | None = None  # examples or answers per forward pass; by default a process's share of a batch
     eval_batch_size: int = 64
-    valid_limit: int | None = None  # validate on the first so many examples
-    keep_checkpoints: int = 2  # the newest ones; the best one stays in any case
-    keep_every: int = 0  # a checkpoint at each multiple is written and stays
-    save_every: int = 0  # steps between further checkpoints; 0: only with each validation
+    valid_limit: int | None = None  # validate on the first so many examples only
+    keep_checkpoints: int = 2  # the newest ones; the best one is always kept
+    keep_every: int = 0  # a checkpoint at each multiple of this many steps is written and kept
+    save_every: int = 0  # steps between additional checkpoints; 0: one with each validation only
 
     def __post_init__(self) -> None:
         at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0,
                  save_every=0)  # fmt: skip
-        named = [split for split in NEEDED if getattr(self.data, split)]
-        for split in NEEDED:
+        named = [split for split in TRAINING_SPLITS if getattr(self.data, split)]
+        for split in TRAINING_SPLITS:
             if split not in named and not self.data.prefix and (named or not self.data.build):
                 raise ValueError(
-                    f"data.{split} names no file. Set data.{split}=FILE, or choose data=graphs or another and name no "
-                    "file at all: it is then made."
+                    f"data.{split} names no file. Set data.{split}=FILE, or choose a data set that is built, such as "
+                    "data=graphs, and name no file at all."
                 )
 
     def folder(self) -> Path:
+        """The run's folder: `run`, or a default name with a hash of `identity()`."""
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         return Path(self.run or f"runs/{self.name}-{self.kind}-seed{self.seed}-{digest[:8]}")
 
     @property
     def kind(self) -> str:
-        """What sets the run apart from others of its experiment, in its default folder's name."""
+        """The part of the default folder's name that tells runs of one experiment apart, such as the method."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What makes the run this run."""
+        """The configuration without the keys in NOT_IDENTITY."""
         return identity(asdict(self), type(self))
 
 
@@ -408,16 +412,16 @@ class TrainConfig(RunConfig):
     curriculum: Curriculum = field(default_factory=Curriculum)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    batch_size: int = 128  # examples an update, over all processes
-    validate_every: int = 0  # updates; 0: at the end of each epoch. Always at the end of a stage
+    batch_size: int = 128  # examples per update, over all processes
+    validate_every: int = 0  # in updates; 0: at the end of each epoch. The end of a stage is always validated
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data.judged()
+        self.data.required_task()
         at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
-                f"model.lora.rank={self.model.lora.rank} corrects a pretrained model, and model.architecture makes a "
+                f"model.lora.rank={self.model.lora.rank} needs a pretrained model, but model.architecture creates a "
                 "new one. Set model.base=NAME_OR_FOLDER or init=RUN, or leave LoRA out."
             )
         plan(self.method, self.curriculum)
@@ -427,10 +431,10 @@ class TrainConfig(RunConfig):
         return self.method
 
 
-def locate(config: RunConfig) -> None:
-    """Name every file and folder that the run keeps so that it is found from any folder; `run` stays as it is.
+def make_paths_absolute(config: RunConfig) -> None:
+    """Make the paths in a configuration absolute, except `run`, so that a run can be resumed from any folder.
 
-    A name that may be one of the Hugging Face hub is a folder if there is one.
+    A value that may also be a name on the Hugging Face hub counts as a path if such a folder exists.
     """
 
     def absolute(key: str, kind: Kind, text: str) -> str:
@@ -442,27 +446,27 @@ def locate(config: RunConfig) -> None:
 
 
 def identity(config: dict[str, Any], schema: type[RunConfig] = TrainConfig) -> dict[str, Any]:
-    """What makes a run this run: its configuration but for NOT_IDENTITY.
+    """The part of a configuration that says what a run computes: all but NOT_IDENTITY.
 
-    A key that there was not yet when the run began has its default.
+    Keys that are missing, since they were added after the run began, get their defaults.
     """
     parts: dict[str, Any] = {f.name: f.default_factory() for f in fields(schema) if callable(f.default_factory)}
-    return _but_for_how(_completed(config, {name: asdict(part) for name, part in parts.items()}))
+    return _without_excluded_keys(_with_defaults(config, {name: asdict(part) for name, part in parts.items()}))
 
 
-def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     found = {**defaults, **config}
     return {
-        key: _completed(value, defaults[key])
+        key: _with_defaults(value, defaults[key])
         if isinstance(value, dict) and isinstance(defaults.get(key), dict) and defaults[key]
         else value
         for key, value in found.items()
     }
 
 
-def _but_for_how(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _without_excluded_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
-        key: _but_for_how(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: _without_excluded_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in config.items()
         if f"{prefix}{key}" not in NOT_IDENTITY
     }
@@ -470,7 +474,7 @@ def _but_for_how(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass
 class DataFiles:
-    """Files to take in place of those that the run was made with."""
+    """Files to use instead of those in a run's configuration."""
 
     train: PathName | None = None
     valid: PathName | None = None
@@ -479,4 +483,4 @@ class DataFiles:
 
 def needs_run(run: str) -> None:
     if not run:
-        raise ValueError("Name the run: run=DIR, the folder that coconut train wrote.")
+        raise ValueError("Name the run: run=DIR, a folder written by coconut.train.")

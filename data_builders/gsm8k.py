@@ -1,7 +1,7 @@
 """Convert GSM8K (Cobbe et al., arXiv 2110.14168) and GSM8K-Aug (Deng et al., arXiv 2311.01460).
 
 From the released files, or by name from the Hugging Face hub. Every calculator annotation is checked, and wrong ones
-are listed in the manifest. Run `python -m data_builders.gsm8k --help`.
+are listed in the manifest. Run `coconut data gsm8k --help`.
 """
 
 from __future__ import annotations

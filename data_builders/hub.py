@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.utils.files import sha256
-from coconut.utils.pretrained import out_of_reach
+from coconut.utils.pretrained import hub_unreachable
 
 SPLIT_NAMES = {
     "train": "train",
@@ -23,7 +23,7 @@ def load_hub(name: str, config: str | None = None) -> tuple[dict[str, list[dict[
     begin with their split. Other splits are left out. Raises ValueError if it cannot be read.
     """
     folder = Path(name).is_dir()
-    silent = "" if folder else out_of_reach()
+    silent = "" if folder else hub_unreachable()
     if silent:
         os.environ["HF_DATASETS_OFFLINE"] = "1"  # use the cache only; must be set before datasets is imported
     from datasets import DatasetDict, load_dataset_builder

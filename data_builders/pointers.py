@@ -1,6 +1,6 @@
 """Generate pointer chasing, a task whose difficulty is set by the number of hops.
 
-Run `python -m data_builders.pointers --help`. All nodes lie on one cycle, so that no node is passed twice and all nodes
+Run `coconut data pointers --help`. All nodes lie on one cycle, so that no node is passed twice and all nodes
 are equally likely answers.
 """
 

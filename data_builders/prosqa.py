@@ -1,6 +1,6 @@
 """Build ProsQA and its variants: generate random graphs with a question, or check released files.
 
-Run `python -m data_builders.prosqa --help`. The task is by Hao et al. (arXiv 2412.06769); docs/data.md describes the
+Run `coconut data prosqa --help`. The task is by Hao et al. (arXiv 2412.06769); docs/data.md describes the
 presets and compares them with the released data.
 """
 

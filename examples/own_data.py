@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from coconut import answer
-from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
+from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, TaskName, TrainConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.loading import load_run
 from coconut.training.trainer import run
@@ -44,7 +44,9 @@ def configuration(folder: Path, file: Path) -> TrainConfig:
     """Coconut in three stages: both steps written, one thought for the first, two thoughts for both."""
     return TrainConfig(
         run=str(folder / "run"),
-        data=DataConfig(Task.gsm8k, train=str(file), valid=str(file), cache_dir=str(folder)),  # gsm8k compares numbers
+        data=DataConfig(
+            TaskName.gsm8k, train=str(file), valid=str(file), cache_dir=str(folder)
+        ),  # gsm8k compares numbers
         model=ModelConfig(
             architecture={
                 "model_type": "gpt_neox",

@@ -27,7 +27,7 @@ from coconut.generation.generate import Generated, forward_passes, longest_first
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.utils.console import progress_bar
-from coconut.utils.files import writing
+from coconut.utils.files import explain_full_disk
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from coconut.utils.torch_utils import seeded
 
@@ -333,7 +333,7 @@ def collect_answers(
         return len({key for row in keys for key in row if key in logged})
 
     with (
-        writing(log),
+        explain_full_disk(log),
         log.open("a", encoding="utf-8") as file,
         progress_bar("asking", total, num_done := done()) as bar,
     ):

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.config import SPLITS, DataFiles, EngineConfig, Task, Unreadable, at_least
+from coconut.config import SPLITS, DataFiles, EngineConfig, TaskName, Unreadable, at_least
 from coconut.methods import PromptFormat
 from coconut.utils.overrides import PathName, Place, Text
 
@@ -95,7 +95,7 @@ class AdaptiveConfig:
     checkpoint: str = "best"
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
-    task: Task | None = None  # by default the run's
+    task: TaskName | None = None  # by default the run's
     format: PromptFormat = field(default_factory=lambda: PromptFormat(question="{}"))  # for reading answers of others
     prompt: Text = "{question}"  # the prompt for `base`, with fields for settings of the space
     max_new_tokens: int | None = None

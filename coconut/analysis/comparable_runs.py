@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coconut.config import TrainConfig, identity
-from coconut.data.seen_questions import SEEN_IN, all_seen
+from coconut.data.seen_questions import SEEN_PHRASES, all_seen
 from coconut.methods import Curriculum, Unit, plan
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config
 from coconut.utils.files import read_json
@@ -183,7 +183,7 @@ def _refuse_known(runs: Sequence[ComparableRun], name: str) -> None:
         elif digest in known:
             cases.append(f"{run.folder}: it was trained on {run.found['file']}")
         elif split := all_seen(run.found):
-            cases.append(f"{run.folder}: the questions of {run.found['file']} are {SEEN_IN[split]}")
+            cases.append(f"{run.folder}: the questions of {run.found['file']} are {SEEN_PHRASES[split]}")
     _refuse(
         cases,
         f"evaluated ({name!r}) on data that it was made with, which ranks nothing",

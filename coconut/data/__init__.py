@@ -1,1 +1,1 @@
-"""From a data file to batches: examples, their tokens, training sequences, batches."""
+"""From a data file to batches: examples, tokens, training sequences, batches."""

@@ -1,4 +1,4 @@
-"""From an epoch's sequences to batches, and from a batch to the micro-batches of one process.
+"""Group the sequences of an epoch into batches, and a batch into the micro-batches of one process.
 
 Shapes: B rows of a batch, T columns.
 """
@@ -14,53 +14,53 @@ import torch
 from coconut.data.sequences import ORDER, EpochView, Layout
 from coconut.data.tokenization import SpecialIds
 
-IGNORED = -100  # the label of a position that is no target, as in torch's cross_entropy
+IGNORED = -100  # label of positions without a target, as in torch's cross_entropy
 
 
-BUCKET = 64  # batches that are sorted by length together
+BATCHES_PER_BUCKET = 64  # that are sorted by length together
 
 
-ALIKE = 4  # batches of that order that are sorted by prefix together
+BATCHES_PER_GROUP = 4  # batches within a bucket that are then sorted by the length of the prompt
 
 
 def epoch_batches(view: EpochView, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The indices of each update of an epoch: every example once, in batches of like lengths, in random order.
+    """The example indices of each update of an epoch: every example once, similar lengths together, in random order.
 
-    Of a hybrid model's modes a batch has what a random draw gives it. Whatever goes with length (the number of steps,
-    the depth of a mixed row) is more alike within a batch than in a random one.
+    The modes of a hybrid model are distributed over batches as in a random draw. What correlates with length (number
+    of steps, depth of a mixed example) varies less within a batch than in a random one.
 
-    The last batch may be smaller. A function of its arguments alone, so a resumed run takes up its place.
+    One batch may be smaller. The result depends on the arguments only, so a resumed run sees the same batches.
     """
     random = np.random.default_rng([seed, epoch, ORDER])
     order = random.permutation(len(view))
-    span = batch_size * BUCKET
+    span = batch_size * BATCHES_PER_BUCKET
     chunks = np.split(order, range(span, len(order), span))
-    order = np.concatenate([_like_together(view, chunk, ALIKE * batch_size) for chunk in chunks])
+    order = np.concatenate([_sort_by_length(view, chunk, BATCHES_PER_GROUP * batch_size) for chunk in chunks])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[k] for k in random.permutation(len(batches))]
 
 
-def _like_together(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
-    """Sort rows by length; where there are thoughts, by what stands before them in each `group` rows of that order.
+def _sort_by_length(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray:
+    """Sort rows by length; if there are thoughts, then each `group` rows of that order by the start of the slot.
 
-    A row changes places with rows of its own mode alone, so that the modes stay where they were drawn.
+    Rows are exchanged within one mode only, so that the modes keep their random positions.
     """
     order = np.empty_like(rows)
     for mode in np.unique(view.modes[rows]):
-        places = np.flatnonzero(view.modes[rows] == mode)
-        own = rows[places]
-        own = own[np.argsort(view.lengths[own], kind="stable")]
+        positions = np.flatnonzero(view.modes[rows] == mode)
+        same_mode = rows[positions]
+        same_mode = same_mode[np.argsort(view.lengths[same_mode], kind="stable")]
         if view.passes.max() > 1:
-            own = own[np.lexsort((view.slot_starts[own], places // group))]
-        order[places] = own
+            same_mode = same_mode[np.lexsort((view.slot_starts[same_mode], positions // group))]
+        order[positions] = same_mode
     return order
 
 
 @dataclass
 class Batch:
-    """Token ids, mask and labels, each (B, T); labels are IGNORED where there is no target.
+    """Token ids, attention mask and labels, each (B, T); labels are IGNORED where there is no target.
 
-    `passes`: how many forward passes it is to take at least, so that several processes keep step.
+    `passes`: minimum number of forward passes, so that all processes run equally many.
     """
 
     input_ids: torch.Tensor
@@ -80,7 +80,7 @@ class Batch:
 
 
 def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
-    """Rows of one batch, with the first thoughts in one column where there are any."""
+    """Pad sequences to one batch, on the left so that all first thoughts are in one column."""
     shifts = [item.slot_start if special.latent in item.ids else 0 for item in layouts]
     left = [max(shifts) - shift if shift else 0 for shift in shifts]
     width = max(pad + len(item.ids) for pad, item in zip(left, layouts, strict=True))
@@ -97,25 +97,25 @@ def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
 
 
-def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """What one process of `ranks` does of an update, in parts of at most `size` rows of one mode.
+def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """The micro-batches of one process for an update: at most `size` rows each, all of one mode.
 
-    All processes get equally many parts, with equally many passes each; one for which no row is left gets
-    a row without targets.
+    All processes get equally many micro-batches with equally many passes each. A process without a row left gets one
+    without targets.
     """
     for mode in np.unique(view.modes[batch]):
         rows = batch[view.modes[batch] == mode]
-        shares = [rows[other::ranks] for other in range(ranks)]
+        shares = [rows[other::world_size] for other in range(world_size)]
         for start in range(0, len(shares[0]), size):
             parts = [share[start : start + size] for share in shares]
-            yield _one_of(view, parts, rank)
+            yield _collate_part(view, parts, rank)
 
 
-def _one_of(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
-    """The part of one process among those that are carried out at the same time."""
+def _collate_part(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
+    """The micro-batch of one process. `parts`: the rows of all processes in the same step."""
     rows = parts[rank] if len(parts[rank]) else parts[0][:1]
-    made = collate([view.layout(i) for i in rows], view.special)
+    batch = collate([view.layout(i) for i in rows], view.special)
     if not len(parts[rank]):
-        made.labels.fill_(IGNORED)
-    made.passes = max(int(view.passes[part].max()) for part in parts if len(part))
-    return made
+        batch.labels.fill_(IGNORED)
+    batch.passes = max(int(view.passes[part].max()) for part in parts if len(part))
+    return batch

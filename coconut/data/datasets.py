@@ -1,4 +1,4 @@
-"""Where a run's data lies: in files that are named, or in a set that a builder makes once, in the cache."""
+"""Locate a run's data files: named ones, or a data set that a builder makes once in the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut.config import NEEDED, SPLITS
+from coconut.config import SPLITS, TRAINING_SPLITS
 from coconut.utils.console import log
 from coconut.utils.files import clear_abandoned
 from coconut.utils.hydra_app import PACKAGE, own_environment
@@ -24,48 +24,48 @@ from coconut.utils.overrides import quoted
 
 
 def data_files(data: Mapping[str, Any]) -> dict[str, str]:
-    """The file of each split, "" if there is none, from the `data` part of a configuration.
+    """The file of each split, "" if there is none, for the `data` section of a configuration.
 
-    If it names no file to train on the set is made by `data_builders.TASK` with the keys of `data["build"]`, once for
-    all runs that ask for the same. Raises ValueError if that fails.
+    If it names no training file, `data_builders.TASK` is run with the keys in `data["build"]`, once for all runs with
+    the same keys. Raises ValueError if that fails.
     """
-    if any(data[split] for split in NEEDED):
+    if any(data[split] for split in TRAINING_SPLITS):
         return {split: data[split] for split in SPLITS}
-    if common := data.get("prefix"):
-        found = {split: f"{common}_{split}.json" for split in SPLITS}
+    if prefix := data.get("prefix"):
+        found = {split: f"{prefix}_{split}.json" for split in SPLITS}
     else:
-        folder = _made(str(data["task"]), data["build"], data["cache_dir"])
-        made = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
-        found = {split: str(file) if file.is_file() else "" for split, file in made.items()}
+        folder = _built_dataset(str(data["task"]), data["build"], data["cache_dir"])
+        built = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
+        found = {split: str(file) if file.is_file() else "" for split, file in built.items()}
     test = data["test"] or (found["test"] if Path(found["test"]).is_file() else "")
     return {**found, "test": test}
 
 
-def file_of_split(data: Mapping[str, Any], split: str, given: str | None = None) -> str:
-    """The file of a split of a run's data, or the one that is `given` in its place.
+def file_of_split(data: Mapping[str, Any], split: str, override: str | None = None) -> str:
+    """The file of a split of a run's data, or `override` if it is set.
 
-    Raises FileNotFoundError that says where it was expected, and how another one is named.
+    Raises FileNotFoundError if it does not exist, with advice how to name another one.
     """
-    if given:
-        return given
+    if override:
+        return override
     path = data_files(data)[split] or (f"{data['prefix']}_{split}.json" if data.get("prefix") else "")
     if path and Path(path).is_file():
         return path
-    what = f"is not at {path}, where it was expected" if path else "was never named, and none was made"
+    what = f"is missing: {path}" if path else "was never named, and none was made"
     raise FileNotFoundError(f"The run's {split} file {what}. Name one with data.{split}=FILE.")
 
 
 def default_cache_dir() -> Path:
-    """COCONUT_CACHE, or `coconut` in the user's cache folder."""
+    """The folder in COCONUT_CACHE, or `coconut` in the user's cache folder."""
     if named := os.environ.get("COCONUT_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coconut"
 
 
 def cache_folder(cache_dir: Path | str | None, name: str) -> Path:
-    """The folder of this name in the cache, made if it is not there.
+    """The folder of this name in the cache, created if it does not exist.
 
-    Raises OSError if there is no place for it: no home folder, or one that cannot be written to.
+    Raises OSError if it cannot be created or is not writable, for example without a home folder.
     """
     try:
         folder = Path(cache_dir or default_cache_dir()).absolute() / name
@@ -74,54 +74,57 @@ def cache_folder(cache_dir: Path | str | None, name: str) -> Path:
             return folder
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"There is no place to keep {name} between runs: {error} Name a folder that can be written to with the "
-            "environment variable COCONUT_CACHE (and HF_HOME for what the Hugging Face libraries keep)."
+            f"The cache folder for {name} cannot be used: {error} Name a writable folder with the environment "
+            "variable COCONUT_CACHE (and HF_HOME for the Hugging Face libraries)."
         ) from error
 
 
 def builders_code() -> str:
-    """SHA-256 of the source files that decide what rows a builder makes: data_builders and coconut.tasks.
+    """SHA-256 of the source files that determine a builder's rows: data_builders and coconut.tasks.
 
-    Data are kept under it, so that a change to a builder makes them anew.
+    It is part of a built data set's key, so a change to a builder rebuilds the data.
     """
     spec = find_spec("data_builders")
-    places = [PACKAGE / "tasks", *map(Path, (spec and spec.submodule_search_locations) or ())]
+    folders = [PACKAGE / "tasks", *map(Path, (spec and spec.submodule_search_locations) or ())]
     digest = hashlib.sha256()
-    for file in (file for place in places for file in sorted(place.glob("*.py"))):
+    for file in (file for folder in folders for file in sorted(folder.glob("*.py"))):
         code = file.read_bytes()
         digest.update(f"{file.name} {len(code)}\n".encode() + code)
     return digest.hexdigest()
 
 
-def _made(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
-    """The folder of this set, made if it is not there. It appears whole: two processes may make it at once."""
-    asked = json.dumps([task, build, builders_code()], sort_keys=True)
+def _built_dataset(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
+    """The folder of a built data set; it is built if it does not exist.
+
+    The folder is moved into place when it is complete, so two processes may build it at the same time.
+    """
+    content = json.dumps([task, build, builders_code()], sort_keys=True)
     cache = cache_folder(cache_dir, "data")
-    folder = cache / f"{task}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    folder = cache / f"{task}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
     clear_abandoned(cache, f".{task}-*")
-    log(" ".join([f"Making the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]))
+    log(" ".join([f"Building the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]))
     keys = [f"{key}={_as_override(value)}" for key, value in build.items()]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
         if _run([f"data_builders.{task}", *keys, f"out_dir={folder.name}", f"name={task}"], part):
             raise ValueError(
-                f"coconut data {task} could not make the data; its message stands above. Change data.build, or name "
-                "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for what a builder wrote."
+                f"data_builders.{task} could not make the data; see its message above. Change data.build, or name "
+                "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for a builder's files."
             )
         try:
             (Path(part) / folder.name).rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-    log(f"The data lie in {folder}")
+    log(f"The data are in {folder}")
     return folder
 
 
 def _run(module_and_keys: list[str], folder: str) -> int:
-    """The exit status of a module run in a folder. SIGTERM to this process ends that one, too."""
+    """Run a module in a folder and return its exit status. SIGTERM to this process ends it, too."""
     with (
-        _sigterm_raised(),
+        _sigterm_as_exit(),
         subprocess.Popen([sys.executable, "-m", *module_and_keys], cwd=folder, env=own_environment()) as process,
     ):
         try:
@@ -131,8 +134,8 @@ def _run(module_and_keys: list[str], folder: str) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """As SystemExit, so that what was begun is cleared away."""
+def _sigterm_as_exit() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that partial data are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

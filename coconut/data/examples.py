@@ -1,7 +1,7 @@
-"""Examples: reading and checking data files.
+"""Read and check data files.
 
-A data file is a JSON list, or one JSON object a line, of rows with `question` (text), `steps` (a list
-of texts, may be empty or missing) and `answer` (text, or a number). Whatever else a row holds is kept in `meta`.
+A data file is a JSON list, or has one JSON object per line. Each row has `question` (text), `steps` (a list of texts,
+may be empty or missing) and `answer` (text, or a number). All other keys are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its written chain and its answer."""
+    """One question with its written chain of steps and its answer."""
 
     question: str
     steps: tuple[str, ...]
     answer: str
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
-    where: str = field(default="", compare=False)  # its row or line in the file
+    where: str = field(default="", compare=False)  # "row N" or "line N" of the file
 
 
 def read_examples(path: Path | str) -> list[Example]:
     """Read a data file.
 
-    Raises FileNotFoundError if there is none, and ValueError if it is empty or any row is malformed:
-    the message names the first bad rows and counts all of them.
+    Raises FileNotFoundError if it does not exist, and ValueError if it is empty or any row is malformed; the message
+    lists the first bad rows and counts all of them.
     """
     path = existing(path)
     examples, problems = [], []
     for where, row in json_rows(path):
-        row = completed(row)
+        row = with_defaults(row)
         if problem := _problem(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
@@ -50,12 +50,12 @@ def read_examples(path: Path | str) -> list[Example]:
         count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
         raise ValueError(f"{path} has {count}:\n" + "\n".join(shown) + (f"\n  and {more} more" if more else ""))
     if not examples:
-        raise ValueError(f"{path} holds no example. It must be a JSON list, or one JSON object a line.")
+        raise ValueError(f"{path} holds no example. It must be a JSON list, or have one JSON object per line.")
     return examples
 
 
 def existing(path: Path | str, advice: str = "Make one with coconut data NAME, or name your own file.") -> Path:
-    """The path of a file. Raises FileNotFoundError that says how to get one."""
+    """Check that a file exists. Raises FileNotFoundError with the advice."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -63,28 +63,28 @@ def existing(path: Path | str, advice: str = "Make one with coconut data NAME, o
     return path
 
 
-class Unreadable(str):
-    """Why a row could not be parsed, or cannot be encoded."""
+class BadRow(str):
+    """A row that is not valid JSON or cannot be encoded as UTF-8; the text says why."""
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row of a JSON list, or of one JSON object a line, stands, and the row, or why there is none.
+    """Yield the position ("row N" or "line N") and the content of each row; a BadRow for one that cannot be used.
 
-    Raises ValueError if the file is no UTF-8 text, or begins as a list and breaks.
+    Raises ValueError if the file is not UTF-8, or is a broken JSON list.
     """
     text = read_utf8(path)
-    halves = re.search(r"\\u[dD][89a-fA-F]", text)
-    for where, row in _parsed(path, text):
-        broken = lone_surrogate(row) if halves else None
-        yield where, row if broken is None else Unreadable(f"holds half of a surrogate pair, no text: {broken!a}")
+    has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text)
+    for where, row in _parse_rows(path, text):
+        broken = lone_surrogate(row) if has_surrogates else None
+        yield where, row if broken is None else BadRow(f"holds half of a surrogate pair, which is not text: {broken!a}")
 
 
-def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _parse_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} begins as a JSON list but breaks at line {error.lineno}: {error.msg}.") from None
+            raise ValueError(f"{path} is a JSON list that breaks at line {error.lineno}: {error.msg}.") from None
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -93,12 +93,12 @@ def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            row = Unreadable(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
+            row = BadRow(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}")
         yield f"line {number}", row
 
 
-def completed(row: Any) -> Any:
-    """A row with the steps that are missing, none, and with an answer that is a number as text."""
+def with_defaults(row: Any) -> Any:
+    """Add empty `steps` to a row that has none, and turn a numeric answer into text."""
     if not isinstance(row, dict):
         return row
     answer = row.get("answer")
@@ -108,7 +108,8 @@ def completed(row: Any) -> Any:
 
 
 def _problem(row: Any) -> str | None:
-    if isinstance(row, Unreadable):
+    """What is wrong with a row, or None."""
+    if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict):
         return f"must be an object with question, steps and answer; it is {_short(row)}"

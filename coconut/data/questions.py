@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from coconut.data.examples import Unreadable, existing, json_rows
+from coconut.data.examples import BadRow, existing, json_rows
 from coconut.utils.files import read_utf8
 
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
@@ -24,7 +24,7 @@ def read_questions(path: str) -> list[str]:
         for where, row in json_rows(file):
             question = row.get("question") if isinstance(row, dict) else None
             if not isinstance(question, str) or not question.strip():
-                reason = row if isinstance(row, Unreadable) else "there is no question in it."
+                reason = row if isinstance(row, BadRow) else "there is no question in it."
                 raise ValueError(f"{path}, {where}: {reason}")
             found.append(question)
     elif suffix in TEXT_NAMES:

@@ -1,11 +1,11 @@
-"""From an example and a stage to the token ids of one training sequence.
+"""Training sequences: the token ids of an example at a stage.
 
-`layout` is the one place that says what a training sequence looks like:
+`layout` alone defines what a training sequence looks like:
 
     question [control] [<bot>] slot [<eot>] rest of the chain, answer, <eos>
 
-with the loss on what follows the slot, and on the control token of a hybrid model. Everything random here is a function
-of (seed, epoch, index).
+with the loss on what follows the slot, and on the control token of a hybrid model. All randomness is a function of
+(seed, epoch, index).
 
 Shapes: N examples of a data set.
 """
@@ -20,14 +20,14 @@ import numpy as np
 from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
 
-MIXING, ICOT_OFFSET, ORDER = 1, 2, 3  # what a random number is for: the last part of its key
+MIXING, ICOT_OFFSET, ORDER = 1, 2, 3  # purposes of random numbers: the last part of a generator's key
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One training sequence: `ids[num_prompt:]` are the targets, `ids[anchor]` is the first of the slot.
+    """One training sequence: `ids[num_prompt:]` are the targets, `ids[slot_start]` is the first token of the slot.
 
-    `control`: where the control token stands, a target too; -1 if there is none.
+    `control`: the index of the control token, which is a target too; -1 if there is none.
     """
 
     ids: np.ndarray
@@ -66,13 +66,13 @@ def layout(
 
 
 def slot_ids(form: Stage | Reasoning, special: SpecialIds, num_thoughts: int) -> np.ndarray:
-    """What stands between question and chain: the markers and the slot's tokens."""
+    """The token ids between question and chain: the markers and the slot."""
     fill = {Slot.none: [], Slot.pause: [special.pause], Slot.thought: [special.latent]}[form.slot] * num_thoughts
     return np.array([special.bot, *fill, special.eot] if form.markers else fill, np.int32)
 
 
 def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.ndarray:
-    """How many thoughts examples with so many steps get: all of the stage's, or as many as they have steps for."""
+    """The number of thoughts of examples with `num_steps` steps: the stage's, or without padding at most their own."""
     if plan.pad_thoughts:
         return np.full_like(num_steps, stage.num_thoughts)
     return np.minimum(stage.num_thoughts, plan.thoughts_per_step * np.asarray(num_steps))
@@ -81,27 +81,26 @@ def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.nd
 def written_lengths(
     data: TokenizedData, steps_cut: np.ndarray | int | None, tokens_cut: np.ndarray | int | None
 ) -> np.ndarray:
-    """(N,) tokens that follow the slot: what the cut leaves of the chain, and the answer with its end."""
-    every = np.iinfo(np.int64).max
-    steps_cut, tokens_cut = (every if cut is None else cut for cut in (steps_cut, tokens_cut))
+    """(N,) number of tokens after the slot: the rest of the chain, and the answer with its end-of-sequence token."""
+    everything = np.iinfo(np.int64).max
+    steps_cut, tokens_cut = (everything if cut is None else cut for cut in (steps_cut, tokens_cut))
     answer_starts = data.bounds[data.first[1:] - 2]
     chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
     return np.maximum(answer_starts - chain_starts - tokens_cut, 0) + data.starts[1:] - answer_starts
 
 
 class EpochView:
-    """A data set as one epoch of one stage sees it.
+    """The sequences of a data set in one epoch of one stage; `layout(i)` builds one of them.
 
-    `lengths` (N,) counts the tokens of each sequence, without building it, `passes` (N,) the forward
-    passes that its thoughts need, and `modes` (N,) says in which of the stage's modes it is, 0 where there are none;
-    `layout(i)` builds one.
+    Known without building them: `lengths` (N,), the tokens of each sequence; `passes` (N,), the forward passes that
+    its thoughts need; `modes` (N,), the index of its mode among the stage's, 0 without modes.
     """
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
         self.data, self.special = data, special
         forms = list(stage.modes) or [stage, *plan.depths]
         which = np.zeros(len(data), np.int64)
-        if stage.modes:  # all of them in turn, as many of each in every epoch
+        if stage.modes:  # each example cycles through them; every epoch has equally many of each
             which = (np.arange(len(data)) + epoch) % len(forms)
         elif plan.mixing_probability > 0:
             chance, depth = _uniform(seed, epoch, MIXING, (2, len(data)))
@@ -117,9 +116,11 @@ class EpochView:
         self.passes = np.where(latent, self.num_thoughts, 0) + 1
         markers = np.array([2 * form.markers for form in forms])[which]
         controls = np.array([bool(form.mode) for form in forms], np.int64)[which]
-        every = np.iinfo(np.int64).max
-        steps_cut = np.array([every if form.steps_cut is None else form.steps_cut for form in forms])[which]
-        self.tokens_cut = np.array([every if form.tokens_cut is None else form.tokens_cut for form in forms])[which]
+        everything = np.iinfo(np.int64).max
+        steps_cut = np.array([everything if form.steps_cut is None else form.steps_cut for form in forms])[which]
+        self.tokens_cut = np.array([everything if form.tokens_cut is None else form.tokens_cut for form in forms])[
+            which
+        ]
         if stage.smoothed:
             self.tokens_cut = self.tokens_cut + _icot_offsets(seed, epoch, len(data))
 
@@ -144,7 +145,7 @@ class EpochView:
 
 
 def forms_of(plan: Plan) -> list[Stage]:
-    """Every form that an epoch may give an example, as a stage that has this one alone; iCoT's without an offset."""
+    """Every layout that an example may get in any epoch, each as a stage of its own; iCoT's without an offset."""
     mixed = plan.depths if plan.mixing_probability else ()
     plain = (replace(form, smoothed=False) for stage in plan.stages for form in stage.modes or (stage,))
     return [*mixed, *plain]
@@ -155,16 +156,16 @@ def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.
 
 
 def _icot_offsets(seed: int, epoch: int, count: int) -> np.ndarray:
-    """o with probability proportional to exp(-4 o) (Deng et al., arXiv 2405.14838, removal smoothing)."""
+    """Draw offsets o with probability proportional to exp(-4 o) (removal smoothing, Deng et al., arXiv 2405.14838)."""
     return np.floor(-np.log1p(-_uniform(seed, epoch, ICOT_OFFSET, (count,))) / 4).astype(np.int64)
 
 
 def fit_context(
     view_of: Callable[[TokenizedData], Sequence[EpochView]], data: TokenizedData, context: int, skip: bool, name: str
 ) -> tuple[TokenizedData, np.ndarray]:
-    """The examples that fit into the model's context in each of these views, and their indices.
+    """The examples that fit into the model's context in all views, and their indices.
 
-    Raises ValueError that names the longest examples that do not, unless `skip`.
+    Unless `skip`, raises ValueError with the first examples that do not fit.
     """
     longest = np.max([view.lengths for view in view_of(data)], axis=0)
     too_long = np.flatnonzero(longest > context)

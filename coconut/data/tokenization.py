@@ -1,4 +1,4 @@
-"""The added tokens, and examples as token ids, segment by segment.
+"""The added tokens, and the tokenization of examples segment by segment.
 
 Shapes: N examples; token arrays are flat, see `TokenizedData`.
 """
@@ -32,7 +32,7 @@ ADDED_TOKENS = ("<bot>", "<eot>", "<latent>", "<pause>")
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids of the four added tokens, of the end of a sequence, of padding; of control tokens by their modes."""
+    """Token ids of the four added tokens, of end of sequence and padding, and of the control token of each mode."""
 
     bot: int
     eot: int
@@ -48,7 +48,7 @@ class SpecialIds:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-    """Add `<bot>`, `<eot>`, `<latent>`, `<pause>` to the tokenizer where it lacks them, and give all ids.
+    """Add those of `<bot>`, `<eot>`, `<latent>`, `<pause>` that the tokenizer lacks, and return all ids.
 
     Raises ValueError if the tokenizer is not a fast one or has no end-of-sequence token.
     """
@@ -67,7 +67,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
 
 
 def add_as_special(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
-    """Add tokens that no text is read as; those that are there already become such, and keep their ids."""
+    """Add special tokens, which `encode_texts` never produces. Existing tokens become special and keep their ids."""
     from tokenizers import AddedToken
 
     added: list[Any] = [AddedToken(token, special=True, normalized=False) for token in tokens]
@@ -75,22 +75,22 @@ def add_as_special(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) ->
 
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerFast, special: SpecialIds, modes: Sequence[str]) -> SpecialIds:
-    """Add the control tokens of these modes where they are missing, and give all ids."""
+    """Add those control tokens of these modes that the tokenizer lacks, and return all ids."""
     tokens = [parse_mode(name).token for name in modes]
     add_as_special(tokenizer, tokens)
     return replace(special, control={**special.control, **dict(zip(modes, token_ids(tokenizer, tokens), strict=True))})
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:
-    """The id of each token by its name."""
+    """The id of each token."""
     ids: Any = tokenizer.convert_tokens_to_ids(list(tokens))
     return ids
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text by itself. A special token that stands in a text stays text.
+    """Token ids of each text. The name of a special token inside a text is encoded as ordinary text.
 
-    Raises ValueError for half of a surrogate pair, which is no text.
+    Raises ValueError for half of a surrogate pair, which UTF-8 cannot encode.
     """
     if not texts:
         return []
@@ -99,47 +99,50 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     except TypeError:
         if (broken := lone_surrogate(list(texts))) is None:
             raise
-        raise ValueError(f"Half of a surrogate pair is no text and cannot be encoded: {broken!a}") from None
+        raise ValueError(f"Half of a surrogate pair cannot be encoded: {broken!a}") from None
     return ids
 
 
 def encode_questions(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], prompt_format: PromptFormat
 ) -> list[list[int]]:
-    """Token ids of questions as a model is asked them: within the chat template, or after the tokenizer's own start."""
+    """Token ids of questions as a model reads them: in the chat template, or after the tokenizer's start tokens."""
     before, after = around_questions(tokenizer, prompt_format)
     texts = [PromptFormat.fill(prompt_format.question, question) for question in questions]
     return [before + ids + after for ids in encode_texts(tokenizer, texts)]
 
 
 def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> tuple[list[int], list[int]]:
-    """Token ids before and after every question.
+    """Token ids before and after every question: the chat template's, or the tokenizer's start tokens.
 
-    Raises ValueError if a chat template is asked for and there is none, it fails, or does not give the question once.
+    Raises ValueError if the chat template is missing, fails, or does not contain the question exactly once.
     """
     if not prompt_format.chat:
         return _start_ids(tokenizer), []
     if not tokenizer.chat_template:
-        raise ValueError("data.format.chat=true, but the tokenizer has no chat template. Take an instruct model's.")
-    mark = "[the question stands here]"
-    said = [{"role": "user", "content": mark}]
+        raise ValueError(
+            "data.format.chat=true, but the tokenizer has no chat template. Use that of an instruct model."
+        )
+    placeholder = "[the question stands here]"
+    messages = [{"role": "user", "content": placeholder}]
     try:
-        text: Any = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the template's own code raises
         raise ValueError(
-            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} takes no question from a user alone: it "
-            f"ends with {type(error).__name__}: {error}\nMend the template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json) in a copy of the folder, or take it out and ask without (data.format.chat=false)."
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} fails for a single user message with "
+            f"{type(error).__name__}: {error}\nFix the template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json) in a copy of the folder, or set data.format.chat=false."
         ) from error
-    if text.count(mark) != 1:
+    if text.count(placeholder) != 1:
         raise ValueError(
-            f"The tokenizer's chat template gives the question {text.count(mark)} times, not once: {text!r}"
+            f"The tokenizer's chat template contains the question {text.count(placeholder)} times, not once: {text!r}"
         )
-    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark))
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(placeholder))
     return list(before), list(after)
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that the tokenizer puts before a text, without an end-of-sequence token that it puts after it."""
     encoded: Any = tokenizer("", add_special_tokens=True)["input_ids"]
     ids = list(encoded)
     if ids and ids[-1] == tokenizer.eos_token_id and (len(ids) > 1 or tokenizer.bos_token_id != ids[-1]):
@@ -151,9 +154,9 @@ def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 class TokenizedData:
     """The tokens of N examples in flat arrays.
 
-    `tokens`: all token ids, one example after the other; within one: question, steps, answer with the
-    end-of-sequence token. `bounds`: where each segment ends in `tokens`; example i has the segments
-    `first[i] .. first[i + 1] - 1`. `starts`: where each example begins in `tokens`, (N + 1,).
+    `tokens`: all token ids, one example after the other; each is question, steps, answer with the end-of-sequence
+    token. `bounds`: the end of each segment in `tokens`; example i has the segments `first[i] .. first[i + 1] - 1`.
+    `starts`: the start of each example in `tokens`, (N + 1,).
     """
 
     tokens: np.ndarray
@@ -166,12 +169,12 @@ class TokenizedData:
 
     @property
     def num_steps(self) -> np.ndarray:
-        """(N,) written steps of each example."""
+        """(N,) number of steps of each example."""
         return np.diff(self.first) - 2
 
     @property
     def question_lengths(self) -> np.ndarray:
-        """(N,) tokens of each question."""
+        """(N,) number of tokens of each question."""
         return self.bounds[self.first[:-1]] - self.starts[:-1]
 
     def question(self, index: int) -> np.ndarray:
@@ -185,7 +188,7 @@ class TokenizedData:
 
     @classmethod
     def from_lists(cls, tokens: Sequence[Any], lengths: Sequence[Any]) -> TokenizedData:
-        """`tokens[i]`: all ids of example i; `lengths[i]`: how many of them each of its segments has."""
+        """Build from lists. `tokens[i]`: all ids of example i; `lengths[i]`: the length of each of its segments."""
         if not len(tokens):
             empty = np.zeros(0, np.int64)
             return cls(empty.astype(np.int32), empty, np.zeros(1, np.int64), np.zeros(1, np.int64))
@@ -214,7 +217,7 @@ def tokenize(
     prompt_format: PromptFormat | None = None,
     cache_dir: Path | str | None = None,
 ) -> TokenizedData:
-    """Encode every segment by itself, once: the result is cached with `datasets` under `cache_dir`."""
+    """Encode every segment by itself. The result is cached on disk, in Arrow files of `datasets` under `cache_dir`."""
     import datasets
 
     prompt_format = prompt_format or PromptFormat()
@@ -237,8 +240,8 @@ def tokenize(
     content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
     key = content.hexdigest()[:32]
     file = cache_folder(cache_dir, "tokens") / f"{key}.arrow"
-    if file.is_file() and not _holds(file, len(examples)):
-        log(f"warning: {file} is damaged; its tokens are made anew.")
+    if file.is_file() and not _has_rows(file, len(examples)):
+        log(f"warning: the token cache {file} is damaged; the data are tokenized again.")
         file.unlink()
 
     text = datasets.Features(
@@ -247,7 +250,7 @@ def tokenize(
         answer=datasets.Value("string"),
     )
     integers = datasets.List(datasets.Value("int32"))
-    with _quiet_datasets(datasets, few=len(examples) < 20_000):
+    with _quiet_datasets(datasets, quiet=len(examples) < 20_000):
         encoded = datasets.Dataset.from_dict(
             {
                 "question": [e.question for e in examples],
@@ -274,8 +277,8 @@ def tokenize(
     )
 
 
-def _holds(file: Path, rows: int) -> bool:
-    """Whether an Arrow file has so many rows. One that was cut off between its batches looks whole, and has fewer."""
+def _has_rows(file: Path, rows: int) -> bool:
+    """Whether an Arrow file is complete: one that was cut off between two batches is readable, but has fewer rows."""
     import pyarrow
 
     try:
@@ -286,21 +289,21 @@ def _holds(file: Path, rows: int) -> bool:
 
 
 def _segments(question: str, steps: Sequence[str], answer: str, prompt_format: PromptFormat) -> list[str]:
-    """The texts of an example, as they are encoded."""
+    """The texts of an example's segments: question, steps, answer."""
     fill = PromptFormat.fill
     chain = [fill(prompt_format.step, step) for step in steps]
     return [fill(prompt_format.question, question), *chain, fill(prompt_format.answer, answer)]
 
 
 class _quiet_datasets:
-    """No progress bar of `datasets` for what takes a moment."""
+    """Turn off the progress bar of `datasets`, for small data sets."""
 
-    def __init__(self, datasets: Any, few: bool):
-        self.datasets, self.few = datasets, few
+    def __init__(self, datasets: Any, quiet: bool):
+        self.datasets, self.quiet = datasets, quiet
 
     def __enter__(self) -> None:
         self.was_on = self.datasets.utils.logging.is_progress_bar_enabled()
-        if self.few:
+        if self.quiet:
             self.datasets.disable_progress_bars()
 
     def __exit__(self, *_: object) -> None:
@@ -309,29 +312,29 @@ class _quiet_datasets:
 
 
 def unknown_words(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many tokens the tokenizer had no entry for. 0 for byte-level tokenizers."""
+    """The number of unknown tokens in the data. 0 for byte-level tokenizers."""
     unknown = unknown_id(tokenizer)
     return 0 if unknown is None else int((data.tokens == unknown).sum())
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token that stands for a word without an entry; None if the tokenizer has one for every text."""
+    """The id of the unknown token; None if the tokenizer can encode every text."""
     unknown: Any = tokenizer.unk_token_id
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def unknown_in(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    """The words of a text that the tokenizer has no entry for."""
+    """The words of a text that the tokenizer encodes as unknown."""
     encoded: Any = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
-    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     unknown = unknown_id(tokenizer)
-    return list(dict.fromkeys(text[left:right] for token, (left, right) in places if token == unknown))
+    return list(dict.fromkeys(text[start:end] for token, (start, end) in spans if token == unknown))
 
 
 def build_word_tokenizer(examples: Iterable[Example], prompt_format: PromptFormat | None = None) -> Any:
-    """A word-level tokenizer whose words are those of the examples, the most frequent first (`word_tokenizer`)."""
+    """A word-level tokenizer with the words of the examples, the most frequent first (see `word_tokenizer`)."""
     from transformers import PreTrainedTokenizerFast
 
     form = prompt_format or PromptFormat()

@@ -1,13 +1,13 @@
-"""A word-level tokenizer whose decoding gives back the text that was encoded.
+"""A word-level tokenizer that decodes to exactly the text that was encoded.
 
-Tokens are words, runs of `#`, single marks and ends of lines. Between two of them stands one space or nothing by
-default, which depends on two sets of marks, learned by majority: those without a space before them, and those without
-one after them. What deviates from the default is written out: a joiner where a space is missing, and other whitespace
-as tokens of its own, a character each. A vocabulary has them if its training text needs them; otherwise a text is read
-as if it were spaced by default.
+Tokens are words, runs of `#`, punctuation marks and line breaks. The default between two tokens is one space or
+nothing. It depends on two sets of marks, found by majority in the training text: marks without a space before them,
+and marks without one after them. Deviations are encoded explicitly: a joiner token for a missing space, and one token
+per character of other white space. A vocabulary has these tokens only if its training text needs them; without them a
+text is encoded as if it had the default spacing.
 
-The joiner, and the space that the decoder puts before each token until it knows the next one, are private-use
-characters. In a text such a character is an unknown word.
+The joiner, and the provisional space that the decoder puts before each token, are private-use characters. Such a
+character in a text is an unknown word.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _MARK = re.compile(r"(?<!#)#+|[^\w\s#]")
 
 @dataclass(frozen=True)
 class Spacing:
-    """The default between two tokens, and what can be written besides it.
+    """The default spacing between tokens, and the tokens for deviations from it.
 
-    `before`, `after`: marks without a space before them, and after them. `joins`: whether there is a joiner. `spaces`:
-    the whitespace, of one line, that has tokens. `open_end`: a single space at the end of a text is left to what
-    follows, since a step ends with it, and what follows a step has a space before it by default.
+    `before`, `after`: marks without a space before them, and after them. `joiner`: whether there is a joiner token.
+    `spaces`: the white space characters (except line breaks) with tokens. `open_end`: a single space at the end of a
+    text gets no token; used if steps end with a space, which the default spacing puts before the next segment anyway.
     """
 
     before: frozenset[str]
     after: frozenset[str]
-    joins: bool
+    joiner: bool
     spaces: frozenset[str]
     open_end: bool
 
     @classmethod
     def of(cls, texts: Iterable[str], open_end: bool) -> Spacing:
-        """What these texts have by majority."""
+        """The spacing that these texts have by majority."""
         spaced: dict[str, Counter[str]] = {"before": Counter(), "after": Counter()}
         kinds: set[str] = set()
         for text in texts:
@@ -55,22 +55,25 @@ class Spacing:
                         spaced[side][found[0][0]] += 1 if other.isspace() else -1
         closed = {side: frozenset(mark for mark, sum_ in counts.items() if sum_ < 0) for side, counts in spaced.items()}
         spaces = frozenset(kind for kind in kinds if kind.isspace() and kind != "\n")
-        return cls(**closed, joins=True, spaces=spaces, open_end=open_end)
+        return cls(**closed, joiner=True, spaces=spaces, open_end=open_end)
 
     def backend(self, vocabulary: dict[str, int]) -> Any:
-        """The tokenizer of these words."""
+        """A `tokenizers.Tokenizer` with this vocabulary and spacing."""
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-        before, after, spaces = (_in_brackets(marks) for marks in (self.before, self.after, self.spaces))
-        opens, closes = rf"[^\s{after}]", rf"[^\s{before}]"  # that have a space after them, and before them
-        foreign = normalizers.Replace(Regex(f"[{_in_brackets((JOINER, SPACE))}]"), FOREIGN)
+        before, after, spaces = (_character_class(marks) for marks in (self.before, self.after, self.spaces))
+        opens, closes = (
+            rf"[^\s{after}]",
+            rf"[^\s{before}]",
+        )  # by default with a space after, before
+        foreign = normalizers.Replace(Regex(f"[{_character_class((JOINER, SPACE))}]"), FOREIGN)
         within = r"(?<=\w)(?=\w)|(?<=#)(?=#)"
         missing = normalizers.Replace(Regex(rf"(?!{within})(?<={opens})(?={closes})"), JOINER)
         end = r"|\z" if self.open_end else ""
         kept = rf"(?:(?<!{opens} )|(?!{closes}{end}))" if " " in self.spaces else ""
         written = rf"(?=[{spaces}])(?:[^ ]| {kept})|{_WORDS}" if self.spaces else _WORDS
         tokenizer: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.normalizer = normalizers.Sequence([foreign, missing] if self.joins else [foreign])
+        tokenizer.normalizer = normalizers.Sequence([foreign, missing] if self.joiner else [foreign])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(written), behavior="removed", invert=True)
         unspaced = rf"(?:{SPACE}{JOINER})+{SPACE}?|\A{SPACE}|(?<=[\s{after}]){SPACE}|{SPACE}(?=[\s{before}])"
         tokenizer.decoder = decoders.Sequence(
@@ -84,7 +87,7 @@ class Spacing:
         return tokenizer
 
     def counts(self, texts: Iterable[str]) -> Counter[str]:
-        """How often each token stands in the texts, joiner and whitespace among them."""
+        """The frequency of each token in the texts, joiner and white space included."""
         backend, found = self.backend({"<unk>": 0}), Counter[str]()
         for text in texts:
             normal = backend.normalizer.normalize_str(text)
@@ -94,9 +97,9 @@ class Spacing:
 
 
 def word_level(segments: Sequence[Sequence[str]], open_end: bool) -> Any:
-    """The tokenizer of these texts, its words in the order of their frequency.
+    """A word-level tokenizer for these texts, its words ordered by frequency.
 
-    `segments`: of each example the question, and the texts that follow each other after it, each encoded by itself.
+    `segments`: for each example the question and then the texts of its chain, in order; each is encoded by itself.
     """
     whole = [text for question, *chain in segments for text in (question, "".join(chain))]
     spacing = Spacing.of(whole, open_end)
@@ -105,10 +108,10 @@ def word_level(segments: Sequence[Sequence[str]], open_end: bool) -> Any:
         spacing = replace(spacing, open_end=False)
     counts = spacing.counts(text for texts in segments for text in texts)
     words = [*SPECIAL, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))]
-    needed = replace(spacing, joins=JOINER in counts, spaces=spacing.spaces.intersection(counts))
+    needed = replace(spacing, joiner=JOINER in counts, spaces=spacing.spaces.intersection(counts))
     return needed.backend({word: number for number, word in enumerate(words)})
 
 
-def _in_brackets(characters: Iterable[str]) -> str:
-    """For a class of characters in a regular expression."""
+def _character_class(characters: Iterable[str]) -> str:
+    """The characters escaped for use in a character class of a regular expression."""
     return "".join(rf"\x{{{ord(character):x}}}" for character in sorted(characters))

@@ -1,1 +1,1 @@
-"""How updates are carried out: the only package that knows devices and processes."""
+"""Executing updates on devices and processes. Only this package imports torch.distributed and DeepSpeed."""

@@ -1,6 +1,6 @@
-"""What training asks of an engine.
+"""The Engine protocol and what its implementations share: device, optimizer, clipping, random state.
 
-An engine is given an `nn.Module` and a loss function. It knows neither models, data nor methods.
+An engine gets an `nn.Module` and a loss function; it does not depend on models, data or methods.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coconut.utils.console import log
 
 
 class MicroBatch(Protocol):
-    """A part of an update."""
+    """A part of the batch of an update."""
 
     @property
     def num_targets(self) -> int: ...
@@ -36,7 +36,7 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]  # the loss summed over 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over all targets of the update. `grad_norm`: before clipping."""
+    """Result of an update. `loss`: mean over its targets. `grad_norm`: before clipping."""
 
     loss: float
     grad_norm: float
@@ -44,66 +44,69 @@ class StepResult:
 
 
 class NonFiniteUpdate(ArithmeticError):
-    """A loss or gradient that is not finite. No weight was changed. `culprits` names where it was seen."""
+    """The loss or a gradient is not finite; no weight was changed. `non_finite_names`: the weights or gradients."""
 
-    def __init__(self, loss: float, grad_norm: float, culprits: list[str]):
+    def __init__(self, loss: float, grad_norm: float, names: list[str]):
         super().__init__(f"loss {loss}, gradient norm {grad_norm}")
-        self.loss, self.grad_norm, self.non_finite_names = loss, grad_norm, culprits
+        self.loss, self.grad_norm, self.non_finite_names = loss, grad_norm, names
 
 
 class Engine(Protocol):
-    """Each process has one. All of them call the same methods in the same order, with parts of the same update."""
+    """Executes updates. Each process has one; all processes call the same methods in the same order."""
 
     device: torch.device
     world: World
 
     def reset_optimizer(self) -> None:
-        """Make the optimizer anew: no moments, no step count."""
+        """Reset the optimizer's moments and step count."""
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """One update: the mean of the loss over all targets of all micro-batches of all processes.
+        """One update by the mean loss over all targets of all micro-batches of all processes.
 
-        Every process gives equally many micro-batches, with equally many passes each. Raises NonFinite.
+        Every process passes equally many micro-batches, with equally many forward passes each. Raises NonFiniteUpdate.
         """
         ...
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
-        """Forward and backward without an update: fails now if memory does not suffice."""
+        """Forward and backward pass without an update, to fail early if memory does not suffice."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]: ...
 
     def full_module(self) -> AbstractContextManager[Any]:
-        """The module with all its weights, to evaluate or save, whatever part of them a process keeps."""
+        """A context with the unsharded module, for evaluating or saving it."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and random number generators, as tensors and plain values.
+        """State of the optimizer and of the random generators, as tensors and plain values.
 
-        The form is the same for all engines and numbers of processes: `optimizer` is torch's own for AdamW over
-        the trained parameters in their order, `random` has an entry for each process, and `master` (names to
-        tensors) the weights in float32 if the module has them in less: `restore_master` puts them into a module
-        before another engine is made of it. Whole in the first process only.
+        The format is the same for all engines and numbers of processes. `optimizer`: torch's state dict of AdamW over
+        the trained parameters, in their order. `random`: an entry per process. `master`: float32 weights by name, if
+        the module's weights have a lower precision; `restore_master` puts them into a module before another engine is
+        made of it. The state is complete on the main process only.
         """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, after a rehearsal. Nothing of `state` is changed later."""
+        """Restore a `state_dict`. Call it after `dry_run`, which creates the moments of sharded optimizers.
+
+        `state` is copied, so later updates do not change it.
+        """
         ...
 
 
 def restore_master(module: nn.Module, state: dict[str, Any]) -> None:
-    """Put the float32 weights of a saved engine that computed in less into the module."""
-    named = dict(module.named_parameters())
+    """Put the float32 master weights of a saved engine state into the module, if the state has them."""
+    parameters = dict(module.named_parameters())
     for name, weight in state.get("master", {}).items():
-        named[name].data = weight.clone()
+        parameters[name].data = weight.clone()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of that name, on several GPUs the process's own; `auto` takes a GPU if there is one.
+    """The device of this name. `cuda` is the process's own GPU; `auto` is a GPU if there is one.
 
-    Raises ValueError if it is not there.
+    Raises ValueError if the device is not available.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -112,7 +115,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda" and torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
             raise ValueError(
-                f"This machine has {count} GPU{'s' * (count > 1)} and more processes than that. Start as many "
+                f"This machine has {count} GPU{'s' * (count > 1)}, but more processes than that. Start as many "
                 "processes as GPUs, or run on the CPU with engine.device=cpu."
             )
         name = f"cuda:{local_rank}"
@@ -126,10 +129,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones.
+    """Make glibc reuse the memory of freed tensors. Has no effect with other C libraries.
 
-    By default it maps large blocks anew each time, and the kernel clears their pages: a quarter of a two-layer
-    model's step (docs/performance.md). Elsewhere than on glibc nothing happens.
+    By default glibc maps large blocks anew each time, and the kernel clears their pages: a quarter of the step of a
+    two-layer model (docs/performance.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -140,7 +143,7 @@ def keep_freed_memory() -> None:
 
 
 def set_up_device(config: EngineConfig, world: World | None = None) -> torch.device:
-    """Set the number of threads, and give the device."""
+    """Choose the device, and set the number of CPU threads and the allocator's options for it."""
     world = world or World()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -148,7 +151,7 @@ def set_up_device(config: EngineConfig, world: World | None = None) -> torch.dev
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     device = choose_device(config.device, world.local_rank)
     if config.cuda_graphs and device.type != "cuda":
-        log(f"warning: engine.cuda_graphs=true does nothing here: the device is {device.type}, and it takes a GPU.")
+        log(f"warning: engine.cuda_graphs=true has no effect: the device is {device.type}, and CUDA graphs need a GPU.")
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
@@ -163,9 +166,9 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def adamw(module: nn.Module, settings: AdamWConfig, device: torch.device) -> torch.optim.AdamW:
-    """The optimizer of the parameters that are trained."""
+    """AdamW over the trainable parameters."""
     return torch.optim.AdamW(
-        [weight for _, weight in trained(module)],
+        [weight for _, weight in trainable_parameters(module)],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
@@ -173,14 +176,14 @@ def adamw(module: nn.Module, settings: AdamWConfig, device: torch.device) -> tor
     )
 
 
-def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, with their names, in the optimizer's order."""
+def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The names and parameters that require gradients, in the optimizer's order."""
     return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
 
 
 def clip_gradients(module: nn.Module, limit: float) -> float:
-    """The norm of all gradients, which are clipped to the limit if there is one and the norm is finite."""
-    weights = [weight for _, weight in trained(module) if weight.grad is not None]
+    """Clip the total gradient norm to `limit`, unless it is 0 or the norm is not finite. Returns the norm before."""
+    weights = [weight for _, weight in trainable_parameters(module) if weight.grad is not None]
     total = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     norm = total.item()
     if limit and math.isfinite(norm):
@@ -201,8 +204,8 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def own_random_state(states: list[dict[str, torch.Tensor]], world: World, device: torch.device) -> None:
-    """Take up this process's generator where it was; one that there was not yet goes on from the first one's."""
+def restore_random_state(states: list[dict[str, torch.Tensor]], world: World, device: torch.device) -> None:
+    """Restore this process's random generators; a process beyond the saved ones derives its own from the first's."""
     if world.rank < len(states):
         set_random_state(states[world.rank], device)
     else:
@@ -211,14 +214,14 @@ def own_random_state(states: list[dict[str, torch.Tensor]], world: World, device
 
 
 def peak_memory(device: torch.device) -> float:
-    """In GiB: of the GPU since the last call, or of the process since it began."""
+    """Peak memory in GiB: of the GPU since the last call, or on the CPU of the process since its start."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
     try:
         import resource
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,4 +1,4 @@
-"""Import DeepSpeed, without what it prints."""
+"""Import DeepSpeed without its output and warnings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def import_deepspeed() -> Any:
-    """Raises ValueError if it is not installed."""
+    """Import DeepSpeed and configure its logging. Raises ValueError if it is not installed."""
     try:
         with quiet():
             import deepspeed
     except ImportError as error:
         raise ValueError(f"engine=deepspeed needs DeepSpeed ({error}). Install it: pip install deepspeed") from error
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on CPUs it would be compiled, for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPUs, which takes a minute
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed
@@ -25,7 +25,7 @@ def import_deepspeed() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without DeepSpeed's warnings of old names in torch, and what it prints of its operators."""
+    """Suppress DeepSpeed's deprecation warnings and its messages about its operators."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for."""
+"""Create the engine of a configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coconut.engine.world import World
 def make_engine(
     module: nn.Module, loss_function: LossFunction, config: EngineConfig, optimizer: AdamWConfig, world: World
 ) -> Engine:
-    """Raises ValueError if what the engine needs is not installed."""
+    """A LocalEngine or ZeroEngine for the module. Raises ValueError if DeepSpeed is needed and not installed."""
     if config.kind is EngineKind.deepspeed:
         from coconut.engine.zero import ZeroEngine
 

@@ -1,4 +1,4 @@
-"""A device for each process; several of them by DistributedDataParallel."""
+"""The engine for one device per process; several processes use DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from coconut.engine.base import (
     adamw,
     autocast,
     clip_gradients,
-    own_random_state,
     random_state,
+    restore_random_state,
     set_random_state,
     set_up_device,
 )
@@ -31,6 +31,8 @@ from coconut.engine.world import World
 
 
 class LocalEngine:
+    """Engine with plain torch on one device per process."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -42,11 +44,11 @@ class LocalEngine:
         self.world = world or World()
         self.device = set_up_device(config, self.world)
         self.module = module.to(self.device)
-        self.called: nn.Module = self.module
+        self.wrapped: nn.Module = self.module
         if self.world.size > 1:
-            with warnings.catch_warnings():  # of a new name for broadcast_buffers, which torch 2.6 does not know
+            with warnings.catch_warnings():  # broadcast_buffers is renamed; torch 2.6 has the old name only
                 warnings.simplefilter("ignore", FutureWarning)
-                self.called = DistributedDataParallel(
+                self.wrapped = DistributedDataParallel(
                     self.module, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         self.loss_function = loss_function
@@ -69,18 +71,18 @@ class LocalEngine:
         loss = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         for batch in micro_batches:
             world.heartbeat()
-            with self._communicating(batch is micro_batches[-1]):
+            with self._gradient_sync(batch is micro_batches[-1]):
                 loss_sum = self._loss_sum(batch)
-                (loss_sum * world.size / num_targets).backward()  # processes are averaged
+                (loss_sum * world.size / num_targets).backward()  # DDP averages over processes
             loss += loss_sum.detach().to(loss)
         norm, mean = (
             clip_gradients(self.module, self.settings.max_grad_norm),
             world.all_reduce_sum(loss.item()) / num_targets,
         )
         if not (math.isfinite(mean) and math.isfinite(norm)):
-            culprits = self._non_finite_names()
+            names = self._non_finite_names()
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteUpdate(mean, norm, culprits)
+            raise NonFiniteUpdate(mean, norm, names)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -99,17 +101,17 @@ class LocalEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        own_random_state(state["random"], self.world, self.device)
+        restore_random_state(state["random"], self.world, self.device)
 
-    def _communicating(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients go between processes with an update's last micro-batch."""
-        if isinstance(self.called, DistributedDataParallel) and not last:
-            return self.called.no_sync()
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients between processes with the last micro-batch of an update only."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
         return nullcontext()
 
     def _loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         with self.autocast():
-            return self.loss_function(self.called, batch.to(self.device))
+            return self.loss_function(self.wrapped, batch.to(self.device))
 
     def _non_finite_names(self) -> list[str]:
         named = list(self.module.named_parameters())

@@ -1,4 +1,4 @@
-"""The processes of one run and what they tell each other."""
+"""World: the processes of one run, and collectives over them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import torch.distributed as dist
 from coconut.engine.launcher_env import RankInfo
 
 T = TypeVar("T")
-LOST = 3  # exit status of a process that ends because another one did, or does not get on
-STARTING, ENDING = "starting", "ending"  # what takes as long as it takes: loading data and models, the last words
+EXIT_LOST = 3  # exit status of a process that ends because another one died or hangs
+STARTING, ENDING = "starting", "ending"  # activities without a time limit: loading data and models, shutting down
 
 
 class World:
-    """All processes of a run, seen from one of them; with a single one, everything is immediate."""
+    """All processes of a run, as seen by this one. With a single process collectives return at once."""
 
-    def __init__(self, place: RankInfo | None = None):
-        place = place or RankInfo()
-        self.rank, self.size = place.rank, place.size
-        self.local_rank, self.local_size = place.local_rank, place.local_size
-        self.activity, self.count, self.waiting = STARTING, 0, False
-        self.endings = contextlib.ExitStack()  # what engines let go of before the process groups are destroyed
+    def __init__(self, info: RankInfo | None = None):
+        info = info or RankInfo()
+        self.rank, self.size = info.rank, info.size
+        self.local_rank, self.local_size = info.local_rank, info.local_size
+        self.activity, self.progress, self.waiting = STARTING, 0, False
+        self.exit_callbacks = contextlib.ExitStack()  # of engines, run before the process groups are destroyed
 
     def close(self) -> None:
-        """End the engines, then the process groups with their threads.
+        """Release the engines, then destroy the process groups with their threads.
 
-        A group's threads run until nothing refers to it. One of gloo's threads that frees a tensor while Python
-        shuts down asks for the GIL in vain, and aborts the process.
+        A group's threads run until nothing refers to it. If a gloo thread frees a tensor while Python shuts down, it
+        cannot get the GIL and aborts the process.
         """
-        with contextlib.suppress(Exception):  # the others may have gone
-            self.endings.close()
+        with contextlib.suppress(Exception):  # the other processes may have ended
+            self.exit_callbacks.close()
         if not dist.is_initialized():
             return
         deepspeed = sys.modules.get("deepspeed.comm")  # it has groups of its own, and refers to them
@@ -48,47 +48,47 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def set_activity(self, doing: str) -> None:
-        """Note that this process gets on, and with what."""
-        self.activity = doing
+    def set_activity(self, activity: str) -> None:
+        """Set what this process is doing, for the watchdog's messages, and count a heartbeat."""
+        self.activity = activity
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Note that this process gets on."""
-        self.count += 1
+        """Tell the watchdog that this process makes progress."""
+        self.progress += 1
 
     def broadcast_object(self, value: T) -> T:
-        """What the first process gives."""
+        """The main process's value, in all processes."""
         box = [value]
         if self.size > 1:
-            with self._waiting():
+            with self._collective():
                 dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """What each process gives, in the order of their ranks."""
+        """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._waiting():
+        with self._collective():
             dist.all_gather_object(found, value)
         return found
 
     def all_reduce_sum(self, value: float) -> float:
-        """Over all processes."""
+        """The sum of the values of all processes."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
-        with self._waiting():
+        with self._collective():
             dist.all_reduce(total)
         return total.item()
 
     def any_process(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Whether the flag is set in any process."""
         return self.all_reduce_sum(float(flag)) > 0
 
     def on_main_process(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process. Raises its ValueError or OSError in all of them."""
+        """Run `work` on the main process and return its result in all; its ValueError or OSError is raised in all."""
         result: Any = None
         error: tuple[bool, str] | None = None
         if self.is_main:
@@ -105,7 +105,7 @@ class World:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """A block that the first process goes through before the others begin it."""
+        """A block that the main process completes before the others begin it."""
         if not self.is_main:
             self.broadcast_object(None)
         try:
@@ -115,7 +115,7 @@ class World:
                 self.broadcast_object(None)
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _collective(self) -> Iterator[None]:
         self.waiting = True
         try:
             yield

@@ -1,7 +1,7 @@
-"""DeepSpeed: ZeRO shards the optimizer (1), the gradients (2) and the weights (3) over the processes.
+"""The DeepSpeed engine. ZeRO shards the optimizer state (stage 1), the gradients (2) and the weights (3).
 
-Weights are in float32; with precision=bfloat16 they are in bfloat16 beside float32 master weights, which the
-optimizer changes.
+Weights are float32. With precision=bfloat16 they are bfloat16 copies of float32 master weights, which the optimizer
+updates.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from coconut.engine.base import (
     StepResult,
     adamw,
     clip_gradients,
-    own_random_state,
     random_state,
+    restore_random_state,
     set_random_state,
     set_up_device,
-    trained,
+    trainable_parameters,
 )
 from coconut.engine.deepspeed_import import import_deepspeed, quiet
 from coconut.engine.world import World
@@ -37,6 +37,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
+    """Engine with DeepSpeed, ZeRO stages 0 to 3."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -48,39 +50,44 @@ class ZeroEngine:
         self.world = world
         self.device = set_up_device(config, world)
         self.stage = config.zero_stage
-        self.lowered = config.precision is Precision.bfloat16
+        self.low_precision = config.precision is Precision.bfloat16
         self.loss_function = loss_function
         self.settings = optimizer
         self.module = module
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         exact: dict[str, torch.Tensor] = {}
-        if self.lowered:
-            exact = {name: weight.data for name, weight in trained(module) if weight.dtype is torch.float32}
+        if self.low_precision:
+            exact = {
+                name: weight.data for name, weight in trainable_parameters(module) if weight.dtype is torch.float32
+            }
             for weight in module.parameters():
                 weight.data = weight.data.to(torch.bfloat16)
-        self.replica = without_weights(module).to(self.device) if self.stage == 3 else None
+        self.replica = copy_without_weights(module).to(self.device) if self.stage == 3 else None
         if not config.offload_parameters:
             module.to(self.device)
         deepspeed = import_deepspeed()
         if not torch.distributed.is_initialized():
-            self._alone()
+            self._init_single_process_group()
         with quiet():
             self.deepspeed, self.sharded, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=adamw(module, optimizer, self.device),
-                config=settings(config, optimizer, sum(weight.numel() for weight in module.parameters())),
+                config=deepspeed_config(config, optimizer, sum(weight.numel() for weight in module.parameters())),
                 dist_init_required=False,
             )
-        world.endings.callback(self._end)
-        for name, buffer in self.module.named_buffers():  # DeepSpeed lowers them, too: rotary frequencies lose by it
+        world.exit_callbacks.callback(self._release)
+        for (
+            name,
+            buffer,
+        ) in self.module.named_buffers():  # DeepSpeed has cast them; rotary frequencies need float32
             buffer.data = buffers[name].to(self.device)
-        for name, weight in trained(module):
-            if name in exact:  # DeepSpeed has made master weights of what bfloat16 left
-                self._set(weight, exact[name], None)
+        for name, weight in trainable_parameters(module):
+            if name in exact:  # DeepSpeed made the master weights from the bfloat16 ones
+                self._set_sharded(weight, exact[name], None)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over what this process has of the weights."""
+        """AdamW over this process's part of the weights."""
         return self.sharded.optimizer if self.stage else self.sharded
 
     def reset_optimizer(self) -> None:
@@ -93,7 +100,7 @@ class ZeroEngine:
 
     @contextmanager
     def full_module(self) -> Iterator[nn.Module]:
-        """With stage 3 a copy with all weights, for as long as it is used: passes need not be in step with others'."""
+        """The module; in stage 3 a temporary full copy, so that processes need not run the same passes."""
         if self.replica is None:
             yield self.module
             return
@@ -127,14 +134,14 @@ class ZeroEngine:
         self.deepspeed.step()
         if self.stage:
             norm = float(self.deepspeed.get_global_grad_norm())
-            if self.sharded.overflow:  # then ZeRO has left the weights alone
+            if self.sharded.overflow:  # ZeRO has skipped the update
                 raise NonFiniteUpdate(mean, norm, [])
         return StepResult(mean, norm, num_targets)
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
-        """An update that changes nothing, its learning rate being 0: the moments take their memory, too."""
+        """One update with learning rate 0, which also allocates the moments."""
         before = random_state(self.device)
-        with suppress(NonFiniteUpdate):  # the first update says so
+        with suppress(NonFiniteUpdate):  # the first update raises it
             self.update([micro_batch], lr=0.0)
         self.reset_optimizer()
         set_random_state(before, self.device)
@@ -148,36 +155,36 @@ class ZeroEngine:
         step = next(iter(self.optimizer.state.values()))["step"]
         state: dict[int, dict[str, torch.Tensor]] = {}
         master: dict[str, torch.Tensor] = {}
-        for index, (name, weight) in enumerate(trained(self.module)):
+        for index, (name, weight) in enumerate(trainable_parameters(self.module)):
             self.world.heartbeat()
-            moments = {key: self._kept(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
-            state[index] = {"step": step.cpu().clone(), **moments}  # AdamW counts on in each by itself
-            if self.lowered:
-                master[name] = self._kept(safe_get_full_fp32_param(weight))
+            moments = {key: self._on_main(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
+            state[index] = {"step": step.cpu().clone(), **moments}  # one per weight, since AdamW counts up each
+            if self.low_precision:
+                master[name] = self._on_main(safe_get_full_fp32_param(weight))
         group = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
         groups = [{**group, "params": list(state)}]
-        found: dict[str, Any] = {"optimizer": {"state": state, "param_groups": groups}, "random": random}
-        return {**found, "master": master} if self.lowered else found
+        saved: dict[str, Any] = {"optimizer": {"state": state, "param_groups": groups}, "random": random}
+        return {**saved, "master": master} if self.low_precision else saved
 
-    def _kept(self, value: torch.Tensor | None) -> torch.Tensor:
+    def _on_main(self, value: torch.Tensor | None) -> torch.Tensor:
         assert value is not None
         return value.cpu() if self.world.is_main else value.new_empty(0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """To be called after `rehearse`, which makes the moments."""
-        own_random_state(state["random"], self.world, self.device)
+        """Restore a `state_dict`. Call it after `dry_run`, which creates the moments."""
+        restore_random_state(state["random"], self.world, self.device)
         if not self.stage:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             return
         saved = state["optimizer"]["state"]
-        for index, (_, weight) in enumerate(trained(self.module)):
+        for index, (_, weight) in enumerate(trainable_parameters(self.module)):
             for key in MOMENTS:
-                self._set(weight, saved[index][key], key)
+                self._set_sharded(weight, saved[index][key], key)
         for own in self.optimizer.state.values():
             own["step"].copy_(saved[0]["step"])
 
-    def _set(self, weight: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-        """A moment, or for None the master weight: of all of it this process keeps its part."""
+    def _set_sharded(self, weight: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+        """Set this process's part of a full moment, or for `key` None of a master weight."""
         from deepspeed.utils import (
             safe_get_local_fp32_param,
             safe_set_full_fp32_param,
@@ -204,8 +211,8 @@ class ZeroEngine:
         else:
             safe_set_local_optimizer_state(weight, own, key)
 
-    def _end(self) -> None:
-        """Take DeepSpeed's objects apart: hooks in C++ keep them for good, and they would keep the process groups."""
+    def _release(self) -> None:
+        """Clear DeepSpeed's objects: C++ hooks keep them alive, and they would keep the process groups alive."""
         self.deepspeed.destroy()
         for weight in self.module.parameters():
             vars(weight).clear()
@@ -213,22 +220,22 @@ class ZeroEngine:
             if held is not None:
                 vars(held).clear()
 
-    def _alone(self) -> None:
-        """A process group of one, which DeepSpeed cannot do without."""
+    def _init_single_process_group(self) -> None:
+        """Create a process group of one process, which DeepSpeed requires."""
         os.environ["LOCAL_RANK"] = str(self.device.index or 0)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         store = torch.distributed.HashStore()  # pyright: ignore
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def settings(config: EngineConfig, optimizer: AdamWConfig, weights: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Updates and their parts are the engine's own business, so it hears of one part."""
+def deepspeed_config(config: EngineConfig, optimizer: AdamWConfig, weights: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, with one micro-batch: the engine does gradient accumulation itself."""
     bucket = min(500_000_000, weights)
     offload = {
         "offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
         "offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
     }
-    asked = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
+    enabled = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -244,12 +251,12 @@ def settings(config: EngineConfig, optimizer: AdamWConfig, weights: int) -> dict
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket // 10,
             "stage3_param_persistence_threshold": min(100_000, weights // 1000),
-            **{key: value for key, value in offload.items() if asked[key]},
+            **{key: value for key, value in offload.items() if enabled[key]},
         },
     }
 
 
-def without_weights(module: nn.Module) -> nn.Module:
-    """A copy with empty parameters, shared where the module shares them."""
+def copy_without_weights(module: nn.Module) -> nn.Module:
+    """A copy of the module with empty parameters; shared parameters stay shared."""
     memo = {id(weight): nn.Parameter(weight.data.new_empty(0), requires_grad=False) for weight in module.parameters()}
     return copy.deepcopy(module, memo).eval()

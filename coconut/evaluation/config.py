@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coconut.config import SPLITS, DataFiles, EngineConfig, LaunchConfig, Task, TooLong, Unreadable, at_least, needs_run
+from coconut.config import (
+    SPLITS,
+    DataFiles,
+    EngineConfig,
+    LaunchConfig,
+    TaskName,
+    TooLong,
+    Unreadable,
+    at_least,
+    needs_run,
+)
 from coconut.generation.config import StopRule
 from coconut.utils.overrides import PathName, Place
 
@@ -15,7 +25,7 @@ class EvaluateConfig:
     checkpoint: str = "best"  # best, last, or the number of an update
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
-    task: Task | None = None  # of a saved model, which does not say it
+    task: TaskName | None = None  # of a saved model, which does not say it
     output: PathName = ""  # a folder; by default RUN/evaluation, of a saved model evaluation/NAME
     num_thoughts: int | None = None  # by default the model's own
     stop: StopRule = StopRule.constant

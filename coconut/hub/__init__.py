@@ -1,1 +1,1 @@
-"""Handing models on: the card, the Hugging Face hub, checkpoints of other code."""
+"""Exporting models: model card, upload to the Hugging Face hub, import of the paper's released checkpoints."""

@@ -1,4 +1,4 @@
-"""The schema of export."""
+"""Configuration of the export command."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from coconut.utils.overrides import PathName, Place
 class ExportConfig:
     run: PathName = ""
     checkpoint: str = "best"
-    released: PathName = ""  # in place of a run: a checkpoint of the code released with the paper
-    base: Place = ""  # the model that it was trained from: its config and tokenizer; of a LoRA run the name to record
-    tokenizer: Place = ""  # if it is not the base's
+    released: PathName = ""  # instead of a run: a checkpoint of the code released with the paper
+    base: Place = ""  # its base model, for config and tokenizer; for a LoRA run the name of the base to record
+    tokenizer: Place = ""  # by default the base's
     method: str = "coconut"  # how the released checkpoint was trained
     stage: int | None = None
     thoughts_per_step: int = 1
     output: PathName = ""
-    merge: bool = True  # write a LoRA model whole
-    max_shard_size: str = "5GB"  # no file of weights is larger
-    push: str = ""  # OWNER/NAME on the Hugging Face hub
+    merge: bool = True  # merge LoRA corrections into the weights
+    max_shard_size: str = "5GB"  # of a file of weights
+    push: str = ""  # OWNER/NAME on the Hugging Face hub to upload to
     private: bool = True
     engine: EngineConfig = field(default_factory=EngineConfig)
 

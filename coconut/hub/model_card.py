@@ -1,4 +1,4 @@
-"""The card (README.md) of a model that is handed on: what it is, how to ask it, how it was trained, what it reached."""
+"""The model card (README.md) of an exported model: what it is, how to use it, its training and its results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEMPLATE = "card.md.j2"
 
 
 def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, name: str = "") -> str:
-    """In Markdown; with a run, how the model of this update was trained and what it reached.
+    """The model card in Markdown. With a run, it includes the training and results of the checkpoint at `step`.
 
-    `name`: OWNER/NAME on the hub, if it goes there.
+    `name`: OWNER/NAME on the hub if the model is uploaded.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -33,9 +33,9 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     kinds = {Slot.thought: "continuous thoughts", Slot.pause: "pauses"}
     between = f"{reasoning.num_thoughts} {kinds[reasoning.slot]}" if reasoning.slot in kinds else "nothing"
     if reasoning.modes:
-        between = f"what its mode asks for, which it chooses with its first token: {', '.join(reasoning.modes)}"
+        between = f"what its mode needs, which it chooses with its first token: {', '.join(reasoning.modes)}"
     start, after = around_questions(lm.tokenizer, reasoning.format)
-    modes = {}  # of each control token: what follows it, and the number of thoughts
+    modes = {}  # by control token: the tokens that follow it, and the number of thoughts
     for name_of_mode in reasoning.modes:
         form = reasoning.in_mode(name_of_mode)
         follows = [special.bot] if form.slot is Slot.thought else slot_ids(form, special, form.num_thoughts).tolist()
@@ -54,16 +54,16 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
         before_slot=[*after, *slot],
         question=repr(PromptFormat.fill(reasoning.format.question, "a question")),
         special=special,
-        run=None if run is None else _of_run(run, step),
+        run=None if run is None else _run_facts(run, step),
     )
 
 
-def _of_run(run: Path | str, step: int | None) -> dict[str, Any]:
+def _run_facts(run: Path | str, step: int | None) -> dict[str, Any]:
     record = read_json(Path(run) / DESCRIPTION)
     results = {name: found for name, found in read_results(run).items() if found["step"] == step}
     for found in results.values():
-        known = any((found.get("seen") or {}).values())
-        found["told_seen"] = describe_questions(found["count"], found["seen"]) if known else ""
+        was_checked = any((found.get("seen") or {}).values())
+        found["seen_note"] = describe_questions(found["count"], found["seen"]) if was_checked else ""
     files = [{**file, "name": Path(file["file"]).name} for file in record["data"].values()]
     return {**record, "step": step, "config": read_config(run), "files": files, "results": results,
             "session": record["sessions"][-1]}  # fmt: skip

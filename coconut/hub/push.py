@@ -1,36 +1,36 @@
-"""Send a folder to the Hugging Face hub."""
+"""Upload a folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from coconut.utils.pretrained import out_of_reach
+from coconut.utils.pretrained import hub_unreachable
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError if this is no OWNER/NAME."""
+    """Raise ValueError unless the name has the form OWNER/NAME."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"push={name} is no OWNER/NAME of the hub: {error}") from None
+        raise ValueError(f"push={name} is not a valid OWNER/NAME on the hub: {error}") from None
     if name.count("/") != 1:
-        raise ValueError(f"push={name} is no OWNER/NAME of the hub.")
+        raise ValueError(f"push={name} is not a valid OWNER/NAME on the hub.")
 
 
 def push(folder: Path | str, name: str, private: bool = True) -> None:
-    """Put a saved folder on the Hugging Face hub as OWNER/NAME.
+    """Upload a saved folder to the Hugging Face hub as OWNER/NAME.
 
-    Raises ValueError if the hub does not take it, or if it is to be private and the name is public there.
+    Raises ValueError if the upload fails, or if `private` is set and the repository exists and is public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
     check_name(name)
-    if silent := out_of_reach():
-        raise ValueError(f"The hub did not take {name}: {silent}.")
+    if unreachable := hub_unreachable():
+        raise ValueError(f"{name} was not uploaded: {unreachable}.")
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
@@ -39,9 +39,9 @@ def push(folder: Path | str, name: str, private: bool = True) -> None:
             api.upload_folder(repo_id=name, folder_path=folder)
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The hub did not take {name}: {reason} To log in: hf auth login") from error
+        raise ValueError(f"{name} was not uploaded: {reason} To log in: hf auth login") from error
     if public:
         raise ValueError(
-            f"{name} is on the hub already and is public, so nothing was sent: it was to be private. Make it private "
-            "there, give another name, or publish with private=false."
+            f"{name} exists on the hub and is public, but private=true, so nothing was uploaded. Make it private "
+            "there, use another name, or publish with private=false."
         )

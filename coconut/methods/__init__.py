@@ -1,6 +1,6 @@
-"""What is trained, as data: the table of methods, the curriculum that walks through one, and how a model is asked.
+"""Training methods as data: the table of methods, the curriculum, prompt formats, and settings for inference.
 
-Nothing here knows tokens or tensors.
+No tokenizers and no tensors here.
 """
 
 from coconut.methods.curriculum import Curriculum, Mixing, Plan, Stage, Unit, plan

@@ -1,6 +1,6 @@
-"""The curriculum: which stages a method walks through, how long each is, and what each replaces.
+"""The curriculum: the stages of a method, their lengths, and what each removes from the written chain.
 
-`plan` expands a method and a curriculum into the explicit list of stages that a run logs, saves and walks through.
+`plan` expands a method and a curriculum into the explicit list of stages that a run logs, saves and trains through.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Unit(StrEnum):
 
 
 class Mixing(StrEnum):
-    """From which stages a mixed example is drawn."""
+    """The stages from which a mixed example is drawn."""
 
     current = "current"  # 0 .. the current stage (superposition paper, arXiv 2505.12514)
     all = "all"  # 0 .. the example's number of steps (released Coconut code)
@@ -27,31 +27,31 @@ class Mixing(StrEnum):
 
 @dataclass
 class Curriculum:
-    """How fast the written chain is replaced. Lengths are counted in `unit`.
+    """How fast the written chain is replaced. Lengths are counted in `length_unit`.
 
-    The defaults are the paper's for ProsQA and ProntoQA: 5 epochs in each stage, 50 in all, one
-    thought a step (arXiv 2412.06769, section 4.2).
+    The defaults are the paper's for ProsQA and ProntoQA: 5 epochs per stage, 50 in total, one thought per step
+    (arXiv 2412.06769, section 4.2).
     """
 
     thoughts_per_step: int = 1  # c
     max_stage: int = 6
-    extra_stage: bool = False  # after the last stage, one in which all remaining steps go (GSM8K)
+    extra_stage: bool = False  # after max_stage, one more stage that removes all remaining steps (GSM8K)
     length_unit: Unit = Unit.epochs
     stage0_length: int = 5  # length of stage 0
-    stage_length: int = 5  # length of every later stage; the last one takes what is left of the total
+    stage_length: int = 5  # length of every later stage; the last one takes the rest of the total
     total_length: int = 50
     start_stage: int = 0  # skip the stages before this one (with init=RUN)
-    pad_thoughts: bool = True  # an example with fewer steps than the stage gets the stage's thoughts all the same
+    pad_thoughts: bool = True  # an example with fewer steps than the stage removes still gets all the stage's thoughts
     mixing: Mixing = Mixing.current
-    mixing_probability: float = 0.0  # share of the examples that are trained at a random stage, if the slot shows it
-    icot_tokens: int = 8  # tokens that each stage of icot removes more than the one before
-    icot_limit: int = 39  # when more than this many are due, the whole chain goes
+    mixing_probability: float = 0.0  # share of examples trained at a random stage; only if the slot differs by stage
+    icot_tokens: int = 8  # further tokens that each stage of icot removes
+    icot_limit: int = 39  # a stage that would remove more tokens than this removes the whole chain
     icot_stage_length: int = 1  # length of a stage of icot
-    modes: list[str] = field(default_factory=lambda: ["short", "think"])  # of hybrid_warmup
+    modes: list[str] = field(default_factory=lambda: ["short", "think"])  # for hybrid_warmup
 
     def __post_init__(self) -> None:
         if len(self.modes) < 2 or len(set(self.modes)) < len(self.modes):
-            raise ValueError(f"curriculum.modes is {self.modes}; it must name two modes or more, each once.")
+            raise ValueError(f"curriculum.modes is {self.modes}; it must name at least two different modes.")
         for name in self.modes:
             parse_mode(name)
         for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("stage0_length", 0), ("stage_length", 1),
@@ -61,22 +61,20 @@ class Curriculum:
             if value < least:
                 raise ValueError(f"curriculum.{name} is {value}; it must be at least {least}.")
         if not 0.0 <= self.mixing_probability <= 1.0:
-            raise ValueError(
-                f"curriculum.mixing_probability is {self.mixing_probability}; it is a share between 0 and 1."
-            )
+            raise ValueError(f"curriculum.mixing_probability is {self.mixing_probability}; it must be between 0 and 1.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Curriculum:
-        """As a run's configuration keeps it."""
+        """Build one from a run's saved configuration."""
         return cls(**{**values, "length_unit": Unit(values["length_unit"]), "mixing": Mixing(values["mixing"])})
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a plan: what an example looks like in it and how long it lasts.
+    """One stage of a plan: the layout of its examples, and its length.
 
-    `steps_cut` and `tokens_cut` count from the front of the written chain; None means all of it.
-    `steps_cut` is 0 in a stage that cuts by tokens.
+    `steps_cut` and `tokens_cut`: how many steps and tokens are removed from the front of the written chain, None for
+    all. `steps_cut` is 0 in a stage that cuts by tokens.
     """
 
     index: int
@@ -86,25 +84,26 @@ class Stage:
     num_thoughts: int  # tokens in the slot
     steps_cut: int | None
     tokens_cut: int | None = 0
-    smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, for each example and epoch
-    mode: str = ""  # its control token stands before the slot
-    modes: tuple[Stage, ...] = ()  # the forms in which each example is seen, one after the other
+    smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, drawn per example and epoch
+    mode: str = ""  # of a hybrid model: the mode whose control token stands before the slot
+    modes: tuple[Stage, ...] = ()  # of a hybrid model: the layouts that each example cycles through, one per epoch
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Stage:
-        """As a run keeps it."""
+        """Build one from the plan that a run saved."""
         forms = tuple(cls.from_dict(form) for form in values.get("modes", ()))
         return cls(**{**values, "slot": Slot(values["slot"]), "modes": forms})
 
     def checkpoint_score(self, accuracy: float, loss: float) -> tuple[float, float]:
-        """By which the best checkpoint is chosen, the highest being best.
+        """The score by which the best checkpoint is chosen; higher is better.
 
-        Loss alone where each example is seen in several forms: the accuracy is then that of whichever mode the model
-        happens to begin with, at even odds.
+        By accuracy, then loss. A hybrid model is chosen by loss, then accuracy: it has learned to begin with each
+        mode equally often, so its accuracy depends on which mode it happens to choose.
         """
         return (-loss, accuracy) if self.modes else (accuracy, -loss)
 
     def describe(self) -> str:
+        """The stage in words, such as "2 thoughts, without the first 2 steps"."""
         if self.modes:
             return f"each example as {', '.join(parse_mode(form.mode).token for form in self.modes)}"
         if self.steps_cut is None or self.tokens_cut is None:
@@ -123,8 +122,7 @@ class Stage:
 class Plan:
     """The stages of a run, in order.
 
-    `depths[k]` is an example at curriculum depth k, from which mixing draws: 0 .. max_stage, and last
-    the one whose steps are all gone.
+    `depths`: the layouts from which mixing draws: those of stages 0 .. max_stage, and last the one without any step.
     """
 
     method: str
@@ -138,7 +136,7 @@ class Plan:
 
     @property
     def trained_with_fewer_thoughts(self) -> bool:
-        """Whether the last stage is also trained with fewer thoughts than its own."""
+        """Whether some examples of the last stage are trained with fewer thoughts than the stage has."""
         return self.mixing_probability > 0 or not self.pad_thoughts
 
     def as_dict(self) -> dict[str, Any]:
@@ -146,9 +144,9 @@ class Plan:
 
 
 def plan(name: str, curriculum: Curriculum) -> Plan:
-    """Expand a method and a curriculum to the explicit stages of a run.
+    """Expand a method and a curriculum into the explicit stages of a run.
 
-    Raises ValueError if the method does not exist or its stages do not fit into the total length.
+    Raises ValueError if the method does not exist, or its stages do not fit into the total length.
     """
     method = get_method(name)
     unit, total = curriculum.length_unit.value, curriculum.total_length
@@ -160,10 +158,12 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
     elif method.cut is Cut.tokens:
         stages = _icot_stages(curriculum)
     elif method.cut is Cut.modes:
-        stages = [replace(depths[0], length=total, modes=tuple(_form(parse_mode(name)) for name in curriculum.modes))]
+        stages = [
+            replace(depths[0], length=total, modes=tuple(_mode_stage(parse_mode(name)) for name in curriculum.modes))
+        ]
     else:
-        only = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}
-        stages = [replace(only[method.cut], index=0, length=total)]
+        single = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}
+        stages = [replace(single[method.cut], index=0, length=total)]
 
     if curriculum.start_stage >= len(stages):
         raise ValueError(
@@ -178,7 +178,9 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
             "curriculum.stage0_length, curriculum.stage_length or curriculum.max_stage."
         )
     stages[-1] = replace(stages[-1], length=total - before)
-    mixes = method.cut is Cut.steps and method.slot is not Slot.none  # what else would tell the stages apart
+    mixes = (
+        method.cut is Cut.steps and method.slot is not Slot.none
+    )  # else depths would differ in nothing that the model sees
     return Plan(
         method=name,
         unit=curriculum.length_unit,
@@ -192,7 +194,7 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
 
 
 def _depths(method: Method, curriculum: Curriculum) -> list[Stage]:
-    """The depths of the step curriculum: 0 .. max_stage, and the one without any step."""
+    """The layouts of the step curriculum: those of stages 0 .. max_stage, and the one without any step."""
     c, slot = curriculum.thoughts_per_step, method.slot
     cuts: list[int | None] = [*range(curriculum.max_stage + 1), None]
     return [
@@ -208,15 +210,15 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Stage]:
     ]
 
 
-def _form(mode: Mode) -> Stage:
-    """How an example looks in a mode."""
+def _mode_stage(mode: Mode) -> Stage:
+    """The layout of an example that is answered in this mode."""
     thinks = mode.slot is Slot.thought
     return Stage(0, 0, mode.slot, thinks, mode.num_thoughts, mode.steps_cut, mode=mode.name)
 
 
 def _icot_stages(curriculum: Curriculum) -> list[Stage]:
-    """Remove `icot_tokens` more in each stage, and everything once more than `icot_limit` are due."""
-    due = list(range(0, curriculum.icot_limit + 1, curriculum.icot_tokens))
+    """Each stage removes `icot_tokens` more than the one before; the last, beyond `icot_limit`, the whole chain."""
+    cuts = list(range(0, curriculum.icot_limit + 1, curriculum.icot_tokens))
     whole = Stage(0, curriculum.icot_stage_length, Slot.none, markers=False, num_thoughts=0, steps_cut=0, smoothed=True)
-    stages = [replace(whole, index=k, tokens_cut=tokens) for k, tokens in enumerate(due)]
-    return [*stages, replace(whole, index=len(due), steps_cut=None, tokens_cut=None, smoothed=False)]
+    stages = [replace(whole, index=k, tokens_cut=tokens) for k, tokens in enumerate(cuts)]
+    return [*stages, replace(whole, index=len(cuts), steps_cut=None, tokens_cut=None, smoothed=False)]

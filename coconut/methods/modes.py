@@ -1,4 +1,4 @@
-"""How a hybrid model may answer: modes, each with its control token (Thinkless, arXiv 2505.13379)."""
+"""Modes of a hybrid model, which chooses how to answer with its first token (Thinkless, arXiv 2505.13379)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from coconut.methods.table import Slot
 
 @dataclass(frozen=True)
 class Mode:
-    """A way in which a hybrid model answers: what it does after this control token (Thinkless, arXiv 2505.13379).
+    """What a hybrid model does after a control token.
 
-    `<short>` is the answer at once, `<think>` the whole chain in words, `<latent_K>` K thoughts and the answer.
+    `<short>`: answer at once. `<think>`: the whole chain in words, then the answer. `<latent_K>`: K thoughts, then the
+    answer.
     """
 
     name: str
@@ -26,11 +27,11 @@ class Mode:
 
 
 def parse_mode(name: str) -> Mode:
-    """Raises ValueError if no mode has this name."""
+    """The mode of this name: short, think or latent_K. Raises ValueError for other names."""
     if name == "short":
         return Mode(name, Slot.none, 0, None)
     if name == "think":
         return Mode(name, Slot.none, 0, 0)
     if found := re.fullmatch(r"latent_([1-9]\d*)", name):
         return Mode(name, Slot.thought, int(found[1]), None)
-    raise ValueError(f"There is no mode {name!r}. The modes are short, think, and latent_K for K thoughts.")
+    raise ValueError(f"There is no mode {name!r}. The modes are short, think, and latent_K with K thoughts.")

@@ -1,4 +1,4 @@
-"""How a trained model is asked: its method, its number of thoughts, the prompt format. Saved beside its weights."""
+"""Settings for inference that are saved with a model: method, number of thoughts, prompt format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from coconut.utils.overrides import Template
 
 @dataclass
 class PromptFormat:
-    """How a question, its steps and its answer become text. Encoded segment by segment.
+    """Templates for the text of a question, of each step and of the answer. Each segment is encoded by itself.
 
-    On the command line \\n in a template is a newline, \\t a tab and \\\\ a backslash; quotes around the
-    whole are no part of it.
-    `chat`: the question is what a user says in the tokenizer's chat template, and the assistant's turn begins after it.
+    On the command line \\n in a template is a newline, \\t a tab and \\\\ a backslash; quotes around a template are
+    removed. `chat`: the question is the user's message in the tokenizer's chat template, and what follows it is the
+    assistant's.
     """
 
     question: Template = "{}\n"
@@ -32,17 +32,17 @@ class PromptFormat:
                 raise ValueError(f"The prompt format of {name!r} is {template!r}; it must contain {{}} exactly once.")
         if not self.step_end:
             raise ValueError(
-                f"The prompt format of 'step' is {self.step!r}; something must stand after {{}} to end a step."
+                f"The prompt format of 'step' is {self.step!r}; it must have text after {{}} to end a step."
             )
 
     @staticmethod
     def fill(template: str, text: str) -> str:
-        """The text in its place; braces of its own, and other ones of the template, stay as they are."""
+        """Put the text in place of `{}`. Other braces, in the template or the text, are kept."""
         before, after = template.split("{}")
         return before + text + after
 
     def written(self, steps: Sequence[str], answer: str) -> str:
-        """What a model is to write."""
+        """The text that a model is trained to write: the steps and the answer."""
         return "".join([*(self.fill(self.step, step) for step in steps), self.fill(self.answer, answer)])
 
     @property
@@ -67,9 +67,9 @@ REASONING_FILE = "coconut.json"  # beside a model's weights
 
 @dataclass(frozen=True)
 class Reasoning:
-    """How a trained model is to be asked: saved with its weights, so that nobody has to guess.
+    """How to run inference on a trained model. Saved with its weights.
 
-    `num_thoughts` is what inference uses; it never depends on the example's gold chain.
+    `num_thoughts` is the number that inference uses; it never depends on an example's gold chain.
     """
 
     method: str = "coconut"
@@ -78,15 +78,15 @@ class Reasoning:
     markers: bool = True
     num_thoughts: int = 0
     thoughts_per_step: int = 1
-    steps_cut: int | None = 0  # how many steps of the chain this stage no longer writes; None: all
-    tokens_cut: int | None = 0  # how many tokens of it, likewise (iCoT)
+    steps_cut: int | None = 0  # steps of the chain that the model does not write; None: all
+    tokens_cut: int | None = 0  # tokens of the chain that it does not write (iCoT); None: all
     max_new_tokens: int = 128
     format: PromptFormat = field(default_factory=PromptFormat)
-    modes: tuple[str, ...] = ()  # of a hybrid model: what it chooses from with its first token
+    modes: tuple[str, ...] = ()  # of a hybrid model: the modes it chooses from with its first token
 
     @classmethod
     def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
-        """How a model is asked after training in this stage."""
+        """The settings for a model trained in this stage of a plan."""
         return cls(
             method=plan.method,
             stage=stage.index,
@@ -101,7 +101,7 @@ class Reasoning:
         )
 
     def in_mode(self, name: str) -> Reasoning:
-        """How it is asked after the control token of that mode."""
+        """The settings that apply after the control token of this mode."""
         mode = parse_mode(name)
         return replace(
             self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
@@ -109,7 +109,7 @@ class Reasoning:
         )  # fmt: skip
 
     def forms(self, mode: str | None = None) -> list[Reasoning]:
-        """Its modes, or the one of that name, each as it is asked; a model without modes is asked in one way."""
+        """The settings of each mode, or of the named one; for a model without modes, only these settings."""
         return [self.in_mode(name) for name in self.modes if mode in (None, name)] or [self]
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The table of methods.
 
-A method says three things: what fills the slot between question and chain, how the written chain is
-cut, and whether the markers `<bot>` and `<eot>` stand around the slot.
+A method has three parts: what fills the slot between question and chain, how the written chain is cut, and whether
+the markers `<bot>` and `<eot>` stand around the slot.
 
-The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models
-to Reason in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-up of a model that chooses its mode.
+The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models to Reason
+in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-up of a hybrid model (Thinkless, arXiv
+2505.13379).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Cut(StrEnum):
     never = "never"
     steps = "steps"  # stage k removes the first k steps
     last = "last"  # as in the last stage of `steps`, from the start
-    tokens = "tokens"  # a few tokens more in every stage (iCoT)
+    tokens = "tokens"  # every stage removes a few more tokens (iCoT)
     all = "all"
-    modes = "modes"  # as the mode has it, in which an example is answered
+    modes = "modes"  # depends on the mode of the example
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Method:
     summary: str
 
     def __post_init__(self) -> None:
-        assert self.markers or self.slot is not Slot.thought, "speech begins at <eot>, after the last thought"
+        assert self.markers or self.slot is not Slot.thought, "thoughts need <eot>: the first word is predicted from it"
 
 
 METHODS: dict[str, Method] = {
@@ -57,7 +58,7 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-    """The entry of METHODS. Raises ValueError that lists the names."""
+    """The entry of METHODS with this name. Raises ValueError with all names if there is none."""
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")
     return METHODS[name]

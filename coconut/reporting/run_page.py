@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from coconut.data.seen_questions import SEEN_IN, all_seen, describe_questions
+from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
 from coconut.methods import Slot, Stage, get_method
 from coconut.reporting.page import (
     Answer,
@@ -32,7 +32,7 @@ from coconut.reporting.page import (
 )
 from coconut.reporting.plots import Band, Curves, graph_picture, learning_curves
 from coconut.runs.description import CONFIG
-from coconut.runs.record import NONE, RunRecord, _in_stage
+from coconut.runs.record import DASH, RunRecord, _in_stage
 from coconut.utils.console import duration
 
 BINS = 200  # points of the smoothed training loss, over a whole run
@@ -106,7 +106,7 @@ def _other(run: RunRecord, name: str) -> list[str]:
         reason = {"valid": "the file that chose the checkpoint", "train": "the file it was trained on"}[split]
         what += f"; {reason}, so no test result"
     elif split := all_seen(found):
-        what += f"; questions {SEEN_IN[split]}, so no test result"
+        what += f"; questions {SEEN_PHRASES[split]}, so no test result"
     elif found.get("seen") and any(found["seen"].values()):
         what += f"; {describe_questions(found['count'], found['seen'])}"
     return [name, what, f"{found['count']:,}", percent(found["accuracy"])]
@@ -129,7 +129,7 @@ def learning(run: RunRecord) -> Section:
         accuracy=[(row["step"], row["accuracy"]) for row in run.valid],
         train_loss=[point for points in smooth.values() for point in points],
         valid_loss=[(row["step"], row["loss"]) for row in run.valid],
-        guess=run.guess,
+        guess=run.chance_accuracy,
         best=(run.best["step"], run.best["accuracy"]) if run.best else None,
     )
     mean = f"the mean of each {every} updates" if every > 1 else "of each update"
@@ -168,11 +168,11 @@ def _stage_row(run: RunRecord, stage: Stage, smooth: list[tuple[float, float]]) 
         str(stage.index),
         stage.describe(),
         f"{len(train):,}{of}",
-        percent(max(row["accuracy"] for row in valid)) if valid else NONE,
-        percent(valid[-1]["accuracy"]) if valid else NONE,
-        f"{smooth[-1][1]:.3f}" if smooth else NONE,
-        f"{valid[-1]['loss']:.3f}" if valid else NONE,
-        duration(sum(row["seconds"] for row in train)) if train else NONE,
+        percent(max(row["accuracy"] for row in valid)) if valid else DASH,
+        percent(valid[-1]["accuracy"]) if valid else DASH,
+        f"{smooth[-1][1]:.3f}" if smooth else DASH,
+        f"{valid[-1]['loss']:.3f}" if valid else DASH,
+        duration(sum(row["seconds"] for row in train)) if train else DASH,
     ]
 
 
@@ -219,7 +219,7 @@ def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
     bare = run.config["data"]["format"]["answer"].format(row["predicted"])
     return Answer(
         question=row["question"].strip(),
-        given=NONE if row["predicted"] is None else row["predicted"],
+        given=DASH if row["predicted"] is None else row["predicted"],
         gold=row["gold"],
         correct=row["correct"],
         written="" if "".join(row["text"].split()) == "".join(bare.split()) else row["text"].strip(),

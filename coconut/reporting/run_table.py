@@ -44,7 +44,7 @@ from coconut.reporting.page import (
 )
 from coconut.reporting.plots import LIGHT, as_svg, new_figure, styled
 from coconut.reporting.run_page import command, counted
-from coconut.runs.record import NONE
+from coconut.runs.record import DASH
 from coconut.runs.study import Study
 from coconut.utils.console import log
 from coconut.utils.files import write_text
@@ -64,7 +64,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["seeds"],
         percent(row["accuracy"]),
         f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
-        NONE if row["sd"] is None else f"{100 * row['sd']:.1f}",
+        DASH if row["sd"] is None else f"{100 * row['sd']:.1f}",
         f"{row['new_tokens']:.1f}",
         f"{row['passes']:.1f}",
         f"{1000 * row['seconds_per_item']:.2f}",

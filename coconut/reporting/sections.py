@@ -30,7 +30,7 @@ from coconut.reporting.page import (
 )
 from coconut.reporting.plots import as_svg
 from coconut.reporting.run_page import counted
-from coconut.runs.record import NONE, RunRecord
+from coconut.runs.record import DASH, RunRecord
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.console import listed
@@ -47,14 +47,14 @@ Drawings = dict[str, "Callable[[float], Drawing]"]  # each a function of its wid
 
 def how_many(run: RunRecord) -> Section | None:
     """How it answers with other numbers of thoughts than its own, and whether it knows when to stop."""
-    noun, seen = run.stages[-1].slot.value, run.examined
+    noun, seen = run.stages[-1].slot.value, run.study_note
     title = f"How many {noun}s"
     if not run.studies and run.best and run.stages[-1].slot is Slot.thought:
         hint = f"coconut analyze run={shlex.quote(str(run.folder))}"
         return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
     parts: list[Part] = [Text(seen)] if seen else []
     if study := run.studies.get("k_forcing"):
-        parts.append(Text(" ".join(describe_k_forcing(study, noun, run.guess))))
+        parts.append(Text(" ".join(describe_k_forcing(study, noun, run.chance_accuracy))))
         if study.facts["warning"]:
             parts.append(Text(study.facts["warning"]))
         caption = (
@@ -128,8 +128,8 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
     )
     rows = [
         [charts.PREFIXES[of][1], str(row["thoughts"]), _signed(row["value"]), _range(row["low"], row["high"]),
-         NONE if row["gain"] is None else _signed(row["gain"]),
-         NONE if row["gain"] is None else _range(row["gain_low"], row["gain_high"])]
+         DASH if row["gain"] is None else _signed(row["gain"]),
+         DASH if row["gain"] is None else _range(row["gain_low"], row["gain_high"])]
         for of, found in kinds.items() for row in found
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
@@ -465,7 +465,7 @@ def are_they_used(run: RunRecord) -> Section | None:
 def _changed_thoughts(row: Row) -> list[str]:
     accuracy = f"{percent(row['accuracy'])} ({_between(row['low'], row['high'])})"
     if row["change"] == "none":
-        return [row["label"], accuracy, NONE, NONE]
+        return [row["label"], accuracy, DASH, DASH]
     low, high = _points(row["difference_low"]), _points(row["difference_high"])
     return [row["label"], accuracy, f"{_points(row['difference'])} ({low} to {high})", _share(row, "changed")]
 
@@ -482,7 +482,7 @@ def drawings(run: RunRecord) -> Drawings:
     found: Drawings = {}
     studies = {name: study for name, study in run.studies.items() if study.rows}
     if study := studies.get("k_forcing"):
-        found["k_forcing"] = partial(charts.k_forcing, study, guess=run.guess, noun=run.stages[-1].slot.value)
+        found["k_forcing"] = partial(charts.k_forcing, study, guess=run.chance_accuracy, noun=run.stages[-1].slot.value)
     if study := studies.get("prefix_values"):
         found["prefix_values"] = partial(charts.prefix_values, study)
     if chosen := sample(run):
@@ -543,5 +543,5 @@ def _points(difference: float) -> str:
 
 def _share(row: Row, name: str) -> str:
     if row[name] is None:
-        return NONE
+        return DASH
     return f"{percent(row[name])} ({_between(row[f'{name}_low'], row[f'{name}_high'])})"

@@ -20,7 +20,7 @@ from coconut.rewards.implicit import ImplicitReward, reference_of
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import Loss, get_loss
 from coconut.rewards.value_model import ValueModel
-from coconut.runs.loading import in_float32, load_run, match_dtypes, run_folder_of
+from coconut.runs.loading import load_run, match_dtypes, run_folder_of, to_float32
 from coconut.runs.record import read_config, read_metrics
 from coconut.runs.study import Study
 from coconut.tasks import TASKS
@@ -109,7 +109,7 @@ def _setting(config: CompareConfig, runs: Sequence[Path], first: dict[str, Any])
     if len(inits) != 1:
         raise ValueError(f"The reward models started from different models: {', '.join(sorted(inits))}.")
     [init] = inits
-    reference = in_float32(LatentLM.from_pretrained(init)).to(set_up_device(config.engine))
+    reference = to_float32(LatentLM.from_pretrained(init)).to(set_up_device(config.engine))
     task = TASKS[str(read_config(run_folder_of(init))["data"]["task"])]
     skip = config.too_long is TooLong.skip
     answers = read_answers(config.answers, reference, skip, whole_questions=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.completions.completion import Completion, completion_from_ids
-from coconut.data.examples import Example, Unreadable, completed, existing, json_rows
+from coconut.data.examples import BadRow, Example, existing, json_rows, with_defaults
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.utils.console import log
 
@@ -103,7 +103,7 @@ def _as_completion(lm: LatentLM, question: list[int], record: dict[str, Any]) ->
 def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
     count = 0
     for where, row in json_rows(existing(path)):
-        row = completed(row)
+        row = with_defaults(row)
         if problem := _problem(row, len(lm.tokenizer), lm.reasoning.modes):
             raise ValueError(f"{path}, {where}: {problem}")
         count += 1
@@ -113,7 +113,7 @@ def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
 
 
 def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
-    if isinstance(row, Unreadable):
+    if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         return "it must be an object with question, answer, steps and completions"

@@ -33,8 +33,8 @@ from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import get_loss
 from coconut.rewards.value_model import token_values
-from coconut.runs.folder import describe, open_run_folder, used_file
-from coconut.runs.loading import in_float32, match_dtypes
+from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.loading import match_dtypes, to_float32
 from coconut.runs.state import TrainingState
 from coconut.runs.tracking import Tracking
 from coconut.training.divergence import explain_non_finite_loss
@@ -64,7 +64,7 @@ class RewardTrainer:
         torch.manual_seed(config.seed + world.rank)
         resumed = self.training_state.resume_from
         self.init = self.training_state.initial_weights(str(config.init))
-        self.lm = self.training_state.load_model() if resumed else in_float32(LatentLM.from_pretrained(self.init))
+        self.lm = self.training_state.load_model() if resumed else to_float32(LatentLM.from_pretrained(self.init))
         apply_engine_options(self.lm.eval(), config.engine)
         self.distribution = SamplingDistribution.of(self.lm.special)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
@@ -256,7 +256,7 @@ class RewardTrainer:
             "model_type": self.lm.base.config.model_type,
             "init": str(self.init),
         }
-        describe(self.folder, self.config, about, session)
+        write_description(self.folder, self.config, about, session)
         with atomic_file(self.folder / REFERENCE) as part, part.open("wb") as file:
             torch.save(self.reference, file)
 

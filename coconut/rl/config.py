@@ -125,7 +125,7 @@ class RLConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data.judged()
+        self.data.required_task()
         at_least("", self, num_steps=1, prompts_per_step=1, num_minibatches=1, num_iterations=1, rollout_batch_size=1,
                  micro_batch_size=1, validate_every=1)  # fmt: skip
         refuse_cuda_graphs(self.engine, "a policy")

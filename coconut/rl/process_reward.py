@@ -32,7 +32,7 @@ from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
 from coconut.runs.description import read_config
-from coconut.runs.loading import in_float32, match_dtypes, resolve_weights, run_folder_of
+from coconut.runs.loading import match_dtypes, resolve_weights, run_folder_of, to_float32
 from coconut.runs.state import TrainingState
 
 REWARD_MODEL = "reward_model"  # in a checkpoint; in the run's folder, if it is frozen
@@ -100,7 +100,7 @@ class OnlineProcessReward:
         if training_state.resume_from and self.config.online:
             self.lm = training_state.load_model(REWARD_MODEL)
         else:
-            self.lm = in_float32(LatentLM.from_pretrained(self.world.on_main_process(lambda: self._initial(init))))
+            self.lm = to_float32(LatentLM.from_pretrained(self.world.on_main_process(lambda: self._initial(init))))
         self.lm.eval()
         if self.lm.special != policy.special or self.lm.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(

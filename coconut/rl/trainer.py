@@ -39,8 +39,8 @@ from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy
 from coconut.rl.mode_routing import collect_outcomes, metrics_by_steps, mode_metrics, predict_in_each_mode
 from coconut.rl.objectives import advantages, has_zero_variance
 from coconut.rl.process_reward import OnlineProcessReward
-from coconut.runs.folder import describe, open_run_folder, used_file
-from coconut.runs.loading import in_float32, match_dtypes
+from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.loading import match_dtypes, to_float32
 from coconut.runs.state import TrainingState
 from coconut.runs.tracking import Tracking
 from coconut.tasks import TASKS
@@ -66,7 +66,7 @@ class PolicyTrainer:
         self, config: RLConfig, folder: Path, files: dict[str, str], world: World, reward: Reward | None = None
     ):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[config.data.judged()]
+        self.task = TASKS[config.data.required_task()]
         self.objective = config.objective.build()
         self.num_steps = config.num_steps
         # a new run validates before its first step
@@ -94,7 +94,7 @@ class PolicyTrainer:
 
     def _policy(self) -> LatentLM:
         resumed = self.training_state.resume_from
-        lm = self.training_state.load_model() if resumed else in_float32(LatentLM.from_pretrained(self.init))
+        lm = self.training_state.load_model() if resumed else to_float32(LatentLM.from_pretrained(self.init))
         modes, reward = lm.reasoning.modes, self.config.reward
         there = f"its modes are {', '.join(modes)}" if modes else "it has none"
         for key, named in (("mode_costs", reward.mode_costs), ("max_mode_tokens", reward.max_mode_tokens)):
@@ -410,7 +410,7 @@ class PolicyTrainer:
             "init": str(self.init),
         }
         questions = {split: [example.question for example in used] for split, used in splits.items()}
-        describe(self.folder, self.config, about, session, questions)
+        write_description(self.folder, self.config, about, session, questions)
         self.snapshot_models()
 
     def snapshot_models(self) -> None:

@@ -1,1 +1,1 @@
-"""A run's folder: what it holds, its checkpoints, its metrics, and loading what it made."""
+"""A run's folder: its configuration, checkpoints and metrics, trackers, and loading its model."""

@@ -1,16 +1,16 @@
-"""Checkpoints: atomic, complete, verified.
+"""Write, verify and find checkpoints.
 
-A checkpoint is a folder RUN/checkpoints/step-NNNNNNN. It opens with LatentLM.from_pretrained (weights in
-safetensors, tokenizer, reasoning) and holds besides
+A checkpoint is a folder RUN/checkpoints/step-NNNNNNN. It opens with LatentLM.from_pretrained (weights in safetensors,
+tokenizer, reasoning), and also has
 
-    trainer.pt      optimizer and random number generators
-    state.json      where training stands, and which checkpoint is the best so far
+    trainer.pt      state of the optimizer and of the random generators
+    state.json      progress of training, and which checkpoint is the best so far
     manifest.json   size and SHA-256 of every other file
 
-and, in a folder of its name, a model that learns beside this one, with a trainer.pt of its own.
+A further model that is trained with this one has a subfolder with its own trainer.pt.
 
-It is written beside its place and moved there when it is whole, so no pointer is needed: the last
-checkpoint is the one with the highest number whose manifest holds, and it knows the best.
+Checkpoints are written atomically, so no pointer file is needed: the last checkpoint is the one with the highest
+number and a valid manifest, and its state names the best.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ STATE = "state.json"
 class Checkpoints:
     """The checkpoints of one run.
 
-    `keep` is how many of the newest stay. The best one always does, and so do those whose number is a
-    multiple of `keep_every`.
+    The newest `keep` are kept, the best one, and those whose update is a multiple of `keep_every`.
     """
 
     def __init__(self, run: Path | str, keep: int = 2, keep_every: int = 0):
@@ -52,35 +51,36 @@ class Checkpoints:
         on_file: Callable[[], None] = lambda: None,
         extra_models: Mapping[str, tuple[LatentLM, dict[str, Any]]] | None = None,
     ) -> Path:
-        """Write a checkpoint, then remove those that are no longer kept. `on_file` is called as it gets on.
+        """Write a checkpoint, then remove old ones that need not be kept.
 
-        `beside`: other models by the names of their folders, with what their trainers keep.
-        Raises OSError if it cannot be written; the earlier ones stay as they are.
+        `on_file` is called after each file, as a heartbeat. `extra_models`: further models and the states of their
+        trainers, by the names of their subfolders. Raises OSError if the checkpoint cannot be written; earlier ones
+        are then left unchanged.
         """
         path = self.path(step)
         try:
             with atomic_folder(path) as part:
-                for name, (model, its) in {"": (lm, trainer), **(extra_models or {})}.items():
+                for name, (model, trainer_state) in {"": (lm, trainer), **(extra_models or {})}.items():
                     model.save_pretrained(part / name)
                     on_file()
-                    torch.save(its, part / name / TRAINER)
+                    torch.save(trainer_state, part / name / TRAINER)
                 write_json(part / STATE, {"step": step, **state})
                 files = sorted(file for file in part.rglob("*") if file.is_file())
                 manifest = {}
                 for file in files:
                     on_file()
-                    told = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                    manifest[str(file.relative_to(part))] = told
+                    entry = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                    manifest[str(file.relative_to(part))] = entry
                 write_json(part / MANIFEST, manifest)
         except Exception as error:
             free = shutil.disk_usage(self.folder).free / 2**20
             before = self.steps()
-            whole = f"The checkpoint of update {before[-1]} is whole." if before else "There is no earlier one."
+            advice = f"The checkpoint of update {before[-1]} is intact." if before else "There is no earlier one."
             reason = error.reason if isinstance(error, FileWriteError) else error
             raise OSError(
                 f"The checkpoint of update {step} could not be written to {self.folder} "
-                f"({free:,.0f} MiB free there): {reason}. {whole} Make room if there is none, then "
-                "run the same command again."
+                f"({free:,.0f} MiB free there): {reason}. {advice} Free some space if the disk is full, then run the "
+                "same command again."
             ) from error
         best = (state.get("best") or {}).get("step")
         for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
@@ -89,14 +89,14 @@ class Checkpoints:
         return path
 
     def quarantine_after(self, step: int) -> None:
-        """Rename the checkpoints above `step`, which a run that goes on from there writes anew."""
+        """Rename the checkpoints after `step`. They are damaged, and a run resumed at `step` writes them again."""
         for later in self.steps():
             if later > step:
                 path = self.path(later)
                 path.replace(path.with_name(f"damaged-{path.name}-{int(path.stat().st_mtime)}"))
 
     def steps(self) -> list[int]:
-        """The updates of all checkpoints, damaged ones included, in rising order."""
+        """The updates of all checkpoints, damaged ones included, in ascending order."""
         found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in found if match)
 
@@ -104,56 +104,56 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def last(self) -> Path | None:
-        """The newest checkpoint that is whole. Says on standard error which ones are damaged."""
+        """The newest valid checkpoint, None if there is none. Warns on standard error of damaged ones."""
         for step in reversed(self.steps()):
             if not (damage := damage_of(self.path(step))):
                 return self.path(step)
-            _say_damaged(self.path(step), damage)
+            _warn_damaged(self.path(step), damage)
         return None
 
     def latest_valid(self) -> Path | None:
-        """The newest that is whole, None if there is none at all. Raises ValueError if every one is damaged."""
+        """The newest valid checkpoint, None if there are no checkpoints. Raises ValueError if all are damaged."""
         found = self.last()
         if not found and self.steps():
             raise ValueError(
-                f"Every checkpoint in {self.folder} is damaged, so this run cannot go on. Restore one, or remove "
-                f"{self.folder.parent} to start it anew."
+                f"Every checkpoint in {self.folder} is damaged, so the run cannot be resumed. Restore one, or remove "
+                f"{self.folder.parent} to start the run again."
             )
         return found
 
     def find(self, which: str) -> Path:
-        """The checkpoint called "best", "last", or by the number of its update.
+        """The checkpoint named by "best", "last", or the number of its update.
 
-        If the best one is damaged, that is said on standard error, and the newest whole one is taken.
-        Raises ValueError if there is none, or if the one asked for by number is damaged.
+        If the best one is damaged, the newest valid one is used, with a warning on standard error. Raises ValueError
+        if there is no such checkpoint, or if one named by number is damaged.
         """
         last = self.last()
         if last is None:
-            raise ValueError(f"{self.folder} holds no whole checkpoint. Train first, or name another run.")
+            raise ValueError(f"{self.folder} has no valid checkpoint. Train first, or name another run.")
         if which == "last":
             return last
         if which == "best":
             best = read_json(last / STATE).get("best")
             if not best:
                 raise ValueError(
-                    f"{self.folder.parent} has no best checkpoint yet: it is chosen on validation accuracy within the "
-                    "last stage, which training has not reached. Take checkpoint=last."
+                    f"{self.folder.parent} has no best checkpoint yet: it is chosen by validation accuracy in the "
+                    "last stage, which training has not reached. Use checkpoint=last."
                 )
             step = best["step"]
         elif which.isdigit():
             step = int(which)
         else:
-            raise ValueError(f"checkpoint is {which!r}; it is best, last, or the number of an update.")
+            raise ValueError(f"checkpoint is {which!r}; it must be best, last, or the number of an update.")
         if step not in self.steps():
             raise ValueError(
-                f"{self.folder} holds no checkpoint of update {step}; there are: {', '.join(map(str, self.steps()))}."
+                f"{self.folder} has no checkpoint of update {step}; it has: {', '.join(map(str, self.steps()))}."
             )
         path = self.path(step)
         if damage := damage_of(path):
             if which.isdigit():
-                raise ValueError(f"The checkpoint {path} is damaged: {damage}. Take another, or checkpoint=last.")
-            _say_damaged(path, damage)
-            print(f"Taking the newest whole checkpoint instead: {last}", file=sys.stderr)
+                raise ValueError(f"The checkpoint {path} is damaged: {damage}. Use another, or checkpoint=last.")
+            _warn_damaged(path, damage)
+            print(f"Using the newest valid checkpoint instead: {last}", file=sys.stderr)
             return last
         return path
 
@@ -163,7 +163,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_trainer(path: Path) -> dict[str, Any]:
-    """Left on disk until it is used: processes of one machine share it."""
+    """A checkpoint's trainer state, memory-mapped, so that the processes of one machine share it."""
     return torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -180,9 +180,9 @@ def damage_of(path: Path) -> str | None:
         if (size := file.stat().st_size) != expected["bytes"]:
             return f"{name} has {size:,} of {expected['bytes']:,} bytes"
         if sha256(file) != expected["sha256"]:
-            return f"the checksum of {name} does not hold"
+            return f"the checksum of {name} does not match"
     return None
 
 
-def _say_damaged(path: Path, damage: str) -> None:
+def _warn_damaged(path: Path, damage: str) -> None:
     print(f"warning: the checkpoint {path} is damaged: {damage}.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a run writes about itself: its configuration, its metrics, the environment it was carried out in."""
+"""Read a run's configuration, metrics and evaluations, and describe the environment it runs in."""
 
 from __future__ import annotations
 
@@ -18,21 +18,17 @@ from coconut.methods import REASONING_FILE
 from coconut.utils.files import read_json
 
 METRICS = "metrics.jsonl"
-
-
 CONFIG = "config.json"
-
-
 DESCRIPTION = "run.json"
 
 
 def samples_file(run: Path | str, step: int) -> Path:
-    """Where the samples of the validation after this update lie."""
+    """The file of samples of the validation after this update."""
     return Path(run) / "samples" / f"step-{step:07d}.json"
 
 
 def read_metrics(run: Path | str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of metrics.jsonl. Incomplete lines, as a killed run leaves them, are skipped."""
     path = Path(run) / METRICS
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
@@ -42,31 +38,34 @@ def read_metrics(run: Path | str) -> list[dict[str, Any]]:
 
 
 def read_config(run: Path | str) -> dict[str, Any]:
-    """The resolved configuration that a run was made with. Raises ValueError if the folder is no run."""
+    """The resolved configuration of a run. Raises ValueError if the folder is not a run."""
     path = Path(run) / CONFIG
     if (Path(run) / REASONING_FILE).is_file():
         raise ValueError(
-            f"{run} is a saved model and no run: it does not record its task or data. Ask it: "
-            f'coconut generate run={run} question="..." Evaluate it: coconut evaluate run={run} task=TASK '
-            "data.test=FILE"
+            f"{run} is a saved model and not a run: it has no record of its training. Ask it a question with coconut "
+            f'generate run={run} question="..."; evaluate it with coconut evaluate run={run} '
+            "task=TASK data.test=FILE"
         )
     if not path.is_file():
-        what = f"it holds no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
-        raise ValueError(f"{run} is no run: {what}. Name a folder that coconut train wrote, such as runs/quickstart.")
+        what = f"it has no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
+        raise ValueError(
+            f"{run} is not a run: {what}. Name a folder written by coconut.train, such as runs/quickstart."
+        )
     return read_json(path)
 
 
 def environment_info() -> dict[str, Any]:
-    """What a run was made with: command, time, code, versions, machine."""
+    """The environment of this process: command, time, revision of the code, package versions, machine."""
     import torch
 
     names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "coconut-latent")
-    optional = {name: found for name in ("deepspeed", "wandb", "peft") if (found := _version(name))}
+    required = {name: package_version(name) for name in names}
+    optional = {name: found for name in ("deepspeed", "wandb", "peft") if (found := package_version(name))}
     return {
         "command": shlex.join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}, **optional},
+        "versions": {"python": platform.python_version(), **required, **optional},
         "machine": {
             "system": platform.platform(),
             "cpus": os.cpu_count(),
@@ -76,7 +75,7 @@ def environment_info() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -84,13 +83,13 @@ def _version(name: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Revision of the code that runs, and whether it was changed since."""
+    """The Git revision of the running code, and whether files differ from it; None outside of a repository."""
     here = Path(__file__).parent
     try:
-        ask = ["git", "-C", str(here)]
-        subprocess.run([*ask, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
-        revision = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+        git = ["git", "-C", str(here)]
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"revision": revision.stdout.strip(), "changed": bool(status.stdout.strip())}

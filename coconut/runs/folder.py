@@ -1,4 +1,4 @@
-"""A run's folder: it holds one run on one set of files, and says which."""
+"""Open a run's folder, check that it belongs to this configuration and data, and write its description."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coconut.config import Resume, RunConfig, identity, locate
+from coconut.config import Resume, RunConfig, identity, make_paths_absolute
 from coconut.data.datasets import data_files
 from coconut.data.examples import existing
 from coconut.data.seen_questions import QUESTIONS, keep_questions
@@ -17,112 +17,111 @@ from coconut.engine.world import World
 from coconut.runs.description import CONFIG, DESCRIPTION, environment_info, read_config
 from coconut.runs.tracking import check_tracker
 from coconut.utils.console import log
-from coconut.utils.files import exclusive_lock, read_json, release, sha256, write_json
+from coconut.utils.files import exclusive_lock, read_json, remove_if_empty, sha256, write_json
 
 
 @contextmanager
 def open_run_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The run's folder, which no other process may enter meanwhile, and the file of each split.
+    """Lock the run's folder and yield it, with the file of each split.
 
-    Raises ValueError if the run cannot begin or go on there.
+    Raises ValueError if the run cannot start or be resumed there.
     """
     world.on_main_process(lambda: check_tracker(config.tracking))
-    locate(config)
+    make_paths_absolute(config)
     files = world.on_main_process(lambda: data_files(asdict(config.data)))
     folder = config.folder()
-    read = {split: files[split] for split in ("train", "valid")}
-    world.on_main_process(lambda: open_folder(folder, config, read))
+    used = {split: files[split] for split in ("train", "valid")}
+    world.on_main_process(lambda: check_folder(folder, config, used))
     log(f"Run folder: {folder}")
     with ExitStack() as held:
         world.on_main_process(lambda: held.enter_context(exclusive_lock(folder)) if world.is_main else None)
         if not folder.is_dir():
             raise ValueError(
-                f"{folder}, the run's folder, is not to be seen from {platform.node()}. All nodes need it: name a "
-                "folder that they share with run=DIR."
+                f"The run's folder {folder} does not exist on {platform.node()}. All nodes must share it: name a "
+                "shared folder with run=DIR."
             )
         try:
             yield folder, files
         finally:
             if world.is_main and not (folder / DESCRIPTION).exists():
-                release(folder)
+                remove_if_empty(folder)
 
 
-_LONGER = "the length of a run is part of its plan, and the last validation and checkpoint are at its end"
-_MEASURED = "what validation measures chooses the best checkpoint, and that of one run is measured in one way"
-WHY = {
-    "curriculum.total_length": _LONGER, "num_steps": _LONGER, "epochs": _LONGER, "max_new_tokens": _MEASURED,
-    "valid_limit": _MEASURED, "validate_every": _MEASURED,
+_LENGTH = "a run's length is part of its plan, which ends with a validation and a checkpoint"
+_VALIDATION = "validation chooses the best checkpoint, so it must be the same throughout a run"
+REASONS = {
+    "curriculum.total_length": _LENGTH, "num_steps": _LENGTH, "epochs": _LENGTH, "max_new_tokens": _VALIDATION,
+    "valid_limit": _VALIDATION, "validate_every": _VALIDATION,
 }  # fmt: skip
 
 
-def _refusal(folder: Path, differing: Sequence[str]) -> str:
-    """Why a run does not go on with another configuration, and what can be done."""
-    keys = [told.split(":")[0] for told in differing]
+def _difference_message(folder: Path, differing: Sequence[str]) -> str:
+    """An error message for a run that was started with another configuration."""
+    keys = [difference.split(":")[0] for difference in differing]
     reasons: dict[str, list[str]] = {}
     for key in keys:
-        if key in WHY:
-            reasons.setdefault(WHY[key], []).append(key)
+        if key in REASONS:
+            reasons.setdefault(REASONS[key], []).append(key)
     why = "".join(f"\n{', '.join(keys)}: {reason}." for reason, keys in reasons.items())
     return (
         f"{folder} holds a run with another configuration:\n  " + "\n  ".join(differing)
-        + "\nName another folder with run=DIR, give the same configuration to go on, or remove the folder. A run that "
-        f"begins with the weights of this one: init={folder} run=DIR." + why
+        + "\nName another folder with run=DIR, use the same configuration to resume the run, or remove the folder. To "
+        f"start a new run from its weights: init={folder} run=DIR." + why
     )  # fmt: skip
 
 
-def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: dict[str, Any], requested: dict[str, Any], prefix: str = "") -> list[str]:
     """The keys in which two configurations differ, as "key: VALUE there, VALUE asked for"."""
     found = []
-    for key in sorted(there.keys() | asked.keys()):
-        a, b = there.get(key), asked.get(key)
+    for key in sorted(saved.keys() | requested.keys()):
+        a, b = saved.get(key), requested.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
-        elif a != b and not _led_to(a, b):
+        elif a != b and not _is_same_path(a, b):
             found.append(f"{prefix}{key}: {a} there, {b} asked for")
     return found
 
 
-def _led_to(there: Any, asked: Any) -> bool:
-    """Whether a relative path led to what a run was made with, which may have gone since."""
-    return isinstance(there, str) and isinstance(asked, str) and asked != "" and there == str(Path(asked).resolve())
+def _is_same_path(saved: Any, requested: Any) -> bool:
+    """Whether a requested relative path means the saved absolute one, even if the file is gone."""
+    both_text = isinstance(saved, str) and isinstance(requested, str)
+    return both_text and requested != "" and saved == str(Path(requested).resolve())
 
 
-def open_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> None:
-    """Make sure that the folder is new, or holds this very run on these files.
+def check_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> None:
+    """Check that the folder is new, or holds a run with this configuration and these files.
 
-    Raises ValueError if the folder holds another one, or something else, if a file has changed since, or if there is
-    a run and resume=never.
+    Raises ValueError if it holds another run or other files, if a data file has changed, or if there is a run and
+    resume=never.
     """
     used = {split: existing(file) for split, file in files.items()}
     if (folder / CONFIG).is_file():
         if config.resume is Resume.never:
             raise ValueError(f"{folder} already holds a run, and resume=never. Name another folder with run=DIR.")
         if differing := differences(identity(read_config(folder), type(config)), config.identity()):
-            raise ValueError(_refusal(folder, differing))
+            raise ValueError(_difference_message(folder, differing))
         before = read_json(folder / DESCRIPTION)["data"]
         for split, file in used.items():
             if before[split]["sha256"] != sha256(file):
                 raise ValueError(
-                    f"{before[split]['file']} has changed since the run in {folder} began. Restore the file, or start "
-                    "another run with run=DIR."
+                    f"{before[split]['file']} has changed since the run in {folder} was started. Restore the file, or "
+                    "start another run with run=DIR."
                 )
     elif folder.exists() and any(path.name != DESCRIPTION and path.name[0] != "." for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run. Name another folder with run=DIR.")
+        raise ValueError(f"{folder} is not empty and is not a run. Name another folder with run=DIR.")
 
 
-def describe(
+def write_description(
     folder: Path,
     config: RunConfig,
     about: Mapping[str, Any],
     session: Mapping[str, Any],
     questions: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Write config.json and run.json: what exactly is trained, on what, with which code, where.
+    """Write config.json and run.json, the description of a run: model, data, code and machine.
 
-    Which `questions` it sees in training and validation is kept beside them.
-
-    `about` is said of the run as it is now, but for its "init", which stays what it was when the run began. `session`
-    is added to the run's sessions, the earlier of which are kept if it goes on from an update.
+    `about` holds the entries of run.json; its "init" is kept from the start of the run. `session` is appended to the
+    run's sessions; if it resumes an update, earlier sessions are kept. Hashes of `questions` (by split) are saved too.
     """
     earlier = read_json(folder / DESCRIPTION) if session["from_update"] else {}
     init = earlier.get("init", about["init"])
@@ -140,5 +139,5 @@ def describe(
 
 
 def used_file(file: str, used: int) -> dict[str, Any]:
-    """What run.json says of a data file, of which so many examples were used."""
+    """The entry of run.json for a data file. `used`: number of examples that are used."""
     return {"file": file, "sha256": sha256(file), "used": used}

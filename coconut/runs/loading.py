@@ -1,10 +1,10 @@
-"""The model that a run made, or one that was saved, on its device."""
+"""Load the model of a run or a saved model, and a run's stop classifier."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,6 +13,7 @@ from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
 from coconut.engine.base import set_up_device
 from coconut.engine.world import World
+from coconut.generation.stop_classifier import StopClassifier, fit_classifier, refuse_untrained
 from coconut.methods import REASONING_FILE, Curriculum, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state
@@ -20,13 +21,9 @@ from coconut.runs.description import read_config
 from coconut.utils.console import log
 from coconut.utils.pretrained import resolve_local_path
 
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
-from coconut.generation.stop_classifier import StopClassifier, fit_classifier, refuse_untrained
-
 
 def starting_point(init: str) -> Path:
-    """The weights that `init` names: a checkpoint's folder, or a run's best checkpoint, or else its last."""
+    """The folder of weights for `init`: of a run its best checkpoint, or else the last; other folders unchanged."""
     path = Path(init)
     if (path / "checkpoints").is_dir():
         checkpoints = Checkpoints(path)
@@ -38,31 +35,31 @@ def starting_point(init: str) -> Path:
 
 
 def resolve_weights(init: str) -> Path:
-    """The folder that `init` names at this moment: a run that is trained further has another best checkpoint later."""
+    """The folder of weights for `init`, absolute. A run that is trained further may have another one later."""
     return resolve_local_path(starting_point(init)).resolve()
 
 
-def in_float32(lm: LatentLM) -> LatentLM:
-    """As a training starts, whatever the weights were saved in; what LoRA corrects is left as it is."""
+def to_float32(lm: LatentLM) -> LatentLM:
+    """Cast a model to float32 for training, in eval mode. The base of a LoRA model keeps its dtype."""
     return (lm if lm.adapter else lm.to(torch.float32)).eval()
 
 
 def match_dtypes(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
-    """The reference, on the device, with every weight in the type that `lm` has it in: equals give equal numbers."""
-    for weight, its in zip(reference.parameters(), lm.parameters(), strict=True):
-        weight.data = weight.data.to(its.dtype)
+    """Cast the reference's weights to the dtypes of `lm`'s, so that equal weights give equal numbers."""
+    for weight, other in zip(reference.parameters(), lm.parameters(), strict=True):
+        weight.data = weight.data.to(other.dtype)
     return reference.to(device).eval()
 
 
 def run_folder_of(init: str) -> Path:
-    """The folder of the run that `init` names, itself or one of its checkpoints."""
+    """The folder of the run for `init`, a run or one of its checkpoints."""
     path = Path(init)
     return path if (path / "checkpoints").is_dir() else path.parent.parent
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's model at a checkpoint, on its device. `config` is what the run was made with."""
+    """A run's model at a checkpoint, on its device, and the configuration of the run."""
 
     lm: LatentLM
     config: dict[str, Any]
@@ -70,7 +67,7 @@ class LoadedRun:
 
 
 def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LoadedRun:
-    """Raises ValueError if the folder is no run, or has no such checkpoint."""
+    """Load a run's model. Raises ValueError if the folder is not a run, or has no such checkpoint."""
     world = world or World()
     config = read_config(run)
     path = world.on_main_process(lambda: Checkpoints(run).find(checkpoint))
@@ -80,46 +77,44 @@ def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: Worl
     return LoadedRun(lm.eval(), config, load_state(path)["step"])
 
 
-def load_model(place: str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LatentLM:
-    """The model of a run, or one that was saved: a folder, or OWNER/NAME on the Hugging Face hub. On its device.
+def load_model(name_or_path: str, checkpoint: str, engine: EngineConfig, world: World | None = None) -> LatentLM:
+    """Load a run's model or a saved one, from a folder or OWNER/NAME on the Hugging Face hub, onto its device.
 
     Raises FileNotFoundError or ValueError if there is none.
     """
-    if Path(place).exists() and not Path(place, REASONING_FILE).is_file():
-        return load_run(place, checkpoint, engine, world).lm
-    lm = LatentLM.from_pretrained(place)
+    if Path(name_or_path).exists() and not Path(name_or_path, REASONING_FILE).is_file():
+        return load_run(name_or_path, checkpoint, engine, world).lm
+    lm = LatentLM.from_pretrained(name_or_path)
     return lm.to(set_up_device(engine, world)).eval()
 
 
-FOLDER = "stopping"
-
-
-MOST_EXAMPLES = 8000  # that it is fitted to
+CLASSIFIER_FOLDER = "stopping"
+MAX_EXAMPLES = 8000  # to fit the classifier on
 
 
 def classifier_of(
     run: Path | str, trained: LoadedRun, batch_size: int = 64, data: DataFiles | None = None
 ) -> StopClassifier:
-    """The classifier of a run's checkpoint; fitted, and kept in the run's folder, when it is first asked for.
+    """The stop classifier of a run's checkpoint. It is fitted on first use and saved in the run's folder.
 
-    `data` names files to fit it on in place of the run's own. Raises ValueError if the run was not trained for it, or
-    FileNotFoundError if its files are not where they were.
+    `data` names files to fit it on instead of the run's. Raises ValueError if the run's training does not allow
+    stopping early, and FileNotFoundError if the run's files are gone.
     """
     lm = trained.lm
     refuse_untrained(lm, plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"])))
-    file = Path(run) / FOLDER / f"step-{trained.step:07d}.safetensors"
+    file = Path(run) / CLASSIFIER_FOLDER / f"step-{trained.step:07d}.safetensors"
     if file.is_file():
         return StopClassifier.load(file).to(lm.device)
     files = data or DataFiles()
     try:
-        named = [file_of_split(trained.config["data"], split, getattr(files, split)) for split in ("train", "valid")]
+        paths = [file_of_split(trained.config["data"], split, getattr(files, split)) for split in ("train", "valid")]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"stop=classifier is fitted once on the run's data. {error} It is kept in the run's folder when it is "
-            f"fitted by coconut analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
+            f"stop=classifier is fitted once on the run's data. {error} To fit and save it on other files: coconut "
+            f"analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
         ) from None
-    train, valid = (read_examples(file)[:MOST_EXAMPLES] for file in named)
-    log(f"Fitting the stopping classifier, once, on {len(train):,} training examples")
+    train, valid = (read_examples(file)[:MAX_EXAMPLES] for file in paths)
+    log(f"Fitting the stop classifier, once, on {len(train):,} training examples")
     classifier = fit_classifier(lm, train, valid, batch_size)
     classifier.save(file)
     return classifier

@@ -1,4 +1,4 @@
-"""A run read back from its folder: configuration, metrics, evaluations and studies, for pages and tables."""
+"""RunRecord: a run's configuration, metrics, evaluations and studies, read from its folder for reports and tables."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from coconut.runs.description import CONFIG, DESCRIPTION, read_config, read_metr
 from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
 
-NONE = "–"
+DASH = "–"
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the folder of a run holds.
+    """The contents of a run's folder.
 
-    `test` names the evaluation that is the run's test result: one of a file that the run was neither
-    trained on nor validated with, whole, with the model's own number of thoughts. `answers` are that
-    evaluation's predictions, or else the newest samples of training, which `answers_of` says. `studies`
-    by name: what coconut analyze measured.
+    `test`: name of the evaluation that is the run's test result, one on a complete file that was not used for training
+    or validation, with the model's own number of thoughts. `answers`: that evaluation's predictions, or else the
+    newest samples of training; `answers_of` describes which. `studies`: measurements of coconut.analyze, by name.
     """
 
     folder: Path
@@ -43,12 +42,12 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """The number of updates done."""
         return max((row["step"] for row in self.train), default=0)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation that chose the best checkpoint, within the last stage."""
+        """The validation of the best checkpoint, which is chosen in the last stage."""
         stage = self.stages[-1]
         return max(
             _in_stage(self.valid, stage),
@@ -57,25 +56,26 @@ class RunRecord:
         )
 
     @property
-    def guess(self) -> float | None:
-        """The share that guessing gets right, where an evaluation says so, the test result first."""
-        guesses = [self.evaluations[name]["chance_accuracy"] for name in [self.test, *self.evaluations] if name]
-        return next((guess for guess in guesses if guess is not None), None)
+    def chance_accuracy(self) -> float | None:
+        """The accuracy of guessing, from the test result or else another evaluation; None if none has it."""
+        accuracies = [self.evaluations[name]["chance_accuracy"] for name in [self.test, *self.evaluations] if name]
+        return next((accuracy for accuracy in accuracies if accuracy is not None), None)
 
     @property
-    def examined(self) -> str:
-        """What the studies were made with, where that is not what the test result was."""
+    def study_note(self) -> str:
+        """A sentence on the checkpoint and questions of the studies if the test result has others, else ""."""
         facts = next((study.facts for study in self.studies.values()), {})
         keys = ("step", "sha256", "count")
         test = self.evaluations[self.test] if self.test else dict.fromkeys(keys)
         if not facts or (facts["step"], facts["sha256"], facts["questions"]) == tuple(test[key] for key in keys):
             return ""
         return (
-            f"What follows was measured on update {facts['step']:,}, with {facts['questions']:,} questions of "
+            f"The following was measured on update {facts['step']:,}, with {facts['questions']:,} questions of "
             f"{Path(facts['file']).name}."
         )
 
     def updates(self, stage: Stage) -> int:
+        """The length of a stage in updates."""
         in_epochs = self.description["plan"]["unit"] == Unit.epochs
         return stage.length * (self.description["updates_per_epoch"] if in_epochs else 1)
 
@@ -85,20 +85,19 @@ def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
 
 
 def read_run(folder: Path | str) -> RunRecord:
-    """Raises ValueError if the folder is no run, or one that gives no answers."""
-
+    """Read a run. Raises ValueError if the folder is not a run, or is a reward model."""
     folder = Path(folder)
     config = read_config(folder)
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(
-            f"{folder} is no complete run: it holds {CONFIG} but no {DESCRIPTION}. "
-            "Start it again with coconut train, which writes both."
+            f"{folder} is not a complete run: it has {CONFIG} but no {DESCRIPTION}. Run the same coconut.train command "
+            "again, which writes both."
         )
     description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)
     if description.get("trained") == "reward model":
         raise ValueError(
-            f"{folder} is a reward model, which answers no questions. What it is good for: "
-            f"coconut reward compare runs={folder} answers=FILE"
+            f"{folder} is a reward model, which answers no questions. Measure it with coconut reward compare "
+            f"runs={folder} answers=FILE"
         )
     evaluations = read_results(folder)
     test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
@@ -123,9 +122,9 @@ def _read_studies(folder: Path) -> dict[str, Study]:
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
-    """`test`, or else the evaluation of another file, with default settings and on unseen questions."""
+    """The name of the test result: `test`, or else another evaluation with default settings on unseen questions."""
 
-    def counts(found: dict[str, Any]) -> bool:
+    def is_test_result(found: dict[str, Any]) -> bool:
         return (
             found["default_settings"]
             and found["split"] == "test"
@@ -133,7 +132,7 @@ def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str 
             and not all_seen(found)
         )
 
-    names = [name for name, found in evaluations.items() if counts(found)]
+    names = [name for name, found in evaluations.items() if is_test_result(found)]
     return "test" if "test" in names else min(names, default=None)
 
 

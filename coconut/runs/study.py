@@ -1,4 +1,4 @@
-"""The data of a figure, as it is computed, kept on disk and drawn."""
+"""Study: a table of measurements that is saved in a run's folder and drawn as a figure."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 from coconut.utils.files import read_json, write_text
 
-FOLDER = "analysis"  # within that of the run
+FOLDER = "analysis"  # inside the run's folder
 
 
 class NotApplicable(ValueError):
-    """The run or its questions do not have what a study needs; the message says what."""
+    """The run or its questions lack something that a study needs; the message says what."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """`rows` are flat, with the same keys in each; `facts` hold for all of them."""
+    """A table of measurements. `rows`: flat, all with the same keys. `facts`: values that hold for the whole table."""
 
     name: str
     rows: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """As NAME.json and, rows alone, as NAME.csv."""
+        """Write NAME.json, and NAME.csv with the rows only."""
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(self.rows[0]) if self.rows else [], lineterminator="\n")
         writer.writeheader()
@@ -39,6 +39,6 @@ class Study:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Study | None:
-        """None if it was never written."""
+        """Read a study; None if there is none of this name."""
         file = folder / f"{name}.json"
         return cls(name, **read_json(file)) if file.is_file() else None

@@ -1,7 +1,7 @@
-"""What a run writes about itself: metrics.jsonl, samples, its configuration, where it was carried out.
+"""Write a run's metrics and samples, and start the process that sends them to a tracker.
 
-W&B and TensorBoard are fed by a process of their own (`coconut.runs.tracker_process`) that reads the run's folder
-while it grows. Training writes files and waits for nothing else, whatever a library or a network does.
+W&B and TensorBoard run in a separate process (`coconut.runs.tracker_process`) that follows the run's files. Training
+only writes files and never waits for a library or a network.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.runs.description import METRICS, _version, read_metrics, samples_file
+from coconut.runs.description import METRICS, package_version, read_metrics, samples_file
 from coconut.utils.console import log
-from coconut.utils.files import read_json, write_json, write_text, writing
+from coconut.utils.files import explain_full_disk, read_json, write_json, write_text
 from coconut.utils.hydra_app import own_environment
 
-TRACKING = "tracking.json"  # what the tracker is told, the id of the W&B run among it
-TRACKING_LOG = "tracking.log"  # what the tracker and its library say
+TRACKING = "tracking.json"  # settings of the tracker process, with the id of the W&B run
+TRACKING_LOG = "tracking.log"  # output of the tracker process and its library
 LOGIN_SECONDS = 30
-QUIET_SECONDS = 5  # the end of training waits so long without a word
+SECONDS_UNTIL_MESSAGE = 5  # while the end of training waits for the tracker
 
 
 class Metrics:
-    """RUN/metrics.jsonl: one object a line, each with `kind`, `step` and `stage`.
+    """Writer of RUN/metrics.jsonl: one object per line, each with `kind`, `step` and `stage`.
 
-    A resumed run drops what was written after the checkpoint that it goes on from.
+    A resumed run first removes the rows after its checkpoint.
     """
 
     def __init__(self, run: Path | str, step: int):
@@ -42,12 +42,12 @@ class Metrics:
         self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        with writing(self.path):
+        with explain_full_disk(self.path):
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a row that `log` could not write, and said so
+        with contextlib.suppress(OSError):  # a row that `log` has already failed to write
             self.file.close()
 
 
@@ -55,21 +55,20 @@ def check_tracker(config: TrackingConfig) -> None:
     """Raise ValueError if the tracker is not installed, or W&B is to be online and has no login."""
     if config.tracker is Tracker.none:
         return
-    if _version(config.tracker) is None:
+    if package_version(config.tracker) is None:
         raise ValueError(
-            f"tracking={config.tracker} needs the package {config.tracker}, which is not installed here. Install it "
-            "with "
-            f"pip install {config.tracker}, or leave tracking={config.tracker} out."
+            f"tracking={config.tracker} needs the package {config.tracker}, which is not installed. Install it with "
+            f"pip install {config.tracker}, or leave out tracking={config.tracker}."
         )
-    if config.tracker is Tracker.wandb and config.mode is TrackingMode.online and (problem := _no_login()):
+    if config.tracker is Tracker.wandb and config.mode is TrackingMode.online and (problem := _login_problem()):
         raise ValueError(
-            f"tracking=wandb is to send the run to W&B, and there is no login: {problem}\nLog in with `wandb login`, "
-            "set WANDB_API_KEY, or keep the run here with tracking.mode=offline; `wandb sync` sends it later."
+            f"tracking=wandb sends the run to W&B, but there is no login: {problem}\nLog in with `wandb login`, set "
+            "WANDB_API_KEY, or keep the run here with tracking.mode=offline; `wandb sync` sends it later."
         )
 
 
-def _no_login() -> str | None:
-    """W&B's own word on why nobody is logged in. It looks for a key here and does not ask the server."""
+def _login_problem() -> str | None:
+    """W&B's message if there is no valid API key on this machine, else None. The server is not contacted."""
     code = (
         "import wandb, sys\n"
         "try: there = wandb.login(verify=False)\n"
@@ -86,10 +85,10 @@ def _no_login() -> str | None:
     return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
-def unsent(run: Path, online: bool = False) -> list[Path]:
-    """The folders of the run's sessions that `wandb sync` has not sent, in their order; if asked, of `online` ones too.
+def unsynced_folders(run: Path, online: bool = False) -> list[Path]:
+    """The W&B folders of a run's sessions that `wandb sync` has not sent, in order; with `online`, also online ones.
 
-    Each session of a run that was resumed has its own, and they make one run of W&B.
+    Each session of a resumed run has its own folder; together they are one run in W&B.
     """
     found = [*run.glob("wandb/offline-run-*"), *(run.glob("wandb/run-*") if online else ())]
     return sorted(
@@ -99,16 +98,15 @@ def unsent(run: Path, online: bool = False) -> list[Path]:
 
 
 class TrackerProcess:
-    """The process that sends a run's numbers on to W&B or TensorBoard.
+    """Starts and ends the process that sends metrics to W&B or TensorBoard, beginning after update `step`.
 
-    Nothing that it does or fails to do reaches training but its words, which are passed on. It begins with
-    the rows after update `step`.
+    Its failures never affect training; its messages are shown to the user.
     """
 
     def __init__(self, config: TrackingConfig, folder: Path, step: int, about: dict[str, Any]):
         self.config, self.folder = config, folder
         earlier = read_json(folder / TRACKING) if (folder / TRACKING).is_file() else {}
-        told = {
+        tracking = {
             **asdict(config),
             "id": earlier.get("id", secrets.token_hex(6)),
             "name": config.name or folder.resolve().name,
@@ -116,49 +114,47 @@ class TrackerProcess:
             "process": os.getpid(),
             "about": about,
         }
-        write_json(folder / TRACKING, told)
-        with (folder / TRACKING_LOG).open("a") as log:
+        write_json(folder / TRACKING, tracking)
+        with (folder / TRACKING_LOG).open("a") as log_file:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "coconut.runs.tracker_process", str(folder)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, env=own_environment(), start_new_session=True,
+                stdout=subprocess.PIPE, stderr=log_file, env=own_environment(), start_new_session=True,
             )  # fmt: skip
         assert self.process.stdout
         os.set_blocking(self.process.stdout.fileno(), False)
 
-    def hear(self) -> None:
-        """Pass on what the process has to say, without waiting for it."""
+    def relay_output(self) -> None:
+        """Log the lines that the process has printed, without waiting."""
         assert self.process.stdout
         with contextlib.suppress(BlockingIOError):
             for line in os.read(self.process.stdout.fileno(), 1 << 16).decode(errors="replace").splitlines():
                 log(line)
 
     def finish(self, failed: bool, artifacts: dict[str, str]) -> None:
-        """Tell the process that the run has ended, and give it `config.wait` seconds for what is left."""
+        """Tell the process that the run has ended, and wait at most `config.finish_timeout` seconds for it."""
         assert self.process.stdout
         assert self.process.stdin
         try:
             with contextlib.suppress(OSError):  # it may have ended
                 self.process.stdin.write(json.dumps({"failed": failed, "artifacts": artifacts}).encode() + b"\n")
                 self.process.stdin.close()
-            if not self._ends_within(min(QUIET_SECONDS, self.config.finish_timeout)):
-                log(
-                    f"Waiting for {self.config.tracker} to take the rest, at most {self.config.finish_timeout:g} "
-                    "seconds"
-                )
-                self._ends_within(self.config.finish_timeout - QUIET_SECONDS)
+            if not self._ends_within(min(SECONDS_UNTIL_MESSAGE, self.config.finish_timeout)):
+                timeout = f"{self.config.finish_timeout:g}"
+                log(f"Waiting for {self.config.tracker} to receive the rest, at most {timeout} seconds")
+                self._ends_within(self.config.finish_timeout - SECONDS_UNTIL_MESSAGE)
         finally:
             self.process.kill()
             self.process.wait()
-            self.hear()
+            self.relay_output()
             self.process.stdout.close()
         if self.process.returncode:
             log(
-                f"warning: {self.config.tracker} did not finish and was left behind. {METRICS} has all of the run; "
-                f"{self.folder / TRACKING_LOG} tells more."
+                f"warning: {self.config.tracker} did not finish and was stopped. All metrics are in {METRICS}; details "
+                f"are in {self.folder / TRACKING_LOG}."
             )
             if self.config.tracker is Tracker.wandb:
-                folders = shlex.join(map(str, unsent(self.folder, online=True)))
-                log(f"  What W&B had taken is sent with: wandb sync --include-online {folders}")
+                folders = shlex.join(map(str, unsynced_folders(self.folder, online=True)))
+                log(f"  Send the rest to W&B with: wandb sync --include-online {folders}")
 
     def _ends_within(self, seconds: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -167,13 +163,13 @@ class TrackerProcess:
 
 
 class Tracking:
-    """What a run tells while it goes on: rows, samples, and at its end further files.
+    """Records metrics and samples during a run, and files at its end. A context manager.
 
-    A context manager. Of several processes of one run, one writes; to the others it does nothing.
+    Without `metrics`, as on all processes of a run but the main one, it does nothing.
     """
 
-    def __init__(self, metrics: Metrics | None, sender: TrackerProcess | None):
-        self.metrics, self.tracker_process = metrics, sender
+    def __init__(self, metrics: Metrics | None, tracker_process: TrackerProcess | None):
+        self.metrics, self.tracker_process = metrics, tracker_process
         self.artifacts: dict[str, str] = {}
 
     def log(self, kind: str, step: int, **values: Any) -> None:
@@ -181,15 +177,15 @@ class Tracking:
         if self.metrics:
             self.metrics.log(kind, step, **values)
         if self.tracker_process:
-            self.tracker_process.hear()
+            self.tracker_process.relay_output()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Validation samples after this update, to RUN/samples; to be called before the row that belongs to them."""
+        """Write the validation samples of this update to RUN/samples. Call it before `log` for the same update."""
         if self.metrics:
             write_json(samples_file(self.metrics.path.parent, step), rows)
 
     def artifact(self, path: Path | str, name: str) -> None:
-        """A file or folder that belongs to the run, sent on when it ends."""
+        """Send a file or folder to the tracker at the end of the run."""
         self.artifacts[name] = str(Path(path).resolve())
 
     def __enter__(self) -> Tracking:
@@ -205,9 +201,9 @@ class Tracking:
 def open_tracking(
     config: TrackingConfig, folder: Path | str, step: int, about: dict[str, Any], writes: bool = True
 ) -> Tracking:
-    """The tracking of a run that stands at update `step`; `ready` has been asked before.
+    """The Tracking of a run that starts or resumes after update `step`. Call `check_tracker` first.
 
-    `about`: its `config`, and what else W&B is to keep, under `about`. Only one of a run's processes `writes`.
+    `about`: the run's `config`, and further entries for W&B. `writes` is true on one process of a run only.
     """
     if not writes:
         return Tracking(None, None)
@@ -217,5 +213,5 @@ def open_tracking(
     try:
         return Tracking(metrics, TrackerProcess(config, Path(folder), step, about))
     except OSError as error:
-        log(f"warning: {config.tracker} could not be started: {error}. {METRICS} has all of the run.")
+        log(f"warning: {config.tracker} could not be started: {error}. All metrics are in {METRICS}.")
         return Tracking(metrics, None)

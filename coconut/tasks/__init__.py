@@ -1,6 +1,6 @@
-"""What a task knows beyond its data: to read an answer, to judge it, to name the possible ones.
+"""Tasks: reading answers from text, judging them, and listing the possible ones.
 
-A task is a module. Whatever only one of them can do (`prosqa.graph`) is a function of that module.
+A task is a module with the members of `Task`. What only one task has (`prosqa.graph`) is a function of its module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Task(Protocol):
     max_new_tokens: int
 
     def read_answer(self, text: str, form: PromptFormat) -> str | None:
-        """The answer in generated text; None if the text has none."""
+        """The answer in a generated text; None if there is none."""
         ...
 
     def read_steps(self, text: str, form: PromptFormat) -> list[str]:
@@ -27,15 +27,15 @@ class Task(Protocol):
         ...
 
     def key(self, answer: str) -> Hashable:
-        """What is compared of an answer: two with the same key are one answer, to the judge and in a vote."""
+        """A normalized answer for comparison: answers with equal keys count as the same, for the judge and in votes."""
         ...
 
     def judge(self, predicted: str | None, gold: str) -> bool:
-        """Is this the right answer, in whatever dress?"""
+        """Whether an answer is correct, whatever its spelling."""
         ...
 
     def candidates(self, question: str) -> list[str] | None:
-        """The answers that the question itself names; None if it leaves them open."""
+        """The possible answers if the question names them, else None."""
         ...
 
 

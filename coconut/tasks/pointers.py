@@ -1,6 +1,6 @@
-"""Pointer chasing: where does one arrive after so many hops? "d h | h b | b d ? from d go 2" is answered "b".
+"""Pointer chasing: which node is reached after HOPS pointers? "d h | h b | b d ? from d go 2" is answered "b".
 
-The hops are a dial of how hard a question is, and they stand in it. A step is the name of the next node.
+The number of hops, part of the question, sets its difficulty. A step is the name of the next node.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Question(NamedTuple):
 
 
 def parse_question(question: str) -> Question:
-    """Raises ValueError if the text has another form, or a node points to two."""
+    """Parse a question. Raises ValueError if the text has another form, or a node points to two others."""
     found = _QUESTION.fullmatch(tidy(question))
     if not found:
         raise ValueError(f"The question is not of the form 'a b | b c ? from a go HOPS': {question!r}")
@@ -41,7 +41,7 @@ def parse_question(question: str) -> Question:
 
 
 def walk(question: Question) -> list[str]:
-    """The node after each hop. Raises ValueError if one points nowhere."""
+    """The node after each hop. Raises ValueError if a node has no pointer."""
     nodes = [question.start]
     for _ in range(question.hops):
         if nodes[-1] not in question.pointers:
@@ -51,7 +51,7 @@ def walk(question: Question) -> list[str]:
 
 
 def first_wrong(question: str, steps: list[str]) -> int | None:
-    """The first step that names another node than the pointers lead to, or that is one too many; None if none does."""
+    """The index of the first step that names a wrong node or is one too many; None if there is none."""
     right = walk(parse_question(question))
     for number, step in enumerate(steps):
         if number >= len(right) or tidy(step) != right[number]:
@@ -60,7 +60,7 @@ def first_wrong(question: str, steps: list[str]) -> int | None:
 
 
 def key(answer: str) -> str:
-    """Its text without what spaces and a full stop add."""
+    """The answer's text, spaces normalized and without the final full stop."""
     return tidy(answer).rstrip(".")
 
 
@@ -69,7 +69,7 @@ def judge(predicted: str | None, gold: str) -> bool:
 
 
 def candidates(question: str) -> list[str] | None:
-    """Every node that something points to."""
+    """All nodes that are pointed to."""
     try:
         return list(parse_question(question).pointers.values())
     except ValueError:

@@ -13,7 +13,7 @@ max_new_tokens = 128
 
 
 def verdict(text: str) -> str | None:
-    """Either "True" or "False" if the text begins with one and does not name the other."""
+    """ "True" or "False" if the text begins with it and does not contain the other, else None."""
     words = re.findall(r"\b(?:true|false)\b", text.casefold())
     if len(set(words)) != 1 or not re.match(rf"\W*{words[0]}\b", text.casefold()):
         return None
@@ -21,7 +21,7 @@ def verdict(text: str) -> str | None:
 
 
 def key(answer: str) -> str:
-    """Its verdict; if it has none, its text."""
+    """The answer's verdict; without one, its text in lower case."""
     return verdict(answer) or tidy(answer).rstrip(".").casefold()
 
 

@@ -1,7 +1,7 @@
-"""ProsQA (Hao et al., arXiv 2412.06769): which of two concepts is reachable in a graph told in words?
+"""ProsQA (Hao et al., arXiv 2412.06769): which of two nodes is reachable in a graph that is described in words?
 
-Two forms. In sentences: "Tom is a terpus. Every terpus is a brimpus. ... Is Tom a lempus or scrompus?",
-answered "Tom is a lempus.". In symbols: "0 3 | 4 7 | ... ? 5 or 3 from 0", answered "5"; there a step is
+Questions have one of two forms. In sentences: "Tom is a terpus. Every terpus is a brimpus. ... Is Tom a lempus or
+scrompus?", answered "Tom is a lempus.". In symbols: "0 3 | 4 7 | ... ? 5 or 3 from 0", answered "5"; there a step is
 the name of the next node.
 """
 
@@ -39,7 +39,7 @@ class Question(NamedTuple):
 
 
 def parse_question(question: str) -> Question:
-    """Raises ValueError if the text is in neither form."""
+    """Parse a question. Raises ValueError if the text has neither form."""
     text = tidy(question)
     if found := _SYMBOLIC.fullmatch(text):
         pairs = [pair.split() for pair in found[1].split("|")]
@@ -58,26 +58,26 @@ def parse_question(question: str) -> Question:
 
 
 def graph(question: str) -> networkx.DiGraph:
-    """The graph that a question tells, from the text alone. Nodes are names.
+    """The graph that a question describes, with names as nodes.
 
-    `graph.graph` holds "root" and "options", the two nodes asked about.
+    Its attribute `graph` holds "root" and "options", the two nodes asked about.
     """
     parsed = parse_question(question)
-    told = networkx.DiGraph(root=parsed.root, options=parsed.options)
-    told.add_edges_from(parsed.edges)
-    told.add_nodes_from([parsed.root, *parsed.options])
-    return told
+    digraph = networkx.DiGraph(root=parsed.root, options=parsed.options)
+    digraph.add_edges_from(parsed.edges)
+    digraph.add_nodes_from([parsed.root, *parsed.options])
+    return digraph
 
 
 def with_edges(question: str, edges: Sequence[Edge | None]) -> str:
-    """The question with other edges in place of its own, one for one; None takes an edge out.
+    """Replace the edges of a question, one for one; None removes an edge.
 
-    All else stays as it was: order, spaces, the end of the question. Raises ValueError if the number of
-    edges is another one, or none is left.
+    The rest of the text is unchanged: order, spaces, and what is asked. Raises ValueError if the number of edges is
+    not the question's, or if none is left.
     """
     parsed = parse_question(question)
     if len(edges) != len(parsed.edges) or not any(edges):
-        raise ValueError(f"The question tells {len(parsed.edges)} edges; {len(edges)} were given for them: {edges}.")
+        raise ValueError(f"The question has {len(parsed.edges)} edges, but {len(edges)} were given: {edges}.")
     found = list((_EDGE_SYMBOLS if parsed.symbolic else _EDGE_SENTENCE).finditer(question))[: len(edges)]
     parts = []
     for match, edge in zip(found, edges, strict=True):
@@ -93,11 +93,10 @@ def with_edges(question: str, edges: Sequence[Edge | None]) -> str:
 
 
 def parse_path(steps: list[str], root: str | None = None, symbolic: bool | None = None) -> list[Edge] | None:
-    """The edges that a written chain names, in its order; None if a step is not of the written form.
+    """The edges that the steps of a chain name, in their order; None if a step does not have the expected form.
 
-    Whether they are in the graph and hang together is not asked here. A chain in symbols does not
-    name its root: give it, or the edge to the first step is missing. `symbolic` says which form is meant;
-    by default the steps tell.
+    The edges are not checked against the graph. A chain in symbols does not name its root: without `root` the edge to
+    the first step is missing. `symbolic` chooses the form; by default it is inferred from the steps.
     """
     sentences = [_edges(step) for step in steps]
     if not symbolic and all(edges for edges in sentences):
@@ -121,7 +120,7 @@ def read_target(answer: str) -> str | None:
 
 
 def key(answer: str) -> str:
-    """Its text without what spaces and a full stop add."""
+    """The answer's text, spaces normalized and without the final full stop."""
     return tidy(answer).rstrip(".")
 
 
@@ -140,7 +139,7 @@ def candidates(question: str) -> list[str] | None:
 
 
 def _edges(text: str) -> list[Edge] | None:
-    """The edges of a text that consists of such sentences and of nothing else."""
+    """The edges of a text of sentences such as "Every X is a Y."; None if it contains anything else."""
     text, edges, position = tidy(text), [], 0
     while position < len(text):
         found = _SENTENCE.match(text, position)
@@ -151,7 +150,7 @@ def _edges(text: str) -> list[Edge] | None:
     return edges
 
 
-def _shorten(text: str, end: bool = False, most: int = 80) -> str:
-    if len(text) <= most:
+def _shorten(text: str, end: bool = False, limit: int = 80) -> str:
+    if len(text) <= limit:
         return repr(text)
-    return repr("..." + text[-most:] if end else text[:most] + "...")
+    return repr("..." + text[-limit:] if end else text[:limit] + "...")

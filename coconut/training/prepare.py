@@ -43,7 +43,7 @@ def prepare_data(
         log(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
     rows = [examples[i] for i in kept]
     right = readable(
-        rows, tokens, lm.tokenizer, TASKS[config.data.judged()], config.data.format,
+        rows, tokens, lm.tokenizer, TASKS[config.data.required_task()], config.data.format,
         file=file, unreadable=config.data.unreadable,
     )  # fmt: skip
     if len(right) < len(kept):

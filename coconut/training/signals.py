@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from coconut.engine.launch import stopping_signals
+from coconut.engine.launch import stop_signals
 from coconut.engine.world import World
 
 
@@ -42,7 +42,7 @@ def handle_stop_signals(world: World) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.number, first = number, min(first, time.monotonic())
 
-    before = {number: signal.signal(number, record) for number in stopping_signals()}
+    before = {number: signal.signal(number, record) for number in stop_signals()}
     try:
         yield request
     finally:

@@ -24,7 +24,7 @@ from coconut.evaluation.evaluator import Prediction, evaluate
 from coconut.evaluation.gold_answers import limit_for, warn_of_limit
 from coconut.methods import Reasoning, Stage, plan
 from coconut.models.latent_lm import LatentLM
-from coconut.runs.folder import describe, open_run_folder, used_file
+from coconut.runs.folder import open_run_folder, used_file, write_description
 from coconut.runs.loading import starting_point
 from coconut.runs.state import TrainingState
 from coconut.runs.tracking import Tracking
@@ -51,7 +51,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
-        self.task = TASKS[config.data.judged()]
+        self.task = TASKS[config.data.required_task()]
         self.plan = plan(config.method, config.curriculum)
         self.training_state = TrainingState(config, folder, world, pending=False)
         self.step = self.training_state.state["step"]
@@ -259,7 +259,7 @@ class Trainer:
             "model_type": self.lm.base.config.model_type,
             "init": str(starting_point(init).resolve()) if init and not self.step else None,
         }
-        describe(self.folder, self.config, about, session, self.questions)
+        write_description(self.folder, self.config, about, session, self.questions)
 
 
 def run(config: TrainConfig) -> int:

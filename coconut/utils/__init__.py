@@ -1,1 +1,1 @@
-"""What every part of the project uses: files, the screen, Hydra, opening models, torch."""
+"""Helpers that every package uses: files, terminal output, Hydra, pretrained loading, torch."""

@@ -1,4 +1,4 @@
-"""What the screen shows: lines, and a bar for what takes long."""
+"""Terminal output: log lines and progress bars."""
 
 from __future__ import annotations
 
@@ -8,65 +8,67 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-SECONDS_BETWEEN_LINES = 10  # where the screen is no terminal
+SECONDS_BETWEEN_LINES = 10  # between progress lines if standard output is not a terminal
 
-
-_hushed = False
+_muted = False
 
 
 def log(text: str) -> None:
-    if not _hushed:
+    if not _muted:
         print(text, flush=True)
 
 
 @contextlib.contextmanager
-def hush() -> Iterator[None]:
-    """Say nothing: another process does."""
-    global _hushed
-    _hushed = True
+def mute_log() -> Iterator[None]:
+    """Suppress `log` inside this context, in the processes of a run other than the main one."""
+    global _muted
+    _muted = True
     try:
         yield
     finally:
-        _hushed = False
+        _muted = False
 
 
 def silence_libraries() -> None:
-    """Keep the progress bars of transformers, and what DeepSpeed says where it finds no GPU, off the screen."""
+    """Turn off transformers' progress bars, and DeepSpeed's messages on a machine without a GPU."""
     import torch
     from transformers.utils import logging
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed if it is installed
     logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on a terminal, a line now and then elsewhere; call it with what is done and a remark."""
+def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Show progress: a bar on a terminal, elsewhere a line every SECONDS_BETWEEN_LINES seconds.
+
+    Yields a function to call with the number of items done and a remark.
+    """
     start, last = time.monotonic(), time.monotonic()
 
-    if sys.stdout.isatty() and not _hushed:
+    if sys.stdout.isatty() and not _muted:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[remark]}"), transient=True) as progress:
-            bar = progress.add_task(what, total=total, completed=done, remark="")
+            bar = progress.add_task(label, total=total, completed=done, remark="")
             yield lambda now, remark: progress.update(bar, completed=now, remark=remark)
         return
 
-    def line(now: int, remark: str) -> None:
+    def print_line(now: int, remark: str) -> None:
         nonlocal last
         if time.monotonic() - last < SECONDS_BETWEEN_LINES:
             return
         last = time.monotonic()
         left = (last - start) / max(now - done, 1) * (total - now)
-        log(f"  {what} {now:,} of {total:,}, {remark}, about {duration(left)} left")
+        log(f"  {label} {now:,} of {total:,}, {remark}, about {duration(left)} left")
 
-    yield line
+    yield print_line
 
 
 def listed(items: Iterable[str]) -> str:
-    """In words: "a", "a and b", "a, b and c"."""
+    """Join items as in a sentence: "a", "a and b", "a, b and c"."""
     *most, last = items
     return f"{', '.join(most)} and {last}" if most else last
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all. Text is UTF-8."""
+"""Atomic writes of files and folders, a lock on a folder, and UTF-8 text."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
-BEFORE = ".coconut-before"  # a folder that is being replaced
-PART = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # what is being written, as tempfile names it
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REPLACED = ".coconut-before"  # suffix of the old folder during a replacement
+PARTIAL_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # temporary files and folders, named by tempfile
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileWriteError(OSError):
-    """There is no room for a file or folder. `reason`: in the system's words."""
+    """A file or folder does not fit on the disk. `reason` is the system's message."""
 
     reason: str
 
 
 @contextlib.contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Raises Unwritten, which names `path` and says what to do, where there is no room for what the block writes."""
+def explain_full_disk(path: Path | str) -> Iterator[None]:
+    """Turn any error of a full disk inside this context into a FileWriteError with `path` and advice."""
     try:
         yield
     except Exception as error:
-        if not (reason := _no_room(error)):
+        if not (reason := _full_disk_reason(error)):
             raise
-        there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+        folder = next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.exists())
         failure = FileWriteError(
-            f"{path} could not be written: {reason} ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free there). "
-            "What was written before is whole. Make room, then run the same command again."
+            f"{path} could not be written: {reason} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there). "
+            "Earlier files are intact. Free some space, then run the same command again."
         )
         failure.reason = reason
         raise failure from error
 
 
-def _no_room(error: BaseException | None) -> str | None:
-    """The system's words for a full disk, also where a library has made an exception of its own of it."""
+def _full_disk_reason(error: BaseException | None) -> str | None:
+    """The system's message for a full disk, also if a library has wrapped the error in its own; None for others."""
     while error:
         if isinstance(error, FileWriteError):
             return error.reason
         number = error.errno if isinstance(error, OSError) else None
-        if told := re.search(r"\(os error (\d+)\)", str(error)):
-            number = int(told[1])
-        if number in FULL:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+        if number in DISK_FULL_ERRORS:
             return os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
@@ -60,15 +60,15 @@ def _no_room(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path`; what was written there takes its place when the block ends well.
+    """Yield a temporary path beside `path`, and move it to `path` if the block raises nothing.
 
-    A link is followed. Raises OSError if there is something else than a file, or if it cannot be written.
+    A symbolic link is followed. Raises OSError if `path` exists and is not a file, or cannot be written.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no file, so it cannot be written as one. Name another.")
-    with writing(path):
-        with _naming(path):
+        raise OSError(f"{path} exists and is not a file. Name another file.")
+    with explain_full_disk(path):
+        with _naming_path(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
@@ -85,12 +85,12 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """As `whole_file` for a folder that does not exist yet, or is replaced."""
+    """The same as `atomic_file` for a folder; an existing one is replaced."""
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
-        raise OSError(f"{path} is no folder, so it cannot be written as one. Name another.")
-    with writing(path):
-        with _naming(path):
+        raise OSError(f"{path} exists and is not a folder. Name another folder.")
+    with explain_full_disk(path):
+        with _naming_path(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         try:
@@ -99,16 +99,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 _sync(file)
             _sync(part)
             apply_umask(part)
-            _take_place(part, path)
+            _replace_folder(part, path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _take_place(part: Path, path: Path) -> None:
-    """Move a folder to its place; what was there before comes back if that fails."""
-    before = path.with_name(f".{path.name}{BEFORE}")
+def _replace_folder(part: Path, path: Path) -> None:
+    """Move the folder `part` to `path`; if that fails, the old folder is restored."""
+    before = path.with_name(f".{path.name}{REPLACED}")
     if before.exists():
-        _put_back(before)
+        _undo_replacement(before)
     if path.exists():
         os.replace(path, before)
     try:
@@ -122,8 +122,8 @@ def _take_place(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An OSError names this path, not a temporary one beside it."""
+def _naming_path(path: Path) -> Iterator[None]:
+    """Let an OSError name this path in place of the temporary one beside it."""
     try:
         yield
     except OSError as error:
@@ -132,7 +132,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def ensure_writable(folder: Path) -> None:
-    """Make a folder. Raises OSError if nothing can be written there: before the work that it is for, not after."""
+    """Make a folder. Raises OSError if it is not writable, so that a command can fail before its work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -142,19 +142,19 @@ def ensure_writable(folder: Path) -> None:
 
 
 def apply_umask(path: Path) -> None:
-    """Give a file or folder the permissions of one that is made without a temporary one."""
+    """Give a file or folder the default permissions; tempfile restricts them to the owner."""
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path | str) -> Iterator[None]:
-    """Hold a folder for this process, and clear away what killed ones left half-written.
+    """Lock a folder for this process, and remove what killed processes left half-written in it.
 
-    Raises OSError if another process on this machine holds it.
+    Raises OSError if another process on this machine holds the lock. On Windows nothing is locked.
     """
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         yield
         return
     folder = Path(folder)
@@ -163,31 +163,31 @@ def exclusive_lock(folder: Path | str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"Another process is at work in {folder}. Wait for it to end, or stop it first.") from None
-        for before in folder.rglob(f".*{BEFORE}"):
-            _put_back(before)
-        for left in folder.rglob(".*.part"):
-            if PART.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            raise OSError(f"Another process is using {folder}. Wait for it to end, or stop it first.") from None
+        for before in folder.rglob(f".*{REPLACED}"):
+            _undo_replacement(before)
+        for partial in folder.rglob(".*.part"):
+            if PARTIAL_NAME.fullmatch(partial.name):
+                shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
         yield
 
 
-def _put_back(before: Path) -> None:
-    """Undo a replacement of a folder that was killed between its two steps."""
-    path = before.with_name(before.name[1:].removesuffix(BEFORE))
+def _undo_replacement(before: Path) -> None:
+    """Complete or undo the replacement of a folder by a process that was killed between its two renames."""
+    path = before.with_name(before.name[1:].removesuffix(REPLACED))
     shutil.rmtree(before) if path.exists() else os.replace(before, path)
 
 
 def clear_abandoned(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left half-written: hidden entries of this pattern, a day old or more."""
-    for left in folder.glob(pattern):
+    """Remove what killed processes left half-written: entries that match the pattern and are over a day old."""
+    for entry in folder.glob(pattern):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 86400:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if time.time() - entry.stat().st_mtime > 86400:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def release(folder: Path | str) -> None:
-    """Take back a folder in which nothing was written but its lock. What else it holds stays."""
+def remove_if_empty(folder: Path | str) -> None:
+    """Remove the lock file, and then the folder if it is empty."""
     (Path(folder) / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         Path(folder).rmdir()
@@ -207,31 +207,31 @@ def read_json(path: Path | str) -> Any:
 
 
 def read_utf8(path: Path | str) -> str:
-    """The text of a file, without a mark at its beginning. Raises ValueError, as `decoded`, if it is none."""
+    """Read a text file, without a byte order mark. Raises ValueError as `decode_utf8` does."""
     return decode_utf8(Path(path).read_bytes(), str(path))
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """UTF-8 bytes as text, line ends as they are. Raises ValueError that names the first line and byte that is none."""
+    """Decode UTF-8 bytes, line ends unchanged. Raises ValueError with the line and position of the first bad byte."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = error.start + len(data) - len(error.object)
-        line = data.count(b"\n", 0, place) + 1
+        offset = error.start + len(data) - len(error.object)
+        line = data.count(b"\n", 0, offset) + 1
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         raise ValueError(
-            f"{name} is not UTF-8 text ({error.reason}): line {line} holds 0x{data[place]:02X}, "
-            f"byte {place + 1:,} of all. Convert it with iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 OLD > NEW"
+            f"{name} is not UTF-8 text ({error.reason}): line {line} holds 0x{data[offset]:02X}, "
+            f"byte {offset + 1:,} of all. Convert it with iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 OLD > NEW"
             + ("." if utf16 else ", if it is Latin-1.")
         ) from None
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """The first text in a JSON value that holds half of a surrogate pair, which is no text and cannot be written."""
+    """The first string in a JSON value with half of a surrogate pair, which UTF-8 cannot encode; None without one."""
     if isinstance(value, str):
         return value if re.search(r"[\ud800-\udfff]", value) else None
     values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next((found for part in values if (found := lone_surrogate(part)) is not None), None)
+    return next((found for item in values if (found := lone_surrogate(item)) is not None), None)
 
 
 def sha256(path: Path | str) -> str:
@@ -240,7 +240,7 @@ def sha256(path: Path | str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """To the disk. Not every file system does that for folders."""
+    """Flush a file or folder to the disk. Not every file system can do so for folders."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:

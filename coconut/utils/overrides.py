@@ -1,7 +1,7 @@
-"""KEY=VALUE arguments: a value that is text in the schema arrives to the letter.
+"""Translate KEY=VALUE arguments to Hydra's grammar so that text values arrive unchanged.
 
-Hydra's grammar would take `run=1.10` for a number and refuse `run=lr=0.1`. The annotations of a schema say what is
-text, and which kind of text.
+By itself Hydra reads `run=1.10` as a number and refuses `run=lr=0.1`. The annotations of a schema's fields mark which
+values are text, and of which kind.
 """
 
 from __future__ import annotations
@@ -16,43 +16,46 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from coconut.utils.files import decode_utf8
 
-# Kinds of text in the annotations of a schema; a plain str is a name.
+# Annotations for the kinds of text in a schema; a plain str is a name.
 PathName = Annotated[str, "path"]  # a file or folder: ~ is the home folder
-Place = Annotated[str, "place"]  # a folder, or a name elsewhere, such as OWNER/NAME on the Hugging Face hub
-Text = Annotated[str, "text"]  # what a model reads: quotes, commas and ${ are part of it
+Place = Annotated[str, "place"]  # a folder, or OWNER/NAME on the Hugging Face hub
+Text = Annotated[str, "text"]  # input of a model: quotes, commas and ${ are kept as characters
 Template = Annotated[str, "template"]  # text around {}: \n is a newline, \t a tab, \\ a backslash
 
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-LISTED = rf"""\[(?:{QUOTED}|[^\]'"])*\]"""
+BRACKETED = rf"""\[(?:{QUOTED}|[^\]'"])*\]"""
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`tag`: name, path, place, text or template. `optional`: null means none. `many`: a list of such texts."""
+    """What a field's annotation says of its text.
+
+    `tag`: name, path, place, text or template. `optional`: the value may be null. `is_list`: a list of such texts.
+    """
 
     tag: str
     optional: bool
-    many: bool
+    is_list: bool
 
     @classmethod
     def of(cls, annotation: Any) -> Kind | None:
-        """None if the annotation is not of text."""
+        """The kind that an annotation stands for; None if it is not text."""
         options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
         inner = [option for option in options if option is not NoneType]
         if len(inner) != 1:
             return None
-        many = get_origin(inner[0]) is list
-        one = get_args(inner[0])[0] if many else inner[0]
+        is_list = get_origin(inner[0]) is list
+        item = get_args(inner[0])[0] if is_list else inner[0]
         tag = "name"
-        if get_origin(one) is Annotated:
-            one, tag = get_args(one)
-        return cls(tag, NoneType in options, many) if one is str else None
+        if get_origin(item) is Annotated:
+            item, tag = get_args(item)
+        return cls(tag, NoneType in options, is_list) if item is str else None
 
 
 def kind_of(key: str, schema: type) -> Kind | None:
-    """Of the value of a dotted key. None if the schema has no such key, or its value is not text."""
+    """The kind of the value of a dotted key. None if the schema has no such key, or its value is not text."""
     *sections, last = key.split(".")
     for section in sections:
         schema = get_type_hints(schema).get(section, NoneType)
@@ -62,52 +65,52 @@ def kind_of(key: str, schema: type) -> Kind | None:
 
 
 def as_override(argument: str, schema: type, multirun: bool = False) -> str:
-    """An argument in Hydra's grammar, which gives the text in it back to the letter.
+    """Rewrite an argument so that Hydra's grammar reads its text unchanged.
 
-    - A value in quotes is what stands in them.
-    - `null` is none, for keys that may have none.
-    - ${KEY} is filled in with the value of KEY in names and paths; `\\${` is those two signs.
+    - Quotes around a value are removed.
+    - `null` is None for optional keys.
+    - In names and paths ${KEY} is replaced by the value of KEY; `\\${` is a literal `${`.
     - In a multirun a comma outside of quotes separates the values of a sweep.
-    - A list stands in brackets, its items separated by commas; without brackets those of paths also by spaces.
+    - A list stands in brackets, its items separated by commas; without brackets paths may be separated by spaces.
 
-    Of these a question (`Text`) has none. Arguments that are not text are left to Hydra.
+    None of these applies to a question (`Text`). Arguments that are not text are returned unchanged.
     """
     key, sign, value = argument.partition("=")
     kind = kind_of(key.lstrip("+"), schema) if sign else None
     if kind is None or (multirun and FUNCTION.fullmatch(value)):
         return argument
-    return f"{key}={_many(value, kind, multirun) if kind.many else _swept(value, kind, multirun)}"
+    return f"{key}={_encode_list(value, kind, multirun) if kind.is_list else _encode_sweep(value, kind, multirun)}"
 
 
-def _swept(value: str, kind: Kind, multirun: bool) -> str:
-    values = _separated(value, QUOTED) if multirun and kind.tag != "text" else [value]
-    return ",".join(_one(each, kind) for each in values)
+def _encode_sweep(value: str, kind: Kind, multirun: bool) -> str:
+    values = _split_at_commas(value, QUOTED) if multirun and kind.tag != "text" else [value]
+    return ",".join(_encode(each, kind) for each in values)
 
 
-def _many(value: str, kind: Kind, multirun: bool) -> str:
-    lists = _separated(value, LISTED) if multirun else [value.strip()]
-    if not all(re.fullmatch(LISTED, each) or _is_none(each, kind) for each in lists):
+def _encode_list(value: str, kind: Kind, multirun: bool) -> str:
+    lists = _split_at_commas(value, BRACKETED) if multirun else [value.strip()]
+    if not all(re.fullmatch(BRACKETED, each) or _is_none(each, kind) for each in lists):
         lists = [value]
-    return ",".join(each if _is_none(each, kind) else _list(each, kind) for each in lists)
+    return ",".join(each if _is_none(each, kind) else _encode_items(each, kind) for each in lists)
 
 
-def _list(value: str, kind: Kind) -> str:
+def _encode_items(value: str, kind: Kind) -> str:
     bracketed = value.startswith("[") and value.endswith("]")
-    items = _separated(value[1:-1] if bracketed else value, QUOTED)
+    items = _split_at_commas(value[1:-1] if bracketed else value, QUOTED)
     if kind.tag == "path" and not bracketed:
         items = [part for item in items for part in ([item] if re.fullmatch(QUOTED, item) else item.split())]
-    return f"[{','.join(_one(item, kind) for item in items if item)}]"
+    return f"[{','.join(_encode(item, kind) for item in items if item)}]"
 
 
-def _separated(value: str, whole: str) -> list[str]:
-    """What stands between commas that are not inside of something whole."""
-    part = re.compile(rf"\s*(?:{whole})\s*(?=,|$)|[^,]*", re.DOTALL)
-    found, place = [], 0
-    while place <= len(value):
-        match = part.match(value, place)
+def _split_at_commas(value: str, unit: str) -> list[str]:
+    """Split at the commas that are outside of matches of the regular expression `unit`."""
+    part = re.compile(rf"\s*(?:{unit})\s*(?=,|$)|[^,]*", re.DOTALL)
+    found, position = [], 0
+    while position <= len(value):
+        match = part.match(value, position)
         assert match
         found.append(match[0].strip())
-        place = match.end() + 1
+        position = match.end() + 1
     return found
 
 
@@ -115,64 +118,64 @@ def _is_none(value: str, kind: Kind) -> bool:
     return kind.optional and value.lower() == "null"
 
 
-def _one(value: str, kind: Kind) -> str:
+def _encode(value: str, kind: Kind) -> str:
     if _is_none(value, kind):
         return value
     if kind.tag == "text":
         return quoted(value)
-    whole = re.fullmatch(QUOTED, value, re.DOTALL)
+    is_quoted = re.fullmatch(QUOTED, value, re.DOTALL)
     if kind.tag == "template":
-        inner = value[1:-1].replace(f"\\{value[0]}", value[0]) if whole else value
+        inner = value[1:-1].replace(f"\\{value[0]}", value[0]) if is_quoted else value
         return quoted(re.sub(r"\\([nt\\])", lambda found: ESCAPES[found[1]], inner))
-    return value if whole else _in_quotes(value)
+    return value if is_quoted else _add_quotes(value)
 
 
 def quoted(text: str) -> str:
-    """Any text as a value that Hydra's grammar and OmegaConf give back to the letter."""
-    return _in_quotes(re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text))
+    """Quote a text so that Hydra's grammar and OmegaConf return it unchanged."""
+    return _add_quotes(re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text))
 
 
-def _in_quotes(text: str) -> str:
+def _add_quotes(text: str) -> str:
     text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
     text = re.sub(r"(\\+)$", lambda found: found[1] * 2, text)
     return f"'{text}'"
 
 
 def map_texts(config: Any, change: Callable[[str, Kind, str], str], prefix: str = "") -> None:
-    """Put `change(key, kind, text)` in the place of each text of a configuration and of those in it."""
+    """Replace each text of a configuration, nested ones included, by `change(key, kind, text)`."""
     for name, annotation in get_type_hints(type(config), include_extras=True).items():
         value, kind, key = getattr(config, name), Kind.of(annotation), f"{prefix}{name}"
         if is_dataclass(value):
             map_texts(value, change, f"{key}.")
         elif kind and value is not None:
-            new = [change(key, kind, item) for item in value] if kind.many else change(key, kind, value)
+            new = [change(key, kind, item) for item in value] if kind.is_list else change(key, kind, value)
             setattr(config, name, new)
 
 
 def expand_home(key: str, kind: Kind, text: str) -> str:
-    """`~` at the beginning of a path as the home folder."""
+    """Expand a `~` at the beginning of a path to the home folder."""
     return os.path.expanduser(text) if kind.tag in ("path", "place") else text
 
 
 def refuse_non_utf8(values: dict[str, Any], schema: type) -> None:
-    """Raise ValueError if a text, or where a run is to lie, is not UTF-8, as the files that tell of it are."""
-    around = {"The current folder": os.getcwd(), "COCONUT_CACHE": os.environ.get("COCONUT_CACHE", "")}
-    for name, text in (*around.items(), *_texts(values)):
-        if (kind := kind_of(name, schema)) and kind.tag in ("text", "template"):  # which is no path
+    """Raise ValueError if a text or path is not UTF-8: a run's files, which record them, are."""
+    environment = {"The current folder": os.getcwd(), "COCONUT_CACHE": os.environ.get("COCONUT_CACHE", "")}
+    for name, text in (*environment.items(), *_texts(values)):
+        if (kind := kind_of(name, schema)) and kind.tag in ("text", "template"):
             decode_utf8(os.fsencode(text), name)
             continue
-        for seen in (text, str(Path(text).resolve()) if text and "\0" not in text else ""):
+        for form in (text, str(Path(text).resolve()) if text and "\0" not in text else ""):
             try:
-                seen.encode()
+                form.encode()
             except UnicodeEncodeError:
                 raise ValueError(
-                    f"{name} is {seen!a}, which is not UTF-8, and what is written of it must be. Give another "
-                    "name, or rename the file or folder."
+                    f"{name} is {form!a}, which is not UTF-8, as the files of a run must be. Give another name, or "
+                    "rename the file or folder."
                 ) from None
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a nested value, with their dotted keys."""
+    """Yield the texts of a nested value, each with its dotted key."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, dict):

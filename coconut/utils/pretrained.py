@@ -1,4 +1,4 @@
-"""Opening what transformers keeps in a folder or on the hub, and saying what to do where that does not come off."""
+"""Load pretrained models, configs and tokenizers from a folder or the Hugging Face hub, with errors that help."""
 
 from __future__ import annotations
 
@@ -10,74 +10,79 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ASKED = "COCONUT_REMOTE_CODE"  # an environment variable: whom to trust is not for a run's configuration to say
+# An environment variable and no configuration key: a run's own files must not decide whether to trust code.
+REMOTE_CODE_VARIABLE = "COCONUT_REMOTE_CODE"
 
 
-def load_pretrained(kind: Any, place: Any, **settings: Any) -> Any:
-    """`kind.from_pretrained(place)`, of one of transformers' Auto classes; weights are copied out of their file.
+def load_pretrained(auto_class: Any, name_or_path: Any, **settings: Any) -> Any:
+    """Call `from_pretrained` of a transformers Auto class, and copy the weights out of their memory-mapped file.
 
-    Where the hub does not answer, the cache's copy is taken.
-
-    Code that the place brings along is not run, unless COCONUT_REMOTE_CODE=1 is set: raises ValueError if it is needed.
+    If the hub does not answer, only the local cache is used. Code inside a model's folder is run only if the
+    environment variable COCONUT_REMOTE_CODE is 1; raises ValueError if it is needed and not allowed.
     """
-    if not Path(place).exists() and out_of_reach():
+    if not Path(name_or_path).exists() and hub_unreachable():
         settings["local_files_only"] = True
     try:
-        found = kind.from_pretrained(place, trust_remote_code=os.environ.get(ASKED) == "1", **settings)
+        loaded = auto_class.from_pretrained(
+            name_or_path, trust_remote_code=os.environ.get(REMOTE_CODE_VARIABLE) == "1", **settings
+        )
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{place} needs code that it brings along, and such code is not run unless you ask for it. Read its *.py "
-            f"files; if you trust them, set the environment variable {ASKED}=1."
+            f"{name_or_path} needs its own code, which is not run unless you allow it. Read its *.py files; if you "
+            f"trust them, set the environment variable {REMOTE_CODE_VARIABLE}=1."
         ) from None
-    _copy_weights(found[0] if isinstance(found, tuple) else found)
-    return found
+    _copy_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
 
 
-def _copy_weights(found: Any) -> None:
-    """Copy a model's tensors out of their mapped file, where they lie at odd addresses.
+def _copy_weights(model: Any) -> None:
+    """Copy a model's tensors out of their memory-mapped file, where they are not aligned.
 
-    On some processors the last digit of a product depends on the address, so that a run would not end as one does that
-    was resumed from a checkpoint of it.
+    On some processors the last digit of a matrix product depends on the alignment: an uninterrupted run would differ
+    from a resumed one, whose weights were loaded from a checkpoint.
     """
-    if hasattr(found, "parameters"):
-        for tensor in (*found.parameters(), *found.buffers()):
+    if hasattr(model, "parameters"):
+        for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
 
 
-def resolve_local_path(place: Path | str) -> Path:
-    """A folder: this one, or of what is OWNER/NAME on the Hugging Face hub a copy in its cache.
+def resolve_local_path(name_or_path: Path | str) -> Path:
+    """The path of a local folder, or of the cached download of OWNER/NAME from the Hugging Face hub.
 
-    Raises FileNotFoundError if the hub has no such thing, or cannot be reached.
+    Raises FileNotFoundError if the hub has no such repository, or cannot be reached.
     """
-    if Path(place).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
-        return Path(place)
+    if Path(name_or_path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        return Path(name_or_path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
-    silent = out_of_reach()
+    unreachable = hub_unreachable()
     try:
-        return Path(snapshot_download(str(place), local_files_only=bool(silent)))
+        return Path(snapshot_download(str(name_or_path), local_files_only=bool(unreachable)))
     except (OSError, HFValidationError, HTTPError) as error:
-        reason = silent or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = unreachable or (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
-            f"{place} is no folder here, and as OWNER/NAME it could not be had from the Hugging Face hub: {reason}"
+            f"{name_or_path} is not a local folder, and could not be loaded as OWNER/NAME from the Hugging Face hub: "
+            f"{reason}"
         ) from None
 
 
-def out_of_reach() -> str:
-    """Why the Hugging Face hub does not answer, "" if it does.
+def hub_unreachable() -> str:
+    """Why the Hugging Face hub cannot be reached; "" if it can.
 
-    It is asked once: each of the libraries' own requests would be tried again for half a minute.
+    One request is made and its result is cached: without it, each request of the libraries would be retried for half a
+    minute.
     """
     from huggingface_hub import constants
 
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _request_hub(constants.ENDPOINT)
 
 
 @cache
-def _silence(endpoint: str) -> str:
+def _request_hub(endpoint: str) -> str:
+    """Send one request. Returns what went wrong, or "" for any answer, an HTTP error included."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
     from huggingface_hub.utils import get_session
@@ -91,16 +96,16 @@ def _silence(endpoint: str) -> str:
 
 @contextmanager
 def explain_load_errors(name: str, key: str) -> Iterator[None]:
-    """Say what to do where a model or tokenizer, which the setting `key` names, cannot be loaded."""
+    """Turn an OSError of loading a model or tokenizer into a ValueError with advice. `key`: the setting for `name`."""
     try:
         yield
     except OSError as error:
-        silent = "" if Path(name).exists() else out_of_reach()
-        first = f"{silent}, and the cache has no copy." if silent else str(error).strip().split("\n")[0]
-        new = " To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
+        unreachable = "" if Path(name).exists() else hub_unreachable()
+        reason = f"{unreachable}, and the cache has no copy." if unreachable else str(error).strip().split("\n")[0]
+        advice = " To try the command without pretrained weights: model=gpt2_new model.tokenizer=FOLDER."
         raise ValueError(
-            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {first}\n"
-            f"Where the hub cannot be reached, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
+            f"{name} could not be loaded, neither as a folder nor from the Hugging Face hub: {reason}\n"
+            f"Without access to the hub, set {key}=FOLDER to a copy on this machine (for GPT-2: config.json, "
             "model.safetensors, tokenizer.json), or HF_HOME to a filled cache, or HF_ENDPOINT to a mirror."
-            + (new if key.startswith("model.") else "")
+            + (advice if key.startswith("model.") else "")
         ) from error

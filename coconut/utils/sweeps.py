@@ -1,4 +1,4 @@
-"""What the screen says of a sweep when it begins. Hydra makes this callback, as conf/ says."""
+"""Log what a sweep is going to run. A Hydra callback, configured in conf/."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from coconut.utils.console import log
 
 LAUNCHERS = {
     "BasicLauncher": "here, one after the other",
-    "SlurmLauncher": "each a job of SLURM's, which squeue lists",
+    "SlurmLauncher": "each a SLURM job, listed by squeue",
     "LocalLauncher": "all at once, each a process on this machine",
 }
 
 
 class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """How many runs, which, who carries them out, and where what they say is kept."""
+        """Log how many runs there are, their values, the launcher, and where their output goes."""
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
         jobs = BasicSweeper.split_arguments(overrides, None)[0]
@@ -32,4 +32,4 @@ class Sweep(Callback):
             log(f"  {number}: {' '.join(values) or 'the only one'}")
         if folder := OmegaConf.select(config, "hydra.launcher.submitit_folder"):
             logs = str(folder).replace("%j", "JOB")
-            log(f"What they say is in {logs}, in *_log.out and *_log.err. This command waits for them.")
+            log(f"Their output is in {logs}, in *_log.out and *_log.err. This command waits for them.")

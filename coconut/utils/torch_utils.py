@@ -1,7 +1,4 @@
-"""What is otherwise for a while: a module's mode, its forward pass, its type; where random numbers come from.
-
-And what a backward pass says that cannot be differentiated.
-"""
+"""Context managers that temporarily change torch state, and small helpers for autograd functions."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Afterwards every part of it is in the mode that it was in."""
+    """Put a module into eval mode inside this context; afterwards each submodule has its earlier mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -28,9 +25,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Within, what is drawn on the CPU and on the device comes from this seed; afterwards their generators go on.
+    """Seed the random generators of the CPU and of `device` inside this context, and restore them afterwards.
 
-    Those of other GPUs are left alone if nothing but the CPU is named.
+    If no GPU is given, the generators of GPUs are left alone.
     """
     with torch.random.fork_rng([device] if device and device.type == "cuda" else []):
         if device is None or device.type == "cpu":
@@ -40,26 +37,26 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def compute_dtype(given: Tensor) -> torch.dtype:
-    """The type that products of it are made in: autocast's, or its own."""
-    kind = given.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of matrix products of this tensor: autocast's if it is enabled, else the tensor's own."""
+    device_type = tensor.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass of a Function through which no second derivative goes.
+    """Decorate the `backward` of a Function that has no second derivative: RuntimeError under create_graph=True.
 
-    Raises RuntimeError if one is asked for (create_graph=True). torch's `once_differentiable` does so in backward()
-    alone; torch.autograd.grad would leave that part out without a word.
+    torch's `once_differentiable` raises in Tensor.backward() only; torch.autograd.grad would silently leave out this
+    part of the second derivative.
     """
 
     @wraps(backward)
-    def checked(*given: Any) -> Any:
+    def checked(*args: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "create_graph=True came: this pass has no second derivative. Passes without thoughts have one within "
-                "torch.backends.mkldnn.flags(enabled=False), or in float64."
+                "This pass has no second derivative, and create_graph=True asks for one. Passes without thoughts have "
+                "one inside torch.backends.mkldnn.flags(enabled=False), or in float64."
             )
-        return backward(*given)
+        return backward(*args)
 
     return checked

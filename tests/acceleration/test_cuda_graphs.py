@@ -94,7 +94,7 @@ def test_a_device_without_them_is_told_of(capsys: pytest.CaptureFixture[str]) ->
     if torch.cuda.is_available():
         pytest.skip("there are GPUs here")
     set_up_device(EngineConfig(cuda_graphs=True, threads=1))
-    assert capsys.readouterr().out.startswith("warning: engine.cuda_graphs=true does nothing here: the device is ")
+    assert capsys.readouterr().out.startswith("warning: engine.cuda_graphs=true has no effect: the device is ")
 
 
 def test_fresh_leaves_are_the_same_weights(family: str) -> None:

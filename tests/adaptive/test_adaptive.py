@@ -44,7 +44,7 @@ from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import ConfigurationPolicy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
 from coconut.completions.completion import completion_from_ids
-from coconut.config import DataFiles, EngineConfig, Task
+from coconut.config import DataFiles, EngineConfig, TaskName
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
@@ -750,7 +750,7 @@ def test_adaptive_command_with_base_and_function(
 ) -> None:
     place = saved_causal(tmp_path / "model")
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
-    asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": Task.prosqa, "limit": 8}
+    asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": TaskName.prosqa, "limit": 8}
     output = tmp_path / "by_model"
     assert adaptive.run(
         command(trained, **asked, base=str(place), prompt="{question} {steps}", output=str(output),
@@ -772,7 +772,7 @@ def test_adaptive_command_with_base_and_function(
         ({"run": ""}, "given: none of them"),
         ({"base": "x"}, "given: run=.* and base=x"),
         ({"run": "", "base": "x", "output": "o"}, "needs task="),
-        ({"run": "", "function": "a:b", "task": Task.prosqa, "output": "o", "data": DataFiles(valid="f")},
+        ({"run": "", "function": "a:b", "task": TaskName.prosqa, "output": "o", "data": DataFiles(valid="f")},
          "which a function does not give"),
         ({"space": {"num_thoughts": [1]}}, "Leave out a dimension with one value"),
         ({"default": {"num_thoughts": 9}}, "has no value 9"),
@@ -823,7 +823,7 @@ def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Pat
     place = saved_causal(tmp_path / "model")
     weights = load_file(place / "model.safetensors")
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
-    asked: dict[str, Any] = {"data": DataFiles(valid=file), "task": Task.prosqa, "output": str(tmp_path)}
+    asked: dict[str, Any] = {"data": DataFiles(valid=file), "task": TaskName.prosqa, "output": str(tmp_path)}
     by_base = command(None, **asked, base=str(place), limit=4, prompt="{question} {steps}", space={"steps": [1, 2]})
 
     def names() -> list[str]:

@@ -421,7 +421,7 @@ def no_longer_the_best(run: Path) -> None:
     [
         (no_evaluation, r"One run is without the evaluation 'test'.*coconut evaluate run=\S+cot-seed1\nEvaluate"),
         (not_complete, r"One run is not complete.*cot-seed1: update 5 of 6"),
-        (no_description, r"cot-seed1 is no complete run"),
+        (no_description, r"cot-seed1 is not a complete run"),
         (other_file, r"different questions.*test\.json, SHA-256 .*other\.json, SHA-256 ffffffff.*cot-seed1"),
         (other_questions, r"different questions.*cot-seed1\nEvaluate them again"),
         (fewer_predictions, r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: coconut evaluate"),
@@ -457,7 +457,7 @@ def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: 
         ([f"{copy}/*", one], "cot-seed0 is named twice"),
         ([one, str(tmp_path / "link")], "cot-seed0 and .*link are the same folder"),
         ([f"{copy}/nothing*"], r"No run matches .*nothing\*"),
-        ([str(copy / "nothing")], "nothing is no run: there is no such folder"),
+        ([str(copy / "nothing")], "nothing is not a run: there is no such folder"),
     ]:
         with pytest.raises(ValueError, match=told):
             table(TableConfig(runs=names))

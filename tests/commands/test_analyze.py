@@ -15,7 +15,7 @@ from helpers.runs import graph_files, small_run
 
 from coconut import analyze
 from coconut.analysis.config import AnalyzeConfig, Part
-from coconut.config import DataConfig, DataFiles, EngineConfig, PromptFormat, Task
+from coconut.config import DataConfig, DataFiles, EngineConfig, PromptFormat, TaskName
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
@@ -166,7 +166,7 @@ def sums(folder: Path) -> DataConfig:
         rows = [{"question": asked.format(n), "steps": [f"{n} + 1"], "answer": str(n + 1)} for n in numbers]
         write_json(folder / f"{split}.json", rows)
         files[split] = str(folder / f"{split}.json")
-    return DataConfig(Task.gsm8k, **files, format=PromptFormat("{}", "{} ; ", "### {}"))
+    return DataConfig(TaskName.gsm8k, **files, format=PromptFormat("{}", "{} ; ", "### {}"))
 
 
 def test_a_task_without_graphs_is_audited_and_has_no_graph_figures(

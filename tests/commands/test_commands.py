@@ -194,7 +194,7 @@ def test_a_command_runs_as_its_module_does(tmp_path: Path) -> None:
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
         (["data=own"], "data.train names no file"),
         (["data=own", "data.train=a.json", "data.valid=b.json"], "data.task is missing"),
-        (["data=own", "+data.build.seed=1"], "of which task? Set data.task to one of gsm8k"),
+        (["data=own", "+data.build.seed=1"], "needs a task. Set data.task to one of gsm8k"),
         (["data.train=a.json"], "data.valid names no file"),
     ],
 )
@@ -406,7 +406,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
         assert done.returncode == 2
-        assert "is no run: it holds no config.json" in done.stderr
+        assert "is not a run: it has no config.json" in done.stderr
         with pytest.raises(ValueError, match="Name the run: run=DIR"):
             composed(command, *more)
 

@@ -29,7 +29,7 @@ from coconut.analysis.config import DemoConfig
 from coconut.analysis.graph_layout import place_nodes
 from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.analysis.probes import MORE
-from coconut.config import DataConfig, EngineConfig, Task
+from coconut.config import DataConfig, EngineConfig, TaskName
 from coconut.data.tokenization import encode_questions
 from coconut.demo import open_demo
 from coconut.generation.generate import logit_lens
@@ -74,7 +74,7 @@ def trained(folder: Path, data: DataConfig, **changes: Any) -> Path:
     return folder / "run"
 
 
-def files(folder: Path, task: Task, rows: list[dict[str, Any]]) -> DataConfig:
+def files(folder: Path, task: TaskName, rows: list[dict[str, Any]]) -> DataConfig:
     for split in ("train", "valid"):
         write_json(folder / f"{split}.json", rows)
     return DataConfig(task, str(folder / "train.json"), str(folder / "valid.json"))
@@ -102,7 +102,7 @@ def in_symbols(symbols_run: Path) -> Iterator[DemoServer]:
 def in_sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
     """It has no test file, so that its questions are those of the validation."""
     folder = tmp_path_factory.mktemp("sentences")
-    with served(trained(folder, files(folder, Task.prosqa, sentences(seed=0, count=16)))) as server:
+    with served(trained(folder, files(folder, TaskName.prosqa, sentences(seed=0, count=16)))) as server:
         yield server
 
 
@@ -233,7 +233,7 @@ def test_methods_without_thoughts(without_thoughts: DemoServer) -> None:
 def test_other_tasks_have_no_graph(tmp_path: Path) -> None:
     rows = [{"question": f"{a} + {b} = ?", "steps": [f"<<{a}+{b}={a + b}>>"], "answer": str(a + b)}
             for a in range(4) for b in range(4)]  # fmt: skip
-    with served(trained(tmp_path, files(tmp_path, Task.gsm8k, rows))) as server:
+    with served(trained(tmp_path, files(tmp_path, TaskName.gsm8k, rows))) as server:
         found = ask(server, row=5)
         assert (found["right"], found["graph"], found["notes"]) == ("2", None, [])
         assert len(found["after"]) == OWN + MORE + 1

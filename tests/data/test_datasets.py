@@ -1,4 +1,4 @@
-"""Data that nobody named is made once, and found again."""
+"""Data files: named ones, and data sets that are built once in the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import data_builders
-from coconut.config import DataConfig, EngineConfig, ModelConfig, Task, TrainConfig
+from coconut.config import DataConfig, EngineConfig, ModelConfig, TaskName, TrainConfig
 from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
@@ -27,10 +27,10 @@ BUILD = {"preset": "graphs", "seed": 3, "num_train": 24, "num_valid": 8, "num_te
 
 
 def config(**changes: Any) -> DataConfig:
-    return DataConfig(**{"task": Task.prosqa, "build": BUILD, **changes})
+    return DataConfig(**{"task": TaskName.prosqa, "build": BUILD, **changes})
 
 
-def test_files_that_are_named(tmp_path: Path) -> None:
+def test_named_files_are_used(tmp_path: Path) -> None:
     own = DataConfig(train="a.json", valid="b.json", build=BUILD)
     assert data_files(asdict(own)) == {"train": "a.json", "valid": "b.json", "test": ""}
     assert own.build == {}, "what is not built is no part of the run's configuration"
@@ -42,12 +42,12 @@ def test_files_that_are_named(tmp_path: Path) -> None:
     assert other == common | {"test": "mine.json"}
 
 
-def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_data_is_built_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = config(cache_dir=str(tmp_path))
     files = data_files(asdict(data))
-    said = capfd.readouterr().out
-    assert "Making the data, once: coconut data prosqa preset=graphs seed=3" in said
-    assert "The data lie in" in said
+    output = capfd.readouterr().out
+    assert "Building the data, once: coconut data prosqa preset=graphs seed=3" in output
+    assert "The data are in" in output
     counts = {split: len(json.loads(Path(file).read_text())) for split, file in files.items()}
     assert counts == {"train": 24, "valid": 8, "test": 8}
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -62,8 +62,8 @@ def test_it_is_made_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert len(list((tmp_path / "data").iterdir())) == 2, "nothing half-made is left beside"
 
 
-def test_another_builder_makes_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code that makes the rows is a part of the place that they are kept in."""
+def test_changed_builder_rebuilds_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builders' code is part of a data set's key in the cache."""
     builders = tmp_path / "data_builders"
     shutil.copytree(Path(data_builders.__file__).parent, builders, ignore=shutil.ignore_patterns("__pycache__"))
     found = SimpleNamespace(submodule_search_locations=[builders])
@@ -83,22 +83,22 @@ def test_another_builder_makes_other_data(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["café", "it's (a, b)", "back\\slash", "a${b}"])
-def test_a_cache_of_any_name(name: str, tmp_path: Path) -> None:
+def test_cache_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     files = data_files(asdict(config(cache_dir=str(tmp_path / name))))
     assert all(Path(file).is_file() for file in files.values())
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_sigterm_ends_the_builder_too(tmp_path: Path) -> None:
+def test_sigterm_ends_the_builder(tmp_path: Path) -> None:
     keys = ["data=graphs", "data.build.num_train=900000", f"data.cache_dir={tmp_path}", f"run={tmp_path / 'run'}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "coconut.train", *keys], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout
-    said = ""
-    while "Making 901,000 rows" not in said:
-        said += (line := process.stdout.readline())
-        assert line, said
+    output = ""
+    while "Making 901,000 rows" not in output:
+        output += (line := process.stdout.readline())
+        assert line, output
     process.terminate()
     rest, _ = process.communicate(timeout=60)  # the builder holds the pipe as long as it lives
     assert process.returncode == 143
@@ -106,7 +106,7 @@ def test_sigterm_ends_the_builder_too(tmp_path: Path) -> None:
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_builder_errors_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = config(cache_dir=str(tmp_path), build=BUILD | {"nodes": 4})
     with pytest.raises(ValueError, match=r"could not make the data.*data\.train=FILE"):
         data_files(asdict(data))
@@ -115,22 +115,22 @@ def test_the_builders_message_comes_through(tmp_path: Path, capfd: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("keys", "complaint"),
+    ("keys", "message"),
     [
         ({"prefix": "a", "train": "b"}, "data.prefix=a and data.train=b are both given"),
-        ({"build": {"source": "a"}}, "data.build.source=a: data.build says how rows are made"),
+        ({"build": {"source": "a"}}, "data.build.source=a is not allowed: data.build holds settings for making rows"),
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
         ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),
-        ({"build": {"hub": "."}}, "data.build.hub=. is a folder here"),
+        ({"build": {"hub": "."}}, "data.build.hub=. is a local folder"),
     ],
 )
-def test_keys_that_contradict(keys: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        DataConfig(**{"task": Task.prosqa, **keys})
+def test_contradictory_data_keys_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"task": TaskName.prosqa, **keys})
 
 
-def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It trains, goes on from another cache, and is evaluated on the test split that was made with its data."""
+def test_run_on_built_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains, resumes with another cache folder, and is evaluated on the test split built with its data."""
     tiny = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
     trained = TrainConfig(
         run=str(tmp_path / "run"), data=config(format=PromptFormat("{}", "{} ", "### {}")),
@@ -150,13 +150,13 @@ def test_a_run_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert result["file"].startswith(str(tmp_path / "elsewhere"))
 
 
-def test_a_cache_that_cannot_be_made_says_how_to_name_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_cache_folder_error_names_the_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").write_text("no folder")
     monkeypatch.delenv("COCONUT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(OSError, match=r"no place to keep data .*home/\.cache.*COCONUT_CACHE .*HF_HOME"):
-        data_files(asdict(DataConfig(Task.prosqa)))
+    with pytest.raises(OSError, match=r"cache folder for data cannot be used.*home/\.cache.*COCONUT_CACHE .*HF_HOME"):
+        data_files(asdict(DataConfig(TaskName.prosqa)))
     monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "named"))
     assert cache_folder(None, "tokens") == tmp_path / "named" / "tokens"
     assert list((tmp_path / "named").rglob("*")) == [tmp_path / "named" / "tokens"]

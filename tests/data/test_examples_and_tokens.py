@@ -1,4 +1,4 @@
-"""Reading files and making tokens."""
+"""Reading data files, tokenization and the word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def examples(rows: list[dict] = ROWS) -> list[Example]:
 
 
 @pytest.mark.parametrize("lines", [True, False])
-def test_a_list_and_lines_read_the_same(tmp_path: Path, lines: bool) -> None:
+def test_json_list_and_lines_read_the_same(tmp_path: Path, lines: bool) -> None:
     text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS, indent=1)
     path = tmp_path / "data.json"
     path.write_text(text)
@@ -62,19 +62,19 @@ GOOD = {"question": "q", "steps": ["s"], "answer": "a"}
         ({**GOOD, "steps": [""]}, r"row 2: step 1 of 1 is empty .*steps: \[\]"),
         ({"question": "q"}, "row 2: has no answer; its keys are: question, steps"),
         ([1, 2], "row 2: must be an object"),
-        ({**GOOD, "question": "a\ud800"}, r"row 2: holds half of a surrogate pair, no text: 'a\\ud800'"),
-        ({**GOOD, "steps": ["s", "\udfff"]}, r"row 2: holds half of a surrogate pair, no text: '\\udfff'"),
+        ({**GOOD, "question": "a\ud800"}, r"row 2: holds half of a surrogate pair, which is not text: 'a\\ud800'"),
+        ({**GOOD, "steps": ["s", "\udfff"]}, r"row 2: holds half of a surrogate pair, which is not text: '\\udfff'"),
         ({**GOOD, "other": {"a": "\udfff"}}, "row 2: holds half of a surrogate pair"),
     ],
 )
-def test_a_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> None:
+def test_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([GOOD, row]))
     with pytest.raises(ValueError, match=rf"data.json has 1 bad row:\s+{message}"):
         read_examples(path)
 
 
-def test_missing_steps_are_none_and_a_number_is_an_answer(tmp_path: Path) -> None:
+def test_missing_steps_and_numeric_answers_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "q", "answer": 7}\n\n{"question": "q", "answer": -2.5, "steps": null}\n')
     read = read_examples(path)
@@ -89,7 +89,7 @@ def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
         read_examples(path)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_unusable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.json does not exist.*data_builders"):
         read_examples(tmp_path / "nowhere.json")
     with pytest.raises(FileNotFoundError, match="is a folder"):
@@ -104,14 +104,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_examples(path)
 
 
-def test_a_separator_inside_a_row_is_no_new_line(tmp_path: Path) -> None:
+def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({**GOOD, "question": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
     assert read_examples(path)[0].question == "a\u2028b"
 
 
 @given(st.text(min_size=1).filter(str.strip), st.lists(st.text(min_size=1), max_size=3), st.text(min_size=1))
-def test_segments_are_encoded_by_themselves(question: str, steps: list[str], answer: str) -> None:
+def test_segments_are_encoded_separately(question: str, steps: list[str], answer: str) -> None:
     tokenizer = byte_level_tokenizer()
     add_special_tokens(tokenizer)
     data = tokenize([Example(question, tuple(steps), answer)], tokenizer)
@@ -125,7 +125,7 @@ def test_segments_are_encoded_by_themselves(question: str, steps: list[str], ans
 
 
 @given(st.sampled_from(["<bot>", "<eot>", "<latent>", "<pause>", "<s>", "</s>"]), st.text(max_size=5))
-def test_a_special_token_in_a_question_stays_text(token: str, around: str) -> None:
+def test_special_tokens_in_a_question_stay_text(token: str, around: str) -> None:
     tokenizer = byte_level_tokenizer()
     special = add_special_tokens(tokenizer)
     (ids,) = encode_texts(tokenizer, [around + token + around])
@@ -133,13 +133,13 @@ def test_a_special_token_in_a_question_stays_text(token: str, around: str) -> No
     assert tokenizer.decode(ids) == around + token + around
 
 
-def test_half_of_a_surrogate_pair_is_not_encoded() -> None:
+def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Half of a surrogate pair .*: 'a\\ud800'"):
         encode_texts(byte_level_tokenizer(), ["good", "a\ud800"])
     assert encode_texts(byte_level_tokenizer(), ["\U0001f600"])
 
 
-def test_a_start_token_stands_before_the_question_only() -> None:
+def test_start_token_only_precedes_the_question() -> None:
     tokenizer = byte_level_tokenizer(start=True)
     data = tokenize(examples(), tokenizer)
     assert data.question(0)[0] == tokenizer.bos_token_id
@@ -165,7 +165,7 @@ def test_tokens_are_cached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["within a batch", "between batches", "nothing", "other bytes"])
-def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_token_cache_is_rebuilt(tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     many = [Example(f"{number} + 1 = ?", (), str(number + 1)) for number in range(1500)]
     tokenizer = byte_level_tokenizer()
     whole = tokenize(many, tokenizer, cache_dir=tmp_path)
@@ -179,12 +179,12 @@ def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path: Path, part: str, capsy
         damaged[damaged.index((32).to_bytes(4, "little"), 8)] = 7  # integers of seven bits, which Arrow has not
     file.write_bytes(damaged)
     again = tokenize(many, tokenizer, cache_dir=tmp_path)
-    assert f"warning: {file} is damaged; its tokens are made anew" in capsys.readouterr().out
+    assert f"warning: the token cache {file} is damaged" in capsys.readouterr().out
     assert len(again) == 1500
     assert again.tokens.tolist() == whole.tokens.tolist()
 
 
-def test_rows_of_a_selection() -> None:
+def test_select_returns_the_chosen_rows() -> None:
     tokenizer = byte_level_tokenizer()
     data = tokenize(examples(), tokenizer)
     picked = data.select([1, 0, 1])
@@ -192,7 +192,7 @@ def test_rows_of_a_selection() -> None:
     assert picked.num_steps.tolist() == [0, 2, 0]
 
 
-def test_the_word_tokenizer_reads_back_what_it_knows() -> None:
+def test_word_tokenizer_decodes_known_words() -> None:
     text = [Example("Is Tom a cat, or (not)?", ("Tom is a dog.", "0 3 | 4 7"), "True")]
     tokenizer = build_word_tokenizer(text)
     written = "Tom is a dog.\nIs Tom a cat?\n### True"
@@ -217,17 +217,17 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 @given(st.lists(st.sampled_from(PIECES)))
-def test_the_word_tokenizer_gives_back_every_text_of_its_words(pieces: list[str]) -> None:
+def test_word_tokenizer_round_trips_texts_of_known_words(pieces: list[str]) -> None:
     text = "".join(pieces)
     [ids] = encode_texts(WORDS, [text])
     if WORDS.unk_token_id not in ids:  # as in two words that have become one
         assert decoded(WORDS, ids) == text
-        said = [decoded(WORDS, ids[:n]) for n in range(len(ids) + 1)]
-        assert all(after.startswith(before) for before, after in pairwise(said)), "what was streamed stays"
+        streamed = [decoded(WORDS, ids[:n]) for n in range(len(ids) + 1)]
+        assert all(after.startswith(before) for before, after in pairwise(streamed)), "what was streamed stays"
 
 
 @pytest.mark.parametrize("text", WRITTEN)
-def test_what_the_word_tokenizer_was_made_from_comes_back(text: str) -> None:
+def test_word_tokenizer_round_trips_its_training_text(text: str) -> None:
     for form in (PromptFormat(), PromptFormat("{}", "{} ; ", "### {}"), PromptFormat("Q: {}", "<{}>", "so {}.")):
         if form.step_end[-1] == " " and " " in (text[0], text[-1]):
             continue  # where steps end in a space, one at the end of another text is left out
@@ -238,7 +238,7 @@ def test_what_the_word_tokenizer_was_made_from_comes_back(text: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [("<<48/2=24>>", "<<48+24=72>>"), ("a. b.", ".5 more"), ("a", " b")])
-def test_a_space_that_ends_a_step_comes_back_whatever_follows_it(steps: tuple[str, str]) -> None:
+def test_word_tokenizer_keeps_the_space_that_ends_a_step(steps: tuple[str, str]) -> None:
     form = PromptFormat("{}", "{} ", "### {}")
     tokenizer = build_word_tokenizer([Example("How many?", steps, "72")], form)
     segments = [*(form.fill(form.step, step) for step in steps), form.fill(form.answer, "72")]
@@ -246,7 +246,7 @@ def test_a_space_that_ends_a_step_comes_back_whatever_follows_it(steps: tuple[st
     assert decoded(tokenizer, [token for row in ids for token in row]) == form.written(steps, "72")
 
 
-def test_spacing_that_a_vocabulary_does_not_need_is_no_part_of_it() -> None:
+def test_word_tokenizer_omits_unneeded_spacing_tokens() -> None:
     tokenizer = build_word_tokenizer([Example("0 3 | 3 4 ? 4 or 0 from 0", ("3", "4"), "4")], PromptFormat("{}", "{} "))
     assert len(tokenizer) == len(["<pad>", "<eos>", "<unk>", "0", "3", "4", "|", "?", "or", "from", "###"])
     usual, spaced, close = encode_texts(tokenizer, ["0 3 | 3 4 ?", " 0  3\t| 3 4 ? ", "0 3|3 4?"])
@@ -262,7 +262,7 @@ def test_private_use_characters_are_unknown_words() -> None:
     assert decoded(tokenizer, encode_texts(tokenizer, ["1-2"])[0]) == "1-2"
 
 
-def test_the_word_tokenizer_is_saved_with_all_it_needs(tmp_path: Path) -> None:
+def test_word_tokenizer_is_saved_completely(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = build_word_tokenizer(examples())
@@ -283,7 +283,7 @@ CHAT = (
 )
 
 
-def test_a_question_in_a_chat_template() -> None:
+def test_questions_are_put_into_the_chat_template() -> None:
     tokenizer = byte_level_tokenizer(start=True)
     asked = PromptFormat(question="{}", chat=True)
     with pytest.raises(ValueError, match="no chat template"):
@@ -298,12 +298,12 @@ def test_a_question_in_a_chat_template() -> None:
     plain = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, PromptFormat(question="{}"))
     assert plain.question(0).tolist() != ids
     tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
-    with pytest.raises(ValueError, match="gives the question 2 times"):
+    with pytest.raises(ValueError, match="contains the question 2 times"):
         encode_questions(tokenizer, ["Is Tom a cat?"], asked)
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{{ raise_exception('the first message must be of the system') }}", "the first message must be of the system"),
         ("{{ messages[1].content }}", "UndefinedError: list object has no element 1"),
@@ -311,9 +311,9 @@ def test_a_question_in_a_chat_template() -> None:
         ("{% for m in messages %}", "TemplateSyntaxError"),
     ],
 )
-def test_a_chat_template_that_fails_is_told(template: str, said: str) -> None:
+def test_failing_chat_template_is_reported(template: str, message: str) -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.name_or_path = "someone/instruct"
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=rf"(?s)chat template of someone/instruct .*{said}.*chat_template"):
+    with pytest.raises(ValueError, match=rf"(?s)chat template of someone/instruct .*{message}.*chat_template"):
         encode_questions(tokenizer, ["Is Tom a cat?"], PromptFormat(chat=True))

@@ -1,7 +1,7 @@
-"""The three published data sets, from their released files to a trained, evaluated run.
+"""The published data sets, from their released files to a trained and evaluated run.
 
-The excerpts under tests/data are real; the model is GPT-2's architecture, small. Where GPT-2's own
-tokenizer lies beside the repository it is used besides a byte-level one made here.
+The excerpts under tests/data are real; the model is a small GPT-2. The tokenizer is byte-level, trained here, and also
+GPT-2's own if it is available in shared/.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ RELEASED = {
     "gsm8k_aug": ("gsm8k", "gsm8k_aug_valid.txt"),
 }
 GPT2 = SHARED / "gpt2_tokenizer"
-TOKENIZERS = ["made here", *(["GPT-2's"] if GPT2.is_dir() else [])]
+TOKENIZERS = ["trained here", *(["GPT-2's"] if GPT2.is_dir() else [])]
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
-def converted(task: str, file: str, folder: Path) -> Path:
-    """What the builder writes of a released file."""
+def convert(task: str, file: str, folder: Path) -> Path:
+    """The builder's output for a released file."""
     builder = importlib.import_module(f"data_builders.{task}")
     path = folder / f"{task}.json"
     path.write_text(json.dumps(builder.released_rows(str(DATA / file))))
@@ -51,12 +51,12 @@ def converted(task: str, file: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", RELEASED)
-def test_from_released_file_to_evaluation(name: str, tokenizer: str, tmp_path: Path) -> None:
+def test_released_data_trains_and_evaluates(name: str, tokenizer: str, tmp_path: Path) -> None:
     task, file = RELEASED[name]
-    data = converted(task, file, tmp_path)
-    if tokenizer == "made here":
+    data = convert(task, file, tmp_path)
+    if tokenizer == "trained here":
         byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    folder = tmp_path / "tokenizer" if tokenizer == "made here" else GPT2
+    folder = tmp_path / "tokenizer" if tokenizer == "trained here" else GPT2
     stages = 5 if task == "gsm8k" else 7
     overrides = [
         f"experiment={task}_gpt2", "model=gpt2_new", f"model.tokenizer={folder}", "+model.architecture.n_layer=1",
@@ -78,10 +78,10 @@ def test_from_released_file_to_evaluation(name: str, tokenizer: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k_aug"])
-def test_rewards_of_the_steps_of_real_solutions(name: str, tmp_path: Path) -> None:
-    """Answers of a model, and brought along: to each question its own solution, and that of another question."""
+def test_step_rewards_of_real_solutions(name: str, tmp_path: Path) -> None:
+    """Answers of a model, and given ones: for each question its own solution, and that of another question."""
     task, file = RELEASED[name]
-    data = converted(task, file, tmp_path)
+    data = convert(task, file, tmp_path)
     byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
     overrides = [
         "experiment=gsm8k_gpt2", "method=cot", "model=gpt2_new", f"model.tokenizer={tmp_path / 'tokenizer'}",
@@ -96,10 +96,10 @@ def test_rewards_of_the_steps_of_real_solutions(name: str, tmp_path: Path) -> No
     cpu = EngineConfig(device="cpu", threads=1)
     assert roll(RolloutConfig(run=config.run, split="test", samples=2, limit=4, max_new_tokens=6, engine=cpu)) == 0
     rows = json.loads(data.read_text())[:6]
-    told = ["\n".join([*row["steps"], f"### {row['answer']}"]) for row in rows]
+    texts = ["\n".join([*row["steps"], f"### {row['answer']}"]) for row in rows]
     answers = tmp_path / "answers.jsonl"
     lines = [
-        {**row, "completions": [{"text": told[n], "correct": True}, {"text": told[n - 1], "correct": False}]}
+        {**row, "completions": [{"text": texts[n], "correct": True}, {"text": texts[n - 1], "correct": False}]}
         for n, row in enumerate(rows)
     ]
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -55,8 +55,8 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(data_sets(), plans(), st.integers(1, 4), st.integers(1, 3))
-def test_processes_share_an_update_and_keep_step(data: TokenizedData, stages: Plan, ranks: int, size: int) -> None:
-    """Every row and target once; equally many parts for all, with the passes that the longest of them needs."""
+def test_processes_share_an_update_evenly(data: TokenizedData, stages: Plan, ranks: int, size: int) -> None:
+    """Every row and target occurs once; all processes get equally many micro-batches with equally many passes."""
     view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
     batch = np.arange(len(data))
     shares = [list(micro_batches(view, batch, size, rank, ranks)) for rank in range(ranks)]
@@ -72,7 +72,7 @@ def test_processes_share_an_update_and_keep_step(data: TokenizedData, stages: Pl
 
 
 @given(data_sets(), plans(), st.integers(0, 3))
-def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, stages: Plan, epoch: int) -> None:
+def test_view_lengths_and_slot_starts_match_the_sequences(data: TokenizedData, stages: Plan, epoch: int) -> None:
     for stage in stages.stages:
         view = EpochView(data, stages, stage, SPECIAL, seed=0, epoch=epoch)
         for index in range(len(data)):
@@ -89,7 +89,7 @@ def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, sta
 
 
 @given(data_sets(), plans())
-def test_no_epoch_shows_an_example_longer_than_its_longest_form(data: TokenizedData, stages: Plan) -> None:
+def test_forms_of_bounds_the_length_of_every_epoch(data: TokenizedData, stages: Plan) -> None:
     still = replace(stages, mixing_probability=0.0)
     longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).lengths for form in forms_of(stages)], axis=0)
     shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).lengths for s in stages.stages for epoch in range(6)]
@@ -99,7 +99,7 @@ def test_no_epoch_shows_an_example_longer_than_its_longest_form(data: TokenizedD
 
 
 @given(data_sets(), st.integers(1, 5), st.integers(0, 3))
-def test_an_epoch_has_every_example_once(data: TokenizedData, batch_size: int, epoch: int) -> None:
+def test_epoch_batches_hold_every_example_once(data: TokenizedData, batch_size: int, epoch: int) -> None:
     stages = plan("coconut", Curriculum())
     view = EpochView(data, stages, stages.stages[0], SPECIAL, seed=0, epoch=epoch)
     batches = epoch_batches(view, batch_size, seed=0, epoch=epoch)
@@ -116,7 +116,7 @@ def uneven_data(count: int = 4000) -> TokenizedData:
 
 
 @pytest.mark.parametrize("method", ["coconut", "without_thought"])
-def test_batches_hold_like_lengths_in_an_order_that_changes(method: str) -> None:
+def test_batches_hold_similar_lengths_in_changing_order(method: str) -> None:
     data = uneven_data()
     stages = plan(method, Curriculum())
     view = EpochView(data, stages, stages.stages[2], SPECIAL, seed=0, epoch=0)
@@ -138,7 +138,7 @@ def hybrid_view(modes: tuple[str, ...], epoch: int = 0) -> EpochView:
 
 @pytest.mark.parametrize("modes", [MODES[:2], MODES])
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
-def test_a_batch_has_the_modes_of_a_random_draw(modes: tuple[str, ...], batch_size: int) -> None:
+def test_batch_modes_are_hypergeometric(modes: tuple[str, ...], batch_size: int) -> None:
     """Drawn without replacement, a mode's share of a batch has the deviation of the hypergeometric distribution."""
     shares, paddings = [], []
     for epoch in range(4):
@@ -155,14 +155,14 @@ def test_a_batch_has_the_modes_of_a_random_draw(modes: tuple[str, ...], batch_si
     assert tokens > 0.95 * cells, "rows of one mode are padded to each other alone"
 
 
-def test_a_hybrid_models_batches_are_of_like_lengths_within_a_mode() -> None:
+def test_hybrid_batches_hold_similar_lengths_per_mode() -> None:
     view = hybrid_view(MODES[:2])
     spread = [view.lengths[batch[view.modes[batch] == 1]].std() for batch in epoch_batches(view, 32, seed=0, epoch=0)]
     assert np.mean(spread) < 0.1 * view.lengths[view.modes == 1].std()
 
 
 @given(data_sets(), plans())
-def test_batches_keep_the_sequences_and_put_thoughts_in_one_column(data: TokenizedData, stages: Plan) -> None:
+def test_collate_aligns_thoughts_in_one_column(data: TokenizedData, stages: Plan) -> None:
     view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
     items = [view.layout(i) for i in range(len(data))]
     batch = collate(items, SPECIAL)
@@ -181,7 +181,7 @@ def test_batches_keep_the_sequences_and_put_thoughts_in_one_column(data: Tokeniz
     assert batch.num_targets == sum(len(item.ids) - item.num_prompt + (item.control >= 0) for item in items)
 
 
-def test_a_collated_batch_needs_no_further_padding() -> None:
+def test_collated_batches_need_no_further_padding() -> None:
     data = uneven_data(32)
     stages = plan("coconut", Curriculum())
     view = EpochView(data, stages, stages.stages[3], SPECIAL, seed=0, epoch=0)
@@ -192,7 +192,7 @@ def test_a_collated_batch_needs_no_further_padding() -> None:
 
 
 @pytest.mark.parametrize("method", ["coconut", "hybrid_warmup"])
-def test_a_loss_does_not_change_with_the_split_into_micro_batches(method: str) -> None:
+def test_loss_is_independent_of_the_micro_batch_size(method: str) -> None:
     lm = build("llama")
     segments = [[int(n), 3, 2, 4] for n in np.random.default_rng(0).integers(3, 20, 8)]
     data = TokenizedData.from_lists([np.arange(sum(row)) % 30 + 3 for row in segments], segments)
@@ -217,7 +217,7 @@ def test_a_loss_does_not_change_with_the_split_into_micro_batches(method: str) -
         torch.testing.assert_close(loss(size), whole, rtol=1e-12, atol=0)
 
 
-def test_what_does_not_fit_is_named_or_left_out() -> None:
+def test_too_long_examples_are_refused_or_skipped() -> None:
     data = uneven_data(50)
     stages = plan("coconut", Curriculum())
 

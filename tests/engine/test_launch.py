@@ -1,4 +1,4 @@
-"""The launchers: scripts that start a run on several processes or machines, and sweeps."""
+"""Launch scripts for several processes or machines, and sweeps."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from coconut.runs.description import read_metrics
 from coconut.utils.hydra_app import CONF_DIR
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
-HERE_ONLY = {**CLEAN, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-LONG = 100_000  # updates: nothing that a test waits for
+ENVIRONMENT = {**CLEAN, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+MANY = 100_000  # updates; no test waits for so many
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list[str]]:
-    """The quickstart on little data with a smaller model, in a folder, for so many updates."""
+    """A function (folder, total updates) that returns the arguments of a small quickstart."""
     data = graph_files(tmp_path_factory.mktemp("data"), 24, 6, 6)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -42,7 +42,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list
         return [
             "experiment=quickstart", f"run={folder}", f"data.train={data.train}", f"data.valid={data.valid}",
             "curriculum.stage0_length=1", "curriculum.stage_length=1", f"curriculum.total_length={total}",
-            f"validate_every={LONG}",
+            f"validate_every={MANY}",
             "batch_size=8", "max_new_tokens=4", "engine.device=cpu", "engine.threads=1", "engine.timeout=120",
             *(f"model.architecture.{name}={value}" for name, value in small.items()),
         ]  # fmt: skip
@@ -54,7 +54,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list
 def started(*command: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**HERE_ONLY, **environment},
+        env={**ENVIRONMENT, **environment},
     )  # fmt: skip
     with process:
         try:
@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     return True
 
 
-def trains(folder: Path) -> bool:
+def is_in_last_stage(folder: Path) -> bool:
     """Whether the run is in its last stage."""
     return (folder / "metrics.jsonl").exists() and any(row.get("stage") == 3 for row in read_metrics(folder))
 
@@ -84,25 +84,25 @@ def test_scripts_are_bash(script: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "wrong"),
+    ("script", "arguments", "message"),
     [
         ("torchrun.sh", ["experiment=quickstart"], "'experiment=quickstart' came"),
         ("deepspeed.sh", [], "'' came"),
         ("torchrun_nodes.sh", ["2"], "NODES (how many machines) and MEET"),
     ],
 )
-def test_what_a_launcher_lacks_is_named(script: str, arguments: list[str], wrong: str) -> None:
+def test_launch_scripts_name_missing_arguments(script: str, arguments: list[str], message: str) -> None:
     with started("bash", f"launch/{script}", *arguments) as done:
         printed, _ = done.communicate(timeout=60)
     assert done.returncode == 2
     assert printed.startswith("error: ")
-    assert wrong in printed
+    assert message in printed
 
 
-def test_torchrun_lets_its_workers_save(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
+def test_torchrun_workers_save_on_sigterm(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with started("bash", "launch/torchrun.sh", 2, *keys(run, LONG)) as launcher:
-        assert wait_until(lambda: trains(run) or launcher.poll() is not None, 120)
+    with started("bash", "launch/torchrun.sh", 2, *keys(run, MANY)) as launcher:
+        assert wait_until(lambda: is_in_last_stage(run) or launcher.poll() is not None, 120)
         launcher.send_signal(signal.SIGTERM)
         printed, _ = launcher.communicate(timeout=60)
     assert "100,000 updates on 2 processes" in printed
@@ -122,7 +122,7 @@ def test_torchrun_on_two_nodes(keys: Callable[[Path, int], list[str]], tmp_path:
     assert Checkpoints(run).last() == Checkpoints(run).path(6)
 
 
-def test_a_failed_job_of_a_sweep_is_no_success(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
+def test_sweep_with_a_failed_job_exits_with_an_error(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
     with started(
         sys.executable, "-m", "coconut.train", "--multirun", "hydra/launcher=submitit_local",
@@ -135,12 +135,12 @@ def test_a_failed_job_of_a_sweep_is_no_success(keys: Callable[[Path, int], list[
     assert not (tmp_path / "run-0").exists()
 
 
-def test_a_sweep_stops_as_a_whole(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
+def test_sigterm_stops_the_whole_sweep(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     with started(
         sys.executable, "-m", "coconut.train", "--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}",
-        *keys(tmp_path / "run-${seed}", LONG), "seed=0,1",
+        *keys(tmp_path / "run-${seed}", MANY), "seed=0,1",
     ) as sweep:  # fmt: skip
-        assert wait_until(lambda: trains(tmp_path / "run-0") or sweep.poll() is not None, 120)
+        assert wait_until(lambda: is_in_last_stage(tmp_path / "run-0") or sweep.poll() is not None, 120)
         sweep.send_signal(signal.SIGTERM)
         printed, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 143, printed
@@ -148,20 +148,20 @@ def test_a_sweep_stops_as_a_whole(keys: Callable[[Path, int], list[str]], tmp_pa
     assert not (tmp_path / "run-1").exists()
 
 
-def test_a_sweep_says_how_many_and_where(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_logs_its_runs_and_launcher(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    for launcher, where in [("basic", "here"), ("submitit_local", "all at once"), ("slurm", "each a job of SLURM's")]:
+    for launcher, where in [("basic", "here"), ("submitit_local", "all at once"), ("slurm", "each a SLURM job")]:
         keys = ["experiment=quickstart", "method=cot,icot", "seed=0,1", f"hydra/launcher={launcher}"]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
             assert hydra
             config = hydra.compose_config("train", keys, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
         Callbacks(config).on_multirun_start(config=config, config_name="train")
-        said = capsys.readouterr().out
-        assert said.startswith(f"A sweep of 4 runs, {where}")
-        assert "  2: method=icot seed=0\n" in said
-        assert ("runs/.sweep/.submitit/JOB, in *_log.out" in said) == (launcher != "basic")
+        output = capsys.readouterr().out
+        assert output.startswith(f"A sweep of 4 runs, {where}")
+        assert "  2: method=icot seed=0\n" in output
+        assert ("runs/.sweep/.submitit/JOB, in *_log.out" in output) == (launcher != "basic")
 
 
 def test_slurm_sweeps_compose() -> None:
@@ -176,8 +176,8 @@ def test_slurm_sweeps_compose() -> None:
 
 
 def slurm(*command: str) -> str:
-    known = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**HERE_ONLY, **known}, cwd=ROOT)
+    slurm_environment = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **slurm_environment}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -189,10 +189,10 @@ def no_slurm() -> bool:
 
 
 @pytest.mark.skipif(no_slurm(), reason="needs SLURM: sbatch is not found, or no cluster answers")
-def test_slurm_puts_a_stopped_job_back(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
+def test_slurm_requeues_a_stopped_job(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     job = slurm("sbatch", "--parsable", "--gres=none", "--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1",
-                "--time=5", f"--output={log}", "launch/slurm.sbatch", *keys(run, LONG))  # fmt: skip
+                "--time=5", f"--output={log}", "launch/slurm.sbatch", *keys(run, MANY))  # fmt: skip
 
     def state() -> str:
         return slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
@@ -200,7 +200,7 @@ def test_slurm_puts_a_stopped_job_back(keys: Callable[[Path, int], list[str]], t
     try:
         if not wait_until(lambda: state() != "PENDING", 60):
             pytest.skip("the cluster is busy")
-        assert wait_until(lambda: trains(run) or state() != "RUNNING", 120)
+        assert wait_until(lambda: is_in_last_stage(run) or state() != "RUNNING", 120)
         slurm("scancel", "--signal=USR1", job)
         assert wait_until(lambda: state() == "PENDING", 60), log.read_text()
     finally:

@@ -315,7 +315,7 @@ def test_a_run_before_its_last_stage_has_no_best_checkpoint(trained: Path, tmp_p
         values = json.loads(state.read_text())
         if values["step"] > 4:
             shutil.rmtree(early.path(step))
-    with pytest.raises(ValueError, match=r"no best checkpoint yet.*Take checkpoint=last"):
+    with pytest.raises(ValueError, match=r"no best checkpoint yet.*Use checkpoint=last"):
         run_evaluate(EvaluateConfig(run=str(tmp_path / "run")))
     assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last")) == 0
 

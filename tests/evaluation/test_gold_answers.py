@@ -9,7 +9,7 @@ import pytest
 from helpers.models import build, byte_level_tokenizer
 from helpers.runs import small_run
 
-from coconut.config import DataConfig, Task, Unreadable
+from coconut.config import DataConfig, TaskName, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
 from coconut.evaluation.gold_answers import limit_for, read_back, readable, target_lengths, warn_of_limit
@@ -107,7 +107,7 @@ def test_training_checks_gold_answers_first(tmp_path: Path) -> None:
         write_json(tmp_path / f"{split}.json", part)
         files[split] = str(tmp_path / f"{split}.json")
     config = small_run(
-        tmp_path / "run", DataConfig(Task.prontoqa, **files), method="cot", max_new_tokens=None, batch_size=4,
+        tmp_path / "run", DataConfig(TaskName.prontoqa, **files), method="cot", max_new_tokens=None, batch_size=4,
         curriculum=Curriculum(length_unit=Unit.updates, total_length=1),
     )  # fmt: skip
     config.model.architecture["max_position_embeddings"] = 512

@@ -132,7 +132,7 @@ def test_what_a_hybrid_model_cannot_be_asked() -> None:
             lm.generate(ids, **options)
     with pytest.raises(ValueError, match="mode=short: this model, coconut, has no modes"):
         build("llama").generate(ids, mode="short")
-    for modes, message in ((["short"], "two modes or more"), (["short", "short"], "each once"),
+    for modes, message in ((["short"], "at least two"), (["short", "short"], "two different modes"),
                            (["short", "latent_0"], "There is no mode 'latent_0'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Curriculum(modes=modes)

@@ -100,7 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_evaluation_with_it_fits_it_once_and_counts_the_thoughts(trained: Path, capsys: Any) -> None:
     config = EvaluateConfig(run=str(trained), checkpoint="last", stop=StopRule.classifier)
     assert run_evaluate(config) == 0
-    assert "Fitting the stopping classifier" in capsys.readouterr().out
+    assert "Fitting the stop classifier" in capsys.readouterr().out
     (name,) = read_results(trained)
     found = read_results(trained)[name]
     assert name == "test-checkpoint-last-stop-classifier"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
+from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, TaskName, TrainConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
@@ -37,7 +37,7 @@ def graph_files(folder: Path, train: int, valid: int, test: int) -> DataConfig:
     for split, count in (("train", train), ("valid", valid), ("test", test)):
         write_json(folder / f"{split}.json", list(islice(rows, count)))
         files[split] = str(folder / f"{split}.json")
-    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(TaskName.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:

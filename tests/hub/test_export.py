@@ -1,4 +1,4 @@
-"""A model handed on: opened by plain transformers elsewhere, and brought in from the released code's files."""
+"""Exporting models: model card, upload to the hub, and checkpoints of the released code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers.runs import graph_files, small_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
-from coconut.config import DataFiles, Task
+from coconut.config import DataFiles, TaskName
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.export import run as run_export
@@ -39,28 +39,28 @@ from coconut.utils.files import read_json
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     run_train(small_run(folder / "run", graph_files(folder, 64, 16, 16)))
     run_evaluate(EvaluateConfig(run=str(folder / "run")))
     return folder / "run"
 
 
-def test_a_folder_with_a_card_that_transformers_opens_elsewhere(trained: Path, tmp_path: Path) -> None:
+def test_exported_folder_has_shards_and_a_card(trained_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    run_export(ExportConfig(run=str(trained), output=str(folder), max_shard_size="10KB"))
+    run_export(ExportConfig(run=str(trained_run), output=str(folder), max_shard_size="10KB"))
     assert len(list(folder.glob("model-*.safetensors"))) > 1, "weights are split"
     card = (folder / "README.md").read_text()
-    result = json.loads((trained / "evaluation" / "test.json").read_text())
+    result = json.loads((trained_run / "evaluation" / "test.json").read_text())
     assert f"| test | {100 * result['accuracy']:.1f} % |" in card
     assert "2 continuous thoughts" in card
     assert "pypi.org" not in card, "the package is on no index"
     with pytest.raises(ValueError, match="not empty"):
-        run_export(ExportConfig(run=str(trained), output=str(folder)))
+        run_export(ExportConfig(run=str(trained_run), output=str(folder)))
 
 
-def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) -> None:
-    """For thoughts, pauses and nothing in the slot, and for modes, within a chat template and without."""
+def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
+    """For thoughts, pauses, an empty slot and modes, with a chat template and without."""
     questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
     lines, expected, chosen = ["import sys"], [], set()
     modes = ["short", "latent_2", "latent_3"]
@@ -82,7 +82,7 @@ def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) 
             said = answer(lm, [question])
             expected.append(said.texts[0].strip())
             chosen.add(said.modes[0])
-    assert len(set(expected)) > 16, "there is something to tell apart"
+    assert len(set(expected)) > 16, "the answers differ"
     assert len(chosen) > 2, "and several modes are chosen"
     lines.append("assert 'coconut' not in sys.modules")
     (tmp_path / "alone.py").write_text("\n".join(lines))
@@ -91,16 +91,16 @@ def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) 
     assert [line.strip() for line in done.stdout.splitlines()] == expected
 
 
-def test_what_the_hub_does_not_take_is_still_here(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is advised asks for the same: private, unless it was to be public."""
+def test_failed_upload_keeps_the_export(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in the error message uploads with the same visibility."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for private in (True, False):
         folder = tmp_path / f"a model {private}"
-        with pytest.raises(ValueError, match=r"did not take someone/thing: http://127\.0\.0\.1:9 does not") as caught:
-            run_export(ExportConfig(run=str(trained), output=str(folder), push="someone/thing", private=private))
+        with pytest.raises(
+            ValueError, match=r"someone/thing was not uploaded: http://127\.0\.0\.1:9 does not"
+        ) as caught:
+            run_export(ExportConfig(run=str(trained_run), output=str(folder), push="someone/thing", private=private))
         assert (folder / "model.safetensors").is_file()
         python, flag, code = shlex.split(str(caught.value).partition("This sends it: ")[2])
         assert (python, flag) == ("python", "-c")
@@ -113,7 +113,7 @@ def test_what_the_hub_does_not_take_is_still_here(
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The requests of an upload, as the hub takes them; files are kept by name in `kept`."""
+    """A local server for the requests of an upload; `kept` holds the files by name."""
 
     kept: ClassVar[dict[str, bytes]] = {}
     made: ClassVar[list[dict[str, Any]]] = []
@@ -150,11 +150,8 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests.
-
-    A name that is public there is not given what is to be private.
-    """
+def test_uploaded_files_load_as_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a local server with the hub's protocol. A private upload to a public repository is refused."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -163,7 +160,7 @@ def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.
         lm = build("gpt2", torch.float32, num_thoughts=2)
         try:
             monkeypatch.setattr(Hub, "private", False)
-            with pytest.raises(ValueError, match=r"someone/thing is on the hub already and is public.*private=false"):
+            with pytest.raises(ValueError, match=r"someone/thing exists on the hub and is public.*private=false"):
                 lm.push_to_hub("someone/thing")
             assert not Hub.kept
             monkeypatch.setattr(Hub, "private", True)
@@ -176,9 +173,9 @@ def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.
     for name, content in Hub.kept.items():
         (tmp_path / name).write_bytes(content)
     assert (tmp_path / "README.md").read_text() == card(lm, name="someone/thing")
-    again = LatentLM.from_pretrained(tmp_path)
-    assert again.reasoning == lm.reasoning
-    assert answer(again, ["3 7 21"]).texts == answer(lm, ["3 7 21"]).texts
+    reloaded = LatentLM.from_pretrained(tmp_path)
+    assert reloaded.reasoning == lm.reasoning
+    assert answer(reloaded, ["3 7 21"]).texts == answer(lm, ["3 7 21"]).texts
 
 
 # --- the released code's checkpoints ----------------------------------------------------------------
@@ -186,7 +183,7 @@ def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder with a config and a tokenizer, as the hub has for GPT-2."""
+    """A folder with the config and tokenizer of a small GPT-2."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save_pretrained(tmp_path / "base")
     config = AutoConfig.for_model(
@@ -196,8 +193,8 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def as_released(base: Path, file: Path, prefix: str = "base_causallm.", more: int = 3) -> Any:
-    """A state dict as the released code leaves it, and the model it is of."""
+def save_released(base: Path, file: Path, prefix: str = "base_causallm.", more: int = 3) -> Any:
+    """Save a state dict in the form of the released code; returns its model."""
     config = AutoConfig.from_pretrained(base)
     config.vocab_size += more
     torch.manual_seed(0)
@@ -205,14 +202,14 @@ def as_released(base: Path, file: Path, prefix: str = "base_causallm.", more: in
     state = {prefix + name: value for name, value in model.state_dict().items()}
     if prefix:
         state["embedding.weight"] = model.get_input_embeddings().weight.data
-    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # as older transformers kept it
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # as older versions of transformers saved it
     torch.save(state, file)
     return model.eval()
 
 
 @pytest.mark.parametrize("prefix", ["base_causallm.", "module.base_causallm.", "_fsdp_wrapped_module.base_causallm."])
-def test_a_released_checkpoint_thinks_here_as_it_did(base: Path, tmp_path: Path, prefix: str) -> None:
-    model = as_released(base, tmp_path / "checkpoint_6", prefix)
+def test_released_checkpoint_gives_the_same_answer(base: Path, tmp_path: Path, prefix: str) -> None:
+    model = save_released(base, tmp_path / "checkpoint_6", prefix)
     output = tmp_path / "model"
     run_export(ExportConfig(released=str(tmp_path / "checkpoint_6"), base=str(base), stage=2, output=str(output)))
     lm = LatentLM.from_pretrained(output)
@@ -231,37 +228,37 @@ def test_a_released_checkpoint_thinks_here_as_it_did(base: Path, tmp_path: Path,
     assert answer(lm, ["Is Tom a cat?"], max_new_tokens=1).tokens.tolist() == [[int(logits.argmax())]]
 
 
-def test_a_released_baseline_has_no_markers(base: Path, tmp_path: Path) -> None:
-    as_released(base, tmp_path / "cot", prefix="", more=0)
+def test_released_baseline_without_markers(base: Path, tmp_path: Path) -> None:
+    save_released(base, tmp_path / "cot", prefix="", more=0)
     lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=Slot.none, markers=False))
     assert lm.reasoning.method == "cot"
     with pytest.raises(ValueError, match="without the markers that coconut needs"):
         from_released(tmp_path / "cot", str(base), Reasoning(num_thoughts=2))
 
 
-def test_other_files_are_named(base: Path, tmp_path: Path) -> None:
+def test_wrong_released_files_are_refused(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     thinking = Reasoning(num_thoughts=2)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         from_released(file, str(base), thinking)
     for content, message in (
         ([1, 2], "no state dict"),
-        (Reasoning(), "no file of tensors alone"),
+        (Reasoning(), "must contain tensors only"),
         ({"base_causallm.other": torch.zeros(3)}, r"no transformer\.wte\.weight"),
     ):
         torch.save(content, file)
         with pytest.raises(ValueError, match=message):
             from_released(file, str(base), thinking)
-    as_released(base, file, more=7)
+    save_released(base, file, more=7)
     with pytest.raises(ValueError, match="the released code adds 3"):
         from_released(file, str(base), thinking)
     state = torch.load(file, weights_only=True)
-    as_released(base, file)
+    save_released(base, file)
     state = {**torch.load(file, weights_only=True), "base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}
     torch.save(state, file)
     with pytest.raises(ValueError, match="1 too many"):
         from_released(file, str(base), thinking)
-    as_released(base, file)
+    save_released(base, file)
     state = torch.load(file, weights_only=True)
     name = "base_causallm.transformer.h.0.mlp.c_fc.weight"
     torch.save({**state, name: state[name][:, :-1]}, file)
@@ -271,16 +268,16 @@ def test_other_files_are_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no state dict"):
         from_released(file, str(base), thinking)
     file.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="no file of tensors alone"):
+    with pytest.raises(ValueError, match="must contain tensors only"):
         from_released(file, str(base), thinking)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_may_be_missing_only_if_it_is_the_table(base: Path, tmp_path: Path, tied: bool) -> None:
+def test_released_head_may_be_missing_only_if_tied(base: Path, tmp_path: Path, tied: bool) -> None:
     config = AutoConfig.from_pretrained(base)
     config.tie_word_embeddings = tied
     config.save_pretrained(base)
-    as_released(base, tmp_path / "all")
+    save_released(base, tmp_path / "all")
     state = torch.load(tmp_path / "all", weights_only=True)
     del state["base_causallm.lm_head.weight"]
     torch.save(state, tmp_path / "file")
@@ -292,13 +289,13 @@ def test_a_head_may_be_missing_only_if_it_is_the_table(base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["justname", "a/b/c", "-a/b", "a/b c"])
-def test_a_name_that_the_hub_cannot_have_is_refused_first(trained: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"push={name} is no OWNER/NAME"):
-        run_export(ExportConfig(run=str(trained), output=str(tmp_path / "model"), push=name))
+def test_invalid_hub_name_is_refused_before_exporting(trained_run: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"push={name} is not a valid OWNER/NAME"):
+        run_export(ExportConfig(run=str(trained_run), output=str(tmp_path / "model"), push=name))
     assert not (tmp_path / "model").exists()
 
 
-def test_a_saved_model_is_asked_by_its_folder_or_name(
+def test_saved_model_answers_by_folder_or_hub_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lm = build("gpt2", torch.float32, num_thoughts=2)
@@ -311,20 +308,22 @@ def test_a_saved_model_is_asked_by_its_folder_or_name(
     for place in (str(cached / "snapshots" / "1"), "someone/thing"):
         run_generate(GenerateConfig(run=place, question="3 7 21", max_new_tokens=5))
         assert capsys.readouterr().out.strip() == expected
-    with pytest.raises(FileNotFoundError, match=r"someone/other is no folder here, and as OWNER/NAME"):
+    with pytest.raises(FileNotFoundError, match=r"someone/other is not a local folder, .* as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
-    with pytest.raises(ValueError, match=r"is a saved model and no run.*coconut generate run=.*coconut evaluate run="):
+    with pytest.raises(
+        ValueError, match=r"is a saved model and not a run.*coconut\.generate run=.*coconut\.evaluate run="
+    ):
         read_config(cached / "snapshots" / "1")
 
 
-def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_export(ExportConfig(run=str(trained), output="model"))
-    file = str(trained.parent / "test.json")
-    asked = EvaluateConfig(run="model", data=DataFiles(test=file), task=Task.prosqa)
-    run_evaluate(asked)
-    run_evaluate(replace(asked, output="elsewhere"))
-    expected = read_json(trained / "evaluation" / "test.json")
+    run_export(ExportConfig(run=str(trained_run), output="model"))
+    file = str(trained_run.parent / "test.json")
+    config_of_model = EvaluateConfig(run="model", data=DataFiles(test=file), task=TaskName.prosqa)
+    run_evaluate(config_of_model)
+    run_evaluate(replace(config_of_model, output="elsewhere"))
+    expected = read_json(trained_run / "evaluation" / "test.json")
     for folder in (tmp_path / "evaluation" / "model", tmp_path / "elsewhere"):
         [told] = [read_json(path) for path in folder.glob("*.json")]
         assert {key for key in told if told[key] != expected[key]} <= {
@@ -332,21 +331,21 @@ def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, mo
         }  # fmt: skip
         assert told["step"] is told["seen"] is None
         [answers] = folder.glob("*.predictions.jsonl")
-        assert answers.read_text() == (trained / "evaluation" / "test.predictions.jsonl").read_text()
+        assert answers.read_text() == (trained_run / "evaluation" / "test.predictions.jsonl").read_text()
     for config, message in (
         (
             EvaluateConfig(run="model"),
             r"model is a saved model and does not say.*task=TASK .*prosqa.*data\.test=",
         ),
-        (replace(asked, checkpoint="last"), "checkpoint=last is for a run"),
-        (replace(asked, stop=StopRule.classifier), "stop=classifier is for a run"),
-        (replace(asked, run=str(trained), task=Task.gsm8k), "was made for prosqa"),
-        (replace(asked, run="nowhere", task=None), "nowhere is no run: there is no such folder"),
+        (replace(config_of_model, checkpoint="last"), "checkpoint=last is for a run"),
+        (replace(config_of_model, stop=StopRule.classifier), "stop=classifier is for a run"),
+        (replace(config_of_model, run=str(trained_run), task=TaskName.gsm8k), "was made for prosqa"),
+        (replace(config_of_model, run="nowhere", task=None), "nowhere is not a run: there is no such folder"),
     ):
         with pytest.raises(ValueError, match=message):
             run_evaluate(config)
     with pytest.raises(OSError, match=r"test\.json cannot be written to: .*output="):
-        run_evaluate(replace(asked, output=file))
+        run_evaluate(replace(config_of_model, output=file))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +355,6 @@ def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, mo
      ({"released": "a", "output": "b", "base": "c", "method": "pause"}, "stage=K: pause has thoughts or pauses"),
      ({"run": "a", "output": "b", "method": "x"}, "'?x'?")],
 )  # fmt: skip
-def test_what_is_missing_is_said(values: dict[str, Any], message: str) -> None:
+def test_missing_export_keys_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExportConfig(**values)

@@ -1,4 +1,4 @@
-"""Plans, and the golden file of what every method sees at every stage."""
+"""Plans, and the golden file of the layout of every method at every stage."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from coconut.methods import METHODS, Curriculum, Cut, Mixing, PromptFormat, Reas
 GOLDEN = TESTS / "golden_layouts.txt"
 
 
-def test_the_eight_rows_of_the_table_and_the_warm_up() -> None:
+def test_table_has_the_papers_methods_and_the_warmup() -> None:
     assert list(METHODS) == ["coconut", "cot", "no_cot", "icot", "pause", "without_curriculum", "without_thought",
                              "pause_as_thought", "hybrid_warmup"]  # fmt: skip
 
 
-def test_the_plan_of_the_paper_for_prosqa() -> None:
+def test_plan_matches_the_paper_for_prosqa() -> None:
     stages = plan("coconut", Curriculum(max_stage=6, stage0_length=5, stage_length=5, total_length=50)).stages
     assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
         (0, 5, 0, 0), (1, 5, 1, 1), (2, 5, 2, 2), (3, 5, 3, 3), (4, 5, 4, 4), (5, 5, 5, 5), (6, 20, 6, 6),
     ]  # fmt: skip
 
 
-def test_the_plan_of_the_paper_for_gsm8k() -> None:
+def test_plan_matches_the_paper_for_gsm8k() -> None:
     curriculum = Curriculum(
         thoughts_per_step=2, max_stage=3, extra_stage=True, stage0_length=6, stage_length=3, total_length=50
     )
@@ -42,13 +42,13 @@ def test_the_plan_of_the_paper_for_gsm8k() -> None:
     assert [(s.slot, s.num_thoughts, s.steps_cut, s.markers) for s in pause] == [(Slot.pause, 6, None, True)]
 
 
-def test_the_plan_of_icot_for_gsm8k() -> None:
+def test_plan_of_icot_for_gsm8k() -> None:
     stages = plan("icot", Curriculum(total_length=50)).stages
     assert [(s.length, s.tokens_cut) for s in stages] == [(1, 0), (1, 8), (1, 16), (1, 24), (1, 32), (45, None)]
     assert [s.smoothed for s in stages] == [True] * 5 + [False]
 
 
-def test_a_run_may_start_at_a_later_stage() -> None:
+def test_plan_can_start_at_a_later_stage() -> None:
     stages = plan(
         "coconut", Curriculum(max_stage=2, stage0_length=6, stage_length=3, total_length=10, start_stage=1)
     ).stages
@@ -59,7 +59,7 @@ def test_a_run_may_start_at_a_later_stage() -> None:
     st.sampled_from(list(METHODS)),
     st.integers(0, 3), st.integers(0, 4), st.booleans(), st.integers(0, 5), st.integers(1, 5), st.integers(1, 60),
 )  # fmt: skip
-def test_a_plan_fills_its_total_or_says_why_not(
+def test_plan_fills_the_total_length_or_is_refused(
     method: str, c: int, deepest: int, extra: bool, first: int, each: int, total: int
 ) -> None:
     curriculum = Curriculum(c, deepest, extra, Unit.updates, first, each, total)
@@ -87,12 +87,12 @@ def test_a_plan_fills_its_total_or_says_why_not(
         ({"icot_tokens": 0}, "icot_tokens is 0"),
     ],
 )
-def test_impossible_numbers_are_named(values: dict[str, float], message: str) -> None:
+def test_curriculum_errors_name_the_key(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Curriculum(**values)  # pyright: ignore[reportArgumentType]
 
 
-def test_impossible_plans_are_named() -> None:
+def test_impossible_plans_are_refused() -> None:
     with pytest.raises(ValueError, match=r"take 30 epochs, and curriculum.total_length is 20"):
         plan("coconut", Curriculum(total_length=20))
     with pytest.raises(ValueError, match=r"no method 'cocnut'.*coconut, cot"):
@@ -105,14 +105,14 @@ def test_impossible_plans_are_named() -> None:
         PromptFormat(step="{}")
 
 
-def test_a_prompt_format_keeps_all_braces() -> None:
+def test_prompt_format_keeps_other_braces() -> None:
     form = PromptFormat(question="Q{a}: {}\n", answer="\\boxed{{}}")
     assert PromptFormat.fill(form.question, "{x}") == "Q{a}: {x}\n"
     assert PromptFormat.fill(form.answer, "7") == "\\boxed{7}"
     assert (form.answer_mark, form.answer_end) == ("\\boxed{", "}")
 
 
-def test_reasoning_survives_json() -> None:
+def test_reasoning_round_trips_through_json() -> None:
     stages = plan("coconut", Curriculum(extra_stage=True))
     reasoning = Reasoning.at(stages, stages.stages[-1])
     assert reasoning.num_thoughts == 6
@@ -155,7 +155,9 @@ def golden_text() -> str:
         stages = plan(name, {"icot": ICOT, "hybrid_warmup": HYBRID}.get(name, CURRICULUM))
         for stage in stages.stages:
             lines.append(f"  stage {stage.index}: {stage.describe()}")
-            epoch = next(e for e in range(100) if calm(EpochView(data, stages, stage, special, 0, e), stage))
+            epoch = next(
+                e for e in range(100) if without_icot_offsets(EpochView(data, stages, stage, special, 0, e), stage)
+            )
             for later in range(max(len(stage.modes), 1)):  # in each of the modes
                 view = EpochView(data, stages, stage, special, 0, epoch + later)
                 lines += [f"    {show(view, i, words)}" for i in range(len(data))] + [""]
@@ -171,17 +173,17 @@ def golden_text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def calm(view: EpochView, stage: Stage) -> bool:
-    """An epoch in which iCoT drew no offset."""
+def without_icot_offsets(view: EpochView, stage: Stage) -> bool:
+    """Whether iCoT drew no offset for any example in this epoch."""
     return not stage.smoothed or bool(np.all(view.tokens_cut == stage.tokens_cut))
 
 
 def test_golden_layouts() -> None:
-    """To accept a change that is meant: PYTHONPATH=tests python tests/methods/test_methods.py"""
+    """To accept an intended change: PYTHONPATH=tests python tests/methods/test_methods.py"""
     assert golden_text() == GOLDEN.read_text(encoding="utf-8")
 
 
-# --- what is random is keyed ----------------------------------------------------------------------
+# --- randomness is keyed ----------------------------------------------------------------------
 
 
 def mixing_view(mixing: Mixing, probability: float, epoch: int = 0, seed: int = 0, repeat: int = 400) -> EpochView:
@@ -205,7 +207,7 @@ def test_mixing_is_keyed_by_seed_epoch_and_index() -> None:
     assert shares[2] == 0
 
 
-def test_mixing_over_all_stages_reaches_the_chains_end() -> None:
+def test_mixing_over_all_stages_removes_whole_chains() -> None:
     view = mixing_view(Mixing.all, 1.0)
     long, short = ([form.index for form in view.forms[k::2]] for k in (0, 1))
     assert {k: long.count(k) / len(long) for k in range(4)} == pytest.approx(dict.fromkeys(range(4), 0.25), abs=0.07)
@@ -214,22 +216,22 @@ def test_mixing_over_all_stages_reaches_the_chains_end() -> None:
     assert (deepest.steps_cut, deepest.num_thoughts) == (None, 2)
 
 
-def test_icot_offsets_follow_their_law() -> None:
+def test_icot_offsets_are_exponentially_distributed() -> None:
     tokenizer = build_word_tokenizer(EXAMPLES)
     stages = plan("icot", ICOT)
     data = tokenize(EXAMPLES * 10_000, tokenizer)
     view = EpochView(data, stages, stages.stages[1], add_special_tokens(tokenizer), 0, 0)
     share = [(view.tokens_cut == 8 + o).mean() for o in range(3)]
-    law = np.exp(-4 * np.arange(3)) * (1 - np.exp(-4))
-    assert share == pytest.approx(law, abs=0.003)
+    expected = np.exp(-4 * np.arange(3)) * (1 - np.exp(-4))
+    assert share == pytest.approx(expected, abs=0.003)
 
 
-if __name__ == "__main__":
-    GOLDEN.write_text(golden_text(), encoding="utf-8")
-
-
-def test_examples_are_mixed_only_where_the_slot_tells_stages_apart() -> None:
+def test_mixing_needs_a_slot_that_differs_by_stage() -> None:
     curriculum = Curriculum(mixing_probability=0.1)
     mixed = {name for name in METHODS if plan(name, curriculum).mixing_probability}
     assert mixed == {"coconut", "pause_as_thought"}
     assert all(plan(name, curriculum).trained_with_fewer_thoughts == (name in mixed) for name in METHODS)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(golden_text(), encoding="utf-8")

@@ -310,5 +310,5 @@ def test_settings_that_make_no_sense(wrong: dict[str, Any], message: str) -> Non
 
 def test_a_new_model_is_refused(tmp_path: Path, data: DataConfig) -> None:
     model = replace(small_run(tmp_path, data).model, lora=LoraConfig(rank=4))
-    with pytest.raises(ValueError, match=r"rank=4 corrects a pretrained model.*init=RUN"):
+    with pytest.raises(ValueError, match=r"rank=4 needs a pretrained model.*init=RUN"):
         small_run(tmp_path, data, model=model)

@@ -361,11 +361,11 @@ def test_the_sample_has_most_forks_of_the_questions_that_were_answered_rightly(r
 
 
 def test_another_checkpoint_or_other_questions_are_said(run: RunRecord):
-    assert run.examined == ""
+    assert run.study_note == ""
     for other in ({"step": 7}, {"sha256": "4567"}, {"count": 500}):
         found = replace(run, evaluations={"test": run.evaluations["test"] | other})
         first = section(how_many, found).parts[0]
-        assert first == Text("What follows was measured on update 8, with 8 questions of test.json.")
+        assert first == Text("The following was measured on update 8, with 8 questions of test.json.")
     assert section(how_many, replace(run, test=None)).parts[0] == first
 
 

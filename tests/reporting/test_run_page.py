@@ -238,7 +238,7 @@ def test_a_report_that_fails_leaves_the_old_one(copy: Path, monkeypatch: pytest.
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"is no run: it holds no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a run: it has no config\.json"):
         analyze.run(AnalyzeConfig(run=str(tmp_path)))
     with pytest.raises(ValueError, match="there is no such folder"):
         read_run(tmp_path / "nowhere")

@@ -35,7 +35,7 @@ from coconut.config import (
     EngineConfig,
     LoraConfig,
     Precision,
-    Task,
+    TaskName,
     TooLong,
     Unreadable,
 )
@@ -689,7 +689,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("pointers")
     build_pointers(PointersBuild(out_dir=str(folder), nodes=5, hops_to=2, num_train=60, num_valid=8, num_test=8))
     train, valid, test = (str(folder / f"pointers_{split}.json") for split in ("train", "valid", "test"))
-    data = DataConfig(Task.pointers, train, valid, test, format=WORDS)
+    data = DataConfig(TaskName.pointers, train, valid, test, format=WORDS)
     config = small_run(
         folder / "run",
         data,

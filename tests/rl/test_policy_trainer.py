@@ -27,7 +27,7 @@ from coconut.config import (
     EngineKind,
     LoraConfig,
     Precision,
-    Task,
+    TaskName,
     TooLong,
 )
 from coconut.data.examples import Example
@@ -174,7 +174,7 @@ def test_killed_policy_training_resumes_exactly(finished: Path, made: tuple[Path
 def data_beside(warm: str) -> DataConfig:
     folder = Path(warm).parent
     train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(TaskName.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def alone(warm: str, folder: str) -> None:

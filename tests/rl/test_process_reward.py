@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from coconut import LatentLM
 from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import Group
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, Task
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TaskName
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -361,7 +361,7 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
 def data_beside(warm: str) -> DataConfig:
     folder = Path(warm).parent
     train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
+    return DataConfig(TaskName.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def on_two(warm: str, folder: str) -> None:

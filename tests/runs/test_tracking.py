@@ -1,4 +1,4 @@
-"""What a run tells: files, W&B and TensorBoard read back, and trackers that fail, hang or lose their run."""
+"""Tracking: files, W&B and TensorBoard, and trackers that fail, hang or lose their run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from helpers import ROOT
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.description import environment_info, read_metrics, samples_file
-from coconut.runs.tracker_process import numbers
-from coconut.runs.tracking import TRACKING, TRACKING_LOG, check_tracker, open_tracking, unsent
+from coconut.runs.tracker_process import tracker_values
+from coconut.runs.tracking import TRACKING, TRACKING_LOG, check_tracker, open_tracking, unsynced_folders
 from coconut.utils.files import read_json
 
 ABOUT = {"config": {"seed": 0, "optimizer": {"lr": 1e-4}}, "plan": [{"thoughts": 2}], "git": {"revision": "abc"}}
@@ -29,7 +29,7 @@ import sys, time
 from pathlib import Path
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.tracking import open_tracking
-from tests.test_tracking import ABOUT, updates
+from tests.runs.test_tracking import ABOUT, updates
 mode, wait, pause = sys.argv[2:]
 config = TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode(mode), finish_timeout=float(wait))
 with open_tracking(config, sys.argv[1], 0, ABOUT) as track:
@@ -64,12 +64,12 @@ def records(file: Path) -> Iterator[Any]:
         size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
         whole += content[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield Record.FromString(whole)
             whole = b""
 
 
-def kept(file: Path) -> dict[str, list[Any]]:
+def records_by_type(file: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for record in records(file):
         kind = record.WhichOneof("record_type")
@@ -85,9 +85,7 @@ def sessions(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
 
 
-def test_wandb_offline_is_read_back_and_a_resumed_run_is_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wandb_offline_files_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_tracking(OFFLINE, tmp_path, 0, ABOUT) as track:
         updates(track, 1, 4)
         validation(track, 4)
@@ -99,20 +97,20 @@ def test_wandb_offline_is_read_back_and_a_resumed_run_is_the_same(
         updates(track, 5, 5)
         track.log("valid", 5, stage=1, epoch=0, accuracy=0.5)
         updates(track, 6, 6)
-    said = capsys.readouterr().out
-    assert said.count("warning") == said.count("warning: wandb took no samples, and no more are sent to it") == 1
-    made = [str(session.parent) for session in sessions(tmp_path)]
-    assert said.count("Send it with: wandb sync ") == len(made) == 2
-    assert f"Send it with: wandb sync {' '.join(made)}\n" in said
-    assert [str(folder) for folder in unsent(tmp_path)] == made
+    output = capsys.readouterr().out
+    assert output.count("warning") == output.count("warning: wandb failed on samples, and no more are sent to it") == 1
+    folders = [str(session.parent) for session in sessions(tmp_path)]
+    assert output.count("Send it with: wandb sync ") == len(folders) == 2
+    assert f"Send it with: wandb sync {' '.join(folders)}\n" in output
+    assert [str(folder) for folder in unsynced_folders(tmp_path)] == folders
     sent = sessions(tmp_path)[0]
     mark = sent.with_name(f"{sent.name}.synced")
     mark.touch()
-    assert [str(folder) for folder in unsent(tmp_path)] == made[1:]
+    assert [str(folder) for folder in unsynced_folders(tmp_path)] == folders[1:]
     mark.unlink()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 4, 5, 5, 6]
 
-    first, second = map(kept, sessions(tmp_path))
+    first, second = map(records_by_type, sessions(tmp_path))
     run = first["run"][0]
     assert (run.project, run.run_group, list(run.tags)) == ("p", "g", ["a", "b"])
     assert run.display_name == tmp_path.name
@@ -142,44 +140,44 @@ def test_wandb_offline_is_read_back_and_a_resumed_run_is_the_same(
     assert [items(record.item)["update"] for record in second["history"]] == [5, 5, 6]
 
 
-def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    paths = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+def start_run(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(folder), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=folder, env={**os.environ, **paths, **environment}
     )
 
 
-def test_a_network_that_swallows_everything_stops_nothing(tmp_path: Path) -> None:
+def test_silent_network_does_not_delay_training(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         online = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "2"}
-        run = started(tmp_path, "online", "60", "0", **online)
-        said, _ = run.communicate(timeout=90)
+        run = start_run(tmp_path, "online", "60", "0", **online)
+        output, _ = run.communicate(timeout=90)
     assert run.returncode == 0
-    assert float(re.findall(r"took (\S+)", said)[0]) < 1
-    assert "W&B was not reached" in said
-    assert said.count(f"Send it with: wandb sync {sessions(tmp_path)[0].parent}") == 1
-    found = kept(sessions(tmp_path)[0])
+    assert float(re.findall(r"took (\S+)", output)[0]) < 1
+    assert "W&B could not be reached" in output
+    assert output.count(f"Send it with: wandb sync {sessions(tmp_path)[0].parent}") == 1
+    found = records_by_type(sessions(tmp_path)[0])
     assert len(found["history"]) == 200
     assert items(found["run"][0].config.update)["seed"] == 0
     assert len(read_metrics(tmp_path)) == 200
 
 
-def test_a_tracker_that_takes_too_long_is_left_behind(tmp_path: Path) -> None:
+def test_slow_tracker_is_stopped(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         start = time.monotonic()
-        run = started(tmp_path, "online", "1", "0", WANDB_BASE_URL=address, WANDB_API_KEY="a" * 40)
-        said, _ = run.communicate(timeout=30)
+        run = start_run(tmp_path, "online", "1", "0", WANDB_BASE_URL=address, WANDB_API_KEY="a" * 40)
+        output, _ = run.communicate(timeout=30)
         assert time.monotonic() - start < 15
     assert run.returncode == 0
-    assert "warning: wandb did not finish and was left behind. metrics.jsonl has all of the run" in said
+    assert "warning: wandb did not finish and was stopped. All metrics are in metrics.jsonl" in output
     assert len(read_metrics(tmp_path)) == 200
 
 
-def test_the_tracker_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
-    run = started(tmp_path, "offline", "60", "60")
+def test_tracker_of_a_killed_run_ends(tmp_path: Path) -> None:
+    run = start_run(tmp_path, "offline", "60", "60")
     assert run.stdout
     run.stdout.readline()
     deadline = time.monotonic() + 30
@@ -188,27 +186,27 @@ def test_the_tracker_of_a_killed_run_ends_by_itself(tmp_path: Path) -> None:
     run.kill()
     run.wait()
     run.stdout.close()
-    while not (sessions(tmp_path) and "exit" in kept(sessions(tmp_path)[0])) and time.monotonic() < deadline:
+    while not (sessions(tmp_path) and "exit" in records_by_type(sessions(tmp_path)[0])) and time.monotonic() < deadline:
         time.sleep(0.2)
-    found = kept(sessions(tmp_path)[0])
+    found = records_by_type(sessions(tmp_path)[0])
     assert len(found["history"]) == 200
     assert found["exit"][0].exit_code == 1
 
 
-def test_a_tracker_that_fails_is_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_tracker_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
     with open_tracking(TrackingConfig(tracker=Tracker.tensorboard), tmp_path, 0, ABOUT) as track:
         assert track.tracker_process
         track.tracker_process.process.wait(60)
         updates(track, 1, 3)
-    said = capsys.readouterr().out
-    assert said.count("warning: tensorboard failed, and nothing more is sent to it") == 1
-    assert "left behind" not in said
+    output = capsys.readouterr().out
+    assert output.count("warning: tensorboard failed, and nothing more is sent to it") == 1
+    assert "did not finish" not in output
     assert "Traceback" in (tmp_path / TRACKING_LOG).read_text()
     assert len(read_metrics(tmp_path)) == 3
 
 
-def test_tensorboard_is_read_back(tmp_path: Path) -> None:
+def test_tensorboard_files(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = TrackingConfig(tracker=Tracker.tensorboard)
@@ -226,7 +224,7 @@ def test_tensorboard_is_read_back(tmp_path: Path) -> None:
     assert b"revision" in found.Tensors("about/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_without_a_tracker_there_are_files_and_nothing_else(tmp_path: Path) -> None:
+def test_without_a_tracker_only_files_are_written(tmp_path: Path) -> None:
     check_tracker(TrackingConfig())
     with (
         open_tracking(TrackingConfig(), tmp_path, 0, ABOUT) as track,
@@ -243,12 +241,12 @@ def test_without_a_tracker_there_are_files_and_nothing_else(tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-def test_numbers_of_a_row() -> None:
+def test_tracker_values() -> None:
     row = {"kind": "train", "step": 3, "stage": 1, "epoch": 0, "loss": 0.5, "note": "x", "targets": 4}
-    assert numbers(row) == {"train/loss": 0.5, "train/targets": 4, "stage": 1, "epoch": 0}
+    assert tracker_values(row) == {"train/loss": 0.5, "train/targets": 4, "stage": 1, "epoch": 0}
 
 
-def test_a_missing_login_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_login_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -261,12 +259,12 @@ def test_a_missing_login_is_named_before_anything_starts(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
+def test_missing_tracker_package_is_refused(tracker: str) -> None:
     code = (
         "from coconut.config import Tracker, TrackingConfig; from coconut.runs.tracking import check_tracker\n"
         f"check_tracker(TrackingConfig(tracker=Tracker.{tracker}))"
     )
-    bare = {"PYTHONPATH": str(ROOT)}  # and with -S no installed package is found
+    bare = {"PYTHONPATH": str(ROOT)}  # with -S no installed package is found
     done = subprocess.run(
         [sys.executable, "-S", "-P", "-c", code], capture_output=True, text=True, env=bare, check=False
     )
@@ -277,10 +275,10 @@ def test_a_library_that_is_not_installed_is_named(tracker: str) -> None:
     ("wrong", "words"),
     [({"finish_timeout": 0}, "tracking.finish_timeout is 0"), ({"project": "a/b"}, "tracking.project is 'a/b'")],
 )
-def test_wrong_values_are_refused(wrong: dict[str, Any], words: str) -> None:
+def test_invalid_tracking_values_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrackingConfig(**wrong)
 
 
-def test_optional_packages_are_among_the_versions() -> None:
+def test_versions_include_optional_packages() -> None:
     assert {"deepspeed", "wandb", "peft"} <= environment_info()["versions"].keys()

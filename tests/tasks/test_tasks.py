@@ -44,7 +44,7 @@ SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
         ("", [], None),
     ],
 )
-def test_reading(task, text: str, steps: list[str], answer: str | None) -> None:
+def test_read_steps_and_answer(task, text: str, steps: list[str], answer: str | None) -> None:
     assert task.read_steps(text, PromptFormat()) == steps
     assert task.read_answer(text, PromptFormat()) == answer
 
@@ -68,7 +68,7 @@ FORMS = [
     st.lists(st.sampled_from(["a", "2+3=5", "#", "### 4", "#### 4", "Answer:", "The answer is: 3", "so (2)"])),
     st.sampled_from(["5", "-2.5", "1,234", "#5", "b", "3 # 4"]),
 )
-def test_what_is_written_is_read_back(form: PromptFormat, steps: list[str], answer: str) -> None:
+def test_written_text_is_read_back(form: PromptFormat, steps: list[str], answer: str) -> None:
     if form.step_end == " ":
         steps = [step.replace(" ", "") for step in steps]
     if answer[0] == "#" and form.answer.startswith("###{"):
@@ -77,7 +77,7 @@ def test_what_is_written_is_read_back(form: PromptFormat, steps: list[str], answ
     assert (read_steps(text, form), read_answer(text, form)) == (steps, answer)
 
 
-def test_a_line_that_says_nothing_is_no_answer() -> None:
+def test_empty_lines_are_no_answer() -> None:
     assert read_answer("", PromptFormat(answer="{}")) is None
     assert read_answer("a\nb\n", PromptFormat(answer="{}")) == "b"
 
@@ -150,35 +150,35 @@ def test_different_numbers(predicted: str | None, gold: str) -> None:
     st.sampled_from(["{}", "${}", "{} clips", "{}.", " {} ", "{}%", "€ {}"]),
     st.booleans(),
 )
-def test_a_number_is_read_from_any_dress(value: Decimal, dress: str, grouped: bool) -> None:
-    text = dress.format(f"{value:,f}" if grouped else f"{value:f}")
+def test_numbers_are_read_in_any_format(value: Decimal, template: str, grouped: bool) -> None:
+    text = template.format(f"{value:,f}" if grouped else f"{value:f}")
     assert gsm8k.number(text) == Fraction(value)
     assert gsm8k.judge(text, f"{value:f}")
     assert not gsm8k.judge(text, gsm8k.written(Fraction(value) + Fraction("0.001")))
 
 
 @given(st.fractions(), st.integers(0, 20))
-def test_a_written_number_is_read_again(value: Fraction, places: int) -> None:
+def test_formatted_numbers_are_read_back(value: Fraction, places: int) -> None:
     for exact in (value, value.limit_denominator(7) / 10**places):
         text = gsm8k.written(exact)
         assert gsm8k.number(text) == Fraction(text) == exact
 
 
-def read_and_unread() -> tuple[list[tuple[str, str]], list[str]]:
-    """The examples of the table in docs/data.md: texts with the number that they are, and texts that are none."""
+def documented_examples() -> tuple[list[tuple[str, str]], list[str]]:
+    """The examples in the table of docs/data.md: (text, number) pairs, and texts that are not read as numbers."""
     read: list[tuple[str, str]] = []
     unread: list[str] = []
     for row in NUMBERS[NUMBERS.index("| | number | no number |") + 2 :]:
         _, _, numbers, others, _ = row.split("|")
-        told = re.findall(r"`([^`]+)` → (\S+?)(?:,|$)", numbers.strip())
-        assert numbers.count("`") == 2 * len(told), row
-        read += told
+        pairs = re.findall(r"`([^`]+)` → (\S+?)(?:,|$)", numbers.strip())
+        assert numbers.count("`") == 2 * len(pairs), row
+        read += pairs
         unread += re.findall(r"`([^`]+)`", others)
     return read, unread
 
 
-def test_the_table_of_the_docs_holds() -> None:
-    read, unread = read_and_unread()
+def test_number_matches_the_table_in_the_docs() -> None:
+    read, unread = documented_examples()
     assert len(read) > 60
     assert len(unread) > 50
     assert {text: gsm8k.number(text) for text, _ in read} == {text: Fraction(value) for text, value in read}
@@ -192,7 +192,7 @@ def test_the_table_of_the_docs_holds() -> None:
 
 
 def gold_answers() -> list[str]:
-    """Those of the excerpts of GSM8K, and of the whole sets where they lie beside the repository."""
+    """The answers of the GSM8K excerpts, and of the complete sets if they are available in shared/."""
     folders = [DATA, REAL / "gsm8k"]
     files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".jsonl", ".txt")]
     found = [line.rsplit("####", 1)[1].strip(' "}') for file in files for line in file.read_text().splitlines()]
@@ -201,7 +201,7 @@ def gold_answers() -> list[str]:
     return found
 
 
-def test_real_gold_answers_are_right_in_any_dress() -> None:
+def test_real_gold_answers_are_judged_correct() -> None:
     for gold in set(gold_answers()):
         value = Fraction(gold.replace(",", ""))
         assert gsm8k.number(gold) == value
@@ -211,13 +211,13 @@ def test_real_gold_answers_are_right_in_any_dress() -> None:
 
 
 @given(st.text(), st.text())
-def test_judges_never_raise_and_never_take_silence(predicted: str, gold: str) -> None:
+def test_judges_never_raise_and_reject_missing_answers(predicted: str, gold: str) -> None:
     for task in TASKS.values():
         assert isinstance(task.judge(predicted, gold), bool)
         assert not task.judge(None, gold)
 
 
-ALIKE = {
+EQUIVALENT = {
     "gsm8k": [["$18", "18", "18.00", " 18 clips"], ["-18"], ["1,8"], ["eighteen"]],
     "prontoqa": [["True", "true.", " TRUE , since Max is dull"], ["False", "false"], ["True or False"], ["maybe"]],
     "prosqa": [["Tom is a lempus.", "Tom  is a lempus"], ["Tom is a scrompus."], ["5", " 5 ."]],
@@ -226,8 +226,8 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_what_is_judged_alike_has_one_key(name: str) -> None:
-    task, kinds = TASKS[name], ALIKE[name]
+def test_answers_have_equal_keys_iff_judged_equal(name: str) -> None:
+    task, kinds = TASKS[name], EQUIVALENT[name]
     for one, other in product(range(len(kinds)), repeat=2):
         for a, b in product(kinds[one], kinds[other]):
             assert (task.key(a) == task.key(b)) == (one == other)
@@ -307,7 +307,7 @@ def test_graph_of_symbols(question: str) -> None:
         (QUESTION.replace("Every terpus is a", "All terpuses are"), "Not every sentence"),
     ],
 )
-def test_other_questions_are_refused(question: str, complaint: str) -> None:
+def test_malformed_prosqa_questions_are_refused(question: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         prosqa.graph(question)
 
@@ -329,8 +329,8 @@ def test_read_target() -> None:
     assert prosqa.read_target("Tom is") is None
 
 
-def test_released_question(datadir) -> None:
-    for row in json.loads((datadir / "prosqa_released.json").read_text()):
+def test_released_questions_have_the_stated_graph() -> None:
+    for row in json.loads((DATA / "prosqa_released.json").read_text()):
         graph = prosqa.graph(row["question"])
         names = row["idx_to_symbol"]
         root, target, other = (names[row[key]] for key in ("root", "target", "neg_target"))
@@ -341,18 +341,13 @@ def test_released_question(datadir) -> None:
         assert row["answer"] in (prosqa.candidates(row["question"]) or [])
 
 
-@pytest.fixture
-def datadir(request):
-    return request.path.parent / "data"
-
-
 # --- pointers ---------------------------------------------------------------------------------------
 
 
-def test_pointers_are_followed() -> None:
-    asked = pointers.parse_question("3 7 | 7 1 | 1 3 ? from 3 go 2")
-    assert asked == ({"3": "7", "7": "1", "1": "3"}, 2, "3")
-    assert pointers.walk(asked) == ["7", "1"]
+def test_pointers_task() -> None:
+    question = pointers.parse_question("3 7 | 7 1 | 1 3 ? from 3 go 2")
+    assert question == ({"3": "7", "7": "1", "1": "3"}, 2, "3")
+    assert pointers.walk(question) == ["7", "1"]
     assert pointers.candidates("3 7 | 7 1 | 1 3 ? from 3 go 2") == ["7", "1", "3"]
     assert pointers.candidates("anything else") is None
     for steps, wrong in ((["7", "1"], None), (["7"], None), (["1", "1"], 0), (["7", "3"], 1), (["7", "1", "3"], 2)):
@@ -371,6 +366,6 @@ def test_pointers_are_followed() -> None:
         ("3 7 ? from 3 go 2", "7 points nowhere"),
     ],
 )
-def test_what_is_no_question_of_pointers(question: str, message: str) -> None:
+def test_malformed_pointer_questions_are_refused(question: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pointers.walk(pointers.parse_question(question))

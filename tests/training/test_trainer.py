@@ -30,10 +30,10 @@ from coconut.config import (
     OptimizerConfig,
     Reset,
     Resume,
-    Task,
+    TaskName,
     TooLong,
     TrainConfig,
-    locate,
+    make_paths_absolute,
 )
 from coconut.data.datasets import data_files
 from coconut.data.examples import read_examples
@@ -275,7 +275,7 @@ def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, 
     with pytest.raises(ValueError, match=r"resume=never"):
         run(settings(data, finished, resume=Resume.never))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with pytest.raises(ValueError, match="is not empty and is not a run"):
         run(settings(data, tmp_path))
 
 
@@ -302,7 +302,7 @@ def test_a_run_goes_on_with_less_memory(
             {"curriculum": replace(CURRICULUM, total_length=20)},
             "curriculum.total_length: 14 there, 20 asked for\n.*its plan",
         ),
-        ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: what validation measures"),
+        ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: validation chooses"),
         ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert run(as_config(read_json(folder / "config.json"), folder)) == 0
     said = capsys.readouterr().err
     assert "model.safetensors has 1,000 of" in said
-    assert "the checksum of trainer.pt does not hold" in said
+    assert "the checksum of trainer.pt does not match" in said
     assert "manifest.json cannot be read" in said
     assert read_json(folder / "run.json")["sessions"][-1]["from_update"] == 4
     same_end(folder, finished)
@@ -375,7 +375,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written" in done.stderr
-    assert "The checkpoint of update 7 is whole" in done.stderr
+    assert "The checkpoint of update 7 is intact" in done.stderr
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007"]
     assert run(config) == 0
     same_end(folder, finished)
@@ -674,7 +674,7 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
 
     def asked(folder: str, up: str) -> list[dict[str, Any]]:
         monkeypatch.chdir(tmp_path / folder)
-        data = DataConfig(task=Task.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
+        data = DataConfig(task=TaskName.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
         model = ModelConfig(base=f"{up}m", tokenizer="words")
         dense = ProcessRewardConfig(weight=1, init=f"{up}m")
         found = [
@@ -682,7 +682,7 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
             RLConfig(init="owner/name", process_reward=dense, data=data, objective=ObjectiveConfig("dr_grpo")),
         ]
         for config in found:
-            locate(config)
+            make_paths_absolute(config)
         return [asdict(config) for config in found]
 
     begun, rl = asked("a", "")

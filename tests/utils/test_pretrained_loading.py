@@ -1,4 +1,4 @@
-"""Code that a model's folder brings along is run only if it is asked for; a hub that does not answer is asked once."""
+"""Loading pretrained models: code in a model folder needs an opt-in, and an unreachable hub is reported at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.utils.files import read_json, write_json
-from coconut.utils.pretrained import explain_load_errors, load_pretrained, out_of_reach, resolve_local_path
+from coconut.utils.pretrained import explain_load_errors, hub_unreachable, load_pretrained, resolve_local_path
 
 CODE = """
 from pathlib import Path
@@ -34,8 +34,8 @@ class OddModel(GPT2LMHeadModel):
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> tuple[Path, Path]:
-    """The folder of a LatentLM whose model is of a class of its own, and what its code leaves behind when it runs."""
+def custom_model(tmp_path: Path) -> tuple[Path, Path]:
+    """The folder of a LatentLM with a custom model class, and a file that its code creates when it runs."""
     folder, trace = tmp_path / "odd", tmp_path / "it_ran"
     build("gpt2").save_pretrained(folder)
     auto = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
@@ -45,17 +45,19 @@ def odd(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("kind", [AutoConfig, AutoModelForCausalLM])
-def test_it_is_not_run_unasked(odd: tuple[Path, Path], kind: type) -> None:
-    folder, trace = odd
-    with pytest.raises(ValueError, match=r"odd needs code that it brings along.* COCONUT_REMOTE_CODE=1"):
+def test_remote_code_requires_opt_in(custom_model: tuple[Path, Path], kind: type) -> None:
+    folder, trace = custom_model
+    with pytest.raises(ValueError, match=r"odd needs its own code.* COCONUT_REMOTE_CODE=1"):
         load_pretrained(kind, folder)
     with pytest.raises(ValueError, match="COCONUT_REMOTE_CODE=1"):
         LatentLM.from_pretrained(folder)
     assert not trace.exists()
 
 
-def test_it_is_run_when_asked_for(odd: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder, trace = odd
+def test_remote_code_runs_after_opt_in(
+    custom_model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, trace = custom_model
     monkeypatch.setenv("COCONUT_REMOTE_CODE", "1")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     assert type(LatentLM.from_pretrained(folder).base).__name__ == "OddModel"
@@ -63,13 +65,13 @@ def test_it_is_run_when_asked_for(odd: tuple[Path, Path], monkeypatch: pytest.Mo
     assert os.listdir(tmp_path / "modules")
 
 
-class Busy(BaseHTTPRequestHandler):
-    """A hub that answers with an error, and as often as it is asked counts."""
+class BusyHub(BaseHTTPRequestHandler):
+    """A hub that answers every request with 503 and counts the requests."""
 
-    asked = 0
+    num_requests = 0
 
     def do_HEAD(self) -> None:
-        type(self).asked += 1
+        type(self).num_requests += 1
         self.send_response(503)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -86,7 +88,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.usefixtures("online")
-def test_a_hub_that_does_not_answer_is_told_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_hub_is_reported_without_retries(capfd: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     with (
         pytest.raises(
@@ -95,14 +97,14 @@ def test_a_hub_that_does_not_answer_is_told_at_once(capfd: pytest.CaptureFixture
         explain_load_errors("one/model", "base"),
     ):
         load_pretrained(AutoConfig, "one/model")
-    with pytest.raises(FileNotFoundError, match=r"one/model is no folder here.*9 does not answer"):
+    with pytest.raises(FileNotFoundError, match=r"one/model is not a local folder.*9 does not answer"):
         resolve_local_path("one/model")
     assert time.monotonic() - began < 8, "the library's retries take 23 seconds for each file"
     assert "Retry" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.usefixtures("online")
-def test_a_copy_in_the_cache_needs_no_hub(tmp_path: Path, online: pytest.MonkeyPatch) -> None:
+def test_cached_models_load_without_the_hub(tmp_path: Path, online: pytest.MonkeyPatch) -> None:
     cached = tmp_path / "models--one--model"
     build("gpt2").save_pretrained(cached / "snapshots" / "1")
     (cached / "refs").mkdir()
@@ -112,14 +114,14 @@ def test_a_copy_in_the_cache_needs_no_hub(tmp_path: Path, online: pytest.MonkeyP
     assert resolve_local_path("one/model") == cached / "snapshots" / "1"
 
 
-def test_a_hub_is_there_whatever_it_answers(online: pytest.MonkeyPatch) -> None:
-    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+def test_hub_counts_as_reachable_after_any_answer(online: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BusyHub) as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         online.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         try:
-            assert [out_of_reach(), out_of_reach()] == ["", ""]
+            assert [hub_unreachable(), hub_unreachable()] == ["", ""]
         finally:
             server.shutdown()
-    assert Busy.asked == 1
+    assert BusyHub.num_requests == 1
     online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert out_of_reach() == "HF_HUB_OFFLINE is set"
+    assert hub_unreachable() == "HF_HUB_OFFLINE is set"
