@@ -1,8 +1,8 @@
 """How long the full data sets take to make: python -m benchmarks.builders [times]
 
-ProsQA: 17,886 + 300 + 500 rows. ProntoQA: 9,000 + 200 + 800 rows; its published generator, the baseline,
-is said to take about 15 minutes for as many (not measured here). Each command runs in a fresh process,
-start and writing included, in turn; the median and the extent are printed.
+ProsQA: 17,886 + 300 + 500 rows. ProntoQA: 9,000 + 200 + 800 rows; its published generator, the baseline, is reported
+to take about 15 minutes for as many (not measured here). The commands run in turn, each in a new process, start-up and
+writing included. The median and the range are printed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     times = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    times_of: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(times):
         for name, command in COMMANDS.items():
-            taken[name].append(seconds(command))
+            times_of[name].append(seconds(command))
     print(f"{os.cpu_count()} cores, {times} times each")
-    for name, values in taken.items():
+    for name, values in times_of.items():
         print(f"{name:40} {statistics.median(values):6.1f} s  ({min(values):.1f} to {max(values):.1f})")
 
 

@@ -1,7 +1,7 @@
-"""How well the dials of the random graphs fit released rows: python -m benchmarks.prosqa_fit FILE [rows]
+"""How well the parameters of the random graphs fit released rows: python -m benchmarks.prosqa_fit FILE [rows]
 
-For each setting as many rows are drawn, twice, and all statistics of the released ones are compared in one
-number, Hotelling's T squared. If two sets are drawn alike it is about the number of statistics, which is
+For each setting rows are drawn twice, and all their statistics are compared with those of the released rows in one
+number, Hotelling's T squared. For two samples of one distribution it is about the number of statistics, which is
 printed first. The table of docs/data.md comes from here.
 """
 
@@ -28,7 +28,7 @@ LEFT_OUT = ("names of persons", "names of concepts", "persons are the nodes with
 
 
 def vector(measures: Measures, names: list[str]) -> list[float]:
-    """One row's statistics as numbers: shares of texts, means of lists, how often a list has each text."""
+    """One row's statistics as numbers: shares of texts, means of lists, counts of texts in lists."""
     values: dict[str, float] = {}
     for name, value in measures.items():
         if isinstance(value, str):
@@ -44,7 +44,7 @@ def vector(measures: Measures, names: list[str]) -> list[float]:
 
 
 def statistics(rows: list[Measures]) -> list[str]:
-    """Those that vary, without those that others of the same kind give away, and without rare ones."""
+    """Names of the statistics to compare: no rare ones, and one less of each group of shares, which sum to one."""
     seen: dict[str, int] = {}
     for row in rows:
         for name, value in row.items():
@@ -72,12 +72,12 @@ def main() -> None:
     print(f"{len(names)} statistics of {len(released)} released rows, {count} rows made for each setting, twice")
     for setting in SETTINGS:
         make = recipe(ProsqaBuild(**setting))  # type: ignore[arg-type]
-        found = []
+        fits = []
         for seed in (1, 2):
             drawn = (make.draw(random.Random(f"{seed} {place}"), lambda key: True) for place in range(count))
-            found.append(t_squared(np.array([vector(measure(one[0]), names) for one in drawn if one]), there))
-        said = ", ".join(f"{key}={value}" for key, value in setting.items()) or "the default"
-        print(f"{said:45} {found[0]:8.1f} {found[1]:8.1f}", flush=True)
+            fits.append(t_squared(np.array([vector(measure(one[0]), names) for one in drawn if one]), there))
+        text = ", ".join(f"{key}={value}" for key, value in setting.items()) or "the default"
+        print(f"{text:45} {fits[0]:8.1f} {fits[1]:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

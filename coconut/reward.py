@@ -48,6 +48,7 @@ def compare(config: CompareConfig) -> int:
     [init] = inits
     device = set_up_device(config.engine)
     reference = in_float32(LatentLM.from_pretrained(init)).to(device)
+    reference.acceleration.mechanisms = config.engine.mechanisms
     task = TASKS[_task(init)]
     judge = CorrectnessReward(task, reference.reasoning.format)
     skip = config.too_long is TooLong.skip

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coconut.acceleration.linear import onednn_linear
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import SpecialIds, encode_questions
 from coconut.generation.options import PASSTHROUGH, settings
@@ -397,7 +396,7 @@ def _decode(
     base: Any = lm.base
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        with onednn_linear(base, base.get_input_embeddings().weight):
+        with lm.acceleration.decoding():
             sequences = base.generate(
                 input_ids=prompt_BT,
                 attention_mask=is_token_BT.long(),

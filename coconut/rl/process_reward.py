@@ -99,7 +99,7 @@ class OnlineProcessReward:
         self.lm = LatentLM.from_pretrained(standing.world.on_main_process(lambda: self._model(init)))
         if not self.resume_from:
             in_float32(self.lm)
-        self.lm.eval()
+        self.lm.eval().acceleration.mechanisms = config.engine.mechanisms
         if self.lm.special != policy.special or self.lm.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(
                 f"process_reward.init={config.process_reward.init} has other tokens than the policy, whose answers "

@@ -48,7 +48,8 @@ def in_float32(lm: LatentLM) -> LatentLM:
 
 
 def match_dtypes(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
-    """The reference, on the device, with every weight in the type that `lm` has it in: equals give equal numbers."""
+    """The reference on the device, with the dtypes and the acceleration of `lm`: equal models give equal numbers."""
+    reference.acceleration.mechanisms = lm.acceleration.mechanisms
     for weight, its in zip(reference.parameters(), lm.parameters(), strict=True):
         weight.data = weight.data.to(its.dtype)
     return reference.to(device).eval()
@@ -76,7 +77,7 @@ def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: Worl
     path = world.on_main_process(lambda: Checkpoints(run).find(checkpoint))
     device = set_up_device(engine, world)
     lm = LatentLM.from_pretrained(path, config["model"]["attention"] if "model" in config else None)
-    lm.to(device)
+    lm.to(device).acceleration.mechanisms = engine.mechanisms
     return LoadedRun(lm.eval(), config, load_state(path)["step"])
 
 
@@ -88,6 +89,7 @@ def load_model(place: str, checkpoint: str, engine: EngineConfig, world: World |
     if Path(place).exists() and not Path(place, REASONING_FILE).is_file():
         return load_run(place, checkpoint, engine, world).lm
     lm = LatentLM.from_pretrained(place)
+    lm.acceleration.mechanisms = engine.mechanisms
     return lm.to(set_up_device(engine, world)).eval()
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.memory import Living, Shape, activations, states
 from coconut import LatentLM
+from coconut.acceleration.facade import Acceleration
 
 FUSED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -31,7 +32,7 @@ def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tup
     """Loss and gradients with activations kept, and recomputed."""
     found = []
     lm.train(training)
-    for lm.activation_checkpointing in (False, True):
+    for lm.acceleration.activation_checkpointing in (False, True):
         lm.zero_grad()
         torch.manual_seed(0)
         loss = lm(**batch).loss
@@ -65,7 +66,7 @@ def test_without_dropout_layers_run_twice_too(
     monkeypatch.setattr(layer, "forward", counted)
     (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options}, training=False)
     assert calls[0] % 3 == 0
-    lm.activation_checkpointing = False
+    lm.acceleration.activation_checkpointing = False
     before, _ = calls[0], lm(**mixed_batch(lm), **options)
     assert 3 * (calls[0] - before) == before, "once where activations are kept, twice where they are recomputed"
     torch.testing.assert_close(again, kept, rtol=1e-9, atol=0)
@@ -136,10 +137,10 @@ def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pyt
         lm = of_shape(one, monkeypatch)
         ids[:, 40:44] = lm.latent_id
         batch = {"input_ids": ids, "labels": torch.where(torch.arange(60) > 55, ids, -100)}
-        for lm.activation_checkpointing in (False, True):
+        for lm.acceleration.activation_checkpointing in (False, True):
             after, left = held(lm, batch)
             assert left < after / 20, "nothing holds the graph of a forward pass without a backward one"
-            found[one.layers, lm.activation_checkpointing] = after
+            found[one.layers, lm.acceleration.activation_checkpointing] = after
     for again in (False, True):
         computed = [activations(one, 4, widths, 4, again) for one in shapes]
         assert found[4, again] - found[2, again] == pytest.approx(computed[1] - computed[0], rel=0.03)
@@ -148,14 +149,14 @@ def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pyt
 
 def test_only_what_is_gone_back_through_is_recomputed() -> None:
     lm = build("llama", torch.float32)
-    lm.activation_checkpointing = True
+    lm.acceleration.activation_checkpointing = True
     passed = torch.zeros(1, 3, 32), torch.ones(1, 3), torch.arange(3)[None]
     with pytest.raises(ValueError, match=r"DynamicCache.*new_cache"):
         lm.hidden_states(*passed, DynamicCache(config=lm.base.config))
     with torch.no_grad():
         lm.hidden_states(*passed, DynamicCache(config=lm.base.config))
     assert not any("forward" in vars(module) for module in lm.base.modules()), "nothing of it stays on the layers"
-    assert deepcopy(lm).activation_checkpointing
+    assert deepcopy(lm).acceleration.activation_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -167,11 +168,11 @@ def test_only_what_is_gone_back_through_is_recomputed() -> None:
     ],
 )  # fmt: skip
 def test_a_model_whose_layers_cannot_is_refused(family: str, sizes: dict[str, Any], message: str) -> None:
-    lm = build("gpt2", torch.float32)
-    lm.base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
+    acceleration = Acceleration(base, is_tested=False)
     with pytest.raises(ValueError, match=rf"{message}.*activation_checkpointing=false"):
-        lm.activation_checkpointing = True
-    assert not lm.activation_checkpointing
+        acceleration.activation_checkpointing = True
+    assert not acceleration.activation_checkpointing
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -10,11 +10,12 @@ from helpers.models import build, gradients, in_graph, mixed_batch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.pieces import kept, queries_in_views
+from benchmarks.ablations import saved_megabytes
 from coconut import LatentLM
-from coconut.acceleration.attention import _OneQuery, attend_to_self_mask, patched_sdpa
+from coconut.acceleration.attention import _OneQuery, patched_sdpa
+from coconut.config import MECHANISMS
 from coconut.data.batching import Batch
-from coconut.models import latent_lm as model
+from coconut.models.masks import attend_to_self_mask
 
 MASKS = {
     "none": None,
@@ -100,16 +101,17 @@ def test_a_model_takes_it_for_its_thoughts() -> None:
 
 
 def test_keys_and_values_are_kept_once() -> None:
-    """GPT-2 makes them in one product with the queries. What one pass alone keeps is as it was."""
+    """GPT-2 computes them in one product with the queries. A single pass saves as much as without the copy."""
     lm = build("gpt2", torch.float32)
     found = {}
     for thoughts in (0, 2):
         row = torch.randint(3, 35, (3, 24))
         row[:, 16 : 16 + thoughts] = lm.latent_id
         batch = Batch(row, torch.ones_like(row), row)
-        with queries_in_views(lm):
-            before = kept(lm, batch)
-        found[thoughts] = before - kept(lm, batch)
+        lm.acceleration.mechanisms = frozenset(MECHANISMS) - {"attention"}
+        without = saved_megabytes(lm, batch)
+        lm.acceleration.mechanisms = frozenset(MECHANISMS)
+        found[thoughts] = without - saved_megabytes(lm, batch)
     columns, layers, width = 16 + 24 - 17, 2, lm.base.config.hidden_size  # all but the thought between two passes
     assert found == pytest.approx({0: 0, 2: 3 * columns * layers * 2 * width * 4 / 1e6})
 
@@ -132,5 +134,5 @@ def test_with_sight_nothing_changes(family: str, monkeypatch: pytest.MonkeyPatch
         return gradients(lm) | {"loss": loss.detach()}
 
     before = done(lm)
-    monkeypatch.setattr(model, "has_fully_masked_query", lambda *_: True)
+    monkeypatch.setattr("coconut.models.masks.has_fully_masked_query", lambda *_: True)
     torch.testing.assert_close(done(lm), before, rtol=1e-9, atol=1e-12)

@@ -15,9 +15,9 @@ from helpers.runs import graph_files, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.ways import Size, make_batch, make_data, make_model
+from benchmarks.baselines import Size, make_batch, make_data, make_model
 from coconut import LatentLM
-from coconut.acceleration.cuda_graphs import bucket_down, bucket_up, detached_leaf_parameters
+from coconut.acceleration.cuda_graphs import CudaGraphs, detached_leaf_parameters
 from coconut.config import AdamWConfig, EngineConfig, EngineKind
 from coconut.data.batching import Batch
 from coconut.engine.base import set_up_device
@@ -25,6 +25,7 @@ from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.models import latent_lm as model
+from coconut.models.passes import bucket_down, bucket_up
 from coconut.runs.description import read_metrics
 from coconut.training.trainer import run, summed_loss
 
@@ -59,11 +60,11 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
 def test_without_a_gpu_they_do_nothing(family: str) -> None:
     lm = build(family).train()
     before = lm(**mixed_batch(lm)).loss_sum
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     assert torch.equal(lm(**mixed_batch(lm)).loss_sum, before)
-    assert lm.cuda_graphs
-    assert lm._graphs is not None
-    assert lm._graphs.captured == 0
+    assert lm.acceleration.cuda_graphs
+    assert lm.acceleration._graphs is not None
+    assert lm.acceleration._graphs.captured == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -71,10 +72,10 @@ def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
     lm = LatentLM.from_base(base_of(family), new_tokenizer())
     if "experts" in family.special or "window" in family.special:
         with pytest.raises(ValueError, match="cannot be CUDA graphs"):
-            lm.cuda_graphs = True
-        assert not lm.cuda_graphs
+            lm.acceleration.cuda_graphs = True
+        assert not lm.acceleration.cuda_graphs
     else:
-        lm.cuda_graphs = True
+        lm.acceleration.cuda_graphs = True
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_fresh_leaves_are_the_same_weights(family: str) -> None:
     lm = build(family)
     before = dict(lm.base.named_parameters())
     batch = mixed_batch(lm)
-    weights = lm._trained_in_passes()
+    weights = CudaGraphs(lm.base)._trained_weights()
     loss = lm(**batch).loss_sum
     expected = torch.autograd.grad(loss, weights)
     with detached_leaf_parameters(lm.base, weights) as leaves:
@@ -117,11 +118,11 @@ def test_fresh_leaves_are_the_same_weights(family: str) -> None:
 
 def test_a_copy_records_for_itself(family: str) -> None:
     lm = build(family)
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     other = deepcopy(lm)
-    assert other._graphs is not None
-    assert other._graphs is not lm._graphs
-    assert other._graphs._model is other.base
+    assert other.acceleration._graphs is not None
+    assert other.acceleration._graphs is not lm.acceleration._graphs
+    assert other.acceleration._graphs._model is other.base
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------
@@ -145,8 +146,8 @@ def done(lm: LatentLM, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def recorded(lm: LatentLM) -> int:
-    assert lm._graphs is not None
-    return lm._graphs.captured
+    assert lm.acceleration._graphs is not None
+    return lm.acceleration._graphs.captured
 
 
 @needs_gpu
@@ -154,7 +155,7 @@ def test_replays_are_the_passes(family: str) -> None:
     lm = build(family).cuda().train()
     batches = [on_gpu(lm, seed) for seed in range(4)]
     expected = [done(lm, batch) for batch in batches]
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     found = [done(lm, batch) for batch in batches]
     assert recorded(lm) == 1, "at the second batch; the third and fourth are replays alone"
     for ours, theirs in zip(found, expected, strict=True):
@@ -166,7 +167,7 @@ def test_replays_are_the_passes(family: str) -> None:
 @needs_gpu
 def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: str) -> None:
     lm = build(family).cuda().train()
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     batch = on_gpu(lm)
     for _ in range(3):
         done(lm, batch)
@@ -176,7 +177,7 @@ def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: s
     ours = done(lm, batch)
     assert recorded(lm) == 1
     plain = deepcopy(lm)
-    plain.cuda_graphs = False
+    plain.acceleration.cuda_graphs = False
     assert relative(ours, done(plain, batch)) < 1e-8
     for weight in lm.parameters():
         weight.data = weight.data * 1.1
@@ -194,7 +195,7 @@ def test_gradients_add_up_and_passes_out_of_turn_are_run(family: str) -> None:
     one, other = on_gpu(lm, 0), on_gpu(lm, 1)
     a, b = done(lm, one), done(lm, other)
     both = {name: a[name] + b[name] for name in a if name != "loss"}
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     for _ in range(3):
         done(lm, one)
     lm.zero_grad()
@@ -220,7 +221,7 @@ def test_dropout_draws_anew_and_from_the_generator() -> None:
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     batch = on_gpu(lm)
     for _ in range(3):
         done(lm, batch)
@@ -237,7 +238,7 @@ def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None
     losses = {}
     for graphs in (False, True):
         lm = build(family, torch.float32).train()
-        lm.cuda_graphs = graphs
+        lm.acceleration.cuda_graphs = graphs
         config = EngineConfig(device="cuda", precision=precision)  # pyright: ignore[reportArgumentType]
         engine = LocalEngine(lm, summed_loss, config, AdamWConfig(lr=1e-3, max_grad_norm=1.0))
         batches = [Batch(**{key: value.cpu() for key, value in on_gpu(lm, seed).items()}) for seed in range(8)]
@@ -250,7 +251,7 @@ def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None
 def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
     """With heads of 64 in bfloat16, for which torch has kernels of its own on Hopper."""
     lm = make_model(Size(2, 128, 2, 4)).cuda().train()
-    lm.cuda_graphs = graphs
+    lm.acceleration.cuda_graphs = graphs
     batch = make_batch(lm, make_data(64), 3, 4).to("cuda")
     assert not batch.attention_mask[:, 0].all()
     whole = summed_loss(lm, batch).detach()

@@ -12,9 +12,9 @@ from helpers.family_table import FAMILIES, base_of
 from helpers.models import build, gradients, mixed_batch, padded
 
 from coconut import LatentLM
-from coconut.acceleration import final_layer as unread
+from coconut.acceleration import final_layer
 from coconut.acceleration.final_layer import FinalLayer
-from coconut.config import LoraConfig
+from coconut.config import MECHANISMS, LoraConfig
 
 INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_proj",
           "qwen3": "model.layers.1.mlp.gate_proj"}  # fmt: skip
@@ -42,12 +42,12 @@ def answered(lm: LatentLM) -> dict[str, Any]:
 
 
 def of_all(lm: LatentLM, work: Callable[[], Any]) -> Any:
-    """The same with every state made whole."""
-    part, lm._last_layer = lm._last_layer, None
+    """The same with all work of the last layer at every position."""
+    lm.acceleration.mechanisms = frozenset(MECHANISMS) - {"final_layer"}
     try:
         return work()
     finally:
-        lm._last_layer = part
+        lm.acceleration.mechanisms = frozenset(MECHANISMS)
 
 
 @pytest.mark.parametrize("make", [mixed_batch, answered])
@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_those_of_all_columns(family: str, how: str, ma
     if how == "LoRA":
         lm.add_lora(LoraConfig(rank=2), "somewhere")
         lm.double()
-    lm.activation_checkpointing = how == "recomputed"
+    lm.acceleration.activation_checkpointing = how == "recomputed"
     batch = {**make(lm), "use_cache": how != "not cached"}
 
     def done() -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def test_of_a_question_one_column_is_read(family: str) -> None:
     with widths(lm, family) as found:
         loss = lm(**batch).loss
         assert found == [1, 1, 4], "the prefix of 5 columns, a thought, the last thought and up to three words"
-        lm.activation_checkpointing = True
+        lm.acceleration.activation_checkpointing = True
         lm(**batch).loss.backward()
         assert found == [1, 1, 4, 1, 1, 4, 4, 1, 1], "and as many when the layer runs again"
         del found[:]
@@ -110,8 +110,9 @@ def test_an_answer_reads_the_end_of_its_prompt(family: str) -> None:
 
 def test_afterwards_the_layer_is_as_it_was(family: str) -> None:
     lm = build(family)
-    assert lm._last_layer
-    parts: list[Any] = [lm.base.get_submodule(name) for name in (*lm._last_layer.by_column, *lm._last_layer.attention)]
+    assert lm.acceleration._final_layer
+    names = (*lm.acceleration._final_layer.positionwise, *lm.acceleration._final_layer.attention)
+    parts: list[Any] = [lm.base.get_submodule(name) for name in names]
     assert len(parts) == 3, "attention, its output, and the feed-forward part"
     lm(**answered(lm))
     assert not any("forward" in vars(part) for part in parts)
@@ -125,13 +126,13 @@ def test_afterwards_the_layer_is_as_it_was(family: str) -> None:
 def test_attention_is_asked_for_what_is_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build(family).train()
     asked: list[tuple[int, int]] = []
-    of_later = unread._of_later_queries
+    of_later = final_layer._attend_later_queries
 
     def noted(columns: int, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         asked.append((query.shape[-2] - columns, key.shape[-2]))
         return of_later(columns, query, key, *args, **kwargs)
 
-    monkeypatch.setattr(unread, "_of_later_queries", noted)
+    monkeypatch.setattr(final_layer, "_attend_later_queries", noted)
     lm(**answered(lm))
     assert asked == [(1, 5)], "of five columns before the first thought; what follows is read"
     del asked[:]
@@ -147,7 +148,7 @@ def test_later_queries_get_what_all_of_them_would(causal: bool, columns: int, ke
     query, key, value = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (7, keys, keys))
     mask = None if causal else torch.randn(2, 1, 7, keys, dtype=torch.float64)
     whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-    found = unread._of_later_queries(columns, query, key, value, mask, is_causal=causal)
+    found = final_layer._attend_later_queries(columns, query, key, value, mask, is_causal=causal)
     torch.testing.assert_close(found[..., columns:, :], whole[..., columns:, :])
     assert found.shape == whole.shape
     assert not found[..., :columns, :].any()
@@ -158,4 +159,4 @@ def test_experts_and_what_is_in_the_layer_itself_are_left_alone(family: Any) -> 
     whole = family.model_type in ("opt", "mixtral", "qwen3_moe")
     last = FinalLayer.of(base_of(family))
     assert len(last.attention) == 1
-    assert len(last.by_column) == (1 if whole else 2)
+    assert len(last.positionwise) == (1 if whole else 2)

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from coconut import LatentLM
 from coconut.acceleration import linear
-from coconut.acceleration.linear import _Product, onednn_linear, sparse_embedding_gradient
+from coconut.acceleration.linear import _Linear, onednn_linear, sparse_embedding_gradient
+from coconut.config import MECHANISMS
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def test_equals_the_plain_path(family: str) -> None:
     plain = gradients(lm)
     lm.zero_grad()
     loss = lm(**batch).loss
-    assert in_graph(loss, _Product) > 0
+    assert in_graph(loss, _Linear) > 0
     loss.backward()
     assert relative(gradients(lm), plain) < 1e-9
     linear = [module for module in lm.base.modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -53,11 +54,11 @@ def test_onednn_makes_the_products_of_the_layer(kind: Any, rows: int, bias: bool
     torch.manual_seed(0)
     layer: Any = Conv1D(48, 80) if kind is Conv1D else nn.Linear(80, 48, bias)
     found = []
-    for way in (onednn_linear, lambda layer, given: nullcontext()):
+    for context in (onednn_linear, lambda layer, inputs: nullcontext()):
         given = torch.randn(2, rows, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        with way(layer, given):
+        with context(layer, given):
             made = layer(given)
-        assert in_graph(made, _Product) == (way is onednn_linear)
+        assert in_graph(made, _Linear) == (context is onednn_linear)
         made.square().sum().backward()
         weights = {name: weight.grad for name, weight in layer.named_parameters()}
         found.append({"made": made.detach(), "given": given.grad, **weights})
@@ -72,20 +73,19 @@ def test_which_passes_onednn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("gpt2", torch.float32)
     ids = torch.tensor([[3, 4, 5, 6]])
     products = 4 * lm.base.config.n_layer + 1
-    assert in_graph(lm(ids, labels=ids).loss, _Product) == products, "in float32 on a CPU"
+    assert in_graph(lm(ids, labels=ids).loss, _Linear) == products, "in float32 on a CPU"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not in_graph(lm(ids, labels=ids).loss, _Product)
+        assert not in_graph(lm(ids, labels=ids).loss, _Linear)
     monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", 2**40)
-    assert not in_graph(lm(ids, labels=ids).loss, _Product), "where weights are large"
+    assert not in_graph(lm(ids, labels=ids).loss, _Linear), "where weights are large"
 
 
-def test_a_model_in_float32_is_the_same_without_onednn(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_float32_is_the_same_without_onednn(family: str) -> None:
     lm = build(family, torch.float32)
     batch = mixed_batch(lm)
     found = []
-    for onednn in (True, False):
-        if not onednn:
-            monkeypatch.setattr("coconut.acceleration.linear._by_onednn", lambda given: False)
+    for mechanisms in (frozenset(MECHANISMS), frozenset(MECHANISMS) - {"onednn"}):
+        lm.acceleration.mechanisms = mechanisms
         lm.zero_grad()
         lm(**batch).loss.backward()
         answers = lm.generate(batch["input_ids"][:, :2].clamp(max=20), num_thoughts=2, max_new_tokens=4)
@@ -108,16 +108,16 @@ def test_weights_that_are_not_trained_keep_nothing() -> None:
     assert relative(some, {name: whole[name] for name in some}) < 1e-6
 
 
-def test_words_are_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_tokens_use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("gpt2", torch.float32)
     made: list[int] = []
 
-    def counted(given: Tensor, *rest: Any) -> Tensor:
-        made.append(len(given))
-        return product(given, *rest)
+    def counted(inputs: Tensor, *rest: Any, **options: Any) -> Tensor:
+        made.append(len(inputs))
+        return product(inputs, *rest, **options)
 
-    product = linear._product
-    monkeypatch.setattr(linear, "_product", counted)
+    product = linear.matmul
+    monkeypatch.setattr(linear, "matmul", counted)
     numbers = []
     for words in (1, 4):
         made.clear()
@@ -152,7 +152,7 @@ def test_layers_that_are_run_again(family: str) -> None:
     batch = mixed_batch(lm)
     lm(**batch).loss.backward()
     kept = gradients(lm)
-    lm.activation_checkpointing = True
+    lm.acceleration.activation_checkpointing = True
     loss = lm(**batch).loss
     for _ in range(2):
         lm.zero_grad()
@@ -196,15 +196,15 @@ def test_only_where_there_are_several_passes_and_gradients() -> None:
     batch = mixed_batch(lm)
     words = {key: value[:, :3] for key, value in batch.items()}
     words["input_ids"] = words["input_ids"].clamp(max=20)
-    assert not in_graph(lm(**words).loss, _Product)
+    assert not in_graph(lm(**words).loss, _Linear)
     with torch.no_grad():
         assert lm(**batch).loss.grad_fn is None
     for name, weight in lm.named_parameters():
         weight.requires_grad = "c_fc" in name
-    frozen = in_graph(lm(**batch).loss, _Product)
+    frozen = in_graph(lm(**batch).loss, _Linear)
     for weight in lm.parameters():
         weight.requires_grad = True
-    assert 0 < frozen < in_graph(lm(**batch).loss, _Product)
+    assert 0 < frozen < in_graph(lm(**batch).loss, _Linear)
 
 
 def test_in_bfloat16_it_is_as_close_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
