@@ -40,26 +40,25 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def compute_dtype(given: Tensor) -> torch.dtype:
-    """The type that products of it are made in: autocast's, or its own."""
-    kind = given.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of matrix products of the tensor: autocast's, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass of a Function through which no second derivative goes.
+    """Make the backward method of an autograd Function raise RuntimeError if a second derivative is requested.
 
-    Raises RuntimeError if one is asked for (create_graph=True). torch's `once_differentiable` does so in backward()
-    alone; torch.autograd.grad would leave that part out without a word.
+    torch's `once_differentiable` raises it only in backward(); torch.autograd.grad silently leaves the part out.
     """
 
     @wraps(backward)
-    def checked(*given: Any) -> Any:
+    def checked(*arguments: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "create_graph=True came: this pass has no second derivative. Passes without thoughts have one within "
-                "torch.backends.mkldnn.flags(enabled=False), or in float64."
+                "create_graph=True came: this pass has no second derivative. Turn acceleration off: "
+                "engine.acceleration=off, or in Python lm.acceleration.mechanisms = frozenset()."
             )
-        return backward(*given)
+        return backward(*arguments)
 
     return checked
