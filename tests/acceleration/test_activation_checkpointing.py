@@ -1,4 +1,4 @@
-"""Recomputed layers: the same numbers with less memory, in every family, and the cache stays right."""
+"""Activation checkpointing: the same numbers with less memory, in every family, with a cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Loss and gradients with activations kept, and recomputed."""
+    """Loss and gradients with activations saved, and with layers recomputed."""
     found = []
     lm.train(training)
     for lm.acceleration.activation_checkpointing in (False, True):
@@ -43,7 +43,9 @@ def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tup
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"min_passes": 7}])
-def test_recomputed_equals_kept(family: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]) -> None:
+def test_recomputed_layers_give_the_same_gradients(
+    family: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
+) -> None:
     lm = build(family, dtype)
     (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options})
     torch.testing.assert_close(again, kept, rtol=tolerance, atol=0)
@@ -51,10 +53,10 @@ def test_recomputed_equals_kept(family: str, dtype: torch.dtype, tolerance: floa
 
 
 @pytest.mark.parametrize("options", [{}, {"min_passes": 7}])
-def test_without_dropout_layers_run_twice_too(
+def test_layers_are_recomputed_in_eval_mode_too(
     family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As policies and reward models are trained, in eval()."""
+    """Policies and reward models are trained in eval()."""
     lm = build(family)
     layer = next(part for part in lm.base.modules() if isinstance(part, GradientCheckpointingLayer))
     forward, calls = layer.forward, [0]
@@ -74,7 +76,9 @@ def test_without_dropout_layers_run_twice_too(
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_in_other_families_and_through_sliding_windows(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_works_in_other_families_and_with_sliding_windows(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(ARCHITECTURES, other, OTHERS[other])
     lm = build(other, torch.float32)
     batch = mixed_batch(lm)
@@ -86,7 +90,7 @@ def test_in_other_families_and_through_sliding_windows(other: str, monkeypatch: 
     torch.testing.assert_close(lm(ids, labels=ids).loss, lm(ids, labels=ids, use_cache=False).loss)
 
 
-def test_dropout_falls_on_the_same_places() -> None:
+def test_recomputation_repeats_the_dropout_mask() -> None:
     lm = build("gpt2", torch.float32)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -119,7 +123,7 @@ def of_shape(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> LatentLM:
 
 
 def held(lm: LatentLM, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Bytes that live after the forward pass, and those that still do when its result is gone."""
+    """Bytes alive after the forward pass, and after its result is deleted."""
     with Living() as living:
         out = lm(**batch)
         after = living.now
@@ -127,8 +131,8 @@ def held(lm: LatentLM, batch: dict[str, Tensor]) -> tuple[int, int]:
     return after, living.now
 
 
-def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers more or less, so that what lies outside of the layers does not count."""
+def test_saved_memory_falls_to_the_computed_size(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of two and four layers are compared, so that memory outside of the layers cancels."""
     widths = [40, 1, 1, 1, 17]
     ids = torch.randint(3, 35, (4, 60))
     found: dict[tuple[int, bool], int] = {}
@@ -147,7 +151,7 @@ def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pyt
     assert found[4, True] < found[4, False] / 3
 
 
-def test_only_what_is_gone_back_through_is_recomputed() -> None:
+def test_only_training_passes_are_recomputed() -> None:
     lm = build("llama", torch.float32)
     lm.acceleration.activation_checkpointing = True
     passed = torch.zeros(1, 3, 32), torch.ones(1, 3), torch.arange(3)[None]
@@ -167,7 +171,7 @@ def test_only_what_is_gone_back_through_is_recomputed() -> None:
                   "intermediate_size": 16, "layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer"),
     ],
 )  # fmt: skip
-def test_a_model_whose_layers_cannot_is_refused(family: str, sizes: dict[str, Any], message: str) -> None:
+def test_models_without_recomputable_layers_are_refused(family: str, sizes: dict[str, Any], message: str) -> None:
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
     acceleration = Acceleration(base, is_tested=False)
     with pytest.raises(ValueError, match=rf"{message}.*activation_checkpointing=false"):
@@ -176,7 +180,7 @@ def test_a_model_whose_layers_cannot_is_refused(family: str, sizes: dict[str, An
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_it_works_under_distributed_data_parallel() -> None:
+def test_recomputation_works_under_distributed_data_parallel() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
     (_, kept), _ = both(lm, batch)
@@ -186,7 +190,7 @@ def test_it_works_under_distributed_data_parallel() -> None:
 
 
 def test_bytes_of_weights_gradients_and_optimizer() -> None:
-    """In units of a trained weight, and against an optimizer that is really made."""
+    """Per trained weight, and against a real optimizer."""
     assert (states(1, 1, 4), states(1, 1, 2)) == (16, 18)
     assert [states(8, 8, 2, shards=8, zero=z) for z in range(4)] == [144, 60, 32, 18]
     assert states(8, 8, 2, shards=8, zero=3, offload=True) == 6

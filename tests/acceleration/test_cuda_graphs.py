@@ -1,4 +1,4 @@
-"""Passes as CUDA graphs: what can be seen without a GPU, and, where there is one, that replays are the passes."""
+"""CUDA graphs: what can be tested without a GPU, and with one that replays equal the passes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 
 
 @given(st.integers(1, 10_000))
-def test_widths_are_rounded_by_less_than_an_eighth(width: int) -> None:
+def test_bucketed_widths_grow_by_less_than_an_eighth(width: int) -> None:
     assert width <= bucket_up(width) < width + max(8, width / 8)
     assert bucket_up(bucket_up(width)) == bucket_up(width)
     assert width - max(8, width / 2) < bucket_down(width) <= width
 
 
 @given(st.integers(64, 1000))
-def test_few_widths_are_left(width: int) -> None:
+def test_there_are_few_buckets(width: int) -> None:
     assert len({bucket_up(w) for w in range(width, 2 * width)}) <= 17
 
 
@@ -48,8 +48,8 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
     lm = build(family)
     batch = mixed_batch(lm)
     found = []
-    for even in (False, True):
-        monkeypatch.setattr(model, "plan_passes", partial(model.plan_passes, bucket_widths=even))
+    for bucketed in (False, True):
+        monkeypatch.setattr(model, "plan_passes", partial(model.plan_passes, bucket_widths=bucketed))
         lm.zero_grad()
         loss = lm(**batch).loss_sum
         loss.backward()
@@ -57,7 +57,7 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-def test_without_a_gpu_they_do_nothing(family: str) -> None:
+def test_cuda_graphs_have_no_effect_without_a_gpu(family: str) -> None:
     lm = build(family).train()
     before = lm(**mixed_batch(lm)).loss_sum
     lm.acceleration.cuda_graphs = True
@@ -68,7 +68,7 @@ def test_without_a_gpu_they_do_nothing(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
+def test_families_whose_work_depends_on_more_than_shapes_are_refused(family: Any) -> None:
     lm = LatentLM.from_base(base_of(family), new_tokenizer())
     if "experts" in family.special or "window" in family.special:
         with pytest.raises(ValueError, match="cannot be CUDA graphs"):
@@ -79,26 +79,26 @@ def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({"device": "cpu"}, "engine.device is cpu"),
         ({"activation_checkpointing": True}, "engine.activation_checkpointing=false"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 2}, "engine=local"),
     ],
 )
-def test_what_does_not_go_with_them_is_named(other: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_options_that_exclude_cuda_graphs_are_named(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         EngineConfig(cuda_graphs=True, **other)
 
 
-def test_a_device_without_them_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_graphs_on_another_device_give_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there are GPUs here")
     set_up_device(EngineConfig(cuda_graphs=True, threads=1))
     assert capsys.readouterr().out.startswith("warning: engine.cuda_graphs=true does nothing here: the device is ")
 
 
-def test_fresh_leaves_are_the_same_weights(family: str) -> None:
+def test_detached_leaf_parameters_are_the_same_weights(family: str) -> None:
     lm = build(family)
     before = dict(lm.base.named_parameters())
     batch = mixed_batch(lm)
@@ -116,7 +116,7 @@ def test_fresh_leaves_are_the_same_weights(family: str) -> None:
     assert all(after[name] is before[name] for name in before)
 
 
-def test_a_copy_records_for_itself(family: str) -> None:
+def test_a_copied_model_has_graphs_of_its_own(family: str) -> None:
     lm = build(family)
     lm.acceleration.cuda_graphs = True
     other = deepcopy(lm)
@@ -151,7 +151,7 @@ def recorded(lm: LatentLM) -> int:
 
 
 @needs_gpu
-def test_replays_are_the_passes(family: str) -> None:
+def test_replays_equal_the_passes(family: str) -> None:
     lm = build(family).cuda().train()
     batches = [on_gpu(lm, seed) for seed in range(4)]
     expected = [done(lm, batch) for batch in batches]
@@ -165,7 +165,7 @@ def test_replays_are_the_passes(family: str) -> None:
 
 
 @needs_gpu
-def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: str) -> None:
+def test_graphs_use_changed_weights_and_notice_moved_ones(family: str) -> None:
     lm = build(family).cuda().train()
     lm.acceleration.cuda_graphs = True
     batch = on_gpu(lm)
@@ -190,7 +190,7 @@ def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: s
 
 
 @needs_gpu
-def test_gradients_add_up_and_passes_out_of_turn_are_run(family: str) -> None:
+def test_gradients_accumulate_and_overlapping_passes_run_without_a_graph(family: str) -> None:
     lm = build(family).cuda().train()
     one, other = on_gpu(lm, 0), on_gpu(lm, 1)
     a, b = done(lm, one), done(lm, other)
@@ -216,7 +216,7 @@ def test_gradients_add_up_and_passes_out_of_turn_are_run(family: str) -> None:
 
 
 @needs_gpu
-def test_dropout_draws_anew_and_from_the_generator() -> None:
+def test_replayed_dropout_draws_new_numbers_from_the_generator() -> None:
     lm = build("gpt2", torch.float32).cuda().train()
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -234,7 +234,7 @@ def test_dropout_draws_anew_and_from_the_generator() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None:
+def test_training_losses_are_the_same_with_cuda_graphs(family: str, precision: str) -> None:
     losses = {}
     for graphs in (False, True):
         lm = build(family, torch.float32).train()
@@ -248,8 +248,8 @@ def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [False, True])
-def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
-    """With heads of 64 in bfloat16, for which torch has kernels of its own on Hopper."""
+def test_padding_at_the_head_of_a_row_gives_finite_gradients(graphs: bool) -> None:
+    """With heads of 64 in bfloat16, for which torch has special kernels on Hopper."""
     lm = make_model(Size(2, 128, 2, 4)).cuda().train()
     lm.acceleration.cuda_graphs = graphs
     batch = make_batch(lm, make_data(64), 3, 4).to("cuda")
@@ -266,7 +266,7 @@ def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_run_trains_validates_and_is_asked(graphs: bool, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_trains_validates_and_is_evaluated(graphs: bool, tmp_path: Path) -> None:
     data = graph_files(tmp_path, 64, 12, 8)
     config = small_run(tmp_path / "run", data, engine=EngineConfig(device="cuda", cuda_graphs=graphs))
     assert run(config) == 0
