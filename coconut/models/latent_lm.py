@@ -276,8 +276,7 @@ class LatentLM(nn.Module):
         run = partial(self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped)
         if not replay:
             return run(*tensors), plan.column_BT
-        shape = tuple(plan.pass_bounds), tuple(num_skipped)
-        return self.acceleration.replay(run, tensors, shape), plan.column_BT
+        return self.acceleration.replay(run, tensors, shape=(*plan.pass_bounds, *num_skipped)), plan.column_BT
 
     def _run_passes(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from coconut import LatentLM
 from coconut.acceleration import attention, kv_cache, linear
 from coconut.config import MECHANISMS, NOT_IDENTITY, EngineConfig
 from coconut.methods import Reasoning
+from coconut.runs.loading import load_model, match_dtypes
+from coconut.training.model_setup import apply_engine_options
 
 SETTINGS = ["auto", *MECHANISMS]
 
@@ -186,3 +189,12 @@ def test_settings_name_mechanisms() -> None:
     assert EngineConfig(acceleration="off").mechanisms == frozenset()
     assert EngineConfig(acceleration="gelu, kv_cache").mechanisms == {"gelu", "kv_cache"}
     assert "engine.acceleration" in NOT_IDENTITY
+
+
+def test_loaded_models_and_their_references_take_the_setting(tmp_path: Path) -> None:
+    build("gpt2", torch.float32).save_pretrained(tmp_path)
+    lm = load_model(str(tmp_path), "best", EngineConfig(device="cpu", threads=1, acceleration="off"))
+    assert lm.acceleration.mechanisms == frozenset()
+    assert apply_engine_options(lm, EngineConfig(acceleration="gelu")).acceleration.mechanisms == {"gelu"}
+    reference = match_dtypes(LatentLM.from_pretrained(tmp_path), lm, lm.device)
+    assert reference.acceleration.mechanisms == {"gelu"}
