@@ -110,6 +110,7 @@ def _setting(config: CompareConfig, runs: Sequence[Path], first: dict[str, Any])
         raise ValueError(f"The reward models started from different models: {', '.join(sorted(inits))}.")
     [init] = inits
     reference = to_float32(LatentLM.from_pretrained(init)).to(set_up_device(config.engine))
+    reference.acceleration.mechanisms = config.engine.mechanisms
     task = TASKS[str(read_config(run_folder_of(init))["data"]["task"])]
     skip = config.too_long is TooLong.skip
     answers = read_answers(config.answers, reference, skip, whole_questions=True)

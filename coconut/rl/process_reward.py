@@ -101,7 +101,7 @@ class OnlineProcessReward:
             self.lm = training_state.load_model(REWARD_MODEL)
         else:
             self.lm = to_float32(LatentLM.from_pretrained(self.world.on_main_process(lambda: self._initial(init))))
-        self.lm.eval()
+        self.lm.eval().acceleration.mechanisms = config.engine.mechanisms
         if self.lm.special != policy.special or self.lm.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(
                 f"process_reward.init={self.config.init} has other tokens than the policy, whose completions it is to "

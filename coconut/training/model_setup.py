@@ -36,9 +36,10 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
 
 
 def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
-    """Set activation checkpointing and CUDA graphs. Raises ValueError if the model does not support them."""
-    lm.activation_checkpointing = engine.activation_checkpointing
-    lm.cuda_graphs = engine.cuda_graphs
+    """Set the switches of the model's acceleration. Raises ValueError if the model does not support one of them."""
+    lm.acceleration.mechanisms = engine.mechanisms
+    lm.acceleration.activation_checkpointing = engine.activation_checkpointing
+    lm.acceleration.cuda_graphs = engine.cuda_graphs
     return lm
 
 

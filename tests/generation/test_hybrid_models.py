@@ -125,7 +125,7 @@ def test_what_a_hybrid_model_cannot_be_asked() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"mode": "long"}, "mode=long is not one of short, think, latent_2"),
         ({"mode": ["short", "think"]}, "for each of 1 questions"),
-        ({"num_thoughts": 2}, "The mode says how many thoughts"),
+        ({"num_thoughts": 2}, "mode sets the number of its thoughts"),
     ]
     for options, message in refused:
         with pytest.raises(ValueError, match=message):
