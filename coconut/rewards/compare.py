@@ -230,13 +230,13 @@ def bounds(
     draw = np.random.default_rng(seed)
     samples = [sample for sample in samples_of(labelled) if len(sample.completion_ids) > 1]
     chosen = [samples[i] for i in draw.choice(len(samples), min(prefixes, len(samples)), replace=False)]
-    cuts = [int(draw.integers(1, len(sample.said))) for sample in chosen]
+    cuts = [int(draw.integers(1, len(sample.completion_ids))) for sample in chosen]
     values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
-    begun = [sample.saying(sample.said[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
+    begun = [sample.saying(sample.completion_ids[:cut]) for sample, cut in zip(chosen, cuts, strict=True)]
     found = continue_completions(reward.reference, begun, continuations, seed=seed, batch_size=32)
     rows = []
     for sample, value, several in zip(begun, values, found, strict=True):
-        whole = [sample.saying([*sample.said, *more]) for more in several]
+        whole = [sample.saying([*sample.completion_ids, *more]) for more in several]
         r = torch.stack([row.sum() for row in reward.tokens(whole)]).double()
         soft = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
         rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft)})

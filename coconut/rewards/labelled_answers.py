@@ -36,7 +36,7 @@ class LabelledAnswers:
     def only(self, which: Sequence[bool]) -> LabelledAnswers:
         """Those of its answers."""
         return replace(
-            self, samples=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
+            self, completions=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
         )
 
 
