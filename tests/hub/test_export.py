@@ -336,7 +336,7 @@ def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, mo
     for config, message in (
         (
             EvaluateConfig(run="model"),
-            r"model is a saved model and does not say.*task=TASK .*prosqa.*data\.test=",
+            r"model is a saved model, which does not record its task.*task=TASK .*prosqa.*data\.test=",
         ),
         (replace(asked, checkpoint="last"), "checkpoint=last is for a run"),
         (replace(asked, stop=StopRule.classifier), "stop=classifier is for a run"),
