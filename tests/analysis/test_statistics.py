@@ -303,7 +303,7 @@ def began(run: Path, origin: Path, step: int, total: int) -> None:
     """Say that a run began in stage 1 with the weights of another."""
     curriculum = read_json(run / "config.json")["curriculum"]
     init = str(origin / "checkpoints" / f"step-{step:07d}")
-    change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total": total}, init=init)
+    change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total_length": total}, init=init)
     change(run / "run.json", init=init)
 
 
@@ -409,7 +409,7 @@ def trained_on_its_questions(run: Path) -> None:
 
 
 def unusual(run: Path) -> None:
-    change(run / "evaluation" / "test.json", usual=False)
+    change(run / "evaluation" / "test.json", default_settings=False)
 
 
 def no_longer_the_best(run: Path) -> None:
