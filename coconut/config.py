@@ -203,7 +203,7 @@ class AdamWConfig:
     max_grad_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("optimizer.", self, weight_decay=0, warmup=0, clip=0)
+        at_least("optimizer.", self, weight_decay=0, warmup_steps=0, max_grad_norm=0)
         self._above_zero("lr")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -335,7 +335,7 @@ class TrackingConfig:
     finish_timeout: float = 60
 
     def __post_init__(self) -> None:
-        at_least("tracking.", self, wait=1)
+        at_least("tracking.", self, finish_timeout=1)
         if self.tracker is Tracker.none and self.mode is TrackingMode.offline:
             raise ValueError("tracking.mode=offline says nothing of where to. Add tracking=wandb.")
         if not self.project or set(self.project) & set("/\\#?%:"):

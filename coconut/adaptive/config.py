@@ -113,7 +113,7 @@ class AdaptiveConfig:
     def __post_init__(self) -> None:
         from coconut.adaptive.space import Space
 
-        at_least("", self, cost=0, limit=1, few=2, seeds=2, batch_size=1, seed=0, max_new_tokens=1)
+        at_least("", self, cost=0, limit=1, num_train_questions=2, seeds=2, batch_size=1, seed=0, max_new_tokens=1)
         given = [key for key in ("run", "base", "function", "table") if getattr(self, key)]
         if len(given) != 1:
             found = " and ".join(f"{key}={getattr(self, key)}" for key in given) or "none of them"

@@ -62,7 +62,7 @@ def refuse_few(few: int, questions: int) -> None:
     """Raises ValueError if so many to learn from leave no question for the test."""
     if few >= questions:
         raise ValueError(
-            f"few={few} questions to learn from leave none of {questions} for the test. Lower few, or raise limit."
+            f"num_train_questions={few} leaves none of {questions} questions for the test. Lower it, or raise limit."
         )
 
 

@@ -56,7 +56,7 @@ class Curriculum:
             parse_mode(name)
         for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("stage0_length", 0), ("stage_length", 1),
                             ("total_length", 1), ("start_stage", 0), ("icot_tokens", 1), ("icot_limit", 0),
-                            ("icot_each", 1)]:  # fmt: skip
+                            ("icot_stage_length", 1)]:  # fmt: skip
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"curriculum.{name} is {value}; it must be at least {least}.")

@@ -104,4 +104,4 @@ class CompareConfig:
             raise ValueError("Name the reward models: runs=DIR,DIR,... or a pattern, such as runs='runs/rewards/ce*'.")
         if not self.answers:
             raise ValueError("Name the answers to choose among: answers=FILE, such as coconut.rollout writes.")
-        at_least("", self, rollouts=0, stepwise=1, batch_size=1, seed=0)
+        at_least("", self, rollouts=0, num_step_questions=1, batch_size=1, seed=0)

@@ -28,7 +28,7 @@ class ObjectiveConfig:
     kl_coef: float = 0.001
 
     def __post_init__(self) -> None:
-        at_least("objective.", self, control=0, slowed=0, low=0, high=0, beta=0)
+        at_least("objective.", self, control_token_weight=0, control_token_scale=0, clip_low=0, clip_high=0, kl_coef=0)
         self.built()
 
     def built(self) -> Objective:
@@ -77,7 +77,7 @@ class ProcessRewardConfig:
     accuracy_range: list[float] | None = None
 
     def __post_init__(self) -> None:
-        at_least("dense.", self, weight=0)
+        at_least("process_reward.", self, weight=0)
         if not self.beta > 0:
             raise ValueError(
                 f"process_reward.beta is {self.beta}; it must be above 0, since it is what a reward is measured in."
@@ -85,7 +85,8 @@ class ProcessRewardConfig:
         if not self.weight and (self.init or not self.online):
             key = f"init={self.init}" if self.init else "online=false"
             raise ValueError(
-                f"dense.{key} is about dense rewards, and there are none. Set process_reward.weight, to 1 perhaps."
+                f"process_reward.{key} has no effect, since process_reward.weight is 0. Set process_reward.weight, "
+                "for example to 1."
             )
         if not self.online and not self.init:
             raise ValueError(
@@ -125,7 +126,7 @@ class RLConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.judged()
-        at_least("", self, batches=1, questions=1, num_minibatches=1, num_iterations=1, rollout_batch_size=1,
+        at_least("", self, num_steps=1, prompts_per_step=1, num_minibatches=1, num_iterations=1, rollout_batch_size=1,
                  micro_batch_size=1, validate_every=1, save_every=0)  # fmt: skip
         refuse_cuda_graphs(self.engine, "a policy")
         if not self.init:

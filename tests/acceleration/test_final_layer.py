@@ -1,0 +1,161 @@
+"""The last layer works on the columns that are read, and nothing else is different."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers.family_table import FAMILIES, base_of
+from helpers.models import build, gradients, mixed_batch, padded
+
+from coconut import LatentLM
+from coconut.acceleration import final_layer as unread
+from coconut.acceleration.final_layer import FinalLayer
+from coconut.config import LoraConfig
+
+INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_proj",
+          "qwen3": "model.layers.1.mlp.gate_proj"}  # fmt: skip
+
+
+@contextmanager
+def widths(lm: LatentLM, family: str) -> Iterator[list[int]]:
+    """How many columns of each pass went through the last layer's feed-forward part."""
+    found: list[int] = []
+    hook = lm.base.get_submodule(INSIDE[family]).register_forward_pre_hook(
+        lambda _, given: found.append(given[0].shape[1])
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def answered(lm: LatentLM) -> dict[str, Any]:
+    """Three rows of a question, thoughts and an answer, whose prefixes differ in length."""
+    L, skip = lm.latent_id, -100
+    rows = [[5, 6, 7, 8, L, L, 9, 10], [11, 12, 13, L, L, 14, 15, 16], [17, 18, 19, 20, 21, L, L, 22]]
+    labels = [[skip] * 6 + [9, 10], [skip] * 5 + [14, 15, 16], [skip] * 7 + [22]]
+    return {"input_ids": torch.tensor(rows), "labels": torch.tensor(labels)}
+
+
+def of_all(lm: LatentLM, work: Callable[[], Any]) -> Any:
+    """The same with every state made whole."""
+    part, lm._last_layer = lm._last_layer, None
+    try:
+        return work()
+    finally:
+        lm._last_layer = part
+
+
+@pytest.mark.parametrize("make", [mixed_batch, answered])
+@pytest.mark.parametrize("how", ["kept", "recomputed", "LoRA", "not cached"])
+def test_losses_and_gradients_are_those_of_all_columns(family: str, how: str, make: Callable[..., Any]) -> None:
+    lm = build(family).train()
+    if how == "LoRA":
+        lm.add_lora(LoraConfig(rank=2), "somewhere")
+        lm.double()
+    lm.activation_checkpointing = how == "recomputed"
+    batch = {**make(lm), "use_cache": how != "not cached"}
+
+    def done() -> dict[str, torch.Tensor]:
+        lm.zero_grad()
+        loss = lm(**batch).loss
+        loss.backward()
+        return gradients(lm) | {"loss": loss.detach()}
+
+    ours, whole = done(), of_all(lm, done)
+    assert ours.keys() == whole.keys()
+    torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_of_a_question_one_column_is_read(family: str) -> None:
+    lm = build(family).train()
+    batch = answered(lm)
+    with widths(lm, family) as found:
+        loss = lm(**batch).loss
+        assert found == [1, 1, 4], "the prefix of 5 columns, a thought, the last thought and up to three words"
+        lm.activation_checkpointing = True
+        lm(**batch).loss.backward()
+        assert found == [1, 1, 4, 1, 1, 4, 4, 1, 1], "and as many when the layer runs again"
+        del found[:]
+        lm(**batch, return_logits=True)
+        assert sum(found) == 5 + 1 + 4
+    assert loss.requires_grad
+
+
+def test_the_first_column_that_any_row_has_read(family: str) -> None:
+    lm = build(family)
+    ids = torch.randint(3, 35, (2, 9))
+    labels = torch.full_like(ids, -100)
+    labels[0, 6:], labels[1, 4:] = ids[0, 6:], ids[1, 4:]
+    with widths(lm, family) as found:
+        lm(ids, labels=labels)
+        lm(ids, labels=torch.full_like(ids, -100))
+    assert found == [9 - 3, 1]
+
+
+def test_an_answer_reads_the_end_of_its_prompt(family: str) -> None:
+    lm = build(family, num_thoughts=2)
+    ids, mask = padded([[5, 6, 7], [8, 9, 10, 11, 12]])
+    with widths(lm, family) as found:
+        ours = lm.generate(ids, mask, max_new_tokens=4, min_new_tokens=4)
+    assert found[:3] == [1, 1, 1]
+    whole = of_all(lm, lambda: lm.generate(ids, mask, max_new_tokens=4, min_new_tokens=4))
+    assert torch.equal(ours.tokens, whole.tokens)
+    torch.testing.assert_close(ours.thoughts, whole.thoughts)
+
+
+def test_afterwards_the_layer_is_as_it_was(family: str) -> None:
+    lm = build(family)
+    assert lm._last_layer
+    parts: list[Any] = [lm.base.get_submodule(name) for name in (*lm._last_layer.by_column, *lm._last_layer.attention)]
+    assert len(parts) == 3, "attention, its output, and the feed-forward part"
+    lm(**answered(lm))
+    assert not any("forward" in vars(part) for part in parts)
+    for part in parts:
+        part.forward = part.forward
+    own = [part.forward for part in parts]
+    lm(**answered(lm))
+    assert [part.forward for part in parts] == own
+
+
+def test_attention_is_asked_for_what_is_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build(family).train()
+    asked: list[tuple[int, int]] = []
+    of_later = unread._of_later_queries
+
+    def noted(columns: int, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append((query.shape[-2] - columns, key.shape[-2]))
+        return of_later(columns, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(unread, "_of_later_queries", noted)
+    lm(**answered(lm))
+    assert asked == [(1, 5)], "of five columns before the first thought; what follows is read"
+    del asked[:]
+    words = torch.randint(3, 35, (2, 9))
+    lm(words, labels=torch.where(torch.arange(9) > 5, words, -100))
+    assert asked == [(9 - 5, 9)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("columns", [1, 4, 6])
+@pytest.mark.parametrize("keys", [7, 9])
+def test_later_queries_get_what_all_of_them_would(causal: bool, columns: int, keys: int) -> None:
+    query, key, value = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (7, keys, keys))
+    mask = None if causal else torch.randn(2, 1, 7, keys, dtype=torch.float64)
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+    found = unread._of_later_queries(columns, query, key, value, mask, is_causal=causal)
+    torch.testing.assert_close(found[..., columns:, :], whole[..., columns:, :])
+    assert found.shape == whole.shape
+    assert not found[..., :columns, :].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_experts_and_what_is_in_the_layer_itself_are_left_alone(family: Any) -> None:
+    whole = family.model_type in ("opt", "mixtral", "qwen3_moe")
+    last = FinalLayer.of(base_of(family))
+    assert len(last.attention) == 1
+    assert len(last.by_column) == (1 if whole else 2)

@@ -1,0 +1,600 @@
+"""Runs side by side: intervals, tests, what may be compared, and the table in all its forms."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.html import Loads, words
+from helpers.processes import python
+from helpers.runs import graph_files, graph_rows, small_run
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from omegaconf import OmegaConf
+from scipy.stats import binomtest
+
+from coconut import evaluate
+from coconut.analysis.config import TableConfig
+from coconut.analysis.statistics import accuracy_interval, compare, difference_interval, exact_test, holm
+from coconut.config import DataConfig, DataFiles, EngineConfig
+from coconut.evaluation.config import EvaluateConfig
+from coconut.methods import Curriculum, Unit
+from coconut.reporting.run_table import SCREEN, on_screen
+from coconut.reporting.run_table import run as table
+from coconut.training import trainer as train
+from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import CONF_DIR
+from coconut.utils.overrides import as_override
+
+ConfigStore.instance().store(name="table_schema", node=TableConfig)
+CPU = EngineConfig(device="cpu", threads=1)
+
+
+# --- how sure a number is --------------------------------------------------------------------------
+
+
+def answers(seeds: int | None = None) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
+    """Right or wrong, of two methods: seeds by questions."""
+    shapes = st.tuples(st.integers(1, 4) if seeds is None else st.just(seeds), st.integers(1, 40))
+    return shapes.flatmap(lambda shape: st.tuples(arrays(bool, shape), arrays(bool, shape)))
+
+
+@given(answers(seeds=1))
+def test_with_one_seed_the_test_is_mcnemars(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = pair
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert exact_test(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.integers(1, 3).flatmap(lambda s: st.tuples(arrays(bool, (s, 6)), arrays(bool, (s, 6)))))
+def test_the_test_counts_every_flip_of_signs(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = pair
+    differences = (a.astype(int) - b).sum(0)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1)
+    extreme = np.abs(differences @ signs) >= abs(differences.sum())
+    assert exact_test(a, b) == pytest.approx(extreme.mean(), rel=1e-9)
+
+
+@given(answers())
+def test_the_test_does_not_mind_the_order(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = pair
+    assert exact_test(a, b) == exact_test(b, a) <= 1
+    shuffled = np.random.default_rng(0).permutation(a.shape[1])
+    assert exact_test(a[:, shuffled], b[:, shuffled]) == exact_test(a, b)
+    assert exact_test(a[::-1], b[::-1]) == exact_test(a, b)
+
+
+@given(answers())
+def test_intervals_hold_what_was_measured(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = pair
+    low, high = accuracy_interval(a)
+    assert 0 <= low <= a.mean() <= high <= 1
+    low, high = difference_interval(a, b)
+    assert -1 <= low <= a.mean() - b.mean() + 1e-12
+    assert a.mean() - b.mean() - 1e-12 <= high <= 1
+
+
+@given(answers())
+def test_methods_that_answer_alike_differ_by_nothing(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, _ = pair
+    assert exact_test(a, a) == 1
+    low, high = difference_interval(a, a)
+    assert low == -high
+    assert low < 0 < high, "that no question told them apart does not say that none would"
+
+
+def test_intervals_are_as_wide_as_theory_has_it() -> None:
+    random = np.random.default_rng(1)
+    a, b = random.random((1, 2000)) < 0.8, random.random((1, 2000)) < 0.5
+    for value, (low, high), spread in [
+        (a.mean(), accuracy_interval(a), a.std()),
+        (a.mean() - b.mean(), difference_interval(a, b), (a.astype(int) - b).std()),
+    ]:
+        half = 1.96 * spread / 2000**0.5
+        assert low == pytest.approx(value - half, abs=0.003)
+        assert high == pytest.approx(value + half, abs=0.003)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    question = np.arange(500)
+    same = np.stack([question < 250] * 3)
+    apart = np.stack([question < 100, question < 250, question < 400])
+    width = [high - low for low, high in map(accuracy_interval, (same, apart))]
+    assert width[1] > 3 * width[0]
+
+
+def test_questions_are_drawn_for_all_seeds_at_once() -> None:
+    one = np.random.default_rng(2).random((1, 400)) < 0.7
+    assert accuracy_interval(np.repeat(one, 3, axis=0)) == pytest.approx(accuracy_interval(one), abs=0.005)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holms_correction(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    assert all(p <= c <= 1 for p, c in zip(p_values, corrected, strict=True))
+    order = np.argsort(p_values, kind="stable")
+    assert sorted(corrected) == [corrected[i] for i in order]
+    if p_values:
+        assert min(corrected) == min(1, len(p_values) * min(p_values))
+        assert max(corrected) >= max(p_values)
+
+
+def test_holms_correction_of_known_values() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+# --- real runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds each of Coconut and CoT, and one run that goes on from Coconut's first stage; evaluated."""
+    folder = tmp_path_factory.mktemp("table")
+    data = graph_files(folder, 32, 8, 30)
+    for method in ("coconut", "cot"):
+        for seed in (0, 1):
+            make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
+    started = str(folder / "runs" / "coconut-seed0" / "checkpoints" / "step-0000002")
+    later = Curriculum(
+        max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=4, start_stage=1
+    )
+    make(folder, data, "pause_as_thought-seed0", method="pause_as_thought", init=started, curriculum=later)
+    return folder / "runs"
+
+
+def make(folder: Path, data: DataConfig, name: str, **values: Any) -> None:
+    config = small_run(folder / "runs" / name, data, **values)
+    assert train.run(config) == 0
+    assert evaluate.run(EvaluateConfig(run=str(config.run), batch_size=15, engine=CPU)) == 0
+
+
+@pytest.fixture
+def copy(runs: Path, tmp_path: Path) -> Path:
+    """The runs without their weights, to be changed."""
+    copied = shutil.copytree(runs, tmp_path / "runs", ignore=shutil.ignore_patterns("checkpoints", "*-*.json*"))
+    for file in copied.glob("*/evaluation/test.json"):
+        change(file, cut=0.0)
+    return copied
+
+
+def change(path: Path, **values: Any) -> None:
+    write_json(path, {**read_json(path), **values})
+
+
+def score(run: Path, right: list[bool]) -> None:
+    """Write down which of its answers a run has right."""
+    file = run / "evaluation" / "test.predictions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [{**row, "correct": correct} for row, correct in zip(rows, right, strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(run / "evaluation" / "test.json", correct=sum(right), accuracy=sum(right) / len(right))
+
+
+def named(folder: Path, pattern: str = "*") -> TableConfig:
+    return TableConfig(runs=[f"{folder}/{pattern}"])
+
+
+def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
+    (copy / "cot-seed0.log").write_text("no run")
+    (copy / "notes").mkdir()
+    done = python("-m", "coconut.analyze", "table", "runs=runs/*", cwd=copy.parent)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= SCREEN
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines[3:6]] == ["coconut", "cot", "pause_as_thought"], "in the order of METHODS"
+    assert "Accuracy on 30 unseen questions of test.json" in done.stdout
+    assert "ms: a question, in batches of 15." in " ".join(done.stdout.split())
+    assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == {
+        "table.html", "table.md", "table.csv", "table.json",
+    }  # fmt: skip
+    assert "`python -m coconut.analyze table runs='runs/*'`" in (copy / "table.md").read_text()
+
+
+def test_a_row_says_what_its_runs_did(copy: Path) -> None:
+    score(copy / "coconut-seed0", [True] * 20 + [False] * 10)
+    score(copy / "coconut-seed1", [True] * 26 + [False] * 4)
+    assert table(named(copy)) == 0
+    found = read_json(copy / "table.json")
+    coconut, cot, pause = found["rows"]
+    each = [read_json(copy / f"coconut-seed{seed}" / "evaluation" / "test.json") for seed in (0, 1)]
+    assert coconut["seeds"] == "0, 1"
+    assert coconut["accuracy"] == pytest.approx(23 / 30)
+    assert coconut["sd"] == pytest.approx(0.2 / 2**0.5)
+    assert coconut["thoughts"] == 2
+    assert coconut["new_tokens"] == pytest.approx(2 + sum(row["mean_new_tokens"] for row in each) / 2)
+    assert coconut["passes"] == pytest.approx(sum(row["passes"] for row in each) / 2)
+    assert coconut["seconds_per_item"] == pytest.approx(sum(row["seconds_per_item"] for row in each) / 2)
+    assert cot["thoughts"] == pause["thoughts"] == 0
+    assert pause["sd"] is None
+    assert [row["updates"] for row in (coconut, cot, pause)] == [6, 6, 6], "those of the first stage too"
+    with open(copy / "table.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in found["rows"]]
+    text = (copy / "table.md").read_text()
+    assert "| coconut | 0, 1 | 76.7 % |" in text
+    assert found["facts"]["sha256"][:12] in text
+    assert read_json(copy / "cot-seed0" / "run.json")["sessions"][0]["machine"]["system"] in text
+    assert read_json(copy / "cot-seed0" / "run.json")["sessions"][0]["started"][:10] in text
+
+
+def test_pairs_are_compared_on_the_seeds_that_both_have(copy: Path) -> None:
+    score(copy / "coconut-seed0", [True] * 30)
+    score(copy / "coconut-seed1", [True] * 28 + [False] * 2)
+    score(copy / "cot-seed0", [False] * 25 + [True] * 5)
+    score(copy / "cot-seed1", [False] * 24 + [True] * 6)
+    score(copy / "pause_as_thought-seed0", [True] * 28 + [False] * 2)
+    compared = compare(named(copy))
+    pairs = {(pair.a, pair.b): pair for pair in compared.pairs}
+    assert set(pairs) == {("coconut", "pause_as_thought"), ("coconut", "cot"), ("pause_as_thought", "cot")}
+    pair = pairs["coconut", "cot"]
+    assert pair.seeds == [0, 1]
+    assert pair.difference == pytest.approx(58 / 60 - 11 / 60)
+    assert pair.told_apart
+    pair = pairs["coconut", "pause_as_thought"]
+    assert pair.seeds == [0]
+    assert (pair.difference, pair.p, pair.p_holm) == pytest.approx((2 / 30, 0.5, 0.5))
+    told = compared.warnings
+    assert told[0].startswith("coconut and pause_as_thought cannot be told apart on these questions: difference +6.7")
+    assert told[1].startswith("Only one seed of pause_as_thought:")
+    assert told[2].startswith("Not all methods have the same seeds.")
+    assert len(told) == 3
+    assert "coconut to pause_as_thought" in on_screen(compared)
+
+
+def test_methods_that_are_alike_are_listed_once(copy: Path) -> None:
+    for run in copy.iterdir():
+        score(run, [True] * 15 + [False] * 15)
+    told = compare(named(copy)).warnings
+    assert told[0].startswith("coconut, cot and pause_as_thought cannot be told apart on these questions: the largest")
+    assert sum("told apart" in warning for warning in told) == 1
+
+
+def test_a_difference_within_the_spread_of_seeds_is_not_told_apart(copy: Path) -> None:
+    for method, right in [("coconut", (30, 10)), ("cot", (8, 10))]:
+        for seed, count in enumerate(right):
+            score(copy / f"{method}-seed{seed}", [True] * count + [False] * (30 - count))
+    compared = compare(named(copy, "co*"))
+    (pair,) = compared.pairs
+    assert pair.p_holm < 0.05
+    assert pair.low <= 0
+    assert not pair.told_apart
+    assert compared.warnings[0].endswith("These runs differ; with other seeds it may be otherwise.")
+
+
+def test_runs_without_a_common_seed_are_not_compared(copy: Path) -> None:
+    chosen = TableConfig(runs=[str(copy / "coconut-seed0"), str(copy / "cot-seed1")])
+    compared = compare(chosen)
+    assert compared.pairs == []
+    assert sorted(" ".join(compared.warnings).split("compared: ")[1].split(".")[0].split(" and ")) == ["coconut", "cot"]
+    assert table(chosen) == 0
+    assert "Nothing is compared" in words((copy / "table.html").read_text())
+
+
+def test_a_single_run_makes_a_table(copy: Path) -> None:
+    assert table(named(copy, "cot-seed1")) == 0
+    found = read_json(copy / "table.json")
+    assert [row["method"] for row in found["rows"]] == ["cot"]
+    assert found["facts"]["pairs"] == found["facts"]["warnings"] == []
+
+
+def test_other_settings_make_another_row_with_their_name(copy: Path) -> None:
+    config = copy / "cot-seed1" / "config.json"
+    before = read_json(config)
+    change(config, optimizer={**before["optimizer"], "lr": 0.5}, name="other", keep_checkpoints=9)
+    labels = [group.label for group in compare(named(copy)).groups]
+    assert labels == ["coconut", "cot (optimizer.lr=0.01)", "cot (optimizer.lr=0.5)", "pause_as_thought"]
+    change(config, optimizer=before["optimizer"], batch_size=1, validate_every=1, valid_limit=1, max_new_tokens=1)
+    assert "cot (batch_size=1, ...)" in [group.label for group in compare(named(copy)).groups]
+
+
+def began(run: Path, origin: Path, step: int, total: int) -> None:
+    """Say that a run began in stage 1 with the weights of another."""
+    curriculum = read_json(run / "config.json")["curriculum"]
+    init = str(origin / "checkpoints" / f"step-{step:07d}")
+    change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total": total}, init=init)
+    change(run / "run.json", init=init)
+
+
+def labels(folder: Path) -> list[str]:
+    return [group.label for group in compare(named(folder)).groups]
+
+
+def test_a_run_that_took_up_its_methods_curriculum_is_a_whole_one(copy: Path) -> None:
+    run, origin = copy / "coconut-seed1", copy / "coconut-seed0"
+    began(run, origin, step=2, total=4)
+    assert labels(copy) == ["coconut", "cot", "pause_as_thought"]
+    began(run, origin, step=2, total=5)
+    assert "coconut (curriculum.total_length=7)" in labels(copy)
+
+
+def test_what_a_run_began_with_makes_it_another(copy: Path) -> None:
+    run = copy / "coconut-seed1"
+    for origin, step in ((copy / "coconut-seed0", 1), (copy / "cot-seed0", 2), (copy / "elsewhere", 2)):
+        began(run, origin, step=step, total=4)
+        assert len(labels(copy)) == 4, origin
+    change(run / "config.json", init=None)
+    change(run / "run.json", init=None)
+    assert any("init=nothing" in label for label in labels(copy)), "the stages before were never trained"
+
+
+def test_origins_of_one_making_are_one(copy: Path) -> None:
+    shutil.copytree(copy / "pause_as_thought-seed0", copy / "pause_as_thought-seed1")
+    run = copy / "pause_as_thought-seed1"
+    change(run / "config.json", seed=1)
+    change(run / "run.json", init=str(copy / "coconut-seed1" / "checkpoints" / "step-0000002"))
+    assert labels(copy) == ["coconut", "cot", "pause_as_thought"]
+    change(run / "run.json", init=str(copy / "cot-seed1" / "checkpoints" / "step-0000002"))
+    assert len(labels(copy)) == 4
+
+
+def test_what_else_a_reader_is_warned_of(copy: Path) -> None:
+    change(copy / "cot-seed0" / "evaluation" / "test.json", batch_size=64, cut=0.3)
+    change(copy / "cot-seed1" / "run.json", init="/elsewhere/run/checkpoints/step-0000100")
+    told = "\n".join(compare(named(copy)).warnings)
+    assert "different batch sizes (15, 64)" in told
+    assert re.search(r"cut off at the limit of new tokens: .*cot .* 30\.0 %", told)
+    assert "Not all were trained equally long: 6 to 106 updates." in told
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+def predictions(run: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    file = run / "evaluation" / "test.predictions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    change(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def no_evaluation(run: Path) -> None:
+    (run / "evaluation" / "test.json").unlink()
+
+
+def not_complete(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if '"step": 6' not in line))
+
+
+def no_description(run: Path) -> None:
+    (run / "run.json").unlink()
+
+
+def other_file(run: Path) -> None:
+    change(run / "evaluation" / "test.json", sha256="f" * 64, file="/data/other.json")
+
+
+def other_questions(run: Path) -> None:
+    predictions(run, lambda rows: rows[3].update(question="Who?"))
+
+
+def fewer_predictions(run: Path) -> None:
+    predictions(run, lambda rows: rows.pop())
+
+
+def other_answers(run: Path) -> None:
+    predictions(run, lambda rows: [row.update(correct=not row["correct"]) for row in rows[:1]])
+
+
+def chosen_on_it(run: Path) -> None:
+    change(run / "evaluation" / "test.json", chose_the_checkpoint=True)
+
+
+def trained_on_it(run: Path) -> None:
+    digest = read_json(run / "evaluation" / "test.json")["sha256"]
+    data = read_json(run / "run.json")["data"]
+    change(run / "run.json", data={**data, "train": {**data["train"], "sha256": digest}})
+
+
+def began_with_a_run_that_was_trained_on_it(run: Path) -> None:
+    earlier = run.parent.parent / "earlier"
+    shutil.copytree(run, earlier)
+    trained_on_it(earlier)
+    change(run / "run.json", init=str(earlier / "checkpoints" / "step-0000002"))
+
+
+def trained_on_its_questions(run: Path) -> None:
+    change(run / "evaluation" / "test.json", seen={"train": 30, "valid": 0})
+
+
+def unusual(run: Path) -> None:
+    change(run / "evaluation" / "test.json", usual=False)
+
+
+def no_longer_the_best(run: Path) -> None:
+    change(run / "evaluation" / "test.json", step=1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (no_evaluation, r"One run is without the evaluation 'test'.*coconut\.evaluate run=\S+cot-seed1\nEvaluate"),
+        (not_complete, r"One run is not complete.*cot-seed1: update 5 of 6"),
+        (no_description, r"cot-seed1 is no complete run"),
+        (other_file, r"different questions.*test\.json, SHA-256 .*other\.json, SHA-256 ffffffff.*cot-seed1"),
+        (other_questions, r"different questions.*cot-seed1\nEvaluate them again"),
+        (fewer_predictions, r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: python -m"),
+        (other_answers, r"cot-seed1\S+jsonl does not hold the 30 answers"),
+        (chosen_on_it, r"cot-seed1: \S+test\.json chose its checkpoint.*Take questions that no run has seen"),
+        (trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
+        (began_with_a_run_that_was_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
+        (trained_on_its_questions, r"cot-seed1: the questions of \S+test\.json are in the training data"),
+        (unusual, r"cot-seed1: unusual settings.*Evaluate again"),
+        (no_longer_the_best, r"cot-seed1: update 1 was evaluated, and the best is \d"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(copy: Path, spoil: Callable[[Path], None], told: str) -> None:
+    spoil(copy / "cot-seed1")
+    with pytest.raises(ValueError, match=f"(?s){told}"):
+        table(named(copy))
+    assert not list(copy.glob("*table*")), "nothing is written"
+
+
+def test_every_run_that_lacks_something_is_named_at_once(copy: Path) -> None:
+    for run in copy.iterdir():
+        no_evaluation(run)
+    with pytest.raises(ValueError, match="5 runs are without the evaluation 'test'") as found:
+        table(named(copy))
+    assert str(found.value).count("python -m coconut.evaluate run=") == 5
+
+
+def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = str(copy / "cot-seed0")
+    (tmp_path / "link").symlink_to(one)
+    for names, told in [
+        ([one, one], "cot-seed0 is named twice"),
+        ([f"{copy}/*", one], "cot-seed0 is named twice"),
+        ([one, str(tmp_path / "link")], "cot-seed0 and .*link are the same folder"),
+        ([f"{copy}/nothing*"], r"No run matches .*nothing\*"),
+        ([str(copy / "nothing")], "nothing is no run: there is no such folder"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            table(TableConfig(runs=names))
+    shutil.copytree(one, copy / "again")
+    with pytest.raises(ValueError, match=r"again and .*cot-seed0 are one run made twice: cot .* seed=0"):
+        table(TableConfig(runs=[str(copy / "again"), one]))
+    with pytest.raises(ValueError, match="Name the runs: runs="):
+        TableConfig()
+
+
+def test_data_that_chose_the_checkpoint_ranks_nothing(runs: Path) -> None:
+    one = runs / "cot-seed0"
+    for split, told in [("valid", "valid.json chose its checkpoint"), ("train", "it was trained on .*train.json")]:
+        assert evaluate.run(EvaluateConfig(run=str(one), split=split, engine=CPU)) == 0
+        with pytest.raises(ValueError, match=told):
+            compare(TableConfig(runs=[str(one)], split=split))
+
+
+def test_questions_are_unseen_if_no_run_saw_them_in_whatever_file(runs: Path, tmp_path: Path) -> None:
+    """Four of twelve stand in the training file, and two in the validation file, with other white space around them."""
+    data = read_json(runs / "cot-seed0" / "config.json")["data"]
+    train, valid, test = (read_json(data[split]) for split in ("train", "valid", "test"))
+    spaced = [{**row, "question": f" {row['question']}\n".replace(" ", "  ")} for row in train[:4] + valid[:2]]
+    write_json(tmp_path / "mixed.json", [*spaced, *test[:6]])
+    write_json(tmp_path / "known.json", train[:8])
+    names = ("cot-seed0", "pause_as_thought-seed0")  # the second saw them through the run that it began with, too
+    for file in ("mixed", "known"):
+        for name in names:
+            files = DataFiles(test=str(tmp_path / f"{file}.json"))
+            assert evaluate.run(EvaluateConfig(run=str(runs / name), data=files, engine=CPU)) == 0
+    mixed, known = (next(runs.glob(f"cot-seed0/evaluation/{file}-*.json")) for file in ("mixed", "known"))
+    assert read_json(mixed)["seen"] == {"train": 4, "valid": 2}
+    both = TableConfig(runs=[str(runs / name) for name in names], split=mixed.stem)
+    compared = compare(both)
+    told = "12 questions of mixed.json, 4 of them in the training data and 2 of them in the validation data"
+    assert told in on_screen(compared)
+    assert any(warning.startswith("Not all is unseen: 12 questions, 4 of them") for warning in compared.warnings)
+    with pytest.raises(ValueError, match=r"the questions of \S+known\.json are in the training data"):
+        compare(replace(both, split=known.stem))
+    for path in runs.glob("*/evaluation/[mk]*"):
+        path.unlink()
+
+
+def test_another_file_can_be_compared_on(runs: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "other.json", graph_rows(seed=5, count=12))
+    for name in ("cot-seed0", "coconut-seed0"):
+        file = DataFiles(test=str(tmp_path / "other.json"))
+        assert evaluate.run(EvaluateConfig(run=str(runs / name), data=file, engine=CPU)) == 0
+    (name,) = {path.stem for path in runs.glob("*/evaluation/other-*.json")}
+    compared = compare(TableConfig(runs=[f"{runs}/co*-seed0"], split=name))
+    assert [row["questions"] for row in compared.rows] == [12, 12]
+    assert compared.command.endswith(f"split={name}")
+    with pytest.raises(ValueError, match=r"coconut\.evaluate run=\S+ data\.test=FILE"):
+        compare(TableConfig(runs=[f"{runs}/co*"], split=name))
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_and_says_what_was_compared(copy: Path) -> None:
+    for number, name in enumerate(["icot", "no_cot", "pause"]):
+        shutil.copytree(copy / "cot-seed0", copy / f"{name}-seed0")
+        change(copy / f"{name}-seed0" / "config.json", method=name)
+        score(copy / f"{name}-seed0", [True] * (5 + number) + [False] * (25 - number))
+    assert table(named(copy)) == 0
+    html, loads = (copy / "table.html").read_text(), Loads()
+    loads.feed(html)
+    assert all(name.startswith("#") for name in loads.names)
+    assert not loads.tags & {"script", "link", "iframe", "img"}
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    assert len(loads.ids) == len(set(loads.ids))
+    text = words(html)
+    for run in copy.glob("*-seed*"):
+        assert str(run) in text
+    assert "2 of coconut-seed0 + 4" in text
+    assert "guessing 50.0 %" in text
+    assert "Every pair, with interval and p" in text
+    for split in ("train", "valid"):
+        assert read_json(copy / "cot-seed0" / "run.json")["data"][split]["sha256"][:12] in text
+    assert "in brackets if the two cannot be told apart" in text
+
+
+def test_names_cannot_become_part_of_the_page(copy: Path) -> None:
+    config = copy / "cot-seed1" / "config.json"
+    evil = "<script>alert(1)</script> $x$"
+    change(config, model={**read_json(config)["model"], "attention": evil})
+    assert table(named(copy)) == 0
+    html, loads = (copy / "table.html").read_text(), Loads()
+    loads.feed(html)
+    assert "script" not in loads.tags
+    assert html.count("&lt;script&gt;") >= 3
+
+
+def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "else" / "where"
+    assert table(TableConfig(runs=[f"{copy}/*"], output=str(out))) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert {path.name for path in before} == {"table.html", "table.md", "table.csv", "table.json"}
+    assert not list(copy.glob("table.*"))
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("coconut.utils.files.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        table(TableConfig(runs=[f"{copy}/co*"], output=str(out)))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("runs=runs/table1/*-seed*", ["runs/table1/*-seed*"]),
+        ("runs=a,b", ["a", "b"]),
+        ("runs=a b,  c", ["a", "b", "c"]),
+        ("runs=[a,b*]", ["a", "b*"]),
+        ("runs=['my runs/a','b,c']", ["my runs/a", "b,c"]),
+        ("runs='my runs/a'", ["my runs/a"]),
+        ("runs=it's/(1)/#2,runs/[ab]?", ["it's/(1)/#2", "runs/[ab]?"]),
+    ],
+)
+def test_runs_can_be_named_in_several_ways(argument: str, expected: list[str]) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = OmegaConf.to_object(compose("table", [as_override(argument, TableConfig)]))
+    assert isinstance(config, TableConfig)
+    assert config == TableConfig(runs=expected)
+
+
+def test_help_and_errors_read_well(tmp_path: Path) -> None:
+    done = python("-m", "coconut.analyze", "table", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "python -m coconut.analyze table runs=DIR,DIR,..." in done.stdout
+    assert "Powered by Hydra" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    done = python("-m", "coconut.analyze", "table", "runs=no*", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: No run matches no*. Name folders that coconut.train wrote.\n")
+    assert not list(tmp_path.iterdir())

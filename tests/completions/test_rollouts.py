@@ -1,0 +1,109 @@
+"""Groups of sampled answers with their rewards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.models import EXAMPLES, MODES, TASK, hybrid
+
+from coconut.completions.rollouts import THINKLESS_COSTS, CorrectnessReward, Cost, Group, sample_groups
+from coconut.completions.scoring import SamplingDistribution
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_questions
+from coconut.evaluation.evaluator import evaluate
+from coconut.methods import PromptFormat
+from coconut.rl.loss import broadcast_to_tokens, policy_batch, totals_of
+from coconut.rl.objectives import OBJECTIVES
+
+
+def paid(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+    return MODES.index(mode) - cost.passes / 100
+
+
+def said(groups: list[Group]) -> list[tuple[str, list[int]]]:
+    return [(sample.mode, sample.layout.ids.tolist()) for group in groups for sample in group.completions]
+
+
+def test_every_question_has_its_group_in_order() -> None:
+    lm = hybrid()
+    seen: list[tuple[str, str, str, Cost]] = []
+
+    def note(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+        seen.append((example.question, text, mode, cost))
+        return float(len(seen))
+
+    groups = sample_groups(lm, EXAMPLES, note, samples=5, seed=(1, 2, 0), max_new_tokens=6, batch_size=2)
+    assert [group.example for group in groups] == EXAMPLES
+    ids = encode_questions(lm.tokenizer, [example.question for example in EXAMPLES], lm.reasoning.format)
+    for question, group in zip(ids, groups, strict=True):
+        assert len(group.completions) == 5
+        assert all(sample.layout.ids[: len(question)].tolist() == question for sample in group.completions)
+        for sample, number in zip(group.completions, group.rewards.tolist(), strict=True):
+            asked, text, mode, cost = seen[int(number) - 1]
+            assert (asked, text, mode) == (group.example.question, sample.text, sample.mode)
+            assert (cost.num_thoughts, cost.new_tokens) == (sample.num_thoughts, sample.new_tokens)
+    assert len({sample.mode for group in groups for sample in group.completions}) > 1
+
+
+def test_what_is_sampled_depends_on_the_seed_alone() -> None:
+    lm = hybrid()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    first = sample_groups(lm, EXAMPLES, paid, samples=4, seed=(0, 7, 1), max_new_tokens=6)
+    assert torch.equal(torch.random.get_rng_state(), before), "no other draw depends on it"
+    torch.manual_seed(5)
+    assert said(sample_groups(lm, EXAMPLES, paid, samples=4, seed=(0, 7, 1), max_new_tokens=6)) == said(first)
+    for other in [(1, 7, 1), (0, 8, 1), (0, 7, 2)]:
+        assert said(sample_groups(lm, EXAMPLES, paid, samples=4, seed=other, max_new_tokens=6)) != said(first)
+
+
+def test_answers_are_as_likely_as_the_policy_says() -> None:
+    lm = hybrid()
+    groups = sample_groups(lm, EXAMPLES, paid, samples=4, seed=(0,), temperature=0.7, max_new_tokens=6)
+    samples = [sample for group in groups for sample in group.completions]
+    batch = policy_batch(
+        samples, broadcast_to_tokens(torch.cat([group.rewards for group in groups]), samples), OBJECTIVES["grpo"],
+        totals_of(samples, 6), lm.special, on_policy=True,
+    )  # fmt: skip
+    recomputed = SamplingDistribution.of(lm.special, temperature=0.7).log_probs(lm, batch)
+    torch.testing.assert_close(recomputed, torch.cat([s.log_probs for s in samples]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cost_is_what_an_evaluation_counts(mode: str) -> None:
+    lm = hybrid()
+    costs: list[Cost] = []
+    sample_groups(
+        lm, EXAMPLES, lambda example, text, mode, cost: costs.append(cost) or 0.0, samples=1, seed=(0,), mode=mode,
+        temperature=1e-4, max_new_tokens=6,
+    )  # fmt: skip
+    result, predictions, _ = evaluate(lm, TASK, EXAMPLES, mode=mode, max_new_tokens=6)
+    assert sum(cost.passes for cost in costs) / len(costs) == pytest.approx(result.passes)
+    assert sorted(cost.new_tokens for cost in costs) == sorted(p.new_tokens for p in predictions)
+
+
+def test_a_right_answer_is_paid_by_the_mode_that_its_token_names() -> None:
+    reward, nothing = CorrectnessReward(TASK, PromptFormat(), THINKLESS_COSTS), Cost(0, 0, 0)
+    example = Example("Is A a b or c?", ("A is a b.",), "A is a b.")
+    right = "### A is a b."
+    assert reward(example, right, "short", nothing) == 1.0
+    assert reward(example, right, "think", nothing) == 0.5
+    assert reward(example, "<short> " + right, "think", nothing) == 0.5, "what the text says changes nothing"
+    assert reward(example, right, "latent_2", nothing) == 1.0
+    assert reward(example, right, "", nothing) == 1.0
+    for wrong in ("### A is a c.", "A is a b", ""):
+        assert reward(example, wrong, "short", nothing) == -1.0
+    assert replace(reward, incorrect_reward=0.0)(example, "", "think", nothing) == 0.0
+    limited = replace(reward, max_mode_tokens={"short": 3})
+    rewards = [limited(example, right, mode, Cost(5, 0, n)) for mode in ("short", "think") for n in (3, 4)]
+    assert rewards == [1.0, -1.0, 0.5, 0.5]
+
+
+def test_a_reward_that_is_not_finite_is_named() -> None:
+    with pytest.raises(ValueError, match="an answer to '4 5 6 7 8', is nan, which is not finite"):
+        sample_groups(
+            hybrid(), EXAMPLES, lambda example, *_: float("nan") if "4" in example.question else 0.0, samples=2,
+            seed=(0,), max_new_tokens=3,
+        )  # fmt: skip

@@ -1,0 +1,319 @@
+"""Reading files and making tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from helpers.models import byte_level_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut.data.examples import Example, read_examples
+from coconut.data.tokenization import (
+    add_special_tokens,
+    build_word_tokenizer,
+    encode_questions,
+    encode_texts,
+    token_ids,
+    tokenize,
+    unknown_words,
+)
+from coconut.methods import PromptFormat
+
+ROWS = [
+    {"question": "Is Tom a cat?", "steps": ["Tom is a dog.", "Every dog is a cat."], "answer": "True", "hops": 2},
+    {"question": "2 + 2 = # ?", "steps": [], "answer": "4"},
+]
+
+
+def examples(rows: list[dict] = ROWS) -> list[Example]:
+    return [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in rows]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_list_and_lines_read_the_same(tmp_path: Path, lines: bool) -> None:
+    text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS, indent=1)
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    read = read_examples(path)
+    assert [(e.question, list(e.steps), e.answer) for e in read] == [
+        (row["question"], row["steps"], row["answer"]) for row in ROWS
+    ]
+    assert read[0].meta == {"hops": 2}
+
+
+GOOD = {"question": "q", "steps": ["s"], "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**GOOD, "question": "  "}, "row 2: question is empty"),
+        ({**GOOD, "answer": ""}, "row 2: answer is empty"),
+        ({**GOOD, "answer": True}, "row 2: answer must be text; it is true"),
+        ({**GOOD, "answer": "a\nb"}, "row 2: the answer must be one line"),
+        ({**GOOD, "steps": "s"}, "row 2: steps must be a list of texts"),
+        ({**GOOD, "steps": [""]}, r"row 2: step 1 of 1 is empty .*steps: \[\]"),
+        ({"question": "q"}, "row 2: has no answer; its keys are: question, steps"),
+        ([1, 2], "row 2: must be an object"),
+        ({**GOOD, "question": "a\ud800"}, r"row 2: holds half of a surrogate pair, no text: 'a\\ud800'"),
+        ({**GOOD, "steps": ["s", "\udfff"]}, r"row 2: holds half of a surrogate pair, no text: '\\udfff'"),
+        ({**GOOD, "other": {"a": "\udfff"}}, "row 2: holds half of a surrogate pair"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([GOOD, row]))
+    with pytest.raises(ValueError, match=rf"data.json has 1 bad row:\s+{message}"):
+        read_examples(path)
+
+
+def test_missing_steps_are_none_and_a_number_is_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "q", "answer": 7}\n\n{"question": "q", "answer": -2.5, "steps": null}\n')
+    read = read_examples(path)
+    assert read == [Example("q", (), "7"), Example("q", (), "-2.5")]
+    assert [example.where for example in read] == ["line 1", "line 3"]
+
+
+def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD), "{broken", *[json.dumps({})] * 20]))
+    with pytest.raises(ValueError, match=r"(?s)has 21 bad rows:\n  line 2: not JSON .*\{broken.*and 11 more"):
+        read_examples(path)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json does not exist.*data_builders"):
+        read_examples(tmp_path / "nowhere.json")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_examples(tmp_path)
+    for text, message in [("", "holds no example"), ("[]", "holds no example"), ("[{", "breaks at line 1")]:
+        path = tmp_path / "data.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_examples(path)
+    path.write_bytes(b'[{"question": "a"},\n {"question": "caf\xe9"}]')
+    with pytest.raises(ValueError, match=r"data\.json is not UTF-8 text .*line 2 holds 0xE9.*iconv -f LATIN1"):
+        read_examples(path)
+
+
+def test_a_separator_inside_a_row_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({**GOOD, "question": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    assert read_examples(path)[0].question == "a\u2028b"
+
+
+@given(st.text(min_size=1).filter(str.strip), st.lists(st.text(min_size=1), max_size=3), st.text(min_size=1))
+def test_segments_are_encoded_by_themselves(question: str, steps: list[str], answer: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    add_special_tokens(tokenizer)
+    data = tokenize([Example(question, tuple(steps), answer)], tokenizer)
+    assert data.num_steps.tolist() == [len(steps)]
+    texts = [f"{question}\n", *(f"{step}\n" for step in steps), f"### {answer}"]
+    ends = data.bounds.tolist()
+    pieces = [data.tokens[a:b].tolist() for a, b in zip([0, *ends], ends, strict=False)]
+    assert pieces[-1].pop() == tokenizer.eos_token_id
+    assert pieces == encode_texts(tokenizer, texts)
+    assert [tokenizer.decode(piece) for piece in pieces] == texts
+
+
+@given(st.sampled_from(["<bot>", "<eot>", "<latent>", "<pause>", "<s>", "</s>"]), st.text(max_size=5))
+def test_a_special_token_in_a_question_stays_text(token: str, around: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    special = add_special_tokens(tokenizer)
+    (ids,) = encode_texts(tokenizer, [around + token + around])
+    assert not set(ids) & {*special.added, 0, 1}
+    assert tokenizer.decode(ids) == around + token + around
+
+
+def test_half_of_a_surrogate_pair_is_not_encoded() -> None:
+    with pytest.raises(ValueError, match=r"Half of a surrogate pair .*: 'a\\ud800'"):
+        encode_texts(byte_level_tokenizer(), ["good", "a\ud800"])
+    assert encode_texts(byte_level_tokenizer(), ["\U0001f600"])
+
+
+def test_a_start_token_stands_before_the_question_only() -> None:
+    tokenizer = byte_level_tokenizer(start=True)
+    data = tokenize(examples(), tokenizer)
+    assert data.question(0)[0] == tokenizer.bos_token_id
+    assert (data.tokens == tokenizer.bos_token_id).sum() == len(ROWS)
+    assert (data.tokens == tokenizer.eos_token_id).sum() == len(ROWS), "and the end only after the answer"
+    (asked,) = encode_questions(tokenizer, [ROWS[0]["question"]], PromptFormat())
+    assert asked == data.question(0).tolist()
+
+
+def test_tokens_are_cached(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    first = tokenize(examples(), tokenizer, cache_dir=tmp_path)
+    (file,) = (tmp_path / "tokens").glob("*.arrow")
+    written = file.stat().st_mtime_ns
+    again = tokenize(examples(), tokenizer, cache_dir=tmp_path)
+    assert file.stat().st_mtime_ns == written
+    assert again.tokens.tolist() == first.tokens.tolist()
+    tokenize(examples(ROWS[:1]), tokenizer, cache_dir=tmp_path)
+    tokenize(examples(), tokenizer, PromptFormat(step="{} "), cache_dir=tmp_path)
+    add_special_tokens(tokenizer)
+    tokenize(examples(), tokenizer, cache_dir=tmp_path)
+    assert len(list((tmp_path / "tokens").glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize("part", ["within a batch", "between batches", "nothing", "other bytes"])
+def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    many = [Example(f"{number} + 1 = ?", (), str(number + 1)) for number in range(1500)]
+    tokenizer = byte_level_tokenizer()
+    whole = tokenize(many, tokenizer, cache_dir=tmp_path)
+    (file,) = (tmp_path / "tokens").glob("*.arrow")
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+        batches.read_next_batch()
+        first = source.tell()
+    cut = {"within a batch": first - 100, "between batches": first, "nothing": 0}.get(part)
+    damaged = bytearray(file.read_bytes()[:cut])
+    if part == "other bytes":
+        damaged[damaged.index((32).to_bytes(4, "little"), 8)] = 7  # integers of seven bits, which Arrow has not
+    file.write_bytes(damaged)
+    again = tokenize(many, tokenizer, cache_dir=tmp_path)
+    assert f"warning: {file} is damaged; its tokens are made anew" in capsys.readouterr().out
+    assert len(again) == 1500
+    assert again.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_rows_of_a_selection() -> None:
+    tokenizer = byte_level_tokenizer()
+    data = tokenize(examples(), tokenizer)
+    picked = data.select([1, 0, 1])
+    assert [picked.question(i).tolist() for i in range(3)] == [data.question(i).tolist() for i in (1, 0, 1)]
+    assert picked.num_steps.tolist() == [0, 2, 0]
+
+
+def test_the_word_tokenizer_reads_back_what_it_knows() -> None:
+    text = [Example("Is Tom a cat, or (not)?", ("Tom is a dog.", "0 3 | 4 7"), "True")]
+    tokenizer = build_word_tokenizer(text)
+    written = "Tom is a dog.\nIs Tom a cat?\n### True"
+    assert tokenizer.decode(tokenizer(written)["input_ids"]) == written
+    add_special_tokens(tokenizer)
+    data = tokenize([Example("Is Zoe a cat?", (), "True")], tokenizer)
+    assert unknown_words(data, tokenizer) == 1
+    assert unknown_words(tokenize(text, tokenizer), tokenizer) == 0
+
+
+WRITTEN = [
+    "2.5", "-3.5", "1,234.50", "$5.00", "10:30", "O'Neil", "x-y", "(x)", "C++", "a-1", "x = 2 , y=3",
+    "Tom is a cat. Is Tom (not) a dog?", "a b  c\td ", " a\n\n  b \n", "#### 4\n### 3", "# #a ##",
+    "a\r\nb\u2028c\u00a0d\x85e\x0cf\x1cg", "e\u0301 中文",
+]  # fmt: skip
+PIECES = sorted({*" \t\n\r\u2028\u00a0\x85\x0c\x1c", *re.findall(r"\w+|#+|[^\w\s]", " ".join(WRITTEN))})
+WORDS = build_word_tokenizer([Example(text, (text,), text) for text in WRITTEN])
+
+
+def decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@given(st.lists(st.sampled_from(PIECES)))
+def test_the_word_tokenizer_gives_back_every_text_of_its_words(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    [ids] = encode_texts(WORDS, [text])
+    if WORDS.unk_token_id not in ids:  # as in two words that have become one
+        assert decoded(WORDS, ids) == text
+        said = [decoded(WORDS, ids[:n]) for n in range(len(ids) + 1)]
+        assert all(after.startswith(before) for before, after in pairwise(said)), "what was streamed stays"
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_what_the_word_tokenizer_was_made_from_comes_back(text: str) -> None:
+    for form in (PromptFormat(), PromptFormat("{}", "{} ; ", "### {}"), PromptFormat("Q: {}", "<{}>", "so {}.")):
+        if form.step_end[-1] == " " and " " in (text[0], text[-1]):
+            continue  # where steps end in a space, one at the end of another text is left out
+        tokenizer = build_word_tokenizer([Example(text, (text, "x"), text)], form)
+        segments = [form.step.replace("{}", text), form.step.replace("{}", "x"), form.answer.replace("{}", text)]
+        ids = encode_texts(tokenizer, segments)
+        assert decoded(tokenizer, [token for row in ids for token in row]) == "".join(segments)
+
+
+@pytest.mark.parametrize("steps", [("<<48/2=24>>", "<<48+24=72>>"), ("a. b.", ".5 more"), ("a", " b")])
+def test_a_space_that_ends_a_step_comes_back_whatever_follows_it(steps: tuple[str, str]) -> None:
+    form = PromptFormat("{}", "{} ", "### {}")
+    tokenizer = build_word_tokenizer([Example("How many?", steps, "72")], form)
+    segments = [*(form.fill(form.step, step) for step in steps), form.fill(form.answer, "72")]
+    ids = encode_texts(tokenizer, segments)
+    assert decoded(tokenizer, [token for row in ids for token in row]) == form.written(steps, "72")
+
+
+def test_spacing_that_a_vocabulary_does_not_need_is_no_part_of_it() -> None:
+    tokenizer = build_word_tokenizer([Example("0 3 | 3 4 ? 4 or 0 from 0", ("3", "4"), "4")], PromptFormat("{}", "{} "))
+    assert len(tokenizer) == len(["<pad>", "<eos>", "<unk>", "0", "3", "4", "|", "?", "or", "from", "###"])
+    usual, spaced, close = encode_texts(tokenizer, ["0 3 | 3 4 ?", " 0  3\t| 3 4 ? ", "0 3|3 4?"])
+    assert usual == spaced == close
+    assert tokenizer.unk_token_id not in usual
+
+
+def test_private_use_characters_are_unknown_words() -> None:
+    text = "1\ue000 2\ue001-\ue002"
+    tokenizer = build_word_tokenizer([Example(text, (), "1-2")])
+    [ids] = encode_texts(tokenizer, [text])
+    assert ids.count(tokenizer.unk_token_id) == 3
+    assert decoded(tokenizer, encode_texts(tokenizer, ["1-2"])[0]) == "1-2"
+
+
+def test_the_word_tokenizer_is_saved_with_all_it_needs(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = build_word_tokenizer(examples())
+    special = add_special_tokens(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert add_special_tokens(again) == special
+    assert encode_texts(again, ["Tom is a <bot> dog.\n"]) == encode_texts(tokenizer, ["Tom is a <bot> dog.\n"])
+    WORDS.save_pretrained(tmp_path / "words")
+    again = AutoTokenizer.from_pretrained(tmp_path / "words")
+    for text in WRITTEN:
+        assert again.decode(again(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>me:{% endif %}"
+)
+
+
+def test_a_question_in_a_chat_template() -> None:
+    tokenizer = byte_level_tokenizer(start=True)
+    asked = PromptFormat(question="{}", chat=True)
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_questions(tokenizer, ["Is Tom a cat?"], asked)
+    tokenizer.chat_template = CHAT
+    (ids,) = encode_questions(tokenizer, ["Is <s> a cat?"], asked)
+    assert tokenizer.decode(ids) == "<s>user: Is <s> a cat?</s><s>me:"
+    start, end = token_ids(tokenizer, ["<s>", "</s>"])
+    assert [i for i in ids if i in (start, end)] == [start, end, start], "the question's own stays text"
+    data = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, asked)
+    assert data.question(0).tolist() == ids
+    plain = tokenize([Example("Is <s> a cat?", ("Yes.",), "cat")], tokenizer, PromptFormat(question="{}"))
+    assert plain.question(0).tolist() != ids
+    tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="gives the question 2 times"):
+        encode_questions(tokenizer, ["Is Tom a cat?"], asked)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('the first message must be of the system') }}", "the first message must be of the system"),
+        ("{{ messages[1].content }}", "UndefinedError: list object has no element 1"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(template: str, said: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.name_or_path = "someone/instruct"
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"(?s)chat template of someone/instruct .*{said}.*chat_template"):
+        encode_questions(tokenizer, ["Is Tom a cat?"], PromptFormat(chat=True))

@@ -1,0 +1,238 @@
+"""Sequences, epochs and batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import build
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut.data.batching import collate, epoch_batches, micro_batches
+from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.tokenization import SpecialIds, TokenizedData
+from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
+from coconut.models.passes import plan_passes
+
+SPECIAL = SpecialIds(
+    bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95, "latent_3": 96}
+)
+
+
+@st.composite
+def data_sets(draw: st.DrawFn) -> TokenizedData:
+    lengths = draw(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), max_size=5), st.integers(2, 4)),
+            min_size=1,
+            max_size=12,
+        )
+    )
+    segments = [[question, *steps, answer] for question, steps, answer in lengths]
+    tokens = [[*range(2, 1 + sum(row)), 1] for row in segments]
+    return TokenizedData.from_lists(tokens, segments)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    curriculum = Curriculum(
+        thoughts_per_step=draw(st.integers(0, 3)),
+        max_stage=draw(st.integers(0, 3)),
+        extra_stage=draw(st.booleans()),
+        stage0_length=1,
+        stage_length=1,
+        total_length=10,
+        pad_thoughts=draw(st.booleans()),
+        mixing=draw(st.sampled_from(list(Mixing))),
+        mixing_probability=draw(st.sampled_from([0.0, 0.5])),
+        icot_tokens=2,
+        icot_limit=6,
+    )
+    return plan(draw(st.sampled_from(list(METHODS))), curriculum)
+
+
+@given(data_sets(), plans(), st.integers(1, 4), st.integers(1, 3))
+def test_processes_share_an_update_and_keep_step(data: TokenizedData, stages: Plan, ranks: int, size: int) -> None:
+    """Every row and target once; equally many parts for all, with the passes that the longest of them needs."""
+    view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
+    batch = np.arange(len(data))
+    shares = [list(micro_batches(view, batch, size, rank, ranks)) for rank in range(ranks)]
+    alone = list(micro_batches(view, batch, len(batch)))
+    assert len({len(share) for share in shares}) == 1
+    assert sum(part.num_targets for share in shares for part in share) == sum(part.num_targets for part in alone)
+    rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if part.num_targets
+            for row, mask in zip(part.input_ids, part.attention_mask, strict=True)]  # fmt: skip
+    assert sorted(rows) == sorted(tuple(view.layout(i).ids.tolist()) for i in range(len(data)))
+    for parts in zip(*shares, strict=True):
+        needed = max(int((part.input_ids == SPECIAL.latent).sum(1).max()) for part in parts) + 1
+        assert {part.passes for part in parts} == {needed}
+
+
+@given(data_sets(), plans(), st.integers(0, 3))
+def test_lengths_and_anchors_are_those_of_the_sequences(data: TokenizedData, stages: Plan, epoch: int) -> None:
+    for stage in stages.stages:
+        view = EpochView(data, stages, stage, SPECIAL, seed=0, epoch=epoch)
+        for index in range(len(data)):
+            item = view.layout(index)
+            assert len(item.ids) == view.lengths[index]
+            assert item.slot_start == view.slot_starts[index]
+            assert item.ids[-1] == SPECIAL.eos
+            question = data.question(index)
+            assert item.ids[: len(question)].tolist() == question.tolist()
+            if view.forms[index].markers:
+                assert item.ids[item.num_prompt - 1] == SPECIAL.eot
+            added = np.isin(item.ids[item.num_prompt :], SPECIAL.added)
+            assert not added.any(), "no added token is a target"
+
+
+@given(data_sets(), plans())
+def test_no_epoch_shows_an_example_longer_than_its_longest_form(data: TokenizedData, stages: Plan) -> None:
+    still = replace(stages, mixing_probability=0.0)
+    longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).lengths for form in forms_of(stages)], axis=0)
+    shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).lengths for s in stages.stages for epoch in range(6)]
+    assert (np.max(shown, axis=0) <= longest).all()
+    if not stages.mixing_probability:
+        assert np.max(shown, axis=0).tolist() == longest.tolist(), "and it is shown so in one of a few epochs"
+
+
+@given(data_sets(), st.integers(1, 5), st.integers(0, 3))
+def test_an_epoch_has_every_example_once(data: TokenizedData, batch_size: int, epoch: int) -> None:
+    stages = plan("coconut", Curriculum())
+    view = EpochView(data, stages, stages.stages[0], SPECIAL, seed=0, epoch=epoch)
+    batches = epoch_batches(view, batch_size, seed=0, epoch=epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(data)))
+    assert [b.tolist() for b in batches] == [b.tolist() for b in epoch_batches(view, batch_size, 0, epoch)]
+    assert all(len(b) <= batch_size for b in batches)
+
+
+def uneven_data(count: int = 4000) -> TokenizedData:
+    random = np.random.default_rng(0)
+    steps = [random.integers(8, 13, n) for n in random.integers(3, 7, count)]
+    segments = [[int(n), *row, 9] for n, row in zip(random.integers(100, 300, count), steps, strict=True)]
+    return TokenizedData.from_lists([[5] * sum(row) for row in segments], segments)
+
+
+@pytest.mark.parametrize("method", ["coconut", "without_thought"])
+def test_batches_hold_like_lengths_in_an_order_that_changes(method: str) -> None:
+    data = uneven_data()
+    stages = plan(method, Curriculum())
+    view = EpochView(data, stages, stages.stages[2], SPECIAL, seed=0, epoch=0)
+    batches = epoch_batches(view, 32, seed=0, epoch=0)
+    cells = sum(next(micro_batches(view, batch, 32)).attention_mask.numel() for batch in batches)
+    least = 0.98 if view.passes.max() == 1 else 0.93  # thoughts stand in one column: padding before and after them
+    assert view.lengths.sum() > least * cells
+    assert batches[0].tolist() != epoch_batches(view, 32, seed=0, epoch=1)[0].tolist()
+    assert batches[0].tolist() != epoch_batches(view, 32, seed=1, epoch=0)[0].tolist()
+
+
+MODES = ("short", "think", "latent_3")
+
+
+def hybrid_view(modes: tuple[str, ...], epoch: int = 0) -> EpochView:
+    stages = plan("hybrid_warmup", Curriculum(modes=list(modes)))
+    return EpochView(uneven_data(), stages, stages.stages[0], SPECIAL, seed=0, epoch=epoch)
+
+
+@pytest.mark.parametrize("modes", [MODES[:2], MODES])
+@pytest.mark.parametrize("batch_size", [8, 32, 128])
+def test_a_batch_has_the_modes_of_a_random_draw(modes: tuple[str, ...], batch_size: int) -> None:
+    """Drawn without replacement, a mode's share of a batch has the deviation of the hypergeometric distribution."""
+    shares, paddings = [], []
+    for epoch in range(4):
+        view = hybrid_view(modes, epoch)
+        for batch in epoch_batches(view, batch_size, seed=0, epoch=epoch):
+            if len(batch) == batch_size:
+                shares.append([sum(view.forms[i].mode == mode for i in batch) / batch_size for mode in modes])
+            for part in micro_batches(view, batch, batch_size):
+                paddings.append((int(part.attention_mask.sum()), part.attention_mask.numel()))
+    found, chance, count = np.array(shares), 1 / len(modes), len(hybrid_view(modes))
+    expected = np.sqrt(chance * (1 - chance) / batch_size * (count - batch_size) / (count - 1))
+    assert np.allclose(found.std(0), expected, rtol=0.2), (found.std(0), expected)
+    tokens, cells = np.array(paddings).sum(0)
+    assert tokens > 0.95 * cells, "rows of one mode are padded to each other alone"
+
+
+def test_a_hybrid_models_batches_are_of_like_lengths_within_a_mode() -> None:
+    view = hybrid_view(MODES[:2])
+    spread = [view.lengths[batch[view.modes[batch] == 1]].std() for batch in epoch_batches(view, 32, seed=0, epoch=0)]
+    assert np.mean(spread) < 0.1 * view.lengths[view.modes == 1].std()
+
+
+@given(data_sets(), plans())
+def test_batches_keep_the_sequences_and_put_thoughts_in_one_column(data: TokenizedData, stages: Plan) -> None:
+    view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
+    items = [view.layout(i) for i in range(len(data))]
+    batch = collate(items, SPECIAL)
+    firsts = set()
+    for row, item in enumerate(items):
+        real = batch.attention_mask[row].bool()
+        assert batch.input_ids[row][real].tolist() == item.ids.tolist()
+        labels = batch.labels[row][real]
+        assert labels[item.num_prompt :].tolist() == item.ids[item.num_prompt :].tolist()
+        before = [item.ids[i] if i == item.control else -100 for i in range(item.num_prompt)]
+        assert labels[: item.num_prompt].tolist() == before
+        assert (batch.labels[row][~real] == -100).all()
+        if (item.ids == SPECIAL.latent).any():
+            firsts.add(int((batch.input_ids[row] == SPECIAL.latent).nonzero()[0]))
+    assert len(firsts) <= 1
+    assert batch.num_targets == sum(len(item.ids) - item.num_prompt + (item.control >= 0) for item in items)
+
+
+def test_a_collated_batch_needs_no_further_padding() -> None:
+    data = uneven_data(32)
+    stages = plan("coconut", Curriculum())
+    view = EpochView(data, stages, stages.stages[3], SPECIAL, seed=0, epoch=0)
+    batch = collate([view.layout(i) for i in range(32)], SPECIAL)
+    way = plan_passes(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
+    assert way.source_BS.shape == batch.input_ids.shape
+    assert len(way.pass_bounds) == 3 + 2
+
+
+@pytest.mark.parametrize("method", ["coconut", "hybrid_warmup"])
+def test_a_loss_does_not_change_with_the_split_into_micro_batches(method: str) -> None:
+    lm = build("llama")
+    segments = [[int(n), 3, 2, 4] for n in np.random.default_rng(0).integers(3, 20, 8)]
+    data = TokenizedData.from_lists([np.arange(sum(row)) % 30 + 3 for row in segments], segments)
+    if method == "hybrid_warmup":
+        lm.add_modes(MODES, "random")
+        stages = plan(method, Curriculum(modes=list(MODES)))
+    else:
+        stages = plan(
+            method, Curriculum(max_stage=2, stage0_length=1, stage_length=1, total_length=3, mixing_probability=0.5)
+        )
+    view = EpochView(data, stages, stages.stages[-1], lm.special, seed=0, epoch=0)
+    rows = [view.layout(i) for i in range(8)]
+
+    def loss(size: int) -> torch.Tensor:
+        parts = list(micro_batches(view, np.arange(8), size))
+        sums = [lm(b.input_ids, b.attention_mask, labels=b.labels).loss_sum for b in parts]
+        return sum(sums, torch.zeros(())) / sum(b.num_targets for b in parts)
+
+    one = collate(rows, lm.special)
+    whole = lm(one.input_ids, one.attention_mask, labels=one.labels).loss_sum / one.num_targets
+    for size in (1, 3, 4, 8):
+        torch.testing.assert_close(loss(size), whole, rtol=1e-12, atol=0)
+
+
+def test_what_does_not_fit_is_named_or_left_out() -> None:
+    data = uneven_data(50)
+    stages = plan("coconut", Curriculum())
+
+    def views(part: TokenizedData) -> list[EpochView]:
+        still = replace(stages, mixing_probability=0.0)
+        return [EpochView(part, still, stage, SPECIAL, 0, 0) for stage in stages.stages]
+
+    longest = np.max([view.lengths for view in views(data)], axis=0)
+    with pytest.raises(
+        ValueError, match=r"train.json: \d+ of 50 examples are longer .* context of 250 tokens: example"
+    ):
+        fit_context(views, data, 250, skip=False, name="train.json")
+    kept, indices = fit_context(views, data, 250, skip=True, name="train.json")
+    assert indices.tolist() == np.flatnonzero(longest <= 250).tolist()
+    assert [kept.question(i).tolist() for i in range(len(kept))] == [data.question(i).tolist() for i in indices]
+    assert len(fit_context(views, data, 1000, skip=False, name="train.json")[0]) == 50
+    with pytest.raises(ValueError, match="no example fits"):
+        fit_context(views, data, 5, skip=True, name="train.json")

@@ -1,0 +1,327 @@
+"""Evaluation: every question once, counted as said, and written down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import build
+from helpers.runs import graph_files, graph_rows, small_run
+from scipy.stats import norm
+
+from coconut import LatentLM
+from coconut.config import DataFiles, TooLong, Unreadable
+from coconut.data.examples import Example
+from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
+from coconut.evaluation.evaluator import evaluate, task_of
+from coconut.generate import read_questions
+from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig
+from coconut.generation.generate import Generated
+from coconut.methods import PromptFormat, Slot
+from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.description import read_results
+from coconut.tasks import TASKS
+from coconut.training.trainer import run as run_train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert run_train(small_run(folder / "run", graph_files(folder, 32, 8, 20))) == 0
+    return folder / "run"
+
+
+def saying(*texts: str) -> Any:
+    """A model's answers, given in the order in which it is asked: longest question first."""
+    queue = list(texts)
+
+    class Scripted(LatentLM):
+        def generate(
+            self, input_ids: Any, attention_mask: Any = None, max_new_tokens: Any = None, **options: Any
+        ) -> Any:
+            said = [queue.pop(0) for _ in range(len(input_ids))]
+            lengths = [len(text.split()) for text in said]
+            tensor = input_ids.new_tensor
+            cut, fed = tensor([n > 8 for n in lengths]), torch.zeros(len(said), 3, 4)
+            return Generated(input_ids, tensor(lengths), cut, tensor([3] * len(said)), said, fed, [""] * len(said), [])
+
+    lm = build("gpt2", num_thoughts=3, steps_cut=1, format=PromptFormat())
+    return Scripted(lm.base, lm.tokenizer, lm.special, lm.reasoning)
+
+
+def test_what_is_counted() -> None:
+    examples = [
+        Example("1 2 3 4 5 6", ("s1", "s2"), "7"),
+        Example("1 2 3 4 5", ("s1", "s2"), "7"),
+        Example("1 2 3 4", (), "7"),
+        Example("1 2 3", ("s1",), "7"),
+    ]
+    lm = saying("s2\n### 7", "s1\ns2\n### 7", "### 8", "and on and on and on and on and on")
+    result, predictions, _ = evaluate(lm, TASKS["gsm8k"], examples, batch_size=2)
+    assert [p.correct for p in predictions] == [True, True, False, False]
+    assert [p.chain_match for p in predictions] == [True, False, True, False]
+    assert [p.predicted for p in predictions] == ["7", "7", "8", None]
+    assert [p.question for p in predictions] == [e.question for e in examples], "in the order of the file"
+    assert (result.count, result.correct, result.accuracy) == (4, 2, 0.5)
+    assert result.mean_new_tokens == (3 + 4 + 2 + 10) / 4
+    assert result.num_thoughts == 3
+    assert result.truncated == 0.25
+    assert result.chance_accuracy is None
+
+
+def test_the_interval_is_wilsons() -> None:
+    lm = saying(*["### 7"] * 9, "### 8")
+    result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", (), "7")] * 10)
+    z, p, n = norm.ppf(0.975), 0.9, 10
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert result.interval == pytest.approx((centre - half, centre + half))
+
+
+def test_an_evaluation_is_written_down(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_evaluate(EvaluateConfig(run=str(trained), batch_size=7)) == 0
+    said = capsys.readouterr().out
+    result = read_results(trained)["test"]
+    assert result["count"] == 20
+    assert result["chance_accuracy"] == 0.5
+    assert (result["method"], result["stage"], result["num_thoughts"]) == ("coconut", 2, 2)
+    assert f"accuracy     {100 * result['accuracy']:.1f} % ({result['correct']} of 20)" in said
+    rows = [json.loads(line) for line in (trained / "evaluation" / "test.predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    assert sum(row["correct"] for row in rows) == result["correct"]
+    again = read_results(trained)["test"]
+    run_evaluate(EvaluateConfig(run=str(trained), batch_size=20))
+    same = read_results(trained)["test"]
+    assert same.pop("batch_size") == 20
+    assert again.pop("batch_size") == 7
+    for found in (same, again):
+        del found["seconds_per_item"]
+    assert same == again, "the size of a batch changes nothing else"
+
+
+def test_what_is_unusual_has_a_name_of_its_own(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluate(EvaluateConfig(run=str(trained), num_thoughts=0, limit=5))
+    result = read_results(trained)["test-num_thoughts-0-limit-5"]
+    assert (result["num_thoughts"], result["count"]) == (0, 5)
+    run_evaluate(EvaluateConfig(run=str(trained), split="valid"))
+    assert read_results(trained)["valid"]["chose_the_checkpoint"]
+    assert "no test result" in capsys.readouterr().out
+    own = trained.parent / "own.json"
+    own.write_text(json.dumps([{"question": "0 zebra ?", "steps": [], "answer": "zebra"}]))
+    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(own))))
+    (name,) = (name for name in read_results(trained) if name.startswith("own-"))
+    assert read_results(trained)[name]["chance_accuracy"] is None
+    assert "1 words of the questions are not in the model's vocabulary" in capsys.readouterr().out
+
+
+def test_a_file_of_the_same_name_does_not_take_the_tests_place(trained: Path, tmp_path: Path) -> None:
+    run_evaluate(EvaluateConfig(run=str(trained)))
+    before = read_results(trained)["test"]
+    other = tmp_path / "test.json"
+    other.write_text(json.dumps(json.loads((trained.parent / "test.json").read_text())[:3]))
+    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(other))))
+    assert read_results(trained)["test"] == before
+    with pytest.raises(ValueError, match=r"split=test is evaluated\. Add split=valid"):
+        EvaluateConfig(run=str(trained), data=DataFiles(valid=str(other)))
+
+
+def test_questions_that_were_seen_are_counted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_results(trained)["test"]["seen"] == {"train": 0, "valid": 0}
+    rows, own = (json.loads((trained.parent / f"{split}.json").read_text()) for split in ("train", "test"))
+    (tmp_path / "copy.json").write_text(json.dumps(rows[:3]))
+    (tmp_path / "some.json").write_text(json.dumps(rows[:3] + own[:5]))
+    for file, what in [("copy", "so its accuracy is no test result"), ("some", "which may make its accuracy too high")]:
+        run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / f"{file}.json"))))
+        assert f"questions, 3 of them in the training data, {what}" in capsys.readouterr().out
+    for path in (trained / "evaluation").glob("[cs]o*"):
+        path.unlink()
+
+
+def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "long.json"
+    rows = json.loads((trained.parent / "test.json").read_text())[:2]
+    file.write_text(json.dumps([{**rows[0], "question": "0 " * 100}, rows[1]]))
+    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(file)))
+    with pytest.raises(ValueError, match=r"1 of 2 questions leave no room .* question 1 \(100 tokens\)"):
+        run_evaluate(config)
+    config.too_long = TooLong.skip
+    run_evaluate(config)
+    assert "1 questions, too long or with a gold answer that would be judged wrong" in capsys.readouterr().out
+
+
+def test_a_chain_that_begins_within_a_step_is_not_compared() -> None:
+    lm = saying("### 7")
+    lm.reasoning = replace(lm.reasoning, slot=Slot.none, steps_cut=0, tokens_cut=8)
+    result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
+    assert result.chain_match is None
+
+
+def test_the_answers_own_format_is_taken_off() -> None:
+    lm = saying("\\boxed{7}")
+    lm.reasoning = replace(lm.reasoning, format=PromptFormat(answer="\\boxed{{}}"))
+    _, (prediction,), _ = evaluate(lm, TASKS["prosqa"], [Example("1 2", (), "7")])
+    assert (prediction.predicted, prediction.correct) == ("7", True)
+
+
+def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    question = graph_rows(seed=0, count=60)[45]["question"]
+    assert run_generate(GenerateConfig(run=str(trained), question=question)) == 0
+    first = capsys.readouterr()
+    assert "[2 thoughts, " in first.err
+    config = GenerateConfig(run=str(trained), question="-")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(f"{question}\n".encode())))
+    run_generate(config)
+    assert capsys.readouterr().out == first.out
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"1 2\n\xe9")))
+    with pytest.raises(ValueError, match=r"Standard input is not UTF-8 text .*line 2 holds 0xE9, byte 5 of all.*iconv"):
+        run_generate(config)
+    run_generate(GenerateConfig(run=str(trained), question=question, num_thoughts=1, temperature=1.0))
+    assert "[1 thought, " in capsys.readouterr().err
+
+
+def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [row["question"] for row in graph_rows(seed=0, count=8)]
+    (tmp_path / "some.txt").write_text("\n\n".join(questions))
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in questions))
+    run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt"), batch_size=3))
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["question"] for row in printed] == questions
+    output = tmp_path / "answers.jsonl"
+    run_generate(
+        GenerateConfig(run=str(trained), file=str(tmp_path / "some.jsonl"), output=str(output), show_thoughts=True)
+    )
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["text"] for row in written] == [row["text"] for row in printed]
+    assert [len(row["thoughts"]) for row in written] == [2] * 8
+    (tmp_path / "some.txt").write_text(questions[0], encoding="utf-8-sig")
+    run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt")))
+    assert json.loads(capsys.readouterr().out)["question"] == questions[0]
+    for name, content, message in (
+        ("bad.jsonl", b"", "holds no question"),
+        ("bad.jsonl", b'{"q": "a"}', "line 1: there is no question"),
+        ("bad.jsonl", b'{"question": null}', "line 1: there is no question"),
+        ("bad.jsonl", b'{"question": ["a"]}', "line 1: there is no question"),
+        ("bad.txt", b"1\n\xe9", r"bad\.txt is not UTF-8 text .*line 2 holds 0xE9.*iconv"),
+        ("bad.jsonl", b'{"question": "\\ud800"}', "line 1: holds half of a surrogate pair"),
+        ("bad.JSONL", b'{"question": ', "line 1: not JSON"),
+        ("bad.csv", b"question,answer\n1 2,3\n", r"says neither text \(\.txt, \.text\).*nor JSON \(\.json"),
+        ("bad.txt", b"1\n2\n" + b"1 " * 200, r"bad\.txt, question 3: it has 200 tokens"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / name)))
+    with pytest.raises(ValueError, match=r"top_p=0\.5 is for sampling"):
+        GenerateConfig(run="r", question="q", top_p=0.5)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.ndjson", "a.JSONL", "a.data", "a"])
+def test_the_answer_beside_a_question_is_never_asked(tmp_path: Path, name: str) -> None:
+    rows = [{"question": "1 2", "steps": [], "answer": "3"}, {"question": "4", "steps": [], "answer": "5"}]
+    file = tmp_path / name
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), "\r\n".join(map(json.dumps, rows))):
+        file.write_text(text)
+        assert read_questions(str(file)) == ["1 2", "4"]
+
+
+def test_a_line_of_a_text_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    questions = ["a\x0cb", "c\u2028d", "e\x85f", "[1, 2] {x}", "g\rh", "i"]
+    file = tmp_path / "questions.TXT"
+    for end in ("\n", "\r\n"):
+        file.write_bytes(end.join(questions).encode())
+        assert read_questions(str(file)) == questions
+
+
+def test_words_that_the_model_does_not_know_are_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    asked = "Which animal barks?"
+    told = "warning: the model has no word for Which, animal, barks."
+    run_generate(GenerateConfig(run=str(trained), question=asked))
+    assert told in capsys.readouterr().err
+    typed = iter([asked, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    run_generate(GenerateConfig(run=str(trained)))
+    assert told in capsys.readouterr().err
+    (tmp_path / "some.txt").write_text(f"{graph_rows(seed=0, count=1)[0]['question']}\n{asked}\n")
+    run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt")))
+    shown = capsys.readouterr()
+    assert "all words of 1 of 2 questions. The first is question 2: Which, animal, barks." in shown.err
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    assert [row.get("unknown") for row in rows] == [None, ["Which", "animal", "barks"]]
+
+
+def test_gold_answers_that_no_model_can_give_are_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((trained.parent / "test.json").read_text())[:3]
+    unknown = [*rows, {**rows[0], "answer": "zebra"}]
+    (tmp_path / "unknown.json").write_text(json.dumps(unknown))
+    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "unknown.json"))))
+    assert "no words for 1 of 4 answers" in capsys.readouterr().out
+    (name,) = (name for name in read_results(trained) if name.startswith("unknown-"))
+    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (4, 0)
+    (tmp_path / "wrong.json").write_text(json.dumps([*rows, {**rows[0], "answer": "0 ### 1"}]))
+    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "wrong.json")))
+    with pytest.raises(ValueError, match="row 4, answer '0 ### 1': '1' is read"):
+        run_evaluate(config)
+    config.unreadable = Unreadable.skip
+    run_evaluate(config)
+    (name,) = (name for name in read_results(trained) if name.startswith("wrong-"))
+    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (3, 1)
+    run_evaluate(EvaluateConfig(run=str(trained), limit=3, max_new_tokens=1))
+    assert "3 of 3 gold texts" in capsys.readouterr().out
+
+
+def test_a_run_without_a_task_is_not_judged() -> None:
+    with pytest.raises(ValueError, match="no task, as that of a reward model"):
+        task_of({"task": None})
+
+
+def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    questions = [row["question"] for row in graph_rows(seed=0, count=2)]
+    run_generate(GenerateConfig(run=str(trained), question=questions[0]))
+    said = capsys.readouterr().out.split()
+    typed = iter([*questions, "1 " * 200, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert run_generate(GenerateConfig(run=str(trained), show_thoughts=True)) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split()[: len(said)] == said
+    assert shown.err.count("[thought 2 is close to: ") == 2
+    assert "leaves no room" in shown.err, "and the conversation goes on"
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO())
+    with pytest.raises(ValueError, match="There is no question"):
+        run_generate(GenerateConfig(run=str(trained)))
+
+
+def test_a_run_before_its_last_stage_has_no_best_checkpoint(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    steps = Checkpoints(trained).steps()
+    early = Checkpoints(tmp_path / "run")
+    for step in steps:
+        state = early.path(step) / "state.json"
+        values = json.loads(state.read_text())
+        if values["step"] > 4:
+            shutil.rmtree(early.path(step))
+    with pytest.raises(ValueError, match=r"no best checkpoint yet.*Take checkpoint=last"):
+        run_evaluate(EvaluateConfig(run=str(tmp_path / "run")))
+    assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last")) == 0
+
+
+def test_a_missing_split_is_named(trained: Path) -> None:
+    with pytest.raises(ValueError, match="split is 'dev'; it is one of train, valid, test"):
+        EvaluateConfig(run="r", split="dev")
+    with pytest.raises(FileNotFoundError, match=r"away\.json does not exist"):
+        run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test="away.json")))

@@ -1,0 +1,131 @@
+"""Small data sets and runs."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, Task, TrainConfig
+from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.description import read_metrics
+from coconut.utils.files import write_json
+from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
+from helpers import ROOT
+from helpers.processes import CLEAN
+
+
+def graph_rows(seed: int, count: int, nodes: int = 8) -> list[dict[str, Any]]:
+    """Small graphs in symbols, with questions."""
+    dials = ProsqaBuild(preset=Preset.graphs, nodes=nodes).graph_dials()
+    drawn = (draw_row(random.Random(f"{seed} {i}"), lambda key: True, dials, Form.symbols) for i in range(count))
+    return [found[0] for found in drawn if found]
+
+
+def graph_files(folder: Path, train: int, valid: int, test: int) -> DataConfig:
+    """Files of so many graphs in a folder."""
+    rows = iter(graph_rows(seed=0, count=train + valid + test))
+    files: dict[str, Any] = {}
+    for split, count in (("train", train), ("valid", valid), ("test", test)):
+        write_json(folder / f"{split}.json", list(islice(rows, count)))
+        files[split] = str(folder / f"{split}.json")
+    return DataConfig(Task.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
+    """A run of seconds, of three stages."""
+    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "curriculum": Curriculum(
+            max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=6
+        ),
+        "model": ModelConfig(architecture=architecture, tokenizer="words", new_token_init="random"),
+        "data": data,
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "engine": EngineConfig(device="cpu", threads=1),
+        "batch_size": 16,
+        "max_new_tokens": 6,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def same_end(folder: Path, other: Path) -> None:
+    """Bit for bit: weights, optimizer, random states, best so far, and every number in metrics.jsonl."""
+    ends = [Checkpoints(run).last() for run in (folder, other)]
+    assert ends[0]
+    assert ends[1]
+    assert ends[0].name == ends[1].name
+    ours, theirs = (load_file(end / "model.safetensors") for end in ends if end)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    a, b = (load_trainer(end) for end in ends if end)
+    for mine, its in zip(a["random"], b["random"], strict=True):
+        assert torch.equal(mine["cpu"], its["cpu"])
+    for index, state in b["optimizer"]["state"].items():
+        assert all(torch.equal(value, a["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert load_state(ends[0]) == load_state(ends[1])
+    rows, its_rows = (
+        [{key: value for key, value in row.items() if key not in ("seconds", "memory")} for row in read_metrics(run)]
+        for run in (folder, other)
+    )
+    assert rows == its_rows
+
+
+def keys(folder: Path, data: DataConfig) -> list[str]:
+    """Of a run of 16 updates with dropout, saved after each."""
+    size = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    return [
+        "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
+        *(f"model.architecture.{name}={value}" for name, value in size.items()),
+        "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
+        "curriculum.stage0_length=6", "curriculum.stage_length=5", "curriculum.max_stage=2",
+        "curriculum.total_length=16",
+        "optimizer.warmup_steps=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",
+        "engine.device=cpu", "engine.threads=1",
+    ]  # fmt: skip
+
+
+class Launched:
+    """`coconut.train` on two processes that it starts itself."""
+
+    def __init__(self, folder: Path, data: DataConfig, *more: str):
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        given = [*keys(folder, data), "launch=local", "launch.num_processes=2", *more]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "coconut.train", *given], cwd=ROOT, stdout=log, stderr=log,
+                env={**CLEAN, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def workers(self) -> list[int]:
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def reaches(self, update: int) -> None:
+        end = time.monotonic() + 90
+        while not any(step >= update for step in Checkpoints(self.folder).steps()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.02)
+
+    def ends(self) -> int:
+        workers = self.workers()
+        status = self.process.wait(timeout=90)
+        assert not any(alive(pid) for pid in workers), "a worker was left behind"
+        return status
+
+
+def alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")

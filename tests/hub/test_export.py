@@ -1,0 +1,363 @@
+"""A model handed on: opened by plain transformers elsewhere, and brought in from the released code's files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from helpers.models import ARCHITECTURES, build, byte_level_tokenizer
+from helpers.runs import graph_files, small_run
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coconut import LatentLM
+from coconut.config import DataFiles, Task
+from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
+from coconut.export import run as run_export
+from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig, StopRule
+from coconut.generation.generate import answer
+from coconut.hub.config import ExportConfig
+from coconut.hub.model_card import card
+from coconut.hub.released_checkpoints import from_released
+from coconut.methods import PromptFormat, Reasoning, Slot
+from coconut.runs.description import read_config
+from coconut.training.trainer import run as run_train
+from coconut.utils.files import read_json
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    run_train(small_run(folder / "run", graph_files(folder, 64, 16, 16)))
+    run_evaluate(EvaluateConfig(run=str(folder / "run")))
+    return folder / "run"
+
+
+def test_a_folder_with_a_card_that_transformers_opens_elsewhere(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    run_export(ExportConfig(run=str(trained), output=str(folder), max_shard_size="10KB"))
+    assert len(list(folder.glob("model-*.safetensors"))) > 1, "weights are split"
+    card = (folder / "README.md").read_text()
+    result = json.loads((trained / "evaluation" / "test.json").read_text())
+    assert f"| test | {100 * result['accuracy']:.1f} % |" in card
+    assert "2 continuous thoughts" in card
+    assert "pypi.org" not in card, "the package is on no index"
+    with pytest.raises(ValueError, match="not empty"):
+        run_export(ExportConfig(run=str(trained), output=str(folder)))
+
+
+def test_the_cards_lines_for_transformers_alone_answer_the_same(tmp_path: Path) -> None:
+    """For thoughts, pauses and nothing in the slot, and for modes, within a chat template and without."""
+    questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
+    lines, expected, chosen = ["import sys"], [], set()
+    modes = ["short", "latent_2", "latent_3"]
+    for number, (slot, chat, hybrid) in enumerate(
+        [*product(Slot, (False, True), [False]), *product([Slot.none], (False, True), [True])]
+    ):
+        folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
+        lm = build("llama", torch.float32, slot=slot, markers=slot is not Slot.none,
+                   num_thoughts=3 * (slot is not Slot.none), max_new_tokens=8, format=form)  # fmt: skip
+        if hybrid:
+            lm.add_modes(modes, init="random")
+        lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
+        lm.save_pretrained(folder)
+        [_, code] = re.findall(r"```python\n(.*?)```", card(lm), flags=re.DOTALL)
+        code = code.replace("THIS FOLDER", str(folder))
+        assert "'5 a question'" in code
+        for question in questions:
+            lines.append(code.replace("'5 a question'", f"'5 {question}'"))
+            said = answer(lm, [question])
+            expected.append(said.texts[0].strip())
+            chosen.add(said.modes[0])
+    assert len(set(expected)) > 16, "there is something to tell apart"
+    assert len(chosen) > 2, "and several modes are chosen"
+    lines.append("assert 'coconut' not in sys.modules")
+    (tmp_path / "alone.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "alone.py"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()] == expected
+
+
+def test_what_the_hub_does_not_take_is_still_here(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is advised asks for the same: private, unless it was to be public."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for private in (True, False):
+        folder = tmp_path / f"a model {private}"
+        with pytest.raises(ValueError, match=r"did not take someone/thing: http://127\.0\.0\.1:9 does not") as caught:
+            run_export(ExportConfig(run=str(trained), output=str(folder), push="someone/thing", private=private))
+        assert (folder / "model.safetensors").is_file()
+        python, flag, code = shlex.split(str(caught.value).partition("This sends it: ")[2])
+        assert (python, flag) == ("python", "-c")
+        sent: dict[str, Any] = {}
+        exec(
+            code.replace("import push", "import push as real; push = lambda *a, **k: sent.update(a=a, **k)"),
+            {"sent": sent},
+        )
+        assert sent == {"a": (str(folder), "someone/thing"), "private": private}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The requests of an upload, as the hub takes them; files are kept by name in `kept`."""
+
+    kept: ClassVar[dict[str, bytes]] = {}
+    made: ClassVar[list[dict[str, Any]]] = []
+    private: ClassVar[bool] = True
+
+    def do_GET(self) -> None:
+        self.answer({"id": "someone/thing", "private": self.private})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer: dict[str, Any] = {}
+        if self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            answer = {"url": "https://huggingface.co/someone/thing"}
+        elif "/preupload/" in self.path:
+            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for file in json.loads(body)["files"]]}  # fmt: skip
+        elif "/commit/" in self.path:
+            parts = [json.loads(line) for line in body.splitlines()]
+            self.kept.update({part["value"]["path"]: base64.b64decode(part["value"]["content"])
+                              for part in parts if part["key"] == "file"})  # fmt: skip
+            answer = {"commitUrl": "https://huggingface.co/someone/thing/commit/1", "commitOid": "1", "success": True}
+        self.answer(answer)
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        said = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_what_the_hub_takes_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server of ours that speaks the hub's protocol: the hub itself is out of reach of tests.
+
+    A name that is public there is not given what is to be private.
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+        lm = build("gpt2", torch.float32, num_thoughts=2)
+        try:
+            monkeypatch.setattr(Hub, "private", False)
+            with pytest.raises(ValueError, match=r"someone/thing is on the hub already and is public.*private=false"):
+                lm.push_to_hub("someone/thing")
+            assert not Hub.kept
+            monkeypatch.setattr(Hub, "private", True)
+            lm.push_to_hub("someone/thing")
+        finally:
+            server.shutdown()
+    [made] = Hub.made[1:]
+    assert (made["name"], made["organization"]) == ("thing", "someone")
+    assert made.get("visibility") == "private" or made["private"], "the key of older and of newer versions"
+    for name, content in Hub.kept.items():
+        (tmp_path / name).write_bytes(content)
+    assert (tmp_path / "README.md").read_text() == card(lm, name="someone/thing")
+    again = LatentLM.from_pretrained(tmp_path)
+    assert again.reasoning == lm.reasoning
+    assert answer(again, ["3 7 21"]).texts == answer(lm, ["3 7 21"]).texts
+
+
+# --- the released code's checkpoints ----------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with a config and a tokenizer, as the hub has for GPT-2."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **ARCHITECTURES["gpt2"]
+    )
+    config.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def as_released(base: Path, file: Path, prefix: str = "base_causallm.", more: int = 3) -> Any:
+    """A state dict as the released code leaves it, and the model it is of."""
+    config = AutoConfig.from_pretrained(base)
+    config.vocab_size += more
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    if prefix:
+        state["embedding.weight"] = model.get_input_embeddings().weight.data
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # as older transformers kept it
+    torch.save(state, file)
+    return model.eval()
+
+
+@pytest.mark.parametrize("prefix", ["base_causallm.", "module.base_causallm.", "_fsdp_wrapped_module.base_causallm."])
+def test_a_released_checkpoint_thinks_here_as_it_did(base: Path, tmp_path: Path, prefix: str) -> None:
+    model = as_released(base, tmp_path / "checkpoint_6", prefix)
+    output = tmp_path / "model"
+    run_export(ExportConfig(released=str(tmp_path / "checkpoint_6"), base=str(base), stage=2, output=str(output)))
+    lm = LatentLM.from_pretrained(output)
+    assert (lm.reasoning.num_thoughts, lm.reasoning.stage, lm.reasoning.slot) == (2, 2, Slot.thought)
+    assert lm.new_tokens["tokens"] == ["<pause>"], "the other three are as they were trained"
+    first = model.config.vocab_size - 3
+    assert [lm.special.bot, lm.special.eot, lm.special.latent] == [first, first + 1, first + 2]
+
+    question = lm.tokenizer("Is Tom a cat?\n")["input_ids"]
+    embeds = model.get_input_embeddings()(torch.tensor([[*question, first]]))
+    for _ in range(2):
+        thought = model.transformer(inputs_embeds=embeds).last_hidden_state[:, -1:]
+        embeds = torch.cat([embeds, thought], dim=1)
+    embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([[first + 1]]))], dim=1)
+    logits = model(inputs_embeds=embeds).logits[0, -1, :first]
+    assert answer(lm, ["Is Tom a cat?"], max_new_tokens=1).tokens.tolist() == [[int(logits.argmax())]]
+
+
+def test_a_released_baseline_has_no_markers(base: Path, tmp_path: Path) -> None:
+    as_released(base, tmp_path / "cot", prefix="", more=0)
+    lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=Slot.none, markers=False))
+    assert lm.reasoning.method == "cot"
+    with pytest.raises(ValueError, match="without the markers that coconut needs"):
+        from_released(tmp_path / "cot", str(base), Reasoning(num_thoughts=2))
+
+
+def test_other_files_are_named(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    thinking = Reasoning(num_thoughts=2)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        from_released(file, str(base), thinking)
+    for content, message in (
+        ([1, 2], "no state dict"),
+        (Reasoning(), "no file of tensors alone"),
+        ({"base_causallm.other": torch.zeros(3)}, r"no transformer\.wte\.weight"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=message):
+            from_released(file, str(base), thinking)
+    as_released(base, file, more=7)
+    with pytest.raises(ValueError, match="the released code adds 3"):
+        from_released(file, str(base), thinking)
+    state = torch.load(file, weights_only=True)
+    as_released(base, file)
+    state = {**torch.load(file, weights_only=True), "base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="1 too many"):
+        from_released(file, str(base), thinking)
+    as_released(base, file)
+    state = torch.load(file, weights_only=True)
+    name = "base_causallm.transformer.h.0.mlp.c_fc.weight"
+    torch.save({**state, name: state[name][:, :-1]}, file)
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc\.weight is \(32, 127\) there and \(32, 128\) here"):
+        from_released(file, str(base), thinking)
+    torch.save({**state, 5: torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="no state dict"):
+        from_released(file, str(base), thinking)
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="no file of tensors alone"):
+        from_released(file, str(base), thinking)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_may_be_missing_only_if_it_is_the_table(base: Path, tmp_path: Path, tied: bool) -> None:
+    config = AutoConfig.from_pretrained(base)
+    config.tie_word_embeddings = tied
+    config.save_pretrained(base)
+    as_released(base, tmp_path / "all")
+    state = torch.load(tmp_path / "all", weights_only=True)
+    del state["base_causallm.lm_head.weight"]
+    torch.save(state, tmp_path / "file")
+    if tied:
+        assert from_released(tmp_path / "file", str(base), Reasoning(num_thoughts=2)).latent_id
+    else:
+        with pytest.raises(ValueError, match=r"1 are missing \(lm_head\.weight\)"):
+            from_released(tmp_path / "file", str(base), Reasoning(num_thoughts=2))
+
+
+@pytest.mark.parametrize("name", ["justname", "a/b/c", "-a/b", "a/b c"])
+def test_a_name_that_the_hub_cannot_have_is_refused_first(trained: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"push={name} is no OWNER/NAME"):
+        run_export(ExportConfig(run=str(trained), output=str(tmp_path / "model"), push=name))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_saved_model_is_asked_by_its_folder_or_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = build("gpt2", torch.float32, num_thoughts=2)
+    cached = tmp_path / "models--someone--thing"
+    lm.save_pretrained(cached / "snapshots" / "1")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    expected = answer(lm, ["3 7 21"], max_new_tokens=5).texts[0].strip()
+    for place in (str(cached / "snapshots" / "1"), "someone/thing"):
+        run_generate(GenerateConfig(run=place, question="3 7 21", max_new_tokens=5))
+        assert capsys.readouterr().out.strip() == expected
+    with pytest.raises(FileNotFoundError, match=r"someone/other is no folder here, and as OWNER/NAME"):
+        run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
+    with pytest.raises(
+        ValueError, match=r"is a saved model and no run.*coconut\.generate run=.*coconut\.evaluate run="
+    ):
+        read_config(cached / "snapshots" / "1")
+
+
+def test_a_saved_model_is_evaluated_as_its_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_export(ExportConfig(run=str(trained), output="model"))
+    file = str(trained.parent / "test.json")
+    asked = EvaluateConfig(run="model", data=DataFiles(test=file), task=Task.prosqa)
+    run_evaluate(asked)
+    run_evaluate(replace(asked, output="elsewhere"))
+    expected = read_json(trained / "evaluation" / "test.json")
+    for folder in (tmp_path / "evaluation" / "model", tmp_path / "elsewhere"):
+        [told] = [read_json(path) for path in folder.glob("*.json")]
+        assert {key for key in told if told[key] != expected[key]} <= {
+            "file", "seconds_per_item", "step", "checkpoint", "seen"
+        }  # fmt: skip
+        assert told["step"] is told["seen"] is None
+        [answers] = folder.glob("*.predictions.jsonl")
+        assert answers.read_text() == (trained / "evaluation" / "test.predictions.jsonl").read_text()
+    for config, message in (
+        (
+            EvaluateConfig(run="model"),
+            r"model is a saved model and does not say.*task=TASK .*prosqa.*data\.test=",
+        ),
+        (replace(asked, checkpoint="last"), "checkpoint=last is for a run"),
+        (replace(asked, stop=StopRule.classifier), "stop=classifier is for a run"),
+        (replace(asked, run=str(trained), task=Task.gsm8k), "was made for prosqa"),
+        (replace(asked, run="nowhere", task=None), "nowhere is no run: there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_evaluate(config)
+    with pytest.raises(OSError, match=r"test\.json cannot be written to: .*output="):
+        run_evaluate(replace(asked, output=file))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({}, "either run=DIR"), ({"run": "a", "released": "b"}, "either run=DIR"), ({"run": "a"}, "output=FOLDER"),
+     ({"released": "a", "output": "b"}, "base=NAME"),
+     ({"released": "a", "output": "b", "base": "c", "method": "pause"}, "stage=K: pause has thoughts or pauses"),
+     ({"run": "a", "output": "b", "method": "x"}, "'?x'?")],
+)  # fmt: skip
+def test_what_is_missing_is_said(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig(**values)

@@ -1,0 +1,235 @@
+"""Plans, and the golden file of what every method sees at every stage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import TESTS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut.data.examples import Example
+from coconut.data.sequences import EpochView
+from coconut.data.tokenization import add_control_tokens, add_special_tokens, build_word_tokenizer, tokenize
+from coconut.methods import METHODS, Curriculum, Cut, Mixing, PromptFormat, Reasoning, Slot, Stage, Unit, plan
+
+GOLDEN = TESTS / "golden_layouts.txt"
+
+
+def test_the_eight_rows_of_the_table_and_the_warm_up() -> None:
+    assert list(METHODS) == ["coconut", "cot", "no_cot", "icot", "pause", "without_curriculum", "without_thought",
+                             "pause_as_thought", "hybrid_warmup"]  # fmt: skip
+
+
+def test_the_plan_of_the_paper_for_prosqa() -> None:
+    stages = plan("coconut", Curriculum(max_stage=6, stage0_length=5, stage_length=5, total_length=50)).stages
+    assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
+        (0, 5, 0, 0), (1, 5, 1, 1), (2, 5, 2, 2), (3, 5, 3, 3), (4, 5, 4, 4), (5, 5, 5, 5), (6, 20, 6, 6),
+    ]  # fmt: skip
+
+
+def test_the_plan_of_the_paper_for_gsm8k() -> None:
+    curriculum = Curriculum(
+        thoughts_per_step=2, max_stage=3, extra_stage=True, stage0_length=6, stage_length=3, total_length=50
+    )
+    stages = plan("coconut", curriculum).stages
+    assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
+        (0, 6, 0, 0), (1, 3, 2, 1), (2, 3, 4, 2), (3, 3, 6, 3), (4, 35, 6, None),
+    ]  # fmt: skip
+    only = plan("without_curriculum", curriculum).stages
+    assert [(s.length, s.num_thoughts, s.steps_cut) for s in only] == [(50, 6, None)]
+    pause = plan("pause", curriculum).stages
+    assert [(s.slot, s.num_thoughts, s.steps_cut, s.markers) for s in pause] == [(Slot.pause, 6, None, True)]
+
+
+def test_the_plan_of_icot_for_gsm8k() -> None:
+    stages = plan("icot", Curriculum(total_length=50)).stages
+    assert [(s.length, s.tokens_cut) for s in stages] == [(1, 0), (1, 8), (1, 16), (1, 24), (1, 32), (45, None)]
+    assert [s.smoothed for s in stages] == [True] * 5 + [False]
+
+
+def test_a_run_may_start_at_a_later_stage() -> None:
+    stages = plan(
+        "coconut", Curriculum(max_stage=2, stage0_length=6, stage_length=3, total_length=10, start_stage=1)
+    ).stages
+    assert [(s.index, s.length) for s in stages] == [(1, 3), (2, 7)]
+
+
+@given(
+    st.sampled_from(list(METHODS)),
+    st.integers(0, 3), st.integers(0, 4), st.booleans(), st.integers(0, 5), st.integers(1, 5), st.integers(1, 60),
+)  # fmt: skip
+def test_a_plan_fills_its_total_or_says_why_not(
+    method: str, c: int, deepest: int, extra: bool, first: int, each: int, total: int
+) -> None:
+    curriculum = Curriculum(c, deepest, extra, Unit.updates, first, each, total)
+    lengths = {"icot": 5 * curriculum.icot_stage_length}.get(method, 0)
+    if METHODS[method].cut is Cut.steps:
+        lengths = first + each * (deepest + extra - 1) if deepest + extra else 0
+    if lengths >= total:
+        with pytest.raises(ValueError, match=r"curriculum\.total"):
+            plan(method, curriculum)
+        return
+    stages = plan(method, curriculum).stages
+    assert sum(s.length for s in stages) == total
+    assert all(s.length > 0 for s in stages)
+    assert all(s.num_thoughts == 0 for s in stages if s.slot is Slot.none)
+    assert all(s.num_thoughts <= c * deepest for s in stages)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"thoughts_per_step": -1}, "thoughts_per_step is -1"),
+        ({"max_stage": -1}, "max_stage is -1"),
+        ({"each": 0}, "each is 0"),
+        ({"mixing_probability": 1.5}, "mixing_probability is 1.5"),
+        ({"icot_tokens": 0}, "icot_tokens is 0"),
+    ],
+)
+def test_impossible_numbers_are_named(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Curriculum(**values)  # pyright: ignore[reportArgumentType]
+
+
+def test_impossible_plans_are_named() -> None:
+    with pytest.raises(ValueError, match=r"take 30 epochs, and curriculum.total_length is 20"):
+        plan("coconut", Curriculum(total_length=20))
+    with pytest.raises(ValueError, match=r"no method 'cocnut'.*coconut, cot"):
+        plan("cocnut", Curriculum())
+    with pytest.raises(ValueError, match="stages 0 to 6"):
+        plan("coconut", Curriculum(start_stage=7))
+    with pytest.raises(ValueError, match="exactly once"):
+        PromptFormat(step="no place")
+    with pytest.raises(ValueError, match="to end a step"):
+        PromptFormat(step="{}")
+
+
+def test_a_prompt_format_keeps_all_braces() -> None:
+    form = PromptFormat(question="Q{a}: {}\n", answer="\\boxed{{}}")
+    assert PromptFormat.fill(form.question, "{x}") == "Q{a}: {x}\n"
+    assert PromptFormat.fill(form.answer, "7") == "\\boxed{7}"
+    assert (form.answer_mark, form.answer_end) == ("\\boxed{", "}")
+
+
+def test_reasoning_survives_json() -> None:
+    stages = plan("coconut", Curriculum(extra_stage=True))
+    reasoning = Reasoning.at(stages, stages.stages[-1])
+    assert reasoning.num_thoughts == 6
+    assert Reasoning.from_dict(reasoning.as_dict()) == reasoning
+
+
+# --- the golden file ------------------------------------------------------------------------------
+
+EXAMPLES = [
+    Example("Is Tom a rat or cat ?", ("Tom is a dog .", "Every dog is a pet .", "Every pet is a cat ."), "a cat ."),
+    Example("Is Sam a bee ?", ("Sam is a bee .",), "Yes"),
+]
+CURRICULUM = Curriculum(
+    thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4
+)
+ICOT = Curriculum(max_stage=2, total_length=4, icot_tokens=8, icot_limit=16)
+HYBRID = Curriculum(modes=["short", "think", "latent_2"], total_length=4)
+
+
+def show(view: EpochView, index: int, words: list[str]) -> str:
+    item = view.layout(index)
+    tokens = [words[token].replace("\n", "\\n") for token in item.ids]
+    if item.control >= 0:
+        tokens[item.control] = f"[{tokens[item.control]}]"
+    return " ".join(tokens[: item.num_prompt]) + "  ‖  " + " ".join(tokens[item.num_prompt :])
+
+
+def golden_text() -> str:
+    tokenizer = build_word_tokenizer(EXAMPLES)
+    special = add_control_tokens(tokenizer, add_special_tokens(tokenizer), HYBRID.modes)
+    words = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(len(tokenizer))]
+    data = tokenize(EXAMPLES, tokenizer)
+    lines = [
+        "What every method sees at every stage: two examples, of three steps and of one.",
+        "Two thoughts a step, two stages and the extra one. The loss is on what follows ‖, and on [...].",
+        "",
+    ]
+    for name, method in METHODS.items():
+        lines += [f"{name}: {method.summary}", ""]
+        stages = plan(name, {"icot": ICOT, "hybrid_warmup": HYBRID}.get(name, CURRICULUM))
+        for stage in stages.stages:
+            lines.append(f"  stage {stage.index}: {stage.describe()}")
+            epoch = next(e for e in range(100) if calm(EpochView(data, stages, stage, special, 0, e), stage))
+            for later in range(max(len(stage.modes), 1)):  # in each of the modes
+                view = EpochView(data, stages, stage, special, 0, epoch + later)
+                lines += [f"    {show(view, i, words)}" for i in range(len(data))] + [""]
+    unpadded = plan(
+        "coconut",
+        Curriculum(
+            thoughts_per_step=2, max_stage=2, pad_thoughts=False, stage0_length=1, stage_length=1, total_length=3
+        ),
+    )
+    lines += ["coconut with curriculum.pad_thoughts=false: short chains get thoughts for their own steps only", ""]
+    view = EpochView(data, unpadded, unpadded.stages[-1], special, 0, 0)
+    lines += [f"    {show(view, i, words)}" for i in range(len(data))]
+    return "\n".join(lines) + "\n"
+
+
+def calm(view: EpochView, stage: Stage) -> bool:
+    """An epoch in which iCoT drew no offset."""
+    return not stage.smoothed or bool(np.all(view.tokens_cut == stage.tokens_cut))
+
+
+def test_golden_layouts() -> None:
+    """To accept a change that is meant: PYTHONPATH=tests python tests/methods/test_methods.py"""
+    assert golden_text() == GOLDEN.read_text(encoding="utf-8")
+
+
+# --- what is random is keyed ----------------------------------------------------------------------
+
+
+def mixing_view(mixing: Mixing, probability: float, epoch: int = 0, seed: int = 0, repeat: int = 400) -> EpochView:
+    tokenizer = build_word_tokenizer(EXAMPLES)
+    curriculum = Curriculum(
+        max_stage=2, stage0_length=1, stage_length=1, total_length=3, mixing=mixing, mixing_probability=probability
+    )
+    stages = plan("coconut", curriculum)
+    data = tokenize(EXAMPLES * repeat, tokenizer)
+    return EpochView(data, stages, stages.stages[1], add_special_tokens(tokenizer), seed, epoch)
+
+
+def test_mixing_is_keyed_by_seed_epoch_and_index() -> None:
+    depth = [form.index for form in mixing_view(Mixing.current, 0.5).forms]
+    assert depth == [form.index for form in mixing_view(Mixing.current, 0.5).forms]
+    assert depth != [form.index for form in mixing_view(Mixing.current, 0.5, epoch=1).forms]
+    assert depth != [form.index for form in mixing_view(Mixing.current, 0.5, seed=1).forms]
+    shares = [depth.count(k) / len(depth) for k in (0, 1, 2)]
+    assert shares[0] == pytest.approx(0.25, abs=0.05)
+    assert shares[1] == pytest.approx(0.75, abs=0.05)
+    assert shares[2] == 0
+
+
+def test_mixing_over_all_stages_reaches_the_chains_end() -> None:
+    view = mixing_view(Mixing.all, 1.0)
+    long, short = ([form.index for form in view.forms[k::2]] for k in (0, 1))
+    assert {k: long.count(k) / len(long) for k in range(4)} == pytest.approx(dict.fromkeys(range(4), 0.25), abs=0.07)
+    assert set(short) == {0, 1}
+    deepest = view.forms[2 * long.index(3)]
+    assert (deepest.steps_cut, deepest.num_thoughts) == (None, 2)
+
+
+def test_icot_offsets_follow_their_law() -> None:
+    tokenizer = build_word_tokenizer(EXAMPLES)
+    stages = plan("icot", ICOT)
+    data = tokenize(EXAMPLES * 10_000, tokenizer)
+    view = EpochView(data, stages, stages.stages[1], add_special_tokens(tokenizer), 0, 0)
+    share = [(view.tokens_cut == 8 + o).mean() for o in range(3)]
+    law = np.exp(-4 * np.arange(3)) * (1 - np.exp(-4))
+    assert share == pytest.approx(law, abs=0.003)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(golden_text(), encoding="utf-8")
+
+
+def test_examples_are_mixed_only_where_the_slot_tells_stages_apart() -> None:
+    curriculum = Curriculum(mixing_probability=0.1)
+    mixed = {name for name in METHODS if plan(name, curriculum).mixing_probability}
+    assert mixed == {"coconut", "pause_as_thought"}
+    assert all(plan(name, curriculum).trained_with_fewer_thoughts == (name in mixed) for name in METHODS)

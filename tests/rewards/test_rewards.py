@@ -1,0 +1,844 @@
+"""Labelled answers, their steps, reward models and what they say of tokens and steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import build, byte_level_tokenizer, gradients, hybrid
+from helpers.processes import killed_and_stopped, together
+from helpers.runs import graph_files, same_end, small_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coconut import LatentLM
+from coconut.analysis.config import AnalyzeConfig
+from coconut.analyze import run as analyze
+from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
+from coconut.completions.rollouts import CorrectnessReward
+from coconut.completions.scoring import SamplingDistribution
+from coconut.config import (
+    AdamWConfig,
+    DataConfig,
+    DataFiles,
+    EngineConfig,
+    LoraConfig,
+    Precision,
+    Task,
+    TooLong,
+    Unreadable,
+)
+from coconut.data.examples import Example
+from coconut.data.tokenization import encode_texts
+from coconut.engine.base import StepResult
+from coconut.engine.process_group import init_distributed
+from coconut.engine.world import World
+from coconut.methods import Curriculum, PromptFormat, Slot, Unit
+from coconut.reward import compare
+from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
+from coconut.rewards.batches import AnswerSet, preference, reward_batch, reward_loss
+from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
+from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
+from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
+from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
+from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
+from coconut.rewards.monte_carlo import continue_completions, step_labels
+from coconut.rewards.step_spans import text_ends, token_parts
+from coconut.rewards.trainer import RewardTrainer, run
+from coconut.rewards.trainer import run_rank as run_together
+from coconut.rewards.value_model import ValueModel
+from coconut.rollout import run as roll
+from coconut.runs.checkpoints import Checkpoints, load_state
+from coconut.runs.description import read_metrics
+from coconut.runs.loading import match_dtypes, starting_point
+from coconut.tasks import TASKS
+from coconut.training.trainer import run as run_training
+from coconut.utils.files import read_json, sha256, write_json
+from data_builders.pointers import PointersBuild
+from data_builders.pointers import build as build_pointers
+
+CPU = EngineConfig(device="cpu", threads=1)
+TOGETHER = ("ce", "dpo", "value")  # losses that are tried on two processes
+LINES = PromptFormat()
+WORDS = PromptFormat("{}", "{} ", "### {}")
+
+# --- steps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "parts"),
+    [
+        ("a b\nc\n### 72", LINES, ["a b\n", "c\n", "### 72"]),
+        ("a\n\n\nb\n### 1", LINES, ["a\n\n\n", "b\n", "### 1"]),
+        ("### 72", LINES, ["### 72"]),
+        ("a b\nc", LINES, ["a b\n", "c"]),
+        ("a b\nc ### 5", LINES, ["a b\n", "c ", "### 5"]),
+        ("b c ### c", WORDS, ["b ", "c ", "### c"]),
+        ("### a\n#### 4\n### 5", LINES, ["### a\n", "#### 4\n", "### 5"]),
+        ("a\nb", PromptFormat(answer="{}"), ["a\n", "b"]),
+        ("", LINES, [""]),
+        ("\n### 1\nand more\n", LINES, ["\n### 1\nand more\n"]),
+    ],
+)
+def test_parts_of_an_answer(text: str, form: PromptFormat, parts: list[str]) -> None:
+    ends = text_ends(text, form)
+    assert [text[a:b] for a, b in zip([0, *ends], ends, strict=False)] == parts
+
+
+@given(st.text("ab \n#", max_size=30))
+def test_parts_are_all_of_the_answer(text: str) -> None:
+    ends = text_ends(text, LINES)
+    assert ends == sorted(set(ends))
+    assert ends[-1] == len(text)
+
+
+def test_tokens_belong_to_the_step_that_they_end_in() -> None:
+    tokenizer = byte_level_tokenizer()
+    text = "12 + 3 = 15\n15 * 2 = 30\n### 30"
+    [ids] = encode_texts(tokenizer, [text])
+    eos: Any = tokenizer.eos_token_id
+    parts = token_parts(tokenizer, [*ids, eos], LINES, [eos])
+    assert sorted(set(parts)) == [0, 1, 2]
+    assert parts == sorted(parts)
+    told = [tokenizer.decode([t for t, p in zip(ids, parts, strict=False) if p == part]) for part in (0, 1, 2)]
+    assert told == ["12 + 3 = 15\n", "15 * 2 = 30\n", "### 30"]
+    assert token_parts(tokenizer, [eos], LINES, [eos]) == [0]
+    assert token_parts(tokenizer, [], LINES) == []
+
+
+# --- losses -----------------------------------------------------------------------------------------
+
+
+def test_losses_by_their_formulas() -> None:
+    torch.manual_seed(0)
+    r, other = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    right = torch.tensor([1, 0, 1, 1, 0]).bool()
+    sigma = torch.sigmoid
+    torch.testing.assert_close(cross_entropy(r, right), -torch.where(right, sigma(r), sigma(-r)).log())
+    torch.testing.assert_close(dpo(r, other), -sigma(r - other).log())
+    torch.testing.assert_close(nca(r, other), -sigma(r).log() - 0.5 * (sigma(-r).log() + sigma(-other).log()))
+    zero = torch.tensor(0.3, dtype=torch.float64)
+    expected = torch.where(right, 1 - sigma(r - zero), 1 - sigma(zero - r))
+    torch.testing.assert_close(kto(r, right, zero), expected)
+    torch.testing.assert_close(kto(r, right, zero, 3.0), torch.where(right, 3 * expected, expected))
+    far = torch.tensor([60.0, -60.0], requires_grad=True)
+    cross_entropy(far, torch.tensor([0, 1])).sum().backward()
+    assert far.grad is not None
+    assert far.grad.tolist() == pytest.approx([1, -1]), "nothing saturates where it is wrong"
+
+
+# --- scores -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+    """A model that writes its chain, trained for a moment, and labelled answers of its own."""
+    folder = tmp_path_factory.mktemp("sampler")
+    data = graph_files(folder, 40, 12, 8)
+    config = small_run(
+        folder / "run",
+        data,
+        method="cot",
+        curriculum=Curriculum(length_unit=Unit.updates, total_length=60),
+        max_new_tokens=8,
+    )
+    assert run_training(config) == 0
+    for split in ("train", "valid"):
+        assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=6, engine=CPU)) == 0
+    return folder / "run", answers_beside(folder / "run")
+
+
+def answers_beside(sampler: Path) -> DataConfig:
+    train, valid = (str(sampler / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
+    return DataConfig(train=train, valid=valid)
+
+
+def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
+    assert len(rows) == 40
+    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+    for row in rows:
+        assert len(row["samples"]) == 6
+        for said in row["samples"]:
+            ids = said["ids"][:-1] if said["ids"][-1] == lm.special.eos else said["ids"]
+            assert lm.tokenizer.decode(ids) == said["text"]
+            assert said["truncated"] == (said["ids"][-1] != lm.special.eos)
+    told = read_json(made[0] / "rollouts" / "train.json")
+    assert (told["samples"], told["questions"], told["seed"]) == (6, 40, 0)
+    assert not list((made[0] / "rollouts").glob(".*"))
+    again = RolloutConfig(run=str(made[0]), samples=6, output=str(tmp_path / "again.jsonl"), engine=CPU, batch_size=7)
+    assert roll(again) == 0
+    assert [row["question"] for row in rows] == [
+        json.loads(line)["question"] for line in (tmp_path / "again.jsonl").read_text().splitlines()
+    ]
+
+
+def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]) -> None:
+    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    reference = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    labelled = read_answers(made[1].train, lm)[:10]
+    samples = [sample for row in labelled for sample in row.completions]
+    reward = ImplicitReward(lm, reference, 0.05)
+    tokens, steps = reward.tokens(samples), reward.steps(samples)
+    for sample, by_token, by_step in zip(samples, tokens, steps, strict=True):
+        assert len(by_token) == len(sample.completion_ids), "of the answer alone"
+        assert float(by_step.sum()) == pytest.approx(float(by_token.sum()), abs=1e-6)
+        parts = reward.parts(sample)
+        for part in range(max(parts) + 1):
+            inside = [value for value, its in zip(by_token.tolist(), parts, strict=True) if its == part]
+            assert float(by_step[part]) == pytest.approx(sum(inside), abs=1e-6)
+    same = ImplicitReward(reference, reference, 0.05)
+    assert all(not row.any() for row in same.tokens(samples[:5]))
+    with pytest.raises(AssertionError):
+        by_part(torch.zeros(3), [0, 0])
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RewardModelConfig:
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "init": str(made[0]),
+        "data": made[1],
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=2),
+        "engine": CPU,
+        "batch_size": 16,
+        "micro_batch_size": 6,
+        "epochs": 2,
+        "beta": 0.5,
+        "keep_checkpoints": 100,
+    }
+    return RewardModelConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_it_learns_to_tell_right_from_wrong(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    """On answers of its own: those that were trained on."""
+    data = DataConfig(train=made[1].train, valid=made[1].train)
+    assert run(settings(made, tmp_path / "run", loss=loss, data=data, epochs=12, optimizer=AdamWConfig(lr=5e-3))) == 0
+    rows = read_metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    best = max((row for row in rows if row["kind"] == "valid"), key=lambda row: row["pairs"])
+    assert np.mean(losses[-5:]) < np.mean(losses[:2])
+    assert best["pairs"] > 0.7
+    assert best["best_of_n"] > best["mean"]
+    assert best["reward_right"] > best["reward_wrong"]
+
+
+def test_the_value_after_a_step_is_that_of_all_tokens_up_to_its_end(made: tuple[Path, DataConfig]) -> None:
+    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    samples = [sample for row in read_answers(made[1].valid, lm) for sample in row.completions][:12]
+    for sample, values in zip(samples, ValueModel(lm).parts(samples), strict=True):
+        parts = token_parts(lm.tokenizer, sample.completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
+        assert len(values) == parts[-1] + 1
+        with torch.no_grad():
+            logits = lm(torch.tensor([sample.layout.ids.tolist()]), return_logits=True).logits[0, :, lm.special.latent]
+        for part, value in enumerate(values.tolist()):
+            end = sample.layout.num_prompt + max(place for place, its in enumerate(parts) if its == part)
+            last = min(end, len(sample.layout.ids) - 2)  # of the answer itself: before what ends it
+            assert value == pytest.approx(float(logits[last].sigmoid()), abs=1e-5)
+
+
+def test_resumed_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(settings(made, whole, save_every=1)) == 0
+    shutil.copytree(whole, folder)
+    for later in Checkpoints(folder).steps():
+        if later > 4:
+            shutil.rmtree(Checkpoints(folder).path(later))
+    assert run(settings(made, folder, save_every=1)) == 0
+    same_end(folder, whole)
+
+
+def test_killed_and_started_again(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """By SIGKILL at an update of its own choosing, then asked to stop by SIGTERM, then to its end."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(settings(made, whole, save_every=1)) == 0
+    killed_and_stopped(alone, str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=3, then=8)
+    assert run(settings(made, folder, save_every=1)) == 0
+    same_end(folder, whole)
+
+
+def alone(sampler: str, folder: str) -> None:
+    made = Path(sampler), answers_beside(Path(sampler))
+    raise SystemExit(run(settings(made, Path(folder), save_every=1)))
+
+
+def on_two(sampler: str, folder: str) -> None:
+    made = Path(sampler), answers_beside(Path(sampler))
+    engine = EngineConfig(device="cpu", threads=1, timeout=120)
+    with init_distributed(engine) as world:
+        for loss in TOGETHER:
+            assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
+
+
+def test_two_processes_do_what_one_does(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    together(on_two, str(made[0]), str(tmp_path / "two"))
+    for loss in TOGETHER:
+        assert run(settings(made, tmp_path / "one" / loss, loss=loss, epochs=1)) == 0
+        one, two = (
+            [row for row in read_metrics(tmp_path / number / loss) if row["kind"] in ("train", "valid")]
+            for number in ("one", "two")
+        )
+        assert len(one) == len(two)
+        for mine, its in zip(one, two, strict=True):
+            for key in ("loss", "grad_norm", "pairs", "reward_right"):
+                assert mine.get(key, 0) == pytest.approx(its.get(key, 0), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
+def test_the_split_into_micro_batches_changes_nothing(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    found = []
+    for size in (None, 6, 2):
+        folder = tmp_path / str(size)
+        assert run(settings(made, folder, loss=loss, micro_batch_size=size, epochs=1)) == 0
+        found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_pairs_are_of_one_question() -> None:
+    answers = AnswerSet([], np.array([1, 0, 0, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 2]))
+    for seed in range(5):
+        pairs = answers.pairs(seed)
+        assert pairs.shape == (1, 2), "question 1 has no wrong answer, question 2 no right one"
+        assert pairs[0, 0] == 0
+        assert pairs[0, 1] in (1, 2)
+    found = preference(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
+    assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
+
+
+# --- the reference ----------------------------------------------------------------------------------
+
+
+def begun(config: RewardModelConfig) -> RewardTrainer:
+    Path(str(config.run)).mkdir()
+    return RewardTrainer(
+        config, Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}, World()
+    )
+
+
+@pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora"])
+def test_a_reward_model_that_has_not_moved_rewards_nothing(
+    made: tuple[Path, DataConfig], tmp_path: Path, kind: str
+) -> None:
+    """As it is trained, and as it is compared."""
+    init = starting_point(str(made[0]))
+    if kind != "float32":
+        LatentLM.from_pretrained(init).to(torch.bfloat16).save_pretrained(tmp_path / "lowered")
+    if kind == "saved in bfloat16":
+        init = tmp_path / "lowered"
+    if kind == "lora":
+        lm = LatentLM.from_pretrained(tmp_path / "lowered")
+        lm.add_lora(LoraConfig(rank=2), str(tmp_path / "lowered"))
+        init = tmp_path / "lora"
+        lm.save_pretrained(init)
+    engine = EngineConfig(
+        device="cpu", threads=1, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32")
+    )
+    training = begun(settings(made, tmp_path / "run", init=str(init), engine=engine))
+    for split in ("train", "valid"):
+        whole = training._whole(training.lm, training.answers[split].completions)
+        assert torch.equal(whole, training.reference[split])
+    saved = tmp_path / "saved"
+    training.lm.save_pretrained(saved)
+    lm = LatentLM.from_pretrained(saved)
+    beside = match_dtypes(LatentLM.from_pretrained(init), lm, torch.device("cpu"))
+    rewards = ImplicitReward(lm, beside, 0.5).tokens(training.answers["valid"].completions[:8])
+    assert all(not row.any() for row in rewards)
+
+
+def test_a_reward_model_keeps_to_what_it_was_trained_against(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    sampler = tmp_path / "sampler"
+    shutil.copytree(made[0], sampler)
+    assert run(settings(made, tmp_path / "run", init=str(sampler), epochs=1)) == 0
+    against = reference_of(tmp_path / "run")
+    assert against == starting_point(str(sampler)).resolve()
+    assert reference_of(Checkpoints(tmp_path / "run").find("last")) == against
+    checkpoints = Checkpoints(sampler)
+    later = checkpoints.path(checkpoints.steps()[-1] + 1)
+    shutil.copytree(against, later)
+    state = {**load_state(later), "step": checkpoints.steps()[-1], "best": {"step": checkpoints.steps()[-1]}}
+    write_json(later / "state.json", state)
+    manifest = read_json(later / "manifest.json")
+    told = {"bytes": (later / "state.json").stat().st_size, "sha256": sha256(later / "state.json")}
+    write_json(later / "manifest.json", {**manifest, "state.json": told})
+    assert starting_point(str(sampler)).resolve() != against, "it was trained further, and another one is best"
+    assert reference_of(tmp_path / "run") == against
+    kept = torch.load(tmp_path / "run" / REFERENCE)
+    torch.save({split: kept[split] for split in ("train", "valid")}, tmp_path / "run" / REFERENCE)
+    with pytest.raises(ValueError, match=r"is of an earlier version.*Train it anew"):
+        reference_of(tmp_path / "run")
+    torch.save(kept, tmp_path / "run" / REFERENCE)
+    lm = LatentLM.from_pretrained(against)
+    with torch.no_grad():
+        next(lm.parameters()).add_(0.1)
+    lm.save_pretrained(against)
+    with pytest.raises(ValueError, match="which holds other weights by now: put it back"):
+        reference_of(tmp_path / "run")
+    shutil.rmtree(against)
+    with pytest.raises(ValueError, match="which is not there any more: put it back"):
+        reference_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
+def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    """Tokens that went through the model, forward, and backward for twice as much."""
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:8]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: str(tmp_path / "train.jsonl") for split in ("train", "valid")}
+    data = DataConfig(train=files["train"], valid=files["valid"])
+    tokens, of = [0.0], LatentLM.forward
+
+    def counted(lm: LatentLM, input_ids: torch.Tensor, mask: torch.Tensor, **how: Any) -> Any:
+        tokens[0] += int(mask.sum()) * (3 if torch.is_grad_enabled() else 1)
+        return of(lm, input_ids, mask, **how)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LatentLM, "forward", counted)
+        training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
+        tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
+        units = [training.update(step)["items"] for step in range(training.total)]
+    answers = training.answers["train"].completions
+    trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
+    labelled = read_answers(files["train"], training.lm)
+    [row] = costs([trained], labelled, 7, None, 1).rows
+    paired = [answers[i] for i in training.training_items.flatten()]
+    if loss == "dpo":  # the mean answer stands for those that are in pairs
+        mean = sum(len(answer.layout.ids) for answer in answers) / len(answers)
+        tokens[0] += 6 * sum(mean - len(answer.layout.ids) for answer in paired)
+    assert row["flops"] == pytest.approx(2 * 7 * tokens[0], rel=1e-9)
+
+
+def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> None:
+    lm = hybrid(dtype=torch.float32)
+    lm.save_pretrained(tmp_path / "hybrid")
+    long = {"text": "7 8 9 10 11 12 13 14", "correct": True, "mode": "short"}
+    thinks = {"text": "7", "correct": False, "mode": "latent_2", "num_thoughts": 2}
+    row = {"question": "3 4", "answer": "c", "steps": [], "samples": [long, thinks]}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    data = DataConfig(train=str(tmp_path / "answers.jsonl"), valid=str(tmp_path / "answers.jsonl"))
+    made = tmp_path / "hybrid", data
+    training = begun(settings(made, tmp_path / "run", loss="dpo", data=data))
+    passes: list[int] = []
+
+    def update(micro_batches: Any, lr: float) -> StepResult:
+        passes.extend(part.passes for part in micro_batches)
+        return StepResult(0.0, 0.0, 1)
+
+    training.engine.update = update
+    training.update(0)
+    assert passes == [3], "two thoughts are three passes, of the shorter answer"
+    first, second = training.answers["train"].completions
+    assert len(first.layout.ids) > len(second.layout.ids)
+    assert shard_by_length([needs([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
+
+
+# --- answers that are too long ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_answers_longer_than_the_context_are_not_scored(kind: str) -> None:
+    lm = build(kind, torch.float32, slot=Slot.none, markers=False)
+    samples = [completion_from_ids(lm, [5, 6], [7] * count, text="") for count in (3, 94, 95)]
+    assert len(SamplingDistribution.of(lm.special).score(lm, samples[:2], 2)[1]) == 94
+    with pytest.raises(ValueError, match=r"1 of 3 answers are.*context of 96 tokens: answer 3 \(97 tokens\)"):
+        SamplingDistribution.of(lm.special).score(lm, samples, 2)
+    with pytest.raises(ValueError, match=r"1 of 3 answers are"):
+        ValueModel(lm).before(samples)
+
+
+def test_answers_longer_than_the_context_are_named_or_left_out(
+    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:4]
+    said = rows[2]["samples"][1]
+    said["ids"] = [said["ids"][0]] * 90
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+    message = r"1 of 24 answers are.*answer 2 to question 3 \(\d+ tokens\). Leave them out with data.too_long=skip"
+    with pytest.raises(ValueError, match=message):
+        read_answers(tmp_path / "long.jsonl", lm)
+    config = settings(made, tmp_path / "run", data=replace(made[1], train=str(tmp_path / "long.jsonl")))
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    config.data.too_long = TooLong.skip
+    assert len(begun(config).answers["train"].completions) == 23
+    assert "Left out 1 of 24 answers" in capsys.readouterr().out
+    whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, alike=True)
+    assert [len(row.completions) for row in whole] == [6, 6, 6]
+    assert rows[2]["question"] not in {row.example.question for row in whole}
+
+
+def test_questions_without_room_for_an_answer_are_not_sampled_from(
+    made: tuple[Path, DataConfig], tmp_path: Path
+) -> None:
+    file = Path(made[1].train).parents[2] / "train.json"
+    rows = read_json(file)[:3]
+    rows[1]["question"] = " ".join([rows[1]["question"]] * 8)
+    write_json(tmp_path / "long.json", rows)
+    config = RolloutConfig(run=str(made[0]), data=DataFiles(train=str(tmp_path / "long.json")), samples=2, engine=CPU,
+                           output=str(tmp_path / "out.jsonl"))  # fmt: skip
+    with pytest.raises(ValueError, match=r"1 of 3 questions leave no room.*question 2 \(\d+ tokens\).*too_long=skip"):
+        roll(config)
+    config.too_long = TooLong.skip
+    assert roll(config) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+# --- selection --------------------------------------------------------------------------------------
+
+
+def test_best_of_n_is_the_expectation_over_all_draws() -> None:
+    draw = np.random.default_rng(0)
+    scores = np.round(draw.normal(size=(3, 6)), 0)  # with ties
+    right = (draw.random((3, 6)) < 0.5).astype(float)
+    for size in range(1, 7):
+        expected, some = np.zeros(3), np.zeros(3)
+        for q in range(3):
+            for chosen in combinations(range(6), size):
+                top = max(scores[q, i] for i in chosen)
+                expected[q] += np.mean([right[q, i] for i in chosen if scores[q, i] == top]) / comb(6, size)
+                some[q] += any(right[q, i] for i in chosen) / comb(6, size)
+        assert any_right(right, size) == pytest.approx(some)
+        assert best_of(scores, right, size) == pytest.approx(expected)
+    distinct = draw.permutation(18).reshape(3, 6).astype(float)
+    for size in (1, 3, 6):
+        by_hand = [
+            np.mean([right[q, max(chosen, key=lambda i: distinct[q, i])] for chosen in combinations(range(6), size)])
+            for q in range(3)
+        ]
+        assert best_of(distinct, right, size) == pytest.approx(by_hand)
+    assert best_of(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
+
+
+def vote_by_hand(said: list[str | None], weights: Any, right: Any, size: int) -> float:
+    """The mean over all draws of the mean over the answers with the largest sum of weights."""
+    found = []
+    for chosen in combinations(range(len(said)), size):
+        voting = [i for i in chosen if said[i] is not None]
+        counted = not any(weights[i] for i in voting)
+        sums: dict[str | None, float] = {}
+        for i in voting:
+            sums[said[i]] = sums.get(said[i], 0.0) + (1.0 if counted else weights[i])
+        top = [answer for answer, value in sums.items() if abs(value - max(sums.values())) < 1e-9]
+        found.append(np.mean([right[said.index(answer)] for answer in top]) if top else 0.0)
+    return float(np.mean(found))
+
+
+def test_a_vote_is_the_expectation_over_all_draws_with_ties_shared() -> None:
+    draw = np.random.default_rng(1)
+    for _ in range(12):
+        said = [None if n == 4 else "abcd"[n] for n in draw.integers(5, size=11)]
+        right = np.array([float(answer in ("a", "c")) for answer in said])
+        for size in (1, 2, 4, 6, 9, 11):
+            for weights in (np.ones(11), np.full(11, 0.3), np.zeros(11)):
+                [exact] = voted([said], weights[None], right[None], size)
+                assert exact == pytest.approx(vote_by_hand(said, weights, right, size), abs=1e-12)
+        weights = np.round(draw.random(11), 1)  # with ties, and votes that weigh nothing
+        for size in (1, 10, 11):
+            [exact] = voted([said], weights[None], right[None], size)
+            assert exact == pytest.approx(vote_by_hand(said, weights, right, size), abs=1e-12)
+        draws = [voted([said], weights[None], right[None], 5, seed)[0] for seed in range(8)]
+        assert np.mean(draws) == pytest.approx(vote_by_hand(said, weights, right, 5), abs=0.08)
+
+
+def test_many_samples_vote_exactly() -> None:
+    said = [["a"] * 24 + ["b"] * 24 + ["c"] * 15 + [None]]
+    right = np.array([[1.0] * 24 + [0.0] * 40])
+    shared = [voted(said, np.ones((1, 64)), right, size)[0] for size in (8, 16, 64)]
+    other = np.array([[0.0] * 24 + [1.0] * 24 + [0.0] * 16])
+    assert shared[:2] == pytest.approx([voted(said, np.ones((1, 64)), other, size)[0] for size in (8, 16)])
+    assert shared[2] == 0.5, "whichever name comes first"
+    assert shared[0] < shared[1] < 0.5
+
+
+def test_equal_answers_vote_together() -> None:
+    texts = ["### $18", "### 7", "### 18.00", "### 7", "### 18"]
+    lm = build("gpt2", torch.float32)
+    samples = tuple(completion_from_ids(lm, [3], [5, 1], text=text) for text in texts)
+    row = LabelledAnswers(Example("?", (), "18"), samples, tuple(text != "### 7" for text in texts))
+    [found] = [
+        row for row in selections([row], [], CorrectnessReward(TASKS["gsm8k"], PromptFormat()), [5]).rows
+        if row["scorer"] == "majority"
+    ]  # fmt: skip
+    assert found["accuracy"] == 1.0
+
+
+def test_votes() -> None:
+    said = [["a", "a", "b", None], [None] * 4]
+    right = np.array([[1.0, 1, 0, 0], [0.0] * 4])
+    assert voted(said, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
+    assert voted(said, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
+    assert voted(said, np.ones((2, 4)), right, 1)[0] == 0.5
+    weightless = voted([["a", "b", "b", "b"]], np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]), 4)
+    assert weightless.tolist() == [0.0], "votes that weigh nothing are counted, not given to who comes first"
+
+
+def test_the_first_wrong_step() -> None:
+    rewards = [[0.5, -0.2, 0.1], [0.3, 0.4], [0.1, 0.2, -0.9]]
+    assert first_below(rewards, 0.0) == [1, None, 2]
+    true = [1, None, 1]
+    found = first_errors(first_below(rewards, 0.0), true)
+    assert (found.wrong, found.right) == (0.5, 1.0)
+    assert found.f1 == pytest.approx(2 / 3)
+    assert first_below(rewards, best_threshold(rewards, [1, None, 2])) == [1, None, 2]
+    assert of_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
+    assert of_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
+    assert of_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
+
+
+def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
+    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+    labelled = read_answers(made[1].train, lm)[:6]
+    judge = CorrectnessReward(TASKS["prosqa"], lm.reasoning.format)
+    found = step_labels(lm, judge, labelled, rollouts=4, seed=1)
+    again = step_labels(lm, judge, labelled, rollouts=4, seed=1, batch_size=1000)
+    assert len(found.shares) == 6 * 6
+    assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
+    texts = [sample.text for row in labelled for sample in row.completions]
+    for text, its in zip(texts, found.shares, strict=True):
+        steps = TASKS["prosqa"].read_steps(text, WORDS)
+        assert len(its) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
+        assert all(share * 4 == int(share * 4) for share in its)
+    assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
+    assert [list(map(bool, shares)) for shares in found.shares] == found.hard
+
+
+# --- comparison -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of pointers that is sometimes right, its answers, and two reward models of a moment."""
+    folder = tmp_path_factory.mktemp("pointers")
+    build_pointers(PointersBuild(out_dir=str(folder), nodes=5, hops_to=2, num_train=60, num_valid=8, num_test=8))
+    train, valid, test = (str(folder / f"pointers_{split}.json") for split in ("train", "valid", "test"))
+    data = DataConfig(Task.pointers, train, valid, test, format=WORDS)
+    config = small_run(
+        folder / "run",
+        data,
+        method="cot",
+        curriculum=Curriculum(length_unit=Unit.updates, total_length=80),
+        max_new_tokens=8,
+    )
+    assert run_training(config) == 0
+    for split in ("train", "valid", "test"):
+        assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=8, engine=CPU)) == 0
+    for loss in ("ce", "dpo", "value"):
+        assert run(settings((folder / "run", answers_beside(folder / "run")), folder / "models" / loss, loss=loss)) == 0
+    return folder / "run", folder / "models"
+
+
+def test_reward_models_side_by_side(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, folder = models
+    answers = str(sampler / "rollouts" / "test.jsonl")
+    config = CompareConfig(runs=[f"{folder}/*"], answers=answers, rollouts=2, num_step_questions=4, engine=CPU)
+    opened: list[Path] = []
+    load = LatentLM.from_pretrained
+    monkeypatch.setattr(
+        LatentLM, "from_pretrained", lambda place, *how: opened.append(Path(place).resolve()) or load(place, *how)
+    )
+    assert compare(config) == 0
+    assert opened.count(reference_of(folder / "ce")) == 1, "one reference for all that are in its types"
+    told = capsys.readouterr().out
+    assert "ce, sum" in told
+    assert "rollouts" in told
+    selection = read_json(folder / "selection.json")
+    rows = {(row["scorer"], row["way"], row["n"]): row for row in selection["rows"]}
+    mean = selection["facts"]["mean"]
+    for scorer, way in {(row["scorer"], row["way"]) for row in selection["rows"]}:
+        assert rows[scorer, way, 1]["accuracy"] == pytest.approx(mean, abs=0.06), "of one there is no choice"
+        for size in (1, 2, 4, 8):
+            sampled = 0.06 if way == "vote" else 1e-9
+            assert rows[scorer, way, size]["accuracy"] <= rows["oracle", "any right", size]["accuracy"] + sampled
+    errors = read_json(folder / "first_errors.json")
+    assert [row["scorer"] for row in errors["rows"]] == ["ce", "dpo", "value", "rollouts"]
+    assert errors["facts"]["answers"] == 32
+    costs = {row["scorer"]: row for row in read_json(folder / "costs.json")["rows"]}
+    assert set(costs) == {"ce", "dpo", "value", "rollouts"}
+    assert costs["ce"]["flops"] == pytest.approx(costs["value"]["flops"] * 7 / 6), "two epochs, and the reference"
+    assert min(row["seconds"] for row in costs.values()) > 0
+    assert [row["scorer"] for row in read_json(folder / "bounds.json")["rows"]] == ["ce", "dpo"]
+    page = (folder / "comparison.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("The first wrong step", "What it costs to know", "The value of a prefix"))
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_value_of_a_prefix_is_the_soft_mean_of_what_follows(models: tuple[Path, Path]) -> None:
+    """q = beta log E exp(r / beta), over many continuations from the reference, from which the model is not far."""
+    lm, reference = (LatentLM.from_pretrained(starting_point(str(models[0]))).eval() for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.03 * torch.randn_like(weight))
+    labelled = read_answers(models[0] / "rollouts" / "test.jsonl", lm)
+    found = bounds(ImplicitReward(lm, reference, 0.5), labelled, continuations=512, prefixes=12)
+    apart = [abs(row["q"] - row["soft"]) for row in found.rows]
+    assert np.median([abs(row["q"]) for row in found.rows]) > 0.03
+    assert np.median(apart) < 0.01
+    for row in found.rows:
+        assert row["mean"] <= row["soft"] + 1e-6
+        assert row["soft"] <= row["max"] + 1e-6
+    [row] = all_bounds({"mine": found}).rows
+    assert row["prefixes"] == 12
+    assert min(row["mean_below"], row["below_max"]) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["thoughts", "pauses", "modes"])
+def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
+    slot = {"thoughts": Slot.thought, "pauses": Slot.pause, "modes": Slot.none}[kind]
+    models = []
+    for _ in range(2):
+        lm = (
+            hybrid(dtype=torch.float32) if kind == "modes" else build("llama", torch.float32, slot=slot, num_thoughts=2)
+        )
+        lm.reasoning = replace(lm.reasoning, max_new_tokens=3)
+        models.append(lm)
+    lm, reference = models
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    modes = ["latent_2", "think"] if kind == "modes" else ["", ""]
+    samples = [completion_from_ids(lm, [5, 6, 7 + i], [8, 9, 10], text="", mode=mode) for i, mode in enumerate(modes)]
+    labelled = [LabelledAnswers(Example("", (), ""), tuple(samples), (True, False))]
+    found = bounds(ImplicitReward(lm, reference, 0.5), labelled, continuations=4096, prefixes=2)
+    assert max(abs(row["q"]) for row in found.rows) > 0.02
+    for row in found.rows:
+        assert row["soft"] == pytest.approx(row["q"], abs=0.01)
+    for sample in samples:
+        begun = sample.saying(sample.completion_ids[:1])
+        assert question_of(lm, begun) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
+        [several] = continue_completions(reference, [begun], 3)
+        assert all(1 <= len(more) <= 3 for more in several)
+        whole = begun.saying([*begun.completion_ids, *several[0]])
+        assert whole.layout.ids.tolist().count(lm.latent_id) == sample.layout.ids.tolist().count(lm.latent_id)
+    ended = samples[0].saying([8, lm.special.eos])
+    assert continue_completions(reference, [ended], 2) == [[[], []]], "what has ended does not go on"
+
+
+def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Path) -> None:
+    sampler, folder = models
+    answers = sampler / "rollouts" / "test.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows[0]["samples"].pop()
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="Some questions have 7 answers and some 8"):
+        compare(
+            CompareConfig(
+                runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), num_step_questions=2, engine=CPU
+            )
+        )
+    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut.reward compare"):
+        analyze(AnalyzeConfig(run=str(folder / "ce")))
+    with pytest.raises(ValueError, match="Name the reward models"):
+        CompareConfig(answers="a")
+    with pytest.raises(ValueError, match="Name the answers"):
+        CompareConfig(runs=["a"])
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row["samples"][1].pop("correct"), "line 2: sample 2 has no label"),
+        (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
+        (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
+        (lambda row: row.update(completions=[]), "it has no samples"),
+        (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
+        (lambda row: row.update(steps="a"), "steps is 'a'"),
+        (lambda row: row.pop("question"), "it must be an object with question"),
+        (lambda row: row["samples"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
+    ],
+)
+def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:3]
+    change(rows[1])
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        read_answers(tmp_path / "bad.jsonl", LatentLM.from_pretrained(starting_point(str(made[0]))))
+
+
+def test_nothing_to_compare(made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
+    for row in rows:
+        for said in row["samples"]:
+            said["correct"] = True
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=str(tmp_path / "one.jsonl"), valid=made[1].valid)
+    with pytest.raises(ValueError, match="no question has both a right and a wrong answer, which loss=dpo compares"):
+        run(settings(made, tmp_path / "run", loss="dpo", data=data))
+    assert "to 40 of 40 questions all answers are right" in capsys.readouterr().out
+
+
+def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    for changes, message in [
+        ({"loss": "mse"}, r"There is no loss 'mse'. The losses are: ce, kto, dpo, nca"),
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"init": None}, "Name the model to start from"),
+        ({"batch_size": 1}, "batch_size is 1"),
+        ({"engine": EngineConfig(cuda_graphs=True)}, "a reward model is trained without"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings(made, tmp_path / "none", **changes)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        RolloutConfig(run="x", temperature=0.0)
+
+
+def test_answers_to_what_cannot_be_right_are_not_sampled(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [{"question": "0 1 ?", "answer": 1}, {"question": "0 1 ?", "answer": "0 ### 1"}]
+    write_json(tmp_path / "own.json", rows)
+    files, output = DataFiles(train=str(tmp_path / "own.json")), tmp_path / "answers.jsonl"
+    config = RolloutConfig(run=str(made[0]), data=files, output=str(output), samples=2, engine=CPU)
+    with pytest.raises(ValueError, match="row 2, answer '0 ### 1': '1' is read"):
+        roll(config)
+    config.unreadable = Unreadable.skip
+    assert roll(config) == 0
+    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == ["1"]
+
+
+def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:5]
+    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+    for row in rows:
+        for said in row["samples"]:
+            for key in ("ids", "mode", "num_thoughts", "new_tokens", "truncated"):
+                said.pop(key)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_ids, without = read_answers(made[1].train, lm)[:5], read_answers(tmp_path / "text.jsonl", lm)
+    pairs = [
+        (a, b)
+        for x, y in zip(with_ids, without, strict=True)
+        for a, b in zip(x.completions, y.completions, strict=True)
+    ]
+    assert all(a.completion_ids == b.completion_ids for a, b in pairs if not a.truncated)
+
+
+def test_gradient_reaches_every_token_of_the_answer_and_nothing_else() -> None:
+    lm = build("llama", slot=Slot.none, markers=False)
+    samples = [completion_from_ids(lm, [5, 6], [7, 8, 1], text=""), completion_from_ids(lm, [5, 6, 9], [8, 1], text="")]
+    batch = reward_batch(samples, torch.zeros(2), torch.tensor([True, False]), lm.special, 1)
+    policy = SamplingDistribution.of(lm.special)
+    loss = reward_loss(LOSSES["ce"], policy, 0.5)(lm, batch)
+    sums = torch.stack([row.sum() for row in policy.score(lm, samples, 2)]).double()
+    expected = cross_entropy(0.5 * sums, torch.tensor([1.0, 0.0])).sum()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert gradients(lm)

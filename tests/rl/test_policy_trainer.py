@@ -1,0 +1,521 @@
+"""The trainer of policies: it learns, describes itself, goes on exactly, and says what it cannot do."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import MODES
+from helpers.processes import killed_and_stopped, together
+from helpers.runs import graph_files, same_end, small_run
+
+from coconut import LatentLM
+from coconut.analysis.config import AnalyzeConfig, TableConfig
+from coconut.analyze import run as analyze
+from coconut.analyze import several as compare
+from coconut.completions.rollouts import Cost
+from coconut.config import (
+    AdamWConfig,
+    DataConfig,
+    EngineConfig,
+    EngineKind,
+    LoraConfig,
+    Precision,
+    Task,
+    TooLong,
+)
+from coconut.data.examples import Example
+from coconut.engine.process_group import init_distributed
+from coconut.engine.world import World
+from coconut.evaluate import run as run_evaluate
+from coconut.evaluation.config import EvaluateConfig
+from coconut.generate import run as run_generate
+from coconut.generation.config import GenerateConfig
+from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
+from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
+from coconut.rl.trainer import run_rank as run_together
+from coconut.runs.checkpoints import Checkpoints, load_state
+from coconut.runs.description import read_metrics
+from coconut.runs.loading import starting_point
+from coconut.training.trainer import run as run_training
+from coconut.utils.files import read_json, write_json
+
+CPU = EngineConfig(device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+    """A hybrid model that was warmed up for a moment, and its data."""
+    folder = tmp_path_factory.mktemp("warm")
+    data = graph_files(folder, 40, 12, 8)
+    config = small_run(
+        folder / "run", data, method="hybrid_warmup",
+        curriculum=Curriculum(modes=MODES, length_unit=Unit.updates, total_length=40), max_new_tokens=8,
+    )  # fmt: skip
+    assert run_training(config) == 0
+    return folder / "run", data
+
+
+def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+    warm, data = made
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "init": str(warm),
+        "data": data,
+        "objective": ObjectiveConfig("degrpo", kl_coef=0.01),
+        "reward": RewardConfig({"think": 0.5}),
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=3),
+        "engine": EngineConfig(device="cpu", threads=1),
+        "num_steps": 6,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "validate_every": 3,
+        "keep_checkpoints": 100,
+    }
+    return RLConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(made: tuple[Path, DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, of several updates a batch, with a checkpoint after every batch."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(several(made, folder)) == 0
+    return folder
+
+
+def several(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+    return settings(made, folder, save_every=1, num_minibatches=2, num_iterations=2, micro_batch_size=3, **changes)
+
+
+def test_a_run_describes_itself(finished: Path) -> None:
+    described = read_json(finished / "run.json")
+    assert described["objective"]["control_token_weight"] == 1e-3
+    assert described["objective"]["denominator"] == "per_answer"
+    assert described["reasoning"]["modes"] == MODES
+    assert described["data"]["train"]["used"] == 40
+    assert described["init"].endswith(tuple(f"step-{n:07d}" for n in range(41)))
+    rows = read_metrics(finished)
+    train, valid = ([row for row in rows if row["kind"] == kind] for kind in ("train", "valid"))
+    assert [row["step"] for row in train] == list(range(1, 7))
+    assert [row["step"] for row in valid] == [0, 3, 6]
+    for row in train:
+        assert sum(row[f"share_{mode}"] for mode in MODES) == pytest.approx(1)
+        assert row["updates"] == 4
+        assert row["kl"] > -1e-8
+    for row in valid:
+        assert sum(row[f"chance_{mode}"] for mode in MODES) == pytest.approx(1)
+        assert sum(part["count"] for part in row["by_steps"]) == 12
+        means = sum(part["count"] * part["accuracy_think"] for part in row["by_steps"]) / 12
+        assert means == pytest.approx(row["accuracy_think"])
+    assert load_state(Checkpoints(finished).path(6))["updates"] == 24
+    assert len(read_json(finished / "samples" / "step-0000006.json")) == 5
+
+
+def test_the_best_checkpoint_has_the_best_reward(finished: Path) -> None:
+    best = load_state(Checkpoints(finished).find("best"))
+    rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
+    top = max(rows, key=lambda row: row["reward"])
+    assert (best["best"]["step"], best["best"]["reward"]) == (top["step"], top["reward"])
+
+
+def test_other_commands_take_it(
+    finished: Path, made: tuple[Path, DataConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_evaluate(EvaluateConfig(run=str(finished), checkpoint="last"))
+    assert "modes" in capsys.readouterr().out
+    question = read_json(Path(made[1].test))[0]["question"]
+    run_generate(GenerateConfig(run=str(finished), question=question, mode="think"))
+    assert "[think, 0 thoughts, " in capsys.readouterr().err
+
+
+# --- going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_resumed_equals_uninterrupted(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(step + 1, 7):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    assert run(several(made, folder)) == 0
+    same_end(folder, finished)
+
+
+def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    warm = tmp_path / "warm"
+    shutil.copytree(made[0], warm)
+    config = settings((warm, made[1]), tmp_path / "run")
+    assert run(config) == 0
+    for later in (4, 5, 6):
+        shutil.rmtree(Checkpoints(tmp_path / "run").path(later), ignore_errors=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    shutil.rmtree(warm)
+    assert run(config) == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """By SIGKILL at a batch of its own choosing, then asked to stop by SIGTERM, then to its end."""
+    folder = tmp_path / "run"
+    killed_and_stopped(alone, str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=2, then=4)
+    assert run(several(made, folder)) == 0
+    same_end(folder, finished)
+
+
+def data_beside(warm: str) -> DataConfig:
+    folder = Path(warm).parent
+    train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
+    return DataConfig(Task.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def alone(warm: str, folder: str) -> None:
+    raise SystemExit(run(several((Path(warm), data_beside(warm)), Path(folder))))
+
+
+# --- the same whatever it runs on -------------------------------------------------------------------
+
+
+def on_two(warm: str, folder: str) -> None:
+    made = Path(warm), data_beside(warm)
+    kinds = {
+        "local": EngineConfig(device="cpu", threads=1, timeout=120),
+        "zero3": EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
+    }
+    with init_distributed(kinds["local"]) as world:
+        for name, engine in kinds.items():
+            config = settings(made, Path(folder) / name, engine=engine, num_steps=2, drop_zero_variance_groups=True)
+            assert run_together(config, world) == 0
+
+
+def test_two_processes_and_sharded_weights(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    together(on_two, str(made[0]), str(tmp_path))
+    local, zero = (
+        [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("local", "zero3")
+    )
+    assert len(local) == len(zero) == 2
+    assert local[0]["reward"] == zero[0]["reward"], "the same answers are sampled"
+    for key in ("loss", "grad_norm", "kl"):
+        assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
+
+
+def test_an_update_does_not_change_with_the_micro_batches(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    found = []
+    for size in (None, 5, 1):
+        folder = tmp_path / str(size)
+        assert run(settings(made, folder, num_steps=1, micro_batch_size=size)) == 0
+        found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
+    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
+
+
+# --- learning ---------------------------------------------------------------------------------------
+
+
+def first_word(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+    return float(text.strip().startswith("#"))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "degrpo"])
+def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) -> None:
+    """A model without modes learns to begin with the mark."""
+    data = graph_files(tmp_path, 16, 4, 4)
+    warm = small_run(
+        tmp_path / "warm", data, method="cot", curriculum=Curriculum(length_unit=Unit.updates, total_length=2)
+    )
+    assert run_training(warm) == 0
+    config = settings(
+        (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, kl_coef=0.0), num_steps=12,
+        reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, group_size=8, validate_every=12,
+        prompts_per_step=8,
+    )  # fmt: skip
+    assert run(config, first_word) == 0
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert np.mean(rewards[-3:]) > 0.8 > 0.3 > np.mean(rewards[:2])
+
+
+def cheap(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+    return float(mode == "short")
+
+
+def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    objective = ObjectiveConfig("degrpo", control_token_weight=1.0, kl_coef=0.0)
+    config = settings(made, tmp_path / "run", objective=objective, num_steps=15, optimizer=AdamWConfig(lr=6e-3))
+    assert run(config, cheap) == 0
+    chances = [row["chance_short"] for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
+    assert chances[0] < 0.5 < 0.75 < chances[-1]
+
+
+def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(made, folder, num_steps=2, drop_zero_variance_groups=True)
+    before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
+    assert run(config, lambda *_: 1.0) == 0
+    rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
+    assert all(row["without_variance"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
+    after = LatentLM.from_pretrained(Checkpoints(folder).find("last")).state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """In the third batch, and in the validation after it."""
+    calls: list[int] = []
+    state: dict[str, Any] = {}
+
+    def broken(example: Example, text: str, mode: str, cost: Cost, /) -> Any:
+        calls.append(1)
+        return state["bad"] if len(calls) > state["after"] else 0.1 * len(calls)
+
+    for name, bad, after, message, saved in (
+        ("nan", float("nan"), 12 + 2 * 16, "is nan, which is not finite", 2),
+        ("two", [1, 2], 12 + 2 * 16, r"is \[1, 2\]", 2),
+        ("valid", float("inf"), 12 + 3 * 16, "is inf, which is not finite", 3),
+    ):
+        calls.clear()
+        state |= {"bad": bad, "after": after}
+        folder = tmp_path / name
+        with pytest.raises(ValueError, match=f"{message}.*saved at batch {saved}"):
+            run(settings(made, folder, num_steps=5), broken)
+        assert Checkpoints(folder).steps()[-1] == saved
+        assert run(settings(made, folder, num_steps=5), cheap) == 0, "it goes on"
+        assert [row["step"] for row in read_metrics(folder) if row["kind"] == "valid"] == [0, 3, 5]
+
+
+def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    for changes, message in [
+        ({"samples": 1}, "samples is 1. An answer is compared"),
+        ({"init": None}, "Name the model to start from"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"num_minibatches": 5}, "more than there are questions"),
+        ({"questions": 0}, "questions is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings(made, tmp_path / "none", **changes)
+    with pytest.raises(ValueError, match=r"There is no objective 'ppo'. The objectives are: grpo"):
+        ObjectiveConfig("ppo")
+    with pytest.raises(ValueError, match=r"reward.mode_costs.think is nan"):
+        RewardConfig({"think": float("nan")})
+    for changes, message in [
+        ({"reward": RewardConfig({"long": 0.5})}, "costs.long is .* the model does not have: its modes are short"),
+        ({"max_new_tokens": 90}, "leave no room for an answer of 90 tokens"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(settings(made, tmp_path / "none", **changes))
+        assert not (tmp_path / "none").exists()
+    assert run(settings(made, tmp_path / "run", num_steps=1)) == 0
+    with pytest.raises(ValueError, match=r"(?s)another configuration:\n  samples: 4 there, 8 asked for"):
+        run(settings(made, tmp_path / "run", num_steps=1, group_size=8))
+    assert run(settings(made, tmp_path / "run", num_steps=1, micro_batch_size=1, rollout_batch_size=1)) == 0
+
+
+def test_long_questions_are_left_out_when_asked(
+    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_json(Path(made[1].train))
+    long = {**rows[0], "question": " | ".join([rows[0]["question"].split(" ?")[0]] * 2) + " ? 5 or 3 from 0"}
+    write_json(tmp_path / "train.json", [*rows, long])
+    data = replace(made[1], train=str(tmp_path / "train.json"))
+    config = settings((made[0], data), tmp_path / "run", num_steps=1, max_new_tokens=40)
+    with pytest.raises(ValueError, match=r"1 of 41 questions leave no room.*: question 41 \(\d+ tokens\)"):
+        run(config)
+    config.data.too_long = TooLong.skip
+    assert run(config) == 0
+    assert "Left out 1 of 41 questions of" in capsys.readouterr().out
+
+
+def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
+    data = replace(made[1], train=str(tmp_path / "train.json"))
+    with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
+        run(settings((made[0], data), tmp_path / "run", num_steps=1))
+
+
+def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run", prompts_per_step=12), made)
+    asked = np.concatenate([training._questions(step) for step in range(10)])
+    assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
+    assert (asked[:40] != asked[40:80]).any()
+    assert training._questions(4).tolist() == asked[48:60].tolist()
+
+
+def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
+    folder = Path(str(config.run))
+    folder.mkdir(exist_ok=True)
+    files = {split: getattr(made[1], split) for split in ("train", "valid")}
+    return PolicyTrainer(config, folder, files, World())
+
+
+def lowered(place: Path, folder: Path) -> Path:
+    """The same model with its weights in bfloat16."""
+    LatentLM.from_pretrained(place).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def corrected(place: Path, folder: Path) -> Path:
+    """A LoRA correction of the model, in bfloat16, that corrects something."""
+    lm = LatentLM.from_pretrained(lowered(place, folder.with_name("whole")))
+    lm.add_lora(LoraConfig(rank=2), str(folder.with_name("whole")))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+    lm.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora", "lora in bfloat16"])
+def test_a_policy_that_has_not_moved_is_its_reference(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
+    init = starting_point(str(made[0]))
+    if kind == "saved in bfloat16":
+        init = lowered(init, tmp_path / "init")
+    if kind.startswith("lora"):
+        init = corrected(init, tmp_path / "init")
+    precision = Precision.bfloat16 if kind.endswith("in bfloat16") and "saved" not in kind else Precision.float32
+    engine = EngineConfig(device="cpu", threads=1, precision=precision)
+    changes: dict[str, Any] = {"engine": engine, "micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
+    training = begun(settings((init, made[1]), tmp_path / "run", **changes), made)
+    training.dry_run()
+    groups = training.sample(0)
+    assert training.learn(groups)["kl"] == 0.0
+    rows = training.learn(groups)
+    assert rows["kl"] > 0, "an update later it has moved"
+
+
+def test_the_divergence_is_that_of_answers_one_by_one(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = begun(settings(made, tmp_path / "run", micro_batch_size=5), made)
+    groups = training.sample(0)
+    for _ in range(3):
+        training.learn(groups)
+    assert training.reference
+    told = []
+    for sample in [sample for group in groups for sample in group.completions]:
+        ids = torch.tensor([sample.layout.ids.tolist()])
+        apart = []
+        for lm in (training.lm, training.reference):
+            with torch.no_grad():
+                logits = lm(ids, return_logits=True, use_cache=False).logits[0].double()
+            control, first = sample.layout.control, sample.layout.num_prompt
+            controls = list(lm.special.control.values())
+            chosen = logits[control - 1, controls].log_softmax(-1)[controls.index(int(ids[0, control]))]
+            logits[:, lm.special.added] = -torch.inf
+            words = logits[first - 1 : -1].log_softmax(-1).gather(1, ids[0, first:, None])[:, 0]
+            apart.append(torch.cat([chosen[None], words]))
+        told += [math.exp(gap) - 1 - gap for gap in (apart[1] - apart[0]).tolist()]
+    assert training.learn(groups)["kl"] == pytest.approx(np.mean(told), rel=1e-3)
+
+
+def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
+    made: tuple[Path, DataConfig], tmp_path: Path
+) -> None:
+    """It got no checkpoint, and by now the best one of what it started from is another."""
+    other = LatentLM.from_pretrained(starting_point(str(made[0])))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1)
+    other.save_pretrained(tmp_path / "run" / REFERENCE)
+    training = begun(settings(made, tmp_path / "run", num_steps=1), made)
+    training.keep_references()
+    kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
+    assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
+    assert training.learn(training.sample(0))["kl"] == 0.0
+
+
+def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    found: list[tuple[float, float]] = []
+    calls: list[int] = []
+    for checkpointed in (False, True):
+        engine = EngineConfig(device="cpu", threads=1, activation_checkpointing=checkpointed)
+        objective = ObjectiveConfig("degrpo", kl_coef=0.0)
+        training = begun(settings(made, tmp_path / str(checkpointed), engine=engine, objective=objective), made)
+        groups = training.sample(0)
+        counted = [0]
+        layers: Any = training.lm.base.base_model.layers
+        layers[0].mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        row = training.learn(groups)
+        found.append((row["loss"], row["grad_norm"]))
+        calls.append(counted[0])
+    assert found[0] == found[1]
+    assert calls[1] == 2 * calls[0]
+
+
+def test_graphs_of_a_gpu_are_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a policy is trained without. Leave engine.cuda_graphs=false"):
+        settings(made, tmp_path / "run", engine=EngineConfig(cuda_graphs=True))
+
+
+# --- pages ------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run-seed0"
+    shutil.copytree(finished, folder)
+    assert analyze(AnalyzeConfig(run=str(folder), checkpoint="last", engine=CPU)) == 0
+    assert "who chooses" in capsys.readouterr().out
+    routers, difficulty = (read_json(folder / "analysis" / f"{name}.json") for name in ("routers", "difficulty"))
+    assert [row["router"] for row in routers["rows"]] == [
+        "the model", "always short", "always think", "always latent_2", "at random, as often", "classifier", "oracle",
+    ]  # fmt: skip
+    assert routers["facts"]["questions"] == sum(row["count"] for row in difficulty["rows"]) == 8
+    page = (folder / "report.html").read_text()
+    for words in ("How it learned", "What exactly was trained", "oracle", "&lt;latent_2&gt;: 2 thoughts", "per answer"):
+        assert words in page
+    assert "<script" not in page
+    own = routers["rows"][0]
+    run_evaluate(EvaluateConfig(run=str(folder), checkpoint="last"))
+    found = read_json(folder / "evaluation" / "test-checkpoint-last.json")
+    assert (own["accuracy"], own["low"]) == pytest.approx((found["accuracy"], found["interval"][0]))
+    assert own["new_tokens"] == pytest.approx(found["mean_new_tokens"])
+    other = tmp_path / "run-seed1"
+    shutil.copytree(folder, other)
+    assert compare(TableConfig(runs=[str(tmp_path / "run-seed*")])) == 0
+    rows = read_json(tmp_path / "policies.json")["rows"]
+    assert [row["arm"] for row in rows] == ["run", "run"]
+    valid = {row["step"]: row["reward"] for row in read_metrics(folder) if row["kind"] == "valid"}
+    assert {(row["step"], row["reward"]) for row in rows} == {(max(valid), valid[max(valid)])}
+    write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": min(valid)}})
+    assert compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "first"))) == 0
+    [row] = read_json(tmp_path / "first" / "policies.json")["rows"]
+    assert (row["step"], row["reward"]) == (min(valid), valid[min(valid)])
+    write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": 99}})
+    with pytest.raises(ValueError, match="examined at batch 99, where nothing was validated"):
+        compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "none")))
+    assert "Seeds 0, 0." in (tmp_path / "policies.html").read_text()
+    told = capsys.readouterr().out
+    assert "latent_2, hard" in told
+
+
+def test_a_hybrid_model_before_reinforcement(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "warm"
+    shutil.copytree(made[0], folder)
+    assert analyze(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
+    assert "How it chooses" in (folder / "report.html").read_text()
+
+
+def test_a_policy_without_modes_has_a_page_too(tmp_path: Path) -> None:
+    data = graph_files(tmp_path, 16, 4, 4)
+    warm = small_run(
+        tmp_path / "warm", data, method="coconut", curriculum=Curriculum(length_unit=Unit.updates, total_length=41)
+    )
+    assert run_training(warm) == 0
+    assert run(settings((tmp_path / "warm", data), tmp_path / "run", num_steps=2, reward=RewardConfig())) == 0
+    run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))
+    assert analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU)) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "learns by reward" in page
+    assert "How it learned" in page
+
+
+def test_what_cannot_be_compared(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trained by reward and .* was not: make a table of each kind"):
+        compare(TableConfig(runs=[str(finished), str(made[0])]))
+    with pytest.raises(ValueError, match="was not examined"):
+        compare(TableConfig(runs=[str(finished)]))

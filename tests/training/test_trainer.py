@@ -1,0 +1,720 @@
+"""Runs: what they write, how they go on, and how they stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import graph_files, same_end, small_run
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coconut import LatentLM
+from coconut.config import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Reset,
+    Resume,
+    Task,
+    TooLong,
+    TrainConfig,
+    locate,
+)
+from coconut.data.datasets import data_files
+from coconut.data.examples import read_examples
+from coconut.data.tokenization import build_word_tokenizer
+from coconut.engine.base import NonFiniteUpdate
+from coconut.engine.local import LocalEngine
+from coconut.engine.world import World
+from coconut.evaluation.evaluator import evaluate
+from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
+from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RLConfig
+from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
+from coconut.runs.description import read_metrics
+from coconut.runs.folder import differences
+from coconut.training.loop import NonFiniteLossError
+from coconut.training.schedule import Schedule, updates_since_reset
+from coconut.training.trainer import Trainer, run
+from coconut.utils.files import read_json, write_json
+
+CURRICULUM = Curriculum(
+    max_stage=2, length_unit=Unit.updates, stage0_length=5, stage_length=4, total_length=14, mixing_probability=0.3
+)
+ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}  # dropout is on
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return graph_files(tmp_path_factory.mktemp("data"), 28, 12, 8)
+
+
+def settings(data: DataConfig, folder: Path, **changes: Any) -> TrainConfig:
+    """A run of 14 updates, 4 in an epoch, with everything random switched on."""
+    random: dict[str, Any] = {
+        "curriculum": CURRICULUM,
+        "model": ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", new_token_init="random"),
+        "optimizer": OptimizerConfig(lr=1e-2, max_grad_norm=1.0, warmup_steps=2),
+        "batch_size": 8,
+        "micro_batch_size": 3,
+        "keep_checkpoints": 100,
+    }
+    return small_run(folder, data, **random | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, with a checkpoint after every update."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(settings(data, folder, save_every=1)) == 0
+    return folder
+
+
+def weights(folder: Path, step: int = 14) -> dict[str, torch.Tensor]:
+    return load_file(Checkpoints(folder).path(step) / "model.safetensors")
+
+
+# --- a run describes itself -----------------------------------------------------------------------
+
+
+def test_a_run_describes_itself(finished: Path, data: DataConfig) -> None:
+    described = read_json(finished / "run.json")
+    assert [s["num_thoughts"] for s in described["plan"]["stages"]] == [0, 1, 2]
+    assert described["updates"] == 14
+    assert described["data"]["train"]["used"] == 28
+    assert len(described["data"]["train"]["sha256"]) == 64
+    assert described["sessions"][0]["versions"]["torch"] == torch.__version__
+    assert read_json(finished / "config.json")["curriculum"]["max_stage"] == 2
+    rows = read_metrics(finished)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 15))
+    assert [row["stage"] for row in rows if row["kind"] == "train"] == [0] * 5 + [1] * 4 + [2] * 5
+    # every epoch of 4 updates, every stage's end
+    assert [row["step"] for row in rows if row["kind"] == "valid"] == [4, 5, 9, 13, 14]
+    assert len(read_json(finished / "samples" / "step-0000014.json")) == 5
+
+
+def test_test_data_is_never_opened_in_training(data: DataConfig, tmp_path: Path) -> None:
+    assert run(settings(replace(data, test=str(tmp_path / "not there.json")), tmp_path / "run")) == 0
+
+
+def test_a_leak_is_said_aloud(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(settings(replace(data, valid=data.train), tmp_path / "run"))
+    assert "28 questions of the validation data are in the training data too" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_of_the_last_stage(finished: Path) -> None:
+    best = load_state(Checkpoints(finished).find("best"))["best"]
+    rows = [row for row in read_metrics(finished) if row["kind"] == "valid" and row["stage"] == 2]
+    top = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
+    assert (best["step"], best["accuracy"]) == (top["step"], top["accuracy"])
+    early = Checkpoints(finished).path(8)
+    assert load_state(early)["best"] is None
+
+
+def test_each_checkpoint_knows_how_it_is_asked(finished: Path) -> None:
+    for step, stage, thoughts in [(5, 0, 0), (6, 1, 1), (9, 1, 1), (14, 2, 2)]:
+        lm = LatentLM.from_pretrained(Checkpoints(finished).path(step))
+        assert (lm.reasoning.stage, lm.reasoning.num_thoughts) == (stage, thoughts)
+        assert lm.reasoning.format == PromptFormat("{}", "{} ", "### {}")
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 9, 13])
+def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int) -> None:
+    """In the middle of a stage (2, 6), at an epoch's end (4, 13) and at a stage's border (5, 9)."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(step + 1, 15):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    config = as_config(read_json(folder / "config.json"), folder)
+    assert run(config) == 0
+    same_end(folder, finished)
+    assert [s["from_update"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_resumed_equals_uninterrupted_from_pretrained_weights(
+    data: DataConfig, tmp_path: Path, micro_batch_size: int
+) -> None:
+    """With passes of one row: one row at a time, or three, of batches of nine and of a last one of one."""
+    words = build_word_tokenizer(read_examples(data.train), data.format)
+    architecture = {**ARCHITECTURE, "n_embd": 24, "vocab_size": len(words)}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.pop("model_type"), **architecture))
+    for part in (base, words):
+        part.save_pretrained(tmp_path / "pretrained")
+
+    def ours(folder: Path) -> TrainConfig:
+        curriculum = replace(CURRICULUM, stage0_length=1, stage_length=2, total_length=5)
+        return settings(
+            data, folder, model=ModelConfig(base=str(tmp_path / "pretrained")), curriculum=curriculum, batch_size=9,
+            micro_batch_size=micro_batch_size, save_every=1,
+        )  # fmt: skip
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(ours(whole)) == 0
+    shutil.copytree(whole, resumed)
+    for later in range(2, 6):
+        shutil.rmtree(Checkpoints(resumed).path(later))
+    assert run(ours(resumed)) == 0
+    same_end(resumed, whole)
+
+
+def as_config(values: dict[str, Any], folder: Path) -> TrainConfig:
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), {**values, "run": str(folder)}))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def command(config: TrainConfig) -> list[str]:
+    """The same run from the command line."""
+
+    def flat(prefix: str, value: Any) -> list[str]:
+        if isinstance(value, dict) and prefix != "model.architecture":
+            return [part for key, inner in value.items() for part in flat(f"{prefix}.{key}" if prefix else key, inner)]
+        if isinstance(value, dict):
+            prefix, value = f"+{prefix}", "{" + ",".join(f"{key}:{inner}" for key, inner in value.items()) + "}"
+        else:
+            value = json.dumps(value)
+        return [f"{prefix}={value}"]
+
+    return [sys.executable, "-m", "coconut.train", *flat("", asdict(config))]
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the run did not get so far"
+        time.sleep(0.002)
+
+
+def test_a_validation_left_for_a_signal_is_made_up_for(
+    finished: Path, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the training, and at its very end."""
+    folder = tmp_path / "run"
+    for left_at in (9, 14):  # the third validation of a session
+        validations: list[int] = []
+
+        def evaluated(*args: Any, begun: list[int] = validations, **kwargs: Any) -> Any:
+            begun.append(1)
+            if len(begun) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **kwargs)
+
+        monkeypatch.setattr("coconut.training.trainer.evaluate", evaluated)
+        assert run(settings(data, folder, save_every=1)) == 128 + signal.SIGTERM
+        assert load_state(Checkpoints(folder).path(left_at))["pending"]
+        assert not Checkpoints(folder).path(left_at + 1).exists()
+    assert run(settings(data, folder, save_every=1)) == 0
+    same_end(folder, finished)
+
+
+def test_killed_and_started_again(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(data, folder, save_every=1)
+    process = start(config)
+    wait_for(lambda: Checkpoints(folder).steps()[-1:] >= [7], process)
+    process.kill()
+    process.communicate()
+    assert run(config) == 0
+    same_end(folder, finished)
+
+
+def test_sigterm_saves_and_leaves(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(data, folder)
+    process = start(config)
+    wait_for(lambda: any(row["step"] >= 2 for row in read_metrics(folder)), process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    if process.returncode == 0:  # it was quicker than the signal
+        pytest.fail("the run ended before the signal came: make it longer")
+    assert process.returncode == 128 + signal.SIGTERM
+    step = Checkpoints(folder).steps()[-1]
+    assert f"Stopped by SIGTERM; saved at update {step}" in said
+    assert read_metrics(folder)[-1]["step"] == step
+    assert run(config) == 0
+    same_end(folder, finished)
+
+
+def test_a_complete_run_says_so(finished: Path, data: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings(data, finished)) == 0
+    assert "This run is complete: 14 updates" in capsys.readouterr().out
+
+
+def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    other = settings(data, finished, seed=7, optimizer=OptimizerConfig(lr=2e-2, max_grad_norm=1.0, warmup_steps=2))
+    with pytest.raises(
+        ValueError, match=r"(?s)another configuration:\n  optimizer.lr: 0.01 there, 0.02 asked for\n  seed"
+    ):
+        run(other)
+    with pytest.raises(ValueError, match=r"resume=never"):
+        run(settings(data, finished, resume=Resume.never))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run(settings(data, tmp_path))
+
+
+def test_a_run_goes_on_with_less_memory(
+    finished: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What says how it is carried out is no part of its name, and may change while it is stopped."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere.json"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(Checkpoints(folder).path(14))
+    shutil.copy(data.test, elsewhere)
+    smaller: dict[str, Any] = {"micro_batch_size": 1, "eval_batch_size": 4, "engine": EngineConfig(device="auto")}
+    config = settings(replace(data, test=str(elsewhere)), folder, save_every=1, **smaller)
+    assert replace(config, run=None).folder() == replace(settings(data, folder), run=None).folder()
+    assert run(config) == 0
+    assert "micro_batch_size: 3 before, 1 now" in capsys.readouterr().out
+    assert read_json(folder / "config.json")["data"]["test"] == str(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"curriculum": replace(CURRICULUM, total_length=20)},
+            "curriculum.total_length: 14 there, 20 asked for\n.*its plan",
+        ),
+        ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: what validation measures"),
+        ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
+    ],
+)
+def test_a_refusal_says_why_and_what_would_help(
+    finished: Path, data: DataConfig, changes: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=f"(?s){why}") as refused:
+        run(settings(data, finished, **changes))
+    assert f"begins with the weights of this one: init={finished} run=DIR" in str(refused.value)
+
+
+def test_a_run_that_cannot_begin_takes_nothing_with_it(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("mine")
+    away = ModelConfig(base="nobody/no-such-model")
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="could not be loaded"):
+            run(settings(data, folder, model=away))
+    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+    assert (tmp_path / ".git" / "HEAD").read_text() == "mine"
+
+
+def test_changed_data_is_noticed(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder, file = tmp_path / "run", tmp_path / "train.json"
+    shutil.copy(data.train, file)
+    config = settings(replace(data, train=str(file)), folder)
+    run(config)
+    file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
+    with pytest.raises(ValueError, match=r"train.json has changed since the run"):
+        run(config)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(8, 15):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    torn = Checkpoints(folder).path(7) / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    flipped = Checkpoints(folder).path(6) / "trainer.pt"
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (Checkpoints(folder).path(5) / "manifest.json").unlink()
+    assert run(as_config(read_json(folder / "config.json"), folder)) == 0
+    said = capsys.readouterr().err
+    assert "model.safetensors has 1,000 of" in said
+    assert "the checksum of trainer.pt does not hold" in said
+    assert "manifest.json cannot be read" in said
+    assert read_json(folder / "run.json")["sessions"][-1]["from_update"] == 4
+    same_end(folder, finished)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    """A limit on the size of files makes real writes fail in the middle."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for later in range(8, 15):
+        shutil.rmtree(Checkpoints(folder).path(later))
+    for rest in range(1, 7):
+        shutil.rmtree(Checkpoints(folder).path(rest))
+    config = settings(data, folder)
+    size = (Checkpoints(folder).path(7) / "model.safetensors").stat().st_size
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
+    code = f"{limit}; import sys; sys.argv = ['train', *sys.argv[1:]]; from coconut.train import main; main()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", code, *command(config)[3:]]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "could not be written" in done.stderr
+    assert "The checkpoint of update 7 is whole" in done.stderr
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007"]
+    assert run(config) == 0
+    same_end(folder, finished)
+
+
+def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(settings(data, folder, save_every=1, keep_checkpoints=2))
+    checkpoints = Checkpoints(folder)
+    best = load_state(checkpoints.path(14))["best"]["step"]
+    assert checkpoints.steps() == sorted({best, 13, 14})
+    assert checkpoints.find("best") == checkpoints.path(best)
+    assert checkpoints.find("last") == checkpoints.find("14") == checkpoints.path(14)
+    with pytest.raises(ValueError, match="no checkpoint of update 3"):
+        checkpoints.find("3")
+    with pytest.raises(ValueError, match="'newest'; it is best, last"):
+        checkpoints.find("newest")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        Checkpoints(tmp_path).find("last")
+
+
+def test_checkpoints_at_multiples_stay(data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(settings(data, folder, keep_checkpoints=1, keep_every=5))
+    checkpoints = Checkpoints(folder)
+    best = load_state(checkpoints.path(14))["best"]["step"]
+    assert checkpoints.steps() == sorted({5, 10, 14, best})
+
+
+def test_what_the_thoughts_look_like_is_logged(finished: Path) -> None:
+    rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
+    assert {row["stage"] for row in rows if "thought_norm" in row} == {1, 2}
+    last = rows[-1]
+    assert last["thought_norm"] > 0
+    assert last["thought_across"] > 0
+    assert last["thought_within"] > 0
+    assert last["thought_to_table"] > 0
+    assert 1 <= last["thought_rank"] <= ARCHITECTURE["n_embd"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_do_not_cost_the_new_ones(
+    finished: Path, tmp_path: Path, keep: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    checkpoints = Checkpoints(folder)
+    for step in (12, 13, 14):
+        (checkpoints.path(step) / "trainer.pt").unlink()
+    config = replace(as_config(read_json(folder / "config.json"), folder), keep_checkpoints=keep)
+    assert run(config) == 0
+    capsys.readouterr()
+    assert checkpoints.last() == checkpoints.path(14)
+    assert "damaged" not in capsys.readouterr().err
+    assert len(list(checkpoints.folder.glob("damaged-step-*"))) == 3
+    same_end(folder, finished)
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for step in Checkpoints(folder).steps():
+        (Checkpoints(folder).path(step) / "state.json").write_text("{}")
+    before = read_metrics(folder)
+    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+        run(as_config(read_json(folder / "config.json"), folder))
+    assert read_metrics(folder) == before
+    shutil.copytree(Checkpoints(finished).path(9), Checkpoints(folder).path(15))
+    with pytest.raises(ValueError, match=r"step-0000008 is damaged: state.json has"):
+        Checkpoints(folder).find("8")
+
+
+def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> None:
+    model = ModelConfig(architecture=dict(ARCHITECTURE), tokenizer="words", attention="eager")
+    config = settings(data, tmp_path / "run", model=model)
+    run(config)
+    again = Trainer(config, tmp_path / "run", data_files(asdict(data)), World())
+    assert again.lm.base.config._attn_implementation == "eager"
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> None:
+    curriculum = replace(CURRICULUM, icot_limit=2, icot_tokens=1, icot_stage_length=2)
+    run(settings(data, tmp_path / method, method=method, curriculum=curriculum))
+    losses = [row["loss"] for row in read_metrics(tmp_path / method) if row["kind"] == "train"]
+    assert len(losses) == 14
+    assert losses[-1] < losses[0]
+
+
+def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
+    calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+                       tokenizer="words", new_token_init="random")  # fmt: skip
+    losses = []
+    for size in (1, 3, 8):
+        folder = tmp_path / str(size)
+        run(settings(data, folder, model=calm, micro_batch_size=size, optimizer=OptimizerConfig(lr=1e-3)))
+        losses.append([row["loss"] for row in read_metrics(folder) if row["kind"] == "train"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reset", "resets"), [(Reset.stage, [0, 5, 9]), (Reset.epoch, [0, 4, 5, 9, 13]), (Reset.never, [0])]
+)
+def test_the_optimizer_is_made_anew_when_asked(
+    data: DataConfig, tmp_path: Path, reset: Reset, resets: list[int]
+) -> None:
+    optimizer = OptimizerConfig(lr=1e-2, reset_every=reset)
+    run(settings(data, tmp_path, optimizer=optimizer, save_every=1))
+    made = []
+    for step in range(1, 15):
+        state = load_trainer(Checkpoints(tmp_path).path(step))["optimizer"]["state"]
+        if {int(values["step"]) for values in state.values()} == {1}:
+            made.append(step - 1)
+    assert made == resets
+
+
+def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) -> None:
+    """The first update of stage 1 equals the one of a new run that starts there from the same weights."""
+    calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+                       tokenizer="words", new_token_init="random")  # fmt: skip
+    still = replace(CURRICULUM, mixing_probability=0.0)
+    whole = tmp_path / "whole"
+    run(settings(data, whole, model=calm, curriculum=still, save_every=1, validate_every=100))
+    later = tmp_path / "later"
+    run(settings(data, later, model=calm, curriculum=replace(still, start_stage=1, total_length=9), save_every=1,
+                 init=str(Checkpoints(whole).path(5))))  # fmt: skip
+    first = next(row for row in read_metrics(later) if row["kind"] == "train")
+    assert first["stage"] == 1
+    assert read_json(later / "run.json")["init"] == str(Checkpoints(whole).path(5))
+    begun = load_trainer(Checkpoints(later).path(1))["optimizer"]["state"]
+    there = load_trainer(Checkpoints(whole).path(6))["optimizer"]["state"]
+    assert {int(v["step"]) for v in begun.values()} == {int(v["step"]) for v in there.values()} == {1}
+
+
+def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = settings(data, folder, init=str(finished), curriculum=replace(CURRICULUM, start_stage=2, total_length=3))
+    run(config)
+    assert read_json(folder / "run.json")["init"] == str(Checkpoints(finished).find("best"))
+    fresh = settings(data, tmp_path / "fresh", init=str(finished))
+    lm = Trainer(fresh, tmp_path / "fresh", data_files(asdict(data)), World()).lm
+    loaded = LatentLM.from_pretrained(Checkpoints(finished).find("best"))
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    start, folder = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(finished, start)
+    config = settings(
+        data, folder, init=str(start), save_every=1, curriculum=replace(CURRICULUM, start_stage=2, total_length=3)
+    )
+    run(config)
+    began_from = read_json(folder / "run.json")["init"]
+    shutil.rmtree(Checkpoints(folder).path(3))
+    for checkpoint in (start / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+    assert run(config) == 0
+    described = read_json(folder / "run.json")
+    assert described["init"] == began_from
+    assert [session["from_update"] for session in described["sessions"]] == [0, 2]
+
+
+def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: Path) -> None:
+    run(settings(data, tmp_path, engine=EngineConfig(device="cpu", threads=1, precision="bfloat16")))  # pyright: ignore
+    saved = weights(tmp_path)
+    assert {w.dtype for w in saved.values()} == {torch.float32}
+    state = load_trainer(Checkpoints(tmp_path).path(14))["optimizer"]["state"]
+    assert {v["exp_avg"].dtype for v in state.values()} == {torch.float32}
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=r"(?s)The loss of update \d+ \(stage 0\) is (nan|inf).*lower optimizer.lr"
+    ):
+        run(settings(data, tmp_path, optimizer=OptimizerConfig(lr=1e20), save_every=1))
+    found = read_json(tmp_path / "diverged.json")
+    assert found["examples"]
+    last = Checkpoints(tmp_path).last()
+    assert last is not None
+    assert load_state(last)["step"] == found["step"] - 1
+
+
+def test_a_gradient_that_is_not_finite_is_named_alone() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module.get_parameter("1.bias").register_hook(lambda gradient: gradient * torch.nan)
+    engine = LocalEngine(
+        module, lambda m, batch: m(batch).sum(), EngineConfig(device="cpu"), OptimizerConfig(max_grad_norm=1.0)
+    )
+
+    class Rows(torch.Tensor):
+        num_targets = 2
+
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(NonFiniteUpdate) as caught:
+        engine.update([torch.ones(1, 2).as_subclass(Rows)], lr=1.0)
+    assert caught.value.non_finite_names == ["gradient of 1.bias"]
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_a_broken_weight_is_named(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    lm = LatentLM.from_pretrained(Checkpoints(finished).path(14))
+    lm.save_pretrained(tmp_path / "start")
+    file = tmp_path / "start" / "model.safetensors"
+    broken = load_file(file)
+    broken["transformer.ln_f.weight"][3] = torch.nan
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteLossError, match=r"not finite in: weight base.transformer.ln_f.weight \(1 in all\)"):
+        run(settings(data, tmp_path / "run", init=str(tmp_path / "start")))
+
+
+def test_examples_longer_than_the_context(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ModelConfig(architecture={**ARCHITECTURE, "n_positions": 34}, tokenizer="words", new_token_init="random")
+    with pytest.raises(ValueError, match=r"train.json: \d+ of 28 examples are longer than the model's context of 34"):
+        run(settings(data, tmp_path / "a", model=short))
+    assert not (tmp_path / "a").exists()
+    run(settings(replace(data, too_long=TooLong.skip), tmp_path / "b", model=short, max_new_tokens=1))
+    assert "of 28 train examples, longer than the model's context" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "neither is given"),
+        ({"base": "gpt2", "architecture": {"model_type": "gpt2"}}, "both are given"),
+        ({"architecture": {"n_layer": 1}, "tokenizer": "words"}, "names no model_type"),
+        ({"architecture": {"model_type": "gpt2"}}, "needs model.tokenizer"),
+    ],
+)
+def test_models_that_cannot_be(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**model)
+
+
+def test_a_model_out_of_reach_says_what_to_set(data: DataConfig, tmp_path: Path) -> None:
+    away = ModelConfig(base="nobody/no-such-model")
+    with pytest.raises(
+        ValueError, match=r"(?s)nobody/no-such-model could not be loaded.*model.base=FOLDER.*HF_ENDPOINT"
+    ):
+        run(settings(data, tmp_path / "run", model=away))
+    assert not (tmp_path / "run").exists()
+    typo = ModelConfig(architecture={"model_type": "gpt2", "n_layers": 5}, tokenizer="words")
+    with pytest.raises(ValueError, match="gpt2 has no n_layers; did you mean n_layer"):
+        run(settings(data, tmp_path / "run", model=typo))
+    odd = ModelConfig(architecture={"model_type": "no-such-type"}, tokenizer="words")
+    with pytest.raises(ValueError, match=r"No model can be made from model\.architecture"):
+        run(settings(data, tmp_path / "run", model=odd))
+
+
+# --- schedules are pure functions -----------------------------------------------------------------
+
+
+@given(st.integers(1, 7), st.sampled_from(list(Unit)), st.integers(1, 4), st.integers(0, 3))
+def test_a_schedule_walks_through_its_stages(per_epoch: int, unit: Unit, each: int, deepest: int) -> None:
+    curriculum = Curriculum(
+        max_stage=deepest, length_unit=unit, stage0_length=2, stage_length=each, total_length=2 + each * deepest + 1
+    )
+    schedule = Schedule(plan("coconut", curriculum), per_epoch)
+    places = [schedule.at(step) for step in range(schedule.total)]
+    for stage in schedule.plan.stages:
+        own = [p for p in places if p.stage is stage]
+        assert len(own) == schedule.updates(stage)
+        assert [p.stage_step for p in own] == list(range(len(own)))
+        assert [p.ends_stage for p in own] == [False] * (len(own) - 1) + [True]
+        assert own[0].batch == 0, "a stage begins with an epoch of its own"
+    for before, after in pairwise(places):
+        assert (after.batch == 0) == before.ends_epoch
+        assert after.epoch - before.epoch == int(before.ends_epoch)
+    assert places[-1].ends_stage
+    assert all(updates_since_reset(p, Reset.never) == p.step for p in places)
+    with pytest.raises(IndexError):
+        schedule.at(schedule.total)
+
+
+def test_the_learning_rate_warms_up_and_stays() -> None:
+    optimizer = OptimizerConfig(lr=1.0, warmup_steps=4)
+    assert [optimizer.learning_rate(n) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert OptimizerConfig(lr=1.0).learning_rate(0) == 1.0
+    later = OptimizerConfig(lr=1.0, later_stage_lr=0.2, warmup_steps=2)
+    assert [later.learning_rate(n, stage) for stage in (0, 1, 2) for n in (0, 1)] == [0.5, 1.0, 0.1, 0.2, 0.1, 0.2]
+    with pytest.raises(ValueError, match="later_stage_lr is 0"):
+        OptimizerConfig(later_stage_lr=0.0)
+
+
+def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a/m", "a/words", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def asked(folder: str, up: str) -> list[dict[str, Any]]:
+        monkeypatch.chdir(tmp_path / folder)
+        data = DataConfig(task=Task.prosqa, train=f"{up}t", valid=f"{up}v", cache_dir=f"{up}c")
+        model = ModelConfig(base=f"{up}m", tokenizer="words")
+        dense = ProcessRewardConfig(weight=1, init=f"{up}m")
+        found = [
+            TrainConfig(run="r", init=f"{up}m", model=model, data=data),
+            RLConfig(init="owner/name", process_reward=dense, data=data, objective=ObjectiveConfig("dr_grpo")),
+        ]
+        for config in found:
+            locate(config)
+        return [asdict(config) for config in found]
+
+    begun, rl = asked("a", "")
+    place = str(tmp_path / "a")
+    assert (begun["run"], begun["init"], begun["data"]["train"]) == ("r", f"{place}/m", f"{place}/t")
+    assert (begun["model"]["base"], begun["model"]["tokenizer"]) == (f"{place}/m", "words")
+    assert (rl["init"], rl["dense"]["init"], rl["data"]["cache_dir"]) == ("owner/name", f"{place}/m", f"{place}/c")
+    assert asked("b", "../a/") == [begun, rl]
+    (tmp_path / "a" / "m").rmdir()  # and it need not be there any more
+    assert not differences(begun, asked("a", "")[0])
+    assert differences(begun, asked("b", "")[0])
+
+
+def test_differences_are_named_by_their_keys() -> None:
+    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}}) == [
+        "b.c: 2 there, 4 asked for"
+    ]
+
+
+def test_samples_read_like_the_data(finished: Path, data: DataConfig) -> None:
+    samples = read_json(finished / "samples" / "step-0000014.json")
+    assert [s["question"] for s in samples] == [e.question for e in read_examples(data.valid)[:5]]
+
+
+def test_a_run_begun_before_a_key_was_there_goes_on(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = read_json(folder / "config.json")
+    del config["model"]["lora"], config["launch"], config["engine"]["zero_stage"]
+    write_json(folder / "config.json", config)
+    assert run(settings(data, folder, save_every=1)) == 0
+    config["model"]["attention"] = "eager"
+    write_json(folder / "config.json", config)
+    with pytest.raises(ValueError, match=r"model.attention: eager there, None asked for\nName"):
+        run(settings(data, folder, save_every=1))
