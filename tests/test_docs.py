@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-import subprocess
 import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +12,12 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-PAGES = [ROOT / name for name in TRACKED.split() if name != "CHANGELOG.md"]
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "tests/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
+    if page.name != "CHANGELOG.md"
+]
 SHOWN = [page for page in PAGES if "tests" not in page.parts]  # to a user: with commands
 WIDTH, README_LINES = 100, 150
 LARGEST_PICTURE = 200_000  # bytes
