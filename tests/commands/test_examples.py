@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from helpers.models import WORDS, gradients
 from helpers.runs import graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
-from coconut.__main__ import COMMANDS
 from coconut.data.batching import collate
 from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
@@ -218,46 +216,3 @@ def desk(small: Path) -> Path:
 def test_python_in_the_docs_runs(block: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     exec(block, {})
-
-
-COMMAND = re.compile(
-    r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?"
-    r"(?:(?:python -m )?coconut[ .](?P<command>[a-z]+)|python -m data_builders\.(?P<builder>\w+))\b(?P<rest>.*)"
-)
-
-
-def commands() -> list[list[str]]:
-    """Of our own, in the shell blocks of README and docs: module and arguments."""
-    found = []
-    for block in blocks("bash"):
-        for line in block.values[0].replace("\\\n", " ").splitlines():
-            if match := COMMAND.match(line):
-                words = [word for word in shlex.split(match["rest"], comments=True) if word != "..."]
-                command, builder = match["command"], match["builder"]
-                if command == "data" and words:
-                    builder, *words = words
-                module = f"data_builders.{builder}" if builder else f"coconut.{command}"
-                if builder or command in COMMANDS:
-                    keys = (word.replace("experiment=NAME", "experiment=quickstart") for word in words)
-                    found.append([f"{module}.__main__" if command in ("rl", "adaptive") else module, *keys])
-    return found
-
-
-def test_commands_in_the_docs_compose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    told = commands()
-    assert len(told) > 40
-    for name, *arguments in told:
-        if "--multirun" in arguments:
-            arguments.remove("--multirun")
-            arguments = [
-                word.partition(",")[0] if word.startswith(("seed=", "method=")) else word for word in arguments
-            ]
-        monkeypatch.setattr("sys.argv", [name, *arguments, "--cfg", "job"])
-        main = importlib.import_module(name).main
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0, (name, arguments, capsys.readouterr().err)
-    assert list(tmp_path.iterdir()) == []
