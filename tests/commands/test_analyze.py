@@ -105,7 +105,7 @@ def test_a_run_whose_data_have_moved(
     shutil.copy(data.test, moved)
     config = read_json(run_folder / "config.json")
     for named, expected in [
-        ({"test": f"{away}.json"}, f"file is missing: {away}.json"),
+        ({"test": f"{away}.json"}, f"is missing: {away}.json"),
         ({"train": "", "valid": "", "test": "", "files": str(away)}, f"is not at {away}_test.json, where it was exp"),
         ({"test": ""}, "was never named, and none was made"),
     ]:
