@@ -1,8 +1,8 @@
-"""How long the full data sets take to make: python -m benchmarks.builders [times]
+"""Measure how long the data builders take for the full data sets: python -m benchmarks.builders [times]
 
-ProsQA: 17,886 + 300 + 500 rows. ProntoQA: 9,000 + 200 + 800 rows; its published generator, the baseline,
-is said to take about 15 minutes for as many (not measured here). Each command runs in a fresh process,
-start and writing included, in turn; the median and the extent are printed.
+ProsQA: 17,886 + 300 + 500 rows. ProntoQA: 9,000 + 200 + 800 rows; the baseline is its published generator, which is
+reported to take about 15 minutes for as many (not measured here). Commands run in turn, each in a fresh process,
+start-up and writing included; the median and the range are printed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ COMMANDS = {
 
 
 def seconds(command: list[str]) -> float:
+    """The wall time of one build into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", *command, f"out_dir={folder}"], check=True, stdout=subprocess.DEVNULL)
@@ -32,12 +33,12 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     times = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    seconds_of: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(times):
         for name, command in COMMANDS.items():
-            taken[name].append(seconds(command))
+            seconds_of[name].append(seconds(command))
     print(f"{os.cpu_count()} cores, {times} times each")
-    for name, values in taken.items():
+    for name, values in seconds_of.items():
         print(f"{name:40} {statistics.median(values):6.1f} s  ({min(values):.1f} to {max(values):.1f})")
 
 

@@ -1,11 +1,11 @@
-"""Training steps on a GPU: the released way, plain fine-tuning, ours, and ours as CUDA graphs.
+"""Training steps on a GPU: the released implementation, plain fine-tuning, ours, and ours with CUDA graphs.
 
     python -m benchmarks.gpu [full=FOLDER]
 
-What is measured is in benchmarks/ways.py, here with 32 rows. A step is LocalEngine.update: forward, backward, clipping
-and fused AdamW on one batch. Milliseconds are medians; *busy* is the kernels' share of them; *MFU* what the
-model's products and attention need for the tokens of the batch, without padding, recomputation or the head where
-nothing is predicted, over the step's time and the GPU's peak in bfloat16, for what is named below.
+benchmarks/baselines.py has the implementations; here they run with 32 rows. A step is LocalEngine.update: forward,
+backward, clipping and fused AdamW on one batch. Milliseconds are medians. *busy* is the time in kernels. *MFU* counts
+the model's matrix products and attention for the tokens of the batch, without padding, recomputation, or the head
+where nothing is predicted, relative to the step's time and the GPU's peak in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.run import GIB, Row, seconds, shown
-from benchmarks.ways import SIZES, VOCABULARY, WAYS, Size, make_batches, make_model
+from benchmarks.baselines import IMPLEMENTATIONS, SIZES, VOCABULARY, Size, make_batches, make_model
+from benchmarks.run import GIB, Row, print_table, seconds
 from coconut import LatentLM
 from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.data.batching import IGNORED, Batch
@@ -35,75 +35,75 @@ OURS = "ours, CUDA graphs"
 CASES = [("12 x 768", "bfloat16", k) for k in (6, 0, 3, 12)] + [
     ("2 x 768", "bfloat16", 6), ("2 x 768", "float32", 6), ("12 x 768", "float32", 6),
 ]  # fmt: skip
-ROWS, ROUNDS, LEAST = 32, 20, 3
+ROWS, ROUNDS, FEW_ROUNDS = 32, 20, 3
 
 
 def flops(size: Size, batch: Batch) -> float:
-    """Of products and causal attention, forward and backward, with the head at the targets alone."""
+    """Of matrix products and causal attention, forward and backward, with the head at the targets alone."""
     lengths = batch.attention_mask.sum(1).double()
     layers = size.layers * (24 * size.width**2 * lengths.sum() + 2 * size.width * lengths.square().sum())
     head = 2 * size.width * VOCABULARY * batch.num_targets
     return 3 * (float(layers) + head)
 
 
-def engine_for(way: str, size: Size, kind: str) -> LocalEngine:
+def engine_for(name: str, size: Size, kind: str) -> LocalEngine:
     def loss_sum(module: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(module, LatentLM)
-        mean = WAYS["ours" if way == OURS else way](module, batch)
+        mean = IMPLEMENTATIONS["ours" if name == OURS else name](module, batch)
         return mean * (batch.labels != IGNORED).sum()
 
     lm = make_model(size)
-    lm.cuda_graphs = way == OURS
+    lm.acceleration.cuda_graphs = name == OURS
     return LocalEngine(lm, loss_sum, EngineConfig(device="cuda", precision=Precision(kind)), AdamWConfig())
 
 
-def measured(way: str, size: Size, kind: str, thoughts: int) -> Row:
-    engine = engine_for(way, size, kind)
-    batch = make_batches(engine.module, thoughts, size.rows)["plain" if way == "plain" else "ours"]  # pyright: ignore
+def measure(name: str, size: Size, kind: str, thoughts: int) -> Row:
+    engine = engine_for(name, size, kind)
+    batch = make_batches(engine.module, thoughts, size.rows)["plain" if name == "plain" else "ours"]  # pyright: ignore
     update = partial(engine.update, [batch], 1e-5)
-    rounds = LEAST if way == "released" else ROUNDS
-    for _ in range(LEAST):
+    rounds = FEW_ROUNDS if name == "released" else ROUNDS
+    for _ in range(FEW_ROUNDS):
         update()
     torch.cuda.reset_peak_memory_stats()
     spent = [seconds(update) for _ in range(rounds)]
     peak = torch.cuda.max_memory_reserved() / GIB
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         update()
-    busy = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
     step = statistics.median(spent)
-    name = next((name for name in PEAK if name in torch.cuda.get_device_name()), None)
-    mfu = 100 * flops(size, batch) / step / PEAK[name] if name else float("nan")
+    gpu = next((gpu for gpu in PEAK if gpu in torch.cuda.get_device_name()), None)
+    mfu = 100 * flops(size, batch) / step / PEAK[gpu] if gpu else float("nan")
     return {"ms": 1000 * step, "busy, ms": 1000 * busy, "MFU, %": mfu, "reserved, GiB": peak}
 
 
 def rows() -> Iterator[Row]:
-    for name, kind, thoughts in CASES:
-        size = replace(SIZES[name], rows=ROWS)
+    for model, kind, thoughts in CASES:
+        size = replace(SIZES[model], rows=ROWS)
         plain = None
-        for way in ("plain", OURS, "ours", "released"):
-            if way == "released" and thoughts != 6:
+        for name in ("plain", OURS, "ours", "released"):
+            if name == "released" and thoughts != 6:
                 continue
             torch.cuda.empty_cache()
-            found = measured(way, size, kind, thoughts)
-            plain = plain or found["ms"]
-            about = {"model": name, "precision": kind, "thoughts": thoughts, "way": way}
-            yield {**about, **found, "times plain": found["ms"] / plain}
+            row = measure(name, size, kind, thoughts)
+            plain = plain or row["ms"]
+            case = {"model": model, "precision": kind, "thoughts": thoughts, "implementation": name}
+            yield {**case, **row, "times plain": row["ms"] / plain}
 
 
 def copying() -> Iterator[Row]:
-    """A batch to the GPU, from memory as it is and from pinned memory."""
+    """Copying a batch to the GPU, from pageable and from pinned memory."""
     lm = make_model(replace(SIZES["2 x 128"], rows=ROWS))
     batch = make_batches(lm, 6, ROWS)["ours"]
-    held = [batch.input_ids, batch.attention_mask, batch.labels]
-    parts = {"as it is": held, "pinned": [part.pin_memory() for part in held]}
+    tensors = [batch.input_ids, batch.attention_mask, batch.labels]
+    kinds = {"pageable": tensors, "pinned": [tensor.pin_memory() for tensor in tensors]}
 
     def copy(tensors: list[Tensor]) -> None:
         for tensor in tensors:
             tensor.to("cuda", non_blocking=True)
         torch.cuda.synchronize()
 
-    for name, tensors in parts.items():
-        yield {"memory": name, "ms": 1000 * statistics.median(seconds(partial(copy, tensors)) for _ in range(50))}
+    for kind, tensors in kinds.items():
+        yield {"memory": kind, "ms": 1000 * statistics.median(seconds(partial(copy, tensors)) for _ in range(50))}
 
 
 def main() -> None:
@@ -116,13 +116,13 @@ def main() -> None:
             sys.exit(f"error: {' '.join(other)} came. Usage: python -m benchmarks.gpu [full=FOLDER]")
     about = f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(about)
-    found = {
-        "steps": shown(f"A step, {ROWS} rows", rows()),
-        "copying": shown("A batch to the GPU", copying()),
+    tables = {
+        "steps": print_table(f"A step, {ROWS} rows", rows()),
+        "copying": print_table("A batch to the GPU", copying()),
     }
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "gpu.json", {"about": about, **found})
+        write_json(folder / "gpu.json", {"about": about, **tables})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory and time of a training step, with activations kept and recomputed: python -m benchmarks.memory [times]
+"""Memory and time of a training step with and without activation checkpointing: python -m benchmarks.memory [times]
 
-GPT-2's architecture (124M), float32, one thread, 8 rows as long as ProsQA's, 3 and 6 thoughts. First it is seen
-that both ways give the same gradients; then each step runs in a process of its own, in turn, and the medians
-are printed: CPU time, the process's largest resident set, and the largest sum of tensors that live at once, which
-is compared with what `activations` computes from sizes. The last table is computed too: what fits where.
+GPT-2's architecture (124M), float32, one thread, 8 rows as long as ProsQA's, 3 and 6 thoughts. First both are checked
+to give the same gradients. Then each step runs in a process of its own, in turn. The medians are printed: CPU time, the
+process's largest resident set, and the largest sum of tensors alive at once, which is compared with what `activations`
+computes from sizes. The last table is computed: what fits on which device.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ ROWS, QUESTION, AFTER = 8, 160, 50
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder: widths of the hidden state, of keys (or values) of a token, and of the feed-forward layer.
+    """A decoder: widths of the hidden state, of a token's keys (or values), and of the feed-forward layer.
 
-    `gated`: as in Llama, with RMS norms and untied tables; else as GPT-2.
+    `gated`: as Llama, with RMS norms and untied tables; otherwise as GPT-2.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Matrices alone; norms and biases are less than a thousandth."""
+        """Of matrices only; norms and biases are less than a thousandth."""
         attention = 2 * self.hidden * (self.hidden + self.keys)
         layer = attention + (3 if self.gated else 2) * self.hidden * self.inner
         return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
 
     def lora(self, rank: int) -> int:
-        """Parameters of a correction of all linear layers but the head."""
+        """Parameters of a LoRA correction of all linear layers but the head."""
         pairs = 2 * (2 * self.hidden) + 2 * (self.hidden + self.keys)
         if not self.gated:  # queries, keys and values are one layer
             pairs = (4 * self.hidden) + (2 * self.hidden)
@@ -66,7 +66,7 @@ class Shape:
         return self.layers * rank * pairs
 
     def inside(self, size: int) -> int:
-        """Numbers of `size` bytes that a token's way through one layer leaves for the gradient."""
+        """Numbers of `size` bytes that one layer saves for each token."""
         if not self.gated:
             return 6 * self.hidden + 2 * self.keys + 2 * self.inner
         norms = 2 * self.hidden * (4 // size - 1)  # RMS norms compute in float32
@@ -74,11 +74,11 @@ class Shape:
 
 
 def states(weights: int, trained: int, size: int, shards: int = 1, zero: int = 0, offload: bool = False) -> float:
-    """Bytes on each device of weights, gradients and AdamW, activations aside.
+    """Bytes of weights, gradients and AdamW on each device, without activations.
 
-    float32 (`size` 4): 4 + 4 + 8 a trained weight. bfloat16 (2) with a float32 master copy and gradients added
-    up in float32: 2 + 4 + 12. What is frozen has neither gradient nor optimizer, and what is trained beside it
-    is float32. ZeRO shards the optimizer (1), gradients (2) and weights (3); `offload` has the optimizer on the host.
+    float32 (`size` 4): 4 + 4 + 8 for a trained weight. bfloat16 (2) with a float32 master copy and gradients summed in
+    float32: 2 + 4 + 12. Frozen weights have neither gradient nor optimizer; weights trained beside them are float32.
+    ZeRO shards the optimizer (1), gradients (2) and weights (3). `offload` keeps the optimizer on the host.
     """
     frozen = weights - trained
     own = 4 if frozen else size
@@ -88,25 +88,25 @@ def states(weights: int, trained: int, size: int, shards: int = 1, zero: int = 0
 
 
 def activations(shape: Shape, rows: int, widths: list[int], size: int, recompute: bool) -> float:
-    """Bytes that live at the end of the forward pass, logits aside; `widths`: columns of each pass."""
+    """Bytes alive at the end of the forward pass, without logits; `widths`: columns of each pass."""
     columns = rows * sum(widths)
     several = len(widths) > 1
     if recompute:
         return size * shape.layers * columns * (shape.hidden + several * 2 * shape.keys)
-    alone = widths.count(1) / sum(widths)  # the share of columns in passes of one, whose queries are kept in a view
-    cached = 0 if shape.gated else 2 * shape.keys * alone  # keys and values that GPT-2 computes in one with them
+    single = widths.count(1) / sum(widths)  # share of columns in passes of one, whose queries are saved as a view
+    cached = 0 if shape.gated else 2 * shape.keys * single  # of keys and values, which GPT-2 computes in one product
     repeated = 2 * shape.hidden if shape.keys < shape.hidden else 0  # for the last pass, whose attention has a mask
     return size * shape.layers * columns * (shape.inside(size) + several * (cached + repeated))
 
 
 def working(shape: Shape, rows: int, widths: list[int], size: int) -> float:
-    """Bytes inside the one layer that runs again, for the widest pass."""
+    """Bytes inside one recomputed layer, for the widest pass."""
     seen = rows * sum(widths) if len(widths) > 1 else 0
     return size * (rows * max(widths) * shape.inside(size) + seen * 2 * shape.keys)
 
 
 def head(shape: Shape, targets: int) -> float:
-    """Bytes of logits, their float32 logarithms and gradients, at targets alone."""
+    """Bytes of logits, their log-probabilities and gradients in float32, at targets only."""
     return 3 * 4 * targets * shape.vocabulary
 
 
@@ -131,7 +131,7 @@ RECIPES: list[tuple[str, dict[str, Any]]] = [
 
 
 def fits() -> None:
-    """What a device needs: states after each recipe, and the activations of a micro-batch."""
+    """Print what each device needs: weights and optimizer by recipe, and the activations of a micro-batch."""
     widths, targets = [QUESTION, *[1] * 5, 1 + AFTER], ROWS * AFTER
     print(f"\ncomputed: GB on each of 1 or 8 devices; {ROWS} rows of {sum(widths)} columns, 6 thoughts, in bfloat16")
     print(f"{'':14}" + "".join(f"{name:>11}" for name, _ in RECIPES) + f"{'kept':>11}{'recomputed':>12}")
@@ -139,19 +139,19 @@ def fits() -> None:
         needed = []
         for _, recipe in RECIPES:
             lora = shape.lora(recipe.get("rank", 0))
-            how = {key: value for key, value in recipe.items() if key != "rank"}
-            needed.append(states(shape.parameters + lora, lora or shape.parameters, **how))
+            options = {key: value for key, value in recipe.items() if key != "rank"}
+            needed.append(states(shape.parameters + lora, lora or shape.parameters, **options))
         kept = activations(shape, ROWS, widths, 2, recompute=False)
-        again = activations(shape, ROWS, widths, 2, recompute=True) + working(shape, ROWS, widths, 2)
-        row = [*needed, *(found + head(shape, targets) for found in (kept, again))]
-        print(f"{shape.name:14}" + "".join(f"{found / 1e9:11.1f}" for found in row))
+        recomputed = activations(shape, ROWS, widths, 2, recompute=True) + working(shape, ROWS, widths, 2)
+        row = [*needed, *(size + head(shape, targets) for size in (kept, recomputed))]
+        print(f"{shape.name:14}" + "".join(f"{size / 1e9:11.1f}" for size in row))
 
 
 # --- measured ---------------------------------------------------------------------------------------
 
 
 class Living(TorchDispatchMode):
-    """Bytes of the tensors made within that live now (`now`), and of the most that lived at once (`peak`)."""
+    """Bytes of the tensors created in this context: those alive (`now`), and the most alive at once (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def make_model(dropout: float = 0.0) -> LatentLM:
 
 
 def make_batch(lm: LatentLM, thoughts: int) -> dict[str, Tensor]:
-    """Questions of equal length, thoughts, and what is learnt after them."""
+    """Questions of equal length, thoughts, and targets."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 100, (ROWS, QUESTION + thoughts + AFTER), generator=random)
     ids[:, QUESTION : QUESTION + thoughts] = lm.latent_id
@@ -204,15 +204,15 @@ def step(lm: LatentLM, batch: dict[str, Tensor]) -> None:
 
 
 def measure(thoughts: int, recompute: bool) -> dict[str, float]:
-    """In this process: a step for its time and resident set, then one for the tensors that live."""
+    """One step in this process for its time and resident set, then one for the tensors alive."""
     lm = make_model()
-    lm.activation_checkpointing = recompute
+    lm.acceleration.activation_checkpointing = recompute
     batch = make_batch(lm, thoughts)
     before = time.process_time()
     step(lm, batch)
     seconds = time.process_time() - before
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with Living() as living:  # the gradients are there already
+    with Living() as living:  # the gradients exist already
         torch.manual_seed(1)
         loss = lm(**batch).loss
         assert loss is not None
@@ -224,17 +224,17 @@ def measure(thoughts: int, recompute: bool) -> dict[str, float]:
 def difference(thoughts: int) -> float:
     """The largest |a - b| / |b| over the parameters' gradients, dropout on, one seed."""
     lm = make_model(dropout=0.1)
-    found: list[dict[str, Tensor]] = []
-    for lm.activation_checkpointing in (False, True):
+    gradients: list[dict[str, Tensor]] = []
+    for lm.acceleration.activation_checkpointing in (False, True):
         lm.zero_grad()
         step(lm, make_batch(lm, thoughts))
-        found.append({name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None})
-    kept, again = found
-    return max(float((again[name] - kept[name]).norm() / kept[name].norm().clamp(min=1e-12)) for name in kept)
+        gradients.append({name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None})
+    kept, recomputed = gradients
+    return max(float((recomputed[name] - kept[name]).norm() / kept[name].norm().clamp(min=1e-12)) for name in kept)
 
 
-def elsewhere(*arguments: str) -> Any:
-    """What this file does with the arguments, in a process of its own, which begins with a small resident set."""
+def in_own_process(*arguments: str) -> Any:
+    """Run this file with the arguments in a new process, which starts with a small resident set."""
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -242,8 +242,8 @@ def elsewhere(*arguments: str) -> Any:
 def main() -> None:
     torch.set_num_threads(1)
     match sys.argv[1:]:
-        case ["measure", thoughts, way]:
-            print(json.dumps(measure(int(thoughts), way == "recompute")))
+        case ["measure", thoughts, activations]:
+            print(json.dumps(measure(int(thoughts), activations == "recompute")))
         case ["difference", thoughts]:
             print(json.dumps(difference(int(thoughts))))
         case [*times]:
@@ -251,20 +251,20 @@ def main() -> None:
 
 
 def report(times: int) -> None:
-    print(f"gradients of both ways differ by at most {elsewhere('difference', '3'):.1e} of their norm", flush=True)
-    cases = [(thoughts, way) for thoughts in (3, 6) for way in ("keep", "recompute")]
-    found: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
+    print(f"the gradients differ by at most {in_own_process('difference', '3'):.1e} of their norm", flush=True)
+    cases = [(thoughts, kind) for thoughts in (3, 6) for kind in ("keep", "recompute")]
+    results: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(times):
-        for thoughts, way in cases:
-            found[thoughts, way].append(elsewhere("measure", str(thoughts), way))
+        for thoughts, kind in cases:
+            results[thoughts, kind].append(in_own_process("measure", str(thoughts), kind))
     print(f"{times} processes each, medians; GiB")
     print("thoughts  activations  CPU seconds   resident   tensors: peak  held  computed")
-    for (thoughts, way), rows in found.items():
+    for (thoughts, kind), rows in results.items():
         m = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         widths = [QUESTION, *[1] * (thoughts - 1), 1 + AFTER]
-        held = activations(GPT2, ROWS, widths, 4, way == "recompute") + head(GPT2, ROWS * AFTER) / 3
+        held = activations(GPT2, ROWS, widths, 4, kind == "recompute") + head(GPT2, ROWS * AFTER) / 3
         print(
-            f"{thoughts:8}  {way:11} {m['seconds']:10.1f} {m['resident'] / GIB:10.2f} {m['peak'] / GIB:15.2f} "
+            f"{thoughts:8}  {kind:11} {m['seconds']:10.1f} {m['resident'] / GIB:10.2f} {m['peak'] / GIB:15.2f} "
             f"{m['held'] / GIB:5.2f} {held / GIB:9.2f}"
         )
     fits()

@@ -1,9 +1,8 @@
-"""Where a training step's time goes, and what its floor is: python -m benchmarks.profile [thoughts]
+"""Where a training step's time goes, and a lower bound of it: python -m benchmarks.profile [thoughts]
 
-For each size of benchmarks/ways.py, ours and plain fine-tuning, in both precisions: the operators' time by kind, what
-is left for Python between them, system time (page faults, mostly), and the floor: the step's matrix products, counted
-by torch, at the rate that this machine reaches in one product of the step's own shape in the same run, by the faster of
-torch's two libraries.
+For each size of benchmarks/baselines.py, ours and plain fine-tuning, in both precisions: time by kind of operator, the
+rest (Python between operators), system time (mostly page faults), and the floor: the time of the step's matrix products
+at the rate of one product of the same shape in the same run, by the faster of torch's two libraries.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.baselines import SIZES, Size, make_batches, make_model
 from benchmarks.run import machine, seconds, step, timed
-from benchmarks.ways import SIZES, Size, make_batches, make_model
-from coconut.acceleration import linear
+from coconut.acceleration.linear import matmul
 from coconut.engine.base import keep_freed_memory
 
 KINDS = {
@@ -34,25 +33,25 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """The longest part that a kind names decides: log_softmax is of the loss, softmax of attention."""
-    found = [(len(part), kind) for kind, parts in KINDS.items() for part in parts if part in name]
-    return max(found)[1] if found else "the rest"
+    """The kind with the longest matching part: log_softmax belongs to the loss, softmax to attention."""
+    matches = [(len(part), kind) for kind, parts in KINDS.items() for part in parts if part in name]
+    return max(matches)[1] if matches else "the rest"
 
 
 def rate(size: Size, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the feed-forward layer's product."""
     a = torch.randn(size.rows * 400, size.width, dtype=dtype)
     b = torch.randn(size.width, 4 * size.width, dtype=dtype)
-    best = min(seconds(partial(product, a, b)) for product in (torch.mm, linear._product) for _ in range(10))
+    best = min(seconds(partial(product, a, b)) for product in (torch.mm, matmul) for _ in range(10))
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
 
 
-def by_onednn(given: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """Floating-point operations, from the shapes (N, in) and (out, in): torch does not count this one."""
-    return 2 * math.prod(given) * weight[0]
+def onednn_flops(inputs: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Floating-point operations from the shapes (N, in) and (out, in). torch does not count this operator."""
+    return 2 * math.prod(inputs) * weight[0]
 
 
-UNCOUNTED = {torch.ops.mkldnn._linear_pointwise: by_onednn}
+UNCOUNTED = {torch.ops.mkldnn._linear_pointwise: onednn_flops}
 
 
 def main() -> None:
@@ -60,13 +59,13 @@ def main() -> None:
     thoughts = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{machine()}; {thoughts} thoughts; seconds a step")
     columns = ["step", *KINDS, "the rest", "Python", "system", "floor"]
-    print(f"| model | precision | way | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 3)}")
+    print(f"| model | precision | implementation | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 3)}")
     for name, size in SIZES.items():
         lm = make_model(size)
         batches = make_batches(lm, thoughts, size.rows)
         for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            for way in ("plain", "ours"):
-                work = partial(step, way, lm, batches[way], precision)
+            for implementation in ("plain", "ours"):
+                work = partial(step, implementation, lm, batches[implementation], precision)
                 with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counted:
                     work()
                 whole, system = timed(work)
@@ -78,7 +77,10 @@ def main() -> None:
                 python = max(whole - sum(spent.values()), 0.0)
                 floor = counted.get_total_flops() / rate(size, dtype)
                 values = [whole, *(spent[kind] for kind in [*KINDS, "the rest"]), python, system, floor]
-                print(f"| {name} | {precision} | {way} | {' | '.join(f'{v:.3f}' for v in values)} |", flush=True)
+                print(
+                    f"| {name} | {precision} | {implementation} | {' | '.join(f'{v:.3f}' for v in values)} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

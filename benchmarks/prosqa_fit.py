@@ -1,8 +1,8 @@
-"""How well the dials of the random graphs fit released rows: python -m benchmarks.prosqa_fit FILE [rows]
+"""Measure how well the dials of the random graphs fit released rows: python -m benchmarks.prosqa_fit FILE [rows]
 
-For each setting as many rows are drawn, twice, and all statistics of the released ones are compared in one
-number, Hotelling's T squared. If two sets are drawn alike it is about the number of statistics, which is
-printed first. The table of docs/data.md comes from here.
+For each setting the rows are drawn twice, and all statistics are compared with those of the released rows in one
+number, Hotelling's T squared. For two sets from the same distribution it is about the number of statistics, which is
+printed first. The table in docs/data.md is made by this script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEFT_OUT = ("names of persons", "names of concepts", "persons are the nodes with
 
 
 def vector(measures: Measures, names: list[str]) -> list[float]:
-    """One row's statistics as numbers: shares of texts, means of lists, how often a list has each text."""
+    """One row's statistics as numbers: indicators of texts, means of lists of numbers, counts of texts in lists."""
     values: dict[str, float] = {}
     for name, value in measures.items():
         if isinstance(value, str):
@@ -44,7 +44,7 @@ def vector(measures: Measures, names: list[str]) -> list[float]:
 
 
 def statistics(rows: list[Measures]) -> list[str]:
-    """Those that vary, without those that others of the same kind give away, and without rare ones."""
+    """The names of the statistics to compare: not rare, and without one value of each text, which the others imply."""
     seen: dict[str, int] = {}
     for row in rows:
         for name, value in row.items():
@@ -56,10 +56,11 @@ def statistics(rows: list[Measures]) -> list[str]:
     return [n for n in common if n not in groups.values()]
 
 
-def t_squared(here: np.ndarray, there: np.ndarray) -> float:
-    gap = here.mean(0) - there.mean(0)
-    covariance = np.cov(here.T) * (1 / len(here) + 1 / len(there))
-    return float(gap @ np.linalg.pinv(covariance, rcond=1e-9) @ gap)
+def t_squared(drawn: np.ndarray, released: np.ndarray) -> float:
+    """Hotelling's T squared of the means of two sets, (rows, statistics) each."""
+    difference = drawn.mean(0) - released.mean(0)
+    covariance = np.cov(drawn.T) * (1 / len(drawn) + 1 / len(released))
+    return float(difference @ np.linalg.pinv(covariance, rcond=1e-9) @ difference)
 
 
 def main() -> None:
@@ -68,16 +69,18 @@ def main() -> None:
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 4000
     released = [measure(row) for row in released_rows(sys.argv[1])]
     names = statistics(released)
-    there = np.array([vector(row, names) for row in released])
+    released_vectors = np.array([vector(row, names) for row in released])
     print(f"{len(names)} statistics of {len(released)} released rows, {count} rows made for each setting, twice")
     for setting in SETTINGS:
         make = recipe(ProsqaBuild(**setting))  # type: ignore[arg-type]
-        found = []
+        distances = []
         for seed in (1, 2):
             drawn = (make.draw(random.Random(f"{seed} {place}"), lambda key: True) for place in range(count))
-            found.append(t_squared(np.array([vector(measure(one[0]), names) for one in drawn if one]), there))
-        said = ", ".join(f"{key}={value}" for key, value in setting.items()) or "the default"
-        print(f"{said:45} {found[0]:8.1f} {found[1]:8.1f}", flush=True)
+            distances.append(
+                t_squared(np.array([vector(measure(one[0]), names) for one in drawn if one]), released_vectors)
+            )
+        label = ", ".join(f"{key}={value}" for key, value in setting.items()) or "the default"
+        print(f"{label:45} {distances[0]:8.1f} {distances[1]:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ _module = next((name for flag, name in pairwise(sys.orig_argv) if flag == "-m"),
 _is_command = (
     _module.partition(".")[0] in ("coconut", "data_builders")
     if sys.argv[:1] == ["-m"]
-    else Path((sys.argv or [""])[0]).name.startswith("coconut-")
+    else Path((sys.argv or [""])[0]).name == "coconut"
 )
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if imports are interrupted; commands set handlers later

@@ -20,8 +20,8 @@ from coconut.utils.overrides import Kind, PathName, Place, map_texts
 NOT_IDENTITY = (
     "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "data.test", "launch",
     "tracking", "micro_batch_size", "eval_batch_size", "rollout_batch_size", "engine.kind", "engine.device",
-    "engine.threads", "engine.activation_checkpointing", "engine.cuda_graphs", "engine.timeout", "engine.zero_stage",
-    "engine.offload_optimizer", "engine.offload_parameters",
+    "engine.threads", "engine.acceleration", "engine.activation_checkpointing", "engine.cuda_graphs", "engine.timeout",
+    "engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters",
 )  # fmt: skip
 
 
@@ -174,8 +174,8 @@ class DataConfig:
             raise ValueError(f"data.build={self.build} needs a task. Set data.task to one of {TASK_NAMES}.")
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
-                f"data.build.hub={hub} is a local folder, whose content may change. Convert it once with python -m "
-                f"data_builders.{self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
+                f"data.build.hub={hub} is a local folder, whose content may change. Convert it once with coconut data "
+                f"{self.task} hub={hub}, and name the files with data.prefix=data/{self.task}."
             )
 
     def required_task(self) -> TaskName:
@@ -238,6 +238,11 @@ class OptimizerConfig(AdamWConfig):
         return (self.later_stage_lr if stage and self.later_stage_lr else self.lr) * self._warmed_up(updates)
 
 
+MECHANISMS: tuple[str, ...] = (  # of coconut.acceleration, which says what each one does
+    "onednn", "deferred_gradients", "sparse_embedding", "gelu", "attention", "final_layer", "kv_cache",
+)  # fmt: skip
+
+
 class EngineKind(StrEnum):
     local = "local"  # one device per process; DistributedDataParallel if there are several processes
     deepspeed = "deepspeed"  # ZeRO
@@ -247,17 +252,19 @@ class EngineKind(StrEnum):
 class EngineConfig:
     """How updates are executed.
 
-    `device`: auto, cpu, cuda, cuda:1 or mps; with several processes each takes its own GPU. `threads`: CPU threads per
-    process, 0 for its share of the cores. `cuda_graphs`: record the passes of a batch as one CUDA graph; without a GPU
-    a warning is logged. `timeout`: seconds without progress after which the watchdog ends a run on several processes.
-    The other keys are for DeepSpeed: the ZeRO stage (1 shards the optimizer state, 2 also the gradients, 3 also the
-    weights), and what is offloaded to host memory.
+    `threads`: CPU threads of a process, 0 for its share of the cores. `acceleration`: auto, off for plain torch and
+    transformers, or names of MECHANISMS separated by commas. `activation_checkpointing`: recompute layers in the
+    backward pass instead of keeping their activations. `cuda_graphs`: run the passes of a batch as CUDA graphs, with a
+    warning where device=auto finds no GPU. `timeout`: seconds after which a process of several that makes no progress
+    ends the run. The rest is for DeepSpeed: ZeRO's stage (1 shards the optimizer, 2 the gradients too, 3 the weights
+    too), and what stays in the memory of the host.
     """
 
     kind: EngineKind = EngineKind.local
     device: str = "auto"
     precision: Precision = Precision.float32
     threads: int = 0
+    acceleration: str = "auto"
     activation_checkpointing: bool = False
     cuda_graphs: bool = False
     timeout: float = 600
@@ -265,8 +272,21 @@ class EngineConfig:
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
+    @property
+    def mechanisms(self) -> frozenset[str]:
+        """The mechanisms of `coconut.acceleration` that are on. Raises ValueError for one that does not exist."""
+        named = self.acceleration.replace(" ", "").split(",")
+        names = frozenset({"auto": MECHANISMS, "off": ()}.get(self.acceleration, named))
+        if unknown := sorted(names - set(MECHANISMS)):
+            raise ValueError(
+                f"engine.acceleration={self.acceleration} names {', '.join(map(repr, unknown))}. Set it to auto, off, "
+                f"or some of {','.join(MECHANISMS)}."
+            )
+        return names
+
     def __post_init__(self) -> None:
         at_least("engine.", self, threads=0, timeout=1)
+        _ = self.mechanisms
         if self.kind is EngineKind.local:
             for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
                 if value := getattr(self, name):
@@ -377,10 +397,12 @@ class RunConfig:
     eval_batch_size: int = 64
     valid_limit: int | None = None  # validate on the first so many examples only
     keep_checkpoints: int = 2  # the newest ones; the best one is always kept
-    keep_every: int = 0  # a checkpoint at each multiple of this many updates is written and kept
+    keep_every: int = 0  # a checkpoint at each multiple of this many steps is written and kept
+    save_every: int = 0  # steps between additional checkpoints; 0: one with each validation only
 
     def __post_init__(self) -> None:
-        at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0)
+        at_least("", self, seed=0, max_new_tokens=1, eval_batch_size=1, valid_limit=1, keep_checkpoints=1, keep_every=0,
+                 save_every=0)  # fmt: skip
         named = [split for split in TRAINING_SPLITS if getattr(self.data, split)]
         for split in TRAINING_SPLITS:
             if split not in named and not self.data.prefix and (named or not self.data.build):
@@ -412,12 +434,11 @@ class TrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # examples per update, over all processes
     validate_every: int = 0  # in updates; 0: at the end of each epoch. The end of a stage is always validated
-    save_every: int = 0  # updates between additional checkpoints; 0: one with each validation only
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.required_task()
-        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, save_every=0)
+        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} needs a pretrained model, but model.architecture creates a "

@@ -1,24 +1,24 @@
-"""The command that hands a model on: out of a run with a card, onto the hub; or in from the released code."""
+"""coconut export: write a model that others can open, with a card, and put it on the Hugging Face hub if asked."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coconut.hub.config import ExportConfig
-from coconut.hub.model_card import card
-from coconut.hub.push import check_name, push
-from coconut.methods import Curriculum, Reasoning, plan
-from coconut.utils.files import atomic_folder, write_text
 from coconut.utils.hydra_app import application
+
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
 
 
 def run(config: ExportConfig) -> int:
-    """Write a folder that others can open; from there to the hub if asked."""
-    from coconut.hub.released_checkpoints import from_released
-    from coconut.runs.loading import load_run
+    """Write the folder. Gives the exit status."""
+    from coconut.hub.push import check_name
     from coconut.utils.console import log, silence_libraries
+    from coconut.utils.files import atomic_folder, write_text
 
     silence_libraries()
     if config.push:
@@ -26,41 +26,61 @@ def run(config: ExportConfig) -> int:
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output={folder} is {'not empty' if folder.is_dir() else 'a file'}. Name a new folder.")
-    if config.released:
-        stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total_length=10**6)
-        made = plan(config.method, stages)
-        asked = Reasoning.at(made, made.stages[-1])
-        lm = from_released(config.released, config.base, asked, config.tokenizer)
-        text = card(lm, name=config.push)
-    else:
-        trained = load_run(config.run, config.checkpoint, config.engine)
-        lm = trained.lm
-        if lm.adapter and config.merge:
-            lm = lm.merged()
-        if lm.adapter and config.base:
-            lm.adapter = replace(lm.adapter, base=config.base)
-        elif lm.adapter and Path(lm.adapter.base).is_absolute():
-            log(
-                f"warning: the correction is to {lm.adapter.base}, a folder of this machine. base=NAME records another "
-                "name of the same model, under which readers will find it."
-            )
-        text = card(lm, config.run, trained.step, name=config.push)
+    lm, card = _released(config) if config.released else _trained(config)
     with atomic_folder(folder) as part:
         lm.save_pretrained(part, max_shard_size=config.max_shard_size)
-        write_text(part / "README.md", text)
+        write_text(part / "README.md", card)
     log(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
     if config.push:
-        try:
-            push(folder, config.push, config.private)
-        except ValueError as error:
-            again = (
-                f"from coconut.hub.push import push; push({str(folder)!r}, {config.push!r}, private={config.private})"
-            )
-            raise ValueError(
-                f"{error}\nThe model is whole in {folder}. This sends it: {shlex.join(['python', '-c', again])}"
-            ) from error
-        log(f"It is at https://huggingface.co/{config.push}")
+        _push(folder, config)
     return 0
+
+
+def _released(config: ExportConfig) -> tuple[LatentLM, str]:
+    """The model of a checkpoint of the released code, and its card."""
+    from coconut.hub.model_card import card
+    from coconut.hub.released_checkpoints import from_released
+    from coconut.methods import Curriculum, Reasoning, plan
+
+    stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total_length=10**6)
+    made = plan(config.method, stages)
+    reasoning = Reasoning.at(made, made.stages[-1])
+    lm = from_released(config.released, config.base, reasoning, config.tokenizer)
+    return lm, card(lm, name=config.push)
+
+
+def _trained(config: ExportConfig) -> tuple[LatentLM, str]:
+    """The model of a run, and its card with the run's numbers."""
+    from coconut.hub.model_card import card
+    from coconut.runs.loading import load_run
+    from coconut.utils.console import log
+
+    trained = load_run(config.run, config.checkpoint, config.engine)
+    lm = trained.lm
+    if lm.adapter and config.merge:
+        lm = lm.merged()
+    if lm.adapter and config.base:
+        lm.adapter = replace(lm.adapter, base=config.base)
+    elif lm.adapter and Path(lm.adapter.base).is_absolute():
+        log(
+            f"warning: the correction is to {lm.adapter.base}, a folder of this machine. base=NAME records another "
+            "name of the same model, under which readers will find it."
+        )
+    return lm, card(lm, config.run, trained.step, name=config.push)
+
+
+def _push(folder: Path, config: ExportConfig) -> None:
+    from coconut.hub.push import push
+    from coconut.utils.console import log
+
+    try:
+        push(folder, config.push, config.private)
+    except ValueError as error:
+        again = f"from coconut.hub.push import push; push({str(folder)!r}, {config.push!r}, private={config.private})"
+        raise ValueError(
+            f"{error}\nThe model is whole in {folder}. This sends it: {shlex.join(['python', '-c', again])}"
+        ) from error
+    log(f"It is at https://huggingface.co/{config.push}")
 
 
 main = application("export", ExportConfig, run)

@@ -1,7 +1,7 @@
-"""The arithmetic of calculator annotations: is `48/2=24` right?
+"""Check the arithmetic of calculator annotations such as `48/2=24`.
 
-Read by a parser of its own, never run as code, and exact: every value is a fraction. An annotation is
-what stands between `<<` and `>>` in the solutions of GSM8K (Cobbe et al., arXiv 2110.14168).
+They are parsed here, never run as code, and evaluated exactly, as fractions. An annotation is the text between `<<`
+and `>>` in the solutions of GSM8K (Cobbe et al., arXiv 2110.14168).
 
 | written        | read as                                                    |
 | -------------- | ---------------------------------------------------------- |
@@ -12,9 +12,9 @@ what stands between `<<` and `>>` in the solutions of GSM8K (Cobbe et al., arXiv
 | 20%            | 20/100, whatever stands before it                          |
 | $ € £ ¥, space | nothing                                                    |
 
-`a=b=c` says that b and c are the value of a. A number on its own is a rounded value: it is right if the
-exact value rounds to it at its last written place (halves away from zero). A cut value (2/3=.66) is
-wrong. In the released GSM8K all 27,998 annotations of both splits are exact.
+`a=b=c` states that b and c equal a. A number on its own is a rounded value: it is right if the exact value rounds to it
+at its last written digit (halves away from zero). A truncated value (2/3=.66) is wrong. In the released GSM8K all
+27,998 annotations of both splits are exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from functools import lru_cache
 from coconut.tasks import gsm8k
 
 LONGEST = 500  # characters of an equation
-DEEPEST = 50  # parentheses, signs and powers in one another
+DEEPEST = 50  # nesting of parentheses, signs and powers
 BITS = 4096  # of a numerator or a denominator
 
 Number = int | Fraction
@@ -45,13 +45,13 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` finds. `value` and `written` are None if the equation is unreadable."""
+    """The result of `check`. `value` and `written` are None if the equation is unreadable."""
 
     outcome: Outcome
     value: Fraction | None = None  # of the calculation, exact
     written: Fraction | None = None  # after the last '='
     operators: tuple[str, ...] = ()  # of the calculation, in the order of their use
-    why: str = ""  # it is unreadable
+    why: str = ""  # why it is unreadable
 
     @property
     def holds(self) -> bool:
@@ -60,7 +60,7 @@ class Verdict:
 
 @lru_cache(maxsize=1 << 16)
 def check(equation: str) -> Verdict:
-    """Whether all sides of the equation agree. Any text gets a verdict; nothing is raised."""
+    """Check whether all sides of the equation agree. Any text gets a verdict; nothing is raised."""
     try:
         if len(equation) > LONGEST:
             raise ValueError(f"it is longer than {LONGEST} characters")
@@ -76,14 +76,14 @@ def check(equation: str) -> Verdict:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value. ValueError says why the expression cannot be read."""
+    """The exact value of an expression. Raises ValueError if it cannot be read."""
     if len(expression) > LONGEST:
         raise ValueError(f"it is longer than {LONGEST} characters")
     return Fraction(_Side(expression).value)
 
 
 def shown(value: Fraction) -> str:
-    """The value for people: 0.25, or 10/3 (about 3.33333)."""
+    """The value as text for messages: 0.25, or 10/3 (about 3.33333)."""
     near = Context(prec=28).divide(Decimal(value.numerator), Decimal(value.denominator))
     if Fraction(near) == value and abs(near.adjusted()) < 28:
         return f"{near.normalize():f}"
@@ -127,7 +127,7 @@ SIGN = 3  # binds closer than a product and less close than a power
 class _Operator:
     rank: int
     apply: Callable[[Number, Number], Number]
-    right_rank: int  # the least of an operator in its right operand
+    right_rank: int  # the lowest rank of an operator in its right operand
 
 
 OPERATORS = {
@@ -178,7 +178,7 @@ class _Side:
         return self.tokens.pop()
 
     def _expression(self, rank: int, depth: int) -> Number:
-        """By precedence climbing: operators of `rank` and above."""
+        """Parse and evaluate by precedence climbing: operators of `rank` and above."""
         if depth > DEEPEST:
             raise ValueError(f"it is nested deeper than {DEEPEST}")
         value = self._operand(depth)
@@ -211,7 +211,7 @@ class _Side:
 
 
 def _tokens(text: str) -> list[str]:
-    """The last one first, so that the next is popped."""
+    """The tokens in reverse order, so that the next one is popped from the end."""
     tokens, place = [], 0
     text = text.rstrip()
     while place < len(text):

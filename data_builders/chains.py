@@ -1,10 +1,9 @@
-"""Small graphs of two chains, for a first look: easy to learn, and nothing but the root gives the answer away.
+"""Small graphs of two chains, for a quick start: easy to learn, without a shortcut that avoids reading the root.
 
-Nodes 0 and 1 are the roots of two chains, and no node of one chain is reached from the other root. The end
-of one chain is the target, the end of the other the distractor, and the question asks from the target's
-root. The two chains are drawn by one rule, so whoever does not read which root is asked can do no better
-than guess: in any graph the same pair, asked from the other root, is an equally likely question with the
-other answer.
+Nodes 0 and 1 are the roots of two chains, and no node of one chain is reached from the other root. The end of one chain
+is the target, the end of the other the distractor, and the question asks from the target's root. Both chains are drawn
+by the same rule, so that a model which ignores the root of the question is at chance: in any graph, the same pair asked
+from the other root is an equally likely question with the other answer.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from math import inf
 
 from data_builders.graphs import TRIES, Edge, Graph
 
-SOURCE_SHARE = 0.5  # of the nodes outside the chains, those that are further roots; the others branch off
+SOURCE_SHARE = 0.5  # probability that a node outside the chains is a further root; the others have parents
 SECOND_PARENT = 0.8  # probability of a second edge into a node, if one is possible
 
 
@@ -31,7 +30,7 @@ class ChainDials:
     hops_to: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the dial, if no graph can be drawn so."""
+        """Raises ValueError, which names the dial, if no graph can be drawn with these values."""
         if not 1 <= self.hops_from <= self.hops_to:
             raise ValueError(f"hops_from={self.hops_from}, hops_to={self.hops_to}; it must be 1 <= from <= to.")
         needed = self.hops_from + self.hops_to + 2
@@ -82,6 +81,6 @@ def _grow(rng: random.Random, nodes: int, hops: int, other_hops: int) -> tuple[l
 
 
 def _turned(nodes: int, edges: list[Edge], ends: list[int]) -> Graph:
-    """With the names of the two roots exchanged, so that either is asked about equally often."""
+    """The graph with the two roots exchanged, so that either is asked about equally often."""
     number = {0: 1, 1: 0}
     return Graph(nodes, [(number.get(a, a), b) for a, b in edges], 1, *ends)

@@ -1,4 +1,4 @@
-"""What a row with a graph is like: whether two ask the same, and its statistics."""
+"""Statistics of rows with a graph, and whether two rows ask the same question."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from itertools import pairwise
 import networkx
 
 from coconut.tasks import prosqa
-from data_builders.making import Row
+from data_builders.parallel_generation import Row
 from data_builders.statistics import Measures
 
 _MASK = (1 << 64) - 1
 
 
 def shape(count: int, edges: Iterable[Sequence[int]], root: int, options: tuple[int, int]) -> int:
-    """A number that neither renaming the nodes nor reordering the edges changes.
+    """A 64-bit hash of a question that renaming the nodes or reordering the edges does not change.
 
-    Nodes begin as what they are (root, option or neither) and three times take up what their parents and
-    what their children are.
+    By three rounds of colour refinement (Weisfeiler-Leman): a node starts with its role (root, option or neither) and
+    takes up the colours of its parents and of its children.
     """
     parents, children = _neighbours(count, edges)
     nodes = range(count)
@@ -32,7 +32,7 @@ def shape(count: int, edges: Iterable[Sequence[int]], root: int, options: tuple[
 
 
 def _mix(number: int) -> int:
-    """64 bits, of which every one depends on all of the number's."""
+    """A 64-bit mixing function: every bit of the result depends on all bits of the number."""
     number = (number & _MASK) * 0x9E3779B97F4A7C15 & _MASK
     return ((number ^ number >> 29) * 0xBF58476D1CE4E5B9 & _MASK) ^ number >> 32
 
@@ -41,12 +41,12 @@ def key_of(row: Row) -> int:
     return shape(len(row["idx_to_symbol"]), row["edges"], row["root"], (row["target"], row["neg_target"]))
 
 
-# A row is proved and measured one after the other, and its text told only once for both.
+# A row is verified and then measured; the cache of one question avoids parsing its text twice.
 parsed = lru_cache(maxsize=1)(prosqa.parse_question)
 
 
 def alike(row: Row, other: Row) -> bool:
-    """Whether two rows ask the same of the same graph, up to the names of the nodes."""
+    """Whether two rows ask the same question of the same graph, up to the names of the nodes."""
     graphs = []
     for r in (row, other):
         graph = networkx.DiGraph()

@@ -5,8 +5,8 @@ nodes before it: from the first root's family (what only that root reaches), fro
 all nodes. The graph of a question has a target, a leaf of the asked root's family, and a distractor, a
 leaf of the other's, which the asked root therefore does not reach.
 
-After the appendix of Hao et al. (arXiv 2412.06769), changed so far as the released data demand it;
-docs/data.md says what was found.
+After the appendix of Hao et al. (arXiv 2412.06769), with changes where the released data require them; docs/data.md has
+the comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEITHER, BOTH = 0, 3  # labels: bit f is set if root f reaches the node
 
 
 class Wanting(Enum):
-    """Why a graph gives no question, and what to do."""
+    """Why a graph gives no question, and the remedy, as shown in the error message."""
 
     edges = "they have another number of edges. Change edges, or raise nodes."
     leaves = "no leaf is reached by one root only. Raise nodes, or lower branching or edges."
@@ -49,15 +49,15 @@ class Graph:
 class GraphDials:
     """How graphs are drawn, and which of their leaves are asked about.
 
-    nodes: drawn; those without an edge are then dropped.
+    nodes: the number drawn; nodes without an edge are dropped afterwards.
     branching: mean number of a node's parents, Poisson distributed.
-    edges: exactly so many in every graph, in place of `branching`.
+    edges: the exact number in every graph, in place of `branching`.
     depth_weight: a parent d edges from its root is drawn with weight 1 + depth_weight * d.
     first_family, second_family: share of the nodes that draw parents from this family only.
     as_printed: as in the paper's algorithm, nodes that neither root reaches are parents for both families, too, and
     nodes that both or neither reach have a depth above 0.
     hops_from, hops_to: distance of the target from its root, in edges.
-    plant: lay a chain of the wanted length first, each length equally often, so that long ones are had.
+    plant: plant a chain of the wanted length first, each length equally often, so that long paths are not rare.
     equalize_depth: target and distractor are equally deep, and either root is asked equally often.
     Otherwise the target is a deepest leaf of the deeper family, the distractor any leaf of the other.
     """
@@ -75,7 +75,7 @@ class GraphDials:
     equalize_depth: bool
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the dial, if no graph can be drawn so."""
+        """Raises ValueError, which names the dial, if no graph can be drawn with these values."""
         if self.hops_from < 1 or (self.hops_to is not None and self.hops_to < self.hops_from):
             raise ValueError(
                 f"hops_from={self.hops_from}, hops_to={self.hops_to}; it must be 1 or more, and hops_to not less."
@@ -108,7 +108,7 @@ class GraphDials:
             )
 
     def draw(self, rng: random.Random) -> Graph:
-        """Raises ValueError if these dials give no such graph in thousands of draws."""
+        """Draw a graph with a question. Raises ValueError if TRIES draws give none."""
         hops = rng.randint(self.hops_from, self.hops_to or self.hops_from) if self.plant else None
         wanting: Counter[Wanting] = Counter()
         for _ in range(TRIES):
@@ -135,7 +135,7 @@ class _Pool:
         self.cumulated.append((self.cumulated[-1] if self.cumulated else 0.0) + weight)
 
     def draw(self, rng: random.Random, count: int) -> list[int]:
-        """So many different ones, or all."""
+        """Draw `count` different nodes, or all if there are fewer."""
         drawn: dict[int, None] = {}
         count = min(count, len(self.nodes))
         while len(drawn) < count:
@@ -186,7 +186,7 @@ def _grow(rng: random.Random, dials: GraphDials, hops: int | None) -> tuple[list
 
 
 def _numbers_of_parents(rng: random.Random, dials: GraphDials) -> list[int]:
-    """Poisson numbers; given their sum they are multinomial."""
+    """The number of parents of each node: Poisson distributed, or, with a fixed number of edges, multinomial."""
     if dials.edges is None:
         cumulated = _poisson(dials.branching)
         return [bisect(cumulated, rng.random()) for _ in range(dials.nodes)]
@@ -198,7 +198,7 @@ def _numbers_of_parents(rng: random.Random, dials: GraphDials) -> list[int]:
 
 @cache
 def _poisson(mean: float) -> list[float]:
-    """The cumulated distribution, up to where it is 1 in floating point."""
+    """The cumulative Poisson distribution, up to where it is 1 in floating point."""
     probability = exp(-mean)
     cumulated = [probability]
     while cumulated[-1] + probability > cumulated[-1]:
@@ -208,7 +208,7 @@ def _poisson(mean: float) -> list[float]:
 
 
 def _chains(rng: random.Random, dials: GraphDials, hops: int | None) -> dict[int, int]:
-    """Which nodes are links of a planted chain, and of which family's."""
+    """The nodes of the planted chains, with the family of each."""
     if hops is None:
         return {}
     families = [0, 1] if dials.equalize_depth else [rng.randrange(2)]
@@ -219,7 +219,7 @@ def _chains(rng: random.Random, dials: GraphDials, hops: int | None) -> dict[int
 def _ask(
     rng: random.Random, dials: GraphDials, parents: list[list[int]], ends: list[int]
 ) -> tuple[int, int, int] | Wanting:
-    """Root, target and distractor, or what the graph lacks."""
+    """Root, target and distractor of a question, or the reason why the graph gives none."""
     if dials.edges is not None and sum(map(len, parents)) != dials.edges:
         return Wanting.edges
     distances = [_distances(parents, root) for root in (0, 1)]

@@ -1,7 +1,7 @@
-"""GSM8K (Cobbe et al., arXiv 2110.14168) and GSM8K-Aug (Deng et al., arXiv 2311.01460), converted.
+"""Convert GSM8K (Cobbe et al., arXiv 2110.14168) and GSM8K-Aug (Deng et al., arXiv 2311.01460).
 
-From the released files, or by name from the Hugging Face hub. Every calculator annotation is checked,
-and what does not hold is listed in the manifest. Run `python -m data_builders.gsm8k --help`.
+From the released files, or by name from the Hugging Face hub. Every calculator annotation is checked, and wrong ones
+are listed in the manifest. Run `coconut data gsm8k --help`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from coconut.tasks import gsm8k
 from coconut.utils.hydra_app import application
 from coconut.utils.overrides import Place
 from data_builders.arithmetic import Outcome, check, shown
-from data_builders.building import Builder, run
+from data_builders.builder_app import Builder, run
+from data_builders.dataset_writer import Row, divide
 from data_builders.hub import load_hub
-from data_builders.sources import SHOWN, Kind, Released, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import SHOWN, Kind, Released, SourceKeys, expect, open_released, rows_of, text_field
 from data_builders.statistics import Measures
-from data_builders.writing import Row, divide
 
 ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
-SOLUTIONS = {"steps": r"\n", "cot": r"\n|(?<=[.!?])\s+", "answer": r"\n"}  # fields with it, and what parts sentences
-ON_SCREEN = 3  # faulty equations that the summary names; the manifest has them all
+SOLUTIONS = {
+    "steps": r"\n",
+    "cot": r"\n|(?<=[.!?])\s+",
+    "answer": r"\n",
+}  # fields with the solution, and the separators of its sentences
+ON_SCREEN = 3  # faulty equations that the summary shows; the manifest has them all
 
 
 class Preset(StrEnum):
@@ -48,7 +52,7 @@ class Steps(StrEnum):
 
 
 class Faulty(StrEnum):
-    """What becomes of rows with a fault."""
+    """What is done with rows that have a fault."""
 
     keep = "keep"
     drop = "drop"
@@ -76,7 +80,7 @@ class Gsm8kBuild(SourceKeys):
         given = {"preset": self.preset, "hub": self.hub, **self.files}
         given = [f"{key}={value}" for key, value in given.items() if value]
         if not given and self.compare:
-            raise ValueError(f"compare={self.compare} needs rows to be set beside it: give source=FILE, hub or preset.")
+            raise ValueError(f"compare={self.compare} needs rows to compare with: give source=FILE, hub or preset.")
         if not given:
             presets = ", or ".join(f"preset={preset} ({name})" for preset, name in HUB_NAMES.items())
             raise ValueError(
@@ -98,7 +102,7 @@ class Gsm8kBuild(SourceKeys):
 
 @dataclass
 class Audit:
-    """What the annotations of one file say. Faults name the row by its number in the file."""
+    """The check of one file's annotations. Faults name the row by its number in the file."""
 
     rows: int
     dropped: int = 0
@@ -112,7 +116,7 @@ class Audit:
         return f"in {self.faulty_rows(fault)} of {self.rows} rows {FAULTS[fault]}"
 
     def described(self) -> dict[str, Any]:
-        """What the manifest says."""
+        """The entry of the manifest."""
         return {
             "rows": self.rows,
             "dropped_rows": self.dropped,
@@ -127,7 +131,7 @@ def build(config: Gsm8kBuild) -> None:
 
 
 def read_splits(config: Gsm8kBuild) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    """The rows of every split, and what the manifest says of where they are from and what was found."""
+    """The rows of every split, and the entries of the manifest on their sources and faults."""
     audits: dict[str, Audit] = {}
 
     def take(released: Released) -> list[Row]:
@@ -150,15 +154,15 @@ def read_splits(config: Gsm8kBuild) -> tuple[dict[str, list[Row]], dict[str, Any
 
 
 def released_rows(path: str, kind: Steps = Steps.equations) -> list[Row]:
-    """The rows of a file in either released form; which one it is, its content says."""
+    """The rows of a file in either released form, which is detected by its content."""
     rows = rows_of(_open_file(path, kind), partial(_converted, kind=kind))
     return [{key: row[key] for key in ("question", "steps", "answer")} for row in rows]
 
 
 def audited(released: Released, config: Gsm8kBuild) -> tuple[list[Row], Audit]:
-    """The rows that are kept, and what was found in all of them.
+    """The rows that are kept, and the faults of all rows.
 
-    Raises ValueError if a fault is found that the configuration calls an error.
+    Raises ValueError for a fault that the configuration sets to `error`.
     """
     rows = rows_of(released, partial(_converted, kind=config.steps))
     audit, kept = Audit(len(rows)), []
@@ -179,7 +183,7 @@ def audited(released: Released, config: Gsm8kBuild) -> tuple[list[Row], Audit]:
 
 
 def summarise(audits: dict[str, Audit], config: Gsm8kBuild) -> None:
-    """What was found, to stderr, in at most ten lines for three files."""
+    """Print the faults of all files to stderr, in at most ten lines for three files."""
     left = ON_SCREEN
     for origin, audit in audits.items():
         for fault in FAULTS:
@@ -192,7 +196,7 @@ def summarise(audits: dict[str, Audit], config: Gsm8kBuild) -> None:
                     print(_line(told), file=sys.stderr)
                 left -= len(found[:left])
     if any(audit.faults[fault] for audit in audits.values() for fault in FAULTS):
-        print(f"all of them stand in {config.name}_manifest.json", file=sys.stderr)
+        print(f"All of them are listed in {config.name}_manifest.json.", file=sys.stderr)
 
 
 def measure(row: Row) -> Measures:

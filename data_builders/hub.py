@@ -1,4 +1,4 @@
-"""Data sets by their name on the Hugging Face hub, or from a folder that holds one."""
+"""Load data sets by name from the Hugging Face hub, or from a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLIT_NAMES = {
 
 
 def load_hub(name: str, config: str | None = None) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """The records of the train, valid and test splits, and what a manifest says about where they are from.
+    """The records of the train, valid and test splits, and the manifest's entry on their source.
 
     `name` is OWNER/NAME on the hub, or a folder of .jsonl, .json, .txt or .parquet files whose names
     begin with their split. Other splits are left out. Raises ValueError if it cannot be read.
@@ -25,14 +25,14 @@ def load_hub(name: str, config: str | None = None) -> tuple[dict[str, list[dict[
     folder = Path(name).is_dir()
     silent = "" if folder else hub_unreachable()
     if silent:
-        os.environ["HF_DATASETS_OFFLINE"] = "1"  # the cache alone; it is read when the library is imported
+        os.environ["HF_DATASETS_OFFLINE"] = "1"  # use the cache only; must be set before datasets is imported
     from datasets import DatasetDict, load_dataset_builder
 
     try:
         builder = load_dataset_builder(name, config)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    except Exception as error:  # the library, and those below it, raise kinds of their own
+    except Exception as error:  # datasets and the libraries below it raise many types
         raise ValueError(_complaint(name, folder, silent, error)) from error
     assert isinstance(loaded, DatasetDict)
     known = {split: SPLIT_NAMES[split] for split in map(str, loaded) if split in SPLIT_NAMES}

@@ -1,4 +1,4 @@
-"""ProntoQA made from scratch: a chain of concepts with properties, an entity, and one statement to be judged.
+"""Generate ProntoQA: a chain of concepts with properties, an entity, and a statement that is true or false.
 
 After Saparov and He, "Language Models Are Greedy Reasoners" (arXiv 2210.01240), and the rules of their generator
 (fictional ontology, modus ponens). With the dials as they are, rows follow its distribution for 5 hops in random order:
@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise, product
 
-from data_builders.names import Names
+from data_builders.dataset_writer import Row
+from data_builders.entity_names import Names
 from data_builders.prover import ASKED, Claim, Sentence, parse_proof, parse_question
 from data_builders.statistics import Measures
-from data_builders.writing import Row
 
 ENTITIES = ("Fae", "Rex", "Sally", "Max", "Alex", "Sam", "Polly", "Stella", "Wren")
 FAMILIES = (
@@ -91,15 +91,14 @@ NAMES = {
 
 @dataclass
 class OntologyDials:
-    """What is drawn. Impossible dials are refused before anything is (ValueError).
+    """The dials of the generator. Impossible values raise ValueError.
 
     hops_from, hops_to: rules that the proof applies, each number equally often.
     ordering, names: see there. Past the 13 families, which only generated names reach, these are dealt again, and no
     word comes twice.
-    spare_levels: levels of the chain that the proof does not pass, below its first concept or above its last. Without
-    a number as many as in the original, which makes up to 5 levels in all.
-    distractors: without them an ontology is drawn all the same, and the context keeps the rules of the proof and one
-    fact.
+    spare_levels: levels of the chain that the proof does not pass, below its first concept or above its last. None: as
+    many as in the original, which makes up to 5 levels in all.
+    distractors: if false, the context keeps only the rules of the proof and one fact of the ontology that was drawn.
     """
 
     hops_from: int = 5
@@ -197,7 +196,7 @@ def _spare_levels(rng: random.Random, dials: OntologyDials, hops: int) -> int:
 
 
 def _properties(rng: random.Random, count: int) -> list[str]:
-    """Different words; no family gives another before all have given as many, or are used up."""
+    """Different words, dealt from the families in rounds: each gives one word a round until it is used up."""
     families = [rng.sample(family, len(family)) for family in FAMILIES]
     words: list[str] = []
     while len(words) < count:
@@ -244,11 +243,11 @@ def _one(claim: Claim) -> str:
 
 
 def measure(row: Row) -> Measures:
-    """What the text of one row shows, released or made, by readable names.
+    """Statistics of the text of one row, released or generated.
 
-    A float is to be averaged over rows, a text gives shares over rows, lists are pooled. A place is 0 for the first
-    sentence among the rules of the context and 1 for the last. The row must be one that `prover.check` accepts; text
-    that cannot be read raises ValueError.
+    Floats are averaged over rows, texts give shares over rows, lists are pooled. A place is 0 for the first sentence
+    among the rules of the context and 1 for the last. The row must be one that `prover.check` accepts; text that cannot
+    be parsed raises ValueError.
     """
     question, proof = parse_question(row["question"]), parse_proof(row["steps"])
     query, rules = question.query.claim, question.rules

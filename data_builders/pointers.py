@@ -1,7 +1,7 @@
-"""Pointer chasing, made from scratch: a task whose difficulty is a dial.
+"""Generate pointer chasing, a task whose difficulty is set by the number of hops.
 
-Run `python -m data_builders.pointers --help`. All nodes lie on one cycle, so that no node is passed twice and every
-node is as likely an answer as another.
+Run `coconut data pointers --help`. All nodes lie on one cycle, so that no node is passed twice and all nodes
+are equally likely answers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run
-from data_builders.making import Recipe, Row
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.builder_app import Builder, run
+from data_builders.parallel_generation import Recipe, Row
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 from data_builders.statistics import Measures
 
 COUNTS = {"train": 20000, "valid": 500, "test": 1000}
@@ -37,7 +37,7 @@ class PointersBuild(SourceKeys):
     nodes: int = 10
     hops_from: int = 1
     hops_to: int = 6
-    decay: float = 1.0  # how much rarer each further hop is than the one before
+    decay: float = 1.0  # ratio of the frequencies of h + 1 and h hops
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ def draw_row(
 
 
 def key_of(row: Row) -> int:
-    """The same for questions that differ in nothing but the order in which the pointers are told."""
+    """A key that is equal for questions that differ only in the order of the pointers."""
     return int.from_bytes(blake2b(_asked(row).encode(), digest_size=8).digest())
 
 
@@ -99,7 +99,7 @@ def _asked(row: Row) -> str:
 
 
 def checked(record: Any) -> Row:
-    """The record, if text, chain, answer and number of hops say the same; else ValueError."""
+    """The record. Raises ValueError unless question, steps, answer and number of hops agree."""
     question, answer = text_field(record, "question"), text_field(record, "answer")
     asked = pointers.parse_question(question)
     path = pointers.walk(asked)

@@ -1,6 +1,6 @@
-"""ProntoQA: made from scratch, or the output of the original generator, checked and converted.
+"""Build ProntoQA: generate rows, or check and convert the output of the original generator.
 
-Run `python -m data_builders.prontoqa --help`.
+Run `coconut data prontoqa --help`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run, text_key
-from data_builders.making import Recipe, Row
+from data_builders.builder_app import Builder, run, text_key
 from data_builders.ontology import Names, OntologyDials, Ordering, draw, measure
+from data_builders.parallel_generation import Recipe, Row
 from data_builders.prover import ASKED, check
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):
@@ -41,7 +41,7 @@ FIELDS = {
 
 @dataclass
 class ProntoqaBuild(SourceKeys):
-    """Dials that are null are the generator's."""
+    """Dials that are null have the defaults of OntologyDials."""
 
     name: str = "prontoqa"
     preset: Preset | None = None
@@ -80,14 +80,14 @@ def drawn(rng: random.Random, wanted: Callable[[int], bool], dials: OntologyDial
 
 
 def released_rows(path: str) -> list[Row]:
-    """The test example of every record; what a few-shot file holds beside it is left out. Also rows made here."""
+    """The rows of a file of the original generator (of each record the test example), or of rows generated here."""
     released = open_released(path)
     expect(released, Kind.prontoqa, Kind.rows)
     return rows_of(released, converted if released.kind is Kind.prontoqa else checked)
 
 
 def checked(record: Any) -> Row:
-    """A row in the common format, if `prover.check` holds for it."""
+    """A row in the common format. Raises ValueError unless `prover.check` accepts it."""
     row = {**record, **{key: text_field(record, key) for key in ("question", "answer")}}
     if not isinstance(row.get("steps"), list) or not all(isinstance(step, str) for step in row["steps"]):
         raise ValueError(f"'steps' is {row.get('steps')!r}; it must be a list of sentences.")
@@ -96,7 +96,10 @@ def checked(record: Any) -> Row:
 
 
 def converted(record: Any) -> Row:
-    """Steps are the sentences of the proof two by two; the last may be one alone. `prover.check` holds for it."""
+    """A record of the original generator as a row: steps are pairs of sentences of the proof, the last possibly one.
+
+    Raises ValueError unless `prover.check` accepts it.
+    """
     if not isinstance(record, dict) or "test_example" not in record:
         raise ValueError("it has no 'test_example'.")
     example = record["test_example"]

@@ -1,7 +1,7 @@
-"""ProsQA and its relatives: random graphs with a question, made from scratch, or released files checked.
+"""Build ProsQA and its variants: generate random graphs with a question, or check released files.
 
-Run `python -m data_builders.prosqa --help`. The task is of Hao et al. (arXiv 2412.06769); what the
-presets are, and how they compare with the released data, docs/data.md says.
+Run `coconut data prosqa --help`. The task is by Hao et al. (arXiv 2412.06769); docs/data.md describes the
+presets and compares them with the released data.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import networkx
 
 from coconut.tasks import prosqa
 from coconut.utils.hydra_app import application
-from data_builders.building import Builder, run
+from data_builders.builder_app import Builder, run
 from data_builders.chains import ChainDials
+from data_builders.entity_names import Names, pools
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
-from data_builders.making import Recipe, Row
-from data_builders.names import Names, pools
-from data_builders.sources import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.parallel_generation import Recipe, Row
+from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):
@@ -77,7 +77,7 @@ FIELDS = {
 
 @dataclass
 class ProsqaBuild(SourceKeys):
-    """Dials that are null are the preset's."""
+    """Dials that are null have the preset's values."""
 
     name: str = "prosqa"
     preset: Preset | None = None
@@ -126,7 +126,7 @@ class ProsqaBuild(SourceKeys):
             )
 
     def dials(self) -> dict[str, Any]:
-        """All that says how rows are made: the preset's, but for what is given."""
+        """All dials: the preset's, overridden by those that are given."""
         assert self.preset
         return DIALS[self.preset] | self.given()
 
@@ -243,10 +243,10 @@ def released_rows(path: str) -> list[Row]:
 
 
 def prove(row: Row) -> None:
-    """What a made row promises: its text is told by networkx, and its other fields are held against that.
+    """Verify a generated row: parse its text, and check its other fields against the graph with networkx.
 
-    Raises ValueError if `checked` does, or the target is not reached, the distractor is, the steps are
-    not a shortest path, an edge runs backwards, or `nodes_at_distance` is not so.
+    Raises ValueError if `checked` does, if the distractor is reached, if the steps are not a shortest path, if an edge
+    runs from a higher to a lower number, or if `nodes_at_distance` is wrong.
     """
     told = _consistent(row)
     names = row["idx_to_symbol"]
@@ -265,7 +265,7 @@ def prove(row: Row) -> None:
 
 
 def checked(record: Any) -> Row:
-    """The record, if text, graph, chain and answer say the same; else ValueError."""
+    """The record, stripped. Raises ValueError unless question, graph, steps and answer agree."""
     _consistent(record)
     return {
         **record,

@@ -1,8 +1,8 @@
-"""A reader and checker for ProntoQA's sentences, which knows nothing of how they were made.
+"""Parse and check ProntoQA's sentences, independently of the generator.
 
 The language (Saparov and He, arXiv 2210.01240) has a rule in three forms, "Every X is ...", "Each X is ..." and
-"Xes are ...", and a fact, "Max is ...". What is said is a concept, with an article unless it stands in the plural, or
-a property; either may be negated. A concept ends in -pus, its plural in -puses, and no property does.
+"Xes are ...", and a fact, "Max is ...". The predicate is a concept, with an article unless it is plural, or a property;
+either may be negated. A concept ends in -pus, its plural in -puses, and no property does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from data_builders.writing import Row
+from data_builders.dataset_writer import Row
 
 ASKED = "True or false: "
 
@@ -39,7 +39,7 @@ class Claim(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """A sentence and what it claims. `form` is "fact" (of an entity), "every", "each" or "plural" (of a concept)."""
+    """A sentence and its claim. `form` is "fact" (of an entity), "every", "each" or "plural" (of a concept)."""
 
     text: str
     form: str
@@ -65,7 +65,7 @@ class Question(NamedTuple):
 
 @lru_cache(maxsize=1 << 15)
 def parse_sentence(text: str) -> Sentence:
-    """Raises ValueError if the sentence, which ends in a full stop, is outside the language."""
+    """Parse a sentence with its full stop. Raises ValueError if it is not in the language."""
     plural = PLURAL.fullmatch(text)
     found = plural or SINGULAR.fullmatch(text)
     said = found and SAID.fullmatch(found["rest"])
@@ -95,7 +95,7 @@ def parse_text(text: str) -> list[Sentence]:
 
 
 def parse_question(question: str) -> Question:
-    """Raises ValueError if it is not "<context> True or false: <statement about an entity>"."""
+    """Parse a question, "<context> True or false: <statement about an entity>". Raises ValueError for another form."""
     context, mark, asked = question.partition(f" {ASKED}")
     if not mark:
         raise ValueError(f"the question has no {ASKED.strip()!r}: it ends in {question[-60:]!r}.")
@@ -130,10 +130,11 @@ def closure(context: Iterable[Sentence]) -> set[Claim]:
 
 
 def check(row: Row) -> None:
-    """Raises ValueError unless question, steps and answer agree, judged by their text alone.
+    """Raise ValueError unless question, steps and answer of a row agree, by their text alone.
 
-    The context contradicts itself about no entity and decides the query; the answer is right; every sentence of the
-    proof stands in the context or follows from two earlier ones by one rule; the last is the query or its denial.
+    The context must not contradict itself about an entity and must decide the query; the answer must be right; every
+    sentence of the proof must be in the context or follow from two earlier ones by one rule; the last must be the query
+    or its negation.
     """
     question, proof = parse_question(row["question"]), parse_proof(row["steps"])
     query = question.query.claim

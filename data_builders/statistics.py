@@ -1,8 +1,8 @@
-"""What rows are like in numbers, and two sets of rows side by side.
+"""Statistics of sets of rows, and their comparison.
 
-A task's `measure(row)` gives the statistics of one row: a number is averaged over the rows, a text gives
-the shares of its values; lists (and counts of texts) are pooled over all rows. Errors are standard
-errors over rows, also for pooled ones, since a row is drawn as a whole.
+A task's `measure(row)` gives the statistics of one row: numbers are averaged over rows, texts give the shares of their
+values; lists (and counts of texts) are pooled over all rows. Errors are standard errors over rows, also for pooled
+statistics, since a row is drawn as a whole.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 Value = float | str | Sequence[float] | Sequence[str] | dict[str, int]
 Measures = dict[str, Value]
 
-SHOWN_VALUES = 12  # of a measure with more, the comparison shows how many there are, not each one's share
+SHOWN_VALUES = 12  # for a measure with more values, the comparison shows their number in place of their shares
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A ratio of two sums over rows: values to how many there are. `sd` is that of the values."""
+    """A mean over pooled values: the ratio of two sums over rows, of values and of counts. `sd`: of the values."""
 
     sums_N: np.ndarray
     counts_N: np.ndarray
@@ -39,7 +39,7 @@ class Mean:
 
 
 def compact(measures: Measures) -> Measures:
-    """The same with texts counted, which is less to keep and to hand from process to process."""
+    """The measures with lists of texts replaced by counts, which take less memory and less to pickle."""
     compacted: Measures = {}
     for name, value in measures.items():
         texts = [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
@@ -48,7 +48,7 @@ def compact(measures: Measures) -> Measures:
 
 
 def summary(measured: Sequence[Measures]) -> dict[str, Any]:
-    """For a manifest: mean, deviation and extent of numbers, shares of texts."""
+    """The summary for a manifest: mean, standard deviation and range of numbers, shares of texts."""
     numbers, words = _columns(measured)
     result: dict[str, Any] = {}
     for name, mean in _means(numbers).items():
@@ -72,9 +72,9 @@ class Line:
 
 
 def compare(first: Sequence[Measures], second: Sequence[Measures]) -> list[Line]:
-    """Raises ValueError if either holds no row."""
+    """Compare the statistics of two sets, a line for each. Raises ValueError if one is empty."""
     if not first or not second:
-        raise ValueError("There is nothing to compare: one of the two sets has no row.")
+        raise ValueError("There is nothing to compare: one of the two sets has no rows.")
     lines: dict[str, list[Line]] = {}
     (numbers, words), (other_numbers, other_words) = _columns(first), _columns(second)
     one, other = _means(numbers), _means(other_numbers)
@@ -105,7 +105,7 @@ def _compare_shares(name: str, first: dict[str, Mean], second: dict[str, Mean]) 
 
 
 def _distance(a: Mean, b: Mean) -> float | None:
-    """In standard errors, from the variance over the rows of both sets together, linearised."""
+    """The difference of two means in standard errors, by the linearised variance over the rows of both sets."""
     sums_N, counts_N = (np.concatenate([getattr(a, f), getattr(b, f)]) for f in ("sums_N", "counts_N"))
     if not counts_N.sum():
         return None
@@ -145,9 +145,9 @@ def _names(measured: Sequence[Measures]) -> list[str]:
 
 
 def _columns(measured: Sequence[Measures]) -> tuple[dict[str, list[list[float]]], dict[str, list[Counter[str]]]]:
-    """Row by row, the values of every numeric measure, and of every other one how often each value is had.
+    """For each measure, row by row: the values of numeric ones, and the counts of values of the others.
 
-    A row that has no such measure adds nothing to it.
+    A row without the measure has none.
     """
     numbers: dict[str, list[list[float]]] = {}
     words: dict[str, list[Counter[str]]] = {}

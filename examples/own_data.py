@@ -5,7 +5,7 @@
 Three rows, learned by heart: this shows the way. A model that is to learn something needs many more, and others to be
 asked. The same from the command line:
 
-    python -m coconut.train model=tiny data=own data.task=gsm8k data.train=FILE data.valid=FILE run=runs/own
+    coconut train model=tiny data=own data.task=gsm8k data.train=FILE data.valid=FILE run=runs/own
 
 Fine-tuning a pretrained model differs in one argument: model=ModelConfig(base="openai-community/gpt2").
 """

@@ -19,13 +19,13 @@ done
 
 echo "[1/3] Set-up"
 source launch/setup.sh base
-source launch/lanes.sh
+source launch/parallel_runs.sh
 run=runs/adaptive_laptop-seed$seed
 mkdir -p "$run"
 
 echo "[2/3] The model; its log is $run/model.log"
 training=
-carry_out coconut.train "$run/model" experiment=adaptive_laptop_model seed="$seed"
+run_until_done coconut.train "$run/model" experiment=adaptive_laptop_model seed="$seed"
 sed -n 's/^Done:/  Done:/p' "$run/model.log" | tail -n 1
 
 echo "[3/3] The table of outcomes, policies, and what they are worth"

@@ -10,7 +10,7 @@
 # Ctrl-C or SIGTERM: the workers finish their update and save; DeepSpeed kills what is still there after 30 seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/command.sh "$@"
+source launch/parse_args.sh "$@"
 "$python" -c 'import deepspeed' 2>/dev/null >&2 || fail "DeepSpeed is not installed: $python -m pip install deepspeed"
 
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}

@@ -30,6 +30,9 @@ echo "[4/5] Evaluation: 500 graphs that the model has never seen (seconds)"
 
 echo "[5/5] What its thoughts do, and the report (a minute)"
 question=$("$python" -c "import json; print(json.load(open('data/$name/graphs_test.json'))[0]['question'])")
-echo "Ask it yourself:"
-echo "  $(dirname "$python" | sed "s|^$PWD/||")/python -m coconut.generate run=runs/$name question=\"$question\""
 "$python" -m coconut.analyze run="runs/$name" batch_size=250
+coconut=$(dirname "${python#"$PWD"/}")/coconut
+echo "Ask it a question:"
+echo "  $coconut generate run=runs/$name question=\"$question\""
+echo "See each of its thoughts, on a page in the browser:"
+echo "  $coconut demo run=runs/$name"

@@ -19,13 +19,13 @@ done
 
 echo "[1/4] Set-up"
 source launch/setup.sh base
-source launch/lanes.sh
+source launch/parallel_runs.sh
 runs=runs/rewards_laptop-seed$seed sampler=runs/rewards_laptop-seed$seed/sampler
 mkdir -p "$runs"
 
 echo "[2/4] The sampler, and its answers: 8 to each of 2,000 questions, 64 to each of 200 others"
 training=
-carry_out coconut.train "$sampler" experiment=rewards_laptop_sampler seed="$seed"
+run_until_done coconut.train "$sampler" experiment=rewards_laptop_sampler seed="$seed"
 answers=$sampler/rollouts
 for split in "train limit=2000 samples=8" "valid limit=200 samples=8" "test limit=200 samples=64"; do
     # shellcheck disable=SC2086  # a name and keys
@@ -38,13 +38,13 @@ losses=(ce dpo nca kto value)
 every_second() { # 0 or 1, where to begin
     local i
     for ((i = $1; i < ${#losses[@]}; i += 2)); do
-        carry_out coconut.reward "$runs/models/${losses[i]}" experiment=rewards_laptop loss="${losses[i]}" seed="$seed" \
+        run_until_done coconut.reward "$runs/models/${losses[i]}" experiment=rewards_laptop loss="${losses[i]}" seed="$seed" \
             init="$sampler" data.train="$answers/train.jsonl" data.valid="$answers/valid.jsonl" || return 1
         echo "  ${losses[i]}: $(sed -n 's/^Best checkpoint: //p' "$runs/models/${losses[i]}.log" | tail -n 1)"
     done
 }
 mkdir -p "$runs/models"
-in_lanes every_second
+in_parallel every_second
 
 echo "[4/4] The comparison"
 "$python" -m coconut.reward compare runs="$runs/models/*" answers="$answers/test.jsonl" rollouts=8 output="$runs"

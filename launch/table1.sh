@@ -21,8 +21,8 @@ echo "[1/4] Set-up"
 source launch/setup.sh base
 curriculum=$("$python" -m coconut.train experiment="$experiment" --cfg job --package curriculum)
 setting() { awk -v key="$1:" '$1 == key { print $2 }' <<<"$curriculum"; }
-unit=$(setting unit) first=$(setting first) total=$(setting total)
-source launch/lanes.sh
+unit=$(setting length_unit) first=$(setting stage0_length) total=$(setting total_length)
+source launch/parallel_runs.sh
 keep=()
 [ "$unit" != updates ] || keep=(keep_every="$first")
 runs=runs/$experiment
@@ -30,7 +30,7 @@ mkdir -p "$runs"
 
 train() { # method, seed, further keys
     local run=$runs/$1-seed$2 began=$SECONDS
-    carry_out coconut.train "$run" experiment="$experiment" method="$1" seed="$2" "${@:3}" || return 1
+    run_until_done coconut.train "$run" experiment="$experiment" method="$1" seed="$2" "${@:3}" || return 1
     echo "  $1, seed $2: $(sed -n 's/^Best checkpoint: //p' "$run.log" | tail -n 1) ($(((SECONDS - began + 30) / 60)) min)"
 }
 
@@ -59,7 +59,7 @@ all_seeds() {
 }
 
 echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time; each writes $runs/METHOD-seedN.log"
-in_lanes all_seeds
+in_parallel all_seeds
 
 echo "[3/4] Evaluation, one run after the other"
 made=()

@@ -30,7 +30,7 @@ other_arms=(
 
 echo "[1/4] Set-up"
 source launch/setup.sh base
-source launch/lanes.sh
+source launch/parallel_runs.sh
 runs=runs/$experiment
 mkdir -p "$runs"
 seeds=(${seeds//,/ })
@@ -45,14 +45,14 @@ every_second() { # 0 or 1, where to begin
         read -r command name keys <<<"${work[i]}"
         began=$SECONDS
         # shellcheck disable=SC2086  # several keys
-        carry_out "coconut.$command" "$runs/$name" $keys || return 1
+        run_until_done "coconut.$command" "$runs/$name" $keys || return 1
         echo "  $name: $(sed -n 's/^Best checkpoint: //p' "$runs/$name.log" | tail -n 1) ($(((SECONDS - began + 30) / 60)) min)"
     done
 }
 
 echo "[2/4] Warm-up: short answers and long ones; each run writes $runs/NAME.log"
 for seed in "${seeds[@]}"; do work+=("train warmup-seed$seed experiment=${experiment}_warmup seed=$seed"); done
-in_lanes every_second
+in_parallel every_second
 
 echo "[3/4] Reinforcement learning, $jobs runs at a time"
 work=()
@@ -62,7 +62,7 @@ for seed in "${seeds[@]}"; do
 done
 # shellcheck disable=SC2086
 for keys in "${other_arms[@]}"; do arm "${seeds[0]}" $keys; done
-in_lanes every_second
+in_parallel every_second
 
 echo "[4/4] What came of it: who chooses best, on unseen questions, and the page of all runs"
 made=()

@@ -9,7 +9,7 @@
 # torchrun.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/command.sh "$@"
+source launch/parse_args.sh "$@"
 [ -n "${NODES:-}" ] && [ -n "${MEET:-}" ] || fail "NODES (how many machines) and MEET (HOST:PORT of one of them) are needed."
 
 exec "$python" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$count" --max-restarts=0 \

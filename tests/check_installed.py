@@ -65,7 +65,7 @@ def main(torch: str = "") -> None:
             "train": given, "generate": ["run=run", f"question={question}"], "evaluate": ["run=run"],
             "analyze": ["run=run"],
         }.items():  # fmt: skip
-            print(done(bin_folder / f"coconut-{name}", *arguments, cwd=elsewhere, env=env))
+            print(done(bin_folder / "coconut", name, *arguments, cwd=elsewhere, env=env))
         for made in ("run/checkpoints/step-0000005", "run/evaluation", "run/analysis"):
             assert any((elsewhere / made).iterdir()), made
     print("Installed as users install it, all four commands work.")

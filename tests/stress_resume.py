@@ -1,10 +1,11 @@
-"""Kill a training again and again, at random and at the worst of times: it must end as if nothing had happened.
+"""Kill a run repeatedly and resume it: its end must equal that of an uninterrupted run.
 
     python tests/stress_resume.py [kills=10] [seed=0]
 
-Trains the same run without and with interruptions, on one process and on two, by SIGKILL to the command, a worker, or
-all of them: at random, before the first update, while a checkpoint is being written, at the border of a stage. The end
-must be the same bit for bit: weights, optimizer, random states and every number in metrics.jsonl.
+Trains the same run without and with interruptions, on one process and on two. SIGKILL goes to the command, to a worker
+or to all of them: at random, before the first update, while a checkpoint is written, at the end of a stage. Weights,
+optimizer, random states and every number in metrics.jsonl must be the same, bit for bit. Takes several minutes; run it
+by hand when checkpoints, resuming or engines change.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from coconut.config import DataConfig
 from coconut.runs.checkpoints import Checkpoints
 
 KEYS = ("curriculum.total_length=200", "keep_checkpoints=3")
-BORDERS = (6, 11)  # where a stage ends
+STAGE_ENDS = (6, 11)
 
 
 def saving(folder: Path) -> bool:
@@ -33,20 +34,20 @@ def saving(folder: Path) -> bool:
     return any(folder.glob("checkpoints/.step-*.part"))
 
 
-def at_border(folder: Path) -> bool:
+def at_stage_end(folder: Path) -> bool:
     steps = Checkpoints(folder).steps()
-    return bool(steps) and steps[-1] in BORDERS
+    return bool(steps) and steps[-1] in STAGE_ENDS
 
 
 def kill_once(folder: Path, data: DataConfig, processes: int, draw: random.Random) -> str:
-    """Start the run, or go on with it, and kill it. Says when, or what its end was if it came first."""
+    """Start or resume the run and kill it. Returns when that was, as text."""
     run = Launched(folder, data, *KEYS, f"launch.num_processes={processes}")
     before = max(Checkpoints(folder).steps(), default=0)
     moments: dict[str, Callable[[], bool]] = {
-        "while it saved": lambda: saving(folder) and max(Checkpoints(folder).steps(), default=0) > before,
-        "at a stage's border": lambda: at_border(folder) and max(Checkpoints(folder).steps()) > before,
+        "while saving": lambda: saving(folder) and max(Checkpoints(folder).steps(), default=0) > before,
+        "at the end of a stage": lambda: at_stage_end(folder) and max(Checkpoints(folder).steps()) > before,
         "at random": lambda: max(Checkpoints(folder).steps(), default=0) > before and draw.random() < 0.02,
-        "before its first update": lambda: (folder / "config.json").is_file() and draw.random() < 0.005,
+        "before the first update": lambda: (folder / "config.json").is_file() and draw.random() < 0.005,
     }
     when = draw.choice(list(moments))
     while run.process.poll() is None and not moments[when]():
@@ -65,7 +66,7 @@ def kill_once(folder: Path, data: DataConfig, processes: int, draw: random.Rando
             raise SystemExit(f"workers {workers} were left behind")
         time.sleep(0.1)
     if status == 0:
-        return "it ended first"
+        return "the run ended first"
     found = Checkpoints(folder).steps()
     reached = found[-1] if found else 0
     return f"{when}, {len(victims)} of {1 + len(workers)} processes; status {status}; update {reached} was saved"

@@ -1,1 +1,1 @@
-"""What makes passes faster or smaller without changing what they compute."""
+"""Make passes faster or smaller without changing what they compute. `facade.Acceleration` is the one entry point."""

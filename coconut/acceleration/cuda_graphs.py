@@ -1,8 +1,8 @@
-"""A batch's passes as CUDA graphs: recorded once for each shape, then started with one launch each way.
+"""Capture the passes of a training batch as CUDA graphs, once per shape, and replay them with one launch each way.
 
-On a GPU a thought's pass is hundreds of kernels of a few microseconds each, and starting them one by one takes several
-times as long as running them. A recording holds addresses, not values: what goes in and comes out is copied, weights
-must stay where they are, and two recordings share their memory, so that one is gone back through before the next runs.
+On a GPU a thought's pass is bound by kernel launches: hundreds of kernels of a few microseconds each. A graph holds
+addresses. Inputs and outputs are therefore copied, weights must stay where they are, and since all graphs share their
+memory, the backward pass of one must run before the next is replayed.
 """
 
 from __future__ import annotations
@@ -16,177 +16,197 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from coconut.utils.torch_utils import differentiable_once
 
 Passes = Callable[..., Tensor]
-MOST = 128  # recordings that are kept: of each the input, the states and their gradients, besides what all share
+MAX_GRAPHS = 128  # each keeps its inputs, its hidden states and their gradients, besides the shared memory
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of this number in configs
 
 
-def bucket_up(width: int) -> int:
-    """So wide is a pass made that others have its shape, too: up by less than an eighth, or to a multiple of 8."""
-    step = max(8, 2 ** (width.bit_length() - 4))
-    return -(-width // step) * step
-
-
-def bucket_down(width: int) -> int:
-    """More coarsely: it only says what is left out."""
-    return width - width % max(8, 2 ** (width.bit_length() - 2))
+def check_capturable(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model's work depends on more than a batch's shape."""
+    config: Any = model.config.get_text_config(decoder=True)
+    windows = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+    if windows or any(getattr(config, name, None) for name in EXPERT_COUNTS):
+        raise ValueError(
+            f"{config.model_type}: {'sliding windows depend' if windows else 'the choice of experts depends'} on more "
+            "than a batch's shape, so its passes cannot be CUDA graphs. Leave engine.cuda_graphs=false."
+        )
 
 
 class CudaGraphs:
-    """Recordings of one model's passes. A shape that comes for the first time is run as always."""
+    """The graphs of one model. A shape is captured when it comes for the second time."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: set[Hashable] = set()
         self._pool: Any = None
-        self._gradients: _Gradients | None = None
-        self._turn: Callable[[], _ReplayToken | None] = lambda: None
+        self._gradients: _WeightGradients | None = None
+        self._pending: Callable[[], _ReplayToken | None] = lambda: None
 
     def __deepcopy__(self, memo: Any) -> CudaGraphs:
         return CudaGraphs(deepcopy(self._model, memo))
 
     @property
     def captured(self) -> int:
-        """How many shapes are."""
-        return len(self._recordings)
+        """The number of graphs."""
+        return len(self._graphs)
 
-    def run(self, shape: Hashable, passes: Passes, given: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """`passes(*given)`, whose first tensor and weights may have gradients. `shape`: what it depends on else."""
-        if self._turn() is not None:  # the last one is still to be gone back through
-            return passes(*given)
+    def run(self, passes: Passes, inputs: Sequence[Tensor], shape: Hashable) -> Tensor:
+        """`passes(*inputs)`. The first input and the weights may require gradients.
+
+        `shape`: whatever the work depends on besides the shapes of the inputs.
+        """
+        if self._pending() is not None:  # the backward pass of the last replay is still to come
+            return passes(*inputs)
+        weights = self._trained_weights()
         places = tuple(weight.data_ptr() for weight in weights)
-        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (shape, tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in given), places, kind)
-        recording = self._recordings.get(key)
-        if recording is None:
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = (shape, tuple((t.shape, t.dtype, t.requires_grad) for t in inputs), places, autocast)
+        graph = self._graphs.get(key)
+        if graph is None:
             if key not in self._seen:
                 self._seen.add(key)
-                return passes(*given)
-            recording = self._record(passes, given, weights, kind)
-            self._recordings[key] = recording
-            if len(self._recordings) > MOST:
-                self._recordings.popitem(last=False)
-        self._recordings.move_to_end(key)
-        for static, tensor in zip(recording.given, given, strict=True):
+                return passes(*inputs)
+            graph = self._capture(passes, inputs, weights, autocast)
+            self._graphs[key] = graph
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        for static, tensor in zip(graph.inputs, inputs, strict=True):
             static.data.copy_(tensor)
-        turn = _ReplayToken()
-        self._turn = weakref.ref(turn)
-        found = _Replayed.apply(recording, turn, given[0], *weights)
-        assert isinstance(found, Tensor)
-        return found
+        token = _ReplayToken()
+        self._pending = weakref.ref(token)
+        output = _Replay.apply(graph, token, inputs[0], *weights)
+        assert isinstance(output, Tensor)
+        return output
 
-    def _record(
-        self, passes: Passes, given: Sequence[Tensor], weights: Sequence[Tensor], kind: torch.dtype | None
-    ) -> _Recording:
+    def _trained_weights(self) -> list[Tensor]:
+        """All trained weights but those of the embedding table and the head, which are outside of the graphs."""
+        tables: list[Any] = [self._model.get_input_embeddings(), self._model.get_output_embeddings()]
+        outside = {weight for table in tables for weight in table.parameters()}
+        return [weight for weight in self._model.parameters() if weight.requires_grad and weight not in outside]
+
+    def _capture(
+        self, passes: Passes, inputs: Sequence[Tensor], weights: Sequence[Tensor], autocast: torch.dtype | None
+    ) -> _Graph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if self._gradients is None or not self._gradients.fit(weights):
-            self._recordings.clear()
-            self._gradients = _Gradients(weights)
-        uncached = torch.autocast("cuda", kind, cache_enabled=False) if kind else nullcontext()
-        device = given[0].device
+            self._graphs.clear()
+            self._gradients = _WeightGradients(weights)
+        uncached = torch.autocast("cuda", autocast, cache_enabled=False) if autocast else nullcontext()
+        device = inputs[0].device
         with torch.random.fork_rng([device]), uncached, detached_leaf_parameters(self._model, weights) as leaves:
-            return _Recording(passes, given, leaves, self._gradients, self._pool)
+            return _Graph(passes, inputs, leaves, self._gradients, self._pool)
 
 
 @contextmanager
 def detached_leaf_parameters(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Within, the model has other leaves for these weights, in the same memory.
+    """Replace these weights of the model by other leaf tensors in the same memory.
 
-    A leaf is tied to the stream on which it was first used for as long as a loss that came from it lives, and what is
-    recorded may have nothing to do with that stream.
+    Autograd ties a leaf to the stream of its first use for as long as a graph with it lives, and a captured graph must
+    not depend on another stream.
     """
     leaves = [weight.detach().requires_grad_() for weight in weights]
-    fresh = {id(weight): leaf for weight, leaf in zip(weights, leaves, strict=True)}
-    own = [(module._parameters, dict(module._parameters)) for module in model.modules()]
-    for held, before in own:
-        held.update({name: fresh.get(id(weight), weight) for name, weight in before.items()})  # pyright: ignore
+    by_id = {id(weight): leaf for weight, leaf in zip(weights, leaves, strict=True)}
+    before = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    for parameters, originals in before:
+        parameters.update({name: by_id.get(id(weight), weight) for name, weight in originals.items()})  # pyright: ignore
     try:
         yield leaves
     finally:
-        for held, before in own:
-            held.update(before)
+        for parameters, originals in before:
+            parameters.update(originals)
 
 
 class _ReplayToken:
-    """Lives as long as a replay can be gone back through."""
+    """Lives until the backward pass of a replay has run or can no longer run."""
 
 
-class _Gradients:
-    """Of all weights, in one piece of memory for all recordings."""
+class _WeightGradients:
+    """The gradients of all weights in one tensor, which all graphs share."""
 
     def __init__(self, weights: Sequence[Tensor]):
         self.shapes = [weight.shape for weight in weights]
         sizes = [weight.numel() for weight in weights]
-        self.whole = torch.zeros(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
-        self.parts = self._cut(self.whole)
+        self.flat = torch.zeros(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
+        self.parts = self._split(self.flat)
 
     def fit(self, weights: Sequence[Tensor]) -> bool:
         return self.shapes == [weight.shape for weight in weights]
 
-    def take(self, found: Sequence[Tensor | None]) -> list[bool]:
-        """Which of the weights have a gradient."""
-        pairs = [(part, of) for part, of in zip(self.parts, found, strict=True) if of is not None]
-        for part, of_weight in pairs:
-            part.copy_(of_weight)
-        return [of is not None for of in found]
+    def store(self, gradients: Sequence[Tensor | None]) -> list[bool]:
+        """Copy the gradients here. Return which weights have one."""
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            if gradient is not None:
+                part.copy_(gradient)
+        return [gradient is not None for gradient in gradients]
 
     def copies(self) -> list[Tensor]:
-        return self._cut(self.whole.clone())
+        return self._split(self.flat.clone())
 
-    def _cut(self, whole: Tensor) -> list[Tensor]:
+    def _split(self, flat: Tensor) -> list[Tensor]:
         sizes = [shape.numel() for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(whole.split(sizes), self.shapes, strict=True)]
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
 
 
-class _Recording:
+class _Graph:
+    """The captured forward and backward passes of one shape, with their static inputs and outputs."""
+
     def __init__(
-        self, passes: Passes, given: Sequence[Tensor], weights: Sequence[Tensor], gradients: _Gradients, pool: Any
+        self,
+        passes: Passes,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        weight_gradients: _WeightGradients,
+        pool: Any,
     ):
-        self.given = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given]
-        self.gradients = gradients
-        wanted = [self.given[0], *weights] if given[0].requires_grad else [*weights]
+        self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        self.weight_gradients = weight_gradients
+        wanted = [self.inputs[0], *weights] if inputs[0].requires_grad else [*weights]
         self._warm_up(passes, wanted)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool=pool):
-            made = passes(*self.given)
-        self.gradient = torch.empty_like(made)
+            output = passes(*self.inputs)
+        self.output_gradient = torch.empty_like(output)
         with torch.cuda.graph(self.backward, pool=pool):
-            found = list(torch.autograd.grad(made, wanted, self.gradient, allow_unused=True))
-            self.of_given = found.pop(0) if given[0].requires_grad else None
-            self.has_gradient = gradients.take(found)
-        self.made = made.detach()
+            gradients = list(torch.autograd.grad(output, wanted, self.output_gradient, allow_unused=True))
+            self.input_gradient = gradients.pop(0) if inputs[0].requires_grad else None
+            self.has_gradient = weight_gradients.store(gradients)
+        self.output = output.detach()
 
     def _warm_up(self, passes: Passes, wanted: list[Tensor]) -> None:
-        """What kernels set up when they first run must not be recorded."""
+        """Run once on another stream: what kernels set up on their first run must not be captured."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            made = passes(*self.given)
-            torch.autograd.grad(made, wanted, torch.zeros_like(made), allow_unused=True)
+            output = passes(*self.inputs)
+            torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
 
 
-class _Replayed(torch.autograd.Function):
+class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, turn: _ReplayToken, given: Tensor, *weights: Tensor) -> Tensor:
-        ctx.recording, ctx.turn = recording, turn
-        recording.forward.replay()
-        return recording.made.clone()
+    def forward(ctx: Any, graph: _Graph, token: _ReplayToken, inputs: Tensor, *weights: Tensor) -> Tensor:
+        ctx.graph, ctx.token = graph, token
+        graph.forward.replay()
+        return graph.output.clone()
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.turn is None:
-            raise RuntimeError("Passes that were replayed can be gone back through once. Set lm.cuda_graphs = False.")
-        recording: _Recording = ctx.recording
-        recording.gradient.copy_(gradient)
-        recording.backward.replay()
-        ctx.turn = None
-        of_given = None if recording.of_given is None else recording.of_given.clone()
-        copies = recording.gradients.copies()
-        of_weights = [copy if has else None for copy, has in zip(copies, recording.has_gradient, strict=True)]
-        return None, None, of_given, *of_weights
+        if ctx.token is None:
+            raise RuntimeError("A replayed graph can run backward only once. Set lm.acceleration.cuda_graphs = False.")
+        graph: _Graph = ctx.graph
+        graph.output_gradient.copy_(gradient)
+        graph.backward.replay()
+        ctx.token = None
+        input_gradient = None if graph.input_gradient is None else graph.input_gradient.clone()
+        copies = graph.weight_gradients.copies()
+        weight_gradients = [copy if has else None for copy, has in zip(copies, graph.has_gradient, strict=True)]
+        return None, None, input_gradient, *weight_gradients

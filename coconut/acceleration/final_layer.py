@@ -1,10 +1,10 @@
-"""What the last layer makes of columns that nobody reads is left out.
+"""Skip the work of the last decoder layer at positions whose hidden state nobody reads.
 
-A column reaches others by its keys and values alone, and after the last layer there are none. Of a question nothing is
-read but where a thought or the first word of the answer comes from: in the last layer its other columns need no more
-than their keys and values. Their queries, what attention makes of them, and the feed-forward part are left out.
+A position influences others only through its keys and values, and no layer follows the last one. Of a question only
+the hidden states before a thought or an answer token are read. At its other positions the last layer has to compute
+keys and values only: no queries, no attention output, no feed-forward part.
 
-Shapes: B rows, H heads, T columns of a pass, S columns that they see, D head size.
+Shapes: B rows, H heads, T columns of a pass, S keys, D head size.
 """
 
 from __future__ import annotations
@@ -26,70 +26,71 @@ from coconut.acceleration.attention import SDPAOverride
 from coconut.acceleration.patching import patched_forwards
 
 Forward = Callable[..., Any]
-ATTENTION = ("attn", "self_attn", "attention", "self_attention")  # what families call it, and its last product
-OUTPUT = ("c_proj", "o_proj", "dense", "out_proj")
-FEED_FORWARD = "mlp"
+ATTENTION_NAMES = ("attn", "self_attn", "attention", "self_attention")  # of the attention module, across families
+OUTPUT_NAMES = ("c_proj", "o_proj", "dense", "out_proj")  # of its output projection
+FEED_FORWARD_NAME = "mlp"
 
 
 @dataclass(frozen=True)
 class FinalLayer:
-    """The names of those parts of the last layer that work on each column by itself, and of its attention.
+    """Names of modules in the last layer: those that work on each position alone, and the attention.
 
-    Where experts are in the feed-forward part, or it is in the layer itself (OPT), that is not among them.
+    A feed-forward part with experts, or one that is spread over the layer itself (OPT), is left out.
     """
 
-    by_column: tuple[str, ...]
+    positionwise: tuple[str, ...]
     attention: tuple[str, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> FinalLayer:
         modules = dict(model.named_modules())
-        layers = [name for name, part in modules.items() if isinstance(part, GradientCheckpointingLayer)]
+        layers = [name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)]
         last = layers[-1] if layers else ""
-        attention = tuple(name for part in ATTENTION if (name := f"{last}.{part}") in modules)
-        outputs = [name for one in attention for part in OUTPUT if (name := f"{one}.{part}") in modules]
-        inner = f"{last}.{FEED_FORWARD}"
-        return cls((*outputs, *([inner] if inner in modules and _dense(modules[inner]) else ())), attention)
+        attention = tuple(name for part in ATTENTION_NAMES if (name := f"{last}.{part}") in modules)
+        outputs = [name for one in attention for part in OUTPUT_NAMES if (name := f"{one}.{part}") in modules]
+        feed_forward = f"{last}.{FEED_FORWARD_NAME}"
+        has_dense = feed_forward in modules and _is_dense(modules[feed_forward])
+        return cls((*outputs, *([feed_forward] if has_dense else ())), attention)
 
-    def skip_positions(self, model: PreTrainedModel, columns: int) -> AbstractContextManager[None]:
-        """Within, it makes nothing of the first so many columns of a pass but keys and values: zeros, mostly."""
-        ways = {**dict.fromkeys(self.by_column, _by_column), **dict.fromkeys(self.attention, _attending)}
-        parts = ((model.get_submodule(name), way) for name, way in ways.items())
-        return patched_forwards((part, partial(way, columns, part.forward)) for part, way in parts)
-
-
-def _dense(part: nn.Module) -> bool:
-    """No experts: all that it has learned is in linear layers, one after the other."""
-    modules = list(part.modules())
-    linear = {weight for module in modules if isinstance(module, (nn.Linear, Conv1D)) for weight in module.parameters()}
-    return set(part.parameters()) <= linear and not any(isinstance(module, nn.ModuleList) for module in modules)
+    def skip_positions(self, model: PreTrainedModel, num_skipped: int) -> AbstractContextManager[None]:
+        """Compute only keys and values for the first `num_skipped` positions. Their hidden states are meaningless."""
+        patches = {**dict.fromkeys(self.positionwise, _positionwise), **dict.fromkeys(self.attention, _attention)}
+        modules = ((model.get_submodule(name), patch) for name, patch in patches.items())
+        return patched_forwards((module, partial(patch, num_skipped, module.forward)) for module, patch in modules)
 
 
-def _by_column(columns: int, own: Forward, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`given` and what is made of it are (B, T, ...)."""
-    return pad(own(given[:, columns:].contiguous(), *args, **kwargs), (0, 0, columns, 0))
+def _is_dense(module: nn.Module) -> bool:
+    """Whether all parameters are in linear layers and there is no list of experts."""
+    modules = list(module.modules())
+    linear = {weight for part in modules if isinstance(part, (nn.Linear, Conv1D)) for weight in part.parameters()}
+    return set(module.parameters()) <= linear and not any(isinstance(part, nn.ModuleList) for part in modules)
 
 
-def _attending(columns: int, own: Forward, *args: Any, **kwargs: Any) -> Any:
-    with SDPAOverride(partial(_of_later_queries, columns)):
-        return own(*args, **kwargs)
+def _positionwise(num_skipped: int, forward: Forward, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The module's output (B, T, ...), zero at the skipped positions."""
+    return pad(forward(inputs[:, num_skipped:].contiguous(), *args, **kwargs), (0, 0, num_skipped, 0))
 
 
-def _of_later_queries(
-    columns: int,
+def _attention(num_skipped: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    with SDPAOverride(partial(_attend_later_queries, num_skipped)):
+        return forward(*args, **kwargs)
+
+
+def _attend_later_queries(
+    num_skipped: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    **how: Any,
+    **options: Any,
 ) -> Tensor:
-    """(B, H, T, D), zeros for the first so many columns."""
+    """(B, H, T, D), zero for the skipped queries."""
     T, S = query.shape[-2], key.shape[-2]
     if attn_mask is not None and attn_mask.shape[-2] == T:
-        attn_mask = attn_mask[..., columns:, :]
-    if is_causal and (T - columns > 1 or T != S):
-        attn_mask = torch.ones(T - columns, S, dtype=torch.bool, device=query.device).tril(columns)
-    later = scaled_dot_product_attention(query[..., columns:, :], key, value, attn_mask, dropout_p, **how)
-    return pad(later.transpose(1, 2), (0, 0, 0, 0, columns, 0)).transpose(1, 2)
+        attn_mask = attn_mask[..., num_skipped:, :]
+    if is_causal and (T - num_skipped > 1 or T != S):
+        attn_mask = torch.ones(T - num_skipped, S, dtype=torch.bool, device=query.device).tril(num_skipped)
+    later = scaled_dot_product_attention(query[..., num_skipped:, :], key, value, attn_mask, dropout_p, **options)
+    return pad(later.transpose(1, 2), (0, 0, 0, 0, num_skipped, 0)).transpose(1, 2)

@@ -1,12 +1,15 @@
-"""Linear layers: which library makes their products, and weights that get their gradient from all passes at once.
+"""Linear layers: faster matrix products on a CPU, and weight gradients that are computed once for all passes.
 
-Left to autograd, every pass makes a gradient as large as the weight and adds it to that of the others. For a thought,
-one token a row, these products of a few rows cost several times what the thought itself costs. Here what the products
-need is kept until the last of the passes has been gone back through; then two products serve for all of them. What
-GELU made is not kept for that: it is made again from what went into GELU, which is kept anyway.
+onednn_linear: torch multiplies float32 matrices on a CPU with its BLAS. oneDNN, which torch ships and uses for
+bfloat16, is slightly faster for many rows and much faster for the few rows of a thought or a generated token.
 
-torch has its BLAS make a CPU's products in float32. oneDNN, which comes with torch and makes those in bfloat16 anyway,
-is faster at them: by a little at many rows, at those of a thought or a word by half and more (docs/performance.md).
+deferred_weight_gradients: autograd computes one weight gradient for every pass and sums them, each as large as the
+weight. For a thought, which is one token a row, this costs several times as much as the thought itself. Here each pass
+saves its inputs and output gradients, and the backward pass of the weight, which runs last, computes the sum with two
+matrix products.
+
+sparse_embedding_gradient: with tied tables the head already produces a gradient as large as the table. The embedding
+lookup adds its few rows to it and does not produce a second one of that size.
 """
 
 from __future__ import annotations
@@ -20,134 +23,86 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from coconut.acceleration.gelu import PRE_GELU_ATTR, fused_gelu
 from coconut.acceleration.patching import patched_forwards
 from coconut.utils.torch_utils import compute_dtype, differentiable_once
 
-PRE_GELU_ATTR = "before_gelu"  # an attribute of what GELU made: what went into it
-MIN_WEIGHT_NUMEL = 2**19  # numbers in a weight (at least 1); below it what is saved here costs less than the saving
+MIN_WEIGHT_NUMEL = 2**19  # at least 1; for smaller weights the overhead exceeds the gain
 
 
-def fused_gelu(given: Tensor) -> Tensor:
-    """GPT-2's GELU in one kernel."""
-    return nn.functional.gelu(given, approximate="tanh")
+def onednn_linear(module: nn.Module, inputs: Tensor) -> AbstractContextManager[None]:
+    """Compute the large linear layers of `module` with oneDNN if `inputs` are float32 on a CPU."""
+    if not _onednn_applies(inputs):
+        return nullcontext()
+    return patched_forwards((layer, _layer_forward(layer, onednn=True)) for layer in _large_layers(module))
 
 
-class FusedGelu(nn.Module):
-    """A linear layer that follows it need not keep what it is given."""
+def deferred_weight_gradients(model: PreTrainedModel, onednn: bool) -> AbstractContextManager[None]:
+    """Compute the weight gradients of large linear layers, except the head, once for all passes in this context.
 
-    def forward(self, given: Tensor) -> Tensor:
-        made = fused_gelu(given)
-        if torch.is_grad_enabled():
-            setattr(made, PRE_GELU_ATTR, given)
-        return made
-
-
-def _by_onednn(given: Tensor) -> bool:
-    """Whether torch would have its BLAS make products of this, and oneDNN is there."""
-    onednn: Any = torch.backends.mkldnn
-    by_blas = given.device.type == "cpu" and compute_dtype(given) == torch.float32
-    return by_blas and onednn.is_available() and onednn.enabled
+    `onednn`: whether their products may use oneDNN.
+    """
+    head = model.get_output_embeddings()
+    trained = (layer for layer in _large_layers(model) if layer is not head and layer.weight.requires_grad)
+    return patched_forwards((layer, _layer_forward(layer, onednn)) for layer in trained)
 
 
-def _product(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., in) times a weight (in, out), however it lies in memory, and the bias (out,) added: (..., out)."""
-    rows = given.reshape(-1, weight.shape[0])
-    if _by_onednn(given):
-        made = torch.ops.mkldnn._linear_pointwise.default(rows, weight.t(), bias, "none", [], "")
-    else:
-        made = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-    # A view that a Function gives back must not be changed in place, and some models do that.
-    return torch.ops.aten._unsafe_view.default(made, [*given.shape[:-1], weight.shape[1]])
+@contextmanager
+def sparse_embedding_gradient(model: PreTrainedModel) -> Iterator[None]:
+    """Give embedding lookups in this context a sparse gradient if the table is tied to the head and on a CPU.
+
+    The looked-up embeddings must reach the loss through the head, so that its dense gradient exists first.
+    """
+    table: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    applies = (
+        type(table) is nn.Embedding
+        and getattr(head, "weight", None) is table.weight
+        and table.weight.device.type == "cpu"
+        and table.weight.numel() > 0
+        and torch.is_grad_enabled()
+    )
+    if not applies:
+        yield
+        return
+    before, table.sparse = table.sparse, True
+    try:
+        yield
+    finally:
+        table.sparse = before
 
 
-class _Uses:
-    """What went into a layer (rows, in) and the gradient of what came out (rows, out), for each use."""
+def _large_layers(module: nn.Module) -> Iterator[Any]:
+    """Plain linear layers with large weights whose forward method nothing else has replaced.
 
-    def __init__(self, transposed: bool):
-        self.transposed = transposed
-        self._found: list[tuple[Tensor, Tensor]] = []
-        self._backward = -1
-
-    def add(self, given: Tensor, gradient: Tensor) -> None:
-        backward = torch._C._current_graph_task_id()
-        if self._backward != backward:
-            self._backward, self._found = backward, []
-        self._found.append((given.detach(), gradient))
-
-    def product(self) -> Tensor | None:
-        """The gradient of the weight: the largest use by itself, the others as one."""
-        found, self._found = sorted(self._found, key=lambda use: -len(use[0])), []
-        if not found:
-            return None
-        total = torch.mm(*self._factors(*found[0]))
-        if found[1:]:
-            given, gradients = (torch.cat(part) for part in zip(*found[1:], strict=True))
-            total.addmm_(*self._factors(given, gradients))
-        return total
-
-    def _factors(self, given: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return (gradient.t(), given) if self.transposed else (given.t(), gradient)
+    Weights that ZeRO 3 partitions are left out. They are marked with `ds_id`, and reading them as an attribute would
+    gather them, hence `_parameters`.
+    """
+    for layer in module.modules():
+        if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer):
+            weight = layer._parameters.get("weight")
+            if type(weight) is nn.Parameter and weight.numel() >= MIN_WEIGHT_NUMEL and not hasattr(weight, "ds_id"):
+                yield layer
 
 
-class _Weight(torch.autograd.Function):
-    """A layer's weight in the type that it computes in; (in, out), however the layer keeps it."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, uses: _Uses) -> Tensor:
-        ctx.uses, ctx.dtype = uses, weight.dtype
-        ctx.set_materialize_grads(False)
-        kept = weight.to(dtype) if weight.dtype != dtype else weight.view_as(weight)
-        return kept.t() if uses.transposed else kept
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = ctx.uses.product()
-        return None if found is None else found.to(ctx.dtype), None, None
-
-
-class _Product(torch.autograd.Function):
-    """`uses` of None: the weight is not trained."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, uses: _Uses | None, before_gelu: Tensor | None
-    ) -> Tensor:
-        kept = None if uses is None else given if before_gelu is None else before_gelu
-        ctx.save_for_backward(kept, weight)
-        ctx.uses, ctx.gelu_again = uses, before_gelu is not None
-        return _product(given, weight, bias)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        given, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, weight.shape[1])
-        if ctx.uses is not None:
-            made = fused_gelu(given) if ctx.gelu_again else given
-            ctx.uses.add(made.reshape(-1, weight.shape[0]), rows)
-        back = _product(rows, weight.t()).view(*gradient.shape[:-1], len(weight)) if ctx.needs_input_grad[0] else None
-        return back, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
-
-
-def _used(layer: Any) -> Callable[[Tensor], Tensor]:
-    """The layer's forward pass, for as many passes as come. What they need for the weight is kept if it is trained."""
+def _layer_forward(layer: Any, onednn: bool) -> Callable[[Tensor], Tensor]:
+    """A forward function for the layer. All its calls share one weight gradient, if the weight is trained."""
     transposed = isinstance(layer, nn.Linear)
     uses = _Uses(transposed) if layer.weight.requires_grad and torch.is_grad_enabled() else None
     weights: dict[torch.dtype, Tensor] = {}
 
-    def in_type(dtype: torch.dtype) -> Tensor:
+    def cast_weight(dtype: torch.dtype) -> Tensor:
         if uses is not None:
             return _apply(_Weight, layer.weight, dtype, uses)
         return layer.weight.to(dtype).t() if transposed else layer.weight.to(dtype)
 
-    def forward(given: Tensor) -> Tensor:
+    def forward(inputs: Tensor) -> Tensor:
         dtype = compute_dtype(layer.weight)
         if dtype not in weights:
-            weights[dtype] = in_type(dtype)
+            weights[dtype] = cast_weight(dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        taken = given.to(dtype)
-        return _apply(_Product, taken, weights[dtype], bias, uses, getattr(taken, PRE_GELU_ATTR, None))
+        inputs = inputs.to(dtype)
+        return _apply(_Linear, inputs, weights[dtype], bias, uses, getattr(inputs, PRE_GELU_ATTR, None), onednn)
 
     return forward
 
@@ -156,53 +111,100 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
     return function.apply(*arguments)
 
 
-def deferred_weight_gradients(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Within, the linear layers whose weights are trained compute as always; the passes' gradients come as one."""
-    head = model.get_output_embeddings()
-    trained = (layer for layer in _large(model) if layer is not head and layer.weight.requires_grad)
-    return patched_forwards((layer, _used(layer)) for layer in trained)
+class _Uses:
+    """The inputs (rows, in) and output gradients (rows, out) of each use of a weight in one backward pass."""
+
+    def __init__(self, transposed: bool):
+        self.transposed = transposed
+        self._uses: list[tuple[Tensor, Tensor]] = []
+        self._backward_id = -1
+
+    def add(self, inputs: Tensor, gradient: Tensor) -> None:
+        backward_id = torch._C._current_graph_task_id()
+        if self._backward_id != backward_id:
+            self._backward_id, self._uses = backward_id, []
+        self._uses.append((inputs.detach(), gradient))
+
+    def weight_gradient(self) -> Tensor | None:
+        """One product for the largest use, one for all others together."""
+        uses, self._uses = sorted(self._uses, key=lambda use: -len(use[0])), []
+        if not uses:
+            return None
+        total = torch.mm(*self._factors(*uses[0]))
+        if uses[1:]:
+            inputs, gradients = (torch.cat(part) for part in zip(*uses[1:], strict=True))
+            total.addmm_(*self._factors(inputs, gradients))
+        return total
+
+    def _factors(self, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return (gradient.t(), inputs) if self.transposed else (inputs.t(), gradient)
 
 
-def onednn_linear(part: nn.Module, given: Tensor) -> AbstractContextManager[None]:
-    """Within, the linear layers of `part` compute as always, by the library that pays for products of `given`."""
-    if not _by_onednn(given):
-        return nullcontext()
-    return patched_forwards((layer, _used(layer)) for layer in _large(part))
+class _Weight(torch.autograd.Function):
+    """A layer's weight as (in, out), in the dtype of the computation. Its backward pass computes the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, uses: _Uses) -> Tensor:
+        ctx.uses, ctx.dtype = uses, weight.dtype
+        ctx.set_materialize_grads(False)
+        cast = weight.to(dtype) if weight.dtype != dtype else weight.view_as(weight)
+        return cast.t() if uses.transposed else cast
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient = ctx.uses.weight_gradient()
+        return None if gradient is None else gradient.to(ctx.dtype), None, None
 
 
-def _large(part: nn.Module) -> Iterator[Any]:
-    """Those with large weights that are torch's own and here, and that nothing else has taken over.
+class _Linear(torch.autograd.Function):
+    """inputs (..., in) times weight (in, out) plus bias (out,). The weight's gradient goes through `uses`.
 
-    ZeRO 3 puts a weight's parts together for each pass, at once if it is asked for as an attribute, and then marks it.
+    `uses` is None if the weight is not trained. `pre_gelu`: what the inputs are the GELU of; saved in their place.
     """
-    for layer in part.modules():
-        if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer):
-            weight = layer._parameters.get("weight")
-            if type(weight) is nn.Parameter and weight.numel() >= MIN_WEIGHT_NUMEL and not hasattr(weight, "ds_id"):
-                yield layer
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        uses: _Uses | None,
+        pre_gelu: Tensor | None,
+        onednn: bool,
+    ) -> Tensor:
+        saved = None if uses is None else inputs if pre_gelu is None else pre_gelu
+        ctx.save_for_backward(saved, weight)
+        ctx.uses, ctx.recompute_gelu, ctx.onednn = uses, pre_gelu is not None, onednn
+        return matmul(inputs, weight, bias, onednn=onednn)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, weight.shape[1])
+        if ctx.uses is not None:
+            inputs = fused_gelu(saved) if ctx.recompute_gelu else saved
+            ctx.uses.add(inputs.reshape(-1, weight.shape[0]), rows)
+        input_gradient = None
+        if ctx.needs_input_grad[0]:
+            input_gradient = matmul(rows, weight.t(), onednn=ctx.onednn).view(*gradient.shape[:-1], len(weight))
+        return input_gradient, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
 
 
-@contextmanager
-def sparse_embedding_gradient(model: PreTrainedModel) -> Iterator[None]:
-    """Within, looking up embeddings gives a gradient for the rows that were looked up, if the table is the head's, too.
+def matmul(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, onednn: bool = True) -> Tensor:
+    """(..., in) times (in, out) plus (out,); with oneDNN where it applies, if it is allowed."""
+    rows = inputs.reshape(-1, weight.shape[0])
+    if onednn and _onednn_applies(inputs):
+        product = torch.ops.mkldnn._linear_pointwise.default(rows, weight.t(), bias, "none", [], "")
+    else:
+        product = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+    # Some models change the output in place, which autograd refuses for a view that a Function returns.
+    return torch.ops.aten._unsafe_view.default(product, [*inputs.shape[:-1], weight.shape[1]])
 
-    Added to the head's gradient, which is there first and as large as the table, it needs no other of that size. On a
-    CPU, and where the table is all here; what is looked up has to reach the loss by way of the head.
-    """
-    table: Any = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    pays = (
-        type(table) is nn.Embedding
-        and getattr(head, "weight", None) is table.weight
-        and table.weight.device.type == "cpu"
-        and table.weight.numel() > 0
-        and torch.is_grad_enabled()
-    )
-    if not pays:
-        yield
-        return
-    before, table.sparse = table.sparse, True
-    try:
-        yield
-    finally:
-        table.sparse = before
+
+def _onednn_applies(inputs: Tensor) -> bool:
+    """Whether torch would multiply these inputs with its BLAS, and oneDNN is available."""
+    onednn: Any = torch.backends.mkldnn
+    uses_blas = inputs.device.type == "cpu" and compute_dtype(inputs) == torch.float32
+    return uses_blas and onednn.is_available() and onednn.enabled

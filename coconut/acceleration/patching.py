@@ -1,4 +1,4 @@
-"""Patch modules for a while."""
+"""Replace the forward methods of modules inside a context."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import nn
 
 @contextmanager
 def patched_forwards(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within, each of the modules computes what stands beside it; their hooks run as always."""
-    with ExitStack() as replaced:
-        for part, forward in replacements:
-            replaced.enter_context(_patched_forward(part, forward))
+    """Replace the forward method of each module by the function beside it. Hooks of the modules still run."""
+    with ExitStack() as patches:
+        for module, forward in replacements:
+            patches.enter_context(_patched_forward(module, forward))
         yield
 
 
 @contextmanager
-def _patched_forward(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(part).get("forward")
-    part.forward = forward
+def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del part.forward
+        del module.forward
         if before is not None:
-            part.forward = before
+            module.forward = before

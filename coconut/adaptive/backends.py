@@ -1,7 +1,7 @@
-"""Who answers: a model that thinks, any causal language model, or a function; and how answers are kept.
+"""Backends that answer questions (a LatentLM, any causal LM, or a function), and the log of their answers.
 
-A backend is asked many questions with the same settings, and hands back what it has as it comes. `answers` asks it
-everything that is not in the log yet, so that nothing is asked twice, whatever stopped the work.
+A backend answers a batch of questions with the same settings and yields replies as they are done. `collect_answers`
+asks it only for what is not in the log yet, so that an interrupted command resumes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data.tokenization import encode_questions
-from coconut.evaluation.evaluator import room_for_question
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
+from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.utils.console import progress_bar
 from coconut.utils.files import explain_full_disk
@@ -34,17 +34,18 @@ from coconut.utils.torch_utils import seeded
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
-CHUNK = 256  # questions of one call; a model's answers to them are kept together
-SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model
+CHUNK = 256  # questions of one call of a backend; a model's replies to them are logged together
+SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model backend
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a question. Several `texts` are samples, of which a judge takes the answer with most votes.
+    """The reply to one question: one text, or several samples, of which a judge takes the majority answer.
 
-    `passes`: forward passes one after the other, over all samples; what is read or thought once for all counts once.
-    Of each text, where it is known: `said`, its tokens with the end of the sequence unless it was cut off; how many
-    thoughts came before it; its mode. `cut`: whether a limit ended any of them.
+    passes: sequential forward passes, summed over the samples; a prompt or thoughts shared by samples count once.
+    num_thoughts, modes, completion_ids: one for each text, where known; completion_ids has the end of the sequence
+        unless the text was truncated.
+    truncated: whether any text was ended by the token limit.
     """
 
     texts: tuple[str, ...]
@@ -56,59 +57,59 @@ class Reply:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reply:
-        told = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**{**told, "completion_ids": tuple(map(tuple, values["completion_ids"]))})
+        converted = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{**converted, "completion_ids": tuple(map(tuple, values["completion_ids"]))})
 
 
 class Backend(Protocol):
-    """`name` tells it from others in the log of answers; `takes` are the settings that it knows."""
+    """A source of answers. `name` identifies it in the log; `setting_names` are the settings that it accepts."""
 
     name: str
-    takes: frozenset[str]
+    setting_names: frozenset[str]
 
     def __call__(
         self, questions: Sequence[str], settings: Settings, seed: Sequence[int], /
     ) -> Iterator[Mapping[int, Reply]]:
-        """Replies by the places of their questions, as they come. What is sampled depends on the arguments alone."""
+        """Yield replies, by the indices of their questions, when done. Sampling depends on the arguments alone."""
         ...
 
     def fits(self, questions: Sequence[str], settings: Settings, /) -> list[bool]:
-        """Which of the questions leave room for an answer."""
+        """For each question, whether it leaves room for an answer in the model's context."""
         ...
 
 
 class LatentBackend:
-    """A LatentLM. Settings: num_thoughts, mode, prefix (text before the question), and those of sampling."""
+    """A LatentLM. Its settings: num_thoughts, mode, prefix (text before the question), and those of sampling."""
 
-    takes = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
+    setting_names = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
 
     def __init__(self, lm: LatentLM, name: str, batch_size: int = 64, max_new_tokens: int | None = None):
         self.lm, self.name, self.batch_size = lm, name, batch_size
         self.max_new_tokens = max_new_tokens
 
     def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
-        """The questions as they are asked, in tokens."""
+        """The token ids of the questions, as prompts."""
         prefix = str(settings.get("prefix", ""))
-        asked = [f"{prefix} {question}" if prefix else question for question in questions]
-        return encode_questions(self.lm.tokenizer, asked, self.lm.reasoning.format)
+        prompts = [f"{prefix} {question}" if prefix else question for question in questions]
+        return encode_questions(self.lm.tokenizer, prompts, self.lm.reasoning.format)
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
         room = room_for_question(self.lm, settings.get("num_thoughts"), settings.get("mode"))
         return [len(row) <= room for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
-        rows, samples, options = self.rows(questions, settings), *generation(settings, self.max_new_tokens)
+        rows, samples, options = self.rows(questions, settings), *generation_options(settings, self.max_new_tokens)
         options |= {key: settings[key] for key in ("num_thoughts", "mode") if settings.get(key) is not None}
-        found: dict[int, Reply] = {}
+        replies: dict[int, Reply] = {}
         with _seeded(seed, self.lm.device):
-            for places in longest_first(rows, self.batch_size):
-                out = self.lm.generate(*pad_rows([rows[i] for i in places], self.lm.special.pad), **options)
-                found |= {i: _reply(out, range(row * samples, (row + 1) * samples)) for row, i in enumerate(places)}
-        yield found
+            for indices in longest_first(rows, self.batch_size):
+                out = self.lm.generate(*pad_rows([rows[i] for i in indices], self.lm.special.pad), **options)
+                replies |= {i: _reply(out, range(row * samples, (row + 1) * samples)) for row, i in enumerate(indices)}
+        yield replies
 
 
-def generation(settings: Settings, limit: int | None) -> tuple[int, dict[str, Any]]:
-    """How many samples, and the options of generation: greedy at temperature 0."""
+def generation_options(settings: Settings, limit: int | None) -> tuple[int, dict[str, Any]]:
+    """The number of samples, and the options for `generate`; greedy at temperature 0. `limit`: default new tokens."""
     temperature, samples = float(settings.get("temperature", 0)), int(settings.get("samples", 1))
     options: dict[str, Any] = {"max_new_tokens": settings.get("max_new_tokens", limit), "num_return_sequences": samples}
     if temperature > 0:
@@ -118,23 +119,23 @@ def generation(settings: Settings, limit: int | None) -> tuple[int, dict[str, An
 
 @contextlib.contextmanager
 def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Sampling in here depends on these numbers alone, and no other sampling on it."""
+    """Seed sampling inside this context by these numbers; the random state outside is kept."""
     digest = hashlib.blake2b(repr(list(seed)).encode(), digest_size=7).digest()
     with seeded(int.from_bytes(digest), device):
         yield
 
 
 def _reply(out: Generated, rows: range) -> Reply:
-    """Of the samples to one question in these rows.
+    """The reply of one question, whose samples are in these rows.
 
-    Its prompt, with the thoughts in it, is read once for all samples of a mode, and gives the first token of each.
+    The prompt and its thoughts are computed once for all samples of a mode, and give the first token of each.
     """
     thoughts, modes = tuple(int(out.num_thoughts[row]) for row in rows), tuple(out.modes[row] for row in rows)
-    further = sum(forward_passes(int(out.lengths[row]), bool(out.truncated[row]), 0, "") - 1 for row in rows)
-    prompts = sum(forward_passes(1, True, count, "") for count, _ in set(zip(thoughts, modes, strict=True)))
+    further_passes = sum(forward_passes(int(out.lengths[row]), bool(out.truncated[row]), 0, "") - 1 for row in rows)
+    prompt_passes = sum(forward_passes(1, True, count, "") for count, _ in set(zip(thoughts, modes, strict=True)))
     return Reply(
         texts=tuple(out.texts[row].strip() for row in rows),
-        passes=any(modes) + prompts + further,
+        passes=any(modes) + prompt_passes + further_passes,
         num_thoughts=thoughts,
         modes=modes,
         completion_ids=tuple(tuple(out.completion_ids(row)) for row in rows),
@@ -143,35 +144,35 @@ def _reply(out: Generated, rows: range) -> Reply:
 
 
 class CausalModelBackend:
-    """Any causal language model of Hugging Face. What it reads is `prompt`, filled with the question and settings.
+    """Any causal language model of Hugging Face. Its prompt is `prompt`, filled with the question and settings.
 
-    A model with a chat template is told it as what a user says. Of its own generation settings only where a text ends
-    is kept. Each of several samples reads the prompt by itself.
+    With a chat template, the prompt is a user's message. Of the model's own generation settings only the
+    end-of-sequence tokens are used. Every sample counts its own prompt pass.
     """
 
-    def __init__(self, place: str, prompt: str, device: torch.device, batch_size: int = 64,
+    def __init__(self, model_name: str, prompt: str, device: torch.device, batch_size: int = 64,
                  max_new_tokens: int | None = None):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         fields = _fields(prompt)
-        with explain_load_errors(place, "base"):
-            self.model = load_pretrained(AutoModelForCausalLM, place).to(device).eval()
-            self.tokenizer = load_pretrained(AutoTokenizer, place)
+        with explain_load_errors(model_name, "base"):
+            self.model = load_pretrained(AutoModelForCausalLM, model_name).to(device).eval()
+            self.tokenizer = load_pretrained(AutoTokenizer, model_name)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
-        self.name = f"{place} {prompt}"
-        self.takes = frozenset({*SAMPLED, *fields} - {"question"})
+        self.name = f"{model_name} {prompt}"
+        self.setting_names = frozenset({*SAMPLED, *fields} - {"question"})
         self.form = PromptFormat(question="{}", chat=bool(self.tokenizer.chat_template))
-        ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.model.generation_config = GenerationConfig()  # it would fill in what is not asked for
-        self.ends = list(ends) if isinstance(ends, list) else [ends]
+        eos_ids = self.model.generation_config.eos_token_id
+        eos_ids = self.tokenizer.eos_token_id if eos_ids is None else eos_ids
+        self.model.generation_config = GenerationConfig()  # else generate would take unset options from it
+        self.eos_ids = list(eos_ids) if isinstance(eos_ids, list) else [eos_ids]
         pad = self.tokenizer.pad_token_id
-        self.pad = self.ends[0] if pad is None else pad
+        self.pad = self.eos_ids[0] if pad is None else pad
 
     def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
-        """What it reads, in tokens."""
-        asked = [self.prompt.format(question=question, **settings) for question in questions]
-        return encode_questions(self.tokenizer, asked, self.form)
+        """The token ids of the filled prompts."""
+        prompts = [self.prompt.format(question=question, **settings) for question in questions]
+        return encode_questions(self.tokenizer, prompts, self.form)
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
         context = getattr(self.model.config, "max_position_embeddings", None)
@@ -181,64 +182,68 @@ class CausalModelBackend:
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
         from transformers import GenerationConfig
 
-        samples, options = generation(settings, self.max_new_tokens)
+        samples, options = generation_options(settings, self.max_new_tokens)
         rows = self.rows(questions, settings)
-        asked = GenerationConfig(**{"do_sample": False, **options}, eos_token_id=self.ends, pad_token_id=self.pad)
-        if asked.do_sample:
-            asked.top_k = 0
-        found: dict[int, Reply] = {}
+        generation_config = GenerationConfig(
+            **{"do_sample": False, **options}, eos_token_id=self.eos_ids, pad_token_id=self.pad
+        )
+        if generation_config.do_sample:
+            generation_config.top_k = 0
+        replies: dict[int, Reply] = {}
         with _seeded(seed, self.model.device), torch.no_grad():
-            for places in longest_first(rows, self.batch_size):
-                ids, mask = (t.to(self.model.device) for t in pad_rows([rows[i] for i in places], self.pad))
-                out = self.model.generate(ids, attention_mask=mask, generation_config=asked)
-                said = [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
-                for row, i in enumerate(places):
-                    its = said[row * samples : (row + 1) * samples]
-                    texts = self.tokenizer.batch_decode(its, skip_special_tokens=True)
-                    cut = any(one[-1] not in self.ends for one in its)
-                    told = tuple(text.strip() for text in texts)
-                    found[i] = Reply(told, sum(map(len, its)), completion_ids=tuple(map(tuple, its)), truncated=cut)
-        yield found
+            for indices in longest_first(rows, self.batch_size):
+                ids, mask = (t.to(self.model.device) for t in pad_rows([rows[i] for i in indices], self.pad))
+                out = self.model.generate(ids, attention_mask=mask, generation_config=generation_config)
+                completion_ids = [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
+                for row, i in enumerate(indices):
+                    own_ids = completion_ids[row * samples : (row + 1) * samples]
+                    texts = self.tokenizer.batch_decode(own_ids, skip_special_tokens=True)
+                    truncated = any(ids[-1] not in self.eos_ids for ids in own_ids)
+                    stripped = tuple(text.strip() for text in texts)
+                    replies[i] = Reply(
+                        stripped, sum(map(len, own_ids)), completion_ids=tuple(map(tuple, own_ids)), truncated=truncated
+                    )
+        yield replies
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids) - 1) + 1]
+        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids) - 1) + 1]
 
 
 def _fields(prompt: str) -> set[str]:
-    """What is to be filled into it. Raises ValueError if the question is not, or if a brace is no field's."""
+    """The names of a prompt's fields. Raises ValueError if `question` is missing, or for braces that hold no name."""
     try:
         fields = {name for _, name, *_ in string.Formatter().parse(prompt) if name is not None}
-        good = all(name.isidentifier() for name in fields)
+        valid = all(name.isidentifier() for name in fields)
     except ValueError:
-        good, fields = False, set()
-    if not good:
+        valid, fields = False, set()
+    if not valid:
         raise ValueError(
-            f"prompt is {prompt!r}; braces hold names of settings. Write {{{{ and }}}} for braces themselves."
+            f"prompt is {prompt!r}; braces must hold names of settings. Write {{{{ and }}}} for literal braces."
         )
     if "question" not in fields:
-        raise ValueError(f"prompt is {prompt!r}; the question must stand in it: {{question}}.")
+        raise ValueError(f"prompt is {prompt!r}; it must contain {{question}}.")
     return fields
 
 
 def fit_all(backend: Backend, questions: Sequence[str], space: Space) -> list[bool]:
-    """Which of the questions leave room for an answer in every configuration."""
+    """For each question, whether it leaves room for an answer in every configuration of the space."""
     columns = [backend.fits(questions, space.settings(number)) for number in range(len(space))]
     return [all(row) for row in zip(*columns, strict=True)]
 
 
-class Failed(ValueError):
-    """A function did not answer, as often as it was tried."""
+class FunctionFailed(ValueError):
+    """A function failed in all its attempts, or returned no text."""
 
 
 class FunctionBackend:
-    """Any function from a question and its settings to a text, or to a Reply: an API model, for instance.
+    """Any function from a question and its settings to a text or a Reply, such as a call of an API.
 
-    It is called from several threads. A text's passes are counted as its words.
+    It is called from several threads, and again after an error. The words of a text count as its passes.
     """
 
     def __init__(self, function: Callable[[str, Settings], str | Reply], name: str, config: FunctionConfig,
                  takes: frozenset[str]):  # fmt: skip
-        self.function, self.name, self.config, self.takes = function, name, config, takes
+        self.function, self.name, self.config, self.setting_names = function, name, config, takes
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
         return [True] * len(questions)
@@ -250,26 +255,28 @@ class FunctionBackend:
             pending = {pool.submit(self._reply, question, settings): i for i, question in enumerate(questions)}
             while pending:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    place = pending.pop(future)
+                    index = pending.pop(future)
                     if error := future.exception():
                         failure = failure or error
                         pending = {other: i for other, i in pending.items() if not other.cancel()}
                     else:
-                        yield {place: future.result()}
+                        yield {index: future.result()}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if failure:
             raise failure
 
     def _reply(self, question: str, settings: Settings) -> Reply:
-        found = self._tried(question, settings)
-        if isinstance(found, str):
-            return Reply((found,), len(found.split()))
-        if not isinstance(found, Reply) or not found.texts:
-            raise Failed(f"{self.name} gave {found!r} for {question!r}; it must give a text.")
-        return found
+        result = self._call_with_retries(question, settings)
+        if isinstance(result, str):
+            return Reply((result,), len(result.split()))
+        if not isinstance(result, Reply) or not result.texts:
+            raise FunctionFailed(
+                f"{self.name} gave {result!r} for {question!r}; it must return a text or a Reply with texts."
+            )
+        return result
 
-    def _tried(self, question: str, settings: Settings) -> Any:
+    def _call_with_retries(self, question: str, settings: Settings) -> Any:
         for attempt in range(1, self.config.tries):
             with contextlib.suppress(Exception):
                 return self.function(question, dict(settings))
@@ -279,83 +286,86 @@ class FunctionBackend:
         except Exception as error:
             tries = self.config.tries
             times = f"{tries} times" if tries > 1 else "once"
-            told = f"{type(error).__name__}: {error}"
-            raise Failed(f"{self.name} failed {times} on {question!r}, the last time with {told}") from error
+            message = f"{type(error).__name__}: {error}"
+            raise FunctionFailed(f"{self.name} failed {times} on {question!r}, the last time with {message}") from error
 
 
 def refuse_unknown(space: Space, backend: Backend) -> None:
-    """Raises ValueError for a setting in the space that the backend does not know, or that its prompt lacks, and for
-    samples without a temperature.
+    """Raise ValueError for settings of the space that the backend does not accept, for a field of the prompt that the
+    space does not set, and for several samples without a temperature.
     """
-    if unknown := space.keys - backend.takes:
+    if unknown := space.keys - backend.setting_names:
         raise ValueError(
-            f"The space sets {', '.join(sorted(unknown))}, which means nothing here. {backend.name} takes "
-            f"{', '.join(sorted(backend.takes))}."
+            f"The space sets {', '.join(sorted(unknown))}, which {backend.name} does not accept. It accepts "
+            f"{', '.join(sorted(backend.setting_names))}."
         )
-    if isinstance(backend, CausalModelBackend) and (open_ := backend.takes - set(SAMPLED) - space.keys):
-        raise ValueError(f"The prompt has {{{min(open_)}}} in it, and no dimension of the space gives it a value.")
+    if isinstance(backend, CausalModelBackend) and (missing := backend.setting_names - set(SAMPLED) - space.keys):
+        raise ValueError(
+            f"The prompt contains {{{min(missing)}}}, which the space does not set. Add +space.{min(missing)}=[...]."
+        )
     for number in range(len(space) if not isinstance(backend, FunctionBackend) else 0):
         settings = space.settings(number)
         if settings.get("samples", 1) > 1 and not settings.get("temperature"):
             raise ValueError(
-                f"{space.label(number)}: {settings['samples']} samples without a temperature are the same answer so "
-                "often. Let one dimension set both: {greedy: {temperature: 0}, vote: {temperature: 1, samples: 5}}."
+                f"{space.label(number)}: {settings['samples']} samples without a temperature are identical. Set both "
+                "in one dimension: {greedy: {temperature: 0}, vote: {temperature: 1, samples: 5}}."
             )
 
 
-def answers(
+def collect_answers(
     backend: Backend, questions: Sequence[str], space: Space, log: Path, *, seed: int = 0, chunk: int = CHUNK
 ) -> list[list[Reply]]:
-    """What comes of each question in each configuration, from the log or asked now, and then in the log.
+    """The reply to each question in each configuration of the space, from the log if it is there.
 
-    The log is a line of JSON for each answer, under a key of backend, question, settings and seed: an answer is found
-    again when the space has changed around it. Raises ValueError if the backend fails; what came before is kept.
+    New replies are appended to the log, a line of JSON each. The key is a hash of backend, question, settings and seed,
+    so that replies stay valid when other configurations of the space change. Raises ValueError if the backend fails;
+    replies so far stay in the log.
     """
     refuse_unknown(space, backend)
-    known = read_log(log)
+    logged = read_log(log)
     keys = [
         [_key(backend.name, question, space.settings(c), seed) for c in range(len(space))] for question in questions
     ]
-    wanted = len({key for row in keys for key in row})
+    total = len({key for row in keys for key in row})
     log.parent.mkdir(parents=True, exist_ok=True)
 
     def done() -> int:
-        return len({key for row in keys for key in row if key in known})
+        return len({key for row in keys for key in row if key in logged})
 
     with (
         explain_full_disk(log),
         log.open("a", encoding="utf-8") as file,
-        progress_bar("asking", wanted, have := done()) as bar,
+        progress_bar("asking", total, num_done := done()) as bar,
     ):
         if file.tell() and not log.read_bytes().endswith(b"\n"):
-            file.write("\n")  # after a line that was cut off
+            file.write("\n")  # end a line that a killed process left unfinished
         for number in range(len(space)):
             settings = space.settings(number)
             for first in range(0, len(questions), chunk):
                 part = range(first, min(first + chunk, len(questions)))
-                places = list({keys[i][number]: i for i in part if keys[i][number] not in known}.values())
-                if not places:
+                indices = list({keys[i][number]: i for i in part if keys[i][number] not in logged}.values())
+                if not indices:
                     continue
                 stream = (seed, first, int(_key("", "", settings, 0), 16))
                 try:
-                    for found in backend([questions[i] for i in places], settings, stream):
-                        new = {keys[places[place]][number]: reply for place, reply in found.items()}
+                    for replies in backend([questions[i] for i in indices], settings, stream):
+                        new = {keys[indices[index]][number]: reply for index, reply in replies.items()}
                         file.write("".join(_line(key, reply) for key, reply in new.items()))
                         file.flush()
-                        known |= new
-                        have += len(new)
-                        bar(have, space.label(number))
+                        logged |= new
+                        num_done += len(new)
+                        bar(num_done, space.label(number))
                 except Exception as error:
                     raise ValueError(
-                        f"With {space.label(number)}: {error}\n{done():,} of {wanted:,} answers are kept in {log}; "
-                        "the same command goes on from there."
+                        f"With {space.label(number)}: {error}\n{done():,} of {total:,} answers are in {log}; the same "
+                        "command resumes from there."
                     ) from error
-    return [[known[key] for key in row] for row in keys]
+    return [[logged[key] for key in row] for row in keys]
 
 
 def _key(name: str, question: str, settings: Settings, seed: int) -> str:
-    told = json.dumps([name, question, settings, seed], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    key_text = json.dumps([name, question, settings, seed], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(key_text.encode()).hexdigest()[:24]
 
 
 def _line(key: str, reply: Reply) -> str:
@@ -363,8 +373,8 @@ def _line(key: str, reply: Reply) -> str:
 
 
 def read_log(log: Path) -> dict[str, Reply]:
-    """The answers in it. A line that a killed process left unfinished is none."""
-    found: dict[str, Reply] = {}
+    """The replies in a log by their keys. A line that a killed process left unfinished is skipped."""
+    replies: dict[str, Reply] = {}
     if log.is_file():
         for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
@@ -372,5 +382,5 @@ def read_log(log: Path) -> dict[str, Reply]:
             except json.JSONDecodeError:
                 continue
             key = row.pop("key")
-            found[key] = Reply.from_dict(row)
-    return found
+            replies[key] = Reply.from_dict(row)
+    return replies

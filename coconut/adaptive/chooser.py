@@ -1,4 +1,4 @@
-"""A policy at work: for each question the settings with which to ask it."""
+"""Apply a trained configuration policy: choose the settings of each question, and answer it with them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from coconut.tasks import TASKS
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
-CLOSE = 0.02  # how far an embedding may lie from the one that was kept, as a share of it
+TOLERANCE = 0.02  # the largest relative distance between the probe's embedding and the stored one
 
 
-def kept(table: OutcomeTable) -> dict[str, Any]:
-    """What a policy's file says of where it belongs: how it sees a question, with one question as it saw it."""
+def policy_metadata(table: OutcomeTable) -> dict[str, Any]:
+    """The metadata of a policy's file: those of the table, and a probe, one question with its embedding.
+
+    By the probe `Chooser` recognizes whether a model gives the embeddings that the policy was trained on.
+    """
     embedding = [round(float(x), 4) for x in table.embeddings[0]]
     return {**table.about, "probe": {"question": table.questions[0], "embedding": embedding}}
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A question's answer, and how it was asked for: `text` is the one of `reply` with most votes, at place `taken`."""
+    """The answer to a question, with its configuration. `text`: that of `reply` at index `taken`, by majority vote."""
 
     text: str
     taken: int
@@ -41,31 +44,34 @@ class Answered:
 
 
 class Chooser:
-    """From a policy's file, for the model that it learned beside. `about`: what the file says of that."""
+    """A policy from a file, applied to the model that it was trained for. `about`: the file's metadata."""
 
     def __init__(self, path: Path | str, lm: LatentLM, batch_size: int = 64):
-        """Raises ValueError if the policy sees a question otherwise than it did, so that it is another model's."""
+        """Raises ValueError if the model's embedding of the probe differs: the policy belongs to another model."""
         self.policy, self.about = ConfigurationPolicy.load(path)
-        how, probe = self.about["embedding"], self.about["probe"]
-        own = how in encoders.POOLINGS
-        self.encode = encoders.of_latent(lm, how, batch_size) if own else encoders.named(how, lm.device, batch_size)
-        [here], there = self.encode([probe["question"]]), torch.tensor(probe["embedding"])
-        if here.shape != there.shape or (here - there).norm() > CLOSE * there.norm():
+        embedding, probe = self.about["embedding"], self.about["probe"]
+        is_pooling = embedding in encoders.POOLINGS
+        self.encode = (
+            encoders.latent_encoder(lm, embedding, batch_size)
+            if is_pooling
+            else encoders.load_encoder(embedding, lm.device, batch_size)
+        )
+        [actual], expected = self.encode([probe["question"]]), torch.tensor(probe["embedding"])
+        if actual.shape != expected.shape or (actual - expected).norm() > TOLERANCE * expected.norm():
             raise ValueError(
-                f"{path} was learned beside another model, {self.about['backend']}, "
-                f"checkpoint={self.about['checkpoint']}: "
-                "this one sees the same question differently. Name the run and the checkpoint that it was learned "
-                "beside, or learn one: python -m coconut.adaptive run=DIR"
+                f"{path} was trained for another model, {self.about['backend']}, "
+                f"checkpoint={self.about['checkpoint']}: this model gives other embeddings. Name that run and "
+                "checkpoint, or train a policy for this model: coconut adaptive run=DIR"
             )
 
     def choose(self, questions: Sequence[str]) -> list[int]:
-        """The numbers of the configurations, in the policy's space."""
+        """For each question, the number of its configuration in the policy's space."""
         return self.policy.best(self.encode(questions)[None])[0].tolist()
 
     def answer(self, backend: LatentBackend, questions: Sequence[str], seed: int = 0) -> list[Answered]:
-        """Each question in the configuration that is chosen for it; those of one configuration together.
+        """Answer each question in its configuration; questions of one configuration form a batch.
 
-        Raises ValueError if the model does not know the settings, or a question leaves no room for an answer.
+        Raises ValueError if the backend does not accept the settings, or a question leaves no room for an answer.
         """
         space = self.policy.space
         refuse_unknown(space, backend)
@@ -76,12 +82,14 @@ class Chooser:
                     f"the model's context of {backend.lm.max_sequence_length} tokens."
                 )
         vote = Vote(TASKS[self.about["task"]], backend.lm.reasoning.format)
-        found: dict[int, Answered] = {}
+        answers: dict[int, Answered] = {}
         numbers = self.choose(questions)
         for number in sorted(set(numbers)):
-            places, settings = [i for i, other in enumerate(numbers) if other == number], space.settings(number)
-            for replies in backend([questions[i] for i in places], settings, (seed, number)):
-                for place, reply in replies.items():
-                    taken = vote.taken(reply)
-                    found[places[place]] = Answered(reply.texts[taken], taken, space.label(number), settings, reply)
-        return [found[i] for i in range(len(questions))]
+            indices, settings = [i for i, other in enumerate(numbers) if other == number], space.settings(number)
+            for replies in backend([questions[i] for i in indices], settings, (seed, number)):
+                for index, reply in replies.items():
+                    chosen = vote.chosen_sample(reply)
+                    answers[indices[index]] = Answered(
+                        reply.texts[chosen], chosen, space.label(number), settings, reply
+                    )
+        return [answers[i] for i in range(len(questions))]

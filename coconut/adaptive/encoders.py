@@ -1,6 +1,6 @@
-"""The frozen embedding of a question, from which a policy chooses.
+"""Frozen encoders of questions, the input of a configuration policy.
 
-Shapes: Q questions, B of them at a time, T tokens, D numbers.
+Shapes: Q questions, B rows of a batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 POOLINGS = ("mean", "last")
 
 Encoder = Callable[[Sequence[str]], Tensor]
-"""From questions to (Q, D), float32, on the CPU. The same whatever questions are beside one."""
+"""From questions to (Q, D), float32, on the CPU. An embedding does not depend on the other questions of the batch."""
 
 
-def of_latent(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
-    """The last hidden states of a LatentLM after a question, before any thought: their mean, or the last of them."""
+def latent_encoder(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
+    """An encoder by a LatentLM: the mean of its last-layer hidden states over the question, or the last one."""
 
     def encode(questions: Sequence[str]) -> Tensor:
         rows = encode_questions(lm.tokenizer, list(questions), lm.reasoning.format)
@@ -41,8 +41,8 @@ def of_latent(lm: LatentLM, pooling: str, batch_size: int = 64) -> Encoder:
     return encode
 
 
-def of_model(model: Any, tokenizer: Any, pooling: str, batch_size: int = 64) -> Encoder:
-    """The last hidden states of a model of Hugging Face without its head: their mean over the question, or the last."""
+def model_encoder(model: Any, tokenizer: Any, pooling: str, batch_size: int = 64) -> Encoder:
+    """An encoder by a Hugging Face model without head: the mean of its last-layer hidden states, or the last one."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def encode(questions: Sequence[str]) -> Tensor:
@@ -55,13 +55,13 @@ def of_model(model: Any, tokenizer: Any, pooling: str, batch_size: int = 64) -> 
     return encode
 
 
-def named(name: str, device: torch.device, batch_size: int = 64) -> Encoder:
-    """A sentence encoder of Hugging Face, by its name or folder; the mean of its states."""
+def load_encoder(name: str, device: torch.device, batch_size: int = 64) -> Encoder:
+    """An encoder by a Hugging Face sentence encoder, named or in a folder: the mean of its hidden states."""
     from transformers import AutoModel, AutoTokenizer
 
     with explain_load_errors(name, "embedding"):
         model, tokenizer = load_pretrained(AutoModel, name).to(device).eval(), load_pretrained(AutoTokenizer, name)
-    return of_model(model, tokenizer, "mean", batch_size)
+    return model_encoder(model, tokenizer, "mean", batch_size)
 
 
 @torch.no_grad()
@@ -73,16 +73,16 @@ def _pooled(
     pooling: str,
     states: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    found: dict[int, Tensor] = {}
-    for places in longest_first(rows, batch_size):
-        padded = [torch.tensor(rows[i]) for i in places]
-        ids_BT = pad_sequence(padded, batch_first=True, padding_value=pad).to(device)  # at the end, where none looks
+    pooled: dict[int, Tensor] = {}
+    for indices in longest_first(rows, batch_size):
+        padded = [torch.tensor(rows[i]) for i in indices]
+        ids_BT = pad_sequence(padded, batch_first=True, padding_value=pad).to(device)  # on the right
         lengths_B = torch.tensor([len(row) for row in padded], device=device)
         mask_BT = (torch.arange(ids_BT.shape[1], device=device) < lengths_B[:, None]).long()
         states_BTD = states(ids_BT, mask_BT).float()
         if pooling == "last":
-            pooled_BD = states_BTD[torch.arange(len(places), device=device), lengths_B - 1]
+            pooled_BD = states_BTD[torch.arange(len(indices), device=device), lengths_B - 1]
         else:
             pooled_BD = (states_BTD * mask_BT[..., None]).sum(1) / lengths_B[:, None]
-        found |= zip(places, pooled_BD.cpu(), strict=True)
-    return torch.stack([found[i] for i in range(len(rows))])
+        pooled |= zip(indices, pooled_BD.cpu(), strict=True)
+    return torch.stack([pooled[i] for i in range(len(rows))])

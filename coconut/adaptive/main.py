@@ -1,4 +1,4 @@
-"""python -m coconut.adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
+"""coconut adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from coconut.adaptive.backends import (
     CausalModelBackend,
     FunctionBackend,
     LatentBackend,
-    answers,
+    collect_answers,
     fit_all,
     refuse_unknown,
 )
-from coconut.adaptive.chooser import kept
+from coconut.adaptive.chooser import policy_metadata
 from coconut.adaptive.config import AdaptiveConfig, JudgeKind
 from coconut.adaptive.encoders import Encoder
-from coconut.adaptive.experiments import refuse_few, run_experiments, studies
-from coconut.adaptive.judges import ExactJudge, ImplicitJudge, Judge, PretrainedJudge, Vote, judged
+from coconut.adaptive.experiments import check_num_train_questions, run_experiments, studies
+from coconut.adaptive.judges import ExactJudge, ImplicitJudge, Judge, PretrainedJudge, Vote, judge_scores
 from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.report import adaptive_page, on_screen
 from coconut.adaptive.space import Space
@@ -45,7 +45,6 @@ from coconut.runs.loading import load_model, match_dtypes
 from coconut.tasks import TASKS
 from coconut.utils.console import log, silence_libraries
 from coconut.utils.files import exclusive_lock, sha256, write_text
-from coconut.utils.hydra_app import application, subcommands
 
 TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
 
@@ -54,7 +53,7 @@ def run(config: AdaptiveConfig) -> int:
     """The table of outcomes, unless it is given; then policies, and what they are worth against other choices."""
     silence_libraries()
     given = OutcomeTable.read(config.table) if config.table else _asking(config)
-    refuse_few(config.num_train_questions, len(given.questions))
+    check_num_train_questions(config.num_train_questions, len(given.questions))
     with exclusive_lock(config.folder):
         learn_and_tell(config, given if isinstance(given, OutcomeTable) else make_table(config, given))
     return 0
@@ -74,20 +73,20 @@ def only_table(config: AdaptiveConfig) -> int:
 def learn_and_tell(config: AdaptiveConfig, table: OutcomeTable) -> None:
     """Policies from a table, what they are worth, and the first of them."""
     folder, space = config.folder, table.space
-    default = space.named(config.default or table.about.get("default", {}))
+    default = space.find(config.default or table.about.get("default", {}))
     found = run_experiments(
         table,
         config.policy,
         cost=config.cost,
         default=default,
-        few=config.num_train_questions,
+        num_train_questions=config.num_train_questions,
         seeds=config.seeds,
         seed=config.seed,
     )
     made = studies(found)
     for study in made:
         study.write(folder)
-    found.learned.policy.save(folder / POLICY, {**kept(table), "cost": config.cost})
+    found.learned.policy.save(folder / POLICY, {**policy_metadata(table), "cost": config.cost})
     log(on_screen(made))
     write_text(folder / PAGE, adaptive_page(made, config.name, folder))
     log(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
@@ -114,13 +113,13 @@ def make_table(config: AdaptiveConfig, asked: Asking) -> OutcomeTable:
     space, questions = Space.of(config.space), asked.questions
     log(f"{len(questions):,} questions of {asked.file} in {len(space)} configurations")
     with autocast(asked.device, config.engine.precision):
-        replies = answers(asked.backend, questions, space, config.folder / LOG, seed=config.seed)
+        replies = collect_answers(asked.backend, questions, space, config.folder / LOG, seed=config.seed)
         embeddings = asked.encode(questions).numpy()
         exact = ExactJudge(asked.vote)
         columns = [[row[c] for row in replies] for c in range(len(space))]
 
         def judged_by(judge: Judge) -> np.ndarray:
-            told = [judged(judge, asked.examples, column, space.settings(c)) for c, column in enumerate(columns)]
+            told = [judge_scores(judge, asked.examples, column, space.settings(c)) for c, column in enumerate(columns)]
             return np.array(told, np.float32).T
 
         score = judged_by(asked.judge)
@@ -176,12 +175,12 @@ def _of_others(config: AdaptiveConfig) -> Asking:
         backend = CausalModelBackend(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
         fingerprint = _fingerprint(backend.model, backend.tokenizer, str(backend.tokenizer.chat_template))
         backend.name = f"{backend.name} {fingerprint} {_limits(config)}"
-        own = partial(encoders.of_model, backend.model.base_model, backend.tokenizer)
+        own = partial(encoders.model_encoder, backend.model.base_model, backend.tokenizer)
         encode = _encoder(config, own, device)
     else:
         known = frozenset(Space.of(config.space).keys)
         backend = FunctionBackend(_function(config.function), config.function, config.calls, known)
-        encode = encoders.named(config.embedding, device, config.batch_size)
+        encode = encoders.load_encoder(config.embedding, device, config.batch_size)
     return Asking(backend, encode, _judge(config, vote, device), vote, examples, file, device)
 
 
@@ -204,7 +203,7 @@ def _of_run(config: AdaptiveConfig) -> Asking:
     backend = LatentBackend(lm, name, config.batch_size, config.max_new_tokens)
     implicit = config.judge.kind is JudgeKind.implicit
     judge = ImplicitJudge(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
-    encode = _encoder(config, partial(encoders.of_latent, lm), lm.device)
+    encode = _encoder(config, partial(encoders.latent_encoder, lm), lm.device)
     examples = read_examples(file)[: config.limit]
     gold, right = read_back(
         lm, examples, vote.task, file=file, unreadable=config.unreadable, keep_unknown=True,
@@ -225,7 +224,7 @@ def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
 def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
     if config.embedding in encoders.POOLINGS:
         return own(config.embedding, config.batch_size)
-    return encoders.named(config.embedding, device, config.batch_size)
+    return encoders.load_encoder(config.embedding, device, config.batch_size)
 
 
 def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
@@ -238,7 +237,7 @@ def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
 
 
 def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
-    """The reward of a run of coconut.reward. Raises ValueError if it speaks another model's tokens."""
+    """The reward of a run of coconut reward. Raises ValueError if it speaks another model's tokens."""
     run = config.judge.model
     rewarding = load_model(run, "best", config.engine)
     if rewarding.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
@@ -258,8 +257,3 @@ def _function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"function={name} is {found!r}, which cannot be called.")
     return found
-
-
-main = subcommands(
-    application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, only_table)
-)

@@ -1,6 +1,6 @@
-"""The table of outcomes: what comes of each question in each configuration, so that experiments need no model.
+"""The table of outcomes of each question in each configuration. Experiments read it and need no model.
 
-Shapes: Q questions, C configurations, D numbers of an embedding.
+Shapes: Q questions, C configurations, D embedding size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ Numbers = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class OutcomeTable:
-    """`score`, `correct`, `passes`: (Q, C) each; `embeddings` (Q, D).
+    """Outcomes of a backend's answers.
 
-    `score` is what is learned from, in [0, 1]; `correct` is the exact judge's, whatever is learned from: 0 or 1, or
-    where a vote is tied the share of the tied answers that is right.
-    `steps` (Q,): of each question's written chain, which is how hard it is. `about`: who answered, and how.
+    score: (Q, C), the judge's, in [0, 1]; the policies learn from it.
+    correct: (Q, C), the exact judge's, whatever gives the score: 0 or 1, or the share that is right among tied answers.
+    passes: (Q, C), sequential forward passes.
+    embeddings: (Q, D) of the questions. steps: (Q,) of each question's written chain, a measure of difficulty.
+    about: backend, task, judge, file and settings.
     """
 
     space: Space
@@ -39,35 +41,37 @@ class OutcomeTable:
     about: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Raises ValueError if there is nothing in it, or a score outside [0, 1]."""
+        """Raises ValueError for a table without questions, or with a score outside [0, 1]."""
         if not self.questions:
-            raise ValueError("The table of outcomes is empty: there is no question in it.")
+            raise ValueError("The table of outcomes is empty: it has no questions.")
         shape = (len(self.questions), len(self.space))
         for name in ("score", "correct", "passes"):
             assert getattr(self, name).shape == shape, name
         if not ((self.score >= 0) & (self.score <= 1)).all():
             worst = float(self.score.flat[np.nanargmax(np.abs(self.score - 0.5))])
-            raise ValueError(f"The table of outcomes has a score of {worst}; they are in [0, 1].")
+            raise ValueError(f"The table of outcomes has a score of {worst}; scores must be in [0, 1].")
 
     def rewards(self, cost: float) -> Numbers:
-        """(Q, C) the score less the cost of the passes."""
+        """(Q, C) the score minus `cost` for each pass."""
         return (self.score - cost * self.passes).astype(np.float32)
 
     def write(self, path: Path | str) -> None:
-        told = {"space": self.space.as_data(), "questions": self.questions, "about": self.about}
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        metadata = {"space": self.space.as_data(), "questions": self.questions, "about": self.about}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in metadata}
         with atomic_file(path) as part, part.open("wb") as file:
-            np.savez_compressed(file, told=np.array(json.dumps(told, ensure_ascii=False)), **arrays)
+            np.savez_compressed(file, metadata=np.array(json.dumps(metadata, ensure_ascii=False)), **arrays)
 
     @classmethod
     def read(cls, path: Path | str) -> OutcomeTable:
-        """Raises FileNotFoundError or ValueError if the file holds none."""
+        """Raises FileNotFoundError or ValueError if the file is missing or holds no table."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no table {path}. python -m coconut.adaptive table run=DIR makes one.")
+            raise FileNotFoundError(f"There is no table {path}. coconut adaptive table run=DIR makes one.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            told = json.loads(str(arrays.pop("told")))
+            metadata = json.loads(str(arrays.pop("metadata")))
         except (BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no table of python -m coconut.adaptive table ({error}).") from None
-        return cls(space=Space.of(told["space"]), questions=told["questions"], about=told["about"], **arrays)
+            raise ValueError(f"{path} is no table of coconut adaptive table ({error}).") from None
+        return cls(
+            space=Space.of(metadata["space"]), questions=metadata["questions"], about=metadata["about"], **arrays
+        )

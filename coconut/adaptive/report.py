@@ -1,4 +1,4 @@
-"""What a policy is worth, as it is read: on the screen and as a page."""
+"""The report of configuration policies: sentences and tables for the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -18,81 +18,83 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 COLOURS = ("blue", "green", "plum", "red", "peach", "sky")  # of dimensions, in their order
-SLIGHT = 0.01  # a headroom below which there is hardly anything to choose
-SAME = 0.02  # a share of pairs of questions that are treated differently below which there is hardly a choice
+SMALL_HEADROOM = 0.01  # below this headroom there is hardly anything to gain by choosing
+SMALL_DIFFERENCE = 0.02  # below this share of pairs of questions with different values, the policy hardly chooses
 ABOUT = (
-    "{questions:,} questions, {configurations} configurations. Each of {seeds} policies learned from {few} questions "
-    "of its own, and was asked the others; means over the {seeds}, with Student's 95 % interval: of other draws of "
-    "what is learned from among these questions, not of other questions. The reward is the "
-    "score of an answer less {cost:g} for each forward pass. A policy tried {tried:,.0f} pairs of a question and a "
-    "configuration; the best fixed configuration was found from all {known_to_best_fixed:,}, and is most often "
-    "{best_fixed} (in {best_fixed_seeds} of {seeds})."
+    "{questions:,} questions, {configurations} configurations. Each of {seeds} policies was trained on its own "
+    "{num_train_questions} questions and tested on the others. Means over seeds, with Student's 95 % interval, which "
+    "covers the draw of training questions from this set, not other sets of questions. The reward is the score of an "
+    "answer minus {cost:g} for each forward pass. A policy tried {tried:,.0f} pairs of a question and a configuration; "
+    "the best fixed configuration was found from all {known_to_best_fixed:,}, and is most often {best_fixed} (in "
+    "{best_fixed_seeds} of {seeds} seeds)."
 )
 ARMS = (
-    "Random takes every configuration equally often. The blind policy learns likewise, but is shown no question. NAME "
-    "alone: one dimension is learned, the others are as in the best fixed configuration. The oracle takes what is best "
-    "for each test question. More: than the best fixed configuration, of the same seed; above: in so many seeds."
+    "Random takes every configuration equally often. The blind policy is trained in the same way on embeddings of "
+    "zeros. NAME alone: one dimension is learned, the others are as in the best fixed configuration. The oracle takes "
+    "the best configuration of each test question. More: the gain over the best fixed configuration of the same seed; "
+    "above: the number of seeds with a gain."
 )
 CURVE = (
-    "How much less a policy got than the best there was for the question asked, and its entropy as a share of that of "
-    "even odds, in the mean over seeds. Dashed: the best fixed configuration and the random one on the same questions."
+    "Regret to the best configuration of each question, and entropy divided by that of the uniform distribution, means "
+    "over seeds. Dashed: the best fixed configuration and random choice on the same questions."
 )
 HEADS = (
-    "Entropy as a share of that of even odds, at the temperature of the last update. Distance: the mean total "
-    "variation between what the policy would do for two test questions, 0 if it does the same for all. Differing: "
-    "pairs of questions that are given different values."
+    "Entropy divided by that of the uniform distribution, at the temperature of the last update. Distance: the mean "
+    "total variation distance between the policy's distributions for two test questions, 0 if they are equal. "
+    "Differing: the share of pairs of questions with different values."
 )
 CHOICES = (
-    "Test questions by the number of steps in their written chain, over all seeds; what the policies take most often."
+    "Test questions by the number of steps in their written chain, over all seeds, with the policies' most frequent "
+    "configuration."
 )
 
 
 def sentences(studies: Sequence[Study]) -> list[str]:
-    """What was found, the headroom first."""
-    told = {study.name: study for study in studies}
-    facts, rows = told["arms"].facts, {row["arm"]: row for row in told["arms"].rows}
+    """The results in sentences: headroom, gain of the policy, and what it owes to the question."""
+    by_name = {study.name: study for study in studies}
+    facts, rows = by_name["arms"].facts, {row["arm"]: row for row in by_name["arms"].rows}
     (low, high), policy, blind = facts["headroom_interval"], rows[POLICY], rows["blind policy"]
-    found = [
-        f"There is {facts['headroom']:+.3f} of reward ({low:+.3f} to {high:+.3f}) between the best "
-        f"fixed configuration, {rows[BEST_FIXED]['reward']:.3f}, and the best for each question, "
+    lines = [
+        f"The headroom is {facts['headroom']:+.3f} of reward ({low:+.3f} to {high:+.3f}): from the best fixed "
+        f"configuration, {rows[BEST_FIXED]['reward']:.3f}, to the best for each question, "
         f"{rows[ORACLE]['reward']:.3f}."
     ]
-    if facts["headroom"] < SLIGHT:
-        found.append("That is next to nothing: on these questions there is hardly anything to choose.")
-    more, more_low, more_high = policy["more"], policy["more_low"], policy["more_high"]
-    worth = "beats" if more_low > 0 else "is worse than" if more_high < 0 else "cannot be told from"
-    found.append(
-        f"The policy {worth} the best fixed configuration: {more:+.3f} ({more_low:+.3f} to {more_high:+.3f}), "
+    if facts["headroom"] < SMALL_HEADROOM:
+        lines.append("That is close to zero: on these questions there is hardly anything to gain by choosing.")
+    gain, gain_low, gain_high = policy["more"], policy["more_low"], policy["more_high"]
+    verdict = "beats" if gain_low > 0 else "is worse than" if gain_high < 0 else "does not differ significantly from"
+    lines.append(
+        f"The policy {verdict} the best fixed configuration: {gain:+.3f} ({gain_low:+.3f} to {gain_high:+.3f}), "
         f"above it in {policy['seeds_above']} of {facts['seeds']} seeds."
     )
-    if more > 0:
-        found[-1] += f" That is {100 * more / facts['headroom']:.0f} % of the headroom."
-    found.append(f"A policy that is not shown the question comes to {blind['reward']:.3f}, where it comes to "
-                 f"{policy['reward']:.3f}.")  # fmt: skip
-    if max(row["differing"] for row in told["heads"].rows) < SAME:
-        found.append("It does nearly the same for all questions, so it chooses nothing.")
-    return found
+    if gain > 0:
+        lines[-1] += f" That is {100 * gain / facts['headroom']:.0f} % of the headroom."
+    lines.append(f"The reward of a policy that does not see the question is {blind['reward']:.3f}; that of the policy "
+                 f"is {policy['reward']:.3f}.")  # fmt: skip
+    if max(row["differing"] for row in by_name["heads"].rows) < SMALL_DIFFERENCE:
+        lines.append("The policy takes nearly the same configuration for all questions.")
+    return lines
 
 
 def on_screen(studies: Sequence[Study]) -> str:
-    """Within the width of a terminal."""
-    told = {study.name: study for study in studies}
+    """Sentences and table as text for a terminal."""
+    by_name = {study.name: study for study in studies}
     rows = [
         ["who chooses", "reward", "more", "accuracy", "passes"],
-        *([cells[0], cells[1], cells[3], cells[6], cells[7]] for cells in arm_rows(told["arms"])),
+        *([cells[0], cells[1], cells[3], cells[6], cells[7]] for cells in arm_rows(by_name["arms"])),
     ]
     return "\n".join([*map(wrapped, sentences(studies)), "", *aligned(rows)])
 
 
 def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
-    """One page of all that was measured."""
-    told = {study.name: study for study in studies}
-    curve, names = told["curve"], told["curve"].facts["names"]
+    """The HTML page of all studies."""
+    by_name = {study.name: study for study in studies}
+    curve, names = by_name["curve"], by_name["curve"].facts["names"]
     sections = [
         Section("headline", None, [
             Lead(sentences(studies)),
-            Table(ARM_COLUMNS, arm_rows(told["arms"]), len(ARM_COLUMNS) - 1),
-            Text(ABOUT.format(**told["arms"].facts)),
+            Table(ARM_COLUMNS, arm_rows(by_name["arms"]), len(ARM_COLUMNS) - 1),
+            Text(ABOUT.format(**by_name["arms"].facts)),
             Text(ARMS),
         ]),
         Section("learning", "How it learned", [
@@ -100,13 +102,13 @@ def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
             figure_of(lambda width: curves(curve, width), "curve", "Regret and entropy over updates.", CURVE),
         ]),
         Section("choices", "What it chooses", [
-            Table(CHOICE_COLUMNS, choice_rows(told["choices"]), 7),
+            Table(CHOICE_COLUMNS, choice_rows(by_name["choices"]), 7),
             Text(CHOICES),
-            Table(HEAD_COLUMNS, head_rows(told["heads"]), 4),
+            Table(HEAD_COLUMNS, head_rows(by_name["heads"]), 4),
             Text(HEADS),
         ]),
     ]  # fmt: skip
-    what = "a policy that chooses how to answer each question, against fixed choices and the oracle"
+    what = "a policy that chooses a configuration for each question, beside fixed choices and the oracle"
     return page(name, "Adaptive", what, folder, sections, kicker="adaptive")
 
 
@@ -116,22 +118,22 @@ def coloured(names: Sequence[str]) -> list[tuple[str, str]]:
 
 @styled()
 def curves(study: Study, width: float) -> Drawing:
-    """Regret above, entropies below, over updates."""
-    left, right, top, high, gap, low, bottom = 44.0, 14.0, 14.0, 150.0, 40.0, 90.0, 34.0
-    figure = new_figure(width, top + high + gap + low + bottom)
-    upper = panel(figure, left, top, width - left - right, high)
-    lower = panel(figure, left, top + high + gap, width - left - right, low)
+    """Draw regret above and entropies below, over updates."""
+    left, right, top, upper_height, gap, lower_height, bottom = 44.0, 14.0, 14.0, 150.0, 40.0, 90.0, 34.0
+    figure = new_figure(width, top + upper_height + gap + lower_height + bottom)
+    upper = panel(figure, left, top, width - left - right, upper_height)
+    lower = panel(figure, left, top + upper_height + gap, width - left - right, lower_height)
     x = [row["update"] for row in study.rows]
     draw_line(upper, [(row["update"], row["regret"]) for row in study.rows], "ink", 1.5, "regret", dots=False)
     upper.fill_between(x, [row["low"] for row in study.rows], [row["high"] for row in study.rows],
                        color=LIGHT["ink"], alpha=0.1, linewidth=0)  # fmt: skip
-    for name, above in (("random", 3), ("best_fixed", 9)):
+    for name, offset in (("random", 3), ("best_fixed", 9)):
         upper.axhline(study.facts[name], color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, above), xycoords=("axes fraction", "data"),
+        upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, offset), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", va="bottom", color=LIGHT["muted"],
                        fontsize=8.5)  # fmt: skip
-    most = max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1)
-    upper.set_ylim(0, most or 1)
+    top = max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1)
+    upper.set_ylim(0, top or 1)
     upper.set_title("Regret, per question", loc="left")
     for name, colour in coloured(study.facts["names"]):
         points = [(row["update"], row[f"entropy_{name}"]) for row in study.rows]
@@ -159,8 +161,8 @@ def arm_rows(study: Study) -> list[list[str]]:
 
 
 def _more(row: dict[str, Any], seeds: int) -> list[str]:
-    more, low, high = (typeset(f"{row[key]:+.3f}") for key in ("more", "more_low", "more_high"))
-    return [more, f"{low} to {high}", f"{row['seeds_above']} of {seeds}"]
+    gain, low, high = (typeset(f"{row[key]:+.3f}") for key in ("more", "more_low", "more_high"))
+    return [gain, f"{low} to {high}", f"{row['seeds_above']} of {seeds}"]
 
 
 CHOICE_COLUMNS = ["steps", "takes", "share", "reward", "best fixed", "oracle", "accuracy", "passes", "passes, fixed"]

@@ -1,6 +1,7 @@
-"""The ways to answer among which a policy chooses, as data: dimensions, each with its values.
+"""The space of configurations that a policy chooses from, as data: dimensions, each with its values.
 
-A configuration takes one value of each dimension. It has a number, counted as in an array with one axis a dimension.
+A configuration takes one value of each dimension. Its number is the flat index (row-major) of an array with one axis
+for each dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Value:
-    """What a value is called, and the settings of a backend that it stands for."""
+    """A value of a dimension: its label, and the backend settings that it stands for."""
 
     label: str
     settings: Mapping[str, Any]
@@ -28,45 +29,45 @@ class Dimension:
     values: tuple[Value, ...]
 
     @classmethod
-    def of(cls, name: str, given: Any) -> Dimension:
-        """From one of three forms:
+    def of(cls, name: str, spec: Any) -> Dimension:
+        """A dimension from one of three forms of configuration:
 
         - a list: values of the setting that has the dimension's name;
         - a mapping to mappings: each name stands for several settings, `{greedy: {temperature: 0}, vote: {...}}`;
         - a mapping to lists of texts: each combination of them is one text (AdaReasoner's instruction, base x
           variation), a value of the setting that has the dimension's name.
 
-        Raises ValueError if it is none of these, or has not two different values.
+        Raises ValueError for another form, or for fewer than two values or equal ones.
         """
-        if isinstance(given, Mapping) and given and all(isinstance(part, Mapping) for part in given.values()):
-            values = [Value(str(label), dict(settings)) for label, settings in given.items()]
-        elif isinstance(given, Mapping) and given and all(_is_list(part) for part in given.values()):
-            texts = [" ".join(str(part) for part in parts if part) for parts in product(*given.values())]
+        if isinstance(spec, Mapping) and spec and all(isinstance(part, Mapping) for part in spec.values()):
+            values = [Value(str(label), dict(settings)) for label, settings in spec.items()]
+        elif isinstance(spec, Mapping) and spec and all(_is_list(part) for part in spec.values()):
+            texts = [" ".join(str(part) for part in parts if part) for parts in product(*spec.values())]
             values = [Value(text, {name: text}) for text in texts]
-        elif _is_list(given):
-            values = [Value(str(value), {name: value}) for value in given]
+        elif _is_list(spec):
+            values = [Value(str(value), {name: value}) for value in spec]
         else:
             raise ValueError(
-                f"space.{name} is {given!r}; it is a list of values, such as [0, 1, 2], or names with their settings, "
+                f"space.{name} is {spec!r}; it must be a list of values, such as [0, 1, 2], or names with settings, "
                 "such as {greedy: {temperature: 0}, vote: {temperature: 1, samples: 5}}."
             )
         if len({value.label for value in values}) < max(len(values), 2):
             raise ValueError(
                 f"space.{name} has the values {[value.label for value in values]}; there must be two or more, all "
-                "different. What has one value is no choice: leave the dimension out."
+                "different. Leave out a dimension with one value."
             )
         return cls(name, tuple(values))
 
     def index(self, label: Any) -> int:
-        """Raises ValueError if no value is called so."""
+        """The index of the value with this label. Raises ValueError if there is none."""
         labels = [value.label for value in self.values]
         if str(label) not in labels:
             raise ValueError(f"{self.name} has no value {label}; its values are {', '.join(labels)}.")
         return labels.index(str(label))
 
 
-def _is_list(given: Any) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, str)
+def _is_list(spec: Any) -> bool:
+    return isinstance(spec, Sequence) and not isinstance(spec, str)
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Space:
     dimensions: tuple[Dimension, ...]
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Space:
-        """From what a configuration file holds. Raises ValueError for a dimension that is none, or for none at all."""
-        if not given:
-            raise ValueError("space is empty. Name what there is to choose, such as '+space.num_thoughts=[0,1,2]'.")
-        dimensions = tuple(Dimension.of(str(name), values) for name, values in given.items())
+    def of(cls, spec: Mapping[str, Any]) -> Space:
+        """A space from a configuration. Raises ValueError for an invalid dimension, or if there is none."""
+        if not spec:
+            raise ValueError("space is empty. Add a dimension, such as '+space.num_thoughts=[0,1,2]'.")
+        dimensions = tuple(Dimension.of(str(name), values) for name, values in spec.items())
         owner: dict[str, str] = {}
         for dimension in dimensions:
             for key in {key for value in dimension.values for key in value.settings}:
@@ -101,39 +102,39 @@ class Space:
 
     @property
     def keys(self) -> set[str]:
-        """The settings that are chosen."""
+        """The names of all settings that the space sets."""
         return {key for value in self._values() for key in value.settings}
 
     def _values(self) -> Iterator[Value]:
         return (value for dimension in self.dimensions for value in dimension.values)
 
     def values(self, number: int) -> list[Value]:
-        """Of a configuration."""
-        found = []
+        """The values of the configuration with this number, one for each dimension."""
+        values = []
         for dimension in reversed(self.dimensions):
-            number, place = divmod(number, len(dimension.values))
-            found.append(dimension.values[place])
-        return found[::-1]
+            number, index = divmod(number, len(dimension.values))
+            values.append(dimension.values[index])
+        return values[::-1]
 
-    def number(self, places: Sequence[Any]) -> Any:
-        """Of the configuration with these values; of many, if the places are arrays or tensors."""
+    def number(self, indices: Sequence[Any]) -> Any:
+        """The number of the configuration with these indices of values; of many, if they are arrays or tensors."""
         number = 0
-        for size, place in zip(self.sizes, places, strict=True):
-            number = number * size + place
+        for size, index in zip(self.sizes, indices, strict=True):
+            number = number * size + index
         return number
 
     def settings(self, number: int) -> Settings:
-        """What a backend is asked for."""
+        """The backend settings of the configuration with this number."""
         return {key: setting for value in self.values(number) for key, setting in value.settings.items()}
 
     def label(self, number: int) -> str:
-        named = zip(self.names, self.values(number), strict=True)
-        return ", ".join(f"{name} {value.label}" for name, value in named)
+        pairs = zip(self.names, self.values(number), strict=True)
+        return ", ".join(f"{name} {value.label}" for name, value in pairs)
 
-    def named(self, labels: Mapping[str, Any]) -> int:
-        """The configuration with these values; a dimension that is not named takes its first.
+    def find(self, labels: Mapping[str, Any]) -> int:
+        """The number of the configuration with these labels; a dimension that is not named takes its first value.
 
-        Raises ValueError for a dimension or value that there is not.
+        Raises ValueError for an unknown dimension or value.
         """
         if unknown := labels.keys() - set(self.names):
             raise ValueError(f"There is no dimension {min(unknown)}; the space has {', '.join(self.names)}.")
@@ -141,5 +142,5 @@ class Space:
                             for dimension in self.dimensions])  # fmt: skip
 
     def as_data(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """From which `of` makes it again."""
+        """JSON data from which `of` makes the space again."""
         return {d.name: {value.label: dict(value.settings) for value in d.values} for d in self.dimensions}

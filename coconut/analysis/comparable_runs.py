@@ -74,7 +74,7 @@ def folders(names: Sequence[str]) -> list[Path]:
             matched = [Path(match) for match in sorted(glob.glob(name), key=natural)]
             runs = [match for match in matched if (match / CONFIG).is_file()]
             if not runs:
-                raise ValueError(f"No run matches {name}. Name folders that coconut.train wrote.")
+                raise ValueError(f"No run matches {name}. Name folders that coconut train wrote.")
             found += runs
         else:
             found.append(path)
@@ -90,7 +90,7 @@ def comparable_runs(names: Sequence[str], name: str = "test") -> list[Comparable
     """The runs with their evaluation of this name, if all may be ranked by it.
 
     Raises ValueError that says why not and what to do: a run that is not complete or not evaluated; an
-    evaluation on data that it was trained or chosen with, with unusual settings, or of a checkpoint that is no
+    evaluation on data that it was trained or chosen with, with non-default settings, or of a checkpoint that is no
     longer the best; evaluations on different questions.
     """
     from coconut.runs.record import read_run
@@ -110,12 +110,12 @@ def comparable_runs(names: Sequence[str], name: str = "test") -> list[Comparable
         f"without the evaluation {name!r}",
         "Evaluate first, with the command above.",
     )
-    runs = [_entrant(record, name) for record in records]
+    runs = [_comparable(record, name) for record in records]
     _refuse_known(runs, name)
     _refuse(
-        [f"{run.folder}: {told}" for run in runs if (told := _not_the_usual(run))],
-        f"not evaluated ({name!r}) as the others are, at its best and with the usual settings",
-        "Evaluate again: python -m coconut.evaluate run=DIR.",
+        [f"{run.folder}: {problem}" for run in runs if (problem := _not_comparable_because(run))],
+        f"not evaluated ({name!r}) as the others are, at its best and with the default settings",
+        "Evaluate again: coconut evaluate run=DIR.",
     )
     _refuse_other_questions(runs, name)
     return runs
@@ -129,11 +129,11 @@ def _refuse(cases: Sequence[str], what: str, remedy: str) -> None:
 
 def _evaluate(record: RunRecord, name: str) -> str:
     data = record.config["data"]
-    own = name == "test" and (data["test"] or data["prefix"] or data["build"])
-    return f"python -m coconut.evaluate run={shlex.quote(str(record.folder))}" + ("" if own else " data.test=FILE")
+    has_file = name == "test" and (data["test"] or data["prefix"] or data["build"])
+    return f"coconut evaluate run={shlex.quote(str(record.folder))}" + ("" if has_file else " data.test=FILE")
 
 
-def _entrant(record: RunRecord, name: str) -> ComparableRun:
+def _comparable(record: RunRecord, name: str) -> ComparableRun:
     """Raises ValueError if the predictions do not belong to the evaluation."""
     found, file = record.evaluations[name], record.folder / "evaluation" / f"{name}.predictions.jsonl"
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
@@ -191,10 +191,10 @@ def _refuse_known(runs: Sequence[ComparableRun], name: str) -> None:
     )
 
 
-def _not_the_usual(run: ComparableRun) -> str | None:
+def _not_comparable_because(run: ComparableRun) -> str | None:
     best = run.record.best
     if not run.found["default_settings"]:
-        return "unusual settings (another checkpoint, number of thoughts, limit or precision)"
+        return "non-default settings (another checkpoint, number of thoughts, limit or precision)"
     if best and run.found["step"] != best["step"]:
         return f"update {run.found['step']:,} was evaluated, and the best is {best['step']:,}"
     return None
@@ -207,7 +207,7 @@ def _refuse_other_questions(runs: Sequence[ComparableRun], name: str) -> None:
     if len(files) < 2:
         return
     same_file = len({digest for digest, _ in files}) == 1
-    told = [
+    listed_files = [
         f"{chosen[0].found['file']}, SHA-256 {digest[:8]}, {len(chosen[0].questions):,} questions: "
         + ", ".join(str(run.folder) for run in chosen)
         for (digest, _), chosen in files.items()
@@ -216,7 +216,9 @@ def _refuse_other_questions(runs: Sequence[ComparableRun], name: str) -> None:
         remedy = "Evaluate them again, without too_long=skip if there are questions that some leave out."
     else:
         remedy = "Evaluate every run with the same data.test=FILE, and name that evaluation here with split=."
-    raise ValueError(f"The runs answered different questions ({name!r}):\n  " + "\n  ".join(told) + f"\n{remedy}")
+    raise ValueError(
+        f"The runs answered different questions ({name!r}):\n  " + "\n  ".join(listed_files) + f"\n{remedy}"
+    )
 
 
 # What a run is.
@@ -239,8 +241,8 @@ def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, 
     }
     began, length = _origin(config, description)
     made_of = {**identity(config), "data": data, "curriculum": {**curriculum, "total_length": length}, "init": began}
-    own = TrainConfig.__annotations__  # what training alone has tells the most, and comes first
-    made_of = dict(sorted(made_of.items(), key=lambda item: item[0] not in own))
+    training_keys = TrainConfig.__annotations__  # what training alone has tells the most, and comes first
+    made_of = dict(sorted(made_of.items(), key=lambda item: item[0] not in training_keys))
     settings = {key: value for key, value in _flat(made_of).items() if key not in NO_SETTINGS}
     if began and curriculum["start_stage"]:
         settings["curriculum.start_stage"] = curriculum["start_stage"]
@@ -270,7 +272,7 @@ def _skipped(method: str, values: Mapping[str, Any]) -> int | None:
     curriculum = Curriculum.from_dict(dict(values))
     if curriculum.length_unit is not Unit.updates:
         return None
-    whole = plan(method, replace(curriculum, start_stage=0, total=10**9))
+    whole = plan(method, replace(curriculum, start_stage=0, total_length=10**9))
     return sum(stage.length for stage in whole.stages if stage.index < curriculum.start_stage)
 
 

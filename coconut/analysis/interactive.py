@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asker:
+class InteractiveModel:
     """A trained model and the rows whose questions can be drawn. It answers one question at a time.
 
     `about`: what the page says of the run.
@@ -150,17 +150,17 @@ def right_answer(question: str, parsed: prosqa.Question) -> str | None:
 
 def picture(question: str, parsed: prosqa.Question, right: str | None) -> dict[str, Any]:
     """The graph to be drawn: its nodes with column and row, in the order of their distance from the root."""
-    told = prosqa.graph(question)
-    places = place_nodes(told, parsed.root)
-    distance = dict(networkx.single_source_shortest_path_length(told, parsed.root))
+    graph = prosqa.graph(question)
+    places = place_nodes(graph, parsed.root)
+    distance = dict(networkx.single_source_shortest_path_length(graph, parsed.root))
     target = prosqa.read_target(right) if right else None
-    order = sorted(told, key=lambda node: (node not in distance, places[node][0], -places[node][1]))
+    order = sorted(graph, key=lambda node: (node not in distance, places[node][0], -places[node][1]))
     return {
         "nodes": [{"name": node, "x": places[node][0], "y": -places[node][1]} for node in order],
-        "edges": list(told.edges),
+        "edges": list(graph.edges),
         "root": parsed.root,
         "options": parsed.options,
         "target": target,
-        "way": networkx.shortest_path(told, parsed.root, target) if target in distance else [],
+        "way": networkx.shortest_path(graph, parsed.root, target) if target in distance else [],
         "symbolic": parsed.symbolic,
     }

@@ -55,20 +55,20 @@ def audit_thoughts(subject: Subject) -> Study:
     Raises Unfit if the model has no latent thoughts.
     """
     subject.need_thoughts()
-    usual = subject.baseline
-    rows: Rows = {"none": _row(subject, "none", "as trained", usual)}
-    guess = usual.result.chance_accuracy
+    baseline = subject.baseline
+    rows: Rows = {"none": _row(subject, "none", "as trained", baseline)}
+    guess = baseline.result.chance_accuracy
     lost = None
-    for name, told, thoughts_NKD in changed_thoughts(usual.thoughts):
+    for name, label, thoughts_NKD in changed_thoughts(baseline.thoughts):
         found = subject.ask(thoughts=thoughts_NKD)
-        rows[name] = _row(subject, name, told, found)
+        rows[name] = _row(subject, name, label, found)
         if name == "other":
-            before, after = (np.array([p.correct for p in each.predictions]) for each in (usual, found))
+            before, after = (np.array([p.correct for p in each.predictions]) for each in (baseline, found))
             lost = share_lost(before, after, guess or 0.0)
     for count in range(subject.num_trained_thoughts + MORE + 1):
         if count != subject.num_trained_thoughts:
-            name, told = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
-            rows[name] = _row(subject, name, told, subject.forced(count))
+            name, label = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
+            rows[name] = _row(subject, name, label, subject.forced(count))
     facts = {"chance_accuracy": guess, "lost": lost, "verdict": thoughts_verdict(rows, guess, lost)}
     return Study("audit_thoughts", list(rows.values()), facts)
 
@@ -120,12 +120,12 @@ def others(count: int) -> np.ndarray:
     return found
 
 
-def _row(subject: Subject, change: str, told: str, found: Evaluated) -> dict[str, Any]:
+def _row(subject: Subject, change: str, label: str, found: Evaluated) -> dict[str, Any]:
     before = subject.baseline.predictions
     was_right, is_right = ([p.correct for p in predictions] for predictions in (before, found.predictions))
     accuracy, low, high = _share(is_right)
-    row: dict[str, Any] = {"change": change, "told": told, "questions": len(is_right), "accuracy": accuracy, "low": low,
-                           "high": high}  # fmt: skip
+    row: dict[str, Any] = {"change": change, "label": label, "questions": len(is_right),
+                           "accuracy": accuracy, "low": low, "high": high}  # fmt: skip
     neither = {"neither": _neither(subject, found.predictions)}
     if change == "none":
         same = ("difference", "difference_low", "difference_high", "changed", "changed_low", "changed_high")
@@ -177,10 +177,10 @@ def thoughts_verdict(rows: Rows, guess: float | None, lost: tuple[float, float, 
     measured in what the model has above guessing (`share_lost`). Used, or used in part: surely FEW of it or
     more, and MOST of it or less. Hardly used: surely less than FEW. Otherwise it cannot be told.
     """
-    usual = rows["none"]
+    as_trained = rows["none"]
     than = "" if guess is None else f", where guessing gives {_percent(guess)}"
     if lost is None:
-        why = f"{_percent(usual['accuracy'])} of {usual['questions']} questions are right as trained{than}"
+        why = f"{_percent(as_trained['accuracy'])} of {as_trained['questions']} questions are right as trained{than}"
         return [f"It cannot be told whether the thoughts are used: {why}. Nothing is there that could surely be lost."]
     other, (share, least, most) = rows["other"], lost
     if least >= FEW:
@@ -189,7 +189,7 @@ def thoughts_verdict(rows: Rows, guess: float | None, lost: tuple[float, float, 
         first = "The thoughts are hardly used"
     else:
         first = "It cannot be told whether the thoughts are used"
-    numbers = f"{_told(other)} are right instead of {_percent(usual['accuracy'])}{than}"
+    numbers = f"{_right(other)} are right instead of {_percent(as_trained['accuracy'])}{than}"
     if other["neither"]:
         numbers += f"; {_percent(other['neither'])} of the answers are then none of the options"
     found = [f"{first}: with the thoughts of another question {numbers}."]
@@ -206,24 +206,24 @@ def thoughts_verdict(rows: Rows, guess: float | None, lost: tuple[float, float, 
         )
     if singles := [row for name, row in rows.items() if name.startswith("thought_")]:
         worst = min(singles, key=lambda row: row["difference"])
-        which, told = worst["change"].removeprefix("thought_"), f"with its mean in its place {_told(worst)}"
+        which, effect = worst["change"].removeprefix("thought_"), f"with its mean in its place {_right(worst)}"
         if _falls(worst):
-            found.append(f"Of single thoughts, number {which} is missed most: {told}.")
+            found.append(f"Of single thoughts, number {which} is missed most: {effect}.")
         else:
-            found.append(f"No single thought is surely missed; number {which} costs most, {told}.")
+            found.append(f"No single thought is surely missed; number {which} costs most, {effect}.")
     if "count_0" in rows:
         found.append(
-            f"Without any thought {_told(rows['count_0'])}; the model may then write what it would have thought."
+            f"Without any thought {_right(rows['count_0'])}; the model may then write what it would have thought."
         )
     return found
 
 
 def _on_content(row: dict[str, Any], guess: float | None) -> str:
-    told = f"with the mean over questions in place of each thought {_told(row)}"
+    effect = f"with the mean over questions in place of each thought {_right(row)}"
     if not _falls(row):
-        return f"That their content is needed is not seen: {told}."
+        return f"That their content is needed is not seen: {effect}."
     guessing = guess is not None and row["low"] <= guess <= row["high"]
-    return f"Their content is needed: {told}" + (", which is not surely better than guessing." if guessing else ".")
+    return f"Their content is needed: {effect}" + (", which is not surely better than guessing." if guessing else ".")
 
 
 def _falls(row: dict[str, Any]) -> bool:
@@ -235,7 +235,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _told(row: dict[str, Any]) -> str:
+def _right(row: dict[str, Any]) -> str:
     return f"{_percent(row['accuracy'])} ({_difference(row)})"
 
 
@@ -279,15 +279,15 @@ def audit_edges(subject: Subject) -> Study:
         goals = [replace(subject.examples[i], steps=(), answer=_other_answer(subject, i)) for i in asked]
         turned = [replace(goal, question=redirections[i].question) for i, goal in zip(asked, goals, strict=True)]
         again = subject.ask(turned)
-        told = "an edge turned towards the other option"
-        rows["redirected"] = _edge_row(subject, "redirected", told, asked, again, followed=True)
+        label = "an edge turned towards the other option"
+        rows["redirected"] = _edge_row(subject, "redirected", label, asked, again, followed=True)
         if latent:
             name, found = "redirected_old_thoughts", subject.ask(turned, thoughts=subject.baseline.thoughts[asked])
             rows[name] = _edge_row(subject, name, "an edge turned, thoughts from before", asked, found, followed=True)
             name, found = "redirected_thoughts_only", subject.ask(goals, thoughts=again.thoughts)
             rows[name] = _edge_row(subject, name, "no edge turned, thoughts as if", asked, found, followed=True)
     left_out = {"redirected": len(right) - len(redirections)}
-    for name, told, edit in (
+    for name, label, edit in (
         ("removed", "an edge removed that all ways to the answer take", remove_on_way),
         ("removed_elsewhere", "an edge removed on no way to an option", remove_elsewhere),
     ):
@@ -295,7 +295,7 @@ def audit_edges(subject: Subject) -> Study:
         left_out[name] = len(right) - len(questions)
         if questions:
             cut = [replace(subject.examples[i], question=question) for i, question in questions.items()]
-            rows[name] = _edge_row(subject, name, told, list(questions), subject.ask(cut), followed=False)
+            rows[name] = _edge_row(subject, name, label, list(questions), subject.ask(cut), followed=False)
     facts = {
         "chance_accuracy": subject.baseline.result.chance_accuracy,
         "right": len(right),
@@ -318,12 +318,12 @@ def _other_answer(subject: Subject, index: int) -> str:
 
 
 def _edge_row(
-    subject: Subject, change: str, told: str, asked: Sequence[int], found: Evaluated, *, followed: bool
+    subject: Subject, change: str, label: str, asked: Sequence[int], found: Evaluated, *, followed: bool
 ) -> dict[str, Any]:
     before = [subject.baseline.predictions[i] for i in asked]
     follows = _share([p.correct for p in found.predictions]) if followed else None
     changed = _share(_unlike(subject.task, before, found.predictions))
-    return {"change": change, "told": told, "questions": len(asked), **_named("followed", follows),
+    return {"change": change, "label": label, "questions": len(asked), **_named("followed", follows),
             **_named("changed", changed)}  # fmt: skip
 
 
@@ -339,13 +339,13 @@ def edges_verdict(rows: Rows) -> list[str]:
         ]
     redirected = rows["redirected"]
     count, share = redirected["questions"], _percent(redirected["followed"])
-    told = f"of {count} answers, {share} name the other option once an edge is turned so that only it is reachable"
+    effect = f"of {count} answers, {share} name the other option once an edge is turned so that only it is reachable"
     follows: dict[bool | None, str] = {
         True: "The answer follows the graph",
         False: "The answer does not follow the graph",
         None: "It cannot be told whether the answer follows the graph",
     }
-    on_graph = f"{follows[_most(redirected)]}: {told}."
+    on_graph = f"{follows[_most(redirected)]}: {effect}."
     found = []
     if "redirected_old_thoughts" in rows and _most(redirected):
         old, alone = rows["redirected_old_thoughts"], rows["redirected_thoughts_only"]

@@ -35,10 +35,9 @@ SHOWN_TOKENS = 5
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A trained model and the questions that it is examined with; what several studies need is made once.
+    """A trained model and the questions to measure it with. Results that several studies need are computed once.
 
-    Every question leaves room for MORE thoughts than the model's own. `knows_fewer`: whether the run was
-    also trained with fewer.
+    Every question leaves room for MORE thoughts than the model's own.
     """
 
     lm: LatentLM
@@ -65,7 +64,7 @@ class Subject:
         return self._made[count]
 
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
-        """`coconut.evaluate.evaluate` with this model, on these or on all examples."""
+        """`evaluate` with this model, on these or on all examples."""
         asked = self.examples if examples is None else examples
         return evaluate(self.lm, self.task, asked, batch_size=self.batch_size, **options)
 

@@ -32,7 +32,7 @@ from coconut.utils.overrides import quoted
 
 RESAMPLES = 10_000
 LEVEL = 0.05  # a p value above it tells nothing apart
-CUT = 0.01  # share of cut answers from which on a reader is told
+CUT = 0.01  # share of truncated answers above which a warning is given
 SHOWN_KEYS = 3  # differing keys in a label
 
 
@@ -301,7 +301,7 @@ def _command(config: TableConfig) -> str:
     named = [f"runs={shlex.quote(runs)}"]
     if config.split != TableConfig.split:
         named.append(f"split={shlex.quote(config.split)}")
-    return " ".join(["python -m coconut.analyze table", *named])
+    return " ".join(["coconut analyze table", *named])
 
 
 def _row(group: Group) -> dict[str, Any]:
@@ -347,48 +347,48 @@ def describe_seeds(seeds: Sequence[int]) -> str:
 
 
 def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
-    told = [_alike(labels, pairs) for labels in alike(groups, pairs)]
+    warnings = [_alike(labels, pairs) for labels in alike(groups, pairs)]
     single = [group.label for group in groups if len(group.runs) == 1]
     if single and len(groups) > 1:
-        told.append(f"Only one seed of {listed(single)}: a difference may be the seed's and not the method's.")
+        warnings.append(f"Only one seed of {listed(single)}: a difference may be the seed's and not the method's.")
     compared = {frozenset((pair.a, pair.b)) for pair in pairs}
     order = [group.label for group in ranked(groups)]
     apart = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if frozenset((a, b)) not in compared]
     if apart:
-        told.append("No seed in common, so not compared: " + "; ".join(f"{a} and {b}" for a, b in apart) + ".")
+        warnings.append("No seed in common, so not compared: " + "; ".join(f"{a} and {b}" for a, b in apart) + ".")
     if same_in_all([group.seeds for group in groups]) is None:
-        told.append("Not all methods have the same seeds. Pairs are compared on the seeds that both have.")
+        warnings.append("Not all methods have the same seeds. Pairs are compared on the seeds that both have.")
     runs = [run for group in groups for run in group.runs]
     if len(sizes := {run.found.get("batch_size") for run in runs}) > 1:
         known = ", ".join(sorted("not known" if size is None else str(size) for size in sizes))
-        told.append(f"Times were taken at different batch sizes ({known}), so they cannot be compared.")
+        warnings.append(f"Times were taken at different batch sizes ({known}), so they cannot be compared.")
     if same_in_all([updates_of(run) for run in runs]) is None:
         least, most = min(map(updates_of, runs)), max(map(updates_of, runs))
-        told.append(f"Not all were trained equally long: {least:,} to {most:,} updates.")
+        warnings.append(f"Not all were trained equally long: {least:,} to {most:,} updates.")
     cut = [f"{group.label} {100 * group.mean('truncated'):.1f} %" for group in groups if group.mean("truncated") >= CUT]
     if cut:
-        told.append(f"Answers cut off at the limit of new tokens: {listed(cut)}.")
+        warnings.append(f"Answers cut off at the limit of new tokens: {listed(cut)}.")
     seen = most_seen([run.found for run in runs])
     if seen and any(seen.values()):
-        told.append(
+        warnings.append(
             f"Not all is unseen: {describe_questions(runs[0].found['count'], seen)} of the run that saw the most."
         )
     elif seen is None:
-        told.append("Not every run says which questions it has seen, so some may be in its training data.")
+        warnings.append("Not every run says which questions it has seen, so some may be in its training data.")
     if left_out := max(run.found["left_out"] for run in runs):
-        told.append(f"{left_out:,} questions of the file were left out, too long for the model's context.")
-    return told
+        warnings.append(f"{left_out:,} questions of the file were left out, too long for the model's context.")
+    return warnings
 
 
 def _alike(labels: Sequence[str], pairs: Sequence[Pair]) -> str:
     among = [pair for pair in pairs if pair.a in labels and pair.b in labels]
     widest = max(among, key=lambda pair: abs(pair.difference))
-    told = f"{listed(labels)} cannot be told apart on these questions: "
-    told += "difference" if len(among) == 1 else f"the largest difference, {widest.a} to {widest.b}, is"
-    told += (
+    text = f"{listed(labels)} cannot be told apart on these questions: "
+    text += "difference" if len(among) == 1 else f"the largest difference, {widest.a} to {widest.b}, is"
+    text += (
         f" {points(widest.difference)} points, 95 % interval {describe_interval(widest)}, {describe_p(widest.p_holm)}."
     )
-    return told if widest.p_holm > LEVEL else f"{told} These runs differ; with other seeds it may be otherwise."
+    return text if widest.p_holm > LEVEL else f"{text} These runs differ; with other seeds it may be otherwise."
 
 
 def points(share: float) -> str:

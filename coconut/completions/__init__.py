@@ -1,1 +1,1 @@
-"""Sampled answers: groups of them, their batches and log-probabilities."""
+"""Sampled completions: groups of them, their batches and log-probabilities."""

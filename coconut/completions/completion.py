@@ -1,4 +1,4 @@
-"""One sampled answer: what was sampled, what was forced, what it cost."""
+"""One completion: its tokens, their log-probabilities, and its cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an answer took. `passes`: forward passes one after the other, for prefix, thoughts and tokens."""
+    """The compute of one completion. `passes`: sequential forward passes for the prompt, thoughts and tokens."""
 
     passes: int
     num_thoughts: int
@@ -29,10 +29,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: which of its tokens were sampled (`layout`: its targets), and how likely they were.
+    """A completion with its prompt, and the log-probabilities of its sampled tokens.
 
-    Forced are the question, a control token that was not the model's choice, markers, thoughts and pauses.
-    `log_probs` (its sampled tokens,), in float32: at the temperature, among the tokens that may stand there.
+    layout: prompt and completion. Its targets are the sampled tokens: the completion and, if the model chose its mode,
+        the control token. Not sampled are the question, a forced control token, markers, thoughts and pauses.
+    log_probs: (sampled tokens,), float32, under the sampling distribution: at the temperature, among the tokens that
+        are allowed at the position. Zeros if they are unknown.
+    new_tokens: without the end of the sequence.
+    truncated: the token limit was reached before the end of the sequence.
     """
 
     layout: Layout
@@ -45,17 +49,17 @@ class Completion:
 
     @property
     def is_control(self) -> Tensor:
-        """(its sampled tokens,)"""
+        """(sampled tokens,) true for a sampled control token, which comes first."""
         return torch.arange(len(self.log_probs)) < int(self.layout.control >= 0)
 
     @property
     def passes(self) -> int:
-        """Of a forward pass over the whole answer."""
+        """Sequential passes of a teacher-forced forward: one for each thought, and one for the rest."""
         return self.num_thoughts + 1
 
     @property
     def cost(self) -> Cost:
-        """What it took to say it."""
+        """What generating it took."""
         passes = forward_passes(self.new_tokens, self.truncated, self.num_thoughts, self.mode)
         return Cost(passes, self.num_thoughts, self.new_tokens)
 
@@ -64,51 +68,52 @@ class Completion:
         """The tokens after the prompt."""
         return self.layout.ids[self.layout.num_prompt :].tolist()
 
-    def saying(self, said: Sequence[int]) -> Completion:
-        """The same question, mode and thoughts with another answer, of which nobody knows how likely it is."""
-        ids = np.array([*self.layout.ids[: self.layout.num_prompt], *said], np.int32)
+    def with_completion_ids(self, completion_ids: Sequence[int]) -> Completion:
+        """The same prompt with other tokens after it; `log_probs` are zeros, `text` is empty."""
+        ids = np.array([*self.layout.ids[: self.layout.num_prompt], *completion_ids], np.int32)
         return replace(
-            self, layout=replace(self.layout, ids=ids, control=-1), log_probs=torch.zeros(len(said)), text=""
+            self, layout=replace(self.layout, ids=ids, control=-1), log_probs=torch.zeros(len(completion_ids)), text=""
         )
 
     def without_targets(self) -> Completion:
-        """The same row with nothing in it that counts, for a process that has no other while others compute."""
+        """The same row without targets: a placeholder for a rank that has no row left in a collective forward pass."""
         layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
         return replace(self, layout=layout, log_probs=self.log_probs[:0])
 
 
-def needs(samples: Sequence[Completion]) -> tuple[int, int]:
-    """Of a forward pass over these answers: how many passes it takes, and how many tokens the longest has."""
-    return max(sample.passes for sample in samples), max(len(sample.layout.ids) for sample in samples)
+def passes_and_length(completions: Sequence[Completion]) -> tuple[int, int]:
+    """The sequential passes that a batch of these completions takes, and the tokens of the longest with its prompt."""
+    longest = max(len(completion.layout.ids) for completion in completions)
+    return max(completion.passes for completion in completions), longest
 
 
 def shard_by_length(
-    needed: Sequence[tuple[int, int]], size: int, rank: int = 0, ranks: int = 1
+    sizes: Sequence[tuple[int, int]], size: int, rank: int = 0, ranks: int = 1
 ) -> list[tuple[list[int], int]]:
-    """The places of the answers, or pairs of them, that one process of `ranks` takes at a time, at most `size` of them,
-    and the passes.
+    """Divide items (completions, or pairs of them) of similar length into micro-batches of one rank of `ranks`.
 
-    `needed`: of each, see `needs`. Those of like lengths go together, and all processes take equally many passes. A
-    process for which none is left takes place -1.
+    sizes: `passes_and_length` of each item. size: the most items in a micro-batch.
+    Returns, for each micro-batch, the indices of its items and the number of passes. All ranks get as many
+    micro-batches, with as many passes in each; a rank without an item left gets the index -1.
     """
-    order = sorted(range(len(needed)), key=lambda i: needed[i])
-    parts = [order[first : first + size * ranks] for first in range(0, len(order), size * ranks)]
-    return [(part[rank::ranks] or [-1], max(needed[i][0] for i in part)) for part in parts]
+    by_length = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    parts = [by_length[first : first + size * ranks] for first in range(0, len(by_length), size * ranks)]
+    return [(part[rank::ranks] or [-1], max(sizes[i][0] for i in part)) for part in parts]
 
 
 def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Completion]:
-    """The answers in these rows, to one question (its token ids), of `lm.generate(log_probs=True)`."""
+    """The completions of one question (its token ids) in these rows of the output of `lm.generate(log_probs=True)`."""
     assert out.log_probs is not None
-    return [_sample(lm, question, out, row, out.log_probs[row]) for row in rows]
+    return [_completion(lm, question, out, row, out.log_probs[row]) for row in rows]
 
 
-def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Completion:
+def _completion(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Completion:
     mode, count = out.modes[row], int(out.num_thoughts[row])
-    chosen = out.mode_log_probs[row] if mode else None
-    how_likely = [log_probs] if chosen is None else [torch.tensor([chosen]), log_probs]
+    mode_log_prob = out.mode_log_probs[row] if mode else None
+    all_log_probs = [log_probs] if mode_log_prob is None else [torch.tensor([mode_log_prob]), log_probs]
     return Completion(
-        layout=_layout(lm, question, mode, count, out.completion_ids(row), sampled=chosen is not None),
-        log_probs=torch.cat(how_likely),
+        layout=_layout(lm, question, mode, count, out.completion_ids(row), control_sampled=mode_log_prob is not None),
+        log_probs=torch.cat(all_log_probs),
         text=out.texts[row],
         mode=mode,
         new_tokens=int(out.lengths[row]),
@@ -117,63 +122,77 @@ def _sample(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log
     )
 
 
-def _layout(lm: LatentLM, question: Sequence[int], mode: str, count: int, said: Sequence[int], sampled: bool) -> Layout:
+def _layout(
+    lm: LatentLM, question: Sequence[int], mode: str, count: int, completion_ids: Sequence[int], control_sampled: bool
+) -> Layout:
     reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
     control = [lm.special.control[mode]] if mode else []
-    in_slot = count if reasoning.slot is Slot.thought else count or reasoning.num_thoughts  # no pause is a thought
-    before = [*question, *control, *slot_ids(reasoning, lm.special, in_slot).tolist()]
+    # `Generated.num_thoughts` is 0 for pauses, whose number is fixed
+    in_slot = count if reasoning.slot is Slot.thought else count or reasoning.num_thoughts
+    prompt = [*question, *control, *slot_ids(reasoning, lm.special, in_slot).tolist()]
     return Layout(
-        ids=np.array([*before, *said], np.int32),
-        num_prompt=len(before),
+        ids=np.array([*prompt, *completion_ids], np.int32),
+        num_prompt=len(prompt),
         slot_start=len(question) + len(control) + reasoning.markers,
-        control=len(question) if sampled else -1,
+        control=len(question) if control_sampled else -1,
     )
 
 
-def question_of(lm: LatentLM, sample: Completion) -> list[int]:
-    """The question's tokens, without control token and slot."""
-    reasoning = lm.reasoning.in_mode(sample.mode) if sample.mode else lm.reasoning
-    return sample.layout.ids[: sample.layout.slot_start - reasoning.markers - bool(sample.mode)].tolist()
+def question_of(lm: LatentLM, completion: Completion) -> list[int]:
+    """The question's token ids, without control token and slot."""
+    reasoning = lm.reasoning.in_mode(completion.mode) if completion.mode else lm.reasoning
+    return completion.layout.ids[: completion.layout.slot_start - reasoning.markers - bool(completion.mode)].tolist()
 
 
 def completion_from_ids(
     lm: LatentLM,
     question: Sequence[int],
-    said: Sequence[int],
+    completion_ids: Sequence[int],
     *,
     text: str,
     mode: str = "",
     num_thoughts: int | None = None,
 ) -> Completion:
-    """An answer that was given before, of which nobody knows how likely it was: its log-probabilities are zeros."""
+    """A completion from given token ids. Its log-probabilities are unknown, and set to zero.
+
+    `num_thoughts`: by default those of the model. Without the end of the sequence it counts as truncated.
+    """
     reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
-    ended = bool(said) and said[-1] == lm.special.eos
-    layout = _layout(lm, question, mode, count, said, sampled=False)
-    return Completion(layout, torch.zeros(len(said)), text, mode, len(said) - ended, count, truncated=not ended)
+    has_eos = bool(completion_ids) and completion_ids[-1] == lm.special.eos
+    layout = _layout(lm, question, mode, count, completion_ids, control_sampled=False)
+    return Completion(
+        layout,
+        torch.zeros(len(completion_ids)),
+        text,
+        mode,
+        len(completion_ids) - has_eos,
+        count,
+        truncated=not has_eos,
+    )
 
 
 def longest_completions(lm: LatentLM, question: Sequence[int], limit: int) -> list[Completion]:
-    """In each mode an answer to this question that is cut off after so many tokens, all alike."""
-    found = []
+    """For each mode, a truncated completion of `limit` tokens: the largest that generation can give."""
+    completions = []
     for mode in lm.reasoning.modes or ("",):
         count = (lm.reasoning.in_mode(mode) if mode else lm.reasoning).num_thoughts
-        said = _layout(lm, question, mode, count, [lm.special.eos] * limit, sampled=bool(mode))
-        likely = torch.zeros(limit + bool(mode))
-        found.append(Completion(said, likely, "", mode, limit, count, truncated=True))
-    return found
+        layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
+        log_probs = torch.zeros(limit + bool(mode))
+        completions.append(Completion(layout, log_probs, "", mode, limit, count, truncated=True))
+    return completions
 
 
 def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
-    """Raise ValueError if an answer, with its question so many tokens long, is longer than the model's context."""
+    """Raise ValueError if a completion is too long for the model; `lengths` are in tokens, with the prompt."""
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise ValueError(
-            f"{len(too_long)} of {len(lengths)} answers are, with their questions, longer than the model's context of "
-            f"{lm.max_sequence_length} tokens: {named('answer', too_long, lengths)}. Leave them out."
+            f"{len(too_long)} of {len(lengths)} completions are, with their prompts, longer than the model's context "
+            f"of {lm.max_sequence_length} tokens: {list_lengths('completion', too_long, lengths)}. Leave them out."
         )
 
 
-def named(what: str, places: Sequence[int], lengths: Sequence[int]) -> str:
-    """The first of them by their numbers, with their lengths."""
-    shown = ", ".join(f"{what} {i + 1} ({lengths[i]} tokens)" for i in places[:5])
-    return shown + (f" and {len(places) - 5} more" if len(places) > 5 else "")
+def list_lengths(noun: str, indices: Sequence[int], lengths: Sequence[int]) -> str:
+    """The first five of these items, counted from 1, with their lengths: "question 3 (120 tokens), ... and 2 more"."""
+    shown = ", ".join(f"{noun} {i + 1} ({lengths[i]} tokens)" for i in indices[:5])
+    return shown + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")

@@ -1,6 +1,6 @@
-"""Groups of sampled answers, rewarded: what the policy learns from.
+"""Rollouts: groups of completions sampled from a policy, with their rewards.
 
-Shapes: S answers of a group.
+Shapes: S completions of a group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, Cost, completions_of, longest_completions, named
+from coconut.completions.completion import Completion, Cost, completions_of, list_lengths, longest_completions
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
@@ -30,18 +30,18 @@ THINKLESS_COSTS = {"short": 0.0, "think": 0.5}  # Fang et al., arXiv 2505.13379,
 
 
 class Reward(Protocol):
-    """How good an answer is. `mode`: of a hybrid model, how it was answered, else an empty text."""
+    """The reward of one completion, a finite number. `mode`: the mode of a hybrid model, else an empty string."""
 
     def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float: ...
 
 
 @dataclass(frozen=True)
 class CorrectnessReward:
-    """1 for a right answer, less the cost of its mode; `wrong` for any other.
+    """1 minus the mode's cost for a right answer, `incorrect_reward` for a wrong one.
 
-    A mode without a cost has none. The mode is the one that was answered in, by its token: what the text says of modes
-    changes nothing. `limits`: the most new tokens of a mode; a longer answer earns `wrong`, or else a mode that costs
-    nothing learns to do what the others do.
+    mode_costs: a mode that is not named costs nothing. The mode is given by the control token, not by the text.
+    max_mode_tokens: the most new tokens of a mode. A longer completion earns `incorrect_reward`: without a limit, a
+        mode that costs nothing can learn to write what the others write.
     """
 
     task: Task
@@ -51,24 +51,24 @@ class CorrectnessReward:
     max_mode_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, example: Example, text: str, mode: str, cost: Cost, /) -> float:
-        if cost.new_tokens > self.max_mode_tokens.get(mode, cost.new_tokens) or not self.right(example, text):
+        if cost.new_tokens > self.max_mode_tokens.get(mode, cost.new_tokens) or not self.is_correct(example, text):
             return self.incorrect_reward
         return 1.0 - self.mode_costs.get(mode, 0.0)
 
-    def right(self, example: Example, text: str) -> bool:
+    def is_correct(self, example: Example, text: str) -> bool:
         return self.task.judge(self.task.read_answer(text, self.form), example.answer)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The answers to one question, with their `rewards` (S,), float32."""
+    """The completions of one question, with their `rewards` (S,), float32."""
 
     example: Example
     completions: tuple[Completion, ...]
     rewards: Tensor
 
 
-def with_room(
+def examples_that_fit(
     lm: LatentLM,
     examples: Sequence[Example],
     limit: int,
@@ -77,22 +77,22 @@ def with_room(
     advice: str,
     mode: str | None = None,
 ) -> list[Example]:
-    """The examples whose questions leave room for an answer of so many tokens in every mode, or in the one that is
-    forced.
+    """The examples whose questions leave room for `limit` new tokens, in every mode or in `mode`.
 
-    Raises ValueError that names the others, unless `skip`.
+    The others are left out with `skip`; else ValueError is raised, which names them in `file` and ends with `advice`.
     """
-    forms = longest_completions(lm, [], limit)
-    room = lm.max_sequence_length - max(len(form.layout.ids) for form in [f for f in forms if f.mode == mode] or forms)
-    asked = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
-    lengths = [len(row) for row in asked]
+    longest = longest_completions(lm, [], limit)
+    in_mode = [completion for completion in longest if completion.mode == mode] or longest
+    room = lm.max_sequence_length - max(len(completion.layout.ids) for completion in in_mode)
+    questions = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
+    lengths = [len(row) for row in questions]
     too_long = [i for i, length in enumerate(lengths) if length > room]
     if not too_long:
         return list(examples)
     if not skip or len(too_long) == len(examples):
         raise ValueError(
             f"{file}: {len(too_long)} of {len(examples)} questions leave no room for an answer of {limit} tokens in "
-            f"the model's context of {lm.max_sequence_length}: {named('question', too_long, lengths)}. {advice}"
+            f"the model's context of {lm.max_sequence_length}: {list_lengths('question', too_long, lengths)}. {advice}"
         )
     log(f"Left out {len(too_long)} of {len(examples)} questions of {file}, too long for the model's context.")
     return [example for example, length in zip(examples, lengths, strict=True) if length <= room]
@@ -110,40 +110,43 @@ def sample_groups(
     max_new_tokens: int | None = None,
     batch_size: int = 64,
 ) -> list[Group]:
-    """So many answers to each question, sampled and rewarded.
+    """Sample `samples` completions of each question, and reward them.
 
-    A question and its thoughts are read once for all its answers, `batch_size` questions at a time. What is sampled
-    depends on `seed` alone, numbers such as (seed, step, process), and no other draw depends on it. `mode` is forced on
-    a hybrid model. Raises ValueError for a reward that is not one finite number.
+    seed: numbers such as (seed, step, rank). What is sampled depends on them alone; the global random state is kept.
+    mode: the mode to force on a hybrid model.
+    batch_size: questions at a time. Prompt and thoughts are computed once for all completions of a question.
+    Raises ValueError for a reward that is not one finite number.
     """
     rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     groups: dict[int, Group] = {}
     with seeded(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)), lm.device):
-        for places in longest_first(rows, batch_size):
-            ids, mask = pad_rows([rows[place] for place in places], lm.special.pad)
+        for indices in longest_first(rows, batch_size):
+            ids, mask = pad_rows([rows[index] for index in indices], lm.special.pad)
             out = lm.generate(
                 ids, mask, do_sample=True, temperature=temperature, num_return_sequences=samples, mode=mode,
                 max_new_tokens=max_new_tokens, log_probs=True,
             )  # fmt: skip
-            for row, place in enumerate(places):
-                found = completions_of(lm, rows[place], out, range(row * samples, (row + 1) * samples))
-                groups[place] = _rewarded(examples[place], found, reward)
-    return [groups[place] for place in range(len(examples))]
+            for row, index in enumerate(indices):
+                completions = completions_of(lm, rows[index], out, range(row * samples, (row + 1) * samples))
+                groups[index] = _reward_group(examples[index], completions, reward)
+    return [groups[index] for index in range(len(examples))]
 
 
-def _rewarded(example: Example, samples: Sequence[Completion], reward: Reward) -> Group:
-    numbers = [rewarded(reward, example, sample.text, sample.mode, sample.cost) for sample in samples]
-    return Group(example, tuple(samples), torch.tensor(numbers))
+def _reward_group(example: Example, completions: Sequence[Completion], reward: Reward) -> Group:
+    rewards = [
+        checked_reward(reward, example, completion.text, completion.mode, completion.cost) for completion in completions
+    ]
+    return Group(example, tuple(completions), torch.tensor(rewards))
 
 
-def rewarded(reward: Reward, example: Example, text: str, mode: str, cost: Cost) -> float:
-    """What the reward gives. Raises ValueError that names the answer if it is not one finite number."""
+def checked_reward(reward: Reward, example: Example, text: str, mode: str, cost: Cost) -> float:
+    """The reward of a completion. Raises ValueError that names the completion if it is not one finite number."""
     value: Any = reward(example, text, mode, cost)
-    of = f"The reward of {text!r}, an answer to {example.question!r},"
+    subject = f"The reward of {text!r}, an answer to {example.question!r},"
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{of} is {value!r}; it must be one number for each answer.") from None
+        raise ValueError(f"{subject} is {value!r}; the function must return one number.") from None
     if not math.isfinite(number):
-        raise ValueError(f"{of} is {number}, which is not finite.")
+        raise ValueError(f"{subject} is {number}, which is not finite.")
     return number

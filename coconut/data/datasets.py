@@ -104,7 +104,7 @@ def _built_dataset(task: str, build: dict[str, Any], cache_dir: str | None) -> P
     if folder.is_dir():
         return folder
     clear_abandoned(cache, f".{task}-*")
-    log(" ".join([f"Building the data, once: python -m data_builders.{task}", *(f"{k}={v}" for k, v in build.items())]))
+    log(" ".join([f"Building the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]))
     keys = [f"{key}={_as_override(value)}" for key, value in build.items()]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
         if _run([f"data_builders.{task}", *keys, f"out_dir={folder.name}", f"name={task}"], part):

@@ -11,13 +11,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.utils.files import lone_surrogate, read_utf8
-
-if TYPE_CHECKING:
-    pass
-
 
 SHOWN_PROBLEMS = 10
 
@@ -58,9 +54,7 @@ def read_examples(path: Path | str) -> list[Example]:
     return examples
 
 
-def existing(
-    path: Path | str, advice: str = "Make one with python -m data_builders.NAME, or name your own file."
-) -> Path:
+def existing(path: Path | str, advice: str = "Make one with coconut data NAME, or name your own file.") -> Path:
     """Check that a file exists. Raises FileNotFoundError with the advice."""
     path = Path(path)
     if not path.is_file():

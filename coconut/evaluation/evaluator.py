@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coconut.data.examples import Example
-from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
@@ -86,6 +85,7 @@ def evaluate(
     task: Task,
     examples: Sequence[Example],
     *,
+    question_ids: Sequence[list[int]] | None = None,
     num_thoughts: int | None = None,
     thoughts: Tensor | None = None,
     stop: StopCriterion | None = None,
@@ -98,16 +98,17 @@ def evaluate(
 ) -> Evaluated:
     """Answer and judge every example, longest questions first, greedily.
 
+    `question_ids`: the encoded questions, where they are at hand.
     `thoughts` (N, K, D) are fed in place of the model's own; `stop` ends them early; `mode` is forced on
     a hybrid model (see `generate`).
     `on_batch(done, correct)` is called after each batch. The processes of a `world` share the examples, and
-    each is given the whole result. Raises Abandoned, in all of them, once `asked` is true in one.
+    each is given the whole result. Raises EvaluationInterrupted, in all of them, once `asked` is true in one.
     """
     import torch
 
     world = world or World()
     reasoning = lm.reasoning
-    rows = encode_questions(lm.tokenizer, [e.question for e in examples], reasoning.format)
+    rows = question_ids or encode_questions(lm.tokenizer, [e.question for e in examples], reasoning.format)
     predictions: dict[int, Prediction] = {}
     fed: dict[int, Tensor] = {}
     start = time.perf_counter()
@@ -165,13 +166,13 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
     """The steps that the model is expected to write; None if it was trained to begin within one."""
-    cut = _steps_cut(reasoning, thoughts)
+    cut = steps_cut(reasoning, thoughts)
     if cut is None or reasoning.tokens_cut is None:
         return ()
     return None if reasoning.tokens_cut else example.steps[cut:]
 
 
-def _steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
+def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
     """How many steps so many thoughts stand for; None: all."""
     cut = reasoning.steps_cut
     own = reasoning.slot is not Slot.thought or thoughts == reasoning.num_thoughts or not reasoning.thoughts_per_step
@@ -216,25 +217,6 @@ def task_of(data: dict[str, Any]) -> Task:
     if not data["task"]:
         raise ValueError("The run has no task, as that of a reward model. Name the run that it started from.")
     return TASKS[data["task"]]
-
-
-def indices_that_fit(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
-    """Which questions leave room for so many thoughts more than the model's own, and an answer."""
-    rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
-    room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
-    return [i for i, row in enumerate(rows) if len(row) <= room]
-
-
-def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str | None = None) -> int:
-    """Tokens that a question may have, with an answer of one token after it; by default with the model's own thoughts.
-
-    A hybrid model may choose any of its modes unless one is forced, so that there is to be room in each.
-    """
-    own = lm.reasoning
-    forms = [own.in_mode(name) for name in own.modes if mode in (None, name)] or [own]
-    counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
-    slots = [len(slot_ids(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
-    return lm.max_sequence_length - max(slots) - bool(own.modes) - 1
 
 
 def describe(result: EvalResult) -> str:

@@ -1,4 +1,4 @@
-"""What a model that makes no mistake would write: is it read back and judged right, and how long is it?"""
+"""Check gold answers: encoded, decoded and read again they must be judged right and fit the limit of new tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from coconut.models.latent_lm import LatentLM
 
-ROOM = 1.25  # times the longest gold text: the limit of new tokens that is taken from the data
+ROOM = 1.25  # the default limit of new tokens, as a multiple of the longest gold text
 BATCH = 4096  # rows decoded at once
 
 
@@ -36,11 +36,11 @@ def readable(
     unreadable: Unreadable,
     keep_unknown: bool = False,
 ) -> np.ndarray:
-    """The places of the rows whose gold answer is judged right once it was encoded, decoded and read.
+    """Indices of the examples whose gold text, encoded and decoded, is read and judged right.
 
-    The others are named in the ValueError that is raised, or left out with `unreadable=skip`. `keep_unknown`: rows with
-    an answer that the tokenizer has no words for stay all the same, since a test counts them as wrong. Without `data`
-    the texts themselves are read.
+    data: the tokenized examples; without them, the gold texts themselves are read.
+    unreadable: with `error`, the other rows raise a ValueError that names them; with `skip` they are left out.
+    keep_unknown: keep rows whose answer has words that the tokenizer lacks, for a test that counts them as wrong.
     """
     texts = (
         (form.written(example.steps, example.answer) for example in examples)
@@ -51,24 +51,27 @@ def readable(
     if other_steps:
         row, count = next(iter(other_steps.items()))
         log(
-            f"warning: {file}: of {len(other_steps):,} rows the steps are read back as another number of steps; the "
-            f"first is {_place(examples, row)}, {count} for {len(examples[row].steps)}. What is measured by steps goes "
-            f"by what is read. Choose a data.format.step whose end, now {form.step_end!r}, is in no step."
+            f"warning: {file}: in {len(other_steps):,} rows the number of steps that is read back differs from the "
+            f"number in the row; the first is {_location(examples, row)}, read as {count}, with "
+            f"{len(examples[row].steps)} in the row. Measurements by steps use the number that is read. Choose a "
+            f"data.format.step whose end does not occur within a step; it is {form.step_end!r}."
         )
     unknown = _without_words(examples, wrong, data, tokenizer, form)
     if unknown and keep_unknown:
-        where, words = next(iter(unknown.items()))
+        first_row, words = next(iter(unknown.items()))
         log(
             f"warning: the tokenizer has no words for {len(unknown):,} of {len(examples):,} answers of {file}, which "
-            f"are counted as wrong. The first is {_place(examples, where)}: {', '.join(words)}."
+            f"are counted as wrong. The first is {_location(examples, first_row)}: {', '.join(words)}."
         )
         wrong = {row: read for row, read in wrong.items() if row not in unknown}
     if wrong and unreadable is Unreadable.error:
-        told = [_told(examples, row, wrong[row], unknown.get(row)) for row in list(wrong)[:SHOWN_PROBLEMS]]
-        more = f"\n  and {len(wrong) - len(told)} more" if len(wrong) > len(told) else ""
+        problems = [
+            _describe_misread(examples, row, wrong[row], unknown.get(row)) for row in list(wrong)[:SHOWN_PROBLEMS]
+        ]
+        more = f"\n  and {len(wrong) - len(problems)} more" if len(wrong) > len(problems) else ""
         raise ValueError(
             f"{file}: of {len(examples):,} gold answers {len(wrong):,} would be judged wrong:\n"
-            + "\n".join(told) + more
+            + "\n".join(problems) + more
             + f"\nAn answer is written as {form.answer!r}, a step as {form.step!r} (data.format), and answers are "
             f"judged by the task {task.name}. Change the rows, the format or the task, or leave such rows out with "
             "unreadable=skip (data.unreadable=skip in a training)."
@@ -91,7 +94,7 @@ def read_back(
     keep_unknown: bool = False,
     cache_dir: str | None = None,
 ) -> tuple[TokenizedData, np.ndarray]:
-    """The rows that are `readable` with a model's tokenizer and format: their tokens, and their places."""
+    """The examples that are `readable` with a model's tokenizer and format: their tokens, and their indices."""
     form = lm.reasoning.format
     data = tokenize(examples, lm.tokenizer, form, cache_dir)
     kept = readable(
@@ -103,7 +106,10 @@ def read_back(
 def _misread(
     examples: Sequence[Example], texts: Iterable[str], task: Task, form: PromptFormat
 ) -> tuple[dict[int, str | None], dict[int, int]]:
-    """By the places of rows: the answer that is read where it is judged wrong, the number of steps where it differs."""
+    """Two mappings by row index: the answer that is read, where it is judged wrong; the steps read, where they differ.
+
+    An answer is None if none is found.
+    """
     judged: dict[tuple[str | None, str], bool] = {}
     wrong: dict[int, str | None] = {}
     other_steps: dict[int, int] = {}
@@ -119,7 +125,7 @@ def _misread(
 
 
 def _decoded(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> Iterable[str]:
-    """The chain and the answer of each row, from their tokens."""
+    """The text of chain and answer of each row, decoded from its tokens."""
     begins, ends = data.bounds[data.first[:-1]], data.starts[1:] - 1
     for first in range(0, len(data), BATCH):
         part = range(first, min(first + BATCH, len(data)))
@@ -130,7 +136,7 @@ def _decoded(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> Iterabl
 def _without_words(
     examples: Sequence[Example], rows: Iterable[int], data: TokenizedData | None, tokenizer: Any, form: PromptFormat
 ) -> dict[int, list[str]]:
-    """Of these rows those with an answer that the tokenizer does not know all words of, and these words."""
+    """Those of `rows` whose answer has words that the tokenizer lacks, with these words."""
     unknown = None if data is None else unknown_id(tokenizer)
     if data is None or unknown is None:
         return {}
@@ -139,38 +145,38 @@ def _without_words(
     return {row: unknown_in(tokenizer, form.fill(form.answer, examples[row].answer)) for row in found}
 
 
-def _place(examples: Sequence[Example], row: int) -> str:
+def _location(examples: Sequence[Example], row: int) -> str:
     return examples[row].where or f"example {row + 1}"
 
 
-def _told(examples: Sequence[Example], row: int, read: str | None, unknown: list[str] | None) -> str:
+def _describe_misread(examples: Sequence[Example], row: int, read: str | None, unknown: list[str] | None) -> str:
     what = "no answer is found" if read is None else f"{_brief(read)} is read"
     why = f"the tokenizer has no word for {', '.join(unknown)}" if unknown else what
-    return f"  {_place(examples, row)}, answer {_brief(examples[row].answer)}: {why}"
+    return f"  {_location(examples, row)}, answer {_brief(examples[row].answer)}: {why}"
 
 
 def _brief(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:
-    """(N,) tokens that are to be written, with the end of the sequence, in the form in which they are most."""
+def target_lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:
+    """(N,) tokens of the gold text with the end of the sequence, in that of `forms` in which it is longest."""
     every = [form for one in forms for form in (one.modes if isinstance(one, Stage) and one.modes else [one])]
     return np.max([written_lengths(data, form.steps_cut, form.tokens_cut) for form in every], axis=0)
 
 
 def limit_for(data: Iterable[TokenizedData], forms: Sequence[Stage | Reasoning], least: int) -> int:
-    """The limit of new tokens that leaves room for the longest gold text, and for some mistakes in it."""
-    return max(least, *(math.ceil(ROOM * int(lengths(part, forms).max())) for part in data))
+    """The default limit of new tokens: ROOM times the longest gold text, at least `least`."""
+    return max(least, *(math.ceil(ROOM * int(target_lengths(part, forms).max())) for part in data))
 
 
 def warn_of_limit(
     data: TokenizedData, forms: Sequence[Stage | Reasoning], limit: int, file: str, key: str = "max_new_tokens"
 ) -> None:
-    """Say how many gold texts of a file are too long for the limit of new tokens that `key` sets."""
-    long = lengths(data, forms)
+    """Log a warning if gold texts of a file exceed the limit of new tokens that the option `key` sets."""
+    long = target_lengths(data, forms)
     if over := int((long > limit).sum()):
         log(
             f"warning: {over:,} of {len(data):,} gold texts of {file} have more tokens than {key}={limit} allows, so "
-            f"that no model can write them. The longest has {long.max():,}."
+            f"that no model can write them. The longest has {long.max():,}. Raise {key}."
         )

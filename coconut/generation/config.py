@@ -23,7 +23,7 @@ class GenerateConfig:
     question: Text = ""  # "-" reads standard input; with neither a question nor a file they are typed in
     file: PathName = ""  # questions, one a line, or rows of JSON
     output: PathName = ""  # where the answers to a file go, as JSON lines; by default to the screen
-    policy: PathName = ""  # of coconut.adaptive, which then says how each question is asked
+    policy: PathName = ""  # of coconut adaptive, which then says how each question is asked
     batch_size: int = 64
     show_thoughts: bool = False
     num_thoughts: int | None = None

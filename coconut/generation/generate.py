@@ -1,6 +1,6 @@
-"""Think, then speak: batched, cached.
+"""Answer questions in a batch: think into a KV cache, then decode with Hugging Face generation.
 
-Shapes: B questions, T columns of the prompts, N new tokens.
+Shapes: B questions, T columns of the prompts, W columns of a given prefix, K thoughts, N new tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coconut.acceleration.linear import onednn_linear
 from coconut.data.sequences import slot_ids
 from coconut.data.tokenization import SpecialIds, encode_questions
-from coconut.generation.options import PASSTHROUGH, settings
+from coconut.generation.options import PASSTHROUGH, generation_settings
 from coconut.generation.thoughts import StopCriterion, think
 from coconut.methods import Reasoning, Slot
 from coconut.utils.torch_utils import eval_mode
@@ -26,14 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generated:
-    """B answers; several to one question stand together.
+    """B answers; several to one question are adjacent.
 
-    `tokens` (B, N): new tokens, padded after their end. `lengths` (B,): without the end-of-sequence token.
-    `cut` (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it.
-    `thoughts` (B, K, D): what was fed as thoughts, K for the row that had most; zeros after a row's last.
-    `modes`: of a hybrid model, how each was answered, else empty texts; `mode_log_probs`: how likely that was, None
-    where it was forced. `log_probs`, if asked for: of each answer's tokens, the end of the sequence among them, in
-    float32.
+    `tokens` (B, N): new tokens, padded at their end. `lengths` (B,): without the end-of-sequence token. `truncated`
+    (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it. `thoughts` (B, K, D): what
+    was fed as thoughts, zero after a row's last. `modes`: the mode of each answer of a hybrid model, otherwise empty
+    texts. `mode_log_probs`: its log-probability, None where it was forced. `log_probs`, with log_probs=True: of each
+    answer's tokens, including the end of the sequence, in float32.
     """
 
     tokens: Tensor
@@ -47,14 +45,14 @@ class Generated:
     log_probs: list[Tensor] | None = None
 
     def completion_ids(self, row: int) -> list[int]:
-        """The tokens of an answer, with the end of the sequence unless it was cut off."""
+        """The tokens of an answer, with the end of the sequence unless it was truncated."""
         ended = not self.truncated[row] and int(self.lengths[row]) < self.tokens.shape[1]
         return self.tokens[row, : int(self.lengths[row]) + ended].tolist()
 
 
-def forward_passes(new_tokens: int, cut: bool, num_thoughts: int, mode: str) -> int:
-    """Of an answer, one after the other: for prefix, thoughts and tokens, and of a hybrid model one for its mode."""
-    return new_tokens + (not cut) + num_thoughts + (num_thoughts > 0) + bool(mode)
+def forward_passes(new_tokens: int, truncated: bool, num_thoughts: int, mode: str) -> int:
+    """Sequential forward passes of an answer: the prompt, thoughts, tokens, and a hybrid model's choice of mode."""
+    return new_tokens + (not truncated) + num_thoughts + (num_thoughts > 0) + bool(mode)
 
 
 @torch.no_grad()
@@ -75,78 +73,80 @@ def generate(
 ) -> Generated:
     """Answer questions (B, T) of any lengths, padded on either side.
 
-    The prompt format and the number of thoughts are those of `lm.reasoning`; `num_thoughts` overrides the
-    latter, for all questions or (B,) for each. `thoughts` (B, K, D) are fed in place of the model's own, K of
-    them to every question; `stop` ends the thoughts of each row by itself, after at least one and at most
-    `num_thoughts` of them (see `think`). Thoughts run in the model's cache, from which Hugging Face generation
-    goes on, greedily by default.
+    Decoding is greedy by default. Added tokens are never produced, and an answer ends with the tokenizer's
+    end-of-sequence token.
 
-    `thought_noise`: the standard deviation of Gaussian noise that is added to each number of the model's own thoughts
-    before they are fed, drawn from torch's generator as sampled words are. Every answer then has its own thoughts;
-    what comes back are those that were fed, whose log-probability is known (coconut.rewards.thoughts).
+    Thoughts. The prompt format and the number of thoughts come from `lm.reasoning`; `num_thoughts` overrides the
+    number, for all questions or (B,) for each. `thoughts` (B, K, D) are fed in place of the model's own. `stop` ends
+    the thoughts of each row after at least one and at most `num_thoughts` of them (`think`). `thought_noise`: the
+    standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed, drawn from
+    torch's generator. Every answer then has its own thoughts, and the thoughts that were fed are returned; their
+    log-probability is known (coconut.rewards.thoughts).
 
-    A hybrid model first says its mode, whose control token is its own first one; `mode` forces it, for all or each.
-    `begun` (B, W): what each answer begins with, after its thoughts; what comes back is what follows.
-    With `log_probs` it is kept how likely each word was, at the temperature, among those that may be said.
+    Modes. A hybrid model first chooses a mode by its control token; `mode` forces one, for all questions or for each.
 
-    `options` are those of transformers' generate that say which words are chosen and where an answer ends
-    (`options.py`), one by one or in a `generation_config`, and `streamer` (one question; the prompt is put to it
-    too, so make it with skip_prompt=True), `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. What
-    they leave open is off, whatever the base model's own settings are. The added tokens are never produced, and an
-    answer ends with the tokenizer's end of a sequence. With num_return_sequences=n each question is read and thought
-    about once (with noise n times) and answered n times; its answers stand together. A model answers for one thread
-    at a time.
+    Answers. `prefix_ids` (B, W): tokens that each answer begins with, after its thoughts. They are not returned.
+    `log_probs=True` records the log-probability of each token at the temperature, among the tokens that are allowed.
+    With num_return_sequences=n each question runs through prompt and thoughts once (with noise n times) and is answered
+    n times.
 
-    Raises ValueError if there is no question, if one fills the whole context, if thoughts are asked of a method
-    that has none, if `thoughts` or `num_thoughts` have another shape, for noise below 0 or with given thoughts, for a
-    mode that is none, for an option that is not among these, for several answers without do_sample or noise, or for
-    several to one streamer.
+    `options` are those of transformers' generate that choose tokens and end answers (`options.py`), one by one or in a
+    `generation_config`; and `streamer` (for one question; it also gets the prompt, so set skip_prompt=True),
+    `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. The base model's own generation settings are
+    ignored. Not thread-safe: a model answers for one thread at a time.
+
+    Raises ValueError if there is no question, if a question fills the whole context, for thoughts of a method that has
+    none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0 or with given thoughts, for an unknown
+    mode or option, for several answers without do_sample or noise, or for several to one streamer.
     """
-    asked = {**options, "max_new_tokens": max_new_tokens}
-    samples, options = settings(asked, lm.reasoning.max_new_tokens, len(input_ids), noisy=thought_noise != 0)
+    requested = {**options, "max_new_tokens": max_new_tokens}
+    samples, options = generation_settings(
+        requested, lm.reasoning.max_new_tokens, len(input_ids), noisy=thought_noise != 0
+    )
     options["log_probs"] = log_probs
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
     if not is_question_BT.any(1).all():
         raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
     samples_B = torch.full((len(ids_BT),), samples)
-    begun_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
+    prefix_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
     with eval_mode(lm):
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
-            counts_B = _how_many(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
-            how: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
-            answers = _answers(lm, lm.reasoning, ids_BT, is_question_BT, counts_B, begun_BW, samples_B, options, **how)
+            counts_B = _slot_lengths(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
+            thinking: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
+            batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B
+            answers = _answers(lm, lm.reasoning, *batch, options, **thinking)
         elif num_thoughts is not None or thoughts is not None or thought_noise or stop is not None:
             raise ValueError(
-                "The mode says how many thoughts there are, and they are its own: leave out num_thoughts, thoughts, "
-                "thought_noise and stop."
+                "A hybrid model's mode sets the number of its thoughts, and they are its own: leave out num_thoughts, "
+                "thoughts, thought_noise and stop."
             )
         elif prefix_ids is not None and mode is None:
-            raise ValueError("begun: an answer that has begun is in a mode already. Name it with mode=...")
+            raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
         else:
-            answers = _in_modes(lm, ids_BT, is_question_BT, mode, begun_BW, samples_B, options)
-    return _together(lm, [answer for several in answers for answer in several], options)
+            answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, options)
+    return _collate(lm, [answer for several in answers for answer in several], options)
 
 
 @torch.no_grad()
 def mode_log_probs(lm: LatentLM, ids_BT: Tensor, is_question_BT: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, modes) how likely each of the model's modes is, among them, as the first token after questions; float32."""
+    """(B, modes) float32 log-probability of each mode, among the model's modes, as the first token of an answer."""
     states_BD = think(lm, ids_BT, is_question_BT, 0).states
     controls = [lm.special.control[name] for name in lm.reasoning.modes]
     return (lm.logits(states_BD)[:, controls].float() / temperature).log_softmax(-1)
 
 
-def _in_modes(
+def _answers_in_modes(
     lm: LatentLM,
     ids_BT: Tensor,
     is_question_BT: Tensor,
     mode: str | Sequence[str] | None,
-    begun_BW: Tensor,
+    prefix_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
 ) -> list[list[_Answer]]:
-    """As `_answers`, after the control token of a mode: the model's own choice, or the one that is forced."""
+    """`_answers` after the control token of a mode, which the model chooses or `mode` forces."""
     modes, B, most = lm.reasoning.modes, len(ids_BT), int(samples_B.max())
     temperature = options.get("temperature") or 1.0
     log_probs_BM = mode_log_probs(lm, ids_BT, is_question_BT, temperature) if mode is None else None
@@ -170,11 +170,11 @@ def _in_modes(
         is_token = torch.cat([is_question_BT[rows], torch.ones_like(control_R1, dtype=torch.bool)], dim=1)
         reasoning = lm.reasoning.in_mode(name)
         counts_R = torch.full((len(rows),), reasoning.num_thoughts, device=ids_BT.device)
-        found = _answers(lm, reasoning, prompts, is_token, counts_R, begun_BW[rows], times_B[rows], options)
-        for row, several in zip(rows.tolist(), found, strict=True):
-            how_likely = None if log_probs_BM is None else float(log_probs_BM[row, number])
+        new = _answers(lm, reasoning, prompts, is_token, counts_R, prefix_BW[rows], times_B[rows], options)
+        for row, several in zip(rows.tolist(), new, strict=True):
+            log_prob = None if log_probs_BM is None else float(log_probs_BM[row, number])
             for answer in several:
-                answer.mode, answer.mode_log_prob = name, how_likely
+                answer.mode, answer.mode_log_prob = name, log_prob
             answers[row] += several
     return answers
 
@@ -185,7 +185,7 @@ def _answers(
     ids_BT: Tensor,
     is_question_BT: Tensor,
     counts_B: Tensor,
-    begun_BW: Tensor,
+    prefix_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
     *,
@@ -193,22 +193,25 @@ def _answers(
     noise: float = 0.0,
     stop: StopCriterion | None = None,
 ) -> list[list[_Answer]]:
-    """For each of the questions (B, T), padded on the left, so many answers, with so many tokens in the slot."""
+    """`samples_B` answers to each of the questions (B, T), padded on the left, with `counts_B` tokens in the slot.
+
+    Questions are answered together if they have as many tokens in the slot and the same limit of new tokens.
+    """
     in_slot_B = len(slot_ids(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.none)
     lengths_B = is_question_BT.sum(1)
-    in_slot_B = in_slot_B + begun_BW.shape[1]
-    room_B = lm.max_sequence_length - lengths_B - in_slot_B
-    if (room_B < 1).any():
-        row = int(room_B.argmin())
+    in_slot_B = in_slot_B + prefix_BW.shape[1]
+    free_B = lm.max_sequence_length - lengths_B - in_slot_B
+    if (free_B < 1).any():
+        row = int(free_B.argmin())
         raise ValueError(
             f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(in_slot_B[row])} more before the answer "
             f"it leaves no room in the model's context of {lm.max_sequence_length} tokens. Ask something shorter"
             + (", or with fewer thoughts." if counts_B[row] else ".")
         )
-    limits_B = room_B.clamp(max=options["max_new_tokens"])
-    kinds_BC = torch.stack([limits_B, counts_B], dim=1)  # one, unless rows differ or the context cuts answers short
+    limits_B = free_B.clamp(max=options["max_new_tokens"])
+    groups_BC = torch.stack([limits_B, counts_B], dim=1)
     answers: list[list[_Answer]] = [[] for _ in ids_BT]
-    for limit, count in kinds_BC.unique(dim=0).tolist():
+    for limit, count in groups_BC.unique(dim=0).tolist():
         rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
         samples_R = samples_B[rows.cpu()]
         if noise:
@@ -216,16 +219,16 @@ def _answers(
             samples_R = torch.ones(len(rows), dtype=torch.long)
         width = int(lengths_B[rows].max())
         ids, is_token = ids_BT[rows, -width:], is_question_BT[rows, -width:]
-        given = None if thoughts is None else thoughts.to(lm.device)[rows]
+        fed = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
-        begun = begun_BW[rows]
-        found = _think_and_decode(lm, reasoning, ids, is_token, count, given, noise, stop, begun, samples_R, limited)
-        for row, several in zip(rows.tolist(), found, strict=True):
+        prefix = prefix_BW[rows]
+        new = _think_and_decode(lm, reasoning, ids, is_token, count, fed, noise, stop, prefix, samples_R, limited)
+        for row, several in zip(rows.tolist(), new, strict=True):
             answers[row] += several
     return answers
 
 
-def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> Generated:
+def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> Generated:
     special = lm.special
     may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
@@ -235,16 +238,16 @@ def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> 
         str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for row, length in zip(tokens, lengths, strict=True)
     ]
-    ends = options.get("stop_strings", ())
-    ends = [ends] if isinstance(ends, str) else ends
-    cut = [
-        length == answer.limit and not any(end in text for end in ends)
+    stop_strings = options.get("stop_strings", ())
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    truncated = [
+        length == answer.limit and not any(text_end in text for text_end in stop_strings)
         for length, answer, text in zip(lengths, answers, texts, strict=True)
     ]
     return Generated(
         tokens=torch.tensor([row + [special.pad] * (widest - len(row)) for row in tokens]),
         lengths=torch.tensor(lengths),
-        truncated=torch.tensor(cut),
+        truncated=torch.tensor(truncated),
         num_thoughts=torch.tensor([len(row) for row in fed]),
         texts=texts,
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
@@ -256,23 +259,24 @@ def _together(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> 
     )
 
 
-def _how_many(
+def _slot_lengths(
     lm: LatentLM,
-    questions: int,
+    num_questions: int,
     num_thoughts: int | Sequence[int] | Tensor | None,
     thoughts: Tensor | None,
     noise: float,
     stop: StopCriterion | None,
 ) -> Tensor:
-    """(B,) tokens in the slot, at most. Raises ValueError if what is asked of it does not fit the method or itself."""
+    """(B,) the largest number of tokens in the slot. Raises ValueError for arguments that do not fit the method."""
     table: Any = lm.base.get_input_embeddings()
     reasoning, hidden = lm.reasoning, table.weight.shape[1]
-    asked = None if num_thoughts is None else torch.as_tensor(num_thoughts)
-    if asked is not None and (asked.shape not in ((), (questions,)) or asked.is_floating_point() or (asked < 0).any()):
+    counts = None if num_thoughts is None else torch.as_tensor(num_thoughts)
+    shapes = ((), (num_questions,))
+    if counts is not None and (counts.shape not in shapes or counts.is_floating_point() or (counts < 0).any()):
         raise ValueError(
-            f"num_thoughts is {num_thoughts}; it must be a number, or one for each of {questions} questions."
+            f"num_thoughts is {num_thoughts}; it must be a number, or one for each of {num_questions} questions."
         )
-    if reasoning.slot is Slot.none and asked is not None and asked.any():
+    if reasoning.slot is Slot.none and counts is not None and counts.any():
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
     if reasoning.slot is not Slot.thought and (thoughts is not None or noise or stop is not None):
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace, to make noisy or to stop.")
@@ -281,14 +285,15 @@ def _how_many(
     if noise and thoughts is not None:
         raise ValueError(f"thought_noise={noise} is for the model's own thoughts: given ones are fed as they are.")
     if thoughts is None:
-        return (torch.tensor(reasoning.num_thoughts) if asked is None else asked).expand(questions)
-    fits = thoughts.dim() == 3 and len(thoughts) == questions and thoughts.shape[2] == hidden
-    if not fits or (asked is not None and (asked != thoughts.shape[1]).any()):
+        return (torch.tensor(reasoning.num_thoughts) if counts is None else counts).expand(num_questions)
+    fits = thoughts.dim() == 3 and len(thoughts) == num_questions and thoughts.shape[2] == hidden
+    if not fits or (counts is not None and (counts != thoughts.shape[1]).any()):
         raise ValueError(
-            f"thoughts has the shape {tuple(thoughts.shape)}, for {questions} questions, states of {hidden} numbers "
-            f"and num_thoughts={num_thoughts}. It must be (questions, thoughts, hidden); leave num_thoughts out."
+            f"thoughts has the shape {tuple(thoughts.shape)}, for {num_questions} questions, "
+            f"states of {hidden} numbers and num_thoughts={num_thoughts}. It must be (questions, thoughts, hidden); "
+            "leave num_thoughts out."
         )
-    return torch.tensor(thoughts.shape[1]).expand(questions)
+    return torch.tensor(thoughts.shape[1]).expand(num_questions)
 
 
 @dataclass
@@ -302,7 +307,7 @@ class _Answer:
 
 
 def _length(row: list[int], special: SpecialIds, may_stop: bool) -> int:
-    """Tokens before the end; one that a stopping string ended is followed by padding."""
+    """The number of tokens before the end. An answer that a stop string ended is followed by padding."""
     if special.eos in row:
         return row.index(special.eos)
     while may_stop and row and row[-1] == special.pad:
@@ -319,75 +324,75 @@ def _think_and_decode(
     thoughts: Tensor | None,
     noise: float,
     stop: StopCriterion | None,
-    begun_BW: Tensor,
+    prefix_BW: Tensor,
     samples_B: Tensor,
     options: dict[str, Any],
 ) -> list[list[_Answer]]:
-    """So many answers to each of the questions, which are padded on the left."""
+    """`samples_B` answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
     slot = torch.from_numpy(slot_ids(reasoning, lm.special, count)).long().to(lm.device)
-    prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), begun_BW], dim=1)
+    prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), prefix_BW], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
     if reasoning.slot is not Slot.thought:
         count = 0
-    prefix = T + 1 if count else prompt_BT.shape[1] - 1  # with <bot>, or all but the last
+    prefilled = T + 1 if count else prompt_BT.shape[1] - 1  # columns before the thoughts (with <bot>), or all but one
     limit = options["max_new_tokens"]
-    room = 1 + begun_BW.shape[1] + limit
-    if not prefix:  # a question of one token, and nothing after it
+    reserve = 1 + prefix_BW.shape[1] + limit
+    if not prefilled:  # a question of one token, with nothing after it
         table: Any = lm.base.get_input_embeddings()
-        nothing = torch.zeros(0, table.embedding_dim)
-        found = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(room), samples_B, options)
-        return [[_Answer(new, nothing, limit, likely) for new, likely in several] for several in found]
-    how: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "room": room}
-    thinking = think(lm, prompt_BT[:, :prefix], is_token_BT[:, :prefix], count, **how)
+        none_KD = torch.zeros(0, table.embedding_dim)
+        decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, options)
+        return [[_Answer(new, none_KD, limit, log_probs) for new, log_probs in several] for several in decoded]
+    thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
+    state = think(lm, prompt_BT[:, :prefilled], is_token_BT[:, :prefilled], count, **thinking)
     answers: dict[int, list[_Answer]] = {}
-    for n in thinking.counts.unique().tolist():  # one, unless rows stop by themselves
-        rows = (thinking.counts == n).nonzero()[:, 0]
-        cache = thinking.cache
-        if len(rows) < B:  # a cache cannot be cut where a model looks through a sliding window, so they think again
-            given = thinking.thoughts[rows]
-            cache = think(lm, prompt_BT[rows, :prefix], is_token_BT[rows, :prefix], n, thoughts=given, room=room).cache
-        columns = [*range(prefix + n), *range(prefix + count, prompt_BT.shape[1])]  # with <eot>, and what has begun
+    for n in state.counts.unique().tolist():  # one number, unless `stop` ended rows at different ones
+        rows = (state.counts == n).nonzero()[:, 0]
+        cache = state.cache
+        if len(rows) < B:  # with sliding windows a cache cannot be cropped, so these rows are run again
+            prompts, masks = prompt_BT[rows, :prefilled], is_token_BT[rows, :prefilled]
+            cache = think(lm, prompts, masks, n, thoughts=state.thoughts[rows], reserve=reserve).cache
+        columns = [*range(prefilled + n), *range(prefilled + count, prompt_BT.shape[1])]  # with <eot> and the prefix
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
-        _read_on(lm, prompts[:, :-1], masks[:, :-1], cache, prefix + n)
-        for row, several in zip(
-            rows.tolist(), _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], options), strict=True
-        ):
-            fed = thinking.thoughts[row, :n].float().cpu()
-            answers[row] = [_Answer(new, fed, limit, likely) for new, likely in several]
+        _extend_cache(lm, prompts[:, :-1], masks[:, :-1], cache, prefilled + n)
+        decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], options)
+        for row, several in zip(rows.tolist(), decoded, strict=True):
+            fed = state.thoughts[row, :n].float().cpu()
+            answers[row] = [_Answer(new, fed, limit, log_probs) for new, log_probs in several]
     return [answers[row] for row in range(B)]
 
 
-def _read_on(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any, read: int) -> None:
-    """Put all columns into the cache, which holds the first so many."""
-    if read == ids_BT.shape[1]:
+def _extend_cache(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any, num_cached: int) -> None:
+    """Run the columns after the first `num_cached`, which the cache holds, into the cache."""
+    if num_cached == ids_BT.shape[1]:
         return
-    embeds_BTD = lm.base.get_input_embeddings()(ids_BT[:, read:])
-    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-    lm.hidden_states(embeds_BTD, is_token_BT, positions_BT[:, read:], cache, num_skipped=embeds_BTD.shape[1] - 1)
+    embeds_BTD = lm.base.get_input_embeddings()(ids_BT[:, num_cached:])
+    positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)[:, num_cached:]
+    lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=embeds_BTD.shape[1] - 1)
 
 
 def _decode(
     lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, options: dict[str, Any]
 ) -> list[list[tuple[list[int], Tensor]]]:
-    """By question, so many times the tokens after its prompt, of which the cache holds all but the last column.
+    """For each prompt `samples_B` times: its new tokens, and their log-probabilities if options["log_probs"].
 
-    With them their log-probabilities, if they are asked for.
+    The cache holds all columns of the prompts but the last.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
     if (samples_B != 1).any():
-        again = torch.arange(len(samples_B)).repeat_interleave(samples_B).to(prompt_BT.device)
-        cache.batch_select_indices(again)
-        prompt_BT, is_token_BT = prompt_BT[again], is_token_BT[again]
+        repeated = torch.arange(len(samples_B)).repeat_interleave(samples_B).to(prompt_BT.device)
+        cache.batch_select_indices(repeated)
+        prompt_BT, is_token_BT = prompt_BT[repeated], is_token_BT[repeated]
     special = lm.special
-    handed_on = {name: options[name] for name in PASSTHROUGH if name in options}
+    passed_through = {name: options[name] for name in PASSTHROUGH if name in options}
     options = {name: value for name, value in options.items() if name not in PASSTHROUGH}
     suppressed = options.pop("suppress_tokens", ())
     recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
     if recorder:
-        handed_on["logits_processor"] = LogitsProcessorList([*handed_on.get("logits_processor", ()), recorder])
-    every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' own default is the 50 likeliest
+        processors = passed_through.get("logits_processor", ())
+        passed_through["logits_processor"] = LogitsProcessorList([*processors, recorder])
+    every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' default is 50
     config = GenerationConfig(
         eos_token_id=special.eos,
         pad_token_id=special.pad,
@@ -395,44 +400,44 @@ def _decode(
         suppress_tokens=[*special.added, *suppressed],
     )
     base: Any = lm.base
-    own, base.generation_config = base.generation_config, GenerationConfig()
+    original, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        with onednn_linear(base, base.get_input_embeddings().weight):
+        with lm.acceleration.decoding():
             sequences = base.generate(
                 input_ids=prompt_BT,
                 attention_mask=is_token_BT.long(),
                 generation_config=config,
                 tokenizer=lm.tokenizer,
                 **{lm.cache_argument: cache},
-                **handed_on,
+                **passed_through,
             )
     finally:
-        base.generation_config = own
+        base.generation_config = original
     new = sequences[:, prompt_BT.shape[1] :]
-    likely = recorder.of(new) if recorder else new.new_zeros(len(new), 0)
-    each = list(zip(new.tolist(), likely.cpu(), strict=True))
+    log_probs = recorder.log_probs(new) if recorder else new.new_zeros(len(new), 0)
+    rows = list(zip(new.tolist(), log_probs.cpu(), strict=True))
     ends = samples_B.cumsum(0).tolist()
-    return [each[end - count : end] for end, count in zip(ends, samples_B.tolist(), strict=True)]
+    return [rows[end - count : end] for end, count in zip(ends, samples_B.tolist(), strict=True)]
 
 
 class _Recorder:
-    """How likely the tokens are that are said: handed to transformers as the last of its processors of scores."""
+    """Records the log-probabilities of generated tokens. transformers calls it as the last logits processor."""
 
     def __init__(self, temperature: float):
         self.temperature = temperature
-        self.log_probs_BV: Tensor | None = None
-        self.found: list[Tensor] = []
+        self._last_BV: Tensor | None = None
+        self._chosen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.log_probs_BV is not None:
-            self.found.append(self.log_probs_BV.gather(1, input_ids[:, -1:]))
-        self.log_probs_BV = (scores.float() / self.temperature).log_softmax(-1)
+        if self._last_BV is not None:
+            self._chosen.append(self._last_BV.gather(1, input_ids[:, -1:]))
+        self._last_BV = (scores.float() / self.temperature).log_softmax(-1)
         return scores
 
-    def of(self, new_BN: Tensor) -> Tensor:
-        """(B, N)"""
-        assert self.log_probs_BV is not None
-        return torch.cat([*self.found, self.log_probs_BV.gather(1, new_BN[:, -1:])], dim=1)
+    def log_probs(self, new_BN: Tensor) -> Tensor:
+        """(B, N) of the new tokens."""
+        assert self._last_BV is not None
+        return torch.cat([*self._chosen, self._last_BV.gather(1, new_BN[:, -1:])], dim=1)
 
 
 def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
@@ -446,7 +451,7 @@ def _pad_left(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tup
 
 
 def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
-    """Answer questions given as text, in one batch; `options` as for `generate`."""
+    """Answer questions given as text in one batch. `options`: those of `generate`."""
     if isinstance(questions, str) or not questions:
         raise ValueError(f"questions is {questions!r}; it must be a list of texts, with one at least.")
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
@@ -454,7 +459,7 @@ def answer(lm: LatentLM, questions: list[str], **options: Any) -> Generated:
 
 
 def longest_first(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """The places of rows in batches of like lengths, the longest first."""
+    """Indices of rows in batches of similar lengths, the longest first."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for first in range(0, len(order), batch_size):
         yield order[first : first + batch_size]
@@ -470,8 +475,8 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
-    """What the model's head makes of each of the thoughts (N, D): the likeliest tokens and their probabilities."""
+    """Apply the head to thoughts (N, D): the `count` most probable tokens of each, with their probabilities."""
     logits_NV = lm.logits(thoughts.to(lm.device, lm.base.dtype)).float()
     values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
     texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())
-    return [list(zip(row, of_row, strict=True)) for row, of_row in zip(texts, values.tolist(), strict=True)]
+    return [list(zip(*pair, strict=True)) for pair in zip(texts, values.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""What generation takes of transformers' settings: those that say which words are chosen, and where an answer ends."""
+"""Check and merge the generation settings of transformers that `LatentLM.generate` accepts."""
 
 from __future__ import annotations
 
@@ -12,43 +12,56 @@ SETTINGS = frozenset({
     "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
 })  # fmt: skip
 PASSTHROUGH = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
-MEANINGLESS = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
-HOW = ("cache_implementation", "cache_config", "use_cache", "transformers_version", "max_length")  # not what is said
+NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
+IGNORED = (
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "transformers_version",
+    "max_length",
+)  # not what is said
 
 
-def settings(options: dict[str, Any], limit: int, questions: int, noisy: bool = False) -> tuple[int, dict[str, Any]]:
-    """How many answers a question, and the settings, `max_new_tokens` among them, which is `limit` unless they say.
+def generation_settings(
+    options: dict[str, Any], limit: int, questions: int, noisy: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """The number of completions of each question, and the settings, with `max_new_tokens` (by default `limit`).
 
-    `options`: settings one by one, or a `generation_config`, which they come before. Raises ValueError for what is not
-    taken, for no question, and for several answers that would be the same: without sampling, and thoughts not
-    `noisy`.
+    options: single settings, and possibly a `generation_config`, over which they take precedence.
+    noisy: whether noise makes the thoughts of several completions differ.
+    Raises ValueError for unknown settings, for no question, and for several completions that would be identical, which
+    is without sampling and without noise.
     """
     if not questions:
         raise ValueError("There is no question to answer.")
-    said = {name: value for name, value in options.items() if value is not None and name != "generation_config"}
-    asked = {**_asked_in(options.get("generation_config")), **said}
-    asked = {"max_new_tokens": limit} | {name: asked[name] for name in asked if asked[name] != MEANINGLESS.get(name)}
-    samples = asked.pop("num_return_sequences", 1)
-    if asked["max_new_tokens"] < 1:
-        raise ValueError(f"max_new_tokens is {asked['max_new_tokens']}; it must be at least 1.")
-    for name in asked.keys() - SETTINGS - PASSTHROUGH - {"max_new_tokens"}:
-        near = get_close_matches(
-            name, SETTINGS | PASSTHROUGH | {"num_thoughts", "thought_noise", "max_new_tokens"}, n=1
+    explicit = {name: value for name, value in options.items() if value is not None and name != "generation_config"}
+    settings = {**_config_settings(options.get("generation_config")), **explicit}
+    settings = {"max_new_tokens": limit} | {
+        name: settings[name] for name in settings if settings[name] != NEUTRAL.get(name)
+    }
+    samples = settings.pop("num_return_sequences", 1)
+    if settings["max_new_tokens"] < 1:
+        raise ValueError(f"max_new_tokens is {settings['max_new_tokens']}; it must be at least 1.")
+    for name in settings.keys() - SETTINGS - PASSTHROUGH - {"max_new_tokens"}:
+        similar = get_close_matches(
+            name, SETTINGS | PASSTHROUGH | {"num_thoughts", "thought_noise", "max_new_tokens"}, 1
         )
         raise ValueError(
-            f"{name}={asked[name]!r} cannot be asked of a model that thinks. "
-            + (f"Did you mean {near[0]}? " if near else "")
+            f"{name}={settings[name]!r} is not supported by generate of a LatentLM. "
+            + (f"Did you mean {similar[0]}? " if similar else "")
             + "Beside num_thoughts, thoughts, thought_noise, stop, mode, log_probs, max_new_tokens and "
             f"num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
         )
-    if samples > 1 and not (asked.get("do_sample") or noisy):
-        raise ValueError(f"num_return_sequences={samples} without do_sample=True would be the same answer so often.")
-    if "streamer" in asked and samples * questions > 1:
+    if samples > 1 and not (settings.get("do_sample") or noisy):
+        raise ValueError(
+            f"num_return_sequences={samples} without do_sample=True gives identical answers. Set do_sample=True."
+        )
+    if "streamer" in settings and samples * questions > 1:
         raise ValueError(f"A streamer takes one answer to one question, not {samples} to {questions}.")
-    return samples, asked
+    return samples, settings
 
 
-def _asked_in(config: Any) -> dict[str, Any]:
-    """What a GenerationConfig says beyond the defaults, but for tokens (the tokenizer's) and the cache (ours)."""
-    said = {} if config is None else config.to_diff_dict()
-    return {key: value for key, value in said.items() if key not in HOW and not key.endswith("token_id")}
+def _config_settings(config: Any) -> dict[str, Any]:
+    """The settings of a GenerationConfig that differ from its defaults, without token ids and those IGNORED."""
+    changed = {} if config is None else config.to_diff_dict()
+    return {key: value for key, value in changed.items() if key not in IGNORED and not key.endswith("token_id")}

@@ -1,10 +1,9 @@
-"""When to stop thinking: a binary classifier on the latent thought.
+"""Decide when to stop thinking by a binary classifier on the latent thought.
 
-The paper names two rules: a classifier that lets the model decide for itself, and a constant number of
-thoughts (Hao et al., arXiv 2412.06769, section 3, "Inference process"). The second one is
-Reasoning.num_thoughts; this is the first, fitted to a trained model whose weights stay as they are. Its
-target at thought i is whether all steps of the example have been replaced by then:
-i >= thoughts_per_step * steps.
+The paper names two rules: a classifier on the thoughts, and a constant number of thoughts (Hao et al.,
+arXiv 2412.06769, section 3, "Inference process"). The second is Reasoning.num_thoughts; this is the first, fitted to a
+trained model, whose weights do not change. The target at thought i is whether the thoughts so far replace all steps of
+the example: i >= thoughts_per_step * steps.
 
 Shapes: N examples, K thoughts, D hidden.
 """
@@ -38,11 +37,12 @@ WIDTH, EPOCHS, BATCH = 256, 10, 256
 
 @dataclass(frozen=True)
 class Measured:
-    """What a classifier was fitted to, and how good it is on validation examples.
+    """Validation metrics of a classifier.
 
-    `accuracy`: share of right decisions, over all their thoughts. `by_place`: the same at the first, second,
-    ... thought, and `positives` the share of examples for which to stop there was right: where that is 0 or 1
-    the place alone decides. `trained_on`: examples.
+    trained_on: training examples.
+    accuracy: share of right decisions, over all thoughts of the validation examples.
+    by_place: the accuracy at the first, second, ... thought.
+    positives: the share of examples in which the target there is to stop. Where it is 0 or 1, a constant is as good.
     """
 
     trained_on: int
@@ -52,7 +52,7 @@ class Measured:
 
 
 class StopClassifier(nn.Module):
-    """One hidden layer over a thought; a score above 0 says that it is the last."""
+    """A classifier with one hidden layer over a thought; with a score above 0, the thought is the last."""
 
     mean: Tensor
     scale: Tensor
@@ -70,7 +70,7 @@ class StopClassifier(nn.Module):
 
     @torch.no_grad()
     def stop(self, thoughts_BD: Tensor) -> Tensor:
-        """Which rows (B,) have thought enough."""
+        """(B,) whether the thought is the last of its row."""
         return self(thoughts_BD) > 0
 
     def save(self, file: Path) -> None:
@@ -89,7 +89,7 @@ class StopClassifier(nn.Module):
 
 
 def fit(thoughts_NKD: Tensor, last_NK: Tensor) -> StopClassifier:
-    """A classifier of `last` (N, K), whether a thought is the last one needed, from thoughts (N, K, D)."""
+    """Fit a classifier of `last` (N, K), whether no further thought is needed, on thoughts (N, K, D)."""
     rows, targets = thoughts_NKD.flatten(0, 1).float(), last_NK.flatten().float()
     with seeded(0):
         classifier = StopClassifier(rows.shape[1])
@@ -97,8 +97,8 @@ def fit(thoughts_NKD: Tensor, last_NK: Tensor) -> StopClassifier:
         classifier.scale.copy_(rows.std(0).clamp(min=1e-6))
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=0.1)
         for _ in range(EPOCHS):
-            for chosen in torch.randperm(len(rows)).split(BATCH):
-                loss = nn.functional.binary_cross_entropy_with_logits(classifier(rows[chosen]), targets[chosen])
+            for batch in torch.randperm(len(rows)).split(BATCH):
+                loss = nn.functional.binary_cross_entropy_with_logits(classifier(rows[batch]), targets[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -106,50 +106,50 @@ def fit(thoughts_NKD: Tensor, last_NK: Tensor) -> StopClassifier:
 
 
 def fit_classifier(lm: LatentLM, train: Sequence[Example], valid: Sequence[Example], batch_size: int) -> StopClassifier:
-    """A classifier for a trained model, fitted to the thoughts of training examples, measured on validation ones.
+    """Fit a classifier to a trained model's thoughts on training examples, and measure it on validation examples.
 
-    Raises ValueError if in all examples the same thought is the last one needed.
+    Raises ValueError if the same thought is the last one needed in all training examples.
     """
     thoughts, last = _thoughts_and_targets(lm, train, batch_size)
     if (last == last[0]).all():
         raise ValueError(
-            f"stop=classifier: in all {len(train):,} training examples thinking should end at the same thought, so "
-            "there is nothing to learn. Keep stop=constant and set num_thoughts."
+            f"stop=classifier: all {len(train):,} training examples need the same number of thoughts, so there is "
+            "nothing to learn. Keep stop=constant and set num_thoughts."
         )
     with torch.autocast(lm.device.type, enabled=False):
         classifier = fit(thoughts, last)
-    unseen, wanted = _thoughts_and_targets(lm, valid, batch_size)
-    right = (classifier.stop(unseen) == wanted).double()
+    valid_thoughts, valid_targets = _thoughts_and_targets(lm, valid, batch_size)
+    right = (classifier.stop(valid_thoughts) == valid_targets).double()
     classifier.measured = Measured(
-        len(train), right.mean().item(), right.mean(0).tolist(), wanted.double().mean(0).tolist()
+        len(train), right.mean().item(), right.mean(0).tolist(), valid_targets.double().mean(0).tolist()
     )
     return classifier.to(lm.device)
 
 
 def _thoughts_and_targets(lm: LatentLM, examples: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Thoughts (N, K, D) of the questions, and whether each has replaced all of its example's steps (N, K)."""
+    """Thoughts (N, K, D) of the questions, and targets (N, K): whether the thoughts so far replace all steps."""
     count = lm.reasoning.num_thoughts
     rows = [
         [*row, lm.special.bot]
         for row in encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     ]
     thoughts: list[Tensor] = [torch.empty(0)] * len(rows)
-    for chosen in longest_first(rows, batch_size):
-        ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
-        found = think(lm, ids.to(lm.device), mask.to(lm.device), count).thoughts.float().cpu()
-        for i, thought in zip(chosen, found, strict=True):
+    for indices in longest_first(rows, batch_size):
+        ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
+        batch_thoughts = think(lm, ids.to(lm.device), mask.to(lm.device), count).thoughts.float().cpu()
+        for i, thought in zip(indices, batch_thoughts, strict=True):
             thoughts[i] = thought
     needed_N1 = torch.tensor([[lm.reasoning.thoughts_per_step * len(e.steps)] for e in examples])
     return torch.stack(thoughts), torch.arange(1, count + 1) >= needed_N1
 
 
 def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
-    """Raise ValueError if a model so trained cannot speak after fewer thoughts than its stage has."""
+    """Raise ValueError if a model trained by this plan cannot answer after fewer thoughts than its stage has."""
     if lm.reasoning.slot is not Slot.thought or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
     if not trained.trained_with_fewer_thoughts:
         raise ValueError(
-            f"stop=classifier ends the thoughts early, but this model always had {lm.reasoning.num_thoughts} of them "
-            "in training and never learned to speak after fewer. Train with curriculum.mixing_probability=0.1, or with "
-            "curriculum.pad_thoughts=false."
+            f"stop=classifier ends the thoughts early, but this model was always trained with "
+            f"{lm.reasoning.num_thoughts} thoughts and cannot answer after fewer. Train with "
+            "curriculum.mixing_probability=0.1, or with curriculum.pad_thoughts=false."
         )

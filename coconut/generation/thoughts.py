@@ -1,4 +1,4 @@
-"""Run prompts and the thoughts that follow them into a cache.
+"""Prefill: run prompts and the thoughts that follow them into a KV cache.
 
 Shapes: B questions, T columns of the prompts, K thoughts, D hidden.
 """
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class ThoughtState:
-    """After a prompt and its thoughts: the cache, the thoughts (B, K, D), how many of them each row has (B,).
+    """The state after prompts and their thoughts.
 
-    `states` (B, D): the last hidden states.
+    The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D).
     """
 
     cache: Any
@@ -29,7 +29,7 @@ class ThoughtState:
 
 
 class StopCriterion(Protocol):
-    """Decides from the thoughts (B, D) which rows have thought enough (B,)."""
+    """Decides from the thoughts (B, D) just fed which rows stop thinking (B,)."""
 
     def __call__(self, thoughts_BD: Tensor, /) -> Tensor: ...
 
@@ -44,20 +44,20 @@ def think(
     thoughts: Tensor | None = None,
     noise: float = 0.0,
     stop: StopCriterion | None = None,
-    room: int = 0,
+    reserve: int = 0,
 ) -> ThoughtState:
-    """Run prompts (B, T), padded on the left, and the thoughts that follow them.
+    """Run prompts (B, T), padded on the left, and `num_thoughts` thoughts after each of them.
 
-    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of what is added to
-    each number of a thought before it is fed. With `stop`, a row ends with the first thought at which it says so;
-    the loop ends when all rows have ended. `room`: how many tokens will be read on from the cache, if that is known.
+    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of Gaussian noise that is
+    added to the model's thoughts before they are fed. `stop`: a row ends with the first thought for which it returns
+    True, and the loop ends when all rows have ended. `reserve`: how many columns the cache will take afterwards.
     """
-    cache = lm.new_cache(input_ids.shape[1] + num_thoughts + room)
+    cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
     is_token_BT = attention_mask.bool()
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
-    unread = input_ids.shape[1] - 1
-    last_BD = lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=unread)[:, -1]
+    num_skipped = input_ids.shape[1] - 1
+    last_BD = lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from coconut.hub.model_card import card
 from coconut.utils.pretrained import hub_unreachable
 
 if TYPE_CHECKING:
-    pass
+    from coconut.models.latent_lm import LatentLM
 
 
 def check_name(name: str) -> None:
@@ -22,6 +24,14 @@ def check_name(name: str) -> None:
         raise ValueError(f"push={name} is not a valid OWNER/NAME on the hub: {error}") from None
     if name.count("/") != 1:
         raise ValueError(f"push={name} is not a valid OWNER/NAME on the hub.")
+
+
+def push_model(lm: LatentLM, name: str, private: bool = True) -> None:
+    """Save the model with a card, and put it on the hub as OWNER/NAME. Raises ValueError if the hub refuses it."""
+    with TemporaryDirectory() as folder:
+        lm.save_pretrained(folder)
+        (Path(folder) / "README.md").write_text(card(lm, name=name), encoding="utf-8")
+        push(Path(folder), name, private)
 
 
 def push(folder: Path | str, name: str, private: bool = True) -> None:

@@ -1,11 +1,11 @@
 """LoRA: train a low-rank correction of a pretrained model, and the embeddings of the added tokens.
 
-peft corrects the linear layers in place, so the model stays the transformers model that it was. The rows of
-the added tokens are modules of their own beside the frozen tables: no gradient of a whole table is ever
-made, and ZeRO 3 gathers what a module's own weights are.
+peft puts its layers into the base model in place, which stays a transformers model. The rows of the added tokens are
+separate modules beside the frozen tables: no gradient is as large as a table, and ZeRO 3, which gathers a module's own
+weights, gathers them.
 
-What is saved is the correction, in peft's format, and the rows. Where the model lies that they belong to,
-and what it looked like, is in the `Adapter`.
+The correction is saved in peft's format, the rows in a file of their own. The `Adapter` records where the base model
+lies, and a fingerprint of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINEAR = (nn.Linear, Conv1D)
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a LoRA model is besides its weights: `base` is a name or an absolute folder."""
+    """What is saved of a LoRA model besides its weights. `base`: a name on the hub or an absolute folder."""
 
     base: str
     settings: LoraConfig
@@ -42,17 +42,17 @@ class Adapter:
 
     @classmethod
     def of(cls, base: PreTrainedModel, place: str, settings: LoraConfig) -> Adapter:
-        where = str(Path(place).resolve()) if Path(place).is_dir() else place
-        return cls(where, settings, str(base.dtype).removeprefix("torch."), fingerprint(base))
+        place = str(Path(place).resolve()) if Path(place).is_dir() else place
+        return cls(place, settings, str(base.dtype).removeprefix("torch."), fingerprint(base))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Adapter:
         return cls(**{**values, "settings": LoraConfig(**values["settings"])})
 
     def open_base(self, place: str | None, attention: str | None) -> PreTrainedModel:
-        """The model that the adapter was trained on, from `place` if it has moved.
+        """Load the model that the adapter was trained on, from `place` if it has moved.
 
-        Raises ValueError if it is not there, or is another one.
+        Raises ValueError if it is missing or is another model.
         """
         from transformers import AutoModelForCausalLM
 
@@ -63,10 +63,10 @@ class Adapter:
                 AutoModelForCausalLM, place, dtype=getattr(torch, self.dtype), attn_implementation=attention
             )
         except (OSError, ValueError) as error:
-            lost = Path(place).is_absolute() and not Path(place).exists()
-            first = "there is no such folder" if lost else str(error).strip().splitlines()[0]
+            missing = Path(place).is_absolute() and not Path(place).exists()
+            reason = "there is no such folder" if missing else str(error).strip().splitlines()[0]
             raise ValueError(
-                f"The LoRA weights need the model {place}, which cannot be opened: {first}\n{moved}"
+                f"The LoRA weights need the model {place}, which cannot be opened: {reason}\n{moved}"
             ) from None
         if fingerprint(base) != self.fingerprint:
             raise ValueError(f"The model {place} is not the one that the LoRA weights were trained on. {moved}")
@@ -74,9 +74,9 @@ class Adapter:
 
 
 def fingerprint(base: PreTrainedModel) -> str:
-    """SHA-256 of names, shapes and 16 values, in bfloat16, of every weight but the tables of tokens.
+    """SHA-256 of the name, the shape and 16 bfloat16 values of every weight, without the embedding table and the head.
 
-    It changes if the model is trained; it does not with its precision, nor with tokens that are added.
+    Training changes it; another precision and added tokens do not.
     """
     tables = {id(table.weight) for table in _tables(base)}
     digest = hashlib.sha256()
@@ -88,9 +88,9 @@ def fingerprint(base: PreTrainedModel) -> str:
 
 
 def attach(base: PreTrainedModel, added: list[int], settings: LoraConfig, place: str) -> None:
-    """Freeze the model from `place`; add a correction that is zero yet, and rows for the tokens `added`.
+    """Freeze the model from `place`; add a correction, zero at first, and trained rows for the tokens `added`.
 
-    Raises ValueError if peft is not there, or if one of the targets is no linear layer of the model.
+    Raises ValueError if peft is missing, or if a target is no linear layer of the model.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -109,43 +109,43 @@ def attach(base: PreTrainedModel, added: list[int], settings: LoraConfig, place:
         fan_in_fan_out=transposed,
         base_model_name_or_path=place,
     )
-    # peft's own entry point: transformers' add_adapter asks for a version of peft that may not be published
+    # peft's own function: transformers' add_adapter requires a version of peft that may not be published
     inject_adapter_in_model(correction, base)
     table, head = _tables(base)
     ids = torch.tensor(added, device=table.weight.device)
-    dtype = torch.promote_types(table.weight.dtype, torch.float32)  # what is trained is never less precise
+    dtype = torch.promote_types(table.weight.dtype, torch.float32)  # trained weights have at least float32
     for weight in base.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(dtype)
-    embedding = AddedEmbedding(table, nn.Embedding(len(added), table.weight.shape[1]), ids)
-    over = AddedHead(head, nn.Linear(table.weight.shape[1], len(added), bias=_biased(head)), ids)
-    for module in (embedding, over):
+    new_table = AddedEmbedding(table, nn.Embedding(len(added), table.weight.shape[1]), ids)
+    new_head = AddedHead(head, nn.Linear(table.weight.shape[1], len(added), bias=_has_bias(head)), ids)
+    for module in (new_table, new_head):
         module.added.to(table.weight.device, dtype)
-        module.take()
+        module.copy_rows_from_table()
     if head.weight is table.weight:
-        over.added.weight = embedding.added.weight
-    base.set_input_embeddings(embedding)
-    base.set_output_embeddings(over)
+        new_head.added.weight = new_table.added.weight
+    base.set_input_embeddings(new_table)
+    base.set_output_embeddings(new_head)
 
 
-def find_targets(base: PreTrainedModel, asked: list[str]) -> list[str]:
-    """The full names of the layers to correct; all linear ones but the head if none is asked for."""
+def find_targets(base: PreTrainedModel, names: list[str]) -> list[str]:
+    """The full names of the linear layers whose names end like this; without `names` all of them but the head."""
     head = base.get_output_embeddings()
     linear = [name for name, module in base.named_modules() if isinstance(module, LINEAR) and module is not head]
     found: set[str] = set()
-    for end in asked:
+    for end in names:
         if not (matching := {name for name in linear if f".{name}".endswith(f".{end}")}):
-            there = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            existing = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(
                 f"model.lora.targets names {end}, and this model ({base.config.model_type}) has no such linear layer. "
-                f"There are: {', '.join(there)}. Leave model.lora.targets out to correct all of them."
+                f"There are: {', '.join(existing)}. Leave model.lora.targets out to correct all of them."
             )
         found |= matching
-    return sorted(found) if asked else linear
+    return sorted(found) if names else linear
 
 
 def save(base: PreTrainedModel, folder: Path | str) -> None:
-    """Write what `attach` added: the correction as peft does, and the rows."""
+    """Write what `attach` added: the correction in peft's format, and the rows."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     base.peft_config["default"].save_pretrained(str(folder))
     weights = {f"{PREFIX}{name}": weight.contiguous() for name, weight in _correction(base).items()}
@@ -159,10 +159,7 @@ def save(base: PreTrainedModel, folder: Path | str) -> None:
 
 
 def load(base: PreTrainedModel, folder: Path | str) -> None:
-    """Give what `attach` added the weights that `save` wrote.
-
-    Raises ValueError if they do not fit.
-    """
+    """Load the weights that `save` wrote into what `attach` added. Raises ValueError if they do not fit."""
     from peft import set_peft_model_state_dict
 
     weights = {name.removeprefix(PREFIX): w for name, w in load_file(Path(folder) / ADAPTER_FILE).items()}
@@ -173,8 +170,8 @@ def load(base: PreTrainedModel, folder: Path | str) -> None:
     rows = load_file(Path(folder) / ROWS_FILE)
     with torch.no_grad():
         for name, values in rows.items():
-            side, own = name.split(".")
-            (embedding if side == "input" else head).added.get_parameter(own).copy_(values)
+            side, parameter = name.split(".")
+            (embedding if side == "input" else head).added.get_parameter(parameter).copy_(values)
 
 
 def _correction(base: PreTrainedModel) -> dict[str, Tensor]:
@@ -184,7 +181,7 @@ def _correction(base: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def merged(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with what was trained written into its own weights, as plain as it was before."""
+    """A copy of the model with the correction and the rows in its own weights, and without LoRA layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model: Any = deepcopy(base)
@@ -194,7 +191,7 @@ def merged(base: PreTrainedModel) -> PreTrainedModel:
             model.set_submodule(name, module.get_base_layer())
     embedding, head = _tables(model)
     for module in (embedding, head):
-        module.give()
+        module.copy_rows_to_table()
     model.set_input_embeddings(embedding.whole)
     model.set_output_embeddings(head.whole)
     del model.peft_config
@@ -202,7 +199,7 @@ def merged(base: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Added(nn.Module):
-    """A frozen table of tokens, `whole`, and a small one of those tokens that are trained, `added`."""
+    """A frozen table, `whole`, in which trained rows, `added`, replace those of the tokens `ids`."""
 
     ids: Tensor
 
@@ -213,19 +210,17 @@ class _Added(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table as it is used; it cannot be written to."""
+        """The table with the trained rows. A copy: writing to it has no effect."""
         whole, added = self.whole.get_parameter("weight"), self.added.get_parameter("weight")
         return whole.index_copy(0, self.ids, added.to(whole.dtype))
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Start from the rows of the table."""
+    def copy_rows_from_table(self) -> None:
         for name, weight in self.added.named_parameters():
             weight.copy_(self.whole.get_parameter(name)[self.ids])
 
     @torch.no_grad()
-    def give(self) -> None:
-        """Write the rows into the table."""
+    def copy_rows_to_table(self) -> None:
         for name, weight in self.added.named_parameters():
             whole = self.whole.get_parameter(name)
             whole[self.ids] = weight.to(whole.dtype)
@@ -241,7 +236,7 @@ class AddedEmbedding(_Added):
         return self.whole.embedding_dim  # pyright: ignore
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(..., D) embeddings of ids, scaled where the model scales them (Gemma)."""
+        """(..., D) embeddings, scaled where the model scales them (Gemma)."""
         embeds = self.whole(input_ids)
         match = input_ids[..., None] == self.ids
         rows = self.added(match.long().argmax(-1)).to(embeds.dtype)
@@ -251,10 +246,10 @@ class AddedEmbedding(_Added):
 
 
 class AddedHead(_Added):
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., D) states to (..., V) logits."""
-        logits = self.whole(states)
-        rows = self.added(states.to(self.added.weight.dtype))  # pyright: ignore
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) hidden states to (..., V) logits."""
+        logits = self.whole(hidden_states)
+        rows = self.added(hidden_states.to(self.added.weight.dtype))  # pyright: ignore
         logits[..., self.ids] = rows.to(logits.dtype)
         return logits
 
@@ -263,5 +258,5 @@ def _tables(base: PreTrainedModel) -> tuple[Any, Any]:
     return base.get_input_embeddings(), base.get_output_embeddings()
 
 
-def _biased(head: Any) -> bool:
+def _has_bias(head: Any) -> bool:
     return getattr(head, "bias", None) is not None

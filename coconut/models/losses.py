@@ -1,4 +1,4 @@
-"""Pure functions on tensors. Shapes: N targets, V vocabulary."""
+"""Losses of logits. Shapes: N targets, V vocabulary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 
 
 def summed_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Sum over the targets of the negative log-likelihood, in float32 or wider. No target gives 0."""
-    return F.cross_entropy(_wide(logits_NV), targets_N, reduction="sum")
+    """Sum of the targets' negative log-likelihoods, in float32 or wider; 0 without targets."""
+    return F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="sum")
 
 
 def target_log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """(N,) log-probability of each target, in float32 or wider."""
-    return -F.cross_entropy(_wide(logits_NV), targets_N, reduction="none")
+    return -F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="none")
 
 
-def _wide(logits: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -1,6 +1,6 @@
-"""How a batch is cut into forward passes: one pass more than the row with most thoughts has, for all rows together.
+"""How a batch is cut into forward passes: one more than the largest number of thoughts in a row, for all rows together.
 
-Shapes: B rows, T columns as given, S columns as the passes take them, K thoughts of the row that has most.
+Shapes: B rows, T columns as given, S columns as the passes take them, K thoughts of the row with the most, N targets.
 """
 
 from __future__ import annotations
@@ -8,28 +8,67 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from coconut.acceleration.cuda_graphs import bucket_up
+from coconut.data.batching import IGNORED
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass
+class LatentInputs:
+    """A batch as forward takes it, with defaults filled in."""
+
+    ids_BT: Tensor
+    is_token_BT: Tensor
+    is_latent_BT: Tensor
+    positions_BT: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int) -> LatentInputs:
+        """Raises ValueError if a row begins with a thought."""
+        is_token_BT = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        is_latent_BT = (ids == latent_id) & is_token_BT
+        begins_with_thought_B = (is_latent_BT & (is_token_BT.long().cumsum(1) == 1)).any(1)
+        if begins_with_thought_B.any():
+            row = int(begins_with_thought_B.nonzero()[0])
+            raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
+        if positions is None:
+            positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids))
 
 
 @dataclass
 class PassPlan:
-    """How the rows are cut into passes.
+    """Where each column goes.
 
-    Column t of row b goes to `column_BT[b, t]`; `source_BS` is the way back, -1 where there is only
-    padding. Pass k takes the columns `borders[k] : borders[k + 1]`.
+    Column t of row b goes to `column_BT[b, t]`, or S if it is padding. `source_BS` is the inverse, -1 for padding.
+    Pass k takes the columns `pass_bounds[k] : pass_bounds[k + 1]`. `bucketed`: see `plan_passes`.
     """
 
     column_BT: Tensor
     source_BS: Tensor
     pass_bounds: list[int]
+    bucketed: bool = False
+
+    @property
+    def is_token_BS(self) -> Tensor:
+        return self.source_BS >= 0
+
+    def gather(self, values_BT: Tensor) -> Tensor:
+        """(B, S) the values in the order of the passes; padding has those of column 0."""
+        return values_BT.gather(1, self.source_BS.clamp(min=0))
+
+    def count_skipped(self, is_read_BT: Tensor) -> list[int]:
+        """For each pass, how many positions precede the first whose hidden state is read. The last always is."""
+        is_read_S = (self.gather(is_read_BT) & self.is_token_BS).any(0)
+        read = [*is_read_S.nonzero()[:, 0].tolist(), self.pass_bounds[-1]]
+        bounds = list(pairwise(self.pass_bounds))
+        skipped = [min(read[bisect_left(read, start)], stop - 1) - start for start, stop in bounds]
+        if not self.bucketed:
+            return skipped
+        all_but_last = [stop - start - 1 for start, stop in bounds]
+        return [n if n == most else bucket_down(n) for n, most in zip(skipped, all_but_last, strict=True)]
 
 
 def plan_passes(
@@ -37,12 +76,11 @@ def plan_passes(
 ) -> PassPlan:
     """Cut rows at their thoughts so that K + 1 passes serve all of them, or `min_passes` if that is more.
 
-    Each row's last thought stands at the head of the last pass, the one before at the head of the pass
-    before, and so on; what precedes a row's first thought is the first pass. All passes but the last
-    are padded on the left, so that a pass ends with the state that the next one feeds back. A row
-    without thoughts fills the first pass as far as the other rows do and goes on in the last. Further
-    passes are cut off the head of the first. With `even`, passes of several columns are made a little wider, so that
-    batches are alike.
+    Each row's last thought begins the last pass, the one before it the pass before, and so on. What precedes a row's
+    first thought is in the first pass. All passes but the last are padded on the left: a pass ends with the hidden
+    state that the next one feeds back. A row without thoughts fills the first pass as far as the other rows do and
+    continues in the last one. Passes beyond K + 1 are single columns cut off the head of the first. `bucket_widths`
+    widens passes of several columns a little, so that few different shapes occur.
     """
     B, T = is_token_BT.shape
     tokens_BT = is_token_BT.long()
@@ -59,8 +97,8 @@ def plan_passes(
     count_BK = torch.zeros(B, K + 1, dtype=torch.long, device=block_BT.device).scatter_add(1, block_BT, tokens_BT)
     before_BK = count_BK.cumsum(1) - count_BK
     widths_K = count_BK.amax(0)
-    more = max(min_passes - K - 1, 0)
-    widths_K[0] = widths_K[0].clamp(min=more + 1)
+    extra = max(min_passes - K - 1, 0)
+    widths_K[0] = widths_K[0].clamp(min=extra + 1)
     if bucket_widths:
         widths_K = torch.tensor([bucket_up(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
     starts_K = widths_K.cumsum(0) - widths_K
@@ -72,15 +110,21 @@ def plan_passes(
     column_BT = torch.where(is_token_BT, rank_BT + offset_BK.gather(1, block_BT), S)
     columns_T = torch.arange(T, device=column_BT.device).expand(B, T)
     source_BS = torch.full((B, S + 1), -1, device=column_BT.device).scatter(1, column_BT, columns_T)[:, :S]
-    borders = list(range(more + 1))
-    for width in [widths[0] - more, *widths[1:]]:
-        borders.append(borders[-1] + width)
-    return PassPlan(column_BT, source_BS, borders)
+    bounds = list(range(extra + 1))
+    for width in [widths[0] - extra, *widths[1:]]:
+        bounds.append(bounds[-1] + width)
+    return PassPlan(column_BT, source_BS, bounds, bucket_widths)
 
 
-def after_last_token(is_token: Tensor) -> Tensor:
-    """Where nothing but padding follows. Nothing attends to it, and a mask without it is often a plain causal one."""
-    return is_token.long().flip(1).cumsum(1).flip(1) == 0
+def bucket_up(width: int) -> int:
+    """The width of the bucket: less than an eighth wider, or the next multiple of 8."""
+    step = max(8, 2 ** (width.bit_length() - 4))
+    return -(-width // step) * step
+
+
+def bucket_down(count: int) -> int:
+    """The next smaller bucket of a count of skipped positions. Coarser: it only decides what is left out."""
+    return count - count % max(8, 2 ** (count.bit_length() - 2))
 
 
 def previous_token(is_token_BT: Tensor) -> Tensor:
@@ -90,7 +134,23 @@ def previous_token(is_token_BT: Tensor) -> Tensor:
     return torch.cat([torch.full_like(latest_BT[:, :1], -1), latest_BT[:, :-1]], dim=1)
 
 
-def unread_columns(read_S: Tensor, borders: list[int]) -> list[int]:
-    """In each block, how many columns stand before the first that is read, its last one at the latest."""
-    places = [*read_S.nonzero()[:, 0].tolist(), borders[-1]]
-    return [min(places[bisect_left(places, start)], stop - 1) - start for start, stop in pairwise(borders)]
+@dataclass
+class Targets:
+    """The tokens to predict, row by row: `ids_N` in `rows_N`, from the hidden states of the columns `sources_N`.
+
+    `is_source_BT`: the same columns as a mask.
+    """
+
+    ids_N: Tensor
+    rows_N: Tensor
+    sources_N: Tensor
+    is_source_BT: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, is_token_BT: Tensor) -> Targets:
+        previous_BT = previous_token(is_token_BT)
+        rows_N, columns_N = ((labels != IGNORED) & is_token_BT & (previous_BT >= 0)).nonzero(as_tuple=True)
+        sources_N = previous_BT[rows_N, columns_N]
+        is_source_BT = torch.zeros_like(is_token_BT)
+        is_source_BT[rows_N, sources_N] = True
+        return cls(labels[rows_N, columns_N], rows_N, sources_N, is_source_BT)

@@ -1,24 +1,84 @@
-"""What a saved model's folder holds, and opening it."""
+"""Write a LatentLM to a folder and read its parts back."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data.tokenization import SpecialIds
-from coconut.methods import REASONING_FILE, Reasoning
-from coconut.utils.files import read_json
-from coconut.utils.pretrained import load_pretrained
+from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, token_ids
+from coconut.methods import REASONING_FILE, Reasoning, parse_mode
+from coconut.models import lora
+from coconut.models.lora import Adapter
+from coconut.models.token_embeddings import resize_tables
+from coconut.utils.files import apply_umask, read_json, write_json
+from coconut.utils.pretrained import load_pretrained, resolve_local_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 FORMAT_VERSION = 1
 
 
-def read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
-    """What coconut.json holds. Raises FileNotFoundError or ValueError if there is none, or none that can be read."""
+@dataclass
+class SavedParts:
+    """What a LatentLM consists of. With an adapter, `base` has its weights, in LoRA layers."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    special: SpecialIds
+    reasoning: Reasoning
+    new_tokens: dict[str, Any]
+    adapter: Adapter | None = None
+
+
+def save_parts(parts: SavedParts, folder: Path | str, max_shard_size: str) -> None:
+    """Write the weights (of a LoRA model only what is trained), the tokenizer, and the record of the rest."""
+    if parts.adapter:
+        lora.save(parts.base, folder)
+    else:
+        parts.base.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in Path(folder).glob("*.safetensors"):  # safetensors makes them readable for their owner alone
+        apply_umask(file)
+    parts.tokenizer.save_pretrained(folder)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "reasoning": parts.reasoning.as_dict(),
+        "new_tokens": parts.new_tokens,
+        "special": asdict(parts.special),
+        "lora": asdict(parts.adapter) if parts.adapter else None,
+    }
+    write_json(Path(folder) / REASONING_FILE, record)
+
+
+def load_parts(place: Path | str, attention: str | None, moved_base: str | None) -> SavedParts:
+    """Read what `save_parts` wrote into a folder, or into OWNER/NAME on the hub.
+
+    `moved_base`: where the model that LoRA corrects lies, if not where it lay at first. Raises FileNotFoundError or
+    ValueError if the folder is no such model.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_local_path(place)
+    record, special, reasoning = _read_record(folder)
+    tokenizer = load_pretrained(AutoTokenizer, folder)
+    tokens = [*ADDED_TOKENS, *(parse_mode(name).token for name in special.control)]
+    if token_ids(tokenizer, tokens) != special.added:
+        raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
+    if not record.get("lora"):
+        return SavedParts(_load_base(folder, attention), tokenizer, special, reasoning, record["new_tokens"])
+    saved = Adapter.from_dict(record["lora"])
+    base = saved.open_base(moved_base, attention)
+    resize_tables(base, len(tokenizer))
+    adapter = Adapter.of(base, moved_base or saved.base, saved.settings)
+    lora.attach(base, special.added, adapter.settings, adapter.base)
+    lora.load(base, folder)
+    return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], adapter)
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
+    """What coconut.json holds. Raises FileNotFoundError if it is missing, ValueError if it cannot be read."""
     record = folder / REASONING_FILE
     if not record.is_file():
         what = f"holds no {REASONING_FILE}, so it" if folder.is_dir() else "does not exist, so it"
@@ -38,7 +98,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
     )
 
 
-def load_base(folder: Path, attention: str | None) -> PreTrainedModel:
+def _load_base(folder: Path, attention: str | None) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

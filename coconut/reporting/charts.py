@@ -86,9 +86,9 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
         lower = panel(figure, left, top + above + gap, width - left - right, below)
         panels.append(lower)
         _outcomes(lower, rows, seen, columns)
-    own = study.facts["trained_thoughts"]
+    trained = study.facts["trained_thoughts"]
     for axes in panels:
-        axes.axvspan(own - 0.5, own + 0.5, color=LIGHT["band"], linewidth=0, zorder=0)
+        axes.axvspan(trained - 0.5, trained + 0.5, color=LIGHT["band"], linewidth=0, zorder=0)
         axes.set_xlim(rows[0]["thoughts"] - 0.5, rows[-1]["thoughts"] + 0.5)
         axes.set_xticks([row["thoughts"] for row in rows])
         axes.xaxis.set_tick_params(length=0)
@@ -107,7 +107,7 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
             upper.annotate(f"{100 * row['accuracy']:.1f}", (row["thoughts"], row["high"]), (0, 4),
                            textcoords="offset points", ha="center", va="bottom", fontsize="small",
                            annotation_clip=False)  # fmt: skip
-    upper.annotate("its own number", (own, 1), (0, 16), xycoords=("data", "axes fraction"),
+    upper.annotate("its own number", (trained, 1), (0, 16), xycoords=("data", "axes fraction"),
                    textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
     return figure
 
@@ -118,8 +118,8 @@ def prefix_values(study: Study, width: float) -> Figure:
 
     Of more than a handful of numbers of steps those that most questions have.
     """
-    of_all = [(told, colour, [row for row in study.rows if row["of"] == of and row["steps"] is None])
-              for of, (colour, told) in PREFIXES.items()]  # fmt: skip
+    of_all = [(label, colour, [row for row in study.rows if row["of"] == of and row["steps"] is None])
+              for of, (colour, label) in PREFIXES.items()]  # fmt: skip
     counts = {row["steps"]: row["questions"] for row in study.rows if row["steps"] is not None}
     lengths = sorted(sorted(counts, key=lambda steps: -counts[steps])[: len(SHADES)])
     by_steps = [
@@ -139,12 +139,12 @@ def prefix_values(study: Study, width: float) -> Figure:
     for number, (title, curves) in enumerate(panels):
         line, column = divmod(number, columns)
         axes = panel(figure, left + column * (wide + gap), top + line * (top + high + bottom), wide, high)
-        for told, colour, rows in curves:
+        for label, colour, rows in curves:
             x = [row["thoughts"] for row in rows]
             axes.vlines(x, [row["low"] for row in rows], [row["high"] for row in rows], color=LIGHT[colour], alpha=0.45,
                         linewidth=4.5, clip_on=False)  # fmt: skip
             axes.plot(x, [row["value"] for row in rows], color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4,
-                      label=told, clip_on=False)  # fmt: skip
+                      label=label, clip_on=False)  # fmt: skip
         axes.set_xlim(-0.3, study.facts["trained_thoughts"] + 0.3)
         axes.xaxis.set_major_locator(whole_ticks(8))
         axes.set_ylim(min(lowest * 1.05, -0.1), 0)
@@ -158,9 +158,9 @@ def prefix_values(study: Study, width: float) -> Figure:
 def _outcomes(axes: Axes, rows: list[dict[str, Any]], seen: list[str], columns: int) -> None:
     floor = [0.0] * len(rows)
     for name in seen:
-        colour, told = OUTCOMES[name]
+        colour, label = OUTCOMES[name]
         shares = [row[name] / row["questions"] for row in rows]
-        axes.bar([row["thoughts"] for row in rows], shares, 0.58, floor, color=LIGHT[colour], label=told,
+        axes.bar([row["thoughts"] for row in rows], shares, 0.58, floor, color=LIGHT[colour], label=label,
                  edgecolor=LIGHT["paper"], linewidth=0.8)  # fmt: skip
         floor = [sum(pair) for pair in zip(floor, shares, strict=True)]
     axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=0.9, handleheight=0.9,
@@ -194,9 +194,9 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
 
     Raises ValueError if the question tells no graph; whether there is room for it says `drawable`.
     """
-    told = shown_graph(question)
-    root, options, target = told.graph["root"], told.graph["options"], prosqa.read_target(answer)
-    reached = networkx.single_source_shortest_path_length(told, root)
+    graph = shown_graph(question)
+    root, options, target = graph.graph["root"], graph.graph["options"], prosqa.read_target(answer)
+    reached = networkx.single_source_shortest_path_length(graph, root)
     after = {
         d: (d - values.facts["offset"]) * values.facts["thoughts_per_step"] for d in range(1 + max(reached.values()))
     }
@@ -204,11 +204,11 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
     heads = _heads(values, after)
 
     margin, head, pitch, below = 8.0, 16 + 13 * max(map(len, heads.values()), default=0), 44.0, 30.0
-    places = place_nodes(told, root)
-    rest = [name for name in told if name not in reached]
+    places = place_nodes(graph, root)
+    rest = [name for name in graph if name not in reached]
     steps = {part: (width - 2 * margin) / (1 + max(places[name][0] for name in names))
              for part, names in ((True, reached), (False, rest)) if names}  # fmt: skip
-    size = min(10.0, (min(steps.values()) - 14) / (0.66 * max(4, *map(len, told))))
+    size = min(10.0, (min(steps.values()) - 14) / (0.66 * max(4, *map(len, graph))))
     depth = 1 + max(-places[name][1] for name in reached)
     nodes: dict[str, _Node] = {}
     for name, (column, row) in places.items():
@@ -238,10 +238,10 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
 
     way: set[tuple[str, str]] = set()
     if target in reached:
-        way = set(networkx.utils.pairwise(networkx.shortest_path(told, root, target)))
+        way = set(networkx.utils.pairwise(networkx.shortest_path(graph, root, target)))
     colours = dict.fromkeys(options, "red") | {target: "green", root: "blue"}
     boxes = {name: _box(axes, node, colours.get(name), size) for name, node in nodes.items()}
-    for a, b in told.edges:
+    for a, b in graph.edges:
         _arrow(axes, nodes[a], nodes[b], boxes, steps[a in reached], (a, b) in way, a in reached)
     return figure
 
@@ -249,20 +249,20 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
 def drawable(question: str) -> bool:
     """Whether the text is a question about a graph, and `search_tree` has room for it."""
     try:
-        told = shown_graph(question)
+        graph = shown_graph(question)
     except ValueError:
         return False
-    columns = 1 + max(column for column, _ in place_nodes(told, told.graph["root"]).values())
-    return len(told) <= MOST_NODES and columns <= MOST_COLUMNS
+    columns = 1 + max(column for column, _ in place_nodes(graph, graph.graph["root"]).values())
+    return len(graph) <= MOST_NODES and columns <= MOST_COLUMNS
 
 
 def shown_graph(question: str) -> networkx.DiGraph:
     """The graph of a question; of a large one what the root reaches, and the options."""
-    told = prosqa.graph(question)
-    if len(told) <= MOST_NODES:
-        return told
-    root = told.graph["root"]
-    return networkx.DiGraph(told.subgraph(networkx.descendants(told, root) | {root, *told.graph["options"]}))
+    graph = prosqa.graph(question)
+    if len(graph) <= MOST_NODES:
+        return graph
+    root = graph.graph["root"]
+    return networkx.DiGraph(graph.subgraph(networkx.descendants(graph, root) | {root, *graph.graph["options"]}))
 
 
 def _heads(values: Study, after: dict[int, int]) -> dict[int, list[str]]:
@@ -372,7 +372,7 @@ def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
     figure, panels = _grid(len(numbers), width, columns, 120, legend=16)
     highest = max(row["height"] for row in chosen)
     for axes, after in zip(panels, numbers, strict=True):
-        for leads, colour, marker, told in (
+        for leads, colour, marker, label in (
             (True, "green", "o", "leads to the target"),
             (False, "red", "D", "does not"),
         ):
@@ -380,7 +380,7 @@ def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
                           key=lambda row: row["height"])  # fmt: skip
             x, y = [row["height"] for row in rows], [row["mean"] for row in rows]
             axes.plot(
-                x, y, color=LIGHT[colour], linewidth=1.6, marker=marker, markersize=4.5, label=told, clip_on=False
+                x, y, color=LIGHT[colour], linewidth=1.6, marker=marker, markersize=4.5, label=label, clip_on=False
             )
             axes.vlines(x, [max(0.0, row["mean"] - (row["se"] or 0)) for row in rows],
                         [min(1.0, row["mean"] + (row["se"] or 0)) for row in rows], color=LIGHT[colour],
@@ -416,7 +416,7 @@ def inner_products(study: Study, width: float) -> Figure:
                 mean, spread = row["mean"], row["sd"] or 0.0
                 _dot(axes, place, mean, mean - spread, mean + spread, colour)
         axes.set_ylim(len(GROUPS) - 0.5, -0.5)
-        axes.set_yticks(range(len(GROUPS)), [told for _, told, _ in GROUPS.values()] if i % columns == 0 else [])
+        axes.set_yticks(range(len(GROUPS)), [label for _, label, _ in GROUPS.values()] if i % columns == 0 else [])
         axes.tick_params("y", labelcolor=LIGHT["ink"])
         axes.axvline(0, color=LIGHT["line"], linewidth=1, zorder=0)
         axes.xaxis.set_major_locator(whole_ticks(5))
@@ -451,7 +451,7 @@ def audit(study: Study, width: float) -> Figure:
         _Dots("Accuracy", "blue", accuracy, trained, study.facts.get("chance_accuracy")),
         _Dots("Answers changed", "red", changed),
     ]
-    return _dot_chart([row["told"] for row in rows], panels, width)
+    return _dot_chart([row["label"] for row in rows], panels, width)
 
 
 @styled()
@@ -461,7 +461,7 @@ def edges(study: Study, width: float) -> Figure:
         _Dots("Answers that follow", "green", [_interval(row, "followed") for row in study.rows]),
         _Dots("Answers changed", "red", [_interval(row, "changed") for row in study.rows]),
     ]
-    return _dot_chart([row["told"] for row in study.rows], panels, width)
+    return _dot_chart([row["label"] for row in study.rows], panels, width)
 
 
 def _interval(row: dict[str, Any], name: str) -> tuple[float, float, float] | None:
@@ -474,8 +474,8 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
     left, right, gap, bottom = (14.0, 14.0, 34.0, 26.0) if narrow else (0.34 * width, 16.0, 40.0, 26.0)
     top = 40.0 if any(dots.guess is not None for dots in panels) else 26.0
     most = int((width - left if narrow else left - 14) / 5.6)
-    told = [_wrapped(name, most) for name in names]
-    highs = [22 + 13 * len(lines) if narrow else max(28, 12 + 13 * len(lines)) for lines in told]
+    wrapped_names = [_wrapped(name, most) for name in names]
+    highs = [22 + 13 * len(lines) if narrow else max(28, 12 + 13 * len(lines)) for lines in wrapped_names]
     begins = [sum(highs[:i]) for i in range(len(highs))]
     high, wide = sum(highs), (width - left - right - gap * (len(panels) - 1)) / len(panels)
     places = [begin + (h - 11 if narrow else h / 2) for begin, h in zip(begins, highs, strict=True)]
@@ -501,7 +501,7 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
         share_axis(axes.xaxis, 3 if narrow else 5)
         axes.set_title(dots.title, loc="left", pad=top - 18)
     width, height = figure.get_size_inches() * 72
-    for lines, begin, h in zip(told, begins, highs, strict=True):
+    for lines, begin, h in zip(wrapped_names, begins, highs, strict=True):
         x, y = (left, begin + h - 21) if narrow else (left - 14, begin + h / 2)
         figure.text(x / width, 1 - (top + y) / height, "\n".join(lines), ha="left" if narrow else "right",
                     va="bottom" if narrow else "center", fontsize=10 if narrow else 9.5)  # fmt: skip

@@ -41,7 +41,7 @@ class Figure:
 
     wide: str
     narrow: str
-    told: str  # for who cannot see it
+    alt: str  # for who cannot see it
     caption: str
 
 

@@ -195,15 +195,15 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
     except ValueError:
         return None
     target = prosqa.read_target(answer)
-    told = prosqa.graph(question)
-    if not parsed.symbolic or target not in parsed.options or len(told) > MOST_NODES:
+    graph = prosqa.graph(question)
+    if not parsed.symbolic or target not in parsed.options or len(graph) > MOST_NODES:
         return None
     colours = dict.fromkeys(parsed.options, "red") | {target: "green", parsed.root: "blue"}
     way: set[tuple[str, str]] = set()
-    if networkx.has_path(told, parsed.root, target):
-        way = set(networkx.utils.pairwise(networkx.shortest_path(told, parsed.root, target)))
+    if networkx.has_path(graph, parsed.root, target):
+        way = set(networkx.utils.pairwise(networkx.shortest_path(graph, parsed.root, target)))
 
-    places = place_nodes(told, parsed.root)
+    places = place_nodes(graph, parsed.root)
     columns = 1 + max(x for x, _ in places.values())
     rows = 1 + max(-y for _, y in places.values())
     figure = new_figure(300, 26 + 34 * rows)
@@ -211,7 +211,7 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
     axes.set_axis_off()
     axes.set_xlim(-0.5, max(columns, 3) - 0.5)
     axes.set_ylim(-rows + 0.25, 0.75)
-    for a, b in told.edges:
+    for a, b in graph.edges:
         colour = LIGHT["green" if (a, b) in way else "muted"]
         (ax, ay), (bx, by) = places[a], places[b]
         bend = 0.0 if bx == ax + 1 or (ax == bx and abs(ay - by) <= 1) else 0.28

@@ -55,15 +55,15 @@ def headline(run: RunRecord) -> Section:
         thoughts = _thoughts(run, found)
         takes = f"{thoughts} and " if thoughts else ""
         what = f"on {describe_questions(found['count'], found.get('seen'))}"
-        told = (
+        text = (
             f"{found['correct']:,} of {found['count']:,} right in {Path(found['file']).name}, "
             f"each asked once, with the checkpoint of update {found['step']:,}{_choice(run, found)}. "
             f"An answer takes {takes}{found['mean_new_tokens']:.1f} tokens of language; "
             f"{percent(found['truncated'])} were cut off."
         )
         if found["left_out"]:
-            told += f" {found['left_out']:,} questions were left out, too long for the model's context."
-        parts += [Score(found["accuracy"], what, found["interval"], found["chance_accuracy"]), Text(told)]
+            text += f" {found['left_out']:,} questions were left out, too long for the model's context."
+        parts += [Score(found["accuracy"], what, found["interval"], found["chance_accuracy"]), Text(text)]
     else:
         parts += _how_to_test(run)
     others = [_other(run, name) for name in run.evaluations if name != run.test]
@@ -85,7 +85,7 @@ def _how_to_test(run: RunRecord) -> list[Part]:
     file = "" if ready else " data.test=FILE"
     return [
         Text(f"{why} This measures it on questions that it has never seen:"),
-        Code(f"python -m coconut.evaluate run={shlex.quote(str(run.folder))}{file}"),
+        Code(f"coconut evaluate run={shlex.quote(str(run.folder))}{file}"),
     ]
 
 
@@ -290,9 +290,9 @@ def command(argv: str) -> str:
     program, space, rest = argv.partition(" ")
     path = Path(program)
     if path.suffix == ".py" and path.parent.name == "coconut":
-        program = f"python -m coconut.{path.stem}"
+        program = f"coconut {path.stem}"
     elif path.name == "__main__.py":
-        program = f"python -m coconut.{path.parent.name}"
+        program = f"coconut {path.parent.name}"
     return program + space + rest
 
 

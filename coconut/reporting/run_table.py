@@ -146,11 +146,11 @@ def markdown(compared: Comparison) -> str:
 def _machines(runs: Sequence[ComparableRun]) -> list[str]:
     """Those that the runs ended on."""
     machines = [run.record.description["sessions"][-1]["machine"] for run in runs]
-    told = [
+    machines = [
         f"{m['gpu'] or 'CPU'}, {counted(m['cpus'], 'core')}, {counted(m['threads'], 'thread')}, {m['system']}"
         for m in machines
     ]
-    return list(dict.fromkeys(told))
+    return list(dict.fromkeys(machines))
 
 
 def study(compared: Comparison) -> Study:
@@ -208,12 +208,12 @@ def headline(compared: Comparison) -> Section:
 
 
 def table(compared: Comparison) -> Section:
-    told = "; ".join(f"{row['method']} {percent(row['accuracy'])}" for row in compared.rows)
+    alt = "; ".join(f"{row['method']} {percent(row['accuracy'])}" for row in compared.rows)
     caption = "The dot is the mean over seeds, the bar its 95 % interval, each ring a seed."
     figure = Figure(
         accuracies(compared, 720, "accuracies-wide"),
         accuracies(compared, 350, "accuracies-narrow"),
-        f"Accuracies with their intervals: {told}.",
+        f"Accuracies with their intervals: {alt}.",
         caption if compared.found["chance_accuracy"] is None else f"{caption} The dashed line is guessing.",
     )
     shown = Table(COLUMNS, [cells(row) for row in compared.rows], len(COLUMNS) - 1)
@@ -259,13 +259,13 @@ def provenance(compared: Comparison) -> Section:
     files = [[split, row["file"], f"{row['used']:,}", digest[:12]] for (split, digest), row in data.items()]
     files.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
     versions = [run.record.description["sessions"][-1]["versions"] for run in runs]
-    told = [", ".join(f"{name} {number}" for name, number in each.items() if number) for each in versions]
+    shown_versions = [", ".join(f"{name} {number}" for name, number in each.items() if number) for each in versions]
     keys = differing([run.settings for run in runs])
     facts = [
         *((method, get_method(method).summary) for method in methods),
         ("settings that differ", ", ".join(keys) if keys else "none but the seed"),
         ("machine", "; ".join(_machines(runs))),
-        ("versions", "; ".join(dict.fromkeys(told))),
+        ("versions", "; ".join(dict.fromkeys(shown_versions))),
         ("code", "; ".join(dict.fromkeys(map(_revision, runs)))),
     ]
     commands = [command(run.record.description["sessions"][0]["command"]) for run in runs]

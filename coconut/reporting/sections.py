@@ -1,4 +1,4 @@
-"""What was measured in a run, told: sections of its page, and the charts in them.
+"""The sections of a run's page about what was measured, with their charts.
 
 A section is a function from a RunRecord to a Section; it is None where the run has nothing of the kind.
 Every sentence that judges is chosen by numbers, and says no more than they do.
@@ -50,7 +50,7 @@ def how_many(run: RunRecord) -> Section | None:
     noun, seen = run.stages[-1].slot.value, run.study_note
     title = f"How many {noun}s"
     if not run.studies and run.best and run.stages[-1].slot is Slot.thought:
-        hint = f"python -m coconut.analyze run={shlex.quote(str(run.folder))}"
+        hint = f"coconut analyze run={shlex.quote(str(run.folder))}"
         return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
     parts: list[Part] = [Text(seen)] if seen else []
     if study := run.studies.get("k_forcing"):
@@ -71,8 +71,8 @@ def how_many(run: RunRecord) -> Section | None:
              f"{row['new_tokens']:.1f}"] for row in study.rows
         ]  # fmt: skip
         table = Table([f"{noun}s", "accuracy", "95 % interval", "tokens of language"], rows, 3)
-        told = f"Accuracy for each number of {noun}s; the numbers are in the table below."
-        parts += [*_figure(drawings(run), "k_forcing", told, caption), Aside("The numbers", [table])]
+        alt = f"Accuracy for each number of {noun}s; the numbers are in the table below."
+        parts += [*_figure(drawings(run), "k_forcing", alt, caption), Aside("The numbers", [table])]
     if study := run.studies.get("prefix_values"):
         parts += [Heading("What each thought adds"), *_prefix_values(run, study)]
     if study := run.studies.get("stopping"):
@@ -82,27 +82,29 @@ def how_many(run: RunRecord) -> Section | None:
 
 def describe_k_forcing(study: Study, noun: str = "thought", guess: float | None = None) -> list[str]:
     """In sentences, how the accuracy depends on the number of thoughts."""
-    own = next(row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"])
-    others = [row for row in study.rows if row is not own]
+    trained = next(row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"])
+    others = [row for row in study.rows if row is not trained]
 
     def with_numbers(rows: list[Row]) -> str:
         return listed(f"{_count(row['thoughts'], noun)} ({percent(row['accuracy'])})" for row in rows)
 
-    told = [
-        f"With its own {counted(own['thoughts'], noun)} the model is right on {percent(own['accuracy'])} of "
-        f"{own['questions']:,} questions."
+    sentences = [
+        f"With its own {counted(trained['thoughts'], noun)} the model is right on {percent(trained['accuracy'])} of "
+        f"{trained['questions']:,} questions."
     ]
-    better = [row for row in others if row["low"] > own["high"]]
-    worse = [row for row in others if row["high"] < own["low"]]
+    better = [row for row in others if row["low"] > trained["high"]]
+    worse = [row for row in others if row["high"] < trained["low"]]
     even = [row for row in others if row not in better and row not in worse]
-    if guess is not None and own["low"] <= guess:
-        told.append(f"That is not surely better than guessing ({percent(guess)}), so the rest says little.")
-    elif others and not any(row["accuracy"] > own["accuracy"] for row in others):
-        told.append("No other number does better.")
+    if guess is not None and trained["low"] <= guess:
+        sentences.append(f"That is not surely better than guessing ({percent(guess)}), so the rest says little.")
+    elif others and not any(row["accuracy"] > trained["accuracy"] for row in others):
+        sentences.append("No other number does better.")
     for rows, words in ((better, "Clearly better"), (worse, "Clearly worse"), (even, "No clear difference")):
         if rows:
-            told.append(f"{words}: {with_numbers(rows)}.")
-    written = [(row, sum(row[name] or 0 for name in PATHS)) for row in study.rows if row["thoughts"] < own["thoughts"]]
+            sentences.append(f"{words}: {with_numbers(rows)}.")
+    written = [
+        (row, sum(row[name] or 0 for name in PATHS)) for row in study.rows if row["thoughts"] < trained["thoughts"]
+    ]
     written = [(row, count) for row, count in written if count]
     if written:
         if len(written) > 4:
@@ -110,8 +112,8 @@ def describe_k_forcing(study: Study, noun: str = "thought", guess: float | None 
         shares = listed(
             f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in written
         )
-        told.append(f"Of the paths that it then writes itself, so many are no way through the graph: {shares}.")
-    return told
+        sentences.append(f"Of the paths that it then writes itself, so many are no way through the graph: {shares}.")
+    return sentences
 
 
 def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
@@ -131,15 +133,15 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
         for of, found in kinds.items() for row in found
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
-    told = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
-    return [*parts, *_figure(drawings(run), "prefix_values", told, caption), Aside("The numbers", [table])]
+    alt = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
+    return [*parts, *_figure(drawings(run), "prefix_values", alt, caption), Aside("The numbers", [table])]
 
 
 def describe_prefix_values(study: Study) -> list[str]:
     """In sentences, what each thought adds to the log-probability of the right answer."""
     rows = [row for row in study.rows if row["of"] == "answer" and row["steps"] is None]
     after = [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
-    told = [
+    sentences = [
         "How sure of the right answer is the model after each thought? The logarithm of its probability is the prefix "
         f"value: on average {_signed(rows[0]['value'])} without thoughts and {_signed(rows[-1]['value'])} with "
         f"{counted(rows[-1]['thoughts'], 'thought')}; {_signed(after[0]['value'])} and {_signed(after[-1]['value'])} "
@@ -150,14 +152,14 @@ def describe_prefix_values(study: Study) -> list[str]:
         for row in found[1:]:
             kind = "likelier" if row["gain_low"] > 0 else "less likely" if row["gain_high"] < 0 else "not surely either"
             kinds[kind].append(f"thought {row['thoughts']} ({_signed(row['gain'])})")
-        told.append(
+        sentences.append(
             f"{words} is made " + "; ".join(f"{kind} by {listed(by)}" for kind, by in kinds.items() if by) + "."
         )
-    told.append(
+    sentences.append(
         "This is no implicit reward: a thought without noise has no probability, and no reference model is asked. It "
         "is what the model believes, right or wrong, when the answer is known."
     )
-    return told
+    return sentences
 
 
 def _stopping(study: Study) -> list[Part]:
@@ -166,7 +168,7 @@ def _stopping(study: Study) -> list[Part]:
         return [Text(f"Whether it knows when to stop was not measured: {facts['reason']}")]
     by_rule = {row["rule"]: row for row in study.rows}
     constant, chosen = by_rule["constant"], by_rule["classifier"]
-    told = (
+    text = (
         f"A small classifier, trained on the thoughts of {facts['trained_on']:,} questions, can decide after each "
         f"thought whether it was the last. It stops after {chosen['thoughts']:.2f} on average; "
         f"{percent(chosen['accuracy'])} of the answers are right then, and {percent(constant['accuracy'])} with always "
@@ -179,7 +181,7 @@ def _stopping(study: Study) -> list[Part]:
         [names[row["rule"]], f"{row['thoughts']:.2f}", percent(row["accuracy"]), _between(row["low"], row["high"])]
         for row in study.rows
     ]
-    return [Text(told), Table(["rule", "thoughts", "accuracy", "95 % interval"], rows, 3)]
+    return [Text(text), Table(["rule", "thoughts", "accuracy", "95 % interval"], rows, 3)]
 
 
 # What the thoughts hold.
@@ -262,7 +264,7 @@ def what_they_hold(run: RunRecord) -> Section | None:
 
 def _beware(values: Study) -> list[Part]:
     """What to know before the probabilities of nodes are read."""
-    told = [values.facts["warning"]] if values.facts["warning"] else []
+    warnings = [values.facts["warning"]] if values.facts["warning"] else []
     go_on = {(row["question"], row["after"]) for row in values.rows if row["ahead"]}
     named: dict[int, dict[int, float]] = {}
     for row in values.rows:
@@ -274,14 +276,16 @@ def _beware(values: Study) -> list[Part]:
     silent = [after for after, mean in sorted(means.items()) if mean < SILENT]
     if silent:
         shares = listed(f"{charts.percent_of(means[after])} {_moment(after)}" for after in silent)
-        told.append(f"It hardly speaks in steps there: all nodes together get {shares}, so their shares say little.")
-    return [Text(" ".join(told))] if told else []
+        warnings.append(
+            f"It hardly speaks in steps there: all nodes together get {shares}, so their shares say little."
+        )
+    return [Text(" ".join(warnings))] if warnings else []
 
 
 def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
     asked, rows = prosqa.parse_question(chosen.question), chosen.values.rows
     target = prosqa.read_target(chosen.answer)
-    told = (
+    text = (
         f"From {asked.root}, can {asked.options[0]} be reached or {asked.options[1]}? The model answered rightly: "
         f"{target}. This is question {chosen.index + 1} of the test file. It was chosen from {chosen.count:,} as the "
         "one with most forks, of those answered rightly whose way has two edges or more."
@@ -304,7 +308,7 @@ def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
         ]
     )
     figure = _figure(drawn, "search_tree", "The graph of the question, each node with its probability.", caption)
-    return [Heading("One question, thought by thought"), Text(told), legend, *figure]
+    return [Heading("One question, thought by thought"), Text(text), legend, *figure]
 
 
 def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
@@ -328,13 +332,13 @@ def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
         for thought in thoughts
     ]
     of = "this question" if chosen else f"the question “{questions[index]['text'].strip()}”"
-    told = (
+    text = (
         f"The thoughts of {of}, read as if each were about to be spoken: the likeliest words of the model's output "
         "layer. Nothing in training asks for this, so take it as a hint."
     )
     if chosen and chosen.values.facts["form"] == "symbols":
-        told += _names_at_distance(words, chosen)
-    return [Heading("The thoughts read as words"), Text(told), Ranked(words)]
+        text += _names_at_distance(words, chosen)
+    return [Heading("The thoughts read as words"), Text(text), Ranked(words)]
 
 
 def _names_at_distance(words: list[tuple[str, list[tuple[str, float]]]], chosen: ShownQuestion) -> str:
@@ -398,10 +402,10 @@ def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
     )
     if against:
         caption += f"Here a node that leads to the target gets {listed(against)} for one that does not."
-    told = "Mean probability of nodes by their height."
+    alt = "Mean probability of nodes by their height."
     other = "The same, but height is the number of edges to the farthest leaf."
-    farthest = Aside("By the farthest leaf", _figure(drawn, "heights_longest", told, other))
-    return [*_figure(drawn, "heights_shortest", told, caption), farthest]
+    farthest = Aside("By the farthest leaf", _figure(drawn, "heights_longest", alt, other))
+    return [*_figure(drawn, "heights_shortest", alt, caption), farthest]
 
 
 def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
@@ -461,13 +465,13 @@ def are_they_used(run: RunRecord) -> Section | None:
 def _changed_thoughts(row: Row) -> list[str]:
     accuracy = f"{percent(row['accuracy'])} ({_between(row['low'], row['high'])})"
     if row["change"] == "none":
-        return [row["told"], accuracy, DASH, DASH]
+        return [row["label"], accuracy, DASH, DASH]
     low, high = _points(row["difference_low"]), _points(row["difference_high"])
-    return [row["told"], accuracy, f"{_points(row['difference'])} ({low} to {high})", _share(row, "changed")]
+    return [row["label"], accuracy, f"{_points(row['difference'])} ({low} to {high})", _share(row, "changed")]
 
 
 def _changed_edges(row: Row) -> list[str]:
-    return [row["told"], f"{row['questions']:,}", _share(row, "followed"), _share(row, "changed")]
+    return [row["label"], f"{row['questions']:,}", _share(row, "followed"), _share(row, "changed")]
 
 
 # The charts.
@@ -498,16 +502,16 @@ def drawings(run: RunRecord) -> Drawings:
     return found
 
 
-def _figure(drawn: Drawings, name: str, told: str, caption: str) -> list[Part]:
+def _figure(drawn: Drawings, name: str, alt: str, caption: str) -> list[Part]:
     if name not in drawn:
         return []
-    return [figure_of(drawn[name], name, told, caption)]
+    return [figure_of(drawn[name], name, alt, caption)]
 
 
-def figure_of(draw: Callable[[float], Drawing], name: str, told: str, caption: str) -> Figure:
+def figure_of(draw: Callable[[float], Drawing], name: str, alt: str, caption: str) -> Figure:
     """A picture that is a function of its width, for wide pages and for narrow ones."""
     wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
-    return Figure(wide, narrow, told, caption)
+    return Figure(wide, narrow, alt, caption)
 
 
 # Words.

@@ -1,6 +1,6 @@
-"""What scores are good for: choosing among sampled answers, votes, and finding the first wrong step.
+"""Selection metrics: best of n, weighted majority votes, pass@n, and finding the first wrong step.
 
-Shapes: Q questions, N answers to each.
+Shapes: Q questions, N completions of each, K different answers among the completions of one question.
 """
 
 from __future__ import annotations
@@ -15,105 +15,108 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 Numbers = NDArray[np.float64]
-SUBSETS = 64  # draws of weighted votes; a sample, where there are more
-RESAMPLES = 2000
+SUBSETS = 64  # the most subsets of completions over which a weighted vote is averaged
+RESAMPLES = 2000  # of the bootstrap
 
 
-def of_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
-    """(answers,) one score for each answer from the rewards of its parts: their sum, the least, or the last one."""
-    ways: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
-    return np.array([ways[how](parts) for parts in rewards])
+def aggregate_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
+    """(completions,) one score for each completion from the rewards of its parts: their sum, min or last."""
+    functions: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
+    return np.array([functions[how](parts) for parts in rewards])
 
 
 def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
-    """(Q,) how likely the best by its score of `size` answers, drawn from the N without putting back, is right.
+    """(Q,) expected accuracy of the completion with the best score of `size`, drawn without replacement from the N.
 
-    Exactly, over all draws; among equal scores each answer is as likely.
+    Exact, over all draws; tied completions are equally likely to be chosen.
     """
     N = scores_QN.shape[1]
     order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
     sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
-    right_QN = _even_out_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
-    behind_N = np.arange(N - 1, -1, -1)  # answers that are worse
-    likely_N = np.exp(_log_choose(behind_N, size - 1) - _log_choose(np.array(N), size))
-    return right_QN @ likely_N
+    right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
+    num_worse_N = np.arange(N - 1, -1, -1)
+    win_probability_N = np.exp(_log_choose(num_worse_N, size - 1) - _log_choose(np.array(N), size))
+    return right_QN @ win_probability_N
 
 
-def any_right(right_QN: Numbers, size: int) -> Numbers:
-    """(Q,) how likely one at least of `size` answers is right: pass@size (Chen et al., arXiv 2107.03374, eq. 1)."""
+def pass_at(right_QN: Numbers, size: int) -> Numbers:
+    """(Q,) pass@size: the probability that one or more of `size` completions is right (arXiv 2107.03374, eq. 1)."""
     N, wrong_Q = right_QN.shape[1], (right_QN == 0).sum(1)
     return 1 - np.exp(_log_choose(wrong_Q, size) - _log_choose(np.array(N), size))
 
 
-def voted(
+def weighted_vote(
     answers: Sequence[Sequence[Hashable | None]], weights_QN: Numbers, right_QN: Numbers, size: int, seed: int = 0
 ) -> Numbers:
-    """(Q,) how likely the answer with the largest sum of weights among `size` samples, drawn from the N without putting
-    back, is right; among equal sums each answer is as likely.
+    """(Q,) expected accuracy of the weighted vote of `size` completions, drawn without replacement from the N.
 
-    `answers`: what the task compares of each sample (`Task.key`); a sample without an answer, None, has no vote, and
-    where none has one that is wrong. Exactly, over all draws, where the samples weigh alike or there are at most
-    SUBSETS draws; else the mean over SUBSETS random ones. Samples that all weigh nothing are counted.
+    answers: the key by which the task compares each completion's answer (`Task.key`). None, no answer, has no vote; if
+        all are None the vote is wrong.
+    The answer with the largest sum of weights wins; tied answers are equally likely. If all weights of a draw are zero,
+    each completion has one vote. Exact, over all draws, where weights are equal or there are at most SUBSETS draws;
+    else the mean over SUBSETS random draws.
     """
-    draw, found, N = np.random.default_rng(seed), np.zeros(len(answers)), right_QN.shape[1]
-    few = comb(N, size) <= SUBSETS
-    for q, said in enumerate(answers):
-        kinds = {key: n for n, key in enumerate(dict.fromkeys(key for key in said if key is not None))}
-        if not kinds:
+    rng, accuracy_Q, N = np.random.default_rng(seed), np.zeros(len(answers)), right_QN.shape[1]
+    enumerable = comb(N, size) <= SUBSETS
+    for q, keys in enumerate(answers):
+        key_ids = {key: n for n, key in enumerate(dict.fromkeys(key for key in keys if key is not None))}
+        if not key_ids:
             continue
-        kind_N = np.array([-1 if key is None else kinds[key] for key in said])
-        votes = kind_N >= 0
-        counts_K = np.bincount(kind_N[votes])
-        right_K = np.bincount(kind_N[votes], right_QN[q][votes]) / counts_K
-        if few or np.ptp(weights_QN[q][votes]):
+        key_id_N = np.array([-1 if key is None else key_ids[key] for key in keys])
+        has_key = key_id_N >= 0
+        counts_K = np.bincount(key_id_N[has_key])
+        right_K = np.bincount(key_id_N[has_key], right_QN[q][has_key]) / counts_K
+        if enumerable or np.ptp(weights_QN[q][has_key]):
             draws: Iterable[Sequence[int]] = combinations(range(N), size)
-            if not few:
-                draws = (draw.permutation(N)[:size].tolist() for _ in range(SUBSETS))
-            found[q] = np.mean([_elected(kind_N, weights_QN[q], right_K, chosen) for chosen in draws])
+            if not enumerable:
+                draws = (rng.permutation(N)[:size].tolist() for _ in range(SUBSETS))
+            accuracy_Q[q] = np.mean([_vote_accuracy(key_id_N, weights_QN[q], right_K, drawn) for drawn in draws])
         else:
-            found[q] = _majority(counts_K.tolist(), right_K.tolist(), N, size)
-    return found
+            accuracy_Q[q] = _majority_accuracy(counts_K.tolist(), right_K.tolist(), N, size)
+    return accuracy_Q
 
 
-def _elected(kind_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, chosen: Sequence[int]) -> float:
-    """How likely the answer that these samples elect is right."""
-    voting = [sample for sample in chosen if kind_N[sample] >= 0]
+def _vote_accuracy(key_id_N: NDArray[np.int64], weights_N: Numbers, right_K: Numbers, drawn: Sequence[int]) -> float:
+    """Expected accuracy of the weighted vote of the drawn completions of one question."""
+    voting = [index for index in drawn if key_id_N[index] >= 0]
     if not voting:
         return 0.0
     weights = weights_N[voting] if weights_N[voting].any() else np.ones(len(voting))
-    sums_K = np.bincount(kind_N[voting], weights, minlength=len(right_K))
+    sums_K = np.bincount(key_id_N[voting], weights, minlength=len(right_K))
     return float(right_K[np.isclose(sums_K, sums_K.max(), rtol=1e-9, atol=0)].mean())
 
 
-def _majority(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
-    """How likely the most frequent answer among `size` of the samples is right, over all draws.
+def _majority_accuracy(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
+    """Exact accuracy of the majority vote of `size` of the completions, over all draws.
 
-    For each answer that can be right, and each number of its votes: the draws in which no other answer has more, by how
-    many have as many.
+    counts (K,): completions with each answer. right (K,): the share of them that is right.
+    For each answer that can be right and each number of its votes, dynamic programming over the other answers counts
+    the draws in which none has more votes, by the number of answers with equally many.
     """
-    found = 0.0
-    for own, share in enumerate(right):
-        others = [count for other, count in enumerate(counts) if other != own]
-        for votes in range(1, min(counts[own], size) + 1) if share else ():
-            ways = np.zeros(((size - votes) // votes + 1, size - votes + 1))  # by answers that tie, and samples drawn
-            silent = samples - sum(counts)
-            ways[0] = [comb(silent, drawn) for drawn in range(size - votes + 1)]
+    accuracy = 0.0
+    for winner, right_share in enumerate(right):
+        others = [count for other, count in enumerate(counts) if other != winner]
+        for votes in range(1, min(counts[winner], size) + 1) if right_share else ():
+            # by the number of other answers that tie, and of other completions drawn
+            combinations_by_ties = np.zeros(((size - votes) // votes + 1, size - votes + 1))
+            no_answer = samples - sum(counts)
+            combinations_by_ties[0] = [comb(no_answer, drawn) for drawn in range(size - votes + 1)]
             for count in others:
-                more = np.zeros_like(ways)
+                more = np.zeros_like(combinations_by_ties)
                 for n in range(min(count, votes, size - votes) + 1):
-                    drawn = comb(count, n) * ways[:, : ways.shape[1] - n]
+                    drawn = comb(count, n) * combinations_by_ties[:, : combinations_by_ties.shape[1] - n]
                     if n < votes:
                         more[:, n:] += drawn
                     else:
                         more[1:, n:] += drawn[:-1]
-                ways = more
-            elected = (ways[:, -1] / np.arange(1, len(ways) + 1)).sum()
-            found += share * comb(counts[own], votes) * float(elected) / comb(samples, size)
-    return found
+                combinations_by_ties = more
+            elected = (combinations_by_ties[:, -1] / np.arange(1, len(combinations_by_ties) + 1)).sum()
+            accuracy += right_share * comb(counts[winner], votes) * float(elected) / comb(samples, size)
+    return accuracy
 
 
-def interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
-    """95 %, of the mean, questions drawn anew."""
+def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean, by resampling questions."""
     Q = len(values_Q)
     means = values_Q[np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -122,9 +125,11 @@ def interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class FirstError:
-    """How well the first wrong step is found: among answers with one, exactly it; among the others, that there is none.
+    """How well the first wrong step is found.
 
-    `f1`: the harmonic mean of the two shares (ProcessBench; Zheng et al., arXiv 2412.06559, section 3).
+    wrong: among completions with a wrong step, the share for which the first is found exactly. right: among the others,
+        the share for which none is found.
+    f1: the harmonic mean of the two (ProcessBench; Zheng et al., arXiv 2412.06559, section 3).
     """
 
     wrong: float
@@ -137,22 +142,23 @@ class FirstError:
 
 
 def first_errors(found: Sequence[int | None], true: Sequence[int | None]) -> FirstError:
+    """Compare the found with the true index of each completion's first wrong step; None: no step is wrong."""
     pairs = list(zip(found, true, strict=True))
-    wrong = [a == b for a, b in pairs if b is not None]
-    right = [a is None for a, b in pairs if b is None]
+    wrong = [predicted == expected for predicted, expected in pairs if expected is not None]
+    right = [predicted is None for predicted, expected in pairs if expected is None]
     return FirstError(float(np.mean(wrong)) if wrong else 0.0, float(np.mean(right)) if right else 0.0)
 
 
 def first_below(rewards: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
-    """The first step of each answer that is rewarded less than this, None if there is none."""
-    return [next((n for n, value in enumerate(parts) if value < threshold), None) for parts in rewards]
+    """The index of the first step of each completion with a reward below the threshold; None if there is none."""
+    return [next((n for n, value in enumerate(row) if value < threshold), None) for row in rewards]
 
 
 def best_threshold(rewards: Sequence[Sequence[float]], true: Sequence[int | None], tries: int = 99) -> float:
-    """The one with the largest F1 on these answers, which are not those that it is then judged by."""
-    values = np.array([value for parts in rewards for value in parts])
+    """The threshold with the largest F1 on these completions. Report F1 on other ones."""
+    values = np.array([value for row in rewards for value in row])
     candidates = np.quantile(values, np.linspace(0.005, 0.995, tries))
-    return float(max(candidates, key=lambda at: first_errors(first_below(rewards, at), true).f1))
+    return float(max(candidates, key=lambda threshold: first_errors(first_below(rewards, threshold), true).f1))
 
 
 def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
@@ -162,11 +168,11 @@ def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
     return np.where(n >= k, value, -np.inf)
 
 
-def _even_out_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
-    """Among equal scores, which stand together, the share that is right in place of each."""
-    found = right_QN.astype(np.float64).copy()
+def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
+    """Replace correctness within each run of tied scores by its mean; rows are sorted by score."""
+    averaged = right_QN.astype(np.float64).copy()
     for q, row in enumerate(sorted_QN):
         _, inverse, counts = np.unique(-row, return_inverse=True, return_counts=True)
         if len(counts) < len(row):
-            found[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
-    return found
+            averaged[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
+    return averaged

@@ -1,6 +1,6 @@
-"""Labelled answers as an engine takes them, the loss on them, and how well rewards tell right from wrong.
+"""Batches of labelled completions, the loss functions of reward models, and their validation metrics.
 
-Shapes: N answers, P pairs of a right and a wrong one to the same question.
+Shapes: N completions, M sampled tokens of all of them, P pairs of a right and a wrong completion of one question.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
 from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.losses import Loss
-from coconut.rewards.value_model import values
+from coconut.rewards.value_model import token_values
 
 T = TypeVar("T")
 
 
 @dataclass
 class RewardBatch(CompletionBatch):
-    """Answers, or for a loss of pairs a right and a wrong one in turn. `counts`: tokens of each of the N answers.
+    """A micro-batch of labelled completions. For a pairwise loss, right and wrong ones alternate.
 
-    `reference` (N,): log-probabilities of the whole answers. `right` (N,): whether they are right. `units`: answers or
-    pairs in it.
+    counts: (N,) sampled tokens of each completion.
+    reference: (N,) log-probabilities of the whole completions under the reference model.
+    right: (N,) whether the answer is right.
+    reference_point: scalar, see `losses.kto`.
+    num_items: the completions, or pairs, over which the loss is summed; the engine divides by their total.
     """
 
     counts: Tensor
@@ -44,12 +47,12 @@ class RewardBatch(CompletionBatch):
 
     @property
     def owner(self) -> Tensor:
-        """(M,) whose each token is."""
+        """(M,) the index of the completion that each token belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
 
 
 def reward_batch(
-    samples: Sequence[Completion],
+    completions: Sequence[Completion],
     reference_N: Tensor,
     right_N: Tensor,
     special: SpecialIds,
@@ -58,10 +61,10 @@ def reward_batch(
     reference_point: Tensor | None = None,
     num_items: int | None = None,
 ) -> RewardBatch:
-    """These answers as a micro-batch; `units`: pairs, if it is not the answers that count."""
+    """Collate a micro-batch. `num_items`: by default the number of completions; pairs must be given."""
     return RewardBatch(
-        **vars(CompletionBatch.of(samples, special, passes)),
-        counts=torch.tensor([len(sample.log_probs) for sample in samples]),
+        **vars(CompletionBatch.of(completions, special, passes)),
+        counts=torch.tensor([len(completion.log_probs) for completion in completions]),
         reference=reference_N,
         right=right_N,
         reference_point=torch.zeros(()) if reference_point is None else reference_point,
@@ -69,38 +72,41 @@ def reward_batch(
     )
 
 
-def reward_loss(loss: Loss, policy: SamplingDistribution, beta: float, weight: float = 1.0) -> Any:
-    """An engine's loss function. `weight`: wrong answers for each right one, for a loss that weighs them."""
+def reward_loss(loss: Loss, sampling: SamplingDistribution, beta: float, weight: float = 1.0) -> Any:
+    """The loss function of an implicit reward model, for an engine: summed over the items of a micro-batch.
 
-    def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
-        log_probs_M = policy.log_probs(module, batch)
+    `weight`: the number of wrong completions for each right one, for losses that balance them.
+    """
+
+    def loss_sum(module: nn.Module, batch: RewardBatch) -> Tensor:
+        log_probs_M = sampling.log_probs(module, batch)
         if not batch.num_items:
             return 0.0 * log_probs_M.sum()
         sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, batch.owner, log_probs_M)
         rewards_N = beta * (sums_N - batch.reference)
         if loss.pairs:
             return loss.of(rewards_N[0::2], rewards_N[1::2]).sum()
-        shifted = (batch.reference_point, weight) if loss.uses_reference_point else ()
-        return loss.of(rewards_N, batch.right, *shifted).sum()
+        reference = (batch.reference_point, weight) if loss.uses_reference_point else ()
+        return loss.of(rewards_N, batch.right, *reference).sum()
 
-    return summed
+    return loss_sum
 
 
 def value_loss(loss: Loss, token: int) -> Any:
-    """An engine's loss function for a model of values: of an answer the mean over its tokens."""
+    """The loss function of a value model, for an engine: of each completion the mean over its tokens."""
 
-    def summed(module: nn.Module, batch: RewardBatch) -> Tensor:
-        values_M = values(module, batch, token)
+    def loss_sum(module: nn.Module, batch: RewardBatch) -> Tensor:
+        values_M = token_values(module, batch, token)
         if not batch.num_items:
             return 0.0 * values_M.sum()
         return (loss.of(values_M, batch.right[batch.owner]) / batch.counts[batch.owner]).sum()
 
-    return summed
+    return loss_sum
 
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """Answers to several questions, one after the other; `question` (N,) says whose each is."""
+    """Completions of several questions. `right` (N,): whether they are right. `question` (N,): the question's index."""
 
     completions: list[Completion]
     right: np.ndarray
@@ -110,43 +116,47 @@ class AnswerSet:
     def of(cls, labelled: Sequence[LabelledAnswers]) -> AnswerSet:
         counts = [len(row.completions) for row in labelled]
         return cls(
-            completions=[sample for row in labelled for sample in row.completions],
+            completions=[completion for row in labelled for completion in row.completions],
             right=np.array([right for row in labelled for right in row.correct]),
             question=np.repeat(np.arange(len(labelled)), counts),
         )
 
     def pairs(self, seed: int) -> np.ndarray:
-        """(P, 2) a right and a wrong answer to the same question, each answer at most once."""
-        draw, found = np.random.default_rng(seed), []
+        """(P, 2) indices of a right and a wrong completion of the same question, each completion at most once."""
+        rng, pairs = np.random.default_rng(seed), []
         for question in range(int(self.question.max()) + 1):
-            mine = np.flatnonzero(self.question == question)
-            right, wrong = (draw.permutation(mine[self.right[mine] == kind]) for kind in (True, False))
-            found += list(zip(right, wrong, strict=False))
-        return np.array(found, int).reshape(-1, 2)
+            own = np.flatnonzero(self.question == question)
+            right, wrong = (rng.permutation(own[self.right[own] == label]) for label in (True, False))
+            pairs += list(zip(right, wrong, strict=False))
+        return np.array(pairs, int).reshape(-1, 2)
 
 
-def preference(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
-    """How well rewards tell right answers from wrong ones to the same question.
+def preference_metrics(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
+    """How well rewards separate right from wrong completions of the same question.
 
-    `pairs`: the share of all such pairs in which the right one has more. `best_of_n`: how often the answer with the
-    largest reward is right; `mean`: how often any answer is.
+    pairs: the share of all (right, wrong) pairs in which the right one has the larger reward; ties count half.
+    best_of_n: the accuracy of the completion with the largest reward. mean: the accuracy of all completions.
     """
-    won, pairs, best = 0.0, 0, []
+    num_ordered, num_pairs, best_is_right = 0.0, 0, []
     for question in range(int(answers.question.max()) + 1):
-        mine = answers.question == question
-        right, wrong = rewards[mine & answers.right], rewards[mine & ~answers.right]
-        apart = right[:, None] - wrong[None, :]
-        won += float((apart > 0).sum() + 0.5 * (apart == 0).sum())
-        pairs += apart.size
-        best.append(bool(answers.right[mine][rewards[mine].argmax()]))
-    return {"pairs": won / max(pairs, 1), "best_of_n": float(np.mean(best)), "mean": float(answers.right.mean())}
+        own = answers.question == question
+        right, wrong = rewards[own & answers.right], rewards[own & ~answers.right]
+        margins = right[:, None] - wrong[None, :]
+        num_ordered += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+        num_pairs += margins.size
+        best_is_right.append(bool(answers.right[own][rewards[own].argmax()]))
+    return {
+        "pairs": num_ordered / max(num_pairs, 1),
+        "best_of_n": float(np.mean(best_is_right)),
+        "mean": float(answers.right.mean()),
+    }
 
 
-def scored_together(
-    score: Callable[[Sequence[Completion]], Sequence[T]], samples: Sequence[Completion], world: World
+def score_across_processes(
+    score: Callable[[Sequence[Completion]], Sequence[T]], completions: Sequence[Completion], world: World
 ) -> list[T]:
-    """What `score` says of each answer; each process does its share, and all know the outcome."""
-    found: dict[int, T] = {}
-    for rank, part in enumerate(world.all_gather_object(score(samples[world.rank :: world.size]))):
-        found |= zip(range(rank, len(samples), world.size), part, strict=True)
-    return [found[place] for place in range(len(samples))]
+    """Score completions on all ranks, each with its shard, and gather the results on every rank, in order."""
+    scores: dict[int, T] = {}
+    for rank, shard in enumerate(world.all_gather_object(score(completions[world.rank :: world.size]))):
+        scores |= zip(range(rank, len(completions), world.size), shard, strict=True)
+    return [scores[index] for index in range(len(completions))]

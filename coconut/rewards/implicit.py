@@ -1,10 +1,10 @@
-"""Implicit process rewards: what a model trained on whole answers says of their parts.
+"""Implicit process rewards: step rewards from a model that was trained on labels of whole completions.
 
-r(y) = beta log pi(y)/pi_ref(y) is a sum over tokens, so that every prefix has a value q^t, the sum up to there, and a
-step the reward q^t - q^(t-1), the sum over its own tokens (Yuan et al., arXiv 2412.01981, section 3; their printed sum
+r(y) = beta log pi(y)/pi_ref(y) is a sum over tokens. The value q^t of a prefix is the sum up to its end, and the reward
+of a step, q^t - q^(t-1), is the sum over its own tokens (Yuan et al., arXiv 2412.01981, section 3; their printed sum
 begins one step too early). The rewards of the steps add up to r(y) exactly.
 
-Shapes: N answers, M tokens of one of them, P parts of one of them.
+Shapes: M tokens of one completion, P parts of one completion: its steps and its answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coconut.completions.completion import Completion
 from coconut.completions.scoring import SamplingDistribution
-from coconut.rewards.step_spans import parts_said
+from coconut.rewards.step_spans import completion_parts
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config
 from coconut.runs.loading import run_folder_of
 from coconut.utils.files import read_json, sha256
@@ -29,71 +29,77 @@ if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
 
-REFERENCE = "reference.pt"  # in a run's folder: its reference's weights, and how likely it is to give each answer
-WEIGHTS = "weights"  # in there, what `digest_of` gives
+REFERENCE = "reference.pt"  # in a run's folder: the reference's log-probability of each completion, and
+WEIGHTS = "weights"  # under this key, the digest of its weights by `digest_of`
 
 
-def digest_of(place: Path) -> str:
-    """Of the weights in a folder."""
+def digest_of(folder: Path) -> str:
+    """SHA-256 over the names and hashes of the safetensors files in a folder."""
     digest = hashlib.sha256()
-    for file in sorted(place.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
 def reference_of(run: Path | str) -> Path:
-    """The model that a run of coconut.reward, named by itself or one of its checkpoints, was trained against.
+    """The folder of the reference model that a run of coconut.reward (its folder or a checkpoint) was trained against.
 
-    Raises ValueError if it is no such run, or if that model is not there any more, or is another one by now.
+    Raises ValueError if `run` is no such run, or if the reference model is missing or has changed.
     """
     folder = run_folder_of(str(run))
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     if not {"loss", "beta", "init"} <= config.keys():
         raise ValueError(
-            f"{run} is no run of python -m coconut.reward, nor a checkpoint of one, so nothing says what its reference "
-            "is. Name the run that trained the reward model."
+            f"{run} is neither a run of coconut reward nor a checkpoint of one, so its reference is not "
+            "known. Name the run that trained the reward model."
         )
-    started = Path(read_json(folder / DESCRIPTION)["init"])
-    missing = "put it back, or name another reward model"
-    if not started.is_dir():
-        raise ValueError(f"{run} was trained against {started}, which is not there any more: {missing}.")
-    kept = torch.load(folder / REFERENCE, weights_only=True)
-    if WEIGHTS not in kept:
+    reference = Path(read_json(folder / DESCRIPTION)["init"])
+    remedy = "Restore it, or name another reward model"
+    if not reference.is_dir():
+        raise ValueError(f"{run} was trained against {reference}, which is missing. {remedy}.")
+    saved = torch.load(folder / REFERENCE, weights_only=True)
+    if WEIGHTS not in saved:
         raise ValueError(
-            f"{run} is of an earlier version, which did not keep against which weights it was trained. Train it anew."
+            f"{folder / REFERENCE} has no digest of the weights that {run} was trained against. Train it again."
         )
-    if kept[WEIGHTS] != digest_of(started):
-        raise ValueError(f"{run} was trained against {started}, which holds other weights by now: {missing}.")
-    return started
+    if saved[WEIGHTS] != digest_of(reference):
+        raise ValueError(f"{run} was trained against {reference}, whose weights have changed since. {remedy}.")
+    return reference
 
 
 @dataclass(frozen=True)
 class ImplicitReward:
-    """A reward model and its reference."""
+    """The implicit reward of a model against its reference model."""
 
     lm: LatentLM
     reference: LatentLM
     beta: float
 
-    def tokens(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
-        """(M,) for each answer: the reward of each of its tokens."""
-        policy = SamplingDistribution.of(self.lm.special)
-        mine, its = (policy.score(lm, samples, batch_size) for lm in (self.lm, self.reference))
-        return [self.beta * (a - b) for a, b in zip(mine, its, strict=True)]
-
-    def steps(self, samples: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
-        """(P,) for each answer: the rewards of its steps, and of the answer itself last."""
+    def tokens(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+        """(M,) for each completion: the rewards of its tokens."""
+        sampling = SamplingDistribution.of(self.lm.special)
+        model_log_probs, reference_log_probs = (
+            sampling.score(lm, completions, batch_size) for lm in (self.lm, self.reference)
+        )
         return [
-            by_part(row, self.parts(sample))
-            for row, sample in zip(self.tokens(samples, batch_size), samples, strict=True)
+            self.beta * (model - reference)
+            for model, reference in zip(model_log_probs, reference_log_probs, strict=True)
         ]
 
-    def parts(self, sample: Completion) -> list[int]:
-        return parts_said(self.lm, sample.completion_ids)
+    def steps(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+        """(P,) for each completion: the rewards of its steps and, last, of its answer."""
+        return [
+            sum_by_part(row, self.parts(completion))
+            for row, completion in zip(self.tokens(completions, batch_size), completions, strict=True)
+        ]
+
+    def parts(self, completion: Completion) -> list[int]:
+        """The part that each token of the completion belongs to."""
+        return completion_parts(self.lm, completion.completion_ids)
 
 
-def by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:
-    """(P,) sums over the tokens of each part."""
+def sum_by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:
+    """(P,) sums over the tokens of each part. `parts` (M,): the part of each token."""
     assert len(parts) == len(rewards_M), "rewards reach into the prompt"
     count = max(parts, default=-1) + 1
     return torch.zeros(count, dtype=rewards_M.dtype).index_add(0, torch.tensor(parts), rewards_M)

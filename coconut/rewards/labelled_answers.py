@@ -1,28 +1,25 @@
-"""Labelled answers: sampled from a model, or brought along; written to a file, read and checked.
+"""Files of labelled completions, sampled from a model or made elsewhere: write, read and check them.
 
 A file is JSON lines, one for each question:
 
     {"question": "...", "answer": "...", "steps": [...], "completions": [{"text": "...", "correct": true, ...}, ...]}
 
-Besides text and label a sample may hold `ids`, the tokens that were said (with the end of the sequence, unless the
-answer was cut off), `mode` and `num_thoughts`. Without ids the text is encoded, and taken to be whole.
+Beside text and label a completion may hold `ids`, its tokens (with the end of the sequence, unless it was truncated),
+`mode` and `num_thoughts`. Without `ids` the text is encoded and the end of the sequence is appended.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.completions.completion import Completion, completion_from_ids
-from coconut.completions.rollouts import Group
 from coconut.data.examples import BadRow, Example, existing, json_rows, with_defaults
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.utils.console import log
-from coconut.utils.files import write_text
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -30,100 +27,76 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledAnswers:
-    """The answers to one question, and which of them are right."""
+    """The completions of one question, and whether each is right."""
 
     example: Example
     completions: tuple[Completion, ...]
     correct: tuple[bool, ...]
 
-    def only(self, which: Sequence[bool]) -> LabelledAnswers:
-        """Those of its answers."""
+    def select(self, mask: Sequence[bool]) -> LabelledAnswers:
+        """Keep the completions for which `mask` is true."""
         return replace(
-            self, samples=tuple(compress(self.completions, which)), correct=tuple(compress(self.correct, which))
+            self, completions=tuple(compress(self.completions, mask)), correct=tuple(compress(self.correct, mask))
         )
 
 
-def as_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
-    """A line of the file."""
-    samples = [
-        {
-            "text": sample.text,
-            "correct": bool(right),
-            "ids": sample.completion_ids,
-            "mode": sample.mode,
-            "num_thoughts": sample.num_thoughts,
-            "new_tokens": sample.new_tokens,
-            "truncated": sample.truncated,
-        }
-        for sample, right in zip(group.completions, correct, strict=True)
-    ]
-    example = group.example
-    return {
-        "question": example.question,
-        "answer": example.answer,
-        "steps": list(example.steps),
-        "completions": samples,
-    }
+def read_answers(
+    path: Path | str, lm: LatentLM, skip: bool = False, whole_questions: bool = False
+) -> list[LabelledAnswers]:
+    """Read a file of labelled completions, tokenized for this model.
 
-
-def write_answers(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
-    """The whole file or none of it."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_answers(path: Path | str, lm: LatentLM, skip: bool = False, alike: bool = False) -> list[LabelledAnswers]:
-    """As this model has them.
-
-    With `skip` answers that are, with their questions, longer than its context are left out, and with `alike` all
-    others to the same question. Raises ValueError for a line that is none, with its number, and that names the answers
-    that are too long.
+    skip: leave out completions that are, with their prompts, longer than the model's context.
+    whole_questions: with `skip`, leave out all completions of a question of which one is too long.
+    Raises ValueError for a malformed line, which it names, and, without `skip`, for completions that are too long.
     """
     rows = list(_checked(path, lm))
-    asked = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
-    found = []
-    for row, question in zip(rows, asked, strict=True):
-        samples = tuple(_sample(lm, question, said) for said in row["completions"])
+    questions = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
+    labelled = []
+    for row, question in zip(rows, questions, strict=True):
+        completions = tuple(_as_completion(lm, question, record) for record in row["completions"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
-        found.append(LabelledAnswers(example, samples, tuple(said["correct"] for said in row["completions"])))
-    return _fitting(path, found, lm.max_sequence_length, skip, alike)
+        labelled.append(
+            LabelledAnswers(example, completions, tuple(record["correct"] for record in row["completions"]))
+        )
+    return _fit_to_context(path, labelled, lm.max_sequence_length, skip, whole_questions)
 
 
-def _fitting(
-    path: Path | str, labelled: list[LabelledAnswers], context: int, skip: bool, alike: bool
+def _fit_to_context(
+    path: Path | str, labelled: list[LabelledAnswers], max_length: int, skip: bool, whole_questions: bool
 ) -> list[LabelledAnswers]:
-    fits = [[len(sample.layout.ids) <= context for sample in row.completions] for row in labelled]
+    fits = [[len(completion.layout.ids) <= max_length for completion in row.completions] for row in labelled]
     count = sum(map(len, fits))
     if not (too_long := count - sum(map(sum, fits))):
         return labelled
-    if alike:
+    if whole_questions:
         fits = [[all(row)] * len(row) for row in fits]
-    kept = [row.only(which) for row, which in zip(labelled, fits, strict=True) if any(which)]
+    kept = [row.select(mask) for row, mask in zip(labelled, fits, strict=True) if any(mask)]
     if not skip or not kept:
-        shown = [
-            f"answer {number} to question {n} ({len(sample.layout.ids)} tokens)"
+        examples = [
+            f"completion {number} of question {n} ({len(completion.layout.ids)} tokens)"
             for n, row in enumerate(labelled, 1)
-            for number, sample in enumerate(row.completions, 1)
-            if len(sample.layout.ids) > context
+            for number, completion in enumerate(row.completions, 1)
+            if len(completion.layout.ids) > max_length
         ]
         more = f" and {too_long - 5} more" if too_long > 5 else ""
         raise ValueError(
-            f"{path}: {too_long} of {count} answers are, with their questions, longer than the model's context of "
-            f"{context} tokens: {', '.join(shown[:5])}{more}. Leave them out with "
-            f"{'' if alike else 'data.'}too_long=skip."
+            f"{path}: {too_long} of {count} completions are, with their prompts, longer than the model's context of "
+            f"{max_length} tokens: {', '.join(examples[:5])}{more}. Leave them out with "
+            f"{'' if whole_questions else 'data.'}too_long=skip."
         )
     left_out = count - sum(map(sum, fits))
-    others = ", and all others to the same questions" if alike else ""
-    log(f"Left out {left_out} of {count} answers of {path}: those longer than the model's context{others}.")
+    others_note = ", and all others of the same questions" if whole_questions else ""
+    log(f"Left out {left_out} of {count} completions of {path}: those longer than the model's context{others_note}.")
     return kept
 
 
-def _sample(lm: LatentLM, question: list[int], said: dict[str, Any]) -> Completion:
-    ids = said.get("ids")
+def _as_completion(lm: LatentLM, question: list[int], record: dict[str, Any]) -> Completion:
+    ids = record.get("ids")
     if ids is None:
-        [ids] = encode_texts(lm.tokenizer, [said["text"]])
+        [ids] = encode_texts(lm.tokenizer, [record["text"]])
         ids = [*ids, lm.special.eos]
     return completion_from_ids(
-        lm, question, ids, text=said["text"], mode=said.get("mode", ""), num_thoughts=said.get("num_thoughts")
+        lm, question, ids, text=record["text"], mode=record.get("mode", ""), num_thoughts=record.get("num_thoughts")
     )
 
 
@@ -136,30 +109,31 @@ def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
         count += 1
         yield row
     if not count:
-        raise ValueError(f"{path} holds no answers.")
+        raise ValueError(f"{path} holds no completions.")
 
 
 def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:
     if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        return "it must be an object with question, answer, steps and samples"
+        return "it must be an object with question, answer, steps and completions"
     if not isinstance(row.get("completions"), list) or not row["completions"]:
-        return "it has no samples"
+        return "it has no completions"
     if not isinstance(row.get("steps"), list):
         return f"steps is {row.get('steps')!r}; it must be a list of texts"
-    for number, said in enumerate(row["completions"], 1):
-        if not isinstance(said, dict) or not isinstance(said.get("text"), str):
-            return f"sample {number} has no text"
-        if not isinstance(said.get("correct"), bool):
-            return f"sample {number} has no label: correct is {said.get('correct')!r}, and must be true or false"
-        if (mode := said.get("mode", "")) not in (modes or [""]):
-            there = f"its modes are {', '.join(modes)}" if modes else "it has no modes"
-            return f"sample {number} has the mode {mode!r}, which this model does not have: {there}"
-        ids = said.get("ids")
+    for number, record in enumerate(row["completions"], 1):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            return f"completion {number} has no text"
+        if not isinstance(record.get("correct"), bool):
+            return f"completion {number} has no label: correct is {record.get('correct')!r}; it must be true or false"
+        if (mode := record.get("mode", "")) not in (modes or [""]):
+            available = f"its modes are {', '.join(modes)}" if modes else "it has no modes"
+            return f"completion {number} has the mode {mode!r}, which this model does not have: {available}"
+        ids = record.get("ids")
         if ids is not None and not (ids and all(isinstance(i, int) and 0 <= i < vocabulary for i in ids)):
             return (
-                f"sample {number} has ids that are none of this model's {vocabulary} tokens, so they were made with "
-                "another tokenizer: leave the ids out, and the text is encoded, or take a model with the same one"
+                f"completion {number} has ids that are none of this model's {vocabulary} tokens, so they were made "
+                "with another tokenizer. Leave the ids out, so that the text is encoded, or take a model with the same "
+                "tokenizer"
             )
     return None

@@ -1,7 +1,8 @@
-"""From the rewards of whole answers to a loss. All in logits: nothing is squeezed through a sigmoid first.
+"""Losses of reward models on the rewards of whole completions. Rewards enter as logits, which is numerically stable.
 
-An answer's reward is r = beta log pi(y)/pi_ref(y), summed over its tokens (Yuan et al., arXiv 2412.01981, eq. 4); its
-label l is 1 if it is right. Shapes: N answers, P pairs of a right and a wrong answer to one question.
+A completion's reward is r = beta log pi(y)/pi_ref(y), summed over its tokens (Yuan et al., arXiv 2412.01981, eq. 4);
+its label l is 1 if the answer is right. Shapes: N completions, P pairs of a right and a wrong completion of one
+question.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def nca(better_P: Tensor, worse_P: Tensor) -> Tensor:
 
 
 def kto(rewards_N: Tensor, labels_N: Tensor, reference_point: Tensor, weight: float = 1.0) -> Tensor:
-    """(N,) weight (1 - sigma(r - zero)) for a right answer, 1 - sigma(zero - r) for a wrong one.
+    """(N,) weight (1 - sigma(r - z)) for a right completion, 1 - sigma(z - r) for a wrong one.
 
-    `zero`, a scalar without gradient: the mean reward of the update, at least 0 (Ethayarajh et al., arXiv 2402.01306,
-    eq. 8; there an estimate of the divergence). `weight`: wrong answers for each right one, so that both kinds weigh
-    the same, which the paper advises.
+    reference_point: z, a scalar without gradient: the mean reward of the update, clamped at 0 (Ethayarajh et al.,
+        arXiv 2402.01306, eq. 8, where it estimates the KL divergence).
+    weight: wrong completions for each right one, so that both kinds weigh the same, as the paper advises.
     """
     apart_N = rewards_N - reference_point
     right_N = labels_N.bool()
@@ -44,9 +45,11 @@ def kto(rewards_N: Tensor, labels_N: Tensor, reference_point: Tensor, weight: fl
 
 @dataclass(frozen=True)
 class Loss:
-    """`pairs`: whether it compares a right answer with a wrong one. `shifted`: whether it has a zero and a weight.
+    """A loss, and what it takes.
 
-    `valued`: whether it is of the values of prefixes (coconut.rewards.value_model) and not of the rewards of answers.
+    pairs: rewards of right and of wrong completions, (P,) each, in place of rewards and labels, (N,) each.
+    uses_reference_point: also the reference point and the weight of right completions.
+    is_value_model: values of prefixes (coconut.rewards.value_model) in place of rewards.
     """
 
     of: Callable[..., Tensor]
@@ -65,7 +68,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def get_loss(name: str) -> Loss:
-    """Raises ValueError that lists the names."""
+    """The entry of LOSSES. Raises ValueError, which lists the names, if there is none."""
     if name not in LOSSES:
         raise ValueError(f"There is no loss {name!r}. The losses are: {', '.join(LOSSES)}.")
     return LOSSES[name]

@@ -1,6 +1,7 @@
-"""Labels of steps from rollouts: a step is as good as what comes of it (Math-Shepherd; Wang et al., arXiv 2312.08935).
+"""Monte Carlo step labels: the share of rollouts from a step's end that come out right.
 
-What the implicit reward does without: K answers are sampled on from the end of every step.
+Math-Shepherd (Wang et al., arXiv 2312.08935). K completions are sampled from the end of every step; the implicit reward
+needs none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from coconut.completions.rollouts import CorrectnessReward
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import Slot
 from coconut.rewards.labelled_answers import LabelledAnswers
-from coconut.rewards.step_spans import parts_said, step_count
+from coconut.rewards.step_spans import completion_parts, step_count
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
@@ -26,19 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepLabels:
-    """For each answer, in the order of the questions, of each step the share of rollouts that came out right.
+    """Monte Carlo estimates of the steps of each completion, ordered by question.
 
-    `sampled`: rollouts made, fewer than steps times K where answers begin alike. `tokens` that went through the model:
-    each prefix once, and what was said after it.
+    shares: for each step, the share of its rollouts that came out right.
+    num_rollouts: rollouts made, fewer than steps times K where completions have a common prefix.
+    tokens: tokens forwarded, each prefix once, and the sampled tokens.
     """
 
     shares: list[list[float]]
-    sampled: int
+    num_rollouts: int
     tokens: int
 
     @property
     def hard(self) -> list[list[bool]]:
-        """Whether any of a step's rollouts came out right."""
+        """Hard estimates: whether any of a step's rollouts came out right."""
         return [[share > 0 for share in shares] for shares in self.shares]
 
 
@@ -52,80 +54,81 @@ def step_labels(
     seed: int = 0,
     batch_size: int = 64,
 ) -> StepLabels:
-    """Sample on from the end of every step of every answer, and see what share comes out right.
+    """Label every step of every completion by `rollouts` completions sampled from its end.
 
-    Answers to a question that begin alike, after as many thoughts in the same mode, share their rollouts.
+    Completions of a question with a common prefix, of the same mode and number of thoughts, share their rollouts.
     """
     eos, form = lm.special.eos, lm.reasoning.format
-    begun: dict[
+    prefix_of: dict[
         tuple[int, tuple[int, ...]], Completion
     ] = {}  # by its question and its tokens: an answer up to a step's end
     ends: list[list[tuple[int, tuple[int, ...]]]] = []  # of each answer, where its steps end
     for n, row in enumerate(labelled):
-        for sample in row.completions:
-            parts = parts_said(lm, sample.completion_ids)
-            cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(sample.text, form))]
-            prefixes = [sample.saying(sample.completion_ids[:cut]) for cut in cuts]
+        for completion in row.completions:
+            parts = completion_parts(lm, completion.completion_ids)
+            cuts = [len(parts) - parts[::-1].index(step) for step in range(step_count(completion.text, form))]
+            prefixes = [completion.with_completion_ids(completion.completion_ids[:cut]) for cut in cuts]
             ends.append([(n, tuple(prefix.layout.ids.tolist())) for prefix in prefixes])
-            begun |= zip(ends[-1], prefixes, strict=True)
-    wanted = sorted(begun)
-    prefixes = [begun[end] for end in wanted]
-    tokens, shares = sum(len(ids) for _, ids in wanted), {}
-    found = continue_completions(lm, prefixes, rollouts, seed=seed, batch_size=batch_size)
-    for end, prefix, several in zip(wanted, prefixes, found, strict=True):
-        whole = [[token for token in [*prefix.completion_ids, *more] if token != eos] for more in several]
-        texts = [str(lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in whole]
-        shares[end] = float(np.mean([judge.right(labelled[end[0]].example, text) for text in texts]))
-        tokens += sum(token != eos for more in several for token in more)
-    return StepLabels([[shares[end] for end in its] for its in ends], len(wanted) * rollouts, tokens)
+            prefix_of |= zip(ends[-1], prefixes, strict=True)
+    keys = sorted(prefix_of)
+    prefixes = [prefix_of[key] for key in keys]
+    tokens, shares = sum(len(ids) for _, ids in keys), {}
+    continuations = continue_completions(lm, prefixes, rollouts, seed=seed, batch_size=batch_size)
+    for key, prefix, continued in zip(keys, prefixes, continuations, strict=True):
+        whole_ids = [[token for token in [*prefix.completion_ids, *added] if token != eos] for added in continued]
+        texts = [str(lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in whole_ids]
+        shares[key] = float(np.mean([judge.is_correct(labelled[key[0]].example, text) for text in texts]))
+        tokens += sum(token != eos for added in continued for token in added)
+    return StepLabels([[shares[key] for key in row] for row in ends], len(keys) * rollouts, tokens)
 
 
 @torch.no_grad()
 def continue_completions(
-    lm: LatentLM, begun: Sequence[Completion], count: int, *, seed: int = 0, batch_size: int = 64
+    lm: LatentLM, prefixes: Sequence[Completion], count: int, *, seed: int = 0, batch_size: int = 64
 ) -> list[list[list[int]]]:
-    """So many continuations of each answer, sampled from the model: their tokens, with the end of the sequence unless
-    they were cut off. An answer that has ended, or fills the model's context, has empty ones.
+    """Sample `count` continuations of each prefix; token ids, with the end of the sequence unless truncated.
+
+    A prefix that has ended, or that fills the model's context, has empty continuations.
     """
-    found: dict[int, list[list[int]]] = {}
+    continuations: dict[int, list[list[int]]] = {}
     with seeded(seed, lm.device):
-        for places, prompts, options in _batches(lm, begun, batch_size):
+        for indices, prompts, options in _batches(lm, prefixes, batch_size):
             ids, mask = pad_rows(prompts, lm.special.pad)
             out = lm.generate(ids, mask, do_sample=True, num_return_sequences=count, **options)
-            for row, place in enumerate(places):
-                found[place] = [out.completion_ids(i) for i in range(row * count, (row + 1) * count)]
-    return [found.get(place, [[]] * count) for place in range(len(begun))]
+            for row, index in enumerate(indices):
+                continuations[index] = [out.completion_ids(i) for i in range(row * count, (row + 1) * count)]
+    return [continuations.get(index, [[]] * count) for index in range(len(prefixes))]
 
 
 def _batches(
-    lm: LatentLM, begun: Sequence[Completion], size: int
+    lm: LatentLM, prefixes: Sequence[Completion], size: int
 ) -> Iterator[tuple[list[int], list[list[int]], dict[str, Any]]]:
-    """The places of the answers that go on together, the prompts, and what else `generate` is told.
+    """Batches for `generate`: the indices of the prefixes, the prompts, and further arguments.
 
-    Where nothing stands between question and answer, what was said is more of the prompt. Else it comes after the
-    slot, which `generate` adds, and those of equal length go together.
+    Without slot, markers and control token, a prefix is simply a longer prompt. Otherwise `generate` adds them after
+    the question, and the rest of the prefix is passed as `prefix_ids`, in batches of equal length.
     """
-    reasoning, ended = lm.reasoning, lm.special.eos
-    open_ = [
+    reasoning, eos = lm.reasoning, lm.special.eos
+    unfinished = [
         i
-        for i, s in enumerate(begun)
-        if len(s.layout.ids) < lm.max_sequence_length and s.completion_ids[-1:] != [ended]
+        for i, s in enumerate(prefixes)
+        if len(s.layout.ids) < lm.max_sequence_length and s.completion_ids[-1:] != [eos]
     ]
     if not (reasoning.modes or reasoning.markers or reasoning.slot is not Slot.none):
-        whole = [begun[i].layout.ids.tolist() for i in open_]
+        whole = [prefixes[i].layout.ids.tolist() for i in unfinished]
         for rows in longest_first(whole, size):
-            yield [open_[row] for row in rows], [whole[row] for row in rows], {}
+            yield [unfinished[row] for row in rows], [whole[row] for row in rows], {}
         return
-    for width in sorted({len(begun[i].completion_ids) for i in open_}):
-        alike = [i for i in open_ if len(begun[i].completion_ids) == width]
-        questions = [question_of(lm, begun[i]) for i in alike]
+    for width in sorted({len(prefixes[i].completion_ids) for i in unfinished}):
+        same_length = [i for i in unfinished if len(prefixes[i].completion_ids) == width]
+        questions = [question_of(lm, prefixes[i]) for i in same_length]
         for rows in longest_first(questions, size):
-            chosen = [begun[alike[row]] for row in rows]
+            chosen = [prefixes[same_length[row]] for row in rows]
             options: dict[str, Any] = {
-                "begun": torch.tensor([sample.completion_ids for sample in chosen], dtype=torch.long)
+                "prefix_ids": torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
             }
             if reasoning.modes:
-                options["mode"] = [sample.mode for sample in chosen]
+                options["mode"] = [completion.mode for completion in chosen]
             elif reasoning.slot is Slot.thought:
-                options["num_thoughts"] = [sample.num_thoughts for sample in chosen]
-            yield [alike[row] for row in rows], [questions[row] for row in rows], options
+                options["num_thoughts"] = [completion.num_thoughts for completion in chosen]
+            yield [same_length[row] for row in rows], [questions[row] for row in rows], options

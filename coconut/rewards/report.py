@@ -1,4 +1,4 @@
-"""The comparison of reward models, as it is read: on the screen and as a page."""
+"""The report of a comparison of reward models: tables for the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -18,77 +18,76 @@ if TYPE_CHECKING:
 
 COLOURS = ("green", "blue", "plum", "red", "peach", "sky")  # of scorers, in their order
 SELECTION = (
-    "{questions:,} unseen questions, {samples} sampled answers to each, {right} of them right. The share of "
-    "questions for which the answer that is taken is right, in expectation over all ways to draw n of the "
-    "answers; the band is the 95 % interval over questions."
+    "{questions:,} unseen questions, {samples} completions sampled for each, {right} of them right. Accuracy of the "
+    "completion that is chosen among n, in expectation over all draws of n completions; the band is the 95 % interval "
+    "over questions."
 )
-WAYS = (
-    "Sum, min and last: of the rewards of an answer's steps, the answer itself being the last; the sum is the "
-    "reward of the whole. For value and rollouts it is how likely the answer is to come out right after each "
-    "step, and there is no sum. Vote: each answer's vote weighs as much as its reward, squeezed between 0 and 1; these "
-    "weighted votes are a mean over {draws} random draws where there are more, everything else is exact. Answers that "
-    "are equal to the task are one answer, and tied answers are equally likely to be taken. "
+AGGREGATIONS = (
+    "Sum, min and last aggregate the rewards of a completion's steps and, last, of its answer; the sum is the reward "
+    "of the whole completion. The scores of value models and rollouts are the probability that the completion comes "
+    "out right after each step, and have no sum. Vote: a majority vote weighted by the sigmoid of the reward, or by "
+    "the last value. Weighted votes are averaged over {draws} random draws where there are more; everything else is "
+    "exact. Answers that are equal to the task count as one, and tied answers are equally likely to be chosen. "
     "95 % intervals at n = {most} are in selection.csv."
 )
 CURVES = (
-    "Models by the sum of their rewards, value and rollouts by the last of theirs. The oracle takes a right one if "
-    "there is one."
+    "Implicit reward models by the sum of their rewards, value models and rollouts by their last score. The oracle "
+    "chooses a right completion if there is one."
 )
 ERRORS = (
-    "{answers:,} answers, {with_an_error:,} of them with a wrong step by the exact check. A scorer points at the "
-    "first step below a threshold that other answers chose. F1 is the harmonic mean of two shares: of answers "
-    "with an error those where it was found exactly, of the others those where none was found."
+    "{answers:,} completions, {with_an_error:,} of them with a wrong step by the exact check. A scorer predicts the "
+    "first step below a threshold, which was chosen on other completions. F1 is the harmonic mean of two shares: "
+    "completions with an error for which it was found exactly, and completions without one for which none was found."
 )
 COSTS = (
-    "From {answers:,} labelled answers to something that scores steps: a training, or rollouts that label every "
-    "step, measured on some answers and scaled to as many. Two FLOPs for each parameter and token forward, four "
-    "backward; a training on the labels from rollouts would come on top."
+    "The cost of turning {answers:,} labelled completions into a scorer of steps: training a reward model, or "
+    "labelling every step by rollouts, measured on some completions and scaled to the same number. Two FLOPs for each "
+    "parameter and token forward, four backward. Training on the labels of rollouts is not included."
 )
 BOUNDS = (
-    "q is the reward up to the prefix's end; E[r] and max r are of whole answers that the reference gives after "
-    "it. In expectation E[r] ≤ q ≤ max r; the maximum of a sample can fall short of q, and its mean can exceed "
-    "it."
+    "q is the reward up to the prefix's end; E[r] and max r are of whole completions that the reference model samples "
+    "after it. In expectation E[r] ≤ q ≤ max r; the maximum of a sample can be below q, and its mean above it."
 )
-BEST = ("sum", "last")  # the way that stands for a scorer in the figure: the first that it has
+PREFERRED = ("sum", "last")  # the aggregation that the figure shows for a scorer: the first of these that it has
 
 
 def on_screen(studies: Sequence[Study]) -> str:
-    """All tables within the width of a terminal."""
-    told = {study.name: study for study in studies}
-    tables = [[["right, of n answers", *map(str, sizes(told["selection"]))], *selection_rows(told["selection"])]]
-    if "first_errors" in told:
-        tables.append([ERROR_COLUMNS, *error_rows(told["first_errors"])])
-    tables += [[COST_COLUMNS, *cost_rows(told["costs"])], [BOUND_COLUMNS, *bound_rows(told["bounds"])]]
+    """All tables as text for a terminal."""
+    by_name = {study.name: study for study in studies}
+    tables = [[["right, of n answers", *map(str, sizes(by_name["selection"]))], *selection_rows(by_name["selection"])]]
+    if "first_errors" in by_name:
+        tables.append([ERROR_COLUMNS, *error_rows(by_name["first_errors"])])
+    tables += [[COST_COLUMNS, *cost_rows(by_name["costs"])], [BOUND_COLUMNS, *bound_rows(by_name["bounds"])]]
     return "\n\n".join("\n".join(aligned(table)) for table in tables if len(table) > 1)
 
 
 def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
-    """One page of all that was measured."""
-    told = {study.name: study for study in studies}
-    selection = told["selection"]
+    """The HTML page of all studies."""
+    by_name = {study.name: study for study in studies}
+    selection = by_name["selection"]
     facts, most = selection.facts, max(sizes(selection))
     columns = ["who chooses", "how", *(f"of {size}" for size in sizes(selection)), f"more than majority, of {most}"]
-    more = [_more(row) for row in selection.rows if row["n"] == most]
-    told_rows = zip(selection_rows(selection), more, strict=True)
-    rows = [[*cells[0].split(", "), *cells[1:], gain] for cells, gain in told_rows]
+    differences = [_more(row) for row in selection.rows if row["n"] == most]
+    labelled_rows = zip(selection_rows(selection), differences, strict=True)
+    rows = [[*cells[0].split(", "), *cells[1:], difference] for cells, difference in labelled_rows]
     choosing: list[Part] = [
         Text(SELECTION.format(**facts, right=percent(facts["mean"]))),
         _legend(selection),
-        figure_of(lambda width: selection_curves(selection, width), "selection", "Accuracy of the answer taken of n.",
+        figure_of(lambda width: selection_curves(selection, width), "selection", "Accuracy of the choice among n.",
                   CURVES),
         Table(columns, rows, len(columns) - 2),
-        Text(WAYS.format(most=most, draws=told["selection"].facts["draws"])),
+        Text(AGGREGATIONS.format(most=most, draws=by_name["selection"].facts["draws"])),
     ]  # fmt: skip
     sections = [Section("headline", None, choosing)]
-    if errors := told.get("first_errors"):
+    if errors := by_name.get("first_errors"):
         about = ERRORS.format(**errors.facts)
         sections.append(_tabled("errors", "The first wrong step", about, ERROR_COLUMNS, error_rows(errors)))
-    about = COSTS.format(**told["costs"].facts)
-    sections.append(_tabled("costs", "What it costs to know", about, COST_COLUMNS, cost_rows(told["costs"])))
-    if rows := bound_rows(told["bounds"]):
-        sections.append(_tabled("bounds", "The value of a prefix", BOUNDS, BOUND_COLUMNS, rows))
-    what = "what each is good for, against votes, rollouts and the oracle"
-    return page(name, "Reward models", what, folder, sections, kicker="comparison")
+    about = COSTS.format(**by_name["costs"].facts)
+    sections.append(_tabled("costs", "The cost of scoring steps", about, COST_COLUMNS, cost_rows(by_name["costs"])))
+    if rows := bound_rows(by_name["bounds"]):
+        sections.append(_tabled("bounds", "Bounds on the value of a prefix", BOUNDS, BOUND_COLUMNS, rows))
+    description = "accuracy and cost, beside majority vote, rollouts and the oracle"
+    return page(name, "Reward models", description, folder, sections, kicker="comparison")
 
 
 def _tabled(name: str, title: str, about: str, columns: list[str], rows: list[list[str]]) -> Section:
@@ -115,17 +114,19 @@ def selection_curves(study: Study, width: float) -> Drawing:
 
 
 def colours(study: Study) -> dict[str, str]:
-    names = [name for name in dict.fromkeys(row["scorer"] for row in study.rows) if name not in ("oracle", "majority")]
-    drawn = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
-    return {"oracle": "muted", "majority": "ink", **drawn}
+    scorers = [
+        name for name in dict.fromkeys(row["scorer"] for row in study.rows) if name not in ("oracle", "majority")
+    ]
+    coloured = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(scorers)}
+    return {"oracle": "muted", "majority": "ink", **coloured}
 
 
 def _more(row: dict[str, Any]) -> str:
-    """In points."""
+    """The difference to majority vote, in percentage points, with its interval."""
     if row["scorer"] == "majority":
         return ""
-    more, low, high = (100 * row[key] for key in ("more", "more_low", "more_high"))
-    return f"{more:+.1f} ({low:+.1f} to {high:+.1f})"
+    difference, low, high = (100 * row[key] for key in ("more", "more_low", "more_high"))
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _legend(study: Study) -> Legend:
@@ -133,11 +134,13 @@ def _legend(study: Study) -> Legend:
 
 
 def curve(study: Study, scorer: str) -> list[dict[str, Any]]:
-    """The rows of the way that stands for it."""
+    """The rows of a scorer with its PREFERRED aggregation."""
     rows = [row for row in study.rows if row["scorer"] == scorer]
-    ways = {row["way"] for row in rows}
-    way = next((way for way in BEST if way in ways), rows[0]["way"])
-    return [row for row in rows if row["way"] == way]
+    aggregations = {row["aggregation"] for row in rows}
+    aggregation = next(
+        (aggregation for aggregation in PREFERRED if aggregation in aggregations), rows[0]["aggregation"]
+    )
+    return [row for row in rows if row["aggregation"] == aggregation]
 
 
 def sizes(study: Study) -> list[int]:
@@ -145,9 +148,12 @@ def sizes(study: Study) -> list[int]:
 
 
 def selection_rows(study: Study) -> list[list[str]]:
-    kinds = dict.fromkeys((row["scorer"], row["way"]) for row in study.rows)
-    cell = {(row["scorer"], row["way"], row["n"]): percent(row["accuracy"]) for row in study.rows}
-    return [[f"{name}, {way}", *(cell[name, way, size] for size in sizes(study))] for name, way in kinds]
+    choices = dict.fromkeys((row["scorer"], row["aggregation"]) for row in study.rows)
+    accuracies = {(row["scorer"], row["aggregation"], row["n"]): percent(row["accuracy"]) for row in study.rows}
+    return [
+        [f"{name}, {aggregation}", *(accuracies[name, aggregation, size] for size in sizes(study))]
+        for name, aggregation in choices
+    ]
 
 
 ERROR_COLUMNS = ["first error", "F1", "of wrong", "of right", "threshold"]

@@ -1,7 +1,4 @@
-"""Where the steps of an answer lie, in text and in tokens.
-
-Nothing here reaches into the prompt: an answer is what the model said after it.
-"""
+"""Spans of the steps of a completion, in characters and in tokens. The prompt is not part of it."""
 
 from __future__ import annotations
 
@@ -16,41 +13,46 @@ if TYPE_CHECKING:
 
 
 def text_ends(text: str, form: PromptFormat) -> list[int]:
-    """Where each part of an answer ends, in characters: every step, and last the answer itself.
+    """End, in characters, of each part of a completion: of every step and, last, of the answer.
 
-    A step ends with what ends it in the prompt format, or where the answer's mark begins. Empty steps belong to the one
-    before. A text without steps is one part, and so is what was said last if no answer was given.
+    A step ends with the step end of the prompt format, or where the answer begins. An empty step belongs to the step
+    before it. A text without steps is one part. Without an answer, the last step is the last part.
     """
     answer = find_answer(text, form)
-    last = len(text) if answer is None else answer[0]
+    steps_end = len(text) if answer is None else answer[0]
     ends, begin = [], 0
-    while begin < last:
-        found = text.find(form.step_end, begin, last)
-        end = last if found < 0 else found + len(form.step_end)
+    while begin < steps_end:
+        found = text.find(form.step_end, begin, steps_end)
+        end = steps_end if found < 0 else found + len(form.step_end)
         if text[begin:end].strip():
             ends.append(end)
         elif ends:
             ends[-1] = end
         begin = end
     if answer is None and ends:
-        return ends  # no answer was given: the last step is the last part
+        return ends
     return [*ends, len(text)]
 
 
 def step_count(text: str, form: PromptFormat) -> int:
-    """How many of the parts are steps: all but the answer, where there is one."""
+    """The number of parts that are steps: all but the answer."""
     parts = len(text_ends(text, form))
     return parts if find_answer(text, form) is None and text.strip() else parts - 1
 
 
-def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()) -> list[int]:
-    """For each token of an answer the number of its part, rising from 0.
+def token_parts(
+    tokenizer: Any, completion_ids: Sequence[int], form: PromptFormat, ignored: Sequence[int] = ()
+) -> list[int]:
+    """The index of the part that each token belongs to, counted from 0.
 
-    A token belongs where its last character stands; one without any, such as the end of the sequence, to the token
-    before it. `ignored` tokens are never text.
+    A token belongs to the part that holds its last character; one without characters, such as the end of the sequence,
+    to the part of the token before it. `ignored` tokens are not decoded.
     """
-    lengths = [len(_decoded(tokenizer, [t for t in said[:n] if t not in ignored])) for n in range(1, len(said) + 1)]
-    text = _decoded(tokenizer, [token for token in said if token not in ignored])
+    lengths = [
+        len(_decoded(tokenizer, [t for t in completion_ids[:n] if t not in ignored]))
+        for n in range(1, len(completion_ids) + 1)
+    ]
+    text = _decoded(tokenizer, [token for token in completion_ids if token not in ignored])
     ends, parts, part = text_ends(text, form), [], 0
     for length in lengths:
         while part < len(ends) - 1 and length > ends[part]:
@@ -59,9 +61,9 @@ def token_parts(tokenizer: Any, said: Sequence[int], form: PromptFormat, ignored
     return parts
 
 
-def parts_said(lm: LatentLM, said: Sequence[int]) -> list[int]:
-    """The same of what this model said, in its prompt format."""
-    return token_parts(lm.tokenizer, said, lm.reasoning.format, [lm.special.eos, lm.special.pad])
+def completion_parts(lm: LatentLM, completion_ids: Sequence[int]) -> list[int]:
+    """`token_parts` with the model's tokenizer and prompt format."""
+    return token_parts(lm.tokenizer, completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -1,13 +1,12 @@
-"""Sampled answers as a batch, and the loss of the policy on it.
+"""The policy's micro-batches and its loss.
 
-Shapes: N answers, B rows of a batch, T columns, V vocabulary, M sampled tokens of all rows, one after the other.
+Shapes: N completions, M sampled tokens of all rows, one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,16 @@ from torch import Tensor, nn
 from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
-from coconut.rl.objectives import Objective, Totals, clipped, kl_k3
-
-if TYPE_CHECKING:
-    pass
+from coconut.rl.objectives import Objective, Totals, clipped_objective, kl_k3
 
 
 @dataclass
 class PolicyBatch(CompletionBatch):
-    """A micro-batch of answers; of each sampled token (M,) what its term needs.
+    """A micro-batch of completions with the terms of each sampled token, (M,) each.
 
-    `weights`, `kl_weights`: an Objective's, times the sampled tokens of the whole batch, by which an engine divides.
-    `old`: log-probabilities when they were sampled, None if those are the present ones. `reference`: those of the model
-    that the policy is held to, computed on this very batch; None if it is held to none.
+    weights, kl_weights: of the Objective, times the sampled tokens of the whole batch, by which the engine divides.
+    old: log-probabilities at sampling; None in an on-policy update, where they equal the current ones.
+    reference: log-probabilities under the reference model, computed on this same micro-batch; None without a KL term.
     """
 
     advantages: Tensor
@@ -41,13 +37,16 @@ class PolicyBatch(CompletionBatch):
         return len(self.advantages)
 
 
-def broadcast_to_tokens(advantages_N: Tensor, samples: Sequence[Completion]) -> list[Tensor]:
-    """One number an answer as one for each of its sampled tokens."""
-    return [gain.expand(len(sample.log_probs)) for gain, sample in zip(advantages_N, samples, strict=True)]
+def broadcast_to_tokens(advantages_N: Tensor, completions: Sequence[Completion]) -> list[Tensor]:
+    """Expand (N,) advantages to one tensor (M,) a completion, with one value for each of its sampled tokens."""
+    return [
+        advantage.expand(len(completion.log_probs))
+        for advantage, completion in zip(advantages_N, completions, strict=True)
+    ]
 
 
 def policy_batch(
-    samples: Sequence[Completion],
+    completions: Sequence[Completion],
     advantages: Sequence[Tensor],
     objective: Objective,
     totals: Totals,
@@ -56,30 +55,36 @@ def policy_batch(
     on_policy: bool,
     passes: int = 1,
 ) -> PolicyBatch:
-    """Answers with the advantages of their sampled tokens as a micro-batch of a batch that has `totals` in all."""
-    made = CompletionBatch.of(samples, special, max(passes, *(sample.passes for sample in samples)))
-    lengths_N = torch.tensor([len(sample.log_probs) for sample in samples])
-    weights_M, kl_weights_M = objective.weights(lengths_N, made.is_control, totals)
+    """Collate completions, with the advantages of their sampled tokens, into a micro-batch.
+
+    `totals` are those of the whole batch.
+    """
+    batch = CompletionBatch.of(completions, special, max(passes, *(completion.passes for completion in completions)))
+    lengths_N = torch.tensor([len(completion.log_probs) for completion in completions])
+    weights_M, kl_weights_M = objective.weights(lengths_N, batch.is_control, totals)
     return PolicyBatch(
-        **vars(made),
+        **vars(batch),
         advantages=torch.cat(list(advantages)).float(),
         weights=weights_M * totals.tokens,
         kl_weights=kl_weights_M * totals.tokens,
-        old=None if on_policy else torch.cat([sample.log_probs for sample in samples]),
+        old=None if on_policy else torch.cat([completion.log_probs for completion in completions]),
     )
 
 
-def totals_of(samples: Sequence[Completion], budget: int) -> Totals:
-    """Of all answers of an update."""
-    tokens, controls = (sum(map(len, (s.log_probs for s in samples))), sum(int(s.is_control.sum()) for s in samples))
-    return Totals(len(samples), tokens, controls, budget)
+def totals_of(completions: Sequence[Completion], budget: int) -> Totals:
+    """The totals of all completions of an update. `budget`: the limit of new tokens."""
+    tokens, controls = (
+        sum(map(len, (s.log_probs for s in completions))),
+        sum(int(s.is_control.sum()) for s in completions),
+    )
+    return Totals(len(completions), tokens, controls, budget)
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """An engine's loss function: summed over the tokens of a micro-batch, which has `objective`'s weights.
+    """The policy's loss function, for an engine: the weighted sum over the tokens of a micro-batch.
 
-    `divergences`: of each micro-batch that has a reference, the sum of its tokens' k3.
+    `divergences`: for each micro-batch with a reference, the sum of its tokens' k3 estimates of the KL divergence.
     """
 
     policy: SamplingDistribution
@@ -90,7 +95,9 @@ class PolicyLoss:
     def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
         log_probs_M = self.policy.log_probs(module, batch)
         old_M = log_probs_M.detach() if batch.old is None else batch.old
-        terms_M = clipped(log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high)
+        terms_M = clipped_objective(
+            log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high
+        )
         loss = (batch.weights * terms_M).sum()
         if batch.reference is None:
             return loss
@@ -99,7 +106,7 @@ class PolicyLoss:
         return loss + self.kl_coef * (batch.kl_weights * apart_M).sum()
 
     def divergence(self) -> float:
-        """The sum over all micro-batches since the last call."""
-        found = sum(part.item() for part in self.divergences)
+        """The sum of k3 over all micro-batches since the last call."""
+        total = sum(part.item() for part in self.divergences)
         self.divergences.clear()
-        return found
+        return total

@@ -1,15 +1,15 @@
-"""How the rewards of groups of answers become a loss: what GRPO and its relatives differ in, as data.
+"""Policy objectives, GRPO and its variants, as data.
 
-All of them minimise, over the sampled tokens t of the answers i of one batch,
+All of them minimise, over the sampled tokens t of the completions i of one batch,
 
-    sum w_it * max(-rho_it A_i, -clip(rho_it, 1 - low, 1 + high) A_i)  +  beta * sum v_it * k3_it
+    sum w_it * max(-rho_it A_i, -clip(rho_it, 1 - clip_low, 1 + clip_high) A_i)  +  kl_coef * sum v_it * k3_it
 
-with rho the ratio of the token's probability now to that when it was sampled, A the answer's advantage in its group,
-and k3 an estimate of the divergence from a reference. An `Objective` says how A is scaled and what the weights w and v
-are.
+where rho is the ratio of the token's probability under the current policy to that at sampling, A the completion's
+advantage in its group, and k3 an estimate of the KL divergence from the reference model. An `Objective` defines how A
+is normalized, and the weights w and v.
 
-Shapes: G groups, S answers of a group, N = G * S answers in that order, M sampled tokens of all answers, one after the
-other.
+Shapes: G groups, S completions of a group, N = G * S completions in that order, M sampled tokens of all completions,
+one after the other.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_DEVIATION = 1e-4  # added to the standard deviation of a group, as in TRL
+STD_EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Of the whole batch, over all processes. `tokens`: sampled ones, `controls` of which are control tokens.
+    """Counts of the whole batch, over all processes. `tokens`: sampled tokens, of which `controls` are control tokens.
 
-    `budget`: the most tokens that an answer may have.
+    `budget`: the limit of new tokens of a completion.
     """
 
     answers: int
@@ -37,32 +37,35 @@ class Totals:
     budget: int
 
 
-Denominator = Callable[
-    [Tensor, Totals], Tensor
-]  # lengths (N,), totals: what the sum over an answer's tokens is divided by
+Denominator = Callable[[Tensor, Totals], Tensor]
+"""From lengths (N,) and totals to (N,): what the sum over a completion's tokens is divided by."""
 
 
 def per_answer(lengths_N: Tensor, totals: Totals) -> Tensor:
-    """The mean over answers of the mean over their tokens."""
+    """The mean over completions of the mean over their tokens."""
     return lengths_N.clamp(min=1) * totals.answers
 
 
 def per_token(lengths_N: Tensor, totals: Totals) -> Tensor:
-    """The mean over all tokens."""
+    """The mean over all tokens of the batch."""
     return torch.full_like(lengths_N, totals.tokens)
 
 
 def per_budget(lengths_N: Tensor, totals: Totals) -> Tensor:
-    """The sum over tokens by a number that does not depend on how many there are."""
+    """The sum over tokens divided by a constant, completions times budget, so that length does not matter."""
     return torch.full_like(lengths_N, totals.answers * totals.budget)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`scaled`: advantages are divided by the group's standard deviation. `low`, `high`: bounds of the ratio.
+    """A policy objective.
 
-    `control`: the weight of the control token's term, a term of its own, the mean over answers being taken of it and of
-    the mean over the other tokens; None: it is a token like the others. `slowed`: what its weight is multiplied by.
+    denominator: how the sum over tokens is averaged.
+    normalize_advantages: divide advantages by the group's standard deviation.
+    control_token_weight: the weight of the control token as a term of its own: the loss is then the mean over
+        completions of this term and of the average over the other tokens. None: a token like the others.
+    control_token_scale: a factor on the control token's weight.
+    clip_low, clip_high: the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
     """
 
     denominator: Denominator
@@ -73,14 +76,14 @@ class Objective:
     clip_high: float = 0.2
 
     def weights(self, lengths_N: Tensor, is_control_M: Tensor, totals: Totals) -> tuple[Tensor, Tensor]:
-        """w and v, both (M,), float32. `lengths` counts an answer's sampled tokens, the control token among them."""
+        """w and v, both (M,), float32. `lengths_N`: sampled tokens of each completion, with the control token."""
         owner_M = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
         whole_M = 1 / self.denominator(lengths_N, totals).float()[owner_M]
         if self.control_token_weight is None:
             return torch.where(is_control_M, self.control_token_scale * whole_M, whole_M), whole_M
         controls_N = torch.zeros_like(lengths_N).scatter_add(0, owner_M, is_control_M.to(lengths_N))
-        rest = replace(totals, tokens=totals.tokens - totals.controls, controls=0)
-        rest_M = 1 / self.denominator(lengths_N - controls_N, rest).float()[owner_M]
+        other_totals = replace(totals, tokens=totals.tokens - totals.controls, controls=0)
+        rest_M = 1 / self.denominator(lengths_N - controls_N, other_totals).float()[owner_M]
         alone = self.control_token_scale * self.control_token_weight / totals.answers
         return torch.where(is_control_M, torch.full_like(rest_M, alone), rest_M), whole_M
 
@@ -94,35 +97,38 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def get_objective(name: str, **changes: Any) -> Objective:
-    """The entry of OBJECTIVES, with what is not None in place of its own. Raises ValueError that lists the names."""
+    """The entry of OBJECTIVES, with its fields replaced by those of `changes` that are not None.
+
+    Raises ValueError, which lists the names, if there is no such entry.
+    """
     if name not in OBJECTIVES:
         raise ValueError(f"There is no objective {name!r}. The objectives are: {', '.join(OBJECTIVES)}.")
     return replace(OBJECTIVES[name], **{key: value for key, value in changes.items() if value is not None})
 
 
-def advantages(rewards_GS: Tensor, scaled: bool) -> Tensor:
-    """(G, S) each reward less the mean of its group; by the group's standard deviation if `scaled`.
+def advantages(rewards_GS: Tensor, normalize: bool) -> Tensor:
+    """(G, S) each reward minus the mean of its group; divided by the group's standard deviation with `normalize`.
 
-    Raises ValueError for groups of one, which have no mean to be better than.
+    Raises ValueError for groups of one, whose advantages would be zero.
     """
     if rewards_GS.shape[1] < 2:
-        raise ValueError("A group of one answer has nothing to be compared with. Sample two a question at least.")
+        raise ValueError("A group of one completion has no other to be compared with. Sample two or more a question.")
     centred_GS = rewards_GS - rewards_GS.mean(1, keepdim=True)
-    return centred_GS / (rewards_GS.std(1, keepdim=True) + LEAST_DEVIATION) if scaled else centred_GS
+    return centred_GS / (rewards_GS.std(1, keepdim=True) + STD_EPSILON) if normalize else centred_GS
 
 
 def has_zero_variance(rewards_GS: Tensor) -> Tensor:
-    """(G,) groups whose answers were all rewarded alike: their advantages are zero, they teach nothing."""
+    """(G,) whether all rewards of a group are equal: its advantages are zero, and it gives no gradient."""
     return (rewards_GS == rewards_GS[:, :1]).all(1)
 
 
-def clipped(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float, high: float) -> Tensor:
-    """(M,) each token's term of the policy, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
+def clipped_objective(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float, high: float) -> Tensor:
+    """(M,) each token's clipped surrogate loss, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
     ratio_M = (log_probs_M - old_M).exp()
     return torch.max(-ratio_M * advantages_M, -ratio_M.clamp(1 - low, 1 + high) * advantages_M)
 
 
 def kl_k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:
-    """(M,) an estimate of KL(policy || reference) that is never negative (http://joschu.net/blog/kl-approx.html)."""
+    """(M,) the k3 estimate of KL(policy || reference), never negative (http://joschu.net/blog/kl-approx.html)."""
     apart_M = reference_M - log_probs_M
     return torch.expm1(apart_M) - apart_M

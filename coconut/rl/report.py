@@ -1,20 +1,17 @@
-"""Pages about what a policy learned: one run, and several side by side."""
+"""The page about what a policy learned."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coconut.analysis.graph_layout import Point
-from coconut.data.seen_questions import describe_questions, most_seen
+from coconut.data.seen_questions import describe_questions
 from coconut.methods import parse_mode
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Figure, Heading, Legend, Part, Score, Section, Table, Text, page, percent
+from coconut.reporting.page import Figure, Legend, Part, Score, Section, Table, Text, page, percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
 from coconut.reporting.run_page import answers, counted, settings_of_adamw, what_was_trained
 from coconut.reporting.run_table import aligned
@@ -27,11 +24,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("green", "blue", "plum", "red", "peach", "sky")  # of modes, in their order
 POINTS = 60  # of a smoothed curve
-SEED = re.compile(r"-seed\d+$")
 
 
 def is_policy(run: RunRecord) -> bool:
-    """Whether coconut.rl made it."""
+    """Whether coconut rl made it."""
     return "objective" in run.config
 
 
@@ -114,7 +110,7 @@ def reward_curve(run: RunRecord, width: float) -> Drawing:
     return figure
 
 
-def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
+def curves_figure(runs: Sequence[RunRecord], name: str) -> Figure:
     return figure_of(
         lambda width: choice_curves(runs, width),
         name,
@@ -124,11 +120,11 @@ def _curves(runs: Sequence[RunRecord], name: str) -> Figure:
     )
 
 
-def _legend(modes: Sequence[str]) -> Legend:
+def mode_legend(modes: Sequence[str]) -> Legend:
     entries = []
     for number, mode in enumerate(map(parse_mode, modes)):
-        told = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
-        words = told or f"{counted(mode.num_thoughts, 'thought')} and the answer"
+        described = {"short": "the answer at once", "think": "the whole chain in words"}.get(mode.name)
+        words = described or f"{counted(mode.num_thoughts, 'thought')} and the answer"
         entries.append((COLOURS[number % len(COLOURS)], f"{mode.token}: {words}"))
     return Legend(entries)
 
@@ -210,7 +206,7 @@ def router_cells(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 
 def learning(run: RunRecord) -> Section:
     modes = modes_of(run)
-    parts: list[Part] = [_legend(modes), _curves([run], "choice")] if modes and run.train else []
+    parts: list[Part] = [mode_legend(modes), curves_figure([run], "choice")] if modes and run.train else []
     if run.train:
         caption = "Of the answers sampled for each batch, and of those that it would give without sampling."
         parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
@@ -238,20 +234,24 @@ def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
-    config, told = run.config, run.description["objective"]
+    config, objective = run.config, run.description["objective"]
     reward, asked = config["reward"], f"{config['prompts_per_step']} questions with {config['group_size']} answers each"
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
-    scaled = "divided by the deviation of their group" if told["normalize_advantages"] else "not divided"
-    own_term = f"a term of its own, of weight {told['control_token_weight']}"
-    control = "a token like the others" if told["control_token_weight"] is None else own_term
+    scaled = "divided by the deviation of their group" if objective["normalize_advantages"] else "not divided"
+    own_term = f"a term of its own, of weight {objective['control_token_weight']}"
+    control = "a token like the others" if objective["control_token_weight"] is None else own_term
     facts = [
-        ("objective", f"{config['objective']['name']}: {told['denominator'].replace('_', ' ')}; advantages {scaled}"),
+        (
+            "objective",
+            f"{config['objective']['name']}: {objective['denominator'].replace('_', ' ')}; advantages {scaled}",
+        ),
         (
             "control token",
-            control + ("" if told["control_token_scale"] == 1 else f", slowed to {told['control_token_scale']:g}"),
+            control
+            + ("" if objective["control_token_scale"] == 1 else f", slowed to {objective['control_token_scale']:g}"),
         ),
-        ("clipping", f"ratios from {1 - told['clip_low']:g} to {1 + told['clip_high']:g}"),
+        ("clipping", f"ratios from {1 - objective['clip_low']:g} to {1 + objective['clip_high']:g}"),
         ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
         ("dense rewards", describe_process_reward(config.get("process_reward"))),
@@ -275,121 +275,3 @@ def describe_process_reward(dense: dict[str, Any] | None) -> str:
 
 
 # Several runs.
-
-
-def arm_of(run: RunRecord) -> str:
-    """The name of its folder, without the seed."""
-    return SEED.sub("", run.folder.resolve().name)
-
-
-def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of one arm together."""
-    found: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        found.setdefault(arm_of(run), []).append(run)
-    return found
-
-
-def comparison(runs: Sequence[RunRecord]) -> Study:
-    """A row for each of the runs: what it chooses, and what comes of it on test questions.
-
-    Raises ValueError if one is not complete, not examined or has no modes, or if they have other modes or questions.
-    """
-    for run in runs:
-        if run.step < run.config["num_steps"]:
-            raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['num_steps']:,}.")
-        if "routers" not in run.studies:
-            raise ValueError(f"{run.folder} was not examined: python -m coconut.analyze run={run.folder} does that.")
-    first = runs[0].studies["routers"].facts
-    rows = []
-    for run in runs:
-        facts = run.studies["routers"].facts
-        if any(facts[key] != first[key] for key in ("modes", "sha256", "questions")):
-            raise ValueError(f"{run.folder} and {runs[0].folder} have other modes, or were asked other questions.")
-        own, *others = run.studies["routers"].rows
-        by_name = {row["router"]: row for row in others}
-        easy, *_, hard = run.studies["difficulty"].rows
-        rows.append(
-            {
-                "arm": arm_of(run),
-                "seed": run.config["seed"],
-                "step": run.studies["routers"].facts["step"],
-                "reward": _validated(run)["reward"],
-                **{key: own[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
-                "at_random": by_name["at random, as often"]["accuracy"],
-                "oracle": by_name["oracle"]["accuracy"],
-                **{key: value for key, value in own.items() if key.startswith("share_")},
-                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first["modes"]},
-                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first["modes"]},
-                "seconds": sum(row["seconds"] for row in run.train),
-            }
-        )
-    kept = {key: first[key] for key in ("modes", "sha256", "questions", "file")}
-    return Study("policies", rows, kept | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
-
-
-def _validated(run: RunRecord) -> dict[str, Any]:
-    """The validation of the checkpoint that was examined. Raises ValueError if that was not validated."""
-    step = run.studies["routers"].facts["step"]
-    rows = [row for row in run.valid if row["step"] == step]
-    if not rows:
-        raise ValueError(
-            f"{run.folder} was examined at batch {step:,}, where nothing was validated: what it earned there is not "
-            f"known. Examine another checkpoint: python -m coconut.analyze run={run.folder} checkpoint=best"
-        )
-    return rows[-1]
-
-
-def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
-    """The page of several runs."""
-    modes = study.facts["modes"]
-    asked = describe_questions(study.facts["questions"], study.facts.get("seen"))
-    note = (
-        f"On {asked}; means over seeds. All numbers of a run are of the "
-        "checkpoint that was examined, the best by its reward unless another was named; the reward is that on "
-        "validation questions. Minutes: of the whole training. Chance on easy and on hard: how likely "
-        "the first token is that of the mode, for questions of the fewest and of the most steps. At random: the "
-        "accuracy if each mode were taken as often, whatever the question."
-    )
-    parts: list[Part] = [Table(columns(modes), table_rows(study), len(columns(modes)) - 1), Text(note)]
-    curves: list[Part] = [_legend(modes)]
-    for number, (arm, its) in enumerate(arms(runs).items()):
-        figure, seeds = _curves(its, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in its)
-        said = f"Seed{'s' * (len(its) > 1)} {seeds}."
-        curves += [Heading(arm), replace(figure, caption=f"{said} {figure.caption}" if not number else said)]
-    return page(
-        runs[0].description["name"],
-        f"{len(runs)} policies",
-        f"how each learned which of {', '.join(modes)} to answer in",
-        folder,
-        [Section("headline", None, parts), Section("learning", "How they learned", curves)],
-        kicker="comparison",
-    )
-
-
-def columns(modes: Sequence[str]) -> list[str]:
-    of_modes = [f"{mode}{kind}" for mode in modes[1:] for kind in ("", ", easy", ", hard")]
-    return ["arm", "seeds", "reward", "accuracy", "at random", "oracle", *of_modes, "new tokens", "passes", "minutes"]
-
-
-def table_rows(study: Study) -> list[list[str]]:
-    """A row for each arm, as it is read, in the order of `columns`."""
-    modes = study.facts["modes"]
-    found = []
-    for arm in dict.fromkeys(row["arm"] for row in study.rows):
-        its = [row for row in study.rows if row["arm"] == arm]
-        mean = {key: float(np.mean([row[key] for row in its])) for key in its[0] if key not in ("arm", "seed", "step")}
-        shares = [percent(mean[f"{kind}_{mode}"]) for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
-        found.append(
-            [
-                arm,
-                ", ".join(str(row["seed"]) for row in its),
-                f"{mean['reward']:.3f}",
-                *(percent(mean[key]) for key in ("accuracy", "at_random", "oracle")),
-                *shares,
-                f"{mean['new_tokens']:.1f}",
-                f"{mean['passes']:.1f}",
-                f"{mean['seconds'] / 60:.1f}",
-            ]
-        )
-    return found

@@ -42,8 +42,8 @@ def read_config(run: Path | str) -> dict[str, Any]:
     path = Path(run) / CONFIG
     if (Path(run) / REASONING_FILE).is_file():
         raise ValueError(
-            f"{run} is a saved model and not a run: it has no record of its training. Ask it a question with python "
-            f'-m coconut.generate run={run} question="..."; evaluate it with python -m coconut.evaluate run={run} '
+            f"{run} is a saved model and not a run: it has no record of its training. Ask it a question with coconut "
+            f'generate run={run} question="..."; evaluate it with coconut evaluate run={run} '
             "task=TASK data.test=FILE"
         )
     if not path.is_file():

@@ -45,9 +45,10 @@ def to_float32(lm: LatentLM) -> LatentLM:
 
 
 def match_dtypes(reference: LatentLM, lm: LatentLM, device: torch.device) -> LatentLM:
-    """Cast the reference's weights to the dtypes of `lm`'s, so that equal weights give equal numbers."""
-    for weight, other in zip(reference.parameters(), lm.parameters(), strict=True):
-        weight.data = weight.data.to(other.dtype)
+    """The reference on the device, with the dtypes and the acceleration of `lm`: equal models give equal numbers."""
+    reference.acceleration.mechanisms = lm.acceleration.mechanisms
+    for weight, its in zip(reference.parameters(), lm.parameters(), strict=True):
+        weight.data = weight.data.to(its.dtype)
     return reference.to(device).eval()
 
 
@@ -73,7 +74,7 @@ def load_run(run: Path | str, checkpoint: str, engine: EngineConfig, world: Worl
     path = world.on_main_process(lambda: Checkpoints(run).find(checkpoint))
     device = set_up_device(engine, world)
     lm = LatentLM.from_pretrained(path, config["model"]["attention"] if "model" in config else None)
-    lm.to(device)
+    lm.to(device).acceleration.mechanisms = engine.mechanisms
     return LoadedRun(lm.eval(), config, load_state(path)["step"])
 
 
@@ -85,6 +86,7 @@ def load_model(name_or_path: str, checkpoint: str, engine: EngineConfig, world: 
     if Path(name_or_path).exists() and not Path(name_or_path, REASONING_FILE).is_file():
         return load_run(name_or_path, checkpoint, engine, world).lm
     lm = LatentLM.from_pretrained(name_or_path)
+    lm.acceleration.mechanisms = engine.mechanisms
     return lm.to(set_up_device(engine, world)).eval()
 
 
@@ -110,8 +112,8 @@ def classifier_of(
         paths = [file_of_split(trained.config["data"], split, getattr(files, split)) for split in ("train", "valid")]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"stop=classifier is fitted once on the run's data. {error} To fit and save it on other files: python -m "
-            f"coconut.analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
+            f"stop=classifier is fitted once on the run's data. {error} To fit and save it on other files: coconut "
+            f"analyze run={run} parts=[stopping] data.train=FILE data.valid=FILE"
         ) from None
     train, valid = (read_examples(file)[:MAX_EXAMPLES] for file in paths)
     log(f"Fitting the stop classifier, once, on {len(train):,} training examples")

@@ -96,7 +96,7 @@ def read_run(folder: Path | str) -> RunRecord:
     description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)
     if description.get("trained") == "reward model":
         raise ValueError(
-            f"{folder} is a reward model, which answers no questions. Measure it with python -m coconut.reward compare "
+            f"{folder} is a reward model, which answers no questions. Measure it with coconut reward compare "
             f"runs={folder} answers=FILE"
         )
     evaluations = read_results(folder)

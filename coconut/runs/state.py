@@ -1,8 +1,7 @@
-"""Where a run stands: taken up from its checkpoints, and kept in them."""
+"""Save and restore training state."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,38 +13,52 @@ from coconut.engine.world import World
 from coconut.methods import Reasoning
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
-from coconut.utils.console import log
-from coconut.utils.files import atomic_folder
+from coconut.runs.description import DESCRIPTION
+from coconut.runs.loading import resolve_weights
+from coconut.utils.files import atomic_folder, read_json
 
 
 class TrainingState:
-    """The checkpoints of one run. `found` is the one to go on from, None if the run is new.
+    """The checkpoints of a run, and the state of the one that it resumes from.
 
-    `state`: what the checkpoint says of where the run stands, or, for a new one, step 0, no best and `new`.
+    `resume_from` is that checkpoint's folder, None for a new run. `state` is its state.json: `step`, `best`, `pending`
+    (a validation that was due and is not done) and what the trainer adds. A new run starts with `initial`, at step 0.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, world: World, new: dict[str, Any]):
-        self.world = world
+    def __init__(self, config: RunConfig, folder: Path, world: World, **initial: Any):
+        self.folder, self.world = folder, world
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
         self.resume_from = world.on_main_process(self.checkpoints.latest_valid)
-        self.trainer = load_trainer(self.resume_from) if self.resume_from else {}
-        self.state = load_state(self.resume_from) if self.resume_from else {"step": 0, "best": None, **new}
+        self.state = load_state(self.resume_from) if self.resume_from else {"step": 0, "best": None, **initial}
 
-    def snapshot_model(self, place: Path, lm: LatentLM) -> None:
-        """A copy of a model in the run's folder, when the run begins: what is there then is of another beginning."""
+    def initial_weights(self, init: str) -> Path:
+        """The folder that `init` named when the run began."""
+
+        def find() -> Path:
+            if self.resume_from:
+                return Path(read_json(self.folder / DESCRIPTION)["init"])
+            return resolve_weights(init)
+
+        return self.world.on_main_process(find)
+
+    def snapshot_model(self, path: Path, lm: LatentLM) -> None:
+        """Copy a model to the run's folder if the run is new, replacing a copy by an earlier attempt to begin it."""
         if not self.resume_from:
-            with atomic_folder(place) as part:
+            with atomic_folder(path) as part:
                 lm.save_pretrained(part)
 
-    def restore(self, lm: LatentLM) -> None:
-        """Put what a checkpoint has in higher precision into the model, before an engine is made of it."""
-        restore_master(lm, self.trainer)
+    def load_model(self, name: str = "", attention: str | None = None) -> LatentLM:
+        """The checkpoint's model, or the extra model of this name, with its float32 weights."""
+        assert self.resume_from
+        lm = LatentLM.from_pretrained(self.resume_from / name, attention)
+        restore_master(lm, load_trainer(self.resume_from / name))
+        return lm
 
-    def resume(self, engine: Engine) -> None:
-        """Go on where the checkpoint was written. After a rehearsal, which some engines need for it."""
+    def resume(self, engine: Engine, extra_models: Mapping[str, Engine] | None = None) -> None:
+        """Load optimizers and random states. After the dry run, without which some engines cannot load them."""
         if self.resume_from:
-            engine.load_state_dict(self.trainer)
-            self.trainer = {}
+            for name, its_engine in {"": engine, **(extra_models or {})}.items():
+                its_engine.load_state_dict(load_trainer(self.resume_from / name))
             self.world.on_main_process(lambda: self.checkpoints.quarantine_after(self.state["step"]))
 
     def save(
@@ -56,22 +69,15 @@ class TrainingState:
         state: dict[str, Any],
         extra_models: Mapping[str, Engine] | None = None,
     ) -> None:
-        """Write a checkpoint, of a model that is to be asked so. `beside`: engines of other models, by their names."""
-        trainer = engine.state_dict()
-        trainers = {name: its.state_dict() for name, its in (extra_models or {}).items()}
-        with ExitStack() as held:
-            lm = held.enter_context(engine.full_module())
-            lm.reasoning = reasoning
-            others = {
-                name: (held.enter_context(its.full_module()), trainers[name])
-                for name, its in (extra_models or {}).items()
+        """Write a checkpoint. `reasoning` is saved with the model; `extra_models`: other models' engines by name."""
+        engines = {"": engine, **(extra_models or {})}
+        trainers = {name: its_engine.state_dict() for name, its_engine in engines.items()}
+        with ExitStack() as full_modules:
+            models = {
+                name: full_modules.enter_context(its_engine.full_module()) for name, its_engine in engines.items()
             }
+            models[""].reasoning = reasoning
+            extra = {name: (models[name], trainers[name]) for name in extra_models or {}}
             self.world.on_main_process(
-                lambda: self.checkpoints.save(step, lm, trainer, state, self.world.heartbeat, others)
+                lambda: self.checkpoints.save(step, models[""], trainers[""], state, self.world.heartbeat, extra)
             )
-
-
-def stopped(number: int, where: str) -> int:
-    """The exit status of a run that a signal stopped and that is saved, which is said."""
-    log(f"Stopped by {signal.Signals(number).name}; saved at {where}. The same command goes on from here.")
-    return 128 + number

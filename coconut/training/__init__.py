@@ -1,1 +1,1 @@
-"""Training: the loop, the schedule, and starting it on one process or many."""
+"""Training: the loop, its schedule, and its start on one process or several."""

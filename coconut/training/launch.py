@@ -1,4 +1,4 @@
-"""Start a training on as many processes as asked for, and say what carries it out."""
+"""Start a training: on one process or several, from its beginning or from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,56 @@ from coconut.config import RunConfig
 from coconut.engine.launch import num_processes, run_on_processes
 from coconut.engine.launcher_env import read_launcher_env
 from coconut.engine.world import World
+from coconut.runs.description import DESCRIPTION
 from coconut.runs.tracking import check_tracker
-from coconut.utils.console import silence_libraries
+from coconut.training.loop import AnyTrainer, run_loop
+from coconut.utils.console import log, silence_libraries
+from coconut.utils.files import read_json
+
+
+def launch_training(config: RunConfig, batch_key: str, module: str, work: Callable[[World], int]) -> int:
+    """Call `work` in each process of the run, starting processes if the configuration asks for them.
+
+    Processes that are started run `module`. Raises ValueError if the number that `batch_key` names cannot be divided
+    among them. Returns the exit status.
+    """
+    silence_libraries()
+    if read_launcher_env().size == 1 and (count := num_processes(config.launch, config.engine)) > 1:
+        check_divisible(getattr(config, batch_key), count, batch_key)  # before any process is started
+        check_tracker(config.tracking)
+    return run_on_processes(config.launch, config.engine, module, work)
+
+
+def check_divisible(number: int, processes: int, key: str = "batch_size") -> None:
+    """Raise ValueError if `number`, the value of `key`, is not divisible by the number of processes."""
+    if over := number % processes:
+        below = number - over
+        near = f"{below} or {below + processes}" if below else f"{processes}"
+        raise ValueError(
+            f"{key}={number} is not divisible by {processes} processes. It is a number of examples over all of them: "
+            f"choose a multiple, such as {near}."
+        )
+
+
+def begin_or_resume(trainer: AnyTrainer) -> int:
+    """Check, describe and train a run from where it stands. Returns the exit status."""
+    if trainer.step == trainer.num_steps and not trainer.pending:
+        log(f"This run is complete: {trainer.step:,} {trainer.unit}s. Next: {trainer.next_command}")
+        return 0
+    trainer.log_summary()
+    trainer.dry_run()
+    trainer.resume()
+    runtime = runtime_info(trainer.config, trainer.world)
+    trainer.world.on_main_process(lambda: trainer.describe({**runtime, "from_update": trainer.step}))
+    if trainer.step:
+        log(f"Going on from {trainer.unit} {trainer.step:,}")
+        if trainer.world.is_main:
+            _log_changes(read_json(trainer.folder / DESCRIPTION)["sessions"][-2], runtime)
+    return run_loop(trainer)
 
 
 def runtime_info(config: RunConfig, world: World) -> dict[str, Any]:
-    """What a run is carried out by. It may change from session to session."""
+    """The settings of a session that may differ when the run is resumed."""
     return {
         "processes": world.size,
         "engine": str(config.engine.kind),
@@ -23,26 +67,9 @@ def runtime_info(config: RunConfig, world: World) -> dict[str, Any]:
     }
 
 
-def launch_training(config: RunConfig, shared: str, module: str, work: Callable[[World], int]) -> int:
-    """The exit status of a run's work in each of its processes, among which the key `shared` is a number to share out.
-
-    Workers that are started for it run the module.
-    """
-    silence_libraries()
-    if (
-        read_launcher_env().size == 1 and (count := num_processes(config.launch, config.engine)) > 1
-    ):  # before workers are started
-        check_divisible(getattr(config, shared), count, shared)
-        check_tracker(config.tracking)
-    return run_on_processes(config.launch, config.engine, module, work)
-
-
-def check_divisible(number: int, ranks: int, key: str = "batch_size") -> None:
-    """Raise ValueError if so many examples, which `key` asks for, cannot be shared out evenly."""
-    if over := number % ranks:
-        below = number - over
-        near = f"{below} or {below + ranks}" if below else f"{ranks}"
-        raise ValueError(
-            f"{key}={number} is not divisible by {ranks} processes. It is a number of examples over all of them: "
-            f"choose a multiple, such as {near}."
+def _log_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    if changes := [f"{k}: {before[k]} before, {now[k]} now" for k in now if before.get(k, now[k]) != now[k]]:
+        log(
+            f"note: {', '.join(changes)}. The order of the data is the same. Losses differ in their last digits, and "
+            "dropout and sampled answers may draw other random numbers."
         )

@@ -1,4 +1,4 @@
-"""The model that a run starts from, pretrained, new, or another run's; and the one that it made."""
+"""Make the model that a run starts from: pretrained, new, or from another run."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from coconut.utils.pretrained import explain_load_errors, load_pretrained
 
 
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
-    """The model that a new run starts from. Raises ValueError if it cannot be had."""
-    lm, place = _starting_model(config, examples)
+    """The model that a new run starts from. Raises ValueError if it cannot be made or loaded."""
+    lm, source = _starting_model(config, examples)
     lora = config.model.lora
     if modes := plan(config.method, config.curriculum).stages[0].modes:
         lm.add_modes([form.mode for form in modes], config.model.new_token_init)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
         raise ValueError(
-            f"{place} has LoRA already, {lm.adapter.settings}, and {lora} is asked for. Leave model.lora out to go on "
-            "with its own, or write it whole first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
+            f"{source} has LoRA already, {lm.adapter.settings}, and the configuration has {lora}. Leave "
+            "model.lora out to go on with its own, or merge it first: "
+            "LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
         )
     if lora.rank and not lm.adapter:
-        lm.add_lora(lora, place)
+        lm.add_lora(lora, source)
     return lm
 
 
 def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
-    """What is kept of its passes in training, and how a GPU starts them. Raises ValueError if the model cannot."""
-    lm.activation_checkpointing = engine.activation_checkpointing
-    lm.cuda_graphs = engine.cuda_graphs
+    """Set the switches of the model's acceleration. Raises ValueError if the model does not support one of them."""
+    lm.acceleration.mechanisms = engine.mechanisms
+    lm.acceleration.activation_checkpointing = engine.activation_checkpointing
+    lm.acceleration.cuda_graphs = engine.cuda_graphs
     return lm
 
 
 def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[LatentLM, str]:
-    """The model before LoRA, and where it comes from."""
+    """The model before LoRA, and the name or folder of its weights."""
     if config.init:
-        place = starting_point(config.init)
-        log(f"Model, weights and tokenizer are those of {place}, not those of model.*")
-        lm = LatentLM.from_pretrained(place, config.model.attention)
-        return (lm if lm.adapter else lm.to(_dtype(config))), str(place)
+        path = starting_point(config.init)
+        log(f"Model, weights and tokenizer are those of {path}, not those of model.*")
+        lm = LatentLM.from_pretrained(path, config.model.attention)
+        return (lm if lm.adapter else lm.to(_dtype(config))), str(path)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = config.model
@@ -55,7 +57,7 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
         if (Path(model.base) / "adapter_config.json").is_file():
             raise ValueError(
                 f"model.base={model.base} holds LoRA weights and no model. Go on with them with init={model.base}, or "
-                "write the model whole first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
+                "merge them first: LatentLM.from_pretrained(FOLDER).merged().save_pretrained(OTHER)."
             )
         with explain_load_errors(model.base, "model.base"):
             base = load_pretrained(
@@ -80,19 +82,19 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
-    """What LoRA leaves as it is need not be more precise than it is computed with."""
-    lowered = config.model.lora.rank and config.engine.precision is Precision.bfloat16
-    return torch.bfloat16 if lowered else torch.float32
+    """Float32, but bfloat16 for frozen weights under LoRA that are only used in bfloat16."""
+    use_bfloat16 = config.model.lora.rank and config.engine.precision is Precision.bfloat16
+    return torch.bfloat16 if use_bfloat16 else torch.float32
 
 
-def _refuse_unknown(asked: dict[str, Any], architecture: Any) -> None:
-    """transformers takes any key for an attribute; a misspelt one would do nothing, without a word."""
+def _refuse_unknown(settings: dict[str, Any], architecture: Any) -> None:
+    """Raise ValueError for keys that the architecture does not have, which transformers would ignore."""
     known = set(type(architecture)().to_dict()) | set(architecture.attribute_map)
-    for key in asked:
+    for key in settings:
         if key not in known:
             near = get_close_matches(key, known, n=3)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"{asked['model_type']} has no {key}{meant}")
+            raise ValueError(f"{settings['model_type']} has no {key}{meant}")
 
 
 def _tokenizer(model: ModelConfig, config: TrainConfig, examples: list[Example]) -> Any:

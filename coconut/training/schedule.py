@@ -1,4 +1,4 @@
-"""Where a run stands, as a pure function of the number of its updates."""
+"""The schedule of a run: stage, epoch and batch of each update, as pure functions of its number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coconut.methods import Plan, Stage, Unit
 
 @dataclass(frozen=True)
 class StepPosition:
-    """Where the update after `step` others stands. `batch` counts within the epoch, `epoch` over the run."""
+    """The update after `step` others. `batch` counts within the epoch, `epoch` over the whole run."""
 
     step: int
     stage: Stage
@@ -24,7 +24,7 @@ class StepPosition:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every place of a run, as a function of the number of updates done."""
+    """All updates of a run."""
 
     plan: Plan
     updates_per_epoch: int
@@ -60,5 +60,6 @@ class Schedule:
         )
 
 
-def updates_since_reset(place: StepPosition, reset: Reset) -> int:
-    return {Reset.stage: place.stage_step, Reset.epoch: place.batch, Reset.never: place.step}[reset]
+def updates_since_reset(position: StepPosition, reset: Reset) -> int:
+    """Updates since the optimizer was last reset."""
+    return {Reset.stage: position.stage_step, Reset.epoch: position.batch, Reset.never: position.step}[reset]

@@ -1,4 +1,4 @@
-"""Being asked to stop: work goes on to a good place, is saved, and ends."""
+"""Graceful shutdown: on a stop signal, finish the step, save a checkpoint and exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coconut.engine.world import World
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop, and whether one has asked any of them."""
+    """The stop signal that this process has received. False until there is one."""
 
     def __init__(self, world: World):
         self.world, self.number = world, 0
@@ -22,28 +22,29 @@ class StopRequest:
         return self.number > 0
 
     def anywhere(self) -> int:
-        """The number of the signal, 0 for none."""
+        """The number of a stop signal that any process has received, 0 if none has. All processes call it together."""
         return max(self.world.all_gather_object(self.number)) if self.world.any_process(self.number > 0) else 0
 
 
 @contextmanager
 def handle_stop_signals(world: World) -> Iterator[StopRequest]:
-    """Note a signal that asks to stop, in place of what it does; a later SIGINT interrupts as usual.
+    """Record stop signals inside the context instead of ending the process.
 
-    Under a launcher the first may come twice: from the terminal, and handed on.
+    A SIGINT more than two seconds after the first stop signal raises KeyboardInterrupt. An earlier one may be the same
+    Ctrl-C: a process receives it from the terminal and again from its launcher.
     """
-    asked = StopRequest(world)
+    request = StopRequest(world)
     first = float("inf")
 
-    def note(number: int, frame: Any) -> None:
+    def record(number: int, frame: Any) -> None:
         nonlocal first
         if number == signal.SIGINT and time.monotonic() > first + 2:
             raise KeyboardInterrupt
-        asked.number, first = number, min(first, time.monotonic())
+        request.number, first = number, min(first, time.monotonic())
 
-    before = {number: signal.signal(number, note) for number in stop_signals()}
+    before = {number: signal.signal(number, record) for number in stop_signals()}
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,9 @@
-"""Collapse watch: what the thoughts of many questions look like, and whether they still say anything.
+"""Statistics of the thoughts of many questions, which detect a collapse of the latent space.
 
 Thoughts can all become alike while the loss still falls, since the text after them can be learned without
-them (SIM-CoT, arXiv 2509.20317, section 3). N questions, K thoughts, D hidden, V vocabulary.
+them (SIM-CoT, arXiv 2509.20317, section 3).
+
+Shapes: N questions, K thoughts, D hidden size, V vocabulary, R thoughts of all questions, M members of a set.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-ALIKE = 0.01  # distances below this share of the norm count as none
-FLAT = 1.5  # an effective rank below this is one direction and noise
+MIN_DISTANCE = 0.01  # thoughts that are closer than this share of their norm count as equal
+MIN_RANK = 1.5  # a smaller effective rank is one direction and noise
 
 
 @dataclass(frozen=True)
 class ThoughtStatistics:
-    """Means over thoughts, or over pairs of them; distances are Euclidean, in the unit of `norm`.
+    """Mean norm and mean Euclidean distances of thoughts.
 
-    `within`: between two thoughts of a chain; None if none has two. `across`: between the thoughts of two
-    questions at the same place; None if no place has two. `to_table`: to the nearest input embedding.
-    `rank`: effective rank, exp of the entropy of the singular values (Roy and Vetterli 2007) of the thoughts
-    less the mean of their place.
+    `within`: between two thoughts of one question; None if no question has two. `across`: between the thoughts of two
+    questions at the same index; None if no index has two. `to_table`: to the nearest input embedding. `rank`: effective
+    rank, exp of the entropy of the singular values (Roy and Vetterli 2007), of the thoughts minus the mean of their
+    index.
     """
 
     norm: float
@@ -41,50 +43,50 @@ class ThoughtStatistics:
         return ", ".join(f"{name} {value:.3g}" for name, value in parts.items() if value is not None)
 
     def collapse(self) -> list[str]:
-        """What is wrong with them, in words for a warning."""
+        """The signs of a collapse, as text for a warning."""
         if not self.norm > 0:
             return ["are zero or not finite"]
         found = []
-        if self.within is not None and self.within < ALIKE * self.norm:
+        if self.within is not None and self.within < MIN_DISTANCE * self.norm:
             found.append("are the same from the first of a chain to its last")
-        if self.across is not None and self.across < ALIKE * self.norm:
+        if self.across is not None and self.across < MIN_DISTANCE * self.norm:
             found.append("are the same whatever the question")
-        elif self.across is not None and self.rank < FLAT:
+        elif self.across is not None and self.rank < MIN_RANK:
             found.append("differ in one direction only")
         return found
 
 
 def measure_thoughts(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | None = None) -> ThoughtStatistics:
-    """Statistics of thoughts (N, K, D), K at least 1, against the table of input embeddings (V, D).
+    """Statistics of thoughts (N, K, D) with the input embeddings (V, D). There is at least one thought.
 
-    `counts_N`: how many thoughts each question has, one of them at least one, if it is not K for all; what follows a
-    question's last counts for nothing.
+    `counts_N`: how many thoughts each question has, by default K. What follows a question's last one is ignored.
     """
     thoughts = thoughts_NKD.detach().double().cpu()
     N, K, _ = thoughts.shape
-    there_NK = torch.ones(N, K, dtype=torch.bool) if counts_N is None else torch.arange(K) < counts_N.cpu()[:, None]
-    rows_RD = thoughts[there_NK]
+    counts_N = torch.full((N,), K) if counts_N is None else counts_N.cpu()
+    is_thought_NK = torch.arange(K) < counts_N[:, None]
+    rows_RD = thoughts[is_thought_NK]
     if not torch.isfinite(rows_RD).all():
         return ThoughtStatistics(math.nan, None, None, math.nan, math.nan)
-    chains = [thoughts[n, there] for n, there in enumerate(there_NK)]
-    places = [thoughts[there, k] for k, there in enumerate(there_NK.T)]
-    centred_RD = torch.cat([place - place.mean(0) for place in places])
+    chains = [thoughts[n, is_thought_K] for n, is_thought_K in enumerate(is_thought_NK)]
+    by_index = [thoughts[is_thought_N, k] for k, is_thought_N in enumerate(is_thought_NK.T)]
+    centred_RD = torch.cat([thoughts_MD - thoughts_MD.mean(0) for thoughts_MD in by_index])
     singular = torch.linalg.svdvals(centred_RD.float())
     shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return ThoughtStatistics(
         norm=rows_RD.norm(dim=1).mean().item(),
         within=_mean_distance(chains),
-        across=_mean_distance(places),
+        across=_mean_distance(by_index),
         to_table=_to_nearest(rows_RD, table_VD.detach()),
         rank=torch.special.entr(shares).sum().exp().item(),
     )
 
 
 def _mean_distance(sets: Sequence[Tensor]) -> float | None:
-    """Mean distance between two different members of a set (M, D), over the pairs of all sets; None if there is none.
+    """Mean distance between two members of a set (M, D), over the pairs of all sets; None if there are no pairs.
 
-    A matrix product makes squared distances as differences of squared norms, which leaves nothing of those between
-    vectors that are nearly equal; so they are centred first, in float64.
+    With a matrix product a squared distance is a difference of squared norms, which loses the distance between nearly
+    equal vectors. Sets are therefore centred first, in float64.
     """
     total, pairs = 0.0, 0
     for members_MD in sets:
@@ -97,7 +99,7 @@ def _mean_distance(sets: Sequence[Tensor]) -> float | None:
 
 
 def _to_nearest(rows_RD: Tensor, table_VD: Tensor) -> float:
-    """Mean distance of rows to their nearest rows of the table."""
+    """Mean distance of rows to their nearest rows of a table."""
     total = 0.0
     for part in rows_RD.split(512):
         nearest = torch.cdist(part.to(table_VD.device, torch.float32), table_VD.float()).argmin(1)

@@ -45,12 +45,12 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
         given = sys.argv[1:]
         multirun = get_args_parser().parse_args(given).multirun
         sys.argv[1:] = [as_override(argument, schema, multirun) for argument in given]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra has to say it raises, and it is said below
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which are printed below
         status = 0
 
         def job(config: DictConfig) -> None:
             nonlocal status
-            sys.argv[1:] = given  # for workers, and for what is told of the command
+            sys.argv[1:] = given  # for the workers, and for run.json
             several, failure = HydraConfig.get().mode is RunMode.MULTIRUN, ""
             try:
                 if several and OmegaConf.select(config, "launch.num_processes", default=1) != 1:
@@ -71,8 +71,8 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
                 if os.environ.get("RANK", "0") == "0":
                     print("\ninterrupted", file=sys.stderr)
                 status = 130
-            if several and status > 128:  # asked to stop: so are the jobs after this one
-                run_in_own_environment(status - 128)
+            if several and status > 128:  # a stop signal ends the whole sweep
+                _pass_signal_on(status - 128)
                 sys.exit(status)
             if several and status:
                 raise CompactHydraException(failure or f"error: the run ended with status {status}")
@@ -91,7 +91,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
 
 
 def exits_cleanly(command: Callable[[], None]) -> Callable[[], None]:
-    """The command, which ends without a traceback if it is interrupted or nobody reads what it prints."""
+    """The command without a traceback if it is interrupted or if its output is closed."""
 
     @functools.wraps(command)
     def main() -> None:
@@ -121,20 +121,26 @@ def is_closed(stream: TextIO) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
-def subcommands(usual: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
-    """The `main` of a command that does something else after one of these words."""
+def subcommands(command: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
+    """The `main` of a command with subcommands: the first argument names one, or else the command itself runs."""
 
     def main() -> None:
         other = others.get(next(iter(sys.argv[1:]), ""))
         if other:
             del sys.argv[1]
-        (other or usual)()
+        (other or command)()
 
     return main
 
 
+def help_line(config_name: str) -> str:
+    """The first line of a command's --help."""
+    text = (CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
+    return text.partition("template: |-\n")[2].partition("\n")[0].strip()
+
+
 def to_dataclass(config: Any, schema: type) -> Any:
-    """The schema's instance, with the home folder for a path's `~`.
+    """The schema's instance, with `~` expanded in paths.
 
     Raises ValueError for a key that +KEY=VALUE added where the schema has none, and for text that is not UTF-8.
     """
@@ -149,7 +155,7 @@ def to_dataclass(config: Any, schema: type) -> Any:
 
 
 def explain_error(error: Exception, schema: type) -> str:
-    """What an error says, and for one of Hydra's or OmegaConf's what came and what could have come."""
+    """An error's message; for an error of Hydra or OmegaConf with the value that came and the choices."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -158,8 +164,12 @@ def explain_error(error: Exception, schema: type) -> str:
         choices = ", ".join(error.options)
         if name.startswith("submitit_") and not any(option.startswith("submitit_") for option in error.options):
             return f"{group}={name} needs submitit's plugin for Hydra. Install it: pip install hydra-submitit-launcher"
-        return f"There is no {group}={name}. {_nearest(name, error.options)}The choices are: {choices}."
+        return f"There is no {group}={name}. {nearest(name, error.options)}The choices are: {choices}."
     if isinstance(error, OverrideParseException):
+        for group in (path for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name != "hydra"):
+            choices = [path.stem for path in group.glob("*.yaml")]
+            if found := difflib.get_close_matches(str(error.override), choices, n=1, cutoff=0.8):
+                return f"{error.override} is not KEY=VALUE. Did you mean {group.name}={found[0]}?"
         return f"{error.override} cannot be read as KEY=VALUE. Quote a value with marks in it: 'KEY=\"a value\"'"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
@@ -174,20 +184,21 @@ def explain_error(error: Exception, schema: type) -> str:
 
 
 def no_key(name: str, schema: type) -> str:
-    """That there is no such key, and which one may have been meant."""
+    """The message for an unknown key, with the closest known one."""
     known = [*_keys(schema), *(path.name for path in CONF_DIR.iterdir() if path.is_dir())]
     alike = [key for key in known if key.rpartition(".")[2] == name]
     alike = alike or [key for key in known if not name.startswith(f"{key}.")]
-    return f"There is no key {name}. {_nearest(name, alike)}All keys with their values: --cfg job; about them: --help"
+    return f"There is no key {name}. {nearest(name, alike)}All keys with their values: --cfg job; about them: --help"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A suggestion, with a space after it; nothing if no name is close."""
     found = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {found[0]}? " if found else ""
 
 
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """All keys of a dataclass and of those in it, parted by dots."""
+    """All keys of a dataclass and of nested ones, with dots."""
     for name, kind in get_type_hints(schema).items():
         yield f"{prefix}{name}"
         if is_dataclass(kind):
@@ -195,7 +206,7 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown(config: Any, prefix: str = "") -> Iterator[str]:
-    """Keys that +KEY=VALUE has added where the schema has none."""
+    """Keys that +KEY=VALUE added without being in the schema."""
     from omegaconf import DictConfig, OmegaConf
 
     kind = OmegaConf.get_type(config)
@@ -207,21 +218,21 @@ def _unknown(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _unknown(node, f"{prefix}{name}.")
 
 
-def run_in_own_environment(number: int) -> None:
-    """Tell whoever listened to this signal before us, such as submitit, which can start the job again."""
+def _pass_signal_on(number: int) -> None:
+    """Call the signal handler that was installed before ours, such as submitit's, which requeues the job."""
     if callable(signal.getsignal(number)) and number != signal.SIGINT:
         signal.raise_signal(number)
 
 
 def own_environment() -> dict[str, str]:
-    """In which `python -m coconut.NAME` is found from any folder, and is one process of no launcher."""
+    """Environment variables for a child process that runs `python -m coconut.NAME` outside of a launcher."""
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     launched = ("RANK", "SLURM_STEP_ID")
     return {name: value for name, value in os.environ.items() if name not in launched} | {"PYTHONPATH": path}
 
 
 def own_version() -> str:
-    """Of this package, as it is installed."""
+    """The version of this package as installed."""
     try:
         return version("coconut-latent")
     except PackageNotFoundError:
@@ -229,7 +240,7 @@ def own_version() -> str:
 
 
 def refuse_namesake() -> None:
-    """Stop if `coconut` is the programming language's package, whose files may lie in the same folder."""
+    """Exit if `coconut` is another package, such as the programming language's, in the same folder."""
     import coconut
 
     if "LatentLM" not in getattr(coconut, "__all__", ()):

@@ -38,25 +38,24 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of matrix products of this tensor: autocast's if it is enabled, else the tensor's own."""
-    device_type = tensor.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
+    """The dtype of matrix products of the tensor: autocast's, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the `backward` of a Function that has no second derivative: RuntimeError under create_graph=True.
+    """Make the backward method of an autograd Function raise RuntimeError if a second derivative is requested.
 
-    torch's `once_differentiable` raises in Tensor.backward() only; torch.autograd.grad would silently leave out this
-    part of the second derivative.
+    torch's `once_differentiable` raises it only in backward(); torch.autograd.grad silently leaves the part out.
     """
 
     @wraps(backward)
-    def checked(*args: Any) -> Any:
+    def checked(*arguments: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "This pass has no second derivative, and create_graph=True asks for one. Passes without thoughts have "
-                "one inside torch.backends.mkldnn.flags(enabled=False), or in float64."
+                "create_graph=True came: this pass has no second derivative. Turn acceleration off: "
+                "engine.acceleration=off, or in Python lm.acceleration.mechanisms = frozenset()."
             )
-        return backward(*args)
+        return backward(*arguments)
 
     return checked

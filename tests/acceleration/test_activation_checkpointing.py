@@ -1,4 +1,4 @@
-"""Recomputed layers: the same numbers with less memory, in every family, and the cache stays right."""
+"""Activation checkpointing: the same numbers with less memory, in every family, with a cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.memory import Living, Shape, activations, states
 from coconut import LatentLM
+from coconut.acceleration.facade import Acceleration
 
 FUSED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -28,10 +29,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Loss and gradients with activations kept, and recomputed."""
+    """Loss and gradients with activations saved, and with layers recomputed."""
     found = []
     lm.train(training)
-    for lm.activation_checkpointing in (False, True):
+    for lm.acceleration.activation_checkpointing in (False, True):
         lm.zero_grad()
         torch.manual_seed(0)
         loss = lm(**batch).loss
@@ -42,7 +43,9 @@ def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tup
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"min_passes": 7}])
-def test_recomputed_equals_kept(family: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]) -> None:
+def test_recomputed_layers_give_the_same_gradients(
+    family: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
+) -> None:
     lm = build(family, dtype)
     (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options})
     torch.testing.assert_close(again, kept, rtol=tolerance, atol=0)
@@ -50,10 +53,10 @@ def test_recomputed_equals_kept(family: str, dtype: torch.dtype, tolerance: floa
 
 
 @pytest.mark.parametrize("options", [{}, {"min_passes": 7}])
-def test_without_dropout_layers_run_twice_too(
+def test_layers_are_recomputed_in_eval_mode_too(
     family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As policies and reward models are trained, in eval()."""
+    """Policies and reward models are trained in eval()."""
     lm = build(family)
     layer = next(part for part in lm.base.modules() if isinstance(part, GradientCheckpointingLayer))
     forward, calls = layer.forward, [0]
@@ -65,7 +68,7 @@ def test_without_dropout_layers_run_twice_too(
     monkeypatch.setattr(layer, "forward", counted)
     (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options}, training=False)
     assert calls[0] % 3 == 0
-    lm.activation_checkpointing = False
+    lm.acceleration.activation_checkpointing = False
     before, _ = calls[0], lm(**mixed_batch(lm), **options)
     assert 3 * (calls[0] - before) == before, "once where activations are kept, twice where they are recomputed"
     torch.testing.assert_close(again, kept, rtol=1e-9, atol=0)
@@ -73,7 +76,9 @@ def test_without_dropout_layers_run_twice_too(
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_in_other_families_and_through_sliding_windows(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_works_in_other_families_and_with_sliding_windows(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(ARCHITECTURES, other, OTHERS[other])
     lm = build(other, torch.float32)
     batch = mixed_batch(lm)
@@ -85,7 +90,7 @@ def test_in_other_families_and_through_sliding_windows(other: str, monkeypatch: 
     torch.testing.assert_close(lm(ids, labels=ids).loss, lm(ids, labels=ids, use_cache=False).loss)
 
 
-def test_dropout_falls_on_the_same_places() -> None:
+def test_recomputation_repeats_the_dropout_mask() -> None:
     lm = build("gpt2", torch.float32)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -118,7 +123,7 @@ def of_shape(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> LatentLM:
 
 
 def held(lm: LatentLM, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Bytes that live after the forward pass, and those that still do when its result is gone."""
+    """Bytes alive after the forward pass, and after its result is deleted."""
     with Living() as living:
         out = lm(**batch)
         after = living.now
@@ -126,8 +131,8 @@ def held(lm: LatentLM, batch: dict[str, Tensor]) -> tuple[int, int]:
     return after, living.now
 
 
-def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers more or less, so that what lies outside of the layers does not count."""
+def test_saved_memory_falls_to_the_computed_size(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of two and four layers are compared, so that memory outside of the layers cancels."""
     widths = [40, 1, 1, 1, 17]
     ids = torch.randint(3, 35, (4, 60))
     found: dict[tuple[int, bool], int] = {}
@@ -136,26 +141,26 @@ def test_what_is_kept_falls_and_is_what_sizes_say(shape: Shape, monkeypatch: pyt
         lm = of_shape(one, monkeypatch)
         ids[:, 40:44] = lm.latent_id
         batch = {"input_ids": ids, "labels": torch.where(torch.arange(60) > 55, ids, -100)}
-        for lm.activation_checkpointing in (False, True):
+        for lm.acceleration.activation_checkpointing in (False, True):
             after, left = held(lm, batch)
             assert left < after / 20, "nothing holds the graph of a forward pass without a backward one"
-            found[one.layers, lm.activation_checkpointing] = after
+            found[one.layers, lm.acceleration.activation_checkpointing] = after
     for again in (False, True):
         computed = [activations(one, 4, widths, 4, again) for one in shapes]
         assert found[4, again] - found[2, again] == pytest.approx(computed[1] - computed[0], rel=0.03)
     assert found[4, True] < found[4, False] / 3
 
 
-def test_only_what_is_gone_back_through_is_recomputed() -> None:
+def test_only_training_passes_are_recomputed() -> None:
     lm = build("llama", torch.float32)
-    lm.activation_checkpointing = True
+    lm.acceleration.activation_checkpointing = True
     passed = torch.zeros(1, 3, 32), torch.ones(1, 3), torch.arange(3)[None]
     with pytest.raises(ValueError, match=r"DynamicCache.*new_cache"):
         lm.hidden_states(*passed, DynamicCache(config=lm.base.config))
     with torch.no_grad():
         lm.hidden_states(*passed, DynamicCache(config=lm.base.config))
     assert not any("forward" in vars(module) for module in lm.base.modules()), "nothing of it stays on the layers"
-    assert deepcopy(lm).activation_checkpointing
+    assert deepcopy(lm).acceleration.activation_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -166,16 +171,16 @@ def test_only_what_is_gone_back_through_is_recomputed() -> None:
                   "intermediate_size": 16, "layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer"),
     ],
 )  # fmt: skip
-def test_a_model_whose_layers_cannot_is_refused(family: str, sizes: dict[str, Any], message: str) -> None:
-    lm = build("gpt2", torch.float32)
-    lm.base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
+def test_models_without_recomputable_layers_are_refused(family: str, sizes: dict[str, Any], message: str) -> None:
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
+    acceleration = Acceleration(base, is_tested=False)
     with pytest.raises(ValueError, match=rf"{message}.*activation_checkpointing=false"):
-        lm.activation_checkpointing = True
-    assert not lm.activation_checkpointing
+        acceleration.activation_checkpointing = True
+    assert not acceleration.activation_checkpointing
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_it_works_under_distributed_data_parallel() -> None:
+def test_recomputation_works_under_distributed_data_parallel() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
     (_, kept), _ = both(lm, batch)
@@ -185,7 +190,7 @@ def test_it_works_under_distributed_data_parallel() -> None:
 
 
 def test_bytes_of_weights_gradients_and_optimizer() -> None:
-    """In units of a trained weight, and against an optimizer that is really made."""
+    """Per trained weight, and against a real optimizer."""
     assert (states(1, 1, 4), states(1, 1, 2)) == (16, 18)
     assert [states(8, 8, 2, shards=8, zero=z) for z in range(4)] == [144, 60, 32, 18]
     assert states(8, 8, 2, shards=8, zero=3, offload=True) == 6

@@ -1,4 +1,4 @@
-"""Attention of one query in half precision against torch's, and where it is taken."""
+"""Attention of one query in half precision: equal to torch's, and used only where it applies."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from helpers.models import build, gradients, in_graph, mixed_batch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.pieces import kept, queries_in_views
+from benchmarks.ablations import saved_megabytes
 from coconut import LatentLM
-from coconut.acceleration.attention import _OneQuery, attend_to_self_mask, patched_sdpa
+from coconut.acceleration.attention import _OneQuery, patched_sdpa
+from coconut.config import MECHANISMS
 from coconut.data.batching import Batch
-from coconut.models import latent_lm as model
+from coconut.models.masks import attend_to_self_mask
 
 MASKS = {
     "none": None,
-    "of truth values": torch.ones(3, 1, 1, 7, dtype=torch.bool).index_fill(3, torch.tensor([0, 1]), False),
-    "added": torch.linspace(-2, 2, 7, dtype=torch.bfloat16).expand(3, 1, 1, 7),
+    "boolean": torch.ones(3, 1, 1, 7, dtype=torch.bool).index_fill(3, torch.tensor([0, 1]), False),
+    "additive": torch.linspace(-2, 2, 7, dtype=torch.bfloat16).expand(3, 1, 1, 7),
 }
 
 
@@ -41,7 +42,7 @@ def is_ours(made: Tensor) -> bool:
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_it_and_its_gradients_are_torchs(mask: Tensor | None, scale: float | None) -> None:
+def test_attention_of_one_query_equals_torchs(mask: Tensor | None, scale: float | None) -> None:
     half = parts()
     whole = [part.detach().float().requires_grad_() for part in half]
     made = within(half, mask, scale=scale)
@@ -59,7 +60,7 @@ def test_it_and_its_gradients_are_torchs(mask: Tensor | None, scale: float | Non
         assert float((ours.detach().float() - theirs.detach()).norm()) < 0.02 * float(theirs.detach().norm())
 
 
-def test_a_row_that_sees_nothing_has_no_nan() -> None:
+def test_a_fully_masked_row_gives_no_nan() -> None:
     mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
     mask[1] = False
     half = parts()
@@ -70,7 +71,7 @@ def test_a_row_that_sees_nothing_has_no_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "options"),
+    ("inputs", "options"),
     [
         (parts(dtype=torch.float32), {}),
         (parts(queries=7), {}),
@@ -81,15 +82,15 @@ def test_a_row_that_sees_nothing_has_no_nan() -> None:
     ],
     ids=["float32", "several queries", "dropout", "causal", "grouped", "no gradient"],
 )  # fmt: skip
-def test_elsewhere_it_is_torchs_own(given: list[Tensor], options: dict[str, Any]) -> None:
-    query, key, value = given
-    made = within(given, **options)
+def test_other_calls_use_torchs_attention(inputs: list[Tensor], options: dict[str, Any]) -> None:
+    query, key, value = inputs
+    made = within(inputs, **options)
     assert not is_ours(made)
     if "dropout_p" not in options:
         assert torch.equal(made, scaled_dot_product_attention(query, key, value, **options))
 
 
-def test_a_model_takes_it_for_its_thoughts() -> None:
+def test_thoughts_use_attention_of_one_query() -> None:
     lm = build("gpt2", torch.bfloat16)
     ids = torch.randint(3, 20, (2, 9))
     ids[:, 4:7] = lm.latent_id
@@ -99,22 +100,23 @@ def test_a_model_takes_it_for_its_thoughts() -> None:
     assert in_graph(loss, _OneQuery) == 2 * layers, "of three the last has company"
 
 
-def test_keys_and_values_are_kept_once() -> None:
-    """GPT-2 makes them in one product with the queries. What one pass alone keeps is as it was."""
+def test_keys_and_values_are_saved_once() -> None:
+    """GPT-2 computes them in one product with the queries. A single pass saves as much as without the copy."""
     lm = build("gpt2", torch.float32)
     found = {}
     for thoughts in (0, 2):
         row = torch.randint(3, 35, (3, 24))
         row[:, 16 : 16 + thoughts] = lm.latent_id
         batch = Batch(row, torch.ones_like(row), row)
-        with queries_in_views(lm):
-            before = kept(lm, batch)
-        found[thoughts] = before - kept(lm, batch)
+        lm.acceleration.mechanisms = frozenset(MECHANISMS) - {"attention"}
+        without = saved_megabytes(lm, batch)
+        lm.acceleration.mechanisms = frozenset(MECHANISMS)
+        found[thoughts] = without - saved_megabytes(lm, batch)
     columns, layers, width = 16 + 24 - 17, 2, lm.base.config.hidden_size  # all but the thought between two passes
     assert found == pytest.approx({0: 0, 2: 3 * columns * layers * 2 * width * 4 / 1e6})
 
 
-def test_padding_sees_itself_and_tokens_what_they_saw() -> None:
+def test_padding_attends_to_itself_and_tokens_to_tokens() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]])
     whole = attend_to_self_mask(mask, torch.zeros(2, 4, 8))[:, 0].int().tolist()
     assert whole[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
@@ -122,7 +124,7 @@ def test_padding_sees_itself_and_tokens_what_they_saw() -> None:
     assert attend_to_self_mask(mask, torch.zeros(2, 1, 8)).int().tolist() == [[[[0, 0, 1, 1]]], [[[1, 0, 1, 1]]]]
 
 
-def test_with_sight_nothing_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_attends_to_itself_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build(family)
 
     def done(lm: LatentLM) -> dict[str, Tensor]:
@@ -132,5 +134,5 @@ def test_with_sight_nothing_changes(family: str, monkeypatch: pytest.MonkeyPatch
         return gradients(lm) | {"loss": loss.detach()}
 
     before = done(lm)
-    monkeypatch.setattr(model, "has_fully_masked_query", lambda *_: True)
+    monkeypatch.setattr("coconut.models.masks.has_fully_masked_query", lambda *_: True)
     torch.testing.assert_close(done(lm), before, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Passes as CUDA graphs: what can be seen without a GPU, and, where there is one, that replays are the passes."""
+"""CUDA graphs: what can be tested without a GPU, and with one that replays equal the passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from helpers.runs import graph_files, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.ways import Size, make_batch, make_data, make_model
+from benchmarks.baselines import Size, make_batch, make_data, make_model
 from coconut import LatentLM
-from coconut.acceleration.cuda_graphs import bucket_down, bucket_up, detached_leaf_parameters
+from coconut.acceleration.cuda_graphs import CudaGraphs, detached_leaf_parameters
 from coconut.config import AdamWConfig, EngineConfig, EngineKind
 from coconut.data.batching import Batch
 from coconut.engine.base import set_up_device
@@ -25,6 +25,7 @@ from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.models import latent_lm as model
+from coconut.models.passes import bucket_down, bucket_up
 from coconut.runs.description import read_metrics
 from coconut.training.trainer import run, summed_loss
 
@@ -32,14 +33,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 
 
 @given(st.integers(1, 10_000))
-def test_widths_are_rounded_by_less_than_an_eighth(width: int) -> None:
+def test_bucketed_widths_grow_by_less_than_an_eighth(width: int) -> None:
     assert width <= bucket_up(width) < width + max(8, width / 8)
     assert bucket_up(bucket_up(width)) == bucket_up(width)
     assert width - max(8, width / 2) < bucket_down(width) <= width
 
 
 @given(st.integers(64, 1000))
-def test_few_widths_are_left(width: int) -> None:
+def test_there_are_few_buckets(width: int) -> None:
     assert len({bucket_up(w) for w in range(width, 2 * width)}) <= 17
 
 
@@ -47,8 +48,8 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
     lm = build(family)
     batch = mixed_batch(lm)
     found = []
-    for even in (False, True):
-        monkeypatch.setattr(model, "plan_passes", partial(model.plan_passes, bucket_widths=even))
+    for bucketed in (False, True):
+        monkeypatch.setattr(model, "plan_passes", partial(model.plan_passes, bucket_widths=bucketed))
         lm.zero_grad()
         loss = lm(**batch).loss_sum
         loss.backward()
@@ -56,52 +57,52 @@ def test_wider_passes_change_nothing(family: str, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-def test_without_a_gpu_they_do_nothing(family: str) -> None:
+def test_cuda_graphs_have_no_effect_without_a_gpu(family: str) -> None:
     lm = build(family).train()
     before = lm(**mixed_batch(lm)).loss_sum
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     assert torch.equal(lm(**mixed_batch(lm)).loss_sum, before)
-    assert lm.cuda_graphs
-    assert lm._graphs is not None
-    assert lm._graphs.captured == 0
+    assert lm.acceleration.cuda_graphs
+    assert lm.acceleration._graphs is not None
+    assert lm.acceleration._graphs.captured == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_what_hangs_on_more_than_the_shape_is_refused(family: Any) -> None:
+def test_families_whose_work_depends_on_more_than_shapes_are_refused(family: Any) -> None:
     lm = LatentLM.from_base(base_of(family), new_tokenizer())
     if "experts" in family.special or "window" in family.special:
         with pytest.raises(ValueError, match="cannot be CUDA graphs"):
-            lm.cuda_graphs = True
-        assert not lm.cuda_graphs
+            lm.acceleration.cuda_graphs = True
+        assert not lm.acceleration.cuda_graphs
     else:
-        lm.cuda_graphs = True
+        lm.acceleration.cuda_graphs = True
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({"device": "cpu"}, "engine.device is cpu"),
         ({"activation_checkpointing": True}, "engine.activation_checkpointing=false"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 2}, "engine=local"),
     ],
 )
-def test_what_does_not_go_with_them_is_named(other: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_options_that_exclude_cuda_graphs_are_named(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         EngineConfig(cuda_graphs=True, **other)
 
 
-def test_a_device_without_them_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_graphs_on_another_device_give_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there are GPUs here")
     set_up_device(EngineConfig(cuda_graphs=True, threads=1))
     assert capsys.readouterr().out.startswith("warning: engine.cuda_graphs=true has no effect: the device is ")
 
 
-def test_fresh_leaves_are_the_same_weights(family: str) -> None:
+def test_detached_leaf_parameters_are_the_same_weights(family: str) -> None:
     lm = build(family)
     before = dict(lm.base.named_parameters())
     batch = mixed_batch(lm)
-    weights = lm._trained_in_passes()
+    weights = CudaGraphs(lm.base)._trained_weights()
     loss = lm(**batch).loss_sum
     expected = torch.autograd.grad(loss, weights)
     with detached_leaf_parameters(lm.base, weights) as leaves:
@@ -115,13 +116,13 @@ def test_fresh_leaves_are_the_same_weights(family: str) -> None:
     assert all(after[name] is before[name] for name in before)
 
 
-def test_a_copy_records_for_itself(family: str) -> None:
+def test_a_copied_model_has_graphs_of_its_own(family: str) -> None:
     lm = build(family)
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     other = deepcopy(lm)
-    assert other._graphs is not None
-    assert other._graphs is not lm._graphs
-    assert other._graphs._model is other.base
+    assert other.acceleration._graphs is not None
+    assert other.acceleration._graphs is not lm.acceleration._graphs
+    assert other.acceleration._graphs._model is other.base
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------
@@ -145,16 +146,16 @@ def done(lm: LatentLM, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def recorded(lm: LatentLM) -> int:
-    assert lm._graphs is not None
-    return lm._graphs.captured
+    assert lm.acceleration._graphs is not None
+    return lm.acceleration._graphs.captured
 
 
 @needs_gpu
-def test_replays_are_the_passes(family: str) -> None:
+def test_replays_equal_the_passes(family: str) -> None:
     lm = build(family).cuda().train()
     batches = [on_gpu(lm, seed) for seed in range(4)]
     expected = [done(lm, batch) for batch in batches]
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     found = [done(lm, batch) for batch in batches]
     assert recorded(lm) == 1, "at the second batch; the third and fourth are replays alone"
     for ours, theirs in zip(found, expected, strict=True):
@@ -164,9 +165,9 @@ def test_replays_are_the_passes(family: str) -> None:
 
 
 @needs_gpu
-def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: str) -> None:
+def test_graphs_use_changed_weights_and_notice_moved_ones(family: str) -> None:
     lm = build(family).cuda().train()
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     batch = on_gpu(lm)
     for _ in range(3):
         done(lm, batch)
@@ -176,7 +177,7 @@ def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: s
     ours = done(lm, batch)
     assert recorded(lm) == 1
     plain = deepcopy(lm)
-    plain.cuda_graphs = False
+    plain.acceleration.cuda_graphs = False
     assert relative(ours, done(plain, batch)) < 1e-8
     for weight in lm.parameters():
         weight.data = weight.data * 1.1
@@ -189,12 +190,12 @@ def test_weights_that_changed_are_used_and_ones_that_moved_are_noticed(family: s
 
 
 @needs_gpu
-def test_gradients_add_up_and_passes_out_of_turn_are_run(family: str) -> None:
+def test_gradients_accumulate_and_overlapping_passes_run_without_a_graph(family: str) -> None:
     lm = build(family).cuda().train()
     one, other = on_gpu(lm, 0), on_gpu(lm, 1)
     a, b = done(lm, one), done(lm, other)
     both = {name: a[name] + b[name] for name in a if name != "loss"}
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     for _ in range(3):
         done(lm, one)
     lm.zero_grad()
@@ -215,12 +216,12 @@ def test_gradients_add_up_and_passes_out_of_turn_are_run(family: str) -> None:
 
 
 @needs_gpu
-def test_dropout_draws_anew_and_from_the_generator() -> None:
+def test_replayed_dropout_draws_new_numbers_from_the_generator() -> None:
     lm = build("gpt2", torch.float32).cuda().train()
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    lm.cuda_graphs = True
+    lm.acceleration.cuda_graphs = True
     batch = on_gpu(lm)
     for _ in range(3):
         done(lm, batch)
@@ -233,11 +234,11 @@ def test_dropout_draws_anew_and_from_the_generator() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None:
+def test_training_losses_are_the_same_with_cuda_graphs(family: str, precision: str) -> None:
     losses = {}
     for graphs in (False, True):
         lm = build(family, torch.float32).train()
-        lm.cuda_graphs = graphs
+        lm.acceleration.cuda_graphs = graphs
         config = EngineConfig(device="cuda", precision=precision)  # pyright: ignore[reportArgumentType]
         engine = LocalEngine(lm, summed_loss, config, AdamWConfig(lr=1e-3, max_grad_norm=1.0))
         batches = [Batch(**{key: value.cpu() for key, value in on_gpu(lm, seed).items()}) for seed in range(8)]
@@ -247,10 +248,10 @@ def test_a_run_with_them_is_the_run_without(family: str, precision: str) -> None
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [False, True])
-def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
-    """With heads of 64 in bfloat16, for which torch has kernels of its own on Hopper."""
+def test_padding_at_the_head_of_a_row_gives_finite_gradients(graphs: bool) -> None:
+    """With heads of 64 in bfloat16, for which torch has special kernels on Hopper."""
     lm = make_model(Size(2, 128, 2, 4)).cuda().train()
-    lm.cuda_graphs = graphs
+    lm.acceleration.cuda_graphs = graphs
     batch = make_batch(lm, make_data(64), 3, 4).to("cuda")
     assert not batch.attention_mask[:, 0].all()
     whole = summed_loss(lm, batch).detach()
@@ -265,7 +266,7 @@ def test_padding_at_a_rows_head_leaves_gradients_finite(graphs: bool) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_run_trains_validates_and_is_asked(graphs: bool, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_trains_validates_and_is_evaluated(graphs: bool, tmp_path: Path) -> None:
     data = graph_files(tmp_path, 64, 12, 8)
     config = small_run(tmp_path / "run", data, engine=EngineConfig(device="cuda", cuda_graphs=graphs))
     assert run(config) == 0

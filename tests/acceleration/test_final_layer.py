@@ -1,4 +1,4 @@
-"""The last layer works on the columns that are read, and nothing else is different."""
+"""The last layer computes the positions that are read, and all results stay the same."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from helpers.family_table import FAMILIES, base_of
 from helpers.models import build, gradients, mixed_batch, padded
 
 from coconut import LatentLM
-from coconut.acceleration import final_layer as unread
+from coconut.acceleration import final_layer
 from coconut.acceleration.final_layer import FinalLayer
-from coconut.config import LoraConfig
+from coconut.config import MECHANISMS, LoraConfig
 
 INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_proj",
           "qwen3": "model.layers.1.mlp.gate_proj"}  # fmt: skip
@@ -22,10 +22,10 @@ INSIDE = {"gpt2": "transformer.h.1.mlp.c_fc", "llama": "model.layers.1.mlp.gate_
 
 @contextmanager
 def widths(lm: LatentLM, family: str) -> Iterator[list[int]]:
-    """How many columns of each pass went through the last layer's feed-forward part."""
+    """How many positions of each pass go through the last layer's feed-forward part."""
     found: list[int] = []
     hook = lm.base.get_submodule(INSIDE[family]).register_forward_pre_hook(
-        lambda _, given: found.append(given[0].shape[1])
+        lambda _, inputs: found.append(inputs[0].shape[1])
     )
     try:
         yield found
@@ -42,22 +42,24 @@ def answered(lm: LatentLM) -> dict[str, Any]:
 
 
 def of_all(lm: LatentLM, work: Callable[[], Any]) -> Any:
-    """The same with every state made whole."""
-    part, lm._last_layer = lm._last_layer, None
+    """The same with all work of the last layer at every position."""
+    lm.acceleration.mechanisms = frozenset(MECHANISMS) - {"final_layer"}
     try:
         return work()
     finally:
-        lm._last_layer = part
+        lm.acceleration.mechanisms = frozenset(MECHANISMS)
 
 
 @pytest.mark.parametrize("make", [mixed_batch, answered])
 @pytest.mark.parametrize("how", ["kept", "recomputed", "LoRA", "not cached"])
-def test_losses_and_gradients_are_those_of_all_columns(family: str, how: str, make: Callable[..., Any]) -> None:
+def test_skipping_positions_changes_neither_losses_nor_gradients(
+    family: str, how: str, make: Callable[..., Any]
+) -> None:
     lm = build(family).train()
     if how == "LoRA":
         lm.add_lora(LoraConfig(rank=2), "somewhere")
         lm.double()
-    lm.activation_checkpointing = how == "recomputed"
+    lm.acceleration.activation_checkpointing = how == "recomputed"
     batch = {**make(lm), "use_cache": how != "not cached"}
 
     def done() -> dict[str, torch.Tensor]:
@@ -71,13 +73,13 @@ def test_losses_and_gradients_are_those_of_all_columns(family: str, how: str, ma
     torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
 
 
-def test_of_a_question_one_column_is_read(family: str) -> None:
+def test_one_position_of_a_question_is_computed(family: str) -> None:
     lm = build(family).train()
     batch = answered(lm)
     with widths(lm, family) as found:
         loss = lm(**batch).loss
         assert found == [1, 1, 4], "the prefix of 5 columns, a thought, the last thought and up to three words"
-        lm.activation_checkpointing = True
+        lm.acceleration.activation_checkpointing = True
         lm(**batch).loss.backward()
         assert found == [1, 1, 4, 1, 1, 4, 4, 1, 1], "and as many when the layer runs again"
         del found[:]
@@ -86,7 +88,7 @@ def test_of_a_question_one_column_is_read(family: str) -> None:
     assert loss.requires_grad
 
 
-def test_the_first_column_that_any_row_has_read(family: str) -> None:
+def test_positions_are_computed_from_the_first_that_any_row_reads(family: str) -> None:
     lm = build(family)
     ids = torch.randint(3, 35, (2, 9))
     labels = torch.full_like(ids, -100)
@@ -97,7 +99,7 @@ def test_the_first_column_that_any_row_has_read(family: str) -> None:
     assert found == [9 - 3, 1]
 
 
-def test_an_answer_reads_the_end_of_its_prompt(family: str) -> None:
+def test_generation_computes_the_last_position_of_the_prompt(family: str) -> None:
     lm = build(family, num_thoughts=2)
     ids, mask = padded([[5, 6, 7], [8, 9, 10, 11, 12]])
     with widths(lm, family) as found:
@@ -108,10 +110,11 @@ def test_an_answer_reads_the_end_of_its_prompt(family: str) -> None:
     torch.testing.assert_close(ours.thoughts, whole.thoughts)
 
 
-def test_afterwards_the_layer_is_as_it_was(family: str) -> None:
+def test_the_layer_is_restored_afterwards(family: str) -> None:
     lm = build(family)
-    assert lm._last_layer
-    parts: list[Any] = [lm.base.get_submodule(name) for name in (*lm._last_layer.by_column, *lm._last_layer.attention)]
+    assert lm.acceleration._final_layer
+    names = (*lm.acceleration._final_layer.positionwise, *lm.acceleration._final_layer.attention)
+    parts: list[Any] = [lm.base.get_submodule(name) for name in names]
     assert len(parts) == 3, "attention, its output, and the feed-forward part"
     lm(**answered(lm))
     assert not any("forward" in vars(part) for part in parts)
@@ -122,16 +125,16 @@ def test_afterwards_the_layer_is_as_it_was(family: str) -> None:
     assert [part.forward for part in parts] == own
 
 
-def test_attention_is_asked_for_what_is_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_gets_only_queries_that_are_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build(family).train()
     asked: list[tuple[int, int]] = []
-    of_later = unread._of_later_queries
+    of_later = final_layer._attend_later_queries
 
     def noted(columns: int, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         asked.append((query.shape[-2] - columns, key.shape[-2]))
         return of_later(columns, query, key, *args, **kwargs)
 
-    monkeypatch.setattr(unread, "_of_later_queries", noted)
+    monkeypatch.setattr(final_layer, "_attend_later_queries", noted)
     lm(**answered(lm))
     assert asked == [(1, 5)], "of five columns before the first thought; what follows is read"
     del asked[:]
@@ -143,19 +146,19 @@ def test_attention_is_asked_for_what_is_read(family: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("columns", [1, 4, 6])
 @pytest.mark.parametrize("keys", [7, 9])
-def test_later_queries_get_what_all_of_them_would(causal: bool, columns: int, keys: int) -> None:
+def test_later_queries_get_the_same_output(causal: bool, columns: int, keys: int) -> None:
     query, key, value = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (7, keys, keys))
     mask = None if causal else torch.randn(2, 1, 7, keys, dtype=torch.float64)
     whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-    found = unread._of_later_queries(columns, query, key, value, mask, is_causal=causal)
+    found = final_layer._attend_later_queries(columns, query, key, value, mask, is_causal=causal)
     torch.testing.assert_close(found[..., columns:, :], whole[..., columns:, :])
     assert found.shape == whole.shape
     assert not found[..., :columns, :].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_experts_and_what_is_in_the_layer_itself_are_left_alone(family: Any) -> None:
+def test_experts_and_layers_without_a_feed_forward_module_are_not_skipped(family: Any) -> None:
     whole = family.model_type in ("opt", "mixtral", "qwen3_moe")
     last = FinalLayer.of(base_of(family))
     assert len(last.attention) == 1
-    assert len(last.by_column) == (1 if whole else 2)
+    assert len(last.positionwise) == (1 if whole else 2)

@@ -1,4 +1,4 @@
-"""A GrowingCache gives the keys, values and gradients of a DynamicCache, however it is cut, copied and read on from."""
+"""AppendOnlyCache returns the keys, values and gradients of a DynamicCache, also when it is cropped or copied."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def new(columns: int, rows: int = 2) -> Tensor:
 
 
 def weighed(cache: Any, keys: Tensor, values: Tensor) -> Tensor:
-    """A number that depends on all that an attention would see, differently for each column and pass."""
+    """A number that depends on everything attention could read, differently for each column and pass."""
     seen = torch.cat(cache.update(keys, values, 0), dim=-1)
     return (seen.sin() * torch.arange(1, seen.numel() + 1).reshape(seen.shape)).sum()
 
@@ -44,8 +44,10 @@ def gradients(loss: Tensor, inputs: list[Tensor], **options: Any) -> list[Tensor
     columns=st.integers(0, 20),
     counted=st.lists(st.booleans(), min_size=6, max_size=6),
 )
-def test_equals_a_dynamic_cache(kind: str, widths: list[int], columns: int, counted: list[bool]) -> None:
-    """Also where the attention of some passes counts for nothing."""
+def test_append_only_cache_equals_a_dynamic_cache(
+    kind: str, widths: list[int], columns: int, counted: list[bool]
+) -> None:
+    """Also if some passes do not contribute to the loss."""
     inputs = [new(width) for width in widths for _ in range(2)]
     found = []
     for cache in (DynamicCache(config=CONFIGS[kind]), AppendOnlyCache(CONFIGS[kind], columns)):
@@ -62,7 +64,7 @@ def test_equals_a_dynamic_cache(kind: str, widths: list[int], columns: int, coun
 
 
 @pytest.mark.parametrize("columns", [0, 40])
-def test_copies_read_on_independently(columns: int) -> None:
+def test_copies_are_extended_independently(columns: int) -> None:
     inputs = [new(3), new(2), new(1), new(4), new(2)]
     prefix, left, right, more, again = inputs
     found = []
@@ -79,7 +81,7 @@ def test_copies_read_on_independently(columns: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [0, 40])
-def test_rows_may_be_selected_repeated_reordered_and_the_end_cut_off(columns: int) -> None:
+def test_rows_can_be_selected_repeated_and_reordered_and_the_end_cropped(columns: int) -> None:
     inputs = [new(5), new(2), new(1, rows=6), new(1, rows=6)]
     first, second, third, fourth = inputs
     found = []
@@ -96,7 +98,7 @@ def test_rows_may_be_selected_repeated_reordered_and_the_end_cut_off(columns: in
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
+def test_backward_can_run_twice_and_for_some_inputs() -> None:
     inputs = [new(3), new(1), new(2)]
     cache = AppendOnlyCache(CONFIGS["full"], 6)
     loss = torch.stack([weighed(cache, part, part) for part in inputs]).sum()
@@ -106,7 +108,7 @@ def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
     torch.testing.assert_close(gradients(loss, inputs), whole)
 
 
-def test_the_room_is_made_once_and_holds_everything_once() -> None:
+def test_the_buffer_is_allocated_once_and_holds_everything_once() -> None:
     lm = build("llama", torch.float32)
     ids = torch.randint(3, 35, (2, 12))
     cache = lm.new_cache(12)

@@ -1,4 +1,4 @@
-"""Gradients of weights, summed once over all passes: those of a sum pass by pass."""
+"""Linear layers: oneDNN products, deferred weight gradients and sparse embedding gradients equal torch's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from coconut import LatentLM
 from coconut.acceleration import linear
-from coconut.acceleration.linear import _Product, onednn_linear, sparse_embedding_gradient
+from coconut.acceleration.linear import _Linear, onednn_linear, sparse_embedding_gradient
+from coconut.config import MECHANISMS
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both(lm: LatentLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """Gradients summed pass by pass, and once."""
+    """Gradients computed in every pass, and once for all passes."""
     found = []
     for least in (2**40, 1):
         monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", least)
@@ -32,14 +33,14 @@ def both(lm: LatentLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
     return found
 
 
-def test_equals_the_plain_path(family: str) -> None:
+def test_deferred_gradients_equal_the_recomputing_path(family: str) -> None:
     lm = build(family)
     batch = mixed_batch(lm)
     lm(**batch, use_cache=False).loss.backward()
     plain = gradients(lm)
     lm.zero_grad()
     loss = lm(**batch).loss
-    assert in_graph(loss, _Product) > 0
+    assert in_graph(loss, _Linear) > 0
     loss.backward()
     assert relative(gradients(lm), plain) < 1e-9
     linear = [module for module in lm.base.modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -49,18 +50,18 @@ def test_equals_the_plain_path(family: str) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [Conv1D, nn.Linear])
 @pytest.mark.parametrize("rows", [0, 1, 7, 300])
-def test_onednn_makes_the_products_of_the_layer(kind: Any, rows: int, bias: bool) -> None:
+def test_onednn_products_equal_those_of_the_layer(kind: Any, rows: int, bias: bool) -> None:
     torch.manual_seed(0)
     layer: Any = Conv1D(48, 80) if kind is Conv1D else nn.Linear(80, 48, bias)
     found = []
-    for way in (onednn_linear, lambda layer, given: nullcontext()):
-        given = torch.randn(2, rows, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        with way(layer, given):
-            made = layer(given)
-        assert in_graph(made, _Product) == (way is onednn_linear)
+    for context in (onednn_linear, lambda layer, inputs: nullcontext()):
+        inputs = torch.randn(2, rows, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        with context(layer, inputs):
+            made = layer(inputs)
+        assert in_graph(made, _Linear) == (context is onednn_linear)
         made.square().sum().backward()
         weights = {name: weight.grad for name, weight in layer.named_parameters()}
-        found.append({"made": made.detach(), "given": given.grad, **weights})
+        found.append({"made": made.detach(), "inputs": inputs.grad, **weights})
         layer.zero_grad(set_to_none=True)
     ours, torchs = found
     for name, tensor in torchs.items():
@@ -68,24 +69,23 @@ def test_onednn_makes_the_products_of_the_layer(kind: Any, rows: int, bias: bool
     assert "forward" not in vars(layer)
 
 
-def test_which_passes_onednn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_computes_large_float32_layers_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("gpt2", torch.float32)
     ids = torch.tensor([[3, 4, 5, 6]])
     products = 4 * lm.base.config.n_layer + 1
-    assert in_graph(lm(ids, labels=ids).loss, _Product) == products, "in float32 on a CPU"
+    assert in_graph(lm(ids, labels=ids).loss, _Linear) == products, "in float32 on a CPU"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not in_graph(lm(ids, labels=ids).loss, _Product)
+        assert not in_graph(lm(ids, labels=ids).loss, _Linear)
     monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", 2**40)
-    assert not in_graph(lm(ids, labels=ids).loss, _Product), "where weights are large"
+    assert not in_graph(lm(ids, labels=ids).loss, _Linear), "where weights are large"
 
 
-def test_a_model_in_float32_is_the_same_without_onednn(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_float32_is_the_same_without_onednn(family: str) -> None:
     lm = build(family, torch.float32)
     batch = mixed_batch(lm)
     found = []
-    for onednn in (True, False):
-        if not onednn:
-            monkeypatch.setattr("coconut.acceleration.linear._by_onednn", lambda given: False)
+    for mechanisms in (frozenset(MECHANISMS), frozenset(MECHANISMS) - {"onednn"}):
+        lm.acceleration.mechanisms = mechanisms
         lm.zero_grad()
         lm(**batch).loss.backward()
         answers = lm.generate(batch["input_ids"][:, :2].clamp(max=20), num_thoughts=2, max_new_tokens=4)
@@ -94,7 +94,7 @@ def test_a_model_in_float32_is_the_same_without_onednn(family: str, monkeypatch:
     assert found[0][1] == found[1][1]
 
 
-def test_weights_that_are_not_trained_keep_nothing() -> None:
+def test_frozen_weights_get_no_gradient() -> None:
     lm = build("gpt2", torch.float32)
     ids = torch.tensor([[3, 4, 5, 6]])
     lm(ids, labels=ids).loss.backward()
@@ -108,16 +108,16 @@ def test_weights_that_are_not_trained_keep_nothing() -> None:
     assert relative(some, {name: whole[name] for name in some}) < 1e-6
 
 
-def test_words_are_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_tokens_use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("gpt2", torch.float32)
     made: list[int] = []
 
-    def counted(given: Tensor, *rest: Any) -> Tensor:
-        made.append(len(given))
-        return product(given, *rest)
+    def counted(inputs: Tensor, *rest: Any, **options: Any) -> Tensor:
+        made.append(len(inputs))
+        return product(inputs, *rest, **options)
 
-    product = linear._product
-    monkeypatch.setattr(linear, "_product", counted)
+    product = linear.matmul
+    monkeypatch.setattr(linear, "matmul", counted)
     numbers = []
     for words in (1, 4):
         made.clear()
@@ -126,33 +126,33 @@ def test_words_are_made_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers[1] - numbers[0] == 3 * (4 * lm.base.config.n_layer + 1)
 
 
-def test_what_a_layer_makes_may_be_changed_in_place() -> None:
+def test_outputs_can_be_changed_in_place() -> None:
     layer: Any = nn.Linear(8, 8)
-    given = torch.randn(2, 3, 8, requires_grad=True)
-    with onednn_linear(layer, given):
-        made = layer(given)
+    inputs = torch.randn(2, 3, 8, requires_grad=True)
+    with onednn_linear(layer, inputs):
+        made = layer(inputs)
     made[..., 0] = 1.0
     made.sum().backward()
     torch.testing.assert_close(layer.weight.grad[0], torch.zeros(8))
-    assert given.grad is not None
+    assert inputs.grad is not None
 
 
-def test_weights_that_are_in_parts_are_left_alone() -> None:
+def test_partitioned_weights_are_left_alone() -> None:
     layer: Any = nn.Linear(8, 8)
-    given = torch.randn(2, 8)
-    with onednn_linear(layer, given):
+    inputs = torch.randn(2, 8)
+    with onednn_linear(layer, inputs):
         assert "forward" in vars(layer)
     layer.weight.ds_id = 0
-    with onednn_linear(layer, given):
+    with onednn_linear(layer, inputs):
         assert "forward" not in vars(layer)
 
 
-def test_layers_that_are_run_again(family: str) -> None:
+def test_gradients_with_recomputed_layers_are_the_same(family: str) -> None:
     lm = build(family, torch.float32).train()
     batch = mixed_batch(lm)
     lm(**batch).loss.backward()
     kept = gradients(lm)
-    lm.activation_checkpointing = True
+    lm.acceleration.activation_checkpointing = True
     loss = lm(**batch).loss
     for _ in range(2):
         lm.zero_grad()
@@ -178,7 +178,7 @@ def test_a_second_derivative_is_right_or_refused(thoughts: bool, dtype: torch.dt
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_under_transformers_own_checkpointing(use_cache: bool) -> None:
+def test_gradients_under_transformers_checkpointing_are_the_same(use_cache: bool) -> None:
     lm = build("gpt2", torch.float32).train()
     ids = torch.randint(3, 20, (2, 9))
     batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < 6, -100)}
@@ -191,23 +191,23 @@ def test_under_transformers_own_checkpointing(use_cache: bool) -> None:
     assert relative(gradients(lm), kept) < 1e-5
 
 
-def test_only_where_there_are_several_passes_and_gradients() -> None:
+def test_gradients_are_deferred_only_over_several_training_passes() -> None:
     lm = build("gpt2")
     batch = mixed_batch(lm)
     words = {key: value[:, :3] for key, value in batch.items()}
     words["input_ids"] = words["input_ids"].clamp(max=20)
-    assert not in_graph(lm(**words).loss, _Product)
+    assert not in_graph(lm(**words).loss, _Linear)
     with torch.no_grad():
         assert lm(**batch).loss.grad_fn is None
     for name, weight in lm.named_parameters():
         weight.requires_grad = "c_fc" in name
-    frozen = in_graph(lm(**batch).loss, _Product)
+    frozen = in_graph(lm(**batch).loss, _Linear)
     for weight in lm.parameters():
         weight.requires_grad = True
-    assert 0 < frozen < in_graph(lm(**batch).loss, _Product)
+    assert 0 < frozen < in_graph(lm(**batch).loss, _Linear)
 
 
-def test_in_bfloat16_it_is_as_close_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deferred_gradients_in_bfloat16_are_as_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build("llama", torch.float32)
     batch = mixed_batch(lm)
     exact, _ = both(lm, batch, monkeypatch)
@@ -217,7 +217,7 @@ def test_in_bfloat16_it_is_as_close_to_float32(monkeypatch: pytest.MonkeyPatch) 
     assert relative(once, exact) < 1.2 * relative(each, exact) < 0.5
 
 
-def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
+def test_backward_can_run_twice_and_for_some_weights() -> None:
     lm = build("gpt2")
     loss = lm(**mixed_batch(lm)).loss
     loss.backward(retain_graph=True)
@@ -230,7 +230,7 @@ def test_a_graph_may_be_gone_through_twice_and_in_part() -> None:
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_under_distributed_data_parallel() -> None:
+def test_gradients_under_distributed_data_parallel_are_the_same() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
     lm(**batch).loss.backward()
@@ -240,7 +240,7 @@ def test_under_distributed_data_parallel() -> None:
     assert relative(gradients(lm), alone) < 1e-6
 
 
-def test_a_table_that_is_the_heads_gets_one_gradient_of_its_size(family: str) -> None:
+def test_a_tied_table_gets_one_gradient_of_its_size(family: str) -> None:
     lm = build(family)
     table: Any = lm.base.get_input_embeddings()
     head: Any = lm.base.get_output_embeddings()

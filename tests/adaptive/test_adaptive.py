@@ -28,11 +28,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from coconut import LatentLM
 from coconut.adaptive import backends, encoders, report
 from coconut.adaptive import main as adaptive
-from coconut.adaptive.backends import CausalModelBackend, Failed, FunctionBackend, LatentBackend, Reply, answers
-from coconut.adaptive.chooser import Chooser, kept
+from coconut.adaptive.backends import (
+    CausalModelBackend,
+    FunctionBackend,
+    FunctionFailed,
+    LatentBackend,
+    Reply,
+    collect_answers,
+)
+from coconut.adaptive.chooser import Chooser, policy_metadata
 from coconut.adaptive.config import AdaptiveConfig, FunctionConfig, JudgeConfig, JudgeKind, PolicyConfig
 from coconut.adaptive.experiments import arms_study, run_experiments, studies
-from coconut.adaptive.judges import ExactJudge, ImplicitJudge, PretrainedJudge, Vote, judged
+from coconut.adaptive.judges import ExactJudge, ImplicitJudge, PretrainedJudge, Vote, judge_scores
 from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import ConfigurationPolicy, distances, entropies, learn, reinforce
 from coconut.adaptive.space import Space
@@ -63,52 +70,52 @@ QUICK = FunctionConfig(workers=3, tries=3, wait=0.0)
 
 
 @given(st.lists(st.integers(2, 4), min_size=1, max_size=4))
-def test_a_configuration_is_its_number(sizes: list[int]) -> None:
+def test_space_numbers_configurations(sizes: list[int]) -> None:
     space = Space.of({f"d{i}": list(range(size)) for i, size in enumerate(sizes)})
     assert len(space) == np.prod(sizes)
     for number, places in enumerate(product(*map(range, sizes))):
         assert space.settings(number) == {f"d{i}": place for i, place in enumerate(places)}
-        assert space.number(places) == space.named({f"d{i}": place for i, place in enumerate(places)}) == number
+        assert space.number(places) == space.find({f"d{i}": place for i, place in enumerate(places)}) == number
     again = Space.of(json.loads(json.dumps(space.as_data())))
     assert [again.settings(number) for number in range(len(again))] == [space.settings(n) for n in range(len(space))]
 
 
-def test_three_forms_of_a_dimension() -> None:
+def test_dimension_accepts_three_forms() -> None:
     crossed = Space.of({"instruction": {"base": ["Compute.", "Guess."], "variation": ["", "Be brief."]}})
-    said = [crossed.settings(number)["instruction"] for number in range(len(crossed))]
-    assert said == ["Compute.", "Compute. Be brief.", "Guess.", "Guess. Be brief."]
-    assert SPACE.settings(SPACE.named({"num_thoughts": 3, "decoding": "vote"})) == {
+    instructions = [crossed.settings(number)["instruction"] for number in range(len(crossed))]
+    assert instructions == ["Compute.", "Compute. Be brief.", "Guess.", "Guess. Be brief."]
+    assert SPACE.settings(SPACE.find({"num_thoughts": 3, "decoding": "vote"})) == {
         "num_thoughts": 3, "temperature": 1, "samples": 3
     }  # fmt: skip
     assert SPACE.label(0) == "num_thoughts 0, decoding greedy"
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("spec", "message"),
     [
         ({}, "space is empty"),
-        ({"steps": [3]}, "What has one value is no choice"),
+        ({"steps": [3]}, "Leave out a dimension with one value"),
         ({"steps": [3, 3]}, "all different"),
-        ({"steps": 3}, "is a list of values"),
+        ({"steps": 3}, "must be a list of values"),
         ({"a": {"x": {"t": 1}, "y": {"t": 2}}, "t": [1, 2]}, "space.a and space.t both set t"),
     ],
 )
-def test_what_is_no_space_is_named(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        Space.of(given)
+def test_space_refuses_invalid_dimensions(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Space.of(spec)
 
 
-def test_a_value_that_there_is_not_is_named() -> None:
+def test_space_find_names_unknown_values() -> None:
     with pytest.raises(ValueError, match="num_thoughts has no value 2; its values are 0, 1, 3"):
-        SPACE.named({"num_thoughts": 2})
+        SPACE.find({"num_thoughts": 2})
     with pytest.raises(ValueError, match="There is no dimension mode"):
-        SPACE.named({"mode": "think"})
+        SPACE.find({"mode": "think"})
 
 
 # --- the policy -------------------------------------------------------------------------------------
 
 
-def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
+def test_reinforce_gradient_is_that_of_the_expected_reward() -> None:
     torch.manual_seed(0)
     rewards = torch.rand(2, 3, dtype=torch.float64)
     logits = [torch.randn(1, 1, size, dtype=torch.float64, requires_grad=True) for size in (2, 3)]
@@ -122,12 +129,12 @@ def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
             taken = [torch.tensor([[a]]), torch.tensor([[b]])]
             loss = loss + chance * reinforce(log_probs, taken, (rewards[a, b] - baseline)[None, None])
         found = torch.autograd.grad(loss, logits, retain_graph=True)
-        for mine, its in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
+        for gradient, wanted_gradient in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, wanted_gradient, rtol=0, atol=1e-12)
 
 
 def clear_table(questions: int = 300, seed: int = 0) -> OutcomeTable:
-    """Three kinds of questions, each of which one value of a dimension answers; the other dimension costs."""
+    """Three kinds of questions, each answered by one value of a dimension; the other dimension only costs passes."""
     random = np.random.default_rng(seed)
     kinds = random.integers(3, size=questions)
     space = Space.of({"num_thoughts": [0, 1, 2], "decoding": {"once": {"samples": 1}, "thrice": {"samples": 3}}})
@@ -135,14 +142,16 @@ def clear_table(questions: int = 300, seed: int = 0) -> OutcomeTable:
     right = np.array([[float(one["num_thoughts"] == kind) for one in settings] for kind in kinds], np.float32)
     passes = np.array([[2.0 * one["samples"] for one in settings]] * questions, np.float32)
     embeddings = np.eye(3, 8)[kinds] + 0.1 * random.normal(size=(questions, 8))
-    told = [f"question {i}" for i in range(questions)]
+    questions_text = [f"question {i}" for i in range(questions)]
     about = {"backend": "by hand", "embedding": "mean", "task": "prosqa", "max_new_tokens": None, "checkpoint": "best"}
-    return OutcomeTable(space, told, kinds, right, right, passes, embeddings.astype(np.float32), about)
+    return OutcomeTable(space, questions_text, kinds, right, right, passes, embeddings.astype(np.float32), about)
 
 
-def test_it_learns_what_depends_on_the_question() -> None:
+def test_policy_learns_what_depends_on_the_question() -> None:
     table = clear_table()
-    found = run_experiments(table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, few=60, seeds=4)
+    found = run_experiments(
+        table, PolicyConfig(updates=400, decay=0.99), cost=0.05, default=0, num_train_questions=60, seeds=4
+    )
     rows = {row["arm"]: row for row in arms_study(found).rows}
     assert rows["oracle"]["reward"] == pytest.approx(0.9)
     assert rows["policy"]["reward"] > 0.85
@@ -159,7 +168,7 @@ def test_it_learns_what_depends_on_the_question() -> None:
     assert (undecided < 0.5).all()
 
 
-def test_policies_learn_side_by_side_and_move_no_other() -> None:
+def test_parallel_policies_are_independent() -> None:
     torch.manual_seed(1)
     space, embeddings = clear_table().space, torch.randn(2, 20, 5)
     rewards = torch.rand(2, 20, len(space))
@@ -176,7 +185,7 @@ def test_policies_learn_side_by_side_and_move_no_other() -> None:
     assert 1 <= few.tried.min() <= few.tried.max() <= 6
 
 
-def test_a_held_dimension_is_not_explored() -> None:
+def test_fixed_dimension_is_not_trained() -> None:
     table = clear_table()
     rewards = torch.from_numpy(table.rewards(0.0))[None]
     held = learn(table.space, torch.from_numpy(table.embeddings)[None], rewards, PolicyConfig(updates=50),
@@ -186,7 +195,7 @@ def test_a_held_dimension_is_not_explored() -> None:
     assert not torch.allclose(held.policy.heads[0], start.policy.heads[0])
 
 
-def test_a_policy_in_a_file(tmp_path: Path) -> None:
+def test_policy_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     policy, embeddings = ConfigurationPolicy(SPACE, 8, 4, copies=3), torch.randn(3, 50, 8)
     policy.fit_scale(embeddings)
@@ -204,20 +213,20 @@ def test_a_policy_in_a_file(tmp_path: Path) -> None:
         ConfigurationPolicy.load(tmp_path / "missing")
 
 
-# --- who answers ------------------------------------------------------------------------------------
+# --- backends ---------------------------------------------------------------------------------------
 
 
 def latent(batch_size: int = 64) -> LatentBackend:
     return LatentBackend(build("gpt2", torch.float64), "a model", batch_size, 6)
 
 
-def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
+def test_latent_backend_answers_equal_evaluation(tmp_path: Path) -> None:
     backend = latent()
-    replies = answers(backend, QUESTIONS, SPACE, tmp_path / "log.jsonl")
+    replies = collect_answers(backend, QUESTIONS, SPACE, tmp_path / "log.jsonl")
     for number in range(0, len(SPACE), 2):
         settings = SPACE.settings(number)
-        told = evaluate(backend.lm, TASK, EXAMPLES, num_thoughts=settings["num_thoughts"], max_new_tokens=6)
-        for row, prediction in zip(replies, told.predictions, strict=True):
+        expected = evaluate(backend.lm, TASK, EXAMPLES, num_thoughts=settings["num_thoughts"], max_new_tokens=6)
+        for row, prediction in zip(replies, expected.predictions, strict=True):
             assert row[number].texts == (prediction.text.strip(),)
             assert (row[number].passes, row[number].truncated) == (prediction.passes, prediction.truncated)
         for row in replies:
@@ -226,8 +235,8 @@ def test_answers_of_a_model_are_those_of_its_evaluation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["words", "thoughts", "hybrid"])
-def test_passes_are_the_calls_that_it_takes(kind: str) -> None:
-    """Said again one call at a time: the prompt once, then each sample's tokens after it but the last."""
+def test_reply_passes_equal_forward_calls(kind: str) -> None:
+    """Decoded again call by call: the prompt once, then each sample's tokens but the last."""
     lm = hybrid("gpt2") if kind == "hybrid" else build("gpt2", torch.float64)
     backend, calls = LatentBackend(lm, "a model", 64, 5), 0
     settings: dict[str, Any] = {"temperature": 1, "samples": 5}
@@ -259,12 +268,12 @@ def test_passes_are_the_calls_that_it_takes(kind: str) -> None:
                 state = fed(state[None], prompt)
             if count:
                 state = fed(embedded(slot[-1:]), prompt)
-            for place, said in enumerate(reply.completion_ids):
+            for place, ids in enumerate(reply.completion_ids):
                 if reply.modes[place] != mode:
                     continue
                 cache, own = copy.deepcopy(prompt), state
-                for n, token in enumerate(said):
-                    own = fed(embedded(said[n - 1 : n]), cache) if n else own
+                for n, token in enumerate(ids):
+                    own = fed(embedded(ids[n - 1 : n]), cache) if n else own
                     likely.append(float(allowed(lm, own)[token]))
                 sampled.append(place)
     assert sorted(sampled) == list(range(5))
@@ -280,7 +289,7 @@ def allowed(lm: LatentLM, state: torch.Tensor) -> torch.Tensor:
 
 
 def recorded(lm: LatentLM, rows: list[list[int]], settings: dict[str, Any], order: list[int]) -> list[float]:
-    """How likely the model said that the same samples are, token by token."""
+    """The log-probabilities that `generate` reports for the same samples, token by token."""
     thoughts = {key: value for key, value in settings.items() if key == "num_thoughts"}
     with backends._seeded((0,), lm.device):
         out = lm.generate(*pad_rows(rows, lm.special.pad), do_sample=True, temperature=1.0, top_p=1.0, log_probs=True,
@@ -289,7 +298,7 @@ def recorded(lm: LatentLM, rows: list[list[int]], settings: dict[str, Any], orde
     return [value for place in order for value in out.log_probs[place].tolist()]
 
 
-def test_the_question_is_asked_as_an_evaluation_asks_it() -> None:
+def test_latent_backend_encodes_questions_as_evaluation_does() -> None:
     tokenizer = byte_level_tokenizer()
     config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer)
@@ -300,11 +309,11 @@ def test_the_question_is_asked_as_an_evaluation_asks_it() -> None:
     )
 
 
-def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_batches_and_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = Space.of({"num_thoughts": [0, 1, 2]})
-    together = answers(latent(), QUESTIONS, greedy, tmp_path / "a.jsonl")
-    assert answers(latent(1), QUESTIONS, greedy, tmp_path / "b.jsonl") == together
-    whole = answers(latent(), QUESTIONS, SPACE, tmp_path / "whole.jsonl", chunk=2)
+    together = collect_answers(latent(), QUESTIONS, greedy, tmp_path / "a.jsonl")
+    assert collect_answers(latent(1), QUESTIONS, greedy, tmp_path / "b.jsonl") == together
+    whole = collect_answers(latent(), QUESTIONS, SPACE, tmp_path / "whole.jsonl", chunk=2)
     part, asked = tmp_path / "part.jsonl", 0
     real = latent()
 
@@ -316,38 +325,40 @@ def test_batches_and_stops_change_no_answer(tmp_path: Path, monkeypatch: pytest.
                 raise RuntimeError("out of memory")
             return super().__call__(*arguments)
 
-    with pytest.raises(ValueError, match=r"out of memory\n5 of 18 answers are kept .* goes on from there"):
-        answers(Stopping(real.lm, "a model", 64, 6), QUESTIONS, SPACE, part, chunk=2)
+    with pytest.raises(ValueError, match=r"out of memory\n5 of 18 answers are in .* resumes from there"):
+        collect_answers(Stopping(real.lm, "a model", 64, 6), QUESTIONS, SPACE, part, chunk=2)
     part.write_text(part.read_text() + '{"key": "cut of')
-    assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
-    monkeypatch.setattr(LatentBackend, "__call__", lambda *_: pytest.fail("nothing is asked twice"))
-    assert answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
+    assert collect_answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
+    monkeypatch.setattr(LatentBackend, "__call__", lambda *_: pytest.fail("a logged question is asked again"))
+    assert collect_answers(real, QUESTIONS, SPACE, part, chunk=2) == whole
     fewer = Space.of({"decoding": {"vote": {"temperature": 1, "samples": 3}, "greedy": {"temperature": 0}},
                       "num_thoughts": [3, 1]})  # fmt: skip
-    assert answers(real, [*QUESTIONS, QUESTIONS[0]], SPACE, part, chunk=2) == [*whole, whole[0]]
-    [row, *_] = answers(real, QUESTIONS, fewer, part)
-    assert row[0] == whole[0][SPACE.named({"num_thoughts": 3, "decoding": "vote"})]
+    assert collect_answers(real, [*QUESTIONS, QUESTIONS[0]], SPACE, part, chunk=2) == [*whole, whole[0]]
+    [row, *_] = collect_answers(real, QUESTIONS, fewer, part)
+    assert row[0] == whole[0][SPACE.find({"num_thoughts": 3, "decoding": "vote"})]
 
 
-def test_a_hybrid_models_mode_and_a_prefix_are_settings(tmp_path: Path) -> None:
+def test_latent_backend_accepts_mode_and_prefix(tmp_path: Path) -> None:
     backend = LatentBackend(hybrid("gpt2"), "hybrid", 64, 4)
-    replies = answers(backend, QUESTIONS, Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]}), tmp_path / "l")
+    replies = collect_answers(
+        backend, QUESTIONS, Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]}), tmp_path / "l"
+    )
     assert {mode for row in replies for reply in row for mode in reply.modes} == {"short", "think"}
     assert backend.rows(["1"], {"prefix": "7 7"}) == backend.rows(["7 7 1"], {})
     with pytest.raises(ValueError, match="The mode says how many thoughts"):
-        answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
+        collect_answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
 
 
-def test_samples_that_choose_their_own_mode(tmp_path: Path) -> None:
+def test_samples_of_a_hybrid_model_choose_their_own_mode(tmp_path: Path) -> None:
     backend = LatentBackend(hybrid("gpt2"), "hybrid", 64, 4)
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "vote": {"temperature": 2, "samples": 8}}})
-    several = [row[1] for row in answers(backend, QUESTIONS, space, tmp_path / "l")]
+    several = [row[1] for row in collect_answers(backend, QUESTIONS, space, tmp_path / "l")]
     assert any(len(set(reply.modes)) > 1 for reply in several)
 
 
-def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="The space sets steps, which means nothing here"):
-        answers(latent(), QUESTIONS, Space.of({"steps": [1, 2]}), tmp_path / "l")
+def test_backend_refuses_unknown_settings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The space sets steps, which a model does not accept"):
+        collect_answers(latent(), QUESTIONS, Space.of({"steps": [1, 2]}), tmp_path / "l")
     assert not (tmp_path / "l").exists()
 
 
@@ -363,44 +374,46 @@ def saved_causal(folder: Path) -> Path:
     return folder
 
 
-def test_any_model_of_hugging_face(tmp_path: Path) -> None:
+def test_causal_model_backend_answers_and_checks_its_prompt(tmp_path: Path) -> None:
     place = saved_causal(tmp_path / "model")
     space = Space.of(
         {"steps": [1, 2], "decoding": {"greedy": {"temperature": 0}, "two": {"temperature": 1, "samples": 2}}}
     )
     cpu = torch.device("cpu")
     backend = CausalModelBackend(str(place), "{question} in {steps} steps", cpu, max_new_tokens=5)
-    replies = answers(backend, QUESTIONS, space, tmp_path / "log")
+    replies = collect_answers(backend, QUESTIONS, space, tmp_path / "log")
     one = CausalModelBackend(str(place), "{question} in {steps} steps", cpu, batch_size=1, max_new_tokens=5)
-    alone = answers(one, QUESTIONS, space, tmp_path / "log1")
+    alone = collect_answers(one, QUESTIONS, space, tmp_path / "log1")
     for row, other in zip(replies, alone, strict=True):
         assert [reply.texts for reply in row[::2]] == [reply.texts for reply in other[::2]]
         assert [len(reply.texts) for reply in row] == [1, 2, 1, 2]
         assert all(0 < reply.passes <= 5 * len(reply.texts) for reply in row)
-    with pytest.raises(ValueError, match="no dimension of the space gives it a value"):
-        answers(CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
-                tmp_path / "x")  # fmt: skip
-    for prompt, told in (
-        ("{steps}", "the question must stand in it"),
-        ("{question} {}", "braces hold names of settings"),
+    with pytest.raises(ValueError, match="which the space does not set"):
+        collect_answers(
+            CausalModelBackend(str(place), "{question} {plan}", cpu), QUESTIONS, Space.of({"temperature": [0, 1]}),
+            tmp_path / "x",
+        )  # fmt: skip
+    for prompt, message in (
+        ("{steps}", "it must contain {question}"),
+        ("{question} {}", "braces must hold names of settings"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             CausalModelBackend(str(place), prompt, cpu)
     assert one.fits(["1", "1 " * 200], {"steps": 1}) == [True, False]
 
 
-def test_a_models_own_generation_settings_are_put_aside(tmp_path: Path) -> None:
+def test_causal_model_backend_ignores_its_generation_config(tmp_path: Path) -> None:
     place = saved_causal(tmp_path / "model")
     prompt, cpu = "{question} ?", torch.device("cpu")
     plain = CausalModelBackend(str(place), prompt, cpu, max_new_tokens=6)
     own = {"do_sample": True, "repetition_penalty": 9.0, "min_p": 0.99, "no_repeat_ngram_size": 1, "min_new_tokens": 6,
-           "eos_token_id": plain.ends}  # fmt: skip
+           "eos_token_id": plain.eos_ids}  # fmt: skip
     write_json(place / "generation_config.json", own)
     backend = CausalModelBackend(str(place), prompt, cpu, max_new_tokens=6)
     [found] = backend(QUESTIONS, {"temperature": 0}, (0,))
     for i, ids in enumerate(backend.rows(QUESTIONS, {})):
         said: list[int] = []
-        while len(said) < 6 and not set(said) & set(backend.ends):
+        while len(said) < 6 and not set(said) & set(backend.eos_ids):
             with torch.no_grad():
                 said.append(int(backend.model(torch.tensor([ids + said])).logits[0, -1].argmax()))
         assert found[i].completion_ids == (tuple(said),)
@@ -409,12 +422,12 @@ def test_a_models_own_generation_settings_are_put_aside(tmp_path: Path) -> None:
     assert sampled == expected
 
 
-def test_samples_of_a_model_are_of_all_its_words(tmp_path: Path) -> None:
+def test_causal_model_backend_samples_from_the_whole_vocabulary(tmp_path: Path) -> None:
     backend = CausalModelBackend(
         str(saved_causal(tmp_path / "model")), "{question}", torch.device("cpu"), max_new_tokens=1
     )
     space = Space.of({"decoding": {"greedy": {"temperature": 0}, "wild": {"temperature": 1000, "samples": 400}}})
-    [row] = answers(backend, ["1 2"], space, tmp_path / "log")
+    [row] = collect_answers(backend, ["1 2"], space, tmp_path / "log")
     assert len(set(row[1].completion_ids)) > 60  # transformers' own top_k is 50
 
 
@@ -425,7 +438,7 @@ def function(call: Any) -> FunctionBackend:
 STEPS = Space.of({"steps": [1, 2]})
 
 
-def test_a_function_is_tried_again_and_asked_once(tmp_path: Path) -> None:
+def test_function_backend_retries_and_asks_once(tmp_path: Path) -> None:
     calls: list[tuple[str, int]] = []
     lock = threading.Lock()
 
@@ -437,16 +450,16 @@ def test_a_function_is_tried_again_and_asked_once(tmp_path: Path) -> None:
             raise ConnectionError("busy")
         return f"{question} {settings['steps']}" if question != "9" else Reply(("### c",), passes=7)
 
-    replies = answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log")
+    replies = collect_answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log")
     assert len(calls) == 2 * len(QUESTIONS) * len(STEPS)
     assert replies[0][1].texts == (f"{QUESTIONS[0]} 2",)
     assert replies[0][1].passes == len(QUESTIONS[0].split()) + 1
     assert replies[2][0].passes == 7
-    assert answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log") == replies
+    assert collect_answers(function(shaky), QUESTIONS, STEPS, tmp_path / "log") == replies
     assert len(calls) == 2 * len(QUESTIONS) * len(STEPS)
 
 
-def test_a_function_that_fails_half_way(tmp_path: Path) -> None:
+def test_function_backend_keeps_replies_before_a_failure(tmp_path: Path) -> None:
     questions = [str(i) for i in range(20)]
 
     def broken(question: str, settings: dict[str, Any]) -> str:
@@ -456,7 +469,7 @@ def test_a_function_that_fails_half_way(tmp_path: Path) -> None:
         return "### c"
 
     with pytest.raises(ValueError, match=r"mine failed 3 times on '7', the last time with ConnectionError: no route\n"):
-        answers(function(broken), questions, STEPS, tmp_path / "log")
+        collect_answers(function(broken), questions, STEPS, tmp_path / "log")
     before = len(backends.read_log(tmp_path / "log"))
     assert 5 <= before < 20
     calls: list[str] = []
@@ -465,14 +478,14 @@ def test_a_function_that_fails_half_way(tmp_path: Path) -> None:
         calls.append(question)
         return "### c"
 
-    answers(function(mended), questions, STEPS, tmp_path / "log")
+    collect_answers(function(mended), questions, STEPS, tmp_path / "log")
     assert len(calls) == 2 * len(questions) - before
     for bad in (3, Reply(())):
-        with pytest.raises(ValueError, match=r"mine gave .* for '1'; it must give a text"):
-            answers(function(lambda *_, bad=bad: bad), ["1"], STEPS, tmp_path / "other")
+        with pytest.raises(ValueError, match=r"mine gave .* for '1'; it must return a text"):
+            collect_answers(function(lambda *_, bad=bad: bad), ["1"], STEPS, tmp_path / "other")
 
 
-def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_function_backend_doubles_its_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(backends.time, "sleep", waits.append)
 
@@ -480,7 +493,7 @@ def test_it_waits_longer_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> 
         raise TimeoutError
 
     asked = FunctionBackend(never, "mine", FunctionConfig(workers=1, tries=4, wait=1.0), frozenset())
-    with pytest.raises(Failed, match="4 times"):
+    with pytest.raises(FunctionFailed, match="4 times"):
         list(asked(["1"], {}, (0,)))
     assert len(waits) == 3
     assert all(0.75 * 2**i <= wait <= 1.25 * 2**i for i, wait in enumerate(waits))
@@ -494,34 +507,36 @@ VOTE = Vote(TASK, PromptFormat("{}", "{} ", "### {}"))
 def test_tied_answers_share_the_score() -> None:
     examples = [Example("?", (), "c")]
     for texts in set(permutations(["### a", "### c", "nothing", "### c .", "### a"])):
-        assert sorted(texts[i][:5] for i in VOTE.tied(Reply(texts))) == ["### a", "### c"]
+        assert sorted(texts[i][:5] for i in VOTE.tied_samples(Reply(texts))) == ["### a", "### c"]
         assert ExactJudge(VOTE)(examples, [Reply(texts)]) == [0.5]
     assert ExactJudge(VOTE)(examples, [Reply(("### a", "### b", "### c"))]) == [pytest.approx(1 / 3)]
-    firsts = [texts[VOTE.taken(Reply(texts))] for texts in permutations(["### a", "### c", "### c", "### a"])]
-    assert firsts.count("### c") == firsts.count("### a") == 12, "which of them comes first is even odds"
+    firsts = [texts[VOTE.chosen_sample(Reply(texts))] for texts in permutations(["### a", "### c", "### c", "### a"])]
+    assert firsts.count("### c") == firsts.count("### a") == 12, "each is equally often the first"
     numbers = Vote(TASKS["gsm8k"], PromptFormat())
-    assert numbers.tied(Reply(("### $18", "### 7", "### 18", "### 7", "### 18.00"))) == [0]
+    assert numbers.tied_samples(Reply(("### $18", "### 7", "### 18", "### 7", "### 18.00"))) == [0]
 
 
-def test_a_vote_takes_the_first_of_the_most_frequent() -> None:
+def test_vote_takes_the_first_of_the_most_frequent_answers() -> None:
     reply = Reply(("### a", "### c", "nothing", "### c", "### a"))
-    assert VOTE.taken(reply) == 0
-    assert VOTE.taken(Reply(("### a", "### c", "### c"))) == 1
-    assert VOTE.taken(Reply(("nothing", "none"))) == 0
+    assert VOTE.chosen_sample(reply) == 0
+    assert VOTE.chosen_sample(Reply(("### a", "### c", "### c"))) == 1
+    assert VOTE.chosen_sample(Reply(("nothing", "none"))) == 0
     numbers = Vote(TASKS["gsm8k"], PromptFormat())
-    assert numbers.taken(Reply(("### 7", "### 1000", "### 1,000", "### 7", "### $1000"))) == 1
+    assert numbers.chosen_sample(Reply(("### 7", "### 1000", "### 1,000", "### 7", "### $1000"))) == 1
     exact = ExactJudge(VOTE)
-    told = [Reply(("### a", "### c", "### c")), Reply(("### a",)), Reply(("c",))]
-    assert exact([Example("?", (), "c")] * 3, told) == [1, 0, 0]
+    replies = [Reply(("### a", "### c", "### c")), Reply(("### a",)), Reply(("c",))]
+    assert exact([Example("?", (), "c")] * 3, replies) == [1, 0, 0]
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
-def test_a_score_outside_is_named(score: float) -> None:
-    with pytest.raises(ValueError, match=r"The judge gave .* to '### c', an answer to '\?'; a score is in \[0, 1\]"):
-        judged(lambda *_: [score], [Example("?", (), "c")], [Reply(("### c",))], {})
+def test_judge_scores_names_an_invalid_score(score: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"The judge gave .* to '### c', an answer to '\?'; a score must be in \[0, 1\]"
+    ):
+        judge_scores(lambda *_: [score], [Example("?", (), "c")], [Reply(("### c",))], {})
 
 
-def test_a_pretrained_judge(tmp_path: Path) -> None:
+def test_pretrained_judge_scores_the_chosen_sample(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     shape = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64,
              "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
@@ -532,21 +547,23 @@ def test_a_pretrained_judge(tmp_path: Path) -> None:
         tokenizer.save_pretrained(tmp_path / name)
     judge = PretrainedJudge(str(tmp_path / "judge"), VOTE, torch.device("cpu"), batch_size=2)
     replies = [Reply(("### a", "### c", "### c")), Reply(("a longer answer ### c",)), Reply(("### b",))]
-    scores = judged(judge, EXAMPLES, replies, {})
+    scores = judge_scores(judge, EXAMPLES, replies, {})
     assert len({round(score, 6) for score in scores}) == 3
     for example, reply, score in zip(EXAMPLES, replies, scores, strict=True):
         alone = PretrainedJudge(str(tmp_path / "judge"), VOTE, torch.device("cpu"))
-        assert alone([example], [Reply((reply.texts[VOTE.taken(reply)],))]) == pytest.approx([score], abs=1e-5)
-    with pytest.raises(ValueError, match="has 2 outputs; a judge has one"):
+        assert alone([example], [Reply((reply.texts[VOTE.chosen_sample(reply)],))]) == pytest.approx([score], abs=1e-5)
+    with pytest.raises(ValueError, match="has 2 outputs; a judge must have one"):
         PretrainedJudge(str(tmp_path / "classes"), VOTE, torch.device("cpu"))
 
 
-def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
+def test_implicit_judge_is_the_sigmoid_of_the_token_sum(tmp_path: Path) -> None:
     backend, model = latent(), build("gpt2", torch.float64, seed=3)
     reward = ImplicitReward(model, backend.lm, 0.5)
     settings = {"num_thoughts": 1}
-    replies = [row[0] for row in answers(backend, QUESTIONS, Space.of({"num_thoughts": [1, 2]}), tmp_path / "l")]
-    scores = judged(ImplicitJudge(backend, reward, VOTE), EXAMPLES, replies, settings)
+    replies = [
+        row[0] for row in collect_answers(backend, QUESTIONS, Space.of({"num_thoughts": [1, 2]}), tmp_path / "l")
+    ]
+    scores = judge_scores(ImplicitJudge(backend, reward, VOTE), EXAMPLES, replies, settings)
     for question, reply, score in zip(QUESTIONS, replies, scores, strict=True):
         [row] = backend.rows([question], settings)
         [tokens] = reward.tokens([completion_from_ids(model, row, reply.completion_ids[0], text="", num_thoughts=1)])
@@ -554,28 +571,28 @@ def test_an_implicit_judge_is_the_sum_over_tokens(tmp_path: Path) -> None:
     assert len(set(scores)) > 1
 
 
-# --- what a policy sees -----------------------------------------------------------------------------
+# --- encoders ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pooling", encoders.POOLINGS)
-def test_an_embedding_does_not_depend_on_its_batch(pooling: str, tmp_path: Path) -> None:
+def test_encoder_does_not_depend_on_the_batch(pooling: str, tmp_path: Path) -> None:
     lm = build("llama", torch.float64)
-    many, one = (encoders.of_latent(lm, pooling, size)(QUESTIONS) for size in (3, 1))
+    many, one = (encoders.latent_encoder(lm, pooling, size)(QUESTIONS) for size in (3, 1))
     torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
     place = str(saved_causal(tmp_path / "model"))
     backend = CausalModelBackend(place, "{question}", torch.device("cpu"))
-    many, one = (encoders.of_model(backend.model.base_model, backend.tokenizer, pooling, size)(QUESTIONS)
+    many, one = (encoders.model_encoder(backend.model.base_model, backend.tokenizer, pooling, size)(QUESTIONS)
                  for size in (3, 1))  # fmt: skip
     torch.testing.assert_close(many, one, rtol=0, atol=1e-5)
     if pooling == "mean":
-        named = encoders.named(place, torch.device("cpu"))(QUESTIONS)
+        named = encoders.load_encoder(place, torch.device("cpu"))(QUESTIONS)
         torch.testing.assert_close(named, one, rtol=0, atol=1e-5)
 
 
-# --- tables and trials ------------------------------------------------------------------------------
+# --- tables and experiments ------------------------------------------------------------------------------
 
 
-def test_a_table_in_a_file(tmp_path: Path) -> None:
+def test_outcome_table_is_written_and_read(tmp_path: Path) -> None:
     table = clear_table(20)
     table.write(tmp_path / "t.npz")
     again = OutcomeTable.read(tmp_path / "t.npz")
@@ -585,24 +602,24 @@ def test_a_table_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "no.npz").write_text("no")
     np.savez(tmp_path / "other.npz", a=np.zeros(1))
     for name in ("no.npz", "other.npz"):
-        with pytest.raises(ValueError, match=r"is no table of python -m coconut\.adaptive"):
+        with pytest.raises(ValueError, match=r"is no table of coconut adaptive"):
             OutcomeTable.read(tmp_path / name)
 
 
-def test_bad_tables_are_named() -> None:
+def test_outcome_table_refuses_invalid_values() -> None:
     table = clear_table(4)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
     with pytest.raises(ValueError, match="has a score of 2"):
         OutcomeTable(**{**values, "score": table.score + 1})
     with pytest.raises(ValueError, match="The table of outcomes is empty"):
         OutcomeTable(**{**values, "questions": []})
-    with pytest.raises(ValueError, match="few=4 questions to learn from leave none of 4"):
-        run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, few=4, seeds=2)
+    with pytest.raises(ValueError, match="num_train_questions=4 leaves none of 4"):
+        run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, num_train_questions=4, seeds=2)
 
 
-def test_arms_by_hand_and_the_page(tmp_path: Path) -> None:
+def test_arms_equal_hand_computation_and_page_is_complete(tmp_path: Path) -> None:
     table = clear_table(60)
-    found = run_experiments(table, PolicyConfig(updates=30), cost=0.05, default=5, few=20, seeds=3)
+    found = run_experiments(table, PolicyConfig(updates=30), cost=0.05, default=5, num_train_questions=20, seeds=3)
     assert not set(found.train[0]) & set(found.test[0])
     assert len(set(found.train[0]) | set(found.test[0])) == 60
     rewards = table.rewards(0.05)
@@ -622,18 +639,18 @@ def test_arms_by_hand_and_the_page(tmp_path: Path) -> None:
         study.write(tmp_path)
     html = report.adaptive_page(made, "by hand", tmp_path)
     said = report.sentences(made)
-    assert said[0].startswith("There is +0.")
+    assert said[0].startswith("The headroom is +0.")
     assert "the best for each question" in html
     assert html.count("<svg") == 2
     assert max(map(len, report.on_screen(made).splitlines())) <= 100
 
 
-def test_no_headroom_is_said() -> None:
+def test_report_states_a_missing_headroom() -> None:
     table = clear_table(60)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
     flat = OutcomeTable(**{**values, "score": np.ones_like(table.score), "correct": np.ones_like(table.score)})
-    made = studies(run_experiments(flat, PolicyConfig(updates=5), cost=0.0, default=0, few=20, seeds=2))
-    assert any("hardly anything to choose" in sentence for sentence in report.sentences(made))
+    made = studies(run_experiments(flat, PolicyConfig(updates=5), cost=0.0, default=0, num_train_questions=20, seeds=2))
+    assert any("hardly anything to gain by choosing" in sentence for sentence in report.sentences(made))
 
 
 # --- the command ------------------------------------------------------------------------------------
@@ -648,8 +665,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     values: dict[str, Any] = {
-        "run": str(folder or ""), "split": "valid", "few": 4, "seeds": 2, "max_new_tokens": 6, "cost": 0.01,
-        "engine": CPU,
+        "run": str(folder or ""), "split": "valid", "num_train_questions": 4, "seeds": 2, "max_new_tokens": 6,
+        "cost": 0.01, "engine": CPU,
         "space": {"num_thoughts": [0, 1, 2], "decoding": {"greedy": {"temperature": 0},
                                                           "vote": {"temperature": 1, "samples": 3}}},
         "policy": PolicyConfig(updates=20),
@@ -657,12 +674,12 @@ def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     return AdaptiveConfig(**{**values, **changes})
 
 
-def test_one_command_does_it_all(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adaptive_command_writes_table_policy_and_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adaptive.only_table(command(trained)) == 0
     table = OutcomeTable.read(trained / "adaptive" / "outcomes.npz")
     assert adaptive.run(command(trained)) == 0
     said = capsys.readouterr().out
-    assert "There is +" in said
+    assert "The headroom is +" in said
     folder = trained / "adaptive"
     for name in ("outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html", "arms.csv", "curve.json",
                  "choices.json", "heads.csv"):  # fmt: skip
@@ -677,7 +694,7 @@ def test_one_command_does_it_all(trained: Path, capsys: pytest.CaptureFixture[st
         adaptive.only_table(other)
 
 
-def test_a_question_is_asked_as_the_policy_says(
+def test_generate_uses_the_policys_configuration(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     greedy = {"space": {"num_thoughts": [0, 1, 2]}, "output": str(tmp_path / "choice")}
@@ -708,27 +725,29 @@ def test_a_question_is_asked_as_the_policy_says(
         generate(GenerateConfig(**asked, question="1 " * 200))
     values = {**about, "probe": {"question": table.questions[0], "embedding": [1.0] * table.embeddings.shape[1]}}
     policy.save(tmp_path / "other.safetensors", values)
-    with pytest.raises(ValueError, match="was learned beside another model"):
+    with pytest.raises(ValueError, match="was trained for another model"):
         generate(GenerateConfig(**{**asked, "policy": str(tmp_path / "other.safetensors")}, question="1 2"))
 
 
-def test_a_policy_knows_its_model(tmp_path: Path) -> None:
+def test_chooser_refuses_another_model(tmp_path: Path) -> None:
     lm, other = build("gpt2", torch.float64), build("gpt2", torch.float64, seed=5)
     table = clear_table(5)
     values = {name: getattr(table, name) for name in table.__dataclass_fields__}
-    seen = encoders.of_latent(lm, "mean")([QUESTIONS[0]])
+    seen = encoders.latent_encoder(lm, "mean")([QUESTIONS[0]])
     mine = OutcomeTable(**{**values, "questions": [QUESTIONS[0], *table.questions[1:]],
                        "embeddings": np.repeat(seen.numpy(), 5, 0)})  # fmt: skip
-    ConfigurationPolicy(table.space, seen.shape[1], 4).save(tmp_path / "p", kept(mine))
+    ConfigurationPolicy(table.space, seen.shape[1], 4).save(tmp_path / "p", policy_metadata(mine))
     assert len(Chooser(tmp_path / "p", lm).choose(QUESTIONS)) == len(QUESTIONS)
     with pytest.raises(ValueError, match="another model, by hand"):
         Chooser(tmp_path / "p", other)
-    ConfigurationPolicy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", kept(mine))
-    with pytest.raises(ValueError, match="The space sets steps, which means nothing here"):
+    ConfigurationPolicy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", policy_metadata(mine))
+    with pytest.raises(ValueError, match="The space sets steps, which a model does not accept"):
         Chooser(tmp_path / "steps", lm).answer(LatentBackend(lm, "a model"), QUESTIONS)
 
 
-def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adaptive_command_with_base_and_function(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = saved_causal(tmp_path / "model")
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
     asked: dict[str, Any] = {"run": "", "data": DataFiles(valid=file), "task": TaskName.prosqa, "limit": 8}
@@ -748,42 +767,42 @@ def test_a_model_and_a_function_by_the_command(trained: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"run": ""}, "It came none of them"),
-        ({"base": "x"}, "It came run=.* and base=x"),
-        ({"run": "", "base": "x", "output": "o"}, "name task="),
+        ({"run": ""}, "given: none of them"),
+        ({"base": "x"}, "given: run=.* and base=x"),
+        ({"run": "", "base": "x", "output": "o"}, "needs task="),
         ({"run": "", "function": "a:b", "task": TaskName.prosqa, "output": "o", "data": DataFiles(valid="f")},
-         "a function shows none"),
-        ({"space": {"num_thoughts": [1]}}, "What has one value is no choice"),
+         "which a function does not give"),
+        ({"space": {"num_thoughts": [1]}}, "Leave out a dimension with one value"),
         ({"default": {"num_thoughts": 9}}, "has no value 9"),
         ({"split": "other"}, "split is 'other'"),
-        ({"few": 1}, "few is 1; it must be at least 2"),
+        ({"num_train_questions": 1}, "num_train_questions is 1; it must be at least 2"),
     ],
 )  # fmt: skip
-def test_configurations_that_are_none(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_adaptive_config_refuses_invalid_values(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         command(Path("runs/mine"), **changes)
 
 
-def test_what_cannot_come_off_is_said_before_anything_is_asked(trained: Path, tmp_path: Path) -> None:
+def test_adaptive_command_checks_before_it_asks(trained: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     wild = {"space": {"temperature": [0, 1], "samples": [1, 3]}}
-    for changes, told in (
-        ({"few": 24}, "few=24 questions to learn from leave none of"),
-        (wild, "temperature 0, samples 3: 3 samples without a temperature are the same answer"),
+    for changes, message in (
+        ({"num_train_questions": 24}, "num_train_questions=24 leaves none of"),
+        (wild, "temperature 0, samples 3: 3 samples without a temperature are identical"),
         ({"space": {"num_thoughts": [0, 200]}}, "No question of .* leaves room for an answer"),
         ({"run": str(tmp_path / "nothing"), "output": ""}, "is no folder here"),
         ({"run": "", "table": str(tmp_path / "none.npz")}, "There is no table"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=told):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             adaptive.run(command(trained, **{"output": output, **changes}))
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="There is no policy"):
         generate(GenerateConfig(run=str(trained), policy=str(tmp_path / "none"), question="1", engine=CPU))
 
 
-def test_another_limit_is_another_answer(trained: Path, tmp_path: Path) -> None:
+def test_answers_depend_on_max_new_tokens(trained: Path, tmp_path: Path) -> None:
     output, space = str(tmp_path / "out"), {"num_thoughts": [0, 1]}
     tables = []
     for limit in (1, 6):
@@ -792,15 +811,15 @@ def test_another_limit_is_another_answer(trained: Path, tmp_path: Path) -> None:
     assert (tables[0].passes < tables[1].passes).any()
 
 
-def test_judges_need_their_model() -> None:
-    with pytest.raises(ValueError, match=r"needs the model that judges: judge\.place"):
+def test_judge_config_requires_its_model() -> None:
+    with pytest.raises(ValueError, match=r"needs a model: judge\.model"):
         JudgeConfig(JudgeKind.model)
-    with pytest.raises(ValueError, match=r"is for judge\.kind=model"):
+    with pytest.raises(ValueError, match=r"has no effect with judge\.kind=exact"):
         JudgeConfig(JudgeKind.exact, "x")
 
 
-def test_kept_answers_are_of_the_weights_that_gave_them(trained: Path, tmp_path: Path) -> None:
-    """Whatever file the weights are in, and how the model is asked."""
+def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Path) -> None:
+    """The backend's name depends on weights, chat template and reasoning, not on the weights' file."""
     place = saved_causal(tmp_path / "model")
     weights = load_file(place / "model.safetensors")
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
@@ -810,18 +829,18 @@ def test_kept_answers_are_of_the_weights_that_gave_them(trained: Path, tmp_path:
     def names() -> list[str]:
         return [adaptive._asking(by_base).backend.name for _ in range(2)]
 
-    said = names()
+    found = names()
     (place / "model.safetensors").unlink()
     torch.save(weights, place / "pytorch_model.bin")
-    said += names()
-    assert len(set(said)) == 1, "the same weights in another file"
+    found += names()
+    assert len(set(found)) == 1, "the same weights in another file"
     torch.save(
         {name: value + (value.dim() == 1) * 1e-3 for name, value in weights.items()}, place / "pytorch_model.bin"
     )
-    said += names()
+    found += names()
     (place / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    said += names()
-    assert len(set(said)) == 3
+    found += names()
+    assert len(set(found)) == 3
 
     saved = tmp_path / "saved"
     LatentLM.from_pretrained(Checkpoints(trained).find("best")).save_pretrained(saved)
@@ -833,21 +852,21 @@ def test_kept_answers_are_of_the_weights_that_gave_them(trained: Path, tmp_path:
     assert adaptive._asking(by_run).backend.name != first
 
 
-def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:
+def test_killed_table_command_resumes(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\n\n\ndef ask(question, settings):\n    time.sleep(0.05)\n"
         "    open('calls', 'a').write('x')\n    return '### 1'\n"
     )
     file = read_json(trained / "run.json")["data"]["valid"]["file"]
     place = saved_causal(tmp_path / "model")
-    told = [
+    command_line = [
         sys.executable, "-m", "coconut.adaptive", "table", "function=slow:ask", f"embedding={place}",
         f"data.valid={file}", "split=valid", "task=prosqa", "+space.steps=[1,2,3]", f"output={tmp_path}/out",
-        "few=4", "seeds=2",
+        "num_train_questions=4", "seeds=2",
         "engine.device=cpu", "engine.threads=1", "calls.workers=1",
     ]  # fmt: skip
     environment = {**CLEAN, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(told, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command_line, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     log, end = tmp_path / "out" / "answers.jsonl", time.monotonic() + 120
     while not log.is_file() or log.read_text().count("\n") < 5:
         assert process.poll() is None
@@ -856,7 +875,7 @@ def test_a_killed_table_goes_on(trained: Path, tmp_path: Path) -> None:
     process.kill()
     process.wait()
     kept_then = len(backends.read_log(log))
-    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     table = OutcomeTable.read(tmp_path / "out" / "outcomes.npz")
     asked = (tmp_path / "calls").stat().st_size

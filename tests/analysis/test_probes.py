@@ -223,7 +223,7 @@ def test_inner_products_are_grouped_by_where_nodes_lie(make: Any) -> None:
     embed = lm.base.get_input_embeddings().weight.detach()
     for thought in (1, 2):
         groups: dict[str, list[float]] = {}
-        for asked, thoughts_KD in zip(examined.asked, examined.usual.thoughts, strict=True):
+        for asked, thoughts_KD in zip(examined.asked, examined.baseline.thoughts, strict=True):
             shortest = list(networkx.all_shortest_paths(asked.graph, asked.root, asked.target))
             reached = networkx.single_source_shortest_path_length(asked.graph, asked.root)
             if len(shortest[0]) <= thought:

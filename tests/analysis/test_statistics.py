@@ -37,7 +37,7 @@ from coconut.utils.files import read_json, write_json
 from coconut.utils.hydra_app import CONF_DIR
 from coconut.utils.overrides import as_override
 
-ConfigStore.instance().store(name="table_schema", node=TableConfig)
+ConfigStore.instance().store(name="run_table_schema", node=TableConfig)
 CPU = EngineConfig(device="cpu", threads=1)
 
 
@@ -165,7 +165,7 @@ def copy(runs: Path, tmp_path: Path) -> Path:
     """The runs without their weights, to be changed."""
     copied = shutil.copytree(runs, tmp_path / "runs", ignore=shutil.ignore_patterns("checkpoints", "*-*.json*"))
     for file in copied.glob("*/evaluation/test.json"):
-        change(file, cut=0.0)
+        change(file, truncated=0.0)
     return copied
 
 
@@ -199,7 +199,7 @@ def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == {
         "table.html", "table.md", "table.csv", "table.json",
     }  # fmt: skip
-    assert "`python -m coconut.analyze table runs='runs/*'`" in (copy / "table.md").read_text()
+    assert "`coconut analyze table runs='runs/*'`" in (copy / "table.md").read_text()
 
 
 def test_a_row_says_what_its_runs_did(copy: Path) -> None:
@@ -303,7 +303,7 @@ def began(run: Path, origin: Path, step: int, total: int) -> None:
     """Say that a run began in stage 1 with the weights of another."""
     curriculum = read_json(run / "config.json")["curriculum"]
     init = str(origin / "checkpoints" / f"step-{step:07d}")
-    change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total": total}, init=init)
+    change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total_length": total}, init=init)
     change(run / "run.json", init=init)
 
 
@@ -340,7 +340,7 @@ def test_origins_of_one_making_are_one(copy: Path) -> None:
 
 
 def test_what_else_a_reader_is_warned_of(copy: Path) -> None:
-    change(copy / "cot-seed0" / "evaluation" / "test.json", batch_size=64, cut=0.3)
+    change(copy / "cot-seed0" / "evaluation" / "test.json", batch_size=64, truncated=0.3)
     change(copy / "cot-seed1" / "run.json", init="/elsewhere/run/checkpoints/step-0000100")
     told = "\n".join(compare(named(copy)).warnings)
     assert "different batch sizes (15, 64)" in told
@@ -409,7 +409,7 @@ def trained_on_its_questions(run: Path) -> None:
 
 
 def unusual(run: Path) -> None:
-    change(run / "evaluation" / "test.json", usual=False)
+    change(run / "evaluation" / "test.json", default_settings=False)
 
 
 def no_longer_the_best(run: Path) -> None:
@@ -419,18 +419,18 @@ def no_longer_the_best(run: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (no_evaluation, r"One run is without the evaluation 'test'.*coconut\.evaluate run=\S+cot-seed1\nEvaluate"),
+        (no_evaluation, r"One run is without the evaluation 'test'.*coconut evaluate run=\S+cot-seed1\nEvaluate"),
         (not_complete, r"One run is not complete.*cot-seed1: update 5 of 6"),
         (no_description, r"cot-seed1 is not a complete run"),
         (other_file, r"different questions.*test\.json, SHA-256 .*other\.json, SHA-256 ffffffff.*cot-seed1"),
         (other_questions, r"different questions.*cot-seed1\nEvaluate them again"),
-        (fewer_predictions, r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: python -m"),
+        (fewer_predictions, r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: coconut evaluate"),
         (other_answers, r"cot-seed1\S+jsonl does not hold the 30 answers"),
         (chosen_on_it, r"cot-seed1: \S+test\.json chose its checkpoint.*Take questions that no run has seen"),
         (trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
         (began_with_a_run_that_was_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
         (trained_on_its_questions, r"cot-seed1: the questions of \S+test\.json are in the training data"),
-        (unusual, r"cot-seed1: unusual settings.*Evaluate again"),
+        (unusual, r"cot-seed1: non-default settings.*Evaluate again"),
         (no_longer_the_best, r"cot-seed1: update 1 was evaluated, and the best is \d"),
     ],
 )
@@ -446,7 +446,7 @@ def test_every_run_that_lacks_something_is_named_at_once(copy: Path) -> None:
         no_evaluation(run)
     with pytest.raises(ValueError, match="5 runs are without the evaluation 'test'") as found:
         table(named(copy))
-    assert str(found.value).count("python -m coconut.evaluate run=") == 5
+    assert str(found.value).count("coconut evaluate run=") == 5
 
 
 def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +510,7 @@ def test_another_file_can_be_compared_on(runs: Path, tmp_path: Path) -> None:
     compared = compare(TableConfig(runs=[f"{runs}/co*-seed0"], split=name))
     assert [row["questions"] for row in compared.rows] == [12, 12]
     assert compared.command.endswith(f"split={name}")
-    with pytest.raises(ValueError, match=r"coconut\.evaluate run=\S+ data\.test=FILE"):
+    with pytest.raises(ValueError, match=r"coconut evaluate run=\S+ data\.test=FILE"):
         compare(TableConfig(runs=[f"{runs}/co*"], split=name))
 
 
@@ -584,7 +584,7 @@ def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_runs_can_be_named_in_several_ways(argument: str, expected: list[str]) -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = OmegaConf.to_object(compose("table", [as_override(argument, TableConfig)]))
+        config = OmegaConf.to_object(compose("run_table", [as_override(argument, TableConfig)]))
     assert isinstance(config, TableConfig)
     assert config == TableConfig(runs=expected)
 
@@ -592,9 +592,9 @@ def test_runs_can_be_named_in_several_ways(argument: str, expected: list[str]) -
 def test_help_and_errors_read_well(tmp_path: Path) -> None:
     done = python("-m", "coconut.analyze", "table", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "python -m coconut.analyze table runs=DIR,DIR,..." in done.stdout
+    assert "coconut analyze table runs=DIR,DIR,..." in done.stdout
     assert "Powered by Hydra" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
     done = python("-m", "coconut.analyze", "table", "runs=no*", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: No run matches no*. Name folders that coconut.train wrote.\n")
+    assert (done.returncode, done.stderr) == (2, "error: No run matches no*. Name folders that coconut train wrote.\n")
     assert not list(tmp_path.iterdir())

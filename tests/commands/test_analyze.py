@@ -106,7 +106,7 @@ def test_a_run_whose_data_have_moved(
     config = read_json(run_folder / "config.json")
     for named, expected in [
         ({"test": f"{away}.json"}, f"is missing: {away}.json"),
-        ({"train": "", "valid": "", "test": "", "files": str(away)}, f"is not at {away}_test.json, where it was exp"),
+        ({"train": "", "valid": "", "test": "", "prefix": str(away)}, f"is missing: {away}_test.json"),
         ({"test": ""}, "was never named, and none was made"),
     ]:
         write_json(run_folder / "config.json", {**config, "data": {**config["data"], **named}})
@@ -154,7 +154,7 @@ def test_a_part_that_does_not_fit_is_named_and_nothing_is_written(data: DataConf
 
 def test_thoughts_that_were_never_mixed_cannot_be_stopped_early(data: DataConfig, tmp_path: Path) -> None:
     train(small_run(tmp_path / "run", data))
-    with pytest.raises(NotApplicable, match="never learned to speak"):
+    with pytest.raises(NotApplicable, match="cannot answer after fewer"):
         analyze.run(AnalyzeConfig(run=str(tmp_path / "run"), parts=[Part.stopping], engine=CPU))
 
 

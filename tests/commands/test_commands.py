@@ -1,8 +1,7 @@
-"""The commands: configurations, help, text that survives, imports that run downwards."""
+"""The commands: configurations, help, errors, and text that arrives unchanged."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -26,21 +25,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import coconut
+from coconut.__main__ import BUILDERS, COMMANDS
 from coconut.adaptive.config import AdaptiveConfig
 from coconut.analysis.config import AnalyzeConfig, DemoConfig
+from coconut.completions.config import RolloutConfig
 from coconut.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import GenerateConfig
 from coconut.hub.config import ExportConfig
 from coconut.methods import plan
-from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.config import RewardModelConfig
 from coconut.rl.config import RLConfig
 from coconut.utils.hydra_app import CONF_DIR, exits_cleanly, explain_error, to_dataclass
 from coconut.utils.overrides import as_override
 from data_builders.gsm8k import Gsm8kBuild
 
-COMMANDS = ["train", "evaluate", "generate", "analyze", "export", "demo", "rl", "rollout", "reward", "adaptive"]
-BUILDERS = ["prosqa", "prontoqa", "gsm8k", "pointers"]
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
            "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig, "rollout": RolloutConfig,
            "reward": RewardModelConfig, "adaptive": AdaptiveConfig}  # fmt: skip
@@ -67,7 +66,7 @@ def experiments() -> dict[str, tuple[str, list[str]]]:
     told = {
         name: (CONF_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()[1] for name in group("experiment")
     }
-    found = {name: re.match(r"# python -m coconut\.(\w+) experiment=\w+ ?(.*)", line) for name, line in told.items()}
+    found = {name: re.match(r"# coconut (\w+) experiment=\w+ ?(.*)", line) for name, line in told.items()}
     return {name: (match[1], match[2].split()) for name, match in found.items() if match}
 
 
@@ -111,16 +110,60 @@ def test_the_papers_hyperparameters() -> None:
         assert [stage.length for stage in stages] == expected
 
 
-@pytest.mark.parametrize(
-    "module", [f"coconut.{c}" for c in COMMANDS] + [f"data_builders.{b}" for b in BUILDERS]
-)  # fmt: skip
-def test_help_reads_well_from_any_folder(module: str, tmp_path: Path) -> None:
-    done = python("-m", module, "--help", cwd=tmp_path)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"data {name}" for name in BUILDERS)])
+def test_help_reads_well_from_any_folder(command: str, tmp_path: Path) -> None:
+    done = python("-m", "coconut", *command.split(), "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"python -m {module}" in done.stdout
+    assert f"  coconut {command} " in done.stdout
     assert "Powered by Hydra" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+def test_the_command_lists_what_there_is() -> None:
+    shown = python("-m", "coconut", "--help")
+    assert shown.returncode == 0
+    assert [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")] == [*COMMANDS, "data"]
+    assert max(map(len, shown.stdout.splitlines())) <= 110
+    bare = python("-m", "coconut")
+    assert (bare.returncode, bare.stdout) == (2, shown.stdout)
+    builders = python("-m", "coconut", "data")
+    assert builders.returncode == 2
+    assert [line.split()[0] for line in builders.stdout.splitlines() if line.startswith("  ")] == list(BUILDERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "error: There is no command trian. Did you mean train? The commands are: train, evaluate"),
+        (["data", "prosq"], "error: There is no builder prosq. Did you mean prosqa? The builders are: prosqa"),
+        (["train", "quickstart"], "error: quickstart is not KEY=VALUE. Did you mean experiment=quickstart?"),
+    ],
+)
+def test_the_command_suggests_what_was_meant(arguments: list[str], words: str) -> None:
+    done = python("-m", "coconut", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(words)
+
+
+def test_training_without_arguments_lists_the_experiments(tmp_path: Path) -> None:
+    of_training = [name for name, (command, _) in experiments().items() if command == "train"]
+    for command in (["coconut", "train"], ["coconut.train"]):
+        done = python("-m", *command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == of_training
+        assert "coconut train experiment=quickstart" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_runs_as_its_module_does(tmp_path: Path) -> None:
+    keys = ["experiment=quickstart", "seed=3", "--cfg", "job"]
+    done = python("-m", "coconut", "train", *keys, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout == python("-m", "coconut.train", *keys, cwd=tmp_path).stdout
+    rows = python("-m", "coconut", "data", "prosqa", "num_train=2", "num_valid=1", "num_test=1", cwd=tmp_path)
+    assert rows.returncode == 0, rows.stderr
+    assert "coconut data prosqa" in (tmp_path / "data" / "prosqa_card.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -349,6 +392,16 @@ def test_another_program_is_interrupted_as_always(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_command_leaves_an_interrupt_without_a_traceback(tmp_path: Path) -> None:
+    asked = "import coconut, signal\nassert signal.getsignal(signal.SIGINT) is signal.SIG_DFL\n"
+    (tmp_path / "coconut").write_text(asked)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "coconut")], capture_output=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
@@ -377,65 +430,6 @@ def test_import_is_light() -> None:
         _ = coconut.Nothing
 
 
-# --- structure ------------------------------------------------------------------------------------
-
-LAYERS = [
-    ["files", "screen", "words"],
-    ["overrides"],
-    ["cli", "methods", "sweeps", "tasks"],
-    ["config", "modes"],
-    ["attention", "cache", "graphs", "linear", "opening", "settings", "sources"],
-    ["collapse", "data", "families", "losses", "lora", "recompute", "engine", "schedule", "unread"],
-    ["layout"],
-    ["gold"],
-    ["model"],
-    ["checkpoint", "seen", "thinking", "tracking"],
-    ["build", "evaluate", "folder", "signals", "stopping", "trackers"],
-    ["card", "standing"],
-    ["train", "analysis", "export", "generate"],
-    ["rl"],
-    ["rewards"],
-    ["adaptive"],
-    ["analyze", "demo", "reward", "rollout"],
-]
-TORCHLESS = {"overrides", "cli", "files", "methods", "screen", "tasks", "words", "config", "sources", "schedule",
-             "opening", "settings", "sweeps"}  # fmt: skip
-
-
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports when it is imported itself: not in functions, not for types only."""
-    found: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
-
-
-def test_imports_run_downwards() -> None:
-    level = {name: number for number, names in enumerate(LAYERS) for name in names}
-    package = ROOT / "coconut"
-    for path in package.rglob("*.py"):
-        name = path.relative_to(package).parts[0].removesuffix(".py")
-        if name == "__init__":
-            continue
-        for module in imports(path):
-            if module.startswith("coconut."):
-                other = module.split(".")[1]
-                assert other == name or level[other] < level[name], f"{name} imports {other}"
-            if module.split(".")[0] in ("torch", "transformers"):
-                assert name not in TORCHLESS, f"{name} imports {module}"
-            if "torch.distributed" in module or module.startswith("deepspeed"):
-                assert name == "engine", f"{name} imports {module}"
-        if name == "engine":
-            assert not {m for m in imports(path) if m.split(".")[-1] in ("model", "data", "methods")}
-    for path in (ROOT / "data_builders").glob("*.py"):
-        ours = {module for module in imports(path) if module.startswith("coconut.")}
-        known = ("cli", "files", "opening", "overrides", "screen", "tasks")
-        assert ours <= {f"coconut.{name}" for name in known}
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `pip install .` would put into site-packages."""
@@ -456,10 +450,10 @@ def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Pa
     wanted = {str(path.relative_to(CONF_DIR)) for path in CONF_DIR.rglob("*.yaml")}
     found = {str(path.relative_to(installed / "coconut" / "conf")) for path in (installed / "coconut").rglob("*.yaml")}
     assert found == wanted
-    few = ["num_train=5", "num_valid=5", "num_test=5"]
-    for arguments in (["coconut.train", "experiment=quickstart", "--cfg", "job"], ["data_builders.prosqa", *few]):
+    script, few = str(installed / "bin" / "coconut"), ["num_train=5", "num_valid=5", "num_test=5"]
+    for arguments in (["train", "experiment=quickstart", "--cfg", "job"], ["data", "prosqa", *few]):
         done = subprocess.run(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, script, *arguments],
             capture_output=True,
             text=True,
             cwd=tmp_path,

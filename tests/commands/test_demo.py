@@ -31,9 +31,10 @@ from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.analysis.probes import MORE
 from coconut.config import DataConfig, EngineConfig, TaskName
 from coconut.data.tokenization import encode_questions
-from coconut.demo import MOST_BYTES, Server, open_demo, page
+from coconut.demo import open_demo
 from coconut.generation.generate import logit_lens
 from coconut.methods import Curriculum, Unit
+from coconut.reporting.demo_server import MAX_REQUEST_BYTES, DemoServer, demo_page
 from coconut.reporting.plots import DARK, LIGHT
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.tasks import prosqa
@@ -47,9 +48,9 @@ in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 
 
 @contextmanager
-def served(run: Path) -> Iterator[Server]:
-    with Server("127.0.0.1", 0) as server:
-        server.asker = open_demo(DemoConfig(run=str(run), engine=EngineConfig(device="cpu", threads=1)))
+def served(run: Path) -> Iterator[DemoServer]:
+    with DemoServer("127.0.0.1", 0) as server:
+        server.model = open_demo(DemoConfig(run=str(run), engine=EngineConfig(device="cpu", threads=1)))
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -92,13 +93,13 @@ def symbols_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_symbols(symbols_run: Path) -> Iterator[Server]:
+def in_symbols(symbols_run: Path) -> Iterator[DemoServer]:
     with served(symbols_run) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def in_sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def in_sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
     """It has no test file, so that its questions are those of the validation."""
     folder = tmp_path_factory.mktemp("sentences")
     with served(trained(folder, files(folder, TaskName.prosqa, sentences(seed=0, count=16)))) as server:
@@ -106,13 +107,13 @@ def in_sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module", params=["cot", "pause"])
-def without_thoughts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def without_thoughts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
     folder = tmp_path_factory.mktemp(request.param)
     with served(trained(folder, graph_files(folder, 16, 8, 8), method=request.param)) as server:
         yield server
 
 
-def request(server: Server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+def request(server: DemoServer, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
     """The status, and what came: an object, or the text of the page."""
     connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     try:
@@ -124,11 +125,11 @@ def request(server: Server, method: str, path: str, body: bytes | None = None, *
         connection.close()
 
 
-def post(server: Server, asked: Any) -> tuple[int, Any]:
+def post(server: DemoServer, asked: Any) -> tuple[int, Any]:
     return request(server, "POST", "/ask", json.dumps(asked).encode(), Content_Type="application/json")
 
 
-def ask(server: Server, **asked: Any) -> Any:
+def ask(server: DemoServer, **asked: Any) -> Any:
     status, found = post(server, asked)
     assert status == 200, found
     return found
@@ -139,8 +140,8 @@ def ask(server: Server, **asked: Any) -> Any:
 
 @pytest.mark.parametrize("form", ["in_symbols", "in_sentences"])
 def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest) -> None:
-    server: Server = request.getfixturevalue(form)
-    subject, symbolic = server.asker.subject, form == "in_symbols"
+    server: DemoServer = request.getfixturevalue(form)
+    subject, symbolic = server.model.subject, form == "in_symbols"
     lm, counts = subject.lm, range(OWN + MORE + 1)
     for row, example in list(enumerate(subject.examples))[:5]:
         found = ask(server, row=row)
@@ -168,8 +169,8 @@ def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("form", ["in_symbols", "in_sentences"])
 def test_the_graph_is_that_of_the_question(form: str, request: pytest.FixtureRequest) -> None:
-    server: Server = request.getfixturevalue(form)
-    for row, example in list(enumerate(server.asker.subject.examples))[:5]:
+    server: DemoServer = request.getfixturevalue(form)
+    for row, example in list(enumerate(server.model.subject.examples))[:5]:
         shown, told = ask(server, row=row)["graph"], prosqa.graph(example.question)
         assert {tuple(edge) for edge in shown["edges"]} == set(told.edges)
         assert shown["root"] == told.graph["root"]
@@ -193,7 +194,7 @@ def test_the_graph_is_that_of_the_question(form: str, request: pytest.FixtureReq
     ],
 )
 def test_the_graph_of_a_question_of_ones_own_tells_the_right_answer(
-    in_symbols: Server, question: str, right: str | None
+    in_symbols: DemoServer, question: str, right: str | None
 ) -> None:
     found = ask(in_symbols, question=question)
     assert (found["row"], found["right"], found["graph"]["target"]) == (None, right, right)
@@ -202,7 +203,7 @@ def test_the_graph_of_a_question_of_ones_own_tells_the_right_answer(
     assert not found["notes"]
 
 
-def test_words_that_the_model_does_not_know_are_said(in_symbols: Server) -> None:
+def test_words_that_the_model_does_not_know_are_said(in_symbols: DemoServer) -> None:
     found = ask(in_symbols, question="0 3 | 3 zebra | 1 4 ? zebra or 4 from 0")
     assert found["notes"] == ["The model has no word for zebra."]
     assert [node["name"] for node in found["graph"]["nodes"]] == ["0", "3", "zebra", "1", "4"]
@@ -211,7 +212,7 @@ def test_words_that_the_model_does_not_know_are_said(in_symbols: Server) -> None
     assert [one["names"] for one in nothing_known["after"]] == [None] * (OWN + MORE + 1)
 
 
-def test_a_question_that_tells_no_graph_is_answered(in_symbols: Server) -> None:
+def test_a_question_that_tells_no_graph_is_answered(in_symbols: DemoServer) -> None:
     found = ask(in_symbols, question="0 3 3")
     assert found["graph"] is None
     assert found["right"] is None
@@ -219,7 +220,7 @@ def test_a_question_that_tells_no_graph_is_answered(in_symbols: Server) -> None:
     assert found["notes"][0].startswith("This tells no graph. The question ends neither in")
 
 
-def test_methods_without_thoughts(without_thoughts: Server) -> None:
+def test_methods_without_thoughts(without_thoughts: DemoServer) -> None:
     about = request(without_thoughts, "GET", "/about")[1]
     found = ask(without_thoughts, row=2)
     assert len(found["graph"]["nodes"]) > 2
@@ -240,7 +241,7 @@ def test_other_tasks_have_no_graph(tmp_path: Path) -> None:
         assert ask(server, question="1 + 1 = ?")["right"] is None
 
 
-def test_what_it_says_of_the_run(in_symbols: Server, in_sentences: Server, symbols_run: Path) -> None:
+def test_what_it_says_of_the_run(in_symbols: DemoServer, in_sentences: DemoServer, symbols_run: Path) -> None:
     status, about = request(in_symbols, "GET", "/about")
     assert status == 200
     warning, step = about.pop("warning"), load_state(Checkpoints(symbols_run).find("best"))["step"]
@@ -251,7 +252,7 @@ def test_what_it_says_of_the_run(in_symbols: Server, in_sentences: Server, symbo
     assert request(in_sentences, "GET", "/about")[1]["file"] == "valid.json"
 
 
-def test_questions_at_once_do_not_meet(in_symbols: Server) -> None:
+def test_questions_at_once_do_not_meet(in_symbols: DemoServer) -> None:
     alone = [ask(in_symbols, row=row) for row in range(6)]
     with ThreadPoolExecutor(6) as threads:
         together = list(threads.map(lambda row: ask(in_symbols, row=row), range(6)))
@@ -266,7 +267,7 @@ def test_without_its_data_it_still_answers(
     config["data"]["test"] = str(tmp_path / "away.json")
     write_json(tmp_path / "run" / "config.json", config)
     with served(tmp_path / "run") as server:
-        assert "no question can be drawn" in capsys.readouterr().out
+        assert "No question can be drawn" in capsys.readouterr().out
         assert request(server, "GET", "/about")[1]["rows"] == 0
         assert post(server, {"row": 0}) == (400, {"error": "There is no row 0. No file of the run's data is here."})
         assert ask(server, question="0 3 | 3 5 ? 5 or 4 from 0")["right"] == "5"
@@ -289,20 +290,20 @@ def test_without_its_data_it_still_answers(
         ({"question": "\ud800"}, "What came is no JSON"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_words(in_symbols: Server, asked: Any, words: str) -> None:
+def test_what_cannot_be_asked_is_refused_in_words(in_symbols: DemoServer, asked: Any, words: str) -> None:
     status, found = post(in_symbols, asked)
     assert status == 400
     assert words in found["error"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xff", b"[" * 50_000])
-def test_what_is_no_json_is_refused(in_symbols: Server, body: bytes) -> None:
+def test_what_is_no_json_is_refused(in_symbols: DemoServer, body: bytes) -> None:
     status, found = request(in_symbols, "POST", "/ask", body, Content_Type="application/json")
     assert (status, found) == (400, {"error": "What came is no JSON."})
 
 
-def test_a_question_may_fill_the_context_and_no_more(in_symbols: Server) -> None:
-    lm = in_symbols.asker.subject.lm
+def test_a_question_may_fill_the_context_and_no_more(in_symbols: DemoServer) -> None:
+    lm = in_symbols.model.subject.lm
     room = lm.max_sequence_length - len(["<bot>", "<eot>", "answer"]) - (OWN + MORE)
     assert len(ask(in_symbols, question="3 " * room)["after"]) == OWN + MORE + 1
     status, found = post(in_symbols, {"question": "3 " * (room + 1)})
@@ -314,16 +315,16 @@ def test_a_question_may_fill_the_context_and_no_more(in_symbols: Server) -> None
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/ask", "/../config.json", "//127.0.0.1/", "/about/", "/%2e%2e/demo.py"])
-def test_there_is_nothing_elsewhere(in_symbols: Server, path: str) -> None:
+def test_there_is_nothing_elsewhere(in_symbols: DemoServer, path: str) -> None:
     status, found = request(in_symbols, "GET", path)
     assert status == 404
     assert found["error"].startswith("There is nothing at /")
     assert request(in_symbols, "POST", path.replace("ask", "/"), b"{}")[0] == 404
 
 
-def test_bodies_that_are_not_read(in_symbols: Server) -> None:
+def test_bodies_that_are_not_read(in_symbols: DemoServer) -> None:
     least = json.dumps({"question": "0 3 ? 3 or 4 from 0"}).encode()
-    for size, expected in ((MOST_BYTES, 200), (MOST_BYTES + 1, 413), (50 * MOST_BYTES, 413)):
+    for size, expected in ((MAX_REQUEST_BYTES, 200), (MAX_REQUEST_BYTES + 1, 413), (50 * MAX_REQUEST_BYTES, 413)):
         status, found = request(in_symbols, "POST", "/ask", least.ljust(size), Content_Type="application/json")
         assert status == expected, found
     assert request(in_symbols, "POST", "/ask", least)[0] == 415
@@ -332,7 +333,7 @@ def test_bodies_that_are_not_read(in_symbols: Server) -> None:
     assert request(in_symbols, "POST", "/ask", least, Content_Length="-1", **kind)[0] == 411
 
 
-def test_a_body_that_is_announced_too_large_is_not_waited_for(in_symbols: Server) -> None:
+def test_a_body_that_is_announced_too_large_is_not_waited_for(in_symbols: DemoServer) -> None:
     with socket.create_connection(("127.0.0.1", in_symbols.server_port), timeout=20) as connection:
         kind = "Content-Type: application/json\r\nContent-Length: 100001"
         connection.sendall(f"POST /ask HTTP/1.0\r\nHost: localhost\r\n{kind}\r\n\r\n".encode())
@@ -340,31 +341,31 @@ def test_a_body_that_is_announced_too_large_is_not_waited_for(in_symbols: Server
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[", "", "10.0.0.1"])
-def test_it_answers_to_no_other_name(in_symbols: Server, host: str) -> None:
+def test_it_answers_to_no_other_name(in_symbols: DemoServer, host: str) -> None:
     for method, path in (("GET", "/"), ("GET", "/about"), ("POST", "/ask")):
         status, found = request(in_symbols, method, path, b"{}", Host=host, Content_Type="application/json")
         assert status == 421
         assert found["error"].startswith(f"This page is not served as {host!r} but as 127.0.0.1, localhost.")
 
 
-def test_a_name_with_capitals_is_a_name(in_symbols: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_capitals_is_a_name(in_symbols: DemoServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_symbols, "host", "MyMachine")
     assert request(in_symbols, "GET", "/about", Host="mymachine:8000")[0] == 200
     assert request(in_symbols, "GET", "/about", Host="MyMachine")[0] == 200
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:1", "LOCALHOST"])
-def test_it_answers_through_a_tunnel(in_symbols: Server, host: str) -> None:
+def test_it_answers_through_a_tunnel(in_symbols: DemoServer, host: str) -> None:
     assert request(in_symbols, "GET", "/about", Host=host)[0] == 200
 
 
-def test_a_request_without_a_host_is_refused(in_symbols: Server) -> None:
+def test_a_request_without_a_host_is_refused(in_symbols: DemoServer) -> None:
     with socket.create_connection(("127.0.0.1", in_symbols.server_port), timeout=60) as connection:
         connection.sendall(b"GET /about HTTP/1.0\r\n\r\n")
         assert b" 421 " in connection.recv(100)
 
 
-def test_a_browser_that_goes_away_is_no_error(in_symbols: Server, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_browser_that_goes_away_is_no_error(in_symbols: DemoServer, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", in_symbols.server_port), timeout=60) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leave at once
@@ -373,12 +374,12 @@ def test_a_browser_that_goes_away_is_no_error(in_symbols: Server, capfd: pytest.
     assert capfd.readouterr().err == ""
 
 
-def test_a_taken_port_is_said(in_symbols: Server) -> None:
+def test_a_taken_port_is_said(in_symbols: DemoServer) -> None:
     port = in_symbols.server_port
     with pytest.raises(ValueError, match=rf"Port {port} is taken by another program. Choose another: port={port + 1}"):
-        Server("127.0.0.1", port)
+        DemoServer("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"Nothing can be served at host=203.0.113.7 port=0 .* Take host=127.0.0.1"):
-        Server("203.0.113.7", 0)
+        DemoServer("203.0.113.7", 0)
     for keys, words in (
         ({"port": 65536}, "port is 65536"),
         ({"port": -1}, "port is -1"),
@@ -405,9 +406,9 @@ def test_ctrl_c_ends_it_quietly(symbols_run: Path, tmp_path: Path) -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing(in_symbols: Server) -> None:
+def test_the_page_loads_nothing(in_symbols: DemoServer) -> None:
     status, text = request(in_symbols, "GET", "/?x=1")
-    assert (status, text) == (200, page())
+    assert (status, text) == (200, demo_page())
     assert set(re.findall(r'(?:src|href)="([^"]*)"', text)) == {"data:,"}
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
     assert "url(" not in re.sub(r"url\(#", "", text)
@@ -416,7 +417,7 @@ def test_the_page_loads_nothing(in_symbols: Server) -> None:
         assert f"--{name}: {DARK[name]};" in text
 
 
-def shown(server: Server, address: str, folder: Path) -> str:
+def shown(server: DemoServer, address: str, folder: Path) -> str:
     """The page as a browser has it after a while."""
     assert BROWSER
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
@@ -431,7 +432,7 @@ def text_of(dom: str, name: str) -> str:
 
 
 @in_browser
-def test_the_graph_the_probabilities_and_the_answer_in_a_browser(in_symbols: Server, tmp_path: Path) -> None:
+def test_the_graph_the_probabilities_and_the_answer_in_a_browser(in_symbols: DemoServer, tmp_path: Path) -> None:
     found = ask(in_symbols, row=0)
     after, nodes = found["after"][1], [node["name"] for node in found["graph"]["nodes"]]
     dom = shown(in_symbols, "#row=0&thoughts=1", tmp_path)
@@ -456,8 +457,8 @@ def test_the_graph_the_probabilities_and_the_answer_in_a_browser(in_symbols: Ser
 
 
 @in_browser
-def test_a_question_of_ones_own_in_a_browser(in_sentences: Server, tmp_path: Path) -> None:
-    question = in_sentences.asker.subject.examples[1].question
+def test_a_question_of_ones_own_in_a_browser(in_sentences: DemoServer, tmp_path: Path) -> None:
+    question = in_sentences.model.subject.examples[1].question
     dom = shown(in_sentences, f"#question={question.replace(' ', '+')}&thoughts=99", tmp_path)
     assert 'aria-valuetext="4 thoughts"' in dom
     assert text_of(dom, "given")
@@ -466,9 +467,9 @@ def test_a_question_of_ones_own_in_a_browser(in_sentences: Server, tmp_path: Pat
 
 
 @in_browser
-def test_without_thoughts_there_is_no_slider_in_a_browser(without_thoughts: Server, tmp_path: Path) -> None:
+def test_without_thoughts_there_is_no_slider_in_a_browser(without_thoughts: DemoServer, tmp_path: Path) -> None:
     dom = shown(without_thoughts, "", tmp_path)
-    has_slider = without_thoughts.asker.about["method"] == "pause"
+    has_slider = without_thoughts.model.about["method"] == "pause"
     assert ('id="slider" hidden' in dom) is not has_slider
     assert text_of(dom, "given")
     for name in ("next-panel", "thoughts-panel"):
@@ -476,7 +477,7 @@ def test_without_thoughts_there_is_no_slider_in_a_browser(without_thoughts: Serv
 
 
 @in_browser
-def test_a_refusal_in_a_browser(in_symbols: Server, tmp_path: Path) -> None:
+def test_a_refusal_in_a_browser(in_symbols: DemoServer, tmp_path: Path) -> None:
     dom = shown(in_symbols, "#row=20&thoughts=1", tmp_path)
     assert "There is no row 20. The rows are 0 to 19." in dom
     assert re.search(r'<div id="result"[^>]*hidden', dom)

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -217,38 +216,3 @@ def desk(small: Path) -> Path:
 def test_python_in_the_docs_runs(block: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     exec(block, {})
-
-
-PACKAGES = ("coconut.adaptive", "coconut.rl")
-COMMAND = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?python -m ((?:coconut|data_builders)\.\w+)(.*)")
-
-
-def commands() -> list[list[str]]:
-    """Of our own, in the shell blocks of README and docs: module and arguments."""
-    found = []
-    for block in blocks("bash"):
-        for line in block.values[0].replace("\\\n", " ").splitlines():
-            if told := COMMAND.match(line):
-                rest = [word for word in shlex.split(told[2], comments=True) if word != "..."]
-                found.append([told[1], *(word.replace("experiment=NAME", "experiment=quickstart") for word in rest)])
-    return found
-
-
-def test_commands_in_the_docs_compose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    told = commands()
-    assert len(told) > 40
-    for name, *arguments in told:
-        if "--multirun" in arguments:
-            arguments.remove("--multirun")
-            arguments = [
-                word.partition(",")[0] if word.startswith(("seed=", "method=")) else word for word in arguments
-            ]
-        monkeypatch.setattr("sys.argv", [name, *arguments, "--cfg", "job"])
-        main = importlib.import_module(f"{name}.__main__" if name in PACKAGES else name).main
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0, (name, arguments, capsys.readouterr().err)
-    assert list(tmp_path.iterdir()) == []

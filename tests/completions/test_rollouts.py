@@ -1,4 +1,4 @@
-"""Groups of sampled answers with their rewards."""
+"""Groups of sampled completions with their rewards."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from coconut.rl.loss import broadcast_to_tokens, policy_batch, totals_of
 from coconut.rl.objectives import OBJECTIVES
 
 
-def paid(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+def mode_reward(example: Example, text: str, mode: str, cost: Cost, /) -> float:
     return MODES.index(mode) - cost.passes / 100
 
 
-def said(groups: list[Group]) -> list[tuple[str, list[int]]]:
+def sampled_ids(groups: list[Group]) -> list[tuple[str, list[int]]]:
     return [(sample.mode, sample.layout.ids.tolist()) for group in groups for sample in group.completions]
 
 
-def test_every_question_has_its_group_in_order() -> None:
+def test_sample_groups_gives_one_group_a_question_in_order() -> None:
     lm = hybrid()
     seen: list[tuple[str, str, str, Cost]] = []
 
@@ -47,21 +47,25 @@ def test_every_question_has_its_group_in_order() -> None:
     assert len({sample.mode for group in groups for sample in group.completions}) > 1
 
 
-def test_what_is_sampled_depends_on_the_seed_alone() -> None:
+def test_sample_groups_depends_on_the_seed_alone() -> None:
     lm = hybrid()
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    first = sample_groups(lm, EXAMPLES, paid, samples=4, seed=(0, 7, 1), max_new_tokens=6)
+    first = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0, 7, 1), max_new_tokens=6)
     assert torch.equal(torch.random.get_rng_state(), before), "no other draw depends on it"
     torch.manual_seed(5)
-    assert said(sample_groups(lm, EXAMPLES, paid, samples=4, seed=(0, 7, 1), max_new_tokens=6)) == said(first)
+    assert sampled_ids(
+        sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0, 7, 1), max_new_tokens=6)
+    ) == sampled_ids(first)
     for other in [(1, 7, 1), (0, 8, 1), (0, 7, 2)]:
-        assert said(sample_groups(lm, EXAMPLES, paid, samples=4, seed=other, max_new_tokens=6)) != said(first)
+        assert sampled_ids(
+            sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=other, max_new_tokens=6)
+        ) != sampled_ids(first)
 
 
-def test_answers_are_as_likely_as_the_policy_says() -> None:
+def test_recomputed_log_probs_equal_those_of_sampling() -> None:
     lm = hybrid()
-    groups = sample_groups(lm, EXAMPLES, paid, samples=4, seed=(0,), temperature=0.7, max_new_tokens=6)
+    groups = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0,), temperature=0.7, max_new_tokens=6)
     samples = [sample for group in groups for sample in group.completions]
     batch = policy_batch(
         samples, broadcast_to_tokens(torch.cat([group.rewards for group in groups]), samples), OBJECTIVES["grpo"],
@@ -72,7 +76,7 @@ def test_answers_are_as_likely_as_the_policy_says() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_cost_is_what_an_evaluation_counts(mode: str) -> None:
+def test_completion_cost_equals_what_evaluation_counts(mode: str) -> None:
     lm = hybrid()
     costs: list[Cost] = []
     sample_groups(
@@ -84,13 +88,13 @@ def test_a_cost_is_what_an_evaluation_counts(mode: str) -> None:
     assert sorted(cost.new_tokens for cost in costs) == sorted(p.new_tokens for p in predictions)
 
 
-def test_a_right_answer_is_paid_by_the_mode_that_its_token_names() -> None:
+def test_correctness_reward_subtracts_the_cost_of_the_control_tokens_mode() -> None:
     reward, nothing = CorrectnessReward(TASK, PromptFormat(), THINKLESS_COSTS), Cost(0, 0, 0)
     example = Example("Is A a b or c?", ("A is a b.",), "A is a b.")
     right = "### A is a b."
     assert reward(example, right, "short", nothing) == 1.0
     assert reward(example, right, "think", nothing) == 0.5
-    assert reward(example, "<short> " + right, "think", nothing) == 0.5, "what the text says changes nothing"
+    assert reward(example, "<short> " + right, "think", nothing) == 0.5, "the text does not decide the mode"
     assert reward(example, right, "latent_2", nothing) == 1.0
     assert reward(example, right, "", nothing) == 1.0
     for wrong in ("### A is a c.", "A is a b", ""):
@@ -101,7 +105,7 @@ def test_a_right_answer_is_paid_by_the_mode_that_its_token_names() -> None:
     assert rewards == [1.0, -1.0, 0.5, 0.5]
 
 
-def test_a_reward_that_is_not_finite_is_named() -> None:
+def test_sample_groups_names_the_answer_with_a_non_finite_reward() -> None:
     with pytest.raises(ValueError, match="an answer to '4 5 6 7 8', is nan, which is not finite"):
         sample_groups(
             hybrid(), EXAMPLES, lambda example, *_: float("nan") if "4" in example.question else 0.0, samples=2,

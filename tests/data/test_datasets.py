@@ -46,7 +46,7 @@ def test_data_is_built_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     data = config(cache_dir=str(tmp_path))
     files = data_files(asdict(data))
     output = capfd.readouterr().out
-    assert "Building the data, once: python -m data_builders.prosqa preset=graphs seed=3" in output
+    assert "Building the data, once: coconut data prosqa preset=graphs seed=3" in output
     assert "The data are in" in output
     counts = {split: len(json.loads(Path(file).read_text())) for split, file in files.items()}
     assert counts == {"train": 24, "valid": 8, "test": 8}

@@ -18,11 +18,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from coconut.completions.config import RolloutConfig
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, TrainConfig
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.reward import compare
-from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
+from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rollout import run as roll
 from coconut.runs.description import read_metrics, read_results

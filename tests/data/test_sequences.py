@@ -186,9 +186,9 @@ def test_collated_batches_need_no_further_padding() -> None:
     stages = plan("coconut", Curriculum())
     view = EpochView(data, stages, stages.stages[3], SPECIAL, seed=0, epoch=0)
     batch = collate([view.layout(i) for i in range(32)], SPECIAL)
-    way = plan_passes(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
-    assert way.source_BS.shape == batch.input_ids.shape
-    assert len(way.pass_bounds) == 3 + 2
+    passes = plan_passes(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
+    assert passes.source_BS.shape == batch.input_ids.shape
+    assert len(passes.pass_bounds) == 3 + 2
 
 
 @pytest.mark.parametrize("method", ["coconut", "hybrid_warmup"])

@@ -22,9 +22,9 @@ from helpers.models import byte_level_tokenizer
 from coconut.tasks import prontoqa as prontoqa_task
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
+from data_builders.dataset_writer import SPLITS, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
-from data_builders.writing import SPLITS, shared_questions
 
 REAL = SHARED
 
@@ -51,7 +51,7 @@ GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
         ({"source": "a", "test": "b", "num_test": 3}, "num_test=3 and test=b"),
     ],
 )
-def test_keys_that_contradict(keys: dict, complaint: str) -> None:
+def test_builder_refuses_contradicting_keys(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
 
@@ -70,7 +70,7 @@ def digests(folder: Path) -> dict[str, str]:
     ],
     ids=["graphs", "prosqa", "prontoqa", "pointers"],
 )
-def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, tmp_path: Path) -> None:
+def test_build_does_not_depend_on_the_number_of_workers(config: Any, build: Any, tmp_path: Path) -> None:
     counts = {"num_train": 300, "num_valid": 260, "num_test": 10}
     for workers in (1, 2):
         build(replace(config, out_dir=str(tmp_path / str(workers)), num_workers=workers, **counts))
@@ -78,7 +78,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, 
     assert len(one) == 5
     assert one == two
     card = (tmp_path / "1" / f"{config.name}_card.md").read_text()
-    assert f"python -m data_builders.{'prosqa' if config.name == 'graphs' else config.name} " in card
+    assert f"coconut data {'prosqa' if config.name == 'graphs' else config.name} " in card
     assert "seed=5" in card
     manifest = json.loads((tmp_path / "1" / f"{config.name}_manifest.json").read_text())
     assert (manifest["seed"], manifest["shared_questions"]) == (5, {})
@@ -95,7 +95,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(config: Any, build: Any, 
         assert path.name in card
 
 
-def test_more_rows_leave_the_other_splits_alone(tmp_path: Path) -> None:
+def test_split_does_not_depend_on_the_size_of_others(tmp_path: Path) -> None:
     for count in (5, 9):
         prosqa.build(ProsqaBuild(str(tmp_path / str(count)), **GRAPHS, num_train=count, num_valid=count, num_test=4))
     small, large = ({split: read(tmp_path / n / f"graphs_{split}.json") for split in SPLITS} for n in "59")
@@ -104,8 +104,8 @@ def test_more_rows_leave_the_other_splits_alone(tmp_path: Path) -> None:
     assert small["valid"] == large["valid"][:5]
 
 
-def test_no_question_is_like_one_of_another_split_even_of_another_seed(tmp_path: Path) -> None:
-    """Of so small graphs there are few, and most come again and again."""
+def test_splits_share_no_question_across_seeds(tmp_path: Path) -> None:
+    """There are few graphs of this size, so that most are drawn several times."""
     splits = {}
     for seed in (0, 1):
         config = ProsqaBuild(str(tmp_path / str(seed)), **GRAPHS, nodes=9, seed=seed)
@@ -126,12 +126,12 @@ def test_no_question_is_like_one_of_another_split_even_of_another_seed(tmp_path:
 
 
 def degrees(row: dict) -> Any:
-    """Equal for graphs that are alike, and for many others."""
+    """A key that is equal for isomorphic graphs, and for many others."""
     ends = [[edge[end] for edge in row["edges"]] for end in (0, 1)]
     return tuple(sorted((ends[0].count(n), ends[1].count(n)) for n in range(len(row["idx_to_symbol"]))))
 
 
-def test_a_place_that_cannot_be_written_to_is_named_first(tmp_path: Path) -> None:
+def test_build_checks_its_folder_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     few: dict[str, Any] = {"num_train": 4, "num_valid": 0, "num_test": 0}
     with pytest.raises(OSError, match=r"file is no folder, so out_dir=.*file/data cannot be made"):
@@ -143,7 +143,7 @@ def test_a_place_that_cannot_be_written_to_is_named_first(tmp_path: Path) -> Non
         prontoqa.build(prontoqa.ProntoqaBuild(str(tmp_path), name="mine", **few))
 
 
-def test_only_abandoned_parts_are_swept(tmp_path: Path) -> None:
+def test_build_removes_only_abandoned_temporary_folders(tmp_path: Path) -> None:
     for name, age in {".graphs.old.part": 100_000, ".graphs.new.part": 10}.items():
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age, time.time() - age))
@@ -151,7 +151,7 @@ def test_only_abandoned_parts_are_swept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == [".graphs.new.part"]
 
 
-def test_rows_of_ones_own_are_read_again(tmp_path: Path) -> None:
+def test_generated_rows_can_be_read_as_source(tmp_path: Path) -> None:
     config = prontoqa.ProntoqaBuild(str(tmp_path), num_train=6, num_valid=0, num_test=0)
     prontoqa.build(config)
     written = read(tmp_path / "prontoqa_train.json")
@@ -166,14 +166,14 @@ def test_rows_of_ones_own_are_read_again(tmp_path: Path) -> None:
         prontoqa.released_rows(str(tmp_path / "wrong.json"))
 
 
-def test_too_many_questions_are_refused(tmp_path: Path) -> None:
+def test_make_splits_refuses_too_many_questions(tmp_path: Path) -> None:
     config = ProsqaBuild(str(tmp_path), **GRAPHS, nodes=4, hops_from=1, hops_to=1, num_train=300, num_valid=0)
     with pytest.raises(ValueError, match=r"Asked for 800 questions, but after \d+ hardly any new ones come"):
         prosqa.build(config)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_split_of_another_build_is_not_left_beside(tmp_path: Path) -> None:
+def test_build_refuses_a_leftover_split(tmp_path: Path) -> None:
     prosqa.build(ProsqaBuild(str(tmp_path), **GRAPHS, num_train=4, num_valid=4, num_test=4))
     before = digests(tmp_path)
     with pytest.raises(ValueError, match=r"graphs_test\.json is from an earlier build"):
@@ -181,7 +181,7 @@ def test_a_split_of_another_build_is_not_left_beside(tmp_path: Path) -> None:
     assert digests(tmp_path) == before
 
 
-def test_questions_in_two_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_warns_of_questions_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(DATA / "prosqa_released.json")
     prosqa.build(ProsqaBuild(str(tmp_path), train=file, test=file))
     assert "4 questions are in two splits, train and test" in capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_questions_in_two_splits_are_named(tmp_path: Path, capsys: pytest.Captur
     assert "**Questions in two splits:** 4 of train and test." in (tmp_path / "prosqa_card.md").read_text()
 
 
-def test_datasets_opens_what_is_written(tmp_path: Path) -> None:
+def test_written_splits_open_with_datasets(tmp_path: Path) -> None:
     prosqa.build(ProsqaBuild(str(tmp_path), num_train=6, num_valid=3, num_test=2))
     files = {split: str(tmp_path / f"prosqa_{split}.json") for split in SPLITS}
     loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
@@ -199,7 +199,7 @@ def test_datasets_opens_what_is_written(tmp_path: Path) -> None:
     assert list(loaded["test"]) == read(Path(files["test"]))
 
 
-def test_comparing_writes_nothing(
+def test_compare_prints_a_table_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -240,7 +240,7 @@ def test_statistics_by_hand() -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_build_leaves_nothing(stop: signal.Signals, tmp_path: Path) -> None:
+def test_interrupted_build_leaves_no_files(stop: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "data_builders.prosqa", "num_train=1000000", "num_workers=2", "out_dir=here"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
@@ -263,7 +263,7 @@ def test_an_interrupted_build_leaves_nothing(stop: signal.Signals, tmp_path: Pat
         time.sleep(0.1)
 
 
-def test_a_source_is_divided(tmp_path: Path) -> None:
+def test_source_is_divided_into_splits(tmp_path: Path) -> None:
     source = str(DATA / "gsm8k_test.jsonl")
     gsm8k.build(gsm8k.Gsm8kBuild(str(tmp_path / "a"), source=source, num_valid=2, num_test=1))
     parts = {split: read(tmp_path / "a" / f"gsm8k_{split}.json") for split in ("train", "valid", "test")}
@@ -279,7 +279,7 @@ def test_a_source_is_divided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", [DATA / "prosqa_released.json", *existing("prosqa/prosqa_valid.json")], ids=lambda path: path.name
 )
-def test_released_prosqa(path: Path) -> None:
+def test_released_prosqa_is_converted(path: Path) -> None:
     assert prosqa.released_rows(str(path)) == read(path)
 
 
@@ -297,7 +297,7 @@ def test_released_prosqa(path: Path) -> None:
         ({"question": "Is it?"}, "ends neither"),
     ],
 )
-def test_a_prosqa_row_that_contradicts_itself(change: dict, complaint: str, tmp_path: Path) -> None:
+def test_inconsistent_prosqa_row_is_refused(change: dict, complaint: str, tmp_path: Path) -> None:
     rows = read(DATA / "prosqa_released.json")
     rows[1:] = [rows[0] | change, rows[0] | change]
     (tmp_path / "bad.json").write_text(json.dumps(rows))
@@ -306,7 +306,7 @@ def test_a_prosqa_row_that_contradicts_itself(change: dict, complaint: str, tmp_
 
 
 @pytest.mark.parametrize("preset", prosqa.Preset)
-def test_what_is_written_can_be_read_back(preset: prosqa.Preset, tmp_path: Path) -> None:
+def test_written_prosqa_rows_can_be_read_back(preset: prosqa.Preset, tmp_path: Path) -> None:
     prosqa.build(ProsqaBuild(str(tmp_path), preset=preset, num_train=20, num_valid=0, num_test=0))
     path = tmp_path / "prosqa_train.json"
     assert prosqa.released_rows(str(path)) == read(path)
@@ -315,7 +315,7 @@ def test_what_is_written_can_be_read_back(preset: prosqa.Preset, tmp_path: Path)
 @pytest.mark.parametrize(
     "path", [DATA / "prontoqa_generated.json", *existing("prontoqa/*.json")], ids=lambda path: path.name
 )
-def test_released_prontoqa(path: Path) -> None:
+def test_released_prontoqa_is_converted(path: Path) -> None:
     examples = [example["test_example"] for example in json.loads(path.read_text()).values()]
     for row, example in zip(prontoqa.released_rows(str(path)), examples, strict=True):
         assert row["question"] == f"{example['question']} {example['query']}"
@@ -333,7 +333,7 @@ def test_released_prontoqa(path: Path) -> None:
         ({"query": "Max is dull."}, "must begin with 'True or false: '"),
     ],
 )
-def test_a_bad_prontoqa_row(change: dict, complaint: str, tmp_path: Path) -> None:
+def test_malformed_prontoqa_row_is_refused(change: dict, complaint: str, tmp_path: Path) -> None:
     examples = json.loads((DATA / "prontoqa_generated.json").read_text())
     first = next(e for e in examples.values() if e["test_example"]["answer"] == "True")
     first["test_example"] |= change
@@ -342,7 +342,7 @@ def test_a_bad_prontoqa_row(change: dict, complaint: str, tmp_path: Path) -> Non
         prontoqa.released_rows(str(tmp_path / "bad.json"))
 
 
-def test_text_of_another_encoding_is_named_by_line_and_byte(tmp_path: Path) -> None:
+def test_wrong_encoding_is_named_by_line_and_byte(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes("How many cats?||<<1+1=2>> #### 2\nHow many caf\xe9s?||<<1+1=2>> #### 2\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"train\.txt is not UTF-8 text .*line 2 holds 0xE9.*iconv -f LATIN1"):
@@ -373,7 +373,7 @@ def test_text_of_another_encoding_is_named_by_line_and_byte(tmp_path: Path) -> N
         ((DATA / "gsm8k_aug_valid.txt").read_bytes(), "GSM8K-Aug as released"),
     ],
 )
-def test_a_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path: Path) -> None:
+def test_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(content)
     taken = {
@@ -402,7 +402,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_from_another_folder(tmp_path: Path) -> None:
+def test_builder_command_runs_from_another_folder(tmp_path: Path) -> None:
     done = command(tmp_path, "data_builders.prosqa", "num_train=3", "num_valid=2", "num_test=2", "out_dir=here")
     assert (done.returncode, done.stderr) == (0, "")
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -411,15 +411,15 @@ def test_the_command_from_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["prosqa", "prontoqa", "gsm8k"])
-def test_help(name: str, tmp_path: Path) -> None:
+def test_builder_help(name: str, tmp_path: Path) -> None:
     done = command(tmp_path, f"data_builders.{name}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count(f"python -m data_builders.{name}") >= 3
+    assert done.stdout.count(f"coconut data {name}") >= 3
     assert all(key in done.stdout for key in ("out_dir", "name", "seed", "source", "num_train"))
     assert not list(tmp_path.iterdir())
 
 
-def test_errors_of_the_command_are_for_people(tmp_path: Path) -> None:
+def test_builder_errors_have_no_traceback(tmp_path: Path) -> None:
     unknown = command(tmp_path, "data_builders.prosqa", "hops=3")
     assert unknown.returncode != 0
     assert "There is no key hops. Did you mean" in unknown.stderr

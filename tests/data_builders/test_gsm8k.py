@@ -40,7 +40,7 @@ def read(path: Path) -> Any:
         ("1,00,000+12,345", "112345"),
     ],
 )  # fmt: skip
-def test_an_expression(expression: str, value: str) -> None:
+def test_evaluate_expression(expression: str, value: str) -> None:
     assert evaluate(expression) == Fraction(value)
 
 
@@ -58,7 +58,7 @@ def test_an_expression(expression: str, value: str) -> None:
         ("1+" * LONGEST + "1", "longer than"),
     ],
 )  # fmt: skip
-def test_an_expression_that_cannot_be_read(expression: str, why: str) -> None:
+def test_evaluate_names_why_an_expression_is_unreadable(expression: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         evaluate(expression)
     verdict = check(f"{expression}=1")
@@ -79,7 +79,7 @@ def value_of(tree: Tree) -> Fraction:
 
 
 def written(tree: Tree, draw: Any, rank: int = 0) -> str:
-    """With the parentheses that are needed and others, and with either way to write a sign or a number."""
+    """With needed and superfluous parentheses, and alternative forms of signs and numbers."""
     if isinstance(tree, tuple):
         sign, own = tree[0], OPERATORS[tree[0]].rank
         left, right = written(tree[1], draw, own), written(tree[2], draw, own + 1)
@@ -93,7 +93,7 @@ def written(tree: Tree, draw: Any, rank: int = 0) -> str:
 
 
 @given(tree=trees, data=st.data())
-def test_trees_have_the_value_of_exact_fractions(tree: Any, data: st.DataObject) -> None:
+def test_evaluate_equals_exact_fractions(tree: Any, data: st.DataObject) -> None:
     text = written(tree, data.draw)
     try:
         value = value_of(tree)
@@ -109,7 +109,7 @@ def test_trees_have_the_value_of_exact_fractions(tree: Any, data: st.DataObject)
 
 
 @given(st.integers(-(10**4), 10**4), st.integers(1, 999), st.integers(0, 4), st.booleans())
-def test_only_the_nearest_number_holds(over: int, under: int, places: int, percent: bool) -> None:
+def test_check_accepts_only_the_nearest_rounding(over: int, under: int, places: int, percent: bool) -> None:
     exact = Fraction(over, under) * 10**places
     nearest = int(abs(exact) + Fraction(1, 2)) * (1 if over > 0 else -1)
     for number in (nearest - 1, nearest, nearest + 1):
@@ -131,14 +131,14 @@ def test_only_the_nearest_number_holds(over: int, under: int, places: int, perce
         ("5", "unreadable"), ("=5", "unreadable"), ("2==2", "unreadable"), ("5*2=10 apples", "unreadable"),
     ],
 )  # fmt: skip
-def test_whether_an_equation_holds(equation: str, outcome: str) -> None:
+def test_check_outcome_of_equations(equation: str, outcome: str) -> None:
     assert check(equation).outcome == outcome
 
 
 @given(st.one_of(st.text(), st.text("0123456789.,+-*/^()%$= x×÷<", max_size=40), st.text("9^()-=", max_size=600)))
 @example("9^" * 250)
 @example("1" * 499 + "=")
-def test_any_text_gets_a_verdict(text: str) -> None:
+def test_check_gives_any_text_a_verdict(text: str) -> None:
     verdict = check(text)
     assert isinstance(verdict, Verdict)
     assert (verdict.outcome is Outcome.unreadable) == bool(verdict.why) == (verdict.value is None)
@@ -153,11 +153,11 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         (f"{10**40}/3", "about 3.33333e+39"), (str(10**60), "about 1.00000e+60"), ("0", "0"),
     ],
 )  # fmt: skip
-def test_how_a_value_is_shown(value: str, text: str) -> None:
+def test_shown_formats_values(value: str, text: str) -> None:
     assert shown(Fraction(value)) == text
 
 
-def test_the_excerpts() -> None:
+def test_released_excerpts_are_converted() -> None:
     first, hash_sign, bare, negative, thousands = released_rows(str(GSM8K))
     assert first["steps"] == ["<<16-3-4=9>>", "<<9*2=18>>"]
     assert first["answer"] == "18"
@@ -174,7 +174,7 @@ def test_the_excerpts() -> None:
     assert "," not in thousands["answer"]
 
 
-def test_sentences() -> None:
+def test_steps_as_sentences() -> None:
     rows = released_rows(str(GSM8K), Steps.sentences)
     assert rows[0]["steps"][1] == "She makes 9 * 2 = $18 every day at the farmer’s market."
     assert rows[2]["steps"]
@@ -194,7 +194,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("path", [GSM8K, AUG, *sorted(REAL.glob("*"))], ids=lambda path: path.name)
-def test_counts(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_of_the_released_files(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, bare, negative, commas, equations, other = COUNTS[path.name]
     gsm8k.build(Gsm8kBuild(str(tmp_path), test=str(path)))
     built = read(tmp_path / "gsm8k_test.json")
@@ -242,7 +242,7 @@ OTHER = [{"row": 4, "equation": "1+1=2", "answer": "7"}, {"row": 6, "equation": 
         ({"arithmetic": Faulty.drop, "last_value": Faulty.drop}, "135"),
     ],
 )
-def test_faulty_rows_are_listed_and_dropped_if_asked(
+def test_faulty_rows_are_listed_and_dropped(
     dials: dict[str, Any], left: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "train.txt").write_text("\n".join(LINES))
@@ -262,10 +262,10 @@ def test_faulty_rows_are_listed_and_dropped_if_asked(
     assert third == "  row 4: 3/0=1 (unreadable: a number is divided by zero)"
     assert fourth == "  row 4: 2/3=.66 (exact: 2/3 (about 0.666667))"
     assert fifth.endswith(f"in 2 of 6 rows the last equation has another value than the answer ({fates[1]})")
-    assert last == "all of them stand in gsm8k_manifest.json"
+    assert last == "All of them are listed in gsm8k_manifest.json."
 
 
-def test_faulty_rows_are_an_error_if_asked(tmp_path: Path) -> None:
+def test_faulty_rows_raise_with_error(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text("\n".join(LINES * 5))
     with pytest.raises(ValueError, match="in 10 of 30 rows an equation does not hold") as error:
@@ -278,7 +278,7 @@ def test_faulty_rows_are_an_error_if_asked(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_summary_is_short_however_much_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_of_faults_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files: dict[str, Any] = {split: str(tmp_path / f"{split}.txt") for split in ("train", "valid", "test")}
     for split, path in files.items():
         Path(path).write_text("\n".join(f"{split} {line}" for line in LINES * 30))
@@ -286,7 +286,7 @@ def test_the_summary_is_short_however_much_is_wrong(tmp_path: Path, capsys: pyte
     assert len(capsys.readouterr().err.splitlines()) == 10
 
 
-def test_the_equations_of_sentences_are_checked(tmp_path: Path) -> None:
+def test_equations_of_sentences_are_checked(tmp_path: Path) -> None:
     row = {"question": "Q", "answer": "He has 2+2 = $<<2+2=5>>5.\nThat is all.\n#### 6"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     gsm8k.build(Gsm8kBuild(str(tmp_path), train=str(tmp_path / "train.jsonl"), steps=Steps.sentences))
@@ -297,7 +297,7 @@ def test_the_equations_of_sentences_are_checked(tmp_path: Path) -> None:
     assert faults["last_value"]["list"] == [{"row": 1, "equation": "2+2=5", "answer": "6"}]
 
 
-def test_a_line_of_gsm8k_aug(tmp_path: Path) -> None:
+def test_gsm8k_aug_line_is_converted(tmp_path: Path) -> None:
     line = "Room #4 || 5 costs #### what?||<<1+1=2>> <<2*-600=-1200>> #### -1,200.50\r\n"
     (tmp_path / "a.txt").write_bytes(line.encode())
     assert released_rows(str(tmp_path / "a.txt")) == [
@@ -309,7 +309,7 @@ def test_a_line_of_gsm8k_aug(tmp_path: Path) -> None:
     ]
 
 
-def test_bad_rows_are_counted_before_it_stops(tmp_path: Path) -> None:
+def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
     good = "How many?||<<1+1=2>> #### 2\n"
     bad = ["no bars #### 2\n", "Q||<<1+1=2>>\n", "Q||<<1+1=2>> #### two\n", "Q||<<1+1=2 #### 2\n"]
     bad += ["Q||text <<1+1=2>> #### 2\n", "||<<1+1=2>> #### 2\n"] * 4
@@ -341,7 +341,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("hub_cache")
-def test_every_shape_gives_the_same_row(shape: str, tmp_path: Path) -> None:
+def test_every_record_shape_gives_the_same_row(shape: str, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text(json.dumps(SHAPES[shape]) + "\n")
@@ -361,7 +361,7 @@ def test_every_shape_gives_the_same_row(shape: str, tmp_path: Path) -> None:
         ({"cot": None}, []),
     ],
 )
-def test_sentences_in_fields(record: dict[str, Any], steps: list[str], tmp_path: Path) -> None:
+def test_sentences_in_fields_are_split(record: dict[str, Any], steps: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Q", "answer": "5", **record}))
     [row] = released_rows(str(tmp_path / "a.jsonl"), Steps.sentences)
     assert row["steps"] == steps
@@ -381,7 +381,7 @@ def test_sentences_in_fields(record: dict[str, Any], steps: list[str], tmp_path:
         ({"answer": "#### 5", "question": ""}, "equations", "'question' is ''"),
     ],
 )
-def test_a_record_that_cannot_be_read(record: dict[str, Any], kind: str, complaint: str, tmp_path: Path) -> None:
+def test_unreadable_record_is_named(record: dict[str, Any], kind: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Q", **record}))
     with pytest.raises(ValueError, match=rf"a\.jsonl has 1 bad of 1 rows(?s:.*)row 1: .*{complaint}"):
         released_rows(str(tmp_path / "a.jsonl"), Steps(kind))
@@ -396,7 +396,7 @@ def released_folder(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_a_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
+def test_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
     folder = released_folder(tmp_path / "set")
     gsm8k.build(Gsm8kBuild(str(tmp_path / "whole"), hub=str(folder)))
     rows = released_rows(str(GSM8K))
@@ -424,7 +424,7 @@ def test_a_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.parquet", "validation.parquet"])
 @pytest.mark.usefixtures("hub_cache")
-def test_parquet(name: str, tmp_path: Path) -> None:
+def test_hub_folder_of_parquet_files(name: str, tmp_path: Path) -> None:
     from datasets import Dataset
 
     folder = tmp_path / "set"
@@ -436,7 +436,7 @@ def test_parquet(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_text_files(tmp_path: Path) -> None:
+def test_hub_folder_of_text_files(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("train.txt", "valid.txt"):
@@ -447,7 +447,7 @@ def test_text_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_a_hub_that_cannot_give(tmp_path: Path) -> None:
+def test_unreachable_hub_is_explained(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     for preset, name in gsm8k.HUB_NAMES.items():
         with pytest.raises(ValueError, match=f"'{name}' on the Hugging Face hub .*connection.*train=FILE"):
@@ -481,12 +481,12 @@ def test_a_hub_that_cannot_give(tmp_path: Path) -> None:
         ({"train": "c", "hub_config": "main"}, "hub_config=main is given without hub=NAME"),
     ],
 )
-def test_keys_that_contradict(keys: dict[str, Any], complaint: str) -> None:
+def test_gsm8k_refuses_contradicting_keys(keys: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Gsm8kBuild(**keys)
 
 
-def test_what_is_measured() -> None:
+def test_gsm8k_measures() -> None:
     row = {
         "question": "How many apples?",
         "steps": ["<<2+3*4=14>>", "<<14/3=4.67>>", "<<1+1=3>>", "<<two=2>>", "<<7-10.5=-3.5>>"],
@@ -524,7 +524,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_gsm8k_command(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\n".join(LINES))
     unreachable = command(tmp_path, "preset=gsm8k", "num_valid=500")
     assert unreachable.returncode == 2

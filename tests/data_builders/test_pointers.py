@@ -16,7 +16,7 @@ from data_builders.pointers import PointersBuild, alike, build, checked, draw_ro
 
 
 @given(st.integers(2, 12), st.data(), st.integers(0, 10_000))
-def test_every_row_is_as_it_says(nodes: int, pick: st.DataObject, seed: int) -> None:
+def test_pointers_rows_are_consistent(nodes: int, pick: st.DataObject, seed: int) -> None:
     low = pick.draw(st.integers(1, nodes - 1))
     high = pick.draw(st.integers(low, nodes - 1))
     drawn = draw_row(random.Random(seed), lambda key: True, nodes, low, high, 1.0)
@@ -34,7 +34,7 @@ def test_every_row_is_as_it_says(nodes: int, pick: st.DataObject, seed: int) -> 
     assert draw_row(random.Random(seed), lambda key: False, nodes, low, high, 1.0) is None
 
 
-def test_hops_and_answers_come_equally_often(tmp_path: Path) -> None:
+def test_hops_and_answers_are_equally_frequent(tmp_path: Path) -> None:
     build(PointersBuild(out_dir=str(tmp_path), num_train=3000, num_valid=0, num_test=0, nodes=5, hops_to=4))
     rows = read_json(tmp_path / "pointers_train.json")
     for counts, kinds in ((Counter(row["hops"] for row in rows), 4), (Counter(row["answer"] for row in rows), 5)):
@@ -42,13 +42,13 @@ def test_hops_and_answers_come_equally_often(tmp_path: Path) -> None:
         assert all(abs(count - 3000 / kinds) < 4 * (3000 / kinds) ** 0.5 for count in counts.values())
 
 
-def test_further_hops_can_be_rarer(tmp_path: Path) -> None:
+def test_decay_makes_further_hops_rarer(tmp_path: Path) -> None:
     build(PointersBuild(out_dir=str(tmp_path), num_train=3000, num_valid=0, num_test=0, hops_to=3, decay=0.5))
     counts = Counter(row["hops"] for row in read_json(tmp_path / "pointers_train.json"))
     assert [counts[hops] / 3000 for hops in (1, 2, 3)] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.04)
 
 
-def test_files_in_the_format_are_checked(tmp_path: Path) -> None:
+def test_pointers_files_are_checked(tmp_path: Path) -> None:
     build(PointersBuild(out_dir=str(tmp_path), num_train=20, num_valid=0, num_test=0))
     file = tmp_path / "pointers_train.json"
     build(PointersBuild(out_dir=str(tmp_path / "again"), train=str(file)))
@@ -59,7 +59,7 @@ def test_files_in_the_format_are_checked(tmp_path: Path) -> None:
         build(PointersBuild(out_dir=str(tmp_path / "wrong"), train=str(file)))
 
 
-def test_dials_that_cannot_be() -> None:
+def test_pointers_refuses_impossible_dials() -> None:
     with pytest.raises(ValueError, match="1 <= from <= to < nodes <= 26"):
         PointersBuild(nodes=4, hops_to=4)
     with pytest.raises(ValueError, match=r"nodes=4 says how rows are made, but train=a.json is read"):

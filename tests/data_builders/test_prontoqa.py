@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_builders import prontoqa
+from data_builders.dataset_writer import Row
 from data_builders.ontology import ENTITIES, FAMILIES, NAMES, Names, OntologyDials, Ordering, draw, measure
 from data_builders.prover import check, closure, parse_proof, parse_question, parse_sentence
-from data_builders.writing import Row
 
 EXCERPT = DATA / "prontoqa_generated.json"
 REAL = SHARED / "prontoqa" / "5hop_0shot_random.json"
@@ -36,7 +36,7 @@ def dials(pick: st.DrawFn) -> OntologyDials:
 
 @settings(max_examples=300, deadline=None)
 @given(dials(), st.integers(0, 10_000))
-def test_every_row_is_proved(dials: OntologyDials, seed: int) -> None:
+def test_generated_prontoqa_rows_are_verified(dials: OntologyDials, seed: int) -> None:
     row = draw(random.Random(seed), dials)
     check(row)
     assert row == draw(random.Random(seed), dials)
@@ -64,7 +64,7 @@ def test_every_row_is_proved(dials: OntologyDials, seed: int) -> None:
 
 
 @pytest.mark.parametrize("distractors", [True, False])
-def test_orderings(distractors: bool) -> None:
+def test_orderings_of_rules(distractors: bool) -> None:
     for seed in range(20):
         places = {}
         for ordering in Ordering:
@@ -99,7 +99,7 @@ def test_generated_names_are_new() -> None:
         ({"hops_to": 999, "names": Names.generated}, "and 420 are generated. Lower hops_to or spare_levels.$"),
     ],
 )
-def test_impossible_dials(keys: dict, complaint: str) -> None:
+def test_prontoqa_refuses_impossible_dials(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         OntologyDials(**keys)
 
@@ -110,8 +110,8 @@ def rows() -> list[Row]:
     return [draw(rng, OntologyDials()) for _ in range(3000)]
 
 
-def test_shares_of_the_original(rows: list[Row]) -> None:
-    """Within 5 standard errors of what its rules give, and what is constant in its examples is constant here."""
+def test_statistics_equal_those_of_the_original_generator(rows: list[Row]) -> None:
+    """Within 5 standard errors of the original's rules; statistics that are constant there are constant here."""
     measured = [measure(row) for row in rows]
 
     def shares(key: str, expected: dict) -> None:
@@ -163,7 +163,7 @@ def test_shares_of_the_original(rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3, 4])
-def test_chains_longer_than_the_proof(hops: int) -> None:
+def test_spare_levels_follow_the_original_distribution(hops: int) -> None:
     """A chain ends after each level with probability 1 / (2 hops + 4), and after the fifth; the proof lies anywhere."""
     rng = random.Random(hops)
     rows = [draw(rng, OntologyDials(hops, hops)) for _ in range(1000)]
@@ -187,7 +187,7 @@ def _levels_below(row: Row) -> int:
 
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.name)
-def test_released_rows_are_proved(path: Path) -> None:
+def test_released_prontoqa_rows_are_verified(path: Path) -> None:
     rows = prontoqa.released_rows(str(path))
     for row in rows:
         check(row)
@@ -199,7 +199,7 @@ def test_released_rows_are_proved(path: Path) -> None:
     assert proofs == [example["chain_of_thought"] for example in examples]
 
 
-def test_what_is_derived() -> None:
+def test_closure_derives_claims_forward() -> None:
     row = prontoqa.released_rows(str(EXCERPT))[0]
     question = parse_question(row["question"])
     known = closure(question.context)
@@ -219,7 +219,7 @@ def test_what_is_derived() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(dials(), st.integers(0, 10_000), st.data())
-def test_corrupted_rows_are_refused(dials: OntologyDials, seed: int, data: st.DataObject) -> None:
+def test_check_refuses_corrupted_rows(dials: OntologyDials, seed: int, data: st.DataObject) -> None:
     row = draw(random.Random(seed), dials)
     question, proof = parse_question(row["question"]), parse_proof(row["steps"])
     texts = [sentence.text for sentence in proof]
@@ -268,7 +268,7 @@ def _with_query(row: Row, conclusion: str, same: bool) -> str:
         ("Fae is not nervous.", ("fact", ("Fae", "nervous", False, True))),
     ],
 )
-def test_a_sentence(text: str, claim: tuple) -> None:
+def test_parse_sentence(text: str, claim: tuple) -> None:
     assert parse_sentence(text) == (text, *claim)
 
 
@@ -293,6 +293,6 @@ def test_a_sentence(text: str, claim: tuple) -> None:
         "",
     ],
 )
-def test_no_sentence(text: str) -> None:
+def test_parse_sentence_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a sentence of ProntoQA|has a wrong article or number"):
         parse_sentence(text)

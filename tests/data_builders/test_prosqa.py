@@ -1,4 +1,4 @@
-"""Graphs made from scratch are what they promise, and like the released ones; others are told apart."""
+"""Generated graphs are verified and match the released ones in their statistics."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coconut.tasks import prosqa as task
+from data_builders.entity_names import CONCEPTS, PERSONS, Names, pools
 from data_builders.graph_measures import alike, key_of, measure
-from data_builders.names import CONCEPTS, PERSONS, Names, pools
 from data_builders.prosqa import Form, Preset, ProsqaBuild, checked, draw_row, prove, recipe, released_rows
 from data_builders.statistics import compare
 
@@ -54,7 +54,7 @@ def dials(draw_: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=60)
 @given(dials(), st.integers(0, 1000))
-def test_rows_hold_what_they_promise(keys: dict[str, Any], seed: int) -> None:
+def test_generated_prosqa_rows_are_verified(keys: dict[str, Any], seed: int) -> None:
     (row,) = rows_of(1, seed, **keys)
     prove(row)
     graph = task.graph(row["question"])
@@ -88,7 +88,7 @@ def test_rows_hold_what_they_promise(keys: dict[str, Any], seed: int) -> None:
 
 @settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(1, 3), st.integers(0, 2), st.integers(0, 6), st.sampled_from(Form))
-def test_two_chains_hold_what_they_promise(seed: int, low: int, more: int, spare: int, form: Form) -> None:
+def test_generated_chain_rows_are_verified(seed: int, low: int, more: int, spare: int, form: Form) -> None:
     high = low + more
     keys = {"preset": Preset.graphs, "nodes": low + high + 2 + spare, "hops_from": low, "hops_to": high, "form": form}
     for row in rows_of(4, seed, **keys):
@@ -113,13 +113,13 @@ def test_long_chains_are_planted(hops: int, equalize: bool) -> None:
         assert len(row["steps"]) == hops
 
 
-def test_planted_lengths_come_equally_often() -> None:
+def test_planted_lengths_are_equally_frequent() -> None:
     hops = Counter(len(row["steps"]) for row in rows_of(1200, preset=Preset.graphs, nodes=16, hops_from=2, hops_to=4))
     assert set(hops) == {2, 3, 4}
     assert all(abs(count - 400) < 4 * (1200 * 2 / 9) ** 0.5 for count in hops.values()), hops
 
 
-def test_edges_are_exact() -> None:
+def test_number_of_edges_is_exact() -> None:
     assert {len(row["edges"]) for row in rows_of(20, edges=33)} == {33}
 
 
@@ -154,8 +154,8 @@ PUBLISHED_POOLED = {
 }
 
 
-def test_the_default_is_like_the_published_counts() -> None:
-    """Within 4 standard errors of 800 rows, and of what rounding hides."""
+def test_default_dials_match_the_published_counts() -> None:
+    """Within 4 standard errors of 800 rows, plus the rounding of the published numbers."""
     measured = [measure(row) for row in rows_of(4000)]
     for name, (mean, deviation, rounding) in PUBLISHED.items():
         here = sum(m[name] for m in measured) / len(measured)  # type: ignore[misc]
@@ -173,7 +173,7 @@ def test_the_default_is_like_the_published_counts() -> None:
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the released validation data do not lie here")
-def test_the_default_cannot_be_told_from_the_released_rows() -> None:
+def test_default_dials_match_the_released_rows() -> None:
     lines = compare([measure(row) for row in rows_of(3000)], [measure(row) for row in released_rows(str(REAL))])
     distances = {line.name: line.distance for line in lines if line.distance is not None}
     assert len(distances) > 40
@@ -183,7 +183,7 @@ def test_the_default_cannot_be_told_from_the_released_rows() -> None:
 
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.name)
-def test_what_holds_for_every_released_row(path: Path) -> None:
+def test_properties_of_every_released_row(path: Path) -> None:
     for row in released_rows(str(path)):
         found = measure(row)
         assert found["steps are a shortest path"] == "yes"
@@ -199,8 +199,8 @@ SHORT_PLANTED = {"equalize_depth": True, "plant": True, "nodes": 12, "hops_from"
 
 
 @pytest.mark.parametrize("keys", [{"preset": Preset.graphs}, {"equalize_depth": True}, SHORT_PLANTED], ids=str)
-def test_target_and_distractor_look_alike(keys: dict[str, Any]) -> None:
-    """Whatever is counted without the root tells them apart half the time (4 standard errors)."""
+def test_target_and_distractor_do_not_differ_without_the_root(keys: dict[str, Any]) -> None:
+    """Features that ignore the root separate them only at chance (within 4 standard errors)."""
     rows = rows_of(2500, **keys)
     wins: Counter[str] = Counter()
     for row in rows:
@@ -222,7 +222,7 @@ def test_target_and_distractor_look_alike(keys: dict[str, Any]) -> None:
 
 @settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from(Preset), st.randoms(use_true_random=False))
-def test_renaming_changes_neither_key_nor_likeness(seed: int, preset: Preset, rng: random.Random) -> None:
+def test_key_and_alike_ignore_node_names(seed: int, preset: Preset, rng: random.Random) -> None:
     (row,) = rows_of(1, seed, preset=preset)
     count = len(row["idx_to_symbol"])
     number = rng.sample(range(count), count)
@@ -237,7 +237,7 @@ def test_renaming_changes_neither_key_nor_likeness(seed: int, preset: Preset, rn
     assert key_of(without) != key_of(row)
 
 
-def test_keys_are_spread_evenly() -> None:
+def test_keys_are_uniformly_distributed() -> None:
     hundredths = Counter(key_of(row) % 100 for row in rows_of(4000))
     assert max(hundredths.values()) < 80, hundredths
     assert min(hundredths.values()) > 12, hundredths
@@ -265,14 +265,14 @@ def corrupted(row: dict) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("complaint", sorted(corrupted(rows_of(1)[0])))
-def test_the_oracle_refuses(complaint: str) -> None:
+def test_prove_refuses_corrupted_rows(complaint: str) -> None:
     row = rows_of(1, seed=3)[0]
     prove(row)
     with pytest.raises(ValueError, match=complaint):
         prove(corrupted(row)[complaint])
 
 
-def test_the_oracle_refuses_a_detour() -> None:
+def test_prove_refuses_a_detour() -> None:
     """A valid path that is not a shortest one."""
     detours = []
     for row in rows_of(100):
@@ -313,12 +313,12 @@ def test_the_oracle_refuses_a_detour() -> None:
         ({"valid": "a", "nodes": 9}, "nodes=9 .* valid=a is read"),
     ],
 )
-def test_impossible_dials_are_named(keys: dict, complaint: str) -> None:
+def test_prosqa_refuses_impossible_dials(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
 
 
-def test_dials_that_never_come_off_are_named() -> None:
+def test_draw_names_dials_that_give_no_graph() -> None:
     keys = ProsqaBuild(hops_from=12, hops_to=12, nodes=16)
     with pytest.raises(ValueError, match=r"None of 3000 graphs gives a question with nodes=16.*plant=true"):
         keys.graph_dials().draw(random.Random(0))
@@ -332,16 +332,16 @@ def test_dials_that_never_come_off_are_named() -> None:
         ({"preset": Preset.graphs, "nodes": 200}, r"nodes=200 is too many for two chains"),
     ],
 )
-def test_what_never_comes_off_says_why(keys: dict[str, Any], complaint: str) -> None:
+def test_draw_explains_why_no_graph_fits(keys: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         rows_of(1, **keys)
 
 
-def test_without_a_limit_there_are_longer_ways() -> None:
+def test_hops_to_none_allows_longer_paths() -> None:
     assert max(len(row["steps"]) for row in rows_of(1500, hops_to=0)) > 6
 
 
-def test_rows_of_others_need_not_number_their_roots_0_and_1() -> None:
+def test_measure_accepts_roots_with_any_number() -> None:
     (row,) = rows_of(1)
     count = len(row["idx_to_symbol"])
     number = [count - 1 - node for node in range(count)]
@@ -359,13 +359,13 @@ def test_rows_of_others_need_not_number_their_roots_0_and_1() -> None:
     assert all(measure(checked(turned))[name] == measure(row)[name] for name in same)
 
 
-def test_graph_rows_are_of_one_size() -> None:
+def test_graphs_preset_rows_have_one_size() -> None:
     assert all(
         set(row["question"].split()) <= {*map(str, range(8)), "|", "?", "or", "from"} for row in graph_rows(0, 9)
     )
 
 
-def test_what_is_not_wanted_is_not_drawn() -> None:
+def test_draw_row_skips_unwanted_keys() -> None:
     dials = ProsqaBuild().graph_dials()
     asked: list[int] = []
     found = draw_row(random.Random(1), lambda key: not asked.append(key), dials, Form.sentences)

@@ -17,10 +17,10 @@ from scipy.stats import norm
 from coconut import LatentLM
 from coconut.config import DataFiles, TooLong, Unreadable
 from coconut.data.examples import Example
+from coconut.data.questions import read_questions
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.evaluation.evaluator import evaluate, task_of
-from coconut.generate import read_questions
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated

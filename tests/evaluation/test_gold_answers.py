@@ -12,7 +12,7 @@ from helpers.runs import small_run
 from coconut.config import DataConfig, TaskName, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
-from coconut.evaluation.gold_answers import lengths, limit_for, read_back, readable, warn_of_limit
+from coconut.evaluation.gold_answers import limit_for, read_back, readable, target_lengths, warn_of_limit
 from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints
@@ -39,16 +39,16 @@ def test_gold_answers_are_judged_right(form: PromptFormat, words: bool) -> None:
     assert kept.tolist() == list(range(len(EXAMPLES)))
 
 
-def test_answers_that_a_task_cannot_judge_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readable_names_answers_that_the_task_cannot_judge(capsys: pytest.CaptureFixture[str]) -> None:
     answers = enumerate(["True", "No", "False", "Yes"], 3)
     examples = [Example("q", (), answer, where=f"line {number}") for number, answer in answers]
     tokenizer, form, task = build_word_tokenizer(examples), PromptFormat(), TASKS["prontoqa"]
     data = tokenize(examples, tokenizer)
-    told = (
+    message = (
         "(?s)my.json: of 4 gold answers 2 would be judged wrong:\n  line 4, answer 'No': 'No' is read\n  line 6.*"
         "the task prontoqa.*unreadable=skip"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         readable(examples, data, tokenizer, task, form, file="my.json", unreadable=Unreadable.error)
     kept = readable(examples, data, tokenizer, task, form, file="my.json", unreadable=Unreadable.skip)
     assert kept.tolist() == [0, 2]
@@ -59,7 +59,7 @@ def test_answers_that_a_task_cannot_judge_are_named(capsys: pytest.CaptureFixtur
         readable(examples[1:2], None, None, task, form, file="my.json", unreadable=Unreadable.skip)
 
 
-def test_an_answer_without_words_is_refused_in_training_and_wrong_in_a_test(
+def test_an_answer_with_unknown_words_is_refused_in_training_and_kept_in_a_test(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lm, task, error = build("gpt2"), TASKS["prosqa"], Unreadable.error
@@ -71,26 +71,28 @@ def test_an_answer_without_words_is_refused_in_training_and_wrong_in_a_test(
     assert "no words for 1 of 2 answers of f, which are counted as wrong" in capsys.readouterr().out
 
 
-def test_steps_that_are_read_as_others_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readable_warns_of_steps_that_are_read_back_differently(capsys: pytest.CaptureFixture[str]) -> None:
     examples = [Example("q", ("a", "b"), "c"), Example("q", ("a\nb", "c"), "c")]
     readable(examples, None, None, TASKS["prosqa"], PromptFormat(), file="f", unreadable=Unreadable.error)
-    told = "f: of 1 rows the steps are read back as another number of steps; the first is example 2, 3 for 2"
-    assert told in capsys.readouterr().out
+    message = "f: in 1 rows the number of steps that is read back differs from the number in the row; the first is"
+    assert f"{message} example 2, read as 3, with 2 in the row" in capsys.readouterr().out
 
 
-def test_the_limit_of_new_tokens_leaves_room_for_every_gold_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_for_leaves_room_for_every_gold_text(capsys: pytest.CaptureFixture[str]) -> None:
     examples = [Example("q", ("2 3",) * count, "5") for count in (1, 30)]
     data = tokenize(examples, build_word_tokenizer(examples))
     stages = plan("coconut", Curriculum(max_stage=2)).stages
     long = 30 * 3 + 3  # two words and the end of a line; the mark, the answer and the end of the sequence
-    assert lengths(data, stages[:1]).tolist() == [1 * 3 + 3, long]
-    assert lengths(data, stages[2:]).tolist() == [3, long - 2 * 3]
+    assert target_lengths(data, stages[:1]).tolist() == [1 * 3 + 3, long]
+    assert target_lengths(data, stages[2:]).tolist() == [3, long - 2 * 3]
     assert limit_for([data, data.select([0])], stages[:1], least=16) == math.ceil(1.25 * long)
     assert limit_for([data.select([0])], stages, least=16) == 16
     hybrid = plan("hybrid_warmup", Curriculum())
-    assert lengths(data, hybrid.stages).tolist() == lengths(data, stages[:1]).tolist(), "the longest of the modes"
+    assert target_lengths(data, hybrid.stages).tolist() == target_lengths(data, stages[:1]).tolist(), (
+        "the longest of the modes"
+    )
     reasoning = Reasoning(slot=Slot.none, markers=False, modes=("short", "think"))
-    assert [lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
+    assert [target_lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
     assert [form.steps_cut for form in reasoning.forms("short")] == [None]
     warn_of_limit(data, stages, 64, "f")
     assert "1 of 2 gold texts of f have more tokens than max_new_tokens=64 allows" in capsys.readouterr().out
@@ -98,7 +100,7 @@ def test_the_limit_of_new_tokens_leaves_room_for_every_gold_text(capsys: pytest.
     assert not capsys.readouterr().out
 
 
-def test_a_training_begins_with_the_check(tmp_path: Path) -> None:
+def test_training_checks_gold_answers_first(tmp_path: Path) -> None:
     rows = [{"question": "1 ?", "steps": ["1"] * 130, "answer": answer} for answer in ("True", "No")]
     files = {}
     for split, part in (("train", rows[:1] * 4), ("valid", rows)):

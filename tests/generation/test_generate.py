@@ -1,4 +1,4 @@
-"""Think, then speak: what is generated does not depend on the batch, and equals plain recomputation."""
+"""Generation: answers do not depend on the batch, and equal those of recomputing without a cache."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_method_without_latent_thoughts_has_none_to_replace_or_stop() -> None:
 
 
 def prefer(lm: LatentLM, token: int) -> None:
-    """Make a token by far the likeliest everywhere."""
+    """Give one token by far the largest logit at every position."""
     head: Any = lm.base.get_output_embeddings()
     hidden = lm.base.config.hidden_size
     bias = torch.nn.Linear(hidden, head.weight.shape[0]).to(head.weight)
@@ -248,7 +248,7 @@ def test_a_text_that_stops_an_answer() -> None:
 
 @pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.none, 0)])
 def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those to the question asked so often, but it is read and thought about once."""
+    """They equal answers to the repeated question, with one prefill."""
     lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
     ids, mask = padded(QUESTIONS)
     how = {"max_new_tokens": 6, "do_sample": True}

@@ -12,6 +12,7 @@ from helpers.models import MODES, QUESTIONS, build, by_recomputation, hybrid, pa
 from helpers.runs import graph_files, small_run
 
 from coconut import LatentLM, answer
+from coconut.completions.config import RolloutConfig
 from coconut.config import DataFiles, OptimizerConfig, TooLong, TrainConfig
 from coconut.data.tokenization import encode_questions
 from coconut.evaluate import run as run_evaluate
@@ -20,7 +21,6 @@ from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import mode_log_probs
 from coconut.methods import Curriculum, Unit, parse_mode
-from coconut.rewards.config import RolloutConfig
 from coconut.rollout import run as roll
 from coconut.runs.description import read_metrics, read_results
 from coconut.training.trainer import run
@@ -125,7 +125,7 @@ def test_what_a_hybrid_model_cannot_be_asked() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"mode": "long"}, "mode=long is not one of short, think, latent_2"),
         ({"mode": ["short", "think"]}, "for each of 1 questions"),
-        ({"num_thoughts": 2}, "The mode says how many thoughts"),
+        ({"num_thoughts": 2}, "mode sets the number of its thoughts"),
     ]
     for options, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -67,8 +67,8 @@ def test_where_all_chains_are_alike_there_is_nothing_to_learn() -> None:
 @pytest.mark.parametrize(
     ("reasoning", "mixing", "message"),
     [
-        ({"num_thoughts": 6, "method": "coconut"}, 0.0, "never learned to speak"),
-        ({"num_thoughts": 6, "method": "without_curriculum"}, 0.1, "never learned to speak"),
+        ({"num_thoughts": 6, "method": "coconut"}, 0.0, "cannot answer after fewer"),
+        ({"num_thoughts": 6, "method": "without_curriculum"}, 0.1, "cannot answer after fewer"),
         ({"num_thoughts": 6, "method": "pause", "slot": Slot.pause}, 0.1, "no latent"),
         ({"num_thoughts": 0, "method": "coconut"}, 0.1, "no latent"),
     ],

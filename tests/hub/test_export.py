@@ -335,7 +335,7 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
     for config, message in (
         (
             EvaluateConfig(run="model"),
-            r"model is a saved model and does not say.*task=TASK .*prosqa.*data\.test=",
+            r"model is a saved model, which does not record its task.*task=TASK .*prosqa.*data\.test=",
         ),
         (replace(config_of_model, checkpoint="last"), "checkpoint=last is for a run"),
         (replace(config_of_model, stop=StopRule.classifier), "stop=classifier is for a run"),

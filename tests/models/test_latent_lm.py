@@ -1,4 +1,4 @@
-"""The feedback loop: two implementations with one meaning, and a plain model where nothing is thought."""
+"""The feedback loop: two implementations with equal results, which equal the plain model without thoughts."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ def layouts(draw: st.DrawFn) -> tuple[list[list[int]], list[list[bool]]]:
 @given(layouts())
 def test_any_layout_is_cut_into_as_few_passes_as_thoughts_allow(layout: tuple[Any, Any]) -> None:
     latent, token = torch.tensor(layout[0]).bool(), torch.tensor(layout[1])
-    way = plan_passes(latent, token)
+    plan = plan_passes(latent, token)
     deepest = int(latent.sum(1).max())
-    assert len(way.pass_bounds) == deepest + 2
+    assert len(plan.pass_bounds) == deepest + 2
     for row in range(len(token)):
-        columns = way.column_BT[row][token[row]].tolist()
+        columns = plan.column_BT[row][token[row]].tolist()
         assert columns == sorted(set(columns)), "the order of the tokens is kept"
-        assert way.source_BS[row][columns].tolist() == token[row].nonzero()[:, 0].tolist()
-        assert (way.source_BS[row] >= 0).sum() == token[row].sum()
-        for column in way.column_BT[row][latent[row]].tolist():
-            block = max(b for b in way.pass_bounds[:-1] if b <= column)
-            assert (way.source_BS[row][block:column] < 0).all(), "a thought is the first of its pass"
-            before = way.source_BS[row][:block]
-            previous = [b for b in way.pass_bounds if b <= block and (before[:b] >= 0).any()]
+        assert plan.source_BS[row][columns].tolist() == token[row].nonzero()[:, 0].tolist()
+        assert (plan.source_BS[row] >= 0).sum() == token[row].sum()
+        for column in plan.column_BT[row][latent[row]].tolist():
+            block = max(b for b in plan.pass_bounds[:-1] if b <= column)
+            assert (plan.source_BS[row][block:column] < 0).all(), "a thought is the first of its pass"
+            before = plan.source_BS[row][:block]
+            previous = [b for b in plan.pass_bounds if b <= block and (before[:b] >= 0).any()]
             assert previous
-            ends = [b - 1 for b in way.pass_bounds[1:] if b <= block and way.source_BS[row][b - 1] >= 0]
-            assert way.source_BS[row][ends[-1]] == before.max(), "what precedes it ends a pass"
+            ends = [b - 1 for b in plan.pass_bounds[1:] if b <= block and plan.source_BS[row][b - 1] >= 0]
+            assert plan.source_BS[row][ends[-1]] == before.max(), "what precedes it ends a pass"
 
 
 MODELS: dict[str, LatentLM] = {}

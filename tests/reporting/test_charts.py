@@ -70,8 +70,8 @@ def values_of(rows: list[dict[str, Any]], offset: int = 1) -> Study:
 FACTS = {"step": 8, "sha256": "0123", "questions": 8, "file": "data/test.json"}  # of every study
 
 
-def changed(change: str, told: str, accuracy: float, share: float) -> dict[str, Any]:
-    return {"change": change, "told": told, "questions": 40, "accuracy": accuracy, "low": accuracy - 0.05,
+def changed(change: str, label: str, accuracy: float, share: float) -> dict[str, Any]:
+    return {"change": change, "label": label, "questions": 40, "accuracy": accuracy, "low": accuracy - 0.05,
             "high": accuracy + 0.02, "difference": accuracy - 0.9, "difference_low": accuracy - 0.95,
             "difference_high": accuracy - 0.85, "changed": share, "changed_low": share / 2,
             "changed_high": share + 0.1}  # fmt: skip
@@ -129,9 +129,9 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
         for of in charts.PREFIXES for steps in (None, *range(1, 8)) for k in range(OWN + 1)
     ]  # fmt: skip
     edges = [
-        {"change": "redirected", "told": "an edge turned towards the other option", "questions": 30, "followed": 0.9,
+        {"change": "redirected", "label": "an edge turned towards the other option", "questions": 30, "followed": 0.9,
          "followed_low": 0.8, "followed_high": 0.95, "changed": 0.9, "changed_low": 0.8, "changed_high": 0.95},
-        {"change": "removed", "told": "an edge removed that every way to the answer takes", "questions": 30,
+        {"change": "removed", "label": "an edge removed that every way to the answer takes", "questions": 30,
          "followed": None, "followed_low": None, "followed_high": None, "changed": 0.5, "changed_low": 0.4,
          "changed_high": 0.6},
     ]  # fmt: skip
@@ -409,7 +409,7 @@ def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
 
 def test_a_section_without_its_studies_says_how_to_get_them_or_is_left_out(run: RunRecord):
     bare = replace(run, studies={})
-    assert parts_of(section(how_many, bare), Code)[0].text == "python -m coconut.analyze run=runs/mine"
+    assert parts_of(section(how_many, bare), Code)[0].text == "coconut analyze run=runs/mine"
     assert what_they_hold(bare) is None
     assert are_they_used(bare) is None
     assert how_many(replace(bare, valid=[])) is None, "not trained far enough"

@@ -74,7 +74,7 @@ def copy(evaluated: Path, tmp_path: Path) -> Path:
 
 def page_of(run: Path | RunRecord) -> str:
     record = run if isinstance(run, RunRecord) else read_run(run)
-    return report(record, analyze.SECTIONS)
+    return analyze.page_of(record)
 
 
 def test_the_page_says_how_good_the_run_is(evaluated: Path):
@@ -129,7 +129,7 @@ def test_a_question_cannot_become_part_of_the_page(copy: Path):
 def test_a_run_without_evaluation_says_so(trained: Path):
     text = words(page_of(trained))
     assert "no test result yet" in text
-    assert f"python -m coconut.evaluate run={trained}" in text
+    assert f"coconut evaluate run={trained}" in text
     assert "unseen questions" not in text
     assert "The first questions of the validation data, as answered after update 8." in text
 
@@ -289,5 +289,4 @@ def test_figures_are_in_the_colours_of_the_page():
 
 
 def test_the_command_is_as_it_is_typed():
-    assert command("/x/coconut/train.py seed=1") == "python -m coconut.train seed=1"
-    assert command("/bin/coconut-train seed=1") == "/bin/coconut-train seed=1"
+    assert command("/x/coconut/train.py seed=1") == "coconut train seed=1"

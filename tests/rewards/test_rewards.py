@@ -1,9 +1,11 @@
-"""Labelled answers, their steps, reward models and what they say of tokens and steps."""
+"""Labelled completions, their steps, reward models, and rewards of tokens and steps."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import combinations
 from math import comb
@@ -22,9 +24,10 @@ from hypothesis import strategies as st
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
-from coconut.completions.completion import completion_from_ids, needs, question_of, shard_by_length
+from coconut.completions.completion import completion_from_ids, passes_and_length, question_of, shard_by_length
+from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import CorrectnessReward
-from coconut.completions.scoring import SamplingDistribution
+from coconut.completions.scoring import SamplingDistribution, score_tokens
 from coconut.config import (
     AdamWConfig,
     DataConfig,
@@ -43,11 +46,19 @@ from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Slot, Unit
 from coconut.reward import compare
-from coconut.rewards.aggregation import any_right, best_of, best_threshold, first_below, first_errors, of_steps, voted
-from coconut.rewards.batches import AnswerSet, preference, reward_batch, reward_loss
+from coconut.rewards.aggregation import (
+    aggregate_steps,
+    best_of,
+    best_threshold,
+    first_below,
+    first_errors,
+    pass_at,
+    weighted_vote,
+)
+from coconut.rewards.batches import AnswerSet, preference_metrics, reward_batch, reward_loss
 from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
-from coconut.rewards.config import CompareConfig, RewardModelConfig, RolloutConfig
-from coconut.rewards.implicit import REFERENCE, ImplicitReward, by_part, reference_of
+from coconut.rewards.config import CompareConfig, RewardModelConfig
+from coconut.rewards.implicit import REFERENCE, ImplicitReward, reference_of, sum_by_part
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.monte_carlo import continue_completions, step_labels
@@ -60,13 +71,14 @@ from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import match_dtypes, starting_point
 from coconut.tasks import TASKS
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, sha256, write_json
 from data_builders.pointers import PointersBuild
 from data_builders.pointers import build as build_pointers
 
 CPU = EngineConfig(device="cpu", threads=1)
-TOGETHER = ("ce", "dpo", "value")  # losses that are tried on two processes
+TWO_PROCESS_LOSSES = ("ce", "dpo", "value")
 LINES = PromptFormat()
 WORDS = PromptFormat("{}", "{} ", "### {}")
 
@@ -88,19 +100,19 @@ WORDS = PromptFormat("{}", "{} ", "### {}")
         ("\n### 1\nand more\n", LINES, ["\n### 1\nand more\n"]),
     ],
 )
-def test_parts_of_an_answer(text: str, form: PromptFormat, parts: list[str]) -> None:
+def test_text_ends_of_each_form(text: str, form: PromptFormat, parts: list[str]) -> None:
     ends = text_ends(text, form)
     assert [text[a:b] for a, b in zip([0, *ends], ends, strict=False)] == parts
 
 
 @given(st.text("ab \n#", max_size=30))
-def test_parts_are_all_of_the_answer(text: str) -> None:
+def test_text_ends_cover_the_whole_text(text: str) -> None:
     ends = text_ends(text, LINES)
     assert ends == sorted(set(ends))
     assert ends[-1] == len(text)
 
 
-def test_tokens_belong_to_the_step_that_they_end_in() -> None:
+def test_token_parts_assign_tokens_to_the_step_they_end_in() -> None:
     tokenizer = byte_level_tokenizer()
     text = "12 + 3 = 15\n15 * 2 = 30\n### 30"
     [ids] = encode_texts(tokenizer, [text])
@@ -108,8 +120,8 @@ def test_tokens_belong_to_the_step_that_they_end_in() -> None:
     parts = token_parts(tokenizer, [*ids, eos], LINES, [eos])
     assert sorted(set(parts)) == [0, 1, 2]
     assert parts == sorted(parts)
-    told = [tokenizer.decode([t for t, p in zip(ids, parts, strict=False) if p == part]) for part in (0, 1, 2)]
-    assert told == ["12 + 3 = 15\n", "15 * 2 = 30\n", "### 30"]
+    texts = [tokenizer.decode([t for t, p in zip(ids, parts, strict=False) if p == part]) for part in (0, 1, 2)]
+    assert texts == ["12 + 3 = 15\n", "15 * 2 = 30\n", "### 30"]
     assert token_parts(tokenizer, [eos], LINES, [eos]) == [0]
     assert token_parts(tokenizer, [], LINES) == []
 
@@ -117,7 +129,7 @@ def test_tokens_belong_to_the_step_that_they_end_in() -> None:
 # --- losses -----------------------------------------------------------------------------------------
 
 
-def test_losses_by_their_formulas() -> None:
+def test_losses_equal_their_formulas() -> None:
     torch.manual_seed(0)
     r, other = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     right = torch.tensor([1, 0, 1, 1, 0]).bool()
@@ -132,7 +144,7 @@ def test_losses_by_their_formulas() -> None:
     far = torch.tensor([60.0, -60.0], requires_grad=True)
     cross_entropy(far, torch.tensor([0, 1])).sum().backward()
     assert far.grad is not None
-    assert far.grad.tolist() == pytest.approx([1, -1]), "nothing saturates where it is wrong"
+    assert far.grad.tolist() == pytest.approx([1, -1]), "the gradient does not saturate where the prediction is wrong"
 
 
 # --- scores -----------------------------------------------------------------------------------------
@@ -140,7 +152,7 @@ def test_losses_by_their_formulas() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
-    """A model that writes its chain, trained for a moment, and labelled answers of its own."""
+    """A briefly trained chain-of-thought model, and labelled completions sampled from it."""
     folder = tmp_path_factory.mktemp("sampler")
     data = graph_files(folder, 40, 12, 8)
     config = small_run(
@@ -161,18 +173,18 @@ def answers_beside(sampler: Path) -> DataConfig:
     return DataConfig(train=train, valid=valid)
 
 
-def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_writes_reproducible_rows_with_ids(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
     assert len(rows) == 40
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
-        assert len(row["samples"]) == 6
-        for said in row["samples"]:
-            ids = said["ids"][:-1] if said["ids"][-1] == lm.special.eos else said["ids"]
-            assert lm.tokenizer.decode(ids) == said["text"]
-            assert said["truncated"] == (said["ids"][-1] != lm.special.eos)
-    told = read_json(made[0] / "rollouts" / "train.json")
-    assert (told["samples"], told["questions"], told["seed"]) == (6, 40, 0)
+        assert len(row["completions"]) == 6
+        for completion in row["completions"]:
+            ids = completion["ids"][:-1] if completion["ids"][-1] == lm.special.eos else completion["ids"]
+            assert lm.tokenizer.decode(ids) == completion["text"]
+            assert completion["truncated"] == (completion["ids"][-1] != lm.special.eos)
+    about = read_json(made[0] / "rollouts" / "train.json")
+    assert (about["samples"], about["questions"], about["seed"]) == (6, 40, 0)
     assert not list((made[0] / "rollouts").glob(".*"))
     again = RolloutConfig(run=str(made[0]), samples=6, output=str(tmp_path / "again.jsonl"), engine=CPU, batch_size=7)
     assert roll(again) == 0
@@ -181,7 +193,7 @@ def test_rollouts_are_written_whole_and_go_on(made: tuple[Path, DataConfig], tmp
     ]
 
 
-def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]) -> None:
+def test_step_rewards_add_up_to_the_completions_reward(made: tuple[Path, DataConfig]) -> None:
     lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
     reference = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
     with torch.no_grad():
@@ -192,7 +204,7 @@ def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]
     reward = ImplicitReward(lm, reference, 0.05)
     tokens, steps = reward.tokens(samples), reward.steps(samples)
     for sample, by_token, by_step in zip(samples, tokens, steps, strict=True):
-        assert len(by_token) == len(sample.completion_ids), "of the answer alone"
+        assert len(by_token) == len(sample.completion_ids), "prompt tokens have no reward"
         assert float(by_step.sum()) == pytest.approx(float(by_token.sum()), abs=1e-6)
         parts = reward.parts(sample)
         for part in range(max(parts) + 1):
@@ -201,7 +213,7 @@ def test_step_rewards_add_up_to_that_of_the_answer(made: tuple[Path, DataConfig]
     same = ImplicitReward(reference, reference, 0.05)
     assert all(not row.any() for row in same.tokens(samples[:5]))
     with pytest.raises(AssertionError):
-        by_part(torch.zeros(3), [0, 0])
+        sum_by_part(torch.zeros(3), [0, 0])
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -224,8 +236,10 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> Rew
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_it_learns_to_tell_right_from_wrong(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
-    """On answers of its own: those that were trained on."""
+def test_reward_model_learns_to_separate_right_from_wrong(
+    made: tuple[Path, DataConfig], tmp_path: Path, loss: str
+) -> None:
+    """Validated on its training completions."""
     data = DataConfig(train=made[1].train, valid=made[1].train)
     assert run(settings(made, tmp_path / "run", loss=loss, data=data, epochs=12, optimizer=AdamWConfig(lr=5e-3))) == 0
     rows = read_metrics(tmp_path / "run")
@@ -237,7 +251,7 @@ def test_it_learns_to_tell_right_from_wrong(made: tuple[Path, DataConfig], tmp_p
     assert best["reward_right"] > best["reward_wrong"]
 
 
-def test_the_value_after_a_step_is_that_of_all_tokens_up_to_its_end(made: tuple[Path, DataConfig]) -> None:
+def test_step_value_is_read_at_the_end_of_the_step(made: tuple[Path, DataConfig]) -> None:
     lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
     samples = [sample for row in read_answers(made[1].valid, lm) for sample in row.completions][:12]
     for sample, values in zip(samples, ValueModel(lm).parts(samples), strict=True):
@@ -251,7 +265,7 @@ def test_the_value_after_a_step_is_that_of_all_tokens_up_to_its_end(made: tuple[
             assert value == pytest.approx(float(logits[last].sigmoid()), abs=1e-5)
 
 
-def test_resumed_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_resumed_reward_training_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(settings(made, whole, save_every=1)) == 0
     shutil.copytree(whole, folder)
@@ -262,13 +276,59 @@ def test_resumed_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: P
     same_end(folder, whole)
 
 
-def test_killed_and_started_again(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    """By SIGKILL at an update of its own choosing, then asked to stop by SIGTERM, then to its end."""
+def test_killed_reward_training_resumes_exactly(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """Killed at an update by SIGKILL, then stopped by SIGTERM, then run to its end."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(settings(made, whole, save_every=1)) == 0
     killed_and_stopped(alone, str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=3, then=8)
     assert run(settings(made, folder, save_every=1)) == 0
     same_end(folder, whole)
+
+
+def test_a_validation_interrupted_by_a_signal_is_made_up_for(
+    made: tuple[Path, DataConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the training, and at its very end."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    config = settings(made, folder, validate_every=8)
+    assert run(replace(config, run=str(whole))) == 0
+    steps = [row["step"] for row in read_metrics(whole) if row["kind"] == "valid"]
+    for interrupted_at in (steps[1], steps[-1]):
+
+        def interrupted(
+            lm: LatentLM, completions: Any, size: int, score: Any, at: int = interrupted_at
+        ) -> list[torch.Tensor]:
+            """Send a signal between the first batch and the second of the validation at this step."""
+            validating = len(completions) == 12 * 6 and (read_metrics(folder) or [{"step": 0}])[-1]["step"] == at
+            batches: list[int] = []
+
+            def score_batch(batch: Any) -> torch.Tensor:
+                batches.append(1)
+                if validating and len(batches) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return score(batch)
+
+            return score_tokens(lm, completions, size, score_batch)
+
+        monkeypatch.setattr("coconut.rewards.trainer.score_tokens", interrupted)
+        assert run(config) == 128 + signal.SIGTERM
+        checkpoints = Checkpoints(folder)
+        assert checkpoints.steps()[-1] == interrupted_at
+        assert load_state(checkpoints.path(interrupted_at))["pending"]
+        assert read_metrics(folder)[-1]["kind"] == "train", "nothing of the validation is logged"
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert read_metrics(folder)[-1]["step"] == steps[-1]
+    same_end(folder, whole)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    config = settings(made, tmp_path / "run", optimizer=AdamWConfig(lr=1e20), save_every=1)
+    with pytest.raises(NonFiniteLossError, match=r"(?s)The loss of update \d+ is (nan|inf).*lower optimizer.lr"):
+        run(config)
+    found = read_json(tmp_path / "run" / "diverged.json")
+    assert len(found["examples"]) == 16
+    assert found["before"][-1]["step"] == found["step"] - 1 == Checkpoints(tmp_path / "run").steps()[-1]
 
 
 def alone(sampler: str, folder: str) -> None:
@@ -280,26 +340,28 @@ def on_two(sampler: str, folder: str) -> None:
     made = Path(sampler), answers_beside(Path(sampler))
     engine = EngineConfig(device="cpu", threads=1, timeout=120)
     with init_distributed(engine) as world:
-        for loss in TOGETHER:
+        for loss in TWO_PROCESS_LOSSES:
             assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
 
 
-def test_two_processes_do_what_one_does(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_two_processes_equal_one_in_reward_training(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path / "two"))
-    for loss in TOGETHER:
+    for loss in TWO_PROCESS_LOSSES:
         assert run(settings(made, tmp_path / "one" / loss, loss=loss, epochs=1)) == 0
         one, two = (
             [row for row in read_metrics(tmp_path / number / loss) if row["kind"] in ("train", "valid")]
             for number in ("one", "two")
         )
         assert len(one) == len(two)
-        for mine, its in zip(one, two, strict=True):
+        for row, other in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "pairs", "reward_right"):
-                assert mine.get(key, 0) == pytest.approx(its.get(key, 0), rel=2e-3, abs=1e-5)
+                assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=2e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
-def test_the_split_into_micro_batches_changes_nothing(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+def test_reward_loss_does_not_depend_on_the_micro_batch(
+    made: tuple[Path, DataConfig], tmp_path: Path, loss: str
+) -> None:
     found = []
     for size in (None, 6, 2):
         folder = tmp_path / str(size)
@@ -309,21 +371,21 @@ def test_the_split_into_micro_batches_changes_nothing(made: tuple[Path, DataConf
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_pairs_are_of_one_question() -> None:
+def test_answer_set_pairs_are_of_one_question() -> None:
     answers = AnswerSet([], np.array([1, 0, 0, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 2]))
     for seed in range(5):
         pairs = answers.pairs(seed)
         assert pairs.shape == (1, 2), "question 1 has no wrong answer, question 2 no right one"
         assert pairs[0, 0] == 0
         assert pairs[0, 1] in (1, 2)
-    found = preference(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
+    found = preference_metrics(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
     assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
 
 
 # --- the reference ----------------------------------------------------------------------------------
 
 
-def begun(config: RewardModelConfig) -> RewardTrainer:
+def new_trainer(config: RewardModelConfig) -> RewardTrainer:
     Path(str(config.run)).mkdir()
     return RewardTrainer(
         config, Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}, World()
@@ -331,10 +393,8 @@ def begun(config: RewardModelConfig) -> RewardTrainer:
 
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora"])
-def test_a_reward_model_that_has_not_moved_rewards_nothing(
-    made: tuple[Path, DataConfig], tmp_path: Path, kind: str
-) -> None:
-    """As it is trained, and as it is compared."""
+def test_untrained_reward_model_gives_zero_rewards(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
+    """In training, and in a comparison."""
     init = starting_point(str(made[0]))
     if kind != "float32":
         LatentLM.from_pretrained(init).to(torch.bfloat16).save_pretrained(tmp_path / "lowered")
@@ -348,9 +408,9 @@ def test_a_reward_model_that_has_not_moved_rewards_nothing(
     engine = EngineConfig(
         device="cpu", threads=1, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32")
     )
-    training = begun(settings(made, tmp_path / "run", init=str(init), engine=engine))
+    training = new_trainer(settings(made, tmp_path / "run", init=str(init), engine=engine))
     for split in ("train", "valid"):
-        whole = training._whole(training.lm, training.answers[split].completions)
+        whole = training._score(training.lm, training.answers[split].completions)
         assert torch.equal(whole, training.reference[split])
     saved = tmp_path / "saved"
     training.lm.save_pretrained(saved)
@@ -360,42 +420,42 @@ def test_a_reward_model_that_has_not_moved_rewards_nothing(
     assert all(not row.any() for row in rewards)
 
 
-def test_a_reward_model_keeps_to_what_it_was_trained_against(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_reference_of_requires_the_weights_of_training(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     sampler = tmp_path / "sampler"
     shutil.copytree(made[0], sampler)
     assert run(settings(made, tmp_path / "run", init=str(sampler), epochs=1)) == 0
-    against = reference_of(tmp_path / "run")
-    assert against == starting_point(str(sampler)).resolve()
-    assert reference_of(Checkpoints(tmp_path / "run").find("last")) == against
+    reference = reference_of(tmp_path / "run")
+    assert reference == starting_point(str(sampler)).resolve()
+    assert reference_of(Checkpoints(tmp_path / "run").find("last")) == reference
     checkpoints = Checkpoints(sampler)
     later = checkpoints.path(checkpoints.steps()[-1] + 1)
-    shutil.copytree(against, later)
+    shutil.copytree(reference, later)
     state = {**load_state(later), "step": checkpoints.steps()[-1], "best": {"step": checkpoints.steps()[-1]}}
     write_json(later / "state.json", state)
     manifest = read_json(later / "manifest.json")
-    told = {"bytes": (later / "state.json").stat().st_size, "sha256": sha256(later / "state.json")}
-    write_json(later / "manifest.json", {**manifest, "state.json": told})
-    assert starting_point(str(sampler)).resolve() != against, "it was trained further, and another one is best"
-    assert reference_of(tmp_path / "run") == against
-    kept = torch.load(tmp_path / "run" / REFERENCE)
-    torch.save({split: kept[split] for split in ("train", "valid")}, tmp_path / "run" / REFERENCE)
-    with pytest.raises(ValueError, match=r"is of an earlier version.*Train it anew"):
+    entry = {"bytes": (later / "state.json").stat().st_size, "sha256": sha256(later / "state.json")}
+    write_json(later / "manifest.json", {**manifest, "state.json": entry})
+    assert starting_point(str(sampler)).resolve() != reference, "it was trained further, and another one is best"
+    assert reference_of(tmp_path / "run") == reference
+    saved = torch.load(tmp_path / "run" / REFERENCE)
+    torch.save({split: saved[split] for split in ("train", "valid")}, tmp_path / "run" / REFERENCE)
+    with pytest.raises(ValueError, match=r"has no digest of the weights .*Train it again"):
         reference_of(tmp_path / "run")
-    torch.save(kept, tmp_path / "run" / REFERENCE)
-    lm = LatentLM.from_pretrained(against)
+    torch.save(saved, tmp_path / "run" / REFERENCE)
+    lm = LatentLM.from_pretrained(reference)
     with torch.no_grad():
         next(lm.parameters()).add_(0.1)
-    lm.save_pretrained(against)
-    with pytest.raises(ValueError, match="which holds other weights by now: put it back"):
+    lm.save_pretrained(reference)
+    with pytest.raises(ValueError, match=r"whose weights have changed since. Restore it"):
         reference_of(tmp_path / "run")
-    shutil.rmtree(against)
-    with pytest.raises(ValueError, match="which is not there any more: put it back"):
+    shutil.rmtree(reference)
+    with pytest.raises(ValueError, match=r"which is missing. Restore it"):
         reference_of(tmp_path / "run")
 
 
 @pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
-def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
-    """Tokens that went through the model, forward, and backward for twice as much."""
+def test_costs_count_the_tokens_of_a_training(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+    """FLOPs from the tokens forwarded; a backward pass counts twice a forward pass."""
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:8]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: str(tmp_path / "train.jsonl") for split in ("train", "valid")}
@@ -408,9 +468,12 @@ def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig],
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(LatentLM, "forward", counted)
-        training = begun(settings(made, tmp_path / "run", loss=loss, data=data))
+        training = new_trainer(settings(made, tmp_path / "run", loss=loss, data=data))
         tokens[0] /= 2  # what the reference says of validation answers, the same ones here, is not counted
-        units = [training.update(step)["items"] for step in range(training.total)]
+        units = []
+        for step in range(training.num_steps):
+            training.step = step
+            units.append(training.train_step()["items"])
     answers = training.answers["train"].completions
     trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
     labelled = read_answers(files["train"], training.lm)
@@ -422,16 +485,16 @@ def test_what_a_training_computes_is_what_is_told(made: tuple[Path, DataConfig],
     assert row["flops"] == pytest.approx(2 * 7 * tokens[0], rel=1e-9)
 
 
-def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> None:
+def test_pair_takes_the_passes_of_either_completion(tmp_path: Path) -> None:
     lm = hybrid(dtype=torch.float32)
     lm.save_pretrained(tmp_path / "hybrid")
     long = {"text": "7 8 9 10 11 12 13 14", "correct": True, "mode": "short"}
     thinks = {"text": "7", "correct": False, "mode": "latent_2", "num_thoughts": 2}
-    row = {"question": "3 4", "answer": "c", "steps": [], "samples": [long, thinks]}
+    row = {"question": "3 4", "answer": "c", "steps": [], "completions": [long, thinks]}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     data = DataConfig(train=str(tmp_path / "answers.jsonl"), valid=str(tmp_path / "answers.jsonl"))
     made = tmp_path / "hybrid", data
-    training = begun(settings(made, tmp_path / "run", loss="dpo", data=data))
+    training = new_trainer(settings(made, tmp_path / "run", loss="dpo", data=data))
     passes: list[int] = []
 
     def update(micro_batches: Any, lr: float) -> StepResult:
@@ -439,52 +502,52 @@ def test_a_pair_takes_the_passes_that_either_answer_needs(tmp_path: Path) -> Non
         return StepResult(0.0, 0.0, 1)
 
     training.engine.update = update
-    training.update(0)
+    training.train_step()
     assert passes == [3], "two thoughts are three passes, of the shorter answer"
     first, second = training.answers["train"].completions
     assert len(first.layout.ids) > len(second.layout.ids)
-    assert shard_by_length([needs([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
+    assert shard_by_length([passes_and_length([first, second])], 1, rank=1, ranks=2) == [([-1], 3)]
 
 
 # --- answers that are too long ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_answers_longer_than_the_context_are_not_scored(kind: str) -> None:
+def test_scoring_refuses_completions_longer_than_the_context(kind: str) -> None:
     lm = build(kind, torch.float32, slot=Slot.none, markers=False)
     samples = [completion_from_ids(lm, [5, 6], [7] * count, text="") for count in (3, 94, 95)]
     assert len(SamplingDistribution.of(lm.special).score(lm, samples[:2], 2)[1]) == 94
-    with pytest.raises(ValueError, match=r"1 of 3 answers are.*context of 96 tokens: answer 3 \(97 tokens\)"):
+    with pytest.raises(ValueError, match=r"1 of 3 completions are.*context of 96 tokens: completion 3 \(97 tokens\)"):
         SamplingDistribution.of(lm.special).score(lm, samples, 2)
-    with pytest.raises(ValueError, match=r"1 of 3 answers are"):
+    with pytest.raises(ValueError, match="1 of 3 completions are"):
         ValueModel(lm).before(samples)
 
 
-def test_answers_longer_than_the_context_are_named_or_left_out(
+def test_read_answers_names_or_skips_completions_longer_than_the_context(
     made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:4]
-    said = rows[2]["samples"][1]
-    said["ids"] = [said["ids"][0]] * 90
+    completion = rows[2]["completions"][1]
+    completion["ids"] = [completion["ids"][0]] * 90
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
-    message = r"1 of 24 answers are.*answer 2 to question 3 \(\d+ tokens\). Leave them out with data.too_long=skip"
+    message = (
+        r"1 of 24 completions are.*completion 2 of question 3 \(\d+ tokens\). Leave them out with data.too_long=skip"
+    )
     with pytest.raises(ValueError, match=message):
         read_answers(tmp_path / "long.jsonl", lm)
     config = settings(made, tmp_path / "run", data=replace(made[1], train=str(tmp_path / "long.jsonl")))
     with pytest.raises(ValueError, match=message):
         run(config)
     config.data.too_long = TooLong.skip
-    assert len(begun(config).answers["train"].completions) == 23
-    assert "Left out 1 of 24 answers" in capsys.readouterr().out
-    whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, alike=True)
+    assert len(new_trainer(config).answers["train"].completions) == 23
+    assert "Left out 1 of 24 completions" in capsys.readouterr().out
+    whole = read_answers(tmp_path / "long.jsonl", lm, skip=True, whole_questions=True)
     assert [len(row.completions) for row in whole] == [6, 6, 6]
     assert rows[2]["question"] not in {row.example.question for row in whole}
 
 
-def test_questions_without_room_for_an_answer_are_not_sampled_from(
-    made: tuple[Path, DataConfig], tmp_path: Path
-) -> None:
+def test_rollout_names_or_skips_questions_without_room(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     file = Path(made[1].train).parents[2] / "train.json"
     rows = read_json(file)[:3]
     rows[1]["question"] = " ".join([rows[1]["question"]] * 8)
@@ -512,7 +575,7 @@ def test_best_of_n_is_the_expectation_over_all_draws() -> None:
                 top = max(scores[q, i] for i in chosen)
                 expected[q] += np.mean([right[q, i] for i in chosen if scores[q, i] == top]) / comb(6, size)
                 some[q] += any(right[q, i] for i in chosen) / comb(6, size)
-        assert any_right(right, size) == pytest.approx(some)
+        assert pass_at(right, size) == pytest.approx(some)
         assert best_of(scores, right, size) == pytest.approx(expected)
     distinct = draw.permutation(18).reshape(3, 6).astype(float)
     for size in (1, 3, 6):
@@ -524,48 +587,48 @@ def test_best_of_n_is_the_expectation_over_all_draws() -> None:
     assert best_of(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
 
 
-def vote_by_hand(said: list[str | None], weights: Any, right: Any, size: int) -> float:
+def vote_by_hand(answers: list[str | None], weights: Any, right: Any, size: int) -> float:
     """The mean over all draws of the mean over the answers with the largest sum of weights."""
-    found = []
-    for chosen in combinations(range(len(said)), size):
-        voting = [i for i in chosen if said[i] is not None]
+    accuracies = []
+    for chosen in combinations(range(len(answers)), size):
+        voting = [i for i in chosen if answers[i] is not None]
         counted = not any(weights[i] for i in voting)
         sums: dict[str | None, float] = {}
         for i in voting:
-            sums[said[i]] = sums.get(said[i], 0.0) + (1.0 if counted else weights[i])
+            sums[answers[i]] = sums.get(answers[i], 0.0) + (1.0 if counted else weights[i])
         top = [answer for answer, value in sums.items() if abs(value - max(sums.values())) < 1e-9]
-        found.append(np.mean([right[said.index(answer)] for answer in top]) if top else 0.0)
-    return float(np.mean(found))
+        accuracies.append(np.mean([right[answers.index(answer)] for answer in top]) if top else 0.0)
+    return float(np.mean(accuracies))
 
 
-def test_a_vote_is_the_expectation_over_all_draws_with_ties_shared() -> None:
-    draw = np.random.default_rng(1)
+def test_weighted_vote_is_the_expectation_over_all_draws() -> None:
+    rng = np.random.default_rng(1)
     for _ in range(12):
-        said = [None if n == 4 else "abcd"[n] for n in draw.integers(5, size=11)]
-        right = np.array([float(answer in ("a", "c")) for answer in said])
+        answers = [None if n == 4 else "abcd"[n] for n in rng.integers(5, size=11)]
+        right = np.array([float(answer in ("a", "c")) for answer in answers])
         for size in (1, 2, 4, 6, 9, 11):
             for weights in (np.ones(11), np.full(11, 0.3), np.zeros(11)):
-                [exact] = voted([said], weights[None], right[None], size)
-                assert exact == pytest.approx(vote_by_hand(said, weights, right, size), abs=1e-12)
-        weights = np.round(draw.random(11), 1)  # with ties, and votes that weigh nothing
+                [exact] = weighted_vote([answers], weights[None], right[None], size)
+                assert exact == pytest.approx(vote_by_hand(answers, weights, right, size), abs=1e-12)
+        weights = np.round(rng.random(11), 1)  # with ties, and votes that weigh nothing
         for size in (1, 10, 11):
-            [exact] = voted([said], weights[None], right[None], size)
-            assert exact == pytest.approx(vote_by_hand(said, weights, right, size), abs=1e-12)
-        draws = [voted([said], weights[None], right[None], 5, seed)[0] for seed in range(8)]
-        assert np.mean(draws) == pytest.approx(vote_by_hand(said, weights, right, 5), abs=0.08)
+            [exact] = weighted_vote([answers], weights[None], right[None], size)
+            assert exact == pytest.approx(vote_by_hand(answers, weights, right, size), abs=1e-12)
+        draws = [weighted_vote([answers], weights[None], right[None], 5, seed)[0] for seed in range(8)]
+        assert np.mean(draws) == pytest.approx(vote_by_hand(answers, weights, right, 5), abs=0.08)
 
 
-def test_many_samples_vote_exactly() -> None:
-    said = [["a"] * 24 + ["b"] * 24 + ["c"] * 15 + [None]]
+def test_majority_vote_of_many_samples_is_exact() -> None:
+    answers = [["a"] * 24 + ["b"] * 24 + ["c"] * 15 + [None]]
     right = np.array([[1.0] * 24 + [0.0] * 40])
-    shared = [voted(said, np.ones((1, 64)), right, size)[0] for size in (8, 16, 64)]
+    shared = [weighted_vote(answers, np.ones((1, 64)), right, size)[0] for size in (8, 16, 64)]
     other = np.array([[0.0] * 24 + [1.0] * 24 + [0.0] * 16])
-    assert shared[:2] == pytest.approx([voted(said, np.ones((1, 64)), other, size)[0] for size in (8, 16)])
-    assert shared[2] == 0.5, "whichever name comes first"
+    assert shared[:2] == pytest.approx([weighted_vote(answers, np.ones((1, 64)), other, size)[0] for size in (8, 16)])
+    assert shared[2] == 0.5, "a tie does not depend on the order"
     assert shared[0] < shared[1] < 0.5
 
 
-def test_equal_answers_vote_together() -> None:
+def test_selections_pool_votes_of_equal_answers() -> None:
     texts = ["### $18", "### 7", "### 18.00", "### 7", "### 18"]
     lm = build("gpt2", torch.float32)
     samples = tuple(completion_from_ids(lm, [3], [5, 1], text=text) for text in texts)
@@ -577,17 +640,17 @@ def test_equal_answers_vote_together() -> None:
     assert found["accuracy"] == 1.0
 
 
-def test_votes() -> None:
-    said = [["a", "a", "b", None], [None] * 4]
+def test_weighted_vote_of_missing_answers_and_zero_weights() -> None:
+    answers = [["a", "a", "b", None], [None] * 4]
     right = np.array([[1.0, 1, 0, 0], [0.0] * 4])
-    assert voted(said, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
-    assert voted(said, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
-    assert voted(said, np.ones((2, 4)), right, 1)[0] == 0.5
-    weightless = voted([["a", "b", "b", "b"]], np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]), 4)
-    assert weightless.tolist() == [0.0], "votes that weigh nothing are counted, not given to who comes first"
+    assert weighted_vote(answers, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
+    assert weighted_vote(answers, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
+    assert weighted_vote(answers, np.ones((2, 4)), right, 1)[0] == 0.5
+    weightless = weighted_vote([["a", "b", "b", "b"]], np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]), 4)
+    assert weightless.tolist() == [0.0], "if all weights are zero, votes are counted"
 
 
-def test_the_first_wrong_step() -> None:
+def test_first_errors_and_aggregation_of_steps() -> None:
     rewards = [[0.5, -0.2, 0.1], [0.3, 0.4], [0.1, 0.2, -0.9]]
     assert first_below(rewards, 0.0) == [1, None, 2]
     true = [1, None, 1]
@@ -595,25 +658,25 @@ def test_the_first_wrong_step() -> None:
     assert (found.wrong, found.right) == (0.5, 1.0)
     assert found.f1 == pytest.approx(2 / 3)
     assert first_below(rewards, best_threshold(rewards, [1, None, 2])) == [1, None, 2]
-    assert of_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
-    assert of_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
-    assert of_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
+    assert aggregate_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
+    assert aggregate_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
+    assert aggregate_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
 
 
-def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
+def test_step_labels_share_rollouts(made: tuple[Path, DataConfig]) -> None:
     lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
     labelled = read_answers(made[1].train, lm)[:6]
     judge = CorrectnessReward(TASKS["prosqa"], lm.reasoning.format)
     found = step_labels(lm, judge, labelled, rollouts=4, seed=1)
     again = step_labels(lm, judge, labelled, rollouts=4, seed=1, batch_size=1000)
     assert len(found.shares) == 6 * 6
-    assert (found.sampled, len(found.shares)) == (again.sampled, len(again.shares))
+    assert (found.num_rollouts, len(found.shares)) == (again.num_rollouts, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.completions]
-    for text, its in zip(texts, found.shares, strict=True):
+    for text, shares in zip(texts, found.shares, strict=True):
         steps = TASKS["prosqa"].read_steps(text, WORDS)
-        assert len(its) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
-        assert all(share * 4 == int(share * 4) for share in its)
-    assert found.sampled < found.tokens < found.sampled * 9 + 100 * found.sampled
+        assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
+        assert all(share * 4 == int(share * 4) for share in shares)
+    assert found.num_rollouts < found.tokens < found.num_rollouts * 9 + 100 * found.num_rollouts
     assert [list(map(bool, shares)) for shares in found.shares] == found.hard
 
 
@@ -622,7 +685,7 @@ def test_labels_by_rollouts(made: tuple[Path, DataConfig]) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model of pointers that is sometimes right, its answers, and two reward models of a moment."""
+    """A pointer-chasing model that is sometimes right, its completions, and three briefly trained reward models."""
     folder = tmp_path_factory.mktemp("pointers")
     build_pointers(PointersBuild(out_dir=str(folder), nodes=5, hops_to=2, num_train=60, num_valid=8, num_test=8))
     train, valid, test = (str(folder / f"pointers_{split}.json") for split in ("train", "valid", "test"))
@@ -642,7 +705,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", folder / "models"
 
 
-def test_reward_models_side_by_side(
+def test_reward_compare_writes_its_studies_and_page(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler, folder = models
@@ -654,18 +717,22 @@ def test_reward_models_side_by_side(
         LatentLM, "from_pretrained", lambda place, *how: opened.append(Path(place).resolve()) or load(place, *how)
     )
     assert compare(config) == 0
-    assert opened.count(reference_of(folder / "ce")) == 1, "one reference for all that are in its types"
-    told = capsys.readouterr().out
-    assert "ce, sum" in told
-    assert "rollouts" in told
+    assert opened.count(reference_of(folder / "ce")) == 1, "models of the same dtypes share one reference"
+    output = capsys.readouterr().out
+    assert "ce, sum" in output
+    assert "rollouts" in output
     selection = read_json(folder / "selection.json")
-    rows = {(row["scorer"], row["way"], row["n"]): row for row in selection["rows"]}
+    rows = {(row["scorer"], row["aggregation"], row["n"]): row for row in selection["rows"]}
     mean = selection["facts"]["mean"]
-    for scorer, way in {(row["scorer"], row["way"]) for row in selection["rows"]}:
-        assert rows[scorer, way, 1]["accuracy"] == pytest.approx(mean, abs=0.06), "of one there is no choice"
+    for scorer, aggregation in {(row["scorer"], row["aggregation"]) for row in selection["rows"]}:
+        assert rows[scorer, aggregation, 1]["accuracy"] == pytest.approx(mean, abs=0.06), (
+            "with one completion there is no choice"
+        )
         for size in (1, 2, 4, 8):
-            sampled = 0.06 if way == "vote" else 1e-9
-            assert rows[scorer, way, size]["accuracy"] <= rows["oracle", "any right", size]["accuracy"] + sampled
+            sampled = 0.06 if aggregation == "vote" else 1e-9
+            assert (
+                rows[scorer, aggregation, size]["accuracy"] <= rows["oracle", "any right", size]["accuracy"] + sampled
+            )
     errors = read_json(folder / "first_errors.json")
     assert [row["scorer"] for row in errors["rows"]] == ["ce", "dpo", "value", "rollouts"]
     assert errors["facts"]["answers"] == 32
@@ -675,11 +742,14 @@ def test_reward_models_side_by_side(
     assert min(row["seconds"] for row in costs.values()) > 0
     assert [row["scorer"] for row in read_json(folder / "bounds.json")["rows"]] == ["ce", "dpo"]
     page = (folder / "comparison.html").read_text(encoding="utf-8")
-    assert all(word in page for word in ("The first wrong step", "What it costs to know", "The value of a prefix"))
+    assert all(
+        word in page
+        for word in ("The first wrong step", "The cost of scoring steps", "Bounds on the value of a prefix")
+    )
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_the_value_of_a_prefix_is_the_soft_mean_of_what_follows(models: tuple[Path, Path]) -> None:
+def test_prefix_value_is_the_soft_mean_of_its_continuations(models: tuple[Path, Path]) -> None:
     """q = beta log E exp(r / beta), over many continuations from the reference, from which the model is not far."""
     lm, reference = (LatentLM.from_pretrained(starting_point(str(models[0]))).eval() for _ in range(2))
     torch.manual_seed(0)
@@ -700,7 +770,7 @@ def test_the_value_of_a_prefix_is_the_soft_mean_of_what_follows(models: tuple[Pa
 
 
 @pytest.mark.parametrize("kind", ["thoughts", "pauses", "modes"])
-def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
+def test_continued_prefix_keeps_one_slot(kind: str) -> None:
     slot = {"thoughts": Slot.thought, "pauses": Slot.pause, "modes": Slot.none}[kind]
     models = []
     for _ in range(2):
@@ -722,53 +792,55 @@ def test_a_prefix_is_gone_on_from_with_one_slot(kind: str) -> None:
     for row in found.rows:
         assert row["soft"] == pytest.approx(row["q"], abs=0.01)
     for sample in samples:
-        begun = sample.saying(sample.completion_ids[:1])
-        assert question_of(lm, begun) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
-        [several] = continue_completions(reference, [begun], 3)
+        prefix = sample.with_completion_ids(sample.completion_ids[:1])
+        assert question_of(lm, prefix) == question_of(lm, sample) == sample.layout.ids[:3].tolist()
+        [several] = continue_completions(reference, [prefix], 3)
         assert all(1 <= len(more) <= 3 for more in several)
-        whole = begun.saying([*begun.completion_ids, *several[0]])
+        whole = prefix.with_completion_ids([*prefix.completion_ids, *several[0]])
         assert whole.layout.ids.tolist().count(lm.latent_id) == sample.layout.ids.tolist().count(lm.latent_id)
-    ended = samples[0].saying([8, lm.special.eos])
-    assert continue_completions(reference, [ended], 2) == [[[], []]], "what has ended does not go on"
+    ended = samples[0].with_completion_ids([8, lm.special.eos])
+    assert continue_completions(reference, [ended], 2) == [[[], []]], "an ended completion has no continuation"
 
 
-def test_models_that_cannot_be_compared(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_reward_compare_refuses_uneven_files_and_missing_keys(models: tuple[Path, Path], tmp_path: Path) -> None:
     sampler, folder = models
     answers = sampler / "rollouts" / "test.jsonl"
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    rows[0]["samples"].pop()
+    rows[0]["completions"].pop()
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="Some questions have 7 answers and some 8"):
+    with pytest.raises(ValueError, match="Some questions have 7 completions and some 8"):
         compare(
             CompareConfig(
                 runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), num_step_questions=2, engine=CPU
             )
         )
-    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut.reward compare"):
+    with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut reward compare"):
         analyze(AnalyzeConfig(run=str(folder / "ce")))
     with pytest.raises(ValueError, match="Name the reward models"):
         CompareConfig(answers="a")
-    with pytest.raises(ValueError, match="Name the answers"):
+    with pytest.raises(ValueError, match="Name the file of labelled completions"):
         CompareConfig(runs=["a"])
 
 
-# --- what cannot be ---------------------------------------------------------------------------------
+# --- invalid input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row["samples"][1].pop("correct"), "line 2: sample 2 has no label"),
-        (lambda row: row["samples"][0].update(ids=[10**6]), "none of this model's .* tokens"),
-        (lambda row: row["samples"][0].pop("text"), "sample 1 has no text"),
-        (lambda row: row.update(completions=[]), "it has no samples"),
-        (lambda row: row["samples"][1].update(mode="think"), "sample 2 has the mode 'think'.*it has no modes"),
+        (lambda row: row["completions"][1].pop("correct"), "line 2: completion 2 has no label"),
+        (lambda row: row["completions"][0].update(ids=[10**6]), "none of this model's .* tokens"),
+        (lambda row: row["completions"][0].pop("text"), "completion 1 has no text"),
+        (lambda row: row.update(completions=[]), "it has no completions"),
+        (lambda row: row["completions"][1].update(mode="think"), "completion 2 has the mode 'think'.*it has no modes"),
         (lambda row: row.update(steps="a"), "steps is 'a'"),
         (lambda row: row.pop("question"), "it must be an object with question"),
-        (lambda row: row["samples"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
+        (lambda row: row["completions"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
     ],
 )
-def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str) -> None:
+def test_read_answers_names_malformed_lines(
+    made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str
+) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:3]
     change(rows[1])
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -776,11 +848,13 @@ def test_files_that_are_no_answers(made: tuple[Path, DataConfig], tmp_path: Path
         read_answers(tmp_path / "bad.jsonl", LatentLM.from_pretrained(starting_point(str(made[0]))))
 
 
-def test_nothing_to_compare(made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairwise_loss_requires_right_and_wrong_completions(
+    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
     for row in rows:
-        for said in row["samples"]:
-            said["correct"] = True
+        for completion in row["completions"]:
+            completion["correct"] = True
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=str(tmp_path / "one.jsonl"), valid=made[1].valid)
     with pytest.raises(ValueError, match="no question has both a right and a wrong answer, which loss=dpo compares"):
@@ -788,7 +862,7 @@ def test_nothing_to_compare(made: tuple[Path, DataConfig], tmp_path: Path, capsy
     assert "to 40 of 40 questions all answers are right" in capsys.readouterr().out
 
 
-def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_reward_configs_refuse_invalid_values(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     for changes, message in [
         ({"loss": "mse"}, r"There is no loss 'mse'. The losses are: ce, kto, dpo, nca"),
         ({"beta": 0.0}, "beta is 0.0"),
@@ -802,7 +876,7 @@ def test_settings_that_cannot_be(made: tuple[Path, DataConfig], tmp_path: Path) 
         RolloutConfig(run="x", temperature=0.0)
 
 
-def test_answers_to_what_cannot_be_right_are_not_sampled(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_names_or_skips_unreadable_gold_answers(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     rows = [{"question": "0 1 ?", "answer": 1}, {"question": "0 1 ?", "answer": "0 ### 1"}]
     write_json(tmp_path / "own.json", rows)
     files, output = DataFiles(train=str(tmp_path / "own.json")), tmp_path / "answers.jsonl"
@@ -814,13 +888,13 @@ def test_answers_to_what_cannot_be_right_are_not_sampled(made: tuple[Path, DataC
     assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == ["1"]
 
 
-def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_read_answers_encodes_text_without_ids(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:5]
     lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
-        for said in row["samples"]:
+        for completion in row["completions"]:
             for key in ("ids", "mode", "num_thoughts", "new_tokens", "truncated"):
-                said.pop(key)
+                completion.pop(key)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with_ids, without = read_answers(made[1].train, lm)[:5], read_answers(tmp_path / "text.jsonl", lm)
     pairs = [
@@ -831,7 +905,7 @@ def test_answers_without_ids_are_encoded(made: tuple[Path, DataConfig], tmp_path
     assert all(a.completion_ids == b.completion_ids for a, b in pairs if not a.truncated)
 
 
-def test_gradient_reaches_every_token_of_the_answer_and_nothing_else() -> None:
+def test_reward_loss_reaches_every_completion_token() -> None:
     lm = build("llama", slot=Slot.none, markers=False)
     samples = [completion_from_ids(lm, [5, 6], [7, 8, 1], text=""), completion_from_ids(lm, [5, 6, 9], [8, 1], text="")]
     batch = reward_batch(samples, torch.zeros(2), torch.tensor([True, False]), lm.special, 1)

@@ -48,7 +48,7 @@ def pair(family: str = "llama", **reasoning: Any) -> ImplicitReward:
 # --- generation -------------------------------------------------------------------------------------
 
 
-def test_noise_is_what_is_fed_beside_the_models_own_states(family: str) -> None:
+def test_thought_noise_is_the_difference_to_the_models_own_states(family: str) -> None:
     lm = build(family, num_thoughts=3)
     out = noisy(lm)
     means = thought_means(lm, QUESTIONS, out.thoughts)
@@ -61,7 +61,7 @@ def test_noise_is_what_is_fed_beside_the_models_own_states(family: str) -> None:
     assert not torch.equal(noisy(lm, seed=1).thoughts, out.thoughts)
 
 
-def test_the_mean_of_a_thought_is_what_the_loop_feeds(family: str) -> None:
+def test_thought_means_equal_the_states_of_the_feedback_loop(family: str) -> None:
     lm = build(family, num_thoughts=4)
     for batch_size in (1, 3, 256):
         out = noisy(lm, sigma=0.0)
@@ -76,7 +76,7 @@ def test_the_mean_of_a_thought_is_what_the_loop_feeds(family: str) -> None:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_every_answer_has_thoughts_of_its_own(sampled: bool) -> None:
+def test_every_completion_has_its_own_noisy_thoughts(sampled: bool) -> None:
     lm = build("llama", num_thoughts=3)
     out = noisy(lm, num_return_sequences=3, do_sample=sampled)
     thoughts = out.thoughts.view(len(QUESTIONS), 3, 3, -1)
@@ -89,7 +89,7 @@ def test_every_answer_has_thoughts_of_its_own(sampled: bool) -> None:
     assert different.num_thoughts.tolist() == [1, 1, 3, 3, 2, 2, 3, 3]
 
 
-def test_rows_that_stop_by_themselves_keep_their_noise() -> None:
+def test_early_stopped_rows_keep_their_noise() -> None:
     lm = build("llama", num_thoughts=4)
     ends = noisy(lm).thoughts[[0, 1, 2, 3], [1, 3, 0, 2]]
 
@@ -103,7 +103,7 @@ def test_rows_that_stop_by_themselves_keep_their_noise() -> None:
         assert rows_of(lm.generate(torch.tensor([question]), max_new_tokens=6, thoughts=fed))[0] == rows_of(out)[row]
 
 
-def test_noise_that_cannot_be_is_refused() -> None:
+def test_invalid_thought_noise_is_refused() -> None:
     lm = build("llama", num_thoughts=2)
     for sigma in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"thought_noise is {sigma}"):
@@ -129,7 +129,7 @@ def log_density(lm: LatentLM, thoughts: Tensor, sigma: float) -> Tensor:
 
 
 @pytest.mark.parametrize("sigma", [0.05, SIGMA, 2.0])
-def test_the_reward_of_a_thought_is_the_log_ratio_of_its_densities(family: str, sigma: float) -> None:
+def test_thought_reward_is_the_log_ratio_of_densities(family: str, sigma: float) -> None:
     reward = pair(family)
     thoughts = noisy(reward.lm, sigma).thoughts
     found = thought_rewards(reward, QUESTIONS, thoughts, sigma)
@@ -141,44 +141,44 @@ def test_the_reward_of_a_thought_is_the_log_ratio_of_its_densities(family: str, 
     assert not thought_rewards(same, QUESTIONS, thoughts, sigma).any()
 
 
-def test_the_mean_reward_is_the_divergence_of_the_models() -> None:
+def test_mean_thought_reward_is_the_kl_divergence() -> None:
     """Of thoughts that the model draws itself: beta |mu - mu_ref|^2 / (2 sigma^2), which is never below 0."""
     reward = pair()
     out = noisy(reward.lm, num_return_sequences=64, num_thoughts=1)
     of_each = [question for question in QUESTIONS for _ in range(64)]
     found = thought_rewards(reward, of_each, out.thoughts, SIGMA).view(len(QUESTIONS), 64)
-    mine, its = (thought_means(lm, of_each, out.thoughts) for lm in (reward.lm, reward.reference))
-    expected = BETA * (mine - its).pow(2).sum(-1).view(len(QUESTIONS), 64)[:, 0] / (2 * SIGMA**2)
+    model_means, reference_means = (thought_means(lm, of_each, out.thoughts) for lm in (reward.lm, reward.reference))
+    expected = BETA * (model_means - reference_means).pow(2).sum(-1).view(len(QUESTIONS), 64)[:, 0] / (2 * SIGMA**2)
     error = found.std(1) / 8
     assert ((found.mean(1) - expected).abs() < 4 * error).all()
 
 
-def test_thoughts_and_tokens_add_up_to_the_log_ratio_of_the_whole(family: str) -> None:
+def test_thought_and_token_rewards_add_up_to_the_log_ratio(family: str) -> None:
     reward = pair(family)
     out = noisy(reward.lm, do_sample=True, log_probs=True)
-    said = [out.completion_ids(row) for row in range(len(QUESTIONS))]
+    completion_ids = [out.completion_ids(row) for row in range(len(QUESTIONS))]
     of_thoughts = thought_rewards(reward, QUESTIONS, out.thoughts, SIGMA)
-    of_tokens = token_rewards(reward, QUESTIONS, out.thoughts, said)
+    of_tokens = token_rewards(reward, QUESTIONS, out.thoughts, completion_ids)
     wholes = []
     for lm in (reward.lm, reward.reference):
-        spoken = [after(lm, question, out.thoughts[row], said[row]) for row, question in enumerate(QUESTIONS)]
+        spoken = [after(lm, question, out.thoughts[row], completion_ids[row]) for row, question in enumerate(QUESTIONS)]
         wholes.append(log_density(lm, out.thoughts, SIGMA).sum(1) + torch.stack(spoken))
     total = of_thoughts.sum(1) + torch.stack([row.sum() for row in of_tokens])
     torch.testing.assert_close(total, BETA * (wholes[0] - wholes[1]).float(), rtol=1e-4, atol=1e-5)
     assert out.log_probs
     for row, likely in enumerate(out.log_probs):
-        spoken = after(reward.lm, QUESTIONS[row], out.thoughts[row], said[row])
+        spoken = after(reward.lm, QUESTIONS[row], out.thoughts[row], completion_ids[row])
         assert float(likely.sum()) == pytest.approx(float(spoken), abs=1e-4), "as they were sampled"
 
 
-def after(lm: LatentLM, question: list[int], thoughts_KD: Tensor, said: list[int]) -> Tensor:
+def after(lm: LatentLM, question: list[int], thoughts_KD: Tensor, completion_ids: list[int]) -> Tensor:
     """The log-probability of what is said after given thoughts, a token at a time, from the loop's cache."""
     K = len(thoughts_KD)
     prompt = torch.tensor([[*question, lm.special.bot]])
     thinking = think(lm, prompt, torch.ones_like(prompt), K, thoughts=thoughts_KD[None])
     table: Any = lm.base.get_input_embeddings()
     total, begin = torch.zeros((), dtype=torch.float64), prompt.shape[1] + K
-    for place, (fed, token) in enumerate(zip([lm.special.eot, *said], said, strict=False)):
+    for place, (fed, token) in enumerate(zip([lm.special.eot, *completion_ids], completion_ids, strict=False)):
         mask, position = torch.ones(1, begin + place + 1), torch.tensor([[begin + place]])
         with torch.no_grad():
             logits = lm.logits(lm.hidden_states(table(torch.tensor([[fed]])), mask, position, thinking.cache))[0, -1]
@@ -187,24 +187,24 @@ def after(lm: LatentLM, question: list[int], thoughts_KD: Tensor, said: list[int
     return total
 
 
-def test_after_the_models_own_thoughts_tokens_have_the_usual_rewards(family: str) -> None:
+def test_token_rewards_after_own_thoughts_equal_implicit_rewards(family: str) -> None:
     reward = pair(family)
     out = noisy(reward.lm, sigma=0.0, log_probs=True)
     samples = [
         sample for row, question in enumerate(QUESTIONS) for sample in completions_of(reward.lm, question, out, [row])
     ]
     usual = SamplingDistribution.of(reward.lm.special).score(reward.lm, samples, 4)
-    said = [sample.completion_ids for sample in samples]
+    completion_ids = [sample.completion_ids for sample in samples]
     plain = ImplicitReward(reward.lm, reward.reference, 1.0)
-    of_tokens = token_rewards(plain, QUESTIONS, out.thoughts, said)
-    both = [torch.stack([after(lm, q, z, s) for q, z, s in zip(QUESTIONS, out.thoughts, said, strict=True)])
+    of_tokens = token_rewards(plain, QUESTIONS, out.thoughts, completion_ids)
+    both = [torch.stack([after(lm, q, z, s) for q, z, s in zip(QUESTIONS, out.thoughts, completion_ids, strict=True)])
             for lm in (reward.lm, reward.reference)]  # fmt: skip
     torch.testing.assert_close(both[0].float(), torch.stack([row.sum() for row in usual]), rtol=1e-4, atol=1e-4)
     found = torch.stack([row.sum() for row in of_tokens])
     torch.testing.assert_close(found, (both[0] - both[1]).float(), rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_such_reward_is_refused() -> None:
+def test_thought_rewards_refuse_models_without_thoughts() -> None:
     reward = pair()
     thoughts = noisy(reward.lm).thoughts
     for sigma in (0.0, -1.0, float("nan")):
@@ -215,7 +215,7 @@ def test_what_has_no_such_reward_is_refused() -> None:
         build("llama", slot=Slot.pause),
         hybrid(),
     ):
-        with pytest.raises(ValueError, match="has no latent thoughts of its own to be rewarded"):
+        with pytest.raises(ValueError, match="has no latent thoughts to reward"):
             thought_rewards(ImplicitReward(lm, lm, BETA), QUESTIONS, thoughts, SIGMA)
     for wrong in (thoughts[:2], thoughts[..., :5], thoughts[0]):
         with pytest.raises(ValueError, match="thoughts has the shape"):
@@ -237,7 +237,7 @@ def rows_about(study: Study, **keys: Any) -> list[dict[str, Any]]:
     return [row for row in study.rows if all(row[key] == value for key, value in keys.items())]
 
 
-def test_a_prefix_value_is_the_log_probability_of_the_answer_after_so_many_thoughts() -> None:
+def test_prefix_value_is_the_answers_log_probability_after_each_thought() -> None:
     examined = subject()
     lm, study = examined.lm, prefix_values(examined)
     questions = encode_questions(lm.tokenizer, [example.question for example in GRAPHS], LINES)
@@ -245,8 +245,8 @@ def test_a_prefix_value_is_the_log_probability_of_the_answer_after_so_many_thoug
     before = None
     for count in range(3):
         samples = [
-            completion_from_ids(lm, question, said, text="", num_thoughts=count)
-            for question, said in zip(questions, answers, strict=True)
+            completion_from_ids(lm, question, completion_ids, text="", num_thoughts=count)
+            for question, completion_ids in zip(questions, answers, strict=True)
         ]
         scored = SamplingDistribution.of(lm.special).score(lm, samples, 7)
         values = torch.stack([row.sum() for row in scored])
@@ -258,9 +258,12 @@ def test_a_prefix_value_is_the_log_probability_of_the_answer_after_so_many_thoug
         (after,) = rows_about(study, of="after_mark", steps=None, thoughts=count)
         assert after["value"] == pytest.approx(sum(float(row[1:].sum()) for row in scored) / len(scored), abs=1e-5)
         for steps in {found["steps"] for found in study.rows} - {None}:
-            mine = [float(value) for value, e in zip(values, GRAPHS, strict=True) if len(e.steps) == steps]
+            model_means = [float(value) for value, e in zip(values, GRAPHS, strict=True) if len(e.steps) == steps]
             (of_these,) = rows_about(study, of="answer", steps=steps, thoughts=count)
-            assert (of_these["questions"], of_these["value"]) == (len(mine), pytest.approx(sum(mine) / len(mine)))
+            assert (of_these["questions"], of_these["value"]) == (
+                len(model_means),
+                pytest.approx(sum(model_means) / len(model_means)),
+            )
         if before is None:
             assert row["gain"] is row["gain_low"] is row["gain_high"] is None
         else:
@@ -278,7 +281,7 @@ def test_prefix_values_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize(
     ("template", "marked"), [("### {}", "### "), ("The answer is: {} !", "The answer is:"), ("{}", "")]
 )
-def test_the_mark_of_an_answer_is_what_every_answer_begins_with(template: str, marked: str) -> None:
+def test_encoded_answers_count_the_tokens_of_the_mark(template: str, marked: str) -> None:
     lm = in_sentences().lm
     lm.reasoning = replace(lm.reasoning, format=replace(lm.reasoning.format, answer=template))
     ids, marks = encoded_answers(lm, ["Tom is a dog.", "72"])
@@ -287,7 +290,7 @@ def test_the_mark_of_an_answer_is_what_every_answer_begins_with(template: str, m
         assert row[-1] == lm.special.eos
 
 
-def test_a_run_without_mixing_is_warned_of_and_one_without_thoughts_refused() -> None:
+def test_prefix_values_warn_without_mixing_and_refuse_without_thoughts() -> None:
     examined = subject(GRAPHS[:3])
     assert "without mixing" in prefix_values(examined).facts["warning"]
     assert prefix_values(replace(examined, trained_with_fewer_thoughts=True)).facts["warning"] is None

@@ -37,7 +37,7 @@ GROUP = 4
 
 
 def sampled(lm: LatentLM, temperature: float = 1.0, limit: int = 6) -> list[Completion]:
-    """Groups of answers to all questions."""
+    """Groups of completions of all questions."""
     torch.manual_seed(1)
     out = lm.generate(
         *padded(QUESTIONS), max_new_tokens=limit, do_sample=True, temperature=temperature, num_return_sequences=GROUP,
@@ -65,7 +65,7 @@ def batch_of(lm: LatentLM, samples: list[Completion], objective: Objective, **op
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["hybrid", "thoughts", "pauses", "words"])
-def test_how_likely_an_answer_was_is_what_recomputation_says(kind: str, temperature: float) -> None:
+def test_sampled_log_probs_equal_recomputed_ones(kind: str, temperature: float) -> None:
     slots = {"thoughts": Slot.thought, "pauses": Slot.pause, "words": Slot.none}
     lm = (
         hybrid()
@@ -88,7 +88,7 @@ def test_how_likely_an_answer_was_is_what_recomputation_says(kind: str, temperat
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_an_answer_is_scored_after_as_many_thoughts_as_it_had(count: int) -> None:
+def test_completions_are_scored_after_their_number_of_thoughts(count: int) -> None:
     lm = build("llama", num_thoughts=2)
     out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, num_thoughts=count, log_probs=True)
     samples = [sample for row, question in enumerate(QUESTIONS) for sample in completions_of(lm, question, out, [row])]
@@ -100,7 +100,7 @@ def test_an_answer_is_scored_after_as_many_thoughts_as_it_had(count: int) -> Non
         assert said.layout.ids.tolist() == sample.layout.ids.tolist()
 
 
-def test_forced_modes_have_no_probability_of_their_own() -> None:
+def test_forced_control_tokens_have_no_log_prob() -> None:
     lm = hybrid()
     out = lm.generate(*padded(QUESTIONS), max_new_tokens=4, mode="think", log_probs=True)
     sample = completions_of(lm, QUESTIONS[0], out, [0])[0]
@@ -112,8 +112,8 @@ def test_forced_modes_have_no_probability_of_their_own() -> None:
 # --- objectives -------------------------------------------------------------------------------------
 
 
-def by_the_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Tensor], gains: Any) -> float:
-    """The published losses, a token at a time; the first of each answer is its control token."""
+def loss_by_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Tensor], gains: Any) -> float:
+    """The published losses, token by token; the first token of each completion is its control token."""
     objective, total = OBJECTIVES[name], 0.0
     for mine, theirs, its in zip(log_probs, old, gains, strict=True):
         terms = []
@@ -132,7 +132,7 @@ def by_the_formula(name: str, log_probs: list[torch.Tensor], old: list[torch.Ten
 
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_the_loss_is_that_of_the_paper(name: str, by_token: bool) -> None:
+def test_policy_loss_equals_the_papers(name: str, by_token: bool) -> None:
     lm, objective = hybrid(), OBJECTIVES[name]
     samples = sampled(lm)
     shifted = [replace(s, log_probs=s.log_probs + 0.4 * torch.randn(len(s.log_probs))) for s in samples]
@@ -143,11 +143,11 @@ def test_the_loss_is_that_of_the_paper(name: str, by_token: bool) -> None:
     loss = PolicyLoss(policy, objective, 0.0)(lm, batch) / batch.num_targets
     lengths = [len(sample.log_probs) for sample in samples]
     now = list(policy.log_probs(lm, batch).detach().split(lengths))
-    expected = by_the_formula(name, now, [sample.log_probs for sample in shifted], batch.advantages.split(lengths))
+    expected = loss_by_formula(name, now, [sample.log_probs for sample in shifted], batch.advantages.split(lengths))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
+def test_kl_weights_equal_token_weights() -> None:
     lm, objective = hybrid(), OBJECTIVES["degrpo"]
     samples = sampled(lm)
     reference = [sample.log_probs + 0.1 for sample in samples]
@@ -159,7 +159,7 @@ def test_the_divergence_is_weighed_as_the_tokens_are() -> None:
     assert float((with_it - without).detach()) == pytest.approx(0.5 * mean, rel=1e-4)
 
 
-def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
+def test_control_token_scale_and_weight() -> None:
     lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
     totals = Totals(2, 8, 2, 10)
     plain, whole = Objective(per_answer).weights(lengths, control, totals)
@@ -176,7 +176,7 @@ def test_a_slowed_control_token_and_one_with_its_own_weight() -> None:
 
 @pytest.mark.parametrize("kind", ["hybrid", "words", "forced"])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_words_weigh_as_much_with_a_control_weight_as_alone(name: str, kind: str) -> None:
+def test_other_tokens_keep_their_weight_beside_a_control_token_weight(name: str, kind: str) -> None:
     lm = build("llama", torch.float32, slot=Slot.none, markers=False) if kind == "words" else hybrid()
     samples = sampled(lm) if kind != "forced" else forced(lm)
     objective = replace(OBJECTIVES[name], control_token_weight=0.01)
@@ -197,20 +197,20 @@ def test_words_weigh_as_much_with_a_control_weight_as_alone(name: str, kind: str
 
 
 def forced(lm: LatentLM) -> list[Completion]:
-    """Answers in a mode that was not chosen, so that they have no control token of their own."""
+    """Completions in a forced mode, which have no sampled control token."""
     out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, mode="short", log_probs=True)
     return [
         sample for row, question in enumerate(QUESTIONS) for sample in completions_of(lm, question, out, [row])
     ] * GROUP
 
 
-def test_advantages_and_groups_that_teach_nothing() -> None:
+def test_advantages_and_zero_variance_groups() -> None:
     rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]])
     torch.testing.assert_close(advantages(rewards, False), torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.0] * 4]))
     assert advantages(rewards, True)[0].std() == pytest.approx(1, abs=1e-3)
     assert not advantages(rewards, True)[1].any()
     assert has_zero_variance(rewards).tolist() == [False, True]
-    with pytest.raises(ValueError, match="A group of one answer"):
+    with pytest.raises(ValueError, match="A group of one completion"):
         advantages(rewards[:, :1], False)
 
 
@@ -218,7 +218,7 @@ def test_advantages_and_groups_that_teach_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_the_split_into_micro_batches_changes_nothing(name: str) -> None:
+def test_policy_loss_does_not_depend_on_the_micro_batch(name: str) -> None:
     objective, found = OBJECTIVES[name], []
     for size in (16, 5, 1):
         lm = hybrid(dtype=torch.float32)
@@ -241,7 +241,7 @@ def test_the_split_into_micro_batches_changes_nothing(name: str) -> None:
 
 
 def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float]:
-    """Loss and gradient norm of an update with thoughts, modes and a reference, each process with its share."""
+    """Loss and gradient norm of an update with thoughts, modes and a reference, sharded over ranks."""
     objective, lm = OBJECTIVES[name], hybrid(dtype=torch.float32)
     samples = sampled(lm)
     shifted = [replace(s, log_probs=s.log_probs + 0.2) for s in samples]
@@ -284,7 +284,7 @@ def on_two() -> None:
                 assert together_found == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
 
 
-def test_the_number_of_processes_changes_nothing() -> None:
+def test_policy_update_does_not_depend_on_the_number_of_processes() -> None:
     together(on_two)
 
 
@@ -293,7 +293,7 @@ def test_the_number_of_processes_changes_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own: it uses names that transformers is giving up
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
-def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None:
+def test_policy_loss_without_thoughts_equals_trl(name: str, tmp_path: Any) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -321,16 +321,16 @@ def test_on_tokens_alone_it_is_the_loss_of_trl(name: str, tmp_path: Any) -> None
     )  # fmt: skip
     trainer.beta = beta  # set from the start it would load a reference from the hub, and the one here is given
     lm.zero_grad()
-    theirs = trainer._compute_loss(lm.base, as_trl_has_it(lm, shifted, reference, batch))
+    theirs = trainer._compute_loss(lm.base, pad_as_trl(lm, shifted, reference, batch))
     theirs.backward()
     assert float(theirs.detach()) == pytest.approx(float(ours.detach()), rel=1e-4)
     assert relative(gradients(lm), our_gradients) < 1e-4
 
 
-def as_trl_has_it(
+def pad_as_trl(
     lm: LatentLM, samples: list[Completion], reference: list[torch.Tensor], batch: PolicyBatch
 ) -> dict[str, torch.Tensor]:
-    """Prompts padded on the left, answers on the right."""
+    """Pad prompts on the left and completions on the right, as TRL does."""
     prompts = [sample.layout.ids[: sample.layout.num_prompt].tolist() for sample in samples]
     answers = [sample.layout.ids[sample.layout.num_prompt :].tolist() for sample in samples]
     before, after = max(map(len, prompts)), max(map(len, answers))

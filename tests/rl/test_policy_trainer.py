@@ -18,7 +18,7 @@ from helpers.runs import graph_files, same_end, small_run
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
-from coconut.analyze import several as compare
+from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
 from coconut.config import (
     AdamWConfig,
@@ -52,7 +52,7 @@ CPU = EngineConfig(device="cpu", threads=1)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
-    """A hybrid model that was warmed up for a moment, and its data."""
+    """A briefly warmed-up hybrid model, and its data."""
     folder = tmp_path_factory.mktemp("warm")
     data = graph_files(folder, 40, 12, 8)
     config = small_run(
@@ -84,17 +84,17 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLC
 
 @pytest.fixture(scope="module")
 def finished(made: tuple[Path, DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted, of several updates a batch, with a checkpoint after every batch."""
+    """An uninterrupted run with several updates a step and a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert run(several(made, folder)) == 0
+    assert run(settings_with_several_updates(made, folder)) == 0
     return folder
 
 
-def several(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+def settings_with_several_updates(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
     return settings(made, folder, save_every=1, num_minibatches=2, num_iterations=2, micro_batch_size=3, **changes)
 
 
-def test_a_run_describes_itself(finished: Path) -> None:
+def test_policy_run_describes_itself(finished: Path) -> None:
     described = read_json(finished / "run.json")
     assert described["objective"]["control_token_weight"] == 1e-3
     assert described["objective"]["denominator"] == "per_answer"
@@ -118,14 +118,14 @@ def test_a_run_describes_itself(finished: Path) -> None:
     assert len(read_json(finished / "samples" / "step-0000006.json")) == 5
 
 
-def test_the_best_checkpoint_has_the_best_reward(finished: Path) -> None:
+def test_best_checkpoint_has_the_best_reward(finished: Path) -> None:
     best = load_state(Checkpoints(finished).find("best"))
     rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
     top = max(rows, key=lambda row: row["reward"])
     assert (best["best"]["step"], best["best"]["reward"]) == (top["step"], top["reward"])
 
 
-def test_other_commands_take_it(
+def test_evaluate_and_generate_accept_a_policy_run(
     finished: Path, made: tuple[Path, DataConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_evaluate(EvaluateConfig(run=str(finished), checkpoint="last"))
@@ -135,20 +135,22 @@ def test_other_commands_take_it(
     assert "[think, 0 thoughts, " in capsys.readouterr().err
 
 
-# --- going on ---------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-def test_resumed_equals_uninterrupted(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int) -> None:
+def test_resumed_policy_training_equals_uninterrupted(
+    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for later in range(step + 1, 7):
         shutil.rmtree(Checkpoints(folder).path(later))
-    assert run(several(made, folder)) == 0
+    assert run(settings_with_several_updates(made, folder)) == 0
     same_end(folder, finished)
 
 
-def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_policy_training_resumes_without_its_init_folder(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     warm = tmp_path / "warm"
     shutil.copytree(made[0], warm)
     config = settings((warm, made[1]), tmp_path / "run")
@@ -161,11 +163,11 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: tuple[Path, DataConfig
     assert read_metrics(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_killed_and_started_again(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    """By SIGKILL at a batch of its own choosing, then asked to stop by SIGTERM, then to its end."""
+def test_killed_policy_training_resumes_exactly(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """Killed at a step by SIGKILL, then stopped by SIGTERM, then run to its end."""
     folder = tmp_path / "run"
     killed_and_stopped(alone, str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=2, then=4)
-    assert run(several(made, folder)) == 0
+    assert run(settings_with_several_updates(made, folder)) == 0
     same_end(folder, finished)
 
 
@@ -176,10 +178,10 @@ def data_beside(warm: str) -> DataConfig:
 
 
 def alone(warm: str, folder: str) -> None:
-    raise SystemExit(run(several((Path(warm), data_beside(warm)), Path(folder))))
+    raise SystemExit(run(settings_with_several_updates((Path(warm), data_beside(warm)), Path(folder))))
 
 
-# --- the same whatever it runs on -------------------------------------------------------------------
+# --- processes and micro-batches --------------------------------------------------------------------
 
 
 def on_two(warm: str, folder: str) -> None:
@@ -194,7 +196,7 @@ def on_two(warm: str, folder: str) -> None:
             assert run_together(config, world) == 0
 
 
-def test_two_processes_and_sharded_weights(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_zero3_equals_local_engine_on_two_processes(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path))
     local, zero = (
         [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("local", "zero3")
@@ -205,7 +207,7 @@ def test_two_processes_and_sharded_weights(made: tuple[Path, DataConfig], tmp_pa
         assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
 
 
-def test_an_update_does_not_change_with_the_micro_batches(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_policy_update_does_not_depend_on_the_micro_batch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     found = []
     for size in (None, 5, 1):
         folder = tmp_path / str(size)
@@ -218,13 +220,13 @@ def test_an_update_does_not_change_with_the_micro_batches(made: tuple[Path, Data
 # --- learning ---------------------------------------------------------------------------------------
 
 
-def first_word(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+def reward_first_word(example: Example, text: str, mode: str, cost: Cost, /) -> float:
     return float(text.strip().startswith("#"))
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "degrpo"])
-def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) -> None:
-    """A model without modes learns to begin with the mark."""
+def test_rewarded_completions_become_more_frequent(objective: str, tmp_path: Path) -> None:
+    """A model without modes learns to begin with the mark of the answer."""
     data = graph_files(tmp_path, 16, 4, 4)
     warm = small_run(
         tmp_path / "warm", data, method="cot", curriculum=Curriculum(length_unit=Unit.updates, total_length=2)
@@ -235,39 +237,39 @@ def test_what_is_rewarded_becomes_more_frequent(objective: str, tmp_path: Path) 
         reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, group_size=8, validate_every=12,
         prompts_per_step=8,
     )  # fmt: skip
-    assert run(config, first_word) == 0
+    assert run(config, reward_first_word) == 0
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert np.mean(rewards[-3:]) > 0.8 > 0.3 > np.mean(rewards[:2])
 
 
-def cheap(example: Example, text: str, mode: str, cost: Cost, /) -> float:
+def reward_short_mode(example: Example, text: str, mode: str, cost: Cost, /) -> float:
     return float(mode == "short")
 
 
-def test_the_mode_that_is_rewarded_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rewarded_mode_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     objective = ObjectiveConfig("degrpo", control_token_weight=1.0, kl_coef=0.0)
     config = settings(made, tmp_path / "run", objective=objective, num_steps=15, optimizer=AdamWConfig(lr=6e-3))
-    assert run(config, cheap) == 0
+    assert run(config, reward_short_mode) == 0
     chances = [row["chance_short"] for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
     assert chances[0] < 0.5 < 0.75 < chances[-1]
 
 
-def test_groups_without_variance_are_dropped_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_drop_zero_variance_groups_skips_their_updates(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = settings(made, folder, num_steps=2, drop_zero_variance_groups=True)
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
     assert run(config, lambda *_: 1.0) == 0
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-    assert all(row["without_variance"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
+    assert all(row["zero_variance_groups"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
     after = LatentLM.from_pretrained(Checkpoints(folder).find("last")).state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-# --- what cannot be ---------------------------------------------------------------------------------
+# --- invalid input ----------------------------------------------------------------------------------
 
 
-def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    """In the third batch, and in the validation after it."""
+def test_invalid_reward_ends_the_run_with_a_checkpoint(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """In the third step, and in the validation after it."""
     calls: list[int] = []
     state: dict[str, Any] = {}
 
@@ -283,20 +285,20 @@ def test_a_reward_that_is_none_ends_the_run_saved(made: tuple[Path, DataConfig],
         calls.clear()
         state |= {"bad": bad, "after": after}
         folder = tmp_path / name
-        with pytest.raises(ValueError, match=f"{message}.*saved at batch {saved}"):
+        with pytest.raises(ValueError, match=f"{message}.*saved at step {saved}"):
             run(settings(made, folder, num_steps=5), broken)
         assert Checkpoints(folder).steps()[-1] == saved
-        assert run(settings(made, folder, num_steps=5), cheap) == 0, "it goes on"
+        assert run(settings(made, folder, num_steps=5), reward_short_mode) == 0, "the run resumes"
         assert [row["step"] for row in read_metrics(folder) if row["kind"] == "valid"] == [0, 3, 5]
 
 
-def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rl_config_refuses_invalid_values(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     for changes, message in [
-        ({"samples": 1}, "samples is 1. An answer is compared"),
+        ({"group_size": 1}, "group_size is 1. Advantages compare"),
         ({"init": None}, "Name the model to start from"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"num_minibatches": 5}, "more than there are questions"),
-        ({"questions": 0}, "questions is 0"),
+        ({"num_minibatches": 5}, "num_minibatches=5 is more than prompts_per_step=4"),
+        ({"prompts_per_step": 0}, "prompts_per_step is 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             settings(made, tmp_path / "none", **changes)
@@ -312,12 +314,12 @@ def test_what_cannot_be_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> 
             run(settings(made, tmp_path / "none", **changes))
         assert not (tmp_path / "none").exists()
     assert run(settings(made, tmp_path / "run", num_steps=1)) == 0
-    with pytest.raises(ValueError, match=r"(?s)another configuration:\n  samples: 4 there, 8 asked for"):
+    with pytest.raises(ValueError, match=r"(?s)another configuration:\n  group_size: 4 there, 8 asked for"):
         run(settings(made, tmp_path / "run", num_steps=1, group_size=8))
     assert run(settings(made, tmp_path / "run", num_steps=1, micro_batch_size=1, rollout_batch_size=1)) == 0
 
 
-def test_long_questions_are_left_out_when_asked(
+def test_too_long_skip_leaves_out_long_questions(
     made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = read_json(Path(made[1].train))
@@ -332,37 +334,37 @@ def test_long_questions_are_left_out_when_asked(
     assert "Left out 1 of 41 questions of" in capsys.readouterr().out
 
 
-def test_a_gold_answer_that_no_policy_can_give_is_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_unreadable_gold_answer_is_refused_in_rl(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
     data = replace(made[1], train=str(tmp_path / "train.json"))
     with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
         run(settings((made[0], data), tmp_path / "run", num_steps=1))
 
 
-def test_every_question_is_asked_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    training = begun(settings(made, tmp_path / "run", prompts_per_step=12), made)
-    asked = np.concatenate([training._questions(step) for step in range(10)])
+def test_every_question_is_used_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = new_trainer(settings(made, tmp_path / "run", prompts_per_step=12), made)
+    asked = np.concatenate([training._prompts(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
-    assert training._questions(4).tolist() == asked[48:60].tolist()
+    assert training._prompts(4).tolist() == asked[48:60].tolist()
 
 
-def begun(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
+def new_trainer(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
     folder = Path(str(config.run))
     folder.mkdir(exist_ok=True)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}
     return PolicyTrainer(config, folder, files, World())
 
 
-def lowered(place: Path, folder: Path) -> Path:
-    """The same model with its weights in bfloat16."""
+def save_in_bfloat16(place: Path, folder: Path) -> Path:
+    """Save the model with its weights in bfloat16."""
     LatentLM.from_pretrained(place).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def corrected(place: Path, folder: Path) -> Path:
-    """A LoRA correction of the model, in bfloat16, that corrects something."""
-    lm = LatentLM.from_pretrained(lowered(place, folder.with_name("whole")))
+def save_with_lora(place: Path, folder: Path) -> Path:
+    """Save the model in bfloat16 with a LoRA adapter that is not zero."""
+    lm = LatentLM.from_pretrained(save_in_bfloat16(place, folder.with_name("whole")))
     lm.add_lora(LoraConfig(rank=2), str(folder.with_name("whole")))
     with torch.no_grad():
         for weight in lm.parameters():
@@ -373,25 +375,25 @@ def corrected(place: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora", "lora in bfloat16"])
-def test_a_policy_that_has_not_moved_is_its_reference(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
+def test_untrained_policy_has_zero_divergence(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
     init = starting_point(str(made[0]))
     if kind == "saved in bfloat16":
-        init = lowered(init, tmp_path / "init")
+        init = save_in_bfloat16(init, tmp_path / "init")
     if kind.startswith("lora"):
-        init = corrected(init, tmp_path / "init")
+        init = save_with_lora(init, tmp_path / "init")
     precision = Precision.bfloat16 if kind.endswith("in bfloat16") and "saved" not in kind else Precision.float32
     engine = EngineConfig(device="cpu", threads=1, precision=precision)
     changes: dict[str, Any] = {"engine": engine, "micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
-    training = begun(settings((init, made[1]), tmp_path / "run", **changes), made)
+    training = new_trainer(settings((init, made[1]), tmp_path / "run", **changes), made)
     training.dry_run()
     groups = training.sample(0)
     assert training.learn(groups)["kl"] == 0.0
     rows = training.learn(groups)
-    assert rows["kl"] > 0, "an update later it has moved"
+    assert rows["kl"] > 0, "it differs after an update"
 
 
-def test_the_divergence_is_that_of_answers_one_by_one(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    training = begun(settings(made, tmp_path / "run", micro_batch_size=5), made)
+def test_divergence_equals_that_of_single_completions(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    training = new_trainer(settings(made, tmp_path / "run", micro_batch_size=5), made)
     groups = training.sample(0)
     for _ in range(3):
         training.learn(groups)
@@ -413,29 +415,27 @@ def test_the_divergence_is_that_of_answers_one_by_one(made: tuple[Path, DataConf
     assert training.learn(groups)["kl"] == pytest.approx(np.mean(told), rel=1e-3)
 
 
-def test_a_beginning_that_was_killed_leaves_no_reference_to_another(
-    made: tuple[Path, DataConfig], tmp_path: Path
-) -> None:
-    """It got no checkpoint, and by now the best one of what it started from is another."""
+def test_killed_start_leaves_no_stale_reference(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+    """A run killed before its first checkpoint starts again when `init` has another best checkpoint."""
     other = LatentLM.from_pretrained(starting_point(str(made[0])))
     with torch.no_grad():
         for weight in other.parameters():
             weight.add_(0.1)
     other.save_pretrained(tmp_path / "run" / REFERENCE)
-    training = begun(settings(made, tmp_path / "run", num_steps=1), made)
-    training.keep_references()
+    training = new_trainer(settings(made, tmp_path / "run", num_steps=1), made)
+    training.snapshot_models()
     kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
     assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
     assert training.learn(training.sample(0))["kl"] == 0.0
 
 
-def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_activation_checkpointing_runs_layers_twice(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     found: list[tuple[float, float]] = []
     calls: list[int] = []
     for checkpointed in (False, True):
         engine = EngineConfig(device="cpu", threads=1, activation_checkpointing=checkpointed)
         objective = ObjectiveConfig("degrpo", kl_coef=0.0)
-        training = begun(settings(made, tmp_path / str(checkpointed), engine=engine, objective=objective), made)
+        training = new_trainer(settings(made, tmp_path / str(checkpointed), engine=engine, objective=objective), made)
         groups = training.sample(0)
         counted = [0]
         layers: Any = training.lm.base.base_model.layers
@@ -447,7 +447,7 @@ def test_layers_run_twice_in_an_update_when_asked(made: tuple[Path, DataConfig],
     assert calls[1] == 2 * calls[0]
 
 
-def test_graphs_of_a_gpu_are_refused(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_cuda_graphs_are_refused_in_rl(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a policy is trained without. Leave engine.cuda_graphs=false"):
         settings(made, tmp_path / "run", engine=EngineConfig(cuda_graphs=True))
 
@@ -455,7 +455,7 @@ def test_graphs_of_a_gpu_are_refused(made: tuple[Path, DataConfig], tmp_path: Pa
 # --- pages ------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run-seed0"
     shutil.copytree(finished, folder)
     assert analyze(AnalyzeConfig(run=str(folder), checkpoint="last", engine=CPU)) == 0
@@ -486,21 +486,21 @@ def test_the_page_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.Captur
     [row] = read_json(tmp_path / "first" / "policies.json")["rows"]
     assert (row["step"], row["reward"]) == (min(valid), valid[min(valid)])
     write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": 99}})
-    with pytest.raises(ValueError, match="examined at batch 99, where nothing was validated"):
+    with pytest.raises(ValueError, match="analyzed at batch 99, which has no validation"):
         compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "none")))
     assert "Seeds 0, 0." in (tmp_path / "policies.html").read_text()
     told = capsys.readouterr().out
     assert "latent_2, hard" in told
 
 
-def test_a_hybrid_model_before_reinforcement(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_warmed_up_hybrid_model_has_a_section_on_choices(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
     folder = tmp_path / "warm"
     shutil.copytree(made[0], folder)
     assert analyze(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
     assert "How it chooses" in (folder / "report.html").read_text()
 
 
-def test_a_policy_without_modes_has_a_page_too(tmp_path: Path) -> None:
+def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     data = graph_files(tmp_path, 16, 4, 4)
     warm = small_run(
         tmp_path / "warm", data, method="coconut", curriculum=Curriculum(length_unit=Unit.updates, total_length=41)
@@ -510,12 +510,14 @@ def test_a_policy_without_modes_has_a_page_too(tmp_path: Path) -> None:
     run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))
     assert analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU)) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "learns by reward" in page
+    assert "reinforcement learning" in page
     assert "How it learned" in page
 
 
-def test_what_cannot_be_compared(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(
+    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"trained by reward and .* was not: make a table of each kind"):
         compare(TableConfig(runs=[str(finished), str(made[0])]))
-    with pytest.raises(ValueError, match="was not examined"):
+    with pytest.raises(ValueError, match="was not analyzed"):
         compare(TableConfig(runs=[str(finished)]))

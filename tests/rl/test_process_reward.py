@@ -14,15 +14,22 @@ from helpers.runs import graph_files, same_end, small_run
 from safetensors.torch import load_file
 
 from coconut import LatentLM
+from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import Group
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TaskName
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
-from coconut.rewards.config import RewardModelConfig, RolloutConfig
+from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RewardConfig, RLConfig
-from coconut.rl.process_reward import REWARD_MODEL, REWARD_REFERENCE, Judged, OnlineProcessReward, token_advantages
+from coconut.rl.process_reward import (
+    REWARD_MODEL,
+    REWARD_REFERENCE,
+    OnlineProcessReward,
+    TokenRewards,
+    token_advantages,
+)
 from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
 from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
@@ -70,7 +77,7 @@ def settings(made: Made, folder: Path, dense: ProcessRewardConfig | None = None,
         "data": made[1],
         "objective": ObjectiveConfig("dr_grpo", kl_coef=0.0),
         "reward": RewardConfig(incorrect_reward=0.0),
-        "dense": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
+        "process_reward": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
         "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0),
         "engine": CPU,
         "num_steps": 4,
@@ -84,14 +91,14 @@ def settings(made: Made, folder: Path, dense: ProcessRewardConfig | None = None,
     return RLConfig(**{**values, **changes})
 
 
-def begun(config: RLConfig, made: Made, world: World | None = None) -> PolicyTrainer:
+def new_trainer(config: RLConfig, made: Made, world: World | None = None) -> PolicyTrainer:
     folder = Path(str(config.run))
     folder.mkdir(exist_ok=True)
     files = {split: getattr(made[1], split) for split in ("train", "valid")}
     return PolicyTrainer(config, folder, files, world or World())
 
 
-def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[Judged]]:
+def reward_first_batch(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[TokenRewards]]:
     assert training.process_reward
     groups = training.sample(0)
     return training.process_reward, groups, training.process_reward.rewards(groups)
@@ -100,7 +107,7 @@ def rewarded(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group],
 # --- advantages -------------------------------------------------------------------------------------
 
 
-def test_the_advantage_by_hand() -> None:
+def test_token_advantages_by_hand() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0])
     tokens = [torch.tensor([0.2, -0.1, 0.5]), torch.tensor([0.4]), torch.tensor([-0.3, 0.1])]
     found = token_advantages(rewards, tokens, weight=2.0)
@@ -115,14 +122,14 @@ def test_the_advantage_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16"])
-def test_a_reward_model_that_equals_its_reference_leaves_the_outcome_alone(
-    made: Made, tmp_path: Path, kind: str
-) -> None:
+def test_untrained_process_reward_gives_outcome_advantages(made: Made, tmp_path: Path, kind: str) -> None:
     init, engine = str(made[0]), replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
     if kind == "saved in bfloat16":
         init = str(tmp_path / "init")
         LatentLM.from_pretrained(starting_point(str(made[0]))).to(torch.bfloat16).save_pretrained(init)
-    _, groups, judged = rewarded(begun(settings(made, tmp_path / "run", init=init, engine=engine), made))
+    _, groups, judged = reward_first_batch(
+        new_trainer(settings(made, tmp_path / "run", init=init, engine=engine), made)
+    )
     assert any(group.rewards.any() for group in groups)
     for group, its in zip(groups, judged, strict=True):
         for i, row in enumerate(its.advantages(1.0)):
@@ -132,14 +139,14 @@ def test_a_reward_model_that_equals_its_reference_leaves_the_outcome_alone(
     assert all(not row.any() for its in judged for row in its.tokens)
 
 
-def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: Path, tmp_path: Path) -> None:
+def test_token_rewards_of_a_trained_reward_model(made: Made, reward_model: Path, tmp_path: Path) -> None:
     """Against the probabilities of the two models themselves, one answer at a time."""
     dense = ProcessRewardConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
-    training = begun(settings(made, tmp_path / "run", dense), made)
-    its, groups, judged = rewarded(training)
+    training = new_trainer(settings(made, tmp_path / "run", dense), made)
+    its, groups, judged = reward_first_batch(training)
     mine, reference = (LatentLM.from_pretrained(starting_point(str(place))).eval() for place in (reward_model, made[0]))
     sample, row = groups[0].completions[2], judged[0].tokens[2]
-    scored = [its.policy.score(lm, [sample], 1)[0] for lm in (mine, reference)]
+    scored = [its.distribution.score(lm, [sample], 1)[0] for lm in (mine, reference)]
     torch.testing.assert_close(row, 0.5 * (scored[0] - scored[1]), rtol=1e-4, atol=1e-5)
     assert row.abs().max() > 1e-3
 
@@ -147,31 +154,31 @@ def test_the_rewards_of_tokens_are_of_a_trained_model(made: Made, reward_model: 
 # --- what the reward model learns -------------------------------------------------------------------
 
 
-def test_an_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_path: Path) -> None:
-    training = begun(settings(made, tmp_path / "run"), made)
-    dense, groups, judged = rewarded(training)
-    before = dense.described(judged)
+def test_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_path: Path) -> None:
+    training = new_trainer(settings(made, tmp_path / "run"), made)
+    dense, groups, judged = reward_first_batch(training)
+    before = dense.statistics(judged)
     assert before["dense_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert before["dense_pairs"] == 0.5
     assert before["dense_reward_right"] == before["dense_reward_wrong"] == 0
     for _ in range(8):
         assert dense.update(dense.rewards(groups))["dense_grad_norm"] > 0
-    after = dense.described(dense.rewards(groups))
+    after = dense.statistics(dense.rewards(groups))
     assert after["dense_loss"] < before["dense_loss"] - 0.01
     assert after["dense_pairs"] > 0.5
     assert after["dense_reward_right"] > after["dense_reward_wrong"]
 
 
-def test_labels_are_the_judges_and_not_what_answers_cost(made: Made, tmp_path: Path) -> None:
-    training = begun(settings(made, tmp_path / "run"), made)
-    dense, groups, _ = rewarded(training)
+def test_process_reward_labels_ignore_mode_costs(made: Made, tmp_path: Path) -> None:
+    training = new_trainer(settings(made, tmp_path / "run"), made)
+    dense, groups, _ = reward_first_batch(training)
     costly = [replace(group, rewards=-torch.ones(len(group.completions))) for group in groups]
     right = torch.cat([its.right for its in dense.rewards(costly)])
     assert right.any()
     assert torch.equal(right, torch.cat([group.rewards for group in groups]) == 1)
 
 
-def test_micro_batches_change_nothing(made: Made, tmp_path: Path) -> None:
+def test_process_reward_does_not_depend_on_the_micro_batch(made: Made, tmp_path: Path) -> None:
     found = []
     for size in (None, 5, 1):
         config = settings(made, tmp_path / str(size), num_steps=2, micro_batch_size=size)
@@ -182,7 +189,7 @@ def test_micro_batches_change_nothing(made: Made, tmp_path: Path) -> None:
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
 
 
-def test_a_control_token_has_the_advantage_of_all_that_follows(tmp_path: Path) -> None:
+def test_control_token_has_the_advantage_of_all_tokens(tmp_path: Path) -> None:
     data = graph_files(tmp_path, 16, 4, 4)
     warm = small_run(
         tmp_path / "warm", data, method="hybrid_warmup", max_new_tokens=8,
@@ -191,8 +198,8 @@ def test_a_control_token_has_the_advantage_of_all_that_follows(tmp_path: Path) -
     assert run_training(warm) == 0
     made = tmp_path / "warm", data
     config = settings(made, tmp_path / "run", objective=ObjectiveConfig("degrpo", kl_coef=0.01))
-    training = begun(config, made)
-    dense, groups, judged = rewarded(training)
+    training = new_trainer(config, made)
+    dense, groups, judged = reward_first_batch(training)
     dense.update([replace(judged[0], right=torch.arange(6) < 3)])
     its = dense.rewards(groups)[0]
     for sample, rewards, gains in zip(its.group.completions, its.tokens, its.advantages(1.0), strict=True):
@@ -217,7 +224,7 @@ def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_tells_what_the_reward_model_does(finished: Path) -> None:
+def test_metrics_have_the_reward_model(finished: Path) -> None:
     rows = [row for row in read_metrics(finished) if row["kind"] == "train"]
     for row in rows:
         assert {"dense_loss", "dense_reward_wrong", "dense_grad_norm", "dense_lr"} <= row.keys()
@@ -243,7 +250,7 @@ def same_reward_model(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])
-def test_resumed_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
+def test_resumed_process_reward_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for later in range(step + 1, 5):
@@ -253,7 +260,7 @@ def test_resumed_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path
     same_reward_model(folder, finished)
 
 
-def test_a_damaged_reward_model_is_a_damaged_checkpoint(
+def test_damaged_reward_model_is_a_damaged_checkpoint(
     finished: Path, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -265,7 +272,9 @@ def test_a_damaged_reward_model_is_a_damaged_checkpoint(
 
 
 @pytest.mark.parametrize("kind", ["own", "trained", "frozen"])
-def test_it_goes_on_when_what_it_began_from_is_gone(made: Made, reward_model: Path, tmp_path: Path, kind: str) -> None:
+def test_process_reward_resumes_without_its_init_folder(
+    made: Made, reward_model: Path, tmp_path: Path, kind: str
+) -> None:
     warm, rewards = tmp_path / "warm", tmp_path / "rewards"
     shutil.copytree(made[0], warm)
     shutil.copytree(reward_model, rewards)
@@ -285,10 +294,10 @@ def test_it_goes_on_when_what_it_began_from_is_gone(made: Made, reward_model: Pa
     same_end(folder, tmp_path / "whole")
 
 
-def test_a_frozen_reward_model_stays_as_it_is(made: Made, reward_model: Path, tmp_path: Path) -> None:
+def test_frozen_reward_model_does_not_change(made: Made, reward_model: Path, tmp_path: Path) -> None:
     dense = ProcessRewardConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
-    training = begun(settings(made, tmp_path / "run", dense), made)
-    its, _, judged = rewarded(training)
+    training = new_trainer(settings(made, tmp_path / "run", dense), made)
+    its, _, judged = reward_first_batch(training)
     assert its.update(judged) == {}
     before = LatentLM.from_pretrained(starting_point(str(reward_model)))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), its.lm.parameters(), strict=True))
@@ -299,7 +308,7 @@ def test_a_frozen_reward_model_stays_as_it_is(made: Made, reward_model: Path, tm
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, weight: float) -> None:
+def test_questions_outside_the_accuracy_range_are_not_learned_from(made: Made, tmp_path: Path, weight: float) -> None:
     """Neither the policy nor the reward model; a batch without any makes no update."""
     dense = ProcessRewardConfig(weight=weight, accuracy_range=[0.999, 1.0], optimizer=LEARNS)
     assert run(settings(made, tmp_path / "run", dense, num_steps=2)) == 0
@@ -313,10 +322,10 @@ def test_questions_without_the_bounds_teach_nothing(made: Made, tmp_path: Path, 
         assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
-def test_which_questions_are_within_the_bounds(made: Made, tmp_path: Path) -> None:
+def test_accuracy_range_selects_groups(made: Made, tmp_path: Path) -> None:
     dense = ProcessRewardConfig(weight=1.0, accuracy_range=[0.0, 0.5])
-    training = begun(settings(made, tmp_path / "run", dense), made)
-    _, groups, judged = rewarded(training)
+    training = new_trainer(settings(made, tmp_path / "run", dense), made)
+    _, groups, judged = reward_first_batch(training)
     shares = [float(its.right.float().mean()) for its in judged]
     assert [training._teaches(group) for group in groups] == [0 < share < 0.5 for share in shares]
     group, its = next(pair for pair in zip(groups, judged, strict=True) if pair[1].right.any())
@@ -334,14 +343,17 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
     """Two updates of the reward model, on the same answers however many processes there are."""
     config = settings(made, folder, engine=replace(CPU, timeout=120), micro_batch_size=7)
     with torch.random.fork_rng():
-        alone = begun(replace(config, run=f"{folder}-alone-{world.rank}"), made)
+        alone = new_trainer(replace(config, run=f"{folder}-alone-{world.rank}"), made)
         groups = alone.sample(0)[:3]
-    training = begun(config, made, world)
+    training = new_trainer(config, made, world)
     assert training.process_reward
     found = []
     for _ in range(2):
         judged = training.process_reward.rewards(groups)
-        found += [*training.process_reward.update(judged).values(), *training.process_reward.described(judged).values()]
+        found += [
+            *training.process_reward.update(judged).values(),
+            *training.process_reward.statistics(judged).values(),
+        ]
     last = training.process_reward.rewards(groups)
     return found + [float(row.sum()) for its in last for row in its.advantages(1.0)]
 
@@ -376,7 +388,7 @@ def one_back(folder: Path) -> None:
     shutil.rmtree(Checkpoints(folder).path(2))
 
 
-def test_the_number_of_processes_and_the_engine_change_nothing(made: Made, tmp_path: Path) -> None:
+def test_process_reward_does_not_depend_on_processes_and_engine(made: Made, tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path))
     for name in ("run", "zero3"):
         same_end(tmp_path / name, tmp_path / f"{name}-whole")
@@ -395,22 +407,22 @@ def test_the_number_of_processes_and_the_engine_change_nothing(made: Made, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": 1.0, "online": False}, "equals its reference, which rewards nothing. Name a trained one"),
+        ({"weight": 1.0, "online": False}, "equals its reference, so all its rewards are 0. Name a trained one"),
         ({"weight": -1.0}, "process_reward.weight is -1.0; it must be at least 0"),
         ({"weight": 1.0, "beta": 0.0}, "process_reward.beta is 0.0"),
-        ({"online": False}, "process_reward.online=false is about dense rewards, and there are none"),
-        ({"init": "runs/rewards"}, "process_reward.init=runs/rewards is about dense rewards"),
-        ({"between": [0.8, 0.2]}, r"process_reward.accuracy_range is \[0.8, 0.2\]; it is two shares"),
-        ({"between": [0.5]}, "it is two shares"),
-        ({"between": [0.0, 1.5]}, "it is two shares"),
+        ({"online": False}, "process_reward.online=false has no effect, since process_reward.weight is 0"),
+        ({"init": "runs/rewards"}, "process_reward.init=runs/rewards has no effect"),
+        ({"accuracy_range": [0.8, 0.2]}, r"process_reward.accuracy_range is \[0.8, 0.2\]; it must be two shares"),
+        ({"accuracy_range": [0.5]}, "it must be two shares"),
+        ({"accuracy_range": [0.0, 1.5]}, "it must be two shares"),
     ],
 )
-def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+def test_process_reward_config_refuses_invalid_values(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ProcessRewardConfig(**changes)
 
 
-def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Path) -> None:
+def test_process_reward_refuses_models_that_do_not_fit(made: Made, reward_model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"objective.name=grpo divides advantages.*Set objective.normalize_advantages=false"
     ):
@@ -429,7 +441,7 @@ def test_what_does_not_go_together(made: Made, reward_model: Path, tmp_path: Pat
         (
             ProcessRewardConfig(1.0, str(made[0])),
             made,
-            r"is no run of python -m coconut.reward, nor a checkpoint of one",
+            "is neither a run of coconut reward nor a checkpoint of one",
         ),
         (ProcessRewardConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:

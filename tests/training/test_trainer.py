@@ -47,7 +47,7 @@ from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RLConfig
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.runs.folder import differences
-from coconut.training.loop import NonFiniteLossError
+from coconut.training.divergence import NonFiniteLossError
 from coconut.training.schedule import Schedule, updates_since_reset
 from coconut.training.trainer import Trainer, run
 from coconut.utils.files import read_json, write_json
@@ -689,7 +689,11 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
     place = str(tmp_path / "a")
     assert (begun["run"], begun["init"], begun["data"]["train"]) == ("r", f"{place}/m", f"{place}/t")
     assert (begun["model"]["base"], begun["model"]["tokenizer"]) == (f"{place}/m", "words")
-    assert (rl["init"], rl["dense"]["init"], rl["data"]["cache_dir"]) == ("owner/name", f"{place}/m", f"{place}/c")
+    assert (rl["init"], rl["process_reward"]["init"], rl["data"]["cache_dir"]) == (
+        "owner/name",
+        f"{place}/m",
+        f"{place}/c",
+    )
     assert asked("b", "../a/") == [begun, rl]
     (tmp_path / "a" / "m").rmdir()  # and it need not be there any more
     assert not differences(begun, asked("a", "")[0])

@@ -1,14 +1,13 @@
-"""Ways to do the same work, on the same weights, and the work: questions as long as ProsQA's.
+"""Baselines: several implementations of the same work on the same weights, with questions as long as ProsQA's.
 
-`released` is written after the paper's description and what the released code is known to do (Hao et al., arXiv
-2412.06769, section 3): n + 1 passes of the whole model with its head, each over the columns since the last one
-with a cache; the input embeddings taken apart into vectors and stacked again for every thought; the loss over
-logits at every position; one question at a time, and for each new token the whole sequence again, without a cache;
-the model as transformers makes it. It is kinder than that code in one thing: that takes out each vector by its index,
-and the backward pass makes a gradient of all positions for each vector. `indexed` does that, too.
+`released` follows the paper's description and what the released code is known to do (Hao et al., arXiv 2412.06769,
+section 3): n + 1 passes of the whole model with its head over a KV cache; for every thought the input embeddings are
+split into vectors and stacked again; the loss is taken over logits at every position. Questions are answered one at a
+time, and each new token runs the whole sequence again without a cache. It is faster than that code in one point:
+`indexed` also takes each vector out by its index, for which the backward pass makes a gradient of all positions.
 
-`plain` is ordinary fine-tuning on the same tokens, the thoughts among them being tokens like others, with one pass
-and logits at the targets alone: what a training step costs if nothing is sequential. It has our GELU.
+`plain` is ordinary fine-tuning on the same tokens, thoughts included, in one pass with logits at the targets alone:
+the cost of a training step in which nothing is sequential. Its GELU is fused, as ours.
 
 `ours` is this project. Shapes: B rows, T columns, D hidden.
 """
@@ -16,7 +15,6 @@ and logits at the targets alone: what a training step costs if nothing is sequen
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coconut import LatentLM
+from coconut.acceleration.gelu import patched_gelu
 from coconut.data.batching import IGNORED, Batch, epoch_batches, micro_batches
 from coconut.data.examples import Example
 from coconut.data.sequences import EpochView
@@ -39,7 +38,7 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Size:
-    """A GPT-2 of so many layers of this width, and the batch that it is measured at."""
+    """A GPT-2, and the number of rows in the batches that it is measured with."""
 
     layers: int
     width: int
@@ -55,7 +54,7 @@ SIZES = {
 
 
 def make_model(size: Size) -> LatentLM:
-    """With GPT-2's vocabulary and context, without dropout: the ways are compared to the last digits."""
+    """With GPT-2's vocabulary and context, without dropout, so that implementations can be compared exactly."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -71,7 +70,7 @@ def make_model(size: Size) -> LatentLM:
 
 
 def make_data(rows: int) -> TokenizedData:
-    """Random tokens in segments as long as ProsQA's are in GPT-2's.
+    """Random tokens in segments that are as long as ProsQA's in GPT-2's tokens.
 
     Questions of 362 tokens on average, standard deviation 56, from 210 to 525; 3 to 6 steps of 8 to 12 tokens;
     answers of 9 (the 300 released validation rows).
@@ -84,48 +83,37 @@ def make_data(rows: int) -> TokenizedData:
 
 
 def make_view(lm: LatentLM, data: TokenizedData, thoughts: int) -> EpochView:
-    """The stage in which three steps are cut, with so many thoughts in their place."""
-    made = plan("coconut", Curriculum(max_stage=3, total_length=50))
-    return EpochView(data, made, replace(made.stages[3], num_thoughts=thoughts), lm.special, seed=0, epoch=0)
+    """The stage in which three steps are replaced by thoughts."""
+    stages = plan("coconut", Curriculum(max_stage=3, total_length=50))
+    return EpochView(data, stages, replace(stages.stages[3], num_thoughts=thoughts), lm.special, seed=0, epoch=0)
 
 
 def make_batch(lm: LatentLM, data: TokenizedData, thoughts: int, rows: int) -> Batch:
-    """One update's rows, as training takes them."""
+    """One update's rows, as in training."""
     view = make_view(lm, data, thoughts)
     return next(micro_batches(view, epoch_batches(view, rows, seed=0, epoch=0)[0], rows))
 
 
 def make_batches(lm: LatentLM, thoughts: int, rows: int) -> dict[str, Batch]:
-    """The same rows for each way: as training takes them, and with all padding on the right."""
+    """The same rows for each implementation: as in training, for `plain` with all padding on the right."""
     batch = make_batch(lm, make_data(512), thoughts, rows)
-    return {**dict.fromkeys(WAYS, batch), "plain": pushed_left(batch, lm.special.pad)}
+    return {**dict.fromkeys(IMPLEMENTATIONS, batch), "plain": padded_right(batch, lm.special.pad)}
 
 
 # --- training steps ---------------------------------------------------------------------------------
 
 
-def as_transformers_makes_it(lm: LatentLM) -> Any:
-    """The base model, on the same weights, with GPT-2's GELU spelled out."""
-    from transformers.activations import ACT2FN
-
-    weights: dict[int, Any] = {id(weight): weight for weight in lm.base.parameters()}
-    base: Any = deepcopy(lm.base, weights)
-    for block in base.transformer.h:
-        block.mlp.act = ACT2FN[base.config.activation_function]
-    return base
-
-
 def released(lm: LatentLM, batch: Batch, indexed: bool = False) -> Tensor:
     from transformers import DynamicCache
 
-    base = as_transformers_makes_it(lm)
+    base: Any = lm.base
     ids_BT, mask_BT = batch.input_ids, batch.attention_mask
     positions_BT = mask_BT.cumsum(1).sub(1).clamp(min=0)
-    places = [(row == lm.latent_id).nonzero()[:, 0].tolist() for row in ids_BT]
-    most = max(map(len, places))
+    latents = [(row == lm.latent_id).nonzero()[:, 0].tolist() for row in ids_BT]
+    most = max(map(len, latents))
     embeds_BTD = base.get_input_embeddings()(ids_BT)
     cache = DynamicCache(config=base.config)
-    start, stop = 0, min((row[0] for row in places if row), default=ids_BT.shape[1])
+    start, stop = 0, min((row[0] for row in latents if row), default=ids_BT.shape[1])
     logits, end = [], ids_BT.shape[1]
     for k in range(most + 1):
         out = base(
@@ -140,7 +128,7 @@ def released(lm: LatentLM, batch: Batch, indexed: bool = False) -> Tensor:
                 vectors = [[embeds_BTD[b, t] for t in range(end)] for b in range(len(embeds_BTD))]
             else:
                 vectors = [list(row.unbind()) for row in embeds_BTD.unbind()]
-            for b, row in enumerate(places):
+            for b, row in enumerate(latents):
                 if k < len(row):
                     vectors[b][row[k]] = states_BSD[b, row[k] - 1 - start]
             embeds_BTD = torch.stack([torch.stack(row) for row in vectors])
@@ -153,9 +141,10 @@ def released(lm: LatentLM, batch: Batch, indexed: bool = False) -> Tensor:
 
 
 def plain(lm: LatentLM, batch: Batch) -> Tensor:
-    """`batch` is padded on the right, so causal attention alone keeps the padding out."""
+    """`batch` is padded on the right, so that causal attention alone excludes the padding."""
     embeds_BTD = lm.base.get_input_embeddings()(batch.input_ids)
-    states_BTD = lm.base.base_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    with patched_gelu(lm.base):
+        states_BTD = lm.base.base_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
     targets_BT = batch.labels[:, 1:]
     is_target_BT = targets_BT != IGNORED
     head: Any = lm.base.get_output_embeddings()
@@ -169,7 +158,7 @@ def ours(lm: LatentLM, batch: Batch) -> Tensor:
     return loss
 
 
-def pushed_left(batch: Batch, pad: int) -> Batch:
+def padded_right(batch: Batch, pad: int) -> Batch:
     """The same rows with all padding on the right."""
     order = batch.attention_mask.sort(dim=1, descending=True, stable=True).indices
     ids, mask, labels = (part.gather(1, order) for part in (batch.input_ids, batch.attention_mask, batch.labels))
@@ -177,7 +166,7 @@ def pushed_left(batch: Batch, pad: int) -> Batch:
     return Batch(ids[:, :width].masked_fill(mask[:, :width] == 0, pad), mask[:, :width], labels[:, :width])
 
 
-WAYS: dict[str, Callable[[LatentLM, Batch], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[LatentLM, Batch], Tensor]] = {
     "released": released,
     "plain": plain,
     "ours": ours,
@@ -185,15 +174,15 @@ WAYS: dict[str, Callable[[LatentLM, Batch], Tensor]] = {
 }
 
 
-# --- answering --------------------------------------------------------------------------------------
+# --- generation -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def released_answer(lm: LatentLM, ids_T: Tensor, thoughts: int) -> list[int]:
-    """Greedily, NEW_TOKENS of them, none of which ends the sequence."""
+    """NEW_TOKENS tokens, greedily, without the end of the sequence."""
     from transformers import DynamicCache
 
-    base = as_transformers_makes_it(lm)
+    base: Any = lm.base
     table = base.get_input_embeddings()
     special = lm.special
     embeds_TD = table(torch.cat([ids_T, torch.tensor([special.bot])]))
@@ -214,7 +203,8 @@ def released_answer(lm: LatentLM, ids_T: Tensor, thoughts: int) -> list[int]:
     return new
 
 
-def our_answers(lm: LatentLM, ids_BT: Tensor, mask_BT: Tensor, thoughts: int) -> list[list[int]]:
+def answer(lm: LatentLM, ids_BT: Tensor, mask_BT: Tensor, thoughts: int) -> list[list[int]]:
+    """The same by this project, for a batch of questions."""
     return lm.generate(
         ids_BT, mask_BT, num_thoughts=thoughts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
     ).tokens.tolist()

@@ -1,4 +1,4 @@
-"""Files that others released: what kind they are, and their rows."""
+"""Read released files: detect their kind, and convert their records to rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 from coconut.utils.files import decode_utf8, lone_surrogate, sha256
 from coconut.utils.overrides import PathName, Place
-from data_builders.writing import SPLITS, Row, divide
+from data_builders.dataset_writer import SPLITS, Row, divide
 
-SHOWN = 10  # bad rows that an error names; it counts them all
-
+SHOWN = 10  # bad rows that an error message shows, of all that it counts
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 MAGIC = (b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # Parquet; compressed files
@@ -45,7 +44,7 @@ class Released:
 
 @dataclass
 class SourceKeys:
-    """The keys that every builder has: a file to be divided, or a file for each split."""
+    """The configuration keys that all builders share: a file to divide, or a file for each split."""
 
     out_dir: PathName = "data"
     name: str = "data"
@@ -58,9 +57,9 @@ class SourceKeys:
     num_valid: int | None = None
     num_test: int | None = None
     num_workers: int | None = None  # processes; by default one for each core
-    compare: PathName | None = None  # a file to set beside; nothing is written then
-    compare_rows: int = 10000  # made for it, if rows are made
-    tokenizer: Place | None = None  # to compare lengths in its tokens, too
+    compare: PathName | None = None  # a file to compare statistics with; nothing is written then
+    compare_rows: int = 10000  # rows generated for the comparison
+    tokenizer: Place | None = None  # compare lengths in its tokens, too
 
     def __post_init__(self) -> None:
         if not self.name or self.name != Path(self.name).name:
@@ -91,7 +90,7 @@ class SourceKeys:
                 )
 
     def refuse_dials(self, given: dict[str, Any]) -> None:
-        """Raises ValueError if a file is read and something is given that says how rows are made."""
+        """Raise ValueError if a file is read and a dial for generating rows is given."""
         for key, path in self.files.items():
             for dial, value in given.items():
                 raise ValueError(
@@ -123,7 +122,7 @@ class SourceKeys:
         return splits
 
     def described(self) -> dict[str, Any]:
-        """What the manifest says about the files."""
+        """The manifest's entry on the files."""
         return {key: {"file": Path(path).name, "sha256": sha256(path)} for key, path in self.files.items()}
 
 
@@ -157,7 +156,7 @@ def open_released(path: str | Path) -> Released:
 
 
 def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
-    """Every record converted. ValueErrors of `convert` are collected: all bad rows are counted at once."""
+    """Convert all records. ValueErrors of `convert` are collected into one that counts all bad rows."""
     rows: list[Row] = []
     wrong: list[str] = []
     for number, record in released.records:
@@ -194,7 +193,7 @@ def text_field(record: Any, name: str) -> str:
 
 
 def _parsed(line: str) -> Any:
-    """The JSON of a line; what is none becomes a bad row, and its reader says so."""
+    """The JSON value of a line; a line that is not JSON is returned as text, which its converter refuses."""
     try:
         return json.loads(line)
     except ValueError:

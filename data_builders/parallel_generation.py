@@ -1,9 +1,9 @@
-"""Rows made from scratch: drawn, proved and measured, on as many processes as there are cores.
+"""Generate rows in parallel processes: draw, verify and measure them.
 
-Every row is a function of the seed, its split and its place, so the number of processes and the size of
-other splits change nothing. Which split a question may stand in depends on nothing but the question: on
-its key, which is the same for all questions that are alike (for graphs: up to the names of the nodes). So
-no question is like one of another split, not even of a set made with another seed.
+Every row is a function of the seed, its split and its index, so that neither the number of processes nor the size of
+other splits changes it. The split that a question may belong to depends on its key alone, which is equal for equal
+questions (for graphs: up to the names of the nodes). So no question occurs in two splits, even of sets made with
+different seeds.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dataclasses import dataclass
 from functools import partial
 
 from coconut.utils.console import progress_bar
+from data_builders.dataset_writer import Row
 from data_builders.statistics import Measures, compact
-from data_builders.writing import Row
 
-BATCH = 250  # rows that a process is given at once
-ATTEMPTS = 500  # draws for one place before the dials are held to be exhausted
+BATCH = 250  # rows of one task of a worker process
+ATTEMPTS = 500  # draws for one row before the possible questions count as exhausted
 ORDER = ("valid", "test", "train")
-SHARES = {"valid": (0, 10), "test": (10, 20), "train": (20, 100)}  # of all possible questions, in per cent
+SHARES = {"valid": (0, 10), "test": (10, 20), "train": (20, 100)}  # ranges of the key modulo 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one task's rows are made. Functions of modules or partials of them: processes get a copy.
+    """How one task's rows are generated. The functions must be picklable, for worker processes.
 
-    draw: a row and its key, from nothing but the random numbers, or None if the key is not wanted; raises
-    ValueError if the dials allow none. Keys are equal for questions that are alike, else evenly spread.
-    prove: raises ValueError if anything in the row is wrong; it must not trust what `draw` did.
+    draw: a row and its key, a function of the random numbers, or None if the key is not wanted; raises ValueError if
+        the dials allow no row. Keys are equal for equal questions, and otherwise uniformly distributed.
+    prove: raises ValueError if anything in the row is wrong, independently of `draw`.
     measure: the row's statistics.
     """
 
@@ -58,9 +58,9 @@ class Made:
 def make_splits(
     recipe: Recipe, counts: dict[str, int], seed: int, num_workers: int | None = None
 ) -> dict[str, list[Made]]:
-    """So many rows of each split; `num_workers` processes, by default one for each core.
+    """Generate `counts` rows of each split in `num_workers` processes, by default one for each core.
 
-    Raises ValueError if there are not so many different questions.
+    Raises ValueError if there are too few different questions.
     """
     places = [(split, index) for split in ORDER for index in range(counts.get(split, 0))]
     splits: dict[str, list[Made]] = {split: [] for split in ORDER if counts.get(split)}
@@ -97,7 +97,7 @@ def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_work
             yield from batch
     except BrokenProcessPool:
         raise OSError(
-            "A process that made rows was killed, perhaps for want of memory. Try again with num_workers=1."
+            "A worker process was killed, possibly for lack of memory. Try again with num_workers=1."
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
@@ -105,7 +105,7 @@ def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_work
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started here leave interrupts to this one, which gets its own when the block ends."""
+    """Block SIGINT in processes started inside; in this process it is delivered when the context ends."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -117,7 +117,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _follow_parent() -> None:
-    """A worker ends with its parent, however that ends."""
+    """End a worker when its parent process ends, for any reason."""
     parent = multiprocessing.parent_process()
     assert parent
 
@@ -133,7 +133,7 @@ def _make_batch(recipe: Recipe, seed: int, places: list[tuple[str, int]]) -> lis
 
 
 def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int = 0) -> Made | None:
-    """The row of this place, or None if no draw gives one that may stand in this split."""
+    """The row with this index in the split, or None if no draw gives a question of the split."""
     low, high = SHARES[split]
     for attempt in range(first_attempt, ATTEMPTS):
         drawn = recipe.draw(random.Random(f"{seed} {split} {index} {attempt}"), lambda key: low <= key % 100 < high)
@@ -154,5 +154,5 @@ def as_line(row: Row) -> str:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Names of nodes: those of the released ProsQA, and made-up ones for graphs that need more."""
+"""Names of entities and concepts: those of the released ProsQA, and generated ones for graphs that need more."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ _NAMES = {
 
 
 def pools(names: Names) -> tuple[Sequence[str], Sequence[str]]:
-    """Names of persons, for nodes without a parent, and of concepts, for the others."""
+    """The names of persons, for nodes without a parent, and those of concepts, for the others."""
     return _NAMES[names]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sourced by the launchers with their arguments: NUMBER [coconut.MODULE] key=value ...
-# Sets $count, and $command to the module (coconut.train if none is named) with its arguments, and $python to the
-# interpreter: $PYTHON, or that of .venv, or the one on the PATH.
+# Sourced by the launchers with their arguments: NUMBER [COMMAND] key=value ...
+# Sets $count, $command (the module of COMMAND, train if none is named, with its arguments) and $python (the interpreter:
+# $PYTHON, or that of .venv, or the one on the PATH).
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
@@ -12,5 +12,5 @@ python=${PYTHON:-.venv/bin/python}
 count=$1
 shift
 command=(coconut.train)
-case ${1:-} in coconut.*) command=("$1"); shift ;; esac
+[[ ! ${1:-} =~ ^[a-z]+$ ]] || { command=("coconut.$1"); shift; }
 command+=("$@")

@@ -1,4 +1,4 @@
-"""How built data lies on the disk: the splits, a manifest that says how they were made, and a card to read."""
+"""Write a data set: the splits, a manifest that records how they were made, and a data card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Card:
-    """What the data card says besides numbers. `fields`: what a row holds, by name."""
+    """The texts of a data card. `fields`: a description of each field of a row."""
 
     title: str
     about: str
@@ -43,8 +43,8 @@ def write_splits(
 ) -> None:
     """Write the splits, given as a JSON text for each row, the card and, last, the manifest.
 
-    Files of the same name are replaced: all are written beside their places first, and moved there
-    together. `shared` counts the questions that two splits have in common.
+    Files of the same name are replaced: all are first written to a temporary folder beside them, and then moved.
+    `shared` counts the questions that two splits have in common.
 
     Raises ValueError or OSError as `check_place`.
     """
@@ -76,10 +76,10 @@ def write_splits(
 
 
 def check_place(out_dir: str, name: str, splits: Sequence[str], task: str | None = None) -> Path:
-    """The folder, if a set of these splits can be written there.
+    """The folder, after checking that a data set with these splits can be written there.
 
-    Raises ValueError if there is no split, if another task's set of this name lies there, or a split that
-    this set does not have, which would look like part of it; OSError if the folder cannot be written to.
+    Raises ValueError if there is no split, if the folder has another task's data set of this name, or a split that this
+    set lacks, which would look like a part of it; OSError if the folder cannot be written to.
     """
     if not splits:
         raise ValueError("There is not a single row to write. Raise num_train, num_valid or num_test.")
@@ -106,10 +106,10 @@ def shared_questions(
     keys: dict[str, list[int]],
     alike: Callable[[Row, Row], bool],
 ) -> dict[str, int]:
-    """Of each two splits, how many questions of the first are alike to one of the second.
+    """For each pair of splits, the number of questions of the first that equal one of the second, if not zero.
 
-    `splits` hold a JSON text for each row. `keys` are equal where questions are alike, row by row; only rows
-    with equal ones are compared.
+    `splits` hold a JSON text for each row, `keys` one key for each row. Only rows with equal keys are compared, by
+    `alike`.
     """
     rows_by_key: dict[str, dict[int, list[str]]] = {}
     for split, rows in splits.items():
@@ -128,7 +128,7 @@ def shared_questions(
 
 
 def divide(rows: list[Row], counts: dict[str, int], seed: int) -> dict[str, list[Row]]:
-    """Shuffled with the seed: validation, test, then training rows, all that are left if not counted."""
+    """Shuffle rows by the seed and divide them: validation, test, and then training rows, by default all others."""
     if sum(counts.values()) > len(rows):
         asked = ", ".join(f"num_{split}={count}" for split, count in counts.items())
         total = sum(counts.values())

@@ -1,6 +1,6 @@
-"""What every builder does: make rows or read them, then write the set, or set it beside a file.
+"""The command that all builders share: generate or read rows, then write the data set, or compare it with a file.
 
-A builder's module says the rest in one `Builder`.
+A builder's module describes its task in one `Builder`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from data_builders.making import Recipe, Row, as_line, make_splits
-from data_builders.sources import SourceKeys
+from data_builders.dataset_writer import Card, check_place, shared_questions, write_splits
+from data_builders.parallel_generation import Recipe, Row, as_line, make_splits
+from data_builders.release_formats import SourceKeys
 from data_builders.statistics import Measures, compact, compare, table
-from data_builders.writing import Card, check_place, shared_questions, write_splits
 
 
 def text_key(row: Row) -> int:
-    """For tasks whose questions are alike only if their text is the same."""
+    """The key of a question for tasks in which two questions are equal only if their texts are."""
     return int.from_bytes(blake2b(row["question"].encode(), digest_size=8).digest())
 
 
@@ -29,11 +29,13 @@ def same_text(row: Row, other: Row) -> bool:
 
 @dataclass(frozen=True)
 class Builder:
-    """One task's part, with the build's configuration handed to whatever depends on it.
+    """What a task defines. Functions take the build's configuration.
 
-    read: the rows of a released file. read_splits: all that are asked for, and what the manifest says of them.
-    key: as in `Recipe`; alike decides where keys are equal.
-    If rows can be made, recipe says how, counts how many by default, made what the manifest says of them.
+    read: the rows of a released file.
+    read_splits: the rows of all splits, and their entries of the manifest, if reading a file is not enough.
+    key: as in `Recipe`. alike: whether two rows with equal keys ask the same.
+    recipe, counts, made: for tasks whose rows can be generated, how, how many of each split by default, and the
+        entries of the manifest.
     """
 
     task: str
@@ -51,7 +53,7 @@ class Builder:
 
 
 def run(config: SourceKeys, builder: Builder) -> None:
-    """Carry out a build. Raises ValueError for what the user can mend."""
+    """Run a build. Raises ValueError for what the user can correct."""
     if config.compare:
         _compare(config, builder)
         return
@@ -76,16 +78,14 @@ def run(config: SourceKeys, builder: Builder) -> None:
 
 
 def command(config: SourceKeys, builder: Builder) -> str:
-    """The command that makes the same set again."""
+    """The command line that makes the same data set again."""
     left_out = ("num_workers", "out_dir")
     given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
-    return shlex.join(
-        ["python", "-m", f"data_builders.{builder.task}", *(f"{f.name}={getattr(config, f.name)}" for f in given)]
-    )
+    return shlex.join(["coconut", "data", builder.task, *(f"{f.name}={getattr(config, f.name)}" for f in given)])
 
 
 def _in_words(made: dict[str, Any]) -> str:
-    """As in "preset=released, nodes=28, ..."."""
+    """The dials as text: "preset=released, nodes=28, ..."."""
     values = {"preset": made.get("preset"), **made["dials"]}
     return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None)
 
@@ -116,7 +116,7 @@ def _compare(config: SourceKeys, builder: Builder) -> None:
 
 
 def _lengths(rows: Sequence[Row], tokenizer: str) -> list[Measures]:
-    """In tokens, in the common text form: the question and its newline; the steps with theirs; the answer."""
+    """Lengths in tokens of the default prompt format: the question, the steps and the answer of each row."""
     from transformers import AutoTokenizer
 
     encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

@@ -1,0 +1,96 @@
+"""Measure a trained run: all studies that fit it, on the questions of its test file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from coconut.analysis import interventions, prefix_values, probes
+from coconut.analysis.config import AnalyzeConfig, Part
+from coconut.data.datasets import file_of_split
+from coconut.data.examples import read_examples
+from coconut.engine.base import autocast
+from coconut.generation.room import indices_that_fit
+from coconut.methods import Curriculum, plan
+from coconut.runs.loading import LoadedRun, classifier_of, load_run
+from coconut.runs.record import RunRecord
+from coconut.runs.study import NotApplicable, Study
+from coconut.tasks import TASKS
+from coconut.utils.console import log, progress_bar
+from coconut.utils.files import sha256
+
+NUM_DECODED = 20  # questions whose thoughts are decoded; the page shows one of them
+
+
+def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
+    """The studies of a run, by name.
+
+    Parts asked for by name join what was measured before on the same update and questions. Raises ValueError if such
+    a part does not fit the run; without names, parts that do not fit are left out with a message.
+    """
+    try:
+        path = file_of_split(record.config["data"], "test", config.data.test)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} parts=[] writes the page alone.") from None
+    trained = load_run(config.run, config.checkpoint, config.engine)
+    examples = read_examples(path)[: config.limit]
+    kept = indices_that_fit(trained.lm, [example.question for example in examples], probes.MORE)
+    subject = probes.Subject(
+        trained.lm,
+        TASKS[record.config["data"]["task"]],
+        [examples[i] for i in kept],
+        batch_size=config.batch_size,
+        trained_with_fewer_thoughts=plan(
+            record.config["method"], Curriculum.from_dict(record.config["curriculum"])
+        ).trained_with_fewer_thoughts,
+    )
+    log(f"Looking into update {trained.step:,} with {len(kept):,} questions of {path}")
+    if len(kept) < len(examples):
+        log(f"Left out {len(examples) - len(kept):,} questions that leave no room for {probes.MORE} thoughts more.")
+
+    about = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
+    earlier = record.studies if config.parts else {}
+    studies = {name: study for name, study in earlier.items() if study.facts == study.facts | about}
+    made = _carry_out(config.parts or list(Part), subject, trained, config)
+    if studies or made:
+        made.append(probes.asked(subject))
+    return studies | {study.name: _as_in_file(study, kept, about) for study in made}
+
+
+def _carry_out(parts: list[Part], subject: probes.Subject, trained: LoadedRun, config: AnalyzeConfig) -> list[Study]:
+    """The studies of these parts."""
+
+    def stopping() -> list[Study]:
+        try:
+            classifier = classifier_of(config.run, trained, config.batch_size, config.data)
+        except ValueError as reason:
+            raise NotApplicable(str(reason)) from None
+        return [probes.stopping(subject, classifier)]
+
+    measure: dict[Part, Callable[[], list[Study]]] = {
+        Part.k_forcing: lambda: [probes.k_forcing(subject)],
+        Part.prefix_values: lambda: [prefix_values.prefix_values(subject)],
+        Part.values: lambda: probes.next_step_values(subject),
+        Part.inner_products: lambda: [probes.inner_products(subject)],
+        Part.decoded: lambda: [probes.decoded(subject, count=NUM_DECODED)],
+        Part.audit_thoughts: lambda: [interventions.audit_thoughts(subject)],
+        Part.audit_edges: lambda: [interventions.audit_edges(subject)],
+        Part.stopping: stopping,
+    }
+    made: list[Study] = []
+    with progress_bar("parts", len(parts)) as bar, autocast(trained.lm.device, config.engine.precision):
+        for done, part in enumerate(parts):
+            bar(done, part.value)
+            try:
+                made += measure[part]()
+            except NotApplicable as reason:
+                if config.parts:
+                    raise
+                log(f"Left out {part.value}: {reason}")
+    return made
+
+
+def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
+    """The study with the facts that all share, and with questions numbered as in their file."""
+    rows = [row | {"question": kept[row["question"]]} if "question" in row else row for row in study.rows]
+    return Study(study.name, rows, study.facts | facts)

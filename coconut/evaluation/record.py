@@ -1,0 +1,100 @@
+"""What an evaluation writes: SPLIT.json with the result and its settings, SPLIT.predictions.jsonl with every answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coconut.data.seen_questions import all_seen, describe_questions, seen_by
+from coconut.evaluation.config import EvaluateConfig
+from coconut.evaluation.evaluator import EvalResult, Prediction
+from coconut.generation.config import StopRule
+from coconut.methods import REASONING_FILE, Reasoning, Slot
+from coconut.tasks import TASKS
+from coconut.utils.console import log
+from coconut.utils.files import sha256, write_json, write_text
+
+
+def is_saved_model(config: EvaluateConfig) -> bool:
+    """Whether `run` is a saved model and not a run. Raises ValueError for settings that only a run has."""
+    here = Path(config.run, REASONING_FILE).is_file()
+    given = config.task and getattr(config.data, config.split)
+    if not here and (Path(config.run).exists() or not given):
+        return False
+    if not given:
+        raise ValueError(
+            f"{config.run} is a saved model, which does not record its task or data. Name task=TASK (one of "
+            f"{', '.join(TASKS)}) and data.{config.split}=FILE, too."
+        )
+    for key, default in (("checkpoint", "best"), ("stop", StopRule.constant)):
+        if (value := getattr(config, key)) != default:
+            raise ValueError(f"{key}={value} is for a run; {config.run} is a saved model.")
+    return True
+
+
+def output_folder(config: EvaluateConfig, saved: bool) -> Path:
+    """By default RUN/evaluation, and evaluation/NAME here for a saved model."""
+    default = Path("evaluation", Path(config.run).resolve().name) if saved else Path(config.run, "evaluation")
+    return Path(config.output) if config.output else default
+
+
+def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
+    """In words: the method, its stage, and the number of thoughts."""
+    count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
+    slot = "" if reasoning.slot is Slot.none else f", {count} {reasoning.slot.value}{'s' * (count != 1)}"
+    return f"{reasoning.method}, stage {reasoning.stage}{slot}"
+
+
+def non_default_settings(config: EvaluateConfig) -> list[str]:
+    """The settings that change an evaluation's result, as parts of its name."""
+    default = EvaluateConfig(run=config.run)
+    keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", "limit")
+    found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(default, key)]
+    precision = config.engine.precision
+    return found if precision is default.engine.precision else [*found, precision.value]
+
+
+def write_evaluation(
+    folder: Path,
+    config: EvaluateConfig,
+    result: EvalResult,
+    predictions: Sequence[Prediction],
+    *,
+    file: str,
+    step: int | None,
+    reasoning: Reasoning,
+) -> None:
+    """Write the result and every prediction. `step`: the update that was evaluated, None for a saved model."""
+    digest, settings, other_file = sha256(file), non_default_settings(config), getattr(config.data, config.split)
+    name = "-".join([f"{Path(file).stem}-{digest[:8]}" if other_file else config.split, *settings])
+    record: dict[str, Any] = {
+        **asdict(result),
+        "split": config.split,
+        "file": file,
+        "sha256": digest,
+        "batch_size": config.batch_size,
+        "checkpoint": None if step is None else config.checkpoint,
+        "step": step,
+        "method": reasoning.method,
+        "stage": reasoning.stage,
+        "default_settings": not settings,
+        "seen": seen_by(config.run, [prediction.question for prediction in predictions]),
+        "chose_the_checkpoint": config.split == "valid" and not other_file,
+    }
+    lines = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
+    write_text(folder / f"{name}.predictions.jsonl", lines)
+    write_json(folder / f"{name}.json", record)
+    _note_seen(record)
+    log(f"Every prediction: {folder / name}.predictions.jsonl")
+
+
+def _note_seen(record: dict[str, Any]) -> None:
+    """Say when the accuracy is no test result."""
+    if record["chose_the_checkpoint"]:
+        log("note: this file chose the checkpoint, so its accuracy is no test result.")
+    elif record["seen"] and any(record["seen"].values()):
+        what = "so its accuracy is no test result" if all_seen(record) else "which may make its accuracy too high"
+        log(f"note: {describe_questions(record['count'], record['seen'])}, {what}.")

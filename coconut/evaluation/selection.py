@@ -1,0 +1,79 @@
+"""Which rows of a file an evaluation asks: those that fit into the context, with a gold answer that reads back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from coconut.config import TooLong
+from coconut.data.examples import Example
+from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
+from coconut.engine.world import World
+from coconut.evaluation.config import EvaluateConfig
+from coconut.evaluation.evaluator import steps_cut
+from coconut.evaluation.gold_answers import read_back, warn_of_limit
+from coconut.generation.room import room_for_question
+from coconut.tasks import Task
+from coconut.utils.console import log
+
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected rows of a file: the examples, the tokens of their questions, their gold texts."""
+
+    examples: list[Example]
+    question_ids: list[list[int]]
+    gold: TokenizedData
+
+
+def select_examples(
+    lm: LatentLM,
+    examples: Sequence[Example],
+    task: Task,
+    config: EvaluateConfig,
+    *,
+    file: str,
+    cache_dir: str | None,
+    world: World,
+) -> Selection:
+    """Raises ValueError for a row that cannot be asked or judged, unless the configuration leaves such rows out."""
+    question_ids = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
+    fitting = _fitting(lm, question_ids, config)
+    with world.main_process_first():
+        gold, right = read_back(
+            lm, [examples[i] for i in fitting], task, file=file, unreadable=config.unreadable, keep_unknown=True,
+            cache_dir=cache_dir,
+        )  # fmt: skip
+    kept = [fitting[i] for i in right]
+    return Selection([examples[i] for i in kept], [question_ids[i] for i in kept], gold)
+
+
+def warn_of_questions(lm: LatentLM, selected: Selection, config: EvaluateConfig, file: str) -> None:
+    """Warn of words outside the vocabulary, and of gold texts that are longer than the limit of new tokens."""
+    rows = selected.question_ids
+    if unknown := unknown_words(TokenizedData.from_lists(rows, [[len(row)] for row in rows]), lm.tokenizer):
+        log(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
+    count = config.num_thoughts
+    forms = [
+        form if count is None else replace(form, steps_cut=steps_cut(form, count))
+        for form in lm.reasoning.forms(config.mode)
+    ]
+    warn_of_limit(selected.gold, forms, config.max_new_tokens or lm.reasoning.max_new_tokens, file)
+
+
+def _fitting(lm: LatentLM, question_ids: list[list[int]], config: EvaluateConfig) -> list[int]:
+    """The indices of the questions that leave room for an answer."""
+    room = room_for_question(lm, config.num_thoughts, config.mode)
+    too_long = [i for i, row in enumerate(question_ids) if len(row) > room]
+    if too_long and (config.too_long is TooLong.error or len(too_long) == len(question_ids)):
+        shown = ", ".join(f"question {i + 1} ({len(question_ids[i])} tokens)" for i in too_long[:5])
+        raise ValueError(
+            f"{len(too_long)} of {len(question_ids)} questions leave no room for an answer in the model's context of "
+            f"{lm.max_sequence_length} tokens: {shown}{', ...' if len(too_long) > 5 else ''}. Leave them out with "
+            "too_long=skip."
+        )
+    return [i for i, row in enumerate(question_ids) if len(row) <= room]

@@ -1,0 +1,32 @@
+"""How long a question may be: its thoughts and an answer must fit into the model's context, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from coconut.data.sequences import slot_ids
+from coconut.data.tokenization import encode_questions
+
+if TYPE_CHECKING:
+    from coconut.models.latent_lm import LatentLM
+
+
+def indices_that_fit(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
+    """The indices of the questions that leave room for an answer, with `more` thoughts than the model's own."""
+    rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
+    room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
+    return [i for i, row in enumerate(rows) if len(row) <= room]
+
+
+def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str | None = None) -> int:
+    """The most tokens that a question may have. An answer of one token must fit after the thoughts.
+
+    `num_thoughts`: by default the model's own. A hybrid model may choose any of its modes, so the longest counts,
+    unless `mode` forces one.
+    """
+    own = lm.reasoning
+    forms = [own.in_mode(name) for name in own.modes if mode in (None, name)] or [own]
+    counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
+    slots = [len(slot_ids(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
+    return lm.max_sequence_length - max(slots) - bool(own.modes) - 1

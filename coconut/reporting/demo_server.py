@@ -1,0 +1,180 @@
+"""The demo page and the server behind it, on http.server. `analysis.interactive` computes the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from coconut.analysis.interactive import InteractiveModel
+from coconut.reporting.plots import DARK, LIGHT
+
+MAX_REQUEST_BYTES = 100_000
+PAGE = Path(__file__).with_name("demo.html")
+
+
+class RefusedRequest(Exception):
+    """A request that is refused; the message is for the user."""
+
+    def __init__(self, status: HTTPStatus, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class DemoServer(ThreadingHTTPServer):
+    """Serves one model to the browser. Raises ValueError if host and port cannot be served."""
+
+    model: InteractiveModel
+
+    def __init__(self, host: str, port: int):
+        self.host = host
+        self.page = demo_page()
+        try:
+            super().__init__((host, port), DemoHandler)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(
+                    f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any that "
+                    "is free."
+                ) from None
+            raise ValueError(
+                f"Nothing can be served at host={host} port={port} ({error.strerror}). Take host=127.0.0.1 and a port "
+                "above 1023."
+            ) from None
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.host}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore connections that the browser has closed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class DemoHandler(BaseHTTPRequestHandler):
+    """GET / gives the page, GET /about the facts of the run; POST /ask takes {"question": text} or {"row": number}."""
+
+    server: DemoServer  # pyright: ignore[reportIncompatibleVariableOverride]
+    timeout = 60
+    server_version, sys_version = "coconut", ""
+
+    def do_GET(self) -> None:
+        self._answer({"/": self._page, "/about": self._about})
+
+    def do_POST(self) -> None:
+        self._answer({"/ask": self._ask})
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def _page(self) -> tuple[str, str]:
+        return "text/html; charset=utf-8", self.server.page
+
+    def _about(self) -> tuple[str, str]:
+        return "application/json", json.dumps(self.server.model.about)
+
+    def _ask(self) -> tuple[str, str]:
+        asked, model = self._body(), self.server.model
+        try:
+            found = model.ask(asked) if isinstance(asked, str) else model.draw(asked)
+        except ValueError as error:
+            raise RefusedRequest(HTTPStatus.BAD_REQUEST, str(error)) from None
+        return "application/json", json.dumps(found)
+
+    def _answer(self, paths: Mapping[str, Callable[[], tuple[str, str]]]) -> None:
+        status = HTTPStatus.OK
+        try:
+            self._check_host()
+            path = self.path.partition("?")[0]
+            if path not in paths:
+                raise RefusedRequest(HTTPStatus.NOT_FOUND, f"There is nothing at {path}.")
+            kind, text = paths[path]()
+        except RefusedRequest as refused:
+            status, kind, text = refused.status, "application/json", json.dumps({"error": str(refused)})
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            traceback.print_exc()
+            status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
+            text = json.dumps({"error": "That went wrong. The terminal in which this page is served says more."})
+        self._send(status, kind, text.encode())
+        if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            self._discard()
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header(
+            "Content-Security-Policy",
+            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        )
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _discard(self) -> None:
+        """Read the rest of the request: a browser that is still sending does not read the response."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(2)
+        with contextlib.suppress(OSError):
+            while self.rfile.read1(MAX_REQUEST_BYTES):
+                pass
+
+    def _check_host(self) -> None:
+        """Refuse other host names: another site's name may point here (DNS rebinding)."""
+        ours = {self.server.host.lower(), "localhost", "127.0.0.1", self.connection.getsockname()[0]}
+        asked = self.headers.get("Host", "")
+        try:
+            name = urlsplit(f"//{asked}").hostname
+        except ValueError:
+            name = None
+        if name not in ours:
+            raise RefusedRequest(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                f"This page is not served as {asked!r} but as {', '.join(sorted(ours))}. For another name of this "
+                "machine start it with host=NAME.",
+            )
+
+    def _body(self) -> str | int:
+        """The request's body: a question, or the number of a row."""
+        if self.headers.get_content_type() != "application/json":  # which no other site's page can send unasked
+            raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send JSON, with Content-Type: application/json.")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or len(length) > 18:
+            raise RefusedRequest(HTTPStatus.LENGTH_REQUIRED, "Send the length of the question, with Content-Length.")
+        if int(length) > MAX_REQUEST_BYTES:
+            raise RefusedRequest(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"The question has {int(length):,} bytes, and {MAX_REQUEST_BYTES:,} are taken. Ask something shorter.",
+            )
+        try:
+            asked = json.loads(self.rfile.read(int(length)))
+            json.dumps(asked, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            raise RefusedRequest(HTTPStatus.BAD_REQUEST, "What came is no JSON.") from None
+        match asked:
+            case {"question": str(question)}:
+                return question
+            case {"row": int(row)} if row is not True and row is not False:
+                return row
+        raise RefusedRequest(HTTPStatus.BAD_REQUEST, 'Send {"question": text} or {"row": number}, a whole one.')
+
+
+def demo_page() -> str:
+    """The page's HTML, in the colours of the reports."""
+    light, dark = ("".join(f"--{name}: {value}; " for name, value in colours.items()) for colours in (LIGHT, DARK))
+    rules = f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
+    return PAGE.read_text(encoding="utf-8").replace("/* colours */", rules)

@@ -1,0 +1,80 @@
+"""Prepare training and validation data: read, tokenize, and check against the model and the task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from coconut.config import TooLong, TrainConfig
+from coconut.data.examples import Example, read_examples
+from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
+from coconut.evaluation.gold_answers import readable
+from coconut.methods import Plan, Stage
+from coconut.models.latent_lm import LatentLM
+from coconut.tasks import TASKS
+from coconut.utils.console import log
+
+
+def read_splits(config: TrainConfig, files: dict[str, str]) -> dict[str, list[Example]]:
+    """The examples of train and valid. Warns of questions that both have."""
+    examples = {split: read_examples(files[split]) for split in ("train", "valid")}
+    if shared := len({e.question for e in examples["train"]} & {e.question for e in examples["valid"]}):
+        log(f"warning: {shared:,} questions of the validation data are in the training data too.")
+    return examples | {"valid": examples["valid"][: config.valid_limit]}
+
+
+def prepare_data(
+    config: TrainConfig, plan: Plan, lm: LatentLM, split: str, examples: list[Example], file: str
+) -> tuple[TokenizedData, list[Example]]:
+    """The tokens and the text of the examples that training uses.
+
+    Raises ValueError for examples that are too long for the model or whose gold answer the task would judge wrong,
+    unless the configuration leaves them out. Raises ValueError for training examples without steps if the method needs
+    steps.
+    """
+    data = tokenize(examples, lm.tokenizer, config.data.format, config.data.cache_dir)
+    if unknown := unknown_words(data, lm.tokenizer):
+        log(f"warning: {unknown:,} words of {file} are not in the tokenizer's vocabulary.")
+    skip = config.data.too_long is TooLong.skip
+    tokens, kept = fit_context(lambda whole: views_of_forms(whole, plan, lm), data, lm.max_sequence_length, skip, file)
+    if len(kept) < len(data):
+        log(f"Left out {len(data) - len(kept)} of {len(data)} {split} examples, longer than the model's context.")
+    rows = [examples[i] for i in kept]
+    right = readable(
+        rows, tokens, lm.tokenizer, TASKS[config.data.required_task()], config.data.format,
+        file=file, unreadable=config.data.unreadable,
+    )  # fmt: skip
+    if len(right) < len(kept):
+        tokens, rows = tokens.select(right), [rows[i] for i in right]
+    if split == "train" and any(stage.modes for stage in plan.stages):
+        _refuse_without_steps(tokens, config.method, file)
+    return tokens, rows
+
+
+def plain_view(data: TokenizedData, plan: Plan, form: Stage, lm: LatentLM) -> EpochView:
+    """The data in one form, with no other forms mixed in."""
+    return EpochView(data, replace(plan, mixing_probability=0.0), form, lm.special, seed=0, epoch=0)
+
+
+def views_of_forms(data: TokenizedData, plan: Plan, lm: LatentLM) -> list[EpochView]:
+    """The data in each form that training may give it."""
+    return [plain_view(data, plan, form, lm) for form in forms_of(plan)]
+
+
+def largest_examples(data: TokenizedData, plan: Plan, lm: LatentLM, count: int) -> list[tuple[EpochView, np.ndarray]]:
+    """The `count` longest examples, in the form with the longest rows and in the one with the most passes."""
+    views = views_of_forms(data, plan, lm)
+    widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
+    deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
+    return [(views[k], np.argsort(-views[k].lengths, kind="stable")[:count]) for k in {widest, deepest}]
+
+
+def _refuse_without_steps(data: TokenizedData, method: str, file: str) -> None:
+    if without := np.flatnonzero(data.num_steps == 0).tolist():
+        raise ValueError(
+            f"{file}: {len(without)} of {len(data)} examples have no steps, the first of them example "
+            f"{without[0] + 1}. {method} shows each example with a short answer and a long one, so that it needs a "
+            "chain for each. Leave these examples out."
+        )
