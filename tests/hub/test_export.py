@@ -311,7 +311,7 @@ def test_saved_model_answers_by_folder_or_hub_name(
     with pytest.raises(FileNotFoundError, match=r"someone/other is not a local folder, .* as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
     with pytest.raises(
-        ValueError, match=r"is a saved model and not a run.*coconut\.generate run=.*coconut\.evaluate run="
+        ValueError, match=r"is a saved model and not a run.*coconut generate run=.*coconut evaluate run="
     ):
         read_config(cached / "snapshots" / "1")
 
