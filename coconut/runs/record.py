@@ -90,7 +90,7 @@ def read_run(folder: Path | str) -> RunRecord:
     config = read_config(folder)
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(
-            f"{folder} is not a complete run: it has {CONFIG} but no {DESCRIPTION}. Run the same coconut.train command "
+            f"{folder} is not a complete run: it has {CONFIG} but no {DESCRIPTION}. Run the same coconut train command "
             "again, which writes both."
         )
     description, metrics = read_json(folder / DESCRIPTION), read_metrics(folder)

@@ -105,8 +105,8 @@ def test_a_run_whose_data_have_moved(
     shutil.copy(data.test, moved)
     config = read_json(run_folder / "config.json")
     for named, expected in [
-        ({"test": f"{away}.json"}, f"is not at {away}.json, where it was expected"),
-        ({"train": "", "valid": "", "test": "", "prefix": str(away)}, f"is not at {away}_test.json, where it was exp"),
+        ({"test": f"{away}.json"}, f"is missing: {away}.json"),
+        ({"train": "", "valid": "", "test": "", "prefix": str(away)}, f"is missing: {away}_test.json"),
         ({"test": ""}, "was never named, and none was made"),
     ]:
         write_json(run_folder / "config.json", {**config, "data": {**config["data"], **named}})

@@ -263,7 +263,7 @@ def test_missing_gpus_are_reported() -> None:
     ("values", "message"),
     [
         ({"zero_stage": 2}, "engine.zero_stage=2 needs DeepSpeed. Add engine=deepspeed"),
-        ({"kind": EngineKind.deepspeed, "zero_stage": 4}, "it is 0, 1, 2 or 3"),
+        ({"kind": EngineKind.deepspeed, "zero_stage": 4}, "must be 0, 1, 2 or 3"),
         ({"kind": EngineKind.deepspeed, "offload_optimizer": True}, "needs a sharded optimizer"),
         ({"kind": EngineKind.deepspeed, "zero_stage": 2, "offload_parameters": True}, "Set engine.zero_stage=3"),
     ],

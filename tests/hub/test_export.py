@@ -79,9 +79,9 @@ def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
         assert "'5 a question'" in code
         for question in questions:
             lines.append(code.replace("'5 a question'", f"'5 {question}'"))
-            said = answer(lm, [question])
-            expected.append(said.texts[0].strip())
-            chosen.add(said.modes[0])
+            output = answer(lm, [question])
+            expected.append(output.texts[0].strip())
+            chosen.add(output.modes[0])
     assert len(set(expected)) > 16, "the answers differ"
     assert len(chosen) > 2, "and several modes are chosen"
     lines.append("assert 'coconut' not in sys.modules")
@@ -139,12 +139,12 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(answer)
 
     def answer(self, answer: dict[str, Any]) -> None:
-        said = json.dumps(answer).encode()
+        output = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(said)))
+        self.send_header("Content-Length", str(len(output)))
         self.end_headers()
-        self.wfile.write(said)
+        self.wfile.write(output)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -311,7 +311,7 @@ def test_saved_model_answers_by_folder_or_hub_name(
     with pytest.raises(FileNotFoundError, match=r"someone/other is not a local folder, .* as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
     with pytest.raises(
-        ValueError, match=r"is a saved model and not a run.*coconut\.generate run=.*coconut\.evaluate run="
+        ValueError, match=r"is a saved model and not a run.*coconut generate run=.*coconut evaluate run="
     ):
         read_config(cached / "snapshots" / "1")
 
@@ -325,11 +325,11 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
     run_evaluate(replace(config_of_model, output="elsewhere"))
     expected = read_json(trained_run / "evaluation" / "test.json")
     for folder in (tmp_path / "evaluation" / "model", tmp_path / "elsewhere"):
-        [told] = [read_json(path) for path in folder.glob("*.json")]
-        assert {key for key in told if told[key] != expected[key]} <= {
+        [result] = [read_json(path) for path in folder.glob("*.json")]
+        assert {key for key in result if result[key] != expected[key]} <= {
             "file", "seconds_per_item", "step", "checkpoint", "seen"
         }  # fmt: skip
-        assert told["step"] is told["seen"] is None
+        assert result["step"] is result["seen"] is None
         [answers] = folder.glob("*.predictions.jsonl")
         assert answers.read_text() == (trained_run / "evaluation" / "test.predictions.jsonl").read_text()
     for config, message in (

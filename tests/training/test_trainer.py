@@ -303,7 +303,7 @@ def test_a_run_goes_on_with_less_memory(
             "curriculum.total_length: 14 there, 20 asked for\n.*its plan",
         ),
         ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: validation chooses"),
-        ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: what validation measures"),
+        ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: validation chooses"),
     ],
 )
 def test_a_refusal_says_why_and_what_would_help(
@@ -311,7 +311,7 @@ def test_a_refusal_says_why_and_what_would_help(
 ) -> None:
     with pytest.raises(ValueError, match=f"(?s){why}") as refused:
         run(settings(data, finished, **changes))
-    assert f"begins with the weights of this one: init={finished} run=DIR" in str(refused.value)
+    assert f"start a new run from its weights: init={finished} run=DIR" in str(refused.value)
 
 
 def test_a_run_that_cannot_begin_takes_nothing_with_it(data: DataConfig, tmp_path: Path) -> None:
@@ -391,9 +391,9 @@ def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path)
     assert checkpoints.find("last") == checkpoints.find("14") == checkpoints.path(14)
     with pytest.raises(ValueError, match="no checkpoint of update 3"):
         checkpoints.find("3")
-    with pytest.raises(ValueError, match="'newest'; it is best, last"):
+    with pytest.raises(ValueError, match="'newest'; it must be best, last"):
         checkpoints.find("newest")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="has no valid checkpoint"):
         Checkpoints(tmp_path).find("last")
 
 
@@ -607,7 +607,7 @@ def test_examples_longer_than_the_context(data: DataConfig, tmp_path: Path, caps
     [
         ({}, "neither is given"),
         ({"base": "gpt2", "architecture": {"model_type": "gpt2"}}, "both are given"),
-        ({"architecture": {"n_layer": 1}, "tokenizer": "words"}, "names no model_type"),
+        ({"architecture": {"n_layer": 1}, "tokenizer": "words"}, "has no model_type"),
         ({"architecture": {"model_type": "gpt2"}}, "needs model.tokenizer"),
     ],
 )
