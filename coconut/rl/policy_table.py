@@ -60,22 +60,22 @@ def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def comparison(runs: Sequence[RunRecord]) -> Study:
-    """A row for each of the runs: what it chooses, and what comes of it on test questions.
+    """A study with a row for each run: its choice of modes, and the results on test questions.
 
-    Raises ValueError if one is not complete, not examined or has no modes, or if they have other modes or questions.
+    Raises ValueError if a run is incomplete, was not analyzed, or has other modes or test questions than the first.
     """
     for run in runs:
         if run.step < run.config["num_steps"]:
-            raise ValueError(f"{run.folder} is not complete: batch {run.step:,} of {run.config['num_steps']:,}.")
+            raise ValueError(f"{run.folder} is not complete: step {run.step:,} of {run.config['num_steps']:,}.")
         if "routers" not in run.studies:
-            raise ValueError(f"{run.folder} was not examined: coconut analyze run={run.folder} does that.")
-    first = runs[0].studies["routers"].facts
+            raise ValueError(f"{run.folder} was not analyzed. Run coconut analyze run={run.folder}.")
+    first_facts = runs[0].studies["routers"].facts
     rows = []
     for run in runs:
         facts = run.studies["routers"].facts
-        if any(facts[key] != first[key] for key in ("modes", "sha256", "questions")):
-            raise ValueError(f"{run.folder} and {runs[0].folder} have other modes, or were asked other questions.")
-        own, *others = run.studies["routers"].rows
+        if any(facts[key] != first_facts[key] for key in ("modes", "sha256", "questions")):
+            raise ValueError(f"{run.folder} and {runs[0].folder} differ in their modes or in their test questions.")
+        model_row, *others = run.studies["routers"].rows
         by_name = {row["router"]: row for row in others}
         easy, *_, hard = run.studies["difficulty"].rows
         rows.append(
@@ -84,27 +84,27 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
                 "seed": run.config["seed"],
                 "step": run.studies["routers"].facts["step"],
                 "reward": _validated(run)["reward"],
-                **{key: own[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
+                **{key: model_row[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
                 "at_random": by_name["at random, as often"]["accuracy"],
                 "oracle": by_name["oracle"]["accuracy"],
-                **{key: value for key, value in own.items() if key.startswith("share_")},
-                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first["modes"]},
-                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first["modes"]},
+                **{key: value for key, value in model_row.items() if key.startswith("share_")},
+                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first_facts["modes"]},
+                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first_facts["modes"]},
                 "seconds": sum(row["seconds"] for row in run.train),
             }
         )
-    kept = {key: first[key] for key in ("modes", "sha256", "questions", "file")}
-    return Study("policies", rows, kept | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
+    facts_of_study = {key: first_facts[key] for key in ("modes", "sha256", "questions", "file")}
+    return Study("policies", rows, facts_of_study | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
 
 
 def _validated(run: RunRecord) -> dict[str, Any]:
-    """The validation of the checkpoint that was examined. Raises ValueError if that was not validated."""
+    """The validation of the checkpoint that was analyzed. Raises ValueError if there is none."""
     step = run.studies["routers"].facts["step"]
     rows = [row for row in run.valid if row["step"] == step]
     if not rows:
         raise ValueError(
-            f"{run.folder} was examined at batch {step:,}, where nothing was validated: what it earned there is not "
-            f"known. Examine another checkpoint: coconut analyze run={run.folder} checkpoint=best"
+            f"{run.folder} was analyzed at step {step:,}, which has no validation, so its reward is not known. "
+            f"Analyze another checkpoint: coconut analyze run={run.folder} checkpoint=best"
         )
     return rows[-1]
 

@@ -32,14 +32,14 @@ def is_policy(run: RunRecord) -> bool:
 
 
 def modes_of(run: RunRecord) -> list[str]:
-    """What the run's model chooses from; nothing if it does not choose."""
+    """The modes of the run's model; none if it is not hybrid."""
     if is_policy(run):
         return run.description["reasoning"]["modes"]
     return run.config["curriculum"].get("modes", []) if run.stages[-1].modes else []
 
 
 def chooses(run: RunRecord) -> bool:
-    """Whether there is a model to be asked that chooses how to answer."""
+    """Whether the run has modes and a validation, so that its choices can be examined."""
     return bool(modes_of(run) and run.valid)
 
 
@@ -48,33 +48,35 @@ def chooses(run: RunRecord) -> bool:
 
 @styled()
 def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
-    """What the modes' shares, their accuracy and their chances by difficulty were: a line for each of the runs."""
+    """Share and accuracy of each mode over training, and its probability by steps: one line for each run and mode."""
     modes = modes_of(runs[0])
     left, right, top, bottom, high, gap = 40.0, 14.0, 26.0, 40.0, 130.0, 46.0
     beside = width > 500
     wide = (width - left - right - 2 * gap) / 3 if beside else width - left - right
     figure = new_figure(width, top + high + bottom if beside else 3 * (top + high + bottom))
-    places = [(left + n * (wide + gap), top) if beside else (left, top + n * (top + high + bottom)) for n in range(3)]
-    shares, right_ones, chances = (panel(figure, *place, wide, high) for place in places)
+    positions = [
+        (left + n * (wide + gap), top) if beside else (left, top + n * (top + high + bottom)) for n in range(3)
+    ]
+    shares, accuracies, probabilities = (panel(figure, *position, wide, high) for position in positions)
     for number, mode in enumerate(modes):
         colour = COLOURS[number % len(COLOURS)]
         for run in runs:
             draw_line(shares, smooth(run.train, f"share_{mode}"), colour, 1.5, mode, dots=False)
-            draw_line(right_ones, points(run.valid, f"accuracy_{mode}"), colour, 1.5, mode, dots=False)
+            draw_line(accuracies, points(run.valid, f"accuracy_{mode}"), colour, 1.5, mode, dots=False)
             if run.valid:
-                draw_line(chances, by_steps(run.valid[-1], mode), colour, 1.5, mode, dots=True)
+                draw_line(probabilities, by_steps(run.valid[-1], mode), colour, 1.5, mode, dots=True)
                 faint = by_steps(run.valid[0], mode)
-                chances.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
+                probabilities.plot(*zip(*faint, strict=True), color=LIGHT[colour], linewidth=1, linestyle=(0, (2, 2)))
     last = max(run.config["num_steps"] for run in runs)
-    for axes, title in ((shares, "Share of the answers"), (right_ones, "Right, when made to")):
+    for axes, title in ((shares, "Share of completions"), (accuracies, "Accuracy when forced")):
         axes.set_xlim(0, last)
         axes.set_xlabel("batches", loc="right")
         axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(whole_ticks(4))
-    chances.set_title("Chance by steps", loc="left")
-    chances.set_xlabel("steps of the question", loc="right")
-    chances.xaxis.set_major_locator(whole_ticks(8))
-    for axes in (shares, right_ones, chances):
+    probabilities.set_title("Probability by steps", loc="left")
+    probabilities.set_xlabel("steps of the question", loc="right")
+    probabilities.xaxis.set_major_locator(whole_ticks(8))
+    for axes in (shares, accuracies, probabilities):
         share_axis(axes.yaxis, 5)
     return figure
 
@@ -84,10 +86,10 @@ def points(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
 
 
 def smooth(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    """Means of neighbouring batches."""
-    found = points(rows, key)
-    every = max(1, -(-len(found) // POINTS))
-    parts = [found[first : first + every] for first in range(0, len(found), every)]
+    """The curve of a metric over steps, averaged over neighbouring steps to at most POINTS points."""
+    values = points(rows, key)
+    every = max(1, -(-len(values) // POINTS))
+    parts = [values[first : first + every] for first in range(0, len(values), every)]
     return [(float(np.mean([x for x, _ in part])), float(np.mean([y for _, y in part]))) for part in parts]
 
 
@@ -97,11 +99,11 @@ def by_steps(row: dict[str, Any], mode: str) -> list[Point]:
 
 @styled()
 def reward_curve(run: RunRecord, width: float) -> Drawing:
-    """Rewards of the sampled answers, and on validation data."""
+    """Mean rewards of the sampled completions, and on validation questions."""
     figure = new_figure(width, 196)
     axes = panel(figure, 40, 30, width - 54, 126)
     draw_line(axes, smooth(run.train, "reward"), "muted", 1.2, "sampled", dots=False)
-    draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, its likeliest answers", dots=True)
+    draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, greedy", dots=True)
     axes.set_xlim(0, run.config["num_steps"])
     axes.set_xlabel("batches", loc="right")
     axes.xaxis.set_major_locator(whole_ticks(8))
@@ -114,9 +116,9 @@ def curves_figure(runs: Sequence[RunRecord], name: str) -> Figure:
     return figure_of(
         lambda width: choice_curves(runs, width),
         name,
-        "Share of each mode among the sampled answers, accuracy of each mode, and the chance of each by difficulty.",
-        "Left: of the answers sampled for a batch. Middle: validation questions, each answered in every mode. Right: "
-        "how likely the first token is that of the mode, before the first batch (dotted) and after the last.",
+        "Share of each mode among the completions, accuracy of each mode, and its probability by number of steps.",
+        "Left: completions sampled in training. Middle: validation questions, each answered in every mode. Right: "
+        "the probability of the mode's control token, before the first batch (dashed) and after the last.",
     )
 
 
@@ -133,10 +135,11 @@ def mode_legend(modes: Sequence[str]) -> Legend:
 
 
 def report(run: RunRecord) -> str:
-    """The page of one run."""
+    """The HTML page of one run."""
     objective = run.config["objective"]["name"]
     sections = [headline(run), learning(run), answers(run), provenance(run)]
-    what = f"learns which of {', '.join(modes_of(run))} to answer in" if modes_of(run) else "learns by reward"
+    modes = ", ".join(modes_of(run))
+    what = f"reinforcement learning of the choice between {modes}" if modes else "reinforcement learning"
     return page(run.description["name"], objective, what, run.folder, sections)
 
 
@@ -146,51 +149,51 @@ def headline(run: RunRecord) -> Section:
         parts.append(Text(f"Not complete: batch {run.step:,} of {run.config['num_steps']:,}."))
     routers = run.studies.get("routers")
     if routers:
-        parts += routed(routers)
+        parts += router_parts(routers)
     elif run.valid:
-        found = run.valid[-1]
-        parts.append(Text(f"After batch {found['step']:,}: {percent(found['accuracy'])} of the validation questions, "
-                          f"reward {found['reward']:.3f}. Unseen questions: name a test file."))  # fmt: skip
+        last = run.valid[-1]
+        parts.append(Text(f"After batch {last['step']:,}: {percent(last['accuracy'])} of the validation questions, "
+                          f"reward {last['reward']:.3f}. To evaluate unseen questions, name a test file."))  # fmt: skip
     return Section("headline", None, parts)
 
 
 def choices(run: RunRecord) -> Section | None:
-    """Of a run that was warmed up: how it chooses."""
+    """The section of a warmed-up hybrid model's page on its choice of modes."""
     study = run.studies.get("routers")
-    return Section("choices", "How it chooses", routed(study)) if study else None
+    return Section("choices", "How it chooses", router_parts(study)) if study else None
 
 
 def on_screen(study: Study) -> str:
-    """The routers within the width of a terminal."""
+    """The table of routers as text for a terminal."""
     modes = study.facts["modes"]
     names = ["who chooses", "accuracy", "interval", "tokens", "passes", *modes]
     return "\n".join(aligned([names, *(router_cells(row, modes) for row in study.rows)]))
 
 
-def routed(study: Study) -> list[Part]:
-    """The model's own choice against those of routers, on test questions."""
-    own, facts, modes = study.rows[0], study.facts, study.facts["modes"]
-    asked = describe_questions(facts["questions"], facts.get("seen"))
-    shares = ", ".join(f"{mode} for {percent(own[f'share_{mode}'])}" for mode in modes)
+def router_parts(study: Study) -> list[Part]:
+    """The model's choice of modes against routers, on test questions: score, sentences and table."""
+    model_row, facts, modes = study.rows[0], study.facts, study.facts["modes"]
+    questions = describe_questions(facts["questions"], facts.get("seen"))
+    shares = ", ".join(f"{mode} for {percent(model_row[f'share_{mode}'])}" for mode in modes)
     names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
     return [
         Score(
-            own["accuracy"],
-            f"on {asked}",
-            (own["low"], own["high"]),
+            model_row["accuracy"],
+            f"on {questions}",
+            (model_row["low"], model_row["high"]),
             None,
         ),
         Text(
             f"With checkpoint {facts['step']:,} it chooses {shares} of the questions, and takes "
-            f"{own['new_tokens']:.1f} tokens of language and {own['passes']:.1f} forward passes an answer. Against "
-            "others that choose for it:"
+            f"{model_row['new_tokens']:.1f} new tokens and {model_row['passes']:.1f} forward passes an answer. "
+            "Compared with routers that choose for it:"
         ),
         Table(names, [router_cells(row, modes) for row in study.rows], len(names) - 1),
         Text(
-            "Expected values, on the same questions. At random: each mode as often as the model takes it, whatever the "
-            "question. Classifier: a small network on the model's state after the question, fitted on "
-            f"{facts['fitted_on']:,} training questions to name the cheapest mode that is right. Oracle: that mode "
-            "itself, which nobody knows beforehand."
+            "Expected values, on the same questions. At random: each mode as often as the model takes it, independent "
+            "of the question. Classifier: a small network on the model's hidden state after the question, fitted on "
+            f"{facts['fitted_on']:,} training questions to predict the cheapest mode that is right. Oracle: that mode, "
+            "an upper bound."
         ),
     ]
 
@@ -208,23 +211,27 @@ def learning(run: RunRecord) -> Section:
     modes = modes_of(run)
     parts: list[Part] = [mode_legend(modes), curves_figure([run], "choice")] if modes and run.train else []
     if run.train:
-        caption = "Of the answers sampled for each batch, and of those that it would give without sampling."
+        caption = "Completions sampled in training, and greedy answers to the validation questions."
         parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
-    rows = [_batch_row(row, modes) for row in run.valid if row["step"] % _every(run) == 0 or row is run.valid[-1]]
+    rows = [
+        _batch_row(row, modes)
+        for row in run.valid
+        if row["step"] % _validation_interval(run) == 0 or row is run.valid[-1]
+    ]
     columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
-        silent = percent(float(np.mean([row["zero_variance_groups"] for row in run.train])))
+        zero_variance = percent(float(np.mean([row["zero_variance_groups"] for row in run.train])))
         dense = describe_process_reward(run.config.get("process_reward")) != "none"
-        taught = "where only the rewards of tokens teach" if dense else "which teaches nothing"
-        parts.append(Text(f"In {silent} of the groups all answers were rewarded alike, {taught}."))
+        effect = "and only the process rewards give a gradient" if dense else "and give no gradient"
+        parts.append(Text(f"In {zero_variance} of the groups all rewards are equal, {effect}."))
     return Section("learning", "How it learned", parts)
 
 
-def _every(run: RunRecord) -> int:
-    """So that about ten validations are shown."""
-    own = run.config["validate_every"]
-    return own * max(1, -(-run.config["num_steps"] // (10 * own)))
+def _validation_interval(run: RunRecord) -> int:
+    """The steps between the validations that the table shows, about ten rows."""
+    interval = run.config["validate_every"]
+    return interval * max(1, -(-run.config["num_steps"] // (10 * interval)))
 
 
 def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
@@ -235,7 +242,10 @@ def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
     config, objective = run.config, run.description["objective"]
-    reward, asked = config["reward"], f"{config['prompts_per_step']} questions with {config['group_size']} answers each"
+    reward, sampled = (
+        config["reward"],
+        f"{config['prompts_per_step']} prompts with {config['group_size']} completions each",
+    )
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
     scaled = "divided by the deviation of their group" if objective["normalize_advantages"] else "not divided"
@@ -259,18 +269,18 @@ def provenance(run: RunRecord) -> Section:
         ("limits", limits),
         ("started from", str(run.description["init"])),
         ("parameters", f"{run.description['parameters']:,}"),
-        ("batches", f"{run.step:,} of {config['num_steps']:,}, of {asked}, at temperature {config['temperature']:g}"),
-        ("updates a batch", str(config["num_minibatches"] * config["num_iterations"])),
+        ("steps", f"{run.step:,} of {config['num_steps']:,}, of {sampled}, at temperature {config['temperature']:g}"),
+        ("updates a step", str(config["num_minibatches"] * config["num_iterations"])),
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
     ]
     return what_was_trained(run, facts, "batches")
 
 
 def describe_process_reward(dense: dict[str, Any] | None) -> str:
-    """Of a run's configuration; None if it was made before there were any."""
+    """The process reward of a run's configuration in words."""
     if not (dense and dense["weight"]):
         return "none"
-    learns = "learns from each batch" if dense["online"] else "stays as it is"
+    learns = "is updated with each batch" if dense["online"] else "is frozen"
     return f"weight {dense['weight']:g}, beta {dense['beta']:g}; the reward model {learns}"
 
 

@@ -345,7 +345,7 @@ def test_latent_backend_accepts_mode_and_prefix(tmp_path: Path) -> None:
     )
     assert {mode for row in replies for reply in row for mode in reply.modes} == {"short", "think"}
     assert backend.rows(["1"], {"prefix": "7 7"}) == backend.rows(["7 7 1"], {})
-    with pytest.raises(ValueError, match="The mode says how many thoughts"):
+    with pytest.raises(ValueError, match="mode sets the number of its thoughts"):
         collect_answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
 
 

@@ -287,5 +287,5 @@ def test_edges_are_replaced_in_the_text(question: str, edges: list[tuple[str, st
 
 
 def test_as_many_edges_are_needed_as_are_told() -> None:
-    with pytest.raises(ValueError, match="tells 2 edges; 1 were given"):
+    with pytest.raises(ValueError, match="has 2 edges, but 1 were given"):
         prosqa.with_edges("0 3 | 7 6 ? 3 or 6 from 0", [("0", "3")])

@@ -90,7 +90,7 @@ def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
 
 
 def test_unusable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere.json does not exist.*data_builders"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json does not exist.*coconut data NAME"):
         read_examples(tmp_path / "nowhere.json")
     with pytest.raises(FileNotFoundError, match="is a folder"):
         read_examples(tmp_path)

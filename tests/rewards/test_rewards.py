@@ -868,7 +868,7 @@ def test_reward_configs_refuse_invalid_values(made: tuple[Path, DataConfig], tmp
         ({"beta": 0.0}, "beta is 0.0"),
         ({"init": None}, "Name the model to start from"),
         ({"batch_size": 1}, "batch_size is 1"),
-        ({"engine": EngineConfig(cuda_graphs=True)}, "a reward model is trained without"),
+        ({"engine": EngineConfig(cuda_graphs=True)}, "a reward model is trained in eval mode"),
     ]:
         with pytest.raises(ValueError, match=message):
             settings(made, tmp_path / "none", **changes)

@@ -448,7 +448,7 @@ def test_activation_checkpointing_runs_layers_twice(made: tuple[Path, DataConfig
 
 
 def test_cuda_graphs_are_refused_in_rl(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a policy is trained without. Leave engine.cuda_graphs=false"):
+    with pytest.raises(ValueError, match=r"a policy is trained in eval mode.*Set engine.cuda_graphs=false"):
         settings(made, tmp_path / "run", engine=EngineConfig(cuda_graphs=True))
 
 
@@ -486,7 +486,7 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     [row] = read_json(tmp_path / "first" / "policies.json")["rows"]
     assert (row["step"], row["reward"]) == (min(valid), valid[min(valid)])
     write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": 99}})
-    with pytest.raises(ValueError, match="analyzed at batch 99, which has no validation"):
+    with pytest.raises(ValueError, match="analyzed at step 99, which has no validation"):
         compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "none")))
     assert "Seeds 0, 0." in (tmp_path / "policies.html").read_text()
     told = capsys.readouterr().out
