@@ -137,10 +137,19 @@ def make_table(config: AdaptiveConfig, inputs: Inputs) -> OutcomeTable:
         correct=correct,
         passes=np.array([[reply.passes for reply in row] for row in replies], np.float32),
         embeddings=embeddings,
-        about={"backend": inputs.backend.name, "task": inputs.vote.task.name, "embedding": config.embedding,
-               "file": inputs.file, "sha256": sha256(inputs.file), "judge": config.judge.kind.value,
-               "seed": config.seed, "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint},
-    )  # fmt: skip
+        about={
+            "backend": inputs.backend.name,
+            "task": inputs.vote.task.name,
+            "embedding": config.embedding,
+            "file": inputs.file,
+            "sha256": sha256(inputs.file),
+            "judge": config.judge.kind.value,
+            "seed": config.seed,
+            "default": config.default,
+            "max_new_tokens": config.max_new_tokens,
+            "checkpoint": config.checkpoint,
+        },
+    )
     table.write(config.folder / TABLE)
     log(f"Table: {config.folder / TABLE}")
     return table

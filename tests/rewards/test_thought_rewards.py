@@ -302,6 +302,6 @@ def test_prefix_values_warn_without_mixing_and_refuse_without_thoughts() -> None
             prefix_values(subject(**without))
     long = Example("3 4", (), " ".join(["5"] * 95))
     with pytest.raises(
-        NotApplicable, match=r"1 of 4 answers are.*context of 96 tokens; the first is that to question 4"
+        NotApplicable, match=r"1 of 4 answers, .* context of 96 tokens. The first is the answer to question 4"
     ):
         prefix_values(subject([*GRAPHS[:3], long]))
