@@ -503,4 +503,4 @@ class DataFiles:
 
 def needs_run(run: str) -> None:
     if not run:
-        raise ValueError("Name the run: run=DIR, a folder written by coconut.train.")
+        raise ValueError("Name the run: run=DIR, a folder written by coconut train.")

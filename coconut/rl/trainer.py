@@ -215,7 +215,9 @@ class PolicyTrainer:
             problem = str(error)
         if problems := [text for text in self.world.all_gather_object(problem) if text]:
             self.save()
-            raise ValueError(f"{problems[0]} The run is saved at step {self.step}, and goes on with another reward.")
+            raise ValueError(
+                f"{problems[0]} The run is saved at step {self.step}. Correct the reward and run it again."
+            )
 
     def _prompts(self, step: int) -> np.ndarray:
         """The indices of a step's examples: in each epoch every one once, in an order keyed by seed and epoch."""

@@ -136,8 +136,8 @@ class Checkpoints:
             best = read_json(last / STATE).get("best")
             if not best:
                 raise ValueError(
-                    f"{self.folder.parent} has no best checkpoint yet: it is chosen by validation accuracy in the "
-                    "last stage, which training has not reached. Use checkpoint=last."
+                    f"{self.folder.parent} has no best checkpoint yet: no validation has chosen one (with a curriculum, "
+                    "those of the last stage do). Use checkpoint=last."
                 )
             step = best["step"]
         elif which.isdigit():

@@ -147,6 +147,7 @@ def clear_table(questions: int = 300, seed: int = 0) -> OutcomeTable:
     return OutcomeTable(space, questions_text, kinds, right, right, passes, embeddings.astype(np.float32), about)
 
 
+@pytest.mark.slow
 def test_policy_learns_what_depends_on_the_question() -> None:
     table = clear_table()
     found = run_experiments(
@@ -674,6 +675,7 @@ def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     return AdaptiveConfig(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_adaptive_command_writes_table_policy_and_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adaptive.only_table(command(trained)) == 0
     table = OutcomeTable.read(trained / "adaptive" / "outcomes.npz")
@@ -852,6 +854,7 @@ def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Pat
     assert adaptive._asking(by_run).backend.name != first
 
 
+@pytest.mark.slow
 def test_killed_table_command_resumes(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\n\n\ndef ask(question, settings):\n    time.sleep(0.05)\n"

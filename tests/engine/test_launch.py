@@ -27,6 +27,8 @@ from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.description import read_metrics
 from coconut.utils.hydra_app import CONF_DIR
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
 ENVIRONMENT = {**CLEAN, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 MANY = 100_000  # updates; no test waits for so many

@@ -160,6 +160,7 @@ def test_questions_that_were_seen_are_not_called_unseen(copy: Path):
     assert "questions in the training data, so no test result" in text
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path):
     for end in ("json", "predictions.jsonl"):
         (copy / "evaluation" / f"test.{end}").rename(copy / "evaluation" / f"other.{end}")
@@ -215,6 +216,7 @@ def test_a_section_is_a_function_of_the_record(evaluated: Path):
     assert 'id="learning"' not in html
 
 
+@pytest.mark.slow
 def test_the_command_names_its_file(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert analyze.run(AnalyzeConfig(run=str(copy))) == 0
     assert f"Report: {copy / 'report.html'}" in capsys.readouterr().out

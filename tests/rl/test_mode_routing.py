@@ -56,6 +56,7 @@ def test_random_router_equals_independent_draws() -> None:
     assert found.accuracy == pytest.approx(correct[np.arange(500), drawn].mean(), abs=5e-3)
 
 
+@pytest.mark.slow
 def test_mode_outcomes_equal_evaluations() -> None:
     lm = hybrid()
     known = mode_outcomes(lm, TASK, EXAMPLES, batch_size=2)
@@ -70,6 +71,7 @@ def test_mode_outcomes_equal_evaluations() -> None:
     assert compare_routers(known, router_distributions(known))["the model"].shares == pytest.approx(own.modes)
 
 
+@pytest.mark.slow
 def test_question_states_give_the_models_choice() -> None:
     lm = hybrid()
     found = question_states(lm, EXAMPLES, batch_size=2)

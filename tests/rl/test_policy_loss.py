@@ -284,6 +284,7 @@ def on_two() -> None:
                 assert together_found == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
 
 
+@pytest.mark.slow
 def test_policy_update_does_not_depend_on_the_number_of_processes() -> None:
     together(on_two)
 

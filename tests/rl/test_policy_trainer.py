@@ -47,6 +47,8 @@ from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineConfig(device="cpu", threads=1)
 
 

@@ -39,6 +39,8 @@ from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineConfig(device="cpu", threads=1)
 LEARNS = AdamWConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=2)
 
