@@ -136,7 +136,8 @@ class Checkpoints:
             best = read_json(last / STATE).get("best")
             if not best:
                 raise ValueError(
-                    f"{self.folder.parent} has no best checkpoint yet: no validation has chosen one (with a curriculum, "
+                    f"{self.folder.parent} has no best checkpoint yet: no validation has chosen one (with a "
+                    "curriculum, "
                     "those of the last stage do). Use checkpoint=last."
                 )
             step = best["step"]
