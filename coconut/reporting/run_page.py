@@ -266,7 +266,7 @@ def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], units: str) -
         ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of {units}"),
     ]
     if again:
-        resumed = ", ".join(f"after {row['from_update']:,} {units} ({_date(row['started'])})" for row in again)
+        resumed = ", ".join(f"after {row['from_step']:,} {units} ({_date(row['started'])})" for row in again)
         facts.append(("resumed", resumed))
     data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in description["data"].items()]
     if run.test:

@@ -391,7 +391,7 @@ class PolicyTrainer:
         self.world.set_activity(f"saving step {self.step}")
         state = {"best": self.best, "pending": self.pending, "updates": self.updates}
         if self.process_reward:
-            state["dense_updates"] = self.process_reward.updates
+            state["process_reward_updates"] = self.process_reward.updates
         self.training_state.save(self.step, self.engine, self.lm.reasoning, state, self.extra_models)
 
     def finish(self, track: Tracking) -> str:

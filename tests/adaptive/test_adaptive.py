@@ -46,7 +46,7 @@ from coconut.adaptive.space import Space
 from coconut.completions.completion import completion_from_ids
 from coconut.config import DataFiles, EngineConfig, TaskName
 from coconut.data.examples import Example
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.generate import run as generate
@@ -261,7 +261,7 @@ def test_reply_passes_equal_forward_calls(kind: str) -> None:
     with torch.no_grad():
         for mode, count in sorted(set(zip(reply.modes, reply.num_thoughts, strict=True))):
             control = [lm.special.control[mode]] if mode else []
-            slot = slot_ids(lm.reasoning.in_mode(mode) if mode else lm.reasoning, lm.special, count).tolist()
+            slot = slot_with_markers(lm.reasoning.in_mode(mode) if mode else lm.reasoning, lm.special, count).tolist()
             prompt, cache = DynamicCache(), DynamicCache()
             before = [*question, *control, *slot[:1]] if count else [*question, *control, *slot]
             state = fed(embedded(before), prompt)

@@ -9,8 +9,8 @@ from helpers.models import EXAMPLES, MODES, TASK, hybrid
 
 from coconut.evaluation.evaluator import evaluate
 from coconut.rl.mode_routing import (
-    Classifier,
     ModeOutcomes,
+    RouterClassifier,
     cheapest_right,
     compare_routers,
     mode_outcomes,
@@ -93,6 +93,6 @@ def test_classifier_learns_the_cheapest_right_mode() -> None:
         mode_probabilities=np.array([[0.9, 0.1]] * 600),
     )
     before = torch.random.get_rng_state()
-    said = Classifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))
+    said = RouterClassifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))
     assert said.tolist() == [1, 0]
     assert torch.equal(torch.random.get_rng_state(), before)

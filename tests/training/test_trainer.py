@@ -146,7 +146,7 @@ def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int)
     config = as_config(read_json(folder / "config.json"), folder)
     assert run(config) == 0
     same_end(folder, finished)
-    assert [s["from_update"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
+    assert [s["from_step"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert "model.safetensors has 1,000 of" in said
     assert "the checksum of trainer.pt does not match" in said
     assert "manifest.json cannot be read" in said
-    assert read_json(folder / "run.json")["sessions"][-1]["from_update"] == 4
+    assert read_json(folder / "run.json")["sessions"][-1]["from_step"] == 4
     same_end(folder, finished)
 
 
@@ -436,7 +436,7 @@ def test_damaged_checkpoints_do_not_cost_the_new_ones(
     config = replace(as_config(read_json(folder / "config.json"), folder), keep_checkpoints=keep)
     assert run(config) == 0
     capsys.readouterr()
-    assert checkpoints.last() == checkpoints.path(14)
+    assert checkpoints.newest_valid() == checkpoints.path(14)
     assert "damaged" not in capsys.readouterr().err
     assert len(list(checkpoints.folder.glob("damaged-step-*"))) == 3
     same_end(folder, finished)
@@ -550,7 +550,7 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: Dat
     assert run(config) == 0
     described = read_json(folder / "run.json")
     assert described["init"] == began_from
-    assert [session["from_update"] for session in described["sessions"]] == [0, 2]
+    assert [session["from_step"] for session in described["sessions"]] == [0, 2]
 
 
 def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_
         run(settings(data, tmp_path, optimizer=OptimizerConfig(lr=1e20), save_every=1))
     found = read_json(tmp_path / "diverged.json")
     assert found["examples"]
-    last = Checkpoints(tmp_path).last()
+    last = Checkpoints(tmp_path).newest_valid()
     assert last is not None
     assert load_state(last)["step"] == found["step"] - 1
 
