@@ -1,4 +1,4 @@
-"""The schema of analyze, its table of runs, and demo."""
+"""Configuration of coconut analyze, coconut analyze table and coconut demo."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from coconut.utils.overrides import PathName
 class DemoConfig:
     run: PathName = ""
     checkpoint: str = "best"
-    host: str = "127.0.0.1"  # who can open the page: this machine alone
-    port: int = 8000  # 0: any that is free
+    host: str = "127.0.0.1"  # the address to listen on; by default only this machine can open the page
+    port: int = 8000  # 0: any free port
     max_new_tokens: int | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -24,20 +24,20 @@ class DemoConfig:
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535.")
         if not self.host or ":" in self.host:
-            raise ValueError(f"host={self.host} is no IPv4 address or name; 127.0.0.1 is this machine alone.")
+            raise ValueError(f"host={self.host} is no IPv4 address or name; 127.0.0.1 serves this machine only.")
 
 
 class Part(StrEnum):
-    """What can be measured of a trained run, besides its accuracy."""
+    """A measurement of a trained run, besides its accuracy."""
 
-    k_forcing = "k_forcing"  # accuracy and reasoning paths with any number of thoughts
-    prefix_values = "prefix_values"  # what each thought adds to the probability of the right answer
-    values = "values"  # the latent search tree: what the next step would be after each thought
-    inner_products = "inner_products"  # thoughts against the embeddings of nodes
-    decoded = "decoded"  # the tokens that a thought is closest to saying
-    audit_thoughts = "audit_thoughts"  # other thoughts in place of its own
-    audit_edges = "audit_edges"  # questions with an edge changed
-    stopping = "stopping"  # a classifier that ends the thoughts against their constant number
+    k_forcing = "k_forcing"  # accuracy and reasoning paths with 0 to a few more thoughts than trained
+    prefix_values = "prefix_values"  # what each thought adds to the log-probability of the right answer
+    values = "values"  # the latent search tree: the probability of each node as the next step, after each thought
+    inner_products = "inner_products"  # inner products of thoughts with the embeddings of nodes
+    decoded = "decoded"  # logit lens: the likeliest tokens of each thought
+    audit_thoughts = "audit_thoughts"  # interventions on the thoughts
+    audit_edges = "audit_edges"  # interventions on the edges of the graph
+    stopping = "stopping"  # a classifier that decides when to stop thinking, against a constant number of thoughts
 
 
 @dataclass
@@ -45,8 +45,8 @@ class AnalyzeConfig:
     run: PathName = ""
     checkpoint: str = "best"
     data: DataFiles = field(default_factory=DataFiles)
-    parts: list[Part] | None = None  # by default all that fit the run; []: the page alone
-    limit: int | None = None  # the first so many test questions
+    parts: list[Part] | None = None  # by default all that apply to the run; []: write the page only
+    limit: int | None = None  # measure on the first `limit` test questions
     batch_size: int = 64
     output: PathName | None = None  # by default RUN/report.html
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -59,8 +59,8 @@ class AnalyzeConfig:
 @dataclass
 class TableConfig:
     runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
-    split: str = "test"  # or the name of another evaluation that all of them have
-    output: PathName | None = None  # a folder; by default the one that all runs lie in
+    split: str = "test"  # or the name of another evaluation that all runs have
+    output: PathName | None = None  # a folder; by default the common parent of the runs
 
     def __post_init__(self) -> None:
         if not self.runs:

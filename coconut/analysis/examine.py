@@ -1,4 +1,4 @@
-"""Measure a trained run: all studies that fit it, on the questions of its test file."""
+"""Measure a trained run: all studies that apply to it, on the questions of its test file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ NUM_DECODED = 20  # questions whose thoughts are decoded; the page shows one of 
 
 
 def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
-    """The studies of a run, by name.
+    """Carry out the studies of a run. Gives all its studies, by name.
 
-    Parts asked for by name join what was measured before on the same update and questions. Raises ValueError if such
-    a part does not fit the run; without names, parts that do not fit are left out with a message.
+    With config.parts, earlier studies of the same update and questions are kept, and a part that does not apply to
+    the run raises ValueError. Without, parts that do not apply are left out with a message.
     """
     try:
         path = file_of_split(record.config["data"], "test", config.data.test)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} parts=[] writes the page alone.") from None
+        raise FileNotFoundError(f"{error} parts=[] writes the page only.") from None
     trained = load_run(config.run, config.checkpoint, config.engine)
     examples = read_examples(path)[: config.limit]
-    kept = indices_that_fit(trained.lm, [example.question for example in examples], probes.MORE)
+    kept = indices_that_fit(trained.lm, [example.question for example in examples], probes.EXTRA_THOUGHTS)
     subject = probes.Subject(
         trained.lm,
         TASKS[record.config["data"]["task"]],
@@ -44,21 +44,23 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
             record.config["method"], Curriculum.from_dict(record.config["curriculum"])
         ).trained_with_fewer_thoughts,
     )
-    log(f"Looking into update {trained.step:,} with {len(kept):,} questions of {path}")
+    log(f"Analyzing update {trained.step:,} with {len(kept):,} questions of {path}")
     if len(kept) < len(examples):
-        log(f"Left out {len(examples) - len(kept):,} questions that leave no room for {probes.MORE} thoughts more.")
+        log(f"Left out {len(examples) - len(kept):,} questions without room for {probes.EXTRA_THOUGHTS} more thoughts.")
 
     about = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
     earlier = record.studies if config.parts else {}
     studies = {name: study for name, study in earlier.items() if study.facts == study.facts | about}
-    made = _carry_out(config.parts or list(Part), subject, trained, config)
+    made = _measure_parts(config.parts or list(Part), subject, trained, config)
     if studies or made:
-        made.append(probes.asked(subject))
-    return studies | {study.name: _as_in_file(study, kept, about) for study in made}
+        made.append(probes.asked_questions(subject))
+    return studies | {study.name: _number_as_in_file(study, kept, about) for study in made}
 
 
-def _carry_out(parts: list[Part], subject: probes.Subject, trained: LoadedRun, config: AnalyzeConfig) -> list[Study]:
-    """The studies of these parts."""
+def _measure_parts(
+    parts: list[Part], subject: probes.Subject, trained: LoadedRun, config: AnalyzeConfig
+) -> list[Study]:
+    """Carry out the studies of these parts, in order."""
 
     def stopping() -> list[Study]:
         try:
@@ -90,7 +92,10 @@ def _carry_out(parts: list[Part], subject: probes.Subject, trained: LoadedRun, c
     return made
 
 
-def _as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
-    """The study with the facts that all share, and with questions numbered as in their file."""
+def _number_as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
+    """Add facts that all studies share, and replace question indices by the indices of rows in the data file.
+
+    `kept`: the row of each measured question.
+    """
     rows = [row | {"question": kept[row["question"]]} if "question" in row else row for row in study.rows]
     return Study(study.name, rows, study.facts | facts)

@@ -1,4 +1,4 @@
-"""Where the nodes of a graph stand in a picture of it."""
+"""Place the nodes of a graph for drawing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ Point = tuple[float, float]
 
 
 def place_nodes(graph: networkx.DiGraph, root: str) -> dict[str, Point]:
-    """Column and, downwards from 0, row: by distance from the root, and below what it does not reach."""
-    reached = networkx.single_source_shortest_path_length(graph, root)
-    rest = graph.subgraph(node for node in graph if node not in reached)
-    apart = dict.fromkeys(rest, 0)
-    if networkx.is_directed_acyclic_graph(rest):
-        for column, nodes in enumerate(networkx.topological_generations(rest)):
-            apart |= dict.fromkeys(nodes, column)
+    """The (x, y) of each node: x is its distance from the root, y is 0 in the top row and decreases downwards.
+
+    Nodes that the root does not reach are placed below the others.
+    """
+    reached_depth = networkx.single_source_shortest_path_length(graph, root)
+    unreached = graph.subgraph(node for node in graph if node not in reached_depth)
+    unreached_depth = dict.fromkeys(unreached, 0)
+    if networkx.is_directed_acyclic_graph(unreached):
+        for column, nodes in enumerate(networkx.topological_generations(unreached)):
+            unreached_depth |= dict.fromkeys(nodes, column)
     places: dict[str, Point] = {}
     top = 0.0
-    for depth in (reached, apart):
+    for depth in (reached_depth, unreached_depth):
         columns = _columns(graph, depth)
         height = max(map(len, columns), default=0)
         for x, column in enumerate(columns):
@@ -30,13 +33,15 @@ def place_nodes(graph: networkx.DiGraph, root: str) -> dict[str, Point]:
 
 
 def _columns(graph: networkx.DiGraph, depth: dict[str, int]) -> list[list[str]]:
-    """The nodes by depth, each column ordered by where its neighbours in the column beside it stand."""
+    """The nodes by depth. Each column is sorted by the mean position of neighbours in the adjacent column."""
     columns = [[n for n in graph if depth.get(n) == d] for d in range(1 + max(depth.values(), default=-1))]
 
     def sort(column: list[str], beside: list[str], neighbours: Any) -> None:
-        place = {node: i for i, node in enumerate(beside)}
-        found = {node: [place[n] for n in neighbours(node) if n in place] for node in column}
-        mean = {node: sum(at) / len(at) if at else len(beside) / 2 for node, at in found.items()}
+        index = {node: i for i, node in enumerate(beside)}
+        positions = {node: [index[n] for n in neighbours(node) if n in index] for node in column}
+        mean = {
+            node: sum(indices) / len(indices) if indices else len(beside) / 2 for node, indices in positions.items()
+        }
         column.sort(key=lambda node: mean[node])
 
     for _ in range(3):

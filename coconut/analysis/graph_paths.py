@@ -1,6 +1,6 @@
-"""Questions with a graph: what lies where in it, what kind of path a model wrote, and how to change an edge.
+"""Graph questions: distances in the graph, the class of a written path, and changes of an edge.
 
-Pure strings and graphs.
+Everything here works on strings and graphs and needs no model.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from coconut.tasks import prosqa
 
 
 class Outcome(StrEnum):
-    """Of an answer: by the path that it writes, or where it writes none by its label (arXiv 2412.06769, section 5)."""
+    """The class of an answer by its written path, or by its label if it has no path (arXiv 2412.06769, section 5)."""
 
-    correct_path = "correct_path"  # one of the shortest from the root to the target
-    longer_path = "longer_path"  # reaches the target, and is not one of the shortest
-    hallucination = "hallucination"  # an edge that is not there, disconnected, or not of the written form
-    wrong_target = "wrong_target"  # its edges are there; it ends elsewhere
-    correct_label = "correct_label"
-    incorrect_label = "incorrect_label"
+    correct_path = "correct_path"  # a shortest path from the root to the target
+    longer_path = "longer_path"  # reaches the target, but is not a shortest path
+    hallucination = "hallucination"  # an edge that the graph lacks, a gap between edges, or a step that is not parsed
+    wrong_target = "wrong_target"  # all edges are in the graph; it ends at another node
+    correct_label = "correct_label"  # no path; the answer is right
+    incorrect_label = "incorrect_label"  # no path; the answer is wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,10 @@ class GraphQuestion:
 
     @classmethod
     def read(cls, question: str, answer: str) -> GraphQuestion:
-        """Raises ValueError if the question tells no graph or the answer is none of its two options."""
+        """Parse a question and its gold answer.
+
+        Raises ValueError if the question describes no graph or the answer is none of its two options.
+        """
         parsed = prosqa.parse_question(question)
         target = prosqa.read_target(answer)
         if target not in parsed.options:
@@ -52,32 +55,33 @@ class GraphQuestion:
 
     @cached_property
     def distance(self) -> dict[str, int]:
-        """Edges from the root, of each node that it reaches."""
+        """The number of edges from the root, for each node that it reaches."""
         return dict(networkx.single_source_shortest_path_length(self.graph, self.root))
 
     @cached_property
     def remaining(self) -> dict[str, int]:
-        """Edges to the target, of each node that leads to it."""
+        """The number of edges to the target, for each node that leads to it."""
         return _distances_to(self.graph, [self.target])
 
     @property
     def hops(self) -> int | None:
-        """Edges of the shortest way from the root to the target; None if there is none."""
+        """The length of a shortest path from the root to the target; None if there is no path."""
         return self.distance.get(self.target)
 
-    def on_shortest_way(self, node: str) -> bool:
+    def on_shortest_path(self, node: str) -> bool:
+        """Whether a node is on a shortest path from the root to the target."""
         if node not in self.distance or node not in self.remaining:
             return False
         return self.distance[node] + self.remaining[node] == self.hops
 
     @cached_property
     def shortest_heights(self) -> dict[str, int]:
-        """Edges to the nearest leaf, of each node from which there is one."""
+        """The number of edges to the nearest leaf, for each node that leads to a leaf."""
         return _distances_to(self.graph, [node for node in self.graph if not self.graph.out_degree(node)])
 
     @cached_property
     def longest_heights(self) -> dict[str, int]:
-        """Edges to the farthest leaf, of each node; empty where the graph has a cycle."""
+        """The number of edges to the farthest leaf, for each node; empty if the graph has a cycle."""
         heights: dict[str, int] = {}
         if networkx.is_directed_acyclic_graph(self.graph):
             for node in reversed(list(networkx.topological_sort(self.graph))):
@@ -86,7 +90,7 @@ class GraphQuestion:
 
 
 def _distances_to(graph: networkx.DiGraph, nodes: Sequence[str]) -> dict[str, int]:
-    """Edges to the nearest of these nodes, of each node that leads to one."""
+    """The number of edges to the nearest of these nodes, for each node that leads to one of them."""
     return {
         node: distance
         for distance, layer in enumerate(networkx.bfs_layers(graph.reverse(copy=False), nodes))
@@ -94,54 +98,54 @@ def _distances_to(graph: networkx.DiGraph, nodes: Sequence[str]) -> dict[str, in
     }
 
 
-def classify(asked: GraphQuestion, steps: Sequence[str], answered_right: bool, *, hidden: bool) -> Outcome:
-    """What kind of path these written steps are; without any, by whether the answer is right.
+def classify(parsed: GraphQuestion, steps: Sequence[str], answered_right: bool, *, hidden: bool) -> Outcome:
+    """The class of the path that these written steps form; without steps, of the answer.
 
-    With `hidden`, what comes before the steps was thought and not written: they may begin at any node to
-    which the root leads, and the shortest way there completes them. Otherwise they begin at the root. In
-    symbols a step names the node that it goes to, and the edge to the first one is hidden or the root's; a
-    path that names the root first is written whole.
+    `hidden`: thoughts replaced the first steps. The path may then begin at any node that the root reaches, and is
+    completed by a shortest path from the root to it. Without `hidden` it must begin at the root.
+    In symbolic questions a step names only the node that its edge leads to. The edge to the first named node is
+    then hidden or starts at the root; a path that names the root first is complete.
     """
     if not steps:
         return Outcome.correct_label if answered_right else Outcome.incorrect_label
-    edges = prosqa.parse_path(list(steps), asked.root, asked.symbolic)
+    edges = prosqa.parse_path(list(steps), parsed.root, parsed.symbolic)
     if not edges:
         return Outcome.hallucination
-    if asked.symbolic and edges[0][1] == asked.root:
-        begin, before, edges = asked.root, 0, edges[1:]
-    elif hidden and asked.symbolic:
+    if parsed.symbolic and edges[0][1] == parsed.root:
+        begin, before, edges = parsed.root, 0, edges[1:]
+    elif hidden and parsed.symbolic:
         begin, edges = edges[0][1], edges[1:]
-        before = _least_edges_to(asked, begin)
+        before = _edges_from_root(parsed, begin)
     elif hidden:
         begin = edges[0][0]
-        before = asked.distance.get(begin)
+        before = parsed.distance.get(begin)
     else:
         begin = edges[0][0]
-        before = 0 if begin == asked.root else None
+        before = 0 if begin == parsed.root else None
     connected = all(first[1] == second[0] for first, second in pairwise(edges))
-    if before is None or not connected or not all(asked.graph.has_edge(*edge) for edge in edges):
+    if before is None or not connected or not all(parsed.graph.has_edge(*edge) for edge in edges):
         return Outcome.hallucination
-    if (edges[-1][1] if edges else begin) != asked.target:
+    if (edges[-1][1] if edges else begin) != parsed.target:
         return Outcome.wrong_target
-    return Outcome.correct_path if before + len(edges) == asked.hops else Outcome.longer_path
+    return Outcome.correct_path if before + len(edges) == parsed.hops else Outcome.longer_path
 
 
-def _least_edges_to(asked: GraphQuestion, node: str) -> int | None:
-    """Edges, at least one, of the shortest way from the root to a node."""
-    if node not in asked.graph:
+def _edges_from_root(parsed: GraphQuestion, node: str) -> int | None:
+    """The length, at least one edge, of a shortest path from the root to a node; None if there is no path."""
+    if node not in parsed.graph:
         return None
-    ways = [asked.distance[parent] + 1 for parent in asked.graph.predecessors(node) if parent in asked.distance]
-    return min(ways, default=None)
+    lengths = [parsed.distance[parent] + 1 for parent in parsed.graph.predecessors(node) if parent in parsed.distance]
+    return min(lengths, default=None)
 
 
-# --- the same question with an edge changed -------------------------------------------------------
+# --- questions with a changed edge -------------------------------------------------------
 
 
 class Redirection(NamedTuple):
-    """A question in which exactly the other option is reachable, and what was done for it.
+    """A question changed so that the other option, and only it, is reachable.
 
-    `swapped`: two edges swapped their heads, so that every node has as many edges in and out as before.
-    `same_hops`: the way to the new right option is as long as the one to the old was.
+    `swapped`: two edges exchanged their heads, which keeps the in-degree and out-degree of every node.
+    `same_hops`: the shortest path to the new right option is as long as that to the old one.
     """
 
     question: str
@@ -149,61 +153,62 @@ class Redirection(NamedTuple):
     same_hops: bool
 
 
-def redirect(question: str, asked: GraphQuestion, random: Random) -> Redirection | None:
-    """Turn an edge on the way to the target towards the other option; None if no single change does it.
+def redirect(question: str, parsed: GraphQuestion, random: Random) -> Redirection | None:
+    """Redirect an edge of the path to the target towards the other option; None if no single change does this.
 
-    Preferred are two edges that swap their heads, then a way of the same length; among equals chance decides.
+    An exchange of the heads of two edges is preferred, then a path of the same length. Among equally good changes one
+    is chosen at random.
     """
     edges = prosqa.parse_question(question).edges
-    towards_other = _distances_to(asked.graph, [asked.other])
-    cuts = _cuts(edges, asked)
+    towards_other = _distances_to(parsed.graph, [parsed.other])
+    cuts = _cut_edges(edges, parsed)
     swaps: list[Changes] = [
         {i: (edges[i][0], head), j: (tail, edges[i][1])}
         for i in cuts
         for j, (tail, head) in enumerate(edges)
-        if head in towards_other and tail not in asked.distance
+        if head in towards_other and tail not in parsed.distance
     ]
     heads = sorted({head for _, head in edges if head in towards_other})
     turns: list[Changes] = [{i: (edges[i][0], head)} for i in cuts for head in heads]
-    acyclic = networkx.is_directed_acyclic_graph(asked.graph)
-    for swapped, ways in ((True, swaps), (False, turns)):
-        lengths = [_hops_to_other(edges, changes, asked, acyclic) for changes in ways]
+    acyclic = networkx.is_directed_acyclic_graph(parsed.graph)
+    for swapped, candidates in ((True, swaps), (False, turns)):
+        lengths = [_hops_to_other(edges, changes, parsed, acyclic) for changes in candidates]
         for same_hops in (True, False):
             fitting = [
                 changes
-                for changes, hops in zip(ways, lengths, strict=True)
-                if hops is not None and (hops == asked.hops) is same_hops
+                for changes, hops in zip(candidates, lengths, strict=True)
+                if hops is not None and (hops == parsed.hops) is same_hops
             ]
             if fitting:
                 return Redirection(_with_changes(question, edges, random.choice(fitting)), swapped, same_hops)
     return None
 
 
-def remove_on_way(question: str, asked: GraphQuestion, random: Random) -> str | None:
-    """Without an edge that all ways to the target take, so that neither option is reachable; None if there is none.
+def remove_on_path(question: str, parsed: GraphQuestion, random: Random) -> str | None:
+    """Remove an edge that is on all paths to the target, so that neither option is reachable; None if there is none.
 
-    The root keeps an edge where it can, so that the question still tells where it starts.
+    The last edge of the root is removed only if there is no other such edge: the root stays in the graph.
     """
     edges = prosqa.parse_question(question).edges
-    cuts = _cuts(edges, asked)
-    alone = [i for i, edge in enumerate(edges) if asked.root in edge]
-    cuts = [i for i in cuts if alone != [i]] or cuts
+    cuts = _cut_edges(edges, parsed)
+    edges_at_root = [i for i, edge in enumerate(edges) if parsed.root in edge]
+    cuts = [i for i in cuts if edges_at_root != [i]] or cuts
     return _with_changes(question, edges, {random.choice(cuts): None}) if cuts else None
 
 
-def remove_elsewhere(question: str, asked: GraphQuestion, random: Random) -> str | None:
-    """Without an edge that is on no way from the root to the target, and on none to the other option."""
+def remove_elsewhere(question: str, parsed: GraphQuestion, random: Random) -> str | None:
+    """Remove an edge that is on no path from the root to the target or to the other option; None if there is none."""
     edges = prosqa.parse_question(question).edges
-    towards_other = _distances_to(asked.graph, [asked.other])
-    apart = [
+    towards_other = _distances_to(parsed.graph, [parsed.other])
+    off_path = [
         i
         for i, (tail, head) in enumerate(edges)
-        if head not in towards_other and not (tail in asked.distance and head in asked.remaining)
+        if head not in towards_other and not (tail in parsed.distance and head in parsed.remaining)
     ]
-    return _with_changes(question, edges, {random.choice(apart): None}) if apart else None
+    return _with_changes(question, edges, {random.choice(off_path): None}) if off_path else None
 
 
-Changes = Mapping[int, prosqa.Edge | None]  # by the place of an edge in the question
+Changes = Mapping[int, prosqa.Edge | None]  # new edges, None to remove, by the index of an edge in the question
 
 
 def _changed(edges: Sequence[prosqa.Edge], changes: Changes) -> list[prosqa.Edge | None]:
@@ -214,23 +219,26 @@ def _with_changes(question: str, edges: Sequence[prosqa.Edge], changes: Changes)
     return prosqa.with_edges(question, _changed(edges, changes))
 
 
-def _cuts(edges: Sequence[prosqa.Edge], asked: GraphQuestion) -> list[int]:
-    """The edges without which the target is not reachable; none if it never was, or if both options are."""
-    if asked.hops is None or asked.other in asked.distance:
+def _cut_edges(edges: Sequence[prosqa.Edge], parsed: GraphQuestion) -> list[int]:
+    """The edges that are on all paths to the target; none if it is not reachable or if both options are."""
+    if parsed.hops is None or parsed.other in parsed.distance:
         return []
-    on_way = [i for i, (tail, head) in enumerate(edges) if tail in asked.distance and head in asked.remaining]
-    return [i for i in on_way if asked.target not in _distances_from(asked.root, _changed(edges, {i: None}))]
+    on_path = [i for i, (tail, head) in enumerate(edges) if tail in parsed.distance and head in parsed.remaining]
+    return [i for i in on_path if parsed.target not in _distances_from(parsed.root, _changed(edges, {i: None}))]
 
 
-def _hops_to_other(edges: Sequence[prosqa.Edge], changes: Changes, asked: GraphQuestion, acyclic: bool) -> int | None:
-    """How far the other option is after the changes; None if they do not leave a sound question with it alone."""
+def _hops_to_other(edges: Sequence[prosqa.Edge], changes: Changes, parsed: GraphQuestion, acyclic: bool) -> int | None:
+    """The distance of the other option after the changes; None if it is not the only reachable option.
+
+    None, too, if the changes make a duplicate edge or a self-loop, or a cycle in an acyclic graph.
+    """
     after = [edge for edge in _changed(edges, changes) if edge]
-    reached = _distances_from(asked.root, after)
-    if asked.target in reached or len(set(after)) < len(after) or any(tail == head for tail, head in after):
+    reached = _distances_from(parsed.root, after)
+    if parsed.target in reached or len(set(after)) < len(after) or any(tail == head for tail, head in after):
         return None
     if acyclic and not networkx.is_directed_acyclic_graph(networkx.DiGraph(after)):
         return None
-    return reached.get(asked.other)
+    return reached.get(parsed.other)
 
 
 def _distances_from(root: str, edges: Sequence[prosqa.Edge | None]) -> dict[str, int]:

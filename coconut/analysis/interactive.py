@@ -1,4 +1,4 @@
-"""One question at a time, as a page shows it: what a model does with it after each number of thoughts."""
+"""Answer one question after each number of thoughts, for the demo page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from coconut.analysis.graph_layout import place_nodes
 from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
-from coconut.analysis.probes import MORE, SHOWN_TOKENS, Subject
+from coconut.analysis.probes import EXTRA_THOUGHTS, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InteractiveModel:
-    """A trained model and the rows whose questions can be drawn. It answers one question at a time.
+    """A trained model, and example questions of its run. It answers one question at a time.
 
-    `about`: what the page says of the run.
+    `about`: facts about the run that the page shows.
     """
 
     subject: Subject
@@ -37,19 +37,21 @@ class InteractiveModel:
     max_new_tokens: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
-    def draw(self, row: int) -> dict[str, Any]:
-        """As `ask`, the question of a row of the run's file. Raises ValueError if there is no such row."""
+    def ask_row(self, row: int) -> dict[str, Any]:
+        """Ask the question of a row of the run's data file; see `ask`. Raises ValueError if there is no such row."""
         examples = self.subject.examples
         if not 0 <= row < len(examples):
-            there = f"The rows are 0 to {len(examples) - 1}" if examples else "No file of the run's data is here"
+            there = f"The rows are 0 to {len(examples) - 1}" if examples else "The run's data file is missing"
             raise ValueError(f"There is no row {row}. {there}.")
         return self.ask(examples[row].question, examples[row].answer) | {"row": row}
 
     def ask(self, question: str, right: str | None = None) -> dict[str, Any]:
-        """What the page shows of a question: its graph, the thoughts, and what follows each number of them.
+        """Answer a question after each number of thoughts. Gives what the page shows, as JSON.
 
-        `right`: the right answer; by default the one that the question's graph decides, if it does.
-        Raises ValueError if there is no question, or no room for it in the model's context.
+        That is the graph of the question, the likeliest tokens of each thought, and for each number of thoughts the
+        answer and the probability of each node as the next step.
+        `right`: the right answer; by default the only option that the root reaches in the graph, if there is one.
+        Raises ValueError if the question is empty or too long for the model's context.
         """
         from coconut.engine.base import autocast
 
@@ -61,12 +63,12 @@ class InteractiveModel:
             try:
                 parsed = prosqa.parse_question(question)
             except ValueError as error:
-                notes.append(f"This tells no graph. {error}")
+                notes.append(f"The question describes no graph. {error}")
         right = right or (parsed and right_answer(question, parsed))
         with self.lock, autocast(lm.device, self.precision):
             if unknown := unknown_in(lm.tokenizer, question):
-                notes.append(f"The model has no word for {', '.join(unknown)}.")
-            spellings = spell_nodes(lm, parsed) if parsed and self._thinks else {}
+                notes.append(f"Not in the model's vocabulary: {', '.join(unknown)}.")
+            spellings = spell_nodes(lm, parsed) if parsed and self._has_thoughts else {}
             prompt = self._prompt(question, spellings)
             after, thoughts = self._after_each(prompt, right)
             names = self._names(prompt, spellings, symbolic=bool(parsed and parsed.symbolic))
@@ -75,28 +77,33 @@ class InteractiveModel:
             "question": question,
             "right": right,
             "notes": notes,
-            "graph": parsed and picture(question, parsed, right),
+            "graph": parsed and describe_graph(question, parsed, right),
             "thoughts": thoughts,
             "after": [one | {"names": names.get(one["thoughts"])} for one in after],
         }
 
     @property
     def counts(self) -> list[int]:
-        """The numbers of thoughts, or of pauses, that a question is asked with."""
-        most = 0 if self.subject.lm.reasoning.slot is Slot.none else self.subject.num_trained_thoughts + MORE
-        return list(range(most + 1))
+        """The numbers of thoughts, or of pause tokens, after which a question is answered."""
+        max_thoughts = (
+            0 if self.subject.lm.reasoning.slot is Slot.none else self.subject.num_trained_thoughts + EXTRA_THOUGHTS
+        )
+        return list(range(max_thoughts + 1))
 
     @property
-    def _thinks(self) -> bool:
+    def _has_thoughts(self) -> bool:
         return self.subject.lm.reasoning.slot is Slot.thought
 
     def _prompt(self, question: str, spellings: Mapping[str, Spelling]) -> list[int]:
-        """The question's tokens. Raises ValueError if the most thoughts and a name leave no room for them."""
-        lm, most = self.subject.lm, self.counts[-1]
+        """The token ids of a question. Raises ValueError if the most thoughts and a name do not fit after it."""
+        lm, max_thoughts = self.subject.lm, self.counts[-1]
         [prompt] = encode_questions(lm.tokenizer, [question], lm.reasoning.format)
-        name = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
-        if len(prompt) + len(slot_with_markers(lm.reasoning, lm.special, most)) + name > lm.max_sequence_length:
-            slot = f"{most} {lm.reasoning.slot.value}s and " if most else ""
+        name_length = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
+        if (
+            len(prompt) + len(slot_with_markers(lm.reasoning, lm.special, max_thoughts)) + name_length
+            > lm.max_sequence_length
+        ):
+            slot = f"{max_thoughts} {lm.reasoning.slot.value}s and " if max_thoughts else ""
             raise ValueError(
                 f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "
                 f"context of {lm.max_sequence_length:,} tokens. Ask something shorter."
@@ -104,25 +111,26 @@ class InteractiveModel:
         return prompt
 
     def _after_each(self, prompt: list[int], right: str | None) -> tuple[list[dict[str, Any]], list[Any]]:
-        """What the model says after each number of thoughts, and the likeliest tokens of each thought."""
+        """The answer after each number of thoughts, and each thought read with the logit lens."""
         lm, task, counts = self.subject.lm, self.subject.task, self.counts
         ids_BT = torch.tensor([prompt]).expand(len(counts), -1)
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
-        found = []
+        answers = []
         for count, text, truncated in zip(counts, out.texts, out.truncated.tolist(), strict=True):
             answer = task.read_answer(text, lm.reasoning.format)
             correct = None if right is None else task.judge(answer, right)
-            found.append(
+            answers.append(
                 {"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "truncated": truncated}
             )
-        return found, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if self._thinks else []
+        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if self._has_thoughts else []
 
     def _names(
         self, prompt: list[int], spellings: Mapping[str, Spelling], symbolic: bool
     ) -> dict[int, dict[str, float]]:
-        """By number of thoughts: how likely each node is to be named by the next step.
+        """For each number of thoughts, the probability of each node as the next step.
 
-        In sentences the first step begins with the root, so that nothing is to be seen before it is thought.
+        In sentences the first step always begins with the root. So there are no probabilities before the thoughts that
+        replace it.
         """
         if not spellings:
             return {}
@@ -133,7 +141,7 @@ class InteractiveModel:
 
 
 def spell_nodes(lm: LatentLM, parsed: prosqa.Question) -> dict[str, Spelling]:
-    """How the names of the nodes are encoded, but for those that the tokenizer has no word for."""
+    """The token ids of the names of nodes, without nodes that are not in the vocabulary."""
     nodes = dict.fromkeys(node for pair in [*parsed.edges, (parsed.root, parsed.root), parsed.options] for node in pair)
     unknown = unknown_id(lm.tokenizer)
     spellings = spell(lm, list(nodes), parsed.symbolic)
@@ -141,15 +149,15 @@ def spell_nodes(lm: LatentLM, parsed: prosqa.Question) -> dict[str, Spelling]:
 
 
 def right_answer(question: str, parsed: prosqa.Question) -> str | None:
-    """The answer that the graph decides: the only option that the root reaches."""
+    """The answer that names the only option that the root reaches; None if it reaches both or neither."""
     reached = {parsed.root, *networkx.descendants(prosqa.graph(question), parsed.root)}
     answers = zip(parsed.options, prosqa.candidates(question) or (), strict=True)
-    found = [answer for option, answer in answers if option in reached]
-    return found[0] if len(found) == 1 else None
+    reachable = [answer for option, answer in answers if option in reached]
+    return reachable[0] if len(reachable) == 1 else None
 
 
-def picture(question: str, parsed: prosqa.Question, right: str | None) -> dict[str, Any]:
-    """The graph to be drawn: its nodes with column and row, in the order of their distance from the root."""
+def describe_graph(question: str, parsed: prosqa.Question, right: str | None) -> dict[str, Any]:
+    """The graph as JSON for drawing. `nodes` have a column x and a row y and are sorted by distance from the root."""
     graph = prosqa.graph(question)
     places = place_nodes(graph, parsed.root)
     distance = dict(networkx.single_source_shortest_path_length(graph, parsed.root))

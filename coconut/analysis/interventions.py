@@ -1,8 +1,7 @@
-"""Are the thoughts used, and where does the answer come from?
+"""Interventions: change the thoughts, or an edge of the graph, and measure how the answers change.
 
-A model that answers well after thoughts need not read them: it may do everything when it reads the question,
-or only need the time. So the thoughts of answered questions are changed, one way at a time, and so are edges
-of the graphs.
+A model that answers well after thoughts need not use them. It may compute the answer while it reads the question, or
+need only the additional positions. The interventions show whether it reads the thoughts' content.
 
 Shapes: N questions, K thoughts, D hidden.
 """
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_way
-from coconut.analysis.probes import MORE, Subject
+from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_path
+from coconut.analysis.probes import EXTRA_THOUGHTS, Subject
 from coconut.analysis.statistics import difference_interval
 from coconut.evaluation.evaluator import Evaluated, Prediction
 from coconut.methods import Slot
@@ -29,79 +28,79 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SEED = 0
-# Of what the model has above guessing, how much is lost with the thoughts of another question.
-MOST = 0.5  # from here on they are used
-FEW = 0.1  # and from here on in part
+# Limits of the share of the accuracy above chance that is lost with the thoughts of another question.
+USED = 0.5  # a larger share: the thoughts are used
+PARTLY_USED = 0.1  # a larger share: they are used in part
 
-Rows = dict[str, dict[str, Any]]  # by the name of the change
+Rows = dict[str, dict[str, Any]]  # by the name of the intervention
 
 
-# --- changes of the thoughts ----------------------------------------------------------------------
+# --- interventions on the thoughts ----------------------------------------------------------------------
 
 
 def audit_thoughts(subject: Subject) -> Study:
-    """Accuracy and changed answers, when the thoughts are not what they were.
+    """Accuracy and changed answers under each intervention on the thoughts.
 
-    Recorded thoughts are fed with one change, and all else as it was: zeros; the mean over questions of each
-    place; noise of each thought's own length; the thoughts of another question; another order; one of them
-    replaced by its mean. Besides, fewer and more thoughts. Only the mean, other thoughts and another order
-    are of a kind that the model knows; after zeros and noise a fall may be surprise. A single replaced thought
-    leaves what later ones took from it.
+    The recorded thoughts of each question are fed again with one change: zeros; the mean over questions at each
+    position; noise with the norm of each thought; the thoughts of another question; another order; a single thought
+    replaced by its mean. Other rows have fewer or more thoughts. Zeros and noise are out of distribution, so a lower
+    accuracy may have that cause; the mean, other thoughts and another order are closer to thoughts of the training.
+    Replacing a single thought keeps what later thoughts have computed from it.
 
-    The interval of the difference is bootstrapped over pairs; `changed` counts answers that are not the same,
-    right or wrong; `neither` is the share that is none of the answers that the question names, where it
-    names any. `facts` has the verdict: sentences chosen by the numbers.
+    `difference`: accuracy minus that as trained, with a paired bootstrap interval. `changed`: the share of answers
+    that differ from those as trained, right or wrong. `neither`: the share that is none of the answers named in the
+    question, None if it names none. facts `verdict`: sentences chosen by the numbers; `lost`: see `share_lost`.
 
-    Raises Unfit if the model has no latent thoughts.
+    Raises NotApplicable if the model has no latent thoughts.
     """
     subject.need_thoughts()
     baseline = subject.baseline
     rows: Rows = {"none": _row(subject, "none", "as trained", baseline)}
-    guess = baseline.result.chance_accuracy
+    chance_accuracy = baseline.result.chance_accuracy
     lost = None
     for name, label, thoughts_NKD in changed_thoughts(baseline.thoughts):
-        found = subject.ask(thoughts=thoughts_NKD)
-        rows[name] = _row(subject, name, label, found)
+        evaluated = subject.ask(thoughts=thoughts_NKD)
+        rows[name] = _row(subject, name, label, evaluated)
         if name == "other":
-            before, after = (np.array([p.correct for p in each.predictions]) for each in (baseline, found))
-            lost = share_lost(before, after, guess or 0.0)
-    for count in range(subject.num_trained_thoughts + MORE + 1):
+            before, after = (np.array([p.correct for p in each.predictions]) for each in (baseline, evaluated))
+            lost = share_lost(before, after, chance_accuracy or 0.0)
+    for count in range(subject.num_trained_thoughts + EXTRA_THOUGHTS + 1):
         if count != subject.num_trained_thoughts:
             name, label = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
             rows[name] = _row(subject, name, label, subject.forced(count))
-    facts = {"chance_accuracy": guess, "lost": lost, "verdict": thoughts_verdict(rows, guess, lost)}
+    facts = {"chance_accuracy": chance_accuracy, "lost": lost, "verdict": thoughts_verdict(rows, chance_accuracy, lost)}
     return Study("audit_thoughts", list(rows.values()), facts)
 
 
-def share_lost(before_N: np.ndarray, after_N: np.ndarray, guess: float) -> tuple[float, float, float] | None:
-    """What was lost of that which the model had above guessing, and its 95 % interval; None if it had nothing.
+def share_lost(before_N: np.ndarray, after_N: np.ndarray, chance_accuracy: float) -> tuple[float, float, float] | None:
+    """The share of the accuracy above chance that is lost, with its 95 % bootstrap interval (10,000 resamples).
 
-    The interval is of 10,000 resamples of the questions; None, too, if in more than one of 40 of them the
-    model does not beat guessing.
+    Shapes: N questions, right or wrong before and after the intervention. None if the accuracy before is not above
+    chance, overall or in more than 2.5 % of the resamples.
     """
     kinds, counts = np.unique(np.stack([before_N, after_N]).astype(np.int64), axis=1, return_counts=True)
     drawn = np.random.default_rng(SEED).multinomial(len(before_N), counts / len(before_N), size=10_000)
     before, after = (drawn @ kinds.T / len(before_N)).T
-    if before_N.mean() <= guess or (before <= guess).mean() > 0.025:
+    if before_N.mean() <= chance_accuracy or (before <= chance_accuracy).mean() > 0.025:
         return None
-    surely = before > guess
-    low, high = np.quantile((before - after)[surely] / (before - guess)[surely], (0.025, 0.975))
-    return float((before_N.mean() - after_N.mean()) / (before_N.mean() - guess)), float(low), float(high)
+    above = before > chance_accuracy
+    low, high = np.quantile((before - after)[above] / (before - chance_accuracy)[above], (0.025, 0.975))
+    return float((before_N.mean() - after_N.mean()) / (before_N.mean() - chance_accuracy)), float(low), float(high)
 
 
 def changed_thoughts(thoughts_NKD: Tensor) -> list[tuple[str, str, Tensor]]:
-    """Name, plain words and thoughts of each change. What needs a second question or thought is left out without."""
+    """The (name, label, thoughts) of each intervention. Some need a second question or a second thought."""
     N, K, _ = thoughts_NKD.shape
     mean_NKD = thoughts_NKD.mean(0, keepdim=True).expand_as(thoughts_NKD)
     noise_NKD = torch.randn(thoughts_NKD.shape, generator=torch.Generator().manual_seed(SEED))
     noise_NKD = noise_NKD * thoughts_NKD.norm(dim=-1, keepdim=True) / noise_NKD.norm(dim=-1, keepdim=True)
     changes = [
         ("zeros", "thoughts replaced by zeros", torch.zeros_like(thoughts_NKD)),
-        ("noise", "thoughts replaced by noise of the same length", noise_NKD),
+        ("noise", "thoughts replaced by noise of the same norm", noise_NKD),
     ]
     if N > 1:
         changes.append(("mean", "thoughts replaced by their mean over questions", mean_NKD))
-        changes.append(("other", "thoughts of another question", thoughts_NKD[others(N)]))
+        changes.append(("other", "thoughts of another question", thoughts_NKD[other_questions(N)]))
     if K > 1:
         changes.append(("order", "thoughts in another order", thoughts_NKD.roll(1, dims=1)))
     if N > 1 and K > 1:
@@ -112,122 +111,125 @@ def changed_thoughts(thoughts_NKD: Tensor) -> list[tuple[str, str, Tensor]]:
     return changes
 
 
-def others(count: int) -> np.ndarray:
-    """(count,) another question for each, every one once."""
-    circle = np.random.default_rng(SEED).permutation(count)
-    found = np.empty(count, dtype=np.int64)
-    found[circle] = np.roll(circle, 1)
-    return found
+def other_questions(count: int) -> np.ndarray:
+    """(count,) for each question the index of another one; a permutation without fixed points."""
+    order = np.random.default_rng(SEED).permutation(count)
+    other = np.empty(count, dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    return other
 
 
-def _row(subject: Subject, change: str, label: str, found: Evaluated) -> dict[str, Any]:
+def _row(subject: Subject, change: str, label: str, evaluated: Evaluated) -> dict[str, Any]:
     before = subject.baseline.predictions
-    was_right, is_right = ([p.correct for p in predictions] for predictions in (before, found.predictions))
-    accuracy, low, high = _share(is_right)
-    row: dict[str, Any] = {"change": change, "label": label, "questions": len(is_right),
+    correct_before, correct = ([p.correct for p in predictions] for predictions in (before, evaluated.predictions))
+    accuracy, low, high = _share(correct)
+    row: dict[str, Any] = {"change": change, "label": label, "questions": len(correct),
                            "accuracy": accuracy, "low": low, "high": high}  # fmt: skip
-    neither = {"neither": _neither(subject, found.predictions)}
+    neither = {"neither": _share_outside_options(subject, evaluated.predictions)}
     if change == "none":
         same = ("difference", "difference_low", "difference_high", "changed", "changed_low", "changed_high")
         return row | dict.fromkeys(same, 0.0) | neither
-    difference_low, difference_high = difference_interval(np.array([is_right]), np.array([was_right]))
+    difference_low, difference_high = difference_interval(np.array([correct]), np.array([correct_before]))
     return {
         **row,
-        "difference": accuracy - sum(was_right) / len(was_right),
+        "difference": accuracy - sum(correct_before) / len(correct_before),
         "difference_low": difference_low,
         "difference_high": difference_high,
-        **_named("changed", _share(_unlike(subject.task, before, found.predictions))),
+        **_with_bounds("changed", _share(_changed_answers(subject.task, before, evaluated.predictions))),
         **neither,
     }
 
 
-def _neither(subject: Subject, predictions: Sequence[Prediction]) -> float | None:
-    named = [subject.task.candidates(prediction.question) for prediction in predictions]
-    if not all(named):
+def _share_outside_options(subject: Subject, predictions: Sequence[Prediction]) -> float | None:
+    """The share of answers that are none of those the question named; None if a question named none."""
+    options = [subject.task.candidates(prediction.question) for prediction in predictions]
+    if not all(options):
         return None
     outside = [
-        prediction.predicted is None or not any(subject.task.judge(prediction.predicted, name) for name in names or [])
-        for prediction, names in zip(predictions, named, strict=True)
+        prediction.predicted is None
+        or not any(subject.task.judge(prediction.predicted, option) for option in named or [])
+        for prediction, named in zip(predictions, options, strict=True)
     ]
     return sum(outside) / len(outside)
 
 
-def _unlike(task: Task, before: Sequence[Prediction], after: Sequence[Prediction]) -> list[bool]:
-    """Which answers are not the same, as the task tells them apart."""
+def _changed_answers(task: Task, before: Sequence[Prediction], after: Sequence[Prediction]) -> list[bool]:
+    """Whether each answer differs, by the keys with which the task compares answers."""
     keys = [[None if p.predicted is None else task.key(p.predicted) for p in part] for part in (before, after)]
     return [old != new for old, new in zip(*keys, strict=True)]
 
 
 def _share(cases: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of those that are true, and its 95 % Wilson interval."""
+    """The share of true cases, and its 95 % Wilson interval."""
     from scipy.stats import binomtest
 
     interval = binomtest(sum(cases), len(cases)).proportion_ci(method="wilson")
     return sum(cases) / len(cases), float(interval.low), float(interval.high)
 
 
-def _named(name: str, share: tuple[float, float, float] | None) -> dict[str, float | None]:
+def _with_bounds(name: str, share: tuple[float, float, float] | None) -> dict[str, float | None]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), share or (None, None, None), strict=True))
 
 
-def thoughts_verdict(rows: Rows, guess: float | None, lost: tuple[float, float, float] | None) -> list[str]:
-    """What the changes of the thoughts show, in sentences. The first says whether the thoughts are used.
+def thoughts_verdict(rows: Rows, chance_accuracy: float | None, lost: tuple[float, float, float] | None) -> list[str]:
+    """Summarize the interventions on the thoughts in sentences. The first says whether the thoughts are used.
 
-    The thoughts of another question decide, since they are real ones with the wrong content. What they cost is
-    measured in what the model has above guessing (`share_lost`). Used, or used in part: surely FEW of it or
-    more, and MOST of it or less. Hardly used: surely less than FEW. Otherwise it cannot be told.
+    The thoughts of another question decide, since they are in distribution but have the wrong content. `lost` is the
+    share of the accuracy above chance that they cost (`share_lost`). The thoughts are used if this share is at least
+    USED, or else used in part, given that its interval lies above PARTLY_USED. They are hardly used if the interval
+    lies below PARTLY_USED. Otherwise there is no verdict.
     """
     as_trained = rows["none"]
-    than = "" if guess is None else f", where guessing gives {_percent(guess)}"
+    than = "" if chance_accuracy is None else f" (chance: {_percent(chance_accuracy)})"
     if lost is None:
         why = f"{_percent(as_trained['accuracy'])} of {as_trained['questions']} questions are right as trained{than}"
-        return [f"It cannot be told whether the thoughts are used: {why}. Nothing is there that could surely be lost."]
+        return [f"It is not clear whether the thoughts are used: {why}. The accuracy is not reliably above chance."]
     other, (share, least, most) = rows["other"], lost
-    if least >= FEW:
-        first = "The thoughts are used" if share >= MOST else "The thoughts are used in part"
-    elif most < FEW:
+    if least >= PARTLY_USED:
+        first = "The thoughts are used" if share >= USED else "The thoughts are used in part"
+    elif most < PARTLY_USED:
         first = "The thoughts are hardly used"
     else:
-        first = "It cannot be told whether the thoughts are used"
+        first = "It is not clear whether the thoughts are used"
     numbers = f"{_right(other)} are right instead of {_percent(as_trained['accuracy'])}{than}"
     if other["neither"]:
-        numbers += f"; {_percent(other['neither'])} of the answers are then none of the options"
-    found = [f"{first}: with the thoughts of another question {numbers}."]
+        numbers += f"; {_percent(other['neither'])} of the answers are then neither option"
+    sentences = [f"{first}: with the thoughts of another question {numbers}."]
     if "mean" in rows:
-        found.append(_on_content(rows["mean"], guess))
-    found.append(
-        f"With zeros in their place {_percent(rows['zeros']['accuracy'])} are right, with noise of the same length "
-        f"{_percent(rows['noise']['accuracy'])}; the model never saw such inputs, so a fall there may be surprise."
+        sentences.append(_content_sentence(rows["mean"], chance_accuracy))
+    sentences.append(
+        f"With zeros in their place {_percent(rows['zeros']['accuracy'])} are right, with noise of the same norm "
+        f"{_percent(rows['noise']['accuracy'])}. Such inputs are out of distribution, which alone may lower accuracy."
     )
     if "order" in rows:
-        matters = "Their order matters" if _falls(rows["order"]) else "That their order matters is not seen"
-        found.append(
+        matters = "Their order matters" if _falls(rows["order"]) else "No effect of their order is seen"
+        sentences.append(
             f"{matters}: in another order {_percent(rows['order']['accuracy'])} ({_difference(rows['order'])})."
         )
-    if singles := [row for name, row in rows.items() if name.startswith("thought_")]:
-        worst = min(singles, key=lambda row: row["difference"])
+    if single_rows := [row for name, row in rows.items() if name.startswith("thought_")]:
+        worst = min(single_rows, key=lambda row: row["difference"])
         which, effect = worst["change"].removeprefix("thought_"), f"with its mean in its place {_right(worst)}"
         if _falls(worst):
-            found.append(f"Of single thoughts, number {which} is missed most: {effect}.")
+            sentences.append(f"Of single thoughts, number {which} matters most: {effect}.")
         else:
-            found.append(f"No single thought is surely missed; number {which} costs most, {effect}.")
+            sentences.append(f"No single thought is clearly needed; number {which} has the largest effect, {effect}.")
     if "count_0" in rows:
-        found.append(
-            f"Without any thought {_right(rows['count_0'])}; the model may then write what it would have thought."
+        sentences.append(
+            f"Without any thought {_right(rows['count_0'])}; the model may then write the steps that thoughts replaced."
         )
-    return found
+    return sentences
 
 
-def _on_content(row: dict[str, Any], guess: float | None) -> str:
+def _content_sentence(row: dict[str, Any], chance_accuracy: float | None) -> str:
     effect = f"with the mean over questions in place of each thought {_right(row)}"
     if not _falls(row):
-        return f"That their content is needed is not seen: {effect}."
-    guessing = guess is not None and row["low"] <= guess <= row["high"]
-    return f"Their content is needed: {effect}" + (", which is not surely better than guessing." if guessing else ".")
+        return f"No need for their content is seen: {effect}."
+    guessing = chance_accuracy is not None and row["low"] <= chance_accuracy <= row["high"]
+    return f"Their content is needed: {effect}" + (", which is not clearly above chance." if guessing else ".")
 
 
 def _falls(row: dict[str, Any]) -> bool:
-    """Whether the accuracy is surely lower than as trained."""
+    """Whether the accuracy is lower than as trained, by the interval of the difference."""
     return row["difference_high"] < 0
 
 
@@ -244,61 +246,69 @@ def _difference(row: dict[str, Any]) -> str:
     return f"{value:+.1f} points, {low:+.1f} to {high:+.1f}"
 
 
-# --- changes of the graph -------------------------------------------------------------------------
+# --- interventions on the graph -------------------------------------------------------------------------
 
 
 def audit_edges(subject: Subject) -> Study:
-    """What becomes of right answers when an edge of the graph is another one.
+    """Changed answers under each intervention on an edge of the graph, of questions that were answered correctly.
 
-    redirected: exactly the other option is reachable; with latent thoughts also redirected_old_thoughts, where
-    the thoughts are those of the question as it was, and redirected_thoughts_only, where the question is as it
-    was and the thoughts are those of the redirected one. removed: no option is reachable. removed_elsewhere:
-    the answer should stay. `followed` is the share of answers that name the option that is now right, `changed`
-    of those that are not what they were. All else in the text stays as it was.
+    Rows:
+    - redirected: only the other option is reachable.
+    - redirected_old_thoughts: the redirected question, with the thoughts of the original one.
+    - redirected_thoughts_only: the original question, with the thoughts of the redirected one.
+    - removed: no option is reachable.
+    - removed_elsewhere: an edge on no path to an option is removed, so the answer should stay.
+    The rest of the text is unchanged. The two rows with exchanged thoughts exist for models with latent thoughts only.
+    In all layers after the first, a fed thought still depends on the question before it, through attention.
 
-    Each row is over the questions that were answered rightly and have such an edge. facts: `guess`; `right`,
-    how many were answered rightly; `left_out`, how many of them have no such edge; `redirections`, how many
-    were made by a swap of two heads (`swapped`) and how many kept the length of the way (`same_hops`); and
-    the verdict. Fed thoughts, too, are read together with the question before them, in all layers but the first.
+    `followed`: the share of answers that name the right option of the redirected question. `changed`: the share that
+    differs from the answer before. A row has the questions with an edge for its intervention.
+    facts: `right`, the number of questions answered correctly; `left_out`, how many of them have no such edge;
+    `redirections`, how many exchanged two heads (`swapped`) and how many kept the length of the path (`same_hops`);
+    `chance_accuracy`; `verdict`.
 
-    Raises Unfit if the questions tell no graphs.
+    Raises NotApplicable if the questions describe no graphs.
     """
-    graphs = subject.asked
-    right = [i for i, prediction in enumerate(subject.baseline.predictions) if prediction.correct]
+    graphs = subject.graphs
+    correct = [i for i, prediction in enumerate(subject.baseline.predictions) if prediction.correct]
 
     def edited(edit: Callable[[str, GraphQuestion, Random], Any]) -> dict[int, Any]:
-        """The edits of questions answered rightly, by their place, where there is one."""
-        found = {i: edit(subject.examples[i].question, graphs[i], Random(f"{SEED} {i}")) for i in right}
-        return {i: edit for i, edit in found.items() if edit}
+        """The changed questions by index, of questions answered correctly that have such an edge."""
+        edits = {i: edit(subject.examples[i].question, graphs[i], Random(f"{SEED} {i}")) for i in correct}
+        return {i: change for i, change in edits.items() if change}
 
     redirections = edited(redirect)
     latent = subject.lm.reasoning.slot is Slot.thought and subject.num_trained_thoughts > 0
     rows: Rows = {}
     if redirections:
-        asked = list(redirections)
-        goals = [replace(subject.examples[i], steps=(), answer=_other_answer(subject, i)) for i in asked]
-        turned = [replace(goal, question=redirections[i].question) for i, goal in zip(asked, goals, strict=True)]
-        again = subject.ask(turned)
-        label = "an edge turned towards the other option"
-        rows["redirected"] = _edge_row(subject, "redirected", label, asked, again, followed=True)
+        indices = list(redirections)
+        expected = [replace(subject.examples[i], steps=(), answer=_other_answer(subject, i)) for i in indices]
+        redirected = [
+            replace(goal, question=redirections[i].question) for i, goal in zip(indices, expected, strict=True)
+        ]
+        answers = subject.ask(redirected)
+        label = "an edge redirected towards the other option"
+        rows["redirected"] = _edge_row(subject, "redirected", label, indices, answers, followed=True)
         if latent:
-            name, found = "redirected_old_thoughts", subject.ask(turned, thoughts=subject.baseline.thoughts[asked])
-            rows[name] = _edge_row(subject, name, "an edge turned, thoughts from before", asked, found, followed=True)
-            name, found = "redirected_thoughts_only", subject.ask(goals, thoughts=again.thoughts)
-            rows[name] = _edge_row(subject, name, "no edge turned, thoughts as if", asked, found, followed=True)
-    left_out = {"redirected": len(right) - len(redirections)}
+            name, label = "redirected_old_thoughts", "an edge redirected, original thoughts"
+            evaluated = subject.ask(redirected, thoughts=subject.baseline.thoughts[indices])
+            rows[name] = _edge_row(subject, name, label, indices, evaluated, followed=True)
+            name, label = "redirected_thoughts_only", "original question, thoughts of the redirected one"
+            evaluated = subject.ask(expected, thoughts=answers.thoughts)
+            rows[name] = _edge_row(subject, name, label, indices, evaluated, followed=True)
+    left_out = {"redirected": len(correct) - len(redirections)}
     for name, label, edit in (
-        ("removed", "an edge removed that all ways to the answer take", remove_on_way),
-        ("removed_elsewhere", "an edge removed on no way to an option", remove_elsewhere),
+        ("removed", "an edge removed that is on every path to the answer", remove_on_path),
+        ("removed_elsewhere", "an edge removed that is on no path to an option", remove_elsewhere),
     ):
         questions = edited(edit)
-        left_out[name] = len(right) - len(questions)
+        left_out[name] = len(correct) - len(questions)
         if questions:
             cut = [replace(subject.examples[i], question=question) for i, question in questions.items()]
             rows[name] = _edge_row(subject, name, label, list(questions), subject.ask(cut), followed=False)
     facts = {
         "chance_accuracy": subject.baseline.result.chance_accuracy,
-        "right": len(right),
+        "right": len(correct),
         "left_out": left_out,
         "redirections": {
             "swapped": sum(found.swapped for found in redirections.values()),
@@ -310,75 +320,79 @@ def audit_edges(subject: Subject) -> Study:
 
 
 def _other_answer(subject: Subject, index: int) -> str:
-    """The answer that names the wrong option."""
+    """The gold answer if the other option were right."""
     question = subject.examples[index].question
     answers = prosqa.candidates(question)
     assert answers
-    return answers[prosqa.parse_question(question).options.index(subject.asked[index].other)]
+    return answers[prosqa.parse_question(question).options.index(subject.graphs[index].other)]
 
 
 def _edge_row(
-    subject: Subject, change: str, label: str, asked: Sequence[int], found: Evaluated, *, followed: bool
+    subject: Subject, change: str, label: str, indices: Sequence[int], evaluated: Evaluated, *, followed: bool
 ) -> dict[str, Any]:
-    before = [subject.baseline.predictions[i] for i in asked]
-    follows = _share([p.correct for p in found.predictions]) if followed else None
-    changed = _share(_unlike(subject.task, before, found.predictions))
-    return {"change": change, "label": label, "questions": len(asked), **_named("followed", follows),
-            **_named("changed", changed)}  # fmt: skip
+    before = [subject.baseline.predictions[i] for i in indices]
+    follows = _share([p.correct for p in evaluated.predictions]) if followed else None
+    changed = _share(_changed_answers(subject.task, before, evaluated.predictions))
+    return {"change": change, "label": label, "questions": len(indices), **_with_bounds("followed", follows),
+            **_with_bounds("changed", changed)}  # fmt: skip
 
 
 def edges_verdict(rows: Rows) -> list[str]:
-    """What the changes of the graph show, in sentences. The first says where the answer comes from.
+    """Summarize the interventions on the graph in sentences. The first says where the answer comes from.
 
-    Old thoughts under a new graph, and new thoughts under an old one, decide: each is followed by most
-    answers if the interval of its share lies above one half, by few if below.
+    The two rows with exchanged thoughts decide. Most answers follow a change if the interval of the share lies above
+    one half, and few if it lies below.
     """
     if "redirected" not in rows:
         return [
-            "It cannot be told where the answer comes from: no graph of a question answered rightly could be changed."
+            "It is not clear where the answer comes from: no graph of a correctly answered question could be changed."
         ]
     redirected = rows["redirected"]
     count, share = redirected["questions"], _percent(redirected["followed"])
-    effect = f"of {count} answers, {share} name the other option once an edge is turned so that only it is reachable"
+    effect = (
+        f"of {count} answers, {share} name the other option when an edge is redirected so that only it is reachable"
+    )
     follows: dict[bool | None, str] = {
         True: "The answer follows the graph",
         False: "The answer does not follow the graph",
-        None: "It cannot be told whether the answer follows the graph",
+        None: "It is not clear whether the answer follows the graph",
     }
-    on_graph = f"{follows[_most(redirected)]}: {effect}."
-    found = []
-    if "redirected_old_thoughts" in rows and _most(redirected):
+    on_graph = f"{follows[_majority_follows(redirected)]}: {effect}."
+    sentences = []
+    if "redirected_old_thoughts" in rows and _majority_follows(redirected):
         old, alone = rows["redirected_old_thoughts"], rows["redirected_thoughts_only"]
-        text, thoughts = _most(old), _most(alone)
+        text, thoughts = _majority_follows(old), _majority_follows(alone)
         if thoughts and text is False:
             first = "The thoughts carry the answer"
         elif text and thoughts is False:
-            first = "The thoughts do not carry the answer, the question itself is read"
+            first = "The question carries the answer, not the thoughts"
         elif text and thoughts:
-            first = "Either of them alone turns most answers"
+            first = "Changing the thoughts or the question alone changes most answers"
         elif text is None or thoughts is None:
-            first = "It cannot be told whether thoughts or question carry the answer"
+            first = "It is not clear whether the thoughts or the question carry the answer"
         else:
-            first = "Neither thoughts nor question carry the answer alone"
-        found.append(
-            f"{first}: if only the question is changed and the thoughts are those from before, "
+            first = "Neither the thoughts nor the question carry the answer alone"
+        sentences.append(
+            f"{first}: if only the question is changed and the original thoughts are fed, "
             f"{_percent(old['followed'])} of the answers follow the change; if only the thoughts are those of the "
             f"changed question, {_percent(alone['followed'])} do."
         )
-    found.append(on_graph)
+    sentences.append(on_graph)
     if "removed" in rows:
-        found.append(
-            f"With the way to the answer cut, so that no option is right, {_percent(rows['removed']['changed'])} of "
-            "the answers change; a guess would in about half of the cases."
+        sentences.append(
+            f"With an edge of every path to the answer removed, so that no option is right, "
+            f"{_percent(rows['removed']['changed'])} of the answers change; guesses would in about half of the cases."
         )
     if "removed_elsewhere" in rows:
         row = rows["removed_elsewhere"]
-        found.append(f"With an edge removed that should not matter, {_percent(row['changed'])} do.")
-    return found
+        sentences.append(
+            f"With an edge removed that is on no path to an option, {_percent(row['changed'])} of the answers change."
+        )
+    return sentences
 
 
-def _most(row: dict[str, Any]) -> bool | None:
-    """Whether most answers follow; None if the interval holds one half."""
+def _majority_follows(row: dict[str, Any]) -> bool | None:
+    """Whether most answers follow; None if the interval includes one half."""
     if row["followed_low"] > 0.5:
         return True
     return False if row["followed_high"] < 0.5 else None

@@ -1,4 +1,4 @@
-"""What is in the thoughts: how the model does with any number of them, and what it reads out of each.
+"""Probes of the thoughts: accuracy for any number of thoughts, probabilities of the next step, logit lens.
 
 Shapes: N questions (or the nodes of one), K thoughts, D hidden, V vocabulary, R ranks.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from coconut.generation.stop_classifier import StopClassifier
     from coconut.models.latent_lm import LatentLM
 
-MORE = 2  # how many thoughts more than its own a model is given at most
+EXTRA_THOUGHTS = 2  # the model is measured with up to this many more thoughts than trained
 SHOWN_TOKENS = 5
 
 
@@ -37,7 +37,7 @@ SHOWN_TOKENS = 5
 class Subject:
     """A trained model and the questions to measure it with. Results that several studies need are computed once.
 
-    Every question leaves room for MORE thoughts than the model's own.
+    Every question must leave room in the context for EXTRA_THOUGHTS more thoughts than the trained number.
     """
 
     lm: LatentLM
@@ -45,90 +45,90 @@ class Subject:
     examples: Sequence[Example]
     batch_size: int = 64
     trained_with_fewer_thoughts: bool = False
-    _made: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
+    _evaluations: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_trained_thoughts(self) -> int:
-        """The model's own number of thoughts or pauses."""
+        """The number of thoughts or pause tokens in the last stage of training."""
         return self.lm.reasoning.num_thoughts
 
     @property
     def baseline(self) -> Evaluated:
-        """Asked as it was trained."""
+        """The evaluation with the trained number of thoughts."""
         return self.forced(self.num_trained_thoughts)
 
     def forced(self, count: int) -> Evaluated:
-        """Asked with so many thoughts or pauses, each number once."""
-        if count not in self._made:
-            self._made[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot is not Slot.none else None)
-        return self._made[count]
+        """The evaluation with a given number of thoughts or pause tokens; computed once."""
+        if count not in self._evaluations:
+            self._evaluations[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot is not Slot.none else None)
+        return self._evaluations[count]
 
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
-        """`evaluate` with this model, on these or on all examples."""
-        asked = self.examples if examples is None else examples
-        return evaluate(self.lm, self.task, asked, batch_size=self.batch_size, **options)
+        """Call `evaluate` with this model on these examples, by default on all."""
+        chosen = self.examples if examples is None else examples
+        return evaluate(self.lm, self.task, chosen, batch_size=self.batch_size, **options)
 
     @cached_property
-    def asked(self) -> list[GraphQuestion]:
-        """The graphs. Raises Unfit if the task has none or a question tells none."""
+    def graphs(self) -> list[GraphQuestion]:
+        """The parsed questions. Raises NotApplicable if the task has no graphs or a question cannot be parsed."""
         if not hasattr(self.task, "graph"):
-            having = ", ".join(name for name, task in TASKS.items() if hasattr(task, "graph"))
-            raise NotApplicable(f"The questions of {self.task.name} tell no graph; this study needs one: {having}.")
-        found = []
+            tasks_with_graphs = ", ".join(name for name, task in TASKS.items() if hasattr(task, "graph"))
+            raise NotApplicable(
+                f"The questions of {self.task.name} describe no graph. Tasks with graphs: {tasks_with_graphs}."
+            )
+        graphs = []
         for number, example in enumerate(self.examples, 1):
             try:
-                found.append(GraphQuestion.read(example.question, example.answer))
+                graphs.append(GraphQuestion.read(example.question, example.answer))
             except ValueError as error:
-                raise NotApplicable(f"Question {number} tells no graph. {error}") from None
-        return found
+                raise NotApplicable(f"Question {number} describes no graph. {error}") from None
+        return graphs
 
     @property
     def symbolic(self) -> bool:
-        """Whether the questions are in symbols. Raises Unfit if some are and others not."""
-        forms = {asked.symbolic for asked in self.asked}
+        """Whether the questions are in symbols. Raises NotApplicable if some are in symbols and others in sentences."""
+        forms = {graph.symbolic for graph in self.graphs}
         if len(forms) > 1:
-            raise NotApplicable(
-                "Some questions are in symbols and others in sentences. Take those of one form at a time."
-            )
+            raise NotApplicable("Some questions are in symbols and others in sentences. Analyze one form at a time.")
         return forms == {True}
 
     @cached_property
     def nodes(self) -> list[str]:
         """The names of the nodes of all questions."""
-        return sorted({node for asked in self.asked for node in asked.graph})
+        return sorted({node for parsed in self.graphs for node in parsed.graph})
 
     @property
     def has_graphs(self) -> bool:
         try:
-            return bool(self.asked)
+            return bool(self.graphs)
         except ValueError:
             return False
 
     @property
     def warning(self) -> str:
-        """What to beware of with other numbers of thoughts than its own."""
+        """A caveat about results with other numbers of thoughts than the trained one."""
         noun = self.lm.reasoning.slot.value
         if self.trained_with_fewer_thoughts:
             trained = self.num_trained_thoughts
-            return f"More {noun}s than its own {trained} were never trained: what is seen there may be surprise."
+            return f"The model was never trained with more than {trained} {noun}s. More of them are unusual input."
         return (
-            f"The run was trained without mixing, so its last stage knows {self.num_trained_thoughts} {noun}s and "
-            "no other number: "
-            "what is seen with fewer or more may be surprise."
+            f"The run was trained without mixing, so its last stage has {self.num_trained_thoughts} {noun}s "
+            "and no other number. Fewer or more of them are unusual input."
         )
 
     def need_thoughts(self) -> None:
-        """Raises Unfit if the model has no latent thoughts."""
+        """Raise NotApplicable if the model has no latent thoughts."""
         reasoning = self.lm.reasoning
         if reasoning.slot is not Slot.thought:
-            holds = {Slot.none: "nothing", Slot.pause: "pauses"}[reasoning.slot]
-            having = ", ".join(name for name, method in METHODS.items() if method.slot is Slot.thought)
+            content = {Slot.none: "nothing", Slot.pause: "pauses"}[reasoning.slot]
+            methods_with_thoughts = ", ".join(name for name, method in METHODS.items() if method.slot is Slot.thought)
             raise NotApplicable(
-                f"{reasoning.method} has no latent thoughts, its slot holds {holds}. Methods that have: {having}."
+                f"{reasoning.method} has no latent thoughts; its slot has {content}. Methods with thoughts: "
+                f"{methods_with_thoughts}."
             )
         if not self.num_trained_thoughts:
             raise NotApplicable(
-                f"{reasoning.method} has no thoughts yet at stage {reasoning.stage}. Take a checkpoint of a later one."
+                f"{reasoning.method} has no thoughts yet at stage {reasoning.stage}. Use a checkpoint of a later stage."
             )
 
 
@@ -136,19 +136,19 @@ class Subject:
 
 
 def k_forcing(subject: Subject) -> Study:
-    """The same weights with 0 to MORE thoughts more than their own (Hao et al., arXiv 2412.06769, Fig. 3).
+    """Accuracy and outcomes with 0 to EXTRA_THOUGHTS more thoughts than trained (Hao et al., arXiv 2412.06769, Fig. 3).
 
-    Pauses count as thoughts. Raises Unfit if the method has nothing in its slot.
+    Pause tokens count as thoughts. Raises NotApplicable if the method has nothing in its slot.
     """
     reasoning = subject.lm.reasoning
     if reasoning.slot is Slot.none:
-        having = ", ".join(name for name, method in METHODS.items() if method.slot is not Slot.none)
+        methods_with_slot = ", ".join(name for name, method in METHODS.items() if method.slot is not Slot.none)
         raise NotApplicable(
             f"{reasoning.method} has nothing in its slot, so there is no number of thoughts to force. Methods with "
-            f"thoughts or pauses: {having}."
+            f"thoughts or pauses: {methods_with_slot}."
         )
     rows = []
-    for count in range(subject.num_trained_thoughts + MORE + 1):
+    for count in range(subject.num_trained_thoughts + EXTRA_THOUGHTS + 1):
         result, predictions, _ = subject.forced(count)
         low, high = result.interval
         rows.append(
@@ -166,33 +166,36 @@ def k_forcing(subject: Subject) -> Study:
 
 
 def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool) -> dict[str, int | None]:
+    """The number of answers of each outcome class; None without graphs. `hidden`: see `classify`."""
     if not subject.has_graphs:
         return dict.fromkeys(Outcome)
     form = subject.lm.reasoning.format
     counts = Counter(
         classify(
-            asked,
+            parsed,
             subject.task.read_steps(prediction.text, form),
             prediction.correct,
             hidden=hidden,
         )
-        for asked, prediction in zip(subject.asked, predictions, strict=True)
+        for parsed, prediction in zip(subject.graphs, predictions, strict=True)
     )
     return {outcome.value: counts[outcome] for outcome in Outcome}
 
 
 def stopping(subject: Subject, classifier: StopClassifier) -> Study:
-    """Always as many thoughts against as many as a classifier wants (arXiv 2412.06769, section 3).
+    """Compare a constant number of thoughts with a classifier that decides when to stop (arXiv 2412.06769, section 3).
 
-    Raises Unfit if the model has no latent thoughts.
+    facts: the classifier's accuracy on validation data, and `by_place_alone`, the accuracy of the best constant
+    decision at each thought.
+    Raises NotApplicable if the model has no latent thoughts.
     """
     subject.need_thoughts()
     assert classifier.measured
     rows = []
-    for rule, found in (("constant", subject.baseline), ("classifier", subject.ask(stop=classifier.stop))):
-        low, high = found.result.interval
-        rows.append({"rule": rule, "thoughts": found.result.num_thoughts, "questions": found.result.count,
-                     "accuracy": found.result.accuracy, "low": low, "high": high})  # fmt: skip
+    for rule, evaluated in (("constant", subject.baseline), ("classifier", subject.ask(stop=classifier.stop))):
+        low, high = evaluated.result.interval
+        rows.append({"rule": rule, "thoughts": evaluated.result.num_thoughts, "questions": evaluated.result.count,
+                     "accuracy": evaluated.result.accuracy, "low": low, "high": high})  # fmt: skip
     facts = {
         "classifier_accuracy": classifier.measured.accuracy,
         "by_place_alone": float(np.mean([max(p, 1 - p) for p in classifier.measured.positives])),
@@ -201,11 +204,14 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
     return Study("stopping", rows, facts)
 
 
-# --- the values of nodes --------------------------------------------------------------------------
+# --- values of nodes --------------------------------------------------------------------------
 
 
-def asked(subject: Subject) -> Study:
-    """The questions, and what the model answers as trained; `question` is the place, `text` the question."""
+def asked_questions(subject: Subject) -> Study:
+    """The questions and the model's answers with the trained number of thoughts.
+
+    `question` is the index, `text` the question.
+    """
     rows = [
         {"question": i, "text": p.question, "gold": p.gold, "predicted": p.predicted, "correct": p.correct}
         for i, p in enumerate(subject.baseline.predictions)
@@ -214,17 +220,19 @@ def asked(subject: Subject) -> Study:
 
 
 def next_step_values(subject: Subject) -> list[Study]:
-    """What the model would name next after each number of thoughts: the studies values, parallelism, heights.
+    """The value of each node after each number of thoughts: the studies values, parallelism and heights.
 
-    The language of the next step is forced, and the value of a node is the probability of its name, the
-    product over its tokens (arXiv 2412.06769, section 5.2). In sentences the step begins "Every" and the
-    name is that of the node where it starts, so there are none before the first thought. Numbers of
-    thoughts that end within a step are left out.
+    The value of a node is the probability that the next step names it. The tokens before the name are forced, and the
+    probability is the product over the name's tokens (arXiv 2412.06769, section 5.2). In sentences a step begins with
+    "Every" and the node where its edge starts, so there are no values before the first thought. Numbers of thoughts
+    that are not a whole number of steps are left out.
 
-    A node is `ahead` if the next step of a shortest way could name it, wherever that leads; where the
-    target is reached before, there is no next step, and none is.
+    A node is `ahead` if its distance from the root is that of the node which the next step names. No node is ahead if
+    the target has been reached, since then there is no next step.
+    facts: `offset` is the distance from the root of the nodes that the first step may name, 1 in symbols and 0 in
+    sentences.
 
-    Raises Unfit if the model has no latent thoughts or the questions no graphs.
+    Raises NotApplicable if the model has no latent thoughts or the questions have no graphs.
     """
     subject.need_thoughts()
     c, offset = subject.lm.reasoning.thoughts_per_step, int(subject.symbolic)
@@ -232,20 +240,20 @@ def next_step_values(subject: Subject) -> list[Study]:
     for (question, after), values in sorted(
         _values(subject, range(c * (1 - offset), subject.num_trained_thoughts + 1, c)).items()
     ):
-        asked, place = subject.asked[question], after // c + offset
-        goes_on = asked.hops is not None and asked.hops > after // c
-        for node, value in zip(asked.graph, values, strict=True):
-            distance = asked.distance.get(node)
+        parsed, named_distance = subject.graphs[question], after // c + offset
+        has_next_step = parsed.hops is not None and parsed.hops > after // c
+        for node, value in zip(parsed.graph, values, strict=True):
+            distance = parsed.distance.get(node)
             rows.append(
                 {
                     "question": question,
                     "after": after,
                     "node": node,
                     "distance": distance,
-                    "ahead": goes_on and distance == place,
-                    "height_shortest": asked.shortest_heights.get(node),
-                    "height_longest": asked.longest_heights.get(node),
-                    "leads": node in asked.remaining,
+                    "ahead": has_next_step and distance == named_distance,
+                    "height_shortest": parsed.shortest_heights.get(node),
+                    "height_longest": parsed.longest_heights.get(node),
+                    "leads": node in parsed.remaining,
                     "value": float(f"{value:.6g}"),
                 }
             )
@@ -259,12 +267,12 @@ def next_step_values(subject: Subject) -> list[Study]:
 
 
 def _parallelism(rows: Sequence[dict[str, Any]]) -> Study:
-    """The cumulated values of the 1, 2 and 3 likeliest nodes ahead, over the questions (Fig. 6)."""
+    """Percentiles over the questions of the summed values of the 1, 2 and 3 likeliest nodes ahead (Fig. 6)."""
     values: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["ahead"]:
             values[row["after"]][row["question"]].append(row["value"])
-    found = []
+    curve_rows = []
     for after, of_question in sorted(values.items()):
         best = np.zeros((len(of_question), 3))
         for row, ahead in zip(best, of_question.values(), strict=True):
@@ -272,39 +280,39 @@ def _parallelism(rows: Sequence[dict[str, Any]]) -> Study:
             row[: len(top)] = top
         curves = np.percentile(best.cumsum(axis=1), np.arange(101), axis=0)
         for percentile, (top1, top2, top3) in enumerate(curves.tolist()):
-            found.append({"after": after, "percentile": percentile, "top1": top1, "top2": top2, "top3": top3})
+            curve_rows.append({"after": after, "percentile": percentile, "top1": top1, "top2": top2, "top3": top3})
     return Study(
-        "parallelism", found, {"with_nodes_ahead": {str(after): len(values[after]) for after in sorted(values)}}
+        "parallelism", curve_rows, {"with_nodes_ahead": {str(after): len(values[after]) for after in sorted(values)}}
     )
 
 
 def _heights(rows: Sequence[dict[str, Any]]) -> Study:
-    """The mean value of nodes ahead that lead to the target and of others, by their height (Fig. 7)."""
+    """The mean value of nodes ahead by height, for nodes that lead to the target and for others (Fig. 7)."""
     groups: dict[tuple[int, str, int, bool], list[float]] = defaultdict(list)
     for row in rows:
         for kind in ("shortest", "longest"):
             if row["ahead"] and (height := row[f"height_{kind}"]) is not None:
                 groups[row["after"], kind, height, row["leads"]].append(row["value"])
-    found = []
+    mean_rows = []
     for (after, kind, height, leads), values in sorted(groups.items()):
         mean, sd = _mean_sd(values)
         se = None if sd is None else sd / math.sqrt(len(values))
-        found.append({"after": after, "kind": kind, "height": height, "leads": leads, "mean": mean, "se": se,
+        mean_rows.append({"after": after, "kind": kind, "height": height, "leads": leads, "mean": mean, "se": se,
                       "count": len(values)})  # fmt: skip
-    return Study("heights", found)
+    return Study("heights", mean_rows)
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and the standard deviation if there are two values at least."""
+    """The mean, and the standard deviation if there are at least two values."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _values(subject: Subject, counts: Collection[int]) -> dict[tuple[int, int], list[float]]:
-    """By question and number of thoughts: the probability of each node's name at the start of the next step."""
+    """The probability that the next step names each node, for each (question, number of thoughts)."""
     lm = subject.lm
     prompts = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     spellings = spell(lm, subject.nodes, subject.symbolic)
-    candidates = [[spellings[node] for node in asked.graph] for asked in subject.asked]
+    candidates = [[spellings[node] for node in parsed.graph] for parsed in subject.graphs]
     return name_probabilities(lm, prompts, candidates, counts, subject.batch_size)
 
 
@@ -317,9 +325,11 @@ GROUPS = ("optimal", "frontier", "reachable", "other")
 def inner_products(subject: Subject) -> Study:
     """Each thought's inner product with the input embeddings of nodes (Zhu et al., arXiv 2505.12514, section 6).
 
-    Of a name of several tokens the mean embedding. With c thoughts a step, thought i stands for the nodes
-    ceil(i/c) edges from the root; questions whose target is nearer are left out there, since their chain
-    has ended before. Raises Unfit if the model has no latent thoughts or the questions no graphs.
+    A name of several tokens is represented by its mean embedding. With c thoughts a step, thought i corresponds to the
+    nodes ceil(i/c) edges from the root. A question is left out for thoughts beyond the length of its shortest path.
+    Groups of nodes: "optimal", at this distance and on a shortest path to the target; "frontier", the others at this
+    distance; "reachable", nearer to the root; "other", farther away or not reachable.
+    Raises NotApplicable if the model has no latent thoughts or the questions have no graphs.
     """
     subject.need_thoughts()
     lm, c = subject.lm, subject.lm.reasoning.thoughts_per_step
@@ -329,14 +339,14 @@ def inner_products(subject: Subject) -> Study:
         for node, spelling in spell(lm, subject.nodes, subject.symbolic).items()
     }
     products: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for asked, thoughts_KD in zip(subject.asked, subject.baseline.thoughts, strict=True):
-        nodes = list(asked.graph)
+    for parsed, thoughts_KD in zip(subject.graphs, subject.baseline.thoughts, strict=True):
+        nodes = list(parsed.graph)
         nodes_ND = torch.stack([vectors[node] for node in nodes])
         for number, row in enumerate((thoughts_KD @ nodes_ND.T).tolist(), 1):
             distance = math.ceil(number / c)
-            if asked.hops is not None and distance <= asked.hops:
+            if parsed.hops is not None and distance <= parsed.hops:
                 for node, product in zip(nodes, row, strict=True):
-                    products[number, _group(asked, node, distance)].append(product)
+                    products[number, _group_of(parsed, node, distance)].append(product)
     rows = []
     for number in range(1, subject.num_trained_thoughts + 1):
         for group in GROUPS:
@@ -346,18 +356,18 @@ def inner_products(subject: Subject) -> Study:
     return Study("inner_products", rows)
 
 
-def _group(asked: GraphQuestion, node: str, distance: int) -> str:
-    found = asked.distance.get(node)
-    if found == distance:
-        return "optimal" if asked.on_shortest_way(node) else "frontier"
-    return "reachable" if found is not None and found < distance else "other"
+def _group_of(parsed: GraphQuestion, node: str, distance: int) -> str:
+    from_root = parsed.distance.get(node)
+    if from_root == distance:
+        return "optimal" if parsed.on_shortest_path(node) else "frontier"
+    return "reachable" if from_root is not None and from_root < distance else "other"
 
 
 @torch.no_grad()
 def decoded(subject: Subject, count: int = 3) -> Study:
-    """The likeliest tokens of the model's head on each thought of the first questions (arXiv 2412.06769, Fig. 9).
+    """Logit lens: the likeliest tokens of each thought, for the first `count` questions (arXiv 2412.06769, Fig. 9).
 
-    Raises Unfit if the model has no latent thoughts.
+    Raises NotApplicable if the model has no latent thoughts.
     """
     subject.need_thoughts()
     lm = subject.lm

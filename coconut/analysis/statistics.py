@@ -1,9 +1,9 @@
-"""Runs side by side: how good each method is, and how sure a difference.
+"""Compare runs: accuracies with confidence intervals, and tests of the difference of each pair of methods.
 
-What is taken as random. The intervals are for other questions and other seeds of the same kind: both are
-drawn anew, with replacement, the questions for all seeds at once, since every seed answers the same ones. With
-three seeds or fewer that level is coarse, and with one it says nothing. The test is for other questions only:
-it asks whether these very models differ, not whether new seeds would.
+The bootstrap intervals cover both sources of randomness. Questions and seeds are resampled with replacement, and the
+same questions are drawn for all seeds. With three seeds or fewer the resampling of seeds is coarse, and with one seed
+it has no effect. The exact test covers the choice of questions only. It tests whether these models differ, not whether
+models with new seeds would.
 
 Shapes: S seeds, Q questions, R resamples, C kinds of questions.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from coconut.analysis.comparable_runs import ComparableRun, comparable_runs, natural
+from coconut.analysis.comparable_runs import ComparableRun, comparable_runs, natural_key
 from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.methods import METHODS
@@ -31,43 +31,43 @@ from coconut.utils.console import listed
 from coconut.utils.overrides import quoted
 
 RESAMPLES = 10_000
-LEVEL = 0.05  # a p value above it tells nothing apart
-CUT = 0.01  # share of truncated answers above which a warning is given
-SHOWN_KEYS = 3  # differing keys in a label
+SIGNIFICANCE = 0.05  # the largest p value of a significant difference
+TRUNCATION_WARNING = 0.01  # the share of truncated answers from which a warning is given
+SHOWN_KEYS = 3  # how many differing keys a label has at most
 
 
-# How sure a number is.
+# Intervals and tests.
 
 
 def accuracy_interval(correct_SQ: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean accuracy: percentiles of 10,000 resamples of questions and of seeds.
+    """The 95 % bootstrap interval of the mean accuracy: percentiles of 10,000 resamples of questions and seeds.
 
-    Where all answers are right, or all wrong, a bootstrap has no width; Wilson's interval over the questions
-    stands in its place.
+    If all answers are right, or all wrong, the bootstrap has no width, and Wilson's interval over questions is used.
     """
-    return _interval(correct_SQ.astype(np.int64), least=0.0)
+    return _interval(correct_SQ.astype(np.int64), lower_limit=0.0)
 
 
 def difference_interval(a_SQ: np.ndarray, b_SQ: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the accuracy of a minus that of b: as `accuracy_interval`, by pairs.
+    """The 95 % bootstrap interval of the accuracy of a minus that of b, with paired resamples.
 
-    Row s of both is of one seed, column q of one question, and they are drawn together. Where no question
-    tells a from b, the width is what Wilson's interval leaves for the share of such questions.
+    Row s of a and b has the same seed, and column q the same question. If all differences are equal, the
+    width is the upper bound of Wilson's interval for the share of questions with another difference.
     """
     assert a_SQ.shape == b_SQ.shape
-    return _interval(a_SQ.astype(np.int64) - b_SQ, least=-1.0)
+    return _interval(a_SQ.astype(np.int64) - b_SQ, lower_limit=-1.0)
 
 
-def _interval(values_SQ: np.ndarray, least: float) -> tuple[float, float]:
+def _interval(values_SQ: np.ndarray, lower_limit: float) -> tuple[float, float]:
+    """The interval of a mean over seeds and questions. If all values are equal: Wilson's, in lower_limit .. 1."""
     S, Q = values_SQ.shape
     value = values_SQ[0, 0]
     if (values_SQ == value).all():
         from scipy.stats import binomtest
 
-        unseen = float(binomtest(0, Q).proportion_ci(method="wilson").high)
-        return max(float(value) - unseen, least), min(float(value) + unseen, 1.0)
+        wilson_width = float(binomtest(0, Q).proportion_ci(method="wilson").high)
+        return max(float(value) - wilson_width, lower_limit), min(float(value) + wilson_width, 1.0)
     random = np.random.default_rng(0)
-    kinds_SC, counts_C = np.unique(values_SQ, axis=1, return_counts=True)  # questions of a kind need not be told apart
+    kinds_SC, counts_C = np.unique(values_SQ, axis=1, return_counts=True)  # equal columns are drawn as one kind
     questions_RC = random.multinomial(Q, counts_C / Q, size=RESAMPLES)
     seeds_RS = random.multinomial(S, np.full(S, 1 / S), size=RESAMPLES)
     sums_R = (seeds_RS * (questions_RC @ kinds_SC.T)).sum(1)
@@ -76,42 +76,42 @@ def _interval(values_SQ: np.ndarray, least: float) -> tuple[float, float]:
 
 
 def exact_test(a_SQ: np.ndarray, b_SQ: np.ndarray) -> float:
-    """The two-sided p value of the exact sign-flip test, questions being random and these models given.
+    """The two-sided p value of the exact sign-flip test over questions, for these given models.
 
-    If a and b were alike, either could have given the other's answers to a question. So the difference of
-    each question, summed over the seeds, keeps its size and takes either sign; p is the chance that the sum
-    over questions is then as far from 0 as it is. With one seed this is McNemar's exact test.
+    Under the null hypothesis a and b may be exchanged for each question. The difference of a question, summed over
+    the seeds, then has either sign with equal probability. p is the probability of a sum over questions at least as
+    far from 0 as the observed one. With one seed this is McNemar's exact test.
     """
     from scipy.stats import binom
 
     assert a_SQ.shape == b_SQ.shape
     differences_Q = (a_SQ.astype(np.int64) - b_SQ).sum(0)
-    chances = np.ones(1)  # of each sum, from the least to the greatest
+    pmf = np.ones(1)  # the probability of each possible sum, from the smallest to the largest
     sizes, counts = np.unique(np.abs(differences_Q[differences_Q != 0]), return_counts=True)
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        of_this_size = np.zeros(2 * size * count + 1)
-        of_this_size[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = np.convolve(chances, of_this_size)
-    sums = np.arange(len(chances)) - len(chances) // 2
-    return min(1.0, float(chances[np.abs(sums) >= abs(int(differences_Q.sum()))].sum()))
+        pmf_of_size = np.zeros(2 * size * count + 1)
+        pmf_of_size[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        pmf = np.convolve(pmf, pmf_of_size)
+    sums = np.arange(len(pmf)) - len(pmf) // 2
+    return min(1.0, float(pmf[np.abs(sums) >= abs(int(differences_Q.sum()))].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values, in their order, corrected for how many they are (Holm 1979)."""
+    """Correct p values for multiple testing (Holm 1979). Keeps their order."""
     corrected = [0.0] * len(p_values)
-    least = 0.0
+    largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = least
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
     return corrected
 
 
-# What is compared.
+# Groups and pairs.
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone, in the order of their seeds."""
+    """Runs that differ only in the seed, sorted by seed."""
 
     label: str
     runs: list[ComparableRun]
@@ -125,18 +125,21 @@ class Group:
         return float(self.correct().mean())
 
     def correct(self, seeds: Iterable[int] | None = None) -> np.ndarray:
-        """(S, Q) of these seeds, by default of all."""
+        """(S, Q) whether each answer is right, for these seeds, by default for all."""
         chosen = self.seeds if seeds is None else seeds
         return np.stack([run.correct_Q for run in self.runs if run.seed in set(chosen)])
 
     def mean(self, key: str) -> float:
-        """Of what the evaluations counted."""
-        return sum(run.found[key] for run in self.runs) / len(self.runs)
+        """The mean over the runs of a number in their evaluations."""
+        return sum(run.evaluation[key] for run in self.runs) / len(self.runs)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The accuracy of `a` minus that of `b` on the seeds that both have. `p_holm`: p, corrected over all pairs."""
+    """The accuracy of `a` minus that of `b` on the seeds that both have.
+
+    `low`, `high`: the 95 % interval of the difference. `p`: of the exact test. `p_holm`: p, corrected over all pairs.
+    """
 
     a: str
     b: str
@@ -148,13 +151,13 @@ class Pair:
     p_holm: float = 1.0
 
     @property
-    def told_apart(self) -> bool:
-        """By the test on questions, and by the interval, which knows of seeds too."""
-        return self.p_holm <= LEVEL and not self.low <= 0 <= self.high
+    def distinguishable(self) -> bool:
+        """Whether the test is significant and the interval, which includes the seeds, excludes 0."""
+        return self.p_holm <= SIGNIFICANCE and not self.low <= 0 <= self.high
 
 
 def pairs_of(groups: Sequence[Group]) -> list[Pair]:
-    """Every two groups with a seed in common, the more accurate one first."""
+    """Compare every two groups that have a seed in common; `a` is the more accurate group."""
     pairs = []
     for a, b in combinations(ranked(groups), 2):
         if seeds := sorted(set(a.seeds) & set(b.seeds)):
@@ -167,38 +170,39 @@ def pairs_of(groups: Sequence[Group]) -> list[Pair]:
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
+    """The groups, the most accurate first."""
     return sorted(groups, key=lambda group: -group.accuracy)
 
 
-def alike(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[list[str]]:
-    """Stretches of the ranking, as long as can be, of which no two can be told apart."""
+def indistinguishable(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[list[str]]:
+    """The longest stretches of the ranking in which no two groups can be distinguished, by their labels."""
     order = [group.label for group in ranked(groups)]
-    same = {(pair.a, pair.b) for pair in pairs if not pair.told_apart}
-    found, reached = [], 0
+    alike = {(pair.a, pair.b) for pair in pairs if not pair.distinguishable}
+    stretches, covered = [], 0
     for first in range(len(order)):
         last = first + 1
-        while last < len(order) and all((order[i], order[last]) in same for i in range(first, last)):
+        while last < len(order) and all((order[i], order[last]) in alike for i in range(first, last)):
             last += 1
-        if last - first > 1 and last > reached:
-            found.append(order[first:last])
-            reached = last
-    return found
+        if last - first > 1 and last > covered:
+            stretches.append(order[first:last])
+            covered = last
+    return stretches
 
 
 def grouped(runs: Sequence[ComparableRun]) -> list[Group]:
-    """The runs by method and settings, in the order of METHODS.
+    """Group runs by method and settings, in the order of METHODS.
 
-    Groups of one method are labelled with the keys in which they differ. Raises ValueError if two runs have
-    the same settings and seed.
+    Groups of one method are labelled with the settings in which they differ. Raises ValueError if two runs have the
+    same method, settings and seed.
     """
-    found: dict[str, list[ComparableRun]] = defaultdict(list)
+    runs_of: dict[str, list[ComparableRun]] = defaultdict(list)
     for run in runs:
-        found[json.dumps([run.method, run.settings], sort_keys=True)].append(run)
+        runs_of[json.dumps([run.method, run.settings], sort_keys=True)].append(run)
     groups = []
     for method in METHODS:
-        same = sorted((key for key in found if found[key][0].method == method), key=natural)
-        labels = _labels(method, [found[key][0].settings for key in same])
-        groups += [Group(label, _by_seed(found[key])) for key, label in zip(same, labels, strict=True)]
+        keys = sorted((key for key in runs_of if runs_of[key][0].method == method), key=natural_key)
+        labels = _labels(method, [runs_of[key][0].settings for key in keys])
+        groups += [Group(label, _by_seed(runs_of[key])) for key, label in zip(keys, labels, strict=True)]
     return groups
 
 
@@ -207,25 +211,25 @@ def _by_seed(runs: list[ComparableRun]) -> list[ComparableRun]:
     for one, other in pairwise(runs):
         if one.seed == other.seed:
             raise ValueError(
-                f"{one.folder} and {other.folder} are one run made twice: {one.method} with the same settings and "
-                f"seed={one.seed}. Name one of them."
+                f"{one.folder} and {other.folder} are the same run made twice: {one.method} with the same settings and "
+                f"seed={one.seed}. Name only one of them."
             )
     return runs
 
 
 def _labels(method: str, settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each: the method and, if there are several, the keys in which they differ."""
+    """A label for each group of a method: the method and, if there are several, the settings in which they differ."""
     if len(settings) < 2:
         return [method] * len(settings)
     keys, shortened = differing(settings), ""
     if len(keys) > SHOWN_KEYS:
-        keys, shortened = _enough(keys, settings), ", ..."
+        keys, shortened = _distinguishing_keys(keys, settings), ", ..."
     shown = [", ".join(f"{key}={each.get(key)}" for key in keys) for each in settings]
     return [f"{method} ({text}{shortened})" for text in shown]
 
 
-def _enough(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """As few of the keys, taken in order, as make every one of the settings unlike the others."""
+def _distinguishing_keys(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Choose keys, in order, until their values distinguish all settings. Keys that distinguish no more are skipped."""
     chosen: list[str] = []
 
     def kinds(keys: list[str]) -> int:
@@ -238,7 +242,7 @@ def _enough(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all."""
+    """The keys whose values are not equal in all settings."""
     keys = dict.fromkeys(key for each in settings for key in each)
     return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
 
@@ -248,9 +252,10 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups in the order of METHODS, every pair of them, and what a reader must be warned of.
+    """A comparison of groups, in the order of METHODS, with all pairs and with warnings for the reader.
 
-    `rows`: for each group, what its row of the table says; shares are between 0 and 1, `sd` is over seeds.
+    `rows`: the numbers of each group's row of the table; shares are between 0 and 1, `sd` is over seeds. `command`: the
+    command that makes this table.
     """
 
     groups: list[Group]
@@ -264,15 +269,15 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
     @property
-    def found(self) -> dict[str, Any]:
-        """The first run's evaluation: questions, file and guessing are the same for all."""
-        return self.runs[0].found
+    def evaluation(self) -> dict[str, Any]:
+        """The first run's evaluation; questions, file and chance accuracy are the same for all runs."""
+        return self.runs[0].evaluation
 
     @property
     def questions(self) -> str:
-        """How many of which file, and how many of them the run has seen that has seen the most."""
-        seen = most_seen([run.found for run in self.runs])
-        return describe_questions(self.found["count"], seen, Path(self.found["file"]).name)
+        """A phrase with the number of questions, their file, and how many the run with most seen questions has seen."""
+        seen = most_seen([run.evaluation for run in self.runs])
+        return describe_questions(self.evaluation["count"], seen, Path(self.evaluation["file"]).name)
 
     @property
     def best(self) -> dict[str, Any]:
@@ -281,7 +286,7 @@ class Comparison:
 
 
 def compare(config: TableConfig) -> Comparison:
-    """Raises ValueError if the runs may not be compared (see `entrants`)."""
+    """Compare the runs. Raises ValueError if they may not be compared (see `comparable_runs`)."""
     groups = grouped(comparable_runs(config.runs, config.split))
     pairs = pairs_of(groups)
     return Comparison(
@@ -294,24 +299,24 @@ def compare(config: TableConfig) -> Comparison:
 
 
 def _command(config: TableConfig) -> str:
-    """One that makes the same table."""
+    """The command that makes this table."""
     runs = ",".join(config.runs)
     if any(re.search(r"[,\s]", name) for name in config.runs):
         runs = f"[{','.join(map(quoted, config.runs))}]"
-    named = [f"runs={shlex.quote(runs)}"]
+    arguments = [f"runs={shlex.quote(runs)}"]
     if config.split != TableConfig.split:
-        named.append(f"split={shlex.quote(config.split)}")
-    return " ".join(["coconut analyze table", *named])
+        arguments.append(f"split={shlex.quote(config.split)}")
+    return " ".join(["coconut analyze table", *arguments])
 
 
 def _row(group: Group) -> dict[str, Any]:
     low, high = accuracy_interval(group.correct())
-    each = [run.found["accuracy"] for run in group.runs]
+    each = [run.evaluation["accuracy"] for run in group.runs]
     return {
         "method": group.label,
         "seeds": describe_seeds(group.seeds),
         "runs": len(group.runs),
-        "questions": group.runs[0].found["count"],
+        "questions": group.runs[0].evaluation["count"],
         "accuracy": group.accuracy,
         "low": low,
         "high": high,
@@ -322,77 +327,90 @@ def _row(group: Group) -> dict[str, Any]:
         "truncated": group.mean("truncated"),
         "passes": group.mean("passes"),
         "seconds_per_item": group.mean("seconds_per_item"),
-        "batch_size": same_in_all([run.found.get("batch_size") for run in group.runs]),
+        "batch_size": same_in_all([run.evaluation.get("batch_size") for run in group.runs]),
         "updates": sum(map(updates_of, group.runs)) / len(group.runs),
     }
 
 
 def updates_of(run: ComparableRun) -> int:
-    """All that the weights have been through."""
-    return run.before + run.record.description["updates"]
+    """All updates of the weights, with those of the runs from which they were initialized."""
+    return run.updates_before + run.record.description["updates"]
 
 
 def same_in_all(values: Sequence[Any]) -> Any:
-    """The value that all have, or None."""
+    """The common value if all are equal, else None."""
     return values[0] if all(value == values[0] for value in values) else None
 
 
 def describe_seeds(seeds: Sequence[int]) -> str:
+    """A phrase such as "0, 1" or "0 to 4"."""
     if len(seeds) > 2 and all(b == a + 1 for a, b in pairwise(seeds)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
 
 
-# What a reader is warned of.
+# Warnings.
 
 
 def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
-    warnings = [_alike(labels, pairs) for labels in alike(groups, pairs)]
-    single = [group.label for group in groups if len(group.runs) == 1]
-    if single and len(groups) > 1:
-        warnings.append(f"Only one seed of {listed(single)}: a difference may be the seed's and not the method's.")
+    warnings = [_describe_indistinguishable(labels, pairs) for labels in indistinguishable(groups, pairs)]
+    one_seed = [group.label for group in groups if len(group.runs) == 1]
+    if one_seed and len(groups) > 1:
+        warnings.append(
+            f"Only one seed of {listed(one_seed)}: a difference may come from the seed and not from the method."
+        )
     compared = {frozenset((pair.a, pair.b)) for pair in pairs}
     order = [group.label for group in ranked(groups)]
-    apart = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if frozenset((a, b)) not in compared]
-    if apart:
-        warnings.append("No seed in common, so not compared: " + "; ".join(f"{a} and {b}" for a, b in apart) + ".")
+    not_compared = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if frozenset((a, b)) not in compared]
+    if not_compared:
+        warnings.append(
+            "No seed in common, so not compared: " + "; ".join(f"{a} and {b}" for a, b in not_compared) + "."
+        )
     if same_in_all([group.seeds for group in groups]) is None:
         warnings.append("Not all methods have the same seeds. Pairs are compared on the seeds that both have.")
     runs = [run for group in groups for run in group.runs]
-    if len(sizes := {run.found.get("batch_size") for run in runs}) > 1:
-        known = ", ".join(sorted("not known" if size is None else str(size) for size in sizes))
-        warnings.append(f"Times were taken at different batch sizes ({known}), so they cannot be compared.")
+    if len(sizes := {run.evaluation.get("batch_size") for run in runs}) > 1:
+        shown_sizes = ", ".join(sorted("unknown" if size is None else str(size) for size in sizes))
+        warnings.append(f"Times were taken at different batch sizes ({shown_sizes}), so they cannot be compared.")
     if same_in_all([updates_of(run) for run in runs]) is None:
-        least, most = min(map(updates_of, runs)), max(map(updates_of, runs))
-        warnings.append(f"Not all were trained equally long: {least:,} to {most:,} updates.")
-    cut = [f"{group.label} {100 * group.mean('truncated'):.1f} %" for group in groups if group.mean("truncated") >= CUT]
-    if cut:
-        warnings.append(f"Answers cut off at the limit of new tokens: {listed(cut)}.")
-    seen = most_seen([run.found for run in runs])
+        fewest, most = min(map(updates_of, runs)), max(map(updates_of, runs))
+        warnings.append(f"The runs have different numbers of updates: {fewest:,} to {most:,}.")
+    truncated = [
+        f"{group.label} {100 * group.mean('truncated'):.1f} %"
+        for group in groups
+        if group.mean("truncated") >= TRUNCATION_WARNING
+    ]
+    if truncated:
+        warnings.append(f"Answers truncated at the limit of new tokens: {listed(truncated)}.")
+    seen = most_seen([run.evaluation for run in runs])
     if seen and any(seen.values()):
         warnings.append(
-            f"Not all is unseen: {describe_questions(runs[0].found['count'], seen)} of the run that saw the most."
+            "Some questions were seen in training or validation. The run that saw the most: "
+            f"{describe_questions(runs[0].evaluation['count'], seen)}."
         )
     elif seen is None:
-        warnings.append("Not every run says which questions it has seen, so some may be in its training data.")
-    if left_out := max(run.found["left_out"] for run in runs):
-        warnings.append(f"{left_out:,} questions of the file were left out, too long for the model's context.")
+        warnings.append("Not every run has a record of the questions it has seen, so some may be in its training data.")
+    if left_out := max(run.evaluation["left_out"] for run in runs):
+        warnings.append(
+            f"{left_out:,} questions of the file were left out because they are too long for the model's context."
+        )
     return warnings
 
 
-def _alike(labels: Sequence[str], pairs: Sequence[Pair]) -> str:
+def _describe_indistinguishable(labels: Sequence[str], pairs: Sequence[Pair]) -> str:
+    """A sentence about groups that cannot be distinguished, with their largest difference."""
     among = [pair for pair in pairs if pair.a in labels and pair.b in labels]
     widest = max(among, key=lambda pair: abs(pair.difference))
-    text = f"{listed(labels)} cannot be told apart on these questions: "
+    text = f"{listed(labels)} cannot be distinguished on these questions: "
     text += "difference" if len(among) == 1 else f"the largest difference, {widest.a} to {widest.b}, is"
     text += (
         f" {points(widest.difference)} points, 95 % interval {describe_interval(widest)}, {describe_p(widest.p_holm)}."
     )
-    return text if widest.p_holm > LEVEL else f"{text} These runs differ; with other seeds it may be otherwise."
+    return text if widest.p_holm > SIGNIFICANCE else f"{text} These runs differ, but runs with other seeds may not."
 
 
 def points(share: float) -> str:
-    """A difference of shares in points of a hundred, with its sign."""
+    """A difference of shares in percentage points, with its sign."""
     text = f"{100 * share:+.1f}"
     return text if text.strip("+-0.") else "0.0"
 

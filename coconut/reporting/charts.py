@@ -1,7 +1,7 @@
-"""Figures of what was measured in a run, each drawn from its study.
+"""Charts of the studies of a run, one function for each study.
 
-Every chart is as wide as it is asked to be, in points, and in the colours of the light page. `as_svg`
-makes it part of a page; `save_png` writes it to a file of its own.
+Widths and heights are in points. The colours are those of the light page; `as_svg` turns them into CSS variables, and
+`save_png` writes a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import networkx
 
 from coconut.analysis.graph_layout import place_nodes
-from coconut.reporting.plots import LIGHT, MOST_NODES, new_figure, styled, whole_ticks
+from coconut.reporting.plots import LIGHT, MAX_NODES, new_figure, styled, whole_ticks
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.files import atomic_file
@@ -24,39 +24,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What became of an answer, from the bottom of a bar to its top: the right ones first.
+# The outcome classes of answers (colour, label), from the bottom of a bar to its top.
 OUTCOMES = {
-    "correct_path": ("green", "shortest path"),
+    "correct_path": ("green", "correct path"),
     "longer_path": ("mint", "longer path"),
-    "correct_label": ("sky", "right answer, no path"),
-    "incorrect_label": ("peach", "wrong answer, no path"),
-    "wrong_target": ("red", "path to the wrong end"),
-    "hallucination": ("plum", "no way through the graph"),
+    "correct_label": ("sky", "correct label"),
+    "incorrect_label": ("peach", "incorrect label"),
+    "wrong_target": ("red", "wrong target"),
+    "hallucination": ("plum", "hallucination"),
 }
-# Where nodes are, seen from a thought that stands for a distance: the colour, the label, and in a sentence.
+# Groups of nodes, for a thought that corresponds to a distance from the root: colour, label, phrase in a sentence.
 GROUPS = {
-    "optimal": ("green", "on a shortest way", "on a shortest way"),
-    "frontier": ("blue", "as far, on no such way", "as far but on no such way"),
-    "reachable": ("muted", "nearer", "nearer to the start"),
-    "other": ("muted", "farther or out of reach", "farther or out of reach"),
+    "optimal": ("green", "on a shortest path", "on a shortest path"),
+    "frontier": ("blue", "same distance, not on it", "at the same distance but not on a shortest path"),
+    "reachable": ("muted", "nearer", "nearer to the root"),
+    "other": ("muted", "farther or not reachable", "farther away or not reachable"),
 }
-# What a prefix value is of: the colour, the label.
-PREFIXES = {"answer": ("blue", "the whole of it"), "after_mark": ("green", "once it begins to answer")}
+# The tokens that a prefix value counts: colour, label.
+PREFIXES = {"answer": ("blue", "whole answer"), "after_mark": ("green", "after the answer mark")}
 SHADES = ("sky", "green", "amber", "red", "plum")  # from few steps to many
-FEW = 10  # nodes behind a point that is drawn hollow
-MOST_COLUMNS = 8  # of a search tree
-NARROW = 500  # points; below it a chart is laid out for a phone
+HOLLOW_BELOW = 10  # a point with fewer nodes is drawn hollow
+MAX_COLUMNS = 8  # in a drawn search tree
+NARROW = 500  # points; a narrower chart is laid out for a phone
 SMALL: dict[str, Any] = {"fontsize": "small", "color": LIGHT["muted"]}
 DASHED = (0, (4, 3))
 
 
 def save_png(figure: Figure, path: Path | str) -> None:
-    """On white, 200 dots an inch; the file appears whole or not at all."""
+    """Write a PNG with a white background and 200 dpi, atomically."""
     with styled(), atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=200, facecolor="white")
 
 
 def counted_thoughts(count: int) -> str:
+    """A phrase such as "no thought yet" or "2 thoughts"."""
     return "no thought yet" if count == 0 else f"{count} thought{'s' * (count != 1)}"
 
 
@@ -68,10 +69,10 @@ def _moment(count: int) -> str:
 
 
 @styled()
-def k_forcing(study: Study, width: float, guess: float | None = None, noun: str = "thought") -> Figure:
-    """Accuracy for each number of thoughts (or what `noun` says) and below it, for graphs, what came out.
+def k_forcing(study: Study, width: float, chance_accuracy: float | None = None, noun: str = "thought") -> Figure:
+    """Accuracy for each number of thoughts, and below it, for graph questions, the outcome classes.
 
-    The model's own number of thoughts stands on a band. (Hao et al., arXiv 2412.06769, Fig. 3.)
+    A band marks the trained number of thoughts. `noun`: "thought" or "pause". (Hao et al., arXiv 2412.06769, Fig. 3.)
     """
     rows = sorted(study.rows, key=lambda row: row["thoughts"])
     seen = [name for name in OUTCOMES if any(row[name] for row in rows)]
@@ -96,27 +97,27 @@ def k_forcing(study: Study, width: float, guess: float | None = None, noun: str 
     panels[-1].set_xlabel(f"{noun}s before the answer", loc="right")
 
     upper.set_title("Accuracy", loc="left", pad=24)
-    places = [row["thoughts"] for row in rows]
+    counts = [row["thoughts"] for row in rows]
     shares = [row["accuracy"] for row in rows]
-    _guess_line(upper, guess)
-    upper.vlines(places, [row["low"] for row in rows], [row["high"] for row in rows],
+    _chance_line(upper, chance_accuracy)
+    upper.vlines(counts, [row["low"] for row in rows], [row["high"] for row in rows],
                  color=LIGHT["blue"], alpha=0.45, linewidth=4.5, clip_on=False)  # fmt: skip
-    upper.plot(places, shares, color=LIGHT["blue"], linewidth=1.2, marker="o", markersize=4, clip_on=False)
+    upper.plot(counts, shares, color=LIGHT["blue"], linewidth=1.2, marker="o", markersize=4, clip_on=False)
     if (width - left - right) / len(rows) > 34:
         for row in rows:
             upper.annotate(f"{100 * row['accuracy']:.1f}", (row["thoughts"], row["high"]), (0, 4),
                            textcoords="offset points", ha="center", va="bottom", fontsize="small",
                            annotation_clip=False)  # fmt: skip
-    upper.annotate("its own number", (trained, 1), (0, 16), xycoords=("data", "axes fraction"),
+    upper.annotate("as trained", (trained, 1), (0, 16), xycoords=("data", "axes fraction"),
                    textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
     return figure
 
 
 @styled()
 def prefix_values(study: Study, width: float) -> Figure:
-    """Mean log-probability of the right answer for each number of thoughts, and beside it by the question's steps.
+    """Mean log-probability of the right answer for each number of thoughts; a second panel by the question's steps.
 
-    Of more than a handful of numbers of steps those that most questions have.
+    The second panel has at most len(SHADES) curves: the numbers of steps with the most questions.
     """
     of_all = [(label, colour, [row for row in study.rows if row["of"] == of and row["steps"] is None])
               for of, (colour, label) in PREFIXES.items()]  # fmt: skip
@@ -129,7 +130,7 @@ def prefix_values(study: Study, width: float) -> Figure:
     ]  # fmt: skip
     panels = [("Log-probability of the right answer", of_all)]
     if by_steps:
-        panels.append(("The whole of it, by the steps of the question", by_steps))
+        panels.append(("Whole answer, by the steps of the question", by_steps))
     columns = 1 if width < NARROW else 2
     left, right, top, bottom, gap, high = 40.0, 14.0, 46.0, 34.0, 44.0, 140.0
     wide = (width - left - right - gap * (columns - 1)) / columns
@@ -155,9 +156,9 @@ def prefix_values(study: Study, width: float) -> Figure:
     return figure
 
 
-def _outcomes(axes: Axes, rows: list[dict[str, Any]], seen: list[str], columns: int) -> None:
+def _outcomes(axes: Axes, rows: list[dict[str, Any]], shown: list[str], columns: int) -> None:
     floor = [0.0] * len(rows)
-    for name in seen:
+    for name in shown:
         colour, label = OUTCOMES[name]
         shares = [row[name] / row["questions"] for row in rows]
         axes.bar([row["thoughts"] for row in rows], shares, 0.58, floor, color=LIGHT[colour], label=label,
@@ -165,7 +166,7 @@ def _outcomes(axes: Axes, rows: list[dict[str, Any]], seen: list[str], columns: 
         floor = [sum(pair) for pair in zip(floor, shares, strict=True)]
     axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=0.9, handleheight=0.9,
                 columnspacing=1.4, handletextpad=0.5, borderaxespad=0)  # fmt: skip
-    axes.set_title("What came out", loc="left", pad=14 + 14 * -(-len(seen) // columns))
+    axes.set_title("Outcomes", loc="left", pad=14 + 14 * -(-len(shown) // columns))
 
 
 # The search tree.
@@ -173,26 +174,26 @@ def _outcomes(axes: Axes, rows: list[dict[str, Any]], seen: list[str], columns: 
 
 @dataclass(frozen=True)
 class _Node:
-    """A node in the picture: its middle, in points from the upper left corner, and its size."""
+    """A node in the picture: the centre, in points from the upper left corner, and the size."""
 
     name: str
     x: float
     y: float
     wide: float
     high: float
-    share: float | None  # the probability of being named, where it was measured
+    share: float | None  # the probability as the next step, None if it was not measured
 
 
 @styled()
 def search_tree(question: str, answer: str, values: Study, width: float) -> Figure:
-    """A question's graph from left to right, each node with the probability that the model names it next.
+    """A question's graph from left to right, each node with the probability that the next step names it.
 
-    `values` are the rows of this question. A node at distance d is looked up after as many thoughts as
-    the next step needs to be d edges from the root; above its column stands what fell on other nodes and
-    on no node at all. Of a graph of more than MOST_NODES nodes what the root does not reach is left out,
-    but for the two options. (Hao et al., arXiv 2412.06769, Figs. 5 and 6.)
+    `values`: the rows of this question. The probability of a node at distance d from the root is taken after the number
+    of thoughts whose next step names a node at distance d. The head of each column has the probability of nodes of
+    other columns, and of text that is no node. A graph of more than MAX_NODES nodes is drawn without the nodes that
+    the root does not reach, except the two options. (Hao et al., arXiv 2412.06769, Figs. 5 and 6.)
 
-    Raises ValueError if the question tells no graph; whether there is room for it says `drawable`.
+    Raises ValueError if the question describes no graph. `drawable` checks whether it fits.
     """
     graph = shown_graph(question)
     root, options, target = graph.graph["root"], graph.graph["options"], prosqa.read_target(answer)
@@ -200,25 +201,30 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
     after = {
         d: (d - values.facts["offset"]) * values.facts["thoughts_per_step"] for d in range(1 + max(reached.values()))
     }
-    share = {(row["after"], row["node"]): row["value"] for row in values.rows if row["ahead"]}
-    heads = _heads(values, after)
+    shares = {(row["after"], row["node"]): row["value"] for row in values.rows if row["ahead"]}
+    heads = _column_heads(values, after)
 
-    margin, head, pitch, below = 8.0, 16 + 13 * max(map(len, heads.values()), default=0), 44.0, 30.0
+    margin, head, pitch, unreached_pitch = 8.0, 16 + 13 * max(map(len, heads.values()), default=0), 44.0, 30.0
     places = place_nodes(graph, root)
-    rest = [name for name in graph if name not in reached]
-    steps = {part: (width - 2 * margin) / (1 + max(places[name][0] for name in names))
-             for part, names in ((True, reached), (False, rest)) if names}  # fmt: skip
-    size = min(10.0, (min(steps.values()) - 14) / (0.66 * max(4, *map(len, graph))))
+    unreached = [name for name in graph if name not in reached]
+    column_widths = {
+        part: (width - 2 * margin) / (1 + max(places[name][0] for name in names))
+        for part, names in ((True, reached), (False, unreached))
+        if names
+    }
+    size = min(10.0, (min(column_widths.values()) - 14) / (0.66 * max(4, *map(len, graph))))
     depth = 1 + max(-places[name][1] for name in reached)
     nodes: dict[str, _Node] = {}
     for name, (column, row) in places.items():
-        found = share.get((after[reached[name]], name)) if reached.get(name) else None
-        y = head + pitch * (-row + 0.5) if name in reached else head + pitch * depth + 22 + below * (-row - depth + 0.5)
-        x = margin + steps[name in reached] * (column + 0.5)
-        wide = max(24.0, 0.66 * size * max(len(name), 4 if found is not None else 1) + 12)
-        nodes[name] = _Node(name, x, y, wide, 22.0 if found is None else 31.0, found)
-    height = max(node.y for node in nodes.values()) + (below if rest else pitch) / 2 + 4
-    step = steps[True]
+        share = shares.get((after[reached[name]], name)) if reached.get(name) else None
+        y = head + pitch * (-row + 0.5)
+        if name not in reached:
+            y = head + pitch * depth + 22 + unreached_pitch * (-row - depth + 0.5)
+        x = margin + column_widths[name in reached] * (column + 0.5)
+        wide = max(24.0, 0.66 * size * max(len(name), 4 if share is not None else 1) + 12)
+        nodes[name] = _Node(name, x, y, wide, 22.0 if share is None else 31.0, share)
+    height = max(node.y for node in nodes.values()) + (unreached_pitch if unreached else pitch) / 2 + 4
+    step = column_widths[True]
 
     figure = new_figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -233,40 +239,40 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
         for i, line in enumerate(["start"] if d == 0 else heads.get(d, [])):
             axes.text(margin + step * (d + 0.5), 14 + 13 * i, line, ha="center", va="center_baseline",
                       fontsize=min(8.3, step / 8.5), color=LIGHT["muted" if i else "ink"])  # fmt: skip
-    if rest:
-        axes.text(margin, bottom + 12, f"out of reach from {root}", parse_math=False, va="center_baseline", **SMALL)
+    if unreached:
+        axes.text(margin, bottom + 12, f"not reachable from {root}", parse_math=False, va="center_baseline", **SMALL)
 
-    way: set[tuple[str, str]] = set()
+    path: set[tuple[str, str]] = set()
     if target in reached:
-        way = set(networkx.utils.pairwise(networkx.shortest_path(graph, root, target)))
+        path = set(networkx.utils.pairwise(networkx.shortest_path(graph, root, target)))
     colours = dict.fromkeys(options, "red") | {target: "green", root: "blue"}
     boxes = {name: _box(axes, node, colours.get(name), size) for name, node in nodes.items()}
     for a, b in graph.edges:
-        _arrow(axes, nodes[a], nodes[b], boxes, steps[a in reached], (a, b) in way, a in reached)
+        _arrow(axes, nodes[a], nodes[b], boxes, column_widths[a in reached], (a, b) in path, a in reached)
     return figure
 
 
 def drawable(question: str) -> bool:
-    """Whether the text is a question about a graph, and `search_tree` has room for it."""
+    """Whether the text is a graph question whose graph is small enough for `search_tree`."""
     try:
         graph = shown_graph(question)
     except ValueError:
         return False
     columns = 1 + max(column for column, _ in place_nodes(graph, graph.graph["root"]).values())
-    return len(graph) <= MOST_NODES and columns <= MOST_COLUMNS
+    return len(graph) <= MAX_NODES and columns <= MAX_COLUMNS
 
 
 def shown_graph(question: str) -> networkx.DiGraph:
-    """The graph of a question; of a large one what the root reaches, and the options."""
+    """The graph of a question; of a large graph only the options and the nodes that the root reaches."""
     graph = prosqa.graph(question)
-    if len(graph) <= MOST_NODES:
+    if len(graph) <= MAX_NODES:
         return graph
     root = graph.graph["root"]
     return networkx.DiGraph(graph.subgraph(networkx.descendants(graph, root) | {root, *graph.graph["options"]}))
 
 
-def _heads(values: Study, after: dict[int, int]) -> dict[int, list[str]]:
-    """Lines above the columns, by distance: how many thoughts, and the probability that fell elsewhere."""
+def _column_heads(values: Study, after: dict[int, int]) -> dict[int, list[str]]:
+    """The lines above each column, by distance: the number of thoughts, and the probability outside this column."""
     heads = {}
     for d, thoughts in after.items():
         rows = [row for row in values.rows if row["after"] == thoughts]
@@ -280,7 +286,7 @@ def _heads(values: Study, after: dict[int, int]) -> dict[int, list[str]]:
 
 
 def percent_of(share: float) -> str:
-    """Whole, but nothing that is there becomes 0 and nothing that is missing 100."""
+    """A whole percentage. A small share is not rounded to 0, and a share near 1 not to 100."""
     share = min(max(share, 0.0), 1.0)
     if 0.0005 < share < 0.005:
         return "<1 %"
@@ -310,15 +316,15 @@ def _box(axes: Axes, node: _Node, colour: str | None, size: float) -> Any:
     return ground
 
 
-def _arrow(axes: Axes, a: _Node, b: _Node, boxes: dict[str, Any], step: float, on_way: bool, reached: bool) -> None:
+def _arrow(axes: Axes, a: _Node, b: _Node, boxes: dict[str, Any], step: float, on_path: bool, reached: bool) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    beside = abs(b.x - a.x - step) < 1 or (abs(a.x - b.x) < 1 and abs(a.y - b.y) < 50)
-    colour = "green" if on_way else "muted" if reached else "line"
+    adjacent = abs(b.x - a.x - step) < 1 or (abs(a.x - b.x) < 1 and abs(a.y - b.y) < 50)
+    colour = "green" if on_path else "muted" if reached else "line"
     axes.add_patch(FancyArrowPatch(
         (a.x, a.y), (b.x, b.y), patchA=boxes[a.name], patchB=boxes[b.name], shrinkA=1, shrinkB=1.5, zorder=1,
-        arrowstyle="-|>", mutation_scale=9, color=LIGHT[colour], linewidth=2.2 if on_way else 1,
-        connectionstyle=f"arc3,rad={0.0 if beside else 0.28 if reached else 0.15}",
+        arrowstyle="-|>", mutation_scale=9, color=LIGHT[colour], linewidth=2.2 if on_path else 1,
+        connectionstyle=f"arc3,rad={0.0 if adjacent else 0.28 if reached else 0.15}",
     ))  # fmt: skip
 
 
@@ -326,7 +332,7 @@ def _arrow(axes: Axes, a: _Node, b: _Node, boxes: dict[str, Any], step: float, o
 
 
 def moments(study: Study) -> list[int]:
-    """The numbers of thoughts that `parallelism` has a panel for: none, if it was measured, and the first two."""
+    """The numbers of thoughts with a panel in `parallelism`: 0, if it was measured, and the next two."""
     numbers = sorted({row["after"] for row in study.rows})
     return numbers[: 3 if 0 in numbers else 2]
 
@@ -335,8 +341,8 @@ def moments(study: Study) -> list[int]:
 def parallelism(study: Study, width: float) -> Figure:
     """Cumulated probability of the 1, 2 and 3 likeliest nodes ahead against the percentile of questions.
 
-    One panel before any thought, where that was measured, and one after the first step's and the second
-    step's thoughts. (arXiv 2412.06769, section 5.)
+    The panels are before any thought, if that was measured, after the thoughts of the first step, and after those of
+    the second step. (arXiv 2412.06769, section 5.)
     """
     numbers = moments(study)
     figure, panels = _grid(len(numbers), width, 1 if width < NARROW else max(2, len(numbers)), 130, legend=16)
@@ -361,9 +367,9 @@ def parallelism(study: Study, width: float) -> Figure:
 
 @styled()
 def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
-    """Mean value of a node ahead against its height, by whether it leads to the target; with standard errors.
+    """Mean value of nodes ahead against their height, with standard errors, for nodes that lead to the target or not.
 
-    `kind` of height: "shortest", edges to the nearest leaf, or "longest", to the farthest. One panel for
+    `kind` of height: "shortest", edges to the nearest leaf, or "longest", edges to the farthest leaf. One panel for
     each number of thoughts. (arXiv 2412.06769, section 5.)
     """
     chosen = [row for row in study.rows if row["kind"] == kind]
@@ -385,7 +391,7 @@ def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
             axes.vlines(x, [max(0.0, row["mean"] - (row["se"] or 0)) for row in rows],
                         [min(1.0, row["mean"] + (row["se"] or 0)) for row in rows], color=LIGHT[colour],
                         linewidth=1.2, clip_on=False)  # fmt: skip
-            few = [row for row in rows if row["count"] < FEW]
+            few = [row for row in rows if row["count"] < HOLLOW_BELOW]
             axes.plot([row["height"] for row in few], [row["mean"] for row in few], marker, markersize=2.6,
                       color=LIGHT["paper"], zorder=4, clip_on=False)  # fmt: skip
         axes.set_xlim(-0.3, highest + 0.3)
@@ -399,7 +405,7 @@ def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
 
 @styled()
 def inner_products(study: Study, width: float) -> Figure:
-    """Inner product of a thought with the embeddings of nodes: mean and standard deviation of four groups.
+    """Inner products of each thought with the embeddings of nodes: mean and standard deviation of four groups.
 
     One panel for each thought. (Zhu et al., arXiv 2505.12514.)
     """
@@ -426,23 +432,23 @@ def inner_products(study: Study, width: float) -> Figure:
     return figure
 
 
-# Are the thoughts used?
+# Interventions.
 
 
 @dataclass(frozen=True)
 class _Dots:
-    """A panel of shares with intervals, a row each; None where there is nothing to show."""
+    """A panel of shares with intervals, one for each row of the chart; None leaves a row empty."""
 
     title: str
     colour: str
-    shares: Sequence[tuple[float, float, float] | None]  # itself, low, high
+    shares: Sequence[tuple[float, float, float] | None]  # share, low, high
     trained: float | None = None
-    guess: float | None = None
+    chance_accuracy: float | None = None
 
 
 @styled()
 def audit(study: Study, width: float) -> Figure:
-    """Accuracy under each change of the thoughts, and the share of answers that it changed."""
+    """Accuracy and share of changed answers under each intervention on the thoughts."""
     rows = study.rows
     trained = next((row["accuracy"] for row in rows if row["change"] == "none"), None)
     accuracy = [(row["accuracy"], row["low"], row["high"]) for row in rows]
@@ -456,7 +462,7 @@ def audit(study: Study, width: float) -> Figure:
 
 @styled()
 def edges(study: Study, width: float) -> Figure:
-    """How many answers follow a change of the graph, and how many change at all."""
+    """Shares of answers that follow an intervention on the graph, and of answers that change at all."""
     panels = [
         _Dots("Answers that follow", "green", [_interval(row, "followed") for row in study.rows]),
         _Dots("Answers changed", "red", [_interval(row, "changed") for row in study.rows]),
@@ -469,10 +475,10 @@ def _interval(row: dict[str, Any], name: str) -> tuple[float, float, float] | No
 
 
 def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
-    """Rows of dots; their names stand on the left, on a phone above them."""
+    """Rows of dots with intervals. The labels are on the left, in a narrow chart above each row."""
     narrow = width < NARROW
     left, right, gap, bottom = (14.0, 14.0, 34.0, 26.0) if narrow else (0.34 * width, 16.0, 40.0, 26.0)
-    top = 40.0 if any(dots.guess is not None for dots in panels) else 26.0
+    top = 40.0 if any(dots.chance_accuracy is not None for dots in panels) else 26.0
     most = int((width - left if narrow else left - 14) / 5.6)
     wrapped_names = [_wrapped(name, most) for name in names]
     highs = [22 + 13 * len(lines) if narrow else max(28, 12 + 13 * len(lines)) for lines in wrapped_names]
@@ -493,10 +499,10 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
         begin, end = ([y - 6 for y in places], [y + 6 for y in places]) if narrow else ([0], [high])
         if dots.trained is not None:
             axes.vlines([dots.trained] * len(begin), begin, end, color=LIGHT["blue"], linewidth=1, zorder=1)
-        if dots.guess is not None:
-            axes.vlines([dots.guess] * len(begin), begin, end, color=LIGHT["muted"], linewidth=1,
+        if dots.chance_accuracy is not None:
+            axes.vlines([dots.chance_accuracy] * len(begin), begin, end, color=LIGHT["muted"], linewidth=1,
                         linestyle=DASHED, zorder=1)  # fmt: skip
-            axes.annotate("guessing", (dots.guess, 1), (0, 3), xycoords=("data", "axes fraction"),
+            axes.annotate("chance", (dots.chance_accuracy, 1), (0, 3), xycoords=("data", "axes fraction"),
                           textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
         share_axis(axes.xaxis, 3 if narrow else 5)
         axes.set_title(dots.title, loc="left", pad=top - 18)
@@ -508,20 +514,20 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
     return figure
 
 
-def _wrapped(text: str, most: int) -> list[str]:
-    """In as few lines as `most` characters allow, of about the same length."""
-    lines = textwrap.wrap(text, most)
-    for width in range(max(map(len, text.split())), most):
-        if len(even := textwrap.wrap(text, width)) == len(lines):
-            return even
+def _wrapped(text: str, max_width: int) -> list[str]:
+    """Wrap to as few lines as the width in characters allows, of about the same length."""
+    lines = textwrap.wrap(text, max_width)
+    for width in range(max(map(len, text.split())), max_width):
+        if len(narrower := textwrap.wrap(text, width)) == len(lines):
+            return narrower
     return lines
 
 
-# Pieces.
+# Helpers.
 
 
 def panel(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
-    """Axes at a place counted in points from the upper left corner."""
+    """Axes at a position in points from the upper left corner."""
     width, height = figure.get_size_inches() * 72
     axes = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
     axes.grid(axis="y")
@@ -532,7 +538,7 @@ def panel(figure: Figure, left: float, top: float, wide: float, high: float) -> 
 def _grid(
     count: int, width: float, columns: int, high: float, left: float = 40, gap: float = 44, legend: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of `columns`. `legend`: points left free for it above them all."""
+    """Panels in rows of `columns`. `legend`: the height in points to keep free above all panels."""
     right, top, bottom = 14.0, 24.0, 30.0
     lines = -(-count // columns)
     wide = (width - left - right - gap * (columns - 1)) / columns
@@ -547,7 +553,7 @@ def _grid(
 
 
 def _legend(figure: Figure, axes: Axes, handle: float) -> None:
-    """What the colours of `axes` stand for, above all panels."""
+    """Put the legend of `axes` above all panels."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, ncols=len(names), loc="upper left", bbox_to_anchor=(axes.get_position().x0, 1),
                   handlelength=handle, handleheight=0.9, columnspacing=1.4, handletextpad=0.5,
@@ -560,13 +566,15 @@ def _dot(axes: Axes, place: float, mean: float, low: float, high: float, colour:
 
 
 def share_axis(axis: Any, count: int) -> None:
+    """Scale an axis from 0 to 100 % with `count` ticks."""
     shares = [i / (count - 1) for i in range(count)]
     axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})
     axis.set_ticks(shares, [f"{100 * share:.0f} %" for share in shares])
 
 
-def _guess_line(axes: Axes, guess: float | None) -> None:
-    if guess is not None:
-        axes.axhline(guess, color=LIGHT["muted"], linewidth=1, linestyle=DASHED)
-        axes.annotate(f"guessing, {100 * guess:.1f} %", (1, guess), (-4, -4), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", va="top", **SMALL)  # fmt: skip
+def _chance_line(axes: Axes, chance_accuracy: float | None) -> None:
+    if chance_accuracy is not None:
+        axes.axhline(chance_accuracy, color=LIGHT["muted"], linewidth=1, linestyle=DASHED)
+        axes.annotate(f"chance, {100 * chance_accuracy:.1f} %", (1, chance_accuracy), (-4, -4),
+                      xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
+                      **SMALL)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The demo page and the server behind it, on http.server. `analysis.interactive` computes the answers."""
+"""The demo page and its web server, based on http.server. `analysis.interactive` computes the answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = Path(__file__).with_name("demo.html")
 
 
 class RefusedRequest(Exception):
-    """A request that is refused; the message is for the user."""
+    """A request that is refused. The message is shown to the user."""
 
     def __init__(self, status: HTTPStatus, reason: str):
         super().__init__(reason)
@@ -31,7 +31,7 @@ class RefusedRequest(Exception):
 
 
 class DemoServer(ThreadingHTTPServer):
-    """Serves one model to the browser. Raises ValueError if host and port cannot be served."""
+    """Serve one model to a browser. Raises ValueError if it cannot listen on host and port."""
 
     model: InteractiveModel
 
@@ -43,12 +43,12 @@ class DemoServer(ThreadingHTTPServer):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ValueError(
-                    f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any that "
-                    "is free."
+                    f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any free "
+                    "one."
                 ) from None
             raise ValueError(
-                f"Nothing can be served at host={host} port={port} ({error.strerror}). Take host=127.0.0.1 and a port "
-                "above 1023."
+                f"The page cannot be served at host={host} port={port} ({error.strerror}). Use host=127.0.0.1 and a "
+                "port above 1023."
             ) from None
 
     @property
@@ -56,7 +56,7 @@ class DemoServer(ThreadingHTTPServer):
         return f"http://{self.host}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore connections that the browser has closed."""
+        """Ignore errors of connections that the browser has closed."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -84,12 +84,12 @@ class DemoHandler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(self.server.model.about)
 
     def _ask(self) -> tuple[str, str]:
-        asked, model = self._body(), self.server.model
+        question_or_row, model = self._body(), self.server.model
         try:
-            found = model.ask(asked) if isinstance(asked, str) else model.draw(asked)
+            answers = model.ask(question_or_row) if isinstance(question_or_row, str) else model.ask_row(question_or_row)
         except ValueError as error:
             raise RefusedRequest(HTTPStatus.BAD_REQUEST, str(error)) from None
-        return "application/json", json.dumps(found)
+        return "application/json", json.dumps(answers)
 
     def _answer(self, paths: Mapping[str, Callable[[], tuple[str, str]]]) -> None:
         status = HTTPStatus.OK
@@ -106,7 +106,7 @@ class DemoHandler(BaseHTTPRequestHandler):
         except Exception:
             traceback.print_exc()
             status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-            text = json.dumps({"error": "That went wrong. The terminal in which this page is served says more."})
+            text = json.dumps({"error": "An error occurred. The terminal that serves this page shows it."})
         self._send(status, kind, text.encode())
         if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             self._discard()
@@ -126,7 +126,7 @@ class DemoHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _discard(self) -> None:
-        """Read the rest of the request: a browser that is still sending does not read the response."""
+        """Read the rest of a request that is too large: a browser does not read the response before it has sent all."""
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(2)
         with contextlib.suppress(OSError):
@@ -134,23 +134,25 @@ class DemoHandler(BaseHTTPRequestHandler):
                 pass
 
     def _check_host(self) -> None:
-        """Refuse other host names: another site's name may point here (DNS rebinding)."""
-        ours = {self.server.host.lower(), "localhost", "127.0.0.1", self.connection.getsockname()[0]}
-        asked = self.headers.get("Host", "")
+        """Refuse requests for other host names. Another site's name may resolve to this address (DNS rebinding)."""
+        names = {self.server.host.lower(), "localhost", "127.0.0.1", self.connection.getsockname()[0]}
+        requested = self.headers.get("Host", "")
         try:
-            name = urlsplit(f"//{asked}").hostname
+            name = urlsplit(f"//{requested}").hostname
         except ValueError:
             name = None
-        if name not in ours:
+        if name not in names:
             raise RefusedRequest(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                f"This page is not served as {asked!r} but as {', '.join(sorted(ours))}. For another name of this "
-                "machine start it with host=NAME.",
+                f"This page is served as {', '.join(sorted(names))}, not as {requested!r}. To use another name of "
+                "this machine, start the demo with host=NAME.",
             )
 
     def _body(self) -> str | int:
-        """The request's body: a question, or the number of a row."""
-        if self.headers.get_content_type() != "application/json":  # which no other site's page can send unasked
+        """Read the body of a request: the text of a question, or the index of a row."""
+        if (
+            self.headers.get_content_type() != "application/json"
+        ):  # pages of other sites cannot send this type without CORS permission
             raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send JSON, with Content-Type: application/json.")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 18:
@@ -158,23 +160,23 @@ class DemoHandler(BaseHTTPRequestHandler):
         if int(length) > MAX_REQUEST_BYTES:
             raise RefusedRequest(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"The question has {int(length):,} bytes, and {MAX_REQUEST_BYTES:,} are taken. Ask something shorter.",
+                f"The question has {int(length):,} bytes; the limit is {MAX_REQUEST_BYTES:,}. Ask something shorter.",
             )
         try:
-            asked = json.loads(self.rfile.read(int(length)))
-            json.dumps(asked, ensure_ascii=False).encode()
+            content = json.loads(self.rfile.read(int(length)))
+            json.dumps(content, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
-            raise RefusedRequest(HTTPStatus.BAD_REQUEST, "What came is no JSON.") from None
-        match asked:
+            raise RefusedRequest(HTTPStatus.BAD_REQUEST, "The request is not JSON.") from None
+        match content:
             case {"question": str(question)}:
                 return question
             case {"row": int(row)} if row is not True and row is not False:
                 return row
-        raise RefusedRequest(HTTPStatus.BAD_REQUEST, 'Send {"question": text} or {"row": number}, a whole one.')
+        raise RefusedRequest(HTTPStatus.BAD_REQUEST, 'Send {"question": text} or {"row": number} with a whole number.')
 
 
 def demo_page() -> str:
-    """The page's HTML, in the colours of the reports."""
+    """The HTML of the page, in the colours of the reports."""
     light, dark = ("".join(f"--{name}: {value}; " for name, value in colours.items()) for colours in (LIGHT, DARK))
     rules = f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
     return PAGE.read_text(encoding="utf-8").replace("/* colours */", rules)

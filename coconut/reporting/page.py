@@ -1,7 +1,6 @@
-"""What a page is made of, and the page itself.
+"""The parts of a page, and the function that renders it.
 
-Each kind of part is one dataclass here and one macro of its name in report.html.j2, which knows how it
-looks and nothing of runs.
+Each kind of part is a dataclass here and a macro of the same name in report.html.j2, which determines its look.
 """
 
 from __future__ import annotations
@@ -17,38 +16,44 @@ from coconut.reporting.plots import DARK, LIGHT
 
 @dataclass(frozen=True)
 class Text:
+    """A paragraph."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Code:
+    """A command to copy."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share as a big number with `what` it is of, and on a scale with its interval and that of guessing."""
+    """An accuracy as a large number, followed by `what`, and on a scale with its 95 % interval and chance accuracy."""
 
     share: float
     what: str
     interval: tuple[float, float]
-    guess: float | None
+    chance_accuracy: float | None
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture drawn twice, for wide pages and for narrow ones."""
+    """A figure as two SVG elements, for wide pages and for narrow ones."""
 
     wide: str
     narrow: str
-    alt: str  # for who cannot see it
+    alt: str  # for screen readers
     caption: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """`numbers`: how many columns, counted from the right, hold numbers. `names`: of the columns, where each
-    row of a narrow page is a list; by default `columns`.
+    """A table of texts.
+
+    `numbers`: how many columns, counted from the right, hold numbers. `names`: the names of the columns on a narrow
+    page, where each row is shown as a list; by default `columns`.
     """
 
     columns: list[str]
@@ -59,63 +64,71 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
+    """A list of (name, value)."""
+
     rows: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Answer:
+    """A question and the model's answer to it."""
+
     question: str
-    given: str
+    predicted: str
     gold: str
     correct: bool
-    written: str  # the model's text, where it says more than the answer
+    written: str  # the model's text, if it has more than the answer
     remark: str
     picture: str | None
 
 
 @dataclass(frozen=True)
 class Answers:
+    """Answers side by side, under a title."""
+
     title: str
     answers: list[Answer]
 
 
 @dataclass(frozen=True)
 class Legend:
-    """Names of colours, each with what it stands for."""
+    """The meaning of colours: (name of a colour, meaning)."""
 
     entries: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Folded:
+    """A text that is shown on a click on its title."""
+
     title: str
     text: str
 
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a part of a section."""
+    """The heading of a part of a section."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Lead:
-    """What a section comes to, in sentences that stand out."""
+    """The conclusions of a section, in large sentences."""
 
     sentences: list[str]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Lines of words, each word with its share, the largest first."""
+    """Named rows of words with their probabilities, the likeliest first."""
 
     rows: list[tuple[str, list[tuple[str, float]]]]
 
 
 @dataclass(frozen=True)
 class Aside:
-    """Parts that are shown when asked for."""
+    """Parts that are shown on a click on the title."""
 
     title: str
     parts: list[Part]
@@ -126,7 +139,7 @@ Part = Text | Code | Score | Figure | Table | Facts | Answers | Legend | Folded 
 
 @dataclass(frozen=True)
 class Section:
-    """`title` is None for the head of the page."""
+    """A section of the page. `name`: its HTML id. `title`: None for the head of the page."""
 
     name: str
     title: str | None
@@ -134,7 +147,7 @@ class Section:
 
 
 def typeset(text: str) -> str:
-    """With signs of minus, and no line ending before a sign of percent."""
+    """Use minus signs in front of numbers, and no-break spaces in front of percent signs."""
     return re.sub(r"(?<![\w.\-])-(?=\d)", "−", text).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
@@ -145,7 +158,7 @@ def percent(share: float) -> str:
 def page(
     name: str, subject: str, summary: str, folder: Path, sections: Sequence[Section], *, kicker: str = "run report"
 ) -> str:
-    """The whole page: one HTML text that loads nothing. `kicker` says what page it is, `subject` what it is about."""
+    """Render the page as HTML that loads no other file. `kicker`: the kind of page. `subject`: what it is about."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -1,7 +1,7 @@
-"""Figures as SVG to stand inside a page, in the page's own colours and font.
+"""Figures as inline SVG, with the colours and the font of the page.
 
-Matplotlib draws with the colours of LIGHT; in the SVG each becomes the CSS variable of its name, so that
-the page decides between light and dark.
+Matplotlib draws with the colours of LIGHT. In the SVG each colour is replaced by the CSS variable of its name, so that
+the page can be light or dark.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ STYLE: dict[Any, dict[str, Any]] = {
     "ytick": {"color": LIGHT["line"], "labelcolor": LIGHT["muted"], "major.size": 0},
     "legend": {"frameon": False, "fontsize": "small", "borderpad": 0},
 }
-MOST_DOTS = 60  # on a line
-MOST_NODES = 24  # of a graph that is still worth a picture
+MAX_DOTS = 60  # on a line; a line with more points is drawn without dots
+MAX_NODES = 24  # in a drawn graph
 
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """Matplotlib's settings for these figures, and none of the user's."""
+    """Use the settings of STYLE in matplotlib, and ignore the user's configuration."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -92,7 +92,7 @@ def styled() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Band:
-    """A stage on the axis of updates."""
+    """A stage, drawn as a band on the axis of updates."""
 
     name: str
     detail: str
@@ -102,19 +102,19 @@ class Band:
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run logged, over updates. Accuracies and `guess` are shares."""
+    """Metrics of a run over its updates, as (update, value). Accuracies are shares."""
 
     bands: Sequence[Band]
     accuracy: Sequence[Point]
     train_loss: Sequence[Point]
     valid_loss: Sequence[Point]
-    guess: float | None = None
-    best: Point | None = None  # the checkpoint that was kept as best
+    chance_accuracy: float | None = None
+    best: Point | None = None  # the best checkpoint: its update and accuracy
 
 
 @styled()
 def learning_curves(curves: Curves, width: float, name: str) -> str:
-    """Accuracy above, losses below, stages as bands behind both. `width` in points."""
+    """Draw accuracy, and losses below it, with the stages as bands. `width` in points. Gives SVG."""
     height, left, right = 350, 40, 14
     figure = new_figure(width, height)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -129,13 +129,13 @@ def learning_curves(curves: Curves, width: float, name: str) -> str:
         axes.set_axisbelow(True)
     _name_bands(upper, curves.bands, (width - left - right) / last)
 
-    if curves.guess is not None:
-        upper.axhline(curves.guess, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        text = f"guessing, {100 * curves.guess:.1f} %"
-        upper.annotate(text, (1, curves.guess), (-4, -4), xycoords=("axes fraction", "data"),
+    if curves.chance_accuracy is not None:
+        upper.axhline(curves.chance_accuracy, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        text = f"chance, {100 * curves.chance_accuracy:.1f} %"
+        upper.annotate(text, (1, curves.chance_accuracy), (-4, -4), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", va="top", fontsize="small",
                        color=LIGHT["muted"])  # fmt: skip
-    dots = len(curves.accuracy) <= MOST_DOTS
+    dots = len(curves.accuracy) <= MAX_DOTS
     draw_line(upper, curves.accuracy, "blue", 1.8, "accuracy", dots)
     if curves.best:
         upper.plot(*curves.best, "o", markersize=9, fillstyle="none", color=LIGHT["blue"], clip_on=False)
@@ -156,27 +156,27 @@ def learning_curves(curves: Curves, width: float, name: str) -> str:
 
 
 def _name_bands(axes: Axes, bands: Sequence[Band], points_per_update: float) -> None:
-    """The most telling names for which every band has room."""
+    """Label the bands with the longest form of their names that fits into every band."""
     numbers = [band.name.split()[-1] for band in bands]
     choices = [[f"{band.name}\n{band.detail}" for band in bands], [band.name for band in bands], numbers]
-    rooms = [(band.end - band.begin) * points_per_update - 4 for band in bands]
+    widths = [(band.end - band.begin) * points_per_update - 4 for band in bands]
 
-    def fits(name: str, room: float) -> bool:
-        return max(map(len, name.split("\n"))) * 4.6 <= room
+    def fits(name: str, width: float) -> bool:
+        return max(map(len, name.split("\n"))) * 4.6 <= width
 
-    names = next((names for names in choices if all(map(fits, names, rooms))), numbers)
+    names = next((names for names in choices if all(map(fits, names, widths))), numbers)
     places = [(band.begin + band.end) / 2 for band in bands]
-    small: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": "small",
+    style: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": "small",
                              "color": LIGHT["muted"], "linespacing": 1.25}  # fmt: skip
-    for name, place, room in zip(names, places, rooms, strict=True):
-        if fits(name, room):
-            axes.annotate(name, (place, 1), (0, 5), xycoords=("data", "axes fraction"), ha="center", **small)
+    for name, place, width in zip(names, places, widths, strict=True):
+        if fits(name, width):
+            axes.annotate(name, (place, 1), (0, 5), xycoords=("data", "axes fraction"), ha="center", **style)
     if names is numbers:
-        axes.annotate("stage", (0, 1), (-5, 5), xycoords="axes fraction", ha="right", **small)
+        axes.annotate("stage", (0, 1), (-5, 5), xycoords="axes fraction", ha="right", **style)
 
 
 def draw_line(axes: Axes, points: Sequence[Point], colour: str, width: float, label: str, dots: bool) -> None:
-    """A line in a colour of the page; nothing if there are no points."""
+    """Draw a line in a named colour; nothing if there are no points."""
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=LIGHT[colour], linewidth=width, marker="o" if dots else "", markersize=3.5,
@@ -185,10 +185,10 @@ def draw_line(axes: Axes, points: Sequence[Point], colour: str, width: float, la
 
 @styled()
 def graph_picture(question: str, answer: str, name: str) -> str | None:
-    """The graph of a symbolic ProsQA question, from left to right by distance from the root.
+    """The graph of a symbolic ProsQA question as SVG, from left to right by distance from the root.
 
-    Root, target and distractor are coloured, and the shortest way to the target. What cannot be reached
-    from the root stands below. None if the text is no such question, or its graph is too large to draw.
+    Root, target, distractor and a shortest path to the target are coloured. Nodes that the root does not reach are
+    placed below. None if the text is not a symbolic ProsQA question, or its graph is too large to draw.
     """
     try:
         parsed = prosqa.parse_question(question)
@@ -196,12 +196,12 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
         return None
     target = prosqa.read_target(answer)
     graph = prosqa.graph(question)
-    if not parsed.symbolic or target not in parsed.options or len(graph) > MOST_NODES:
+    if not parsed.symbolic or target not in parsed.options or len(graph) > MAX_NODES:
         return None
     colours = dict.fromkeys(parsed.options, "red") | {target: "green", parsed.root: "blue"}
-    way: set[tuple[str, str]] = set()
+    path: set[tuple[str, str]] = set()
     if networkx.has_path(graph, parsed.root, target):
-        way = set(networkx.utils.pairwise(networkx.shortest_path(graph, parsed.root, target)))
+        path = set(networkx.utils.pairwise(networkx.shortest_path(graph, parsed.root, target)))
 
     places = place_nodes(graph, parsed.root)
     columns = 1 + max(x for x, _ in places.values())
@@ -212,12 +212,12 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
     axes.set_xlim(-0.5, max(columns, 3) - 0.5)
     axes.set_ylim(-rows + 0.25, 0.75)
     for a, b in graph.edges:
-        colour = LIGHT["green" if (a, b) in way else "muted"]
+        colour = LIGHT["green" if (a, b) in path else "muted"]
         (ax, ay), (bx, by) = places[a], places[b]
         bend = 0.0 if bx == ax + 1 or (ax == bx and abs(ay - by) <= 1) else 0.28
         axes.annotate("", (bx, by), (ax, ay), zorder=1, arrowprops={
             "arrowstyle": "-|>", "mutation_scale": 9, "color": colour, "shrinkA": 11, "shrinkB": 11,
-            "linewidth": 2.2 if (a, b) in way else 1, "connectionstyle": f"arc3,rad={bend}",
+            "linewidth": 2.2 if (a, b) in path else 1, "connectionstyle": f"arc3,rad={bend}",
         })  # fmt: skip
     for node, (x, y) in places.items():
         fill = colours.get(node, "node")
@@ -229,14 +229,14 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Empty, of this size in points, and not known to pyplot."""
+    """An empty figure of this size in points, not registered with pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
 def whole_ticks(count: int) -> Any:
-    """Up to `count` ticks at whole numbers."""
+    """A tick locator with up to `count` ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(count, steps=[1, 2, 5, 10], integer=True)
@@ -244,7 +244,7 @@ def whole_ticks(count: int) -> Any:
 
 @styled()
 def as_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element whose ids begin with `name` and that names no address."""
+    """The figure as an inline SVG element without URLs. All its ids begin with `name`."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()

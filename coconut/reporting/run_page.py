@@ -1,6 +1,6 @@
-"""What a run's folder holds, and the sections of a page that are made from it.
+"""The sections of a run's page that need no analysis: result, learning curves, sample answers, settings.
 
-A section is a function from a RunRecord to a Section, a title and parts, or to None.
+A section is a function from a RunRecord to a Section, or to None if the run has nothing for it.
 """
 
 from __future__ import annotations
@@ -35,120 +35,122 @@ from coconut.runs.description import CONFIG
 from coconut.runs.record import DASH, RunRecord, _in_stage
 from coconut.utils.console import duration
 
-BINS = 200  # points of the smoothed training loss, over a whole run
-SHOWN_RIGHT, SHOWN_WRONG, DRAWN = 4, 5, 2  # sample answers, and graphs drawn of each
-
-
-# What is read.
+BINS = 200  # how many points the smoothed training loss has over a whole run
+SHOWN_RIGHT, SHOWN_WRONG = 4, 5  # sample answers
+DRAWN = 2  # graphs drawn of right and of wrong answers
 
 
 # The sections.
 
 
 def headline(run: RunRecord) -> Section:
-    """How good it is: the test result, or how to get one."""
+    """The test result, or the command to get one."""
     parts: list[Part] = []
     if run.step < run.description["updates"]:
         parts.append(Text(f"Not complete: update {run.step:,} of {run.description['updates']:,}."))
     if run.test:
-        found = run.evaluations[run.test]
-        thoughts = _thoughts(run, found)
-        takes = f"{thoughts} and " if thoughts else ""
-        what = f"on {describe_questions(found['count'], found.get('seen'))}"
+        evaluation = run.evaluations[run.test]
+        thoughts = _thoughts(run, evaluation)
+        thoughts_and = f"{thoughts} and " if thoughts else ""
+        what = f"on {describe_questions(evaluation['count'], evaluation.get('seen'))}"
         text = (
-            f"{found['correct']:,} of {found['count']:,} right in {Path(found['file']).name}, "
-            f"each asked once, with the checkpoint of update {found['step']:,}{_choice(run, found)}. "
-            f"An answer takes {takes}{found['mean_new_tokens']:.1f} tokens of language; "
-            f"{percent(found['truncated'])} were cut off."
+            f"{evaluation['correct']:,} of {evaluation['count']:,} right in {Path(evaluation['file']).name}, "
+            f"each asked once, with the checkpoint of update {evaluation['step']:,}"
+            f"{_checkpoint_note(run, evaluation)}. "
+            f"An answer takes {thoughts_and}{evaluation['mean_new_tokens']:.1f} text tokens; "
+            f"{percent(evaluation['truncated'])} of the answers were truncated."
         )
-        if found["left_out"]:
-            text += f" {found['left_out']:,} questions were left out, too long for the model's context."
-        parts += [Score(found["accuracy"], what, found["interval"], found["chance_accuracy"]), Text(text)]
+        if evaluation["left_out"]:
+            text += f" {evaluation['left_out']:,} questions were left out: too long for the model's context."
+        parts += [
+            Score(evaluation["accuracy"], what, evaluation["interval"], evaluation["chance_accuracy"]),
+            Text(text),
+        ]
     else:
         parts += _how_to_test(run)
-    others = [_other(run, name) for name in run.evaluations if name != run.test]
-    if others:
+    other_rows = [_other_evaluation(run, name) for name in run.evaluations if name != run.test]
+    if other_rows:
         columns = ["evaluation", "what", "questions", "accuracy"]
-        parts += [Text("Evaluated besides:"), Table(columns, others, 2)]
+        parts += [Text("Other evaluations:"), Table(columns, other_rows, 2)]
     return Section("headline", None, parts)
 
 
 def _how_to_test(run: RunRecord) -> list[Part]:
     if not run.best:
-        why = "It has no test result yet: training has not reached its last stage. This goes on with it:"
+        why = "It has no test result yet: training has not reached its last stage. This command resumes it:"
         return [Text(why), Code(command(run.description["sessions"][0]["command"]))]
     why = "It has no test result yet."
     if "test" in run.evaluations:
-        why = "Its evaluation was on questions that it was trained or validated on, which is no test."
+        why = "Its evaluation was on questions that it was trained or validated on, so it is no test result."
     data = run.config["data"]
-    ready = (data["test"] or data["prefix"] or data["build"]) and "test" not in run.evaluations
-    file = "" if ready else " data.test=FILE"
+    has_file = (data["test"] or data["prefix"] or data["build"]) and "test" not in run.evaluations
+    file = "" if has_file else " data.test=FILE"
     return [
-        Text(f"{why} This measures it on questions that it has never seen:"),
+        Text(f"{why} This command evaluates it on questions that it has never seen:"),
         Code(f"coconut evaluate run={shlex.quote(str(run.folder))}{file}"),
     ]
 
 
-def _choice(run: RunRecord, found: dict[str, Any]) -> str:
-    if found["checkpoint"] != "best":
-        return f" (checkpoint={found['checkpoint']})"
-    if run.best and found["step"] != run.best["step"]:
-        return f" (no longer the best on validation data: that is update {run.best['step']:,})"
+def _checkpoint_note(run: RunRecord, evaluation: dict[str, Any]) -> str:
+    if evaluation["checkpoint"] != "best":
+        return f" (checkpoint={evaluation['checkpoint']})"
+    if run.best and evaluation["step"] != run.best["step"]:
+        return f" (not the best on validation data, which is update {run.best['step']:,})"
     return ", the best on validation data"
 
 
-def _other(run: RunRecord, name: str) -> list[str]:
-    found = run.evaluations[name]
-    seen = {row["sha256"]: split for split, row in run.description["data"].items()}
-    thoughts = _thoughts(run, found)
-    what = f"{Path(found['file']).name}, update {found['step']:,}" + (f", {thoughts}" if thoughts else "")
-    if split := seen.get(found["sha256"]):
+def _other_evaluation(run: RunRecord, name: str) -> list[str]:
+    evaluation = run.evaluations[name]
+    split_of_file = {row["sha256"]: split for split, row in run.description["data"].items()}
+    thoughts = _thoughts(run, evaluation)
+    what = f"{Path(evaluation['file']).name}, update {evaluation['step']:,}" + (f", {thoughts}" if thoughts else "")
+    if split := split_of_file.get(evaluation["sha256"]):
         reason = {"valid": "the file that chose the checkpoint", "train": "the file it was trained on"}[split]
         what += f"; {reason}, so no test result"
-    elif split := all_seen(found):
+    elif split := all_seen(evaluation):
         what += f"; questions {SEEN_PHRASES[split]}, so no test result"
-    elif found.get("seen") and any(found["seen"].values()):
-        what += f"; {describe_questions(found['count'], found['seen'])}"
-    return [name, what, f"{found['count']:,}", percent(found["accuracy"])]
+    elif evaluation.get("seen") and any(evaluation["seen"].values()):
+        what += f"; {describe_questions(evaluation['count'], evaluation['seen'])}"
+    return [name, what, f"{evaluation['count']:,}", percent(evaluation["accuracy"])]
 
 
-def _thoughts(run: RunRecord, found: dict[str, Any]) -> str:
-    """How many thoughts or pauses an answer took, in words; empty if the method has none."""
+def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
+    """A phrase with the mean number of thoughts or pause tokens of an answer; empty if the method has none."""
     last = run.stages[-1]
     if last.slot is Slot.none:
         return ""
-    return counted(found["num_thoughts"] if last.slot is Slot.thought else last.num_thoughts, last.slot.value)
+    return counted(evaluation["num_thoughts"] if last.slot is Slot.thought else last.num_thoughts, last.slot.value)
 
 
 def learning(run: RunRecord) -> Section:
-    """How it learned: accuracy and losses over updates, stage by stage."""
-    every = max(1, -(-run.description["updates"] // BINS))
-    smooth = {stage.index: smoothed(_in_stage(run.train, stage), every) for stage in run.stages}
+    """Accuracy and losses over updates, as curves and for each stage."""
+    bin_size = max(1, -(-run.description["updates"] // BINS))
+    binned = {stage.index: smoothed(_in_stage(run.train, stage), bin_size) for stage in run.stages}
     curves = Curves(
         bands=_bands(run),
         accuracy=[(row["step"], row["accuracy"]) for row in run.valid],
-        train_loss=[point for points in smooth.values() for point in points],
+        train_loss=[point for points in binned.values() for point in points],
         valid_loss=[(row["step"], row["loss"]) for row in run.valid],
-        guess=run.chance_accuracy,
+        chance_accuracy=run.chance_accuracy,
         best=(run.best["step"], run.best["accuracy"]) if run.best else None,
     )
-    mean = f"the mean of each {every} updates" if every > 1 else "of each update"
+    mean = f"the mean of each {bin_size} updates" if bin_size > 1 else "of each update"
     caption = (
-        "Validation asks each question as the stage has it: what the stage does not replace, the model "
-        f"writes. Losses of different stages are over different targets. Training loss: {mean}."
+        "Validation uses the layout of the current stage: the model writes the steps that thoughts do not replace. "
+        f"Losses of different stages are over different targets. Training loss: {mean}."
     )
     if run.best:
-        caption += f" The ring is the best checkpoint, update {run.best['step']:,}."
+        caption += f" The ring marks the best checkpoint, update {run.best['step']:,}."
     figure = Figure(
         learning_curves(curves, 720, "wide"),
         learning_curves(curves, 350, "narrow"),
         "Accuracy on validation data and losses over updates; the stages' numbers are in the table below.",
         caption,
     )
-    rows = [_stage_row(run, stage, smooth[stage.index]) for stage in run.stages]
-    columns = ["stage", "an example in it", "updates", "best accuracy", "last accuracy", "training loss",
+    rows = [_stage_row(run, stage, binned[stage.index]) for stage in run.stages]
+    columns = ["stage", "layout of an example", "updates", "best accuracy", "last accuracy", "training loss",
                "validation loss", "training time"]  # fmt: skip
-    note = "Accuracies are on validation data; losses are the stage's last; times are of the updates alone."
+    note = "Accuracies are on validation data. Losses are the last of the stage. Times include updates only."
     return Section("learning", "How it learned", [figure, Table(columns, rows, 6), Text(note)])
 
 
@@ -161,7 +163,7 @@ def _bands(run: RunRecord) -> list[Band]:
     return bands
 
 
-def _stage_row(run: RunRecord, stage: Stage, smooth: list[tuple[float, float]]) -> list[str]:
+def _stage_row(run: RunRecord, stage: Stage, binned: list[tuple[float, float]]) -> list[str]:
     train, valid = _in_stage(run.train, stage), _in_stage(run.valid, stage)
     of = "" if len(train) == run.updates(stage) else f" of {run.updates(stage):,}"
     return [
@@ -170,15 +172,15 @@ def _stage_row(run: RunRecord, stage: Stage, smooth: list[tuple[float, float]]) 
         f"{len(train):,}{of}",
         percent(max(row["accuracy"] for row in valid)) if valid else DASH,
         percent(valid[-1]["accuracy"]) if valid else DASH,
-        f"{smooth[-1][1]:.3f}" if smooth else DASH,
+        f"{binned[-1][1]:.3f}" if binned else DASH,
         f"{valid[-1]['loss']:.3f}" if valid else DASH,
         duration(sum(row["seconds"] for row in train)) if train else DASH,
     ]
 
 
-def smoothed(rows: Sequence[dict[str, Any]], every: int) -> list[tuple[float, float]]:
-    """The mean loss a target over each `every` updates, at the middle of them."""
-    parts = [rows[i : i + every] for i in range(0, len(rows), every)]
+def smoothed(rows: Sequence[dict[str, Any]], bin_size: int) -> list[tuple[float, float]]:
+    """The mean loss per target over each `bin_size` updates, as (middle update, loss)."""
+    parts = [rows[i : i + bin_size] for i in range(0, len(rows), bin_size)]
     return [
         (
             (part[0]["step"] + part[-1]["step"]) / 2,
@@ -189,25 +191,25 @@ def smoothed(rows: Sequence[dict[str, Any]], every: int) -> list[tuple[float, fl
 
 
 def answers(run: RunRecord) -> Section:
-    """Some of its answers, right and wrong ones."""
+    """Sample answers, right and wrong."""
     if not run.answers:
-        none = Text("None yet: the first ones come with the first validation.")
+        none = Text("None yet. The first ones are written in the first validation.")
         return Section("answers", "Sample answers", [none])
     parts: list[Part] = [Text(run.answers_of)]
     drawn = False
-    for correct, most, name in [(True, SHOWN_RIGHT, "right"), (False, SHOWN_WRONG, "wrong")]:
-        found = [row for row in run.answers if row["correct"] is correct]
-        shown = [_answer(run, row, f"{name}{i}" if i < DRAWN else None) for i, row in enumerate(found[:most])]
+    for correct, limit, name in [(True, SHOWN_RIGHT, "right"), (False, SHOWN_WRONG, "wrong")]:
+        rows = [row for row in run.answers if row["correct"] is correct]
+        shown = [_answer(run, row, f"{name}{i}" if i < DRAWN else None) for i, row in enumerate(rows[:limit])]
         drawn = drawn or any(answer.picture for answer in shown)
-        count = f"all {len(found)}" if len(found) <= most else f"the first {most} of {len(found):,}"
+        count = f"all {len(rows)}" if len(rows) <= limit else f"the first {limit} of {len(rows):,}"
         if shown:
             parts.append(Answers(f"{name.capitalize()}, {count}", shown))
         else:
             parts.append(Text(f"None of them is {name}."))
     if drawn:
         colours = [
-            ("blue", "where the question starts"),
-            ("green", "right answer and the shortest way to it"),
+            ("blue", "root, where the question starts"),
+            ("green", "right answer and a shortest path to it"),
             ("red", "wrong option"),
         ]
         parts.insert(1, Legend(colours))
@@ -219,20 +221,20 @@ def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
     bare = run.config["data"]["format"]["answer"].format(row["predicted"])
     return Answer(
         question=row["question"].strip(),
-        given=DASH if row["predicted"] is None else row["predicted"],
+        predicted=DASH if row["predicted"] is None else row["predicted"],
         gold=row["gold"],
         correct=row["correct"],
         written="" if "".join(row["text"].split()) == "".join(bare.split()) else row["text"].strip(),
-        remark="cut off at the limit of new tokens" if row["truncated"] else "",
+        remark="truncated at the limit of new tokens" if row["truncated"] else "",
         picture=graph_picture(row["question"], row["gold"], picture) if draws and picture else None,
     )
 
 
 def provenance(run: RunRecord) -> Section:
-    """What exactly was trained: all that is needed to do it again."""
+    """The settings of the run, and all that is needed to reproduce it."""
     config, description = run.config, run.description
     optimizer = config["optimizer"]
-    micro = f", {config['micro_batch_size']} a pass" if config["micro_batch_size"] else ""
+    micro = f", {config['micro_batch_size']} in a micro-batch" if config["micro_batch_size"] else ""
     warmup = f", after {optimizer['warmup_steps']:,} updates of warm-up" if optimizer["warmup_steps"] else ""
     facts = [
         ("method", f"{config['method']}: {get_method(config['method']).summary}"),
@@ -248,10 +250,13 @@ def provenance(run: RunRecord) -> Section:
     return what_was_trained(run, facts, "updates")
 
 
-def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], units: str) -> Section:
-    """These facts, and those that every run has: where, with which code and data, by which command."""
+def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], unit: str) -> Section:
+    """A section with these facts and those of every run: machine, versions, code, data and command.
+
+    `unit`: the noun for what the run counts, such as "updates".
+    """
     config, description = run.config, run.description
-    first, *again = description["sessions"]
+    first, *resumed_sessions = description["sessions"]
     last = description["sessions"][-1]
     machine = last["machine"]
     facts = [
@@ -261,17 +266,17 @@ def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], units: str) -
         ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
         ("system", machine["system"]),
         ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
-        ("code", _code(last["git"])),
+        ("code", describe_revision(last["git"])),
         ("began", _date(first["started"])),
-        ("time in all", f"{duration(sum(row['seconds'] for row in run.train))} of {units}"),
+        ("total time", f"{duration(sum(row['seconds'] for row in run.train))} of {unit}"),
     ]
-    if again:
-        resumed = ", ".join(f"after {row['from_step']:,} {units} ({_date(row['started'])})" for row in again)
+    if resumed_sessions:
+        resumed = ", ".join(f"after {row['from_step']:,} {unit} ({_date(row['started'])})" for row in resumed_sessions)
         facts.append(("resumed", resumed))
     data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in description["data"].items()]
     if run.test:
-        found = run.evaluations[run.test]
-        data.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
+        evaluation = run.evaluations[run.test]
+        data.append(["test", evaluation["file"], f"{evaluation['count']:,}", evaluation["sha256"][:12]])
     return Section(
         "provenance",
         "What exactly was trained",
@@ -286,7 +291,7 @@ def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], units: str) -
 
 
 def command(argv: str) -> str:
-    """A command as it is typed: the path of the module that ran becomes its name."""
+    """The command as it is typed, with the path of the module replaced by `coconut COMMAND`."""
     program, space, rest = argv.partition(" ")
     path = Path(program)
     if path.suffix == ".py" and path.parent.name == "coconut":
@@ -301,10 +306,10 @@ def _model(description: dict[str, Any], model: dict[str, Any]) -> str:
         return f"{description['model_type']}, weights and tokenizer of {description['init']}"
     if model["base"]:
         return f"{model['base']}, pretrained"
-    return _made_new(model["architecture"]) + "; weights drawn at random"
+    return _new_model(model["architecture"]) + ", randomly initialized"
 
 
-def _made_new(architecture: dict[str, Any]) -> str:
+def _new_model(architecture: dict[str, Any]) -> str:
     sizes = ", ".join(f"{key} {value}" for key, value in architecture.items() if key != "model_type")
     return f"a new {architecture['model_type']}: {sizes}"
 
@@ -312,15 +317,16 @@ def _made_new(architecture: dict[str, Any]) -> str:
 def settings_of_adamw(optimizer: dict[str, Any]) -> str:
     clip = f"clipping at {optimizer['max_grad_norm']:g}" if optimizer["max_grad_norm"] else "no clipping"
     reset = optimizer.get("reset_every", "never")
-    made = "" if reset == "never" else f", made anew each {reset}"
+    reset_phrase = "" if reset == "never" else f", reset every {reset}"
     betas = f"betas {optimizer['beta1']:g} and {optimizer['beta2']:g}"
-    return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{made}"
+    return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{reset_phrase}"
 
 
-def _code(git: dict[str, Any] | None) -> str:
+def describe_revision(git: dict[str, Any] | None) -> str:
+    """A phrase with the git revision of a session's code."""
     if not git:
-        return "git revision not known"
-    return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "")
+        return "git revision unknown"
+    return f"git {git['revision'][:12]}" + (", with uncommitted changes" if git["changed"] else "")
 
 
 def _date(text: str) -> str:
@@ -328,11 +334,12 @@ def _date(text: str) -> str:
 
 
 def counted(count: float, noun: str) -> str:
+    """A phrase such as "1 thought" or "2.5 thoughts"."""
     return f"{count:.3g} {noun}{'s' * (count != 1)}"
 
 
 def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section | None]]) -> str:
-    """The page with these sections, in their order; one that is None has nothing to say of this run."""
+    """Render the page with these sections, in this order. A section that is None is left out."""
     method = run.config["method"]
     made = [made for section in sections if (made := section(run))]
     return page(run.description["name"], method, get_method(method).summary, run.folder, made)

@@ -1,4 +1,4 @@
-"""One table of several runs: on the screen, as a page, as Markdown, CSV and JSON."""
+"""Write the table that compares runs: on the screen, as a page, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from coconut.reporting.page import (
     percent,
 )
 from coconut.reporting.plots import LIGHT, as_svg, new_figure, styled
-from coconut.reporting.run_page import command, counted
+from coconut.reporting.run_page import command, counted, describe_revision
 from coconut.runs.record import DASH
 from coconut.runs.study import Study
 from coconut.utils.console import log
 from coconut.utils.files import write_text
 
-SCREEN = 100  # columns
-FEW_PAIRS = 6  # that are all shown at once
+SCREEN = 100  # columns of the terminal
+FEW_PAIRS = 6  # with more pairs the page shows a matrix first, and the screen none
 COLUMNS = ["method", "seeds", "accuracy", "95 % interval", "sd", "new tokens", "passes", "ms a question", "updates"]
 
 
@@ -58,7 +58,7 @@ COLUMNS = ["method", "seeds", "accuracy", "95 % interval", "sd", "new tokens", "
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the reader sees it, in the order of COLUMNS."""
+    """The texts of a row, in the order of COLUMNS."""
     return [
         row["method"],
         row["seeds"],
@@ -73,7 +73,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def on_screen(compared: Comparison) -> str:
-    """The table within 100 columns, and the pairs if they are few."""
+    """The table for a terminal of SCREEN columns, with the pairs if there are at most FEW_PAIRS."""
     columns = [*COLUMNS[:7], "ms", "updates"]
     lines = [f"Accuracy on {compared.questions}", ""]
     lines += aligned([columns, *map(cells, compared.rows)])
@@ -84,11 +84,12 @@ def on_screen(compared: Comparison) -> str:
 
 
 def wrapped(text: str) -> str:
+    """Wrap a text to SCREEN columns."""
     return textwrap.fill(text, SCREEN, break_long_words=False, break_on_hyphens=False)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right; a first cell without room has a line to itself."""
+    """Align the first column left and the others right. A first cell that is too long gets a line of its own."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first = min(widths[0], SCREEN - sum(width + 2 for width in widths[1:]))
     lines = []
@@ -98,7 +99,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-PAIR_COLUMNS = ["a pair", "difference", "95 % interval", "p", "p (Holm)"]
+PAIR_COLUMNS = ["pair", "difference", "95 % interval", "p", "p (Holm)"]
 
 
 def pair_cells(pair: Pair) -> list[str]:
@@ -107,25 +108,25 @@ def pair_cells(pair: Pair) -> list[str]:
 
 
 def _notes(compared: Comparison) -> list[str]:
-    """What the columns mean."""
+    """The explanations of the columns."""
     size = same_in_all([row["batch_size"] for row in compared.rows])
     at = f"in batches of {size}" if size else "in the batches of each evaluation"
-    guess = compared.found["chance_accuracy"]
+    chance_accuracy = compared.evaluation["chance_accuracy"]
     notes = [
-        ("" if guess is None else f"Guessing: {percent(guess)}. ")
-        + "Accuracy: mean over seeds; sd: over seeds; interval: other questions and seeds.",
-        f"New tokens: language and thoughts. Passes: forward passes an answer. ms: a question, {at}.",
-        f"Intervals: percentiles of {RESAMPLES:,} resamples of seeds and questions. Tests: exact, of sign flips over "
-        "questions (McNemar's with one seed), two-sided; p corrected over all pairs by Holm's rule.",
+        ("" if chance_accuracy is None else f"Chance accuracy: {percent(chance_accuracy)}. ")
+        + "Accuracy: mean over seeds; sd: over seeds; interval: over questions and seeds.",
+        f"New tokens: text tokens and thoughts. Passes: forward passes for an answer. ms: for a question, {at}.",
+        f"Intervals: 95 % bootstrap confidence intervals, {RESAMPLES:,} resamples of seeds and questions. Tests: exact "
+        "two-sided sign-flip test over questions (McNemar's test with one seed); p corrected over all pairs (Holm).",
     ]
-    if any(run.before for run in compared.runs):
-        notes.append("Updates: with those of the run whose weights a run began with.")
+    if any(run.updates_before for run in compared.runs):
+        notes.append("Updates: including those of the runs from which the weights were initialized.")
     return notes
 
 
 def markdown(compared: Comparison) -> str:
-    """The table for a README, with what was measured, on what and when."""
-    found = compared.found
+    """The table as Markdown, with questions, seeds, machines and dates."""
+    evaluation = compared.evaluation
     rows = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, compared.rows)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     sessions = [session for run in compared.runs for session in run.record.description["sessions"]]
@@ -133,8 +134,8 @@ def markdown(compared: Comparison) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     seeds = sorted({run.seed for run in compared.runs})
     measured = (
-        f"{found['count']:,} questions of {Path(found['file']).name} (SHA-256 {found['sha256'][:12]}), asked once of "
-        f"each run's best checkpoint; seed{'s' * (len(seeds) > 1)} {describe_seeds(seeds)}; "
+        f"{evaluation['count']:,} questions of {Path(evaluation['file']).name} (SHA-256 {evaluation['sha256'][:12]}), "
+        f"asked once of each run's best checkpoint; seed{'s' * (len(seeds) > 1)} {describe_seeds(seeds)}; "
         f"{'; '.join(_machines(compared.runs))}; {when}."
     )
     lines += ["", measured, *_notes(compared), "", f"`{compared.command}`"]
@@ -144,7 +145,7 @@ def markdown(compared: Comparison) -> str:
 
 
 def _machines(runs: Sequence[ComparableRun]) -> list[str]:
-    """Those that the runs ended on."""
+    """Describe the machines of the runs' last sessions, each once."""
     machines = [run.record.description["sessions"][-1]["machine"] for run in runs]
     machines = [
         f"{m['gpu'] or 'CPU'}, {counted(m['cpus'], 'core')}, {counted(m['threads'], 'thread')}, {m['system']}"
@@ -154,16 +155,16 @@ def _machines(runs: Sequence[ComparableRun]) -> list[str]:
 
 
 def study(compared: Comparison) -> Study:
-    """All that the table says, as data."""
-    found = compared.found
+    """The numbers of the table as a study."""
+    evaluation = compared.evaluation
     facts = {
-        "questions": found["count"],
-        "file": found["file"],
-        "sha256": found["sha256"],
-        "chance_accuracy": found["chance_accuracy"],
+        "questions": evaluation["count"],
+        "file": evaluation["file"],
+        "sha256": evaluation["sha256"],
+        "chance_accuracy": evaluation["chance_accuracy"],
         "command": compared.command,
         "resamples": RESAMPLES,
-        "pairs": [{**asdict(pair), "told_apart": pair.told_apart} for pair in compared.pairs],
+        "pairs": [{**asdict(pair), "told_apart": pair.distinguishable} for pair in compared.pairs],
         "warnings": compared.warnings,
         "runs": [_run_facts(group, run) for group in compared.groups for run in group.runs],
     }
@@ -176,11 +177,11 @@ def _run_facts(group: Group, run: ComparableRun) -> dict[str, Any]:
         "group": group.label,
         "run": str(run.folder),
         "seed": run.seed,
-        "checkpoint": run.found["step"],
-        "accuracy": run.found["accuracy"],
-        "correct": run.found["correct"],
+        "checkpoint": run.evaluation["step"],
+        "accuracy": run.evaluation["accuracy"],
+        "correct": run.evaluation["correct"],
         "updates": description["updates"],
-        "updates_before": run.before,
+        "updates_before": run.updates_before,
         "init": description["init"],
         "data": description["data"],
         "sessions": description["sessions"],
@@ -191,7 +192,7 @@ def _run_facts(group: Group, run: ComparableRun) -> dict[str, Any]:
 
 
 def html(compared: Comparison, folder: Path) -> str:
-    """One page that loads nothing, about the runs in this folder."""
+    """The table as an HTML page that loads no other file. `folder`: the folder of the runs."""
     made = [section(compared) for section in (headline, table, differences, provenance)]
     title = counted(len(compared.groups), "method")
     summary = f"on {compared.questions}"
@@ -199,66 +200,76 @@ def html(compared: Comparison, folder: Path) -> str:
 
 
 def headline(compared: Comparison) -> Section:
+    """The highest accuracy, and the warnings."""
     best = compared.best
     what = best["method"] + (f", the highest of {len(compared.groups)}" if len(compared.groups) > 1 else "")
-    parts: list[Part] = [Score(best["accuracy"], what, (best["low"], best["high"]), compared.found["chance_accuracy"])]
+    parts: list[Part] = [
+        Score(best["accuracy"], what, (best["low"], best["high"]), compared.evaluation["chance_accuracy"])
+    ]
     if compared.warnings:
         parts.append(Lead(compared.warnings))
     return Section("headline", None, parts)
 
 
 def table(compared: Comparison) -> Section:
+    """The accuracies as a figure and a table."""
     alt = "; ".join(f"{row['method']} {percent(row['accuracy'])}" for row in compared.rows)
-    caption = "The dot is the mean over seeds, the bar its 95 % interval, each ring a seed."
+    caption = "The dot is the mean over seeds, the bar its 95 % confidence interval, and each ring a seed."
     figure = Figure(
         accuracies(compared, 720, "accuracies-wide"),
         accuracies(compared, 350, "accuracies-narrow"),
         f"Accuracies with their intervals: {alt}.",
-        caption if compared.found["chance_accuracy"] is None else f"{caption} The dashed line is guessing.",
+        caption
+        if compared.evaluation["chance_accuracy"] is None
+        else f"{caption} The dashed line is the chance accuracy.",
     )
     shown = Table(COLUMNS, [cells(row) for row in compared.rows], len(COLUMNS) - 1)
     return Section("table", "The table", [figure, shown, Text(" ".join(_notes(compared)))])
 
 
 def differences(compared: Comparison) -> Section:
-    """Every pair; many of them as a matrix first."""
+    """All pairs, as a matrix first if there are many."""
     if not compared.pairs:
-        why = "There is one method only." if len(compared.groups) == 1 else "No two methods have a seed in common."
+        why = "There is only one method." if len(compared.groups) == 1 else "No two methods have a seed in common."
         return Section("pairs", "Pairs", [Text(f"{why} Nothing is compared.")])
     note = Text(
-        "Differences of accuracy in points, on the same questions and seeds. A pair is told apart if p, corrected, is "
-        "at most 0.05 and the interval leaves out 0. The test takes these models as given; the interval asks what "
-        "other seeds would have done, for which a few seeds are a coarse guide."
+        "Differences of accuracy in percentage points, on the same questions and seeds. Two methods can be "
+        "distinguished if the corrected p is at most 0.05 and the interval excludes 0. The test is about these models; "
+        "the interval includes the variation between seeds, which a few seeds estimate only roughly."
     )
     every = Table(PAIR_COLUMNS, [pair_cells(pair) for pair in compared.pairs], 4)
     if len(compared.pairs) <= FEW_PAIRS:
         return Section("pairs", "Pairs", [every, note])
-    how = Text("The row's accuracy minus the column's, in points; in brackets if the two cannot be told apart.")
+    how = Text(
+        "Accuracy of the row minus that of the column, in percentage points; in brackets if the two cannot be "
+        "distinguished."
+    )
     return Section("pairs", "Pairs", [_matrix(compared), how, note, Aside("Every pair, with interval and p", [every])])
 
 
 def _matrix(compared: Comparison) -> Table:
     order = [group.label for group in ranked(compared.groups)]
-    at = {pair: cell for one in compared.pairs for pair, cell in _both_ways(one)}
-    rows = [[f"{i} {row}", *(at.get((row, column), "") for column in order)] for i, row in enumerate(order, 1)]
+    cell_of = {pair: cell for pair_result in compared.pairs for pair, cell in _cells_of_pair(pair_result)}
+    rows = [[f"{i} {row}", *(cell_of.get((row, column), "") for column in order)] for i, row in enumerate(order, 1)]
     return Table(["", *(str(i) for i in range(1, len(order) + 1))], rows, len(order), ["", *order])
 
 
-def _both_ways(pair: Pair) -> list[tuple[tuple[str, str], str]]:
+def _cells_of_pair(pair: Pair) -> list[tuple[tuple[str, str], str]]:
     shown = [points(pair.difference), points(-pair.difference)]
-    one, other = shown if pair.told_apart else [f"({text})" for text in shown]
+    one, other = shown if pair.distinguishable else [f"({text})" for text in shown]
     return [((pair.a, pair.b), one), ((pair.b, pair.a), other)]
 
 
 def provenance(compared: Comparison) -> Section:
-    """What exactly was compared."""
-    runs, found = compared.runs, compared.found
+    """The settings, data and code of the compared runs."""
+    runs, evaluation = compared.runs, compared.evaluation
     rows = [_run_row(group.label, run) for group in compared.groups for run in group.runs]
     methods = list(dict.fromkeys(group.runs[0].method for group in compared.groups))
     data = {(split, row["sha256"]): row for run in runs for split, row in run.record.description["data"].items()}
     files = [[split, row["file"], f"{row['used']:,}", digest[:12]] for (split, digest), row in data.items()]
-    files.append(["test", found["file"], f"{found['count']:,}", found["sha256"][:12]])
-    versions = [run.record.description["sessions"][-1]["versions"] for run in runs]
+    files.append(["test", evaluation["file"], f"{evaluation['count']:,}", evaluation["sha256"][:12]])
+    last_sessions = [run.record.description["sessions"][-1] for run in runs]
+    versions = [session["versions"] for session in last_sessions]
     shown_versions = [", ".join(f"{name} {number}" for name, number in each.items() if number) for each in versions]
     keys = differing([run.settings for run in runs])
     facts = [
@@ -266,7 +277,7 @@ def provenance(compared: Comparison) -> Section:
         ("settings that differ", ", ".join(keys) if keys else "none but the seed"),
         ("machine", "; ".join(_machines(runs))),
         ("versions", "; ".join(dict.fromkeys(shown_versions))),
-        ("code", "; ".join(dict.fromkeys(map(_revision, runs)))),
+        ("code", "; ".join(dict.fromkeys(describe_revision(session["git"]) for session in last_sessions))),
     ]
     commands = [command(run.record.description["sessions"][0]["command"]) for run in runs]
     return Section(
@@ -276,7 +287,7 @@ def provenance(compared: Comparison) -> Section:
             Facts(facts),
             Table(["run", "method", "seed", "updates", "checkpoint", "right"], rows, 4),
             Table(["data", "file", "questions", "SHA-256 begins"], files, 2),
-            Text("This page:"),
+            Text("The command for this page:"),
             Code(compared.command),
             Folded("The commands that trained the runs", "\n".join(commands)),
         ],
@@ -286,43 +297,38 @@ def provenance(compared: Comparison) -> Section:
 def _run_row(label: str, run: ComparableRun) -> list[str]:
     updates = f"{run.record.description['updates']:,}"
     if origin := run.record.description["init"]:
-        updates = f"{run.before:,} of {Path(origin).parent.parent.name} + {updates}"
-    right = f"{run.found['correct']:,} of {run.found['count']:,}"
-    return [str(run.folder), label, str(run.seed), updates, f"{run.found['step']:,}", right]
-
-
-def _revision(run: ComparableRun) -> str:
-    git = run.record.description["sessions"][-1]["git"]
-    return f"git {git['revision'][:12]}" + (", changed since" if git["changed"] else "") if git else "git not known"
+        updates = f"{run.updates_before:,} of {Path(origin).parent.parent.name} + {updates}"
+    right = f"{run.evaluation['correct']:,} of {run.evaluation['count']:,}"
+    return [str(run.folder), label, str(run.seed), updates, f"{run.evaluation['step']:,}", right]
 
 
 @styled()
 def accuracies(compared: Comparison, width: float, name: str) -> str:
-    """Each method's accuracy, interval and seeds on a common scale. `width` in points."""
+    """Draw the accuracy, interval and seeds of each method on a common scale. `width` in points. Gives SVG."""
     longest = max(len(row["method"]) for row in compared.rows)
     above = 6 * longest > 0.3 * width  # no room beside the scale
-    left, right, each = (8 if above else 6 * longest + 12), 46, (42 if above else 26)
-    height = each * len(compared.rows) + 30
+    left, right, row_height = (8 if above else 6 * longest + 12), 46, (42 if above else 26)
+    height = row_height * len(compared.rows) + 30
     figure = new_figure(width, height)
     axes = figure.add_axes((left / width, 26 / height, 1 - (left + right) / width, 1 - 30 / height))
-    guess = compared.found["chance_accuracy"]
-    seeds = [[run.found["accuracy"] for run in group.runs] for group in compared.groups]
-    lowest = min([row["low"] for row in compared.rows] + [min(each) for each in seeds] + [guess or 1.0])
+    chance_accuracy = compared.evaluation["chance_accuracy"]
+    seeds = [[run.evaluation["accuracy"] for run in group.runs] for group in compared.groups]
+    lowest = min([row["low"] for row in compared.rows] + [min(shares) for shares in seeds] + [chance_accuracy or 1.0])
     axes.set_xlim(max(0.0, (20 * lowest - 0.5) // 1 / 20), 1)
     axes.set_ylim(len(compared.rows) - 0.5, -0.5)
     axes.set_yticks([])
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.grid(axis="x")
     axes.set_axisbelow(True)
-    if guess is not None:
-        axes.axvline(guess, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
-    for y, (row, found) in enumerate(zip(compared.rows, seeds, strict=True)):
+    if chance_accuracy is not None:
+        axes.axvline(chance_accuracy, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
+    for y, (row, seed_accuracies) in enumerate(zip(compared.rows, seeds, strict=True)):
         line = y + 0.2 if above else y
         axes.plot([row["low"], row["high"]], [line, line], color=LIGHT["blue"], linewidth=5, alpha=0.35,
                   solid_capstyle="round", clip_on=False)  # fmt: skip
-        if len(found) > 1:
-            axes.plot(found, [line] * len(found), "o", markersize=6, fillstyle="none", color=LIGHT["muted"],
-                      clip_on=False)  # fmt: skip
+        if len(seed_accuracies) > 1:
+            axes.plot(seed_accuracies, [line] * len(seed_accuracies), "o", markersize=6, fillstyle="none",
+                      color=LIGHT["muted"], clip_on=False)  # fmt: skip
         axes.plot([row["accuracy"]], [line], "o", markersize=7, color=LIGHT["blue"], clip_on=False)
         axes.annotate(row["method"], (0, line), (0, 14) if above else (-left, 0),
                       xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
@@ -337,10 +343,10 @@ def accuracies(compared: Comparison, width: float, name: str) -> str:
 
 
 def run(config: TableConfig) -> int:
-    """Compare runs and write the table in all its forms."""
+    """Compare runs and write the table in all forms. Gives the exit status."""
     compared = compare(config)
     of_runs = common_folder([run.folder for run in compared.runs])
-    folder = place_of(config, of_runs)
+    folder = output_folder(config, of_runs)
     texts = {"table.md": markdown(compared), "table.html": html(compared, of_runs)}
     study(compared).write(folder)
     for name, text in texts.items():
@@ -348,17 +354,18 @@ def run(config: TableConfig) -> int:
     log(on_screen(compared))
     for warning in compared.warnings:
         log(wrapped(f"warning: {warning}"))
-    log(f"Table: {folder / 'table.html'}, and beside it .md, .csv, .json")
+    log(f"Table: {folder / 'table.html'}, and the same as .md, .csv and .json")
     return 0
 
 
-def place_of(config: TableConfig, of_runs: Path) -> Path:
-    """Where the table goes, if the runs lie in this folder. Raises ValueError if they have none in common."""
+def output_folder(config: TableConfig, of_runs: Path) -> Path:
+    """The folder for the table, by default the common folder of the runs. Raises ValueError if they have none."""
     if not config.output and of_runs == of_runs.parent:
-        raise ValueError("The runs lie in no common folder. Name one for the table: output=DIR.")
+        raise ValueError("The runs have no common folder. Name one for the table: output=DIR.")
     return Path(config.output) if config.output else of_runs
 
 
 def common_folder(runs: Sequence[Path]) -> Path:
+    """The deepest folder that contains all runs, relative to the current folder if it is inside it."""
     common = Path(os.path.commonpath([path.resolve().parent for path in runs]))
     return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common

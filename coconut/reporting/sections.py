@@ -1,7 +1,7 @@
-"""The sections of a run's page about what was measured, with their charts.
+"""The sections of a run's page about its studies, with their charts.
 
-A section is a function from a RunRecord to a Section; it is None where the run has nothing of the kind.
-Every sentence that judges is chosen by numbers, and says no more than they do.
+A section is a function from a RunRecord to a Section, or to None if the run has no studies for it. Every conclusion in
+words is chosen by the numbers and their intervals.
 """
 
 from __future__ import annotations
@@ -39,38 +39,42 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 WIDE, NARROW = 720, 350  # points
-SILENT = 0.05  # mean probability of all nodes together, below which their shares say little
+MIN_NODE_SHARE = 0.05  # a warning is given if all nodes together have a smaller mean probability
 PATHS = ("correct_path", "longer_path", "wrong_target", "hallucination")
 Row = dict[str, Any]
 Drawings = dict[str, "Callable[[float], Drawing]"]  # each a function of its width in points
 
 
 def how_many(run: RunRecord) -> Section | None:
-    """How it answers with other numbers of thoughts than its own, and whether it knows when to stop."""
-    noun, seen = run.stages[-1].slot.value, run.study_note
+    """Accuracy with other numbers of thoughts, what each thought adds, and a classifier that decides when to stop."""
+    noun, study_note = run.stages[-1].slot.value, run.study_note
     title = f"How many {noun}s"
     if not run.studies and run.best and run.stages[-1].slot is Slot.thought:
         hint = f"coconut analyze run={shlex.quote(str(run.folder))}"
-        return Section("how-many", title, [Text("Its thoughts were not looked into yet. This does it:"), Code(hint)])
-    parts: list[Part] = [Text(seen)] if seen else []
+        text = "The thoughts have not been analyzed yet. This command analyzes them:"
+        return Section("how-many", title, [Text(text), Code(hint)])
+    parts: list[Part] = [Text(study_note)] if study_note else []
     if study := run.studies.get("k_forcing"):
         parts.append(Text(" ".join(describe_k_forcing(study, noun, run.chance_accuracy))))
         if study.facts["warning"]:
             parts.append(Text(study.facts["warning"]))
         caption = (
-            f"The same questions, asked with every number of {noun}s from none on. The wide bars are 95 % intervals; "
-            "“clearly” means that two of them do not overlap."
+            f"Accuracy on the same questions with each number of {noun}s. The wide bars are 95 % confidence "
+            "intervals; “clearly” means that two of them do not overlap."
         )
         if any(row["correct_path"] is not None for row in study.rows):
             caption += (
-                f" Below: what the model wrote. A path that begins after the {noun}s counts as right if what is "
-                "missing before it can be filled in."
+                f" Below: the outcomes. A path written after {noun}s may begin at any node that the root reaches; it "
+                "is completed by a shortest path from the root. A correct path is a shortest path to the right answer, "
+                "a longer path leads there with more edges, one with the wrong target ends elsewhere. A hallucination "
+                "has an edge that is not in the graph, or a gap. Answers without a path have a correct or an incorrect "
+                "label."
             )
         rows = [
             [str(row["thoughts"]), percent(row["accuracy"]), _between(row["low"], row["high"]),
              f"{row['new_tokens']:.1f}"] for row in study.rows
         ]  # fmt: skip
-        table = Table([f"{noun}s", "accuracy", "95 % interval", "tokens of language"], rows, 3)
+        table = Table([f"{noun}s", "accuracy", "95 % interval", "text tokens"], rows, 3)
         alt = f"Accuracy for each number of {noun}s; the numbers are in the table below."
         parts += [*_figure(drawings(run), "k_forcing", alt, caption), Aside("The numbers", [table])]
     if study := run.studies.get("prefix_values"):
@@ -80,8 +84,8 @@ def how_many(run: RunRecord) -> Section | None:
     return Section("how-many", title, parts) if parts else None
 
 
-def describe_k_forcing(study: Study, noun: str = "thought", guess: float | None = None) -> list[str]:
-    """In sentences, how the accuracy depends on the number of thoughts."""
+def describe_k_forcing(study: Study, noun: str = "thought", chance_accuracy: float | None = None) -> list[str]:
+    """Describe in sentences how the accuracy depends on the number of thoughts."""
     trained = next(row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"])
     others = [row for row in study.rows if row is not trained]
 
@@ -89,17 +93,17 @@ def describe_k_forcing(study: Study, noun: str = "thought", guess: float | None 
         return listed(f"{_count(row['thoughts'], noun)} ({percent(row['accuracy'])})" for row in rows)
 
     sentences = [
-        f"With its own {counted(trained['thoughts'], noun)} the model is right on {percent(trained['accuracy'])} of "
-        f"{trained['questions']:,} questions."
+        f"With {counted(trained['thoughts'], noun)}, as trained, the model is right on "
+        f"{percent(trained['accuracy'])} of {trained['questions']:,} questions."
     ]
     better = [row for row in others if row["low"] > trained["high"]]
     worse = [row for row in others if row["high"] < trained["low"]]
-    even = [row for row in others if row not in better and row not in worse]
-    if guess is not None and trained["low"] <= guess:
-        sentences.append(f"That is not surely better than guessing ({percent(guess)}), so the rest says little.")
+    similar = [row for row in others if row not in better and row not in worse]
+    if chance_accuracy is not None and trained["low"] <= chance_accuracy:
+        sentences.append(f"That is not clearly above chance ({percent(chance_accuracy)}), so the rest means little.")
     elif others and not any(row["accuracy"] > trained["accuracy"] for row in others):
         sentences.append("No other number does better.")
-    for rows, words in ((better, "Clearly better"), (worse, "Clearly worse"), (even, "No clear difference")):
+    for rows, words in ((better, "Clearly better"), (worse, "Clearly worse"), (similar, "No clear difference")):
         if rows:
             sentences.append(f"{words}: {with_numbers(rows)}.")
     written = [
@@ -112,25 +116,26 @@ def describe_k_forcing(study: Study, noun: str = "thought", guess: float | None 
         shares = listed(
             f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in written
         )
-        sentences.append(f"Of the paths that it then writes itself, so many are no way through the graph: {shares}.")
+        sentences.append(f"Hallucinations among the paths written with fewer {noun}s: {shares}.")
     return sentences
 
 
 def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
-    kinds = {of: [row for row in study.rows if row["of"] == of and row["steps"] is None] for of in charts.PREFIXES}
+    rows_of = {of: [row for row in study.rows if row["of"] == of and row["steps"] is None] for of in charts.PREFIXES}
     parts: list[Part] = [Text(" ".join(describe_prefix_values(study)))]
     if study.facts["warning"]:
         parts.append(Text(study.facts["warning"]))
     caption = (
-        "The mean natural logarithm of the probability that the right answer follows at once after so many thoughts. "
-        "With fewer thoughts than its own a model may be about to write steps instead, so one line takes as given what "
-        "an answer begins with. The wide bars are 95 % intervals over the questions."
+        "The mean natural logarithm of the probability that the right answer follows directly after each number of "
+        "thoughts. With fewer thoughts than trained the model may be about to write steps instead. A second line has "
+        "the probability of the answer given the answer mark. The wide bars are 95 % confidence intervals over the "
+        "questions."
     )
     rows = [
         [charts.PREFIXES[of][1], str(row["thoughts"]), _signed(row["value"]), _range(row["low"], row["high"]),
          DASH if row["gain"] is None else _signed(row["gain"]),
          DASH if row["gain"] is None else _range(row["gain_low"], row["gain_high"])]
-        for of, found in kinds.items() for row in found
+        for of, found in rows_of.items() for row in found
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
     alt = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
@@ -138,26 +143,28 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
 
 
 def describe_prefix_values(study: Study) -> list[str]:
-    """In sentences, what each thought adds to the log-probability of the right answer."""
+    """Describe in sentences what each thought adds to the log-probability of the right answer."""
     rows = [row for row in study.rows if row["of"] == "answer" and row["steps"] is None]
     after = [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
     sentences = [
-        "How sure of the right answer is the model after each thought? The logarithm of its probability is the prefix "
-        f"value: on average {_signed(rows[0]['value'])} without thoughts and {_signed(rows[-1]['value'])} with "
+        "The prefix value is the log-probability of the right answer after the first thoughts. On average it is "
+        f"{_signed(rows[0]['value'])} without thoughts and {_signed(rows[-1]['value'])} with "
         f"{counted(rows[-1]['thoughts'], 'thought')}; {_signed(after[0]['value'])} and {_signed(after[-1]['value'])} "
-        "once it has begun to answer."
+        "given the answer mark."
     ]
-    for found, words in ((rows, "The whole answer"), (after, "What it says once it has begun")):
-        kinds: dict[str, list[str]] = {"likelier": [], "less likely": [], "not surely either": []}
+    for found, words in ((rows, "The whole answer"), (after, "The text after the answer mark")):
+        kinds: dict[str, list[str]] = {"made likelier": [], "made less likely": [], "not clearly changed": []}
         for row in found[1:]:
-            kind = "likelier" if row["gain_low"] > 0 else "less likely" if row["gain_high"] < 0 else "not surely either"
+            kind = "made likelier" if row["gain_low"] > 0 else "made less likely"
+            if row["gain_low"] <= 0 <= row["gain_high"]:
+                kind = "not clearly changed"
             kinds[kind].append(f"thought {row['thoughts']} ({_signed(row['gain'])})")
         sentences.append(
-            f"{words} is made " + "; ".join(f"{kind} by {listed(by)}" for kind, by in kinds.items() if by) + "."
+            f"{words} is " + "; ".join(f"{kind} by {listed(by)}" for kind, by in kinds.items() if by) + "."
         )
     sentences.append(
-        "This is no implicit reward: a thought without noise has no probability, and no reference model is asked. It "
-        "is what the model believes, right or wrong, when the answer is known."
+        "This is not an implicit reward: a deterministic thought has no probability, and there is no reference model. "
+        "It measures the model's confidence in an answer that must be known."
     )
     return sentences
 
@@ -165,18 +172,18 @@ def describe_prefix_values(study: Study) -> list[str]:
 def _stopping(study: Study) -> list[Part]:
     facts = study.facts
     if facts.get("reason"):
-        return [Text(f"Whether it knows when to stop was not measured: {facts['reason']}")]
+        return [Text(f"A stop classifier was not measured: {facts['reason']}")]
     by_rule = {row["rule"]: row for row in study.rows}
     constant, chosen = by_rule["constant"], by_rule["classifier"]
     text = (
-        f"A small classifier, trained on the thoughts of {facts['trained_on']:,} questions, can decide after each "
-        f"thought whether it was the last. It stops after {chosen['thoughts']:.2f} on average; "
-        f"{percent(chosen['accuracy'])} of the answers are right then, and {percent(constant['accuracy'])} with always "
-        f"{counted(constant['thoughts'], 'thought')}. Of its decisions on validation data "
-        f"{percent(facts['classifier_accuracy'])} are right; who decides by the thought's place alone "
-        f"gets {percent(facts['by_place_alone'])}."
+        f"A small classifier, trained on the thoughts of {facts['trained_on']:,} questions, decides after each "
+        f"thought whether to stop. It stops after {chosen['thoughts']:.2f} thoughts on average, and then "
+        f"{percent(chosen['accuracy'])} of the answers are right. With {counted(constant['thoughts'], 'thought')} for "
+        f"every question {percent(constant['accuracy'])} are right. On validation data "
+        f"{percent(facts['classifier_accuracy'])} of its decisions are right; a rule that sees only the position "
+        f"of the thought reaches {percent(facts['by_place_alone'])}."
     )
-    names = {"constant": "always as many", "classifier": "the classifier decides"}
+    names = {"constant": "constant number", "classifier": "stop classifier"}
     rows = [
         [names[row["rule"]], f"{row['thoughts']:.2f}", percent(row["accuracy"]), _between(row["low"], row["high"])]
         for row in study.rows
@@ -184,7 +191,7 @@ def _stopping(study: Study) -> list[Part]:
     return [Text(text), Table(["rule", "thoughts", "accuracy", "95 % interval"], rows, 3)]
 
 
-# What the thoughts hold.
+# Content of the thoughts.
 
 
 @dataclass(frozen=True)
@@ -199,12 +206,13 @@ class ShownQuestion:
 
 
 def sample(run: RunRecord) -> ShownQuestion | None:
-    """A question answered rightly whose path has two edges or more: the one with most forks, and then the first.
+    """Choose the question for the search tree; None if no question is suitable.
 
-    A fork is a moment when one node ahead leads to the target and another does not. It is chosen from the
-    questions whose thoughts were decoded, if one of them is such a question.
+    It is answered correctly, its path has two edges or more, and its graph can be drawn. Among these it has the most
+    forks, and is the first of them. A fork is a number of thoughts after which one node ahead leads to the target and
+    another does not. Questions whose thoughts were decoded are preferred.
     """
-    study, questions = run.studies.get("values"), _asked(run)
+    study, questions = run.studies.get("values"), _questions(run)
     if not study:
         return None
     rows_of: dict[int, list[Row]] = {}
@@ -212,18 +220,20 @@ def sample(run: RunRecord) -> ShownQuestion | None:
         rows_of.setdefault(row["question"], []).append(row)
     decoded = {row["question"] for row in run.studies["decoded"].rows} if "decoded" in run.studies else set()
     for pool in (decoded & rows_of.keys(), rows_of.keys()):
-        found: list[tuple[int, ShownQuestion]] = []
+        candidates: list[tuple[int, ShownQuestion]] = []
         for index in sorted(pool):
             if index in questions and _may_be_shown(questions[index], rows_of[index]):
-                asked, rows = questions[index], Study("values", rows_of[index], study.facts)
-                found.append((_forks(rows), ShownQuestion(index, len(pool), asked["text"], asked["gold"], rows)))
-        if found:
-            return max(found, key=lambda pair: pair[0])[1]
+                question, rows = questions[index], Study("values", rows_of[index], study.facts)
+                candidates.append(
+                    (_forks(rows), ShownQuestion(index, len(pool), question["text"], question["gold"], rows))
+                )
+        if candidates:
+            return max(candidates, key=lambda pair: pair[0])[1]
     return None
 
 
-def _asked(run: RunRecord) -> dict[int, Row]:
-    """The questions that the studies asked, and what the model answered, by their place in the file."""
+def _questions(run: RunRecord) -> dict[int, Row]:
+    """The questions of the studies, and the model's answers, by their index in the data file."""
     study = run.studies.get("asked")
     return {row["question"]: row for row in study.rows} if study else {}
 
@@ -241,70 +251,73 @@ def _forks(values: Study) -> int:
 
 
 def what_they_hold(run: RunRecord) -> Section | None:
-    """What can be read out of the thoughts."""
+    """The search tree, the logit lens, and other probes of the thoughts."""
     drawn, chosen = drawings(run), sample(run)
     parts: list[Part] = []
     if chosen:
         parts += _tree(drawn, chosen)
     parts += _decoded(run, chosen)
     if "parallelism" in drawn:
-        parts += [Heading("How many ways at once"), *_parallelism(run, drawn)]
+        parts += [Heading("How many paths at once"), *_parallelism(run, drawn)]
     if "heights_shortest" in drawn:
         parts += [Heading("Which nodes it prefers"), *_heights(run, drawn)]
     if drawn.keys() & {"search_tree", "parallelism", "heights_shortest"}:
         intro = (
-            "A thought is a vector and has no words. But after any thought the model can be made to speak: then the "
-            "probabilities of what it would name next show which ways it sees, and which it prefers."
+            "A thought is a vector and not text. But after any thought the model can be made to write the next step. "
+            "The probabilities of the nodes that this step would name show which paths it considers, and which of them "
+            "it prefers."
         )
-        parts = [Text(intro), *_beware(run.studies["values"]), *parts]
+        parts = [Text(intro), *_node_warnings(run.studies["values"]), *parts]
     if "inner_products" in drawn:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
     return Section("what-they-hold", "What the thoughts hold", parts) if parts else None
 
 
-def _beware(values: Study) -> list[Part]:
-    """What to know before the probabilities of nodes are read."""
+def _node_warnings(values: Study) -> list[Part]:
+    """Warnings that stand before the probabilities of nodes."""
     warnings = [values.facts["warning"]] if values.facts["warning"] else []
-    go_on = {(row["question"], row["after"]) for row in values.rows if row["ahead"]}
-    named: dict[int, dict[int, float]] = {}
+    with_next_step = {(row["question"], row["after"]) for row in values.rows if row["ahead"]}
+    totals: dict[int, dict[int, float]] = {}
     for row in values.rows:
-        if (row["question"], row["after"]) not in go_on:
+        if (row["question"], row["after"]) not in with_next_step:
             continue
-        of = named.setdefault(row["after"], {})
-        of[row["question"]] = of.get(row["question"], 0.0) + row["value"]
-    means = {after: sum(shares.values()) / len(shares) for after, shares in named.items()}
-    silent = [after for after, mean in sorted(means.items()) if mean < SILENT]
-    if silent:
-        shares = listed(f"{charts.percent_of(means[after])} {_moment(after)}" for after in silent)
+        of_questions = totals.setdefault(row["after"], {})
+        of_questions[row["question"]] = of_questions.get(row["question"], 0.0) + row["value"]
+    means = {after: sum(shares.values()) / len(shares) for after, shares in totals.items()}
+    low = [after for after, mean in sorted(means.items()) if mean < MIN_NODE_SHARE]
+    if low:
+        shares = listed(f"{charts.percent_of(means[after])} {_moment(after)}" for after in low)
         warnings.append(
-            f"It hardly speaks in steps there: all nodes together get {shares}, so their shares say little."
+            f"The model rarely names a node as the next step: all nodes together have {shares}. There the "
+            "probabilities of single nodes mean little."
         )
     return [Text(" ".join(warnings))] if warnings else []
 
 
 def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
-    asked, rows = prosqa.parse_question(chosen.question), chosen.values.rows
+    parsed, rows = prosqa.parse_question(chosen.question), chosen.values.rows
     target = prosqa.read_target(chosen.answer)
     text = (
-        f"From {asked.root}, can {asked.options[0]} be reached or {asked.options[1]}? The model answered rightly: "
-        f"{target}. This is question {chosen.index + 1} of the test file. It was chosen from {chosen.count:,} as the "
-        "one with most forks, of those answered rightly whose way has two edges or more."
+        f"From {parsed.root}, is {parsed.options[0]} or {parsed.options[1]} reachable? The model answered correctly: "
+        f"{target}. This is question {chosen.index + 1} of the test file, chosen from {chosen.count:,}. Of those "
+        "answered correctly whose path has two edges or more it has the most forks. A fork is a step at which one "
+        "possible node leads to the target and another does not."
     )
     shares = []
     for after in sorted({row["after"] for row in rows if row["ahead"]}):
         leading = [row["value"] for row in rows if row["after"] == after and row["ahead"] and row["leads"]]
         shares.append(f"{charts.percent_of(sum(leading))} {_moment(after)}")
     caption = (
-        "Each column is one edge farther from the start; above it stands how many thoughts the model had when it was "
-        "made to name the next node. The more amber, the likelier the name; “elsewhere” is what nodes of other columns "
-        f"got. Here the nodes from which {target} can still be reached get {listed(shares)}."
+        "Each column is one edge farther from the root. Its head shows after how many thoughts the model was made to "
+        "name the next node. The more amber, the likelier the node. “Elsewhere” is the probability of nodes in other "
+        f"columns. Here the nodes from which {target} can be reached have {listed(shares)}."
     )
     legend = Legend(
         [
-            ("blue", "where the question starts"),
-            ("green", "right answer and a shortest way to it"),
+            ("blue", "root, where the question starts"),
+            ("green", "right answer and a shortest path to it"),
             ("red", "wrong option"),
-            ("amber", "probability of being named next"),
+            ("amber", "probability as the next step"),
         ]
     )
     figure = _figure(drawn, "search_tree", "The graph of the question, each node with its probability.", caption)
@@ -312,7 +325,7 @@ def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
 
 
 def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
-    study, questions = run.studies.get("decoded"), _asked(run)
+    study, questions = run.studies.get("decoded"), _questions(run)
     if not study or not study.rows:
         return []
     index = chosen.index if chosen else study.rows[0]["question"]
@@ -333,22 +346,23 @@ def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
     ]
     of = "this question" if chosen else f"the question “{questions[index]['text'].strip()}”"
     text = (
-        f"The thoughts of {of}, read as if each were about to be spoken: the likeliest words of the model's output "
-        "layer. Nothing in training asks for this, so take it as a hint."
+        f"Logit lens: the output layer of the model applied to each thought of {of}, with the likeliest tokens. "
+        "Training does not ask for readable thoughts, so this is only a hint."
     )
     if chosen and chosen.values.facts["form"] == "symbols":
         text += _names_at_distance(words, chosen)
-    return [Heading("The thoughts read as words"), Text(text), Ranked(words)]
+    return [Heading("The thoughts read with the output layer"), Text(text), Ranked(words)]
 
 
 def _names_at_distance(words: list[tuple[str, list[tuple[str, float]]]], chosen: ShownQuestion) -> str:
-    """How many thoughts are likeliest read as a node as far from the root as they have come."""
+    """A sentence about how many thoughts read as a node at the distance that the thought corresponds to."""
     c = chosen.values.facts["thoughts_per_step"]
     distance = {row["node"]: row["distance"] for row in chosen.values.rows}
     reach = max(found for found in distance.values() if found is not None)
-    asked = [(number, read[0][0].strip()) for number, (_, read) in enumerate(words, 1) if -(-number // c) <= reach]
-    hits = sum(distance.get(word) == -(-number // c) for number, word in asked)
-    return f" Here {hits} of {counted(len(asked), 'thought')} would name a node at the distance that they stand for."
+    likeliest = [(number, read[0][0].strip()) for number, (_, read) in enumerate(words, 1) if -(-number // c) <= reach]
+    hits = sum(distance.get(word) == -(-number // c) for number, word in likeliest)
+    total = counted(len(likeliest), "thought")
+    return f" Here the likeliest token is a node at the corresponding distance for {hits} of {total}."
 
 
 def _parallelism(run: RunRecord, drawn: Drawings) -> list[Part]:
@@ -359,27 +373,28 @@ def _parallelism(run: RunRecord, drawn: Drawings) -> list[Part]:
         middle = min((row for row in rows if row["after"] == after), key=lambda row: abs(row["percentile"] - 50))
         halves.append(f"{charts.percent_of(middle['top1'])} {_moment(after)}")
     caption = (
-        "Questions from the least to the most decided one. The dark area is the probability of the likeliest node "
-        "ahead, the lighter ones add the second and the third: where they are wide, the model holds several ways open. "
-        f"In half of the questions with a step still to go, the likeliest node gets at least {listed(halves)}."
+        "Percentiles over the questions. The dark area is the probability of the likeliest of the nodes that the next "
+        "step can name; the lighter areas add the second and the third. Where they are wide, the model keeps several "
+        "paths open. In half of the questions with a next step the likeliest node has at least "
+        f"{listed(halves)}."
     )
-    if single := _single(run, numbers):
-        caption += f" Only one node is ahead, and there is nothing to choose, in {listed(single)}."
+    if single := _one_node_ahead(run, numbers):
+        caption += f" Only one node is possible, so that there is no choice, in {listed(single)}."
     return _figure(drawn, "parallelism", "Cumulated probabilities of the likeliest nodes over the questions.", caption)
 
 
-def _single(run: RunRecord, numbers: list[int]) -> list[str]:
-    """In which share of the questions there is one node ahead, for each number of thoughts."""
+def _one_node_ahead(run: RunRecord, numbers: list[int]) -> list[str]:
+    """For each number of thoughts, a phrase with the share of questions that have only one node ahead."""
     if "values" not in run.studies:
         return []
-    ahead: dict[int, dict[int, int]] = {after: {} for after in numbers}
+    nodes_ahead: dict[int, dict[int, int]] = {after: {} for after in numbers}
     for row in run.studies["values"].rows:
-        if row["ahead"] and row["after"] in ahead:
-            counts = ahead[row["after"]]
+        if row["ahead"] and row["after"] in nodes_ahead:
+            counts = nodes_ahead[row["after"]]
             counts[row["question"]] = counts.get(row["question"], 0) + 1
     return [
         f"{percent(sum(count == 1 for count in counts.values()) / len(counts))} {_moment(after)}"
-        for after, counts in ahead.items()
+        for after, counts in nodes_ahead.items()
         if counts
     ]
 
@@ -396,14 +411,15 @@ def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
         if len(means) == 2:
             against.append(f"{means[0]} against {means[1]} {_moment(after)}")
     caption = (
-        "The height of a node is the number of edges to the nearest leaf: at height 0 nothing follows, and the higher "
-        "a node, the farther one must look to judge it. Points are mean probabilities of nodes ahead with their "
-        f"standard errors, hollow if there are fewer than {charts.FEW} nodes. "
+        "The height of a node is the number of edges to the nearest leaf. A leaf has height 0; the higher a node, the "
+        "more steps it takes to see whether it leads to the target. Points are mean probabilities of the nodes that "
+        "the next step can name, with standard errors; they are hollow for fewer than "
+        f"{charts.HOLLOW_BELOW} nodes. "
     )
     if against:
-        caption += f"Here a node that leads to the target gets {listed(against)} for one that does not."
+        caption += f"Here a node that leads to the target has {listed(against)} for one that does not."
     alt = "Mean probability of nodes by their height."
-    other = "The same, but height is the number of edges to the farthest leaf."
+    other = "The same, with the number of edges to the farthest leaf as height."
     farthest = Aside("By the farthest leaf", _figure(drawn, "heights_longest", alt, other))
     return [*_figure(drawn, "heights_shortest", alt, caption), farthest]
 
@@ -419,28 +435,28 @@ def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
     groups = [(group, mean[number, group]) for group in charts.GROUPS if (number, group) in mean]
     values = listed(f"{value:z.1f} for nodes {charts.GROUPS[group][2]}" for group, value in groups)
     caption = (
-        "The inner product of a thought with the vectors of the nodes' names, at the distance that the thought stands "
-        "for: the farther right, the more of these nodes it holds. The bars reach one standard deviation to each side. "
-        f"Here nodes on a shortest way come first in {len(first)} of {counted(len(thoughts), 'thought')}; "
-        f"thought {number} has {values} on average."
+        "Inner products of a thought with the input embeddings of the nodes' names. The groups are relative to the "
+        "distance from the root that the thought corresponds to. The bars reach one standard deviation to each side. "
+        f"Here nodes on a shortest path have the highest mean in {len(first)} of "
+        f"{counted(len(thoughts), 'thought')}; thought {number} has {values} on average."
     )
     return _figure(drawn, "inner_products", "Inner products of thoughts with four groups of nodes.", caption)
 
 
-# Are the thoughts used?
+# Interventions.
 
 
 def are_they_used(run: RunRecord) -> Section | None:
-    """What happens to the answers when the thoughts, or the graph, are other ones."""
+    """How answers change under interventions on the thoughts and on the graph."""
     drawn = drawings(run)
     thoughts, graph = run.studies.get("audit_thoughts"), run.studies.get("audit_edges")
     parts: list[Part] = []
-    numbers = "The numbers, with 95 % intervals"
+    numbers = "The numbers, with 95 % confidence intervals"
     if thoughts:
         caption = (
-            "Each row changes the thoughts in one way before the model answers, and leaves the question as it is. The "
-            "blue line is the accuracy as trained; bars are 95 % intervals. If neither moves, the answer does not "
-            "hang on what was changed; later thoughts keep what they took from one that is replaced."
+            "Each row is one intervention on the thoughts; the question stays the same. The blue line is the accuracy "
+            "as trained; the bars are 95 % confidence intervals. If neither accuracy nor answers change, the answer "
+            "does not depend on what was replaced. A single replaced thought keeps its effect on later thoughts."
         )
         figure = _figure(drawn, "audit_thoughts", "Accuracy and changed answers, as in the table below.", caption)
         columns = ["the thoughts", "accuracy", "difference", "answers changed"]
@@ -448,8 +464,8 @@ def are_they_used(run: RunRecord) -> Section | None:
         parts += [Lead(thoughts.facts["verdict"]), *figure, Aside(numbers, [table])]
     if graph:
         caption = (
-            "Each row changes one edge in questions that were answered rightly, or the thoughts that go with it. Left: "
-            "the answers that become the one which the changed graph makes right. Right: those that change at all."
+            "Each row changes one edge in questions that were answered correctly, or the thoughts with it. Left: the "
+            "share of answers that become the right answer of the changed graph. Right: the share that change at all."
         )
         figure = _figure(drawn, "audit_edges", "Answers that follow or change, as in the table below.", caption)
         if thoughts:
@@ -478,28 +494,30 @@ def _changed_edges(row: Row) -> list[str]:
 
 
 def drawings(run: RunRecord) -> Drawings:
-    """The charts of a run by name."""
-    found: Drawings = {}
+    """The charts of a run, by name. Each is a function of the width in points."""
+    by_name: Drawings = {}
     studies = {name: study for name, study in run.studies.items() if study.rows}
     if study := studies.get("k_forcing"):
-        found["k_forcing"] = partial(charts.k_forcing, study, guess=run.chance_accuracy, noun=run.stages[-1].slot.value)
+        by_name["k_forcing"] = partial(
+            charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=run.stages[-1].slot.value
+        )
     if study := studies.get("prefix_values"):
-        found["prefix_values"] = partial(charts.prefix_values, study)
+        by_name["prefix_values"] = partial(charts.prefix_values, study)
     if chosen := sample(run):
-        found["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
+        by_name["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
     if study := studies.get("parallelism"):
-        found["parallelism"] = partial(charts.parallelism, study)
+        by_name["parallelism"] = partial(charts.parallelism, study)
     if study := studies.get("heights"):
         for kind in ("shortest", "longest"):
-            found[f"heights_{kind}"] = partial(charts.heights, study, kind=kind)
+            by_name[f"heights_{kind}"] = partial(charts.heights, study, kind=kind)
     if study := studies.get("inner_products"):
-        found["inner_products"] = partial(charts.inner_products, study)
+        by_name["inner_products"] = partial(charts.inner_products, study)
     if study := studies.get("audit_thoughts"):
         rows = [row for row in study.rows if not row["change"].startswith("count_") or "k_forcing" not in studies]
-        found["audit_thoughts"] = partial(charts.audit, Study(study.name, rows, study.facts))
+        by_name["audit_thoughts"] = partial(charts.audit, Study(study.name, rows, study.facts))
     if study := studies.get("audit_edges"):
-        found["audit_edges"] = partial(charts.edges, study)
-    return found
+        by_name["audit_edges"] = partial(charts.edges, study)
+    return by_name
 
 
 def _figure(drawn: Drawings, name: str, alt: str, caption: str) -> list[Part]:
@@ -509,12 +527,12 @@ def _figure(drawn: Drawings, name: str, alt: str, caption: str) -> list[Part]:
 
 
 def figure_of(draw: Callable[[float], Drawing], name: str, alt: str, caption: str) -> Figure:
-    """A picture that is a function of its width, for wide pages and for narrow ones."""
+    """Draw a chart for wide pages and for narrow ones."""
     wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
     return Figure(wide, narrow, alt, caption)
 
 
-# Words.
+# Phrases and numbers.
 
 
 def _count(count: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from helpers.runs import graph_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify, redirect, remove_elsewhere, remove_on_way
+from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify, redirect, remove_elsewhere, remove_on_path
 from coconut.tasks import prosqa
 
 # a -> b -> t and a -> c -> d -> t; a -> e; a side way x -> d; the other option y is reached from x alone
@@ -172,7 +172,7 @@ def test_what_lies_where() -> None:
     assert SYMBOLS.distance == {"a": 0, "b": 1, "c": 1, "e": 1, "t": 2, "d": 2}
     assert SYMBOLS.remaining == {"t": 0, "b": 1, "d": 1, "a": 2, "c": 2, "x": 2}
     assert SYMBOLS.hops == 2
-    assert [node for node in SYMBOLS.graph if SYMBOLS.on_shortest_way(node)] == ["a", "b", "t"]
+    assert [node for node in SYMBOLS.graph if SYMBOLS.on_shortest_path(node)] == ["a", "b", "t"]
     assert SYMBOLS.shortest_heights == {"t": 0, "e": 0, "y": 0, "b": 1, "d": 1, "a": 1, "x": 1, "c": 2}
     assert SYMBOLS.longest_heights == {"t": 0, "e": 0, "y": 0, "b": 1, "d": 1, "x": 2, "c": 2, "a": 3}
 
@@ -246,7 +246,7 @@ def test_some_questions_cannot_be_redirected(question: str) -> None:
 
 def test_an_edge_that_all_ways_take_is_removed() -> None:
     for number, (question, asked) in enumerate(rows()):
-        found = remove_on_way(question, asked, Random(number))
+        found = remove_on_path(question, asked, Random(number))
         ways = list(networkx.edge_disjoint_paths(asked.graph, asked.root, asked.target))
         assert (found is None) == (len(ways) > 1)
         if found:

@@ -1,4 +1,4 @@
-"""Are the thoughts used? Changed thoughts, changed graphs, and what is said about them."""
+"""Interventions on thoughts and graphs, and the sentences that summarize them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coconut.analysis.interventions import (
     audit_thoughts,
     changed_thoughts,
     edges_verdict,
-    others,
+    other_questions,
     share_lost,
     thoughts_verdict,
 )
@@ -42,8 +42,8 @@ THOUGHTS = 3
 SUMS = [Example("1 + 1", (), "2"), Example("2 + 3", (), "5"), Example("3 + 3", (), "6")]
 
 
-def asked_after_thoughts() -> LatentLM:
-    """A small model that knows most of the examples by heart, asked with thoughts that it hardly needs."""
+def memorizing_model() -> LatentLM:
+    """A small model that has memorized most of the examples and hardly needs its thoughts."""
     torch.manual_seed(0)
     form = PromptFormat("{}", "{} ", "### {}")
     tokenizer = build_word_tokenizer(EXAMPLES, form)
@@ -66,7 +66,7 @@ def asked_after_thoughts() -> LatentLM:
 
 @pytest.fixture(scope="module")
 def examined() -> Subject:
-    return Subject(asked_after_thoughts(), TASKS["prosqa"], EXAMPLES, batch_size=16)
+    return Subject(memorizing_model(), TASKS["prosqa"], EXAMPLES, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +87,25 @@ def is_right(found: Evaluated) -> list[bool]:
     return [prediction.correct for prediction in found.predictions]
 
 
-def said(found: Evaluated) -> list[str | None]:
+def predicted(found: Evaluated) -> list[str | None]:
     return [prediction.predicted for prediction in found.predictions]
 
 
-def test_the_thoughts_of_the_run_give_its_answers(examined: Subject) -> None:
+def test_recorded_thoughts_give_the_same_answers(examined: Subject) -> None:
     assert examined.ask(thoughts=examined.baseline.thoughts).predictions == examined.baseline.predictions
 
 
-def test_every_change_of_the_thoughts_is_counted(examined: Subject, thoughts: Study) -> None:
+def test_rows_of_interventions_hold_accuracy_and_changed_answers(examined: Subject, thoughts: Study) -> None:
     rows = by_change(thoughts)
     assert list(rows) == ["none", "zeros", "noise", "mean", "other", "order", "thought_1", "thought_2", "thought_3",
                           "count_0", "count_1", "count_2", "count_4", "count_5"]  # fmt: skip
-    usual_NKD = examined.baseline.thoughts
-    mean_NKD = usual_NKD.mean(0, keepdim=True).expand_as(usual_NKD)
-    without_2 = torch.stack([usual_NKD[:, 0], mean_NKD[:, 1], usual_NKD[:, 2]], dim=1)
+    trained_NKD = examined.baseline.thoughts
+    mean_NKD = trained_NKD.mean(0, keepdim=True).expand_as(trained_NKD)
+    without_2 = torch.stack([trained_NKD[:, 0], mean_NKD[:, 1], trained_NKD[:, 2]], dim=1)
     changes: dict[str, dict[str, Any]] = {
-        "zeros": {"thoughts": 0 * usual_NKD},
+        "zeros": {"thoughts": 0 * trained_NKD},
         "mean": {"thoughts": mean_NKD},
-        "order": {"thoughts": usual_NKD[:, [2, 0, 1]]},
+        "order": {"thoughts": trained_NKD[:, [2, 0, 1]]},
         "thought_2": {"thoughts": without_2},
         "count_0": {"num_thoughts": 0},
         "count_5": {"num_thoughts": 5},
@@ -118,12 +118,12 @@ def test_every_change_of_the_thoughts_is_counted(examined: Subject, thoughts: St
         assert row["difference"] == pytest.approx(found.result.accuracy - was.result.accuracy)
         pair = np.array([is_right(found)]), np.array([is_right(was)])
         assert (row["difference_low"], row["difference_high"]) == difference_interval(*pair)
-        changed = sum(new != old for new, old in zip(said(found), said(was), strict=True))
+        changed = sum(new != old for new, old in zip(predicted(found), predicted(was), strict=True))
         interval = binomtest(changed, len(EXAMPLES)).proportion_ci(method="wilson")
         assert (row["changed"], row["changed_low"]) == (changed / len(EXAMPLES), pytest.approx(interval.low))
         assert row["questions"] == len(EXAMPLES)
         options_of = [prosqa.candidates(example.question) or [] for example in EXAMPLES]
-        outside = [text not in options for text, options in zip(said(found), options_of, strict=True)]
+        outside = [text not in options for text, options in zip(predicted(found), options_of, strict=True)]
         assert row["neither"] == sum(outside) / len(EXAMPLES)
     assert rows["none"]["accuracy"] == was.result.accuracy
     assert {rows["none"][key] for key in rows["none"] if key.startswith(("difference", "changed"))} == {0.0}
@@ -131,24 +131,24 @@ def test_every_change_of_the_thoughts_is_counted(examined: Subject, thoughts: St
     assert any(row["changed"] for row in thoughts.rows)
 
 
-def test_thoughts_of_others_are_those_of_another_question_each() -> None:
+def test_other_questions_is_a_permutation_without_fixed_points() -> None:
     for count in (2, 3, 24):
-        found = others(count)
+        found = other_questions(count)
         assert sorted(found) == list(range(count))
         assert (found != np.arange(count)).all()
 
 
-def test_noise_is_as_long_as_the_thoughts_and_the_same_each_time(examined: Subject, thoughts: Study) -> None:
-    usual_NKD = examined.baseline.thoughts
-    changed = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(usual_NKD)}
-    again = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(usual_NKD)}
-    torch.testing.assert_close(changed["noise"].norm(dim=-1), usual_NKD.norm(dim=-1))
-    assert torch.nn.functional.cosine_similarity(changed["noise"], usual_NKD, dim=-1).abs().mean() < 0.3
+def test_noise_has_the_norm_of_the_thoughts_and_is_reproducible(examined: Subject, thoughts: Study) -> None:
+    trained_NKD = examined.baseline.thoughts
+    changed = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(trained_NKD)}
+    again = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(trained_NKD)}
+    torch.testing.assert_close(changed["noise"].norm(dim=-1), trained_NKD.norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(changed["noise"], trained_NKD, dim=-1).abs().mean() < 0.3
     assert torch.equal(changed["noise"], again["noise"])
-    assert torch.equal(changed["other"], usual_NKD[others(len(EXAMPLES))])
+    assert torch.equal(changed["other"], trained_NKD[other_questions(len(EXAMPLES))])
 
 
-def test_two_thoughts_change_places_and_one_cannot() -> None:
+def test_order_of_thoughts_is_changed_only_with_two_or_more() -> None:
     options: dict[str, Any] = {"max_new_tokens": 2}
     for count, names in [(1, {"zeros", "noise", "mean", "other"}), (2, {"order", "thought_1", "thought_2"})]:
         lm = build("llama", torch.float32, num_thoughts=count, **options)
@@ -160,15 +160,15 @@ def test_two_thoughts_change_places_and_one_cannot() -> None:
         }
 
 
-def test_a_single_question_has_no_other_thoughts() -> None:
+def test_a_single_question_has_no_thoughts_of_another_question() -> None:
     lm = build("llama", torch.float32, num_thoughts=2, max_new_tokens=2)
     study = audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS[:1]))
     changes = {row["change"] for row in study.rows}
     assert changes == {"none", "zeros", "noise", "order", "count_0", "count_1", "count_3", "count_4"}
-    assert study.facts["verdict"][0].startswith("It cannot be told whether the thoughts are used")
+    assert study.facts["verdict"][0].startswith("It is not clear whether the thoughts are used")
 
 
-def test_without_latent_thoughts_there_is_nothing_to_audit() -> None:
+def test_methods_without_latent_thoughts_are_refused() -> None:
     lm = build("llama", torch.float32, slot=Slot.pause, method="pause", num_thoughts=2)
     with pytest.raises(NotApplicable, match="pause has no latent thoughts"):
         audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS))
@@ -190,20 +190,20 @@ def test_answers_to_changed_graphs_are_counted(examined: Subject, edges: Study) 
         assert row["changed_low"] <= row["changed"] <= row["changed_high"]
         if row["followed"] is not None:
             assert row["followed_low"] <= row["followed"] <= row["followed_high"]
-            assert row["followed"] <= row["changed"]  # what names the other option is no longer what it was
+            assert row["followed"] <= row["changed"]  # an answer that names the other option has changed
     assert edges.facts["redirections"]["swapped"] <= rows["redirected"]["questions"]
 
 
-def test_following_is_naming_the_option_that_is_now_right(examined: Subject, edges: Study) -> None:
+def test_answers_follow_if_they_name_the_right_option_of_the_changed_graph(examined: Subject, edges: Study) -> None:
     right = [i for i, prediction in enumerate(examined.baseline.predictions) if prediction.correct]
-    found = {i: redirect(EXAMPLES[i].question, examined.asked[i], Random(f"0 {i}")) for i in right}
+    found = {i: redirect(EXAMPLES[i].question, examined.graphs[i], Random(f"0 {i}")) for i in right}
     questions = {i: each.question for i, each in found.items() if each}
     before, asked = [EXAMPLES[i] for i in questions], list(questions)
     turned = [replace(EXAMPLES[i], question=question) for i, question in questions.items()]
     for example in turned:
         told = prosqa.graph(example.question)
         reachable = [option for option in told.graph["options"] if networkx.has_path(told, told.graph["root"], option)]
-        assert reachable == [examined.asked[EXAMPLES.index(before[turned.index(example)])].other]
+        assert reachable == [examined.graphs[EXAMPLES.index(before[turned.index(example)])].other]
     again = examined.ask(turned)
     answers = {
         "redirected": again,
@@ -211,31 +211,31 @@ def test_following_is_naming_the_option_that_is_now_right(examined: Subject, edg
         "redirected_thoughts_only": examined.ask(before, thoughts=again.thoughts),
     }
     for name, each in answers.items():
-        follows = [answer == examined.asked[i].other for answer, i in zip(said(each), asked, strict=True)]
-        stays = [answer == EXAMPLES[i].answer for answer, i in zip(said(each), asked, strict=True)]
+        follows = [answer == examined.graphs[i].other for answer, i in zip(predicted(each), asked, strict=True)]
+        stays = [answer == EXAMPLES[i].answer for answer, i in zip(predicted(each), asked, strict=True)]
         row = by_change(edges)[name]
         assert (row["questions"], row["followed"]) == (len(asked), pytest.approx(np.mean(follows)))
         assert row["changed"] == pytest.approx(1 - np.mean(stays))
 
 
-def test_graphs_are_changed_for_methods_without_thoughts_too(examined: Subject) -> None:
+def test_edges_are_changed_for_methods_without_thoughts_too(examined: Subject) -> None:
     lm = examined.lm
     with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, replace(lm.reasoning, slot=Slot.pause, method="pause"))
     rows = by_change(audit_edges(replace(examined, lm=with_pauses)))
     assert set(rows) <= {"redirected", "removed", "removed_elsewhere"}
 
 
-def test_where_no_answer_is_right_nothing_is_said_of_edges() -> None:
+def test_edges_have_no_rows_if_no_answer_is_right() -> None:
     lm = build("llama", torch.float32, num_thoughts=1, max_new_tokens=2)
     study = audit_edges(Subject(lm, TASKS["prosqa"], EXAMPLES[:3]))
     assert study.rows == []
     assert study.facts["right"] == 0
-    assert study.facts["verdict"][0].startswith("It cannot be told where the answer comes from")
+    assert study.facts["verdict"][0].startswith("It is not clear where the answer comes from")
 
 
-def test_edges_need_graphs() -> None:
+def test_edges_of_a_task_without_graphs_are_refused() -> None:
     lm = build("llama", torch.float32, num_thoughts=1, max_new_tokens=2)
-    with pytest.raises(NotApplicable, match="questions of gsm8k tell no graph"):
+    with pytest.raises(NotApplicable, match="questions of gsm8k describe no graph"):
         audit_edges(Subject(lm, TASKS["gsm8k"], SUMS))
 
 
@@ -265,26 +265,26 @@ def rows_with(**changes: float) -> dict[str, dict[str, Any]]:
     return {name: row(value) | {"change": name} for name, value in (usual | changes).items()}
 
 
-def test_what_is_lost_is_measured_in_what_was_above_guessing() -> None:
+def test_share_lost_is_relative_to_the_accuracy_above_chance() -> None:
     before = np.array([True] * 180 + [False] * 20)
     after = np.array([True] * 120 + [False] * 80)
-    found = share_lost(before, after, guess=0.5)
+    found = share_lost(before, after, chance_accuracy=0.5)
     assert found
     share, low, high = found
     assert share == pytest.approx((0.9 - 0.6) / (0.9 - 0.5))
     assert low < share < high
-    kept = share_lost(before, before, guess=0.5)
+    kept = share_lost(before, before, chance_accuracy=0.5)
     assert kept == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("right", [100, 104, 90])
-def test_who_does_not_surely_beat_guessing_has_nothing_to_lose(right: int) -> None:
+def test_share_lost_is_none_without_accuracy_above_chance(right: int) -> None:
     before = np.array([True] * right + [False] * (200 - right))
-    assert share_lost(before, ~before, guess=0.5) is None
+    assert share_lost(before, ~before, chance_accuracy=0.5) is None
     verdict = thoughts_verdict(rows_with(none=0.52), 0.5, None)
     assert len(verdict) == 1
-    assert verdict[0].startswith("It cannot be told")
-    assert "52.0 % of 500 questions are right as trained, where guessing gives 50.0 %" in verdict[0]
+    assert verdict[0].startswith("It is not clear")
+    assert "52.0 % of 500 questions are right as trained (chance: 50.0 %)" in verdict[0]
 
 
 @pytest.mark.parametrize(
@@ -293,36 +293,36 @@ def test_who_does_not_surely_beat_guessing_has_nothing_to_lose(right: int) -> No
         ((0.9, 0.8, 1.0), "The thoughts are used:"),
         ((0.5, 0.1, 0.9), "The thoughts are used:"),
         ((0.4, 0.1, 0.7), "The thoughts are used in part:"),
-        ((0.6, 0.05, 1.1), "It cannot be told whether the thoughts are used:"),
-        ((0.05, -0.1, 0.2), "It cannot be told whether the thoughts are used:"),
+        ((0.6, 0.05, 1.1), "It is not clear whether the thoughts are used:"),
+        ((0.05, -0.1, 0.2), "It is not clear whether the thoughts are used:"),
         ((0.05, 0.01, 0.09), "The thoughts are hardly used:"),
         ((0.0, -0.05, 0.05), "The thoughts are hardly used:"),
     ],
 )
-def test_the_thoughts_of_others_decide(lost: tuple[float, float, float], first: str) -> None:
+def test_verdict_depends_on_the_thoughts_of_another_question(lost: tuple[float, float, float], first: str) -> None:
     verdict = thoughts_verdict(rows_with(other=0.4), 0.5, lost)
     assert verdict[0].startswith(first)
     assert "40.0 %" in verdict[0]
-    assert "98.0 %, where guessing gives 50.0 %" in verdict[0]
+    assert "98.0 % (chance: 50.0 %)" in verdict[0]
 
 
-def test_where_answers_are_open_guessing_is_not_spoken_of() -> None:
+def test_verdict_names_no_chance_accuracy_for_open_answers() -> None:
     verdict = thoughts_verdict(rows_with(), None, LOST)
     assert verdict[0].startswith("The thoughts are used:")
-    assert "guessing" not in " ".join(verdict)
+    assert "chance" not in " ".join(verdict)
 
 
-def test_each_sentence_says_what_its_numbers_say() -> None:
+def test_verdict_sentences_agree_with_the_intervals() -> None:
     falls = thoughts_verdict(rows_with(), 0.5, LOST)
     assert falls[1] == ("Their content is needed: with the mean over questions in place of each thought 52.0 % "
-                        "(-46.0 points, -50.0 to -42.0), which is not surely better than guessing.")  # fmt: skip
-    assert "better than guessing" not in thoughts_verdict(rows_with(mean=0.7), 0.5, LOST)[1]
+                        "(-46.0 points, -50.0 to -42.0), which is not clearly above chance.")  # fmt: skip
+    assert "above chance" not in thoughts_verdict(rows_with(mean=0.7), 0.5, LOST)[1]
     assert "order matters: in another order 90.0 %" in falls[3]
-    assert "number 2 is missed most: with its mean in its place 70.0 %" in falls[4]
+    assert "number 2 matters most: with its mean in its place 70.0 %" in falls[4]
     stays = thoughts_verdict(rows_with(mean=0.98, order=0.97, thought_2=0.98), 0.5, LOST)
-    assert stays[1].startswith("That their content is needed is not seen")
-    assert stays[3].startswith("That their order matters is not seen")
-    assert stays[4].startswith("No single thought is surely missed; number 1")
+    assert stays[1].startswith("No need for their content is seen")
+    assert stays[3].startswith("No effect of their order is seen")
+    assert stays[4].startswith("No single thought is clearly needed; number 1")
 
 
 def followed(**shares: float) -> dict[str, dict[str, Any]]:
@@ -338,13 +338,13 @@ def followed(**shares: float) -> dict[str, dict[str, Any]]:
     ("old", "only", "first"),
     [
         (0.03, 0.95, "The thoughts carry the answer:"),
-        (0.95, 0.03, "The thoughts do not carry the answer, the question itself is read:"),
-        (0.95, 0.95, "Either of them alone turns most answers:"),
-        (0.03, 0.03, "Neither thoughts nor question carry the answer alone:"),
-        (0.49, 0.95, "It cannot be told whether thoughts or question carry the answer:"),
+        (0.95, 0.03, "The question carries the answer, not the thoughts:"),
+        (0.95, 0.95, "Changing the thoughts or the question alone changes most answers:"),
+        (0.03, 0.03, "Neither the thoughts nor the question carry the answer alone:"),
+        (0.49, 0.95, "It is not clear whether the thoughts or the question carry the answer:"),
     ],
 )
-def test_old_thoughts_and_new_ones_decide_what_carries_the_answer(old: float, only: float, first: str) -> None:
+def test_edges_verdict_depends_on_the_exchanged_thoughts(old: float, only: float, first: str) -> None:
     verdict = edges_verdict(followed(redirected_old_thoughts=old, redirected_thoughts_only=only))
     assert verdict[0].startswith(first)
     assert f"{100 * old:.1f} % of the answers follow" in verdict[0]
@@ -353,6 +353,6 @@ def test_old_thoughts_and_new_ones_decide_what_carries_the_answer(old: float, on
     assert "1.0 %" in verdict[3]
 
 
-def test_an_answer_that_does_not_follow_the_graph_is_carried_by_nothing() -> None:
+def test_edges_verdict_without_answers_that_follow() -> None:
     assert edges_verdict(followed(redirected=0.2))[0].startswith("The answer does not follow the graph: of 400")
-    assert edges_verdict(followed(redirected=0.5))[0].startswith("It cannot be told whether the answer follows")
+    assert edges_verdict(followed(redirected=0.5))[0].startswith("It is not clear whether the answer follows")

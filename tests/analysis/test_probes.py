@@ -1,4 +1,4 @@
-"""What is in the thoughts: any number of them, the values of nodes, and the thoughts themselves."""
+"""Probes: any number of thoughts, the values of nodes, inner products, logit lens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows_of(study: Study, **keys: Any) -> list[dict[str, Any]]:
 
 
 def by_whole_sequences(examined: Subject, question: int, after: int, forced: str, node: str) -> float:
-    """The probability of a name, from one uncached pass over all that stands before it."""
+    """The probability of a name, from one uncached pass over the whole sequence."""
     lm = examined.lm
     prompt = encode_questions(lm.tokenizer, [examined.examples[question].question], lm.reasoning.format)[0]
     prompt += slot_with_markers(lm.reasoning, lm.special, after).tolist()
@@ -52,20 +52,20 @@ def by_whole_sequences(examined: Subject, question: int, after: int, forced: str
     return float(lm.log_probs(ids, labels=labels, use_cache=False).detach().sum().exp())
 
 
-def test_values_in_symbols_are_those_of_whole_sequences(family: str) -> None:
+def test_values_in_symbols_equal_uncached_probabilities(family: str) -> None:
     examined = symbolic(family)
     values, *_ = next_step_values(examined)
     assert {row["after"] for row in values.rows} == {0, 1, 2}
-    assert len(values.rows) == 3 * sum(len(asked.graph) for asked in examined.asked)
+    assert len(values.rows) == 3 * sum(len(asked.graph) for asked in examined.graphs)
     for row in values.rows[::5]:
         expected = by_whole_sequences(examined, row["question"], row["after"], "", row["node"])
         assert row["value"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("start", [False, True])
-def test_values_of_names_of_several_tokens_are_those_of_whole_sequences(start: bool) -> None:
+def test_values_of_names_of_several_tokens_equal_uncached_probabilities(start: bool) -> None:
     examined = in_sentences(start=start)
-    lengths = {len(spelling.name) for spelling in spell(examined.lm, list(examined.asked[0].graph), False).values()}
+    lengths = {len(spelling.name) for spelling in spell(examined.lm, list(examined.graphs[0].graph), False).values()}
     assert len(lengths) > 2
     values, *_ = next_step_values(examined)
     assert values.facts["warning"].startswith("The run was trained without mixing")
@@ -92,9 +92,9 @@ def test_values_do_not_depend_on_the_batch(make: Any, monkeypatch: pytest.Monkey
     assert [row["value"] for row in together] == pytest.approx([row["value"] for row in alone], rel=1e-4)
 
 
-def test_names_have_the_tokens_that_they_have_in_a_step() -> None:
+def test_names_are_encoded_as_in_a_step() -> None:
     examined = in_sentences()
-    template, nodes = examined.lm.reasoning.format.step, list(examined.asked[0].graph)
+    template, nodes = examined.lm.reasoning.format.step, list(examined.graphs[0].graph)
     for node, spelling in spell(examined.lm, nodes, symbolic=False).items():
         step = encode_texts(examined.lm.tokenizer, [PromptFormat.fill(template, f"Every {node} is a cat.")])[0]
         assert tuple(step[: len(spelling.before + spelling.name)]) == spelling.before + spelling.name
@@ -105,12 +105,12 @@ def test_names_have_the_tokens_that_they_have_in_a_step() -> None:
         assert examined.lm.tokenizer.decode([*spelling.name]) == node
 
 
-def test_where_nodes_lie() -> None:
+def test_value_rows_describe_the_position_of_nodes() -> None:
     examined = symbolic()
     values, *_ = next_step_values(examined)
     assert values.facts | {"warning": None} == {"form": "symbols", "offset": 1, "thoughts_per_step": 1, "warning": None}
     for row in values.rows:
-        asked = examined.asked[row["question"]]
+        asked = examined.graphs[row["question"]]
         graph, node = asked.graph, row["node"]
         reached = networkx.has_path(graph, asked.root, node)
         assert row["distance"] == (networkx.shortest_path_length(graph, asked.root, node) if reached else None)
@@ -124,7 +124,7 @@ def test_where_nodes_lie() -> None:
         assert {row["question"] for row in rows_of(values, after=after, ahead=True)} == set(range(len(SYMBOLS)))
 
 
-def test_only_thoughts_that_end_a_step_are_probed() -> None:
+def test_values_are_taken_after_whole_steps_only() -> None:
     examined = in_sentences(thoughts_per_step=2)
     values, *_ = next_step_values(examined)
     assert {row["after"] for row in values.rows} == {2, 4}
@@ -132,7 +132,7 @@ def test_only_thoughts_that_end_a_step_are_probed() -> None:
     assert ahead == {(0, 2, "wumpus"), (0, 4, "cat"), (0, 4, "vumpus"), (1, 2, "cat")}
 
 
-def test_parallelism_orders_each_cumulated_value_by_itself() -> None:
+def test_parallelism_sorts_each_cumulated_value_separately() -> None:
     values, parallelism, _ = next_step_values(symbolic())
     for after in (0, 1):
         ahead = [
@@ -177,7 +177,7 @@ def test_each_number_of_thoughts_is_forced() -> None:
     assert study.facts["trained_thoughts"] == 2
 
 
-def test_without_graphs_there_are_no_outcomes() -> None:
+def test_k_forcing_has_no_outcomes_without_graphs() -> None:
     for examples, task in ((SUMS, "gsm8k"), (SUMS, "prosqa")):
         study = k_forcing(subject(build("llama", num_thoughts=1, max_new_tokens=2), examples, task))
         assert len(study.rows) == 4
@@ -189,14 +189,14 @@ def test_pauses_can_be_forced() -> None:
     assert [row["thoughts"] for row in study.rows] == [0, 1, 2, 3, 4]
 
 
-def test_a_run_without_mixing_warns() -> None:
+def test_k_forcing_warns_of_a_run_without_mixing() -> None:
     examined = symbolic()
     assert "without mixing" in k_forcing(examined).facts["warning"]
     mixed = k_forcing(replace(examined, trained_with_fewer_thoughts=True)).facts["warning"]
-    assert mixed.startswith("More thoughts than its own 2 were never trained")
+    assert mixed.startswith("The model was never trained with more than 2 thoughts")
 
 
-def test_a_classifier_against_always_as_many() -> None:
+def test_stopping_compares_the_classifier_with_a_constant_number() -> None:
     """One that never stops changes nothing; one that always stops leaves one thought."""
     examined = symbolic()
     for bias, thoughts in ((-1.0, 2), (1.0, 1)):
@@ -216,14 +216,14 @@ def test_a_classifier_against_always_as_many() -> None:
 
 
 @pytest.mark.parametrize("make", [symbolic, in_sentences])
-def test_inner_products_are_grouped_by_where_nodes_lie(make: Any) -> None:
+def test_inner_products_are_grouped_by_the_position_of_nodes(make: Any) -> None:
     examined = make()
     lm, found = examined.lm, inner_products(examined)
-    spellings = spell(lm, sorted({node for asked in examined.asked for node in asked.graph}), examined.symbolic)
+    spellings = spell(lm, sorted({node for asked in examined.graphs for node in asked.graph}), examined.symbolic)
     embed = lm.base.get_input_embeddings().weight.detach()
     for thought in (1, 2):
         groups: dict[str, list[float]] = {}
-        for asked, thoughts_KD in zip(examined.asked, examined.baseline.thoughts, strict=True):
+        for asked, thoughts_KD in zip(examined.graphs, examined.baseline.thoughts, strict=True):
             shortest = list(networkx.all_shortest_paths(asked.graph, asked.root, asked.target))
             reached = networkx.single_source_shortest_path_length(asked.graph, asked.root)
             if len(shortest[0]) <= thought:
@@ -242,7 +242,7 @@ def test_inner_products_are_grouped_by_where_nodes_lie(make: Any) -> None:
             assert row["sd"] == (pytest.approx(np.std(values, ddof=1), rel=1e-3) if len(values) > 1 else None)
 
 
-def test_decoded_thoughts_are_what_the_head_makes_of_them() -> None:
+def test_decoded_thoughts_equal_the_output_layer_on_them() -> None:
     examined = symbolic()
     study = decoded(examined, count=2)
     assert len(study.rows) == 2 * 2 * 5
@@ -261,7 +261,7 @@ def test_thoughts_are_decoded_without_graphs() -> None:
 # --- what cannot be examined ---
 
 
-def test_studies_that_need_thoughts_say_so() -> None:
+def test_studies_that_need_thoughts_refuse_other_methods() -> None:
     for study in (next_step_values, inner_products, decoded):
         with pytest.raises(NotApplicable, match=r"pause has no latent .* pauses\. .*: coconut, without_curriculum\."):
             study(symbolic(slot=Slot.pause, method="pause"))
@@ -271,25 +271,25 @@ def test_studies_that_need_thoughts_say_so() -> None:
         k_forcing(symbolic(slot=Slot.none, method="cot", markers=False, num_thoughts=0))
 
 
-def test_studies_that_need_graphs_say_so() -> None:
+def test_studies_that_need_graphs_refuse_other_tasks() -> None:
     lm = build("llama", num_thoughts=1, max_new_tokens=2)
     for study in (next_step_values, inner_products):
-        with pytest.raises(NotApplicable, match="questions of gsm8k tell no graph; this study needs one: prosqa"):
+        with pytest.raises(NotApplicable, match=r"questions of gsm8k describe no graph\. Tasks with graphs: prosqa"):
             study(subject(lm, SUMS, "gsm8k"))
-        with pytest.raises(NotApplicable, match=r"Question 7 tells no graph\. The question ends neither"):
+        with pytest.raises(NotApplicable, match=r"Question 7 describes no graph\. The question ends neither"):
             study(subject(lm, [*SYMBOLS, SUMS[0]]))
         with pytest.raises(NotApplicable, match="Some questions are in symbols and others in sentences"):
             study(subject(lm, [*SYMBOLS, *SENTENCES]))
 
 
-def test_examining_leaves_the_model_as_it_was() -> None:
+def test_studies_leave_the_model_unchanged() -> None:
     examined = symbolic()
     examined.lm.train()
     next_step_values(examined)
     assert examined.lm.training
 
 
-def test_the_usual_answers_are_made_once() -> None:
+def test_baseline_is_evaluated_once() -> None:
     examined = symbolic()
     assert examined.baseline is examined.forced(2)
     assert examined.forced(0) is examined.forced(0)

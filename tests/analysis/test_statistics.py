@@ -196,14 +196,14 @@ def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines[3:6]] == ["coconut", "cot", "pause_as_thought"], "in the order of METHODS"
     assert "Accuracy on 30 unseen questions of test.json" in done.stdout
-    assert "ms: a question, in batches of 15." in " ".join(done.stdout.split())
+    assert "ms: for a question, in batches of 15." in " ".join(done.stdout.split())
     assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == {
         "table.html", "table.md", "table.csv", "table.json",
     }  # fmt: skip
     assert "`coconut analyze table runs='runs/*'`" in (copy / "table.md").read_text()
 
 
-def test_a_row_says_what_its_runs_did(copy: Path) -> None:
+def test_a_row_holds_the_means_of_its_runs(copy: Path) -> None:
     score(copy / "coconut-seed0", [True] * 20 + [False] * 10)
     score(copy / "coconut-seed1", [True] * 26 + [False] * 4)
     assert table(named(copy)) == 0
@@ -242,27 +242,31 @@ def test_pairs_are_compared_on_the_seeds_that_both_have(copy: Path) -> None:
     pair = pairs["coconut", "cot"]
     assert pair.seeds == [0, 1]
     assert pair.difference == pytest.approx(58 / 60 - 11 / 60)
-    assert pair.told_apart
+    assert pair.distinguishable
     pair = pairs["coconut", "pause_as_thought"]
     assert pair.seeds == [0]
     assert (pair.difference, pair.p, pair.p_holm) == pytest.approx((2 / 30, 0.5, 0.5))
     told = compared.warnings
-    assert told[0].startswith("coconut and pause_as_thought cannot be told apart on these questions: difference +6.7")
+    assert told[0].startswith(
+        "coconut and pause_as_thought cannot be distinguished on these questions: difference +6.7"
+    )
     assert told[1].startswith("Only one seed of pause_as_thought:")
     assert told[2].startswith("Not all methods have the same seeds.")
     assert len(told) == 3
     assert "coconut to pause_as_thought" in on_screen(compared)
 
 
-def test_methods_that_are_alike_are_listed_once(copy: Path) -> None:
+def test_indistinguishable_methods_are_listed_once(copy: Path) -> None:
     for run in copy.iterdir():
         score(run, [True] * 15 + [False] * 15)
     told = compare(named(copy)).warnings
-    assert told[0].startswith("coconut, cot and pause_as_thought cannot be told apart on these questions: the largest")
-    assert sum("told apart" in warning for warning in told) == 1
+    assert told[0].startswith(
+        "coconut, cot and pause_as_thought cannot be distinguished on these questions: the largest"
+    )
+    assert sum("distinguished" in warning for warning in told) == 1
 
 
-def test_a_difference_within_the_spread_of_seeds_is_not_told_apart(copy: Path) -> None:
+def test_a_difference_within_the_spread_of_seeds_is_not_distinguishable(copy: Path) -> None:
     for method, right in [("coconut", (30, 10)), ("cot", (8, 10))]:
         for seed, count in enumerate(right):
             score(copy / f"{method}-seed{seed}", [True] * count + [False] * (30 - count))
@@ -270,8 +274,8 @@ def test_a_difference_within_the_spread_of_seeds_is_not_told_apart(copy: Path) -
     (pair,) = compared.pairs
     assert pair.p_holm < 0.05
     assert pair.low <= 0
-    assert not pair.told_apart
-    assert compared.warnings[0].endswith("These runs differ; with other seeds it may be otherwise.")
+    assert not pair.distinguishable
+    assert compared.warnings[0].endswith("These runs differ, but runs with other seeds may not.")
 
 
 def test_runs_without_a_common_seed_are_not_compared(copy: Path) -> None:
@@ -312,7 +316,7 @@ def labels(folder: Path) -> list[str]:
     return [group.label for group in compare(named(folder)).groups]
 
 
-def test_a_run_that_took_up_its_methods_curriculum_is_a_whole_one(copy: Path) -> None:
+def test_a_run_that_continues_the_curriculum_of_its_method_has_equal_settings(copy: Path) -> None:
     run, origin = copy / "coconut-seed1", copy / "coconut-seed0"
     began(run, origin, step=2, total=4)
     assert labels(copy) == ["coconut", "cot", "pause_as_thought"]
@@ -320,7 +324,7 @@ def test_a_run_that_took_up_its_methods_curriculum_is_a_whole_one(copy: Path) ->
     assert "coconut (curriculum.total_length=7)" in labels(copy)
 
 
-def test_what_a_run_began_with_makes_it_another(copy: Path) -> None:
+def test_initial_weights_distinguish_groups(copy: Path) -> None:
     run = copy / "coconut-seed1"
     for origin, step in ((copy / "coconut-seed0", 1), (copy / "cot-seed0", 2), (copy / "elsewhere", 2)):
         began(run, origin, step=step, total=4)
@@ -330,7 +334,7 @@ def test_what_a_run_began_with_makes_it_another(copy: Path) -> None:
     assert any("init=nothing" in label for label in labels(copy)), "the stages before were never trained"
 
 
-def test_origins_of_one_making_are_one(copy: Path) -> None:
+def test_initial_weights_of_equal_settings_are_equal(copy: Path) -> None:
     shutil.copytree(copy / "pause_as_thought-seed0", copy / "pause_as_thought-seed1")
     run = copy / "pause_as_thought-seed1"
     change(run / "config.json", seed=1)
@@ -340,13 +344,13 @@ def test_origins_of_one_making_are_one(copy: Path) -> None:
     assert len(labels(copy)) == 4
 
 
-def test_what_else_a_reader_is_warned_of(copy: Path) -> None:
+def test_warnings_name_batch_sizes_truncation_and_updates(copy: Path) -> None:
     change(copy / "cot-seed0" / "evaluation" / "test.json", batch_size=64, truncated=0.3)
     change(copy / "cot-seed1" / "run.json", init="/elsewhere/run/checkpoints/step-0000100")
     told = "\n".join(compare(named(copy)).warnings)
     assert "different batch sizes (15, 64)" in told
-    assert re.search(r"cut off at the limit of new tokens: .*cot .* 30\.0 %", told)
-    assert "Not all were trained equally long: 6 to 106 updates." in told
+    assert re.search(r"truncated at the limit of new tokens: .*cot .* 30\.0 %", told)
+    assert "The runs have different numbers of updates: 6 to 106." in told
 
 
 # --- what is refused -------------------------------------------------------------------------------
@@ -398,7 +402,7 @@ def trained_on_it(run: Path) -> None:
     change(run / "run.json", data={**data, "train": {**data["train"], "sha256": digest}})
 
 
-def began_with_a_run_that_was_trained_on_it(run: Path) -> None:
+def initialized_from_a_run_trained_on_it(run: Path) -> None:
     earlier = run.parent.parent / "earlier"
     shutil.copytree(run, earlier)
     trained_on_it(earlier)
@@ -427,22 +431,22 @@ def no_longer_the_best(run: Path) -> None:
         (other_questions, r"different questions.*cot-seed1\nEvaluate them again"),
         (fewer_predictions, r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: coconut evaluate"),
         (other_answers, r"cot-seed1\S+jsonl does not hold the 30 answers"),
-        (chosen_on_it, r"cot-seed1: \S+test\.json chose its checkpoint.*Take questions that no run has seen"),
+        (chosen_on_it, r"cot-seed1: \S+test\.json chose its checkpoint.*Use questions that no run has seen"),
         (trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
-        (began_with_a_run_that_was_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
+        (initialized_from_a_run_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
         (trained_on_its_questions, r"cot-seed1: the questions of \S+test\.json are in the training data"),
         (unusual, r"cot-seed1: non-default settings.*Evaluate again"),
         (no_longer_the_best, r"cot-seed1: update 1 was evaluated, and the best is \d"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(copy: Path, spoil: Callable[[Path], None], told: str) -> None:
+def test_runs_that_cannot_be_compared_are_refused(copy: Path, spoil: Callable[[Path], None], told: str) -> None:
     spoil(copy / "cot-seed1")
     with pytest.raises(ValueError, match=f"(?s){told}"):
         table(named(copy))
     assert not list(copy.glob("*table*")), "nothing is written"
 
 
-def test_every_run_that_lacks_something_is_named_at_once(copy: Path) -> None:
+def test_all_runs_without_an_evaluation_are_named(copy: Path) -> None:
     for run in copy.iterdir():
         no_evaluation(run)
     with pytest.raises(ValueError, match="5 runs are without the evaluation 'test'") as found:
@@ -463,7 +467,7 @@ def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: 
         with pytest.raises(ValueError, match=told):
             table(TableConfig(runs=names))
     shutil.copytree(one, copy / "again")
-    with pytest.raises(ValueError, match=r"again and .*cot-seed0 are one run made twice: cot .* seed=0"):
+    with pytest.raises(ValueError, match=r"again and .*cot-seed0 are the same run made twice: cot .* seed=0"):
         table(TableConfig(runs=[str(copy / "again"), one]))
     with pytest.raises(ValueError, match="Name the runs: runs="):
         TableConfig()
@@ -495,7 +499,7 @@ def test_questions_are_unseen_if_no_run_saw_them_in_whatever_file(runs: Path, tm
     compared = compare(both)
     told = "12 questions of mixed.json, 4 of them in the training data and 2 of them in the validation data"
     assert told in on_screen(compared)
-    assert any(warning.startswith("Not all is unseen: 12 questions, 4 of them") for warning in compared.warnings)
+    assert any("The run that saw the most: 12 questions, 4 of them" in warning for warning in compared.warnings)
     with pytest.raises(ValueError, match=r"the questions of \S+known\.json are in the training data"):
         compare(replace(both, split=known.stem))
     for path in runs.glob("*/evaluation/[mk]*"):
@@ -518,7 +522,7 @@ def test_another_file_can_be_compared_on(runs: Path, tmp_path: Path) -> None:
 # --- what is written -------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing_and_says_what_was_compared(copy: Path) -> None:
+def test_the_page_loads_no_other_file_and_shows_what_was_compared(copy: Path) -> None:
     for number, name in enumerate(["icot", "no_cot", "pause"]):
         shutil.copytree(copy / "cot-seed0", copy / f"{name}-seed0")
         change(copy / f"{name}-seed0" / "config.json", method=name)
@@ -534,14 +538,14 @@ def test_the_page_loads_nothing_and_says_what_was_compared(copy: Path) -> None:
     for run in copy.glob("*-seed*"):
         assert str(run) in text
     assert "2 of coconut-seed0 + 4" in text
-    assert "guessing 50.0 %" in text
+    assert "chance 50.0 %" in text
     assert "Every pair, with interval and p" in text
     for split in ("train", "valid"):
         assert read_json(copy / "cot-seed0" / "run.json")["data"][split]["sha256"][:12] in text
-    assert "in brackets if the two cannot be told apart" in text
+    assert "in brackets if the two cannot be distinguished" in text
 
 
-def test_names_cannot_become_part_of_the_page(copy: Path) -> None:
+def test_names_are_escaped(copy: Path) -> None:
     config = copy / "cot-seed1" / "config.json"
     evil = "<script>alert(1)</script> $x$"
     change(config, model={**read_json(config)["model"], "attention": evil})

@@ -46,7 +46,7 @@ def trained(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_part_leaves_data_and_the_page_shows_it(trained: Path) -> None:
+def test_every_part_writes_data_and_a_section_of_the_page(trained: Path) -> None:
     kept = {path.name for path in (trained / "analysis").iterdir()}
     for name in ("k_forcing", "prefix_values", "values", "parallelism", "heights", "inner_products", "decoded",
                  "audit_thoughts", "stopping"):  # fmt: skip
@@ -69,7 +69,7 @@ def test_every_part_leaves_data_and_the_page_shows_it(trained: Path) -> None:
     assert "http" not in page.split("<body", 1)[1].replace("http-equiv", "")
 
 
-def test_the_usual_number_of_thoughts_gives_the_evaluations_accuracy(trained: Path) -> None:
+def test_the_trained_number_of_thoughts_gives_the_accuracy_of_the_evaluation(trained: Path) -> None:
     study, found = Study.read(trained / "analysis", "k_forcing"), read_json(trained / "evaluation" / "test.json")
     assert study
     (own,) = [row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"]]
@@ -81,7 +81,7 @@ def kept(folder: Path) -> set[str]:
     return {path.stem for path in (folder / "analysis").glob("*.json")}
 
 
-def test_parts_by_name_join_what_was_measured_on_the_same(tmp_path: Path, data: DataConfig) -> None:
+def test_named_parts_keep_earlier_studies_of_the_same_questions(tmp_path: Path, data: DataConfig) -> None:
     folder = tmp_path / "run"
     train(small_run(folder, data, curriculum=MIXED))
 
@@ -99,7 +99,7 @@ def test_parts_by_name_join_what_was_measured_on_the_same(tmp_path: Path, data: 
     assert kept(folder) >= {"asked", "decoded"}
 
 
-def test_a_run_whose_data_have_moved(
+def test_missing_data_files_are_named(
     trained: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_folder, away, moved = tmp_path / "run", tmp_path / "away", tmp_path / "moved.json"
@@ -124,7 +124,7 @@ def test_a_run_whose_data_have_moved(
     assert f"with 2 questions of {moved}" in capsys.readouterr().out
 
 
-def test_the_page_alone_needs_no_model(trained: Path, tmp_path: Path) -> None:
+def test_the_page_without_parts_needs_no_model(trained: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
     assert analyze.run(AnalyzeConfig(run=str(trained), parts=[], output=str(page))) == 0
@@ -132,7 +132,7 @@ def test_the_page_alone_needs_no_model(trained: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
 
 
-def test_a_method_without_thoughts_gets_what_fits_it(
+def test_parts_that_do_not_apply_are_left_out(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -145,7 +145,7 @@ def test_a_method_without_thoughts_gets_what_fits_it(
 
 
 @pytest.mark.parametrize("part", [Part.k_forcing, Part.values, Part.audit_thoughts, Part.stopping])
-def test_a_part_that_does_not_fit_is_named_and_nothing_is_written(data: DataConfig, tmp_path: Path, part: Part) -> None:
+def test_a_named_part_that_does_not_apply_is_refused(data: DataConfig, tmp_path: Path, part: Part) -> None:
     folder = tmp_path / "run"
     train(small_run(folder, data, method="cot"))
     with pytest.raises(NotApplicable, match="cot"):
@@ -154,7 +154,7 @@ def test_a_part_that_does_not_fit_is_named_and_nothing_is_written(data: DataConf
     assert not (folder / "report.html").exists()
 
 
-def test_thoughts_that_were_never_mixed_cannot_be_stopped_early(data: DataConfig, tmp_path: Path) -> None:
+def test_stopping_needs_training_with_mixing(data: DataConfig, tmp_path: Path) -> None:
     train(small_run(tmp_path / "run", data))
     with pytest.raises(NotApplicable, match="cannot answer after fewer"):
         analyze.run(AnalyzeConfig(run=str(tmp_path / "run"), parts=[Part.stopping], engine=CPU))
@@ -171,9 +171,7 @@ def sums(folder: Path) -> DataConfig:
     return DataConfig(TaskName.gsm8k, **files, format=PromptFormat("{}", "{} ; ", "### {}"))
 
 
-def test_a_task_without_graphs_is_audited_and_has_no_graph_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_task_without_graphs_has_no_graph_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     curriculum = replace(MIXED, max_stage=1)
     train(small_run(folder, sums(tmp_path), curriculum=curriculum))
@@ -181,11 +179,11 @@ def test_a_task_without_graphs_is_audited_and_has_no_graph_figures(
     assert analyze.run(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
     said = capsys.readouterr().out
     for part in ("values", "inner_products", "audit_edges"):
-        assert f"Left out {part}: The questions of gsm8k tell no graph" in said
+        assert f"Left out {part}: The questions of gsm8k describe no graph" in said
     assert {"audit_thoughts.json", "decoded.json", "k_forcing.json"} <= {
         p.name for p in (folder / "analysis").iterdir()
     }
-    with pytest.raises(NotApplicable, match="tell no graph"):
+    with pytest.raises(NotApplicable, match="describe no graph"):
         analyze.run(AnalyzeConfig(run=str(folder), parts=[Part.values], engine=CPU))
 
 

@@ -1,4 +1,4 @@
-"""The page to play with: what it shows is what the model does, and it answers to nobody else."""
+"""The demo: its answers equal those of the model, its requests are checked, and its page works in a browser."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from helpers.runs import graph_files, small_run
 from coconut.analysis.config import DemoConfig
 from coconut.analysis.graph_layout import place_nodes
 from coconut.analysis.node_probabilities import name_probabilities, spell
-from coconut.analysis.probes import MORE
+from coconut.analysis.probes import EXTRA_THOUGHTS
 from coconut.config import DataConfig, EngineConfig, TaskName
 from coconut.data.tokenization import encode_questions
 from coconut.demo import open_demo
@@ -102,7 +102,7 @@ def in_symbols(symbols_run: Path) -> Iterator[DemoServer]:
 
 @pytest.fixture(scope="module")
 def in_sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
-    """It has no test file, so that its questions are those of the validation."""
+    """A run without a test file; its questions are those of the validation file."""
     folder = tmp_path_factory.mktemp("sentences")
     with served(trained(folder, files(folder, TaskName.prosqa, sentences(seed=0, count=16)))) as server:
         yield server
@@ -116,7 +116,7 @@ def without_thoughts(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 
 
 def request(server: DemoServer, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
-    """The status, and what came: an object, or the text of the page."""
+    """The status and the body of the response: JSON, or the text of the page."""
     connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -137,14 +137,14 @@ def ask(server: DemoServer, **asked: Any) -> Any:
     return found
 
 
-# --- what it shows --------------------------------------------------------------------------------
+# --- replies --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["in_symbols", "in_sentences"])
-def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest) -> None:
+def test_replies_equal_the_answers_of_the_model(form: str, request: pytest.FixtureRequest) -> None:
     server: DemoServer = request.getfixturevalue(form)
     subject, symbolic = server.model.subject, form == "in_symbols"
-    lm, counts = subject.lm, range(OWN + MORE + 1)
+    lm, counts = subject.lm, range(OWN + EXTRA_THOUGHTS + 1)
     for row, example in list(enumerate(subject.examples))[:5]:
         found = ask(server, row=row)
         assert (found["row"], found["question"], found["right"]) == (row, example.question, example.answer)
@@ -170,7 +170,7 @@ def test_it_shows_what_the_model_does(form: str, request: pytest.FixtureRequest)
 
 
 @pytest.mark.parametrize("form", ["in_symbols", "in_sentences"])
-def test_the_graph_is_that_of_the_question(form: str, request: pytest.FixtureRequest) -> None:
+def test_graph_of_the_reply_is_that_of_the_question(form: str, request: pytest.FixtureRequest) -> None:
     server: DemoServer = request.getfixturevalue(form)
     for row, example in list(enumerate(server.model.subject.examples))[:5]:
         shown, told = ask(server, row=row)["graph"], prosqa.graph(example.question)
@@ -195,7 +195,7 @@ def test_the_graph_is_that_of_the_question(form: str, request: pytest.FixtureReq
         ("0 3 | 3 0 ? 0 or 5 from 0", "0"),
     ],
 )
-def test_the_graph_of_a_question_of_ones_own_tells_the_right_answer(
+def test_right_answer_of_a_typed_question_follows_from_its_graph(
     in_symbols: DemoServer, question: str, right: str | None
 ) -> None:
     found = ask(in_symbols, question=question)
@@ -205,29 +205,29 @@ def test_the_graph_of_a_question_of_ones_own_tells_the_right_answer(
     assert not found["notes"]
 
 
-def test_words_that_the_model_does_not_know_are_said(in_symbols: DemoServer) -> None:
+def test_words_outside_the_vocabulary_are_named(in_symbols: DemoServer) -> None:
     found = ask(in_symbols, question="0 3 | 3 zebra | 1 4 ? zebra or 4 from 0")
-    assert found["notes"] == ["The model has no word for zebra."]
+    assert found["notes"] == ["Not in the model's vocabulary: zebra."]
     assert [node["name"] for node in found["graph"]["nodes"]] == ["0", "3", "zebra", "1", "4"]
     assert set(found["after"][1]["names"]) == {"0", "3", "1", "4"}
-    nothing_known = ask(in_symbols, question="a b ? b or c from a")
-    assert [one["names"] for one in nothing_known["after"]] == [None] * (OWN + MORE + 1)
+    all_unknown = ask(in_symbols, question="a b ? b or c from a")
+    assert [one["names"] for one in all_unknown["after"]] == [None] * (OWN + EXTRA_THOUGHTS + 1)
 
 
-def test_a_question_that_tells_no_graph_is_answered(in_symbols: DemoServer) -> None:
+def test_a_question_without_a_graph_is_answered(in_symbols: DemoServer) -> None:
     found = ask(in_symbols, question="0 3 3")
     assert found["graph"] is None
     assert found["right"] is None
-    assert [one["names"] for one in found["after"]] == [None] * (OWN + MORE + 1)
-    assert found["notes"][0].startswith("This tells no graph. The question ends neither in")
+    assert [one["names"] for one in found["after"]] == [None] * (OWN + EXTRA_THOUGHTS + 1)
+    assert found["notes"][0].startswith("The question describes no graph. The question ends neither in")
 
 
-def test_methods_without_thoughts(without_thoughts: DemoServer) -> None:
+def test_methods_without_thoughts_are_answered_without_probabilities(without_thoughts: DemoServer) -> None:
     about = request(without_thoughts, "GET", "/about")[1]
     found = ask(without_thoughts, row=2)
     assert len(found["graph"]["nodes"]) > 2
     assert found["thoughts"] == []
-    pauses = about["trained_thoughts"] + MORE if about["method"] == "pause" else 0
+    pauses = about["trained_thoughts"] + EXTRA_THOUGHTS if about["method"] == "pause" else 0
     assert [one["thoughts"] for one in found["after"]] == list(range(pauses + 1))
     assert {one["names"] for one in found["after"]} == {None}
 
@@ -238,30 +238,30 @@ def test_other_tasks_have_no_graph(tmp_path: Path) -> None:
     with served(trained(tmp_path, files(tmp_path, TaskName.gsm8k, rows))) as server:
         found = ask(server, row=5)
         assert (found["right"], found["graph"], found["notes"]) == ("2", None, [])
-        assert len(found["after"]) == OWN + MORE + 1
-        assert len(found["thoughts"]) == OWN + MORE
+        assert len(found["after"]) == OWN + EXTRA_THOUGHTS + 1
+        assert len(found["thoughts"]) == OWN + EXTRA_THOUGHTS
         assert ask(server, question="1 + 1 = ?")["right"] is None
 
 
-def test_what_it_says_of_the_run(in_symbols: DemoServer, in_sentences: DemoServer, symbols_run: Path) -> None:
+def test_about_describes_the_run(in_symbols: DemoServer, in_sentences: DemoServer, symbols_run: Path) -> None:
     status, about = request(in_symbols, "GET", "/about")
     assert status == 200
     warning, step = about.pop("warning"), load_state(Checkpoints(symbols_run).find("best"))["step"]
-    assert warning.startswith("The run was trained without mixing, so its last stage knows 2 thoughts")
+    assert warning.startswith("The run was trained without mixing, so its last stage has 2 thoughts")
     assert about == {"run": "run", "method": "coconut", "stage": 2, "step": step, "slot": "thought",
                      "trained_thoughts": OWN, "task": "prosqa", "file": "test.json", "rows": 20,
                      "trained_with_fewer_thoughts": False}  # fmt: skip
     assert request(in_sentences, "GET", "/about")[1]["file"] == "valid.json"
 
 
-def test_questions_at_once_do_not_meet(in_symbols: DemoServer) -> None:
+def test_concurrent_questions_do_not_interfere(in_symbols: DemoServer) -> None:
     alone = [ask(in_symbols, row=row) for row in range(6)]
     with ThreadPoolExecutor(6) as threads:
         together = list(threads.map(lambda row: ask(in_symbols, row=row), range(6)))
     assert together == alone
 
 
-def test_without_its_data_it_still_answers(
+def test_demo_answers_without_its_data_file(
     symbols_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(symbols_run, tmp_path / "run")
@@ -271,11 +271,11 @@ def test_without_its_data_it_still_answers(
     with served(tmp_path / "run") as server:
         assert "No question can be drawn" in capsys.readouterr().out
         assert request(server, "GET", "/about")[1]["rows"] == 0
-        assert post(server, {"row": 0}) == (400, {"error": "There is no row 0. No file of the run's data is here."})
+        assert post(server, {"row": 0}) == (400, {"error": "There is no row 0. The run's data file is missing."})
         assert ask(server, question="0 3 | 3 5 ? 5 or 4 from 0")["right"] == "5"
 
 
-# --- what it refuses ------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,25 +289,25 @@ def test_without_its_data_it_still_answers(
         ({"question": 5}, 'Send {"question": text} or {"row": number}'),
         ({}, 'Send {"question": text} or {"row": number}'),
         ([], 'Send {"question": text} or {"row": number}'),
-        ({"question": "\ud800"}, "What came is no JSON"),
+        ({"question": "\ud800"}, "The request is not JSON"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_words(in_symbols: DemoServer, asked: Any, words: str) -> None:
+def test_invalid_questions_are_refused_with_a_reason(in_symbols: DemoServer, asked: Any, words: str) -> None:
     status, found = post(in_symbols, asked)
     assert status == 400
     assert words in found["error"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xff", b"[" * 50_000])
-def test_what_is_no_json_is_refused(in_symbols: DemoServer, body: bytes) -> None:
+def test_bodies_that_are_not_json_are_refused(in_symbols: DemoServer, body: bytes) -> None:
     status, found = request(in_symbols, "POST", "/ask", body, Content_Type="application/json")
-    assert (status, found) == (400, {"error": "What came is no JSON."})
+    assert (status, found) == (400, {"error": "The request is not JSON."})
 
 
-def test_a_question_may_fill_the_context_and_no_more(in_symbols: DemoServer) -> None:
+def test_a_question_may_fill_the_context_but_not_exceed_it(in_symbols: DemoServer) -> None:
     lm = in_symbols.model.subject.lm
-    room = lm.max_sequence_length - len(["<bot>", "<eot>", "answer"]) - (OWN + MORE)
-    assert len(ask(in_symbols, question="3 " * room)["after"]) == OWN + MORE + 1
+    room = lm.max_sequence_length - len(["<bot>", "<eot>", "answer"]) - (OWN + EXTRA_THOUGHTS)
+    assert len(ask(in_symbols, question="3 " * room)["after"]) == OWN + EXTRA_THOUGHTS + 1
     status, found = post(in_symbols, {"question": "3 " * (room + 1)})
     assert status == 400
     assert found["error"] == (
@@ -317,14 +317,14 @@ def test_a_question_may_fill_the_context_and_no_more(in_symbols: DemoServer) -> 
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/ask", "/../config.json", "//127.0.0.1/", "/about/", "/%2e%2e/demo.py"])
-def test_there_is_nothing_elsewhere(in_symbols: DemoServer, path: str) -> None:
+def test_other_paths_are_not_found(in_symbols: DemoServer, path: str) -> None:
     status, found = request(in_symbols, "GET", path)
     assert status == 404
     assert found["error"].startswith("There is nothing at /")
     assert request(in_symbols, "POST", path.replace("ask", "/"), b"{}")[0] == 404
 
 
-def test_bodies_that_are_not_read(in_symbols: DemoServer) -> None:
+def test_bodies_of_wrong_size_or_type_are_refused(in_symbols: DemoServer) -> None:
     least = json.dumps({"question": "0 3 ? 3 or 4 from 0"}).encode()
     for size, expected in ((MAX_REQUEST_BYTES, 200), (MAX_REQUEST_BYTES + 1, 413), (50 * MAX_REQUEST_BYTES, 413)):
         status, found = request(in_symbols, "POST", "/ask", least.ljust(size), Content_Type="application/json")
@@ -335,7 +335,7 @@ def test_bodies_that_are_not_read(in_symbols: DemoServer) -> None:
     assert request(in_symbols, "POST", "/ask", least, Content_Length="-1", **kind)[0] == 411
 
 
-def test_a_body_that_is_announced_too_large_is_not_waited_for(in_symbols: DemoServer) -> None:
+def test_a_body_announced_too_large_is_refused_at_once(in_symbols: DemoServer) -> None:
     with socket.create_connection(("127.0.0.1", in_symbols.server_port), timeout=20) as connection:
         kind = "Content-Type: application/json\r\nContent-Length: 100001"
         connection.sendall(f"POST /ask HTTP/1.0\r\nHost: localhost\r\n{kind}\r\n\r\n".encode())
@@ -343,21 +343,21 @@ def test_a_body_that_is_announced_too_large_is_not_waited_for(in_symbols: DemoSe
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[", "", "10.0.0.1"])
-def test_it_answers_to_no_other_name(in_symbols: DemoServer, host: str) -> None:
+def test_other_host_names_are_refused(in_symbols: DemoServer, host: str) -> None:
     for method, path in (("GET", "/"), ("GET", "/about"), ("POST", "/ask")):
         status, found = request(in_symbols, method, path, b"{}", Host=host, Content_Type="application/json")
         assert status == 421
-        assert found["error"].startswith(f"This page is not served as {host!r} but as 127.0.0.1, localhost.")
+        assert found["error"].startswith(f"This page is served as 127.0.0.1, localhost, not as {host!r}.")
 
 
-def test_a_name_with_capitals_is_a_name(in_symbols: DemoServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_names_are_case_insensitive(in_symbols: DemoServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_symbols, "host", "MyMachine")
     assert request(in_symbols, "GET", "/about", Host="mymachine:8000")[0] == 200
     assert request(in_symbols, "GET", "/about", Host="MyMachine")[0] == 200
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:1", "LOCALHOST"])
-def test_it_answers_through_a_tunnel(in_symbols: DemoServer, host: str) -> None:
+def test_localhost_with_any_port_is_accepted(in_symbols: DemoServer, host: str) -> None:
     assert request(in_symbols, "GET", "/about", Host=host)[0] == 200
 
 
@@ -367,7 +367,7 @@ def test_a_request_without_a_host_is_refused(in_symbols: DemoServer) -> None:
         assert b" 421 " in connection.recv(100)
 
 
-def test_a_browser_that_goes_away_is_no_error(in_symbols: DemoServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_connection_is_no_error(in_symbols: DemoServer, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", in_symbols.server_port), timeout=60) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leave at once
@@ -376,11 +376,11 @@ def test_a_browser_that_goes_away_is_no_error(in_symbols: DemoServer, capfd: pyt
     assert capfd.readouterr().err == ""
 
 
-def test_a_taken_port_is_said(in_symbols: DemoServer) -> None:
+def test_a_taken_port_is_named(in_symbols: DemoServer) -> None:
     port = in_symbols.server_port
     with pytest.raises(ValueError, match=rf"Port {port} is taken by another program. Choose another: port={port + 1}"):
         DemoServer("127.0.0.1", port)
-    with pytest.raises(ValueError, match=r"Nothing can be served at host=203.0.113.7 port=0 .* Take host=127.0.0.1"):
+    with pytest.raises(ValueError, match=r"The page cannot be served at host=203.0.113.7 port=0 .* Use host=127.0.0.1"):
         DemoServer("203.0.113.7", 0)
     for keys, words in (
         ({"port": 65536}, "port is 65536"),
@@ -408,7 +408,7 @@ def test_ctrl_c_ends_it_quietly(symbols_run: Path, tmp_path: Path) -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing(in_symbols: DemoServer) -> None:
+def test_the_page_loads_no_other_file(in_symbols: DemoServer) -> None:
     status, text = request(in_symbols, "GET", "/?x=1")
     assert (status, text) == (200, demo_page())
     assert set(re.findall(r'(?:src|href)="([^"]*)"', text)) == {"data:,"}
@@ -420,7 +420,7 @@ def test_the_page_loads_nothing(in_symbols: DemoServer) -> None:
 
 
 def shown(server: DemoServer, address: str, folder: Path) -> str:
-    """The page as a browser has it after a while."""
+    """The DOM of the page in a browser, after its scripts have run."""
     assert BROWSER
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command = [BROWSER, *options, "--virtual-time-budget=5000", "--dump-dom", f"{server.address}{address}"]
@@ -428,7 +428,7 @@ def shown(server: DemoServer, address: str, folder: Path) -> str:
 
 
 def text_of(dom: str, name: str) -> str:
-    """What stands in the element of this id, which holds no other."""
+    """The text of the element with this id, which has no child elements."""
     [text] = re.findall(rf'id="{name}"[^>]*>([^<]*)<', dom)
     return html.unescape(text)
 
@@ -454,18 +454,18 @@ def test_the_graph_the_probabilities_and_the_answer_in_a_browser(in_symbols: Dem
     bars = re.findall(r'<li class="(?:faint)?" data-node="(\w+)" style="--share: ([^;]+);">', dom)
     assert [name for name, _ in bars] == nodes
     assert [float(share) for _, share in bars] == pytest.approx([after["names"][name] for name in nodes], rel=1e-4)
-    assert dom.count('<li class="later">') == OWN + MORE - 1
+    assert dom.count('<li class="later">') == OWN + EXTRA_THOUGHTS - 1
     assert "row 0 of test.json" in text_of(dom, "source")
 
 
 @in_browser
-def test_a_question_of_ones_own_in_a_browser(in_sentences: DemoServer, tmp_path: Path) -> None:
+def test_a_typed_question_in_a_browser(in_sentences: DemoServer, tmp_path: Path) -> None:
     question = in_sentences.model.subject.examples[1].question
     dom = shown(in_sentences, f"#question={question.replace(' ', '+')}&thoughts=99", tmp_path)
     assert 'aria-valuetext="4 thoughts"' in dom
     assert text_of(dom, "given")
     assert dom.count('<g class="node') == len(prosqa.graph(question))
-    assert "knows 2 thoughts and no other number" in text_of(dom, "output")
+    assert "has 2 thoughts and no other number" in text_of(dom, "output")
 
 
 @in_browser

@@ -1,4 +1,4 @@
-"""Charts of studies, and the sections that tell them: readable, true, and in the page's own colours."""
+"""Charts of studies, and the sections that describe them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WIDTHS = (720, 350)
 
 @cache
 def sentences(nodes: int) -> dict[str, Any]:
-    """A question of so many nodes, in words."""
+    """A question in sentences whose graph has this many nodes."""
     dials = ProsqaBuild(preset=Preset.released).graph_dials()
     for number in range(1000):
         found = draw_row(random.Random(number), lambda key: True, dials, Form.sentences)
@@ -191,7 +191,7 @@ CHARTS = ("k_forcing", "prefix_values", "search_tree", "parallelism", "heights_s
           "inner_products", "audit_thoughts", "audit_edges")  # fmt: skip
 
 
-def test_every_study_has_its_chart(run: RunRecord):
+def test_every_study_has_a_chart(run: RunRecord):
     assert tuple(drawings(run)) == CHARTS
 
 
@@ -232,7 +232,7 @@ def test_the_boxes_of_a_search_tree_hold_their_words_and_keep_apart(nodes: int, 
         assert any(b.x0 <= extent.x0 and extent.x1 <= b.x1 for b in boxes if b.contains(extent.x0, b.y0 + 1)), name
 
 
-def test_a_search_tree_says_after_how_many_thoughts_each_node_has_which_probability():
+def test_search_tree_shows_numbers_of_thoughts_and_probabilities():
     question = "0 1 | 0 2 | 1 3 | 2 4 | 7 5 | 3 9 ? 3 or 5 from 0"
     ahead = {(0, "1"): 0.7, (0, "2"): 0.2, (1, "3"): 0.996, (1, "4"): 0.001}
     distance = {"0": 0, "1": 1, "2": 1, "3": 2, "4": 2, "9": 3}
@@ -246,7 +246,7 @@ def test_a_search_tree_says_after_how_many_thoughts_each_node_has_which_probabil
     assert [text for text in said if "%" in text and text[0] in "<>0123456789"] == ["70 %", "20 %", ">99 %", "<1 %"]
     assert said[:6] == ["start", "no thought yet", "elsewhere 1 %", "no node 9 %", "1 thought", "elsewhere 0 %"]
     assert "2 thoughts" not in said, "the target is reached by then"
-    assert "out of reach from 0" in said
+    assert "not reachable from 0" in said
     twice = Study("values", [row | {"after": 2 * row["after"]} for row in found],
                   {"form": "symbols", "offset": 1, "thoughts_per_step": 2})  # fmt: skip
     assert "2 thoughts" in texts(charts.search_tree(question, "3", twice, 720))
@@ -272,8 +272,8 @@ def test_too_large_graphs_are_not_drawn():
     assert set(charts.shown_graph(far)) == {"0", "1", "5"}
 
 
-def test_the_bars_of_k_forcing_are_all_answers():
-    upper, lower = charts.k_forcing(K_FORCING, 720, guess=0.5).axes
+def test_the_bars_of_k_forcing_add_up_to_all_answers():
+    upper, lower = charts.k_forcing(K_FORCING, 720, chance_accuracy=0.5).axes
     tops: dict[float, float] = {}
     for bar in lower.patches[:-1]:  # the last is the band
         assert bar.get_y() == pytest.approx(tops.get(bar.get_x(), 0.0))  # pyright: ignore
@@ -286,7 +286,7 @@ def test_the_bars_of_k_forcing_are_all_answers():
         "95.0",
         "96.0",
     ]
-    assert "guessing, 50.0 %" in [text.get_text() for text in upper.texts]
+    assert "chance, 50.0 %" in [text.get_text() for text in upper.texts]
     without = Study("k_forcing", [forced(0, 50), forced(1, 90)], {"trained_thoughts": 1})
     assert len(charts.k_forcing(without, 350).axes) == 1
 
@@ -309,14 +309,14 @@ def test_a_probability_is_never_rounded_to_nothing_or_all(share: float, said: st
     assert charts.percent_of(share) == said
 
 
-def test_what_other_numbers_of_thoughts_do_is_told_by_their_intervals():
+def test_k_forcing_sentences_agree_with_the_intervals():
     told = " ".join(describe_k_forcing(K_FORCING))
-    assert "With its own 3 thoughts the model is right on 95.0 % of 100 questions." in told
+    assert "With 3 thoughts, as trained, the model is right on 95.0 % of 100 questions." in told
     assert "No other number does better" not in told
     assert "Clearly better" not in told
     assert "Clearly worse: no thoughts (70.0 %) and 1 thought (80.0 %)." in told
     assert "No clear difference: 2 thoughts (94.0 %) and 4 thoughts (96.0 %)." in told
-    assert told.endswith("no way through the graph: 20.0 % with no thoughts and 10.0 % with 1 thought.")
+    assert told.endswith("written with fewer thoughts: 20.0 % with no thoughts and 10.0 % with 1 thought.")
     reverse = Study("k_forcing", K_FORCING.rows, {"trained_thoughts": 0})
     assert "Clearly better: 1 thought (80.0 %), 2 thoughts (94.0 %)" in " ".join(describe_k_forcing(reverse))
     plain = Study("k_forcing", [forced(0, 60), forced(1, 90)], {"trained_thoughts": 1})
@@ -370,35 +370,37 @@ def test_another_checkpoint_or_other_questions_are_said(run: RunRecord):
     assert section(how_many, replace(run, test=None)).parts[0] == first
 
 
-def test_shares_of_next_to_nothing_are_said_to_be_so(run: RunRecord):
+def test_small_probabilities_of_all_nodes_give_a_warning(run: RunRecord):
     rows = [row | {"value": row["value"] / 100} for row in run.studies["values"].rows]
     facts = run.studies["values"].facts | {"warning": "Never trained so."}
     silent = replace(run, studies=run.studies | {"values": Study("values", rows, facts)})
     told = parts_of(section(what_they_hold, silent), Text)[1].text
-    assert told.startswith("Never trained so. It hardly speaks in steps there: all nodes together get 1 % before")
+    assert told.startswith(
+        "Never trained so. The model rarely names a node as the next step: all nodes together have 1 % before"
+    )
 
 
-def test_a_model_that_guesses_is_said_to(run: RunRecord):
+def test_accuracy_not_above_chance_is_named(run: RunRecord):
     rows = [row | {"accuracy": 0.52, "low": 0.48, "high": 0.56} for row in K_FORCING.rows]
-    guessing = replace(run, studies=run.studies | {"k_forcing": Study("k_forcing", rows, K_FORCING.facts)})
-    told = parts_of(section(how_many, guessing), Text)[0].text
-    assert "That is not surely better than guessing (50.0 %), so the rest says little." in told
+    not_above_chance = replace(run, studies=run.studies | {"k_forcing": Study("k_forcing", rows, K_FORCING.facts)})
+    told = parts_of(section(how_many, not_above_chance), Text)[0].text
+    assert "That is not clearly above chance (50.0 %), so the rest means little." in told
 
 
-def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
+def test_how_many_has_numbers_stopping_and_a_warning(run: RunRecord):
     found = section(how_many, run)
     told = " ".join(part.text for part in parts_of(found, Text))
     assert "Clearly worse" in told
-    assert "It stops after 2.25 on average; 87.5 % of the answers are right then" in told
-    assert "93.0 % are right; who decides by the thought's place alone gets 75.0 %" in told
+    assert "It stops after 2.25 thoughts on average, and then 87.5 % of the answers are right." in told
+    assert "93.0 % of its decisions are right; a rule that sees only the position of the thought reaches 75.0 %" in told
     _, forcing, prefixes = parts_of(found, Table)
     assert forcing.rows[2] == ["2", "94.0 %", "91.0 to 96.0", "3.0"]
-    assert "on average −6.10 without thoughts and −0.10 with 3 thoughts" in told
+    assert "On average it is −6.10 without thoughts and −0.10 with 3 thoughts" in told
     assert (
-        "is made likelier by thought 1 (+2.00); not surely either by thought 2 (+2.00) and thought 3 (+2.00)." in told
+        "is made likelier by thought 1 (+2.00); not clearly changed by thought 2 (+2.00) and thought 3 (+2.00)." in told
     )
-    assert "This is no implicit reward" in told
-    assert prefixes.rows[0] == ["the whole of it", "0", "−6.10", "−6.50 to −6.02", "–", "–"]
+    assert "This is not an implicit reward" in told
+    assert prefixes.rows[0] == ["whole answer", "0", "−6.10", "−6.50 to −6.02", "–", "–"]
     assert prefixes.rows[1][4:] == ["+2.00", "+1.50 to +2.50"]
     warned = Study("k_forcing", K_FORCING.rows, {**K_FORCING.facts, "warning": "Trained without mixing."})
     failed = Study("stopping", [], {"reason": "thinking always ends at the same thought."})
@@ -408,7 +410,7 @@ def test_how_many_tells_numbers_stopping_and_a_warning(run: RunRecord):
     assert told[-1].endswith("not measured: thinking always ends at the same thought.")
 
 
-def test_a_section_without_its_studies_says_how_to_get_them_or_is_left_out(run: RunRecord):
+def test_a_section_without_studies_shows_the_command_or_is_left_out(run: RunRecord):
     bare = replace(run, studies={})
     assert parts_of(section(how_many, bare), Code)[0].text == "coconut analyze run=runs/mine"
     assert what_they_hold(bare) is None
@@ -420,11 +422,14 @@ def test_a_section_without_its_studies_says_how_to_get_them_or_is_left_out(run: 
 
 
 @pytest.mark.slow
-def test_what_they_hold_shows_the_tree_and_the_words_of_one_question(run: RunRecord):
+def test_what_they_hold_shows_the_tree_and_the_tokens_of_one_question(run: RunRecord):
     found, chosen = section(what_they_hold, run), sample(run)
     assert chosen
     assert len(parts_of(found, Shown)) == 5
-    assert any(f"This is question {chosen.index + 1} of the test file." in part.text for part in parts_of(found, Text))
+    assert any(
+        f"This is question {chosen.index + 1} of the test file, chosen from" in part.text
+        for part in parts_of(found, Text)
+    )
     (ranked,) = parts_of(found, Ranked)
     assert [name for name, _ in ranked.rows] == ["thought 1", "thought 2", "thought 3"]
     expected = [row for row in run.studies["decoded"].rows if (row["question"], row["thought"]) == (chosen.index, 2)]
@@ -433,7 +438,7 @@ def test_what_they_hold_shows_the_tree_and_the_words_of_one_question(run: RunRec
     assert run.studies["asked"].rows[0]["text"] in parts_of(only, Text)[0].text
 
 
-def test_the_verdict_stands_before_the_figures(run: RunRecord):
+def test_verdicts_precede_the_figures(run: RunRecord):
     found = section(are_they_used, run)
     assert found.title == "Are the thoughts used?"
     assert found.parts[0] == Lead(["The thoughts are used.", "A second one."])
@@ -449,7 +454,7 @@ def test_the_verdict_stands_before_the_figures(run: RunRecord):
 
 
 @pytest.mark.slow
-def test_the_page_holds_every_section_and_no_word_becomes_markup(run: RunRecord):
+def test_the_page_has_every_section_and_escapes_text(run: RunRecord):
     decoded = [row | {"token": "<script>"} for row in run.studies["decoded"].rows]
     evil = replace(run, studies={**run.studies, "decoded": Study("decoded", decoded)})
     html = report(evil, [how_many, what_they_hold, are_they_used])
@@ -471,6 +476,6 @@ def test_a_run_is_read_with_its_studies(run: RunRecord, tmp_path: Path):
     assert read_run(tmp_path).studies == run.studies
 
 
-def test_numbers_are_set_with_their_signs():
+def test_typeset_uses_minus_signs_and_no_break_spaces():
     assert typeset("-3.5 points, -4.0 to -3.0, 20 % of them") == "−3.5 points, −4.0 to −3.0, 20\u00a0% of them"
     assert typeset("graphs-2.json, pre-trained") == "graphs-2.json, pre-trained"

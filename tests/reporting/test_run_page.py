@@ -77,13 +77,13 @@ def page_of(run: Path | RunRecord) -> str:
     return analyze.page_of(record)
 
 
-def test_the_page_says_how_good_the_run_is(evaluated: Path):
+def test_the_page_shows_the_test_result(evaluated: Path):
     found = read_json(evaluated / "evaluation" / "test.json")
     text = words(page_of(evaluated))
     assert f"{100 * found['accuracy']:.1f} % on 20 unseen questions" in text
     low, high = found["interval"]
-    assert f"95 % interval {100 * low:.1f} % to {100 * high:.1f} %" in text
-    assert "guessing 50.0 %" in text
+    assert f"95 % confidence interval {100 * low:.1f} % to {100 * high:.1f} %" in text
+    assert "chance 50.0 %" in text
     assert "small &amp; quick" in text
     assert "the first k steps become k*c thoughts" in text
 
@@ -103,7 +103,7 @@ def test_the_page_shows_every_stage_and_what_was_trained(evaluated: Path):
     assert "&#34;intermediate_size&#34;: 32" in html  # config.json, whole
 
 
-def test_the_page_loads_nothing(evaluated: Path):
+def test_the_page_loads_no_other_file(evaluated: Path):
     html, loads = page_of(evaluated), Loads()
     loads.feed(html)
     assert all(name.startswith("#") for name in loads.names)
@@ -112,7 +112,7 @@ def test_the_page_loads_nothing(evaluated: Path):
     assert len(loads.ids) == len(set(loads.ids)), "an id that two figures share would mix them up"
 
 
-def test_a_question_cannot_become_part_of_the_page(copy: Path):
+def test_questions_are_escaped(copy: Path):
     file = copy / "evaluation" / "test.predictions.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     evil = "<script>alert('1')</script>"
@@ -126,7 +126,7 @@ def test_a_question_cannot_become_part_of_the_page(copy: Path):
     assert html.count("<svg") == html.count("</svg>")
 
 
-def test_a_run_without_evaluation_says_so(trained: Path):
+def test_a_run_without_evaluation_shows_the_command(trained: Path):
     text = words(page_of(trained))
     assert "no test result yet" in text
     assert f"coconut evaluate run={trained}" in text
@@ -144,7 +144,7 @@ def test_validation_accuracy_is_never_a_test_result(copy: Path):
     found = read_json(copy / "evaluation" / "test.json")
     write_json(copy / "evaluation" / "test.json", {**found, "split": "test"})
     text = words(page_of(copy))
-    assert "questions that it was trained or validated on, which is no test" in text
+    assert "questions that it was trained or validated on, so it is no test result" in text
     assert "unseen questions" not in text
 
 
@@ -171,10 +171,10 @@ def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path
     assert "no test result yet" in words(page_of(copy))
 
 
-def test_an_old_evaluation_says_that_it_is_old(copy: Path):
+def test_an_evaluation_of_an_earlier_checkpoint_is_marked(copy: Path):
     found = read_json(copy / "evaluation" / "test.json")
     write_json(copy / "evaluation" / "test.json", {**found, "step": 1})
-    assert "no longer the best on validation data" in words(page_of(copy))
+    assert "not the best on validation data" in words(page_of(copy))
 
 
 def test_a_run_that_is_not_complete(evaluated: Path):
@@ -205,7 +205,7 @@ def test_right_and_wrong_answers_are_shown_apart(evaluated: Path):
     text = words(page_of(replace(record, answers=[right] * 9 + [wrong] * 2)))
     assert "Right, the first 4 of 9" in text
     assert "Wrong, all 2" in text
-    assert "a b c ✗ answered – right answer Tom cut off at the limit of new tokens" in text
+    assert "a b c ✗ answered – right answer Tom truncated at the limit of new tokens" in text
     assert "None of them is wrong." in words(page_of(replace(record, answers=[right])))
 
 
@@ -282,13 +282,13 @@ def test_any_graph_can_be_drawn(question: str):
 def test_figures_are_in_the_colours_of_the_page():
     bands = [Band(f"stage {i}", f"{i} thoughts", 10 * i, 10 * i + 10) for i in range(9)]
     accuracy = [(5, 0.2), (80, 0.9)]
-    curves = Curves(bands, accuracy, [(1, 3.0), (90, 0.1)], [(5, 2.0)], guess=0.5, best=accuracy[1])
+    curves = Curves(bands, accuracy, [(1, 3.0), (90, 0.1)], [(5, 2.0)], chance_accuracy=0.5, best=accuracy[1])
     for width in (350, 720):
         svg = learning_curves(curves, width, "f")
-        assert "guessing, 50.0 %" in svg
+        assert "chance, 50.0 %" in svg
         assert not re.search("#[0-9a-f]{6}", svg)
     assert LIGHT.keys() == DARK.keys()
 
 
-def test_the_command_is_as_it_is_typed():
+def test_commands_are_shown_as_typed():
     assert command("/x/coconut/train.py seed=1") == "coconut train seed=1"

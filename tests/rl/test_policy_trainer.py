@@ -468,7 +468,13 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     ]  # fmt: skip
     assert routers["facts"]["questions"] == sum(row["count"] for row in difficulty["rows"]) == 8
     page = (folder / "report.html").read_text()
-    for words in ("How it learned", "What exactly was trained", "oracle", "&lt;latent_2&gt;: 2 thoughts", "per completion"):
+    for words in (
+        "How it learned",
+        "What exactly was trained",
+        "oracle",
+        "&lt;latent_2&gt;: 2 thoughts",
+        "per completion",
+    ):
         assert words in page
     assert "<script" not in page
     own = routers["rows"][0]
