@@ -209,6 +209,17 @@ def test_right_and_wrong_answers_are_shown_apart(evaluated: Path):
     assert "None of them is wrong." in words(page_of(replace(record, answers=[right])))
 
 
+def test_answer_format_may_contain_other_braces(evaluated: Path):
+    record = read_run(evaluated)
+    data = record.config["data"]
+    config = {**record.config, "data": {**data, "format": {**data["format"], "answer": "{x} {}"}}}
+    row = {"question": "Who?", "gold": "Tom", "predicted": "Tom", "correct": True, "truncated": False}
+    for text, is_shown in (("{x} Tom", False), ("a b {x} Tom", True)):
+        page = words(page_of(replace(record, config=config, answers=[{**row, "text": text}])))
+        assert "Who?" in page
+        assert ("{x} Tom" in page) == is_shown, "an answer is shown as written where it has more than its format"
+
+
 def test_a_section_is_a_function_of_the_record(evaluated: Path):
     record = read_run(evaluated)
     html = report(record, [answers, headline])
