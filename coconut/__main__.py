@@ -1,4 +1,4 @@
-"""The `coconut` command: coconut COMMAND key=value ..., as python -m coconut.COMMAND."""
+"""The `coconut` command: `coconut COMMAND key=value ...` runs `python -m coconut.COMMAND`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coconut.utils.hydra_app import exits_cleanly, help_line, nearest, refuse_na
 
 COMMANDS = ("train", "evaluate", "generate", "analyze", "demo", "export", "rl", "rollout", "reward", "adaptive")
 BUILDERS = ("prosqa", "prontoqa", "gsm8k", "pointers")
-DATA = "Make a data set: coconut data NAME. Without a name it lists the builders."
+DATA = "Make a data set: coconut data NAME. Without a name, list the builders."
 
 
 @exits_cleanly
@@ -37,7 +37,7 @@ def _run(program: str, kind: str, lines: dict[str, str], package: str, name: str
             print(f"  {each:<10} {line}")
         print(f"\n{program} {kind.upper()} --help lists the keys of a {kind}.")
         if package == "coconut":
-            print("A first run, of a small model on a CPU: coconut train experiment=quickstart")
+            print("A first run, a small model on a CPU: coconut train experiment=quickstart")
         sys.exit(0 if name else 2)
     else:
         message = f"There is no {kind} {name}. {nearest(name, list(lines))}The {kind}s are: {', '.join(lines)}."

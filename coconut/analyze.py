@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(config: AnalyzeConfig) -> int:
-    """Measure a run's model, if it has a checkpoint to measure, and write the page. Gives the exit status."""
+    """Measure a run's model, if it has a checkpoint, and write the page. Gives the exit status."""
     from coconut.data.seen_questions import describe_questions
     from coconut.engine.launcher_env import read_launcher_env
     from coconut.reporting.page import percent
@@ -24,7 +24,7 @@ def run(config: AnalyzeConfig) -> int:
     from coconut.utils.files import write_text
 
     if read_launcher_env().rank:
-        return 0  # one process is enough
+        return 0  # under a launcher only the main process works
     silence_libraries()
     record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
@@ -42,7 +42,7 @@ def run(config: AnalyzeConfig) -> int:
 
 
 def measure(config: AnalyzeConfig, record: RunRecord) -> None:
-    """Write the studies of a run, with their pictures, to RUN/analysis."""
+    """Carry out the studies of a run and write them with their figures to RUN/analysis."""
     from coconut.analysis.examine import examine
     from coconut.reporting.charts import save_png
     from coconut.reporting.sections import WIDE, drawings
@@ -60,7 +60,7 @@ def measure(config: AnalyzeConfig, record: RunRecord) -> None:
 
 
 def measure_choices(config: AnalyzeConfig, record: RunRecord) -> None:
-    """Write the studies of a hybrid model's choices to RUN/analysis."""
+    """Carry out the studies of a hybrid model's choice of modes and write them to RUN/analysis."""
     from coconut.rl.examine import examine_choices
     from coconut.rl.report import on_screen
     from coconut.runs.study import FOLDER
@@ -87,7 +87,7 @@ def page_of(record: RunRecord) -> str:
 
 
 def table(config: TableConfig) -> int:
-    """Write the table of trained models, or that of policies. Gives the exit status."""
+    """Write the table of runs: of supervised runs, or of policies. Gives the exit status."""
     from coconut.rl.policy_table import write_table
 
     return write_table(config)

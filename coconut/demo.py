@@ -1,4 +1,4 @@
-"""coconut demo: a page to ask a trained model, which shows what it does after each number of thoughts."""
+"""coconut demo: serve a page that answers questions and shows the effect of each thought."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def run(config: DemoConfig) -> int:
     from coconut.utils.console import silence_libraries
 
     if read_launcher_env().rank:
-        return 0  # one process is enough
+        return 0  # under a launcher only the main process works
     silence_libraries()
     with DemoServer(config.host, config.port) as server:
         server.model = open_demo(config)
         with contextlib.suppress(KeyboardInterrupt):
             log(f"The page is at {server.address} (Ctrl-C ends it)")
             if not str(server.server_address[0]).startswith("127."):
-                log("Whoever can reach this machine can ask the model. host=127.0.0.1 keeps the page to this machine.")
+                log("Anyone who can reach this machine can use the page. host=127.0.0.1 restricts it to this machine.")
             server.serve_forever()
-        server.model.lock.acquire()  # an answer that is being computed is finished, and none begins after it
+        server.model.lock.acquire()  # wait for the answer in progress, and start no other
     return 0
 
 
 def open_demo(config: DemoConfig) -> InteractiveModel:
-    """The run's model, with the questions of its test file, or of its validation file if it has none."""
+    """Load the run's model, and the questions of its test file, or of its validation file if it has none."""
     from coconut.analysis.interactive import InteractiveModel
     from coconut.analysis.probes import Subject
     from coconut.methods import Curriculum, plan
@@ -67,7 +67,7 @@ def open_demo(config: DemoConfig) -> InteractiveModel:
 
 
 def _rows(data: Mapping[str, Any]) -> tuple[str, Sequence[Example]]:
-    """The name and the rows of the file that questions are drawn from; no rows if the file is missing."""
+    """The name and the rows of the file from which the page draws questions; no rows if the file is missing."""
     from coconut.data.datasets import data_files
     from coconut.data.examples import read_examples
 

@@ -1,4 +1,4 @@
-"""coconut evaluate: ask a trained model every question of a file, judge the answers and write them down."""
+"""coconut evaluate: answer every question of a file with a trained model, and judge the answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(config: EvaluateConfig) -> int:
 
 
 def run_rank(config: EvaluateConfig, world: World) -> int:
-    """The work of each process. The main one writes the result."""
+    """The work of each process. The main process writes the result."""
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.engine.base import autocast

@@ -1,4 +1,4 @@
-"""coconut export: write a model that others can open, with a card, and put it on the Hugging Face hub if asked."""
+"""coconut export: write a model with a model card to a folder, and optionally upload it to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(config: ExportConfig) -> int:
-    """Write the folder. Gives the exit status."""
+    """Write the folder, and upload it with config.push. Gives the exit status."""
     from coconut.hub.push import check_name
     from coconut.utils.console import log, silence_libraries
     from coconut.utils.files import atomic_folder, write_text
@@ -37,7 +37,7 @@ def run(config: ExportConfig) -> int:
 
 
 def _released(config: ExportConfig) -> tuple[LatentLM, str]:
-    """The model of a checkpoint of the released code, and its card."""
+    """Convert a checkpoint of the original Coconut code. Gives the model and its card."""
     from coconut.hub.model_card import card
     from coconut.hub.released_checkpoints import from_released
     from coconut.methods import Curriculum, Reasoning, plan
@@ -50,7 +50,7 @@ def _released(config: ExportConfig) -> tuple[LatentLM, str]:
 
 
 def _trained(config: ExportConfig) -> tuple[LatentLM, str]:
-    """The model of a run, and its card with the run's numbers."""
+    """Load the model of a run. Gives it with a card that has the run's results."""
     from coconut.hub.model_card import card
     from coconut.runs.loading import load_run
     from coconut.utils.console import log
@@ -63,13 +63,14 @@ def _trained(config: ExportConfig) -> tuple[LatentLM, str]:
         lm.adapter = replace(lm.adapter, base=config.base)
     elif lm.adapter and Path(lm.adapter.base).is_absolute():
         log(
-            f"warning: the correction is to {lm.adapter.base}, a folder of this machine. base=NAME records another "
-            "name of the same model, under which readers will find it."
+            f"warning: the adapter belongs to the base model {lm.adapter.base}, a folder of this machine. Set "
+            "base=NAME to record a name under which others can find the same model."
         )
     return lm, card(lm, config.run, trained.step, name=config.push)
 
 
 def _push(folder: Path, config: ExportConfig) -> None:
+    """Upload the folder. Raises ValueError with a command to try again if this fails."""
     from coconut.hub.push import push
     from coconut.utils.console import log
 
@@ -78,9 +79,9 @@ def _push(folder: Path, config: ExportConfig) -> None:
     except ValueError as error:
         again = f"from coconut.hub.push import push; push({str(folder)!r}, {config.push!r}, private={config.private})"
         raise ValueError(
-            f"{error}\nThe model is whole in {folder}. This sends it: {shlex.join(['python', '-c', again])}"
+            f"{error}\nThe model is complete in {folder}. This uploads it: {shlex.join(['python', '-c', again])}"
         ) from error
-    log(f"It is at https://huggingface.co/{config.push}")
+    log(f"Uploaded to https://huggingface.co/{config.push}")
 
 
 main = application("export", ExportConfig, run)

@@ -1,4 +1,4 @@
-"""coconut generate: ask a trained model one question, those of a file, or those that are typed in."""
+"""coconut generate: answer one question, the questions of a file, or typed questions with a trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(config: GenerateConfig) -> int:
     from coconut.utils.console import silence_libraries
 
     if read_launcher_env().rank:
-        return 0  # one process is enough
+        return 0  # under a launcher only the main process works
     silence_libraries()
     questions = _questions(config)
     torch.manual_seed(config.seed)
@@ -46,13 +46,13 @@ def run(config: GenerateConfig) -> int:
 
 
 def _questions(config: GenerateConfig) -> list[str]:
-    """Of the command line, standard input or the file; none if they are to be typed in."""
+    """The questions from the command line, standard input or a file; none if they will be typed."""
     if config.file:
         return read_questions(config.file)
     if config.question == "-":
         question = decode_utf8(sys.stdin.buffer.read(), "Standard input").strip()
         if not question:
-            raise ValueError("Standard input held no question.")
+            raise ValueError("Standard input has no question.")
         return [question]
     if not config.question and not sys.stdin.isatty():
         raise ValueError('There is no question. Ask one with question="...", question=- (standard input) or file=FILE.')
@@ -60,7 +60,7 @@ def _questions(config: GenerateConfig) -> list[str]:
 
 
 def _model(config: GenerateConfig) -> tuple[LatentLM, dict[str, Any]]:
-    """The model, and the options of generation."""
+    """Load the model. Gives it with the options of generation."""
     from coconut.runs.loading import classifier_of, load_model, load_run
 
     options: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}

@@ -1,4 +1,4 @@
-"""coconut reward: train a reward model; coconut reward compare: compare several on the same answers."""
+"""coconut reward: train a reward model; coconut reward compare: compare several reward models on the same answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""coconut rollout: sample answers from a model and judge them, for reward models to train on."""
+"""coconut rollout: sample answers from a model and judge them, as training data for reward models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(config: RolloutConfig) -> int:
-    """Sample answers to the questions of a split, judge them and write them down. Gives the exit status."""
+    """Sample answers to the questions of a split, judge them and write them to a file. Gives the exit status."""
     from coconut.engine.launch import run_on_processes
     from coconut.utils.console import silence_libraries
 
@@ -23,7 +23,7 @@ def run(config: RolloutConfig) -> int:
 
 
 def run_rank(config: RolloutConfig, world: World) -> int:
-    """The work of each process."""
+    """The work of each process. The processes share the questions."""
     from coconut.completions.rollout_file import write_rollouts
     from coconut.completions.rollouts import CorrectnessReward, examples_that_fit
     from coconut.data.datasets import file_of_split

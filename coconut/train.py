@@ -17,7 +17,7 @@ def run(config: TrainConfig) -> int:
 
 
 def main() -> None:
-    """Train as the arguments say. Without arguments list the experiments, and exit with status 2."""
+    """Train with the given arguments. Without arguments, list the experiments and exit with status 2."""
     if len(sys.argv) > 1:
         application("train", TrainConfig, run)()
     print("Name an experiment: coconut train experiment=NAME key=value ...\n")
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def experiments() -> dict[str, str]:
-    """The first line about each experiment of training."""
+    """The one-line description of each experiment, by name."""
     found = {}
     for file in sorted((CONF_DIR / "experiment").glob("*.yaml")):
         if head := re.match(r"#.*\n# coconut train .*\n# (.*)\n", file.read_text(encoding="utf-8")):

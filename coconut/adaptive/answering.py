@@ -1,4 +1,4 @@
-"""Answer questions as a policy chooses: coconut generate policy=FILE."""
+"""Answer questions with the configuration that a policy chooses: coconut generate policy=FILE."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def answer_by_policy(lm: LatentLM, questions: Sequence[str], config: GenerateConfig) -> None:
-    """Answer the questions, or those that are typed in if there are none."""
+    """Answer the questions, or typed questions if the list is empty."""
     chooser = Chooser(config.policy, lm, config.batch_size)
     limit = config.max_new_tokens or chooser.about["max_new_tokens"]
     backend = LatentBackend(lm, config.run, config.batch_size, limit)
 
-    def answers(asked: Sequence[str]) -> list[Answered]:
+    def answers(batch: Sequence[str]) -> list[Answered]:
         with autocast(lm.device, config.engine.precision):
-            return chooser.answer(backend, asked, config.seed)
+            return chooser.answer(backend, batch, config.seed)
 
     if config.file:
         rows = [
@@ -38,12 +38,12 @@ def answer_by_policy(lm: LatentLM, questions: Sequence[str], config: GenerateCon
     for question in questions or typed_questions():
         warn_of_unknown(lm, question)
         try:
-            [found] = answers([question])
+            [answered] = answers([question])
         except ValueError as error:
             if questions:
                 raise
             note(f"error: {error}")
             continue
-        note(f"[{found.label}: {found.reply.passes:g} forward passes]")
-        print(found.text)
-        warn_of_truncation(found.reply.truncated)
+        note(f"[{answered.label}: {answered.reply.passes:g} forward passes]")
+        print(answered.text)
+        warn_of_truncation(answered.reply.truncated)

@@ -1,4 +1,4 @@
-"""coconut adaptive: make the table of outcomes, learn policies from it, and say what they are worth."""
+"""coconut adaptive: collect the table of outcomes, learn configuration policies from it, and evaluate them."""
 
 from __future__ import annotations
 
@@ -50,31 +50,34 @@ TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors"
 
 
 def run(config: AdaptiveConfig) -> int:
-    """The table of outcomes, unless it is given; then policies, and what they are worth against other choices."""
+    """Collect the table of outcomes, unless config.table names one, then learn and evaluate policies."""
     silence_libraries()
-    given = OutcomeTable.read(config.table) if config.table else _asking(config)
-    check_num_train_questions(config.num_train_questions, len(given.questions))
+    table_or_inputs = OutcomeTable.read(config.table) if config.table else _inputs(config)
+    check_num_train_questions(config.num_train_questions, len(table_or_inputs.questions))
     with exclusive_lock(config.folder):
-        learn_and_tell(config, given if isinstance(given, OutcomeTable) else make_table(config, given))
+        is_table = isinstance(table_or_inputs, OutcomeTable)
+        learn_and_report(config, table_or_inputs if is_table else make_table(config, table_or_inputs))
     return 0
 
 
 def only_table(config: AdaptiveConfig) -> int:
-    """Ask every question in every configuration, judge the answers, and write what came of it."""
+    """Answer every question in every configuration, judge the answers, and write the table of outcomes."""
     silence_libraries()
     if config.table:
-        raise ValueError(f"table={config.table} is made already. Leave out the word table to learn from it.")
-    asked = _asking(config)
+        raise ValueError(
+            f"table={config.table} exists already. To learn from it, run coconut adaptive without the word table."
+        )
+    inputs = _inputs(config)
     with exclusive_lock(config.folder):
-        make_table(config, asked)
+        make_table(config, inputs)
     return 0
 
 
-def learn_and_tell(config: AdaptiveConfig, table: OutcomeTable) -> None:
-    """Policies from a table, what they are worth, and the first of them."""
+def learn_and_report(config: AdaptiveConfig, table: OutcomeTable) -> None:
+    """Learn and evaluate policies from a table; write the studies, the page, and the first policy."""
     folder, space = config.folder, table.space
     default = space.find(config.default or table.about.get("default", {}))
-    found = run_experiments(
+    results = run_experiments(
         table,
         config.policy,
         cost=config.cost,
@@ -83,17 +86,17 @@ def learn_and_tell(config: AdaptiveConfig, table: OutcomeTable) -> None:
         seeds=config.seeds,
         seed=config.seed,
     )
-    made = studies(found)
-    for study in made:
+    made_studies = studies(results)
+    for study in made_studies:
         study.write(folder)
-    found.learned.policy.save(folder / POLICY, {**policy_metadata(table), "cost": config.cost})
-    log(on_screen(made))
-    write_text(folder / PAGE, adaptive_page(made, config.name, folder))
+    results.learned.policy.save(folder / POLICY, {**policy_metadata(table), "cost": config.cost})
+    log(on_screen(made_studies))
+    write_text(folder / PAGE, adaptive_page(made_studies, config.name, folder))
     log(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
 
 
-class Asking(NamedTuple):
-    """Who is asked what, and who judges."""
+class Inputs(NamedTuple):
+    """What a table of outcomes is made from: a backend, an encoder of questions, a judge, and examples."""
 
     backend: Backend
     encode: Encoder
@@ -108,63 +111,68 @@ class Asking(NamedTuple):
         return [example.question for example in self.examples]
 
 
-def make_table(config: AdaptiveConfig, asked: Asking) -> OutcomeTable:
-    """Written to the command's folder. What was asked before is not asked again."""
-    space, questions = Space.of(config.space), asked.questions
-    log(f"{len(questions):,} questions of {asked.file} in {len(space)} configurations")
-    with autocast(asked.device, config.engine.precision):
-        replies = collect_answers(asked.backend, questions, space, config.folder / LOG, seed=config.seed)
-        embeddings = asked.encode(questions).numpy()
-        exact = ExactJudge(asked.vote)
+def make_table(config: AdaptiveConfig, inputs: Inputs) -> OutcomeTable:
+    """Collect the table of outcomes and write it to the command's folder. Logged answers are reused."""
+    space, questions = Space.of(config.space), inputs.questions
+    log(f"{len(questions):,} questions of {inputs.file} in {len(space)} configurations")
+    with autocast(inputs.device, config.engine.precision):
+        replies = collect_answers(inputs.backend, questions, space, config.folder / LOG, seed=config.seed)
+        embeddings = inputs.encode(questions).numpy()
+        exact = ExactJudge(inputs.vote)
         columns = [[row[c] for row in replies] for c in range(len(space))]
 
         def judged_by(judge: Judge) -> np.ndarray:
-            told = [judge_scores(judge, asked.examples, column, space.settings(c)) for c, column in enumerate(columns)]
-            return np.array(told, np.float32).T
+            scores = [
+                judge_scores(judge, inputs.examples, column, space.settings(c)) for c, column in enumerate(columns)
+            ]
+            return np.array(scores, np.float32).T
 
-        score = judged_by(asked.judge)
-        correct = score if isinstance(asked.judge, ExactJudge) else judged_by(exact)
+        score = judged_by(inputs.judge)
+        correct = score if isinstance(inputs.judge, ExactJudge) else judged_by(exact)
     table = OutcomeTable(
         space=space,
         questions=questions,
-        steps=np.array([len(example.steps) for example in asked.examples]),
+        steps=np.array([len(example.steps) for example in inputs.examples]),
         score=score,
         correct=correct,
         passes=np.array([[reply.passes for reply in row] for row in replies], np.float32),
         embeddings=embeddings,
-        about={"backend": asked.backend.name, "task": asked.vote.task.name, "embedding": config.embedding,
-               "file": asked.file, "sha256": sha256(asked.file), "judge": config.judge.kind.value, "seed": config.seed,
-               "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint},
+        about={"backend": inputs.backend.name, "task": inputs.vote.task.name, "embedding": config.embedding,
+               "file": inputs.file, "sha256": sha256(inputs.file), "judge": config.judge.kind.value,
+               "seed": config.seed, "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint},
     )  # fmt: skip
     table.write(config.folder / TABLE)
     log(f"Table: {config.folder / TABLE}")
     return table
 
 
-def _asking(config: AdaptiveConfig) -> Asking:
-    """Raises ValueError if anything of it cannot be had, or if no question can be asked."""
-    asked = _of_run(config) if config.run else _of_others(config)
+def _inputs(config: AdaptiveConfig) -> Inputs:
+    """Load the inputs and drop duplicate and too long questions.
+
+    Raises ValueError if an input is missing or invalid, or if no question is left.
+    """
+    inputs = _inputs_of_run(config) if config.run else _inputs_of_other_model(config)
     space = Space.of(config.space)
-    refuse_unknown(space, asked.backend)
-    different = list({example.question: example for example in asked.examples}.values())
-    fits = fit_all(asked.backend, asked._replace(examples=different).questions, space)
-    kept_ones = [example for example, one in zip(different, fits, strict=True) if one]
-    for count, why in ((len(asked.examples) - len(different), "asked before"),
-                       (len(different) - len(kept_ones), "too long in one of the configurations")):  # fmt: skip
+    refuse_unknown(space, inputs.backend)
+    distinct = list({example.question: example for example in inputs.examples}.values())
+    fits = fit_all(inputs.backend, inputs._replace(examples=distinct).questions, space)
+    kept = [example for example, fits_all in zip(distinct, fits, strict=True) if fits_all]
+    for count, why in ((len(inputs.examples) - len(distinct), "duplicates"),
+                       (len(distinct) - len(kept), "too long in one of the configurations")):  # fmt: skip
         if count:
             log(f"{count:,} questions are left out: {why}.")
-    if not kept_ones:
-        raise ValueError(f"No question of {asked.file} leaves room for an answer in every configuration.")
-    return asked._replace(examples=kept_ones)
+    if not kept:
+        raise ValueError(f"No question of {inputs.file} leaves room for an answer in every configuration.")
+    return inputs._replace(examples=kept)
 
 
-def _limits(config: AdaptiveConfig) -> str:
-    """What decides about answers besides the settings of the space, for the name under which they are kept."""
+def _answer_settings(config: AdaptiveConfig) -> str:
+    """Settings outside the space that affect answers; a part of the backend's name, the key of logged answers."""
     return f"max_new_tokens={config.max_new_tokens} {config.engine.precision}"
 
 
-def _of_others(config: AdaptiveConfig) -> Asking:
-    """A model of Hugging Face, or a function."""
+def _inputs_of_other_model(config: AdaptiveConfig) -> Inputs:
+    """The inputs for a Hugging Face model or a Python function."""
     assert config.task
     device, file = set_up_device(config.engine), getattr(config.data, config.split)
     examples = read_examples(file)[: config.limit]
@@ -174,45 +182,45 @@ def _of_others(config: AdaptiveConfig) -> Asking:
     if config.base:
         backend = CausalModelBackend(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
         fingerprint = _fingerprint(backend.model, backend.tokenizer, str(backend.tokenizer.chat_template))
-        backend.name = f"{backend.name} {fingerprint} {_limits(config)}"
-        own = partial(encoders.model_encoder, backend.model.base_model, backend.tokenizer)
-        encode = _encoder(config, own, device)
+        backend.name = f"{backend.name} {fingerprint} {_answer_settings(config)}"
+        model_encoder = partial(encoders.model_encoder, backend.model.base_model, backend.tokenizer)
+        encode = _encoder(config, model_encoder, device)
     else:
-        known = frozenset(Space.of(config.space).keys)
-        backend = FunctionBackend(_function(config.function), config.function, config.calls, known)
+        keys = frozenset(Space.of(config.space).keys)
+        backend = FunctionBackend(_function(config.function), config.function, config.calls, keys)
         encode = encoders.load_encoder(config.embedding, device, config.batch_size)
-    return Asking(backend, encode, _judge(config, vote, device), vote, examples, file, device)
+    return Inputs(backend, encode, _judge(config, vote, device), vote, examples, file, device)
 
 
-def _of_run(config: AdaptiveConfig) -> Asking:
-    """A run's model, or one that was saved."""
+def _inputs_of_run(config: AdaptiveConfig) -> Inputs:
+    """The inputs for a run or a saved model."""
     if not Path(config.run).exists() and not config.output:
         raise ValueError(
-            f"{config.run} is no folder here. Name a trained run, or, for a model of the hub, output=FOLDER besides."
+            f"There is no folder {config.run}. Name a trained run. For a model of the hub add output=FOLDER."
         )
     is_run = Path(config.run, CONFIG).is_file() and not Path(config.run, REASONING_FILE).is_file()
     lm = load_model(config.run, config.checkpoint, config.engine)
     data = read_config(config.run)["data"] if is_run else {}
     task, file = config.task or data.get("task"), getattr(config.data, config.split)
     if not task or not (is_run or file):
-        raise ValueError(f"{config.run} is a model and no run: name task=... and data.{config.split}=FILE, too.")
+        raise ValueError(f"{config.run} is a saved model and not a run. Add task=TASK and data.{config.split}=FILE.")
     file = file_of_split(data, config.split, file)
     vote = Vote(TASKS[task], lm.reasoning.format)
     fingerprint = _fingerprint(lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))
-    name = f"{Path(config.run).name} {fingerprint} {_limits(config)}"
+    name = f"{Path(config.run).name} {fingerprint} {_answer_settings(config)}"
     backend = LatentBackend(lm, name, config.batch_size, config.max_new_tokens)
     implicit = config.judge.kind is JudgeKind.implicit
-    judge = ImplicitJudge(backend, _implicit(config, lm), vote) if implicit else _judge(config, vote, lm.device)
+    judge = ImplicitJudge(backend, _implicit_reward(config, lm), vote) if implicit else _judge(config, vote, lm.device)
     encode = _encoder(config, partial(encoders.latent_encoder, lm), lm.device)
     examples = read_examples(file)[: config.limit]
-    gold, right = read_back(
+    gold, readable_indices = read_back(
         lm, examples, vote.task, file=file, unreadable=config.unreadable, keep_unknown=True,
         cache_dir=data.get("cache_dir"),
     )  # fmt: skip
     warn_of_limit(gold, lm.reasoning.forms(), config.max_new_tokens or lm.reasoning.max_new_tokens, file)
     if unknown := unknown_words(gold, lm.tokenizer):
         log(f"warning: {unknown:,} words of {file} are not in the model's vocabulary.")
-    return Asking(backend, encode, judge, vote, [examples[i] for i in right], file, lm.device)
+    return Inputs(backend, encode, judge, vote, [examples[i] for i in readable_indices], file, lm.device)
 
 
 def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
@@ -221,39 +229,39 @@ def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
     )
 
 
-def _encoder(config: AdaptiveConfig, own: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
+def _encoder(config: AdaptiveConfig, model_encoder: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
     if config.embedding in encoders.POOLINGS:
-        return own(config.embedding, config.batch_size)
+        return model_encoder(config.embedding, config.batch_size)
     return encoders.load_encoder(config.embedding, device, config.batch_size)
 
 
-def _fingerprint(model: torch.nn.Module, tokenizer: Any, *asked: str) -> str:
-    """Of who answers: weights, from whatever files they were read, vocabulary, and what else decides about answers."""
-    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), *asked]).encode())
+def _fingerprint(model: torch.nn.Module, tokenizer: Any, *settings: str) -> str:
+    """A hash of weights, vocabulary and settings, which identifies the model in the log of answers."""
+    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), *settings]).encode())
     for name, values in sorted(model.state_dict().items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
 
-def _implicit(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
-    """The reward of a run of coconut reward. Raises ValueError if it speaks another model's tokens."""
+def _implicit_reward(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
+    """The implicit reward of a run of coconut reward. Raises ValueError if its vocabulary is not that of the model."""
     run = config.judge.model
-    rewarding = load_model(run, "best", config.engine)
-    if rewarding.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(f"judge.model={run} scores the tokens of another model than {config.run}.")
-    reference = match_dtypes(LatentLM.from_pretrained(reference_of(run)), rewarding, lm.device)
-    return ImplicitReward(rewarding, reference, read_config(run)["beta"])
+    reward_model = load_model(run, "best", config.engine)
+    if reward_model.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise ValueError(f"judge.model={run} and {config.run} have different vocabularies.")
+    reference = match_dtypes(LatentLM.from_pretrained(reference_of(run)), reward_model, lm.device)
+    return ImplicitReward(reward_model, reference, read_config(run)["beta"])
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """Raises ValueError if there is no such function."""
+    """Import MODULE:NAME. Raises ValueError if there is no such function."""
     module, _, function = name.partition(":")
-    sys.path.insert(0, "")  # where the command is given, as for python -m
+    sys.path.insert(0, "")  # search the current folder first, as python -m does
     try:
-        found = getattr(import_module(module), function)
+        function_object = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"function={name} is no MODULE:NAME that can be imported here: {error}") from None
-    if not callable(found):
-        raise ValueError(f"function={name} is {found!r}, which cannot be called.")
-    return found
+        raise ValueError(f"function={name} is no MODULE:NAME that can be imported: {error}") from None
+    if not callable(function_object):
+        raise ValueError(f"function={name} is {function_object!r}, which cannot be called.")
+    return function_object

@@ -1,1 +1,1 @@
-"""Honest evaluation: ask every question once, judge, count."""
+"""Evaluation: answer every question once, judge the answers, and write them down."""

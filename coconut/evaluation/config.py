@@ -1,4 +1,4 @@
-"""The schema of evaluate."""
+"""Configuration of coconut evaluate."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from coconut.utils.overrides import PathName, Place
 
 @dataclass
 class EvaluateConfig:
-    run: Place = ""  # or a saved model: a folder, or OWNER/NAME on the hub
+    run: Place = ""  # a run, or a saved model: a folder, or OWNER/NAME on the hub
     checkpoint: str = "best"  # best, last, or the number of an update
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
-    task: TaskName | None = None  # of a saved model, which does not say it
-    output: PathName = ""  # a folder; by default RUN/evaluation, of a saved model evaluation/NAME
-    num_thoughts: int | None = None  # by default the model's own
+    task: TaskName | None = None  # of a saved model, which does not record it; a run does
+    output: PathName = ""  # a folder; by default RUN/evaluation, or evaluation/NAME for a saved model
+    num_thoughts: int | None = None  # by default as trained
     stop: StopRule = StopRule.constant
-    mode: str | None = None  # of a hybrid model: force it
+    mode: str | None = None  # force a mode of a hybrid model
     max_new_tokens: int | None = None
     batch_size: int = 64
-    limit: int | None = None  # the first so many questions
+    limit: int | None = None  # evaluate the first `limit` questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
     unreadable: Unreadable = Unreadable.error  # a gold answer that would be judged wrong
     engine: EngineConfig = field(default_factory=EngineConfig)

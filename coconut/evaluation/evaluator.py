@@ -1,4 +1,4 @@
-"""Honest evaluation: every question once, every prediction written down."""
+"""Evaluate a model: answer every question once, judge the answers, and summarize them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prediction:
-    """One answered question. `new_tokens` counts language without the end of the sequence; thoughts are apart."""
+    """A question, its gold answer and the model's answer.
+
+    `text`: the whole generated text. `predicted`: the answer read from it, None if there is none. `new_tokens`: text
+    tokens without the end of the sequence; `num_thoughts` are counted separately. `chain_match`: see EvalResult.
+    """
 
     question: str
     gold: str
@@ -43,14 +47,15 @@ class Prediction:
 
 @dataclass
 class EvalResult:
-    """Shares are between 0 and 1; `interval` is the 95 % Wilson interval of the accuracy.
+    """The summary of an evaluation. Shares are between 0 and 1.
 
-    `guess`: the expected accuracy of choosing among the answers that the question names, where it names
-    any. `chain_match`: share of questions whose written steps are exactly those of the data that the
-    model still writes; None where that is not a number of whole steps. `num_thoughts` is their mean,
-    `passes` the mean number of forward passes, for prefix, thoughts and tokens. `left_out`: questions too
-    long for the model's context, or with a gold answer that would be judged wrong. `modes`: of a hybrid model, the
-    share of each that it chose from.
+    `interval`: the 95 % Wilson confidence interval of the accuracy. `chance_accuracy`: the expected accuracy of a
+    random choice among the answers that the question names; None if a question names none.
+    `chain_match`: the share of questions whose written steps equal the steps of the data that thoughts do not replace;
+    None if thoughts replace a part of a step. `num_thoughts`: the mean number of thoughts. `passes`: the mean number of
+    forward passes, for prompt, thoughts and text tokens. `left_out`: the number of questions that are too long for
+    the model's context, or whose gold answer would be judged wrong. `modes`: for a hybrid model, the share of answers
+    in each mode.
     """
 
     count: int
@@ -69,11 +74,11 @@ class EvalResult:
 
 
 class EvaluationInterrupted(Exception):
-    """The evaluation was asked to stop before its end."""
+    """A stop was requested before the end of the evaluation."""
 
 
 class Evaluated(NamedTuple):
-    """`thoughts` (N, K, D) are what was fed, in the order of the examples, zeros after an example's last."""
+    """The result of `evaluate`. `thoughts` (N, K, D): those that were fed for each example, zero after its last one."""
 
     result: EvalResult
     predictions: list[Prediction]
@@ -94,15 +99,15 @@ def evaluate(
     batch_size: int = 64,
     on_batch: Callable[[int, int], None] = lambda done, correct: None,
     world: World | None = None,
-    asked: object = None,
+    stop_requested: object = None,
 ) -> Evaluated:
-    """Answer and judge every example, longest questions first, greedily.
+    """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
-    `question_ids`: the encoded questions, where they are at hand.
-    `thoughts` (N, K, D) are fed in place of the model's own; `stop` ends them early; `mode` is forced on
-    a hybrid model (see `generate`).
-    `on_batch(done, correct)` is called after each batch. The processes of a `world` share the examples, and
-    each is given the whole result. Raises EvaluationInterrupted, in all of them, once `asked` is true in one.
+    `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
+    model computes. `stop`: a criterion that ends thinking early. `mode`: forced on a hybrid model (see `generate`).
+    `on_batch(done, correct)` is called after each batch.
+    The examples are divided among the processes of `world`, and every process gets the whole result. All processes
+    raise EvaluationInterrupted when `stop_requested` is true in one of them.
     """
     import torch
 
@@ -111,36 +116,43 @@ def evaluate(
     rows = question_ids or encode_questions(lm.tokenizer, [e.question for e in examples], reasoning.format)
     predictions: dict[int, Prediction] = {}
     fed: dict[int, Tensor] = {}
-    start = time.perf_counter()
-    mine = range(world.rank, len(examples), world.size)
-    for places in longest_first([rows[i] for i in mine], batch_size):
-        if asked:
+    start_time = time.perf_counter()
+    own_indices = range(world.rank, len(examples), world.size)
+    for positions in longest_first([rows[i] for i in own_indices], batch_size):
+        if stop_requested:
             break
         world.set_activity("in an evaluation")
-        chosen = [mine[place] for place in places]
-        ids, mask = pad_rows([rows[i] for i in chosen], lm.special.pad)
-        given = None if thoughts is None else thoughts[chosen]
+        indices = [own_indices[position] for position in positions]
+        ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
+        given_thoughts = None if thoughts is None else thoughts[indices]
         out = lm.generate(
-            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given, stop=stop, mode=mode
+            ids,
+            mask,
+            max_new_tokens=max_new_tokens,
+            num_thoughts=num_thoughts,
+            thoughts=given_thoughts,
+            stop=stop,
+            mode=mode,
         )
-        for row, i in enumerate(chosen):
+        for row, i in enumerate(indices):
             predictions[i] = _judge(task, examples[i], reasoning, out, row)
-        fed |= zip(chosen, (thoughts.clone() for thoughts in out.thoughts), strict=True)  # not views of the batch's
+        # Clones, since views would keep the thoughts of the whole batch.
+        fed |= zip(indices, (thoughts.clone() for thoughts in out.thoughts), strict=True)
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
-    if world.any_process(bool(asked)):
+    if world.any_process(bool(stop_requested)):
         raise EvaluationInterrupted
     predictions = {i: p for part in world.all_gather_object(predictions) for i, p in part.items()}
     fed = {i: thought for part in world.all_gather_object(fed) for i, thought in part.items()}
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start_time
     ordered = [predictions[i] for i in range(len(examples))]
-    in_order = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
-    return Evaluated(_summary(task, examples, ordered, seconds, reasoning.modes), ordered, in_order)
+    thoughts_NKD = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
+    return Evaluated(_summary(task, examples, ordered, seconds, reasoning.modes), ordered, thoughts_NKD)
 
 
 def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
-    """What the task compares of the answer in what a model wrote; None if there is none."""
-    found = task.read_answer(text, form)
-    return None if found is None else task.key(found)
+    """The key by which the task compares the answer in a generated text; None if it has no answer."""
+    answer = task.read_answer(text, form)
+    return None if answer is None else task.key(answer)
 
 
 def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:
@@ -148,15 +160,18 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
     reasoning = reasoning.in_mode(mode) if mode else reasoning
     form = reasoning.format
     predicted = task.read_answer(text, form)
-    gold = _steps_left(example, reasoning, thoughts)
-    match = gold is not None and _written(task, text, form) == _written(task, form.written(gold, example.answer), form)
+    gold_steps = _steps_left(example, reasoning, thoughts)
+    chain_match = None
+    if gold_steps is not None:
+        gold_text = form.written(gold_steps, example.answer)
+        chain_match = _steps_text(task, text, form) == _steps_text(task, gold_text, form)
     return Prediction(
         question=example.question,
         gold=example.answer,
         text=text,
         predicted=predicted,
         correct=task.judge(predicted, example.answer),
-        chain_match=None if gold is None else match,
+        chain_match=chain_match,
         num_thoughts=thoughts,
         new_tokens=int(out.lengths[row]),
         truncated=bool(out.truncated[row]),
@@ -165,7 +180,7 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
 
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
-    """The steps that the model is expected to write; None if it was trained to begin within one."""
+    """The steps that the model should write after the thoughts; None if thoughts replace a part of a step."""
     cut = steps_cut(reasoning, thoughts)
     if cut is None or reasoning.tokens_cut is None:
         return ()
@@ -173,14 +188,16 @@ def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequen
 
 
 def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
-    """How many steps so many thoughts stand for; None: all."""
+    """The number of steps that a number of thoughts replaces; None: all steps."""
     cut = reasoning.steps_cut
-    own = reasoning.slot is not Slot.thought or thoughts == reasoning.num_thoughts or not reasoning.thoughts_per_step
-    return cut if cut is None or own else thoughts // reasoning.thoughts_per_step
+    c = reasoning.thoughts_per_step
+    if cut is None or reasoning.slot is not Slot.thought or thoughts == reasoning.num_thoughts or not c:
+        return cut
+    return thoughts // c
 
 
-def _written(task: Task, text: str, form: PromptFormat) -> str:
-    """The steps in a text, spaces apart."""
+def _steps_text(task: Task, text: str, form: PromptFormat) -> str:
+    """The steps in a text, without spaces."""
     return "".join("".join(task.read_steps(text, form)).split())
 
 
@@ -192,7 +209,7 @@ def _summary(
     count, correct = len(predictions), sum(p.correct for p in predictions)
     interval = binomtest(correct, count).proportion_ci(method="wilson")
     candidates = [task.candidates(e.question) for e in examples]
-    guess = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
+    chance_accuracy = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
     mean_tokens = sum(p.new_tokens for p in predictions) / count
     matches = [p.chain_match for p in predictions]
     thoughts = sum(p.num_thoughts for p in predictions) / count
@@ -201,7 +218,7 @@ def _summary(
         correct=correct,
         accuracy=correct / count,
         interval=(float(interval.low), float(interval.high)),
-        chance_accuracy=guess,
+        chance_accuracy=chance_accuracy,
         chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
@@ -213,25 +230,25 @@ def _summary(
 
 
 def task_of(data: dict[str, Any]) -> Task:
-    """What judges a run's answers. Raises ValueError if nothing does."""
+    """The task of a run, which judges its answers. Raises ValueError if the run has none."""
     if not data["task"]:
         raise ValueError("The run has no task, as that of a reward model. Name the run that it started from.")
     return TASKS[data["task"]]
 
 
 def describe(result: EvalResult) -> str:
-    """The result as a person reads it."""
+    """The result as aligned lines of text."""
     low, high = (100 * bound for bound in result.interval)
     accuracy = f"{100 * result.accuracy:.1f} % ({result.correct} of {result.count})"
-    lines = [("accuracy", f"{accuracy}, 95 % interval {low:.1f} to {high:.1f}")]
+    lines = [("accuracy", f"{accuracy}, 95 % confidence interval {low:.1f} to {high:.1f}")]
     if result.chance_accuracy is not None:
-        lines.append(("guessing", f"{100 * result.chance_accuracy:.1f} %"))
-    lines.append(("new tokens", f"{result.mean_new_tokens:.1f} of language, {result.num_thoughts:.3g} thoughts"))
+        lines.append(("chance", f"{100 * result.chance_accuracy:.1f} %"))
+    lines.append(("new tokens", f"{result.mean_new_tokens:.1f} text tokens, {result.num_thoughts:.3g} thoughts"))
     if result.modes:
         lines.append(("modes", ", ".join(f"{mode} {100 * share:.1f} %" for mode, share in result.modes.items())))
     if result.chain_match is not None:
         lines.append(("chain match", f"{100 * result.chain_match:.1f} %"))
-    lines.append(("cut answers", f"{100 * result.truncated:.1f} %"))
+    lines.append(("truncated", f"{100 * result.truncated:.1f} %"))
     if result.left_out:
         lines.append(
             ("left out", f"{result.left_out} questions, too long or with a gold answer that would be judged wrong")

@@ -1,4 +1,4 @@
-"""What an evaluation writes: SPLIT.json with the result and its settings, SPLIT.predictions.jsonl with every answer."""
+"""Write an evaluation: SPLIT.json with result and settings, SPLIT.predictions.jsonl with every answer."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from coconut.utils.files import sha256, write_json, write_text
 
 
 def is_saved_model(config: EvaluateConfig) -> bool:
-    """Whether `run` is a saved model and not a run. Raises ValueError for settings that only a run has."""
+    """Whether `run` names a saved model and not a run. Raises ValueError for settings that only a run supports."""
     here = Path(config.run, REASONING_FILE).is_file()
     given = config.task and getattr(config.data, config.split)
     if not here and (Path(config.run).exists() or not given):
         return False
     if not given:
         raise ValueError(
-            f"{config.run} is a saved model, which does not record its task or data. Name task=TASK (one of "
-            f"{', '.join(TASKS)}) and data.{config.split}=FILE, too."
+            f"{config.run} is a saved model, which does not record its task or data. Add task=TASK (one of "
+            f"{', '.join(TASKS)}) and data.{config.split}=FILE."
         )
     for key, default in (("checkpoint", "best"), ("stop", StopRule.constant)):
         if (value := getattr(config, key)) != default:
-            raise ValueError(f"{key}={value} is for a run; {config.run} is a saved model.")
+            raise ValueError(f"{key}={value} is for runs only; {config.run} is a saved model.")
     return True
 
 
 def output_folder(config: EvaluateConfig, saved: bool) -> Path:
-    """By default RUN/evaluation, and evaluation/NAME here for a saved model."""
+    """The folder of the results: by default RUN/evaluation, or evaluation/NAME for a saved model."""
     default = Path("evaluation", Path(config.run).resolve().name) if saved else Path(config.run, "evaluation")
     return Path(config.output) if config.output else default
 
 
 def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
-    """In words: the method, its stage, and the number of thoughts."""
+    """A phrase with the method, its stage, and the number of thoughts."""
     count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
     slot = "" if reasoning.slot is Slot.none else f", {count} {reasoning.slot.value}{'s' * (count != 1)}"
     return f"{reasoning.method}, stage {reasoning.stage}{slot}"
 
 
 def non_default_settings(config: EvaluateConfig) -> list[str]:
-    """The settings that change an evaluation's result, as parts of its name."""
+    """The settings that differ from the default and affect the result, as parts of the evaluation's name."""
     default = EvaluateConfig(run=config.run)
     keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", "limit")
     found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(default, key)]
@@ -87,12 +87,12 @@ def write_evaluation(
     lines = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
     write_text(folder / f"{name}.predictions.jsonl", lines)
     write_json(folder / f"{name}.json", record)
-    _note_seen(record)
-    log(f"Every prediction: {folder / name}.predictions.jsonl")
+    _warn_if_seen(record)
+    log(f"All predictions: {folder / name}.predictions.jsonl")
 
 
-def _note_seen(record: dict[str, Any]) -> None:
-    """Say when the accuracy is no test result."""
+def _warn_if_seen(record: dict[str, Any]) -> None:
+    """Print a note if the accuracy is no test result."""
     if record["chose_the_checkpoint"]:
         log("note: this file chose the checkpoint, so its accuracy is no test result.")
     elif record["seen"] and any(record["seen"].values()):

@@ -1,4 +1,4 @@
-"""Which rows of a file an evaluation asks: those that fit into the context, with a gold answer that reads back."""
+"""Select the rows of a file to evaluate: questions that fit into the context, with gold answers that can be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected rows of a file: the examples, the tokens of their questions, their gold texts."""
+    """The selected rows of a file: examples, token ids of their questions, tokens of their gold texts."""
 
     examples: list[Example]
     question_ids: list[list[int]]
@@ -40,7 +40,11 @@ def select_examples(
     cache_dir: str | None,
     world: World,
 ) -> Selection:
-    """Raises ValueError for a row that cannot be asked or judged, unless the configuration leaves such rows out."""
+    """Select the rows that can be answered and judged.
+
+    Raises ValueError for a row that is too long or whose gold answer would be judged wrong, unless config.too_long or
+    config.unreadable leave such rows out.
+    """
     question_ids = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     fitting = _fitting(lm, question_ids, config)
     with world.main_process_first():
@@ -53,7 +57,7 @@ def select_examples(
 
 
 def warn_of_questions(lm: LatentLM, selected: Selection, config: EvaluateConfig, file: str) -> None:
-    """Warn of words outside the vocabulary, and of gold texts that are longer than the limit of new tokens."""
+    """Warn of words outside the vocabulary, and of gold texts that exceed the limit of new tokens."""
     rows = selected.question_ids
     if unknown := unknown_words(TokenizedData.from_lists(rows, [[len(row)] for row in rows]), lm.tokenizer):
         log(f"warning: {unknown} words of the questions are not in the model's vocabulary.")
@@ -66,7 +70,7 @@ def warn_of_questions(lm: LatentLM, selected: Selection, config: EvaluateConfig,
 
 
 def _fitting(lm: LatentLM, question_ids: list[list[int]], config: EvaluateConfig) -> list[int]:
-    """The indices of the questions that leave room for an answer."""
+    """The indices of the questions that leave room for an answer in the context."""
     room = room_for_question(lm, config.num_thoughts, config.mode)
     too_long = [i for i, row in enumerate(question_ids) if len(row) > room]
     if too_long and (config.too_long is TooLong.error or len(too_long) == len(question_ids)):

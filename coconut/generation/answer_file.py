@@ -1,4 +1,4 @@
-"""Answers to the questions of a file: JSON lines, on the screen or in another file."""
+"""Answer the questions of a file. The answers are JSON lines, printed or written to another file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def answer_file(lm: LatentLM, questions: Sequence[str], config: GenerateConfig, options: dict[str, Any]) -> None:
-    """A JSON object a line, in the order of the questions. Raises ValueError if one leaves no room for an answer."""
+    """Answer the questions and write one JSON object per line, in the order of the questions.
+
+    Raises ValueError if a question leaves no room for an answer in the context.
+    """
     encoded = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
     if len(encoded[longest]) > room_for_question(lm, config.num_thoughts, config.mode):
@@ -27,17 +30,21 @@ def answer_file(lm: LatentLM, questions: Sequence[str], config: GenerateConfig, 
             f"{config.file}, question {longest + 1}: it has {len(encoded[longest])} tokens, which leaves no room for "
             f"an answer in the model's context of {lm.max_sequence_length} tokens."
         )
-    found: dict[int, dict[str, Any]] = {}
-    for places in longest_first(encoded, config.batch_size):
-        out = generate(lm, *pad_rows([encoded[i] for i in places], lm.special.pad), **options)
-        for row, i in enumerate(places):
-            found[i] = {"question": questions[i], "text": out.texts[row].strip(), "truncated": bool(out.truncated[row]),
-                        "num_thoughts": int(out.num_thoughts[row])}  # fmt: skip
+    answers: dict[int, dict[str, Any]] = {}
+    for indices in longest_first(encoded, config.batch_size):
+        out = generate(lm, *pad_rows([encoded[i] for i in indices], lm.special.pad), **options)
+        for row, i in enumerate(indices):
+            answers[i] = {
+                "question": questions[i],
+                "text": out.texts[row].strip(),
+                "truncated": bool(out.truncated[row]),
+                "num_thoughts": int(out.num_thoughts[row]),
+            }
             if out.modes[row]:
-                found[i]["mode"] = out.modes[row]
+                answers[i]["mode"] = out.modes[row]
             if config.show_thoughts:
-                found[i]["thoughts"] = logit_lens(lm, out.thoughts[row][: int(out.num_thoughts[row])])
-    write_answers(lm, [found[i] for i in range(len(questions))], config.output)
+                answers[i]["thoughts"] = logit_lens(lm, out.thoughts[row][: int(out.num_thoughts[row])])
+    write_answers(lm, [answers[i] for i in range(len(questions))], config.output)
 
 
 def write_answers(lm: LatentLM, rows: Sequence[dict[str, Any]], output: str) -> None:
@@ -46,8 +53,8 @@ def write_answers(lm: LatentLM, rows: Sequence[dict[str, Any]], output: str) -> 
     rows = [{**row, **({"unknown": unknown} if unknown else {})} for row, unknown in zip(rows, words, strict=True)]
     if affected := [number for number, unknown in enumerate(words) if unknown]:
         note(
-            f"warning: the model does not know all words of {len(affected)} of {len(rows)} questions. The first is "
-            f"question {affected[0] + 1}: {', '.join(words[affected[0]])}."
+            f"warning: {len(affected)} of {len(rows)} questions have words outside the model's vocabulary. The first "
+            f"is question {affected[0] + 1}: {', '.join(words[affected[0]])}."
         )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output:

@@ -1,4 +1,4 @@
-"""How long a question may be: its thoughts and an answer must fit into the model's context, too."""
+"""The maximum length of a question: its thoughts and an answer must also fit into the model's context."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def indices_that_fit(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
-    """The indices of the questions that leave room for an answer, with `more` thoughts than the model's own."""
+    """The indices of the questions that leave room for an answer after `more` thoughts than trained."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
     return [i for i, row in enumerate(rows) if len(row) <= room]
 
 
 def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str | None = None) -> int:
-    """The most tokens that a question may have. An answer of one token must fit after the thoughts.
+    """The maximum number of tokens of a question, such that its thoughts and an answer of one token fit after it.
 
-    `num_thoughts`: by default the model's own. A hybrid model may choose any of its modes, so the longest counts,
-    unless `mode` forces one.
+    `num_thoughts`: by default as trained. A hybrid model may choose any mode, so its mode with the most thoughts
+    counts, unless `mode` forces one.
     """
-    own = lm.reasoning
-    forms = [own.in_mode(name) for name in own.modes if mode in (None, name)] or [own]
+    reasoning = lm.reasoning
+    forms = [reasoning.in_mode(name) for name in reasoning.modes if mode in (None, name)] or [reasoning]
     counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
     slots = [len(slot_with_markers(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
-    return lm.max_sequence_length - max(slots) - bool(own.modes) - 1
+    return lm.max_sequence_length - max(slots) - bool(reasoning.modes) - 1

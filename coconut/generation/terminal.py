@@ -1,4 +1,4 @@
-"""Questions and answers on the terminal: answers on standard output, everything about them on standard error."""
+"""Answer questions on the terminal: answers go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ if TYPE_CHECKING:
 
 
 def note(text: str) -> None:
-    """Print on standard error, so that standard output holds the answers alone."""
+    """Print to standard error, so that standard output has the answers only."""
     print(text, file=sys.stderr)
 
 
 def typed_questions() -> Iterator[str]:
-    """Questions as they are typed, up to an empty line."""
-    note("Type one question a line; an empty line ends the program.")
+    """Yield questions as they are typed, until an empty line."""
+    note("Type one question per line; an empty line ends the program.")
     with contextlib.suppress(EOFError):
         while question := _next_line():
             yield question
 
 
 def _next_line() -> str:
+    """Read a line; ask again if it is not valid text."""
     while True:
         try:
             return input("? ").strip()
         except UnicodeDecodeError as error:
-            note(f"error: what was typed is not {error.encoding} text: {error.reason}")
+            note(f"error: the input is not {error.encoding} text: {error.reason}")
 
 
 def converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> None:
-    """Answer typed questions, each by itself, token by token."""
+    """Answer typed questions one by one, and print each token as it is generated."""
     from transformers import TextStreamer
 
     as_text = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -52,7 +53,7 @@ def converse(lm: LatentLM, show_thoughts: bool, options: dict[str, Any]) -> None
 
 
 def print_answer(lm: LatentLM, question: str, show_thoughts: bool, options: dict[str, Any]) -> None:
-    """Answer one question."""
+    """Answer one question and print the answer."""
     warn_of_unknown(lm, question)
     result = answer(lm, [question], **options)
     describe_answer(lm, result, show_thoughts)
@@ -61,21 +62,23 @@ def print_answer(lm: LatentLM, question: str, show_thoughts: bool, options: dict
 
 
 def describe_answer(lm: LatentLM, result: Generated, show_thoughts: bool) -> None:
-    """The number of thoughts and tokens, and the tokens that are closest to each thought."""
+    """Print the numbers of thoughts and tokens, and with `show_thoughts` the likeliest tokens of each thought."""
     count = int(result.num_thoughts[0])
     mode = f"{result.modes[0]}, " if result.modes[0] else ""
     note(f"[{mode}{count} thought{'s' * (count != 1)}, {int(result.lengths[0])} tokens]")
     if show_thoughts:
         for number, tokens in enumerate(logit_lens(lm, result.thoughts[0]), 1):
-            nearest = ", ".join(f"{text.strip() or repr(text)} {probability:.2f}" for text, probability in tokens)
-            note(f"[thought {number} is close to: {nearest}]")
+            likeliest = ", ".join(f"{text.strip() or repr(text)} {probability:.2f}" for text, probability in tokens)
+            note(f"[thought {number}, likeliest tokens: {likeliest}]")
 
 
 def warn_of_truncation(truncated: bool) -> None:
+    """Print a warning if the answer was truncated."""
     if truncated:
-        note("warning: the answer was cut at the limit; raise max_new_tokens.")
+        note("warning: the answer was truncated at the limit; raise max_new_tokens.")
 
 
 def warn_of_unknown(lm: LatentLM, question: str) -> None:
+    """Print a warning if words of the question are outside the vocabulary."""
     if unknown := unknown_in(lm.tokenizer, question):
-        note(f"warning: the model has no word for {', '.join(unknown)}.")
+        note(f"warning: not in the model's vocabulary: {', '.join(unknown)}.")

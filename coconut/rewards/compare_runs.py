@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coconut.analysis.comparable_runs import folders
+from coconut.analysis.comparable_runs import expand_patterns
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.config import TooLong
 from coconut.engine.base import autocast, set_up_device
@@ -57,7 +57,7 @@ class Setting:
 def compare_runs(config: CompareConfig) -> int:
     """Compare reward models that started from one model. Gives the exit status."""
     silence_libraries()
-    runs = folders(config.runs)
+    runs = expand_patterns(config.runs)
     configs = [read_config(folder) for folder in runs]
     setting = _setting(config, runs, configs[0])
     reference = setting.reference

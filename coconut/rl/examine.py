@@ -1,4 +1,4 @@
-"""Measure how a hybrid model chooses its modes, against routers that choose for it."""
+"""Measure how a hybrid model chooses its modes, and compare it with routers."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ from coconut.tasks import TASKS
 from coconut.utils.console import log
 from coconut.utils.files import sha256
 
-SPLITS = ("train", "test")  # what routers are fitted on, and what they are compared on
-MAX_FITTED_ON = 1000  # training questions
+SPLITS = ("train", "test")  # routers are fitted on the first and compared on the second
+MAX_FITTED_ON = 1000  # how many training questions routers are fitted on at most
 
 
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> list[Study]:
-    """The studies of a run's choices on its test questions; none if its data files are not here."""
+    """The studies of a run's choice of modes on its test questions; none if its data files are missing."""
     try:
         files = {split: file_of_split(record.config["data"], split, getattr(config.data, split)) for split in SPLITS}
     except FileNotFoundError as error:
-        log(f"Its choices are not compared. {error}")
+        log(f"The choice of modes is not analyzed. {error}")
         return []
     trained = load_run(config.run, config.checkpoint, config.engine)
-    asked, others = read_examples(files["test"])[: config.limit], read_examples(files["train"])[:MAX_FITTED_ON]
-    asked, others = (
-        [part[i] for i in indices_that_fit(trained.lm, [e.question for e in part])] for part in (asked, others)
+    test_examples, train_examples = (
+        read_examples(files["test"])[: config.limit],
+        read_examples(files["train"])[:MAX_FITTED_ON],
     )
-    log(f"Looking into {trained.step:,}: {len(asked):,} questions of {files['test']}, in every mode")
+    test_examples, train_examples = (
+        [examples[i] for i in indices_that_fit(trained.lm, [e.question for e in examples])]
+        for examples in (test_examples, train_examples)
+    )
+    log(f"Analyzing step {trained.step:,} with {len(test_examples):,} questions of {files['test']}, in every mode")
     task = TASKS[record.config["data"]["task"]]
     with autocast(trained.lm.device, config.engine.precision):
-        studies = choice_studies(trained.lm, task, asked, others, batch_size=config.batch_size)
+        studies = choice_studies(trained.lm, task, test_examples, train_examples, batch_size=config.batch_size)
     about = {
-        "step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(asked),
-        "seen": seen_by(config.run, [example.question for example in asked]),
+        "step": trained.step, "file": files["test"], "sha256": sha256(files["test"]), "questions": len(test_examples),
+        "seen": seen_by(config.run, [example.question for example in test_examples]),
     }  # fmt: skip
     return [replace(study, facts=study.facts | about) for study in studies]

@@ -1,4 +1,4 @@
-"""One table of several policies: what each chooses, what it earns, and how it learned."""
+"""A table of several policies: their modes, rewards and accuracies, and their learning curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coconut.analysis.comparable_runs import folders
+from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.reporting import run_table
@@ -25,44 +25,44 @@ SEED = re.compile(r"-seed\d+$")
 
 
 def write_table(config: TableConfig) -> int:
-    """Write the table of policies, or that of trained models. Gives the exit status.
+    """Write the table of policies, or that of supervised runs if none is a policy. Gives the exit status.
 
     Raises ValueError if there are runs of both kinds.
     """
-    named = folders(config.runs)
-    records = [read_run(folder) for folder in named]
+    run_folders = expand_patterns(config.runs)
+    records = [read_run(folder) for folder in run_folders]
     kinds = [is_policy(record) for record in records]
     if not any(kinds):
         return run_table.run(config)
     if not all(kinds):
-        both = records[kinds.index(True)].folder, records[kinds.index(False)].folder
-        raise ValueError(f"{both[0]} was trained by reward and {both[1]} was not: make a table of each kind.")
+        pair = records[kinds.index(True)].folder, records[kinds.index(False)].folder
+        raise ValueError(f"{pair[0]} was trained by reward and {pair[1]} was not. Make a table for each kind.")
     study = comparison(records)
-    folder = run_table.place_of(config, run_table.common_folder(named))
+    folder = run_table.output_folder(config, run_table.common_folder(run_folders))
     study.write(folder)
     write_text(folder / "policies.html", comparison_page(study, records, folder))
     log("\n".join(run_table.aligned([columns(study.facts["modes"]), *table_rows(study)])))
-    log(f"Table: {folder / 'policies.html'}, and beside it .csv, .json")
+    log(f"Table: {folder / 'policies.html'}, and the same as .csv and .json")
     return 0
 
 
 def arm_of(run: RunRecord) -> str:
-    """The name of its folder, without the seed."""
+    """The arm of a run: the name of its folder without the seed."""
     return SEED.sub("", run.folder.resolve().name)
 
 
 def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of one arm together."""
-    found: dict[str, list[RunRecord]] = {}
+    """Group runs by arm."""
+    by_arm: dict[str, list[RunRecord]] = {}
     for run in runs:
-        found.setdefault(arm_of(run), []).append(run)
-    return found
+        by_arm.setdefault(arm_of(run), []).append(run)
+    return by_arm
 
 
 def comparison(runs: Sequence[RunRecord]) -> Study:
-    """A study with a row for each run: its choice of modes, and the results on test questions.
+    """A study with a row for each run: its choice of modes, and its results on the test questions.
 
-    Raises ValueError if a run is incomplete, was not analyzed, or has other modes or test questions than the first.
+    Raises ValueError if a run is incomplete, was not analyzed, or differs from the first in modes or test questions.
     """
     for run in runs:
         if run.step < run.config["num_steps"]:
@@ -75,8 +75,8 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
         facts = run.studies["routers"].facts
         if any(facts[key] != first_facts[key] for key in ("modes", "sha256", "questions")):
             raise ValueError(f"{run.folder} and {runs[0].folder} differ in their modes or in their test questions.")
-        model_row, *others = run.studies["routers"].rows
-        by_name = {row["router"]: row for row in others}
+        model_row, *router_rows = run.studies["routers"].rows
+        by_name = {row["router"]: row for row in router_rows}
         easy, *_, hard = run.studies["difficulty"].rows
         rows.append(
             {
@@ -98,38 +98,41 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
 
 
 def _validated(run: RunRecord) -> dict[str, Any]:
-    """The validation of the checkpoint that was analyzed. Raises ValueError if there is none."""
+    """The validation of the analyzed checkpoint. Raises ValueError if there was none at its step."""
     step = run.studies["routers"].facts["step"]
     rows = [row for row in run.valid if row["step"] == step]
     if not rows:
         raise ValueError(
-            f"{run.folder} was analyzed at step {step:,}, which has no validation, so its reward is not known. "
+            f"{run.folder} was analyzed at step {step:,}, which has no validation, so its reward is unknown. "
             f"Analyze another checkpoint: coconut analyze run={run.folder} checkpoint=best"
         )
     return rows[-1]
 
 
 def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
-    """The page of several runs."""
+    """The HTML page that compares the policies."""
     modes = study.facts["modes"]
-    asked = describe_questions(study.facts["questions"], study.facts.get("seen"))
+    questions = describe_questions(study.facts["questions"], study.facts.get("seen"))
     note = (
-        f"On {asked}; means over seeds. All numbers of a run are of the "
-        "checkpoint that was examined, the best by its reward unless another was named; the reward is that on "
-        "validation questions. Minutes: of the whole training. Chance on easy and on hard: how likely "
-        "the first token is that of the mode, for questions of the fewest and of the most steps. At random: the "
-        "accuracy if each mode were taken as often, whatever the question."
+        f"Means over seeds, on {questions}. The numbers of a run are those of its analyzed checkpoint, by default the "
+        "one with the best reward. Reward: on validation questions. Minutes: of the whole training. Easy and hard: the "
+        "probability of the mode's control token for questions with the fewest and with the most steps. At random: the "
+        "accuracy if modes were chosen with the same frequencies but independently of the question. Oracle: the "
+        "accuracy if a mode that answers right were chosen wherever there is one."
     )
     parts: list[Part] = [Table(columns(modes), table_rows(study), len(columns(modes)) - 1), Text(note)]
     curves: list[Part] = [mode_legend(modes)]
-    for number, (arm, its) in enumerate(arms(runs).items()):
-        figure, seeds = curves_figure(its, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in its)
-        said = f"Seed{'s' * (len(its) > 1)} {seeds}."
-        curves += [Heading(arm), replace(figure, caption=f"{said} {figure.caption}" if not number else said)]
+    for number, (arm, arm_runs) in enumerate(arms(runs).items()):
+        figure, seeds = curves_figure(arm_runs, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in arm_runs)
+        seeds_sentence = f"Seed{'s' * (len(arm_runs) > 1)} {seeds}."
+        curves += [
+            Heading(arm),
+            replace(figure, caption=f"{seeds_sentence} {figure.caption}" if not number else seeds_sentence),
+        ]
     return page(
         runs[0].description["name"],
         f"{len(runs)} policies",
-        f"how each learned which of {', '.join(modes)} to answer in",
+        f"trained to choose between {', '.join(modes)}",
         folder,
         [Section("headline", None, parts), Section("learning", "How they learned", curves)],
         kicker="comparison",
@@ -137,22 +140,27 @@ def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> st
 
 
 def columns(modes: Sequence[str]) -> list[str]:
+    """The heads of the table's columns."""
     of_modes = [f"{mode}{kind}" for mode in modes[1:] for kind in ("", ", easy", ", hard")]
     return ["arm", "seeds", "reward", "accuracy", "at random", "oracle", *of_modes, "new tokens", "passes", "minutes"]
 
 
 def table_rows(study: Study) -> list[list[str]]:
-    """A row for each arm, as it is read, in the order of `columns`."""
+    """The texts of a row for each arm, in the order of `columns`; numbers are means over seeds."""
     modes = study.facts["modes"]
-    found = []
+    rows = []
     for arm in dict.fromkeys(row["arm"] for row in study.rows):
-        its = [row for row in study.rows if row["arm"] == arm]
-        mean = {key: float(np.mean([row[key] for row in its])) for key in its[0] if key not in ("arm", "seed", "step")}
+        arm_rows = [row for row in study.rows if row["arm"] == arm]
+        mean = {
+            key: float(np.mean([row[key] for row in arm_rows]))
+            for key in arm_rows[0]
+            if key not in ("arm", "seed", "step")
+        }
         shares = [percent(mean[f"{kind}_{mode}"]) for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
-        found.append(
+        rows.append(
             [
                 arm,
-                ", ".join(str(row["seed"]) for row in its),
+                ", ".join(str(row["seed"]) for row in arm_rows),
                 f"{mean['reward']:.3f}",
                 *(percent(mean[key]) for key in ("accuracy", "at_random", "oracle")),
                 *shares,
@@ -161,4 +169,4 @@ def table_rows(study: Study) -> list[list[str]]:
                 f"{mean['seconds'] / 60:.1f}",
             ]
         )
-    return found
+    return rows

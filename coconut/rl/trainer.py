@@ -355,7 +355,7 @@ class PolicyTrainer:
         with self.engine.full_module() as lm, self.engine.autocast():
             predictions = predict_in_each_mode(
                 lm, self.task, self.valid, max_new_tokens=self.max_new_tokens, batch_size=self.config.eval_batch_size,
-                world=world, asked=stop,
+                world=world, stop_requested=stop,
             )  # fmt: skip
             outcomes = collect_outcomes(lm, self.valid, predictions)
         rows, by_mode = np.arange(len(outcomes.chosen)), list(predictions.values())

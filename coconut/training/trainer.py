@@ -183,7 +183,7 @@ class Trainer:
                     if stop:
                         break
                 result, predictions, thoughts = evaluate(
-                    lm, self.task, self.valid_examples, batch_size=size, world=world, asked=stop
+                    lm, self.task, self.valid_examples, batch_size=size, world=world, stop_requested=stop
                 )
                 statistics = self._thought_statistics(lm, thoughts, predictions) if thoughts.shape[1] else {}
         finally:

@@ -692,7 +692,7 @@ def test_adaptive_command_writes_table_policy_and_page(trained: Path, capsys: py
     other = command(None, table=str(folder / "outcomes.npz"), output=str(folder.parent / "again"))
     assert adaptive.run(other) == 0
     assert (folder.parent / "again" / "arms.json").read_text() == arms
-    with pytest.raises(ValueError, match="is made already"):
+    with pytest.raises(ValueError, match="exists already"):
         adaptive.only_table(other)
 
 
@@ -794,7 +794,7 @@ def test_adaptive_command_checks_before_it_asks(trained: Path, tmp_path: Path) -
         ({"num_train_questions": 24}, "num_train_questions=24 leaves none of"),
         (wild, "temperature 0, samples 3: 3 samples without a temperature are identical"),
         ({"space": {"num_thoughts": [0, 200]}}, "No question of .* leaves room for an answer"),
-        ({"run": str(tmp_path / "nothing"), "output": ""}, "is no folder here"),
+        ({"run": str(tmp_path / "nothing"), "output": ""}, "There is no folder"),
         ({"run": "", "table": str(tmp_path / "none.npz")}, "There is no table"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -829,7 +829,7 @@ def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Pat
     by_base = command(None, **asked, base=str(place), limit=4, prompt="{question} {steps}", space={"steps": [1, 2]})
 
     def names() -> list[str]:
-        return [adaptive._asking(by_base).backend.name for _ in range(2)]
+        return [adaptive._inputs(by_base).backend.name for _ in range(2)]
 
     found = names()
     (place / "model.safetensors").unlink()
@@ -847,11 +847,11 @@ def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Pat
     saved = tmp_path / "saved"
     LatentLM.from_pretrained(Checkpoints(trained).find("best")).save_pretrained(saved)
     by_run = command(saved, **asked)
-    first = adaptive._asking(by_run).backend.name
+    first = adaptive._inputs(by_run).backend.name
     about = read_json(saved / "coconut.json")
     more = {**about["reasoning"], "num_thoughts": about["reasoning"]["num_thoughts"] + 1}
     write_json(saved / "coconut.json", {**about, "reasoning": more})
-    assert adaptive._asking(by_run).backend.name != first
+    assert adaptive._inputs(by_run).backend.name != first
 
 
 @pytest.mark.slow

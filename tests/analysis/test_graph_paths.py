@@ -45,7 +45,7 @@ def told(nodes: str) -> list[str]:
         ("abt?", Outcome.hallucination),
     ],
 )
-def test_a_whole_path(nodes: str, expected: Outcome) -> None:
+def test_classes_of_whole_paths(nodes: str, expected: Outcome) -> None:
     for right in (True, False):
         assert classify(SYMBOLS, list(nodes[1:]), right, hidden=False) is expected
         assert classify(SENTENCES, told(nodes), right, hidden=False) is expected
@@ -79,7 +79,7 @@ def test_a_partial_path_is_completed(nodes: str, expected: Outcome) -> None:
         assert classify(SENTENCES, told(nodes), True, hidden=True) is expected
 
 
-def test_nothing_may_be_hidden_before_sentences() -> None:
+def test_a_whole_path_after_thoughts_is_a_correct_path() -> None:
     assert classify(SENTENCES, told("abt"), True, hidden=True) is Outcome.correct_path
     assert classify(SYMBOLS, ["a", "b", "t"], True, hidden=True) is Outcome.correct_path
 
@@ -168,7 +168,7 @@ def test_gold_chains_are_correct_paths() -> None:
             assert classify(asked, row["steps"][thought:], True, hidden=thought > 0) is Outcome.correct_path
 
 
-def test_what_lies_where() -> None:
+def test_distances_and_heights_of_nodes() -> None:
     assert SYMBOLS.distance == {"a": 0, "b": 1, "c": 1, "e": 1, "t": 2, "d": 2}
     assert SYMBOLS.remaining == {"t": 0, "b": 1, "d": 1, "a": 2, "c": 2, "x": 2}
     assert SYMBOLS.hops == 2
@@ -226,7 +226,7 @@ def test_after_a_redirection_exactly_the_other_option_is_reachable() -> None:
     assert swapped > 40
 
 
-def test_a_lone_edge_is_turned_where_no_two_can_be_swapped() -> None:
+def test_redirect_turns_one_edge_if_no_two_can_be_swapped() -> None:
     question = "a t | x y | x t ? t or y from a"  # a swap would tell x t twice
     found = redirect(question, GraphQuestion.read(question, "t"), Random(0))
     assert found == ("a y | x y | x t ? t or y from a", False, True)
@@ -240,11 +240,11 @@ def test_a_lone_edge_is_turned_where_no_two_can_be_swapped() -> None:
         "a b | b t | a c | c t | x y ? t or y from a",  # two ways that share no edge
     ],
 )
-def test_some_questions_cannot_be_redirected(question: str) -> None:
+def test_redirect_gives_none_if_no_single_change_suffices(question: str) -> None:
     assert redirect(question, GraphQuestion.read(question, "t"), Random(0)) is None
 
 
-def test_an_edge_that_all_ways_take_is_removed() -> None:
+def test_remove_on_path_disconnects_both_options() -> None:
     for number, (question, asked) in enumerate(rows()):
         found = remove_on_path(question, asked, Random(number))
         ways = list(networkx.edge_disjoint_paths(asked.graph, asked.root, asked.target))
@@ -254,7 +254,7 @@ def test_an_edge_that_all_ways_take_is_removed() -> None:
             assert len(prosqa.parse_question(found).edges) == len(prosqa.parse_question(question).edges) - 1
 
 
-def test_an_edge_elsewhere_changes_no_way_to_an_option() -> None:
+def test_remove_elsewhere_keeps_all_paths_to_the_options() -> None:
     def ways(question: str, asked: GraphQuestion) -> tuple[list[list[str]], set[str]]:
         graph = prosqa.graph(question)
         return list(networkx.all_simple_paths(graph, asked.root, asked.target)), networkx.ancestors(graph, asked.other)
@@ -286,6 +286,6 @@ def test_edges_are_replaced_in_the_text(question: str, edges: list[tuple[str, st
     assert prosqa.with_edges(question, own) == question
 
 
-def test_as_many_edges_are_needed_as_are_told() -> None:
+def test_with_edges_needs_one_edge_for_each_in_the_question() -> None:
     with pytest.raises(ValueError, match="has 2 edges, but 1 were given"):
         prosqa.with_edges("0 3 | 7 6 ? 3 or 6 from 0", [("0", "3")])

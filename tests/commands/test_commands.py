@@ -242,7 +242,7 @@ def test_signs_that_mean_something_to_hydra(text: str) -> None:
     assert config.question == text
 
 
-def test_other_arguments_are_left_alone() -> None:
+def test_quoting_leaves_other_arguments_unchanged() -> None:
     for argument in ("seed=1", "run='a b'", "--help", "run", "+x.question=1", "init=null", "data=own",
                      "engine.kind=local", "~tracking.name=a", "hydra.sweep.dir=1.10", "+data.build.x=6"):  # fmt: skip
         assert as_override(argument, TrainConfig) == argument
@@ -301,7 +301,7 @@ def test_a_sweep_over_lists(argument: str) -> None:
     assert [len(job) for job in jobs_of("train", argument)] == [1, 1]
 
 
-def test_what_means_something_in_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folders_null_and_references_in_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
     config = typed(
         "train", "run=~/r", "init=~", 'model.base="~/m"', "seed=3", "name='a b'", "data=own", "data.task=prosqa",
@@ -339,7 +339,7 @@ def test_builders_take_names_to_the_letter() -> None:
     assert (config.out_dir, config.name, config.hub, config.hub_config) == ("1.10=a b", "12e5", "1e5", "true")
 
 
-def test_what_is_not_utf8_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_that_are_not_utf8_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = os.fsdecode(b"r\xe9")
     (tmp_path / odd).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / odd)
@@ -370,7 +370,7 @@ def test_a_missing_launcher_says_what_to_install() -> None:
     assert "pip install hydra-submitit-launcher" in explain_error(error, TrainConfig)
 
 
-def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_closed_output_and_interrupts_end_a_command_quietly(capsys: pytest.CaptureFixture[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "data_builders.pointers", "--help"]
@@ -388,7 +388,7 @@ def test_nobody_reads_and_interrupted(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_another_program_is_interrupted_as_always(tmp_path: Path) -> None:
+def test_importing_coconut_keeps_the_interrupt_handler_of_other_programs(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "__init__.py").write_text("import coconut\n")
     asked = "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"

@@ -56,7 +56,7 @@ def saying(*texts: str) -> Any:
     return Scripted(lm.base, lm.tokenizer, lm.special, lm.reasoning)
 
 
-def test_what_is_counted() -> None:
+def test_evaluate_counts_correct_answers_tokens_and_passes() -> None:
     examples = [
         Example("1 2 3 4 5 6", ("s1", "s2"), "7"),
         Example("1 2 3 4 5", ("s1", "s2"), "7"),
@@ -76,7 +76,7 @@ def test_what_is_counted() -> None:
     assert result.chance_accuracy is None
 
 
-def test_the_interval_is_wilsons() -> None:
+def test_interval_is_that_of_wilson() -> None:
     lm = saying(*["### 7"] * 9, "### 8")
     result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", (), "7")] * 10)
     z, p, n = norm.ppf(0.975), 0.9, 10
@@ -85,7 +85,7 @@ def test_the_interval_is_wilsons() -> None:
     assert result.interval == pytest.approx((centre - half, centre + half))
 
 
-def test_an_evaluation_is_written_down(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_writes_result_and_predictions(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_evaluate(EvaluateConfig(run=str(trained), batch_size=7)) == 0
     said = capsys.readouterr().out
     result = read_results(trained)["test"]
@@ -106,7 +106,7 @@ def test_an_evaluation_is_written_down(trained: Path, capsys: pytest.CaptureFixt
     assert same == again, "the size of a batch changes nothing else"
 
 
-def test_what_is_unusual_has_a_name_of_its_own(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_default_settings_are_part_of_the_name(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_evaluate(EvaluateConfig(run=str(trained), num_thoughts=0, limit=5))
     result = read_results(trained)["test-num_thoughts-0-limit-5"]
     assert (result["num_thoughts"], result["count"]) == (0, 5)
@@ -121,7 +121,7 @@ def test_what_is_unusual_has_a_name_of_its_own(trained: Path, capsys: pytest.Cap
     assert "1 words of the questions are not in the model's vocabulary" in capsys.readouterr().out
 
 
-def test_a_file_of_the_same_name_does_not_take_the_tests_place(trained: Path, tmp_path: Path) -> None:
+def test_another_file_named_test_does_not_overwrite_the_test_result(trained: Path, tmp_path: Path) -> None:
     run_evaluate(EvaluateConfig(run=str(trained)))
     before = read_results(trained)["test"]
     other = tmp_path / "test.json"
@@ -132,9 +132,7 @@ def test_a_file_of_the_same_name_does_not_take_the_tests_place(trained: Path, tm
         EvaluateConfig(run=str(trained), data=DataFiles(valid=str(other)))
 
 
-def test_questions_that_were_seen_are_counted(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seen_questions_are_counted(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_results(trained)["test"]["seen"] == {"train": 0, "valid": 0}
     rows, own = (json.loads((trained.parent / f"{split}.json").read_text()) for split in ("train", "test"))
     (tmp_path / "copy.json").write_text(json.dumps(rows[:3]))
@@ -146,7 +144,9 @@ def test_questions_that_were_seen_are_counted(
         path.unlink()
 
 
-def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_without_room_for_an_answer_are_refused_or_skipped(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "long.json"
     rows = json.loads((trained.parent / "test.json").read_text())[:2]
     file.write_text(json.dumps([{**rows[0], "question": "0 " * 100}, rows[1]]))
@@ -158,21 +158,21 @@ def test_questions_that_fill_the_context(trained: Path, tmp_path: Path, capsys: 
     assert "1 questions, too long or with a gold answer that would be judged wrong" in capsys.readouterr().out
 
 
-def test_a_chain_that_begins_within_a_step_is_not_compared() -> None:
+def test_chain_match_is_none_if_thoughts_replace_a_part_of_a_step() -> None:
     lm = saying("### 7")
     lm.reasoning = replace(lm.reasoning, slot=Slot.none, steps_cut=0, tokens_cut=8)
     result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
     assert result.chain_match is None
 
 
-def test_the_answers_own_format_is_taken_off() -> None:
+def test_answers_are_read_without_their_format() -> None:
     lm = saying("\\boxed{7}")
     lm.reasoning = replace(lm.reasoning, format=PromptFormat(answer="\\boxed{{}}"))
     _, (prediction,), _ = evaluate(lm, TASKS["prosqa"], [Example("1 2", (), "7")])
     assert (prediction.predicted, prediction.correct) == ("7", True)
 
 
-def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_generate_answers_one_question(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     question = graph_rows(seed=0, count=60)[45]["question"]
     assert run_generate(GenerateConfig(run=str(trained), question=question)) == 0
     first = capsys.readouterr()
@@ -188,7 +188,9 @@ def test_a_question_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str
     assert "[1 thought, " in capsys.readouterr().err
 
 
-def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_answers_the_questions_of_a_file(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = [row["question"] for row in graph_rows(seed=0, count=8)]
     (tmp_path / "some.txt").write_text("\n\n".join(questions))
     (tmp_path / "some.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in questions))
@@ -224,7 +226,7 @@ def test_the_questions_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.ndjson", "a.JSONL", "a.data", "a"])
-def test_the_answer_beside_a_question_is_never_asked(tmp_path: Path, name: str) -> None:
+def test_question_files_are_read_without_their_answers(tmp_path: Path, name: str) -> None:
     rows = [{"question": "1 2", "steps": [], "answer": "3"}, {"question": "4", "steps": [], "answer": "5"}]
     file = tmp_path / name
     for text in (json.dumps(rows), json.dumps(rows, indent=1), "\r\n".join(map(json.dumps, rows))):
@@ -232,7 +234,7 @@ def test_the_answer_beside_a_question_is_never_asked(tmp_path: Path, name: str) 
         assert read_questions(str(file)) == ["1 2", "4"]
 
 
-def test_a_line_of_a_text_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+def test_question_lines_end_only_at_line_feeds(tmp_path: Path) -> None:
     questions = ["a\x0cb", "c\u2028d", "e\x85f", "[1, 2] {x}", "g\rh", "i"]
     file = tmp_path / "questions.TXT"
     for end in ("\n", "\r\n"):
@@ -240,11 +242,11 @@ def test_a_line_of_a_text_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
         assert read_questions(str(file)) == questions
 
 
-def test_words_that_the_model_does_not_know_are_named(
+def test_generate_names_words_outside_the_vocabulary(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     asked = "Which animal barks?"
-    told = "warning: the model has no word for Which, animal, barks."
+    told = "warning: not in the model's vocabulary: Which, animal, barks."
     run_generate(GenerateConfig(run=str(trained), question=asked))
     assert told in capsys.readouterr().err
     typed = iter([asked, ""])
@@ -255,12 +257,15 @@ def test_words_that_the_model_does_not_know_are_named(
     (tmp_path / "some.txt").write_text(f"{graph_rows(seed=0, count=1)[0]['question']}\n{asked}\n")
     run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt")))
     shown = capsys.readouterr()
-    assert "all words of 1 of 2 questions. The first is question 2: Which, animal, barks." in shown.err
+    assert (
+        "1 of 2 questions have words outside the model's vocabulary. The first is question 2: Which, animal, barks."
+        in shown.err
+    )
     rows = [json.loads(line) for line in shown.out.splitlines()]
     assert [row.get("unknown") for row in rows] == [None, ["Which", "animal", "barks"]]
 
 
-def test_gold_answers_that_no_model_can_give_are_told(
+def test_evaluation_warns_of_gold_answers_that_cannot_be_generated(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = json.loads((trained.parent / "test.json").read_text())[:3]
@@ -282,12 +287,12 @@ def test_gold_answers_that_no_model_can_give_are_told(
     assert "3 of 3 gold texts" in capsys.readouterr().out
 
 
-def test_a_run_without_a_task_is_not_judged() -> None:
+def test_evaluation_of_a_run_without_a_task_is_refused() -> None:
     with pytest.raises(ValueError, match="no task, as that of a reward model"):
         task_of({"task": None})
 
 
-def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_generate_answers_typed_questions(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     questions = [row["question"] for row in graph_rows(seed=0, count=2)]
     run_generate(GenerateConfig(run=str(trained), question=questions[0]))
     said = capsys.readouterr().out.split()
@@ -297,7 +302,7 @@ def test_questions_that_are_typed(trained: Path, capsys: pytest.CaptureFixture[s
     assert run_generate(GenerateConfig(run=str(trained), show_thoughts=True)) == 0
     shown = capsys.readouterr()
     assert shown.out.split()[: len(said)] == said
-    assert shown.err.count("[thought 2 is close to: ") == 2
+    assert shown.err.count("[thought 2, likeliest tokens: ") == 2
     assert "leaves no room" in shown.err, "and the conversation goes on"
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO())
     with pytest.raises(ValueError, match="There is no question"):

@@ -449,8 +449,8 @@ def test_verdicts_precede_the_figures(run: RunRecord):
     assert of_edges.rows[1][1:] == ["30", "–", "50.0 % (40.0 to 60.0)"]
     without = section(are_they_used, replace(run, studies={"audit_edges": run.studies["audit_edges"]}))
     assert without.title == "Where the answer comes from"
-    none = Study("audit_edges", [], {"chance_accuracy": None, "verdict": ["It cannot be told."]})
-    assert section(are_they_used, replace(run, studies={"audit_edges": none})).parts == [Lead(["It cannot be told."])]
+    none = Study("audit_edges", [], {"chance_accuracy": None, "verdict": ["It is not clear."]})
+    assert section(are_they_used, replace(run, studies={"audit_edges": none})).parts == [Lead(["It is not clear."])]
 
 
 @pytest.mark.slow

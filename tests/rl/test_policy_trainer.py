@@ -525,7 +525,7 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
 def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(
     finished: Path, made: tuple[Path, DataConfig], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"trained by reward and .* was not: make a table of each kind"):
+    with pytest.raises(ValueError, match=r"trained by reward and .* was not\. Make a table for each kind"):
         compare(TableConfig(runs=[str(finished), str(made[0])]))
     with pytest.raises(ValueError, match="was not analyzed"):
         compare(TableConfig(runs=[str(finished)]))
