@@ -139,7 +139,8 @@ def make_table(config: AdaptiveConfig, inputs: Inputs) -> OutcomeTable:
         embeddings=embeddings,
         about={"backend": inputs.backend.name, "task": inputs.vote.task.name, "embedding": config.embedding,
                "file": inputs.file, "sha256": sha256(inputs.file), "judge": config.judge.kind.value,
-               "seed": config.seed, "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint},
+               "seed": config.seed, "default": config.default, "max_new_tokens": config.max_new_tokens,
+               "checkpoint": config.checkpoint},
     )  # fmt: skip
     table.write(config.folder / TABLE)
     log(f"Table: {config.folder / TABLE}")
