@@ -239,7 +239,7 @@ class OptimizerConfig(AdamWConfig):
 
 
 MECHANISMS: tuple[str, ...] = (  # of coconut.acceleration, which says what each one does
-    "onednn", "deferred_gradients", "sparse_embedding", "gelu", "attention", "final_layer", "kv_cache",
+    "onednn", "deferred_gradients", "gelu", "attention", "final_layer", "kv_cache",
 )  # fmt: skip
 
 
@@ -503,4 +503,4 @@ class DataFiles:
 
 def needs_run(run: str) -> None:
     if not run:
-        raise ValueError("Name the run: run=DIR, a folder written by coconut.train.")
+        raise ValueError("Name the run: run=DIR, a folder written by coconut train.")

@@ -130,6 +130,7 @@ def commands() -> list[tuple[str, list[str]]]:
     return list(found.values())
 
 
+@pytest.mark.slow
 def test_commands_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     shown = commands()

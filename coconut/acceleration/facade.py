@@ -6,7 +6,6 @@ the work is plain torch and transformers, with the same results up to rounding.
 `mechanisms` names those that are on, out of `coconut.config.MECHANISMS`:
 - onednn: float32 matrix products on a CPU by oneDNN (linear.py)
 - deferred_gradients: weight gradients computed once for all passes (linear.py)
-- sparse_embedding: sparse gradients for lookups in a table that is tied to the head, on a CPU (linear.py)
 - gelu: GPT-2's GELU in one kernel (gelu.py)
 - attention: attention of one query in half precision on a CPU, and compact queries (attention.py)
 - final_layer: skip positions that nobody reads in the last layer (final_layer.py)
@@ -32,7 +31,7 @@ from coconut.acceleration.cuda_graphs import CudaGraphs, check_capturable
 from coconut.acceleration.final_layer import FinalLayer
 from coconut.acceleration.gelu import patched_gelu
 from coconut.acceleration.kv_cache import AppendOnlyCache, KVCache
-from coconut.acceleration.linear import deferred_weight_gradients, onednn_linear, sparse_embedding_gradient
+from coconut.acceleration.linear import deferred_weight_gradients, onednn_linear
 from coconut.config import MECHANISMS
 
 
@@ -88,10 +87,6 @@ class Acceleration:
         if "kv_cache" in self.mechanisms:
             return AppendOnlyCache(self._model.config, columns, windows)
         return KVCache(self._model.config, windows)
-
-    def embedding_lookup(self) -> AbstractContextManager[None]:
-        """Around looking up embeddings that reach the loss through the head."""
-        return sparse_embedding_gradient(self._model) if "sparse_embedding" in self.mechanisms else nullcontext()
 
     def all_passes(self) -> AbstractContextManager[None]:
         """Around all passes of a batch that takes several."""

@@ -7,15 +7,12 @@ deferred_weight_gradients: autograd computes one weight gradient for every pass 
 weight. For a thought, which is one token a row, this costs several times as much as the thought itself. Here each pass
 saves its inputs and output gradients, and the backward pass of the weight, which runs last, computes the sum with two
 matrix products.
-
-sparse_embedding_gradient: with tied tables the head already produces a gradient as large as the table. The embedding
-lookup adds its few rows to it and does not produce a second one of that size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,31 +42,6 @@ def deferred_weight_gradients(model: PreTrainedModel, onednn: bool) -> AbstractC
     head = model.get_output_embeddings()
     trained = (layer for layer in _large_layers(model) if layer is not head and layer.weight.requires_grad)
     return patched_forwards((layer, _layer_forward(layer, onednn)) for layer in trained)
-
-
-@contextmanager
-def sparse_embedding_gradient(model: PreTrainedModel) -> Iterator[None]:
-    """Give embedding lookups in this context a sparse gradient if the table is tied to the head and on a CPU.
-
-    The looked-up embeddings must reach the loss through the head, so that its dense gradient exists first.
-    """
-    table: Any = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    applies = (
-        type(table) is nn.Embedding
-        and getattr(head, "weight", None) is table.weight
-        and table.weight.device.type == "cpu"
-        and table.weight.numel() > 0
-        and torch.is_grad_enabled()
-    )
-    if not applies:
-        yield
-        return
-    before, table.sparse = table.sparse, True
-    try:
-        yield
-    finally:
-        table.sparse = before
 
 
 def _large_layers(module: nn.Module) -> Iterator[Any]:

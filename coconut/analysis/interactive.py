@@ -14,7 +14,7 @@ from coconut.analysis.graph_layout import place_nodes
 from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
 from coconut.analysis.probes import EXTRA_THOUGHTS, SHOWN_TOKENS, Subject
 from coconut.config import Precision
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
 from coconut.generation.generate import logit_lens
 from coconut.methods import Slot
@@ -99,7 +99,10 @@ class InteractiveModel:
         lm, max_thoughts = self.subject.lm, self.counts[-1]
         [prompt] = encode_questions(lm.tokenizer, [question], lm.reasoning.format)
         name_length = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
-        if len(prompt) + len(slot_ids(lm.reasoning, lm.special, max_thoughts)) + name_length > lm.max_sequence_length:
+        if (
+            len(prompt) + len(slot_with_markers(lm.reasoning, lm.special, max_thoughts)) + name_length
+            > lm.max_sequence_length
+        ):
             slot = f"{max_thoughts} {lm.reasoning.slot.value}s and " if max_thoughts else ""
             raise ValueError(
                 f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "

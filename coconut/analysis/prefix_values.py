@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from coconut.data.batching import collate
-from coconut.data.sequences import Layout, slot_ids
+from coconut.data.sequences import Layout, slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
 from coconut.methods import PromptFormat
@@ -79,7 +79,7 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     lm = subject.lm
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     answers, mark_lengths = encoded_answers(lm, [e.answer for e in subject.examples])
-    slot = len(slot_ids(lm.reasoning, lm.special, subject.num_trained_thoughts))
+    slot = len(slot_with_markers(lm.reasoning, lm.special, subject.num_trained_thoughts))
     lengths = [
         len(question_ids) + slot + len(answer_ids) for question_ids, answer_ids in zip(questions, answers, strict=True)
     ]
@@ -108,7 +108,7 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _layout(lm: LatentLM, question: Sequence[int], count: int, answer: Sequence[int]) -> Layout:
-    before = [*question, *slot_ids(lm.reasoning, lm.special, count)]
+    before = [*question, *slot_with_markers(lm.reasoning, lm.special, count)]
     slot_start = len(question) + lm.reasoning.markers
     return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), slot_start=slot_start)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.data.sequences import Layout, slot_ids
+from coconut.data.sequences import Layout, slot_with_markers
 from coconut.generation.generate import Generated, forward_passes
 from coconut.methods import Slot
 
@@ -129,7 +129,7 @@ def _layout(
     control = [lm.special.control[mode]] if mode else []
     # `Generated.num_thoughts` is 0 for pauses, whose number is fixed
     in_slot = count if reasoning.slot is Slot.thought else count or reasoning.num_thoughts
-    prompt = [*question, *control, *slot_ids(reasoning, lm.special, in_slot).tolist()]
+    prompt = [*question, *control, *slot_with_markers(reasoning, lm.special, in_slot).tolist()]
     return Layout(
         ids=np.array([*prompt, *completion_ids], np.int32),
         num_prompt=len(prompt),

@@ -54,7 +54,7 @@ def layout(
     chain = np.concatenate(kept) if kept else np.zeros(0, np.int32)
     cut = stage.tokens_cut if tokens_cut is None else tokens_cut
     chain = chain[len(chain) if cut is None else cut :]
-    slot = slot_ids(stage, special, stage.num_thoughts if num_thoughts is None else num_thoughts)
+    slot = slot_with_markers(stage, special, stage.num_thoughts if num_thoughts is None else num_thoughts)
     control = [special.control[stage.mode]] if stage.mode else []
     before = np.concatenate([question, np.array(control, np.int32), slot])
     return Layout(
@@ -65,7 +65,7 @@ def layout(
     )
 
 
-def slot_ids(form: Stage | Reasoning, special: SpecialIds, num_thoughts: int) -> np.ndarray:
+def slot_with_markers(form: Stage | Reasoning, special: SpecialIds, num_thoughts: int) -> np.ndarray:
     """The token ids between question and chain: the markers and the slot."""
     fill = {Slot.none: [], Slot.pause: [special.pause], Slot.thought: [special.latent]}[form.slot] * num_thoughts
     return np.array([special.bot, *fill, special.eot] if form.markers else fill, np.int32)
@@ -98,14 +98,14 @@ class EpochView:
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
         self.data, self.special = data, special
-        forms = list(stage.modes) or [stage, *plan.depths]
+        forms = list(stage.modes) or [stage, *plan.mixing_stages]
         which = np.zeros(len(data), np.int64)
         if stage.modes:  # each example cycles through them; every epoch has equally many of each
             which = (np.arange(len(data)) + epoch) % len(forms)
         elif plan.mixing_probability > 0:
             chance, depth = _uniform(seed, epoch, MIXING, (2, len(data)))
             highest = np.full(len(data), stage.index) if plan.mixing is Mixing.current else data.num_steps
-            drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.depths) - 1)
+            drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.mixing_stages) - 1)
             which = np.where(chance < plan.mixing_probability, 1 + drawn, 0)
         self.forms = [forms[k] for k in which]
         self.modes = which if stage.modes else np.zeros_like(which)
@@ -144,9 +144,9 @@ class EpochView:
         )
 
 
-def forms_of(plan: Plan) -> list[Stage]:
+def stage_variants(plan: Plan) -> list[Stage]:
     """Every layout that an example may get in any epoch, each as a stage of its own; iCoT's without an offset."""
-    mixed = plan.depths if plan.mixing_probability else ()
+    mixed = plan.mixing_stages if plan.mixing_probability else ()
     plain = (replace(form, smoothed=False) for stage in plan.stages for form in stage.modes or (stage,))
     return [*mixed, *plain]
 

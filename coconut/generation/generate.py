@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
 from coconut.generation.options import PASSTHROUGH, generation_settings
 from coconut.generation.thoughts import StopCriterion, think
@@ -197,14 +197,15 @@ def _answers(
 
     Questions are answered together if they have as many tokens in the slot and the same limit of new tokens.
     """
-    in_slot_B = len(slot_ids(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.none)
+    before_answer_B = len(slot_with_markers(reasoning, lm.special, 0)) + counts_B * (reasoning.slot is not Slot.none)
     lengths_B = is_question_BT.sum(1)
-    in_slot_B = in_slot_B + prefix_BW.shape[1]
-    free_B = lm.max_sequence_length - lengths_B - in_slot_B
+    before_answer_B = before_answer_B + prefix_BW.shape[1]
+    free_B = lm.max_sequence_length - lengths_B - before_answer_B
     if (free_B < 1).any():
         row = int(free_B.argmin())
         raise ValueError(
-            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(in_slot_B[row])} more before the answer "
+            f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(before_answer_B[row])} more before the "
+            "answer "
             f"it leaves no room in the model's context of {lm.max_sequence_length} tokens. Ask something shorter"
             + (", or with fewer thoughts." if counts_B[row] else ".")
         )
@@ -330,7 +331,7 @@ def _think_and_decode(
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
-    slot = torch.from_numpy(slot_ids(reasoning, lm.special, count)).long().to(lm.device)
+    slot = torch.from_numpy(slot_with_markers(reasoning, lm.special, count)).long().to(lm.device)
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), prefix_BW], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
     if reasoning.slot is not Slot.thought:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions
 
 if TYPE_CHECKING:
@@ -28,5 +28,5 @@ def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str |
     reasoning = lm.reasoning
     forms = [reasoning.in_mode(name) for name in reasoning.modes if mode in (None, name)] or [reasoning]
     counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
-    slots = [len(slot_ids(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
+    slots = [len(slot_with_markers(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
     return lm.max_sequence_length - max(slots) - bool(reasoning.modes) - 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.data.seen_questions import describe_questions
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import around_questions
 from coconut.methods import PromptFormat, Slot
 from coconut.runs.description import DESCRIPTION, read_config, read_results
@@ -38,10 +38,12 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     modes = {}  # by control token: the tokens that follow it, and the number of thoughts
     for name_of_mode in reasoning.modes:
         form = reasoning.in_mode(name_of_mode)
-        follows = [special.bot] if form.slot is Slot.thought else slot_ids(form, special, form.num_thoughts).tolist()
+        follows = (
+            [special.bot] if form.slot is Slot.thought else slot_with_markers(form, special, form.num_thoughts).tolist()
+        )
         modes[special.control[name_of_mode]] = follows, form.num_thoughts
     thinks = reasoning.slot is Slot.thought
-    slot = [special.bot] if thinks else slot_ids(reasoning, special, reasoning.num_thoughts).tolist()
+    slot = [special.bot] if thinks else slot_with_markers(reasoning, special, reasoning.num_thoughts).tolist()
     return environment.get_template(TEMPLATE).render(
         reasoning=reasoning,
         place=name or "THIS FOLDER",

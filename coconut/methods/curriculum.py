@@ -128,7 +128,7 @@ class Plan:
     method: str
     unit: Unit
     stages: tuple[Stage, ...]
-    depths: tuple[Stage, ...] = ()
+    mixing_stages: tuple[Stage, ...] = ()
     thoughts_per_step: int = 1
     pad_thoughts: bool = True
     mixing: Mixing = Mixing.current
@@ -150,7 +150,7 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
     """
     method = get_method(name)
     unit, total = curriculum.length_unit.value, curriculum.total_length
-    depths = _depths(method, curriculum)
+    depths = _mixing_stages(method, curriculum)
     last = curriculum.max_stage + curriculum.extra_stage
     if method.cut is Cut.steps:
         lengths = [curriculum.stage0_length] + [curriculum.stage_length] * last
@@ -185,7 +185,7 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
         method=name,
         unit=curriculum.length_unit,
         stages=tuple(stage for stage in stages if stage.length > 0),
-        depths=tuple(depths) if mixes else (),
+        mixing_stages=tuple(depths) if mixes else (),
         thoughts_per_step=curriculum.thoughts_per_step,
         pad_thoughts=curriculum.pad_thoughts,
         mixing=curriculum.mixing,
@@ -193,7 +193,7 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
     )
 
 
-def _depths(method: Method, curriculum: Curriculum) -> list[Stage]:
+def _mixing_stages(method: Method, curriculum: Curriculum) -> list[Stage]:
     """The layouts of the step curriculum: those of stages 0 .. max_stage, and the one without any step."""
     c, slot = curriculum.thoughts_per_step, method.slot
     cuts: list[int | None] = [*range(curriculum.max_stage + 1), None]

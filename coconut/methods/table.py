@@ -27,7 +27,7 @@ class Cut(StrEnum):
 
     never = "never"
     steps = "steps"  # stage k removes the first k steps
-    last = "last"  # as in the last stage of `steps`, from the start
+    last = "last"  # what the last stage of `steps` removes, from the first update
     tokens = "tokens"  # every stage removes a few more tokens (iCoT)
     all = "all"
     modes = "modes"  # depends on the mode of the example
@@ -35,6 +35,8 @@ class Cut(StrEnum):
 
 @dataclass(frozen=True)
 class Method:
+    """One entry of the table. `summary` describes it in run plans, reports and tables."""
+
     slot: Slot
     cut: Cut
     markers: bool

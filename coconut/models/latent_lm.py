@@ -270,8 +270,7 @@ class LatentLM(nn.Module):
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay)
         num_skipped = plan.count_skipped(is_read_BT)
         is_latent_BS = plan.gather(inputs.is_latent_BT) & plan.is_token_BS
-        with self.acceleration.embedding_lookup():
-            embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
+        embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
         tensors = embeds_BSD, plan.is_token_BS, is_latent_BS, plan.gather(inputs.positions_BT)
         run = partial(self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped)
         if not replay:

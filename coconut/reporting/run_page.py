@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
-from coconut.methods import Slot, Stage, get_method
+from coconut.methods import PromptFormat, Slot, Stage, get_method
 from coconut.reporting.page import (
     Answer,
     Answers,
@@ -218,7 +218,7 @@ def answers(run: RunRecord) -> Section:
 
 def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
     draws = picture and run.config["data"]["task"] == "prosqa"
-    bare = run.config["data"]["format"]["answer"].format(row["predicted"])
+    bare = PromptFormat.fill(run.config["data"]["format"]["answer"], row["predicted"] or "")
     return Answer(
         question=row["question"].strip(),
         predicted=DASH if row["predicted"] is None else row["predicted"],
@@ -271,9 +271,7 @@ def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], unit: str) ->
         ("total time", f"{duration(sum(row['seconds'] for row in run.train))} of {unit}"),
     ]
     if resumed_sessions:
-        resumed = ", ".join(
-            f"after {row['from_update']:,} {unit} ({_date(row['started'])})" for row in resumed_sessions
-        )
+        resumed = ", ".join(f"after {row['from_step']:,} {unit} ({_date(row['started'])})" for row in resumed_sessions)
         facts.append(("resumed", resumed))
     data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in description["data"].items()]
     if run.test:

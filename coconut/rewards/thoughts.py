@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from coconut.completions.completion import refuse_too_long
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.generation.generate import longest_first
 from coconut.methods import Slot
 from coconut.models.losses import target_log_probs
@@ -97,7 +97,7 @@ def _read(
 ) -> tuple[Tensor, list[Tensor]]:
     """Hidden states (N, K, D) before each given thought, and log-probabilities (M,) of the tokens after them."""
     _check(lm, questions, thoughts)
-    slot = slot_ids(lm.reasoning, lm.special, thoughts.shape[1]).tolist()
+    slot = slot_with_markers(lm.reasoning, lm.special, thoughts.shape[1]).tolist()
     rows = [[*question, *slot, *tokens] for question, tokens in zip(questions, completion_ids, strict=True)]
     refuse_too_long(lm, [len(row) for row in rows])
     table: Any = lm.base.get_input_embeddings()

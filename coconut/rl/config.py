@@ -67,7 +67,7 @@ class ProcessRewardConfig:
     weight: of these rewards in the advantages, beside those of whole completions; 0: no process reward.
     init: a run of coconut.reward or a checkpoint of one, with its reference; by default reward model and reference are
         the policy's starting point.
-    online: whether the reward model is updated with each batch's correctness labels.
+    online: whether the reward model is updated with the correctness labels of each step.
     accuracy_range: learn only from questions whose share of right completions lies strictly between these two. Applies
         with weight 0, too.
     """
@@ -112,7 +112,7 @@ class RLConfig(RunConfig):
     reward: RewardConfig = field(default_factory=RewardConfig)
     process_reward: ProcessRewardConfig = field(default_factory=ProcessRewardConfig)
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
-    num_steps: int = 100  # each samples a batch of rollouts and learns from it
+    num_steps: int = 100  # each samples completions and learns from them
     prompts_per_step: int = 128  # over all processes
     group_size: int = 8  # completions of each question
     temperature: float = 1.0
@@ -121,7 +121,6 @@ class RLConfig(RunConfig):
     drop_zero_variance_groups: bool = False  # leave groups with equal rewards out of the loss and its denominators
     rollout_batch_size: int = 64  # questions sampled at once by one process
     validate_every: int = 10  # steps; always before the first and after the last
-    save_every: int = 0  # steps between further checkpoints; 0: only with each validation
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,13 +87,13 @@ class PolicyLoss:
     `divergences`: for each micro-batch with a reference, the sum of its tokens' k3 estimates of the KL divergence.
     """
 
-    policy: SamplingDistribution
+    distribution: SamplingDistribution
     objective: Objective
     kl_coef: float
     divergences: list[Tensor] = field(default_factory=list)
 
     def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
-        log_probs_M = self.policy.log_probs(module, batch)
+        log_probs_M = self.distribution.log_probs(module, batch)
         old_M = log_probs_M.detach() if batch.old is None else batch.old
         terms_M = clipped_objective(
             log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high

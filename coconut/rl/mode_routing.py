@@ -101,7 +101,7 @@ def cheapest_right(outcomes: ModeOutcomes) -> NDArray[np.int64]:
     return np.where(outcomes.correct > 0, outcomes.passes, outcomes.passes + outcomes.passes.max() + 1).argmin(1)
 
 
-class Classifier:
+class RouterClassifier:
     """A router with one hidden layer on `question_states`, fitted to predict `cheapest_right`."""
 
     def __init__(
@@ -207,7 +207,7 @@ def choice_studies(
         mode_outcomes(lm, task, examples, **options),
         mode_outcomes(lm, task, fitted_on, **options),
     )
-    classified = Classifier(question_states(lm, fitted_on), train_outcomes)(question_states(lm, examples))
+    classified = RouterClassifier(question_states(lm, fitted_on), train_outcomes)(question_states(lm, examples))
     results = compare_routers(outcomes, router_distributions(outcomes, classified))
     rows = [
         {

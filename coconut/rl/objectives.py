@@ -31,7 +31,7 @@ class Totals:
     `budget`: the limit of new tokens of a completion.
     """
 
-    answers: int
+    completions: int
     tokens: int
     controls: int
     budget: int
@@ -41,9 +41,9 @@ Denominator = Callable[[Tensor, Totals], Tensor]
 """From lengths (N,) and totals to (N,): what the sum over a completion's tokens is divided by."""
 
 
-def per_answer(lengths_N: Tensor, totals: Totals) -> Tensor:
+def per_completion(lengths_N: Tensor, totals: Totals) -> Tensor:
     """The mean over completions of the mean over their tokens."""
-    return lengths_N.clamp(min=1) * totals.answers
+    return lengths_N.clamp(min=1) * totals.completions
 
 
 def per_token(lengths_N: Tensor, totals: Totals) -> Tensor:
@@ -53,7 +53,7 @@ def per_token(lengths_N: Tensor, totals: Totals) -> Tensor:
 
 def per_budget(lengths_N: Tensor, totals: Totals) -> Tensor:
     """The sum over tokens divided by a constant, completions times budget, so that length does not matter."""
-    return torch.full_like(lengths_N, totals.answers * totals.budget)
+    return torch.full_like(lengths_N, totals.completions * totals.budget)
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class Objective:
         controls_N = torch.zeros_like(lengths_N).scatter_add(0, owner_M, is_control_M.to(lengths_N))
         other_totals = replace(totals, tokens=totals.tokens - totals.controls, controls=0)
         rest_M = 1 / self.denominator(lengths_N - controls_N, other_totals).float()[owner_M]
-        alone = self.control_token_scale * self.control_token_weight / totals.answers
+        alone = self.control_token_scale * self.control_token_weight / totals.completions
         return torch.where(is_control_M, torch.full_like(rest_M, alone), rest_M), whole_M
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "grpo": Objective(per_answer, normalize_advantages=True),  # Shao et al., arXiv 2402.03300, eq. 3
+    "grpo": Objective(per_completion, normalize_advantages=True),  # Shao et al., arXiv 2402.03300, eq. 3
     "dr_grpo": Objective(per_budget),  # Liu et al., arXiv 2503.20783, section 3.2
     "dapo": Objective(per_token, normalize_advantages=True, clip_high=0.28),  # Yu et al., arXiv 2503.14476, eq. 8
-    "degrpo": Objective(per_answer, control_token_weight=1e-3),  # Fang et al., arXiv 2505.13379, eq. 8
+    "degrpo": Objective(per_completion, control_token_weight=1e-3),  # Fang et al., arXiv 2505.13379, eq. 8
 }
 
 

@@ -96,7 +96,7 @@ class OnlineProcessReward:
     ):
         self.config, self.judge, self.batch_size = config.process_reward, judge, batch_size
         self.training_state, self.world, self.folder = training_state, training_state.world, training_state.folder
-        self.updates = training_state.state.get("dense_updates", 0)
+        self.updates = training_state.state.get("process_reward_updates", 0)
         if training_state.resume_from and self.config.online:
             self.lm = training_state.load_model(REWARD_MODEL)
         else:
@@ -200,14 +200,14 @@ class OnlineProcessReward:
         """
         rewards_N = torch.stack([row_M.sum() for group in rewarded for row_M in group.tokens])
         right_N = torch.cat([group.right for group in rewarded])
-        found = {"dense_loss": float(cross_entropy(rewards_N, right_N).mean())}
+        found = {"process_reward_loss": float(cross_entropy(rewards_N, right_N).mean())}
         for name, chosen_N in (("right", right_N), ("wrong", ~right_N)):
             if chosen_N.any():
-                found[f"dense_reward_{name}"] = float(rewards_N[chosen_N].mean())
+                found[f"process_reward_{name}"] = float(rewards_N[chosen_N].mean())
         if any(group.right.any() and not group.right.all() for group in rewarded):
             question_N = np.repeat(np.arange(len(rewarded)), [len(group.tokens) for group in rewarded])
             answers = AnswerSet([], right_N.numpy(), question_N)
-            found["dense_pairs"] = preference_metrics(rewards_N.numpy(), answers)["pairs"]
+            found["process_reward_pairs"] = preference_metrics(rewards_N.numpy(), answers)["pairs"]
         return found
 
     def update(self, rewarded: Sequence[TokenRewards]) -> dict[str, float]:
@@ -227,7 +227,7 @@ class OnlineProcessReward:
         lr = self.lr
         result = self.engine.update(parts, lr)
         self.updates += 1
-        return {"dense_grad_norm": result.grad_norm, "dense_lr": lr}
+        return {"process_reward_grad_norm": result.grad_norm, "process_reward_lr": lr}
 
     def _micro_batch(
         self, completions: Sequence[Completion], reference_N: Tensor, right_N: Tensor, passes: int

@@ -70,7 +70,7 @@ def choice_curves(runs: Sequence[RunRecord], width: float) -> Drawing:
     last = max(run.config["num_steps"] for run in runs)
     for axes, title in ((shares, "Share of completions"), (accuracies, "Accuracy when forced")):
         axes.set_xlim(0, last)
-        axes.set_xlabel("batches", loc="right")
+        axes.set_xlabel("steps", loc="right")
         axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(whole_ticks(4))
     probabilities.set_title("Probability by steps", loc="left")
@@ -105,7 +105,7 @@ def reward_curve(run: RunRecord, width: float) -> Drawing:
     draw_line(axes, smooth(run.train, "reward"), "muted", 1.2, "sampled", dots=False)
     draw_line(axes, points(run.valid, "reward"), "blue", 1.8, "validation, greedy", dots=True)
     axes.set_xlim(0, run.config["num_steps"])
-    axes.set_xlabel("batches", loc="right")
+    axes.set_xlabel("steps", loc="right")
     axes.xaxis.set_major_locator(whole_ticks(8))
     axes.set_title("Reward", loc="left")
     axes.legend(loc="lower right", ncols=2)
@@ -118,7 +118,7 @@ def curves_figure(runs: Sequence[RunRecord], name: str) -> Figure:
         name,
         "Share of each mode among the completions, accuracy of each mode, and its probability by number of steps.",
         "Left: completions sampled in training. Middle: validation questions, each answered in every mode. Right: "
-        "the probability of the mode's control token, before the first batch (dashed) and after the last.",
+        "the probability of the mode's control token, before the first step (dashed) and after the last.",
     )
 
 
@@ -146,13 +146,13 @@ def report(run: RunRecord) -> str:
 def headline(run: RunRecord) -> Section:
     parts: list[Part] = []
     if run.step < run.config["num_steps"]:
-        parts.append(Text(f"Not complete: batch {run.step:,} of {run.config['num_steps']:,}."))
+        parts.append(Text(f"Not complete: step {run.step:,} of {run.config['num_steps']:,}."))
     routers = run.studies.get("routers")
     if routers:
         parts += router_parts(routers)
     elif run.valid:
         last = run.valid[-1]
-        parts.append(Text(f"After batch {last['step']:,}: {percent(last['accuracy'])} of the validation questions, "
+        parts.append(Text(f"After step {last['step']:,}: {percent(last['accuracy'])} of the validation questions, "
                           f"reward {last['reward']:.3f}. To evaluate unseen questions, name a test file."))  # fmt: skip
     return Section("headline", None, parts)
 
@@ -212,18 +212,18 @@ def learning(run: RunRecord) -> Section:
     parts: list[Part] = [mode_legend(modes), curves_figure([run], "choice")] if modes and run.train else []
     if run.train:
         caption = "Completions sampled in training, and greedy answers to the validation questions."
-        parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over batches.", caption))
+        parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over steps.", caption))
     rows = [
-        _batch_row(row, modes)
+        _step_row(row, modes)
         for row in run.valid
         if row["step"] % _validation_interval(run) == 0 or row is run.valid[-1]
     ]
-    columns = ["batch", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
+    columns = ["step", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
         zero_variance = percent(float(np.mean([row["zero_variance_groups"] for row in run.train])))
-        dense = describe_process_reward(run.config.get("process_reward")) != "none"
-        effect = "and only the process rewards give a gradient" if dense else "and give no gradient"
+        has_process_reward = describe_process_reward(run.config.get("process_reward")) != "none"
+        effect = "and only the process rewards give a gradient" if has_process_reward else "and give no gradient"
         parts.append(Text(f"In {zero_variance} of the groups all rewards are equal, {effect}."))
     return Section("learning", "How it learned", parts)
 
@@ -234,7 +234,7 @@ def _validation_interval(run: RunRecord) -> int:
     return interval * max(1, -(-run.config["num_steps"] // (10 * interval)))
 
 
-def _batch_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
+def _step_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
     numbers = [f"{row['step']:,}", f"{row['reward']:.3f}", percent(row["accuracy"]), f"{row['new_tokens']:.1f}"]
     return [*numbers, *(percent(row[f"share_{mode}"]) for mode in modes)]
 
@@ -264,7 +264,7 @@ def provenance(run: RunRecord) -> Section:
         ("clipping", f"ratios from {1 - objective['clip_low']:g} to {1 + objective['clip_high']:g}"),
         ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
-        ("dense rewards", describe_process_reward(config.get("process_reward"))),
+        ("process rewards", describe_process_reward(config.get("process_reward"))),
         ("costs", costs),
         ("limits", limits),
         ("started from", str(run.description["init"])),
@@ -273,15 +273,15 @@ def provenance(run: RunRecord) -> Section:
         ("updates a step", str(config["num_minibatches"] * config["num_iterations"])),
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
     ]
-    return what_was_trained(run, facts, "batches")
+    return what_was_trained(run, facts, "steps")
 
 
-def describe_process_reward(dense: dict[str, Any] | None) -> str:
+def describe_process_reward(settings: dict[str, Any] | None) -> str:
     """The process reward of a run's configuration in words."""
-    if not (dense and dense["weight"]):
+    if not (settings and settings["weight"]):
         return "none"
-    learns = "is updated with each batch" if dense["online"] else "is frozen"
-    return f"weight {dense['weight']:g}, beta {dense['beta']:g}; the reward model {learns}"
+    learns = "is updated in each step" if settings["online"] else "is frozen"
+    return f"weight {settings['weight']:g}, beta {settings['beta']:g}; the reward model {learns}"
 
 
 # Several runs.

@@ -215,7 +215,9 @@ class PolicyTrainer:
             problem = str(error)
         if problems := [text for text in self.world.all_gather_object(problem) if text]:
             self.save()
-            raise ValueError(f"{problems[0]} The run is saved at step {self.step}, and goes on with another reward.")
+            raise ValueError(
+                f"{problems[0]} The run is saved at step {self.step}. Correct the reward and run it again."
+            )
 
     def _prompts(self, step: int) -> np.ndarray:
         """The indices of a step's examples: in each epoch every one once, in an order keyed by seed and epoch."""
@@ -389,7 +391,7 @@ class PolicyTrainer:
         self.world.set_activity(f"saving step {self.step}")
         state = {"best": self.best, "pending": self.pending, "updates": self.updates}
         if self.process_reward:
-            state["dense_updates"] = self.process_reward.updates
+            state["process_reward_updates"] = self.process_reward.updates
         self.training_state.save(self.step, self.engine, self.lm.reasoning, state, self.extra_models)
 
     def finish(self, track: Tracking) -> str:

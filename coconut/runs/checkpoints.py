@@ -103,7 +103,7 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
-    def last(self) -> Path | None:
+    def newest_valid(self) -> Path | None:
         """The newest valid checkpoint, None if there is none. Warns on standard error of damaged ones."""
         for step in reversed(self.steps()):
             if not (damage := damage_of(self.path(step))):
@@ -111,9 +111,9 @@ class Checkpoints:
             _warn_damaged(self.path(step), damage)
         return None
 
-    def latest_valid(self) -> Path | None:
+    def require_newest_valid(self) -> Path | None:
         """The newest valid checkpoint, None if there are no checkpoints. Raises ValueError if all are damaged."""
-        found = self.last()
+        found = self.newest_valid()
         if not found and self.steps():
             raise ValueError(
                 f"Every checkpoint in {self.folder} is damaged, so the run cannot be resumed. Restore one, or remove "
@@ -127,7 +127,7 @@ class Checkpoints:
         If the best one is damaged, the newest valid one is used, with a warning on standard error. Raises ValueError
         if there is no such checkpoint, or if one named by number is damaged.
         """
-        last = self.last()
+        last = self.newest_valid()
         if last is None:
             raise ValueError(f"{self.folder} has no valid checkpoint. Train first, or name another run.")
         if which == "last":
@@ -136,8 +136,9 @@ class Checkpoints:
             best = read_json(last / STATE).get("best")
             if not best:
                 raise ValueError(
-                    f"{self.folder.parent} has no best checkpoint yet: it is chosen by validation accuracy in the "
-                    "last stage, which training has not reached. Use checkpoint=last."
+                    f"{self.folder.parent} has no best checkpoint yet: no validation has chosen one (with a "
+                    "curriculum, "
+                    "those of the last stage do). Use checkpoint=last."
                 )
             step = best["step"]
         elif which.isdigit():

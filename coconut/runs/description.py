@@ -49,7 +49,7 @@ def read_config(run: Path | str) -> dict[str, Any]:
     if not path.is_file():
         what = f"it has no {CONFIG}" if Path(run).is_dir() else "there is no such folder"
         raise ValueError(
-            f"{run} is not a run: {what}. Name a folder written by coconut.train, such as runs/quickstart."
+            f"{run} is not a run: {what}. Name a folder written by coconut train, such as runs/quickstart."
         )
     return read_json(path)
 

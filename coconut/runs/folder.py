@@ -123,9 +123,9 @@ def write_description(
     `about` holds the entries of run.json; its "init" is kept from the start of the run. `session` is appended to the
     run's sessions; if it resumes an update, earlier sessions are kept. Hashes of `questions` (by split) are saved too.
     """
-    earlier = read_json(folder / DESCRIPTION) if session["from_update"] else {}
+    earlier = read_json(folder / DESCRIPTION) if session["from_step"] else {}
     init = earlier.get("init", about["init"])
-    if questions and not (session["from_update"] and (folder / QUESTIONS).is_file()):
+    if questions and not (session["from_step"] and (folder / QUESTIONS).is_file()):
         keep_questions(folder, questions, Path(init).parent.parent if init else None)
     write_json(
         folder / DESCRIPTION,

@@ -28,7 +28,7 @@ class TrainingState:
     def __init__(self, config: RunConfig, folder: Path, world: World, **initial: Any):
         self.folder, self.world = folder, world
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
-        self.resume_from = world.on_main_process(self.checkpoints.latest_valid)
+        self.resume_from = world.on_main_process(self.checkpoints.require_newest_valid)
         self.state = load_state(self.resume_from) if self.resume_from else {"step": 0, "best": None, **initial}
 
     def initial_weights(self, init: str) -> Path:

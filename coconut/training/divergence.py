@@ -47,13 +47,13 @@ def explain_non_finite_loss(
         )
         before = "; ".join(f"{row['loss']:.3g} ({row['grad_norm']:.3g})" for row in rows) or "none"
         raise NonFiniteLossError(
-            f"The loss of {where} is {error.loss}, its gradient norm {error.grad_norm}. It was not applied"
+            f"The loss of {where} is {error.loss}, its gradient norm {error.grad_norm}. The update was not applied"
             + (f", and the checkpoint of {trainer.unit} {saved[-1]} is whole.\n" if saved else ".\n")
             + f"  not finite in: {first}\n"
             f"  losses before, with gradient norms: {before}\n"
             f"  learning rate {lr:g}, clipping {settings.max_grad_norm or 'off'}, "
             f"{trainer.config.engine.precision.value}\n"
-            f"A norm that grew before points to the learning rate: lower {optimizer}.lr, or set "
-            f"{optimizer}.max_grad_norm=1 and {optimizer}.warmup_steps=100. One that did not points to the data: the "
-            f"examples of this {trainer.unit} are listed in {trainer.folder / FILE}."
+            f"If the norm grew before, lower {optimizer}.lr, or set {optimizer}.max_grad_norm=1 and "
+            f"{optimizer}.warmup_steps=100. If it did not, look at the data: the examples of this {trainer.unit} are "
+            f"listed in {trainer.folder / FILE}."
         ) from error

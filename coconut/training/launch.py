@@ -49,7 +49,7 @@ def begin_or_resume(trainer: AnyTrainer) -> int:
     trainer.dry_run()
     trainer.resume()
     runtime = runtime_info(trainer.config, trainer.world)
-    trainer.world.on_main_process(lambda: trainer.describe({**runtime, "from_update": trainer.step}))
+    trainer.world.on_main_process(lambda: trainer.describe({**runtime, "from_step": trainer.step}))
     if trainer.step:
         log(f"Going on from {trainer.unit} {trainer.step:,}")
         if trainer.world.is_main:

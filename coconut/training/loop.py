@@ -80,7 +80,8 @@ def run_loop(trainer: AnyTrainer) -> int:
         progress_bar("training", num_steps, trainer.step) as bar,
     ):
         if trainer.pending:
-            _validate(trainer, track, stop)
+            if result := _validate(trainer, track, stop):
+                log(f"  {unit} {trainer.step:>6,} of {num_steps:,}  {result}")
             trainer.save()
             stop_signal = stop.anywhere()
         while trainer.step < num_steps and not stop_signal:
@@ -102,7 +103,7 @@ def run_loop(trainer: AnyTrainer) -> int:
                 trainer.save()
         if stop_signal:
             name = signal.Signals(stop_signal).name
-            log(f"Stopped by {name}; saved at {unit} {trainer.step}. The same command goes on from here.")
+            log(f"Stopped by {name}; saved at {unit} {trainer.step}. The same command resumes from here.")
             return 128 + stop_signal
         best = trainer.finish(track)
     log(f"Done: {num_steps:,} {unit}s in {trainer.folder}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from coconut.config import TooLong, TrainConfig
 from coconut.data.examples import Example, read_examples
-from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.sequences import EpochView, fit_context, stage_variants
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
 from coconut.evaluation.gold_answers import readable
 from coconut.methods import Plan, Stage
@@ -60,7 +60,7 @@ def plain_view(data: TokenizedData, plan: Plan, form: Stage, lm: LatentLM) -> Ep
 
 def views_of_forms(data: TokenizedData, plan: Plan, lm: LatentLM) -> list[EpochView]:
     """The data in each form that training may give it."""
-    return [plain_view(data, plan, form, lm) for form in forms_of(plan)]
+    return [plain_view(data, plan, form, lm) for form in stage_variants(plan)]
 
 
 def largest_examples(data: TokenizedData, plan: Plan, lm: LatentLM, count: int) -> list[tuple[EpochView, np.ndarray]]:

@@ -223,7 +223,7 @@ class Trainer:
         return {f"thought_{name}": value for name, value in statistics.as_dict().items()}
 
     def _reasoning(self, stage: Stage) -> Reasoning:
-        forms = [stage, *(self.plan.depths if self.plan.mixing_probability else ())]
+        forms = [stage, *(self.plan.mixing_stages if self.plan.mixing_probability else ())]
         limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)
         return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
 

@@ -1,4 +1,4 @@
-"""Linear layers: oneDNN products, deferred weight gradients and sparse embedding gradients equal torch's."""
+"""Linear layers: oneDNN products and deferred weight gradients equal torch's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coconut import LatentLM
 from coconut.acceleration import linear
-from coconut.acceleration.linear import _Linear, onednn_linear, sparse_embedding_gradient
+from coconut.acceleration.linear import _Linear, onednn_linear
 from coconut.config import MECHANISMS
 
 
@@ -238,22 +238,3 @@ def test_gradients_under_distributed_data_parallel_are_the_same() -> None:
     lm.zero_grad()
     nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
     assert relative(gradients(lm), alone) < 1e-6
-
-
-def test_a_tied_table_gets_one_gradient_of_its_size(family: str) -> None:
-    lm = build(family)
-    table: Any = lm.base.get_input_embeddings()
-    head: Any = lm.base.get_output_embeddings()
-    tied = head.weight is table.weight
-    with sparse_embedding_gradient(lm.base):
-        assert table(torch.tensor([1, 2])).grad_fn._saved_sparse == tied
-    assert not table.sparse
-    with torch.no_grad(), sparse_embedding_gradient(lm.base):
-        assert not table.sparse
-    lm(**mixed_batch(lm)).loss.backward()
-    assert table.weight.grad.layout == torch.strided
-    ids = torch.randint(3, 35, (2, 9))
-    lm.zero_grad()
-    lm(ids, labels=torch.full_like(ids, -100)).loss_sum.backward()
-    assert table.weight.grad.layout == torch.strided, "also where nothing is predicted"
-    assert not table.weight.grad.any()

@@ -46,7 +46,7 @@ from coconut.adaptive.space import Space
 from coconut.completions.completion import completion_from_ids
 from coconut.config import DataFiles, EngineConfig, TaskName
 from coconut.data.examples import Example
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.generate import run as generate
@@ -147,6 +147,7 @@ def clear_table(questions: int = 300, seed: int = 0) -> OutcomeTable:
     return OutcomeTable(space, questions_text, kinds, right, right, passes, embeddings.astype(np.float32), about)
 
 
+@pytest.mark.slow
 def test_policy_learns_what_depends_on_the_question() -> None:
     table = clear_table()
     found = run_experiments(
@@ -260,7 +261,7 @@ def test_reply_passes_equal_forward_calls(kind: str) -> None:
     with torch.no_grad():
         for mode, count in sorted(set(zip(reply.modes, reply.num_thoughts, strict=True))):
             control = [lm.special.control[mode]] if mode else []
-            slot = slot_ids(lm.reasoning.in_mode(mode) if mode else lm.reasoning, lm.special, count).tolist()
+            slot = slot_with_markers(lm.reasoning.in_mode(mode) if mode else lm.reasoning, lm.special, count).tolist()
             prompt, cache = DynamicCache(), DynamicCache()
             before = [*question, *control, *slot[:1]] if count else [*question, *control, *slot]
             state = fed(embedded(before), prompt)
@@ -674,6 +675,7 @@ def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     return AdaptiveConfig(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_adaptive_command_writes_table_policy_and_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adaptive.only_table(command(trained)) == 0
     table = OutcomeTable.read(trained / "adaptive" / "outcomes.npz")
@@ -852,6 +854,7 @@ def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Pat
     assert adaptive._inputs(by_run).backend.name != first
 
 
+@pytest.mark.slow
 def test_killed_table_command_resumes(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\n\n\ndef ask(question, settings):\n    time.sleep(0.05)\n"

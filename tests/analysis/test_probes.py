@@ -18,7 +18,7 @@ from coconut.analysis.graph_paths import Outcome
 from coconut.analysis.node_probabilities import spell
 from coconut.analysis.probes import Subject, decoded, inner_products, k_forcing, next_step_values, stopping
 from coconut.data.examples import Example
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.stop_classifier import Measured, StopClassifier
 from coconut.methods import PromptFormat, Slot
@@ -44,7 +44,7 @@ def by_whole_sequences(examined: Subject, question: int, after: int, forced: str
     """The probability of a name, from one uncached pass over the whole sequence."""
     lm = examined.lm
     prompt = encode_questions(lm.tokenizer, [examined.examples[question].question], lm.reasoning.format)[0]
-    prompt += slot_ids(lm.reasoning, lm.special, after).tolist()
+    prompt += slot_with_markers(lm.reasoning, lm.special, after).tolist()
     before, name = encode_texts(lm.tokenizer, [forced, f" {node}" if forced else node])
     ids = torch.tensor([prompt + before + name])
     labels = ids.clone()

@@ -186,6 +186,7 @@ def named(folder: Path, pattern: str = "*") -> TableConfig:
     return TableConfig(runs=[f"{folder}/{pattern}"])
 
 
+@pytest.mark.slow
 def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     (copy / "cot-seed0.log").write_text("no run")
     (copy / "notes").mkdir()
@@ -593,6 +594,7 @@ def test_runs_can_be_named_in_several_ways(argument: str, expected: list[str]) -
     assert config == TableConfig(runs=expected)
 
 
+@pytest.mark.slow
 def test_help_and_errors_read_well(tmp_path: Path) -> None:
     done = python("-m", "coconut.analyze", "table", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

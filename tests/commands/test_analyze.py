@@ -24,6 +24,8 @@ from coconut.runs.study import NotApplicable, Study
 from coconut.training.trainer import run as train
 from coconut.utils.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineConfig(device="cpu", threads=1)
 MIXED = Curriculum(
     max_stage=2, length_unit=Unit.updates, stage0_length=4, stage_length=3, total_length=12, mixing_probability=0.3

@@ -73,6 +73,7 @@ def test_ablations_in_half_precision_switch_the_attention_of_one_query(lm: Laten
     )
 
 
+@pytest.mark.slow
 def test_the_released_implementation_answers_as_ours_does(lm: LatentLM) -> None:
     lm.eval()
     rows = questions(2)

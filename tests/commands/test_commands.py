@@ -33,7 +33,7 @@ from coconut.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import GenerateConfig
 from coconut.hub.config import ExportConfig
-from coconut.methods import plan
+from coconut.methods import METHODS, plan
 from coconut.rewards.config import RewardModelConfig
 from coconut.rl.config import RLConfig
 from coconut.utils.hydra_app import CONF_DIR, exits_cleanly, explain_error, to_dataclass
@@ -88,6 +88,7 @@ def test_every_choice_is_built(kind: str, name: str) -> None:
     assert isinstance(composed("train", f"{kind}={name}", *files), TrainConfig)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "rl", "adaptive"])
 def test_help_names_every_choice(command: str) -> None:
     words = set(re.split(r"[^\w]+", python("-m", f"coconut.{command}", "--help").stdout))
@@ -95,6 +96,7 @@ def test_help_names_every_choice(command: str) -> None:
     for kind in kinds.get(command, []):
         assert {kind, *group(kind)} <= words
     assert {name for name, (its, _) in experiments().items() if its == command} <= words
+    assert command != "train" or set(METHODS) <= words
 
 
 def test_the_papers_hyperparameters() -> None:
@@ -110,6 +112,7 @@ def test_the_papers_hyperparameters() -> None:
         assert [stage.length for stage in stages] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"data {name}" for name in BUILDERS)])
 def test_help_reads_well_from_any_folder(command: str, tmp_path: Path) -> None:
     done = python("-m", "coconut", *command.split(), "--help", cwd=tmp_path)
@@ -204,6 +207,7 @@ def test_unknown_keys_and_wrong_values_are_refused(overrides: list[str], words: 
     assert words in explain_error(raised.value, TrainConfig)
 
 
+@pytest.mark.slow
 def test_an_error_is_one_message(tmp_path: Path) -> None:
     for overrides, words in [
         (["curriculum.total_length=3"], "error: The stages of coconut before the last one"),
@@ -217,6 +221,7 @@ def test_an_error_is_one_message(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.text(min_size=1))
 def test_any_text_survives_hydra(text: str) -> None:
@@ -402,6 +407,7 @@ def test_the_command_leaves_an_interrupt_without_a_traceback(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for command, more in [("evaluate", []), ("generate", ["question=a"]), ("analyze", [])]:
         done = python("-m", f"coconut.{command}", f"run={tmp_path}", *more)
@@ -420,6 +426,7 @@ def test_another_package_of_the_same_name_is_named(tmp_path: Path) -> None:
     assert "pip uninstall coconut" in done.stderr
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     done = python(
         "-c", "import coconut, sys; coconut.METHODS; print([m for m in ('torch', 'transformers') if m in sys.modules])"
@@ -441,6 +448,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     check = "import coconut, coconut.utils.hydra_app; print(coconut.__file__); print(coconut.utils.hydra_app.CONF_DIR)"

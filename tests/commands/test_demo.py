@@ -42,6 +42,8 @@ from coconut.training import trainer as train
 from coconut.utils.files import read_json, write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 
+pytestmark = pytest.mark.slow
+
 OWN = 2
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")

@@ -133,6 +133,7 @@ def test_from_scratch_answers_as_the_library(thoughts: int) -> None:
     assert written == ["".join(plain.VOCABULARY[token] for token in row) for row in tokens]
 
 
+@pytest.mark.slow
 def test_from_scratch_runs(tmp_path: Path) -> None:
     said = output("coconut_from_scratch.py", "--updates", "3", folder=tmp_path).splitlines()
     assert [line.split(":")[0] for line in said] == ["stage 0", "stage 1", "stage 2"]
@@ -142,6 +143,7 @@ def test_from_scratch_runs(tmp_path: Path) -> None:
 # --- your own data ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_own_data_is_learned(tmp_path: Path) -> None:
     said = output("own_data.py", folder=tmp_path).splitlines()
     for row in module("own_data").ROWS:

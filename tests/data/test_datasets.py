@@ -42,6 +42,7 @@ def test_named_files_are_used(tmp_path: Path) -> None:
     assert other == common | {"test": "mine.json"}
 
 
+@pytest.mark.slow
 def test_data_is_built_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = config(cache_dir=str(tmp_path))
     files = data_files(asdict(data))
@@ -62,6 +63,7 @@ def test_data_is_built_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert len(list((tmp_path / "data").iterdir())) == 2, "nothing half-made is left beside"
 
 
+@pytest.mark.slow
 def test_changed_builder_rebuilds_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The builders' code is part of a data set's key in the cache."""
     builders = tmp_path / "data_builders"
@@ -89,6 +91,7 @@ def test_cache_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_builder(tmp_path: Path) -> None:
     keys = ["data=graphs", "data.build.num_train=900000", f"data.cache_dir={tmp_path}", f"run={tmp_path / 'run'}"]
     process = subprocess.Popen(
@@ -129,6 +132,7 @@ def test_contradictory_data_keys_are_refused(keys: dict[str, Any], message: str)
         DataConfig(**{"task": TaskName.prosqa, **keys})
 
 
+@pytest.mark.slow
 def test_run_on_built_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It trains, resumes with another cache folder, and is evaluated on the test split built with its data."""
     tiny = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}

@@ -110,6 +110,7 @@ def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
     assert read_examples(path)[0].question == "a\u2028b"
 
 
+@pytest.mark.slow
 @given(st.text(min_size=1).filter(str.strip), st.lists(st.text(min_size=1), max_size=3), st.text(min_size=1))
 def test_segments_are_encoded_separately(question: str, steps: list[str], answer: str) -> None:
     tokenizer = byte_level_tokenizer()

@@ -49,6 +49,7 @@ def convert(task: str, file: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_data_trains_and_evaluates(name: str, tokenizer: str, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_released_data_trains_and_evaluates(name: str, tokenizer: str, tmp_path:
     assert result["chance_accuracy"] == (None if task == "gsm8k" else 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k_aug"])
 def test_step_rewards_of_real_solutions(name: str, tmp_path: Path) -> None:
     """Answers of a model, and given ones: for each question its own solution, and that of another question."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coconut.data.batching import collate, epoch_batches, micro_batches
-from coconut.data.sequences import EpochView, fit_context, forms_of
+from coconut.data.sequences import EpochView, fit_context, stage_variants
 from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
 from coconut.models.passes import plan_passes
@@ -89,9 +89,9 @@ def test_view_lengths_and_slot_starts_match_the_sequences(data: TokenizedData, s
 
 
 @given(data_sets(), plans())
-def test_forms_of_bounds_the_length_of_every_epoch(data: TokenizedData, stages: Plan) -> None:
+def test_stage_variants_bound_the_length_of_every_epoch(data: TokenizedData, stages: Plan) -> None:
     still = replace(stages, mixing_probability=0.0)
-    longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).lengths for form in forms_of(stages)], axis=0)
+    longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).lengths for form in stage_variants(stages)], axis=0)
     shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).lengths for s in stages.stages for epoch in range(6)]
     assert (np.max(shown, axis=0) <= longest).all()
     if not stages.mixing_probability:

@@ -60,6 +60,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "build"),
     [
@@ -104,6 +105,7 @@ def test_split_does_not_depend_on_the_size_of_others(tmp_path: Path) -> None:
     assert small["valid"] == large["valid"][:5]
 
 
+@pytest.mark.slow
 def test_splits_share_no_question_across_seeds(tmp_path: Path) -> None:
     """There are few graphs of this size, so that most are drawn several times."""
     splits = {}
@@ -166,6 +168,7 @@ def test_generated_rows_can_be_read_as_source(tmp_path: Path) -> None:
         prontoqa.released_rows(str(tmp_path / "wrong.json"))
 
 
+@pytest.mark.slow
 def test_make_splits_refuses_too_many_questions(tmp_path: Path) -> None:
     config = ProsqaBuild(str(tmp_path), **GRAPHS, nodes=4, hops_from=1, hops_to=1, num_train=300, num_valid=0)
     with pytest.raises(ValueError, match=r"Asked for 800 questions, but after \d+ hardly any new ones come"):
@@ -239,6 +242,7 @@ def test_statistics_by_hand() -> None:
         compare(first, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_build_leaves_no_files(stop: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
@@ -419,6 +423,7 @@ def test_builder_help(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_builder_errors_have_no_traceback(tmp_path: Path) -> None:
     unknown = command(tmp_path, "data_builders.prosqa", "hops=3")
     assert unknown.returncode != 0

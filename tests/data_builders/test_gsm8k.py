@@ -524,6 +524,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_gsm8k_command(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\n".join(LINES))
     unreachable = command(tmp_path, "preset=gsm8k", "num_valid=500")

@@ -154,6 +154,7 @@ PUBLISHED_POOLED = {
 }
 
 
+@pytest.mark.slow
 def test_default_dials_match_the_published_counts() -> None:
     """Within 4 standard errors of 800 rows, plus the rounding of the published numbers."""
     measured = [measure(row) for row in rows_of(4000)]
@@ -198,6 +199,7 @@ def test_properties_of_every_released_row(path: Path) -> None:
 SHORT_PLANTED = {"equalize_depth": True, "plant": True, "nodes": 12, "hops_from": 2, "hops_to": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"preset": Preset.graphs}, {"equalize_depth": True}, SHORT_PLANTED], ids=str)
 def test_target_and_distractor_do_not_differ_without_the_root(keys: dict[str, Any]) -> None:
     """Features that ignore the root separate them only at chance (within 4 standard errors)."""
@@ -237,6 +239,7 @@ def test_key_and_alike_ignore_node_names(seed: int, preset: Preset, rng: random.
     assert key_of(without) != key_of(row)
 
 
+@pytest.mark.slow
 def test_keys_are_uniformly_distributed() -> None:
     hundredths = Counter(key_of(row) % 100 for row in rows_of(4000))
     assert max(hundredths.values()) < 80, hundredths
@@ -324,6 +327,7 @@ def test_draw_names_dials_that_give_no_graph() -> None:
         keys.graph_dials().draw(random.Random(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
@@ -337,6 +341,7 @@ def test_draw_explains_why_no_graph_fits(keys: dict[str, Any], complaint: str) -
         rows_of(1, **keys)
 
 
+@pytest.mark.slow
 def test_hops_to_none_allows_longer_paths() -> None:
     assert max(len(row["steps"]) for row in rows_of(1500, hops_to=0)) > 6
 

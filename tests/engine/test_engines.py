@@ -23,6 +23,8 @@ from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.models.latent_lm import LatentLM
 
+pytestmark = pytest.mark.slow
+
 LOCAL = EngineConfig(device="cpu", threads=1, timeout=120)
 ZERO = [replace(LOCAL, kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4)]
 OFFLOADED = [

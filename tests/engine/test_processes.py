@@ -41,6 +41,8 @@ from coconut.runs.description import read_metrics
 from coconut.training.trainer import run, run_rank
 from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 
+pytestmark = pytest.mark.slow
+
 ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
 ZERO_3 = replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=3)
 

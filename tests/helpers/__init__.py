@@ -15,7 +15,10 @@ DATA = TESTS / "data"
 SHARED = ROOT.parent / "shared" / "data"  # real data sets, where they are at hand
 
 if Path(coconut.__file__).parent.parent.resolve() != ROOT.resolve():
-    raise ImportError(f"The tests of {ROOT} would run another package named coconut: {coconut.__file__}")
+    raise ImportError(
+        f"The tests of {ROOT} would run another package named coconut: {coconut.__file__}. Put {ROOT} on PYTHONPATH, "
+        "or run launch/test.sh there."
+    )
 
 import torch  # noqa: E402  after what its libraries read from the environment
 

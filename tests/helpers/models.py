@@ -17,7 +17,7 @@ from transformers import (
 from coconut import LatentLM
 from coconut.analysis.probes import Subject
 from coconut.data.examples import Example
-from coconut.data.sequences import slot_ids
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import Reasoning, Slot
 from coconut.tasks import TASKS
@@ -138,7 +138,7 @@ def padded(rows: list[list[int]], right: bool = False) -> tuple[Tensor, Tensor]:
 
 def by_recomputation(lm: LatentLM, question: list[int], num_thoughts: int, limit: int) -> list[int]:
     """Greedy text of one question, everything run again for every token."""
-    row = question + slot_ids(lm.reasoning, lm.special, num_thoughts).tolist()
+    row = question + slot_with_markers(lm.reasoning, lm.special, num_thoughts).tolist()
     new: list[int] = []
     while len(new) < limit:
         logits = lm(torch.tensor([row + new]), return_logits=True, use_cache=False).logits[0, -1]

@@ -61,7 +61,7 @@ def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
 
 def same_end(folder: Path, other: Path) -> None:
     """Bit for bit: weights, optimizer, random states, best so far, and every number in metrics.jsonl."""
-    ends = [Checkpoints(run).last() for run in (folder, other)]
+    ends = [Checkpoints(run).newest_valid() for run in (folder, other)]
     assert ends[0]
     assert ends[1]
     assert ends[0].name == ends[1].name

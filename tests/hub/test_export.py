@@ -59,6 +59,7 @@ def test_exported_folder_has_shards_and_a_card(trained_run: Path, tmp_path: Path
         run_export(ExportConfig(run=str(trained_run), output=str(folder)))
 
 
+@pytest.mark.slow
 def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
     """For thoughts, pauses, an empty slot and modes, with a chat template and without."""
     questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]

@@ -80,6 +80,7 @@ def test_any_layout_is_cut_into_as_few_passes_as_thoughts_allow(layout: tuple[An
 MODELS: dict[str, LatentLM] = {}
 
 
+@pytest.mark.slow
 @given(layouts())
 def test_any_layout_gives_equal_losses(layout: tuple[Any, Any]) -> None:
     lm = MODELS.setdefault("llama", build("llama"))

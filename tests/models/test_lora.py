@@ -232,6 +232,7 @@ def lora_run(folder: Path, place: Path, data: DataConfig, **changes: Any) -> Tra
     return small_run(folder, data, **{"model": model, "save_every": 1, "keep_checkpoints": 100, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2"])
 @pytest.mark.parametrize("precision", list(Precision))
 def test_a_run_resumed_equals_one_uninterrupted(

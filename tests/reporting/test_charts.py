@@ -360,6 +360,7 @@ def test_the_sample_has_most_forks_of_the_questions_that_were_answered_rightly(r
     assert sample(replace(run, studies={})) is None
 
 
+@pytest.mark.slow
 def test_another_checkpoint_or_other_questions_are_said(run: RunRecord):
     assert run.study_note == ""
     for other in ({"step": 7}, {"sha256": "4567"}, {"count": 500}):
@@ -420,6 +421,7 @@ def test_a_section_without_studies_shows_the_command_or_is_left_out(run: RunReco
     assert html.count("<section") == 1
 
 
+@pytest.mark.slow
 def test_what_they_hold_shows_the_tree_and_the_tokens_of_one_question(run: RunRecord):
     found, chosen = section(what_they_hold, run), sample(run)
     assert chosen
@@ -451,6 +453,7 @@ def test_verdicts_precede_the_figures(run: RunRecord):
     assert section(are_they_used, replace(run, studies={"audit_edges": none})).parts == [Lead(["It is not clear."])]
 
 
+@pytest.mark.slow
 def test_the_page_has_every_section_and_escapes_text(run: RunRecord):
     decoded = [row | {"token": "<script>"} for row in run.studies["decoded"].rows]
     evil = replace(run, studies={**run.studies, "decoded": Study("decoded", decoded)})

@@ -160,6 +160,7 @@ def test_questions_that_were_seen_are_not_called_unseen(copy: Path):
     assert "questions in the training data, so no test result" in text
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path):
     for end in ("json", "predictions.jsonl"):
         (copy / "evaluation" / f"test.{end}").rename(copy / "evaluation" / f"other.{end}")
@@ -208,6 +209,17 @@ def test_right_and_wrong_answers_are_shown_apart(evaluated: Path):
     assert "None of them is wrong." in words(page_of(replace(record, answers=[right])))
 
 
+def test_answer_format_may_contain_other_braces(evaluated: Path):
+    record = read_run(evaluated)
+    data = record.config["data"]
+    config = {**record.config, "data": {**data, "format": {**data["format"], "answer": "{x} {}"}}}
+    row = {"question": "Who?", "gold": "Tom", "predicted": "Tom", "correct": True, "truncated": False}
+    for text, is_shown in (("{x} Tom", False), ("a b {x} Tom", True)):
+        page = words(page_of(replace(record, config=config, answers=[{**row, "text": text}])))
+        assert "Who?" in page
+        assert ("{x} Tom" in page) == is_shown, "an answer is shown as written where it has more than its format"
+
+
 def test_a_section_is_a_function_of_the_record(evaluated: Path):
     record = read_run(evaluated)
     html = report(record, [answers, headline])
@@ -215,6 +227,7 @@ def test_a_section_is_a_function_of_the_record(evaluated: Path):
     assert 'id="learning"' not in html
 
 
+@pytest.mark.slow
 def test_the_command_names_its_file(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert analyze.run(AnalyzeConfig(run=str(copy))) == 0
     assert f"Report: {copy / 'report.html'}" in capsys.readouterr().out

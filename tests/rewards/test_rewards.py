@@ -77,6 +77,8 @@ from coconut.utils.files import read_json, sha256, write_json
 from data_builders.pointers import PointersBuild
 from data_builders.pointers import build as build_pointers
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineConfig(device="cpu", threads=1)
 TWO_PROCESS_LOSSES = ("ce", "dpo", "value")
 LINES = PromptFormat()

@@ -9,8 +9,8 @@ from helpers.models import EXAMPLES, MODES, TASK, hybrid
 
 from coconut.evaluation.evaluator import evaluate
 from coconut.rl.mode_routing import (
-    Classifier,
     ModeOutcomes,
+    RouterClassifier,
     cheapest_right,
     compare_routers,
     mode_outcomes,
@@ -56,6 +56,7 @@ def test_random_router_equals_independent_draws() -> None:
     assert found.accuracy == pytest.approx(correct[np.arange(500), drawn].mean(), abs=5e-3)
 
 
+@pytest.mark.slow
 def test_mode_outcomes_equal_evaluations() -> None:
     lm = hybrid()
     known = mode_outcomes(lm, TASK, EXAMPLES, batch_size=2)
@@ -70,6 +71,7 @@ def test_mode_outcomes_equal_evaluations() -> None:
     assert compare_routers(known, router_distributions(known))["the model"].shares == pytest.approx(own.modes)
 
 
+@pytest.mark.slow
 def test_question_states_give_the_models_choice() -> None:
     lm = hybrid()
     found = question_states(lm, EXAMPLES, batch_size=2)
@@ -91,6 +93,6 @@ def test_classifier_learns_the_cheapest_right_mode() -> None:
         mode_probabilities=np.array([[0.9, 0.1]] * 600),
     )
     before = torch.random.get_rng_state()
-    said = Classifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))
+    said = RouterClassifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))
     assert said.tolist() == [1, 0]
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -29,7 +29,7 @@ from coconut.rl.objectives import (
     advantages,
     has_zero_variance,
     kl_k3,
-    per_answer,
+    per_completion,
     per_token,
 )
 
@@ -162,10 +162,10 @@ def test_kl_weights_equal_token_weights() -> None:
 def test_control_token_scale_and_weight() -> None:
     lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
     totals = Totals(2, 8, 2, 10)
-    plain, whole = Objective(per_answer).weights(lengths, control, totals)
-    slowed, _ = Objective(per_answer, control_token_scale=0.1).weights(lengths, control, totals)
+    plain, whole = Objective(per_completion).weights(lengths, control, totals)
+    slowed, _ = Objective(per_completion, control_token_scale=0.1).weights(lengths, control, totals)
     torch.testing.assert_close(slowed, torch.where(control, 0.1 * plain, plain))
-    alone, also_whole = Objective(per_answer, control_token_weight=0.01).weights(lengths, control, totals)
+    alone, also_whole = Objective(per_completion, control_token_weight=0.01).weights(lengths, control, totals)
     torch.testing.assert_close(alone, torch.tensor([0.005, 1 / 4, 1 / 4, 0.005, *[1 / 8] * 4]))
     torch.testing.assert_close(whole, also_whole)
     tokens, _ = Objective(per_token, control_token_weight=0.01).weights(lengths, control, totals)
@@ -284,6 +284,7 @@ def on_two() -> None:
                 assert together_found == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
 
 
+@pytest.mark.slow
 def test_policy_update_does_not_depend_on_the_number_of_processes() -> None:
     together(on_two)
 

@@ -47,6 +47,8 @@ from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineConfig(device="cpu", threads=1)
 
 
@@ -97,7 +99,7 @@ def settings_with_several_updates(made: tuple[Path, DataConfig], folder: Path, *
 def test_policy_run_describes_itself(finished: Path) -> None:
     described = read_json(finished / "run.json")
     assert described["objective"]["control_token_weight"] == 1e-3
-    assert described["objective"]["denominator"] == "per_answer"
+    assert described["objective"]["denominator"] == "per_completion"
     assert described["reasoning"]["modes"] == MODES
     assert described["data"]["train"]["used"] == 40
     assert described["init"].endswith(tuple(f"step-{n:07d}" for n in range(41)))
@@ -466,7 +468,13 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     ]  # fmt: skip
     assert routers["facts"]["questions"] == sum(row["count"] for row in difficulty["rows"]) == 8
     page = (folder / "report.html").read_text()
-    for words in ("How it learned", "What exactly was trained", "oracle", "&lt;latent_2&gt;: 2 thoughts", "per answer"):
+    for words in (
+        "How it learned",
+        "What exactly was trained",
+        "oracle",
+        "&lt;latent_2&gt;: 2 thoughts",
+        "per completion",
+    ):
         assert words in page
     assert "<script" not in page
     own = routers["rows"][0]

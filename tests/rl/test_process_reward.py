@@ -39,6 +39,8 @@ from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineConfig(device="cpu", threads=1)
 LEARNS = AdamWConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=2)
 
@@ -158,15 +160,15 @@ def test_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_pat
     training = new_trainer(settings(made, tmp_path / "run"), made)
     dense, groups, judged = reward_first_batch(training)
     before = dense.statistics(judged)
-    assert before["dense_loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert before["dense_pairs"] == 0.5
-    assert before["dense_reward_right"] == before["dense_reward_wrong"] == 0
+    assert before["process_reward_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert before["process_reward_pairs"] == 0.5
+    assert before["process_reward_right"] == before["process_reward_wrong"] == 0
     for _ in range(8):
-        assert dense.update(dense.rewards(groups))["dense_grad_norm"] > 0
+        assert dense.update(dense.rewards(groups))["process_reward_grad_norm"] > 0
     after = dense.statistics(dense.rewards(groups))
-    assert after["dense_loss"] < before["dense_loss"] - 0.01
-    assert after["dense_pairs"] > 0.5
-    assert after["dense_reward_right"] > after["dense_reward_wrong"]
+    assert after["process_reward_loss"] < before["process_reward_loss"] - 0.01
+    assert after["process_reward_pairs"] > 0.5
+    assert after["process_reward_right"] > after["process_reward_wrong"]
 
 
 def test_process_reward_labels_ignore_mode_costs(made: Made, tmp_path: Path) -> None:
@@ -184,7 +186,13 @@ def test_process_reward_does_not_depend_on_the_micro_batch(made: Made, tmp_path:
         config = settings(made, tmp_path / str(size), num_steps=2, micro_batch_size=size)
         assert run(config) == 0
         rows = [row for row in read_metrics(tmp_path / str(size)) if row["kind"] == "train"]
-        found.append([row[key] for row in rows for key in ("loss", "grad_norm", "dense_loss", "dense_grad_norm")])
+        found.append(
+            [
+                row[key]
+                for row in rows
+                for key in ("loss", "grad_norm", "process_reward_loss", "process_reward_grad_norm")
+            ]
+        )
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
 
@@ -211,7 +219,7 @@ def test_control_token_has_the_advantage_of_all_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(one[0], outcome + (its.tokens[0] - means.mean()).sum())
     assert run(replace(config, run=str(tmp_path / "whole"), num_steps=2)) == 0
     rows = [row for row in read_metrics(tmp_path / "whole") if row["kind"] == "train"]
-    assert all({"kl", "dense_loss"} <= row.keys() for row in rows)
+    assert all({"kl", "process_reward_loss"} <= row.keys() for row in rows)
 
 
 # --- runs -------------------------------------------------------------------------------------------
@@ -227,11 +235,16 @@ def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metrics_have_the_reward_model(finished: Path) -> None:
     rows = [row for row in read_metrics(finished) if row["kind"] == "train"]
     for row in rows:
-        assert {"dense_loss", "dense_reward_wrong", "dense_grad_norm", "dense_lr"} <= row.keys()
+        assert {
+            "process_reward_loss",
+            "process_reward_wrong",
+            "process_reward_grad_norm",
+            "process_reward_lr",
+        } <= row.keys()
         assert "kl" not in row, "the policy is not held to the reference of the reward model"
-    assert any("dense_pairs" in row for row in rows)
-    assert rows[0]["dense_lr"] < rows[1]["dense_lr"] == LEARNS.lr
-    assert load_state(Checkpoints(finished).path(4))["dense_updates"] == 4
+    assert any("process_reward_pairs" in row for row in rows)
+    assert rows[0]["process_reward_lr"] < rows[1]["process_reward_lr"] == LEARNS.lr
+    assert load_state(Checkpoints(finished).path(4))["process_reward_updates"] == 4
     lm = LatentLM.from_pretrained(Checkpoints(finished).path(4) / REWARD_MODEL)
     assert any(not torch.equal(a, b) for a, b in zip(lm.parameters(), policy_of(finished).parameters(), strict=True))
 
@@ -314,7 +327,7 @@ def test_questions_outside_the_accuracy_range_are_not_learned_from(made: Made, t
     assert run(settings(made, tmp_path / "run", dense, num_steps=2)) == 0
     rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert all(row["learned_from"] == 0 for row in rows)
-    assert all(row["updates"] == 0 and "loss" not in row and "dense_grad_norm" not in row for row in rows)
+    assert all(row["updates"] == 0 and "loss" not in row and "process_reward_grad_norm" not in row for row in rows)
     before = LatentLM.from_pretrained(starting_point(str(made[0])))
     for after in [policy_of(tmp_path / "run")] + [
         LatentLM.from_pretrained(Checkpoints(tmp_path / "run").find("last") / REWARD_MODEL) for _ in range(weight > 0)
@@ -397,7 +410,7 @@ def test_process_reward_does_not_depend_on_processes_and_engine(made: Made, tmp_
         [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("run", "zero3")
     )
     assert [row["updates"] for row in local] == [1, 1]
-    for key in ("loss", "grad_norm", "dense_loss", "dense_grad_norm"):
+    for key in ("loss", "grad_norm", "process_reward_loss", "process_reward_grad_norm"):
         assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
 
 

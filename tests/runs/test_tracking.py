@@ -22,6 +22,8 @@ from coconut.runs.tracker_process import tracker_values
 from coconut.runs.tracking import TRACKING, TRACKING_LOG, check_tracker, open_tracking, unsynced_folders
 from coconut.utils.files import read_json
 
+pytestmark = pytest.mark.slow
+
 ABOUT = {"config": {"seed": 0, "optimizer": {"lr": 1e-4}}, "plan": [{"thoughts": 2}], "git": {"revision": "abc"}}
 OFFLINE = TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode.offline, project="p", group="g", tags=["a", "b"])
 RUN = """

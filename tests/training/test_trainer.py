@@ -135,6 +135,7 @@ def test_each_checkpoint_knows_how_it_is_asked(finished: Path) -> None:
 # --- going on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 5, 6, 9, 13])
 def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int) -> None:
     """In the middle of a stage (2, 6), at an epoch's end (4, 13) and at a stage's border (5, 9)."""
@@ -145,9 +146,10 @@ def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int)
     config = as_config(read_json(folder / "config.json"), folder)
     assert run(config) == 0
     same_end(folder, finished)
-    assert [s["from_update"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
+    assert [s["from_step"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_resumed_equals_uninterrupted_from_pretrained_weights(
     data: DataConfig, tmp_path: Path, micro_batch_size: int
@@ -211,6 +213,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 12
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_validation_left_for_a_signal_is_made_up_for(
     finished: Path, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +236,7 @@ def test_a_validation_left_for_a_signal_is_made_up_for(
     same_end(folder, finished)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = settings(data, folder, save_every=1)
@@ -244,6 +248,7 @@ def test_killed_and_started_again(finished: Path, data: DataConfig, tmp_path: Pa
     same_end(folder, finished)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = settings(data, folder)
@@ -335,6 +340,7 @@ def test_changed_data_is_noticed(finished: Path, data: DataConfig, tmp_path: Pat
         run(config)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,10 +360,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert "model.safetensors has 1,000 of" in said
     assert "the checksum of trainer.pt does not match" in said
     assert "manifest.json cannot be read" in said
-    assert read_json(folder / "run.json")["sessions"][-1]["from_update"] == 4
+    assert read_json(folder / "run.json")["sessions"][-1]["from_step"] == 4
     same_end(folder, finished)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     """A limit on the size of files makes real writes fail in the middle."""
     folder = tmp_path / "run"
@@ -381,6 +388,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
     same_end(folder, finished)
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(settings(data, folder, save_every=1, keep_checkpoints=2))
@@ -428,7 +436,7 @@ def test_damaged_checkpoints_do_not_cost_the_new_ones(
     config = replace(as_config(read_json(folder / "config.json"), folder), keep_checkpoints=keep)
     assert run(config) == 0
     capsys.readouterr()
-    assert checkpoints.last() == checkpoints.path(14)
+    assert checkpoints.newest_valid() == checkpoints.path(14)
     assert "damaged" not in capsys.readouterr().err
     assert len(list(checkpoints.folder.glob("damaged-step-*"))) == 3
     same_end(folder, finished)
@@ -468,6 +476,7 @@ def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> N
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
     calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
                        tokenizer="words", new_token_init="random")  # fmt: skip
@@ -480,6 +489,7 @@ def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reset", "resets"), [(Reset.stage, [0, 5, 9]), (Reset.epoch, [0, 4, 5, 9, 13]), (Reset.never, [0])]
 )
@@ -496,6 +506,7 @@ def test_the_optimizer_is_made_anew_when_asked(
     assert made == resets
 
 
+@pytest.mark.slow
 def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) -> None:
     """The first update of stage 1 equals the one of a new run that starts there from the same weights."""
     calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
@@ -539,7 +550,7 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: Dat
     assert run(config) == 0
     described = read_json(folder / "run.json")
     assert described["init"] == began_from
-    assert [session["from_update"] for session in described["sessions"]] == [0, 2]
+    assert [session["from_step"] for session in described["sessions"]] == [0, 2]
 
 
 def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: Path) -> None:
@@ -560,7 +571,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_
         run(settings(data, tmp_path, optimizer=OptimizerConfig(lr=1e20), save_every=1))
     found = read_json(tmp_path / "diverged.json")
     assert found["examples"]
-    last = Checkpoints(tmp_path).last()
+    last = Checkpoints(tmp_path).newest_valid()
     assert last is not None
     assert load_state(last)["step"] == found["step"] - 1
 
