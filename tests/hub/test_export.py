@@ -103,7 +103,7 @@ def test_failed_upload_keeps_the_export(trained_run: Path, tmp_path: Path, monke
         ) as caught:
             run_export(ExportConfig(run=str(trained_run), output=str(folder), push="someone/thing", private=private))
         assert (folder / "model.safetensors").is_file()
-        python, flag, code = shlex.split(str(caught.value).partition("This sends it: ")[2])
+        python, flag, code = shlex.split(str(caught.value).partition("This uploads it: ")[2])
         assert (python, flag) == ("python", "-c")
         sent: dict[str, Any] = {}
         exec(
@@ -338,8 +338,8 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
             EvaluateConfig(run="model"),
             r"model is a saved model, which does not record its task.*task=TASK .*prosqa.*data\.test=",
         ),
-        (replace(config_of_model, checkpoint="last"), "checkpoint=last is for a run"),
-        (replace(config_of_model, stop=StopRule.classifier), "stop=classifier is for a run"),
+        (replace(config_of_model, checkpoint="last"), "checkpoint=last is for runs only"),
+        (replace(config_of_model, stop=StopRule.classifier), "stop=classifier is for runs only"),
         (replace(config_of_model, run=str(trained_run), task=TaskName.gsm8k), "was made for prosqa"),
         (replace(config_of_model, run="nowhere", task=None), "nowhere is not a run: there is no such folder"),
     ):
