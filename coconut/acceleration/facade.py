@@ -8,7 +8,7 @@ the work is plain torch and transformers, with the same results up to rounding.
 - deferred_gradients: weight gradients computed once for all passes (linear.py)
 - gelu: GPT-2's GELU in one kernel (gelu.py)
 - attention: attention of one query in half precision on a CPU, and compact queries (attention.py)
-- final_layer: skip positions that nobody reads in the last layer (final_layer.py)
+- final_layer: skip positions whose hidden state is not used, in the last layer (final_layer.py)
 - kv_cache: a KV cache that is written once (kv_cache.py)
 
 `activation_checkpointing` and `cuda_graphs` are switches of their own: they trade memory and flexibility for time.

@@ -1,4 +1,4 @@
-"""Skip the work of the last decoder layer at positions whose hidden state nobody reads.
+"""Skip the work of the last decoder layer at positions whose hidden state is not used.
 
 A position influences others only through its keys and values, and no layer follows the last one. Of a question only
 the hidden states before a thought or an answer token are read. At its other positions the last layer has to compute

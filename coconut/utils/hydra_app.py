@@ -115,7 +115,7 @@ def exits_cleanly(command: Callable[[], None]) -> Callable[[], None]:
 
 
 def is_closed(stream: TextIO) -> bool:
-    """Whether a stream is a pipe that nobody reads."""
+    """Whether a stream is a pipe whose reader is closed."""
     asked = select.poll()
     asked.register(stream.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
