@@ -157,7 +157,7 @@ def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
 
 def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:
     text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
-    reasoning = reasoning.in_mode(mode) if mode else reasoning
+    reasoning = reasoning.in_mode(mode)
     form = reasoning.format
     predicted = task.read_answer(text, form)
     gold_steps = _steps_left(example, reasoning, thoughts)

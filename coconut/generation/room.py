@@ -26,7 +26,7 @@ def room_for_question(lm: LatentLM, num_thoughts: int | None = None, mode: str |
     counts, unless `mode` forces one.
     """
     reasoning = lm.reasoning
-    forms = [reasoning.in_mode(name) for name in reasoning.modes if mode in (None, name)] or [reasoning]
+    forms = reasoning.forms(mode)
     counts = [form.num_thoughts if num_thoughts is None else num_thoughts for form in forms]
     slots = [len(slot_with_markers(form, lm.special, count)) for form, count in zip(forms, counts, strict=True)]
     return lm.max_sequence_length - max(slots) - bool(reasoning.modes) - 1

@@ -101,7 +101,9 @@ class Reasoning:
         )
 
     def in_mode(self, name: str) -> Reasoning:
-        """The settings that apply after the control token of this mode."""
+        """The settings that apply after the control token of this mode; with an empty name, these settings."""
+        if not name:
+            return self
         mode = parse_mode(name)
         return replace(
             self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
