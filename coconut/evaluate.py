@@ -29,8 +29,8 @@ def run_rank(config: EvaluateConfig, world: World) -> int:
     from coconut.evaluation import record
     from coconut.evaluation.evaluator import describe, evaluate, task_of
     from coconut.evaluation.selection import select_examples, warn_of_questions
+    from coconut.runs.description import read_config
     from coconut.runs.loading import classifier_of, load_model, load_run
-    from coconut.runs.record import read_config
     from coconut.utils.console import log, progress_bar
     from coconut.utils.files import ensure_writable
 

@@ -30,8 +30,8 @@ def run_rank(config: RolloutConfig, world: World) -> int:
     from coconut.data.examples import read_examples
     from coconut.evaluation.evaluator import task_of
     from coconut.evaluation.gold_answers import read_back, warn_of_limit
+    from coconut.runs.description import read_config
     from coconut.runs.loading import load_run
-    from coconut.runs.record import read_config
     from coconut.utils.files import sha256
 
     data = read_config(config.run)["data"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.generation.generate import Generated, forward_passes
 from coconut.methods import Slot
+from coconut.utils.console import list_lengths
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -125,7 +126,7 @@ def _completion(lm: LatentLM, question: Sequence[int], out: Generated, row: int,
 def _layout(
     lm: LatentLM, question: Sequence[int], mode: str, count: int, completion_ids: Sequence[int], control_sampled: bool
 ) -> Layout:
-    reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
+    reasoning = lm.reasoning.in_mode(mode)
     control = [lm.special.control[mode]] if mode else []
     # `Generated.num_thoughts` is 0 for pauses, whose number is fixed
     in_slot = count if reasoning.slot is Slot.thought else count or reasoning.num_thoughts
@@ -140,7 +141,7 @@ def _layout(
 
 def question_of(lm: LatentLM, completion: Completion) -> list[int]:
     """The question's token ids, without control token and slot."""
-    reasoning = lm.reasoning.in_mode(completion.mode) if completion.mode else lm.reasoning
+    reasoning = lm.reasoning.in_mode(completion.mode)
     return completion.layout.ids[: completion.layout.slot_start - reasoning.markers - bool(completion.mode)].tolist()
 
 
@@ -157,7 +158,7 @@ def completion_from_ids(
 
     `num_thoughts`: by default those of the model. Without the end of the sequence it counts as truncated.
     """
-    reasoning = lm.reasoning.in_mode(mode) if mode else lm.reasoning
+    reasoning = lm.reasoning.in_mode(mode)
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
     has_eos = bool(completion_ids) and completion_ids[-1] == lm.special.eos
     layout = _layout(lm, question, mode, count, completion_ids, control_sampled=False)
@@ -176,7 +177,7 @@ def longest_completions(lm: LatentLM, question: Sequence[int], limit: int) -> li
     """For each mode, a truncated completion of `limit` tokens: the largest that generation can give."""
     completions = []
     for mode in lm.reasoning.modes or ("",):
-        count = (lm.reasoning.in_mode(mode) if mode else lm.reasoning).num_thoughts
+        count = lm.reasoning.in_mode(mode).num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
         log_probs = torch.zeros(limit + bool(mode))
         completions.append(Completion(layout, log_probs, "", mode, limit, count, truncated=True))
@@ -190,9 +191,3 @@ def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:
             f"{len(too_long)} of {len(lengths)} completions are, with their prompts, longer than the model's context "
             f"of {lm.max_sequence_length} tokens: {list_lengths('completion', too_long, lengths)}. Leave them out."
         )
-
-
-def list_lengths(noun: str, indices: Sequence[int], lengths: Sequence[int]) -> str:
-    """The first five of these items, counted from 1, with their lengths: "question 3 (120 tokens), ... and 2 more"."""
-    shown = ", ".join(f"{noun} {i + 1} ({lengths[i]} tokens)" for i in indices[:5])
-    return shown + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")

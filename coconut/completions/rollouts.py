@@ -14,19 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, Cost, completions_of, list_lengths, longest_completions
+from coconut.completions.completion import Completion, Cost, completions_of, longest_completions
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.methods import PromptFormat
 from coconut.tasks import Task
-from coconut.utils.console import log
+from coconut.utils.console import list_lengths, log
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
-
-THINKLESS_COSTS = {"short": 0.0, "think": 0.5}  # Fang et al., arXiv 2505.13379, eq. 5, with gamma = .5
 
 
 class Reward(Protocol):

@@ -19,6 +19,7 @@ import numpy as np
 
 from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
+from coconut.utils.console import list_lengths
 
 MIXING, ICOT_OFFSET, ORDER = 1, 2, 3  # purposes of random numbers: the last part of a generator's key
 
@@ -172,11 +173,10 @@ def fit_context(
     if not len(too_long):
         return data, np.arange(len(data))
     if not skip:
-        shown = ", ".join(f"example {i + 1} ({longest[i]} tokens)" for i in too_long[:5])
-        more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
+        shown = list_lengths("example", too_long.tolist(), longest.tolist())
         raise ValueError(
             f"{name}: {len(too_long)} of {len(data)} examples are longer than the model's context of {context} "
-            f"tokens: {shown}{more}. Take a model with a longer context, or leave them out with data.too_long=skip."
+            f"tokens: {shown}. Take a model with a longer context, or leave them out with data.too_long=skip."
         )
     kept = np.flatnonzero(longest <= context)
     if not len(kept):

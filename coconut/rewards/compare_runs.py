@@ -20,8 +20,8 @@ from coconut.rewards.implicit import ImplicitReward, reference_of
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import Loss, get_loss
 from coconut.rewards.value_model import ValueModel
+from coconut.runs.description import read_config, read_metrics
 from coconut.runs.loading import load_run, match_dtypes, run_folder_of, to_float32
-from coconut.runs.record import read_config, read_metrics
 from coconut.runs.study import Study
 from coconut.tasks import TASKS
 from coconut.utils.console import log, progress_bar, silence_libraries

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 SECONDS_BETWEEN_LINES = 10  # between progress lines if standard output is not a terminal
 
@@ -71,6 +71,12 @@ def listed(items: Iterable[str]) -> str:
     """Join items as in a sentence: "a", "a and b", "a, b and c"."""
     *most, last = items
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def list_lengths(noun: str, indices: Sequence[int], lengths: Sequence[int]) -> str:
+    """The first five of these items, counted from 1, with their lengths: "question 3 (120 tokens), ... and 2 more"."""
+    shown = ", ".join(f"{noun} {i + 1} ({lengths[i]} tokens)" for i in indices[:5])
+    return shown + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.models import EXAMPLES, MODES, TASK, hybrid
 
-from coconut.completions.rollouts import THINKLESS_COSTS, CorrectnessReward, Cost, Group, sample_groups
+from coconut.completions.rollouts import CorrectnessReward, Cost, Group, sample_groups
 from coconut.completions.scoring import SamplingDistribution
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
@@ -89,7 +89,7 @@ def test_completion_cost_equals_what_evaluation_counts(mode: str) -> None:
 
 
 def test_correctness_reward_subtracts_the_cost_of_the_control_tokens_mode() -> None:
-    reward, nothing = CorrectnessReward(TASK, PromptFormat(), THINKLESS_COSTS), Cost(0, 0, 0)
+    reward, nothing = CorrectnessReward(TASK, PromptFormat(), {"short": 0.0, "think": 0.5}), Cost(0, 0, 0)
     example = Example("Is A a b or c?", ("A is a b.",), "A is a b.")
     right = "### A is a b."
     assert reward(example, right, "short", nothing) == 1.0
