@@ -42,7 +42,7 @@ def flops(size: Size, batch: Batch) -> float:
     """Of matrix products and causal attention, forward and backward, with the head at the targets alone."""
     lengths = batch.attention_mask.sum(1).double()
     layers = size.layers * (24 * size.width**2 * lengths.sum() + 2 * size.width * lengths.square().sum())
-    head = 2 * size.width * VOCABULARY * batch.num_targets
+    head = 2 * size.width * VOCABULARY * batch.denominators[0]
     return 3 * (float(layers) + head)
 
 

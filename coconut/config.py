@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import Curriculum, PromptFormat, plan
+from coconut.methods import At, Curriculum, Plan, Projector, PromptFormat, plan
 from coconut.utils.overrides import Kind, PathName, Place, map_texts
 
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
@@ -106,7 +106,8 @@ class ModelConfig:
 
     `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
     name or folder, or "words" for a word-level one made from the training file; by default the base's.
-    `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from.
+    `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from. `projector`: of
+    the thoughts, and the width of its hidden layer; by default the method's, as wide as the model.
     """
 
     base: Place | None = None
@@ -114,9 +115,12 @@ class ModelConfig:
     tokenizer: Place | None = None
     new_token_init: str = "mean"
     attention: str | None = None  # transformers' attn_implementation; by default what it takes for the model
+    projector: Projector | None = None
+    projector_width: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        at_least("model.", self, projector_width=1)
         if bool(self.base) == bool(self.architecture):
             problem = "both are given" if self.base else "neither is given"
             raise ValueError(
@@ -412,8 +416,12 @@ class RunConfig:
                 )
 
     def folder(self) -> Path:
-        """The run's folder: `run`, or a default name with a hash of `identity()`."""
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        """The run's folder: `run`, or a default name with a hash of what `identity()` has besides defaults.
+
+        A key that is added later, with a default that changes nothing, leaves the name of the folder as it is.
+        """
+        differing = _set_keys(self.identity(), _defaults(type(self)))
+        digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
         return Path(self.run or f"runs/{self.name}-{self.kind}-seed{self.seed}-{digest[:8]}")
 
     @property
@@ -430,6 +438,8 @@ class RunConfig:
 class TrainConfig(RunConfig):
     method: str = "coconut"
     curriculum: Curriculum = field(default_factory=Curriculum)
+    terms: dict[str, float] = field(default_factory=dict)  # weights of terms of the loss in place of the method's
+    decoder_layers: int | None = None  # of a step decoder; by default as many as the model has
     model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # examples per update, over all processes
@@ -438,13 +448,23 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.required_task()
-        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0)
+        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, decoder_layers=1)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} needs a pretrained model, but model.architecture creates a "
                 "new one. Set model.base=NAME_OR_FOLDER or init=RUN, or leave LoRA out."
             )
-        plan(self.method, self.curriculum)
+        terms = self.plan().terms
+        if self.engine.cuda_graphs and (self.model.projector or any(term.at is not At.targets for term in terms)):
+            raise ValueError(
+                f"engine.cuda_graphs=true records the model's layers alone, but {self.method} needs more of a pass "
+                "than its last hidden states. Set engine.cuda_graphs=false."
+            )
+
+    def plan(self) -> Plan:
+        """The stages and terms of the run. Raises ValueError as coconut.methods.plan does."""
+        model, options = self.model, {"steps": {"layers": self.decoder_layers}} if self.decoder_layers else {}
+        return plan(self.method, self.curriculum, self.terms, model.projector, model.projector_width, options)
 
     @property
     def kind(self) -> str:
@@ -470,18 +490,34 @@ def identity(config: dict[str, Any], schema: type[RunConfig] = TrainConfig) -> d
 
     Keys that are missing, since they were added after the run began, get their defaults.
     """
-    parts: dict[str, Any] = {f.name: f.default_factory() for f in fields(schema) if callable(f.default_factory)}
-    return _without_excluded_keys(_with_defaults(config, {name: asdict(part) for name, part in parts.items()}))
+    return _without_excluded_keys(_with_defaults(config, _defaults(schema)))
+
+
+def _defaults(schema: type[RunConfig]) -> dict[str, Any]:
+    """The default of every key that has one; sections as dictionaries."""
+    values = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(schema)}
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}  # pyright: ignore
 
 
 def _with_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    found = {**defaults, **config}
+    both = {**defaults, **config}
     return {
-        key: _with_defaults(value, defaults[key])
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and defaults[key]
-        else value
-        for key, value in found.items()
+        key: _with_defaults(value, defaults[key]) if _are_sections(value, defaults.get(key)) else value
+        for key, value in both.items()
     }
+
+
+def _set_keys(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The keys that differ from their defaults."""
+    return {
+        key: _set_keys(value, defaults[key]) if _are_sections(value, defaults.get(key)) else value
+        for key, value in config.items()
+        if key not in defaults or value != defaults[key]
+    }
+
+
+def _are_sections(value: Any, default: Any) -> bool:
+    return isinstance(value, dict) and isinstance(default, dict) and bool(default)
 
 
 def _without_excluded_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

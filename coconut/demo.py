@@ -55,7 +55,7 @@ def open_demo(config: DemoConfig) -> InteractiveModel:
         "method": reasoning.method,
         "stage": reasoning.stage,
         "step": trained.step,
-        "slot": reasoning.slot.value,
+        "slot": reasoning.slot.source.value,
         "trained_thoughts": subject.num_trained_thoughts,
         "task": task.name,
         "file": file,

@@ -131,6 +131,15 @@ class Acceleration:
         modules = self._model.modules()
         return self._model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
+    def refuse_checkpointing_by_transformers(self) -> None:
+        """Raise ValueError if it is active: passes that share a cache cannot run with it."""
+        if self.checkpointed_by_transformers:
+            raise ValueError(
+                "Gradient checkpointing switches the cache off inside transformers, and the thoughts would lose "
+                "their context without a word. Turn it off (gradient_checkpointing_disable) and set "
+                "lm.acceleration.activation_checkpointing = True, or run the recomputing path with use_cache=False."
+            )
+
     # --- inside -------------------------------------------------------------------------------------
 
     @property

@@ -17,7 +17,7 @@ from coconut.config import Precision
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
 from coconut.generation.generate import logit_lens
-from coconut.methods import Slot
+from coconut.methods import Source
 from coconut.tasks import prosqa
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ class InteractiveModel:
     def counts(self) -> list[int]:
         """The numbers of thoughts, or of pause tokens, after which a question is answered."""
         max_thoughts = (
-            0 if self.subject.lm.reasoning.slot is Slot.none else self.subject.num_trained_thoughts + EXTRA_THOUGHTS
+            0 if self.subject.lm.reasoning.slot.source is Source.none else self.subject.num_trained_thoughts + EXTRA_THOUGHTS
         )
         return list(range(max_thoughts + 1))
 
     @property
     def _has_thoughts(self) -> bool:
-        return self.subject.lm.reasoning.slot is Slot.thought
+        return self.subject.lm.reasoning.slot.source is Source.thought
 
     def _prompt(self, question: str, spellings: Mapping[str, Spelling]) -> list[int]:
         """The token ids of a question. Raises ValueError if the most thoughts and a name do not fit after it."""
@@ -103,7 +103,7 @@ class InteractiveModel:
             len(prompt) + len(slot_with_markers(lm.reasoning, lm.special, max_thoughts)) + name_length
             > lm.max_sequence_length
         ):
-            slot = f"{max_thoughts} {lm.reasoning.slot.value}s and " if max_thoughts else ""
+            slot = f"{max_thoughts} {lm.reasoning.slot.source.value}s and " if max_thoughts else ""
             raise ValueError(
                 f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "
                 f"context of {lm.max_sequence_length:,} tokens. Ask something shorter."

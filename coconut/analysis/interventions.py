@@ -20,7 +20,7 @@ from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhe
 from coconut.analysis.probes import EXTRA_THOUGHTS, Subject
 from coconut.analysis.statistics import difference_interval
 from coconut.evaluation.evaluator import Evaluated, Prediction
-from coconut.methods import Slot
+from coconut.methods import Source
 from coconut.runs.study import Study
 from coconut.tasks import Task, prosqa
 
@@ -278,7 +278,7 @@ def audit_edges(subject: Subject) -> Study:
         return {i: change for i, change in edits.items() if change}
 
     redirections = edited(redirect)
-    latent = subject.lm.reasoning.slot is Slot.thought and subject.num_trained_thoughts > 0
+    latent = subject.lm.reasoning.slot.source is Source.thought and subject.num_trained_thoughts > 0
     rows: Rows = {}
     if redirections:
         indices = list(redirections)

@@ -21,7 +21,7 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Evaluated, Prediction, evaluate
 from coconut.generation.generate import logit_lens
-from coconut.methods import METHODS, Slot
+from coconut.methods import METHODS, Source
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, Task
 
@@ -60,7 +60,7 @@ class Subject:
     def forced(self, count: int) -> Evaluated:
         """The evaluation with a given number of thoughts or pause tokens; computed once."""
         if count not in self._evaluations:
-            self._evaluations[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot is not Slot.none else None)
+            self._evaluations[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot.source is not Source.none else None)
         return self._evaluations[count]
 
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
@@ -107,7 +107,7 @@ class Subject:
     @property
     def warning(self) -> str:
         """A caveat about results with other numbers of thoughts than the trained one."""
-        noun = self.lm.reasoning.slot.value
+        noun = self.lm.reasoning.slot.source.value
         if self.trained_with_fewer_thoughts:
             trained = self.num_trained_thoughts
             return f"The model was never trained with more than {trained} {noun}s. More of them are unusual input."
@@ -119,9 +119,9 @@ class Subject:
     def need_thoughts(self) -> None:
         """Raise NotApplicable if the model has no latent thoughts."""
         reasoning = self.lm.reasoning
-        if reasoning.slot is not Slot.thought:
-            content = {Slot.none: "nothing", Slot.pause: "pauses"}[reasoning.slot]
-            methods_with_thoughts = ", ".join(name for name, method in METHODS.items() if method.slot is Slot.thought)
+        if reasoning.slot.source is not Source.thought:
+            content = {Source.none: "nothing", Source.pause: "pauses"}[reasoning.slot.source]
+            methods_with_thoughts = ", ".join(name for name, method in METHODS.items() if method.slot.source is Source.thought)
             raise NotApplicable(
                 f"{reasoning.method} has no latent thoughts; its slot has {content}. Methods with thoughts: "
                 f"{methods_with_thoughts}."
@@ -141,8 +141,8 @@ def k_forcing(subject: Subject) -> Study:
     Pause tokens count as thoughts. Raises NotApplicable if the method has nothing in its slot.
     """
     reasoning = subject.lm.reasoning
-    if reasoning.slot is Slot.none:
-        methods_with_slot = ", ".join(name for name, method in METHODS.items() if method.slot is not Slot.none)
+    if reasoning.slot.source is Source.none:
+        methods_with_slot = ", ".join(name for name, method in METHODS.items() if method.slot.source is not Source.none)
         raise NotApplicable(
             f"{reasoning.method} has nothing in its slot, so there is no number of thoughts to force. Methods with "
             f"thoughts or pauses: {methods_with_slot}."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.generation.generate import Generated, forward_passes
-from coconut.methods import Slot
+from coconut.methods import Source
 from coconut.utils.console import list_lengths
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _layout(
     reasoning = lm.reasoning.in_mode(mode)
     control = [lm.special.control[mode]] if mode else []
     # `Generated.num_thoughts` is 0 for pauses, whose number is fixed
-    in_slot = count if reasoning.slot is Slot.thought else count or reasoning.num_thoughts
+    in_slot = count if reasoning.slot.source is Source.thought else count or reasoning.num_thoughts
     prompt = [*question, *control, *slot_with_markers(reasoning, lm.special, in_slot).tolist()]
     return Layout(
         ids=np.array([*prompt, *completion_ids], np.int32),

@@ -1,18 +1,20 @@
 """Group the sequences of an epoch into batches, and a batch into the micro-batches of one process.
 
-Shapes: B rows of a batch, T columns.
+Shapes: R rows of a batch, T columns, K thoughts of the row with the most, G groups of thoughts, S tokens of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from coconut.data.sequences import ORDER, EpochView, Layout
 from coconut.data.tokenization import SpecialIds
+from coconut.methods import Per, Term
 
 IGNORED = -100  # label of positions without a target, as in torch's cross_entropy
 
@@ -49,7 +51,7 @@ def _sort_by_length(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray
     for mode in np.unique(view.modes[rows]):
         positions = np.flatnonzero(view.modes[rows] == mode)
         same_mode = rows[positions]
-        same_mode = same_mode[np.argsort(view.lengths[same_mode], kind="stable")]
+        same_mode = same_mode[np.argsort(view.longest[same_mode], kind="stable")]
         if view.passes.max() > 1:
             same_mode = same_mode[np.lexsort((view.slot_starts[same_mode], positions // group))]
         order[positions] = same_mode
@@ -58,47 +60,78 @@ def _sort_by_length(view: EpochView, rows: np.ndarray, group: int) -> np.ndarray
 
 @dataclass
 class Batch:
-    """Token ids, attention mask and labels, each (B, T); labels are IGNORED where there is no target.
+    """Sequences of a micro-batch, padded. Rows stand form by form: all examples in the first form, then in the next.
 
+    `input_ids`, `attention_mask`, `labels` (R, T): labels are IGNORED where there is no target. `form_R`: the index of
+    each row's form. `answer_prompt_R`: the column of the last token before the answer itself, -1 if there is none.
+    `thoughts_RK`: the columns of a row's thoughts, -1 beyond them. `steps_RGS`: the token ids of the steps that groups
+    of thoughts stand for, IGNORED beyond them. `denominators`: of each term, what it counts in this micro-batch.
     `passes`: minimum number of forward passes, so that all processes run equally many.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    form_R: torch.Tensor
+    answer_prompt_R: torch.Tensor
+    thoughts_RK: torch.Tensor
+    steps_RGS: torch.Tensor
+    denominators: tuple[int, ...] = ()
     passes: int = 1
 
-    @property
-    def num_targets(self) -> int:
-        return int((self.labels != IGNORED).sum())
-
     def to(self, device: torch.device | str) -> Batch:
-        ids, mask, labels = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)
-        )
-        return Batch(ids, mask, labels, self.passes)
+        moved = {field.name: value.to(device, non_blocking=True) for field in fields(self)
+                 if isinstance(value := getattr(self, field.name), torch.Tensor)}  # fmt: skip
+        return replace(self, **moved)
+
+    def without_targets(self) -> Batch:
+        """The same work for the model, with nothing to learn: for a process without a row left."""
+        nothing = {name: torch.full_like(getattr(self, name), IGNORED) for name in ("labels", "steps_RGS")}
+        return replace(self, answer_prompt_R=torch.full_like(self.answer_prompt_R, -1), **nothing)
 
 
-def collate(layouts: Sequence[Layout], special: SpecialIds) -> Batch:
-    """Pad sequences to one batch, on the left so that all first thoughts are in one column."""
-    shifts = [item.slot_start if special.latent in item.ids else 0 for item in layouts]
+def collate(rows: Sequence[Layout], special: SpecialIds, num_forms: int = 1) -> Batch:
+    """Pad sequences, given form by form, to one batch, on the left so that all first thoughts are in one column."""
+    shifts = [item.slot_start if special.latent in item.ids else 0 for item in rows]
     left = [max(shifts) - shift if shift else 0 for shift in shifts]
-    width = max(pad + len(item.ids) for pad, item in zip(left, layouts, strict=True))
-    ids = np.full((len(layouts), width), special.pad, np.int64)
-    mask = np.zeros((len(layouts), width), np.int64)
-    labels = np.full((len(layouts), width), IGNORED, np.int64)
-    for row, (pad, item) in enumerate(zip(left, layouts, strict=True)):
+    width = max(pad + len(item.ids) for pad, item in zip(left, rows, strict=True))
+    counts = [int((item.ids == special.latent).sum()) for item in rows]
+    step_lengths = [len(step) for item in rows for step in item.steps]
+    ids = np.full((len(rows), width), special.pad, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    labels = np.full((len(rows), width), IGNORED, np.int64)
+    prompts = np.full(len(rows), -1, np.int64)
+    thoughts = np.full((len(rows), max(counts)), -1, np.int64)
+    steps = np.full((len(rows), max(len(item.steps) for item in rows), max(step_lengths, default=0)), IGNORED, np.int64)
+    for row, (pad, item) in enumerate(zip(left, rows, strict=True)):
         end = pad + len(item.ids)
         ids[row, pad:end] = item.ids
         mask[row, pad:end] = 1
         labels[row, pad + item.num_prompt : end] = item.ids[item.num_prompt :]
         if item.control >= 0:
             labels[row, pad + item.control] = item.ids[item.control]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
+        if item.answer_prompt >= 0:
+            prompts[row] = pad + item.answer_prompt
+        thoughts[row, : counts[row]] = pad + np.flatnonzero(item.ids == special.latent)
+        for group, step in enumerate(item.steps):
+            steps[row, group, : len(step)] = step
+    forms = np.repeat(np.arange(num_forms), len(rows) // num_forms)
+    tensors: Any = map(torch.from_numpy, (ids, mask, labels, forms, prompts, thoughts, steps))
+    return Batch(*tensors)
+
+
+def count_for_term(term: Term, form: int, batch: Batch) -> int:
+    """What a term's sum is divided by: what it counts in the rows of the form with this index."""
+    rows = batch.form_R == form
+    if term.per is Per.token:
+        return int((batch.labels[rows] != IGNORED).sum())
+    if term.per is Per.step:
+        return int((batch.steps_RGS[rows] != IGNORED).any(-1).sum())
+    return int((batch.labels[rows] != IGNORED).any(1).sum())
 
 
 def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """The micro-batches of one process for an update: at most `size` rows each, all of one mode.
+    """The micro-batches of one process for an update: at most `size` examples each, all of one mode.
 
     All processes get equally many micro-batches with equally many passes each. A process without a row left gets one
     without targets.
@@ -114,8 +147,12 @@ def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, 
 def _collate_part(view: EpochView, parts: list[np.ndarray], rank: int) -> Batch:
     """The micro-batch of one process. `parts`: the rows of all processes in the same step."""
     rows = parts[rank] if len(parts[rank]) else parts[0][:1]
-    batch = collate([view.layout(i) for i in rows], view.special)
+    by_form = zip(*(view.layouts(i) for i in rows), strict=True)
+    batch = collate([item for form in by_form for item in form], view.special, len(view.forms))
     if not len(parts[rank]):
-        batch.labels.fill_(IGNORED)
-    batch.passes = max(int(view.passes[part].max()) for part in parts if len(part))
-    return batch
+        batch = batch.without_targets()
+    return replace(
+        batch,
+        denominators=tuple(count_for_term(term, view.names.index(term.of), batch) for term in view.terms),
+        passes=max(int(view.passes[part].max()) for part in parts if len(part)),
+    )

@@ -7,7 +7,7 @@
 with the loss on what follows the slot, and on the control token of a hybrid model. All randomness is a function of
 (seed, epoch, index).
 
-Shapes: N examples of a data set.
+Shapes: N examples of a data set, F forms that stand together.
 """
 
 from __future__ import annotations
@@ -18,138 +18,204 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from coconut.data.tokenization import SpecialIds, TokenizedData
-from coconut.methods import Mixing, Plan, Reasoning, Slot, Stage
+from coconut.methods import At, Form, Mixing, Plan, Reasoning, Source, Stage
 from coconut.utils.console import list_lengths
 
 MIXING, ICOT_OFFSET, ORDER = 1, 2, 3  # purposes of random numbers: the last part of a generator's key
+EVERYTHING = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class Layout:
     """One training sequence: `ids[num_prompt:]` are the targets, `ids[slot_start]` is the first token of the slot.
 
+    `answer_prompt`: the index of the last token before the answer itself, -1 if the answer has no tokens before it.
+    `steps`: the written steps that the thoughts stand for, each as its token ids: one for each `thoughts_per_step`
+    thoughts, empty where the chain is too short; the last group stands for all further steps that are not written.
     `control`: the index of the control token, which is a target too; -1 if there is none.
     """
 
     ids: np.ndarray
     num_prompt: int
     slot_start: int
+    answer_prompt: int = -1
+    steps: tuple[np.ndarray, ...] = ()
     control: int = -1
 
 
 def layout(
     segments: Sequence[Sequence[int] | np.ndarray],
-    stage: Stage,
+    form: Form,
     special: SpecialIds,
     *,
-    num_thoughts: int | None = None,
+    slot_length: int | None = None,
     tokens_cut: int | None = None,
+    num_answer_mark: int = 0,
+    with_steps: bool = False,
 ) -> Layout:
-    """The sequence of one example at one stage.
+    """The sequence of one example in one form.
 
     `segments`: the token ids of the question, of each step, and of the answer with its end-of-sequence
-    token. `num_thoughts` and `tokens_cut` override the stage's (short chains, iCoT's offset).
+    token. `slot_length` and `tokens_cut` override the form's (short chains, iCoT's offset). `num_answer_mark`: how many
+    tokens of the last segment precede the answer itself. `with_steps`: whether `steps` is filled.
     """
     question, *steps, answer = (np.asarray(segment, np.int32) for segment in segments)
-    kept = [] if stage.steps_cut is None else steps[stage.steps_cut :]
-    chain = np.concatenate(kept) if kept else np.zeros(0, np.int32)
-    cut = stage.tokens_cut if tokens_cut is None else tokens_cut
-    chain = chain[len(chain) if cut is None else cut :]
-    slot = slot_with_markers(stage, special, stage.num_thoughts if num_thoughts is None else num_thoughts)
-    control = [special.control[stage.mode]] if stage.mode else []
+    cut = len(steps) if form.steps_cut is None else form.steps_cut
+    written = steps[cut : max(len(steps) - form.last_steps_cut, 0)]
+    chain = np.concatenate(written) if written else np.zeros(0, np.int32)
+    tokens_cut = form.tokens_cut if tokens_cut is None else tokens_cut
+    chain = chain[len(chain) if tokens_cut is None else tokens_cut :]
+    slot_length = form.slot_length if slot_length is None else slot_length
+    slot = slot_with_markers(form, special, slot_length)
+    control = [special.control[form.mode]] if form.mode else []
     before = np.concatenate([question, np.array(control, np.int32), slot])
     return Layout(
         ids=np.concatenate([before, chain, answer]),
         num_prompt=len(before),
-        slot_start=len(question) + len(control) + stage.markers,
+        slot_start=len(question) + len(control) + form.markers,
+        answer_prompt=len(before) + len(chain) + num_answer_mark - 1 if num_answer_mark else -1,
+        steps=_steps_of_thoughts(form, steps[:cut], slot_length) if with_steps else (),
         control=len(question) if control else -1,
     )
 
 
-def slot_with_markers(form: Stage | Reasoning, special: SpecialIds, num_thoughts: int) -> np.ndarray:
+def _steps_of_thoughts(form: Form, removed: Sequence[np.ndarray], num_thoughts: int) -> tuple[np.ndarray, ...]:
+    """See `Layout.steps`. Thoughts that stand for no steps in particular are taken to stand for one each."""
+    if form.slot.source is not Source.thought:
+        return ()
+    groups = num_thoughts // (form.thoughts_per_step or 1)
+    own = [removed[k : k + 1] if k + 1 < groups else removed[k:] for k in range(groups)]
+    return tuple(np.concatenate(steps) if len(steps) else np.zeros(0, np.int32) for steps in own)
+
+
+def slot_with_markers(form: Form | Reasoning, special: SpecialIds, length: int) -> np.ndarray:
     """The token ids between question and chain: the markers and the slot."""
-    fill = {Slot.none: [], Slot.pause: [special.pause], Slot.thought: [special.latent]}[form.slot] * num_thoughts
-    return np.array([special.bot, *fill, special.eot] if form.markers else fill, np.int32)
+    token = {Source.none: [], Source.pause: [special.pause], Source.thought: [special.latent]}[form.slot.source]
+    return np.array([special.bot, *token * length, special.eot] if form.markers else token * length, np.int32)
 
 
-def thoughts_for(stage: Stage, plan: Plan, num_steps: np.ndarray | int) -> np.ndarray:
-    """The number of thoughts of examples with `num_steps` steps: the stage's, or without padding at most their own."""
-    if plan.pad_thoughts:
-        return np.full_like(num_steps, stage.num_thoughts)
-    return np.minimum(stage.num_thoughts, plan.thoughts_per_step * np.asarray(num_steps))
+def slot_lengths(form: Form, pad_thoughts: bool, num_steps: np.ndarray) -> np.ndarray:
+    """(N,) the slot's length in examples with `num_steps` steps: the form's, or without padding at most their own."""
+    if pad_thoughts or not form.thoughts_per_step:
+        return np.full_like(num_steps, form.slot_length)
+    return np.minimum(form.slot_length, form.thoughts_per_step * num_steps)
 
 
 def written_lengths(
-    data: TokenizedData, steps_cut: np.ndarray | int | None, tokens_cut: np.ndarray | int | None
+    data: TokenizedData,
+    steps_cut: np.ndarray | int | None,
+    tokens_cut: np.ndarray | int | None,
+    last_steps_cut: np.ndarray | int = 0,
 ) -> np.ndarray:
     """(N,) number of tokens after the slot: the rest of the chain, and the answer with its end-of-sequence token."""
-    everything = np.iinfo(np.int64).max
-    steps_cut, tokens_cut = (everything if cut is None else cut for cut in (steps_cut, tokens_cut))
+    steps_cut, tokens_cut = (EVERYTHING if cut is None else cut for cut in (steps_cut, tokens_cut))
     answer_starts = data.bounds[data.first[1:] - 2]
     chain_starts = data.bounds[data.first[:-1] + np.minimum(steps_cut, data.num_steps)]
-    return np.maximum(answer_starts - chain_starts - tokens_cut, 0) + data.starts[1:] - answer_starts
+    chain_ends = data.bounds[data.first[1:] - 2 - np.minimum(last_steps_cut, data.num_steps)]
+    return np.maximum(chain_ends - chain_starts - tokens_cut, 0) + data.starts[1:] - answer_starts
 
 
 class EpochView:
-    """The sequences of a data set in one epoch of one stage; `layout(i)` builds one of them.
+    """The sequences of a data set in one epoch of one stage; `layouts(i)` builds those of one example, form by form.
 
-    Known without building them: `lengths` (N,), the tokens of each sequence; `passes` (N,), the forward passes that
-    its thoughts need; `modes` (N,), the index of its mode among the stage's, 0 without modes.
+    Known without building them: `lengths` (F, N), the tokens of each sequence; `passes` (N,), the forward passes that
+    an example's thoughts need; `slot_starts` (N,), where the slot of its first form begins; `modes` (N,), the index of
+    its mode among the stage's, 0 without modes.
     """
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
-        self.data, self.special = data, special
-        forms = list(stage.modes) or [stage, *plan.mixing_stages]
+        self.data, self.special, self.terms = data, special, plan.terms
+        self.with_steps = any(term.at is At.thoughts for term in plan.terms)
+        forms = list(stage.in_turn) or [stage.form, *plan.mixing_forms]
         which = np.zeros(len(data), np.int64)
-        if stage.modes:  # each example cycles through them; every epoch has equally many of each
+        if stage.in_turn:  # each example cycles through them; every epoch has equally many of each
             which = (np.arange(len(data)) + epoch) % len(forms)
         elif plan.mixing_probability > 0:
-            chance, depth = _uniform(seed, epoch, MIXING, (2, len(data)))
-            highest = np.full(len(data), stage.index) if plan.mixing is Mixing.current else data.num_steps
-            drawn = np.minimum((depth * (highest + 1)).astype(np.int64), len(plan.mixing_stages) - 1)
-            which = np.where(chance < plan.mixing_probability, 1 + drawn, 0)
-        self.forms = [forms[k] for k in which]
-        self.modes = which if stage.modes else np.zeros_like(which)
-
-        thoughts = np.stack([thoughts_for(form, plan, data.num_steps) for form in forms])
-        self.num_thoughts = thoughts[which, np.arange(len(data))]
-        latent = np.array([form.slot is Slot.thought for form in forms])[which]
-        self.passes = np.where(latent, self.num_thoughts, 0) + 1
-        markers = np.array([2 * form.markers for form in forms])[which]
-        controls = np.array([bool(form.mode) for form in forms], np.int64)[which]
-        everything = np.iinfo(np.int64).max
-        steps_cut = np.array([everything if form.steps_cut is None else form.steps_cut for form in forms])[which]
-        self.tokens_cut = np.array([everything if form.tokens_cut is None else form.tokens_cut for form in forms])[
-            which
-        ]
-        if stage.smoothed:
-            self.tokens_cut = self.tokens_cut + _icot_offsets(seed, epoch, len(data))
-
-        self.slot_starts = data.question_lengths + controls + markers // 2
-        written = written_lengths(data, steps_cut, self.tokens_cut)
-        self.lengths = data.question_lengths + controls + markers + self.num_thoughts + written
+            chance, drawn = _uniform(seed, epoch, MIXING, (2, len(data)))
+            depth = np.minimum(_drawn_stages(plan.mixing, stage.index, data.num_steps, drawn), len(forms) - 2)
+            which = np.where(chance < plan.mixing_probability, 1 + depth, 0)
+        self.modes = which if stage.in_turn else np.zeros_like(which)
+        offsets = _icot_offsets(seed, epoch, len(data)) if stage.form.smoothed else np.zeros_like(which)
+        alone = [_OneForm(data, [form], plan.pad_thoughts, np.zeros_like(which), 0) for form in stage.together[1:]]
+        self.forms = [_OneForm(data, forms, plan.pad_thoughts, which, offsets), *alone]
+        self.names = [form.name for form in stage.together]
+        self.lengths = np.stack([form.lengths for form in self.forms])
+        self.passes = np.max([form.passes for form in self.forms], axis=0)
+        self.slot_starts = self.forms[0].slot_starts
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def layout(self, index: int) -> Layout:
+    def form(self, index: int) -> Form:
+        """The form of an example's first sequence."""
+        return self.forms[0].forms[self.forms[0].which[index]]
+
+    @property
+    def longest(self) -> np.ndarray:
+        """(N,) the length of an example's longest sequence."""
+        return self.lengths.max(0)
+
+    def layouts(self, index: int) -> list[Layout]:
+        """The sequences of one example, in the order of the stage's forms."""
         first, last = self.data.first[index], self.data.first[index + 1]
         example = self.data.tokens[self.data.starts[index] : self.data.starts[index + 1]]
         segments = np.split(example, self.data.bounds[first : last - 1] - self.data.starts[index])
-        return layout(
-            segments,
-            self.forms[index],
-            self.special,
-            num_thoughts=int(self.num_thoughts[index]),
-            tokens_cut=int(self.tokens_cut[index]),
-        )
+        return [
+            layout(
+                segments,
+                form.forms[form.which[index]],
+                self.special,
+                slot_length=int(form.slot_lengths[index]),
+                tokens_cut=int(form.tokens_cut[index]),
+                num_answer_mark=int(self.data.answer_marks[index]),
+                with_steps=self.with_steps,
+            )
+            for form in self.forms
+        ]
+
+
+class _OneForm:
+    """One of the sequences that stand together: example i has the form `forms[which[i]]`. All arrays are (N,)."""
+
+    def __init__(
+        self, data: TokenizedData, forms: list[Form], pad_thoughts: bool, which: np.ndarray, offsets: np.ndarray | int
+    ):
+        self.forms, self.which = forms, which
+
+        def of_each(values: list[int | None]) -> np.ndarray:
+            return np.array([EVERYTHING if value is None else value for value in values])[which]
+
+        lengths = np.stack([slot_lengths(form, pad_thoughts, data.num_steps) for form in forms])
+        self.slot_lengths = lengths[which, np.arange(len(data))]
+        passes = np.stack([form.slot.passes(length) for form, length in zip(forms, lengths, strict=True)])
+        self.passes = passes[which, np.arange(len(data))]
+        self.tokens_cut = of_each([form.tokens_cut for form in forms]) + offsets
+        markers = of_each([form.markers for form in forms])
+        controls = of_each([bool(form.mode) for form in forms])
+        last_steps_cut = of_each([form.last_steps_cut for form in forms])
+        written = written_lengths(data, of_each([form.steps_cut for form in forms]), self.tokens_cut, last_steps_cut)
+        self.slot_starts = data.question_lengths + controls + markers
+        self.lengths = data.question_lengths + controls + 2 * markers + self.slot_lengths + written
+
+
+def _drawn_stages(mixing: Mixing, current: int, num_steps: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """(N,) the stage from which each mixed example is drawn; `drawn` (N,) are uniform in [0, 1)."""
+    if mixing is Mixing.earlier:
+        weights = np.arange(1, max(current, 1) + 1)  # stage 0 has none before it and draws itself
+        return np.searchsorted(weights.cumsum() / weights.sum(), drawn, side="right")
+    highest = np.full_like(num_steps, current) if mixing is Mixing.current else num_steps
+    return (drawn * (highest + 1)).astype(np.int64)
 
 
 def stage_variants(plan: Plan) -> list[Stage]:
-    """Every layout that an example may get in any epoch, each as a stage of its own; iCoT's without an offset."""
-    mixed = plan.mixing_stages if plan.mixing_probability else ()
-    plain = (replace(form, smoothed=False) for stage in plan.stages for form in stage.modes or (stage,))
-    return [*mixed, *plain]
+    """Every set of sequences that an example may get in any epoch, each as a stage; iCoT's without an offset."""
+    plain = [
+        replace(stage, together=(replace(form, smoothed=False), *stage.together[1:]), in_turn=())
+        for stage in plan.stages
+        for form in stage.in_turn or (stage.form,)
+    ]
+    mixed = [replace(plain[0], together=(form, *plain[0].together[1:])) for form in plan.mixing_forms]
+    return [*(mixed if plan.mixing_probability else ()), *plain]
 
 
 def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -168,7 +234,7 @@ def fit_context(
 
     Unless `skip`, raises ValueError with the first examples that do not fit.
     """
-    longest = np.max([view.lengths for view in view_of(data)], axis=0)
+    longest = np.max([view.longest for view in view_of(data)], axis=0)
     too_long = np.flatnonzero(longest > context)
     if not len(too_long):
         return data, np.arange(len(data))

@@ -156,13 +156,15 @@ class TokenizedData:
 
     `tokens`: all token ids, one example after the other; each is question, steps, answer with the end-of-sequence
     token. `bounds`: the end of each segment in `tokens`; example i has the segments `first[i] .. first[i + 1] - 1`.
-    `starts`: the start of each example in `tokens`, (N + 1,).
+    `starts`: the start of each example in `tokens`, (N + 1,). `answer_marks` (N,): how many tokens of the answer's
+    segment precede the answer itself (`answer_mark_lengths`).
     """
 
     tokens: np.ndarray
     bounds: np.ndarray
     first: np.ndarray
     starts: np.ndarray
+    answer_marks: np.ndarray
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -184,31 +186,46 @@ class TokenizedData:
         """The examples at these indices, in this order."""
         rows = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in indices]
         lengths = [np.diff(self.bounds[self.first[i] : self.first[i + 1]], prepend=self.starts[i]) for i in indices]
-        return TokenizedData.from_lists(rows, lengths)
+        return TokenizedData.from_lists(rows, lengths, self.answer_marks[np.asarray(indices, np.int64)])
 
     @classmethod
-    def from_lists(cls, tokens: Sequence[Any], lengths: Sequence[Any]) -> TokenizedData:
-        """Build from lists. `tokens[i]`: all ids of example i; `lengths[i]`: the length of each of its segments."""
+    def from_lists(
+        cls, tokens: Sequence[Any], lengths: Sequence[Any], answer_marks: np.ndarray | None = None
+    ) -> TokenizedData:
+        """Build from lists. `tokens[i]`: all ids of example i; `lengths[i]`: the length of each of its segments.
+
+        Without `answer_marks` no answer has tokens before it.
+        """
         if not len(tokens):
             empty = np.zeros(0, np.int64)
-            return cls(empty.astype(np.int32), empty, np.zeros(1, np.int64), np.zeros(1, np.int64))
+            return cls(empty.astype(np.int32), empty, np.zeros(1, np.int64), np.zeros(1, np.int64), empty)
         return cls.from_flat(
             np.concatenate([np.asarray(row, np.int32) for row in tokens]),
             np.array([len(row) for row in tokens]),
             np.concatenate([np.asarray(row, np.int64) for row in lengths]),
             np.array([len(row) for row in lengths]),
+            np.zeros(len(tokens), np.int64) if answer_marks is None else answer_marks,
         )
 
     @classmethod
     def from_flat(
-        cls, tokens: np.ndarray, num_tokens: np.ndarray, lengths: np.ndarray, num_segments: np.ndarray
+        cls,
+        tokens: np.ndarray,
+        num_tokens: np.ndarray,
+        lengths: np.ndarray,
+        num_segments: np.ndarray,
+        answer_marks: np.ndarray,
     ) -> TokenizedData:
         return cls(
             tokens=tokens,
             bounds=np.cumsum(lengths, dtype=np.int64),
             first=np.concatenate([[0], np.cumsum(num_segments, dtype=np.int64)]),
             starts=np.concatenate([[0], np.cumsum(num_tokens, dtype=np.int64)]),
+            answer_marks=answer_marks.astype(np.int64),
         )
+
+
+CACHE_FORMAT = 2  # of the token cache; counts up when its columns change
 
 
 def tokenize(
@@ -233,11 +250,13 @@ def tokenize(
             segments = [before + next(ids) + after, *(next(ids) for _ in steps), [*next(ids), eos]]
             rows.append([token for segment in segments for token in segment])
             lengths.append([len(segment) for segment in segments])
-        return {"tokens": rows, "lengths": lengths}
+        marks = answer_mark_lengths(tokenizer, batch["answer"], prompt_format)
+        return {"tokens": rows, "lengths": lengths, "answer_mark": marks}
 
     content = hashlib.sha256(json.dumps(asdict(prompt_format)).encode())
     content.update(tokenizer.backend_tokenizer.to_str().encode())
-    content.update(json.dumps([before, after, eos, [[e.question, e.steps, e.answer] for e in examples]]).encode())
+    rows = [[e.question, e.steps, e.answer] for e in examples]
+    content.update(json.dumps([CACHE_FORMAT, before, after, eos, rows]).encode())
     key = content.hexdigest()[:32]
     file = cache_folder(cache_dir, "tokens") / f"{key}.arrow"
     if file.is_file() and not _has_rows(file, len(examples)):
@@ -262,19 +281,37 @@ def tokenize(
             encode,
             batched=True,
             remove_columns=["question", "steps", "answer"],
-            features=datasets.Features(tokens=integers, lengths=integers),
+            features=datasets.Features(tokens=integers, lengths=integers, answer_mark=datasets.Value("int32")),
             cache_file_name=str(file),
             new_fingerprint=key,
             desc="tokenizing",
         )
     table = encoded.data.table.combine_chunks()
-    tokens, lengths = (table.column(name).combine_chunks() for name in ("tokens", "lengths"))
+    tokens, lengths, marks = (table.column(name).combine_chunks() for name in ("tokens", "lengths", "answer_mark"))
     return TokenizedData.from_flat(
         tokens.flatten().to_numpy(),
         tokens.value_lengths().to_numpy(),
         lengths.flatten().to_numpy(),
         lengths.value_lengths().to_numpy(),
+        marks.to_numpy(),
     )
+
+
+def answer_mark_lengths(
+    tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], prompt_format: PromptFormat
+) -> list[int]:
+    """How many tokens of each answer's segment precede the first one with a character of the answer itself.
+
+    The last of them is the answer's prompt token: from its hidden state the answer is predicted. With a tokenizer
+    that joins a word to the space before it (GPT-2) it is the mark's last token, with one that writes a space of its
+    own (Llama before a digit) the space. 0 if the format has no text before the answer.
+    """
+    if not answers:
+        return []
+    before, _ = prompt_format.answer.split("{}")
+    texts = [PromptFormat.fill(prompt_format.answer, answer) for answer in answers]
+    encoded: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    return [sum(end <= len(before) for _, end in spans) for spans in encoded["offset_mapping"]]
 
 
 def _has_rows(file: Path, rows: int) -> bool:

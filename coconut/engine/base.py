@@ -26,21 +26,83 @@ class MicroBatch(Protocol):
     """A part of the batch of an update."""
 
     @property
-    def num_targets(self) -> int: ...
+    def denominators(self) -> Sequence[int]:
+        """What each term of the loss is divided by: what it counts in this part."""
+        ...
 
     def to(self, device: torch.device | str) -> Any: ...
 
 
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]  # the loss summed over the targets of a micro-batch
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]  # a term summed over what its denominator counts
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an engine minimises: a weighted sum of terms, each divided by its denominator over the whole update.
+
+    `sums(module, micro_batch)`: the summed terms of a micro-batch, (terms,), or () for a single one. `statistics`:
+    quantities of a micro-batch that add up over an update, and whose totals the terms need: `sums` gets these as a
+    third argument if the update has several micro-batches or processes. Computed without gradient.
+    """
+
+    sums: Callable[..., torch.Tensor]
+    weights: tuple[float, ...] = (1.0,)
+    statistics: Callable[[nn.Module, Any], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of an update. `loss`: mean over its targets. `grad_norm`: before clipping."""
+    """Result of an update. `grad_norm`: before clipping. `terms`: of the loss, without their weights."""
 
     loss: float
     grad_norm: float
-    num_targets: int
+    terms: tuple[float, ...]
+    denominators: tuple[int, ...]
+
+
+class TermSums:
+    """The terms of one update: what its micro-batches and processes sum up to."""
+
+    def __init__(self, loss: Loss, micro_batches: Sequence[MicroBatch], world: World):
+        self.weights, self.world = torch.tensor(loss.weights, dtype=torch.float64), world
+        counts = torch.tensor([batch.denominators for batch in micro_batches]).sum(0)
+        self.denominators = world.all_reduce_sums(counts)
+        self.sums = torch.zeros(len(loss.weights), dtype=torch.float64)
+
+    def add(self, sums: torch.Tensor) -> torch.Tensor:
+        """Count the terms of a micro-batch in. Returns what its backward pass starts from."""
+        sums = sums.reshape(-1)
+        self.sums += sums.detach().cpu()
+        weights, denominators = (values.to(sums) for values in (self.weights, self.denominators.clamp(min=1)))
+        return (sums * self.world.size * weights / denominators).sum()  # engines average over processes
+
+    def means(self) -> torch.Tensor:
+        """The value of each term over all processes."""
+        return self.world.all_reduce_sums(self.sums) / self.denominators.clamp(min=1)
+
+    def result(self, means: torch.Tensor, grad_norm: float) -> StepResult:
+        counts = tuple(map(int, self.denominators.tolist()))
+        return StepResult(self.mean(means), grad_norm, tuple(means.tolist()), counts)
+
+    def mean(self, means: torch.Tensor) -> float:
+        return float((means * self.weights).sum())
+
+
+def total_statistics(
+    loss: Loss, module: nn.Module, micro_batches: Sequence[MicroBatch], world: World, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """What `Loss.sums` gets as a third argument: nothing if it can be computed from the update's only micro-batch.
+
+    The random generators are left as they were, so that dropout in the update itself is the same with and without it.
+    """
+    if loss.statistics is None or (len(micro_batches) == 1 and world.size == 1):
+        return ()
+    before = random_state(device)
+    with torch.no_grad():
+        total = sum(loss.statistics(module, batch.to(device)).double().cpu() for batch in micro_batches)
+    set_random_state(before, device)
+    assert isinstance(total, torch.Tensor)
+    return (world.all_reduce_sums(total).to(device),)
 
 
 class NonFiniteUpdate(ArithmeticError):
@@ -62,7 +124,7 @@ class Engine(Protocol):
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """One update by the mean loss over all targets of all micro-batches of all processes.
+        """One update by the loss over all micro-batches of all processes.
 
         Every process passes equally many micro-batches, with equally many forward passes each. Raises NonFiniteUpdate.
         """

@@ -15,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from coconut.config import AdamWConfig, EngineConfig
 from coconut.engine.base import (
-    LossFunction,
+    Loss,
     MicroBatch,
     NonFiniteUpdate,
     StepResult,
+    TermSums,
     adamw,
     autocast,
     clip_gradients,
@@ -26,6 +27,7 @@ from coconut.engine.base import (
     restore_random_state,
     set_random_state,
     set_up_device,
+    total_statistics,
 )
 from coconut.engine.world import World
 
@@ -36,7 +38,7 @@ class LocalEngine:
     def __init__(
         self,
         module: nn.Module,
-        loss_function: LossFunction,
+        loss: Loss,
         config: EngineConfig,
         optimizer: AdamWConfig,
         world: World | None = None,
@@ -51,7 +53,7 @@ class LocalEngine:
                 self.wrapped = DistributedDataParallel(
                     self.module, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
-        self.loss_function = loss_function
+        self.loss = loss
         self.precision = config.precision
         self.settings = optimizer
         self.reset_optimizer()
@@ -66,19 +68,15 @@ class LocalEngine:
         return nullcontext(self.module)
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        world = self.world
-        num_targets = int(world.all_reduce_sum(sum(batch.num_targets for batch in micro_batches)))
-        loss = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+        terms = TermSums(self.loss, micro_batches, self.world)
+        with self.autocast():
+            given = total_statistics(self.loss, self.wrapped, micro_batches, self.world, self.device)
         for batch in micro_batches:
-            world.heartbeat()
+            self.world.heartbeat()
             with self._gradient_sync(batch is micro_batches[-1]):
-                loss_sum = self._loss_sum(batch)
-                (loss_sum * world.size / num_targets).backward()  # DDP averages over processes
-            loss += loss_sum.detach().to(loss)
-        norm, mean = (
-            clip_gradients(self.module, self.settings.max_grad_norm),
-            world.all_reduce_sum(loss.item()) / num_targets,
-        )
+                terms.add(self._sums(batch, *given)).backward()
+        norm, means = clip_gradients(self.module, self.settings.max_grad_norm), terms.means()
+        mean = terms.mean(means)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             names = self._non_finite_names()
             self.optimizer.zero_grad(set_to_none=True)
@@ -87,11 +85,11 @@ class LocalEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean, norm, num_targets)
+        return terms.result(means, norm)
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
         before = random_state(self.device)
-        self._loss_sum(micro_batch).backward()
+        self._sums(micro_batch).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         set_random_state(before, self.device)
 
@@ -109,9 +107,9 @@ class LocalEngine:
             return self.wrapped.no_sync()
         return nullcontext()
 
-    def _loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+    def _sums(self, batch: MicroBatch, *given: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            return self.loss_function(self.wrapped, batch.to(self.device))
+            return self.loss.sums(self.wrapped, batch.to(self.device), *given)
 
     def _non_finite_names(self) -> list[str]:
         named = list(self.module.named_parameters())

@@ -76,12 +76,15 @@ class World:
 
     def all_reduce_sum(self, value: float) -> float:
         """The sum of the values of all processes."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        with self._collective():
-            dist.all_reduce(total)
-        return total.item()
+        return self.all_reduce_sums(torch.tensor([value], dtype=torch.float64)).item() if self.size > 1 else value
+
+    def all_reduce_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of the tensors of all processes, which are on the CPU, in float64."""
+        total = values.double().clone()
+        if self.size > 1:
+            with self._collective():
+                dist.all_reduce(total)
+        return total
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

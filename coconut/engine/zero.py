@@ -18,16 +18,18 @@ from torch import nn
 
 from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.engine.base import (
-    LossFunction,
+    Loss,
     MicroBatch,
     NonFiniteUpdate,
     StepResult,
+    TermSums,
     adamw,
     clip_gradients,
     random_state,
     restore_random_state,
     set_random_state,
     set_up_device,
+    total_statistics,
     trainable_parameters,
 )
 from coconut.engine.deepspeed_import import import_deepspeed, quiet
@@ -42,7 +44,7 @@ class ZeroEngine:
     def __init__(
         self,
         module: nn.Module,
-        loss_function: LossFunction,
+        loss: Loss,
         config: EngineConfig,
         optimizer: AdamWConfig,
         world: World,
@@ -51,7 +53,7 @@ class ZeroEngine:
         self.device = set_up_device(config, world)
         self.stage = config.zero_stage
         self.low_precision = config.precision is Precision.bfloat16
-        self.loss_function = loss_function
+        self.loss = loss
         self.settings = optimizer
         self.module = module
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -116,16 +118,15 @@ class ZeroEngine:
                 copied.data = copied.data.new_empty(0)
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        world = self.world
-        num_targets = int(world.all_reduce_sum(sum(batch.num_targets for batch in micro_batches)))
-        loss = torch.zeros((), dtype=torch.float64)
+        terms = TermSums(self.loss, micro_batches, self.world)
+        given = total_statistics(self.loss, self.deepspeed, micro_batches, self.world, self.device)
         for batch in micro_batches:
             self.deepspeed.set_gradient_accumulation_boundary(batch is micro_batches[-1])
-            world.heartbeat()
-            loss_sum = self.loss_function(self.deepspeed, batch.to(self.device))
-            self.deepspeed.backward(loss_sum * world.size / num_targets, scale_wrt_gas=False)
-            loss += loss_sum.detach().to(loss)
-        mean = world.all_reduce_sum(loss.item()) / num_targets
+            self.world.heartbeat()
+            sums = self.loss.sums(self.deepspeed, batch.to(self.device), *given)
+            self.deepspeed.backward(terms.add(sums), scale_wrt_gas=False)
+        means = terms.means()
+        mean = terms.mean(means)
         norm = math.nan if self.stage else clip_gradients(self.module, self.settings.max_grad_norm)
         if not math.isfinite(mean) or (not self.stage and not math.isfinite(norm)):
             raise NonFiniteUpdate(mean, norm, [])
@@ -136,7 +137,7 @@ class ZeroEngine:
             norm = float(self.deepspeed.get_global_grad_norm())
             if self.sharded.overflow:  # ZeRO has skipped the update
                 raise NonFiniteUpdate(mean, norm, [])
-        return StepResult(mean, norm, num_targets)
+        return terms.result(means, norm)
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
         """One update with learning rate 0, which also allocates the moments."""

@@ -12,7 +12,7 @@ from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.generation.thoughts import StopCriterion
-from coconut.methods import PromptFormat, Reasoning, Slot
+from coconut.methods import PromptFormat, Reasoning, Source
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
     """The number of steps that a number of thoughts replaces; None: all steps."""
     cut = reasoning.steps_cut
     c = reasoning.thoughts_per_step
-    if cut is None or reasoning.slot is not Slot.thought or thoughts == reasoning.num_thoughts or not c:
+    if cut is None or reasoning.slot.source is not Source.thought or thoughts == reasoning.num_thoughts or not c:
         return cut
     return thoughts // c
 

@@ -12,7 +12,7 @@ from coconut.config import Unreadable
 from coconut.data.examples import SHOWN_PROBLEMS, Example
 from coconut.data.sequences import written_lengths
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_id, unknown_in
-from coconut.methods import PromptFormat, Reasoning, Stage
+from coconut.methods import Form, PromptFormat, Reasoning
 from coconut.tasks import Task
 from coconut.utils.console import log
 
@@ -159,19 +159,18 @@ def _brief(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def target_lengths(data: TokenizedData, forms: Iterable[Stage | Reasoning]) -> np.ndarray:
+def target_lengths(data: TokenizedData, forms: Iterable[Form | Reasoning]) -> np.ndarray:
     """(N,) tokens of the gold text with the end of the sequence, in that of `forms` in which it is longest."""
-    every = [form for one in forms for form in (one.modes if isinstance(one, Stage) and one.modes else [one])]
-    return np.max([written_lengths(data, form.steps_cut, form.tokens_cut) for form in every], axis=0)
+    return np.max([written_lengths(data, form.steps_cut, form.tokens_cut) for form in forms], axis=0)
 
 
-def limit_for(data: Iterable[TokenizedData], forms: Sequence[Stage | Reasoning], least: int) -> int:
+def limit_for(data: Iterable[TokenizedData], forms: Sequence[Form | Reasoning], least: int) -> int:
     """The default limit of new tokens: ROOM times the longest gold text, at least `least`."""
     return max(least, *(math.ceil(ROOM * int(target_lengths(part, forms).max())) for part in data))
 
 
 def warn_of_limit(
-    data: TokenizedData, forms: Sequence[Stage | Reasoning], limit: int, file: str, key: str = "max_new_tokens"
+    data: TokenizedData, forms: Sequence[Form | Reasoning], limit: int, file: str, key: str = "max_new_tokens"
 ) -> None:
     """Log a warning if gold texts of a file exceed the limit of new tokens that the option `key` sets."""
     long = target_lengths(data, forms)

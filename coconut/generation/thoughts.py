@@ -62,7 +62,7 @@ def think(
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
     for k in range(num_thoughts):
-        thought_BD = (last_BD if thoughts is None else thoughts[:, k]).to(embeds_BTD)
+        thought_BD = (lm.feedback(last_BD) if thoughts is None else thoughts[:, k]).to(embeds_BTD)
         if noise:
             thought_BD = thought_BD + noise * torch.randn_like(thought_BD)
         fed.append(thought_BD)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coconut.data.seen_questions import describe_questions
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import around_questions
-from coconut.methods import PromptFormat, Slot
+from coconut.methods import PromptFormat, Source
 from coconut.runs.description import DESCRIPTION, read_config, read_results
 from coconut.utils.files import read_json
 
@@ -30,8 +30,8 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     reasoning, special = lm.reasoning, lm.special
-    kinds = {Slot.thought: "continuous thoughts", Slot.pause: "pauses"}
-    between = f"{reasoning.num_thoughts} {kinds[reasoning.slot]}" if reasoning.slot in kinds else "nothing"
+    kinds = {Source.thought: "continuous thoughts", Source.pause: "pauses"}
+    between = f"{reasoning.num_thoughts} {kinds[reasoning.slot.source]}" if reasoning.slot.source in kinds else "nothing"
     if reasoning.modes:
         between = f"what its mode needs, which it chooses with its first token: {', '.join(reasoning.modes)}"
     start, after = around_questions(lm.tokenizer, reasoning.format)
@@ -39,10 +39,10 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     for name_of_mode in reasoning.modes:
         form = reasoning.in_mode(name_of_mode)
         follows = (
-            [special.bot] if form.slot is Slot.thought else slot_with_markers(form, special, form.num_thoughts).tolist()
+            [special.bot] if form.slot.source is Source.thought else slot_with_markers(form, special, form.num_thoughts).tolist()
         )
         modes[special.control[name_of_mode]] = follows, form.num_thoughts
-    thinks = reasoning.slot is Slot.thought
+    thinks = reasoning.slot.source is Source.thought
     slot = [special.bot] if thinks else slot_with_markers(reasoning, special, reasoning.num_thoughts).tolist()
     return environment.get_template(TEMPLATE).render(
         reasoning=reasoning,

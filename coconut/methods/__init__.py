@@ -3,26 +3,30 @@
 No tokenizers and no tensors here.
 """
 
-from coconut.methods.curriculum import Curriculum, Mixing, Plan, Stage, Unit, plan
+from coconut.methods.curriculum import Curriculum, Form, Mixing, Plan, Stage, Unit, plan
 from coconut.methods.modes import Mode, parse_mode
 from coconut.methods.reasoning import REASONING_FILE, PromptFormat, Reasoning
-from coconut.methods.table import METHODS, Cut, Method, Slot, get_method
+from coconut.methods.table import (
+    METHODS,
+    NOTHING,
+    PAUSES,
+    STUDENT,
+    TEACHER,
+    THOUGHTS,
+    WRITTEN,
+    At,
+    Cut,
+    Method,
+    Per,
+    Projector,
+    Slot,
+    Source,
+    Term,
+    get_method,
+)  # fmt: skip
 
 __all__ = [
-    "METHODS",
-    "REASONING_FILE",
-    "Curriculum",
-    "Cut",
-    "Method",
-    "Mixing",
-    "Mode",
-    "Plan",
-    "PromptFormat",
-    "Reasoning",
-    "Slot",
-    "Stage",
-    "Unit",
-    "get_method",
-    "parse_mode",
-    "plan",
-]
+    "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At", "Curriculum",
+    "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector", "PromptFormat", "Reasoning", "Slot", "Source",
+    "Stage", "Term", "Unit", "get_method", "parse_mode", "plan",
+]  # fmt: skip

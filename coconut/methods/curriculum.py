@@ -5,12 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from coconut.methods.modes import Mode, parse_mode
-from coconut.methods.table import Cut, Method, Slot, get_method
+from coconut.methods.table import (
+    NOTHING,
+    STUDENT,
+    TEACHER,
+    WRITTEN,
+    Cut,
+    Method,
+    Projector,
+    Slot,
+    Source,
+    Term,
+    get_method,
+)
 
 
 class Unit(StrEnum):
@@ -23,6 +36,7 @@ class Mixing(StrEnum):
 
     current = "current"  # 0 .. the current stage (superposition paper, arXiv 2505.12514)
     all = "all"  # 0 .. the example's number of steps (released Coconut code)
+    earlier = "earlier"  # those before the current stage, stage i with weight i + 1 (arXiv 2602.22441)
 
 
 @dataclass
@@ -41,6 +55,8 @@ class Curriculum:
     stage_length: int = 5  # length of every later stage; the last one takes the rest of the total
     total_length: int = 50
     start_stage: int = 0  # skip the stages before this one (with init=RUN)
+    num_thoughts: int | None = None  # of methods that remove the whole chain at once; by default c * max_stage
+    teacher_steps_cut: int = 1  # last steps of the chain that a teacher does not write (codi)
     pad_thoughts: bool = True  # an example with fewer steps than the stage removes still gets all the stage's thoughts
     mixing: Mixing = Mixing.current
     mixing_probability: float = 0.0  # share of examples trained at a random stage; only if the slot differs by stage
@@ -55,10 +71,10 @@ class Curriculum:
         for name in self.modes:
             parse_mode(name)
         for name, least in [("thoughts_per_step", 0), ("max_stage", 0), ("stage0_length", 0), ("stage_length", 1),
-                            ("total_length", 1), ("start_stage", 0), ("icot_tokens", 1), ("icot_limit", 0),
-                            ("icot_stage_length", 1)]:  # fmt: skip
+                            ("total_length", 1), ("start_stage", 0), ("num_thoughts", 0), ("teacher_steps_cut", 0),
+                            ("icot_tokens", 1), ("icot_limit", 0), ("icot_stage_length", 1)]:  # fmt: skip
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"curriculum.{name} is {value}; it must be at least {least}.")
         if not 0.0 <= self.mixing_probability <= 1.0:
             raise ValueError(f"curriculum.mixing_probability is {self.mixing_probability}; it must be between 0 and 1.")
@@ -70,29 +86,67 @@ class Curriculum:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of a plan: the layout of its examples, and its length.
+class Form:
+    """One sequence that is made of an example.
 
     `steps_cut` and `tokens_cut`: how many steps and tokens are removed from the front of the written chain, None for
-    all. `steps_cut` is 0 in a stage that cuts by tokens.
+    all. `steps_cut` is 0 in a form that cuts by tokens.
+    """
+
+    slot: Slot
+    markers: bool
+    slot_length: int  # positions of the slot
+    steps_cut: int | None
+    tokens_cut: int | None = 0
+    last_steps_cut: int = 0  # steps that are removed from the end of the chain
+    thoughts_per_step: int = 0  # positions of the slot that stand for one step; 0: they stand for none
+    smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, drawn per example and epoch
+    mode: str = ""  # of a hybrid model: the mode whose control token stands before the slot
+    name: str = STUDENT
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Form:
+        return cls(**{**values, "slot": Slot.from_dict(values["slot"])})
+
+    def describe(self) -> str:
+        """The form in words, such as "2 thoughts, without the first 2 steps"."""
+        if self.steps_cut is None or self.tokens_cut is None:
+            left = "answer only"
+        elif self.tokens_cut:
+            left = f"without the first {self.tokens_cut} tokens of the chain"
+        elif self.steps_cut:
+            left = "without the first step" if self.steps_cut == 1 else f"without the first {self.steps_cut} steps"
+        elif self.last_steps_cut:
+            left = f"whole chain but its last {f'{self.last_steps_cut} steps' if self.last_steps_cut > 1 else 'step'}"
+        else:
+            left = "whole chain"
+        noun = self.slot.source.value + "s" * (self.slot_length != 1)
+        return f"{self.slot_length} {noun}, {left}" if self.slot_length else left
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan: its length, and the sequences that are made of each of its examples.
+
+    `together`: sequences that stand in one batch. The first is what inference is like; a teacher may follow. `in_turn`:
+    of a hybrid model, the sequences that each example cycles through, one per epoch.
     """
 
     index: int
     length: int
-    slot: Slot
-    markers: bool
-    num_thoughts: int  # tokens in the slot
-    steps_cut: int | None
-    tokens_cut: int | None = 0
-    smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, drawn per example and epoch
-    mode: str = ""  # of a hybrid model: the mode whose control token stands before the slot
-    modes: tuple[Stage, ...] = ()  # of a hybrid model: the layouts that each example cycles through, one per epoch
+    together: tuple[Form, ...]
+    in_turn: tuple[Form, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """What inference is like."""
+        return self.together[0]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Stage:
         """Build one from the plan that a run saved."""
-        forms = tuple(cls.from_dict(form) for form in values.get("modes", ()))
-        return cls(**{**values, "slot": Slot(values["slot"]), "modes": forms})
+        forms = {key: tuple(map(Form.from_dict, values[key])) for key in ("together", "in_turn")}
+        return cls(values["index"], values["length"], **forms)
 
     def checkpoint_score(self, accuracy: float, loss: float) -> tuple[float, float]:
         """The score by which the best checkpoint is chosen; higher is better.
@@ -100,36 +154,29 @@ class Stage:
         By accuracy, then loss. A hybrid model is chosen by loss, then accuracy: it has learned to begin with each
         mode equally often, so its accuracy depends on which mode it happens to choose.
         """
-        return (-loss, accuracy) if self.modes else (accuracy, -loss)
+        return (-loss, accuracy) if self.in_turn else (accuracy, -loss)
 
     def describe(self) -> str:
         """The stage in words, such as "2 thoughts, without the first 2 steps"."""
-        if self.modes:
-            return f"each example as {', '.join(parse_mode(form.mode).token for form in self.modes)}"
-        if self.steps_cut is None or self.tokens_cut is None:
-            left = "answer only"
-        elif self.tokens_cut:
-            left = f"without the first {self.tokens_cut} tokens of the chain"
-        elif self.steps_cut:
-            left = "without the first step" if self.steps_cut == 1 else f"without the first {self.steps_cut} steps"
-        else:
-            left = "whole chain"
-        slot = f"{self.num_thoughts} {self.slot.value}{'s' * (self.num_thoughts != 1)}, " if self.num_thoughts else ""
-        return slot + left
+        if self.in_turn:
+            return f"each example as {', '.join(parse_mode(form.mode).token for form in self.in_turn)}"
+        others = (f"; {form.name}: {form.describe()}" for form in self.together[1:])
+        return self.form.describe() + "".join(others)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run, in order.
+    """The stages of a run, in order, and the terms of its loss.
 
-    `depths`: the layouts from which mixing draws: those of stages 0 .. max_stage, and last the one without any step.
+    `mixing_forms`: the sequences from which mixing draws: those of stages 0 .. max_stage, and last the one without any
+    step.
     """
 
     method: str
     unit: Unit
     stages: tuple[Stage, ...]
-    mixing_stages: tuple[Stage, ...] = ()
-    thoughts_per_step: int = 1
+    terms: tuple[Term, ...] = (WRITTEN,)
+    mixing_forms: tuple[Form, ...] = ()
     pad_thoughts: bool = True
     mixing: Mixing = Mixing.current
     mixing_probability: float = 0.0
@@ -140,30 +187,56 @@ class Plan:
         return self.mixing_probability > 0 or not self.pad_thoughts
 
     def as_dict(self) -> dict[str, Any]:
-        return {"method": self.method, "unit": self.unit.value, "stages": [asdict(s) for s in self.stages]}
+        stages = [asdict(stage) for stage in self.stages]
+        return {"method": self.method, "unit": self.unit.value, "stages": stages,
+                "terms": {term.name: term.weight for term in self.terms}}  # fmt: skip
 
 
-def plan(name: str, curriculum: Curriculum) -> Plan:
+def plan(
+    name: str,
+    curriculum: Curriculum,
+    weights: Mapping[str, float] | None = None,
+    projector: Projector | None = None,
+    projector_width: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
     """Expand a method and a curriculum into the explicit stages of a run.
 
-    Raises ValueError if the method does not exist, or its stages do not fit into the total length.
+    In place of the method's own: `weights` of terms of the loss, by name (one of weight 0 is left out), `projector` and
+    `projector_width` of the thoughts, and `options` of objectives, by name.
+
+    Raises ValueError if the method does not exist or has no such term, if it has no thoughts to project, if it needs
+    more thoughts than it gets, or if its stages do not fit into the total length.
     """
     method = get_method(name)
+    slot = method.slot
+    method = replace(method, slot=replace(slot, projector=projector or slot.projector, width=projector_width or 0))
     unit, total = curriculum.length_unit.value, curriculum.total_length
-    depths = _mixing_stages(method, curriculum)
+    terms = _weighted(name, method, weights or {}, options or {})
+    depths = _depths(method, curriculum)
     last = curriculum.max_stage + curriculum.extra_stage
     if method.cut is Cut.steps:
         lengths = [curriculum.stage0_length] + [curriculum.stage_length] * last
-        stages = [replace(stage, length=length) for stage, length in zip(depths, lengths, strict=False)]
+        stages = [Stage(k, length, (form,)) for k, (form, length) in enumerate(zip(depths, lengths, strict=False))]
     elif method.cut is Cut.tokens:
         stages = _icot_stages(curriculum)
     elif method.cut is Cut.modes:
-        stages = [
-            replace(depths[0], length=total, modes=tuple(_mode_stage(parse_mode(name)) for name in curriculum.modes))
-        ]
+        stages = [Stage(0, total, (depths[0],), tuple(_mode_form(parse_mode(mode)) for mode in curriculum.modes))]
     else:
-        single = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}
-        stages = [replace(single[method.cut], index=0, length=total)]
+        form = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}[method.cut]
+        if curriculum.num_thoughts is not None and method.cut is Cut.all and method.slot.source is not Source.none:
+            form = replace(form, slot_length=curriculum.num_thoughts)
+        stages = [Stage(0, total, (form,))]
+    if not method.steps_per_slot and not stages[0].form.slot_length:
+        raise ValueError(f"{name} needs thoughts, but there are none. Set curriculum.num_thoughts, for example to 6.")
+    if curriculum.num_thoughts is not None and method.slot.source is not Source.none and method.cut is not Cut.all:
+        raise ValueError(
+            f"curriculum.num_thoughts={curriculum.num_thoughts} is for methods that remove the whole chain at once; "
+            f"{name} has curriculum.thoughts_per_step for each step that it removes. Set that instead."
+        )
+    if any(TEACHER in term.forms for term in terms):
+        teacher = Form(NOTHING, False, 0, 0, last_steps_cut=curriculum.teacher_steps_cut, name=TEACHER)
+        stages = [replace(stage, together=(*stage.together, teacher)) for stage in stages]
 
     if curriculum.start_stage >= len(stages):
         raise ValueError(
@@ -178,47 +251,69 @@ def plan(name: str, curriculum: Curriculum) -> Plan:
             "curriculum.stage0_length, curriculum.stage_length or curriculum.max_stage."
         )
     stages[-1] = replace(stages[-1], length=total - before)
-    mixes = (
-        method.cut is Cut.steps and method.slot is not Slot.none
-    )  # else depths would differ in nothing that the model sees
+    # without a slot the depths would differ in nothing that the model sees
+    mixes = method.cut is Cut.steps and method.slot.source is not Source.none
     return Plan(
         method=name,
         unit=curriculum.length_unit,
         stages=tuple(stage for stage in stages if stage.length > 0),
-        mixing_stages=tuple(depths) if mixes else (),
-        thoughts_per_step=curriculum.thoughts_per_step,
+        terms=terms,
+        mixing_forms=tuple(depths) if mixes else (),
         pad_thoughts=curriculum.pad_thoughts,
         mixing=curriculum.mixing,
         mixing_probability=curriculum.mixing_probability if mixes else 0.0,
     )
 
 
-def _mixing_stages(method: Method, curriculum: Curriculum) -> list[Stage]:
-    """The layouts of the step curriculum: those of stages 0 .. max_stage, and the one without any step."""
+def _weighted(
+    name: str, method: Method, weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]
+) -> tuple[Term, ...]:
+    """The method's terms with these weights and options of objectives, without those of weight 0."""
+    names = [term.name for term in method.terms]
+    if unknown := [key for key in weights if key not in names]:
+        raise ValueError(f"{name} has no term {', '.join(map(repr, unknown))}. Its terms are {', '.join(names)}.")
+    if below := {key: weight for key, weight in weights.items() if not weight >= 0}:
+        raise ValueError(f"Weights of terms must be at least 0: {below}.")
+    if unused := set(options) - {term.objective for term in method.terms}:
+        raise ValueError(f"{name} has no objective {', '.join(sorted(unused))}, so its options have no effect.")
+    terms = [
+        replace(
+            term,
+            weight=weights.get(term.name, term.weight),
+            options={**term.options, **options.get(term.objective, {})},
+        )
+        for term in method.terms
+    ]
+    if not any(term.weight for term in terms):
+        raise ValueError(f"All terms of {name} have weight 0, so there is nothing to learn. Leave out terms.NAME=0.")
+    return tuple(term for term in terms if term.weight)
+
+
+def _depths(method: Method, curriculum: Curriculum) -> list[Form]:
+    """The sequences of the step curriculum: those of stages 0 .. max_stage, and the one without any step."""
     c, slot = curriculum.thoughts_per_step, method.slot
     cuts: list[int | None] = [*range(curriculum.max_stage + 1), None]
     return [
-        Stage(
-            index=k,
-            length=0,
+        Form(
             slot=slot,
             markers=method.markers,
-            num_thoughts=0 if slot is Slot.none else c * min(k, curriculum.max_stage),
+            slot_length=0 if slot.source is Source.none else c * min(k, curriculum.max_stage),
             steps_cut=cut,
+            thoughts_per_step=c if method.steps_per_slot else 0,
         )
         for k, cut in enumerate(cuts)
     ]
 
 
-def _mode_stage(mode: Mode) -> Stage:
-    """The layout of an example that is answered in this mode."""
-    thinks = mode.slot is Slot.thought
-    return Stage(0, 0, mode.slot, thinks, mode.num_thoughts, mode.steps_cut, mode=mode.name)
+def _mode_form(mode: Mode) -> Form:
+    """The sequence of an example that is answered in this mode."""
+    thinks = mode.slot.source is Source.thought
+    return Form(mode.slot, thinks, mode.num_thoughts, mode.steps_cut, mode=mode.name)
 
 
 def _icot_stages(curriculum: Curriculum) -> list[Stage]:
     """Each stage removes `icot_tokens` more than the one before; the last, beyond `icot_limit`, the whole chain."""
-    cuts = list(range(0, curriculum.icot_limit + 1, curriculum.icot_tokens))
-    whole = Stage(0, curriculum.icot_stage_length, Slot.none, markers=False, num_thoughts=0, steps_cut=0, smoothed=True)
-    stages = [replace(whole, index=k, tokens_cut=tokens) for k, tokens in enumerate(cuts)]
-    return [*stages, replace(whole, index=len(cuts), steps_cut=None, tokens_cut=None, smoothed=False)]
+    cuts = range(0, curriculum.icot_limit + 1, curriculum.icot_tokens)
+    forms = [Form(NOTHING, False, 0, steps_cut=0, tokens_cut=tokens, smoothed=True) for tokens in cuts]
+    forms.append(Form(NOTHING, False, 0, steps_cut=None, tokens_cut=None))
+    return [Stage(k, curriculum.icot_stage_length, (form,)) for k, form in enumerate(forms)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from coconut.methods.table import Slot
+from coconut.methods.table import NOTHING, THOUGHTS, Slot
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Mode:
 def parse_mode(name: str) -> Mode:
     """The mode of this name: short, think or latent_K. Raises ValueError for other names."""
     if name == "short":
-        return Mode(name, Slot.none, 0, None)
+        return Mode(name, NOTHING, 0, None)
     if name == "think":
-        return Mode(name, Slot.none, 0, 0)
+        return Mode(name, NOTHING, 0, 0)
     if found := re.fullmatch(r"latent_([1-9]\d*)", name):
-        return Mode(name, Slot.thought, int(found[1]), None)
+        return Mode(name, THOUGHTS, int(found[1]), None)
     raise ValueError(f"There is no mode {name!r}. The modes are short, think, and latent_K with K thoughts.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from coconut.methods.curriculum import Plan, Stage
 from coconut.methods.modes import parse_mode
-from coconut.methods.table import Slot
+from coconut.methods.table import THOUGHTS, Slot, Source
 from coconut.utils.overrides import Template
 
 
@@ -74,10 +74,10 @@ class Reasoning:
 
     method: str = "coconut"
     stage: int = 0
-    slot: Slot = Slot.thought
+    slot: Slot = THOUGHTS
     markers: bool = True
     num_thoughts: int = 0
-    thoughts_per_step: int = 1
+    thoughts_per_step: int = 1  # positions of the slot that stand for one step; 0: they stand for none
     steps_cut: int | None = 0  # steps of the chain that the model does not write; None: all
     tokens_cut: int | None = 0  # tokens of the chain that it does not write (iCoT); None: all
     max_new_tokens: int = 128
@@ -87,17 +87,18 @@ class Reasoning:
     @classmethod
     def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
         """The settings for a model trained in this stage of a plan."""
+        form = stage.form
         return cls(
             method=plan.method,
             stage=stage.index,
-            slot=stage.slot,
-            markers=stage.markers,
-            num_thoughts=stage.num_thoughts,
-            thoughts_per_step=plan.thoughts_per_step,
-            steps_cut=stage.steps_cut,
-            tokens_cut=stage.tokens_cut,
+            slot=form.slot,
+            markers=form.markers,
+            num_thoughts=form.slot_length,
+            thoughts_per_step=form.thoughts_per_step,
+            steps_cut=form.steps_cut,
+            tokens_cut=form.tokens_cut,
             max_new_tokens=max_new_tokens,
-            modes=tuple(form.mode for form in stage.modes),
+            modes=tuple(turn.mode for turn in stage.in_turn),
         )
 
     def in_mode(self, name: str) -> Reasoning:
@@ -106,7 +107,7 @@ class Reasoning:
             return self
         mode = parse_mode(name)
         return replace(
-            self, slot=mode.slot, markers=mode.slot is Slot.thought, num_thoughts=mode.num_thoughts,
+            self, slot=mode.slot, markers=mode.slot.source is Source.thought, num_thoughts=mode.num_thoughts,
             steps_cut=mode.steps_cut, modes=(),
         )  # fmt: skip
 
@@ -122,4 +123,4 @@ class Reasoning:
         values = dict(values)
         form = PromptFormat(**values["format"])
         modes = tuple(values.get("modes", ()))
-        return cls(**{**values, "slot": Slot(values["slot"]), "format": form, "modes": modes})
+        return cls(**{**values, "slot": Slot.from_dict(values["slot"]), "format": form, "modes": modes})

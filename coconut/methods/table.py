@@ -1,25 +1,71 @@
 """The table of methods.
 
-A method has three parts: what fills the slot between question and chain, how the written chain is cut, and whether
-the markers `<bot>` and `<eot>` stand around the slot.
+A method says which sequences are made of an example and what is learned from them:
+
+    slot        what stands between the question and the written chain: its source, its update, its projector
+    cut         what is removed from the front of the written chain, and when
+    markers     whether `<bot>` and `<eot>` stand around the slot
+    teacher     whether the same weights read a second sequence of the example: the written chain, without a slot
+    terms       the terms of the loss: next-token prediction of a sequence, and what else is predicted or matched
 
 The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models to Reason
-in a Continuous Latent Space", arXiv 2412.06769; the last is the warm-up of a hybrid model (Thinkless, arXiv
-2505.13379).
+in a Continuous Latent Space", arXiv 2412.06769. `hybrid_warmup` is the warm-up of a hybrid model (Thinkless, arXiv
+2505.13379), `codi` is arXiv 2502.21074, and `sim_cot` is arXiv 2509.20317 on Coconut and on CODI.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 
-class Slot(StrEnum):
-    """What stands between the question and the written chain."""
+class Source(StrEnum):
+    """What fills the slot. The value is the noun for one position of it."""
 
     none = "nothing"
     pause = "pause"  # a learned <pause> token
     thought = "thought"  # the last hidden state, fed back
+
+
+class Projector(StrEnum):
+    """What a hidden state passes before it is fed back. It stays at inference."""
+
+    none = "none"
+    mlp_ln = "mlp_ln"  # Linear, GELU, Linear, LayerNorm (CODI)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What stands between the question and the written chain."""
+
+    source: Source
+    projector: Projector = Projector.none
+    width: int = 0  # of the projector's hidden layer; 0: that of the model
+
+    def __post_init__(self) -> None:
+        if self.source is not Source.thought and (self.projector is not Projector.none or self.width):
+            raise ValueError(
+                f"A projector maps thoughts, and the slot of this method holds {self.source.value}. Leave out "
+                "model.projector and model.projector_width."
+            )
+        if self.width and self.projector is Projector.none:
+            raise ValueError(f"model.projector_width={self.width} needs a projector. Set model.projector=mlp_ln.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Slot:
+        return cls(Source(values["source"]), Projector(values["projector"]), int(values["width"]))
+
+    def describe(self) -> str:
+        return f"{self.projector.value} of width {self.width}" if self.width else self.projector.value
+
+    def passes(self, length: int) -> int:
+        """Forward passes of a sequence whose slot has this length: each thought waits for the one before it."""
+        return 1 + length * (self.source is Source.thought)
+
+
+NOTHING, PAUSES, THOUGHTS = Slot(Source.none), Slot(Source.pause), Slot(Source.thought)
 
 
 class Cut(StrEnum):
@@ -33,29 +79,104 @@ class Cut(StrEnum):
     modes = "modes"  # depends on the mode of the example
 
 
+class At(StrEnum):
+    """The places of a sequence that a term reads, which the data have to name."""
+
+    targets = "targets"  # the hidden states that predict its targets
+    answer_prompt = "answer_prompt"  # the hidden state that predicts the first token of the answer itself
+    thoughts = "thoughts"  # the thoughts as they are fed, with the written steps that they stand for
+
+
+class Per(StrEnum):
+    """What the sum of a term is divided by, counted over the whole update."""
+
+    token = "token"
+    example = "example"
+    step = "step"  # steps that thoughts stand for
+
+
+STUDENT, TEACHER = "student", "teacher"  # names of forms; the first one is what inference is like
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss.
+
+    `objective`: the module of coconut.objectives that computes it. `of`: the form that learns from it; `to`: the form
+    that it is held to, which gets no gradient. `options`: the objective's own settings. `weight` is overridden by
+    terms.NAME on the command line; with 0 the term, and what only it needs, is left out.
+    """
+
+    name: str
+    objective: str = "tokens"
+    of: str = STUDENT
+    to: str = ""
+    at: At = At.targets
+    per: Per = Per.token
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def forms(self) -> set[str]:
+        return {self.of, self.to} - {""}
+
+
+WRITTEN = Term("tokens")
+
+
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table. `summary` describes it in run plans, reports and tables."""
+    """One entry of the table. `summary` describes it in run plans, reports and tables.
+
+    `steps_per_slot`: whether the positions of the slot stand for steps of the chain, `thoughts_per_step` for each.
+    """
 
     slot: Slot
     cut: Cut
     markers: bool
     summary: str
+    terms: tuple[Term, ...] = (WRITTEN,)
+    teacher: bool = False
+    steps_per_slot: bool = True
 
     def __post_init__(self) -> None:
-        assert self.markers or self.slot is not Slot.thought, "thoughts need <eot>: the first word is predicted from it"
+        thinks = self.slot.source is Source.thought
+        assert self.markers or not thinks, "thoughts need <eot>: the first word is predicted from it"
 
+
+_COCONUT = Method(THOUGHTS, Cut.steps, True, "stage k: the first k steps become k*c thoughts")
+_CODI = Method(
+    slot=Slot(Source.thought, Projector.mlp_ln),
+    cut=Cut.all,
+    markers=True,
+    summary="thoughts for the whole chain, held to where the written chain leads",
+    terms=(
+        WRITTEN,
+        Term("teacher", of=TEACHER),
+        Term("states", "states", STUDENT, TEACHER, At.answer_prompt, Per.example),
+    ),
+    teacher=True,
+    steps_per_slot=False,
+)
+_STEPS = Term("steps", "steps", at=At.thoughts, per=Per.step)
 
 METHODS: dict[str, Method] = {
-    "coconut": Method(Slot.thought, Cut.steps, True, "stage k: the first k steps become k*c thoughts"),
-    "cot": Method(Slot.none, Cut.never, False, "the whole chain in words"),
-    "no_cot": Method(Slot.none, Cut.all, False, "the answer at once"),
-    "icot": Method(Slot.none, Cut.tokens, False, "the chain is removed token by token"),
-    "pause": Method(Slot.pause, Cut.all, True, "pause tokens, then the answer; no curriculum"),
-    "without_curriculum": Method(Slot.thought, Cut.last, True, "Coconut's last stage from the start"),
-    "without_thought": Method(Slot.none, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
-    "pause_as_thought": Method(Slot.pause, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
-    "hybrid_warmup": Method(Slot.none, Cut.modes, False, "each example in each mode, after its control token"),
+    "coconut": _COCONUT,
+    "cot": Method(NOTHING, Cut.never, False, "the whole chain in words"),
+    "no_cot": Method(NOTHING, Cut.all, False, "the answer at once"),
+    "icot": Method(NOTHING, Cut.tokens, False, "the chain is removed token by token"),
+    "pause": Method(PAUSES, Cut.all, True, "pause tokens, then the answer; no curriculum"),
+    "without_curriculum": Method(THOUGHTS, Cut.last, True, "Coconut's last stage from the start"),
+    "without_thought": Method(NOTHING, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
+    "pause_as_thought": Method(PAUSES, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
+    "hybrid_warmup": Method(NOTHING, Cut.modes, False, "each example in each mode, after its control token"),
+    "codi": _CODI,
+    "sim_cot": replace(
+        _COCONUT, summary="Coconut, and a decoder writes each step from its thoughts", terms=(WRITTEN, _STEPS)
+    ),
+    "sim_cot_codi": replace(
+        _CODI, summary="CODI, and a decoder writes each step from its thought", terms=(*_CODI.terms, _STEPS)
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """LatentLM: a Hugging Face causal language model that can feed its last hidden state back as input.
 
-Wherever `input_ids` holds the latent token, the input embedding is replaced by the last hidden state, after the final
-norm, of the token before it (Hao et al., arXiv 2412.06769, section 3). Gradients flow through these states.
+Wherever `input_ids` holds the latent token, the input embedding is replaced by a thought: what `feedback` makes of the
+last hidden state, after the final norm, of the token before it. In Coconut that is the state itself (Hao et al., arXiv
+2412.06769, section 3). Gradients flow through the thoughts.
 
 Two implementations give the same results. Read `_recomputed` first: it runs the whole rows again for every thought.
 `_cached`, the default, cuts the rows at their thoughts and runs each position once, in thoughts + 1 passes over a KV
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +29,20 @@ from coconut.acceleration.facade import Acceleration
 from coconut.data.tokenization import SpecialIds, add_control_tokens, add_special_tokens
 from coconut.methods import Reasoning, parse_mode
 from coconut.models import families, lora
+from coconut.models.feedback import Feedback
 from coconut.models.losses import summed_cross_entropy, target_log_probs
 from coconut.models.masks import SlidingWindow, after_last_token, unmask_padding
-from coconut.models.passes import LatentInputs, Targets, plan_passes, previous_token
+from coconut.models.passes import (
+    CollectedReads,
+    LatentInputs,
+    LatentOutput,
+    PassesOutput,
+    Reads,
+    Targets,
+    gather_columns,
+    plan_passes,
+    previous_token,
+)  # fmt: skip
 from coconut.models.serialization import SavedParts, load_parts, save_parts
 from coconut.models.token_embeddings import check_tables, grow_tables
 
@@ -38,26 +51,6 @@ if TYPE_CHECKING:
 
     from coconut.config import LoraConfig
     from coconut.generation.generate import Generated
-
-
-@dataclass
-class LatentOutput:
-    """`loss_sum`: summed negative log-likelihood of the `num_targets` targets; None without labels.
-
-    `logits` (B, T, V), at every position, only with return_logits=True. With return_target_logits=True there is no loss
-    but `target_logits` (N, V), which predict the `targets` (N,), row by row.
-    """
-
-    loss_sum: Tensor | None = None
-    num_targets: int = 0
-    logits: Tensor | None = None
-    target_logits: Tensor | None = None
-    targets: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor | None:
-        """Mean over the targets."""
-        return None if self.loss_sum is None else self.loss_sum / max(self.num_targets, 1)
 
 
 class LatentLM(nn.Module):
@@ -76,6 +69,7 @@ class LatentLM(nn.Module):
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
+        self.feedback = Feedback(self.reasoning.slot, self.hidden_size)
         self.new_tokens = new_tokens or {}
         self.adapter: lora.Adapter | None = None
         self.acceleration = Acceleration(base, families.is_tested(base))
@@ -141,14 +135,18 @@ class LatentLM(nn.Module):
         """A copy without LoRA that computes the same: the correction is added to the weights."""
         if not self.adapter:
             raise ValueError("This model has no LoRA to merge; it is whole already.")
-        return LatentLM(lora.merged(self.base), self.tokenizer, self.special, self.reasoning, self.new_tokens)
+        whole = LatentLM(lora.merged(self.base), self.tokenizer, self.special, self.reasoning, self.new_tokens)
+        whole.feedback = deepcopy(self.feedback)
+        return whole
 
     def save_pretrained(self, folder: Path | str, max_shard_size: str = "5GB") -> None:
         """Write weights, tokenizer and reasoning. AutoModelForCausalLM and AutoTokenizer open the folder too.
 
         Of a LoRA model only what is trained is written; `merged` gives a model that is written whole.
         """
-        parts = SavedParts(self.base, self.tokenizer, self.special, self.reasoning, self.new_tokens, self.adapter)
+        parts = SavedParts(
+            self.base, self.tokenizer, self.special, self.reasoning, self.new_tokens, self.feedback, self.adapter
+        )  # fmt: skip
         save_parts(parts, folder, max_shard_size)
 
     @classmethod
@@ -160,7 +158,7 @@ class LatentLM(nn.Module):
         """
         parts = load_parts(folder, attention, base)
         lm = cls(parts.base, parts.tokenizer, parts.special, parts.reasoning, parts.new_tokens)
-        lm.adapter = parts.adapter
+        lm.feedback, lm.adapter = parts.feedback, parts.adapter
         return lm
 
     def push_to_hub(self, name: str, private: bool = True) -> None:
@@ -176,6 +174,10 @@ class LatentLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def hidden_size(self) -> int:
+        return families.text_config(self.base).hidden_size
 
     @property
     def max_sequence_length(self) -> int:
@@ -194,6 +196,7 @@ class LatentLM(nn.Module):
         return_target_logits: bool = False,
         use_cache: bool = True,
         min_passes: int = 1,
+        reads: Reads | None = None,
     ) -> LatentOutput:
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
@@ -201,7 +204,7 @@ class LatentLM(nn.Module):
         their thoughts. `position_ids` come from the mask by default. `labels` follow transformers' convention: the
         label of a column is its own token, or -100 where there is no target. A label on the first token of a row is not
         counted: no hidden state precedes it. `use_cache=False` takes the recomputing path. The batch takes at least
-        `min_passes` passes: processes that share a model must run equally many.
+        `min_passes` passes: processes that share a model must run equally many. `reads`: what else is wanted.
 
         Raises ValueError if a row begins with a thought, or if transformers' gradient checkpointing is on together with
         the cache (transformers would drop the cache, and thoughts would lose their context).
@@ -209,19 +212,21 @@ class LatentLM(nn.Module):
         inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id)
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
-        run = partial(self._cached, is_read_BT, min_passes) if use_cache else self._recomputed
-        hidden_BSD, columns_BT = run(inputs)
-        output = LatentOutput()
+        reads = reads or Reads()
+        run = partial(self._cached, reads.mark(is_read_BT), min_passes) if use_cache else self._recomputed
+        passed = run(inputs, reads)
+        hidden_BSD, columns_BT = passed.hidden_BSD, passed.columns_BT
+        output = LatentOutput(states=passed.states_BLD, thoughts=passed.thoughts_BKD)
         if targets:
             hidden_ND = hidden_BSD[targets.rows_N, columns_BT[targets.rows_N, targets.sources_N]]
             output.num_targets = len(targets.ids_N)
             if return_target_logits:
                 output.target_logits, output.targets = self.logits(hidden_ND), targets.ids_N
+                output.target_rows = targets.rows_N
             else:
                 output.loss_sum = summed_cross_entropy(self.logits(hidden_ND), targets.ids_N)
         if return_logits:
-            index = columns_BT.clamp(max=hidden_BSD.shape[1] - 1)
-            output.logits = self.logits(hidden_BSD.gather(1, index[..., None].expand(-1, -1, hidden_BSD.shape[2])))
+            output.logits = self.logits(gather_columns(hidden_BSD, columns_BT))
         return output
 
     def log_probs(
@@ -249,8 +254,8 @@ class LatentLM(nn.Module):
 
     # --- the feedback loop, in two implementations --------------------------------------------------
 
-    def _recomputed(self, inputs: LatentInputs) -> tuple[Tensor, Tensor]:
-        """For each thought in turn: run everything, and feed one hidden state back. Returns what `_cached` does."""
+    def _recomputed(self, inputs: LatentInputs, reads: Reads) -> PassesOutput:
+        """For each thought in turn: run everything, and feed one hidden state back."""
         embeds_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
         previous_BT = previous_token(inputs.is_token_BT).clamp(min=0)
         number_BT = inputs.is_latent_BT.long().cumsum(1) * inputs.is_latent_BT  # 1 at a row's first thought, and so on
@@ -259,23 +264,33 @@ class LatentLM(nn.Module):
             mask = self._windows.masks(mask, inputs.positions_BT, 0, embeds_BTD.dtype)
         for number in range(1, int(number_BT.max()) + 1):
             hidden_BTD = self.hidden_states(embeds_BTD, mask, inputs.positions_BT)
-            before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)).to(embeds_BTD)
-            embeds_BTD = torch.where((number_BT == number)[..., None], before_BTD, embeds_BTD)
+            thoughts_BTD = self.feedback(hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)))
+            embeds_BTD = torch.where((number_BT == number)[..., None], thoughts_BTD.to(embeds_BTD), embeds_BTD)
+        layers = self._layers(embeds_BTD, mask, inputs.positions_BT, every=reads.columns_B is not None)
         columns_BT = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device).expand_as(previous_BT)
-        return self.hidden_states(embeds_BTD, mask, inputs.positions_BT), columns_BT
+        states = thoughts = None
+        if reads.columns_B is not None:
+            states = torch.stack([gather_columns(layer, reads.columns_B[:, None])[:, 0] for layer in layers], dim=1)
+        if reads.thoughts_BK is not None:
+            thoughts = gather_columns(embeds_BTD, reads.thoughts_BK)
+        return PassesOutput(layers[-1], columns_BT, states, thoughts)
 
-    def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs) -> tuple[Tensor, Tensor]:
-        """(B, S, D) last hidden states, valid where they are read, and (B, T) the column of each token among them."""
+    def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
+        """Cut the rows at their thoughts, and run each position once."""
         replay = self.acceleration.can_replay() and bool(inputs.is_latent_BT.any())
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay)
         num_skipped = plan.count_skipped(is_read_BT)
         is_latent_BS = plan.gather(inputs.is_latent_BT) & plan.is_token_BS
         embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
         tensors = embeds_BSD, plan.is_token_BS, is_latent_BS, plan.gather(inputs.positions_BT)
-        run = partial(self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped)
-        if not replay:
-            return run(*tensors), plan.column_BT
-        return self.acceleration.replay(run, tensors, shape=(*plan.pass_bounds, *num_skipped)), plan.column_BT
+        run = partial(
+            self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped, reads=plan.in_passes(reads)
+        )  # fmt: skip
+        if replay:
+            shape = *plan.pass_bounds, *num_skipped
+            hidden_BSD = self.acceleration.replay(lambda *args: run(*args).hidden_BSD, tensors, shape)
+            return PassesOutput(hidden_BSD, plan.column_BT)
+        return replace(run(*tensors), columns_BT=plan.column_BT)
 
     def _run_passes(
         self,
@@ -285,37 +300,35 @@ class LatentLM(nn.Module):
         positions_BS: Tensor,
         bounds: list[int],
         num_skipped: list[int],
-    ) -> Tensor:
-        """(B, S, D) last hidden states. Each pass begins with the state that the one before ended with.
+        reads: Reads,
+    ) -> PassesOutput:
+        """Each pass begins with the thought that the last state of the one before gives.
 
         The states of the first `num_skipped[k]` columns of pass k are not computed.
         """
         several = len(bounds) > 2
-        if several and self.acceleration.checkpointed_by_transformers:
-            raise ValueError(
-                "Gradient checkpointing switches the cache off inside transformers, and the thoughts would lose "
-                "their context without a word. Turn it off (gradient_checkpointing_disable) and set "
-                "lm.acceleration.activation_checkpointing = True, or run the recomputing path with use_cache=False."
-            )
+        if several:
+            self.acceleration.refuse_checkpointing_by_transformers()
         windows = self._windows if self._windows and self._windows.needs_masks(is_token_BS) else None
         cache = self.new_cache(bounds[-1], windows=windows is None) if several else None
         attended_BS = is_token_BS | after_last_token(is_token_BS)
-        hidden, last_BD = [], None
+        collected, last_BD = CollectedReads(reads), None
         with self.acceleration.all_passes() if several else nullcontext():
             for (start, stop), skipped in zip(pairwise(bounds), num_skipped, strict=True):
                 block_BTD = embeds_BSD[:, start:stop]
                 if last_BD is not None:
-                    thought_B1D = last_BD[:, None].to(block_BTD)
+                    thought_B1D = self.feedback(last_BD)[:, None].to(block_BTD)
                     block_BTD = torch.where(is_latent_BS[:, start:stop, None], thought_B1D, block_BTD)
                 mask = attended_BS[:, :stop]
                 if windows:
                     mask = windows.masks(mask, positions_BS[:, :stop], start, block_BTD.dtype)
-                positions = positions_BS[:, start:stop]
-                hidden.append(self.hidden_states(block_BTD, mask, positions, cache, num_skipped=skipped))
+                every = collected.needs_layers(start, stop)
+                layers = self._layers(block_BTD, mask, positions_BS[:, start:stop], cache, skipped, every)
+                collected.add(block_BTD, layers, start)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
-                end_BD = hidden[-1][:, -1]
+                end_BD = layers[-1][:, -1]
                 last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
-        return torch.cat(hidden, dim=1) if several else hidden[0]
+        return collected.output()
 
     def hidden_states(
         self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0
@@ -326,6 +339,12 @@ class LatentLM(nn.Module):
         the base takes as it is. The cache, from `new_cache`, is extended by them. The first `num_skipped` columns
         (fewer than T) only fill the cache; what is returned for them is meaningless.
         """
+        return self._layers(embeds, mask, position_ids, cache, num_skipped)[-1]
+
+    def _layers(
+        self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, num_skipped: int = 0, every: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The input of the first layer and the output of each, the last after the final norm; or the last alone."""
         if isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask.long() if self._windows else unmask_padding(self.base, mask, embeds)
         with self.acceleration.one_pass(embeds, cache is not None, num_skipped):
@@ -334,9 +353,10 @@ class LatentLM(nn.Module):
                 attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=cache is not None,
+                output_hidden_states=every,
                 **{self.cache_argument: cache},
             )
-        return output.last_hidden_state
+        return output.hidden_states if every else (output.last_hidden_state,)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head to last hidden states: (..., D) to (..., V)."""

@@ -1,6 +1,7 @@
 """How a batch is cut into forward passes: one more than the largest number of thoughts in a row, for all rows together.
 
-Shapes: B rows, T columns as given, S columns as the passes take them, K thoughts of the row with the most, N targets.
+Shapes: B rows, T columns as given, S columns as the passes take them, K thoughts of the row with the most,
+N targets, L layers, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,103 @@ import torch
 from torch import Tensor
 
 from coconut.data.batching import IGNORED
+
+
+@dataclass
+class LatentOutput:
+    """`loss_sum`: summed negative log-likelihood of the `num_targets` targets; None without labels.
+
+    `logits` (B, T, V), at every position, only with return_logits=True. With return_target_logits=True there is no loss
+    but `target_logits` (N, V), which predict the `targets` (N,) of the rows `target_rows` (N,), row by row. `states`
+    and `thoughts`: see Reads.
+    """
+
+    loss_sum: Tensor | None = None
+    num_targets: int = 0
+    logits: Tensor | None = None
+    target_logits: Tensor | None = None
+    targets: Tensor | None = None
+    target_rows: Tensor | None = None
+    states: Tensor | None = None
+    thoughts: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Mean over the targets."""
+        return None if self.loss_sum is None else self.loss_sum / max(self.num_targets, 1)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What is wanted of a batch besides the hidden states that predict targets; columns of -1 give zeros.
+
+    `columns_B`: a column of each row whose states in all layers are wanted: `LatentOutput.states` (B, L + 1, D), the
+    input of the first layer, then the output of each, the last one after the final norm. `thoughts_BK`: columns of
+    thoughts, which are wanted as they are fed: `LatentOutput.thoughts` (B, K, D).
+    """
+
+    columns_B: Tensor | None = None
+    thoughts_BK: Tensor | None = None
+
+    def mark(self, is_read_BT: Tensor) -> Tensor:
+        """(B, T) the positions whose last hidden state is read, for the targets and for these."""
+        if self.columns_B is None:
+            return is_read_BT
+        columns_T = torch.arange(is_read_BT.shape[1], device=is_read_BT.device)
+        return is_read_BT | (columns_T == self.columns_B[:, None])
+
+
+def gather_columns(values_BSD: Tensor, columns_BK: Tensor) -> Tensor:
+    """(B, K, D) the values at these columns, zero for columns of -1 and columns that do not exist."""
+    exists_BK1 = ((columns_BK >= 0) & (columns_BK < values_BSD.shape[1]))[..., None]
+    index_BK1 = columns_BK.clamp(0, values_BSD.shape[1] - 1)[..., None]
+    return torch.where(exists_BK1, values_BSD.gather(1, index_BK1.expand(-1, -1, values_BSD.shape[2])), 0)
+
+
+@dataclass(frozen=True)
+class PassesOutput:
+    """Last hidden states (B, S, D), valid where they are read; the column (B, T) of each token in them; what Reads ask."""
+
+    hidden_BSD: Tensor
+    columns_BT: Tensor
+    states_BLD: Tensor | None = None
+    thoughts_BKD: Tensor | None = None
+
+
+class CollectedReads:
+    """What passes over S columns leave behind: their last hidden states, and what `reads` asks for."""
+
+    def __init__(self, reads: Reads):
+        self.reads = reads
+        self.hidden: list[Tensor] = []
+        self.embeds: list[Tensor] = []
+        self.states: list[tuple[Tensor, Tensor]] = []  # rows, and their states in all layers
+        self.columns = [] if reads.columns_B is None else reads.columns_B.tolist()
+
+    def needs_layers(self, start: int, stop: int) -> bool:
+        """Whether a column whose states are wanted is in this pass."""
+        return any(start <= column < stop for column in self.columns)
+
+    def add(self, embeds_BTD: Tensor, layers: tuple[Tensor, ...], start: int) -> None:
+        self.hidden.append(layers[-1])
+        if self.reads.thoughts_BK is not None:
+            self.embeds.append(embeds_BTD)
+        if len(layers) > 1:
+            rows = [row for row, column in enumerate(self.columns) if start <= column < start + embeds_BTD.shape[1]]
+            columns_M = torch.tensor([self.columns[row] - start for row in rows], device=embeds_BTD.device)
+            rows_M = torch.tensor(rows, device=embeds_BTD.device)
+            self.states.append((rows_M, torch.stack([layer[rows_M, columns_M] for layer in layers], dim=1)))
+
+    def output(self) -> PassesOutput:
+        """All but the columns of the tokens, which the plan of the passes has."""
+        hidden_BSD = torch.cat(self.hidden, dim=1) if len(self.hidden) > 1 else self.hidden[0]
+        states_BLD = thoughts_BKD = None
+        if self.states:
+            rows, states = map(torch.cat, zip(*self.states, strict=True))
+            states_BLD = states.new_zeros(len(hidden_BSD), *states.shape[1:]).index_copy(0, rows, states)
+        if self.reads.thoughts_BK is not None:
+            thoughts_BKD = gather_columns(torch.cat(self.embeds, dim=1), self.reads.thoughts_BK)
+        return PassesOutput(hidden_BSD, hidden_BSD.new_zeros(0), states_BLD, thoughts_BKD)
 
 
 @dataclass
@@ -58,6 +156,18 @@ class PassPlan:
     def gather(self, values_BT: Tensor) -> Tensor:
         """(B, S) the values in the order of the passes; padding has those of column 0."""
         return values_BT.gather(1, self.source_BS.clamp(min=0))
+
+    def in_passes(self, reads: Reads) -> Reads:
+        """The same reads, with columns in the order of the passes."""
+
+        def moved(columns_BK: Tensor) -> Tensor:
+            return torch.where(columns_BK < 0, -1, self.column_BT.gather(1, columns_BK.clamp(min=0)))
+
+        columns_B, thoughts_BK = reads.columns_B, reads.thoughts_BK
+        return Reads(
+            None if columns_B is None else moved(columns_B[:, None])[:, 0],
+            None if thoughts_BK is None else moved(thoughts_BK),
+        )
 
     def count_skipped(self, is_read_BT: Tensor) -> list[int]:
         """For each pass, how many positions precede the first whose hidden state is read. The last always is."""

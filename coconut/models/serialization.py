@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, token_ids
-from coconut.methods import REASONING_FILE, Reasoning, parse_mode
+from coconut.methods import REASONING_FILE, Reasoning, Slot, parse_mode
 from coconut.models import lora
+from coconut.models.families import text_config
+from coconut.models.feedback import Feedback
 from coconut.models.lora import Adapter
 from coconut.models.token_embeddings import resize_tables
 from coconut.utils.files import apply_umask, read_json, write_json
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -30,6 +32,7 @@ class SavedParts:
     special: SpecialIds
     reasoning: Reasoning
     new_tokens: dict[str, Any]
+    feedback: Feedback
     adapter: Adapter | None = None
 
 
@@ -39,6 +42,7 @@ def save_parts(parts: SavedParts, folder: Path | str, max_shard_size: str) -> No
         lora.save(parts.base, folder)
     else:
         parts.base.save_pretrained(folder, max_shard_size=max_shard_size)
+    parts.feedback.save(folder)
     for file in Path(folder).glob("*.safetensors"):  # safetensors makes them readable for their owner alone
         apply_umask(file)
     parts.tokenizer.save_pretrained(folder)
@@ -67,14 +71,23 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
     if token_ids(tokenizer, tokens) != special.added:
         raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
     if not record.get("lora"):
-        return SavedParts(_load_base(folder, attention), tokenizer, special, reasoning, record["new_tokens"])
+        base = _load_base(folder, attention)
+        feedback = _load_feedback(folder, reasoning.slot, base)
+        return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback)
     saved = Adapter.from_dict(record["lora"])
     base = saved.open_base(moved_base, attention)
     resize_tables(base, len(tokenizer))
     adapter = Adapter.of(base, moved_base or saved.base, saved.settings)
     lora.attach(base, special.added, adapter.settings, adapter.base)
     lora.load(base, folder)
-    return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], adapter)
+    feedback = _load_feedback(folder, reasoning.slot, base)
+    return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback, adapter)
+
+
+def _load_feedback(folder: Path, slot: Slot, base: PreTrainedModel) -> Feedback:
+    feedback = Feedback(slot, text_config(base).hidden_size).to(base.device)
+    feedback.load(folder)
+    return feedback
 
 
 def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
@@ -88,14 +101,12 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
     try:
         values = read_json(record)
         version = int(values["format_version"])
-        if version <= FORMAT_VERSION:
+        if version == FORMAT_VERSION:
             return values, SpecialIds(**values["special"]), Reasoning.from_dict(values["reasoning"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{record} is damaged ({type(error).__name__}: {error}). Save the model again.") from error
-    raise ValueError(
-        f"{folder} has format version {version}; this version of coconut reads up to {FORMAT_VERSION}. "
-        "Update coconut-latent."
-    )
+    advice = "Update coconut-latent." if version > FORMAT_VERSION else "Export the model again from its run."
+    raise ValueError(f"{folder} has format version {version}; this version of coconut reads {FORMAT_VERSION}. {advice}")
 
 
 def _load_base(folder: Path, attention: str | None) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
-from coconut.methods import PromptFormat, Slot, Stage, get_method
+from coconut.methods import PromptFormat, Source, Stage, get_method
 from coconut.reporting.page import (
     Answer,
     Answers,
@@ -116,10 +116,10 @@ def _other_evaluation(run: RunRecord, name: str) -> list[str]:
 
 def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
     """A phrase with the mean number of thoughts or pause tokens of an answer; empty if the method has none."""
-    last = run.stages[-1]
-    if last.slot is Slot.none:
+    last = run.stages[-1].form
+    if last.slot.source is Source.none:
         return ""
-    return counted(evaluation["num_thoughts"] if last.slot is Slot.thought else last.num_thoughts, last.slot.value)
+    return counted(evaluation["num_thoughts"] if last.slot.source is Source.thought else last.slot_length, last.slot.source.value)
 
 
 def learning(run: RunRecord) -> Section:
@@ -157,7 +157,7 @@ def learning(run: RunRecord) -> Section:
 def _bands(run: RunRecord) -> list[Band]:
     bands, begin = [], 0
     for stage in run.stages:
-        detail = "" if stage.slot is Slot.none else counted(stage.num_thoughts, stage.slot.value)
+        detail = "" if stage.form.slot.source is Source.none else counted(stage.form.slot_length, stage.form.slot.source.value)
         bands.append(Band(f"stage {stage.index}", detail, begin, begin + run.updates(stage)))
         begin += run.updates(stage)
     return bands

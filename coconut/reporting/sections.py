@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from coconut.methods import Slot
+from coconut.methods import Source
 from coconut.reporting import charts
 from coconut.reporting.page import (
     Aside,
@@ -47,9 +47,9 @@ Drawings = dict[str, "Callable[[float], Drawing]"]  # each a function of its wid
 
 def how_many(run: RunRecord) -> Section | None:
     """Accuracy with other numbers of thoughts, what each thought adds, and a classifier that decides when to stop."""
-    noun, study_note = run.stages[-1].slot.value, run.study_note
+    noun, study_note = run.stages[-1].form.slot.source.value, run.study_note
     title = f"How many {noun}s"
-    if not run.studies and run.best and run.stages[-1].slot is Slot.thought:
+    if not run.studies and run.best and run.stages[-1].form.slot.source is Source.thought:
         hint = f"coconut analyze run={shlex.quote(str(run.folder))}"
         text = "The thoughts have not been analyzed yet. This command analyzes them:"
         return Section("how-many", title, [Text(text), Code(hint)])
@@ -499,7 +499,7 @@ def drawings(run: RunRecord) -> Drawings:
     studies = {name: study for name, study in run.studies.items() if study.rows}
     if study := studies.get("k_forcing"):
         by_name["k_forcing"] = partial(
-            charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=run.stages[-1].slot.value
+            charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=run.stages[-1].form.slot.source.value
         )
     if study := studies.get("prefix_values"):
         by_name["prefix_values"] = partial(charts.prefix_values, study)

@@ -42,8 +42,8 @@ class RewardBatch(CompletionBatch):
     num_items: int
 
     @property
-    def num_targets(self) -> int:
-        return self.num_items
+    def denominators(self) -> tuple[int]:
+        return (self.num_items,)
 
     @property
     def owner(self) -> Tensor:

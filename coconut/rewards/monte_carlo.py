@@ -16,7 +16,7 @@ import torch
 from coconut.completions.completion import Completion, question_of
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.generation.generate import longest_first, pad_rows
-from coconut.methods import Slot
+from coconut.methods import Source
 from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.step_spans import completion_parts, step_count
 from coconut.utils.torch_utils import seeded
@@ -114,7 +114,7 @@ def _batches(
         for i, s in enumerate(prefixes)
         if len(s.layout.ids) < lm.max_sequence_length and s.completion_ids[-1:] != [eos]
     ]
-    if not (reasoning.modes or reasoning.markers or reasoning.slot is not Slot.none):
+    if not (reasoning.modes or reasoning.markers or reasoning.slot.source is not Source.none):
         whole = [prefixes[i].layout.ids.tolist() for i in unfinished]
         for rows in longest_first(whole, size):
             yield [unfinished[row] for row in rows], [whole[row] for row in rows], {}
@@ -129,6 +129,6 @@ def _batches(
             }
             if reasoning.modes:
                 options["mode"] = [completion.mode for completion in chosen]
-            elif reasoning.slot is Slot.thought:
+            elif reasoning.slot.source is Source.thought:
                 options["num_thoughts"] = [completion.num_thoughts for completion in chosen]
             yield [same_length[row] for row in rows], [questions[row] for row in rows], options

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from coconut.completions.completion import refuse_too_long
 from coconut.data.sequences import slot_with_markers
 from coconut.generation.generate import longest_first
-from coconut.methods import Slot
+from coconut.methods import Source
 from coconut.models.losses import target_log_probs
 from coconut.utils.torch_utils import eval_mode
 
@@ -116,7 +116,7 @@ def _read(
             embeds_BTD[is_thought_BT] = thoughts[indices].to(embeds_BTD).flatten(0, 1)
             ones_BT = torch.ones_like(ids_BT)  # padding is on the right, where causal attention does not reach it
             states_BTD = lm.hidden_states(embeds_BTD, ones_BT, ones_BT.cumsum(1) - 1)
-            means = states_BTD[is_thought_BT.roll(-1, 1)]
+            means = lm.feedback(states_BTD[is_thought_BT.roll(-1, 1)])
             means_NKD[indices] = means.float().cpu().view(len(indices), *thoughts.shape[1:])
             logits_MV = lm.logits(states_BTD[is_completion_BT.roll(-1, 1)])
             logits_MV[:, lm.special.added] = -torch.inf  # never generated
@@ -127,7 +127,7 @@ def _read(
 
 def _check(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor) -> None:
     table: Any = lm.base.get_input_embeddings()
-    if lm.reasoning.slot is not Slot.thought or lm.reasoning.modes:
+    if lm.reasoning.slot.source is not Source.thought or lm.reasoning.modes:
         raise ValueError(
             f"{lm.reasoning.method} has no latent thoughts to reward. Take a model that was trained with them, such as "
             "method=coconut. Tokens are rewarded without thoughts by ImplicitReward.tokens."

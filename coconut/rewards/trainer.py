@@ -14,7 +14,7 @@ from torch import Tensor
 from coconut.completions.completion import Completion, passes_and_length, shard_by_length
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution, score_tokens
 from coconut.config import TooLong
-from coconut.engine.base import Engine, LossFunction, peak_memory
+from coconut.engine.base import Engine, Loss, LossFunction, peak_memory
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import EvaluationInterrupted
@@ -74,7 +74,7 @@ class RewardTrainer:
         self.items_per_update = max(1, config.batch_size // self.training_items.shape[1])
         self.updates_per_epoch = -(-len(self.training_items) // self.items_per_update)
         self.num_steps = config.epochs * self.updates_per_epoch
-        self.engine: Engine = make_engine(self.lm, self._loss_function(), config.engine, config.optimizer, world)
+        self.engine: Engine = make_engine(self.lm, Loss(self._loss_function()), config.engine, config.optimizer, world)
         self.reference = self._reference()
 
     def _loss_function(self) -> LossFunction:

@@ -33,8 +33,8 @@ class PolicyBatch(CompletionBatch):
     reference: Tensor | None = None
 
     @property
-    def num_targets(self) -> int:
-        return len(self.advantages)
+    def denominators(self) -> tuple[int]:
+        return (len(self.advantages),)
 
 
 def broadcast_to_tokens(advantages_N: Tensor, completions: Sequence[Completion]) -> list[Tensor]:

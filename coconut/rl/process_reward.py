@@ -17,7 +17,7 @@ from torch import Tensor
 from coconut.completions.completion import Completion, passes_and_length, shard_by_length
 from coconut.completions.rollouts import CorrectnessReward, Group
 from coconut.completions.scoring import SamplingDistribution
-from coconut.engine.base import Engine
+from coconut.engine.base import Engine, Loss
 from coconut.engine.factory import make_engine
 from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import (
@@ -112,7 +112,7 @@ class OnlineProcessReward:
         self.engine: Engine | None = None
         if self.config.online:
             loss = reward_loss(LOSSES["ce"], self.distribution, self.config.beta)
-            self.engine = make_engine(self.lm, loss, config.engine, self.config.optimizer, self.world)
+            self.engine = make_engine(self.lm, Loss(loss), config.engine, self.config.optimizer, self.world)
         else:
             self.lm.to(device)
         self.reference = match_dtypes(reference, self.lm, device)

@@ -35,7 +35,7 @@ def modes_of(run: RunRecord) -> list[str]:
     """The modes of the run's model; none if it is not hybrid."""
     if is_policy(run):
         return run.description["reasoning"]["modes"]
-    return run.config["curriculum"].get("modes", []) if run.stages[-1].modes else []
+    return run.config["curriculum"].get("modes", []) if run.stages[-1].in_turn else []
 
 
 def chooses(run: RunRecord) -> bool:

@@ -28,7 +28,7 @@ from coconut.completions.scoring import SamplingDistribution
 from coconut.config import TooLong
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions
-from coconut.engine.base import Engine, peak_memory
+from coconut.engine.base import Engine, Loss, peak_memory
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import Prediction
@@ -88,7 +88,7 @@ class PolicyTrainer:
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.loss = PolicyLoss(self.distribution, self.objective, config.objective.kl_coef)
         apply_engine_options(self.lm, config.engine)
-        self.engine: Engine = make_engine(self.lm, self.loss, config.engine, config.optimizer, world)
+        self.engine: Engine = make_engine(self.lm, Loss(self.loss), config.engine, config.optimizer, world)
         self.reference = self._reference()
         self.process_reward = self._process_reward()
 
@@ -339,7 +339,7 @@ class PolicyTrainer:
         with explain_non_finite_loss(self, where, lr, details):
             result = self.engine.update(batches, lr)
         self.updates += 1
-        kl = self.world.all_reduce_sum(self.loss.divergence()) / result.num_targets
+        kl = self.world.all_reduce_sum(self.loss.divergence()) / result.denominators[0]
         return {"loss": result.loss, "grad_norm": result.grad_norm, **({"kl": kl} if self.has_kl_penalty else {})}
 
     def progress(self, row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from coconut.config import WORDS, EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.methods import plan
+from coconut.methods import Slot, Source
+from coconut.models.feedback import Feedback
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.loading import starting_point
 from coconut.utils.console import log
@@ -22,8 +24,10 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     """The model that a new run starts from. Raises ValueError if it cannot be made or loaded."""
     lm, source = _starting_model(config, examples)
     lora = config.model.lora
-    if modes := plan(config.method, config.curriculum).stages[0].modes:
-        lm.add_modes([form.mode for form in modes], config.model.new_token_init)
+    first = config.plan().stages[0]
+    if first.in_turn:
+        lm.add_modes([form.mode for form in first.in_turn], config.model.new_token_init)
+    _set_projector(lm, first.form.slot, config)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
         raise ValueError(
             f"{source} has LoRA already, {lm.adapter.settings}, and the configuration has {lora}. Leave "
@@ -33,6 +37,21 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     if lora.rank and not lm.adapter:
         lm.add_lora(lora, source)
     return lm
+
+
+def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
+    """Give a model that has no thoughts yet the projector of this slot. Raises ValueError if it thinks with another."""
+    own = lm.reasoning.slot
+    if slot.source is not Source.thought or slot == own:
+        return
+    if config.init and own.source is Source.thought and lm.reasoning.num_thoughts:
+        raise ValueError(
+            f"init={config.init} has learned to think with the projector {own.describe()}, and {config.method} has "
+            f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="
+            f"{own.width or 'null'}, or start from a run without thoughts."
+        )
+    lm.feedback = Feedback(slot, lm.hidden_size).to(lm.device)
+    lm.reasoning = replace(lm.reasoning, slot=slot)
 
 
 def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:

@@ -11,7 +11,7 @@ from coconut.data.examples import Example, read_examples
 from coconut.data.sequences import EpochView, fit_context, stage_variants
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
 from coconut.evaluation.gold_answers import readable
-from coconut.methods import Plan, Stage
+from coconut.methods import TEACHER, WRITTEN, At, Plan, Stage
 from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
 from coconut.utils.console import log
@@ -48,27 +48,36 @@ def prepare_data(
     )  # fmt: skip
     if len(right) < len(kept):
         tokens, rows = tokens.select(right), [rows[i] for i in right]
-    if split == "train" and any(stage.modes for stage in plan.stages):
+    if split == "train" and any(stage.in_turn for stage in plan.stages):
         _refuse_without_steps(tokens, config.method, file)
+    if split == "train" and any(term.at is At.answer_prompt for term in plan.terms):
+        _refuse_without_answer_mark(tokens, config, file)
+    if split == "train" and any(form.name == TEACHER for form in plan.stages[0].together):
+        _warn_of_empty_teachers(tokens, config, file)
     return tokens, rows
 
 
-def plain_view(data: TokenizedData, plan: Plan, form: Stage, lm: LatentLM) -> EpochView:
-    """The data in one form, with no other forms mixed in."""
-    return EpochView(data, replace(plan, mixing_probability=0.0), form, lm.special, seed=0, epoch=0)
+def plain_view(data: TokenizedData, plan: Plan, stage: Stage, lm: LatentLM) -> EpochView:
+    """The data in one stage, with no other stages mixed in."""
+    return EpochView(data, replace(plan, mixing_probability=0.0), stage, lm.special, seed=0, epoch=0)
+
+
+def answers_view(data: TokenizedData, plan: Plan, stage: Stage, lm: LatentLM) -> EpochView:
+    """The data in the form that inference is like, for the loss of what is written there."""
+    return plain_view(data, replace(plan, terms=(WRITTEN,)), replace(stage, together=stage.together[:1]), lm)
 
 
 def views_of_forms(data: TokenizedData, plan: Plan, lm: LatentLM) -> list[EpochView]:
-    """The data in each form that training may give it."""
-    return [plain_view(data, plan, form, lm) for form in stage_variants(plan)]
+    """The data in each set of sequences that training may make of it."""
+    return [plain_view(data, plan, stage, lm) for stage in stage_variants(plan)]
 
 
 def largest_examples(data: TokenizedData, plan: Plan, lm: LatentLM, count: int) -> list[tuple[EpochView, np.ndarray]]:
     """The `count` longest examples, in the form with the longest rows and in the one with the most passes."""
     views = views_of_forms(data, plan, lm)
-    widest = max(range(len(views)), key=lambda k: views[k].lengths.max())
+    widest = max(range(len(views)), key=lambda k: views[k].longest.max())
     deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
-    return [(views[k], np.argsort(-views[k].lengths, kind="stable")[:count]) for k in {widest, deepest}]
+    return [(views[k], np.argsort(-views[k].longest, kind="stable")[:count]) for k in {widest, deepest}]
 
 
 def _refuse_without_steps(data: TokenizedData, method: str, file: str) -> None:
@@ -78,3 +87,26 @@ def _refuse_without_steps(data: TokenizedData, method: str, file: str) -> None:
             f"{without[0] + 1}. {method} shows each example with a short answer and a long one, so that it needs a "
             "chain for each. Leave these examples out."
         )
+
+
+def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: str) -> None:
+    if without := np.flatnonzero(data.answer_marks == 0).tolist():
+        raise ValueError(
+            f"{file}: {config.method} compares hidden states at the last token before the answer, but in "
+            f"{len(without)} of {len(data)} examples nothing precedes it, the first of them example {without[0] + 1}. An answer is "
+            f"written as {config.data.format.answer!r}: put a text before {{}}, such as '### {{}}' "
+            "(data.format.answer)."
+        )
+
+
+def _warn_of_empty_teachers(data: TokenizedData, config: TrainConfig, file: str) -> None:
+    cut = config.curriculum.teacher_steps_cut
+    if not (empty := int((data.num_steps <= cut).sum())):
+        return
+    if empty == len(data):
+        raise ValueError(
+            f"{file}: no chain has more than {cut} steps, and the teacher does not write the last {cut}, so it would "
+            "teach nothing. Set curriculum.teacher_steps_cut=0."
+        )
+    log(f"note: {empty:,} of {len(data):,} training examples have no more than {cut} steps: their teacher writes the "
+        "answer alone.")  # fmt: skip

@@ -17,13 +17,15 @@ from torch import nn
 from coconut.config import TrainConfig
 from coconut.data.batching import Batch, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView
-from coconut.engine.base import Engine, peak_memory
+from coconut.engine.base import Engine, peak_memory, restore_master
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import Prediction, evaluate
 from coconut.evaluation.gold_answers import limit_for, warn_of_limit
-from coconut.methods import Reasoning, Stage, plan
+from coconut.methods import Reasoning, Stage
 from coconut.models.latent_lm import LatentLM
+from coconut.objectives.training_model import TrainingModel
+from coconut.runs.checkpoints import load_trainer
 from coconut.runs.folder import open_run_folder, used_file, write_description
 from coconut.runs.loading import starting_point
 from coconut.runs.state import TrainingState
@@ -32,7 +34,7 @@ from coconut.tasks import TASKS
 from coconut.training.divergence import explain_non_finite_loss
 from coconut.training.launch import begin_or_resume, check_divisible, launch_training
 from coconut.training.model_setup import apply_engine_options, make_model
-from coconut.training.prepare import largest_examples, plain_view, prepare_data, read_splits
+from coconut.training.prepare import answers_view, largest_examples, prepare_data, read_splits
 from coconut.training.schedule import Schedule, StepPosition, updates_since_reset
 from coconut.training.signals import StopRequest
 from coconut.training.thought_statistics import measure_thoughts
@@ -52,7 +54,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, folder: Path, files: dict[str, str], world: World):
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.task = TASKS[config.data.required_task()]
-        self.plan = plan(config.method, config.curriculum)
+        self.plan = config.plan()
         self.training_state = TrainingState(config, folder, world, pending=False)
         self.step = self.training_state.state["step"]
         self.best = self.training_state.state["best"]
@@ -61,10 +63,14 @@ class Trainer:
         torch.manual_seed(config.seed)
         examples = read_splits(config, files)
         if self.training_state.resume_from:
-            self.lm = self.training_state.load_model(attention=config.model.attention)
+            self.lm = LatentLM.from_pretrained(self.training_state.resume_from, config.model.attention)
         else:
             self.lm = make_model(config, examples["train"])
-        apply_engine_options(self.lm.train(), config.engine)
+        apply_engine_options(self.lm, config.engine)
+        self.module = TrainingModel(self.lm, self.plan).train()
+        if self.training_state.resume_from:
+            self.module.load_training_modules(self.training_state.resume_from)
+            restore_master(self.module, load_trainer(self.training_state.resume_from))
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         with world.main_process_first():  # the others then find the tokens in the cache
             used = {split: prepare_data(config, self.plan, self.lm, split, examples[split], files[split])
@@ -76,7 +82,7 @@ class Trainer:
         self.num_steps = self.schedule.total
         if world.rank:
             torch.manual_seed(config.seed + world.rank)  # the same model in every process, other dropout
-        self.engine: Engine = make_engine(self.lm, summed_loss, config.engine, config.optimizer, world)
+        self.engine: Engine = make_engine(self.module, self.module.loss, config.engine, config.optimizer, world)
 
         self.view: EpochView | None = None  # of the current epoch, with its batches
         self.batches: list[np.ndarray] = []
@@ -100,14 +106,15 @@ class Trainer:
         )
         if config.curriculum.mixing_probability and not self.plan.mixing_probability:
             log(
-                f"note: {config.method} has no slot that tells stages apart, so curriculum.mixing_probability is not "
-                "used"
+                f"note: {config.method} has no stages that its slot tells apart, so curriculum.mixing_probability is "
+                "not used"
             )
         for stage in self.plan.stages:
             log(f"  stage {stage.index}: {stage.length} {self.plan.unit.value}, {stage.describe()}")
         if config.max_new_tokens:
+            forms = [form for stage in self.plan.stages for form in stage.in_turn or (stage.form,)]
             for split, data in (("train", self.train), ("valid", self.valid)):
-                warn_of_limit(data, self.plan.stages, config.max_new_tokens, self.files[split])
+                warn_of_limit(data, forms, config.max_new_tokens, self.files[split])
 
     def dry_run(self) -> None:
         """Run the micro-batches with the longest rows and with the most passes."""
@@ -149,12 +156,14 @@ class Trainer:
         details = {"stage": stage, "epoch": position.epoch, "examples": batch.tolist()}
         with explain_non_finite_loss(self, f"update {position.step + 1} (stage {stage})", lr, details):
             result = self.engine.update(parts, lr)
+        names = [f"term_{term.name}" for term in self.plan.terms]
         return {
             "loss": result.loss,
+            **(dict(zip(names, result.terms, strict=True)) if len(names) > 1 else {}),
             "grad_norm": result.grad_norm,
             "lr": lr,
-            "targets": result.num_targets,
-            "tokens": int(view.lengths[batch].sum()),
+            "targets": result.denominators[0],
+            "tokens": int(view.lengths[:, batch].sum()),
             "seconds": time.perf_counter() - begin,
             "memory": peak_memory(self.engine.device),
         }
@@ -169,17 +178,17 @@ class Trainer:
     def validate(self, track: Tracking, stop: StopRequest) -> str:
         """Loss and generated answers on the validation data, in the form of the current stage."""
         world, size, position = self.world, self.config.eval_batch_size, self.schedule.at(self.step - 1)
-        view = plain_view(self.valid, self.plan, position.stage, self.lm)
-        order = np.argsort(view.lengths, kind="stable")
+        view = answers_view(self.valid, self.plan, position.stage, self.lm)
+        order = np.argsort(view.longest, kind="stable")
         loss_sum, num_targets = 0.0, 0
         try:
-            with self.engine.full_module() as lm, torch.no_grad(), self.engine.autocast():
-                lm.eval()
+            with self.engine.full_module() as module, torch.no_grad(), self.engine.autocast():
+                lm = module.lm.eval()
                 lm.reasoning = self.lm.reasoning
                 for batch in micro_batches(view, order, size, world.rank, world.size):
                     world.set_activity(f"in the validation after update {self.step}")
                     loss_sum += summed_loss(lm, batch.to(self.engine.device)).item()
-                    num_targets += batch.num_targets
+                    num_targets += sum(batch.denominators)
                     if stop:
                         break
                 result, predictions, thoughts = evaluate(
@@ -223,7 +232,8 @@ class Trainer:
         return {f"thought_{name}": value for name, value in statistics.as_dict().items()}
 
     def _reasoning(self, stage: Stage) -> Reasoning:
-        forms = [stage, *(self.plan.mixing_stages if self.plan.mixing_probability else ())]
+        mixed = self.plan.mixing_forms if self.plan.mixing_probability else ()
+        forms = [*(stage.in_turn or (stage.form,)), *mixed]
         limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)
         return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
 

@@ -56,12 +56,17 @@ class Kind:
 
 def kind_of(key: str, schema: type) -> Kind | None:
     """The kind of the value of a dotted key. None if the schema has no such key, or its value is not text."""
+    return Kind.of(_annotation(key, schema))
+
+
+def _annotation(key: str, schema: type) -> Any:
+    """The annotation of a dotted key; None if the schema has no such key."""
     *sections, last = key.split(".")
     for section in sections:
         schema = get_type_hints(schema).get(section, NoneType)
         if not is_dataclass(schema):
             return None
-    return Kind.of(get_type_hints(schema, include_extras=True).get(last))
+    return get_type_hints(schema, include_extras=True).get(last)
 
 
 def as_override(argument: str, schema: type, multirun: bool = False) -> str:
@@ -72,10 +77,13 @@ def as_override(argument: str, schema: type, multirun: bool = False) -> str:
     - In names and paths ${KEY} is replaced by the value of KEY; `\\${` is a literal `${`.
     - In a multirun a comma outside of quotes separates the values of a sweep.
     - A list stands in brackets, its items separated by commas; without brackets paths may be separated by spaces.
+    - An entry of a table of numbers needs no + before it, whether the table has it already or not.
 
     None of these applies to a question (`Text`). Arguments that are not text are returned unchanged.
     """
     key, sign, value = argument.partition("=")
+    if sign and _annotation(key.rpartition(".")[0], schema) == dict[str, float]:
+        return f"++{argument}"
     kind = kind_of(key.lstrip("+"), schema) if sign else None
     if kind is None or (multirun and FUNCTION.fullmatch(value)):
         return argument

@@ -33,7 +33,7 @@ from coconut.data.examples import Example
 from coconut.data.sequences import layout
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.evaluation.evaluator import Evaluated
-from coconut.methods import PromptFormat, Reasoning, Slot, Stage
+from coconut.methods import PAUSES, THOUGHTS, PromptFormat, Reasoning, Stage
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, prosqa
 
@@ -52,7 +52,7 @@ def memorizing_model() -> LatentLM:
     lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
     questions = encode_questions(tokenizer, [example.question for example in EXAMPLES], form)
     answers = encode_texts(tokenizer, [PromptFormat.fill(form.answer, example.answer) for example in EXAMPLES])
-    stage = Stage(0, 1, Slot.thought, markers=True, num_thoughts=THOUGHTS, steps_cut=None)
+    stage = Stage(0, 1, THOUGHTS, markers=True, num_thoughts=THOUGHTS, steps_cut=None)
     segments = zip(questions, ([*ids, lm.special.eos] for ids in answers), strict=True)
     batch = collate([layout(each, stage, lm.special) for each in segments], lm.special)
     optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
@@ -169,7 +169,7 @@ def test_a_single_question_has_no_thoughts_of_another_question() -> None:
 
 
 def test_methods_without_latent_thoughts_are_refused() -> None:
-    lm = build("llama", torch.float32, slot=Slot.pause, method="pause", num_thoughts=2)
+    lm = build("llama", torch.float32, slot=PAUSES, method="pause", num_thoughts=2)
     with pytest.raises(NotApplicable, match="pause has no latent thoughts"):
         audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS))
 
@@ -220,7 +220,7 @@ def test_answers_follow_if_they_name_the_right_option_of_the_changed_graph(exami
 
 def test_edges_are_changed_for_methods_without_thoughts_too(examined: Subject) -> None:
     lm = examined.lm
-    with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, replace(lm.reasoning, slot=Slot.pause, method="pause"))
+    with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, replace(lm.reasoning, slot=PAUSES, method="pause"))
     rows = by_change(audit_edges(replace(examined, lm=with_pauses)))
     assert set(rows) <= {"redirected", "removed", "removed_elsewhere"}
 

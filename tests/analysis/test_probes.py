@@ -21,7 +21,7 @@ from coconut.data.examples import Example
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.stop_classifier import Measured, StopClassifier
-from coconut.methods import PromptFormat, Slot
+from coconut.methods import NOTHING, PAUSES, PromptFormat
 from coconut.runs.study import NotApplicable, Study
 
 SYMBOLS = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=1, count=6)]
@@ -185,7 +185,7 @@ def test_k_forcing_has_no_outcomes_without_graphs() -> None:
 
 
 def test_pauses_can_be_forced() -> None:
-    study = k_forcing(symbolic(slot=Slot.pause, method="pause"))
+    study = k_forcing(symbolic(slot=PAUSES, method="pause"))
     assert [row["thoughts"] for row in study.rows] == [0, 1, 2, 3, 4]
 
 
@@ -264,11 +264,11 @@ def test_thoughts_are_decoded_without_graphs() -> None:
 def test_studies_that_need_thoughts_refuse_other_methods() -> None:
     for study in (next_step_values, inner_products, decoded):
         with pytest.raises(NotApplicable, match=r"pause has no latent .* pauses\. .*: coconut, without_curriculum\."):
-            study(symbolic(slot=Slot.pause, method="pause"))
+            study(symbolic(slot=PAUSES, method="pause"))
         with pytest.raises(NotApplicable, match="coconut has no thoughts yet at stage 0"):
             study(symbolic(num_thoughts=0))
     with pytest.raises(NotApplicable, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought\."):
-        k_forcing(symbolic(slot=Slot.none, method="cot", markers=False, num_thoughts=0))
+        k_forcing(symbolic(slot=NOTHING, method="cot", markers=False, num_thoughts=0))
 
 
 def test_studies_that_need_graphs_refuse_other_tasks() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from coconut.data.batching import collate, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView, fit_context, stage_variants
 from coconut.data.tokenization import SpecialIds, TokenizedData
-from coconut.methods import METHODS, Curriculum, Mixing, Plan, plan
+from coconut.methods import METHODS, NOTHING, Curriculum, Cut, Mixing, Plan, plan
 from coconut.models.passes import plan_passes
 
 SPECIAL = SpecialIds(
@@ -50,8 +50,12 @@ def plans(draw: st.DrawFn) -> Plan:
         mixing_probability=draw(st.sampled_from([0.0, 0.5])),
         icot_tokens=2,
         icot_limit=6,
+        teacher_steps_cut=draw(st.integers(0, 2)),
     )
-    return plan(draw(st.sampled_from(list(METHODS))), curriculum)
+    method = draw(st.sampled_from(list(METHODS)))
+    if METHODS[method].cut is Cut.all and METHODS[method].slot != NOTHING:
+        curriculum = replace(curriculum, num_thoughts=draw(st.integers(1, 4)))
+    return plan(method, curriculum)
 
 
 @given(data_sets(), plans(), st.integers(1, 4), st.integers(1, 3))
@@ -62,10 +66,11 @@ def test_processes_share_an_update_evenly(data: TokenizedData, stages: Plan, ran
     shares = [list(micro_batches(view, batch, size, rank, ranks)) for rank in range(ranks)]
     alone = list(micro_batches(view, batch, len(batch)))
     assert len({len(share) for share in shares}) == 1
-    assert sum(part.num_targets for share in shares for part in share) == sum(part.num_targets for part in alone)
-    rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if part.num_targets
+    counts = [np.sum([part.denominators for part in parts], axis=0) for parts in (sum(shares, []), alone)]
+    assert counts[0].tolist() == counts[1].tolist()
+    rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if any(part.denominators)
             for row, mask in zip(part.input_ids, part.attention_mask, strict=True)]  # fmt: skip
-    assert sorted(rows) == sorted(tuple(view.layout(i).ids.tolist()) for i in range(len(data)))
+    assert sorted(rows) == sorted(tuple(item.ids.tolist()) for i in range(len(data)) for item in view.layouts(i))
     for parts in zip(*shares, strict=True):
         needed = max(int((part.input_ids == SPECIAL.latent).sum(1).max()) for part in parts) + 1
         assert {part.passes for part in parts} == {needed}
@@ -76,13 +81,14 @@ def test_view_lengths_and_slot_starts_match_the_sequences(data: TokenizedData, s
     for stage in stages.stages:
         view = EpochView(data, stages, stage, SPECIAL, seed=0, epoch=epoch)
         for index in range(len(data)):
-            item = view.layout(index)
-            assert len(item.ids) == view.lengths[index]
+            items = view.layouts(index)
+            assert [len(item.ids) for item in items] == view.lengths[:, index].tolist()
+            item = items[0]
             assert item.slot_start == view.slot_starts[index]
             assert item.ids[-1] == SPECIAL.eos
             question = data.question(index)
             assert item.ids[: len(question)].tolist() == question.tolist()
-            if view.forms[index].markers:
+            if view.form(index).markers:
                 assert item.ids[item.num_prompt - 1] == SPECIAL.eot
             added = np.isin(item.ids[item.num_prompt :], SPECIAL.added)
             assert not added.any(), "no added token is a target"
@@ -91,8 +97,8 @@ def test_view_lengths_and_slot_starts_match_the_sequences(data: TokenizedData, s
 @given(data_sets(), plans())
 def test_stage_variants_bound_the_length_of_every_epoch(data: TokenizedData, stages: Plan) -> None:
     still = replace(stages, mixing_probability=0.0)
-    longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).lengths for form in stage_variants(stages)], axis=0)
-    shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).lengths for s in stages.stages for epoch in range(6)]
+    longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).longest for form in stage_variants(stages)], axis=0)
+    shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).longest for s in stages.stages for epoch in range(6)]
     assert (np.max(shown, axis=0) <= longest).all()
     if not stages.mixing_probability:
         assert np.max(shown, axis=0).tolist() == longest.tolist(), "and it is shown so in one of a few epochs"
@@ -145,7 +151,7 @@ def test_batch_modes_are_hypergeometric(modes: tuple[str, ...], batch_size: int)
         view = hybrid_view(modes, epoch)
         for batch in epoch_batches(view, batch_size, seed=0, epoch=epoch):
             if len(batch) == batch_size:
-                shares.append([sum(view.forms[i].mode == mode for i in batch) / batch_size for mode in modes])
+                shares.append([sum(view.form(i).mode == mode for i in batch) / batch_size for mode in modes])
             for part in micro_batches(view, batch, batch_size):
                 paddings.append((int(part.attention_mask.sum()), part.attention_mask.numel()))
     found, chance, count = np.array(shares), 1 / len(modes), len(hybrid_view(modes))
@@ -157,15 +163,15 @@ def test_batch_modes_are_hypergeometric(modes: tuple[str, ...], batch_size: int)
 
 def test_hybrid_batches_hold_similar_lengths_per_mode() -> None:
     view = hybrid_view(MODES[:2])
-    spread = [view.lengths[batch[view.modes[batch] == 1]].std() for batch in epoch_batches(view, 32, seed=0, epoch=0)]
-    assert np.mean(spread) < 0.1 * view.lengths[view.modes == 1].std()
+    spread = [view.longest[batch[view.modes[batch] == 1]].std() for batch in epoch_batches(view, 32, seed=0, epoch=0)]
+    assert np.mean(spread) < 0.1 * view.longest[view.modes == 1].std()
 
 
 @given(data_sets(), plans())
 def test_collate_aligns_thoughts_in_one_column(data: TokenizedData, stages: Plan) -> None:
     view = EpochView(data, stages, stages.stages[-1], SPECIAL, seed=0, epoch=0)
-    items = [view.layout(i) for i in range(len(data))]
-    batch = collate(items, SPECIAL)
+    items = [item for form in zip(*map(view.layouts, range(len(data))), strict=True) for item in form]
+    batch = collate(items, SPECIAL, len(view.forms))
     firsts = set()
     for row, item in enumerate(items):
         real = batch.attention_mask[row].bool()
@@ -178,14 +184,14 @@ def test_collate_aligns_thoughts_in_one_column(data: TokenizedData, stages: Plan
         if (item.ids == SPECIAL.latent).any():
             firsts.add(int((batch.input_ids[row] == SPECIAL.latent).nonzero()[0]))
     assert len(firsts) <= 1
-    assert batch.num_targets == sum(len(item.ids) - item.num_prompt + (item.control >= 0) for item in items)
+    assert int((batch.labels != -100).sum()) == sum(len(item.ids) - item.num_prompt + (item.control >= 0) for item in items)
 
 
 def test_collated_batches_need_no_further_padding() -> None:
     data = uneven_data(32)
     stages = plan("coconut", Curriculum())
     view = EpochView(data, stages, stages.stages[3], SPECIAL, seed=0, epoch=0)
-    batch = collate([view.layout(i) for i in range(32)], SPECIAL)
+    batch = collate([view.layouts(i)[0] for i in range(32)], SPECIAL)
     passes = plan_passes(batch.input_ids == SPECIAL.latent, batch.attention_mask.bool())
     assert passes.source_BS.shape == batch.input_ids.shape
     assert len(passes.pass_bounds) == 3 + 2
@@ -204,15 +210,15 @@ def test_loss_is_independent_of_the_micro_batch_size(method: str) -> None:
             method, Curriculum(max_stage=2, stage0_length=1, stage_length=1, total_length=3, mixing_probability=0.5)
         )
     view = EpochView(data, stages, stages.stages[-1], lm.special, seed=0, epoch=0)
-    rows = [view.layout(i) for i in range(8)]
+    rows = [view.layouts(i)[0] for i in range(8)]
 
     def loss(size: int) -> torch.Tensor:
         parts = list(micro_batches(view, np.arange(8), size))
         sums = [lm(b.input_ids, b.attention_mask, labels=b.labels).loss_sum for b in parts]
-        return sum(sums, torch.zeros(())) / sum(b.num_targets for b in parts)
+        return sum(sums, torch.zeros(())) / sum(b.denominators[0] for b in parts)
 
     one = collate(rows, lm.special)
-    whole = lm(one.input_ids, one.attention_mask, labels=one.labels).loss_sum / one.num_targets
+    whole = lm(one.input_ids, one.attention_mask, labels=one.labels).loss_sum / int((one.labels != -100).sum())
     for size in (1, 3, 4, 8):
         torch.testing.assert_close(loss(size), whole, rtol=1e-12, atol=0)
 
@@ -225,7 +231,7 @@ def test_too_long_examples_are_refused_or_skipped() -> None:
         still = replace(stages, mixing_probability=0.0)
         return [EpochView(part, still, stage, SPECIAL, 0, 0) for stage in stages.stages]
 
-    longest = np.max([view.lengths for view in views(data)], axis=0)
+    longest = np.max([view.longest for view in views(data)], axis=0)
     with pytest.raises(
         ValueError, match=r"train.json: \d+ of 50 examples are longer .* context of 250 tokens: example"
     ):

@@ -24,7 +24,7 @@ from coconut.evaluation.evaluator import evaluate, task_of
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated
-from coconut.methods import PromptFormat, Slot
+from coconut.methods import NOTHING, PromptFormat
 from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.description import read_results
 from coconut.tasks import TASKS
@@ -160,7 +160,7 @@ def test_questions_without_room_for_an_answer_are_refused_or_skipped(
 
 def test_chain_match_is_none_if_thoughts_replace_a_part_of_a_step() -> None:
     lm = saying("### 7")
-    lm.reasoning = replace(lm.reasoning, slot=Slot.none, steps_cut=0, tokens_cut=8)
+    lm.reasoning = replace(lm.reasoning, slot=NOTHING, steps_cut=0, tokens_cut=8)
     result, *_ = evaluate(lm, TASKS["gsm8k"], [Example("1 2", ("s",), "7")])
     assert result.chain_match is None
 

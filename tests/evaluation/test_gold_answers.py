@@ -13,7 +13,7 @@ from coconut.config import DataConfig, TaskName, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer, tokenize
 from coconut.evaluation.gold_answers import limit_for, read_back, readable, target_lengths, warn_of_limit
-from coconut.methods import Curriculum, PromptFormat, Reasoning, Slot, Unit, plan
+from coconut.methods import NOTHING, Curriculum, PromptFormat, Reasoning, Unit, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints
 from coconut.tasks import TASKS
@@ -91,7 +91,7 @@ def test_limit_for_leaves_room_for_every_gold_text(capsys: pytest.CaptureFixture
     assert target_lengths(data, hybrid.stages).tolist() == target_lengths(data, stages[:1]).tolist(), (
         "the longest of the modes"
     )
-    reasoning = Reasoning(slot=Slot.none, markers=False, modes=("short", "think"))
+    reasoning = Reasoning(slot=NOTHING, markers=False, modes=("short", "think"))
     assert [target_lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
     assert [form.steps_cut for form in reasoning.forms("short")] == [None]
     warn_of_limit(data, stages, 64, "f")

@@ -20,28 +20,28 @@ from coconut import LatentLM
 from coconut.data.tokenization import token_ids
 from coconut.generation.generate import answer
 from coconut.generation.thoughts import think
-from coconut.methods import Reasoning, Slot
+from coconut.methods import NOTHING, PAUSES, THOUGHTS, Reasoning, Slot
 
 
-@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.none, 0)])
+@pytest.mark.parametrize(("slot", "count"), [(THOUGHTS, 3), (PAUSES, 2), (NOTHING, 0)])
 def test_an_answer_that_has_begun_goes_on_after_its_thoughts(family: str, slot: Slot, count: int) -> None:
-    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not NOTHING)
     whole = [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
     for width in (1, 3):
         places = [i for i, row in enumerate(whole) if len(row) > width]
         begun = torch.tensor([whole[i][:width] for i in places])
         out = lm.generate(*padded([QUESTIONS[i] for i in places]), max_new_tokens=6 - width, prefix_ids=begun)
         assert rows_of(out) == [whole[i][width:] for i in places]
-        assert set(out.num_thoughts.tolist()) == {count if slot is Slot.thought else 0}
+        assert set(out.num_thoughts.tolist()) == {count if slot == THOUGHTS else 0}
 
 
-@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.thought, 0), (Slot.pause, 2), (Slot.none, 0)])
+@pytest.mark.parametrize(("slot", "count"), [(THOUGHTS, 3), (THOUGHTS, 0), (PAUSES, 2), (NOTHING, 0)])
 @pytest.mark.parametrize("right", [False, True])
 def test_a_batch_says_what_each_question_would(family: str, slot: Slot, count: int, right: bool) -> None:
-    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not NOTHING)
     ids, mask = padded(QUESTIONS, right)
     out = lm.generate(ids, mask, max_new_tokens=6)
-    assert out.num_thoughts.tolist() == [count if slot is Slot.thought else 0] * len(QUESTIONS)
+    assert out.num_thoughts.tolist() == [count if slot == THOUGHTS else 0] * len(QUESTIONS)
     expected = [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
     assert rows_of(out) == expected
     alone = [rows_of(lm.generate(torch.tensor([question]), max_new_tokens=6))[0] for question in QUESTIONS]
@@ -135,7 +135,7 @@ def test_thoughts_of_another_shape_are_refused() -> None:
 
 
 def test_a_method_without_latent_thoughts_has_none_to_replace_or_stop() -> None:
-    lm = build("gpt2", slot=Slot.pause, num_thoughts=2)
+    lm = build("gpt2", slot=PAUSES, num_thoughts=2)
     with pytest.raises(ValueError, match="no latent thoughts"):
         lm.generate(torch.tensor([[5, 6]]), thoughts=torch.zeros(1, 2, 32))
 
@@ -246,10 +246,10 @@ def test_a_text_that_stops_an_answer() -> None:
     assert lm.generate(ids, mask, max_new_tokens=8).truncated.all()
 
 
-@pytest.mark.parametrize(("slot", "count"), [(Slot.thought, 3), (Slot.pause, 2), (Slot.none, 0)])
+@pytest.mark.parametrize(("slot", "count"), [(THOUGHTS, 3), (PAUSES, 2), (NOTHING, 0)])
 def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They equal answers to the repeated question, with one prefill."""
-    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not Slot.none)
+    lm = build(family, slot=slot, num_thoughts=count, markers=slot is not NOTHING)
     ids, mask = padded(QUESTIONS)
     how = {"max_new_tokens": 6, "do_sample": True}
     torch.manual_seed(0)
@@ -263,7 +263,7 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
     )
     torch.manual_seed(0)
     out = lm.generate(ids, mask, num_return_sequences=3, **how)
-    assert read == [len(QUESTIONS)] * (1 + (count if slot is Slot.thought else 0))
+    assert read == [len(QUESTIONS)] * (1 + (count if slot == THOUGHTS else 0))
     assert rows_of(out) == rows_of(asked_often)
     assert len({tuple(row) for row in rows_of(out)[:3]}) > 1, "they are sampled one by one"
     assert out.texts == asked_often.texts
@@ -297,7 +297,7 @@ def test_what_generation_does_not_do_is_refused() -> None:
         lm.generate(ids[:0])
     with pytest.raises(ValueError, match="Question 2 is empty"):
         lm.generate(ids.repeat(2, 1), torch.tensor([[1, 1], [0, 0]]))
-    plain = build("llama", slot=Slot.none, markers=False, method="cot")
+    plain = build("llama", slot=NOTHING, markers=False, method="cot")
     with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):
         plain.generate(torch.tensor([[5, 6]]), num_thoughts=2)
 

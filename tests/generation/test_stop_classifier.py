@@ -17,7 +17,7 @@ from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import StopRule
 from coconut.generation.stop_classifier import StopClassifier, fit, fit_classifier, refuse_untrained
-from coconut.methods import Curriculum, PromptFormat, Slot, Unit, plan
+from coconut.methods import PAUSES, Curriculum, PromptFormat, Unit, plan
 from coconut.runs.description import read_results
 from coconut.runs.loading import classifier_of, load_run
 from coconut.training.trainer import run as train
@@ -69,7 +69,7 @@ def test_where_all_chains_are_alike_there_is_nothing_to_learn() -> None:
     [
         ({"num_thoughts": 6, "method": "coconut"}, 0.0, "cannot answer after fewer"),
         ({"num_thoughts": 6, "method": "without_curriculum"}, 0.1, "cannot answer after fewer"),
-        ({"num_thoughts": 6, "method": "pause", "slot": Slot.pause}, 0.1, "no latent"),
+        ({"num_thoughts": 6, "method": "pause", "slot": PAUSES}, 0.1, "no latent"),
         ({"num_thoughts": 0, "method": "coconut"}, 0.1, "no latent"),
     ],
 )

@@ -19,7 +19,7 @@ from coconut.analysis.probes import Subject
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.methods import Reasoning, Slot
+from coconut.methods import NOTHING, Reasoning
 from coconut.tasks import TASKS
 
 WORDS = [Example(" ".join(map(str, range(40))), ("a b",), "c")]
@@ -157,7 +157,7 @@ MODES = ["short", "think", "latent_2"]
 
 
 def hybrid(family: str = "llama", dtype: torch.dtype = torch.float64) -> LatentLM:
-    lm = build(family, dtype, slot=Slot.none, markers=False)
+    lm = build(family, dtype, slot=NOTHING, markers=False)
     lm.add_modes(MODES, init="random")
     table: Any = lm.base.get_input_embeddings()
     with torch.no_grad():

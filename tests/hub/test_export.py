@@ -32,7 +32,7 @@ from coconut.generation.generate import answer
 from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.released_checkpoints import from_released
-from coconut.methods import PromptFormat, Reasoning, Slot
+from coconut.methods import NOTHING, PAUSES, THOUGHTS, PromptFormat, Reasoning
 from coconut.runs.description import read_config
 from coconut.training.trainer import run as run_train
 from coconut.utils.files import read_json
@@ -66,11 +66,11 @@ def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
     lines, expected, chosen = ["import sys"], [], set()
     modes = ["short", "latent_2", "latent_3"]
     for number, (slot, chat, hybrid) in enumerate(
-        [*product(Slot, (False, True), [False]), *product([Slot.none], (False, True), [True])]
+        [*product((NOTHING, PAUSES, THOUGHTS), (False, True), [False]), *product([NOTHING], (False, True), [True])]
     ):
         folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
-        lm = build("llama", torch.float32, slot=slot, markers=slot is not Slot.none,
-                   num_thoughts=3 * (slot is not Slot.none), max_new_tokens=8, format=form)  # fmt: skip
+        lm = build("llama", torch.float32, slot=slot, markers=slot is not NOTHING,
+                   num_thoughts=3 * (slot is not NOTHING), max_new_tokens=8, format=form)  # fmt: skip
         if hybrid:
             lm.add_modes(modes, init="random")
         lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
@@ -214,7 +214,7 @@ def test_released_checkpoint_gives_the_same_answer(base: Path, tmp_path: Path, p
     output = tmp_path / "model"
     run_export(ExportConfig(released=str(tmp_path / "checkpoint_6"), base=str(base), stage=2, output=str(output)))
     lm = LatentLM.from_pretrained(output)
-    assert (lm.reasoning.num_thoughts, lm.reasoning.stage, lm.reasoning.slot) == (2, 2, Slot.thought)
+    assert (lm.reasoning.num_thoughts, lm.reasoning.stage, lm.reasoning.slot) == (2, 2, THOUGHTS)
     assert lm.new_tokens["tokens"] == ["<pause>"], "the other three are as they were trained"
     first = model.config.vocab_size - 3
     assert [lm.special.bot, lm.special.eot, lm.special.latent] == [first, first + 1, first + 2]
@@ -231,7 +231,7 @@ def test_released_checkpoint_gives_the_same_answer(base: Path, tmp_path: Path, p
 
 def test_released_baseline_without_markers(base: Path, tmp_path: Path) -> None:
     save_released(base, tmp_path / "cot", prefix="", more=0)
-    lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=Slot.none, markers=False))
+    lm = from_released(tmp_path / "cot", str(base), Reasoning(method="cot", slot=NOTHING, markers=False))
     assert lm.reasoning.method == "cot"
     with pytest.raises(ValueError, match="without the markers that coconut needs"):
         from_released(tmp_path / "cot", str(base), Reasoning(num_thoughts=2))

@@ -11,19 +11,33 @@ from hypothesis import strategies as st
 from coconut.data.examples import Example
 from coconut.data.sequences import EpochView
 from coconut.data.tokenization import add_control_tokens, add_special_tokens, build_word_tokenizer, tokenize
-from coconut.methods import METHODS, Curriculum, Cut, Mixing, PromptFormat, Reasoning, Slot, Stage, Unit, plan
+from coconut.methods import (
+    METHODS,
+    PAUSES,
+    STUDENT,
+    At,
+    Curriculum,
+    Cut,
+    Mixing,
+    PromptFormat,
+    Reasoning,
+    Source,
+    Stage,
+    Unit,
+    plan,
+)  # fmt: skip
 
 GOLDEN = TESTS / "golden_layouts.txt"
 
 
-def test_table_has_the_papers_methods_and_the_warmup() -> None:
+def test_table_has_the_papers_methods_first() -> None:
     assert list(METHODS) == ["coconut", "cot", "no_cot", "icot", "pause", "without_curriculum", "without_thought",
-                             "pause_as_thought", "hybrid_warmup"]  # fmt: skip
+                             "pause_as_thought", "hybrid_warmup", "codi", "sim_cot", "sim_cot_codi"]  # fmt: skip
 
 
 def test_plan_matches_the_paper_for_prosqa() -> None:
     stages = plan("coconut", Curriculum(max_stage=6, stage0_length=5, stage_length=5, total_length=50)).stages
-    assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
+    assert [(s.index, s.length, s.form.slot_length, s.form.steps_cut) for s in stages] == [
         (0, 5, 0, 0), (1, 5, 1, 1), (2, 5, 2, 2), (3, 5, 3, 3), (4, 5, 4, 4), (5, 5, 5, 5), (6, 20, 6, 6),
     ]  # fmt: skip
 
@@ -33,19 +47,19 @@ def test_plan_matches_the_paper_for_gsm8k() -> None:
         thoughts_per_step=2, max_stage=3, extra_stage=True, stage0_length=6, stage_length=3, total_length=50
     )
     stages = plan("coconut", curriculum).stages
-    assert [(s.index, s.length, s.num_thoughts, s.steps_cut) for s in stages] == [
+    assert [(s.index, s.length, s.form.slot_length, s.form.steps_cut) for s in stages] == [
         (0, 6, 0, 0), (1, 3, 2, 1), (2, 3, 4, 2), (3, 3, 6, 3), (4, 35, 6, None),
     ]  # fmt: skip
     only = plan("without_curriculum", curriculum).stages
-    assert [(s.length, s.num_thoughts, s.steps_cut) for s in only] == [(50, 6, None)]
+    assert [(s.length, s.form.slot_length, s.form.steps_cut) for s in only] == [(50, 6, None)]
     pause = plan("pause", curriculum).stages
-    assert [(s.slot, s.num_thoughts, s.steps_cut, s.markers) for s in pause] == [(Slot.pause, 6, None, True)]
+    assert [(s.form.slot, s.form.slot_length, s.form.steps_cut, s.form.markers) for s in pause] == [(PAUSES, 6, None, True)]
 
 
 def test_plan_of_icot_for_gsm8k() -> None:
     stages = plan("icot", Curriculum(total_length=50)).stages
-    assert [(s.length, s.tokens_cut) for s in stages] == [(1, 0), (1, 8), (1, 16), (1, 24), (1, 32), (45, None)]
-    assert [s.smoothed for s in stages] == [True] * 5 + [False]
+    assert [(s.length, s.form.tokens_cut) for s in stages] == [(1, 0), (1, 8), (1, 16), (1, 24), (1, 32), (45, None)]
+    assert [s.form.smoothed for s in stages] == [True] * 5 + [False]
 
 
 def test_plan_can_start_at_a_later_stage() -> None:
@@ -66,6 +80,10 @@ def test_plan_fills_the_total_length_or_is_refused(
     lengths = {"icot": 5 * curriculum.icot_stage_length}.get(method, 0)
     if METHODS[method].cut is Cut.steps:
         lengths = first + each * (deepest + extra - 1) if deepest + extra else 0
+    if not METHODS[method].steps_per_slot and not c * deepest:
+        with pytest.raises(ValueError, match="needs thoughts"):
+            plan(method, curriculum)
+        return
     if lengths >= total:
         with pytest.raises(ValueError, match=r"curriculum\.total"):
             plan(method, curriculum)
@@ -73,8 +91,8 @@ def test_plan_fills_the_total_length_or_is_refused(
     stages = plan(method, curriculum).stages
     assert sum(s.length for s in stages) == total
     assert all(s.length > 0 for s in stages)
-    assert all(s.num_thoughts == 0 for s in stages if s.slot is Slot.none)
-    assert all(s.num_thoughts <= c * deepest for s in stages)
+    assert all(s.form.slot_length == 0 for s in stages if s.form.slot.source is Source.none)
+    assert all(s.form.slot_length <= c * deepest for s in stages)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +150,22 @@ ICOT = Curriculum(max_stage=2, total_length=4, icot_tokens=8, icot_limit=16)
 HYBRID = Curriculum(modes=["short", "think", "latent_2"], total_length=4)
 
 
-def show(view: EpochView, index: int, words: list[str]) -> str:
-    item = view.layout(index)
-    tokens = [words[token].replace("\n", "\\n") for token in item.ids]
-    if item.control >= 0:
-        tokens[item.control] = f"[{tokens[item.control]}]"
-    return " ".join(tokens[: item.num_prompt]) + "  ‖  " + " ".join(tokens[item.num_prompt :])
+def show(view: EpochView, index: int, words: list[str]) -> list[str]:
+    """The sequences of an example: `=` around the tokens where states are compared, steps below their thoughts."""
+    lines = []
+    compared = any(term.at is At.answer_prompt for term in view.terms)
+    for name, item in zip(view.names, view.layouts(index), strict=True):
+        tokens = [words[token].replace("\n", "\\n") for token in item.ids]
+        if item.control >= 0:
+            tokens[item.control] = f"[{tokens[item.control]}]"
+        if compared:
+            tokens[item.answer_prompt] = f"={tokens[item.answer_prompt]}="
+        text = " ".join(tokens[: item.num_prompt]) + "  ‖  " + " ".join(tokens[item.num_prompt :])
+        lines.append(f"    {text}" if name == STUDENT else f"        {name}: {text}")
+        for number, step in enumerate(item.steps):
+            written = " ".join(words[token].replace("\n", "\\n") for token in step)
+            lines.append(f"        group {number + 1} of thoughts writes: {written or 'nothing'}")
+    return lines
 
 
 def golden_text() -> str:
@@ -148,6 +176,7 @@ def golden_text() -> str:
     lines = [
         "What every method sees at every stage: two examples, of three steps and of one.",
         "Two thoughts a step, two stages and the extra one. The loss is on what follows ‖, and on [...].",
+        "Hidden states are compared at the tokens between = and =.",
         "",
     ]
     for name, method in METHODS.items():
@@ -158,9 +187,9 @@ def golden_text() -> str:
             epoch = next(
                 e for e in range(100) if without_icot_offsets(EpochView(data, stages, stage, special, 0, e), stage)
             )
-            for later in range(max(len(stage.modes), 1)):  # in each of the modes
+            for later in range(max(len(stage.in_turn), 1)):  # in each of the modes
                 view = EpochView(data, stages, stage, special, 0, epoch + later)
-                lines += [f"    {show(view, i, words)}" for i in range(len(data))] + [""]
+                lines += [line for i in range(len(data)) for line in show(view, i, words)] + [""]
     unpadded = plan(
         "coconut",
         Curriculum(
@@ -169,13 +198,13 @@ def golden_text() -> str:
     )
     lines += ["coconut with curriculum.pad_thoughts=false: short chains get thoughts for their own steps only", ""]
     view = EpochView(data, unpadded, unpadded.stages[-1], special, 0, 0)
-    lines += [f"    {show(view, i, words)}" for i in range(len(data))]
+    lines += [line for i in range(len(data)) for line in show(view, i, words)]
     return "\n".join(lines) + "\n"
 
 
 def without_icot_offsets(view: EpochView, stage: Stage) -> bool:
     """Whether iCoT drew no offset for any example in this epoch."""
-    return not stage.smoothed or bool(np.all(view.tokens_cut == stage.tokens_cut))
+    return not stage.form.smoothed or bool(np.all(view.forms[0].tokens_cut == stage.form.tokens_cut))
 
 
 def test_golden_layouts() -> None:
@@ -186,21 +215,27 @@ def test_golden_layouts() -> None:
 # --- randomness is keyed ----------------------------------------------------------------------
 
 
-def mixing_view(mixing: Mixing, probability: float, epoch: int = 0, seed: int = 0, repeat: int = 400) -> EpochView:
+def mixing_view(mixing: Mixing, probability: float, epoch: int = 0, seed: int = 0, stage: int = 1) -> EpochView:
     tokenizer = build_word_tokenizer(EXAMPLES)
     curriculum = Curriculum(
         max_stage=2, stage0_length=1, stage_length=1, total_length=3, mixing=mixing, mixing_probability=probability
     )
     stages = plan("coconut", curriculum)
-    data = tokenize(EXAMPLES * repeat, tokenizer)
-    return EpochView(data, stages, stages.stages[1], add_special_tokens(tokenizer), seed, epoch)
+    data = tokenize(EXAMPLES * 400, tokenizer)
+    return EpochView(data, stages, stages.stages[stage], add_special_tokens(tokenizer), seed, epoch)
+
+
+def depths(view: EpochView) -> list[int]:
+    """The stage that each example is drawn from; 3 for the one without any step."""
+    cuts = [view.form(i).steps_cut for i in range(len(view))]
+    return [3 if cut is None else cut for cut in cuts]
 
 
 def test_mixing_is_keyed_by_seed_epoch_and_index() -> None:
-    depth = [form.index for form in mixing_view(Mixing.current, 0.5).forms]
-    assert depth == [form.index for form in mixing_view(Mixing.current, 0.5).forms]
-    assert depth != [form.index for form in mixing_view(Mixing.current, 0.5, epoch=1).forms]
-    assert depth != [form.index for form in mixing_view(Mixing.current, 0.5, seed=1).forms]
+    depth = depths(mixing_view(Mixing.current, 0.5))
+    assert depth == depths(mixing_view(Mixing.current, 0.5))
+    assert depth != depths(mixing_view(Mixing.current, 0.5, epoch=1))
+    assert depth != depths(mixing_view(Mixing.current, 0.5, seed=1))
     shares = [depth.count(k) / len(depth) for k in (0, 1, 2)]
     assert shares[0] == pytest.approx(0.25, abs=0.05)
     assert shares[1] == pytest.approx(0.75, abs=0.05)
@@ -209,11 +244,18 @@ def test_mixing_is_keyed_by_seed_epoch_and_index() -> None:
 
 def test_mixing_over_all_stages_removes_whole_chains() -> None:
     view = mixing_view(Mixing.all, 1.0)
-    long, short = ([form.index for form in view.forms[k::2]] for k in (0, 1))
+    long, short = (depths(view)[k::2] for k in (0, 1))
     assert {k: long.count(k) / len(long) for k in range(4)} == pytest.approx(dict.fromkeys(range(4), 0.25), abs=0.07)
     assert set(short) == {0, 1}
-    deepest = view.forms[2 * long.index(3)]
-    assert (deepest.steps_cut, deepest.num_thoughts) == (None, 2)
+    deepest = view.form(2 * long.index(3))
+    assert (deepest.steps_cut, deepest.slot_length) == (None, 2)
+
+
+def test_mixing_of_earlier_stages_weighs_later_ones_more() -> None:
+    view = mixing_view(Mixing.earlier, 1.0, stage=2)
+    shares = np.bincount(depths(view), minlength=3) / len(view)
+    assert shares.tolist() == pytest.approx([1 / 3, 2 / 3, 0], abs=0.05)
+    assert set(depths(mixing_view(Mixing.earlier, 1.0, stage=0))) == {0}
 
 
 @pytest.mark.slow
@@ -222,7 +264,7 @@ def test_icot_offsets_are_exponentially_distributed() -> None:
     stages = plan("icot", ICOT)
     data = tokenize(EXAMPLES * 10_000, tokenizer)
     view = EpochView(data, stages, stages.stages[1], add_special_tokens(tokenizer), 0, 0)
-    share = [(view.tokens_cut == 8 + o).mean() for o in range(3)]
+    share = [(view.forms[0].tokens_cut == 8 + o).mean() for o in range(3)]
     expected = np.exp(-4 * np.arange(3)) * (1 - np.exp(-4))
     assert share == pytest.approx(expected, abs=0.003)
 
@@ -230,7 +272,7 @@ def test_icot_offsets_are_exponentially_distributed() -> None:
 def test_mixing_needs_a_slot_that_differs_by_stage() -> None:
     curriculum = Curriculum(mixing_probability=0.1)
     mixed = {name for name in METHODS if plan(name, curriculum).mixing_probability}
-    assert mixed == {name for name, its in METHODS.items() if its.cut is Cut.steps and its.slot is not Slot.none}
+    assert mixed == {name for name, its in METHODS.items() if its.cut is Cut.steps and its.slot.source is not Source.none}
     assert {"coconut", "pause_as_thought"} <= mixed
     assert all(plan(name, curriculum).trained_with_fewer_thoughts == (name in mixed) for name in METHODS)
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from coconut import LatentLM
 from coconut.data.tokenization import ADDED_TOKENS, add_special_tokens, build_word_tokenizer, encode_texts, token_ids
-from coconut.methods import REASONING_FILE, Slot
+from coconut.methods import PAUSES, REASONING_FILE
 from coconut.models.passes import plan_passes
 
 
@@ -172,7 +172,7 @@ def test_gradients_flow_through_the_thoughts() -> None:
 
 def test_pauses_fed_one_by_one_equal_pauses_fed_at_once(family: str) -> None:
     """In a causal model: so passing over pauses several times adds nothing to passing over them once."""
-    lm = build(family, slot=Slot.pause, num_thoughts=3)
+    lm = build(family, slot=PAUSES, num_thoughts=3)
     question, special = [5, 6, 7, 8], lm.special
     row = torch.tensor([[*question, special.bot, *[special.pause] * 3, special.eot, 9, 10]])
     labels = torch.where(torch.arange(row.shape[1]) > 8, row, -100)
@@ -329,7 +329,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     build("gpt2", torch.float32).save_pretrained(tmp_path)
     record = tmp_path / REASONING_FILE
     text = record.read_text()
-    record.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    record.write_text(text.replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(ValueError, match="format version 99"):
         LatentLM.from_pretrained(tmp_path)
     for damaged in (text[:50], "[]", "{}", text.replace('"slot"', '"slit"'), text.replace('"bot"', '"boot"')):

@@ -44,7 +44,7 @@ from coconut.data.tokenization import encode_texts
 from coconut.engine.base import StepResult
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Curriculum, PromptFormat, Slot, Unit
+from coconut.methods import NOTHING, PAUSES, THOUGHTS, Curriculum, PromptFormat, Unit
 from coconut.reward import compare
 from coconut.rewards.aggregation import (
     aggregate_steps,
@@ -516,7 +516,7 @@ def test_pair_takes_the_passes_of_either_completion(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_scoring_refuses_completions_longer_than_the_context(kind: str) -> None:
-    lm = build(kind, torch.float32, slot=Slot.none, markers=False)
+    lm = build(kind, torch.float32, slot=NOTHING, markers=False)
     samples = [completion_from_ids(lm, [5, 6], [7] * count, text="") for count in (3, 94, 95)]
     assert len(SamplingDistribution.of(lm.special).score(lm, samples[:2], 2)[1]) == 94
     with pytest.raises(ValueError, match=r"1 of 3 completions are.*context of 96 tokens: completion 3 \(97 tokens\)"):
@@ -773,7 +773,7 @@ def test_prefix_value_is_the_soft_mean_of_its_continuations(models: tuple[Path, 
 
 @pytest.mark.parametrize("kind", ["thoughts", "pauses", "modes"])
 def test_continued_prefix_keeps_one_slot(kind: str) -> None:
-    slot = {"thoughts": Slot.thought, "pauses": Slot.pause, "modes": Slot.none}[kind]
+    slot = {"thoughts": THOUGHTS, "pauses": PAUSES, "modes": NOTHING}[kind]
     models = []
     for _ in range(2):
         lm = (
@@ -908,7 +908,7 @@ def test_read_answers_encodes_text_without_ids(made: tuple[Path, DataConfig], tm
 
 
 def test_reward_loss_reaches_every_completion_token() -> None:
-    lm = build("llama", slot=Slot.none, markers=False)
+    lm = build("llama", slot=NOTHING, markers=False)
     samples = [completion_from_ids(lm, [5, 6], [7, 8, 1], text=""), completion_from_ids(lm, [5, 6, 9], [8, 1], text="")]
     batch = reward_batch(samples, torch.zeros(2), torch.tensor([True, False]), lm.special, 1)
     policy = SamplingDistribution.of(lm.special)

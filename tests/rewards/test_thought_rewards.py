@@ -21,7 +21,7 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.generation.generate import Generated
 from coconut.generation.thoughts import think
-from coconut.methods import PromptFormat, Slot
+from coconut.methods import NOTHING, PAUSES, PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
 from coconut.runs.study import NotApplicable, Study
@@ -111,7 +111,7 @@ def test_invalid_thought_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="given ones are fed as they are"):
         noisy(lm, thoughts=noisy(lm).thoughts)
     with pytest.raises(ValueError, match=r"no latent thoughts to replace, to make noisy"):
-        noisy(build("llama", slot=Slot.pause, num_thoughts=2))
+        noisy(build("llama", slot=PAUSES, num_thoughts=2))
     with pytest.raises(ValueError, match="leave out num_thoughts, thoughts, thought_noise"):
         noisy(hybrid())
     with pytest.raises(ValueError, match="Did you mean thought_noise"):
@@ -211,8 +211,8 @@ def test_thought_rewards_refuse_models_without_thoughts() -> None:
         with pytest.raises(ValueError, match=f"sigma is {sigma}; it must be above 0"):
             thought_rewards(reward, QUESTIONS, thoughts, sigma)
     for lm in (
-        build("llama", slot=Slot.none, method="cot", markers=False),
-        build("llama", slot=Slot.pause),
+        build("llama", slot=NOTHING, method="cot", markers=False),
+        build("llama", slot=PAUSES),
         hybrid(),
     ):
         with pytest.raises(ValueError, match="has no latent thoughts to reward"):
@@ -294,8 +294,8 @@ def test_prefix_values_warn_without_mixing_and_refuse_without_thoughts() -> None
     examined = subject(GRAPHS[:3])
     assert "without mixing" in prefix_values(examined).facts["warning"]
     assert prefix_values(replace(examined, trained_with_fewer_thoughts=True)).facts["warning"] is None
-    pauses: dict[str, Any] = {"slot": Slot.pause, "method": "pause"}
-    words: dict[str, Any] = {"slot": Slot.none, "method": "cot", "markers": False}
+    pauses: dict[str, Any] = {"slot": PAUSES, "method": "pause"}
+    words: dict[str, Any] = {"slot": NOTHING, "method": "cot", "markers": False}
     unready: dict[str, Any] = {"num_thoughts": 0}
     for without in (pauses, words, unready):
         with pytest.raises(NotApplicable, match=r"no latent thoughts|no thoughts yet"):

@@ -19,7 +19,7 @@ from coconut.engine.factory import make_engine
 from coconut.engine.local import LocalEngine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Slot
+from coconut.methods import NOTHING, PAUSES, THOUGHTS
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch
 from coconut.rl.loss import totals_of as all_of
 from coconut.rl.objectives import (
@@ -66,7 +66,7 @@ def batch_of(lm: LatentLM, samples: list[Completion], objective: Objective, **op
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["hybrid", "thoughts", "pauses", "words"])
 def test_sampled_log_probs_equal_recomputed_ones(kind: str, temperature: float) -> None:
-    slots = {"thoughts": Slot.thought, "pauses": Slot.pause, "words": Slot.none}
+    slots = {"thoughts": THOUGHTS, "pauses": PAUSES, "words": NOTHING}
     lm = (
         hybrid()
         if kind == "hybrid"
@@ -138,9 +138,9 @@ def test_policy_loss_equals_the_papers(name: str, by_token: bool) -> None:
     shifted = [replace(s, log_probs=s.log_probs + 0.4 * torch.randn(len(s.log_probs))) for s in samples]
     batch = batch_of(lm, shifted, objective, on_policy=False)
     if by_token:
-        batch = replace(batch, advantages=torch.randn(batch.num_targets))
+        batch = replace(batch, advantages=torch.randn(batch.denominators[0]))
     policy = SamplingDistribution.of(lm.special)
-    loss = PolicyLoss(policy, objective, 0.0)(lm, batch) / batch.num_targets
+    loss = PolicyLoss(policy, objective, 0.0)(lm, batch) / batch.denominators[0]
     lengths = [len(sample.log_probs) for sample in samples]
     now = list(policy.log_probs(lm, batch).detach().split(lengths))
     expected = loss_by_formula(name, now, [sample.log_probs for sample in shifted], batch.advantages.split(lengths))
@@ -153,7 +153,7 @@ def test_kl_weights_equal_token_weights() -> None:
     reference = [sample.log_probs + 0.1 for sample in samples]
     batch = replace(batch_of(lm, samples, objective), reference=torch.cat(reference))
     policy = SamplingDistribution.of(lm.special)
-    with_it, without = (PolicyLoss(policy, objective, beta)(lm, batch) / batch.num_targets for beta in (0.5, 0.0))
+    with_it, without = (PolicyLoss(policy, objective, beta)(lm, batch) / batch.denominators[0] for beta in (0.5, 0.0))
     log_probs = policy.log_probs(lm, batch).detach().split([len(sample.log_probs) for sample in samples])
     mean = sum(float(kl_k3(a, b).mean()) for a, b in zip(log_probs, reference, strict=True)) / len(samples)
     assert float((with_it - without).detach()) == pytest.approx(0.5 * mean, rel=1e-4)
@@ -177,7 +177,7 @@ def test_control_token_scale_and_weight() -> None:
 @pytest.mark.parametrize("kind", ["hybrid", "words", "forced"])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_other_tokens_keep_their_weight_beside_a_control_token_weight(name: str, kind: str) -> None:
-    lm = build("llama", torch.float32, slot=Slot.none, markers=False) if kind == "words" else hybrid()
+    lm = build("llama", torch.float32, slot=NOTHING, markers=False) if kind == "words" else hybrid()
     samples = sampled(lm) if kind != "forced" else forced(lm)
     objective = replace(OBJECTIVES[name], control_token_weight=0.01)
     batch = batch_of(lm, samples, objective)
@@ -189,10 +189,10 @@ def test_other_tokens_keep_their_weight_beside_a_control_token_weight(name: str,
             "dr_grpo": 1 / (len(samples) * 7), "dapo": 1 / sum(words),
         }[name]  # fmt: skip
         expected += [0.01 / len(samples) if is_control else word for is_control in sample.is_control.tolist()]
-    assert (batch.weights / batch.num_targets).tolist() == pytest.approx(expected, rel=1e-5)
+    assert (batch.weights / batch.denominators[0]).tolist() == pytest.approx(expected, rel=1e-5)
     assert totals_of(samples) == all_of(samples, 7)
     if name != "dr_grpo":
-        on_words = batch.weights[~batch.is_control].sum() / batch.num_targets
+        on_words = batch.weights[~batch.is_control].sum() / batch.denominators[0]
         assert float(on_words) == pytest.approx(1, rel=1e-5)
 
 
@@ -298,14 +298,14 @@ def test_policy_loss_without_thoughts_equals_trl(name: str, tmp_path: Any) -> No
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    lm = build("llama", torch.float32, slot=Slot.none, markers=False)
+    lm = build("llama", torch.float32, slot=NOTHING, markers=False)
     samples = sampled(lm)
     reference = [s.log_probs + 0.1 for s in samples]
     shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
     objective, beta = OBJECTIVES[name], 0.04
     batch = replace(batch_of(lm, shifted, objective, on_policy=False), reference=torch.cat(reference))
     ours = (
-        PolicyLoss(SamplingDistribution(), objective, beta)(lm, batch) / batch.num_targets
+        PolicyLoss(SamplingDistribution(), objective, beta)(lm, batch) / batch.denominators[0]
     )  # nothing is refused there
     ours.backward()
     our_gradients = gradients(lm)

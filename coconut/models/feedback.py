@@ -1,0 +1,67 @@
+"""How a hidden state becomes the next input: the one rule of training, generation and analysis.
+
+Shapes: (..., D) states and thoughts of hidden size D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from coconut.methods import Projector, Slot
+
+WEIGHTS_FILE = "feedback.safetensors"  # beside a model's own weights, which AutoModel opens without it
+
+
+def _mlp_ln(hidden: int, width: int) -> nn.Module:
+    """CODI's projection (arXiv 2502.21074; released code, src/model.py), without its dropout of 0."""
+    return nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, hidden), nn.LayerNorm(hidden))
+
+
+PROJECTORS: dict[Projector, Callable[[int, int], nn.Module]] = {
+    Projector.none: lambda hidden, width: nn.Identity(),
+    Projector.mlp_ln: _mlp_ln,
+}
+
+
+class Feedback(nn.Module):
+    """Maps the last hidden state before a thought, after the final norm, to the thought that is fed."""
+
+    def __init__(self, slot: Slot, hidden: int):
+        super().__init__()
+        self.slot = slot
+        self.projector = PROJECTORS[slot.projector](hidden, slot.width or hidden)
+
+    def forward(self, states: Tensor) -> Tensor:
+        weight = next(self.projector.parameters(), None)
+        return self.projector(states if weight is None else states.to(weight.dtype))
+
+    @property
+    def has_weights(self) -> bool:
+        return any(True for _ in self.parameters())
+
+    def save(self, folder: Path | str) -> None:
+        """Write the weights, if there are any."""
+        from safetensors.torch import save_file
+
+        if self.has_weights:
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in self.state_dict().items()}
+            save_file(weights, Path(folder) / WEIGHTS_FILE)
+
+    def load(self, folder: Path | str) -> None:
+        """Read what `save` wrote. Raises ValueError if the file is missing, damaged, or of another projector."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not self.has_weights:
+            return
+        file = Path(folder) / WEIGHTS_FILE
+        try:
+            self.load_state_dict(load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"{file}, the weights of the projector {self.slot.projector.value} of the thoughts, cannot be read "
+                f"({error}). Save the model again."
+            ) from error
