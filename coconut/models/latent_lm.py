@@ -278,7 +278,7 @@ class LatentLM(nn.Module):
     def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """Cut the rows at their thoughts, and run each position once."""
         replay = self.acceleration.can_replay() and bool(inputs.is_latent_BT.any())
-        plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay)
+        plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay, reads=reads)
         num_skipped = plan.count_skipped(is_read_BT)
         is_latent_BS = plan.gather(inputs.is_latent_BT) & plan.is_token_BS
         embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
@@ -322,7 +322,7 @@ class LatentLM(nn.Module):
                 mask = attended_BS[:, :stop]
                 if windows:
                     mask = windows.masks(mask, positions_BS[:, :stop], start, block_BTD.dtype)
-                every = collected.needs_layers(start, stop)
+                every = collected.needs_layers(start, stop, stop == bounds[-1])
                 layers = self._layers(block_BTD, mask, positions_BS[:, start:stop], cache, skipped, every)
                 collected.add(block_BTD, layers, start)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]

@@ -87,9 +87,9 @@ class CollectedReads:
         self.states: list[tuple[Tensor, Tensor]] = []  # rows, and their states in all layers
         self.columns = [] if reads.columns_B is None else reads.columns_B.tolist()
 
-    def needs_layers(self, start: int, stop: int) -> bool:
-        """Whether a column whose states are wanted is in this pass."""
-        return any(start <= column < stop for column in self.columns)
+    def needs_layers(self, start: int, stop: int, is_last: bool) -> bool:
+        """Whether states of this pass are wanted in all layers. Those of the last one are read in any case."""
+        return bool(self.columns) and (is_last or any(start <= column < stop for column in self.columns))
 
     def add(self, embeds_BTD: Tensor, layers: tuple[Tensor, ...], start: int) -> None:
         self.hidden.append(layers[-1])
@@ -97,8 +97,8 @@ class CollectedReads:
             self.embeds.append(embeds_BTD)
         if len(layers) > 1:
             rows = [row for row, column in enumerate(self.columns) if start <= column < start + embeds_BTD.shape[1]]
-            columns_M = torch.tensor([self.columns[row] - start for row in rows], device=embeds_BTD.device)
-            rows_M = torch.tensor(rows, device=embeds_BTD.device)
+            columns_M = embeds_BTD.new_tensor([self.columns[row] - start for row in rows], dtype=torch.long)
+            rows_M = embeds_BTD.new_tensor(rows, dtype=torch.long)
             self.states.append((rows_M, torch.stack([layer[rows_M, columns_M] for layer in layers], dim=1)))
 
     def output(self) -> PassesOutput:
@@ -182,15 +182,20 @@ class PassPlan:
 
 
 def plan_passes(
-    is_latent_BT: Tensor, is_token_BT: Tensor, min_passes: int = 1, bucket_widths: bool = False
+    is_latent_BT: Tensor,
+    is_token_BT: Tensor,
+    min_passes: int = 1,
+    bucket_widths: bool = False,
+    reads: Reads | None = None,
 ) -> PassPlan:
     """Cut rows at their thoughts so that K + 1 passes serve all of them, or `min_passes` if that is more.
 
     Each row's last thought begins the last pass, the one before it the pass before, and so on. What precedes a row's
     first thought is in the first pass. All passes but the last are padded on the left: a pass ends with the hidden
     state that the next one feeds back. A row without thoughts fills the first pass as far as the other rows do and
-    continues in the last one. Passes beyond K + 1 are single columns cut off the head of the first. `bucket_widths`
-    widens passes of several columns a little, so that few different shapes occur.
+    continues in the last one, where also the column stands whose states are wanted in all layers: processes that share
+    a model must take them from the same pass. Passes beyond K + 1 are single columns cut off the head of the first.
+    `bucket_widths` widens passes of several columns a little, so that few different shapes occur.
     """
     B, T = is_token_BT.shape
     tokens_BT = is_token_BT.long()
@@ -202,7 +207,11 @@ def plan_passes(
     if K:
         prefix_B = (tokens_BT * (seen_BT == 0)).sum(1)
         width = torch.where(thoughts_B1[:, 0] > 0, prefix_B, 0).max()
-        block_BT = torch.where((thoughts_B1 == 0) & (rank_BT >= width), K, block_BT)
+        goes_on_BT = rank_BT >= width
+        if reads and reads.columns_B is not None:
+            columns_T = torch.arange(T, device=block_BT.device)
+            goes_on_BT |= (columns_T >= reads.columns_B[:, None]) & (reads.columns_B[:, None] >= 0)
+        block_BT = torch.where((thoughts_B1 == 0) & goes_on_BT, K, block_BT)
 
     count_BK = torch.zeros(B, K + 1, dtype=torch.long, device=block_BT.device).scatter_add(1, block_BT, tokens_BT)
     before_BK = count_BK.cumsum(1) - count_BK

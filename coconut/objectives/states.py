@@ -17,7 +17,6 @@ from torch import Tensor
 
 from coconut.data.batching import Batch
 from coconut.methods import Form, Term
-from coconut.models import families
 from coconut.models.latent_lm import LatentLM
 from coconut.models.passes import LatentOutput
 from coconut.objectives.base import TermObjective
@@ -29,11 +28,8 @@ class Objective(TermObjective):
     def __init__(self, term: Term, forms: Sequence[Form], lm: LatentLM):
         super().__init__(term, forms, lm)
         self.first_layer = term.options.get("first_layer", 0)
-        self.num_layers = families.text_config(lm.base).num_hidden_layers + 1 - self.first_layer
 
     def forward(self, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
-        if output.states is None:  # a process without a row left
-            return output.target_logits.new_zeros((), dtype=torch.float32)  # pyright: ignore[reportOptionalMemberAccess]
         student_BLD = self._states(output, batch, self.of_form)
         teacher_BLD = self._states(output, batch, self.to_form).detach()
         if statistics is None:
@@ -41,16 +37,18 @@ class Objective(TermObjective):
         count, total, squares = statistics.view(3, -1).double()
         deviation_L = ((squares - total.square() / count) / (count - 1)).sqrt().to(teacher_BLD)
         distance_BLD = F.smooth_l1_loss(student_BLD, teacher_BLD, reduction="none")
-        return (distance_BLD.mean(2) / deviation_L).mean(1).sum()
+        return ((distance_BLD.mean(2) / deviation_L).mean(1) * self._is_example(batch)).sum()
 
     @torch.no_grad()
     def measure(self, output: LatentOutput, batch: Batch) -> Tensor:
         """(3 L,) count, sum and sum of squares of the teacher's states in each layer."""
-        if output.states is None:
-            return torch.zeros(3 * self.num_layers, dtype=torch.float64, device=batch.labels.device)
         states_BLD = self._states(output, batch, self.to_form).double()
-        count_L = torch.full_like(states_BLD[0, :, 0], states_BLD.shape[0] * states_BLD.shape[2])
+        count_L = (self._is_example(batch).sum() * states_BLD.shape[2]).expand(states_BLD.shape[1])
         return torch.cat([count_L, states_BLD.sum((0, 2)), states_BLD.square().sum((0, 2))])
+
+    def _is_example(self, batch: Batch) -> Tensor:
+        """(B,) all but the rows of a process that has no row left."""
+        return batch.answer_prompt_R[batch.form_R == self.of_form] >= 0
 
     def _states(self, output: LatentOutput, batch: Batch, form: int) -> Tensor:
         states = output.states[batch.form_R == form, self.first_layer :]  # pyright: ignore[reportOptionalSubscript]

@@ -77,11 +77,10 @@ class TrainingModel(nn.Module):
             batch.input_ids[rows], batch.attention_mask[rows], labels=torch.full_like(batch.labels[rows], IGNORED),
             return_target_logits=True, reads=Reads(columns_B=batch.answer_prompt_R[rows]),
         )  # fmt: skip
-        if output.states is not None:
-            states = output.states.new_zeros(len(rows), *output.states.shape[1:])
-            states[rows] = output.states
-            output.states = states
-        return output
+        assert output.states is not None
+        states = output.states.new_zeros(len(rows), *output.states.shape[1:])
+        states[rows] = output.states
+        return LatentOutput(states=states)
 
     @property
     def reasoning(self) -> Reasoning:

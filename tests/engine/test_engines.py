@@ -10,13 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, build
+from helpers.models import ARCHITECTURES, build, token_batch
 from helpers.processes import group_threads, together
 from torch import nn
 
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
 from coconut.data.batching import Batch
-from coconut.engine.base import Engine, NonFiniteUpdate, restore_master
+from coconut.engine.base import Engine, Loss, NonFiniteUpdate, restore_master
 from coconut.engine.factory import make_engine
 from coconut.engine.local import LocalEngine
 from coconut.engine.process_group import init_distributed
@@ -65,7 +65,7 @@ def rank_batches(step: int, lm: LatentLM, world: World) -> list[Batch]:
         mine = rows[world.rank :: world.size]
         kept = labels[mine or rows[:1]] if mine else torch.full_like(labels[:1], -100)
         own = ids[mine or rows[:1]]
-        batches.append(Batch(own, torch.ones_like(own), kept, passes=1 + max(row % 3 for row in rows)))
+        batches.append(token_batch(own, torch.ones_like(own), kept, passes=1 + max(row % 3 for row in rows)))
     return batches
 
 
@@ -98,7 +98,7 @@ def distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor
 
 def single_process_result(family: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     lm = model(family)
-    engine = LocalEngine(lm, summed_loss, LOCAL, SETTINGS)
+    engine = LocalEngine(lm, Loss(summed_loss), LOCAL, SETTINGS)
     return train_updates(engine, lm, World(), 0, UPDATES), weights(engine)
 
 
@@ -116,7 +116,7 @@ def build_engine(
     if start:
         lm.load_state_dict(start, strict=False)  # tied weights have one name
     restore_master(lm, state or {})
-    return make_engine(lm, summed_loss, config, SETTINGS, world), lm
+    return make_engine(lm, Loss(summed_loss), config, SETTINGS, world), lm
 
 
 def trajectory(config: EngineConfig, world: World, family: str) -> tuple[list[tuple[float, float]], dict[str, Any]]:
@@ -182,7 +182,7 @@ def nan_gradient_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
 def check_non_finite_updates_are_skipped(world: World) -> None:
     for config in [LOCAL, *ZERO]:
         lm = model("gpt2")
-        engine = make_engine(lm, nan_gradient_loss, config, SETTINGS, world)
+        engine = make_engine(lm, Loss(nan_gradient_loss), config, SETTINGS, world)
         before = weights(engine)
         with pytest.raises(NonFiniteUpdate):
             engine.update(rank_batches(0, lm, world), lr=1e-2)

@@ -16,6 +16,7 @@ from transformers import (
 
 from coconut import LatentLM
 from coconut.analysis.probes import Subject
+from coconut.data.batching import IGNORED, Batch
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import build_word_tokenizer
@@ -120,6 +121,14 @@ def mixed_batch(lm: LatentLM) -> dict[str, Any]:
     ids[3, 2] = L  # under the mask: only padding
     wanted = (torch.rand(ids.shape, generator=random) < 0.5) & (ids != L)
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(wanted, ids, -100)}
+
+
+def token_batch(ids: Tensor, mask: Tensor, labels: Tensor, passes: int = 1) -> Batch:
+    """A micro-batch of one form, for next-token prediction alone."""
+    none = ids.new_zeros(len(ids), 0)
+    count = int((labels != IGNORED).sum())
+    return Batch(ids, mask, labels, ids.new_zeros(len(ids)), ids.new_full((len(ids),), -1), none, none[..., None],
+                 (count,), passes)  # fmt: skip
 
 
 QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19, 20]]

@@ -1,0 +1,289 @@
+"""Terms of the loss: equal to a slow reading of each, for any split of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import build, byte_level_tokenizer, in_float64
+from helpers.processes import together
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from coconut.config import EngineConfig, EngineKind, OptimizerConfig
+from coconut.data.batching import Batch, micro_batches
+from coconut.data.examples import Example
+from coconut.data.sequences import EpochView, Layout
+from coconut.data.tokenization import answer_mark_lengths, tokenize
+from coconut.engine.base import TermSums, total_statistics
+from coconut.engine.factory import make_engine
+from coconut.engine.process_group import init_distributed
+from coconut.engine.world import World
+from coconut.methods import Curriculum, Plan, Projector, PromptFormat, plan
+from coconut.models.latent_lm import LatentLM
+from coconut.objectives.training_model import TrainingModel
+
+FORMAT = PromptFormat("{}", "{} a", "b {}")
+METHODS = ("codi", "sim_cot_codi", "sim_cot")
+
+
+def examples(count: int = 40) -> list[Example]:
+    """Chains of one to five steps, with words that the small models' tokenizer has."""
+    random = np.random.default_rng(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(map(str, random.integers(0, 40, random.integers(least, most))))
+
+    return [Example(words(2, 9), tuple(words(1, 4) for _ in range(1 + k % 5)), words(1, 3)) for k in range(count)]
+
+
+def stages(method: str, **weights: float) -> Plan:
+    curriculum = Curriculum(
+        thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4,
+        num_thoughts=3 if "codi" in method else None,
+    )  # fmt: skip
+    return plan(method, curriculum, weights, projector_width=12 if "codi" in method else None)
+
+
+def trained(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float64, **weights: float) -> TrainingModel:
+    """A model with the terms of this method, in the form of its last stage."""
+    its = stages(method, **weights)
+    slot = its.stages[-1].form.slot
+    lm = build(family, torch.float32, slot=slot, num_thoughts=its.stages[-1].form.slot_length, format=FORMAT)
+    lm = lm.to(dtype)
+    module = TrainingModel(lm, its).to(dtype)
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    return module.train()
+
+
+def view_of(module: TrainingModel, method: str, count: int = 40, stage: int = -1) -> EpochView:
+    its = stages(method, **{term.name: term.weight for term in module.terms})
+    its = replace(its, terms=module.terms)
+    data = tokenize(examples(count), module.lm.tokenizer, FORMAT)
+    return EpochView(data, its, its.stages[stage], module.lm.special, seed=0, epoch=0)
+
+
+def update(module: TrainingModel, parts: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The terms of an update, and the gradients of their sum, as an engine computes them."""
+    module.zero_grad()
+    terms = TermSums(module.loss, parts, World())
+    given = total_statistics(module.loss, module, parts, World(), torch.device("cpu"))
+    for part in parts:
+        terms.add(module.loss.sums(module, part, *given)).backward()
+    return terms.means(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+# --- the slow reading: one example at a time, without padding, without a cache --------------------------
+
+
+def flat_run(lm: LatentLM, item: Layout) -> tuple[list[Tensor], Tensor]:
+    """The states (T, D) of all layers, and the thoughts (K, D) as they are fed."""
+    ids = torch.from_numpy(item.ids.astype(np.int64))
+    embeds = list(lm.base.get_input_embeddings()(ids))
+    thoughts = [t for t, token in enumerate(ids.tolist()) if token == lm.latent_id]
+    for t in thoughts:
+        state = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None]).last_hidden_state[0, t - 1]
+        parts: Any = lm.feedback.projector
+        if lm.feedback.has_weights:
+            hidden = F.gelu(state @ parts[0].weight.T + parts[0].bias) @ parts[2].weight.T + parts[2].bias
+            state = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+            state = state * parts[3].weight + parts[3].bias
+        embeds[t] = state
+    out = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None], output_hidden_states=True)
+    fed = torch.stack([embeds[t] for t in thoughts]) if thoughts else torch.zeros(0)
+    return [states[0] for states in out.hidden_states], fed
+
+
+def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
+    lm, students, teachers, sums, counts = module.lm, [], [], {}, {}
+
+    def add(name: str, value: Tensor, count: int) -> None:
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value
+        counts[name] = counts.get(name, 0) + count
+
+    for index in range(len(view)):
+        for form, item in zip(view.names, view.layouts(index), strict=True):
+            layers, fed = flat_run(lm, item)
+            log_probs = lm.base.get_output_embeddings()(layers[-1]).log_softmax(-1)
+            targets = range(item.num_prompt, len(item.ids))
+            add("teacher" if form == "teacher" else "tokens",
+                -sum((log_probs[t - 1, int(item.ids[t])] for t in targets), torch.zeros(())), len(targets))  # fmt: skip
+            at_prompt = torch.stack([states[item.answer_prompt] for states in layers])
+            (teachers if form == "teacher" else students).append(at_prompt)
+            if form == "teacher" or "steps" not in module.objectives:
+                continue
+            objective: Any = module.objectives["steps"]
+            decoder, c = objective.decoder, objective.thoughts_per_step
+            for group, step in enumerate(item.steps):
+                if not len(step):
+                    continue
+                ids = torch.from_numpy(step.astype(np.int64))
+                row = torch.cat([fed[group * c : group * c + c], decoder.get_input_embeddings()(ids)])
+                scores = decoder(inputs_embeds=row[None]).logits[0].log_softmax(-1)
+                add("steps", -sum(scores[c - 1 + i, token] for i, token in enumerate(ids)) / len(ids), 1)
+    if "states" in module.objectives:
+        student_NLD, teacher_NLD = torch.stack(students), torch.stack(teachers).detach()
+        gap = student_NLD - teacher_NLD
+        distance = torch.where(gap.abs() < 1, gap**2 / 2, gap.abs() - 0.5).mean(2)
+        deviation_L = torch.stack([teacher_NLD[:, layer].std() for layer in range(teacher_NLD.shape[1])])
+        add("states", (distance / deviation_L).mean(1).sum(), len(students))
+    return {name: sums[name] / max(counts[name], 1) for name in module.objectives}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_and_gradients_equal_a_slow_reading(method: str, family: str) -> None:
+    module = trained(method, family, teacher=0.5, states=20.0) if method == "codi" else trained(method, family)
+    if family == "llama":
+        in_float64(module.lm)
+        if "steps" in module.objectives:
+            in_float64(module.objectives["steps"])  # pyright: ignore[reportArgumentType]
+    view = view_of(module, method, 15)
+    slow = flat_terms(module, view)
+    module.zero_grad()
+    torch.stack([term.weight * slow[term.name] for term in module.terms]).sum().backward()
+    expected = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    for size in (1, 7, 40):
+        means, gradients = update(module, list(micro_batches(view, np.arange(len(view)), size)))
+        torch.testing.assert_close(means, torch.stack([slow[term.name] for term in module.terms]), rtol=1e-12, atol=0)
+        assert gradients.keys() == expected.keys()
+        scale = max(float(g.norm()) for g in expected.values())
+        for name, gradient in gradients.items():
+            assert float((gradient - expected[name]).norm()) < 1e-12 * scale * 10, name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_both_paths_read_the_same_states_and_thoughts(family: str) -> None:
+    module = trained("sim_cot_codi", family)
+    (batch,) = micro_batches(view_of(module, "sim_cot_codi", 12), np.arange(12), 12)
+    cached = module._run(batch)
+    module.lm.forward = lambda *args, **kw: LatentLM.forward(  # pyright: ignore
+        module.lm, *args, **{**kw, "use_cache": False}
+    )
+    recomputed = module._run(batch)
+    for name in ("target_logits", "states", "thoughts"):
+        torch.testing.assert_close(getattr(cached, name), getattr(recomputed, name), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("option", ["off", "activation_checkpointing"])
+def test_acceleration_changes_no_term(option: str) -> None:
+    module = trained("sim_cot_codi")
+    parts = list(micro_batches(view_of(module, "sim_cot_codi", 12), np.arange(12), 5))
+    means, gradients = update(module, parts)
+    if option == "off":
+        module.lm.acceleration.mechanisms = frozenset()
+    else:
+        module.lm.acceleration.activation_checkpointing = True
+    same_means, same_gradients = update(module, parts)
+    torch.testing.assert_close(means, same_means, rtol=1e-9, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, same_gradients[name], rtol=1e-6, atol=1e-10)
+
+
+def test_measuring_the_update_leaves_the_random_generators_alone() -> None:
+    module = trained("codi")
+    parts = list(micro_batches(view_of(module, "codi", 12), np.arange(12), 5))
+    before = torch.get_rng_state()
+    total_statistics(module.loss, module, parts, World(), torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_without_its_terms_a_method_is_its_host() -> None:
+    host = plan("without_curriculum", Curriculum(max_stage=2, extra_stage=True))
+    bare = plan("codi", Curriculum(max_stage=2), {"teacher": 0, "states": 0}, Projector.none)
+    assert bare.terms == host.terms
+    ours, theirs = bare.stages[0].form, host.stages[0].form
+    assert replace(ours, thoughts_per_step=theirs.thoughts_per_step) == theirs
+    assert bare.stages[0].together == (ours,), "no teacher is read"
+    curriculum = Curriculum(max_stage=2, mixing_probability=0.1)
+    assert replace(plan("sim_cot", curriculum, {"steps": 0}), method="coconut") == plan("coconut", curriculum)
+    without = plan("sim_cot_codi", curriculum, {"steps": 0})
+    assert replace(without, method="codi") == plan("codi", curriculum)
+
+
+def test_a_decoder_of_fewer_layers_begins_as_the_models_first_ones() -> None:
+    curriculum = Curriculum(max_stage=2, total_length=20)
+    lm = build("llama")
+    small: Any = TrainingModel(lm, plan("sim_cot", curriculum, options={"steps": {"layers": 1}}))
+    decoder = small.objectives["steps"].decoder
+    assert decoder.config.num_hidden_layers == 1
+    theirs = lm.base.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in decoder.state_dict().items())
+    assert not {id(weight) for weight in decoder.parameters()} & {id(weight) for weight in lm.parameters()}
+    with pytest.raises(ValueError, match="has 3 layers, and the model 2"):
+        TrainingModel(lm, plan("sim_cot", curriculum, options={"steps": {"layers": 3}}))
+
+
+def test_training_modules_are_saved_beside_the_model_and_not_in_it(tmp_path: Any) -> None:
+    module = trained("sim_cot_codi", dtype=torch.float32)
+    module.save_pretrained(tmp_path)
+    again = TrainingModel(LatentLM.from_pretrained(tmp_path), stages("sim_cot_codi"))
+    again.load_training_modules(tmp_path)
+    theirs = again.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in module.state_dict().items())
+    assert again.lm.feedback.has_weights
+
+
+def with_digits_apart() -> PreTrainedTokenizerFast:
+    """Writes a space as a token of its own before a digit, as Llama's first tokenizers do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True)])  # pyright: ignore
+    tokenizer.train_from_iterator(["The answer is: ### cat 0123456789 ."] * 9, trainers.BpeTrainer(vocab_size=90))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "digits"])
+def test_the_prompt_token_is_the_last_one_before_the_answers_first(kind: str) -> None:
+    makers = {"words": lambda: build("gpt2").tokenizer, "bytes": byte_level_tokenizer, "digits": with_digits_apart}
+    tokenizer = makers[kind]()
+    template, answer = ("b {}", "4 5") if kind == "words" else ("The answer is: {} .", "42")
+    form = PromptFormat(answer=template)
+    text = form.fill(template, answer)
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    (count,) = answer_mark_lengths(tokenizer, [answer], form)
+    (_, end), (start, stop) = encoded["offset_mapping"][count - 1 : count + 1]
+    assert text[end:start].strip() == "" and end <= text.index(answer) < stop
+    if kind == "digits":
+        assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[count - 1] == "▁", "the space, after the colon"
+    assert answer_mark_lengths(tokenizer, [answer], PromptFormat(answer="{}")) == [0]
+
+
+# --- engines --------------------------------------------------------------------------------------------
+
+ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
+CONFIGS = [ENGINE, *(replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4))]
+
+
+def three_updates(config: EngineConfig, world: World) -> list[tuple[float, ...]]:
+    """Loss and terms of three updates of ten, two and one examples; one of two processes has no row in the last."""
+    module = trained("sim_cot_codi", dtype=torch.float32)
+    view = view_of(module, "sim_cot_codi", 15)
+    engine = make_engine(module, module.loss, config, OptimizerConfig(lr=1e-2, max_grad_norm=0.5), world)
+    results = []
+    parts = [list(micro_batches(view, np.arange(*rows), 3, world.rank, world.size)) for rows in ((10,), (10, 12), (14, 15))]
+    engine.dry_run(parts[0][0])
+    for update_parts in parts:
+        done = engine.update(update_parts, lr=1e-2)
+        results.append((done.loss, done.grad_norm, *done.terms))
+    return results
+
+
+def check_engines() -> None:
+    expected = three_updates(ENGINE, World())
+    with init_distributed(ENGINE) as world:
+        for config in CONFIGS:
+            for ours, theirs in zip(three_updates(config, world), expected, strict=True):
+                assert ours == pytest.approx(theirs, rel=2e-5), config
+
+
+@pytest.mark.slow
+def test_two_processes_and_every_zero_stage_equal_one_process() -> None:
+    together(check_engines)
