@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -60,6 +61,13 @@ class Reset(StrEnum):
     never = "never"
 
 
+class Decay(StrEnum):
+    """How the learning rate falls."""
+
+    none = "none"
+    cosine = "cosine"  # to 0 at the end of the run
+
+
 class Resume(StrEnum):
     auto = "auto"  # resume the run in the folder, if there is one
     never = "never"  # refuse a folder that already holds a run
@@ -77,19 +85,21 @@ class LoraConfig:
     """LoRA: train low-rank corrections of linear layers instead of the weights. `rank` 0 turns it off.
 
     A correction is scaled by alpha / rank; `alpha` is by default twice the rank. `targets`: names of layers, or
-    suffixes of names (q_proj, attn.c_proj); by default all linear layers except the head.
+    suffixes of names (q_proj, attn.c_proj); by default all linear layers except the head. `train_tokens`: whether the
+    embeddings of the added tokens are trained too.
     """
 
     rank: int = 0
     alpha: float | None = None
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)
+    train_tokens: bool = True
 
     def __post_init__(self) -> None:
         at_least("model.lora.", self, rank=0)
         if self.rank == 0:
-            for name in ("alpha", "dropout", "targets"):
-                if value := getattr(self, name):
+            for name, default in (("alpha", None), ("dropout", 0.0), ("targets", []), ("train_tokens", True)):
+                if (value := getattr(self, name)) != default:
                     raise ValueError(f"model.lora.{name}={value} needs LoRA. Set model.lora.rank, for example to 16.")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"model.lora.alpha is {self.alpha}; it must be above 0.")
@@ -231,15 +241,18 @@ class OptimizerConfig(AdamWConfig):
     """AdamW over the stages of a curriculum. `later_stage_lr`: the learning rate from stage 1 on, if it differs."""
 
     later_stage_lr: float | None = None
+    decay: Decay = Decay.none
     reset_every: Reset = Reset.stage
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._above_zero("later_stage_lr")
 
-    def learning_rate(self, updates: int, stage: int = 0) -> float:
-        """The learning rate in this stage after `updates` updates of this optimizer."""
-        return (self.later_stage_lr if stage and self.later_stage_lr else self.lr) * self._warmed_up(updates)
+    def learning_rate(self, updates: int, stage: int = 0, done: float = 0.0) -> float:
+        """The learning rate in this stage after `updates` updates of this optimizer and a share `done` of the run."""
+        lr = self.later_stage_lr if stage and self.later_stage_lr else self.lr
+        fallen = (1 + math.cos(math.pi * done)) / 2 if self.decay is Decay.cosine else 1.0
+        return lr * self._warmed_up(updates) * fallen
 
 
 MECHANISMS: tuple[str, ...] = (  # of coconut.acceleration, which says what each one does

@@ -212,7 +212,7 @@ def stage_variants(plan: Plan) -> list[Stage]:
     plain = [
         replace(stage, together=(replace(form, smoothed=False), *stage.together[1:]), in_turn=())
         for stage in plan.stages
-        for form in stage.in_turn or (stage.form,)
+        for form in stage.forms_at_inference
     ]
     mixed = [replace(plain[0], together=(form, *plain[0].together[1:])) for form in plan.mixing_forms]
     return [*(mixed if plan.mixing_probability else ()), *plain]

@@ -51,8 +51,8 @@ class EvalResult:
 
     `interval`: the 95 % Wilson confidence interval of the accuracy. `chance_accuracy`: the expected accuracy of a
     random choice among the answers that the question names; None if a question names none.
-    `chain_match`: the share of questions whose written steps equal the steps of the data that thoughts do not replace;
-    None if thoughts replace a part of a step. `num_thoughts`: the mean number of thoughts. `passes`: the mean number of
+    `chain_match`: the share of answers whose written steps equal those of the data, among the questions that have steps
+    left to write; None if there is no such question, or if thoughts replace a part of a step. `num_thoughts`: the mean number of thoughts. `passes`: the mean number of
     forward passes, for prompt, thoughts and text tokens. `left_out`: the number of questions that are too long for
     the model's context, or whose gold answer would be judged wrong. `modes`: for a hybrid model, the share of answers
     in each mode.
@@ -160,9 +160,8 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
     reasoning = reasoning.in_mode(mode)
     form = reasoning.format
     predicted = task.read_answer(text, form)
-    gold_steps = _steps_left(example, reasoning, thoughts)
     chain_match = None
-    if gold_steps is not None:
+    if gold_steps := _steps_left(example, reasoning, thoughts):
         gold_text = form.written(gold_steps, example.answer)
         chain_match = _steps_text(task, text, form) == _steps_text(task, gold_text, form)
     return Prediction(
@@ -179,12 +178,10 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
     )
 
 
-def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
-    """The steps that the model should write after the thoughts; None if thoughts replace a part of a step."""
+def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str]:
+    """The steps that the model should write after the thoughts; none if thoughts replace a part of a step."""
     cut = steps_cut(reasoning, thoughts)
-    if cut is None or reasoning.tokens_cut is None:
-        return ()
-    return None if reasoning.tokens_cut else example.steps[cut:]
+    return () if cut is None or reasoning.tokens_cut != 0 else example.steps[cut:]
 
 
 def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
@@ -211,7 +208,7 @@ def _summary(
     candidates = [task.candidates(e.question) for e in examples]
     chance_accuracy = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
     mean_tokens = sum(p.new_tokens for p in predictions) / count
-    matches = [p.chain_match for p in predictions]
+    matches = [p.chain_match for p in predictions if p.chain_match is not None]
     thoughts = sum(p.num_thoughts for p in predictions) / count
     return EvalResult(
         count=count,
@@ -219,7 +216,7 @@ def _summary(
         accuracy=correct / count,
         interval=(float(interval.low), float(interval.high)),
         chance_accuracy=chance_accuracy,
-        chain_match=None if None in matches else sum(map(bool, matches)) / count,
+        chain_match=sum(matches) / len(matches) if matches else None,
         mean_new_tokens=mean_tokens,
         num_thoughts=thoughts,
         passes=sum(p.passes for p in predictions) / count,

@@ -142,6 +142,11 @@ class Stage:
         """What inference is like."""
         return self.together[0]
 
+    @property
+    def forms_at_inference(self) -> tuple[Form, ...]:
+        """The same for a hybrid model, which has one for each mode."""
+        return self.in_turn or self.together[:1]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Stage:
         """Build one from the plan that a run saved."""

@@ -122,6 +122,7 @@ def attach(base: PreTrainedModel, added: list[int], settings: LoraConfig, place:
     for module in (new_table, new_head):
         module.added.to(table.weight.device, dtype)
         module.copy_rows_from_table()
+        module.added.requires_grad_(settings.train_tokens)
     if head.weight is table.weight:
         new_head.added.weight = new_table.added.weight
     base.set_input_embeddings(new_table)

@@ -112,7 +112,7 @@ class Trainer:
         for stage in self.plan.stages:
             log(f"  stage {stage.index}: {stage.length} {self.plan.unit.value}, {stage.describe()}")
         if config.max_new_tokens:
-            forms = [form for stage in self.plan.stages for form in stage.in_turn or (stage.form,)]
+            forms = [form for stage in self.plan.stages for form in stage.forms_at_inference]
             for split, data in (("train", self.train), ("valid", self.valid)):
                 warn_of_limit(data, forms, config.max_new_tokens, self.files[split])
 
@@ -152,7 +152,7 @@ class Trainer:
         begin = time.perf_counter()
         parts = list(micro_batches(view, batch, self.micro_batch_size, world.rank, world.size))
         stage, since_reset = position.stage.index, updates_since_reset(position, config.optimizer.reset_every)
-        lr = config.optimizer.learning_rate(since_reset, stage)
+        lr = config.optimizer.learning_rate(since_reset, stage, position.step / self.num_steps)
         details = {"stage": stage, "epoch": position.epoch, "examples": batch.tolist()}
         with explain_non_finite_loss(self, f"update {position.step + 1} (stage {stage})", lr, details):
             result = self.engine.update(parts, lr)
@@ -233,7 +233,7 @@ class Trainer:
 
     def _reasoning(self, stage: Stage) -> Reasoning:
         mixed = self.plan.mixing_forms if self.plan.mixing_probability else ()
-        forms = [*(stage.in_turn or (stage.form,)), *mixed]
+        forms = [*stage.forms_at_inference, *mixed]
         limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)
         return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
 

@@ -66,7 +66,7 @@ def test_evaluate_counts_correct_answers_tokens_and_passes() -> None:
     lm = saying("s2\n### 7", "s1\ns2\n### 7", "### 8", "and on and on and on and on and on")
     result, predictions, _ = evaluate(lm, TASKS["gsm8k"], examples, batch_size=2)
     assert [p.correct for p in predictions] == [True, True, False, False]
-    assert [p.chain_match for p in predictions] == [True, False, True, False]
+    assert [p.chain_match for p in predictions] == [True, False, None, None]
     assert [p.predicted for p in predictions] == ["7", "7", "8", None]
     assert [p.question for p in predictions] == [e.question for e in examples], "in the order of the file"
     assert (result.count, result.correct, result.accuracy) == (4, 2, 0.5)

@@ -81,14 +81,14 @@ def test_readable_warns_of_steps_that_are_read_back_differently(capsys: pytest.C
 def test_limit_for_leaves_room_for_every_gold_text(capsys: pytest.CaptureFixture[str]) -> None:
     examples = [Example("q", ("2 3",) * count, "5") for count in (1, 30)]
     data = tokenize(examples, build_word_tokenizer(examples))
-    stages = plan("coconut", Curriculum(max_stage=2)).stages
+    stages = [stage.form for stage in plan("coconut", Curriculum(max_stage=2)).stages]
     long = 30 * 3 + 3  # two words and the end of a line; the mark, the answer and the end of the sequence
     assert target_lengths(data, stages[:1]).tolist() == [1 * 3 + 3, long]
     assert target_lengths(data, stages[2:]).tolist() == [3, long - 2 * 3]
     assert limit_for([data, data.select([0])], stages[:1], least=16) == math.ceil(1.25 * long)
     assert limit_for([data.select([0])], stages, least=16) == 16
     hybrid = plan("hybrid_warmup", Curriculum())
-    assert target_lengths(data, hybrid.stages).tolist() == target_lengths(data, stages[:1]).tolist(), (
+    assert target_lengths(data, hybrid.stages[0].forms_at_inference).tolist() == target_lengths(data, stages[:1]).tolist(), (
         "the longest of the modes"
     )
     reasoning = Reasoning(slot=NOTHING, markers=False, modes=("short", "think"))
