@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 COLOURS = ("blue", "green", "plum", "red", "peach", "sky")  # of dimensions, in their order
+ARM_COLUMNS = ["who chooses", "reward", "95 % interval", "more", "95 % interval", "above", "accuracy", "passes"]
+CHOICE_COLUMNS = ["steps", "takes", "share", "reward", "best fixed", "oracle", "accuracy", "passes", "passes, fixed"]
+HEAD_COLUMNS = ["dimension", "values", "entropy", "distance", "differing"]
 SMALL_HEADROOM = 0.01  # below this headroom there is hardly anything to gain by choosing
 SMALL_DIFFERENCE = 0.02  # below this share of pairs of questions with different values, the policy hardly chooses
 ABOUT = (
@@ -78,11 +81,8 @@ def sentences(studies: Sequence[Study]) -> list[str]:
 
 def on_screen(studies: Sequence[Study]) -> str:
     """Sentences and table as text for a terminal."""
-    by_name = {study.name: study for study in studies}
-    rows = [
-        ["who chooses", "reward", "more", "accuracy", "passes"],
-        *([cells[0], cells[1], cells[3], cells[6], cells[7]] for cells in arm_rows(by_name["arms"])),
-    ]
+    arms = next(study for study in studies if study.name == "arms")
+    rows = [[cells[i] for i in (0, 1, 3, 6, 7)] for cells in (ARM_COLUMNS, *arm_rows(arms))]
     return "\n".join([*map(wrapped, sentences(studies)), "", *aligned(rows)])
 
 
@@ -123,17 +123,15 @@ def curves(study: Study, width: float) -> Drawing:
     figure = new_figure(width, top + upper_height + gap + lower_height + bottom)
     upper = panel(figure, left, top, width - left - right, upper_height)
     lower = panel(figure, left, top + upper_height + gap, width - left - right, lower_height)
-    x = [row["update"] for row in study.rows]
+    x, low, high = ([row[key] for row in study.rows] for key in ("update", "low", "high"))
     draw_line(upper, [(row["update"], row["regret"]) for row in study.rows], "ink", 1.5, "regret", dots=False)
-    upper.fill_between(x, [row["low"] for row in study.rows], [row["high"] for row in study.rows],
-                       color=LIGHT["ink"], alpha=0.1, linewidth=0)  # fmt: skip
+    upper.fill_between(x, low, high, color=LIGHT["ink"], alpha=0.1, linewidth=0)
     for name, offset in (("random", 3), ("best_fixed", 9)):
         upper.axhline(study.facts[name], color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
         upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, offset), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", va="bottom", color=LIGHT["muted"],
                        fontsize=8.5)  # fmt: skip
-    top = max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1)
-    upper.set_ylim(0, top or 1)
+    upper.set_ylim(0, max(*high, study.facts["random"] * 1.1) or 1)
     upper.set_title("Regret, per question", loc="left")
     for name, colour in coloured(study.facts["names"]):
         points = [(row["update"], row[f"entropy_{name}"]) for row in study.rows]
@@ -144,9 +142,6 @@ def curves(study: Study, width: float) -> Drawing:
     for axes in (upper, lower):
         axes.set_xlim(0, x[-1])
     return figure
-
-
-ARM_COLUMNS = ["who chooses", "reward", "95 % interval", "more", "95 % interval", "above", "accuracy", "passes"]
 
 
 def arm_rows(study: Study) -> list[list[str]]:
@@ -165,9 +160,6 @@ def _more(row: dict[str, Any], seeds: int) -> list[str]:
     return [gain, f"{low} to {high}", f"{row['seeds_above']} of {seeds}"]
 
 
-CHOICE_COLUMNS = ["steps", "takes", "share", "reward", "best fixed", "oracle", "accuracy", "passes", "passes, fixed"]
-
-
 def choice_rows(study: Study) -> list[list[str]]:
     return [
         [
@@ -179,17 +171,9 @@ def choice_rows(study: Study) -> list[list[str]]:
     ]  # fmt: skip
 
 
-HEAD_COLUMNS = ["dimension", "values", "entropy", "distance", "differing"]
-
-
 def head_rows(study: Study) -> list[list[str]]:
     return [
-        [
-            row["dimension"],
-            str(row["values"]),
-            percent(row["entropy"]),
-            f"{row['distance']:.2f}",
-            percent(row["differing"]),
-        ]
+        [row["dimension"], str(row["values"]), percent(row["entropy"]), f"{row['distance']:.2f}",
+         percent(row["differing"])]
         for row in study.rows
-    ]
+    ]  # fmt: skip

@@ -6,7 +6,7 @@ for each dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -103,10 +103,7 @@ class Space:
     @property
     def keys(self) -> set[str]:
         """The names of all settings that the space sets."""
-        return {key for value in self._values() for key in value.settings}
-
-    def _values(self) -> Iterator[Value]:
-        return (value for dimension in self.dimensions for value in dimension.values)
+        return {key for dimension in self.dimensions for value in dimension.values for key in value.settings}
 
     def values(self, number: int) -> list[Value]:
         """The values of the configuration with this number, one for each dimension."""
@@ -128,8 +125,7 @@ class Space:
         return {key: setting for value in self.values(number) for key, setting in value.settings.items()}
 
     def label(self, number: int) -> str:
-        pairs = zip(self.names, self.values(number), strict=True)
-        return ", ".join(f"{name} {value.label}" for name, value in pairs)
+        return ", ".join(f"{name} {value.label}" for name, value in zip(self.names, self.values(number), strict=True))
 
     def find(self, labels: Mapping[str, Any]) -> int:
         """The number of the configuration with these labels; a dimension that is not named takes its first value.
@@ -138,8 +134,7 @@ class Space:
         """
         if unknown := labels.keys() - set(self.names):
             raise ValueError(f"There is no dimension {min(unknown)}; the space has {', '.join(self.names)}.")
-        return self.number([dimension.index(labels.get(dimension.name, dimension.values[0].label))
-                            for dimension in self.dimensions])  # fmt: skip
+        return self.number([each.index(labels.get(each.name, each.values[0].label)) for each in self.dimensions])
 
     def as_data(self) -> dict[str, dict[str, dict[str, Any]]]:
         """JSON data from which `of` makes the space again."""

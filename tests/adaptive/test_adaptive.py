@@ -31,7 +31,6 @@ from coconut.adaptive import main as adaptive
 from coconut.adaptive.backends import (
     CausalModelBackend,
     FunctionBackend,
-    FunctionFailed,
     LatentBackend,
     Reply,
     collect_answers,
@@ -494,7 +493,7 @@ def test_function_backend_doubles_its_wait(monkeypatch: pytest.MonkeyPatch) -> N
         raise TimeoutError
 
     asked = FunctionBackend(never, "mine", FunctionConfig(workers=1, tries=4, wait=1.0), frozenset())
-    with pytest.raises(FunctionFailed, match="4 times"):
+    with pytest.raises(ValueError, match="failed 4 times"):
         list(asked(["1"], {}, (0,)))
     assert len(waits) == 3
     assert all(0.75 * 2**i <= wait <= 1.25 * 2**i for i, wait in enumerate(waits))
@@ -614,8 +613,6 @@ def test_outcome_table_refuses_invalid_values() -> None:
         OutcomeTable(**{**values, "score": table.score + 1})
     with pytest.raises(ValueError, match="The table of outcomes is empty"):
         OutcomeTable(**{**values, "questions": []})
-    with pytest.raises(ValueError, match="num_train_questions=4 leaves none of 4"):
-        run_experiments(table, PolicyConfig(updates=1), cost=0, default=0, num_train_questions=4, seeds=2)
 
 
 def test_arms_equal_hand_computation_and_page_is_complete(tmp_path: Path) -> None:
