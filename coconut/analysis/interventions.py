@@ -185,13 +185,12 @@ def thoughts_verdict(rows: Rows, chance_accuracy: float | None, lost: tuple[floa
     numbers = f"{_right(other)} are right instead of {_percent(as_trained['accuracy'])}{than}"
     if other["neither"]:
         numbers += f"; {_percent(other['neither'])} of the answers are then neither option"
-    sentences = [f"{first}: with the thoughts of another question {numbers}."]
-    if "mean" in rows:
-        sentences.append(_content_sentence(rows["mean"], chance_accuracy))
-    sentences.append(
+    sentences = [
+        f"{first}: with the thoughts of another question {numbers}.",
+        _content_sentence(rows["mean"], chance_accuracy),
         f"With zeros in their place {_percent(rows['zeros']['accuracy'])} are right, with noise of the same norm "
-        f"{_percent(rows['noise']['accuracy'])}. Such inputs are out of distribution, which alone may lower accuracy."
-    )
+        f"{_percent(rows['noise']['accuracy'])}. Such inputs are out of distribution, which alone may lower accuracy.",
+    ]
     if "order" in rows:
         matters = "Their order matters" if _falls(rows["order"]) else "No effect of their order is seen"
         sentences.append(f"{matters}: in another order {_right(rows['order'])}.")
@@ -327,7 +326,8 @@ def edges_verdict(rows: Rows) -> list[str]:
     }
     on_graph = (
         f"{follows[_majority_follows(redirected)]}: of {redirected['questions']} answers, "
-        f"{_percent(redirected['followed'])} name the other option when an edge is redirected so that only it is reachable."
+        f"{_percent(redirected['followed'])} name the other option when an edge is redirected so that only it is "
+        "reachable."
     )
     sentences = []
     if "redirected_old_thoughts" in rows and _majority_follows(redirected):

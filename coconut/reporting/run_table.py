@@ -12,8 +12,7 @@ from typing import Any
 
 from coconut.analysis.comparable_runs import ComparableRun
 from coconut.analysis.config import TableConfig
-from coconut.analysis.statistics import (
-    RESAMPLES,
+from coconut.analysis.run_comparison import (
     Comparison,
     Group,
     Pair,
@@ -26,6 +25,7 @@ from coconut.analysis.statistics import (
     ranked,
     same_in_all,
 )
+from coconut.analysis.statistics import RESAMPLES
 from coconut.methods import get_method
 from coconut.reporting.page import (
     Aside,

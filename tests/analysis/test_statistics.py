@@ -26,7 +26,8 @@ from scipy.stats import binomtest
 
 from coconut import evaluate
 from coconut.analysis.config import TableConfig
-from coconut.analysis.statistics import accuracy_interval, compare, difference_interval, exact_test, holm
+from coconut.analysis.run_comparison import compare
+from coconut.analysis.statistics import accuracy_interval, difference_interval, exact_test, holm
 from coconut.config import DataConfig, DataFiles, EngineConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
