@@ -45,8 +45,7 @@ class GraphQuestion:
 
         Raises ValueError if the question describes no graph or the answer is none of its two options.
         """
-        parsed = prosqa.parse_question(question)
-        target = prosqa.read_target(answer)
+        parsed, target = prosqa.parse_question(question), prosqa.read_target(answer)
         if target not in parsed.options:
             raise ValueError(f"The answer {answer!r} is none of the two options, {' and '.join(parsed.options)}.")
         first, second = parsed.options
@@ -70,9 +69,8 @@ class GraphQuestion:
 
     def on_shortest_path(self, node: str) -> bool:
         """Whether a node is on a shortest path from the root to the target."""
-        if node not in self.distance or node not in self.remaining:
-            return False
-        return self.distance[node] + self.remaining[node] == self.hops
+        on_path = node in self.distance and node in self.remaining
+        return on_path and self.distance[node] + self.remaining[node] == self.hops
 
     @cached_property
     def shortest_heights(self) -> dict[str, int]:
@@ -91,11 +89,8 @@ class GraphQuestion:
 
 def _distances_to(graph: networkx.DiGraph, nodes: Sequence[str]) -> dict[str, int]:
     """The number of edges to the nearest of these nodes, for each node that leads to one of them."""
-    return {
-        node: distance
-        for distance, layer in enumerate(networkx.bfs_layers(graph.reverse(copy=False), nodes))
-        for node in layer
-    }
+    layers = networkx.bfs_layers(graph.reverse(copy=False), nodes)
+    return {node: distance for distance, layer in enumerate(layers) for node in layer}
 
 
 def classify(parsed: GraphQuestion, steps: Sequence[str], answered_right: bool, *, hidden: bool) -> Outcome:
@@ -116,12 +111,9 @@ def classify(parsed: GraphQuestion, steps: Sequence[str], answered_right: bool, 
     elif hidden and parsed.symbolic:
         begin, edges = edges[0][1], edges[1:]
         before = _edges_from_root(parsed, begin)
-    elif hidden:
-        begin = edges[0][0]
-        before = parsed.distance.get(begin)
     else:
         begin = edges[0][0]
-        before = 0 if begin == parsed.root else None
+        before = parsed.distance.get(begin) if hidden or begin == parsed.root else None
     connected = all(first[1] == second[0] for first, second in pairwise(edges))
     if before is None or not connected or not all(parsed.graph.has_edge(*edge) for edge in edges):
         return Outcome.hallucination
@@ -172,13 +164,9 @@ def redirect(question: str, parsed: GraphQuestion, random: Random) -> Redirectio
     turns: list[Changes] = [{i: (edges[i][0], head)} for i in cuts for head in heads]
     acyclic = networkx.is_directed_acyclic_graph(parsed.graph)
     for swapped, candidates in ((True, swaps), (False, turns)):
-        lengths = [_hops_to_other(edges, changes, parsed, acyclic) for changes in candidates]
+        lengths = [(changes, _hops_to_other(edges, changes, parsed, acyclic)) for changes in candidates]
         for same_hops in (True, False):
-            fitting = [
-                changes
-                for changes, hops in zip(candidates, lengths, strict=True)
-                if hops is not None and (hops == parsed.hops) is same_hops
-            ]
+            fitting = [changes for changes, hops in lengths if hops is not None and (hops == parsed.hops) is same_hops]
             if fitting:
                 return Redirection(_with_changes(question, edges, random.choice(fitting)), swapped, same_hops)
     return None
@@ -200,11 +188,8 @@ def remove_elsewhere(question: str, parsed: GraphQuestion, random: Random) -> st
     """Remove an edge that is on no path from the root to the target or to the other option; None if there is none."""
     edges = prosqa.parse_question(question).edges
     towards_other = _distances_to(parsed.graph, [parsed.other])
-    off_path = [
-        i
-        for i, (tail, head) in enumerate(edges)
-        if head not in towards_other and not (tail in parsed.distance and head in parsed.remaining)
-    ]
+    on_path = [tail in parsed.distance and head in parsed.remaining for tail, head in edges]
+    off_path = [i for i, (_, head) in enumerate(edges) if head not in towards_other and not on_path[i]]
     return _with_changes(question, edges, {random.choice(off_path): None}) if off_path else None
 
 

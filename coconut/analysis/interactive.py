@@ -57,9 +57,8 @@ class InteractiveModel:
 
         if not question.strip():
             raise ValueError("There is no question. Type one, or draw one.")
-        lm, task = self.subject.lm, self.subject.task
-        parsed, notes = None, []
-        if task.name == prosqa.name:
+        lm, parsed, notes = self.subject.lm, None, []
+        if self.subject.task.name == prosqa.name:
             try:
                 parsed = prosqa.parse_question(question)
             except ValueError as error:
@@ -73,22 +72,16 @@ class InteractiveModel:
             after, thoughts = self._after_each(prompt, right)
             names = self._names(prompt, spellings, symbolic=bool(parsed and parsed.symbolic))
         return {
-            "row": None,
-            "question": question,
-            "right": right,
-            "notes": notes,
-            "graph": parsed and describe_graph(question, parsed, right),
-            "thoughts": thoughts,
+            "row": None, "question": question, "right": right, "notes": notes,
+            "graph": parsed and describe_graph(question, parsed, right), "thoughts": thoughts,
             "after": [one | {"names": names.get(one["thoughts"])} for one in after],
-        }
+        }  # fmt: skip
 
     @property
     def counts(self) -> list[int]:
         """The numbers of thoughts, or of pause tokens, after which a question is answered."""
-        max_thoughts = (
-            0 if self.subject.lm.reasoning.slot is Slot.none else self.subject.num_trained_thoughts + EXTRA_THOUGHTS
-        )
-        return list(range(max_thoughts + 1))
+        is_empty = self.subject.lm.reasoning.slot is Slot.none
+        return list(range(1 if is_empty else self.subject.num_trained_thoughts + EXTRA_THOUGHTS + 1))
 
     @property
     def _has_thoughts(self) -> bool:
@@ -99,10 +92,8 @@ class InteractiveModel:
         lm, max_thoughts = self.subject.lm, self.counts[-1]
         [prompt] = encode_questions(lm.tokenizer, [question], lm.reasoning.format)
         name_length = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
-        if (
-            len(prompt) + len(slot_with_markers(lm.reasoning, lm.special, max_thoughts)) + name_length
-            > lm.max_sequence_length
-        ):
+        longest_slot = slot_with_markers(lm.reasoning, lm.special, max_thoughts)
+        if len(prompt) + len(longest_slot) + name_length > lm.max_sequence_length:
             slot = f"{max_thoughts} {lm.reasoning.slot.value}s and " if max_thoughts else ""
             raise ValueError(
                 f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "
@@ -165,10 +156,7 @@ def describe_graph(question: str, parsed: prosqa.Question, right: str | None) ->
     order = sorted(graph, key=lambda node: (node not in distance, places[node][0], -places[node][1]))
     return {
         "nodes": [{"name": node, "x": places[node][0], "y": -places[node][1]} for node in order],
-        "edges": list(graph.edges),
-        "root": parsed.root,
-        "options": parsed.options,
-        "target": target,
+        "edges": list(graph.edges), "root": parsed.root, "options": parsed.options, "target": target,
         "way": networkx.shortest_path(graph, parsed.root, target) if target in distance else [],
         "symbolic": parsed.symbolic,
-    }
+    }  # fmt: skip

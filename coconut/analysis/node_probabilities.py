@@ -53,12 +53,9 @@ def spell(lm: LatentLM, nodes: Sequence[str], symbolic: bool) -> dict[str, Spell
 
 @torch.no_grad()
 def name_probabilities(
-    lm: LatentLM,
-    prompts: Sequence[list[int]],
-    candidates: Sequence[Sequence[Spelling]],
-    counts: Collection[int],
+    lm: LatentLM, prompts: Sequence[list[int]], candidates: Sequence[Sequence[Spelling]], counts: Collection[int],
     batch_size: int,
-) -> dict[tuple[int, int], list[float]]:
+) -> dict[tuple[int, int], list[float]]:  # fmt: skip
     """The probability of each candidate name, for each (index of a question, number of thoughts).
 
     `prompts`: token ids of the questions. `candidates`: the names for each question. `counts`: numbers of thoughts.
@@ -84,10 +81,9 @@ class _Context:
 
     def select(self, rows: Sequence[int]) -> _Context:
         """Copy these rows, which may repeat, to a new context."""
-        index = torch.tensor(rows, device=self.next_B.device)
-        fork = self.fork()
-        fork.cache.batch_select_indices(index)
-        return _Context(fork.cache, self.is_token_BT[index], self.next_B[index])
+        index, cache = torch.tensor(rows, device=self.next_B.device), copy(self.cache)
+        cache.batch_select_indices(index)
+        return _Context(cache, self.is_token_BT[index], self.next_B[index])
 
     def fork(self) -> _Context:
         """A copy that can be extended without changing this context."""
@@ -134,20 +130,14 @@ def _probabilities(lm: LatentLM, context: _Context, candidates: Sequence[Sequenc
                     probabilities[b][n] = float(first_BV[b, spelling.name[0]].exp())
                     if len(spelling.name) > 1:
                         multi_token.append((b, n))
-        for part in _split_by_memory(forced, multi_token):
+        bytes_each = sum(layer.keys[:1].nbytes + layer.values[:1].nbytes for layer in forced.cache.layers)
+        max_rows = max(1, _CACHE_BYTES // bytes_each)
+        for part in (multi_token[first : first + max_rows] for first in range(0, len(multi_token), max_rows)):
             names = [candidates[b][n].name for b, n in part]
             rest_log_probs = _rest_log_probs(lm, forced.select([b for b, _ in part]), names)
             for (b, n), rest_log_prob in zip(part, rest_log_probs, strict=True):
                 probabilities[b][n] *= math.exp(rest_log_prob)
     return probabilities
-
-
-def _split_by_memory(context: _Context, rows: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Split the rows into parts whose KV caches take at most _CACHE_BYTES."""
-    bytes_each = sum(layer.keys[:1].nbytes + layer.values[:1].nbytes for layer in context.cache.layers)
-    max_rows = max(1, _CACHE_BYTES // bytes_each)
-    for first in range(0, len(rows), max_rows):
-        yield rows[first : first + max_rows]
 
 
 def _rest_log_probs(lm: LatentLM, context: _Context, names: Sequence[tuple[int, ...]]) -> list[float]:

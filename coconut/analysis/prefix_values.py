@@ -44,12 +44,11 @@ def prefix_values(subject: Subject) -> Study:
     Raises NotApplicable if the model has no latent thoughts, or an answer does not fit into its context.
     """
     subject.need_thoughts()
-    lengths = [len(example.steps) for example in subject.examples]
-    groups: list[tuple[int | None, np.ndarray]] = [(None, np.arange(len(lengths)))]
-    for steps in sorted(set(lengths)):
-        indices = np.flatnonzero(np.array(lengths) == steps)
-        if MIN_GROUP_SIZE <= len(indices) < len(lengths):
-            groups.append((steps, indices))
+    lengths_N = np.array([len(example.steps) for example in subject.examples])
+    groups: list[tuple[int | None, np.ndarray]] = [(None, np.arange(len(lengths_N)))]
+    for steps, count in zip(*np.unique(lengths_N, return_counts=True), strict=True):
+        if MIN_GROUP_SIZE <= count < len(lengths_N):
+            groups.append((int(steps), np.flatnonzero(lengths_N == steps)))
     rows: list[dict[str, Any]] = []
     for of, values_NC in zip(("answer", "after_mark"), _values(subject), strict=True):
         for steps, indices in groups:
@@ -79,10 +78,8 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     lm = subject.lm
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     answers, mark_lengths = encoded_answers(lm, [e.answer for e in subject.examples])
-    slot = len(slot_with_markers(lm.reasoning, lm.special, subject.num_trained_thoughts))
-    lengths = [
-        len(question_ids) + slot + len(answer_ids) for question_ids, answer_ids in zip(questions, answers, strict=True)
-    ]
+    rows = [_layout(lm, *pair, subject.num_trained_thoughts) for pair in zip(questions, answers, strict=True)]
+    lengths = [len(row.ids) for row in rows]
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise NotApplicable(
             f"{len(too_long)} of {len(lengths)} answers, with their questions and thoughts, exceed the model's "
@@ -93,21 +90,21 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     with eval_mode(lm):
         for indices in longest_first(questions, subject.batch_size):
             for count in range(subject.num_trained_thoughts + 1):
-                rows = [_layout(lm, questions[i], count, answers[i]) for i in indices]
-                batch = collate(rows, lm.special).to(lm.device)
+                batch = collate([_layout(lm, questions[i], answers[i], count) for i in indices], lm.special).to(
+                    lm.device
+                )
                 out: Any = lm(batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True)
                 logits_MV = out.target_logits
                 logits_MV[:, lm.special.added] = -torch.inf  # generation never produces the added tokens
                 log_probs_M = target_log_probs(logits_MV, out.targets).double().cpu()
-                for i, row_log_probs_L in zip(
-                    indices, log_probs_M.split([len(answers[i]) for i in indices]), strict=True
-                ):
-                    answer_NC[i, count] = float(row_log_probs_L.sum())
-                    after_mark_NC[i, count] = float(row_log_probs_L[mark_lengths[i] :].sum())
+                by_answer = log_probs_M.split([len(answers[i]) for i in indices])
+                for i, log_probs_L in zip(indices, by_answer, strict=True):
+                    answer_NC[i, count] = float(log_probs_L.sum())
+                    after_mark_NC[i, count] = float(log_probs_L[mark_lengths[i] :].sum())
     return answer_NC, after_mark_NC
 
 
-def _layout(lm: LatentLM, question: Sequence[int], count: int, answer: Sequence[int]) -> Layout:
+def _layout(lm: LatentLM, question: Sequence[int], answer: Sequence[int], count: int) -> Layout:
     before = [*question, *slot_with_markers(lm.reasoning, lm.special, count)]
     slot_start = len(question) + lm.reasoning.markers
     return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), slot_start=slot_start)
