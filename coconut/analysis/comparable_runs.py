@@ -59,6 +59,11 @@ class ComparableRun:
     def seed(self) -> int:
         return self.record.config["seed"]
 
+    @property
+    def updates(self) -> int:
+        """All updates of the weights, with `updates_before`."""
+        return self.updates_before + self.record.description["updates"]
+
 
 def natural_key(text: str) -> list[Any]:
     """A sorting key that puts 2 before 10."""
@@ -219,9 +224,6 @@ def _refuse_different_questions(runs: Sequence[ComparableRun], name: str) -> Non
         remedy = "Evaluate them again, without too_long=skip if some runs leave questions out."
     lines = [f"The runs answered different questions ({name!r}):", *(f"  {line}" for line in listed_files), remedy]
     raise ValueError("\n".join(lines))
-
-
-# Settings of a run.
 
 
 def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Outcome(StrEnum):
 class GraphQuestion:
     """A question and its answer as a graph. `target` is the right option, `other` the wrong one."""
 
+    text: str
+    edges: Sequence[prosqa.Edge]
     graph: networkx.DiGraph
     root: str
     target: str
@@ -50,7 +52,7 @@ class GraphQuestion:
             raise ValueError(f"The answer {answer!r} is none of the two options, {' and '.join(parsed.options)}.")
         first, second = parsed.options
         other = second if target == first else first
-        return cls(prosqa.graph(question), parsed.root, target, other, parsed.symbolic)
+        return cls(question, parsed.edges, prosqa.graph(question), parsed.root, target, other, parsed.symbolic)
 
     @cached_property
     def distance(self) -> dict[str, int]:
@@ -66,6 +68,10 @@ class GraphQuestion:
     def hops(self) -> int | None:
         """The length of a shortest path from the root to the target; None if there is no path."""
         return self.distance.get(self.target)
+
+    def on_path(self, edge: prosqa.Edge) -> bool:
+        """Whether an edge is on a path from the root to the target."""
+        return edge[0] in self.distance and edge[1] in self.remaining
 
     def on_shortest_path(self, node: str) -> bool:
         """Whether a node is on a shortest path from the root to the target."""
@@ -145,15 +151,14 @@ class Redirection(NamedTuple):
     same_hops: bool
 
 
-def redirect(question: str, parsed: GraphQuestion, random: Random) -> Redirection | None:
+def redirect(parsed: GraphQuestion, random: Random) -> Redirection | None:
     """Redirect an edge of the path to the target towards the other option; None if no single change does this.
 
     An exchange of the heads of two edges is preferred, then a path of the same length. Among equally good changes one
     is chosen at random.
     """
-    edges = prosqa.parse_question(question).edges
+    edges, cuts = parsed.edges, _cut_edges(parsed)
     towards_other = _distances_to(parsed.graph, [parsed.other])
-    cuts = _cut_edges(edges, parsed)
     swaps: list[Changes] = [
         {i: (edges[i][0], head), j: (tail, edges[i][1])}
         for i in cuts
@@ -164,33 +169,34 @@ def redirect(question: str, parsed: GraphQuestion, random: Random) -> Redirectio
     turns: list[Changes] = [{i: (edges[i][0], head)} for i in cuts for head in heads]
     acyclic = networkx.is_directed_acyclic_graph(parsed.graph)
     for swapped, candidates in ((True, swaps), (False, turns)):
-        lengths = [(changes, _hops_to_other(edges, changes, parsed, acyclic)) for changes in candidates]
+        lengths = [(changes, _hops_to_other(parsed, changes, acyclic)) for changes in candidates]
         for same_hops in (True, False):
             fitting = [changes for changes, hops in lengths if hops is not None and (hops == parsed.hops) is same_hops]
             if fitting:
-                return Redirection(_with_changes(question, edges, random.choice(fitting)), swapped, same_hops)
+                text = prosqa.with_edges(parsed.text, _changed(edges, random.choice(fitting)))
+                return Redirection(text, swapped, same_hops)
     return None
 
 
-def remove_on_path(question: str, parsed: GraphQuestion, random: Random) -> str | None:
+def remove_on_path(parsed: GraphQuestion, random: Random) -> str | None:
     """Remove an edge that is on all paths to the target, so that neither option is reachable; None if there is none.
 
     The last edge of the root is removed only if there is no other such edge: the root stays in the graph.
     """
-    edges = prosqa.parse_question(question).edges
-    cuts = _cut_edges(edges, parsed)
-    edges_at_root = [i for i, edge in enumerate(edges) if parsed.root in edge]
-    cuts = [i for i in cuts if edges_at_root != [i]] or cuts
-    return _with_changes(question, edges, {random.choice(cuts): None}) if cuts else None
+    cuts = _cut_edges(parsed)
+    edges_at_root = [i for i, edge in enumerate(parsed.edges) if parsed.root in edge]
+    return _without_one_of([i for i in cuts if edges_at_root != [i]] or cuts, parsed, random)
 
 
-def remove_elsewhere(question: str, parsed: GraphQuestion, random: Random) -> str | None:
+def remove_elsewhere(parsed: GraphQuestion, random: Random) -> str | None:
     """Remove an edge that is on no path from the root to the target or to the other option; None if there is none."""
-    edges = prosqa.parse_question(question).edges
     towards_other = _distances_to(parsed.graph, [parsed.other])
-    on_path = [tail in parsed.distance and head in parsed.remaining for tail, head in edges]
-    off_path = [i for i, (_, head) in enumerate(edges) if head not in towards_other and not on_path[i]]
-    return _with_changes(question, edges, {random.choice(off_path): None}) if off_path else None
+    off_path = [i for i, edge in enumerate(parsed.edges) if edge[1] not in towards_other and not parsed.on_path(edge)]
+    return _without_one_of(off_path, parsed, random)
+
+
+def _without_one_of(indices: Sequence[int], parsed: GraphQuestion, random: Random) -> str | None:
+    return prosqa.with_edges(parsed.text, _changed(parsed.edges, {random.choice(indices): None})) if indices else None
 
 
 Changes = Mapping[int, prosqa.Edge | None]  # new edges, None to remove, by the index of an edge in the question
@@ -200,24 +206,20 @@ def _changed(edges: Sequence[prosqa.Edge], changes: Changes) -> list[prosqa.Edge
     return [changes.get(i, edge) for i, edge in enumerate(edges)]
 
 
-def _with_changes(question: str, edges: Sequence[prosqa.Edge], changes: Changes) -> str:
-    return prosqa.with_edges(question, _changed(edges, changes))
-
-
-def _cut_edges(edges: Sequence[prosqa.Edge], parsed: GraphQuestion) -> list[int]:
+def _cut_edges(parsed: GraphQuestion) -> list[int]:
     """The edges that are on all paths to the target; none if it is not reachable or if both options are."""
     if parsed.hops is None or parsed.other in parsed.distance:
         return []
-    on_path = [i for i, (tail, head) in enumerate(edges) if tail in parsed.distance and head in parsed.remaining]
-    return [i for i in on_path if parsed.target not in _distances_from(parsed.root, _changed(edges, {i: None}))]
+    on_path = [i for i, edge in enumerate(parsed.edges) if parsed.on_path(edge)]
+    return [i for i in on_path if parsed.target not in _distances_from(parsed.root, _changed(parsed.edges, {i: None}))]
 
 
-def _hops_to_other(edges: Sequence[prosqa.Edge], changes: Changes, parsed: GraphQuestion, acyclic: bool) -> int | None:
+def _hops_to_other(parsed: GraphQuestion, changes: Changes, acyclic: bool) -> int | None:
     """The distance of the other option after the changes; None if it is not the only reachable option.
 
     None, too, if the changes make a duplicate edge or a self-loop, or a cycle in an acyclic graph.
     """
-    after = [edge for edge in _changed(edges, changes) if edge]
+    after = [edge for edge in _changed(parsed.edges, changes) if edge]
     reached = _distances_from(parsed.root, after)
     if parsed.target in reached or len(set(after)) < len(after) or any(tail == head for tail, head in after):
         return None

@@ -255,10 +255,9 @@ def audit_edges(subject: Subject) -> Study:
     graphs = subject.graphs
     correct = [i for i, prediction in enumerate(subject.baseline.predictions) if prediction.correct]
 
-    def edited(edit: Callable[[str, GraphQuestion, Random], Any]) -> dict[int, Any]:
+    def edited(edit: Callable[[GraphQuestion, Random], Any]) -> dict[int, Any]:
         """The changed questions by index, of questions answered correctly that have such an edge."""
-        edits = {i: edit(subject.examples[i].question, graphs[i], Random(f"{SEED} {i}")) for i in correct}
-        return {i: change for i, change in edits.items() if change}
+        return {i: change for i in correct if (change := edit(graphs[i], Random(f"{SEED} {i}")))}
 
     rows: Rows = {}
 
@@ -332,17 +331,14 @@ def edges_verdict(rows: Rows) -> list[str]:
     sentences = []
     if "redirected_old_thoughts" in rows and _majority_follows(redirected):
         old, alone = rows["redirected_old_thoughts"], rows["redirected_thoughts_only"]
-        text, thoughts = _majority_follows(old), _majority_follows(alone)
-        if thoughts and text is False:
-            first = "The thoughts carry the answer"
-        elif text and thoughts is False:
-            first = "The question carries the answer, not the thoughts"
-        elif text and thoughts:
-            first = "Changing the thoughts or the question alone changes most answers"
-        elif text is None or thoughts is None:
-            first = "It is not clear whether the thoughts or the question carry the answer"
-        else:
-            first = "Neither the thoughts nor the question carry the answer alone"
+        by_text_and_thoughts: dict[Any, str] = {
+            (False, True): "The thoughts carry the answer",
+            (True, False): "The question carries the answer, not the thoughts",
+            (True, True): "Changing the thoughts or the question alone changes most answers",
+            (False, False): "Neither the thoughts nor the question carry the answer alone",
+        }
+        unclear = "It is not clear whether the thoughts or the question carry the answer"
+        first = by_text_and_thoughts.get((_majority_follows(old), _majority_follows(alone)), unclear)
         sentences.append(
             f"{first}: if only the question is changed and the original thoughts are fed, "
             f"{_percent(old['followed'])} of the answers follow the change; if only the thoughts are those of the "
@@ -355,10 +351,8 @@ def edges_verdict(rows: Rows) -> list[str]:
             f"{_percent(rows['removed']['changed'])} of the answers change; guesses would in about half of the cases."
         )
     if "removed_elsewhere" in rows:
-        row = rows["removed_elsewhere"]
-        sentences.append(
-            f"With an edge removed that is on no path to an option, {_percent(row['changed'])} of the answers change."
-        )
+        share = _percent(rows["removed_elsewhere"]["changed"])
+        sentences.append(f"With an edge removed that is on no path to an option, {share} of the answers change.")
     return sentences
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify
-from coconut.analysis.node_probabilities import name_probabilities, spell
+from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import EvalResult, Evaluated, Prediction, evaluate
@@ -93,16 +93,9 @@ class Subject:
         return forms == {True}
 
     @cached_property
-    def nodes(self) -> list[str]:
-        """The names of the nodes of all questions."""
-        return sorted({node for parsed in self.graphs for node in parsed.graph})
-
-    @property
-    def has_graphs(self) -> bool:
-        try:
-            return bool(self.graphs)
-        except ValueError:
-            return False
+    def spellings(self) -> dict[str, Spelling]:
+        """The token ids of the names of the nodes of all questions."""
+        return spell(self.lm, sorted({node for parsed in self.graphs for node in parsed.graph}), self.symbolic)
 
     @property
     def warning(self) -> str:
@@ -161,12 +154,14 @@ def accuracy_of(result: EvalResult) -> dict[str, Any]:
 
 def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool) -> dict[str, int | None]:
     """The number of answers of each outcome class; None without graphs. `hidden`: see `classify`."""
-    if not subject.has_graphs:
+    try:
+        graphs = subject.graphs
+    except NotApplicable:
         return dict.fromkeys(Outcome)
     steps = [subject.task.read_steps(prediction.text, subject.lm.reasoning.format) for prediction in predictions]
     counts = Counter(
         classify(parsed, written, prediction.correct, hidden=hidden)
-        for parsed, written, prediction in zip(subject.graphs, steps, predictions, strict=True)
+        for parsed, written, prediction in zip(graphs, steps, predictions, strict=True)
     )
     return {outcome.value: counts[outcome] for outcome in Outcome}
 
@@ -224,8 +219,7 @@ def next_step_values(subject: Subject) -> list[Study]:
     subject.need_thoughts()
     lm, c, offset = subject.lm, subject.lm.reasoning.thoughts_per_step, int(subject.symbolic)
     prompts = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
-    spellings = spell(lm, subject.nodes, subject.symbolic)
-    candidates = [[spellings[node] for node in parsed.graph] for parsed in subject.graphs]
+    candidates = [[subject.spellings[node] for node in parsed.graph] for parsed in subject.graphs]
     counts = range(c * (1 - offset), subject.num_trained_thoughts + 1, c)
     probabilities = name_probabilities(lm, prompts, candidates, counts, subject.batch_size)
     rows = []
@@ -304,7 +298,7 @@ def inner_products(subject: Subject) -> Study:
     embed = lm.base.get_input_embeddings()
     vectors = {
         node: embed(torch.tensor(spelling.name, device=lm.device)).float().mean(0).cpu()
-        for node, spelling in spell(lm, subject.nodes, subject.symbolic).items()
+        for node, spelling in subject.spellings.items()
     }
     products: dict[tuple[int, str], list[float]] = defaultdict(list)
     for parsed, thoughts_KD in zip(subject.graphs, subject.baseline.thoughts, strict=True):

@@ -27,8 +27,6 @@ SIGNIFICANCE = 0.05  # the largest p value of a significant difference
 TRUNCATION_WARNING = 0.01  # the share of truncated answers from which a warning is given
 SHOWN_KEYS = 3  # how many differing keys a label has at most
 
-# Groups and pairs.
-
 
 @dataclass(frozen=True)
 class Group:
@@ -155,9 +153,6 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
 
 
-# The comparison.
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A comparison of groups, in the order of METHODS, with all pairs and with warnings for the reader.
@@ -220,13 +215,8 @@ def _row(group: Group) -> dict[str, Any]:
         "language_tokens": group.mean("mean_new_tokens"), "thoughts": group.mean("num_thoughts"),
         **{key: group.mean(key) for key in ("truncated", "passes", "seconds_per_item")},
         "batch_size": same_in_all([run.evaluation.get("batch_size") for run in group.runs]),
-        "updates": sum(map(updates_of, group.runs)) / len(group.runs),
+        "updates": sum(run.updates for run in group.runs) / len(group.runs),
     }  # fmt: skip
-
-
-def updates_of(run: ComparableRun) -> int:
-    """All updates of the weights, with those of the runs from which they were initialized."""
-    return run.updates_before + run.record.description["updates"]
 
 
 def same_in_all(values: Sequence[Any]) -> Any:
@@ -239,9 +229,6 @@ def describe_seeds(seeds: Sequence[int]) -> str:
     if len(seeds) > 2 and all(b == a + 1 for a, b in pairwise(seeds)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
-
-
-# Warnings.
 
 
 def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
@@ -261,9 +248,9 @@ def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     if len(sizes := {run.evaluation.get("batch_size") for run in runs}) > 1:
         shown_sizes = ", ".join(sorted("unknown" if size is None else str(size) for size in sizes))
         warnings.append(f"Times were taken at different batch sizes ({shown_sizes}), so they cannot be compared.")
-    if same_in_all([updates_of(run) for run in runs]) is None:
-        fewest, *_, most = sorted(map(updates_of, runs))
-        warnings.append(f"The runs have different numbers of updates: {fewest:,} to {most:,}.")
+    updates = [run.updates for run in runs]
+    if min(updates) < max(updates):
+        warnings.append(f"The runs have different numbers of updates: {min(updates):,} to {max(updates):,}.")
     shares = [(group.label, group.mean("truncated")) for group in groups]
     if truncated := [f"{label} {100 * share:.1f} %" for label, share in shares if share >= TRUNCATION_WARNING]:
         warnings.append(f"Answers truncated at the limit of new tokens: {listed(truncated)}.")

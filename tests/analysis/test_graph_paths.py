@@ -196,9 +196,9 @@ def reachable(question: str) -> set[str]:
     return networkx.descendants(graph, graph.graph["root"]) & set(graph.graph["options"])
 
 
-def rows() -> list[tuple[str, GraphQuestion]]:
-    found = [*RELEASED, *graph_rows(seed=5, count=60, nodes=10)]
-    return [(row["question"], GraphQuestion.read(row["question"], row["answer"])) for row in found]
+def graphs() -> list[GraphQuestion]:
+    rows = [*RELEASED, *graph_rows(seed=5, count=60, nodes=10)]
+    return [GraphQuestion.read(row["question"], row["answer"]) for row in rows]
 
 
 def degrees(question: str) -> dict[str, tuple[int, int]]:
@@ -208,27 +208,27 @@ def degrees(question: str) -> dict[str, tuple[int, int]]:
 
 def test_after_a_redirection_exactly_the_other_option_is_reachable() -> None:
     swapped = 0
-    for number, (question, asked) in enumerate(rows()):
-        if found := redirect(question, asked, Random(number)):
+    for number, asked in enumerate(graphs()):
+        if found := redirect(asked, Random(number)):
             after = prosqa.graph(found.question)
-            assert reachable(question) == {asked.target}
+            assert reachable(asked.text) == {asked.target}
             assert reachable(found.question) == {asked.other}
             assert networkx.is_directed_acyclic_graph(after)
             hops = networkx.shortest_path_length(after, asked.root, asked.other)
             assert found.same_hops == (hops == asked.hops)
-            before, edges = prosqa.parse_question(question), prosqa.parse_question(found.question).edges
+            before, edges = prosqa.parse_question(asked.text), prosqa.parse_question(found.question).edges
             differing = [pair for pair in zip(before.edges, edges, strict=True) if pair[0] != pair[1]]
             assert len(differing) == 1 + found.swapped
-            assert (degrees(question) == degrees(found.question)) == found.swapped
+            assert (degrees(asked.text) == degrees(found.question)) == found.swapped
             assert all(old[0] == new[0] for old, new in differing)
-            assert prosqa.with_edges(found.question, before.edges) == question
+            assert prosqa.with_edges(found.question, before.edges) == asked.text
             swapped += found.swapped
     assert swapped > 40
 
 
 def test_redirect_turns_one_edge_if_no_two_can_be_swapped() -> None:
     question = "a t | x y | x t ? t or y from a"  # a swap would tell x t twice
-    found = redirect(question, GraphQuestion.read(question, "t"), Random(0))
+    found = redirect(GraphQuestion.read(question, "t"), Random(0))
     assert found == ("a y | x y | x t ? t or y from a", False, True)
 
 
@@ -241,17 +241,17 @@ def test_redirect_turns_one_edge_if_no_two_can_be_swapped() -> None:
     ],
 )
 def test_redirect_gives_none_if_no_single_change_suffices(question: str) -> None:
-    assert redirect(question, GraphQuestion.read(question, "t"), Random(0)) is None
+    assert redirect(GraphQuestion.read(question, "t"), Random(0)) is None
 
 
 def test_remove_on_path_disconnects_both_options() -> None:
-    for number, (question, asked) in enumerate(rows()):
-        found = remove_on_path(question, asked, Random(number))
+    for number, asked in enumerate(graphs()):
+        found = remove_on_path(asked, Random(number))
         ways = list(networkx.edge_disjoint_paths(asked.graph, asked.root, asked.target))
         assert (found is None) == (len(ways) > 1)
         if found:
             assert reachable(found) == set()
-            assert len(prosqa.parse_question(found).edges) == len(prosqa.parse_question(question).edges) - 1
+            assert len(prosqa.parse_question(found).edges) == len(prosqa.parse_question(asked.text).edges) - 1
 
 
 def test_remove_elsewhere_keeps_all_paths_to_the_options() -> None:
@@ -260,10 +260,10 @@ def test_remove_elsewhere_keeps_all_paths_to_the_options() -> None:
         return list(networkx.all_simple_paths(graph, asked.root, asked.target)), networkx.ancestors(graph, asked.other)
 
     removed = 0
-    for number, (question, asked) in enumerate(rows()):
-        if found := remove_elsewhere(question, asked, Random(number)):
-            assert ways(found, asked) == ways(question, asked)
-            assert len(prosqa.parse_question(found).edges) == len(prosqa.parse_question(question).edges) - 1
+    for number, asked in enumerate(graphs()):
+        if found := remove_elsewhere(asked, Random(number)):
+            assert ways(found, asked) == ways(asked.text, asked)
+            assert len(prosqa.parse_question(found).edges) == len(prosqa.parse_question(asked.text).edges) - 1
             removed += 1
     assert removed > 40
 

@@ -196,7 +196,7 @@ def test_answers_to_changed_graphs_are_counted(examined: Subject, edges: Study) 
 
 def test_answers_follow_if_they_name_the_right_option_of_the_changed_graph(examined: Subject, edges: Study) -> None:
     right = [i for i, prediction in enumerate(examined.baseline.predictions) if prediction.correct]
-    found = {i: redirect(EXAMPLES[i].question, examined.graphs[i], Random(f"0 {i}")) for i in right}
+    found = {i: redirect(examined.graphs[i], Random(f"0 {i}")) for i in right}
     questions = {i: each.question for i, each in found.items() if each}
     before, asked = [EXAMPLES[i] for i in questions], list(questions)
     turned = [replace(EXAMPLES[i], question=question) for i, question in questions.items()]
