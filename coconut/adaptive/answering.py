@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from coconut.adaptive.backends import LatentBackend
 from coconut.adaptive.chooser import Answered, Chooser
@@ -11,9 +10,7 @@ from coconut.engine.base import autocast
 from coconut.generation.answer_file import write_answers
 from coconut.generation.config import GenerateConfig
 from coconut.generation.terminal import note, typed_questions, warn_of_truncation, warn_of_unknown
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
+from coconut.models.latent_lm import LatentLM
 
 
 def answer_by_policy(lm: LatentLM, questions: Sequence[str], config: GenerateConfig) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,13 +26,11 @@ from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.console import progress_bar
 from coconut.utils.files import explain_full_disk
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from coconut.utils.torch_utils import seeded
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 CHUNK = 256  # questions of one call of a backend; a model's replies to them are logged together
 SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model backend

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,10 +16,8 @@ from coconut.adaptive.judges import Vote
 from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import ConfigurationPolicy
 from coconut.adaptive.space import Settings
+from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 TOLERANCE = 0.02  # the largest relative distance between the probe's embedding and the stored one
 

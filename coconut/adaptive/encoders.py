@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from coconut.utils.torch_utils import eval_mode
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 POOLINGS = ("mean", "last")
 

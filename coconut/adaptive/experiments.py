@@ -30,7 +30,6 @@ class Arm:
     `numbers`: the chosen configurations; none for one that chooses at random.
     """
 
-    name: str
     reward: NDArray[np.float32]
     correct: NDArray[np.float32]
     passes: NDArray[np.float32]
@@ -45,11 +44,8 @@ class Experiments:
     cost: float
     train: NDArray[np.int64]
     test: NDArray[np.int64]
-    arms: list[Arm]
+    arms: dict[str, Arm]
     learned: LearningResult
-
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
 
 
 def run_experiments(
@@ -72,21 +68,21 @@ def run_experiments(
     embeddings, rewards_STC = torch.from_numpy(table.embeddings), torch.from_numpy(rewards[train])
     train_embeddings, test_embeddings = embeddings[torch.from_numpy(train)], embeddings[torch.from_numpy(test)]
 
-    def arm(name: str, numbers: NDArray[Any]) -> Arm:
-        return Arm(name, rewards[test, numbers], table.correct[test, numbers], table.passes[test, numbers], numbers)
+    def arm(numbers: NDArray[Any]) -> Arm:
+        return Arm(rewards[test, numbers], table.correct[test, numbers], table.passes[test, numbers], numbers)
 
-    def fixed_arm(name: str, number_S: NDArray[np.int64]) -> Arm:
-        return arm(name, np.broadcast_to(number_S[:, None], test.shape))
+    def fixed_arm(number_S: NDArray[np.int64]) -> Arm:
+        return arm(np.broadcast_to(number_S[:, None], test.shape))
 
     def greedy(learned: LearningResult, questions: torch.Tensor) -> NDArray[np.int64]:
         return learned.policy.best(questions).numpy()
 
     means = [values.mean(1)[test] for values in (rewards, table.correct, table.passes)]
-    random = Arm("random", *means, numbers=np.empty(0, np.int64))
-    arms = [random, fixed_arm("default", np.full(seeds, default)), fixed_arm(BEST_FIXED, fixed_S)]
+    random = Arm(*means, numbers=np.empty(0, np.int64))
+    arms = {"random": random, "default": fixed_arm(np.full(seeds, default)), BEST_FIXED: fixed_arm(fixed_S)}
     learned = learn(space, train_embeddings, rewards_STC, config, seed=seed)
     blind = learn(space, torch.zeros_like(train_embeddings), rewards_STC, config, seed=seed)
-    arms.append(arm("blind policy", greedy(blind, torch.zeros_like(test_embeddings))))
+    arms["blind policy"] = arm(greedy(blind, torch.zeros_like(test_embeddings)))
     indices_S = [torch.from_numpy(indices) for indices in np.unravel_index(fixed_S, space.sizes)]
     for j, name in enumerate(space.names if len(space.names) > 1 else ()):
         fixed = [None if i == j else indices for i, indices in enumerate(indices_S)]
@@ -94,9 +90,9 @@ def run_experiments(
         own_indices = np.unravel_index(greedy(single, test_embeddings), space.sizes)[j]
         index_arrays = [own_indices if i == j else np.broadcast_to(indices.numpy()[:, None], test.shape)
                  for i, indices in enumerate(indices_S)]  # fmt: skip
-        arms.append(arm(f"{name} alone", space.number(index_arrays)))
-    arms.append(arm(POLICY, greedy(learned, test_embeddings)))
-    arms.append(arm(ORACLE, np.asarray(rewards.argmax(1))[test]))
+        arms[f"{name} alone"] = arm(space.number(index_arrays))
+    arms[POLICY] = arm(greedy(learned, test_embeddings))
+    arms[ORACLE] = arm(np.asarray(rewards.argmax(1))[test])
     return Experiments(table, cost, train, test, arms, learned)
 
 
@@ -109,20 +105,20 @@ def mean_and_interval(values_S: NDArray[Any]) -> tuple[float, float, float]:
 
 def arms_study(results: Experiments) -> Study:
     """A row for each arm: the mean over seeds, the gain over the best fixed configuration, and 95 % intervals."""
-    best = results.arm(BEST_FIXED).reward.mean(1)
+    best = results.arms[BEST_FIXED].reward.mean(1)
     rows = []
-    for arm in results.arms:
+    for name, arm in results.arms.items():
         reward_S = arm.reward.mean(1)
         reward, low, high = mean_and_interval(reward_S)
         more, more_low, more_high = mean_and_interval(reward_S - best)
         rows.append({
-            "arm": arm.name, "reward": reward, "low": low, "high": high, "more": more, "more_low": more_low,
+            "arm": name, "reward": reward, "low": low, "high": high, "more": more, "more_low": more_low,
             "more_high": more_high, "seeds_above": int((reward_S > best).sum()),
             "accuracy": float(arm.correct.mean()), "passes": float(arm.passes.mean()),
         })  # fmt: skip
     S, T = results.train.shape
     row = {row["arm"]: row for row in rows}
-    numbers = results.arm(BEST_FIXED).numbers
+    numbers = results.arms[BEST_FIXED].numbers
     common = int(np.bincount(numbers[:, 0]).argmax())
     facts = {
         "questions": len(results.table.questions), "configurations": len(results.table.space), "seeds": S,
@@ -170,7 +166,7 @@ def heads_study(results: Experiments) -> Study:
     table, policy = results.table, results.learned.policy
     test_embeddings = torch.from_numpy(table.embeddings)[torch.from_numpy(results.test)]
     probabilities = policy.probabilities(test_embeddings, results.learned.temperature)
-    each = np.unravel_index(results.arm(POLICY).numbers, table.space.sizes)
+    each = np.unravel_index(results.arms[POLICY].numbers, table.space.sizes)
     differing = [float(np.mean([1 - ((np.bincount(row) / len(row)) ** 2).sum() for row in rows])) for rows in each]
     entropy, distance = (values.mean(0).tolist() for values in (entropies(probabilities), distances(probabilities)))
     rows = [
@@ -187,16 +183,18 @@ def choices_study(results: Experiments) -> Study:
     rows = []
     for steps in np.unique(steps_SU):
         mask = steps_SU == steps
-        counts = np.bincount(results.arm(POLICY).numbers[mask])
+        counts = np.bincount(results.arms[POLICY].numbers[mask])
         row = {"steps": int(steps), "questions": int((table.steps == steps).sum()),
                "takes": space.label(int(counts.argmax())), "share": float(counts.max() / counts.sum())}  # fmt: skip
-        for arm in map(results.arm, (BEST_FIXED, POLICY, ORACLE)):
-            key = arm.name.replace(" ", "_")
+        for arm_name in (BEST_FIXED, POLICY, ORACLE):
+            key, arm = arm_name.replace(" ", "_"), results.arms[arm_name]
             values = {"reward": arm.reward, "accuracy": arm.correct, "passes": arm.passes}
             row |= {f"{key}_{name}": float(value[mask].mean()) for name, value in values.items()}
         rows.append(row)
     return Study("choices", rows)
 
 
-def studies(results: Experiments) -> list[Study]:
-    return [arms_study(results), curve_study(results), heads_study(results), choices_study(results)]
+def studies(results: Experiments) -> dict[str, Study]:
+    """All studies by name."""
+    made = arms_study(results), curve_study(results), heads_study(results), choices_study(results)
+    return {study.name: study for study in made}

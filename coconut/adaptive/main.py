@@ -74,7 +74,7 @@ def learn_and_report(config: AdaptiveConfig, table: OutcomeTable) -> None:
         seeds=config.seeds, seed=config.seed,
     )  # fmt: skip
     all_studies = studies(results)
-    for study in all_studies:
+    for study in all_studies.values():
         study.write(folder)
     results.learned.policy.save(folder / POLICY, {**policy_metadata(table), "cost": config.cost})
     log(on_screen(all_studies))

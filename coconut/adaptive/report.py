@@ -52,10 +52,9 @@ CHOICES = (
 )
 
 
-def sentences(studies: Sequence[Study]) -> list[str]:
+def sentences(studies: dict[str, Study]) -> list[str]:
     """The results in sentences: headroom, gain of the policy, and what it owes to the question."""
-    by_name = {study.name: study for study in studies}
-    facts, rows = by_name["arms"].facts, {row["arm"]: row for row in by_name["arms"].rows}
+    facts, rows = studies["arms"].facts, {row["arm"]: row for row in studies["arms"].rows}
     (low, high), policy, blind = facts["headroom_interval"], rows[POLICY], rows["blind policy"]
     lines = [
         f"The headroom is {facts['headroom']:+.3f} of reward ({low:+.3f} to {high:+.3f}): from the best fixed "
@@ -74,27 +73,25 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         lines[-1] += f" That is {100 * gain / facts['headroom']:.0f} % of the headroom."
     lines.append(f"The reward of a policy that does not see the question is {blind['reward']:.3f}; that of the policy "
                  f"is {policy['reward']:.3f}.")  # fmt: skip
-    if max(row["differing"] for row in by_name["heads"].rows) < SMALL_DIFFERENCE:
+    if max(row["differing"] for row in studies["heads"].rows) < SMALL_DIFFERENCE:
         lines.append("The policy takes nearly the same configuration for all questions.")
     return lines
 
 
-def on_screen(studies: Sequence[Study]) -> str:
+def on_screen(studies: dict[str, Study]) -> str:
     """Sentences and table as text for a terminal."""
-    arms = next(study for study in studies if study.name == "arms")
-    rows = [[cells[i] for i in (0, 1, 3, 6, 7)] for cells in (ARM_COLUMNS, *arm_rows(arms))]
+    rows = [[cells[i] for i in (0, 1, 3, 6, 7)] for cells in (ARM_COLUMNS, *arm_rows(studies["arms"]))]
     return "\n".join([*map(wrapped, sentences(studies)), "", *aligned(rows)])
 
 
-def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
+def adaptive_page(studies: dict[str, Study], name: str, folder: Path) -> str:
     """The HTML page of all studies."""
-    by_name = {study.name: study for study in studies}
-    curve, names = by_name["curve"], by_name["curve"].facts["names"]
+    arms, curve, names = studies["arms"], studies["curve"], studies["curve"].facts["names"]
     sections = [
         Section("headline", None, [
             Lead(sentences(studies)),
-            Table(ARM_COLUMNS, arm_rows(by_name["arms"]), len(ARM_COLUMNS) - 1),
-            Text(ABOUT.format(**by_name["arms"].facts)),
+            Table(ARM_COLUMNS, arm_rows(arms), len(ARM_COLUMNS) - 1),
+            Text(ABOUT.format(**arms.facts)),
             Text(ARMS),
         ]),
         Section("learning", "How it learned", [
@@ -102,9 +99,9 @@ def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
             figure_of(lambda width: curves(curve, width), "curve", "Regret and entropy over updates.", CURVE),
         ]),
         Section("choices", "What it chooses", [
-            Table(CHOICE_COLUMNS, choice_rows(by_name["choices"]), 7),
+            Table(CHOICE_COLUMNS, choice_rows(studies["choices"]), 7),
             Text(CHOICES),
-            Table(HEAD_COLUMNS, head_rows(by_name["heads"]), 4),
+            Table(HEAD_COLUMNS, head_rows(studies["heads"]), 4),
             Text(HEADS),
         ]),
     ]  # fmt: skip

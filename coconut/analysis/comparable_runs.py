@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +22,8 @@ from coconut.config import TrainConfig, identity
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen
 from coconut.methods import Curriculum, Unit, plan
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config
+from coconut.runs.record import RunRecord, read_run
 from coconut.utils.files import read_json
-
-if TYPE_CHECKING:
-    from coconut.runs.record import RunRecord
 
 # Keys that identify a run and are not settings on which a comparison depends.
 NOT_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
@@ -95,14 +93,9 @@ def expand_patterns(names: Sequence[str]) -> list[Path]:
 def comparable_runs(names: Sequence[str], name: str = "test") -> list[ComparableRun]:
     """Read runs and their evaluation `name`, and check that the runs may be ranked by it.
 
-    Raises ValueError, with the reason and the remedy, if
-    - a run is not complete or not evaluated,
-    - an evaluation used training or validation data of the run, non-default settings, or a checkpoint that is not the
-      best,
-    - the evaluations are on different questions.
+    Raises ValueError, with the remedy, if a run is not complete or not evaluated, if an evaluation used seen data,
+    non-default settings or not the best checkpoint, or if the evaluations are on different questions.
     """
-    from coconut.runs.record import read_run
-
     records = [read_run(folder) for folder in expand_patterns(names)]
     steps = [(record, record.step, record.description["updates"]) for record in records]
     _refuse(

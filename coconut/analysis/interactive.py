@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx
 import torch
@@ -16,12 +16,11 @@ from coconut.analysis.probes import EXTRA_THOUGHTS, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
+from coconut.engine.base import autocast
 from coconut.generation.generate import logit_lens
 from coconut.methods import Slot
+from coconut.models.latent_lm import LatentLM
 from coconut.tasks import prosqa
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class InteractiveModel:
         `right`: the right answer; by default the only option that the root reaches in the graph, if there is one.
         Raises ValueError if the question is empty or too long for the model's context.
         """
-        from coconut.engine.base import autocast
-
         if not question.strip():
             raise ValueError("There is no question. Type one, or draw one.")
         lm, parsed, notes = self.subject.lm, None, []

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_path
 from coconut.analysis.probes import EXTRA_THOUGHTS, Subject, accuracy_of
@@ -23,9 +24,6 @@ from coconut.evaluation.evaluator import Evaluated, Prediction
 from coconut.methods import Slot
 from coconut.runs.study import Study
 from coconut.tasks import Task, prosqa
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SEED = 0
 # Limits of the share of the accuracy above chance that is lost with the thoughts of another question.

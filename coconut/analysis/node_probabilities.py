@@ -9,19 +9,16 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.torch_utils import eval_mode
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from coconut.models.latent_lm import LatentLM
 
 _CACHE_BYTES = 2**28  # the largest KV cache that is made for names of several tokens
 
@@ -97,9 +94,6 @@ class _Context:
         self.next_B = self.next_B + L
         return lm.hidden_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)
 
-    def extend_ids(self, lm: LatentLM, ids_BL: Tensor) -> Tensor:
-        return self.extend(lm, lm.base.get_input_embeddings()(ids_BL))
-
 
 def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[int]) -> Iterator[tuple[int, _Context]]:
     """Yield each number of thoughts, in rising order, with the context after the prompts and that many thoughts."""
@@ -121,8 +115,8 @@ def _probabilities(lm: LatentLM, context: _Context, candidates: Sequence[Sequenc
     for before in {spelling.before for of_row in candidates for spelling in of_row}:
         forced = context.fork()
         forced_L = torch.tensor([lm.special.eot, *before], device=lm.device)
-        states_BLD = forced.extend_ids(lm, forced_L.expand(len(candidates), -1))
-        first_BV = lm.logits(states_BLD[:, -1]).float().log_softmax(-1).cpu()
+        embeds_BLD = lm.base.get_input_embeddings()(forced_L).expand(len(candidates), -1, -1)
+        first_BV = lm.logits(forced.extend(lm, embeds_BLD)[:, -1]).float().log_softmax(-1).cpu()
         multi_token: list[tuple[int, int]] = []
         for b, of_row in enumerate(candidates):
             for n, spelling in enumerate(of_row):
@@ -146,7 +140,7 @@ def _rest_log_probs(lm: LatentLM, context: _Context, names: Sequence[tuple[int, 
     padded = [[*name, *[lm.special.pad] * (width + 1 - len(name))] for name in names]
     ids_RL = torch.tensor(padded, device=lm.device)
     is_name_RL = torch.tensor([[j < len(name) - 1 for j in range(width)] for name in names], device=lm.device)
-    states_RLD = context.extend_ids(lm, ids_RL[:, :-1])
+    states_RLD = context.extend(lm, lm.base.get_input_embeddings()(ids_RL[:, :-1]))
     log_probs_RLV = lm.logits(states_RLD).float().log_softmax(-1)
     log_probs_RL = log_probs_RLV.gather(-1, ids_RL[:, 1:, None])[..., 0]
     return torch.where(is_name_RL, log_probs_RL, 0.0).sum(1).tolist()

@@ -11,23 +11,21 @@ Shapes: N questions, K thoughts, C = K + 1 numbers of thoughts; M tokens of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from coconut.analysis.probes import Subject
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
 from coconut.methods import PromptFormat
+from coconut.models.latent_lm import LatentLM
 from coconut.models.losses import target_log_probs
 from coconut.runs.study import NotApplicable, Study
 from coconut.utils.torch_utils import eval_mode
-
-if TYPE_CHECKING:
-    from coconut.analysis.probes import Subject
-    from coconut.models.latent_lm import LatentLM
 
 RESAMPLES = 2000
 MIN_GROUP_SIZE = 10  # the fewest questions with the same number of steps that are reported as a group

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import EvalResult, Evaluated, Prediction, evaluate
 from coconut.generation.generate import logit_lens
+from coconut.generation.stop_classifier import StopClassifier
 from coconut.methods import METHODS, Slot
+from coconut.models.latent_lm import LatentLM
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, Task
-
-if TYPE_CHECKING:
-    from coconut.generation.stop_classifier import StopClassifier
-    from coconut.models.latent_lm import LatentLM
 
 EXTRA_THOUGHTS = 2  # the model is measured with up to this many more thoughts than trained
 SHOWN_TOKENS = 5

@@ -629,11 +629,11 @@ def test_arms_equal_hand_computation_and_page_is_complete(tmp_path: Path) -> Non
     assert rows["oracle"]["reward"] == pytest.approx(rewards.max(1)[found.test].mean())
     assert arms_study(found).facts["headroom"] == pytest.approx(rows["oracle"]["reward"] - by_hand, abs=1e-6)
     made = studies(found)
-    curve = made[1].rows
+    curve = made["curve"].rows
     assert curve[0]["update"] == 1
     total = sum(row["regret"] for row in curve)  # as many points as updates
-    assert made[1].facts["total"] == pytest.approx(total, rel=1e-5)
-    for study in made:
+    assert made["curve"].facts["total"] == pytest.approx(total, rel=1e-5)
+    for study in made.values():
         study.write(tmp_path)
     html = report.adaptive_page(made, "by hand", tmp_path)
     said = report.sentences(made)
