@@ -163,15 +163,15 @@ def heads_study(results: Experiments) -> Study:
     """For each dimension, on test questions: entropy of the policies and distance between the distributions of two
     questions, at the final temperature; and how often two questions get different values.
     """
-    table, policy = results.table, results.learned.policy
-    test_embeddings = torch.from_numpy(table.embeddings)[torch.from_numpy(results.test)]
-    probabilities = policy.probabilities(test_embeddings, results.learned.temperature)
-    each = np.unravel_index(results.arms[POLICY].numbers, table.space.sizes)
+    space = results.table.space
+    test_embeddings = torch.from_numpy(results.table.embeddings)[torch.from_numpy(results.test)]
+    probabilities = results.learned.policy.probabilities(test_embeddings, results.learned.temperature)
+    each = np.unravel_index(results.arms[POLICY].numbers, space.sizes)
     differing = [float(np.mean([1 - ((np.bincount(row) / len(row)) ** 2).sum() for row in rows])) for rows in each]
     entropy, distance = (values.mean(0).tolist() for values in (entropies(probabilities), distances(probabilities)))
     rows = [
-        {"dimension": d.name, "values": len(d.values), "entropy": e, "distance": far, "differing": share}
-        for d, e, far, share in zip(table.space.dimensions, entropy, distance, differing, strict=True)
+        {"dimension": name, "values": size, "entropy": e, "distance": far, "differing": share}
+        for name, size, e, far, share in zip(space.names, space.sizes, entropy, distance, differing, strict=True)
     ]
     return Study("heads", rows)
 

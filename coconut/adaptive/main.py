@@ -39,30 +39,23 @@ from coconut.utils.files import exclusive_lock, sha256, write_text
 TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
 
 
-def run(config: AdaptiveConfig) -> int:
-    """Collect the table of outcomes, unless config.table names one, then learn and evaluate policies."""
+def run(config: AdaptiveConfig, only_table: bool = False) -> int:
+    """Collect the table of outcomes, unless config.table names one; then learn and evaluate policies, if asked for."""
     silence_libraries()
+    if only_table and config.table:
+        raise ValueError(
+            f"table={config.table} exists already. To learn from it, run coconut adaptive without the word table."
+        )
     source = OutcomeTable.read(config.table) if config.table else _inputs(config)
-    if config.num_train_questions >= len(source.questions):
+    if not only_table and config.num_train_questions >= len(source.questions):
         raise ValueError(
             f"num_train_questions={config.num_train_questions} leaves none of {len(source.questions)} questions for "
             "the test. Lower it, or raise limit."
         )
     with exclusive_lock(config.folder):
-        learn_and_report(config, source if isinstance(source, OutcomeTable) else make_table(config, source))
-    return 0
-
-
-def only_table(config: AdaptiveConfig) -> int:
-    """Answer every question in every configuration, judge the answers, and write the table of outcomes."""
-    silence_libraries()
-    if config.table:
-        raise ValueError(
-            f"table={config.table} exists already. To learn from it, run coconut adaptive without the word table."
-        )
-    inputs = _inputs(config)
-    with exclusive_lock(config.folder):
-        make_table(config, inputs)
+        table = source if isinstance(source, OutcomeTable) else make_table(config, source)
+        if not only_table:
+            learn_and_report(config, table)
     return 0
 
 

@@ -66,7 +66,7 @@ class ConfigurationPolicy(nn.Module):
 
     def save(self, path: Path | str, about: dict[str, Any], copy: int = 0) -> None:
         """Save policy number `copy`, a few kilobytes, with its space and `about`, any JSON."""
-        metadata = {"space": self.space.as_data(), "about": about}
+        metadata = {"space": self.space.dimensions, "about": about}
         weights = {name: weight[copy : copy + 1].contiguous() for name, weight in self.state_dict().items()}
         with atomic_file(path) as part:
             save_file(weights, part, metadata={"coconut_policy": json.dumps(metadata)})

@@ -136,9 +136,6 @@ def _edges_from_root(parsed: GraphQuestion, node: str) -> int | None:
     return min(lengths, default=None)
 
 
-# --- questions with a changed edge -------------------------------------------------------
-
-
 class Redirection(NamedTuple):
     """A question changed so that the other option, and only it, is reachable.
 

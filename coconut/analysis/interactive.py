@@ -64,7 +64,7 @@ class InteractiveModel:
         with self.lock, autocast(lm.device, self.precision):
             if unknown := unknown_in(lm.tokenizer, question):
                 notes.append(f"Not in the model's vocabulary: {', '.join(unknown)}.")
-            spellings = spell_nodes(lm, parsed) if parsed and self._has_thoughts else {}
+            spellings = spell_nodes(lm, parsed) if parsed and lm.reasoning.slot is Slot.thought else {}
             prompt = self._prompt(question, spellings)
             after, thoughts = self._after_each(prompt, right)
             names = self._names(prompt, spellings, symbolic=bool(parsed and parsed.symbolic))
@@ -79,10 +79,6 @@ class InteractiveModel:
         """The numbers of thoughts, or of pause tokens, after which a question is answered."""
         is_empty = self.subject.lm.reasoning.slot is Slot.none
         return list(range(1 if is_empty else self.subject.num_trained_thoughts + EXTRA_THOUGHTS + 1))
-
-    @property
-    def _has_thoughts(self) -> bool:
-        return self.subject.lm.reasoning.slot is Slot.thought
 
     def _prompt(self, question: str, spellings: Mapping[str, Spelling]) -> list[int]:
         """The token ids of a question. Raises ValueError if the most thoughts and a name do not fit after it."""
@@ -110,7 +106,7 @@ class InteractiveModel:
             answers.append(
                 {"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "truncated": truncated}
             )
-        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if self._has_thoughts else []
+        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if lm.reasoning.slot is Slot.thought else []
 
     def _names(
         self, prompt: list[int], spellings: Mapping[str, Spelling], symbolic: bool

@@ -33,9 +33,6 @@ PARTLY_USED = 0.1  # a larger share: they are used in part
 Rows = dict[str, dict[str, Any]]  # by the name of the intervention
 
 
-# --- interventions on the thoughts ----------------------------------------------------------------------
-
-
 def audit_thoughts(subject: Subject) -> Study:
     """Accuracy and changed answers under each intervention on the thoughts.
 
@@ -225,9 +222,6 @@ def _percent(share: float) -> str:
 def _right(row: dict[str, Any]) -> str:
     value, low, high = (100 * row[key] for key in ("difference", "difference_low", "difference_high"))
     return f"{_percent(row['accuracy'])} ({value:+.1f} points, {low:+.1f} to {high:+.1f})"
-
-
-# --- interventions on the graph -------------------------------------------------------------------------
 
 
 def audit_edges(subject: Subject) -> Study:

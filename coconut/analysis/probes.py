@@ -121,9 +121,6 @@ class Subject:
             )
 
 
-# --- any number of thoughts -----------------------------------------------------------------------
-
-
 def k_forcing(subject: Subject) -> Study:
     """Accuracy and outcomes with 0 to EXTRA_THOUGHTS more thoughts than trained (Hao et al., arXiv 2412.06769, Fig. 3).
 
@@ -182,9 +179,6 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
         "trained_on": classifier.measured.trained_on,
     }
     return Study("stopping", rows, facts)
-
-
-# --- values of nodes --------------------------------------------------------------------------
 
 
 def asked_questions(subject: Subject) -> Study:
@@ -275,8 +269,6 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and the standard deviation if there are at least two values."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
-
-# --- the thoughts themselves ----------------------------------------------------------------------
 
 GROUPS = ("optimal", "frontier", "reachable", "other")
 

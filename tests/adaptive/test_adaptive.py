@@ -70,7 +70,7 @@ def test_space_numbers_configurations(sizes: list[int]) -> None:
     for number, places in enumerate(product(*map(range, sizes))):
         assert space.settings(number) == {f"d{i}": place for i, place in enumerate(places)}
         assert space.number(places) == space.find({f"d{i}": place for i, place in enumerate(places)}) == number
-    again = Space.of(json.loads(json.dumps(space.as_data())))
+    again = Space.of(json.loads(json.dumps(space.dimensions)))
     assert [again.settings(number) for number in range(len(again))] == [space.settings(n) for n in range(len(space))]
 
 
@@ -623,7 +623,7 @@ def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
     values: dict[str, Any] = {
         "run": str(folder or ""), "split": "valid", "num_train_questions": 4, "seeds": 2, "max_new_tokens": 6,
         "cost": 0.01, "engine": CPU,
-        "space": {"num_thoughts": [0, 1, 2], "decoding": SPACE.as_data()["decoding"]},
+        "space": {"num_thoughts": [0, 1, 2], "decoding": SPACE.dimensions["decoding"]},
         "policy": PolicyConfig(updates=20),
     }  # fmt: skip
     return AdaptiveConfig(**{**values, **changes})
@@ -631,7 +631,7 @@ def command(folder: Path | None, **changes: Any) -> AdaptiveConfig:
 
 @pytest.mark.slow
 def test_adaptive_command_writes_table_policy_and_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert adaptive.only_table(command(trained)) == 0
+    assert adaptive.run(command(trained), only_table=True) == 0
     table = OutcomeTable.read(trained / "adaptive" / "outcomes.npz")
     assert adaptive.run(command(trained)) == 0
     said = capsys.readouterr().out
@@ -646,7 +646,7 @@ def test_adaptive_command_writes_table_policy_and_page(trained: Path, capsys: py
     assert adaptive.run(other) == 0
     assert (folder.parent / "again" / "arms.json").read_text() == arms
     with pytest.raises(ValueError, match="exists already"):
-        adaptive.only_table(other)
+        adaptive.run(other, only_table=True)
 
 
 def test_generate_uses_the_policys_configuration(
@@ -756,7 +756,7 @@ def test_answers_depend_on_max_new_tokens(trained: Path, tmp_path: Path) -> None
     output, space = str(tmp_path / "out"), {"num_thoughts": [0, 1]}
     tables = []
     for limit in (1, 6):
-        adaptive.only_table(command(trained, output=output, space=space, max_new_tokens=limit))
+        adaptive.run(command(trained, output=output, space=space, max_new_tokens=limit), only_table=True)
         tables.append(OutcomeTable.read(tmp_path / "out" / "outcomes.npz"))
     assert (tables[0].passes < tables[1].passes).any()
 
