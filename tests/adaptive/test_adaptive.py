@@ -60,8 +60,6 @@ SPACE = Space.of(
 )
 QUICK = FunctionConfig(workers=3, tries=3, wait=0.0)
 
-# --- the space --------------------------------------------------------------------------------------
-
 
 @given(st.lists(st.integers(2, 4), min_size=1, max_size=4))
 def test_space_numbers_configurations(sizes: list[int]) -> None:
@@ -78,9 +76,8 @@ def test_dimension_accepts_three_forms() -> None:
     crossed = Space.of({"instruction": {"base": ["Compute.", "Guess."], "variation": ["", "Be brief."]}})
     instructions = [crossed.settings(number)["instruction"] for number in range(len(crossed))]
     assert instructions == ["Compute.", "Compute. Be brief.", "Guess.", "Guess. Be brief."]
-    assert SPACE.settings(SPACE.find({"num_thoughts": 3, "decoding": "vote"})) == {
-        "num_thoughts": 3, "temperature": 1, "samples": 3
-    }  # fmt: skip
+    chosen = SPACE.settings(SPACE.find({"num_thoughts": 3, "decoding": "vote"}))
+    assert chosen == {"num_thoughts": 3, "temperature": 1, "samples": 3}
     assert SPACE.label(0) == "num_thoughts 0, decoding greedy"
 
 
@@ -104,9 +101,6 @@ def test_space_find_names_unknown_values() -> None:
         SPACE.find({"num_thoughts": 2})
     with pytest.raises(ValueError, match="There is no dimension mode"):
         SPACE.find({"mode": "think"})
-
-
-# --- the policy -------------------------------------------------------------------------------------
 
 
 def test_reinforce_gradient_is_that_of_the_expected_reward() -> None:
@@ -181,9 +175,9 @@ def test_parallel_policies_are_independent() -> None:
 def test_fixed_dimension_is_not_trained() -> None:
     table = clear_table()
     rewards = torch.from_numpy(table.rewards(0.0))[None]
-    held = learn(table.space, torch.from_numpy(table.embeddings)[None], rewards, PolicyConfig(updates=50),
-                 fixed=[None, torch.tensor([1])])  # fmt: skip
-    start = learn(table.space, torch.from_numpy(table.embeddings)[None], rewards, PolicyConfig(updates=1, lr=1e-12))
+    embeddings, fixed = torch.from_numpy(table.embeddings)[None], [None, torch.tensor([1])]
+    held = learn(table.space, embeddings, rewards, PolicyConfig(updates=50), fixed=fixed)
+    start = learn(table.space, embeddings, rewards, PolicyConfig(updates=1, lr=1e-12))
     assert torch.allclose(held.policy.heads[1], start.policy.heads[1])
     assert not torch.allclose(held.policy.heads[0], start.policy.heads[0])
 
@@ -204,9 +198,6 @@ def test_policy_is_saved_and_loaded(tmp_path: Path) -> None:
             ConfigurationPolicy.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         ConfigurationPolicy.load(tmp_path / "missing")
-
-
-# --- backends ---------------------------------------------------------------------------------------
 
 
 def latent(batch_size: int = 64) -> LatentBackend:
@@ -291,10 +282,9 @@ def recorded(lm: LatentLM, rows: list[list[int]], settings: dict[str, Any], orde
     return [value for place in order for value in out.log_probs[place].tolist()]
 
 
-def test_latent_backend_encodes_questions_as_evaluation_does() -> None:
-    tokenizer = byte_level_tokenizer()
-    config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer)
+def test_latent_backend_encodes_questions_as_evaluation_does(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved_causal(tmp_path))
+    lm = LatentLM.from_base(base, byte_level_tokenizer())
     asked = [" Is Tom a cat? ", "How many?\n"]
     longer = [f"Every dog {question}" for question in asked]
     for texts, settings in ((asked, {}), (longer, {"prefix": "Every dog"})):
@@ -466,8 +456,6 @@ def test_function_backend_doubles_its_wait(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(0.75 * 2**i <= wait <= 1.25 * 2**i for i, wait in enumerate(waits))
 
 
-# --- judges -----------------------------------------------------------------------------------------
-
 VOTE = Vote(TASK, PromptFormat("{}", "{} ", "### {}"))
 NUMBERS = Vote(TASKS["gsm8k"], PromptFormat())
 
@@ -533,9 +521,6 @@ def test_implicit_judge_is_the_sigmoid_of_the_token_sum() -> None:
     assert len(set(scores)) > 1
 
 
-# --- encoders ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pooling", encoders.POOLINGS)
 def test_encoder_does_not_depend_on_the_batch(pooling: str, tmp_path: Path) -> None:
     lm = build("llama", torch.float64)
@@ -549,9 +534,6 @@ def test_encoder_does_not_depend_on_the_batch(pooling: str, tmp_path: Path) -> N
     if pooling == "mean":
         named = encoders.load_encoder(str(place), torch.device("cpu"))(QUESTIONS)
         torch.testing.assert_close(named, one, rtol=0, atol=1e-5)
-
-
-# --- tables and experiments ------------------------------------------------------------------------------
 
 
 def test_outcome_table_is_written_and_read(tmp_path: Path) -> None:
@@ -601,9 +583,6 @@ def test_arms_equal_hand_computation_and_page_is_complete(tmp_path: Path) -> Non
     flat = replace(table, score=np.ones_like(table.score), correct=np.ones_like(table.score))
     made = studies(run_experiments(flat, PolicyConfig(updates=5), cost=0.0, default=0, num_train_questions=20, seeds=2))
     assert any("hardly anything to gain by choosing" in sentence for sentence in report.sentences(made))
-
-
-# --- the command ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -678,10 +657,10 @@ def test_generate_uses_the_policys_configuration(
         GenerateConfig(**asked, num_thoughts=2)
     with pytest.raises(ValueError, match="Question 1 is too long: in one of the configurations"):
         generate(GenerateConfig(**asked, question="1 " * 200))
-    values = {**about, "probe": {"question": table.questions[0], "embedding": [1.0] * table.embeddings.shape[1]}}
-    policy.save(tmp_path / "other.safetensors", values)
+    about["probe"]["embedding"] = [1.0] * table.embeddings.shape[1]
+    policy.save(own, about)
     with pytest.raises(ValueError, match="was trained for another model"):
-        generate(GenerateConfig(**{**asked, "policy": str(tmp_path / "other.safetensors")}, question="1 2"))
+        generate(GenerateConfig(**asked, question="1 2"))
 
 
 def test_chooser_refuses_another_model(tmp_path: Path) -> None:
@@ -733,6 +712,10 @@ def test_adaptive_command_with_base_and_function(
 def test_adaptive_config_refuses_invalid_values(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         command(Path("runs/mine"), **changes)
+    with pytest.raises(ValueError, match=r"needs a model: judge\.model"):
+        JudgeConfig(JudgeKind.model)
+    with pytest.raises(ValueError, match=r"has no effect with judge\.kind=exact"):
+        JudgeConfig(JudgeKind.exact, "x")
 
 
 def test_adaptive_command_checks_before_it_asks(trained: Path, tmp_path: Path) -> None:
@@ -761,13 +744,6 @@ def test_answers_depend_on_max_new_tokens(trained: Path, tmp_path: Path) -> None
     assert (tables[0].passes < tables[1].passes).any()
 
 
-def test_judge_config_requires_its_model() -> None:
-    with pytest.raises(ValueError, match=r"needs a model: judge\.model"):
-        JudgeConfig(JudgeKind.model)
-    with pytest.raises(ValueError, match=r"has no effect with judge\.kind=exact"):
-        JudgeConfig(JudgeKind.exact, "x")
-
-
 def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Path) -> None:
     """The backend's name depends on weights, chat template and reasoning, not on the weights' file."""
     place = saved_causal(tmp_path / "model")
@@ -793,10 +769,9 @@ def test_backend_name_identifies_weights_and_format(trained: Path, tmp_path: Pat
     saved = tmp_path / "saved"
     LatentLM.from_pretrained(Checkpoints(trained).find("best")).save_pretrained(saved)
     by_run = command(saved, **asked)
-    first = adaptive._inputs(by_run).backend.name
-    about = read_json(saved / "coconut.json")
-    more = {**about["reasoning"], "num_thoughts": about["reasoning"]["num_thoughts"] + 1}
-    write_json(saved / "coconut.json", {**about, "reasoning": more})
+    first, about = adaptive._inputs(by_run).backend.name, read_json(saved / "coconut.json")
+    about["reasoning"]["num_thoughts"] += 1
+    write_json(saved / "coconut.json", about)
     assert adaptive._inputs(by_run).backend.name != first
 
 
@@ -806,13 +781,11 @@ def test_killed_table_command_resumes(trained: Path, tmp_path: Path) -> None:
         "import time\n\n\ndef ask(question, settings):\n    time.sleep(0.05)\n"
         "    open('calls', 'a').write('x')\n    return '### 1'\n"
     )
-    file = read_json(trained / "run.json")["data"]["valid"]["file"]
-    place = saved_causal(tmp_path / "model")
+    place, file = saved_causal(tmp_path / "model"), asked_of(trained)["data"].valid
     command_line = [
         sys.executable, "-m", "coconut.adaptive", "table", "function=slow:ask", f"embedding={place}",
         f"data.valid={file}", "split=valid", "task=prosqa", "+space.steps=[1,2,3]", f"output={tmp_path}/out",
-        "num_train_questions=4", "seeds=2",
-        "engine.device=cpu", "engine.threads=1", "calls.workers=1",
+        "num_train_questions=4", "seeds=2", "engine.device=cpu", "engine.threads=1", "calls.workers=1",
     ]  # fmt: skip
     environment = {**CLEAN, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command_line, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -823,11 +796,11 @@ def test_killed_table_command_resumes(trained: Path, tmp_path: Path) -> None:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    kept_then = len(backends.read_log(log))
+    logged = len(backends.read_log(log))
     done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     table = OutcomeTable.read(tmp_path / "out" / "outcomes.npz")
     asked = (tmp_path / "calls").stat().st_size
     needed = len(set(table.questions)) * 3
-    assert kept_then >= 5
+    assert logged >= 5
     assert needed <= asked <= needed + 1  # the one that was under way

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds each of Coconut and CoT, and one run that goes on from Coconut's first stage; evaluated."""
     folder = tmp_path_factory.mktemp("table")
     data = graph_files(folder, 32, 8, 30)
-    for method in ("coconut", "cot"):
-        for seed in (0, 1):
-            make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
+    for method, seed in product(("coconut", "cot"), (0, 1)):
+        make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
     started = str(folder / "runs" / "coconut-seed0" / "checkpoints" / "step-0000002")
     later = Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=4,
                        start_stage=1)  # fmt: skip
