@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
@@ -146,8 +147,6 @@ class CausalModelBackend:
 
     def __init__(self, model_name: str, prompt: str, device: torch.device, batch_size: int = 64,
                  max_new_tokens: int | None = None):  # fmt: skip
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
         fields = _fields(prompt)
         with explain_load_errors(model_name, "base"):
             self.model = load_pretrained(AutoModelForCausalLM, model_name).to(device).eval()
@@ -174,8 +173,6 @@ class CausalModelBackend:
         return [context is None or len(row) + limit <= context for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
-        from transformers import GenerationConfig
-
         samples, options = generation_options(settings, self.max_new_tokens)
         options |= {"top_k": 0} if "do_sample" in options else {"do_sample": False}
         generation_config = GenerationConfig(**options, eos_token_id=self.eos_ids, pad_token_id=self.pad)

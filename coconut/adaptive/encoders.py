@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoTokenizer
 
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
@@ -61,8 +62,6 @@ def load_encoder(
     """
     if own and name in POOLINGS:
         return own(name, batch_size)
-    from transformers import AutoModel, AutoTokenizer
-
     with explain_load_errors(name, "embedding"):
         model, tokenizer = load_pretrained(AutoModel, name).to(device).eval(), load_pretrained(AutoTokenizer, name)
     return model_encoder(model, tokenizer, "mean", batch_size)

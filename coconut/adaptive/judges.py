@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from coconut.adaptive.backends import LatentBackend, Reply
 from coconut.completions.completion import completion_from_ids
@@ -74,8 +75,6 @@ class PretrainedJudge:
     """
 
     def __init__(self, model_name: str, vote: Vote, device: torch.device, batch_size: int = 64):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
         with explain_load_errors(model_name, "judge.model"):
             self.model = load_pretrained(AutoModelForSequenceClassification, model_name).to(device).eval()
             self.tokenizer = load_pretrained(AutoTokenizer, model_name)

@@ -120,10 +120,7 @@ def make_table(config: AdaptiveConfig, inputs: Inputs) -> OutcomeTable:
 
 
 def _inputs(config: AdaptiveConfig) -> Inputs:
-    """Load the inputs and drop duplicate and too long questions.
-
-    Raises ValueError if an input is missing or invalid, or if no question is left.
-    """
+    """Load the inputs and drop duplicate and too long questions. Raises ValueError if no question is left."""
     inputs = _inputs_of_run(config) if config.run else _inputs_of_other_model(config)
     space = Space.of(config.space)
     backends.refuse_unknown(space, inputs.backend)
@@ -196,10 +193,7 @@ def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
 
 
 def _fingerprint(config: AdaptiveConfig, model: torch.nn.Module, tokenizer: Any, format_of_prompt: str | None) -> str:
-    """A hash of the model, and settings outside the space that affect answers: in the name that keys the answers' log.
-
-    The hash is over weights, vocabulary and the format of prompts.
-    """
+    """What affects answers besides the space: a hash of weights, vocabulary and format; the limit; the precision."""
     digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), str(format_of_prompt)]).encode())
     for name, values in sorted(model.state_dict().items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())

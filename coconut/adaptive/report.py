@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,10 @@ def on_screen(studies: dict[str, Study]) -> str:
 
 def adaptive_page(studies: dict[str, Study], name: str, folder: Path) -> str:
     """The HTML page of all studies."""
-    arms, curve, names = studies["arms"], studies["curve"], studies["curve"].facts["names"]
+    arms, curve = studies["arms"], studies["curve"]
+    entropies = [
+        (colour, f"entropy, {name}") for name, colour in zip(curve.facts["names"], cycle(COLOURS), strict=False)
+    ]
     sections = [
         Section("headline", None, [
             Lead(sentences(studies)),
@@ -95,7 +98,7 @@ def adaptive_page(studies: dict[str, Study], name: str, folder: Path) -> str:
             Text(ARMS),
         ]),
         Section("learning", "How it learned", [
-            Legend([("ink", "regret"), *((colour, f"entropy, {name}") for name, colour in coloured(names))]),
+            Legend([("ink", "regret"), *entropies]),
             figure_of(lambda width: curves(curve, width), "curve", "Regret and entropy over updates.", CURVE),
         ]),
         Section("choices", "What it chooses", [
@@ -107,10 +110,6 @@ def adaptive_page(studies: dict[str, Study], name: str, folder: Path) -> str:
     ]  # fmt: skip
     what = "a policy that chooses a configuration for each question, beside fixed choices and the oracle"
     return page(name, "Adaptive", what, folder, sections, kicker="adaptive")
-
-
-def coloured(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, COLOURS[number % len(COLOURS)]) for number, name in enumerate(names)]
 
 
 @styled()
@@ -130,7 +129,7 @@ def curves(study: Study, width: float) -> Drawing:
                        fontsize=8.5)  # fmt: skip
     upper.set_ylim(0, max(*high, study.facts["random"] * 1.1) or 1)
     upper.set_title("Regret, per question", loc="left")
-    for name, colour in coloured(study.facts["names"]):
+    for name, colour in zip(study.facts["names"], cycle(COLOURS), strict=False):
         points = [(row["update"], row[f"entropy_{name}"]) for row in study.rows]
         draw_line(lower, points, colour, 1.5, name, dots=False)
     share_axis(lower.yaxis, 3)
@@ -143,11 +142,9 @@ def curves(study: Study, width: float) -> Drawing:
 
 def arm_rows(study: Study) -> list[list[str]]:
     return [
-        [
-            row["arm"], f"{row['reward']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
-            *(["", "", ""] if row["arm"] == BEST_FIXED else _more(row, study.facts["seeds"])),
-            percent(row["accuracy"]), f"{row['passes']:.1f}",
-        ]
+        [row["arm"], f"{row['reward']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
+         *(["", "", ""] if row["arm"] == BEST_FIXED else _more(row, study.facts["seeds"])),
+         percent(row["accuracy"]), f"{row['passes']:.1f}"]
         for row in study.rows
     ]  # fmt: skip
 
@@ -159,11 +156,9 @@ def _more(row: dict[str, Any], seeds: int) -> list[str]:
 
 def choice_rows(study: Study) -> list[list[str]]:
     return [
-        [
-            str(row["steps"]), row["takes"], percent(row["share"]), f"{row['policy_reward']:.3f}",
-            f"{row['best_fixed_reward']:.3f}", f"{row['oracle_reward']:.3f}", percent(row["policy_accuracy"]),
-            f"{row['policy_passes']:.1f}", f"{row['best_fixed_passes']:.1f}",
-        ]
+        [str(row["steps"]), row["takes"], percent(row["share"]), f"{row['policy_reward']:.3f}",
+         f"{row['best_fixed_reward']:.3f}", f"{row['oracle_reward']:.3f}", percent(row["policy_accuracy"]),
+         f"{row['policy_passes']:.1f}", f"{row['best_fixed_passes']:.1f}"]
         for row in study.rows
     ]  # fmt: skip
 

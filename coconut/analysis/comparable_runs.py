@@ -69,10 +69,9 @@ def natural_key(text: str) -> list[Any]:
 
 
 def expand_patterns(names: Sequence[str]) -> list[Path]:
-    """Expand patterns such as runs/table1/*-seed* to the folders of runs.
+    """Expand patterns such as runs/table1/*-seed* to the matching folders that are runs.
 
-    A pattern gives the matching folders that are runs. Raises ValueError if there are none, or if a run is named
-    twice.
+    Raises ValueError if there are none, or if a run is named twice.
     """
     expanded: list[Path] = []
     for name in names:

@@ -43,10 +43,7 @@ class GraphQuestion:
 
     @classmethod
     def read(cls, question: str, answer: str) -> GraphQuestion:
-        """Parse a question and its gold answer.
-
-        Raises ValueError if the question describes no graph or the answer is none of its two options.
-        """
+        """Raises ValueError if the question describes no graph, or the gold answer is none of its two options."""
         parsed, target = prosqa.parse_question(question), prosqa.read_target(answer)
         if target not in parsed.options:
             raise ValueError(f"The answer {answer!r} is none of the two options, {' and '.join(parsed.options)}.")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_path
@@ -147,8 +148,6 @@ def _changed_answers(task: Task, before: Sequence[Prediction], after: Sequence[P
 
 def _share(cases: Sequence[bool]) -> tuple[float, float, float]:
     """The share of true cases, and its 95 % Wilson interval."""
-    from scipy.stats import binomtest
-
     interval = binomtest(sum(cases), len(cases)).proportion_ci(method="wilson")
     return sum(cases) / len(cases), float(interval.low), float(interval.high)
 

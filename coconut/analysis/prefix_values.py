@@ -43,14 +43,13 @@ def prefix_values(subject: Subject) -> Study:
     """
     subject.need_thoughts()
     lengths_N = np.array([len(example.steps) for example in subject.examples])
-    groups: list[tuple[int | None, np.ndarray]] = [(None, np.arange(len(lengths_N)))]
-    for steps, count in zip(*np.unique(lengths_N, return_counts=True), strict=True):
-        if MIN_GROUP_SIZE <= count < len(lengths_N):
-            groups.append((int(steps), np.flatnonzero(lengths_N == steps)))
+    counts = zip(*np.unique(lengths_N, return_counts=True), strict=True)
+    groups = [int(steps) for steps, count in counts if MIN_GROUP_SIZE <= count < len(lengths_N)]
     rows: list[dict[str, Any]] = []
     for of, values_NC in zip(("answer", "after_mark"), _values(subject), strict=True):
-        for steps, indices in groups:
-            rows += [{"of": of, "steps": steps, **row} for row in _means(values_NC[indices])]
+        rows += [{"of": of, "steps": None, **row} for row in _means(values_NC)]
+        for steps in groups:
+            rows += [{"of": of, "steps": steps, **row} for row in _means(values_NC[lengths_N == steps])]
     warning = None if subject.trained_with_fewer_thoughts else subject.warning
     return Study("prefix_values", rows, {"trained_thoughts": subject.num_trained_thoughts, "warning": warning})
 

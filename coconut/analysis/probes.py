@@ -182,10 +182,7 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
 
 
 def asked_questions(subject: Subject) -> Study:
-    """The questions and the model's answers with the trained number of thoughts.
-
-    `question` is the index, `text` the question.
-    """
+    """The questions (`question`: the index) and the model's answers with the trained number of thoughts."""
     rows = [
         {"question": i, "text": p.question, "gold": p.gold, "predicted": p.predicted, "correct": p.correct}
         for i, p in enumerate(subject.baseline.predictions)

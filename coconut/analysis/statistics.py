@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import binom, binomtest
 
 RESAMPLES = 10_000
 
@@ -40,8 +41,6 @@ def _interval(values_SQ: np.ndarray, lower_limit: float) -> tuple[float, float]:
     S, Q = values_SQ.shape
     value = values_SQ[0, 0]
     if (values_SQ == value).all():
-        from scipy.stats import binomtest
-
         wilson_width = float(binomtest(0, Q).proportion_ci(method="wilson").high)
         return max(float(value) - wilson_width, lower_limit), min(float(value) + wilson_width, 1.0)
     random = np.random.default_rng(0)
@@ -60,8 +59,6 @@ def exact_test(a_SQ: np.ndarray, b_SQ: np.ndarray) -> float:
     the seeds, then has either sign with equal probability. p is the probability of a sum over questions at least as
     far from 0 as the observed one. With one seed this is McNemar's exact test.
     """
-    from scipy.stats import binom
-
     assert a_SQ.shape == b_SQ.shape
     differences_Q = (a_SQ.astype(np.int64) - b_SQ).sum(0)
     pmf = np.ones(1)  # the probability of each possible sum, from the smallest to the largest

@@ -94,9 +94,6 @@ def test_dimension_accepts_three_forms() -> None:
 def test_space_refuses_invalid_dimensions(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Space.of(spec)
-
-
-def test_space_find_names_unknown_values() -> None:
     with pytest.raises(ValueError, match="num_thoughts has no value 2; its values are 0, 1, 3"):
         SPACE.find({"num_thoughts": 2})
     with pytest.raises(ValueError, match="There is no dimension mode"):
@@ -536,7 +533,7 @@ def test_encoder_does_not_depend_on_the_batch(pooling: str, tmp_path: Path) -> N
         torch.testing.assert_close(named, one, rtol=0, atol=1e-5)
 
 
-def test_outcome_table_is_written_and_read(tmp_path: Path) -> None:
+def test_outcome_table_is_written_and_read_and_refuses_invalid_values(tmp_path: Path) -> None:
     table = clear_table(20)
     table.write(tmp_path / "t.npz")
     again = OutcomeTable.read(tmp_path / "t.npz")
@@ -548,10 +545,6 @@ def test_outcome_table_is_written_and_read(tmp_path: Path) -> None:
     for name in ("no.npz", "other.npz"):
         with pytest.raises(ValueError, match=r"is no table of coconut adaptive"):
             OutcomeTable.read(tmp_path / name)
-
-
-def test_outcome_table_refuses_invalid_values() -> None:
-    table = clear_table(4)
     with pytest.raises(ValueError, match="has a score of 2"):
         replace(table, score=table.score + 1)
     with pytest.raises(ValueError, match="The table of outcomes is empty"):
@@ -634,7 +627,7 @@ def test_generate_uses_the_policys_configuration(
     greedy = {"space": {"num_thoughts": [0, 1, 2]}, "output": str(tmp_path / "choice")}
     adaptive.run(command(trained, **greedy))
     table = OutcomeTable.read(tmp_path / "choice" / "outcomes.npz")
-    policy, about = ConfigurationPolicy.load(tmp_path / "choice" / "policy.safetensors")
+    policy, _ = ConfigurationPolicy.load(tmp_path / "choice" / "policy.safetensors")
     chosen = policy.best(torch.from_numpy(table.embeddings)[None])[0].tolist()
     capsys.readouterr()
     questions = tmp_path / "questions.txt"
@@ -657,10 +650,6 @@ def test_generate_uses_the_policys_configuration(
         GenerateConfig(**asked, num_thoughts=2)
     with pytest.raises(ValueError, match="Question 1 is too long: in one of the configurations"):
         generate(GenerateConfig(**asked, question="1 " * 200))
-    about["probe"]["embedding"] = [1.0] * table.embeddings.shape[1]
-    policy.save(own, about)
-    with pytest.raises(ValueError, match="was trained for another model"):
-        generate(GenerateConfig(**asked, question="1 2"))
 
 
 def test_chooser_refuses_another_model(tmp_path: Path) -> None:
@@ -671,7 +660,7 @@ def test_chooser_refuses_another_model(tmp_path: Path) -> None:
     mine = replace(table, questions=questions, embeddings=np.repeat(seen.numpy(), 5, 0))
     ConfigurationPolicy(table.space, seen.shape[1], 4).save(tmp_path / "p", policy_metadata(mine))
     assert len(Chooser(tmp_path / "p", lm).choose(QUESTIONS)) == len(QUESTIONS)
-    with pytest.raises(ValueError, match="another model, by hand"):
+    with pytest.raises(ValueError, match="was trained for another model, by hand"):
         Chooser(tmp_path / "p", other)
     ConfigurationPolicy(STEPS, seen.shape[1], 4).save(tmp_path / "steps", policy_metadata(mine))
     with pytest.raises(ValueError, match="The space sets steps, which a model does not accept"):

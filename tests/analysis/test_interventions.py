@@ -16,16 +16,9 @@ from scipy.stats import binomtest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.analysis import interventions
 from coconut.analysis.graph_paths import redirect
-from coconut.analysis.interventions import (
-    audit_edges,
-    audit_thoughts,
-    changed_thoughts,
-    edges_verdict,
-    other_questions,
-    share_lost,
-    thoughts_verdict,
-)
+from coconut.analysis.interventions import audit_edges, audit_thoughts, edges_verdict, share_lost, thoughts_verdict
 from coconut.analysis.probes import Subject
 from coconut.analysis.statistics import difference_interval
 from coconut.data.batching import collate
@@ -83,10 +76,6 @@ def by_change(study: Study) -> dict[str, dict[str, Any]]:
     return {row["change"]: row for row in study.rows}
 
 
-def is_right(found: Evaluated) -> list[bool]:
-    return [prediction.correct for prediction in found.predictions]
-
-
 def predicted(found: Evaluated) -> list[str | None]:
     return [prediction.predicted for prediction in found.predictions]
 
@@ -116,8 +105,8 @@ def test_rows_of_interventions_hold_accuracy_and_changed_answers(examined: Subje
         assert row["accuracy"] == found.result.accuracy
         assert (row["low"], row["high"]) == pytest.approx(found.result.interval)
         assert row["difference"] == pytest.approx(found.result.accuracy - was.result.accuracy)
-        pair = np.array([is_right(found)]), np.array([is_right(was)])
-        assert (row["difference_low"], row["difference_high"]) == difference_interval(*pair)
+        pair = ([[prediction.correct for prediction in each.predictions]] for each in (found, was))
+        assert (row["difference_low"], row["difference_high"]) == difference_interval(*map(np.array, pair))
         changed = sum(new != old for new, old in zip(predicted(found), predicted(was), strict=True))
         interval = binomtest(changed, len(EXAMPLES)).proportion_ci(method="wilson")
         assert (row["changed"], row["changed_low"]) == (changed / len(EXAMPLES), pytest.approx(interval.low))
@@ -133,34 +122,29 @@ def test_rows_of_interventions_hold_accuracy_and_changed_answers(examined: Subje
 
 def test_other_questions_is_a_permutation_without_fixed_points() -> None:
     for count in (2, 3, 24):
-        found = other_questions(count)
+        found = interventions.other_questions(count)
         assert sorted(found) == list(range(count))
         assert (found != np.arange(count)).all()
 
 
 def test_noise_has_the_norm_of_the_thoughts_and_is_reproducible(examined: Subject, thoughts: Study) -> None:
     trained_NKD = examined.baseline.thoughts
-    changed = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(trained_NKD)}
-    again = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(trained_NKD)}
+    changed = {name: thoughts_NKD for name, _, thoughts_NKD in interventions.changed_thoughts(trained_NKD)}
+    again = {name: thoughts_NKD for name, _, thoughts_NKD in interventions.changed_thoughts(trained_NKD)}
     torch.testing.assert_close(changed["noise"].norm(dim=-1), trained_NKD.norm(dim=-1))
     assert torch.nn.functional.cosine_similarity(changed["noise"], trained_NKD, dim=-1).abs().mean() < 0.3
     assert torch.equal(changed["noise"], again["noise"])
-    assert torch.equal(changed["other"], trained_NKD[other_questions(len(EXAMPLES))])
+    assert torch.equal(changed["other"], trained_NKD[interventions.other_questions(len(EXAMPLES))])
 
 
-def test_order_of_thoughts_is_changed_only_with_two_or_more() -> None:
+def test_interventions_need_a_second_thought_or_question() -> None:
     always = {"none", "zeros", "noise", "mean", "other"}
     for count, further in [(1, set()), (2, {"order", "thought_1", "thought_2"})]:
         lm = build("llama", torch.float32, num_thoughts=count, max_new_tokens=2)
         rows = by_change(audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS)))
         assert set(rows) == always | further | {f"count_{k}" for k in range(count + 3) if k != count}
-
-
-def test_a_single_question_has_no_thoughts_of_another_question() -> None:
-    lm = build("llama", torch.float32, num_thoughts=2, max_new_tokens=2)
     study = audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS[:1]))
-    changes = {row["change"] for row in study.rows}
-    assert changes == {"none", "zeros", "noise", "order", "count_0", "count_1", "count_3", "count_4"}
+    assert set(by_change(study)) == {"none", "zeros", "noise", "order", "count_0", "count_1", "count_3", "count_4"}
     assert study.facts["verdict"][0].startswith("It is not clear whether the thoughts are used")
 
 
@@ -243,7 +227,8 @@ def test_share_lost_is_relative_to_the_accuracy_above_chance() -> None:
     after = np.array([True] * 120 + [False] * 80)
     lost = share_lost(before, after, chance_accuracy=0.5)
     assert lost
-    assert lost[1] < lost[0] == pytest.approx((0.9 - 0.6) / (0.9 - 0.5)) < lost[2]
+    assert lost[0] == pytest.approx((0.9 - 0.6) / (0.9 - 0.5))
+    assert lost[1] < lost[0] < lost[2]
     assert share_lost(before, before, chance_accuracy=0.5) == (0.0, 0.0, 0.0)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.html import Loads, words
 from helpers.processes import python
-from helpers.runs import graph_files, graph_rows, small_run
+from helpers.runs import graph_files, small_run
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hypothesis import given
@@ -394,7 +394,7 @@ def test_all_runs_without_an_evaluation_are_named(copy: Path) -> None:
     assert str(found.value).count("coconut evaluate run=") == 5
 
 
-def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path) -> None:
     one = str(copy / "cot-seed0")
     (tmp_path / "link").symlink_to(one)
     for names, told in [
@@ -439,24 +439,15 @@ def test_questions_are_unseen_if_no_run_saw_them_in_whatever_file(runs: Path, tm
     compared = compare(both)
     told = "12 questions of mixed.json, 4 of them in the training data and 2 of them in the validation data"
     assert told in on_screen(compared)
+    assert [row["questions"] for row in compared.rows] == [12, 12]
+    assert compared.command.endswith(f"split={mixed.stem}")
+    with pytest.raises(ValueError, match=r"coconut evaluate run=\S+ data\.test=FILE"):
+        compare(replace(both, runs=[f"{runs}/co*"]))
     assert any("The run that saw the most: 12 questions, 4 of them" in warning for warning in compared.warnings)
     with pytest.raises(ValueError, match=r"the questions of \S+known\.json are in the training data"):
         compare(replace(both, split=known.stem))
     for path in runs.glob("*/evaluation/[mk]*"):
         path.unlink()
-
-
-def test_another_file_can_be_compared_on(runs: Path, tmp_path: Path) -> None:
-    write_json(tmp_path / "other.json", graph_rows(seed=5, count=12))
-    for name in ("cot-seed0", "coconut-seed0"):
-        file = DataFiles(test=str(tmp_path / "other.json"))
-        assert evaluate.run(EvaluateConfig(run=str(runs / name), data=file, engine=CPU)) == 0
-    (name,) = {path.stem for path in runs.glob("*/evaluation/other-*.json")}
-    compared = compare(TableConfig(runs=[f"{runs}/co*-seed0"], split=name))
-    assert [row["questions"] for row in compared.rows] == [12, 12]
-    assert compared.command.endswith(f"split={name}")
-    with pytest.raises(ValueError, match=r"coconut evaluate run=\S+ data\.test=FILE"):
-        compare(TableConfig(runs=[f"{runs}/co*"], split=name))
 
 
 def test_the_page_loads_no_other_file_escapes_names_and_shows_what_was_compared(copy: Path) -> None:
