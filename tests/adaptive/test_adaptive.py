@@ -210,9 +210,7 @@ def test_latent_backend_answers_equal_evaluation(tmp_path: Path) -> None:
         for row, prediction in zip(replies, expected.predictions, strict=True):
             assert row[number].texts == (prediction.text.strip(),)
             assert (row[number].passes, row[number].truncated) == (prediction.passes, prediction.truncated)
-        for row in replies:
-            several = row[number + 1]
-            assert len(several.texts) == len(several.completion_ids) == 3
+        assert all(len(row[number + 1].texts) == len(row[number + 1].completion_ids) == 3 for row in replies)
 
 
 @pytest.mark.parametrize("kind", ["words", "thoughts", "hybrid"])
@@ -220,11 +218,9 @@ def test_reply_passes_equal_forward_calls(kind: str) -> None:
     """Decoded again call by call: the prompt once, then each sample's tokens but the last."""
     lm = hybrid("gpt2") if kind == "hybrid" else build("gpt2", torch.float64)
     backend, calls = LatentBackend(lm, "a model", 64, 5), 0
-    settings: dict[str, Any] = {"temperature": 1, "samples": 5}
-    if kind != "hybrid":
-        settings["num_thoughts"] = 3 * (kind == "thoughts")
-    [found] = backend([QUESTIONS[0]], settings, (0,))
-    reply = found[0]
+    thoughts: dict[str, Any] = {} if kind == "hybrid" else {"num_thoughts": 3 * (kind == "thoughts")}
+    [replies] = backend([QUESTIONS[0]], {"temperature": 1, "samples": 5, **thoughts}, (0,))
+    reply = replies[0]
 
     def fed(embeds_TD: torch.Tensor, cache: Any) -> torch.Tensor:
         nonlocal calls
@@ -236,7 +232,7 @@ def test_reply_passes_equal_forward_calls(kind: str) -> None:
     def embedded(ids: Sequence[int]) -> torch.Tensor:
         return lm.base.get_input_embeddings()(torch.tensor(ids))
 
-    [question], sampled, likely = backend.rows([QUESTIONS[0]], settings), [], []
+    [question], sampled, likely = backend.rows([QUESTIONS[0]], {}), [], []
     calls += any(reply.modes)  # over the question, to choose their modes
     with torch.no_grad():
         for mode, count in sorted(set(zip(reply.modes, reply.num_thoughts, strict=True))):
@@ -255,28 +251,17 @@ def test_reply_passes_equal_forward_calls(kind: str) -> None:
                 cache, own = copy.deepcopy(prompt), state
                 for n, token in enumerate(ids):
                     own = fed(embedded(ids[n - 1 : n]), cache) if n else own
-                    likely.append(float(allowed(lm, own)[token]))
+                    logits = lm.logits(own).float()
+                    logits[list(lm.special.added)] = -torch.inf
+                    likely.append(float(logits.log_softmax(-1)[token]))
                 sampled.append(place)
     assert sorted(sampled) == list(range(5))
     assert reply.passes == calls
-    chances = recorded(lm, backend.rows([QUESTIONS[0]], settings), settings, sampled)
-    assert likely == pytest.approx(chances, abs=1e-5)
-
-
-def allowed(lm: LatentLM, state: torch.Tensor) -> torch.Tensor:
-    logits = lm.logits(state).float()
-    logits[list(lm.special.added)] = -torch.inf
-    return logits.log_softmax(-1)
-
-
-def recorded(lm: LatentLM, rows: list[list[int]], settings: dict[str, Any], order: list[int]) -> list[float]:
-    """The log-probabilities that `generate` reports for the same samples, token by token."""
-    thoughts = {key: value for key, value in settings.items() if key == "num_thoughts"}
     with backends._seeded((0,), lm.device):
-        out = lm.generate(*pad_rows(rows, lm.special.pad), do_sample=True, temperature=1.0, top_p=1.0, log_probs=True,
-                          num_return_sequences=5, max_new_tokens=5, **thoughts)  # fmt: skip
+        out = lm.generate(*pad_rows([question], lm.special.pad), do_sample=True, temperature=1.0, top_p=1.0,
+                          log_probs=True, num_return_sequences=5, max_new_tokens=5, **thoughts)  # fmt: skip
     assert out.log_probs is not None
-    return [value for place in order for value in out.log_probs[place].tolist()]
+    assert likely == pytest.approx([value for i in sampled for value in out.log_probs[i].tolist()], abs=1e-5)
 
 
 def test_latent_backend_encodes_questions_as_evaluation_does(tmp_path: Path) -> None:

@@ -91,17 +91,12 @@ def test_rows_of_interventions_hold_accuracy_and_changed_answers(examined: Subje
     trained_NKD = examined.baseline.thoughts
     mean_NKD = trained_NKD.mean(0, keepdim=True).expand_as(trained_NKD)
     without_2 = torch.stack([trained_NKD[:, 0], mean_NKD[:, 1], trained_NKD[:, 2]], dim=1)
-    changes: dict[str, dict[str, Any]] = {
-        "zeros": {"thoughts": 0 * trained_NKD},
-        "mean": {"thoughts": mean_NKD},
-        "order": {"thoughts": trained_NKD[:, [2, 0, 1]]},
-        "thought_2": {"thoughts": without_2},
-        "count_0": {"num_thoughts": 0},
-        "count_5": {"num_thoughts": 5},
-    }
+    changes = {"zeros": 0 * trained_NKD, "mean": mean_NKD, "order": trained_NKD[:, [2, 0, 1]], "thought_2": without_2}
+    answers = {name: examined.ask(thoughts=changed_NKD) for name, changed_NKD in changes.items()}
+    answers |= {f"count_{count}": examined.ask(num_thoughts=count) for count in (0, 5)}
     was = examined.baseline
-    for name, options in changes.items():
-        found, row = examined.ask(**options), rows[name]
+    for name, found in answers.items():
+        row = rows[name]
         assert row["accuracy"] == found.result.accuracy
         assert (row["low"], row["high"]) == pytest.approx(found.result.interval)
         assert row["difference"] == pytest.approx(found.result.accuracy - was.result.accuracy)
@@ -199,8 +194,7 @@ def test_edges_are_changed_for_methods_without_thoughts_too(examined: Subject) -
 def test_edges_have_no_rows_if_no_answer_is_right() -> None:
     lm = build("llama", torch.float32, num_thoughts=1, max_new_tokens=2)
     study = audit_edges(Subject(lm, TASKS["prosqa"], EXAMPLES[:3]))
-    assert study.rows == []
-    assert study.facts["right"] == 0
+    assert (study.rows, study.facts["right"]) == ([], 0)
     assert study.facts["verdict"][0].startswith("It is not clear where the answer comes from")
 
 

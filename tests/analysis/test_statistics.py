@@ -41,8 +41,7 @@ from coconut.utils.overrides import as_override
 
 ConfigStore.instance().store(name="run_table_schema", node=TableConfig)
 CPU = EngineConfig(device="cpu", threads=1)
-
-
+FILES = {"table.html", "table.md", "table.csv", "table.json"}
 Answers = tuple[np.ndarray, np.ndarray]
 
 
@@ -193,9 +192,7 @@ def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     assert [line[0] for line in lines[3:6]] == ["coconut", "cot", "pause_as_thought"], "in the order of METHODS"
     assert "Accuracy on 30 unseen questions of test.json" in done.stdout
     assert "ms: for a question, in batches of 15." in " ".join(done.stdout.split())
-    assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == {
-        "table.html", "table.md", "table.csv", "table.json",
-    }  # fmt: skip
+    assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == FILES
     assert "`coconut analyze table runs='runs/*'`" in (copy / "table.md").read_text()
 
 
@@ -480,7 +477,7 @@ def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "else" / "where"
     assert table(TableConfig(runs=[f"{copy}/*"], output=str(out))) == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
-    assert {path.name for path in before} == {"table.html", "table.md", "table.csv", "table.json"}
+    assert {path.name for path in before} == FILES
     assert not list(copy.glob("table.*"))
 
     def fail(*_: object) -> None:

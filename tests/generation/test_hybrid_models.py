@@ -112,8 +112,7 @@ def test_saved_and_opened_it_chooses_the_same(tmp_path: Path) -> None:
     lm = hybrid(dtype=torch.float32)
     lm.save_pretrained(tmp_path)
     again = LatentLM.from_pretrained(tmp_path)
-    assert again.reasoning == lm.reasoning
-    assert again.special == lm.special
+    assert (again.reasoning, again.special) == (lm.reasoning, lm.special)
     assert again.new_tokens["control"]["tokens"] == ["<short>", "<think>", "<latent_2>"]
     assert answer(again, ["3 7 21"], max_new_tokens=4).texts == answer(lm, ["3 7 21"], max_new_tokens=4).texts
     [ids] = encode_questions(again.tokenizer, ["3 <short> 7"], again.reasoning.format)
@@ -204,8 +203,8 @@ def test_a_question_is_to_leave_room_in_every_mode_that_may_be_chosen(warm: Path
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        (0, r"1 of 64 examples have no steps, the first of them example 4.*needs a chain"),
-        (30, r"1 of 64 examples are longer than the model's context.*: example 4 "),  # the first epoch cuts its steps
+        (0, r"1 of 64 examples have no steps, the first of them example 1.*needs a chain"),
+        (30, r"1 of 64 examples are longer than the model's context.*: example 1 "),  # the first epoch cuts its steps
     ],
 )
 def test_an_example_without_a_chain_or_too_long_in_a_later_epoch_is_refused(
@@ -213,7 +212,7 @@ def test_an_example_without_a_chain_or_too_long_in_a_later_epoch_is_refused(
 ) -> None:
     config = warm_up(tmp_path)
     rows = read_json(tmp_path / "train.json")
-    rows[3]["steps"] *= times
+    rows[0]["steps"] *= times
     write_json(tmp_path / "train.json", rows)
     with pytest.raises(ValueError, match=message):
         run(config)
