@@ -193,8 +193,6 @@ def test_policy_is_saved_and_loaded(tmp_path: Path) -> None:
     for name in ("other.safetensors", "text"):
         with pytest.raises(ValueError, match="is no policy"):
             ConfigurationPolicy.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        ConfigurationPolicy.load(tmp_path / "missing")
 
 
 def latent(batch_size: int = 64) -> LatentBackend:
@@ -308,7 +306,6 @@ def test_latent_backend_accepts_mode_and_prefix(tmp_path: Path) -> None:
     space = Space.of({"mode": ["short", "think"], "prefix": ["", "7 7"]})
     replies = collect_answers(backend, QUESTIONS, space, tmp_path / "l")
     assert {mode for row in replies for reply in row for mode in reply.modes} == {"short", "think"}
-    assert backend.rows(["1"], {"prefix": "7 7"}) == backend.rows(["7 7 1"], {})
     with pytest.raises(ValueError, match="mode sets the number of its thoughts"):
         collect_answers(backend, QUESTIONS, Space.of({"num_thoughts": [0, 1]}), tmp_path / "m")
     [several] = backend(QUESTIONS, {"temperature": 2, "samples": 8}, (0,))

@@ -124,8 +124,8 @@ def test_other_questions_is_a_permutation_without_fixed_points() -> None:
 
 def test_noise_has_the_norm_of_the_thoughts_and_is_reproducible(examined: Subject, thoughts: Study) -> None:
     trained_NKD = examined.baseline.thoughts
-    changed = {name: thoughts_NKD for name, _, thoughts_NKD in interventions.changed_thoughts(trained_NKD)}
-    again = {name: thoughts_NKD for name, _, thoughts_NKD in interventions.changed_thoughts(trained_NKD)}
+    both = [interventions.changed_thoughts(trained_NKD) for _ in range(2)]
+    changed, again = ({name: thoughts_NKD for name, _, thoughts_NKD in each} for each in both)
     torch.testing.assert_close(changed["noise"].norm(dim=-1), trained_NKD.norm(dim=-1))
     assert torch.nn.functional.cosine_similarity(changed["noise"], trained_NKD, dim=-1).abs().mean() < 0.3
     assert torch.equal(changed["noise"], again["noise"])
@@ -185,10 +185,10 @@ def test_answers_follow_if_they_name_the_right_option_of_the_changed_graph(exami
 
 
 def test_edges_are_changed_for_methods_without_thoughts_too(examined: Subject) -> None:
-    lm = examined.lm
-    with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, replace(lm.reasoning, slot=Slot.pause, method="pause"))
-    rows = by_change(audit_edges(replace(examined, lm=with_pauses)))
-    assert set(rows) <= {"redirected", "removed", "removed_elsewhere"}
+    lm, pauses = examined.lm, replace(examined.lm.reasoning, slot=Slot.pause, method="pause")
+    with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, pauses)
+    study = audit_edges(replace(examined, lm=with_pauses))
+    assert set(by_change(study)) <= {"redirected", "removed", "removed_elsewhere"}
 
 
 def test_edges_have_no_rows_if_no_answer_is_right() -> None:

@@ -103,8 +103,7 @@ def test_a_question_is_read_once_a_mode_for_all_its_samples(monkeypatch: pytest.
     monkeypatch.setattr(LatentLM, "hidden_states", hidden_states)
     torch.manual_seed(0)
     out = lm.generate(torch.tensor([QUESTIONS[1]]), max_new_tokens=3, do_sample=True, num_return_sequences=32)
-    assert set(out.modes) == set(MODES)
-    assert len(out.texts) == 32
+    assert (set(out.modes), len(out.texts)) == (set(MODES), 32)
     assert [rows for rows, _ in read] == [1] * (1 + 1 + 1 + 1 + 2), "to choose; short; think; latent with two thoughts"
 
 
