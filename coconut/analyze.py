@@ -17,7 +17,7 @@ def run(config: AnalyzeConfig) -> int:
     """Measure a run's model, if it has a checkpoint, and write the page. Gives the exit status."""
     from coconut.data.seen_questions import describe_questions
     from coconut.engine.launcher_env import read_launcher_env
-    from coconut.reporting.page import percent
+    from coconut.reporting.phrases import percent
     from coconut.rl import report as policies
     from coconut.runs.record import read_run
     from coconut.utils.console import log, silence_libraries
@@ -45,7 +45,8 @@ def measure(config: AnalyzeConfig, record: RunRecord) -> None:
     """Carry out the studies of a run and write them with their figures to RUN/analysis."""
     from coconut.analysis.examine import examine
     from coconut.reporting.charts import save_png
-    from coconut.reporting.sections import WIDE, drawings
+    from coconut.reporting.page import WIDE
+    from coconut.reporting.sections import drawings
     from coconut.runs.study import FOLDER
     from coconut.utils.console import log
     from coconut.utils.files import atomic_folder

@@ -17,7 +17,7 @@ from coconut.analysis.config import AnalyzeConfig
 from coconut.config import EngineConfig, ModelConfig, OptimizerConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
-from coconut.reporting.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
+from coconut.reporting.plots import DARK, LIGHT, Band, as_svg, graph_picture, learning_curves
 from coconut.reporting.run_page import answers, command, headline, report
 from coconut.runs.record import RunRecord, read_run
 from coconut.utils.files import read_json, write_json
@@ -293,9 +293,8 @@ def test_any_graph_can_be_drawn(question: str):
 def test_figures_are_in_the_colours_of_the_page():
     bands = [Band(f"stage {i}", f"{i} thoughts", 10 * i, 10 * i + 10) for i in range(9)]
     accuracy = [(5, 0.2), (80, 0.9)]
-    curves = Curves(bands, accuracy, [(1, 3.0), (90, 0.1)], [(5, 2.0)], chance_accuracy=0.5, best=accuracy[1])
     for width in (350, 720):
-        svg = learning_curves(curves, width, "f")
+        svg = as_svg(learning_curves(width, bands, accuracy, [(1, 3.0), (90, 0.1)], [(5, 2.0)], 0.5, accuracy[1]), "f")
         assert "chance, 50.0 %" in svg
         assert not re.search("#[0-9a-f]{6}", svg)
     assert LIGHT.keys() == DARK.keys()
