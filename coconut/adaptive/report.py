@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from coconut.adaptive.experiments import BEST_FIXED, ORACLE, POLICY
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Lead, Legend, Section, Table, Text, page, percent, typeset
+from coconut.reporting.page import Lead, Legend, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import percent, typeset
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled
 from coconut.reporting.run_table import aligned, wrapped
-from coconut.reporting.sections import figure_of
 from coconut.runs.study import Study
 
 if TYPE_CHECKING:

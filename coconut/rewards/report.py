@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Legend, Part, Section, Table, Text, page, percent
+from coconut.reporting.page import Legend, Part, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled
 from coconut.reporting.run_table import aligned
-from coconut.reporting.sections import figure_of
 from coconut.runs.study import Study
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.reporting import run_table
-from coconut.reporting.page import Heading, Part, Section, Table, Text, page, percent
+from coconut.reporting.page import Heading, Part, Section, Table, Text, page
+from coconut.reporting.phrases import percent
 from coconut.rl.report import curves_figure, is_policy, mode_legend
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study

@@ -11,11 +11,11 @@ from coconut.analysis.graph_layout import Point
 from coconut.data.seen_questions import describe_questions
 from coconut.methods import parse_mode
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Figure, Legend, Part, Score, Section, Table, Text, page, percent
+from coconut.reporting.page import Figure, Legend, Part, Score, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import counted, percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
-from coconut.reporting.run_page import answers, counted, settings_of_adamw, what_was_trained
+from coconut.reporting.run_page import answers, settings_of_adamw, what_was_trained
 from coconut.reporting.run_table import aligned
-from coconut.reporting.sections import figure_of
 from coconut.runs.record import RunRecord
 from coconut.runs.study import Study
 

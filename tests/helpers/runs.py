@@ -17,16 +17,16 @@ from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfi
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
-from coconut.utils.files import write_json
+from coconut.utils.files import read_json, write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 from helpers import ROOT
 from helpers.processes import CLEAN
 
 
-def graph_rows(seed: int, count: int, nodes: int = 8) -> list[dict[str, Any]]:
-    """Small graphs in symbols, with questions."""
+def graph_rows(seed: int, count: int, nodes: int = 8, form: Form = Form.symbols) -> list[dict[str, Any]]:
+    """Small graphs with questions."""
     dials = ProsqaBuild(preset=Preset.graphs, nodes=nodes).graph_dials()
-    drawn = (draw_row(random.Random(f"{seed} {i}"), lambda key: True, dials, Form.symbols) for i in range(count))
+    drawn = (draw_row(random.Random(f"{seed} {i}"), lambda key: True, dials, form) for i in range(count))
     return [found[0] for found in drawn if found]
 
 
@@ -38,6 +38,13 @@ def graph_files(folder: Path, train: int, valid: int, test: int) -> DataConfig:
         write_json(folder / f"{split}.json", list(islice(rows, count)))
         files[split] = str(folder / f"{split}.json")
     return DataConfig(TaskName.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def rewrite(file: Path, /, **changes: Any) -> dict[str, Any]:
+    """Change values of a JSON file. Gives what it held before."""
+    before = read_json(file)
+    write_json(file, {**before, **changes})
+    return before
 
 
 def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
