@@ -67,13 +67,7 @@ class Group:
 
 
 def examples_that_fit(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    limit: int,
-    skip: bool,
-    file: str,
-    advice: str,
-    mode: str | None = None,
+    lm: LatentLM, examples: Sequence[Example], limit: int, skip: bool, file: str, advice: str, mode: str | None = None
 ) -> list[Example]:
     """The examples whose questions leave room for `limit` new tokens, in every mode or in `mode`.
 

@@ -35,11 +35,7 @@ if TYPE_CHECKING:
 
 
 def thought_rewards(
-    reward: ImplicitReward,
-    questions: Sequence[Sequence[int]],
-    thoughts: Tensor,
-    sigma: float,
-    batch_size: int = 256,
+    reward: ImplicitReward, questions: Sequence[Sequence[int]], thoughts: Tensor, sigma: float, batch_size: int = 256
 ) -> Tensor:
     """(N, K), float32: the reward of each thought, which was drawn with noise of standard deviation `sigma`.
 

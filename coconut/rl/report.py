@@ -177,12 +177,7 @@ def router_parts(study: Study) -> list[Part]:
     shares = ", ".join(f"{mode} for {percent(model_row[f'share_{mode}'])}" for mode in modes)
     names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
     return [
-        Score(
-            model_row["accuracy"],
-            f"on {questions}",
-            (model_row["low"], model_row["high"]),
-            None,
-        ),
+        Score(model_row["accuracy"], f"on {questions}", (model_row["low"], model_row["high"]), None),
         Text(
             f"With checkpoint {facts['step']:,} it chooses {shares} of the questions, and takes "
             f"{model_row['new_tokens']:.1f} new tokens and {model_row['passes']:.1f} forward passes an answer. "

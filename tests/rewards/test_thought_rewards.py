@@ -210,11 +210,7 @@ def test_thought_rewards_refuse_models_without_thoughts() -> None:
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"sigma is {sigma}; it must be above 0"):
             thought_rewards(reward, QUESTIONS, thoughts, sigma)
-    for lm in (
-        build("llama", slot=Slot.none, method="cot", markers=False),
-        build("llama", slot=Slot.pause),
-        hybrid(),
-    ):
+    for lm in (build("llama", slot=Slot.none, method="cot", markers=False), build("llama", slot=Slot.pause), hybrid()):
         with pytest.raises(ValueError, match="has no latent thoughts to reward"):
             thought_rewards(ImplicitReward(lm, lm, BETA), QUESTIONS, thoughts, SIGMA)
     for wrong in (thoughts[:2], thoughts[..., :5], thoughts[0]):

@@ -20,16 +20,7 @@ from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
-from coconut.config import (
-    AdamWConfig,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    LoraConfig,
-    Precision,
-    TaskName,
-    TooLong,
-)
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, LoraConfig, Precision, TaskName, TooLong
 from coconut.data.examples import Example
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World

@@ -451,11 +451,7 @@ def test_process_reward_refuses_models_that_do_not_fit(made: Made, reward_model:
     for dense, policy, message in [
         (ProcessRewardConfig(1.0, str(reward_model)), made, "process_reward.beta is 0.05, and .* was trained with 0.5"),
         (ProcessRewardConfig(1.0, str(valued)), made, "was trained with loss=value: it says what prefixes are worth"),
-        (
-            ProcessRewardConfig(1.0, str(made[0])),
-            made,
-            "is neither a run of coconut reward nor a checkpoint of one",
-        ),
+        (ProcessRewardConfig(1.0, str(made[0])), made, "is neither a run of coconut reward nor a checkpoint of one"),
         (ProcessRewardConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:
         with pytest.raises(ValueError, match=message):
