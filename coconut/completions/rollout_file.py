@@ -23,14 +23,9 @@ CHUNK = 256  # questions; what is sampled for a chunk depends on the seed and it
 
 
 def write_rollouts(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    judge: CorrectnessReward,
-    config: RolloutConfig,
-    output: Path,
-    about: dict[str, Any],
-    world: World,
-) -> None:
+    lm: LatentLM, examples: Sequence[Example], judge: CorrectnessReward, config: RolloutConfig, output: Path,
+    about: dict[str, Any], world: World,
+) -> None:  # fmt: skip
     """Sample and judge answers, and write the file, with `about` beside it as JSON. The processes share the chunks.
 
     Chunks are kept beside the file until it is whole. Those of a command with another `about` are removed.
@@ -78,24 +73,13 @@ def _join(files: Sequence[Path], output: Path) -> None:
 def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
     """A line of the file."""
     samples = [
-        {
-            "text": sample.text,
-            "correct": bool(right),
-            "ids": sample.completion_ids,
-            "mode": sample.mode,
-            "num_thoughts": sample.num_thoughts,
-            "new_tokens": sample.new_tokens,
-            "truncated": sample.truncated,
-        }
+        {"text": sample.text, "correct": right, "ids": sample.completion_ids, "mode": sample.mode,
+         "num_thoughts": sample.num_thoughts, "new_tokens": sample.new_tokens, "truncated": sample.truncated}
         for sample, right in zip(group.completions, correct, strict=True)
-    ]
+    ]  # fmt: skip
     example = group.example
-    return {
-        "question": example.question,
-        "answer": example.answer,
-        "steps": list(example.steps),
-        "completions": samples,
-    }
+    return {"question": example.question, "answer": example.answer, "steps": list(example.steps),
+            "completions": samples}  # fmt: skip
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
