@@ -17,7 +17,7 @@ from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
-from coconut.rewards.labelled_answers import LabelledAnswers
+from coconut.rewards.labelled_answers import LabelledAnswers, all_completions
 from coconut.rewards.losses import Loss
 from coconut.rewards.value_model import token_values
 
@@ -32,18 +32,14 @@ class RewardBatch(CompletionBatch):
     reference: (N,) log-probabilities of the whole completions under the reference model.
     right: (N,) whether the answer is right.
     reference_point: scalar, see `losses.kto`.
-    num_items: the completions, or pairs, over which the loss is summed; the engine divides by their total.
+    num_targets: the completions, or pairs, over which the loss is summed; the engine divides by their total.
     """
 
     counts: Tensor
     reference: Tensor
     right: Tensor
     reference_point: Tensor
-    num_items: int
-
-    @property
-    def num_targets(self) -> int:
-        return self.num_items
+    num_targets: int
 
     @property
     def owner(self) -> Tensor:
@@ -52,15 +48,9 @@ class RewardBatch(CompletionBatch):
 
 
 def reward_batch(
-    completions: Sequence[Completion],
-    reference_N: Tensor,
-    right_N: Tensor,
-    special: SpecialIds,
-    passes: int,
-    *,
-    reference_point: Tensor | None = None,
-    num_items: int | None = None,
-) -> RewardBatch:
+    completions: Sequence[Completion], reference_N: Tensor, right_N: Tensor, special: SpecialIds, passes: int, *,
+    reference_point: Tensor | None = None, num_items: int | None = None,
+) -> RewardBatch:  # fmt: skip
     """Collate a micro-batch. `num_items`: by default the number of completions; pairs must be given."""
     return RewardBatch(
         **vars(CompletionBatch.of(completions, special, passes)),
@@ -68,7 +58,7 @@ def reward_batch(
         reference=reference_N,
         right=right_N,
         reference_point=torch.zeros(()) if reference_point is None else reference_point,
-        num_items=len(reference_N) if num_items is None else num_items,
+        num_targets=len(reference_N) if num_items is None else num_items,
     )
 
 
@@ -80,7 +70,7 @@ def reward_loss(loss: Loss, sampling: SamplingDistribution, beta: float, weight:
 
     def loss_sum(module: nn.Module, batch: RewardBatch) -> Tensor:
         log_probs_M = sampling.log_probs(module, batch)
-        if not batch.num_items:
+        if not batch.num_targets:
             return 0.0 * log_probs_M.sum()
         sums_N = log_probs_M.new_zeros(len(batch.counts)).index_add(0, batch.owner, log_probs_M)
         rewards_N = beta * (sums_N - batch.reference)
@@ -97,7 +87,7 @@ def value_loss(loss: Loss, token: int) -> Any:
 
     def loss_sum(module: nn.Module, batch: RewardBatch) -> Tensor:
         values_M = token_values(module, batch, token)
-        if not batch.num_items:
+        if not batch.num_targets:
             return 0.0 * values_M.sum()
         return (loss.of(values_M, batch.right[batch.owner]) / batch.counts[batch.owner]).sum()
 
@@ -114,12 +104,9 @@ class AnswerSet:
 
     @classmethod
     def of(cls, labelled: Sequence[LabelledAnswers]) -> AnswerSet:
-        counts = [len(row.completions) for row in labelled]
-        return cls(
-            completions=[completion for row in labelled for completion in row.completions],
-            right=np.array([right for row in labelled for right in row.correct]),
-            question=np.repeat(np.arange(len(labelled)), counts),
-        )
+        right = np.array([right for row in labelled for right in row.correct])
+        question = np.repeat(np.arange(len(labelled)), [len(row.completions) for row in labelled])
+        return cls(all_completions(labelled), right, question)
 
     def pairs(self, seed: int) -> np.ndarray:
         """(P, 2) indices of a right and a wrong completion of the same question, each completion at most once."""

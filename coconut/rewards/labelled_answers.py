@@ -40,6 +40,10 @@ class LabelledAnswers:
         )
 
 
+def all_completions(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
+    return [completion for row in labelled for completion in row.completions]
+
+
 def read_answers(
     path: Path | str, lm: LatentLM, skip: bool = False, whole_questions: bool = False
 ) -> list[LabelledAnswers]:
@@ -55,9 +59,8 @@ def read_answers(
     for row, question in zip(rows, questions, strict=True):
         completions = tuple(_as_completion(lm, question, record) for record in row["completions"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
-        labelled.append(
-            LabelledAnswers(example, completions, tuple(record["correct"] for record in row["completions"]))
-        )
+        correct = tuple(record["correct"] for record in row["completions"])
+        labelled.append(LabelledAnswers(example, completions, correct))
     return _fit_to_context(path, labelled, lm.max_sequence_length, skip, whole_questions)
 
 

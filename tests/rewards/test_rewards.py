@@ -62,7 +62,7 @@ from coconut.rewards.implicit import REFERENCE, ImplicitReward, reference_of, su
 from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.monte_carlo import continue_completions, step_labels
-from coconut.rewards.step_spans import text_ends, token_parts
+from coconut.rewards.step_spans import completion_parts, text_ends, token_parts
 from coconut.rewards.trainer import RewardTrainer, run
 from coconut.rewards.trainer import run_rank as run_together
 from coconut.rewards.value_model import ValueModel
@@ -208,7 +208,7 @@ def test_step_rewards_add_up_to_the_completions_reward(made: tuple[Path, DataCon
     for sample, by_token, by_step in zip(samples, tokens, steps, strict=True):
         assert len(by_token) == len(sample.completion_ids), "prompt tokens have no reward"
         assert float(by_step.sum()) == pytest.approx(float(by_token.sum()), abs=1e-6)
-        parts = reward.parts(sample)
+        parts = completion_parts(lm, sample.completion_ids)
         for part in range(max(parts) + 1):
             inside = [value for value, its in zip(by_token.tolist(), parts, strict=True) if its == part]
             assert float(by_step[part]) == pytest.approx(sum(inside), abs=1e-6)
@@ -256,7 +256,7 @@ def test_reward_model_learns_to_separate_right_from_wrong(
 def test_step_value_is_read_at_the_end_of_the_step(made: tuple[Path, DataConfig]) -> None:
     lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
     samples = [sample for row in read_answers(made[1].valid, lm) for sample in row.completions][:12]
-    for sample, values in zip(samples, ValueModel(lm).parts(samples), strict=True):
+    for sample, values in zip(samples, ValueModel(lm).steps(samples), strict=True):
         parts = token_parts(lm.tokenizer, sample.completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
         assert len(values) == parts[-1] + 1
         with torch.no_grad():
@@ -477,7 +477,7 @@ def test_costs_count_the_tokens_of_a_training(made: tuple[Path, DataConfig], tmp
             training.step = step
             units.append(training.train_step()["items"])
     answers = training.answers["train"].completions
-    trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
+    trained = TrainedRewardModel(loss, 1.0, int(sum(units)), LOSSES[loss])
     labelled = read_answers(files["train"], training.lm)
     [row] = costs([trained], labelled, 7, None, 1).rows
     paired = [answers[i] for i in training.training_items.flatten()]
@@ -657,8 +657,8 @@ def test_first_errors_and_aggregation_of_steps() -> None:
     assert first_below(rewards, 0.0) == [1, None, 2]
     true = [1, None, 1]
     found = first_errors(first_below(rewards, 0.0), true)
-    assert (found.wrong, found.right) == (0.5, 1.0)
-    assert found.f1 == pytest.approx(2 / 3)
+    assert (found["of_wrong"], found["of_right"]) == (0.5, 1.0)
+    assert found["f1"] == pytest.approx(2 / 3)
     assert first_below(rewards, best_threshold(rewards, [1, None, 2])) == [1, None, 2]
     assert aggregate_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
     assert aggregate_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
