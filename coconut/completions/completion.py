@@ -153,15 +153,14 @@ def completion_from_ids(
     return Completion(layout, log_probs, text, mode, new_tokens, count, truncated=not has_eos)
 
 
-def longest_completions(lm: LatentLM, question: Sequence[int], limit: int) -> list[Completion]:
-    """For each mode, a truncated completion of `limit` tokens: the largest that generation can give."""
+def largest_completion(lm: LatentLM, question: Sequence[int], limit: int) -> Completion:
+    """The largest completion in any mode that generation can give: `limit` tokens, truncated."""
     completions = []
     for mode in lm.reasoning.modes or ("",):
         count = lm.reasoning.in_mode(mode).num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
-        log_probs = torch.zeros(limit + bool(mode))
-        completions.append(Completion(layout, log_probs, "", mode, limit, count, truncated=True))
-    return completions
+        completions.append(Completion(layout, torch.zeros(limit + bool(mode)), "", mode, limit, count, truncated=True))
+    return max(completions, key=lambda completion: (len(completion.layout.ids), completion.passes))
 
 
 def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:

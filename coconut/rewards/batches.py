@@ -55,11 +55,10 @@ def reward_batch(
     return RewardBatch(
         **vars(CompletionBatch.of(completions, special, passes)),
         counts=torch.tensor([len(completion.log_probs) for completion in completions]),
-        reference=reference_N,
-        right=right_N,
+        reference=reference_N, right=right_N,
         reference_point=torch.zeros(()) if reference_point is None else reference_point,
         num_targets=len(reference_N) if num_items is None else num_items,
-    )
+    )  # fmt: skip
 
 
 def reward_loss(loss: Loss, sampling: SamplingDistribution, beta: float, weight: float = 1.0) -> Any:
@@ -117,26 +116,21 @@ class AnswerSet:
             pairs += list(zip(right, wrong, strict=False))
         return np.array(pairs, int).reshape(-1, 2)
 
+    def preference_metrics(self, rewards_N: np.ndarray) -> dict[str, float]:
+        """How well rewards separate right from wrong completions of the same question.
 
-def preference_metrics(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
-    """How well rewards separate right from wrong completions of the same question.
-
-    pairs: the share of all (right, wrong) pairs in which the right one has the larger reward; ties count half.
-    best_of_n: the accuracy of the completion with the largest reward. mean: the accuracy of all completions.
-    """
-    num_ordered, num_pairs, best_is_right = 0.0, 0, []
-    for question in range(int(answers.question.max()) + 1):
-        own = answers.question == question
-        right, wrong = rewards[own & answers.right], rewards[own & ~answers.right]
-        margins = right[:, None] - wrong[None, :]
-        num_ordered += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-        num_pairs += margins.size
-        best_is_right.append(bool(answers.right[own][rewards[own].argmax()]))
-    return {
-        "pairs": num_ordered / max(num_pairs, 1),
-        "best_of_n": float(np.mean(best_is_right)),
-        "mean": float(answers.right.mean()),
-    }
+        pairs: the share of all (right, wrong) pairs in which the right one has the larger reward; ties count half.
+        best_of_n: the accuracy of the completion with the largest reward. mean: the accuracy of all completions.
+        """
+        num_ordered, num_pairs, best_is_right = 0.0, 0, []
+        for question in range(int(self.question.max()) + 1):
+            own = self.question == question
+            margins = rewards_N[own & self.right][:, None] - rewards_N[own & ~self.right]
+            num_ordered += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+            num_pairs += margins.size
+            best_is_right.append(bool(self.right[own][rewards_N[own].argmax()]))
+        best_of_n = float(np.mean(best_is_right))
+        return {"pairs": num_ordered / max(num_pairs, 1), "best_of_n": best_of_n, "mean": float(self.right.mean())}
 
 
 def score_across_processes(

@@ -41,11 +41,6 @@ class StepLabels:
     num_rollouts: int
     tokens: int
 
-    @property
-    def hard(self) -> list[list[bool]]:
-        """Hard estimates: whether any of a step's rollouts came out right."""
-        return [[share > 0 for share in shares] for shares in self.shares]
-
 
 @torch.no_grad()
 def step_labels(

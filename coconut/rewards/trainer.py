@@ -22,7 +22,6 @@ from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import (
     AnswerSet,
     RewardBatch,
-    preference_metrics,
     reward_batch,
     reward_loss,
     score_across_processes,
@@ -57,9 +56,7 @@ class RewardTrainer:
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.loss = get_loss(config.loss)
         self.training_state = TrainingState(config, folder, world, pending=False)
-        self.step = self.training_state.state["step"]
-        self.best = self.training_state.state["best"]
-        self.pending = self.training_state.state["pending"]
+        self.step, self.best, self.pending = (self.training_state.state[key] for key in ("step", "best", "pending"))
 
         torch.manual_seed(config.seed + world.rank)
         resumed = self.training_state.resume_from
@@ -218,7 +215,7 @@ class RewardTrainer:
             scores_N = self._score(lm, answers.completions, stop)
         scale = 1.0 if self.loss.is_value_model else self.config.beta
         rewards_N = scale * (scores_N - self.reference["valid"]).numpy()
-        row = preference_metrics(rewards_N, answers)
+        row = answers.preference_metrics(rewards_N)
         for name, chosen_N in (("right", answers.right), ("wrong", ~answers.right)):
             row[f"reward_{name}"] = float(rewards_N[chosen_N].mean()) if chosen_N.any() else 0.0
         if not self.best or row["pairs"] > self.best["pairs"]:
