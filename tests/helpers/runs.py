@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, TaskName, TrainConfig
+from coconut import LatentLM
+from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, TaskName, TrainConfig
 from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
 from coconut.rl.config import RLConfig
@@ -25,6 +26,7 @@ from coconut.training.trainer import run as run_training
 from coconut.utils.files import write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 from helpers import ROOT
+from helpers.models import shift_weights
 from helpers.processes import CLEAN
 
 
@@ -70,6 +72,20 @@ def trained(folder: Path, **changes: Any) -> tuple[Path, DataConfig]:
     settings = {"method": "cot", "curriculum": Curriculum(length_unit=Unit.updates, total_length=60), **changes}
     assert run_training(small_run(folder / "run", data, max_new_tokens=8, **settings)) == 0
     return folder / "run", data
+
+
+def saved_as(kind: str, init: Path, folder: Path) -> Path:
+    """A model as it is, "saved in bfloat16", or in bfloat16 with a "lora" adapter that is not zero."""
+    if not kind.startswith(("saved", "lora")):
+        return init
+    lm = LatentLM.from_pretrained(init).to(torch.bfloat16)
+    lm.save_pretrained(folder / "whole")
+    if kind.startswith("saved"):
+        return folder / "whole"
+    lm = LatentLM.from_pretrained(folder / "whole")
+    lm.add_lora(LoraConfig(rank=2), str(folder / "whole"))
+    shift_weights(lm, 0.05).save_pretrained(folder / "adapter")
+    return folder / "adapter"
 
 
 def data_beside(run: str) -> DataConfig:

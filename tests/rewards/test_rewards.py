@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers.models import build, byte_level_tokenizer, gradients, hybrid, shift_weights
 from helpers.processes import killed_and_stopped, together
-from helpers.runs import rows_of_kind, same_end, small_run, trained
+from helpers.runs import rows_of_kind, same_end, saved_as, small_run, trained
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,17 +29,7 @@ from coconut.completions.config import RolloutConfig
 from coconut.completions.rollout_file import write_rows
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.completions.scoring import SamplingDistribution, score_tokens
-from coconut.config import (
-    AdamWConfig,
-    DataConfig,
-    DataFiles,
-    EngineConfig,
-    LoraConfig,
-    Precision,
-    TaskName,
-    TooLong,
-    Unreadable,
-)
+from coconut.config import AdamWConfig, DataConfig, DataFiles, EngineConfig, Precision, TaskName, TooLong, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_texts
 from coconut.engine.base import StepResult
@@ -84,6 +74,7 @@ CPU = EngineConfig(device="cpu", threads=1)
 TWO_PROCESS_LOSSES = ("ce", "dpo", "value")
 LINES = PromptFormat()
 WORDS = PromptFormat("{}", "{} ", "### {}")
+Made = tuple[Path, DataConfig]  # a run, and the files of its answers
 
 # --- steps ------------------------------------------------------------------------------------------
 
@@ -154,15 +145,15 @@ def test_losses_equal_their_formulas() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A briefly trained chain-of-thought model, and labelled completions sampled from it."""
     sampler, _ = trained(tmp_path_factory.mktemp("sampler"))
     for split in ("train", "valid"):
         assert roll(RolloutConfig(run=str(sampler), split=split, samples=6, engine=CPU)) == 0
-    return sampler, answers_beside(sampler)
+    return answers_beside(sampler)
 
 
-def sampling_model(made: tuple[Path, DataConfig]) -> LatentLM:
+def sampling_model(made: Made) -> LatentLM:
     return LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
 
 
@@ -170,12 +161,12 @@ def rows_in(file: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
-def answers_beside(sampler: Path) -> DataConfig:
-    train, valid = (str(sampler / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
-    return DataConfig(train=train, valid=valid)
+def answers_beside(sampler: Path | str) -> Made:
+    train, valid = (str(Path(sampler) / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
+    return Path(sampler), DataConfig(train=train, valid=valid)
 
 
-def test_rollout_writes_reproducible_rows_with_ids(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_writes_reproducible_rows_with_ids(made: Made, tmp_path: Path) -> None:
     rows, lm = rows_in(made[1].train), sampling_model(made)
     assert len(rows) == 40
     for row in rows:
@@ -192,7 +183,7 @@ def test_rollout_writes_reproducible_rows_with_ids(made: tuple[Path, DataConfig]
     assert [row["question"] for row in rows] == [row["question"] for row in rows_in(tmp_path / "again.jsonl")]
 
 
-def test_step_rewards_add_up_to_the_completions_reward(made: tuple[Path, DataConfig]) -> None:
+def test_step_rewards_add_up_to_the_completions_reward(made: Made) -> None:
     lm, reference = shift_weights(sampling_model(made), 0.05), sampling_model(made)
     labelled = read_answers(made[1].train, lm)[:10]
     samples = all_completions(labelled)
@@ -214,7 +205,7 @@ def test_step_rewards_add_up_to_the_completions_reward(made: tuple[Path, DataCon
 # --- training ---------------------------------------------------------------------------------------
 
 
-def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RewardModelConfig:
+def settings(made: Made, folder: Path, **changes: Any) -> RewardModelConfig:
     values: dict[str, Any] = {
         "run": str(folder), "init": str(made[0]), "data": made[1], "engine": CPU, "batch_size": 16,
         "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=2), "micro_batch_size": 6, "epochs": 2,
@@ -224,9 +215,7 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> Rew
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_reward_model_learns_to_separate_right_from_wrong(
-    made: tuple[Path, DataConfig], tmp_path: Path, loss: str
-) -> None:
+def test_reward_model_learns_to_separate_right_from_wrong(made: Made, tmp_path: Path, loss: str) -> None:
     """Validated on its training completions."""
     data = DataConfig(train=made[1].train, valid=made[1].train)
     assert run(settings(made, tmp_path / "run", loss=loss, data=data, epochs=12, optimizer=AdamWConfig(lr=5e-3))) == 0
@@ -238,7 +227,7 @@ def test_reward_model_learns_to_separate_right_from_wrong(
     assert best["reward_right"] > best["reward_wrong"]
 
 
-def test_step_value_is_read_at_the_end_of_the_step(made: tuple[Path, DataConfig]) -> None:
+def test_step_value_is_read_at_the_end_of_the_step(made: Made) -> None:
     lm = sampling_model(made)
     samples = all_completions(read_answers(made[1].valid, lm))[:12]
     for sample, values in zip(samples, ValueModel(lm).steps(samples), strict=True):
@@ -252,7 +241,7 @@ def test_step_value_is_read_at_the_end_of_the_step(made: tuple[Path, DataConfig]
             assert value == pytest.approx(float(logits[last].sigmoid()), abs=1e-5)
 
 
-def test_killed_reward_training_resumes_exactly(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_killed_reward_training_resumes_exactly(made: Made, tmp_path: Path) -> None:
     """Killed at an update by SIGKILL, then stopped by SIGTERM, then run to its end."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(settings(made, whole, save_every=1)) == 0
@@ -262,7 +251,7 @@ def test_killed_reward_training_resumes_exactly(made: tuple[Path, DataConfig], t
 
 
 def test_a_validation_interrupted_by_a_signal_is_made_up_for(
-    made: tuple[Path, DataConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the training, and at its very end."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -271,9 +260,7 @@ def test_a_validation_interrupted_by_a_signal_is_made_up_for(
     steps = [row["step"] for row in rows_of_kind(whole, "valid")]
     for interrupted_at in (steps[1], steps[-1]):
 
-        def interrupted(
-            lm: LatentLM, completions: Any, size: int, score: Any, at: int = interrupted_at
-        ) -> list[torch.Tensor]:
+        def interrupted(lm: LatentLM, completions: Any, size: int, score: Any, at: int = interrupted_at) -> Any:
             """Send a signal between the first batch and the second of the validation at this step."""
             validating = len(completions) == 12 * 6 and (read_metrics(folder) or [{"step": 0}])[-1]["step"] == at
             batches: list[int] = []
@@ -298,7 +285,7 @@ def test_a_validation_interrupted_by_a_signal_is_made_up_for(
     same_end(folder, whole)
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: Made, tmp_path: Path) -> None:
     config = settings(made, tmp_path / "run", optimizer=AdamWConfig(lr=1e20), save_every=1)
     with pytest.raises(NonFiniteLossError, match=r"(?s)The loss of update \d+ is (nan|inf).*lower optimizer.lr"):
         run(config)
@@ -308,19 +295,17 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, Data
 
 
 def alone(sampler: str, folder: str) -> None:
-    made = Path(sampler), answers_beside(Path(sampler))
-    raise SystemExit(run(settings(made, Path(folder), save_every=1)))
+    raise SystemExit(run(settings(answers_beside(sampler), Path(folder), save_every=1)))
 
 
 def on_two(sampler: str, folder: str) -> None:
-    made = Path(sampler), answers_beside(Path(sampler))
-    engine = EngineConfig(device="cpu", threads=1, timeout=120)
+    made, engine = answers_beside(sampler), replace(CPU, timeout=120)
     with init_distributed(engine) as world:
         for loss in TWO_PROCESS_LOSSES:
             assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
 
 
-def test_two_processes_equal_one_in_reward_training(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_two_processes_equal_one_in_reward_training(made: Made, tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path / "two"))
     for loss in TWO_PROCESS_LOSSES:
         assert run(settings(made, tmp_path / "one" / loss, loss=loss, epochs=1)) == 0
@@ -331,9 +316,7 @@ def test_two_processes_equal_one_in_reward_training(made: tuple[Path, DataConfig
 
 
 @pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
-def test_reward_loss_does_not_depend_on_the_micro_batch(
-    made: tuple[Path, DataConfig], tmp_path: Path, loss: str
-) -> None:
+def test_reward_loss_does_not_depend_on_the_micro_batch(made: Made, tmp_path: Path, loss: str) -> None:
     found = []
     for size in (None, 6, 2):
         folder = tmp_path / str(size)
@@ -364,18 +347,9 @@ def new_trainer(config: RewardModelConfig) -> RewardTrainer:
 
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora"])
-def test_untrained_reward_model_gives_zero_rewards(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
+def test_untrained_reward_model_gives_zero_rewards(made: Made, tmp_path: Path, kind: str) -> None:
     """In training, and in a comparison."""
-    init = starting_point(str(made[0]))
-    if kind != "float32":
-        LatentLM.from_pretrained(init).to(torch.bfloat16).save_pretrained(tmp_path / "lowered")
-    if kind == "saved in bfloat16":
-        init = tmp_path / "lowered"
-    if kind == "lora":
-        lm = LatentLM.from_pretrained(tmp_path / "lowered")
-        lm.add_lora(LoraConfig(rank=2), str(tmp_path / "lowered"))
-        init = tmp_path / "lora"
-        lm.save_pretrained(init)
+    init = saved_as(kind, starting_point(str(made[0])), tmp_path)
     engine = replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
     training = new_trainer(settings(made, tmp_path / "run", init=str(init), engine=engine))
     for split in ("train", "valid"):
@@ -389,7 +363,7 @@ def test_untrained_reward_model_gives_zero_rewards(made: tuple[Path, DataConfig]
     assert all(not row.any() for row in rewards)
 
 
-def test_reference_of_requires_the_weights_of_training(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_reference_of_requires_the_weights_of_training(made: Made, tmp_path: Path) -> None:
     sampler = tmp_path / "sampler"
     shutil.copytree(made[0], sampler)
     assert run(settings(made, tmp_path / "run", init=str(sampler), epochs=1)) == 0
@@ -421,7 +395,7 @@ def test_reference_of_requires_the_weights_of_training(made: tuple[Path, DataCon
 
 
 @pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
-def test_costs_count_the_tokens_of_a_training(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+def test_costs_count_the_tokens_of_a_training(made: Made, tmp_path: Path, loss: str) -> None:
     """FLOPs from the tokens forwarded; a backward pass counts twice a forward pass."""
     file = str(tmp_path / "train.jsonl")
     write_rows(file, rows_in(made[1].train)[:8])
@@ -490,16 +464,14 @@ def test_scoring_refuses_completions_longer_than_the_context(kind: str) -> None:
 
 
 def test_read_answers_names_or_skips_completions_longer_than_the_context(
-    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_in(made[1].train)[:4]
     completion = rows[2]["completions"][1]
     completion["ids"] = [completion["ids"][0]] * 90
     write_rows(tmp_path / "long.jsonl", rows)
     lm = sampling_model(made)
-    message = (
-        r"1 of 24 completions are.*completion 2 of question 3 \(\d+ tokens\). Leave them out with data.too_long=skip"
-    )
+    message = r"1 of 24 completions are.*completion 2 of question 3 \(\d+ tokens\). Leave them out with data.too_long"
     with pytest.raises(ValueError, match=message):
         read_answers(tmp_path / "long.jsonl", lm)
     config = settings(made, tmp_path / "run", data=replace(made[1], train=str(tmp_path / "long.jsonl")))
@@ -513,7 +485,7 @@ def test_read_answers_names_or_skips_completions_longer_than_the_context(
     assert rows[2]["question"] not in {row.example.question for row in whole}
 
 
-def test_rollout_names_or_skips_questions_without_room(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_names_or_skips_questions_without_room(made: Made, tmp_path: Path) -> None:
     file = Path(made[1].train).parents[2] / "train.json"
     rows = read_json(file)[:3]
     rows[1]["question"] = " ".join([rows[1]["question"]] * 8)
@@ -531,9 +503,9 @@ def test_rollout_names_or_skips_questions_without_room(made: tuple[Path, DataCon
 
 
 def test_best_of_n_is_the_expectation_over_all_draws() -> None:
-    draw = np.random.default_rng(0)
-    scores = np.round(draw.normal(size=(3, 6)), 0)  # with ties
-    right = (draw.random((3, 6)) < 0.5).astype(float)
+    rng = np.random.default_rng(0)
+    scores = np.round(rng.normal(size=(3, 6)), 0)  # with ties
+    right = (rng.random((3, 6)) < 0.5).astype(float)
     for size in range(1, 7):
         expected, some = np.zeros(3), np.zeros(3)
         for q in range(3):
@@ -543,12 +515,10 @@ def test_best_of_n_is_the_expectation_over_all_draws() -> None:
                 some[q] += any(right[q, i] for i in chosen) / comb(6, size)
         assert pass_at(right, size) == pytest.approx(some)
         assert best_of(scores, right, size) == pytest.approx(expected)
-    distinct = draw.permutation(18).reshape(3, 6).astype(float)
+    distinct = rng.permutation(18).reshape(3, 6).astype(float)
     for size in (1, 3, 6):
-        by_hand = [
-            np.mean([right[q, max(chosen, key=lambda i: distinct[q, i])] for chosen in combinations(range(6), size)])
-            for q in range(3)
-        ]
+        draws = list(combinations(range(6), size))
+        by_hand = [np.mean([right[q, max(draw, key=distinct[q].__getitem__)] for draw in draws]) for q in range(3)]
         assert best_of(distinct, right, size) == pytest.approx(by_hand)
     assert best_of(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
 
@@ -600,11 +570,8 @@ def test_selections_pool_votes_of_equal_answers() -> None:
     lm = build("gpt2", torch.float32)
     samples = tuple(completion_from_ids(lm, [3], [5, 1], text=text) for text in texts)
     row = LabelledAnswers(Example("?", (), "18"), samples, tuple(text != "### 7" for text in texts))
-    [found] = [
-        row for row in selections([row], [], CorrectnessReward(TASKS["gsm8k"], PromptFormat()), [5]).rows
-        if row["scorer"] == "majority"
-    ]  # fmt: skip
-    assert found["accuracy"] == 1.0
+    study = selections([row], [], CorrectnessReward(TASKS["gsm8k"], PromptFormat()), [5])
+    assert [row["accuracy"] for row in study.rows if row["scorer"] == "majority"] == [1.0]
 
 
 def test_first_errors_and_aggregation_of_steps() -> None:
@@ -620,7 +587,7 @@ def test_first_errors_and_aggregation_of_steps() -> None:
     assert aggregate_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
 
 
-def test_step_labels_share_rollouts(made: tuple[Path, DataConfig]) -> None:
+def test_step_labels_share_rollouts(made: Made) -> None:
     lm = sampling_model(made)
     labelled = read_answers(made[1].train, lm)[:6]
     judge = CorrectnessReward(TASKS["prosqa"], lm.reasoning.format)
@@ -651,7 +618,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for split in ("train", "valid", "test"):
         assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=8, engine=CPU)) == 0
     for loss in ("ce", "dpo", "value"):
-        assert run(settings((folder / "run", answers_beside(folder / "run")), folder / "models" / loss, loss=loss)) == 0
+        assert run(settings(answers_beside(folder / "run"), folder / "models" / loss, loss=loss)) == 0
     return folder / "run", folder / "models"
 
 
@@ -769,9 +736,7 @@ def test_reward_compare_refuses_uneven_files_and_missing_keys(models: tuple[Path
         (lambda row: row["completions"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
     ],
 )
-def test_read_answers_names_malformed_lines(
-    made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str
-) -> None:
+def test_read_answers_names_malformed_lines(made: Made, tmp_path: Path, change: Any, message: str) -> None:
     rows = rows_in(made[1].train)[:3]
     change(rows[1])
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -780,7 +745,7 @@ def test_read_answers_names_malformed_lines(
 
 
 def test_pairwise_loss_requires_right_and_wrong_completions(
-    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_in(made[1].train)
     for completion in [completion for row in rows for completion in row["completions"]]:
@@ -792,7 +757,7 @@ def test_pairwise_loss_requires_right_and_wrong_completions(
     assert "to 40 of 40 questions all answers are right" in capsys.readouterr().out
 
 
-def test_reward_configs_refuse_invalid_values(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_reward_configs_refuse_invalid_values(made: Made, tmp_path: Path) -> None:
     for changes, message in [
         ({"loss": "mse"}, r"There is no loss 'mse'. The losses are: ce, kto, dpo, nca"),
         ({"beta": 0.0}, "beta is 0.0"),
@@ -806,7 +771,7 @@ def test_reward_configs_refuse_invalid_values(made: tuple[Path, DataConfig], tmp
         RolloutConfig(run="x", temperature=0.0)
 
 
-def test_rollout_names_or_skips_unreadable_gold_answers(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_names_or_skips_unreadable_gold_answers(made: Made, tmp_path: Path) -> None:
     rows = [{"question": "0 1 ?", "answer": 1}, {"question": "0 1 ?", "answer": "0 ### 1"}]
     write_json(tmp_path / "own.json", rows)
     files, output = DataFiles(train=str(tmp_path / "own.json")), tmp_path / "answers.jsonl"
@@ -818,7 +783,7 @@ def test_rollout_names_or_skips_unreadable_gold_answers(made: tuple[Path, DataCo
     assert [row["answer"] for row in rows_in(output)] == ["1"]
 
 
-def test_read_answers_encodes_text_without_ids(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_read_answers_encodes_text_without_ids(made: Made, tmp_path: Path) -> None:
     rows, lm = rows_in(made[1].train)[:5], sampling_model(made)
     for row in rows:
         row["completions"] = [

@@ -38,13 +38,9 @@ def test_compare_routers_by_hand() -> None:
     assert cheapest_right(KNOWN).tolist() == [0, 1, 0, 0]
     found = by_name(KNOWN, np.array([1, 1, 0, 0]))
     expected = {
-        "the model": (0.5, 7.0, 8.0),
-        "always short": (0.5, 1.0, 2.0),
-        "always think": (0.5, 9.0, 10.0),
-        "at random, as often": (0.5, 7.0, 8.0),
-        "classifier": (0.75, 5.0, 6.0),
-        "oracle": (0.75, 3.0, 4.0),
-    }
+        "the model": (0.5, 7.0, 8.0), "always short": (0.5, 1.0, 2.0), "always think": (0.5, 9.0, 10.0),
+        "at random, as often": (0.5, 7.0, 8.0), "classifier": (0.75, 5.0, 6.0), "oracle": (0.75, 3.0, 4.0),
+    }  # fmt: skip
     assert {name: (row["accuracy"], row["new_tokens"], row["passes"]) for name, row in found.items()} == expected
     for router in ("the model", "at random, as often"):
         assert (found[router]["share_short"], found[router]["share_think"]) == (0.25, 0.75)
@@ -93,13 +89,9 @@ def test_classifier_learns_the_cheapest_right_mode() -> None:
     torch.manual_seed(0)
     states_QD = torch.randn(600, 8)
     hard = (states_QD[:, 0] > 0).numpy()
-    known = ModeOutcomes(
-        modes=("short", "think"),
-        correct=np.stack([~hard, np.ones(600)], 1).astype(float),
-        tokens=np.array([[1.0, 9.0]] * 600),
-        passes=np.array([[2.0, 10.0]] * 600),
-        mode_probabilities=np.array([[0.9, 0.1]] * 600),
-    )
+    tokens, passes, probabilities = (np.tile(row, (600, 1)) for row in ([1.0, 9.0], [2.0, 10.0], [0.9, 0.1]))
+    correct = np.stack([~hard, np.ones(600)], 1).astype(float)
+    known = ModeOutcomes(("short", "think"), correct, tokens, passes, probabilities)
     before = torch.random.get_rng_state()
     said = RouterClassifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))
     assert said.tolist() == [1, 0]

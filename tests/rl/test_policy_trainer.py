@@ -20,16 +20,17 @@ from helpers.runs import (
     new_policy_trainer,
     rows_of_kind,
     same_end,
+    saved_as,
     small_run,
     trained,
-)  # fmt: skip
+)
 
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, LoraConfig, Precision, TooLong
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TooLong
 from coconut.data.examples import Example
 from coconut.engine.process_group import init_distributed
 from coconut.evaluate import run as run_evaluate
@@ -48,16 +49,17 @@ from coconut.utils.files import read_json, write_json
 pytestmark = pytest.mark.slow
 
 CPU = EngineConfig(device="cpu", threads=1)
+Made = tuple[Path, DataConfig]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A briefly warmed-up hybrid model, and its data."""
     curriculum = Curriculum(modes=MODES, length_unit=Unit.updates, total_length=40)
     return trained(tmp_path_factory.mktemp("warm"), method="hybrid_warmup", curriculum=curriculum)
 
 
-def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+def settings(made: Made, folder: Path, **changes: Any) -> RLConfig:
     warm, data = made
     values: dict[str, Any] = {
         "run": str(folder), "init": str(warm), "data": data, "objective": ObjectiveConfig("degrpo", kl_coef=0.01),
@@ -69,14 +71,14 @@ def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLC
 
 
 @pytest.fixture(scope="module")
-def finished(made: tuple[Path, DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with several updates a step and a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert run(settings_with_several_updates(made, folder)) == 0
     return folder
 
 
-def settings_with_several_updates(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+def settings_with_several_updates(made: Made, folder: Path, **changes: Any) -> RLConfig:
     return settings(made, folder, save_every=1, num_minibatches=2, num_iterations=2, micro_batch_size=3, **changes)
 
 
@@ -106,7 +108,7 @@ def test_policy_run_describes_itself(finished: Path) -> None:
 
 
 def test_evaluate_and_generate_accept_a_policy_run(
-    finished: Path, made: tuple[Path, DataConfig], capsys: pytest.CaptureFixture[str]
+    finished: Path, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_evaluate(EvaluateConfig(run=str(finished), checkpoint="last"))
     assert "modes" in capsys.readouterr().out
@@ -119,9 +121,7 @@ def test_evaluate_and_generate_accept_a_policy_run(
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-def test_resumed_policy_training_equals_uninterrupted(
-    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int
-) -> None:
+def test_resumed_policy_training_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     drop_later(folder, step)
@@ -129,7 +129,7 @@ def test_resumed_policy_training_equals_uninterrupted(
     same_end(folder, finished)
 
 
-def test_killed_policy_training_resumes_exactly(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_killed_policy_training_resumes_exactly(finished: Path, made: Made, tmp_path: Path) -> None:
     """Killed at a step by SIGKILL, then stopped by SIGTERM, then run to its end."""
     folder = tmp_path / "run"
     killed_and_stopped(alone, str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=2, then=4)
@@ -141,7 +141,7 @@ def alone(warm: str, folder: str) -> None:
     raise SystemExit(run(settings_with_several_updates((Path(warm), data_beside(warm)), Path(folder))))
 
 
-# --- processes and micro-batches --------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------
 
 
 def on_two(warm: str, folder: str) -> None:
@@ -156,23 +156,13 @@ def on_two(warm: str, folder: str) -> None:
             assert run_together(config, world) == 0
 
 
-def test_zero3_equals_local_engine_on_two_processes(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_zero3_equals_local_engine_on_two_processes(made: Made, tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path))
     local, zero = (rows_of_kind(tmp_path / name, "train") for name in ("local", "zero3"))
     assert len(local) == len(zero) == 2
     assert local[0]["reward"] == zero[0]["reward"], "the same answers are sampled"
     for key in ("loss", "grad_norm", "kl"):
         assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
-
-
-def test_policy_update_does_not_depend_on_the_micro_batch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    found = []
-    for size in (None, 5, 1):
-        folder = tmp_path / str(size)
-        assert run(settings(made, folder, num_steps=1, micro_batch_size=size)) == 0
-        found.append([rows_of_kind(folder, "train")[0][key] for key in ("loss", "grad_norm")])
-    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
-    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
 
 
 # --- learning ---------------------------------------------------------------------------------------
@@ -201,7 +191,7 @@ def reward_short_mode(example: Example, text: str, mode: str, cost: Cost, /) -> 
     return float(mode == "short")
 
 
-def test_rewarded_mode_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rewarded_mode_is_chosen_more_often(made: Made, tmp_path: Path) -> None:
     objective = ObjectiveConfig("degrpo", control_token_weight=1.0, kl_coef=0.0)
     config = settings(made, tmp_path / "run", objective=objective, num_steps=15, optimizer=AdamWConfig(lr=6e-3))
     assert run(config, reward_short_mode) == 0
@@ -209,7 +199,7 @@ def test_rewarded_mode_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_p
     assert chances[0] < 0.5 < 0.75 < chances[-1]
 
 
-def test_drop_zero_variance_groups_skips_their_updates(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_drop_zero_variance_groups_skips_their_updates(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = settings(made, folder, num_steps=2, drop_zero_variance_groups=True)
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
@@ -223,7 +213,7 @@ def test_drop_zero_variance_groups_skips_their_updates(made: tuple[Path, DataCon
 # --- invalid input ----------------------------------------------------------------------------------
 
 
-def test_invalid_reward_ends_the_run_with_a_checkpoint(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_invalid_reward_ends_the_run_with_a_checkpoint(made: Made, tmp_path: Path) -> None:
     """In the third step, and in the validation after it."""
     calls: list[int] = []
     state: dict[str, Any] = {}
@@ -247,7 +237,7 @@ def test_invalid_reward_ends_the_run_with_a_checkpoint(made: tuple[Path, DataCon
         assert [row["step"] for row in rows_of_kind(folder, "valid")] == [0, 3, 5]
 
 
-def test_rl_config_refuses_invalid_values(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rl_config_refuses_invalid_values(made: Made, tmp_path: Path) -> None:
     for changes, message in [
         ({"group_size": 1}, "group_size is 1. Advantages compare"),
         ({"init": None}, "Name the model to start from"),
@@ -276,7 +266,7 @@ def test_rl_config_refuses_invalid_values(made: tuple[Path, DataConfig], tmp_pat
 
 
 def test_too_long_skip_leaves_out_long_questions(
-    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = read_json(Path(made[1].train))
     long = {**rows[0], "question": " | ".join([rows[0]["question"].split(" ?")[0]] * 2) + " ? 5 or 3 from 0"}
@@ -290,14 +280,14 @@ def test_too_long_skip_leaves_out_long_questions(
     assert "Left out 1 of 41 questions of" in capsys.readouterr().out
 
 
-def test_unreadable_gold_answer_is_refused_in_rl(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_unreadable_gold_answer_is_refused_in_rl(made: Made, tmp_path: Path) -> None:
     write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
     data = replace(made[1], train=str(tmp_path / "train.json"))
     with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
         run(settings((made[0], data), tmp_path / "run", num_steps=1))
 
 
-def test_every_question_is_used_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_every_question_is_used_once_an_epoch(made: Made, tmp_path: Path) -> None:
     training = new_policy_trainer(settings(made, tmp_path / "run", prompts_per_step=12))
     asked = np.concatenate([training._prompts(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
@@ -306,16 +296,8 @@ def test_every_question_is_used_once_an_epoch(made: tuple[Path, DataConfig], tmp
 
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora", "lora in bfloat16"])
-def test_untrained_policy_has_zero_divergence(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
-    init = starting_point(str(made[0]))
-    if kind.startswith(("saved", "lora")):
-        LatentLM.from_pretrained(init).to(torch.bfloat16).save_pretrained(tmp_path / "whole")
-        init = tmp_path / "whole"
-    if kind.startswith("lora"):
-        lm = LatentLM.from_pretrained(init)
-        lm.add_lora(LoraConfig(rank=2), str(init))
-        init = tmp_path / "adapter"
-        shift_weights(lm, 0.05).save_pretrained(init)
+def test_untrained_policy_has_zero_divergence(made: Made, tmp_path: Path, kind: str) -> None:
+    init = saved_as(kind, starting_point(str(made[0])), tmp_path)
     precision = Precision.bfloat16 if kind.endswith("in bfloat16") and "saved" not in kind else Precision.float32
     changes: dict[str, Any] = {"micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
     config = settings((init, made[1]), tmp_path / "run", engine=replace(CPU, precision=precision), **changes)
@@ -327,7 +309,7 @@ def test_untrained_policy_has_zero_divergence(made: tuple[Path, DataConfig], tmp
     assert rows["kl"] > 0, "it differs after an update"
 
 
-def test_divergence_equals_that_of_single_completions(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_divergence_equals_that_of_single_completions(made: Made, tmp_path: Path) -> None:
     training = new_policy_trainer(settings(made, tmp_path / "run", micro_batch_size=5))
     groups = training.sample(0)
     for _ in range(3):
@@ -350,7 +332,7 @@ def test_divergence_equals_that_of_single_completions(made: tuple[Path, DataConf
     assert training.learn(groups)["kl"] == pytest.approx(np.mean(told), rel=1e-3)
 
 
-def test_killed_start_leaves_no_stale_reference(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_killed_start_leaves_no_stale_reference(made: Made, tmp_path: Path) -> None:
     """A run killed before its first checkpoint starts again when `init` has another best checkpoint."""
     other = LatentLM.from_pretrained(starting_point(str(made[0])))
     shift_weights(other, 0.1).save_pretrained(tmp_path / "run" / REFERENCE)
@@ -361,7 +343,7 @@ def test_killed_start_leaves_no_stale_reference(made: tuple[Path, DataConfig], t
     assert training.learn(training.sample(0))["kl"] == 0.0
 
 
-def test_activation_checkpointing_runs_layers_twice(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_activation_checkpointing_runs_layers_twice(made: Made, tmp_path: Path) -> None:
     found: list[tuple[float, float]] = []
     calls: list[int] = []
     for checkpointed in (False, True):
@@ -421,7 +403,7 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     assert "latent_2, hard" in told
 
 
-def test_warmed_up_hybrid_model_has_a_section_on_choices(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_warmed_up_hybrid_model_has_a_section_on_choices(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "warm"
     shutil.copytree(made[0], folder)
     assert analyze(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
@@ -439,9 +421,7 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     assert "How it learned" in page
 
 
-def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(
-    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path
-) -> None:
+def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(finished: Path, made: Made, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trained by reward and .* was not\. Make a table for each kind"):
         compare(TableConfig(runs=[str(finished), str(made[0])]))
     with pytest.raises(ValueError, match="was not analyzed"):

@@ -17,9 +17,10 @@ from helpers.runs import (
     new_policy_trainer,
     rows_of_kind,
     same_end,
+    saved_as,
     small_run,
     trained,
-)  # fmt: skip
+)
 from safetensors.torch import load_file
 
 from coconut import LatentLM
@@ -114,10 +115,8 @@ def test_token_advantages_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16"])
 def test_untrained_process_reward_gives_outcome_advantages(made: Made, tmp_path: Path, kind: str) -> None:
-    init, engine = str(made[0]), replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
-    if kind == "saved in bfloat16":
-        init = str(tmp_path / "init")
-        LatentLM.from_pretrained(starting_point(str(made[0]))).to(torch.bfloat16).save_pretrained(init)
+    init = str(saved_as(kind, starting_point(str(made[0])), tmp_path))
+    engine = replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
     _, groups, judged = reward_first_batch(settings(made, tmp_path / "run", init=init, engine=engine))
     assert any(group.rewards.any() for group in groups)
     for group, its in zip(groups, judged, strict=True):
