@@ -83,8 +83,7 @@ class RewardTrainer:
 
     def _training_items(self) -> np.ndarray:
         answers = self.answers["train"]
-        right = np.bincount(answers.question, answers.right)
-        counts = np.bincount(answers.question)
+        right, counts = np.bincount(answers.question, answers.right), np.bincount(answers.question)
         if one_class := int(((right == 0) | (right == counts)).sum()):
             used = "they are left out" if self.loss.pairs else "they are used all the same"
             log(f"note: to {one_class:,} of {len(counts):,} questions all answers are right, or all wrong; {used}")

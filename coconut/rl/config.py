@@ -30,10 +30,8 @@ class ObjectiveConfig:
         self.build()
 
     def build(self) -> Objective:
-        return get_objective(
-            self.name, control_token_weight=self.control_token_weight, control_token_scale=self.control_token_scale,
-            clip_low=self.clip_low, clip_high=self.clip_high, normalize_advantages=self.normalize_advantages,
-        )  # fmt: skip
+        names = ("control_token_weight", "control_token_scale", "clip_low", "clip_high", "normalize_advantages")
+        return get_objective(self.name, **{name: getattr(self, name) for name in names})
 
 
 @dataclass

@@ -147,8 +147,7 @@ def headline(run: RunRecord) -> Section:
     parts: list[Part] = []
     if run.step < run.config["num_steps"]:
         parts.append(Text(f"Not complete: step {run.step:,} of {run.config['num_steps']:,}."))
-    routers = run.studies.get("routers")
-    if routers:
+    if routers := run.studies.get("routers"):
         parts += router_parts(routers)
     elif run.valid:
         last = run.valid[-1]
@@ -175,8 +174,7 @@ def router_parts(study: Study) -> list[Part]:
     model_row, facts, modes = study.rows[0], study.facts, study.facts["modes"]
     questions = describe_questions(facts["questions"], facts.get("seen"))
     shares = ", ".join(f"{mode} for {percent(model_row[f'share_{mode}'])}" for mode in modes)
-    names = ["who chooses", "accuracy", "95 % interval", "new tokens", "passes"]
-    names += [f"share of {mode}" for mode in modes]
+    names = ["who chooses", "accuracy", "95 % interval", "new tokens", "passes", *(f"share of {m}" for m in modes)]
     return [
         Score(model_row["accuracy"], f"on {questions}", (model_row["low"], model_row["high"]), None),
         Text(
