@@ -20,16 +20,7 @@ from coconut.engine.world import World
 from coconut.generation.generate import Generated
 from coconut.methods import Slot
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
-from coconut.rl.objectives import (
-    OBJECTIVES,
-    Objective,
-    Totals,
-    advantages,
-    has_zero_variance,
-    kl_k3,
-    per_completion,
-    per_token,
-)
+from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, has_zero_variance, kl_k3
 
 GROUP = 4
 
@@ -160,6 +151,7 @@ def test_kl_weights_equal_token_weights() -> None:
 def test_control_token_scale_and_weight() -> None:
     lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
     totals = Totals(2, 8, 2, 10)
+    per_completion, per_token = OBJECTIVES["grpo"].denominator, OBJECTIVES["dapo"].denominator
     plain, whole = Objective(per_completion).weights(lengths, control, totals)
     slowed, _ = Objective(per_completion, control_token_scale=0.1).weights(lengths, control, totals)
     torch.testing.assert_close(slowed, torch.where(control, 0.1 * plain, plain))
