@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
 
+Key = tuple[int, tuple[int, ...]]  # of an answer up to a step's end: the index of its question, and its tokens
+
+
 @dataclass(frozen=True)
 class StepLabels:
     """Monte Carlo estimates of the steps of each completion, ordered by question.
@@ -38,31 +41,19 @@ class StepLabels:
     num_rollouts: int
     tokens: int
 
-    @property
-    def hard(self) -> list[list[bool]]:
-        """Hard estimates: whether any of a step's rollouts came out right."""
-        return [[share > 0 for share in shares] for shares in self.shares]
-
 
 @torch.no_grad()
 def step_labels(
-    lm: LatentLM,
-    judge: CorrectnessReward,
-    labelled: Sequence[LabelledAnswers],
-    *,
-    rollouts: int = 8,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> StepLabels:
+    lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], *,
+    rollouts: int = 8, seed: int = 0, batch_size: int = 64,
+) -> StepLabels:  # fmt: skip
     """Label every step of every completion by `rollouts` completions sampled from its end.
 
     Completions of a question with a common prefix, of the same mode and number of thoughts, share their rollouts.
     """
     eos, form = lm.special.eos, lm.reasoning.format
-    prefix_of: dict[
-        tuple[int, tuple[int, ...]], Completion
-    ] = {}  # by its question and its tokens: an answer up to a step's end
-    ends: list[list[tuple[int, tuple[int, ...]]]] = []  # of each answer, where its steps end
+    prefix_of: dict[Key, Completion] = {}
+    ends: list[list[Key]] = []  # of each answer, where its steps end
     for n, row in enumerate(labelled):
         for completion in row.completions:
             parts = completion_parts(lm, completion.completion_ids)
@@ -109,11 +100,8 @@ def _batches(
     the question, and the rest of the prefix is passed as `prefix_ids`, in batches of equal length.
     """
     reasoning, eos = lm.reasoning, lm.special.eos
-    unfinished = [
-        i
-        for i, s in enumerate(prefixes)
-        if len(s.layout.ids) < lm.max_sequence_length and s.completion_ids[-1:] != [eos]
-    ]
+    fits = [len(s.layout.ids) < lm.max_sequence_length for s in prefixes]
+    unfinished = [i for i, s in enumerate(prefixes) if fits[i] and s.completion_ids[-1:] != [eos]]
     if not (reasoning.modes or reasoning.markers or reasoning.slot is not Slot.none):
         whole = [prefixes[i].layout.ids.tolist() for i in unfinished]
         for rows in longest_first(whole, size):
@@ -124,9 +112,8 @@ def _batches(
         questions = [question_of(lm, prefixes[i]) for i in same_length]
         for rows in longest_first(questions, size):
             chosen = [prefixes[same_length[row]] for row in rows]
-            options: dict[str, Any] = {
-                "prefix_ids": torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
-            }
+            ids = torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
+            options: dict[str, Any] = {"prefix_ids": ids}
             if reasoning.modes:
                 options["mode"] = [completion.mode for completion in chosen]
             elif reasoning.slot is Slot.thought:

@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coconut import LatentLM
 from coconut.analysis.probes import Subject
@@ -44,11 +40,17 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **reas
     )
     base = AutoModelForCausalLM.from_config(config)
     lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(**reasoning))
+    shift_weights(lm, 0.1).to(dtype).eval()
+    return in_float64(lm) if dtype is torch.float64 else lm
+
+
+def shift_weights(lm: LatentLM, scale: float) -> LatentLM:
+    """Add noise of this standard deviation to all weights that are trained."""
     with torch.no_grad():
         for weight in lm.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    lm.to(dtype).eval()
-    return in_float64(lm) if dtype is torch.float64 else lm
+            if weight.requires_grad:
+                weight.add_(scale * torch.randn_like(weight))
+    return lm
 
 
 def in_float64(lm: LatentLM) -> LatentLM:
@@ -195,7 +197,4 @@ def in_sentences(batch_size: int = 4, thoughts_per_step: int = 1, start: bool = 
     config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), **sizes)
     reasoning = Reasoning(num_thoughts=2 * thoughts_per_step, thoughts_per_step=thoughts_per_step, max_new_tokens=4)
     lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    return subject(lm.double().eval(), SENTENCES, batch_size=batch_size)
+    return subject(shift_weights(lm, 0.1).double().eval(), SENTENCES, batch_size=batch_size)
