@@ -24,7 +24,7 @@ from data_builders.entity_names import Names, pools
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
 from data_builders.parallel_generation import Recipe, Row
-from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):
@@ -97,7 +97,7 @@ class ProsqaBuild(SourceKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.given()
+        given = self.given(*_RELEASED)
         self.refuse_dials({"preset": self.preset} if self.preset else given)
         if self.files:
             return
@@ -128,10 +128,7 @@ class ProsqaBuild(SourceKeys):
     def dials(self) -> dict[str, Any]:
         """All dials: the preset's, overridden by those that are given."""
         assert self.preset
-        return DIALS[self.preset] | self.given()
-
-    def given(self) -> dict[str, Any]:
-        return {name: value for name in _RELEASED if (value := getattr(self, name)) is not None}
+        return DIALS[self.preset] | self.given(*_RELEASED)
 
     def graph_dials(self) -> GraphDials | ChainDials:
         kind = ChainDials if self.preset is Preset.graphs else GraphDials
@@ -139,10 +136,6 @@ class ProsqaBuild(SourceKeys):
         if kind is GraphDials:
             values["hops_to"] = values["hops_to"] or None
         return kind(**values)
-
-
-def build(config: ProsqaBuild) -> None:
-    run(config, BUILDER)
 
 
 def recipe(config: ProsqaBuild) -> Recipe:
@@ -237,9 +230,7 @@ def _levels_and_path(
 
 def released_rows(path: str) -> list[Row]:
     """The rows of a released file, in its order, each checked against its own text."""
-    released = open_released(path)
-    expect(released, Kind.prosqa)
-    return rows_of(released, checked)
+    return rows_of(open_released(path, Kind.prosqa), checked)
 
 
 def prove(row: Row) -> None:
@@ -337,6 +328,7 @@ BUILDER = Builder(
     made=lambda config: {"preset": config.preset.value, "dials": config.dials()},
 )
 
+build = partial(run, builder=BUILDER)
 main = application("build_prosqa", ProsqaBuild, build)
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from helpers.models import byte_level_tokenizer
 from coconut.tasks import prontoqa as prontoqa_task
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
-from data_builders.dataset_writer import SPLITS, shared_questions
+from data_builders.dataset_writer import SPLITS, WrittenRow, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
 
@@ -113,9 +113,10 @@ def test_splits_share_no_question_across_seeds(tmp_path: Path) -> None:
         config = ProsqaBuild(str(tmp_path / str(seed)), **GRAPHS, nodes=9, seed=seed)
         prosqa.build(replace(config, num_train=400, num_valid=60, num_test=60))
         splits |= {f"{split} {seed}": read(tmp_path / str(seed) / f"graphs_{split}.json") for split in SPLITS}
-    keys = {split: list(map(graph_measures.key_of, rows)) for split, rows in splits.items()}
-    lines = {split: list(map(json.dumps, rows)) for split, rows in splits.items()}
-    shared = shared_questions(lines, keys, graph_measures.alike)
+    made = {
+        split: [WrittenRow.of(row, graph_measures.key_of(row), {}) for row in rows] for split, rows in splits.items()
+    }
+    shared = shared_questions(made, graph_measures.alike)
     assert set(shared) <= {f"{split} 0 and {split} 1" for split in SPLITS}
     assert shared["train 0 and train 1"] > 100, "the check does find what is alike"
     for a, b in [("train 0", "test 1"), ("valid 0", "test 0"), ("valid 1", "train 0")]:
