@@ -45,21 +45,16 @@ class WrittenRow(NamedTuple):
 
 
 def write_splits(
-    out_dir: str,
-    name: str,
-    splits: dict[str, list[WrittenRow]],
-    made: dict[str, Any],
-    shared: dict[str, int],
-    card: Card,
-    command: str,
-) -> None:
+    out_dir: str, name: str, splits: dict[str, list[WrittenRow]], made: dict[str, Any], shared: dict[str, int],
+    card: Card, command: str,
+) -> None:  # fmt: skip
     """Write the splits, the card and, last, the manifest.
 
     Files of the same name are replaced: all are first written to a temporary folder beside them, and then moved.
     `shared` counts the questions that two splits have in common. `command` makes the same data set again.
 
     Raises ValueError or OSError as `check_place`.
-    """  # fmt: skip
+    """
     splits = {split: splits[split] for split in SPLITS if splits.get(split)}
     folder = check_place(out_dir, name, list(splits), card.task)
     for pair, count in shared.items():
