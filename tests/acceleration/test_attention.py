@@ -73,11 +73,8 @@ def test_a_fully_masked_row_gives_no_nan() -> None:
 @pytest.mark.parametrize(
     ("inputs", "options"),
     [
-        (parts(dtype=torch.float32), {}),
-        (parts(queries=7), {}),
-        (parts(), {"dropout_p": 0.5}),
-        (parts(), {"is_causal": True}),
-        (parts(heads=1), {"enable_gqa": True}),
+        (parts(dtype=torch.float32), {}), (parts(queries=7), {}), (parts(), {"dropout_p": 0.5}),
+        (parts(), {"is_causal": True}), (parts(heads=1), {"enable_gqa": True}),
         ([part.detach() for part in parts()], {}),
     ],
     ids=["float32", "several queries", "dropout", "causal", "grouped", "no gradient"],

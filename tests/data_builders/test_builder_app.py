@@ -363,21 +363,17 @@ def test_wrong_encoding_is_named_by_line_and_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "looks_like"),
     [
-        (b"PAR1\x00\x01", "a binary file"),
-        (b"\x1f\x8b\xff\xfe", "a binary file"),
+        (b"PAR1\x00\x01", "a binary file"), (b"\x1f\x8b\xff\xfe", "a binary file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html>", "a web page"),
-        (b"  \n", "an empty file"),
-        (b"some prose\n", "none of the known forms"),
-        (b"[]", "none of the known forms"),
-        (b'{"a": 1}\n', "none of the known forms"),
-        (b'[{"question": "q", "steps": []}]', "none of the known forms"),
+        (b"\n<!DOCTYPE html><html>", "a web page"), (b"  \n", "an empty file"),
+        (b"some prose\n", "none of the known forms"), (b"[]", "none of the known forms"),
+        (b'{"a": 1}\n', "none of the known forms"), (b'[{"question": "q", "steps": []}]', "none of the known forms"),
         ((DATA / "prosqa_released.json").read_bytes(), "ProsQA as released"),
         ((DATA / "prontoqa_generated.json").read_bytes(), "the output of ProntoQA's generator"),
         ((DATA / "gsm8k_test.jsonl").read_bytes().splitlines()[0], "GSM8K as released"),
         ((DATA / "gsm8k_aug_valid.txt").read_bytes(), "GSM8K-Aug as released"),
     ],
-)
+)  # fmt: skip
 def test_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(content)

@@ -215,13 +215,9 @@ def test_counts_of_the_released_files(path: Path, tmp_path: Path, capsys: pytest
 
 
 LINES = [
-    "Q1||<<2+2=4>> <<4*1,000=4,000>> #### 4,000",
-    "Q2||<<2+2=5>> <<5*20%=1>> #### 1",
-    "Q3||<<10/3=3.33>> #### 3.33",
-    "Q4||<<3/0=1>> <<2/3=.66>> <<1+1=2>> #### 7",
-    "Q5|| #### -5",
-    "Q6||<<1+1=2>> #### 3",
-]
+    "Q1||<<2+2=4>> <<4*1,000=4,000>> #### 4,000", "Q2||<<2+2=5>> <<5*20%=1>> #### 1", "Q3||<<10/3=3.33>> #### 3.33",
+    "Q4||<<3/0=1>> <<2/3=.66>> <<1+1=2>> #### 7", "Q5|| #### -5", "Q6||<<1+1=2>> #### 3",
+]  # fmt: skip
 LISTED = [
     {"row": 2, "equation": "2+2=5", "exact": "4"},
     {"row": 4, "equation": "3/0=1", "unreadable": "a number is divided by zero"},
@@ -491,17 +487,12 @@ def test_gsm8k_measures() -> None:
     }
     measured = measure(row)
     assert measured == {
-        "steps": 5.0,
-        "rows without steps": 0.0,
-        "words of the question": 3.0,
+        "steps": 5.0, "rows without steps": 0.0, "words of the question": 3.0,
         "characters of a step": [12.0, 13.0, 9.0, 9.0, 15.0],
-        "equations": ["exact", "rounded", "wrong", "unreadable", "exact"],
-        "operators": ["*", "+", "/", "+", "-"],
-        "last value is not the answer": 0.0,
-        "digits of the answer": 2.0,
-        "negative answers": 1.0,
+        "equations": ["exact", "rounded", "wrong", "unreadable", "exact"], "operators": ["*", "+", "/", "+", "-"],
+        "last value is not the answer": 0.0, "digits of the answer": 2.0, "negative answers": 1.0,
         "answers with decimals": 1.0,
-    }
+    }  # fmt: skip
     bare = measure({"question": "Q", "steps": [], "answer": "none"})
     assert bare.keys() == measured.keys()
     assert not any(value for key, value in bare.items() if key not in ("rows without steps", "words of the question"))

@@ -147,17 +147,11 @@ def test_statistics_equal_those_of_the_original_generator(rows: list[Row]) -> No
     odds("contrary property before the asked one", 0.5)
     odds("rules of the proof read in order", 0.5)
     constant = {
-        "sentences of the context": 25,
-        "sentences of the proof": 11,
-        "steps": 6,
-        "concepts": 14,
-        "properties": 11,
-        "concepts with two parents": 5,
-        "concepts with a property": 12,
-        "facts about the entity": 2,
+        "sentences of the context": 25, "sentences of the proof": 11, "steps": 6, "concepts": 14, "properties": 11,
+        "concepts with two parents": 5, "concepts with a property": 12, "facts about the entity": 2,
         "sentences that name the concept with the contrary property": [1],
         "sentences that name the last concept of the proof": 4,
-    }
+    }  # fmt: skip
     for measures in [*measured, *(measure(row) for path in RELEASED for row in prontoqa.released_rows(str(path)))]:
         assert {key: measures[key] for key in constant} == constant
 
@@ -275,24 +269,12 @@ def test_parse_sentence(text: str, claim: tuple) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Every impus is an lempus.",
-        "Every lempus is a impus.",
-        "Every impus is lempus.",
-        "Fae is impus.",
-        "Fae is a nervous.",
-        "Impuses are lempus.",
-        "Impuses are a lempus.",
-        "Every impuses are hot.",
-        "Impuses is hot.",
-        "Impus is hot.",
-        "every impus is hot.",
-        "Fae is hot",
-        "Fae is  hot.",
-        "Fae is very hot.",
-        "Fae was hot.",
-        "",
+        "Every impus is an lempus.", "Every lempus is a impus.", "Every impus is lempus.", "Fae is impus.",
+        "Fae is a nervous.", "Impuses are lempus.", "Impuses are a lempus.", "Every impuses are hot.",
+        "Impuses is hot.", "Impus is hot.", "every impus is hot.", "Fae is hot", "Fae is  hot.", "Fae is very hot.",
+        "Fae was hot.", "",
     ],
-)
+)  # fmt: skip
 def test_parse_sentence_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a sentence of ProntoQA|has a wrong article or number"):
         parse_sentence(text)

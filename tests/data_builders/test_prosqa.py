@@ -39,17 +39,11 @@ def dials(draw_: st.DrawFn) -> dict[str, Any]:
     hops_to = hops_from + draw_(st.integers(0, 2))
     plant, equalize = draw_(st.booleans()), draw_(st.booleans())
     return {
-        "form": draw_(st.sampled_from(Form)),
-        "preset": draw_(st.sampled_from((Preset.released, Preset.paper))),
-        "nodes": 2 + 2 * hops_to + draw_(st.integers(2, 10)),
-        "branching": draw_(st.floats(1, 2.5)),
-        "depth_weight": draw_(st.floats(0.5, 3)),
-        "hops_from": hops_from,
-        "hops_to": hops_to,
-        "plant": plant or hops_from > 2,
-        "equalize_depth": equalize,
-        "names": None,
-    }
+        "form": draw_(st.sampled_from(Form)), "preset": draw_(st.sampled_from((Preset.released, Preset.paper))),
+        "nodes": 2 + 2 * hops_to + draw_(st.integers(2, 10)), "branching": draw_(st.floats(1, 2.5)),
+        "depth_weight": draw_(st.floats(0.5, 3)), "hops_from": hops_from, "hops_to": hops_to,
+        "plant": plant or hops_from > 2, "equalize_depth": equalize, "names": None,
+    }  # fmt: skip
 
 
 @settings(max_examples=60)
@@ -146,12 +140,9 @@ PUBLISHED_SHARES = {
 PUBLISHED_POOLED = {
     "parents of a node": {"0": 0.027, "1": 0.48, "2": 0.305, "3": 0.134, "4": 0.042, "5": 0.011},
     "nodes reached by": {
-        "neither root": 0.034,
-        "the first root only": 0.39,
-        "the second root only": 0.517,
-        "both roots": 0.06,
+        "neither root": 0.034, "the first root only": 0.39, "the second root only": 0.517, "both roots": 0.06,
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -295,27 +286,22 @@ def test_prove_refuses_a_detour() -> None:
         ({"nodes": 5}, "nodes=5 is too few for a chain and a distractor of 3 hops, which need 6"),
         ({"hops_from": 40, "hops_to": 41}, "nodes=28 is too few .* 40 hops"),
         ({"preset": Preset.graphs, "nodes": 6}, "nodes=6 is too few for two chains .* = 7"),
-        ({"hops_from": 4, "hops_to": 3}, "hops_from=4, hops_to=3"),
-        ({"hops_from": 0}, "hops_from=0"),
+        ({"hops_from": 4, "hops_to": 3}, "hops_from=4, hops_to=3"), ({"hops_from": 0}, "hops_from=0"),
         ({"nodes": 41}, "nodes=41 may need 39 names of concepts, and names=released has 38.* names=generated"),
         ({"form": Form.symbols, "names": Names.generated}, "names=generated is for form=sentences"),
-        ({"edges": 30, "branching": 2.0}, "edges=30 and branching=2.0"),
-        ({"edges": 3}, "edges=3; with nodes=28"),
-        ({"edges": 300}, "edges=300; with nodes=28"),
-        ({"branching": 0.0}, "branching=0.0"),
-        ({"branching": math.nan}, "branching=nan"),
-        ({"depth_weight": math.inf}, "depth_weight=inf"),
+        ({"edges": 30, "branching": 2.0}, "edges=30 and branching=2.0"), ({"edges": 3}, "edges=3; with nodes=28"),
+        ({"edges": 300}, "edges=300; with nodes=28"), ({"branching": 0.0}, "branching=0.0"),
+        ({"branching": math.nan}, "branching=nan"), ({"depth_weight": math.inf}, "depth_weight=inf"),
         ({"first_family": math.nan}, "first_family=nan"),
         ({"nodes": 1000, "names": Names.generated}, "nodes=1000; at most 500"),
-        ({"plant": True, "hops_to": 0}, "plant=true draws a length"),
-        ({"depth_weight": -1.0}, "depth_weight=-1.0"),
+        ({"plant": True, "hops_to": 0}, "plant=true draws a length"), ({"depth_weight": -1.0}, "depth_weight=-1.0"),
         ({"first_family": 0.7}, "first_family=0.7, second_family=0.45"),
         ({"preset": Preset.graphs, "branching": 2.0}, "branching=2.0 is not a dial of preset=graphs, which has: form"),
         ({"equalize_depth": True, "nodes": 7}, "nodes=7 is too few for two chains of 3 hops, which need 8"),
         ({"source": "a", "preset": Preset.graphs}, "preset=graphs .* source=a is read"),
         ({"valid": "a", "nodes": 9}, "nodes=9 .* valid=a is read"),
     ],
-)
+)  # fmt: skip
 def test_prosqa_refuses_impossible_dials(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
@@ -354,13 +340,9 @@ def test_measure_accepts_roots_with_any_number() -> None:
     turned["idx_to_symbol"] = row["idx_to_symbol"][::-1]
     turned["edges"] = [[number[a], number[b]] for a, b in row["edges"]]
     same = (
-        "nodes",
-        "edges",
-        "hops to the target",
-        "shortest paths to the target",
-        "depth of the distractor",
+        "nodes", "edges", "hops to the target", "shortest paths to the target", "depth of the distractor",
         "distractor against target",
-    )
+    )  # fmt: skip
     assert all(measure(checked(turned))[name] == measure(row)[name] for name in same)
 
 

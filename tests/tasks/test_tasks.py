@@ -29,38 +29,24 @@ SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
 @pytest.mark.parametrize(
     ("text", "steps", "answer"),
     [
-        ("a b\nc\n### 72", ["a b", "c"], "72"),
-        ("### 72\n", [], "72"),
-        ("\n a \n\n###72\nand more", ["a"], "72"),
+        ("a b\nc\n### 72", ["a b", "c"], "72"), ("### 72\n", [], "72"), ("\n a \n\n###72\nand more", ["a"], "72"),
         ("### step one : 2 + 3 = 5\n### 5", ["### step one : 2 + 3 = 5"], "5"),
-        ("a\n#### 4\n#### 3", ["a", "#### 4"], "3"),
-        ("a ### b\n### 5", ["a ### b"], "5"),
-        ("a\n  ### a ### b", ["a"], "a ### b"),
-        ("a\n### #5", ["a"], "#5"),
-        ("# ### True", ["#"], "True"),
-        ("a ### 5", ["a"], "5"),
-        ("a\nb", ["a", "b"], None),
-        ("a\n###", ["a"], ""),
-        ("", [], None),
+        ("a\n#### 4\n#### 3", ["a", "#### 4"], "3"), ("a ### b\n### 5", ["a ### b"], "5"),
+        ("a\n  ### a ### b", ["a"], "a ### b"), ("a\n### #5", ["a"], "#5"), ("# ### True", ["#"], "True"),
+        ("a ### 5", ["a"], "5"), ("a\nb", ["a", "b"], None), ("a\n###", ["a"], ""), ("", [], None),
     ],
-)
+)  # fmt: skip
 def test_read_steps_and_answer(task, text: str, steps: list[str], answer: str | None) -> None:
     assert task.read_steps(text, PromptFormat()) == steps
     assert task.read_answer(text, PromptFormat()) == answer
 
 
 FORMS = [
-    PromptFormat(),
-    PromptFormat(step="{} "),
-    PromptFormat(step="{} ; ", answer="#### {}"),
-    PromptFormat(step="{}|", answer="###{}."),
-    PromptFormat(step="<{}>", answer="so ({})"),
-    PromptFormat(step="{}\n\n", answer="The answer is: {} ."),
-    PromptFormat(answer="Answer:\n{}"),
-    PromptFormat(answer="{}"),
-    PromptFormat(step="{};", answer="{}"),
-    PromptFormat(step="{} .\n", answer="{} ."),
-]
+    PromptFormat(), PromptFormat(step="{} "), PromptFormat(step="{} ; ", answer="#### {}"),
+    PromptFormat(step="{}|", answer="###{}."), PromptFormat(step="<{}>", answer="so ({})"),
+    PromptFormat(step="{}\n\n", answer="The answer is: {} ."), PromptFormat(answer="Answer:\n{}"),
+    PromptFormat(answer="{}"), PromptFormat(step="{};", answer="{}"), PromptFormat(step="{} .\n", answer="{} ."),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
@@ -85,33 +71,13 @@ def test_empty_lines_are_no_answer() -> None:
 @pytest.mark.parametrize(
     ("predicted", "gold"),
     [
-        ("72", "72"),
-        ("72.", "72"),
-        ("72 clips", "72"),
-        ("$72", "72"),
-        ("$ 1,234.50", "1234.5"),
-        ("-$3", "-3"),
-        ("$-3", "-3"),
-        ("−3", "-3"),
-        ("- 3", "-3"),
-        ("+3", "3"),
-        ("5.0", "5"),
-        (".5", "0.50"),
-        ("5 . 0", "5"),
-        ("1 , 234", "1234"),
-        ("50%", "50"),
-        ("1234", "1,234"),
-        ("**72**", "72"),
-        ("-0", "0"),
-        ("72 (72 clips)", "72"),
-        ("10000000000000000000000000000000001", "10,000,000,000,000,000,000,000,000,000,000,001"),
-        ("3/4", "3 / 4"),
-        ("0.75", "3/4"),
-        ("18.00", "18"),
-        ("3 : 4", "3:4"),
-        ("None.", "none"),
+        ("72", "72"), ("72.", "72"), ("72 clips", "72"), ("$72", "72"), ("$ 1,234.50", "1234.5"), ("-$3", "-3"),
+        ("$-3", "-3"), ("−3", "-3"), ("- 3", "-3"), ("+3", "3"), ("5.0", "5"), (".5", "0.50"), ("5 . 0", "5"),
+        ("1 , 234", "1234"), ("50%", "50"), ("1234", "1,234"), ("**72**", "72"), ("-0", "0"), ("72 (72 clips)", "72"),
+        ("10000000000000000000000000000000001", "10,000,000,000,000,000,000,000,000,000,000,001"), ("3/4", "3 / 4"),
+        ("0.75", "3/4"), ("18.00", "18"), ("3 : 4", "3:4"), ("None.", "none"),
     ],
-)
+)  # fmt: skip
 def test_equal_numbers(predicted: str, gold: str) -> None:
     assert gsm8k.judge(predicted, gold)
 
@@ -119,28 +85,12 @@ def test_equal_numbers(predicted: str, gold: str) -> None:
 @pytest.mark.parametrize(
     ("predicted", "gold"),
     [
-        (None, "72"),
-        ("", "72"),
-        ("-72", "72"),
-        ("7", "72"),
-        ("72 or 73", "72"),
-        ("72/1", "72"),
-        ("72-72", "72"),
-        ("72 * 72", "72"),
-        ("72–80", "72"),
-        ("72.5", "72"),
-        ("1,234", "1"),
-        ("3/4", "3"),
-        ("0.75", "3 / 8"),
-        ("15", "1,5"),
-        ("12", "(1,2)"),
-        ("3", "3½"),
-        ("2", "2 million"),
-        ("seventy-two", "72"),
-        ("10000000000000000000000000000000001", "10000000000000000000000000000000000"),
-        ("__import__('os')", "0"),
+        (None, "72"), ("", "72"), ("-72", "72"), ("7", "72"), ("72 or 73", "72"), ("72/1", "72"), ("72-72", "72"),
+        ("72 * 72", "72"), ("72–80", "72"), ("72.5", "72"), ("1,234", "1"), ("3/4", "3"), ("0.75", "3 / 8"),
+        ("15", "1,5"), ("12", "(1,2)"), ("3", "3½"), ("2", "2 million"), ("seventy-two", "72"),
+        ("10000000000000000000000000000000001", "10000000000000000000000000000000000"), ("__import__('os')", "0"),
     ],
-)
+)  # fmt: skip
 def test_different_numbers(predicted: str | None, gold: str) -> None:
     assert not gsm8k.judge(predicted, gold)
 
@@ -238,17 +188,11 @@ def test_answers_have_equal_keys_iff_judged_equal(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
-        ("True", "True"),
-        ("false", "False"),
-        (" true .", "True"),
-        ("FALSE, since Max is dull", "False"),
-        ("True or False", None),
-        ("True or false: Max is dull.", None),
-        ("Max is true", None),
-        ("untrue", None),
+        ("True", "True"), ("false", "False"), (" true .", "True"), ("FALSE, since Max is dull", "False"),
+        ("True or False", None), ("True or false: Max is dull.", None), ("Max is true", None), ("untrue", None),
         ("", None),
     ],
-)
+)  # fmt: skip
 def test_verdict(text: str, verdict: str | None) -> None:
     assert prontoqa.verdict(text) == verdict
     assert prontoqa.judge(text, "True") == (verdict == "True")
@@ -284,11 +228,8 @@ def test_candidates() -> None:
 def test_graph_of_sentences(question: str) -> None:
     graph = prosqa.graph(question)
     assert list(graph.edges) == [
-        ("Tom", "terpus"),
-        ("terpus", "brimpus"),
-        ("brimpus", "lempus"),
-        ("Alex", "scrompus"),
-    ]
+        ("Tom", "terpus"), ("terpus", "brimpus"), ("brimpus", "lempus"), ("Alex", "scrompus"),
+    ]  # fmt: skip
     assert graph.graph == {"root": "Tom", "options": ("lempus", "scrompus")}
 
 
