@@ -177,11 +177,8 @@ def padded_right(batch: Batch, pad: int) -> Batch:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[LatentLM, Batch], Tensor]] = {
-    "released": released,
-    "plain": plain,
-    "ours": ours,
-    "indexed": partial(released, indexed=True),
-}
+    "released": released, "plain": plain, "ours": ours, "indexed": partial(released, indexed=True),
+}  # fmt: skip
 
 
 # --- generation -------------------------------------------------------------------------------------

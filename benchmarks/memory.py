@@ -120,14 +120,11 @@ MODELS = [
 
 
 RECIPES: list[tuple[str, dict[str, Any]]] = [
-    ("float32", {"size": 4}),
-    ("bfloat16", {"size": 2}),
-    ("8: ZeRO 2", {"size": 2, "shards": 8, "zero": 2}),
+    ("float32", {"size": 4}), ("bfloat16", {"size": 2}), ("8: ZeRO 2", {"size": 2, "shards": 8, "zero": 2}),
     ("8: ZeRO 3", {"size": 2, "shards": 8, "zero": 3}),
-    ("8: offload", {"size": 2, "shards": 8, "zero": 3, "offload": True}),
-    ("LoRA", {"size": 2, "rank": 16}),
+    ("8: offload", {"size": 2, "shards": 8, "zero": 3, "offload": True}), ("LoRA", {"size": 2, "rank": 16}),
     ("8: LoRA", {"size": 2, "rank": 16, "shards": 8, "zero": 3}),
-]
+]  # fmt: skip
 
 
 def fits() -> None:

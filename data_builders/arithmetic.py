@@ -109,13 +109,9 @@ class _Operator:
 
 
 OPERATORS = {
-    "+": _Operator(1, operator.add, 2),
-    "-": _Operator(1, operator.sub, 2),
-    "*": _Operator(2, operator.mul, 3),
-    "/": _Operator(2, Fraction, 3),
-    "//": _Operator(2, operator.floordiv, 3),
-    "^": _Operator(4, _power, 3),
-}
+    "+": _Operator(1, operator.add, 2), "-": _Operator(1, operator.sub, 2), "*": _Operator(2, operator.mul, 3),
+    "/": _Operator(2, Fraction, 3), "//": _Operator(2, operator.floordiv, 3), "^": _Operator(4, _power, 3),
+}  # fmt: skip
 
 _ALIKE = str.maketrans({**dict.fromkeys("×xX·⋅∙", "*"), "÷": "/", **dict.fromkeys("−–—", "-")})
 _CURRENCY = str.maketrans(dict.fromkeys("$€£¥", " "))

@@ -39,20 +39,10 @@ class Form(StrEnum):
 
 
 _RELEASED: dict[str, Any] = {
-    "form": Form.sentences,
-    "names": Names.released,
-    "nodes": 28,
-    "branching": 1.5,
-    "edges": None,
-    "depth_weight": 1.5,
-    "first_family": 0.35,
-    "second_family": 0.45,
-    "as_printed": False,
-    "hops_from": 3,
-    "hops_to": 6,
-    "plant": False,
+    "form": Form.sentences, "names": Names.released, "nodes": 28, "branching": 1.5, "edges": None, "depth_weight": 1.5,
+    "first_family": 0.35, "second_family": 0.45, "as_printed": False, "hops_from": 3, "hops_to": 6, "plant": False,
     "equalize_depth": False,
-}
+}  # fmt: skip
 DIALS: dict[Preset, dict[str, Any]] = {
     Preset.released: _RELEASED,
     Preset.paper: _RELEASED | {"nodes": 26, "second_family": 0.35, "as_printed": True},
@@ -187,16 +177,10 @@ def draw_row(
         answer = f"{root} is a {target}."
         steps = [_sentence(symbols[a], symbols[b], not parents[a]) for a, b in pairwise(path)]
     row: Row = {
-        "question": question,
-        "steps": steps,
-        "answer": answer,
-        "idx_to_symbol": symbols,
-        "edges": [list(edge) for edge in graph.edges],
-        "root": graph.root,
-        "target": graph.target,
-        "neg_target": graph.distractor,
-        "nodes_at_distance": levels,
-    }
+        "question": question, "steps": steps, "answer": answer, "idx_to_symbol": symbols,
+        "edges": [list(edge) for edge in graph.edges], "root": graph.root, "target": graph.target,
+        "neg_target": graph.distractor, "nodes_at_distance": levels,
+    }  # fmt: skip
     return row, key
 
 

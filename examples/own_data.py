@@ -49,12 +49,8 @@ def configuration(folder: Path, file: Path) -> TrainConfig:
         ),  # gsm8k compares numbers
         model=ModelConfig(
             architecture={
-                "model_type": "gpt_neox",
-                "hidden_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 128,
-                "max_position_embeddings": 64,
+                "model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "intermediate_size": 128, "max_position_embeddings": 64,
             },
             tokenizer="words",
             new_token_init="random",
@@ -66,7 +62,7 @@ def configuration(folder: Path, file: Path) -> TrainConfig:
         engine=EngineConfig(device="cpu"),
         batch_size=len(ROWS),
         validate_every=40,
-    )
+    )  # fmt: skip
 
 
 def main() -> None:
