@@ -18,24 +18,14 @@ import numpy as np
 import pytest
 from helpers import DATA, ROOT, SHARED
 from helpers.models import byte_level_tokenizer
+from helpers.processes import python
 
-from coconut.tasks import prontoqa as prontoqa_task
+from coconut.utils.files import read_json as read
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
 from data_builders.dataset_writer import SPLITS, WrittenRow, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
-
-REAL = SHARED
-
-
-def existing(*names: str) -> list[Path]:
-    return [path for name in names for path in REAL.glob(name)]
-
-
-def read(path: Path) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
 
 GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
 
@@ -282,7 +272,7 @@ def test_source_is_divided_into_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [DATA / "prosqa_released.json", *existing("prosqa/prosqa_valid.json")], ids=lambda path: path.name
+    "path", [DATA / "prosqa_released.json", *SHARED.glob("prosqa/prosqa_valid.json")], ids=lambda path: path.name
 )
 def test_released_prosqa_is_converted(path: Path) -> None:
     assert prosqa.released_rows(str(path)) == read(path)
@@ -315,18 +305,6 @@ def test_written_prosqa_rows_can_be_read_back(preset: prosqa.Preset, tmp_path: P
     prosqa.build(ProsqaBuild(str(tmp_path), preset=preset, num_train=20, num_valid=0, num_test=0))
     path = tmp_path / "prosqa_train.json"
     assert prosqa.released_rows(str(path)) == read(path)
-
-
-@pytest.mark.parametrize(
-    "path", [DATA / "prontoqa_generated.json", *existing("prontoqa/*.json")], ids=lambda path: path.name
-)
-def test_released_prontoqa_is_converted(path: Path) -> None:
-    examples = [example["test_example"] for example in json.loads(path.read_text()).values()]
-    for row, example in zip(prontoqa.released_rows(str(path)), examples, strict=True):
-        assert row["question"] == f"{example['question']} {example['query']}"
-        assert " ".join(row["steps"]) == " ".join(example["chain_of_thought"])
-        assert len(row["steps"]) == 6
-        assert prontoqa_task.judge(row["answer"], example["answer"])
 
 
 @pytest.mark.parametrize(
@@ -377,11 +355,7 @@ def test_wrong_encoding_is_named_by_line_and_byte(tmp_path: Path) -> None:
 def test_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(content)
-    taken = {
-        "ProsQA": prosqa.released_rows,
-        "the output": prontoqa.released_rows,
-        "GSM8K": gsm8k.released_rows,
-    }
+    taken = {"ProsQA": prosqa.released_rows, "the output": prontoqa.released_rows, "GSM8K": gsm8k.released_rows}
     for kind, rows in taken.items():
         if looks_like.startswith(kind):
             assert rows(str(path))
@@ -393,14 +367,7 @@ def test_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", *arguments, cwd=folder, PYTHONPATH=str(ROOT))
 
 
 def test_builder_command_runs_from_another_folder(tmp_path: Path) -> None:

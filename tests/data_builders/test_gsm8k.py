@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from helpers import DATA, ROOT, SHARED
+from helpers.processes import python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from coconut.utils.files import read_json as read
 from coconut.utils.files import sha256
 from data_builders import gsm8k
 from data_builders.arithmetic import LONGEST, OPERATORS, Outcome, Verdict, check, shown
@@ -24,10 +25,6 @@ from data_builders.gsm8k import Faulty, Gsm8kBuild, Preset, Steps, measure, rele
 
 REAL = SHARED / "gsm8k"
 GSM8K, AUG = DATA / "gsm8k_test.jsonl", DATA / "gsm8k_aug_valid.txt"
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -319,8 +316,11 @@ def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be read as a data set of the hub."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -333,10 +333,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.usefixtures("hub_cache")
-def test_every_record_shape_gives_the_same_row(shape: str, tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
+def test_every_record_shape_gives_the_same_row(shape: str, folder: Path, tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text(json.dumps(SHAPES[shape]) + "\n")
     gsm8k.build(Gsm8kBuild(str(tmp_path), hub=str(folder)))
     expected = [{"question": "Q", "steps": ["<<2+3=5>>", "<<5*2=10>>"], "answer": "10"}]
@@ -380,17 +377,14 @@ def test_unreadable_record_is_named(record: dict[str, Any], kind: str, complaint
         released_rows(str(tmp_path / "a.jsonl"), Steps(kind))
 
 
-def released_folder(folder: Path) -> Path:
-    folder.mkdir()
+def divide_excerpt(folder: Path) -> None:
     lines = GSM8K.read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     (folder / "test.jsonl").write_text(lines[4], encoding="utf-8")
-    return folder
 
 
-@pytest.mark.usefixtures("hub_cache")
-def test_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
-    folder = released_folder(tmp_path / "set")
+def test_folder_is_read_as_the_hub_is(folder: Path, tmp_path: Path) -> None:
+    divide_excerpt(folder)
     gsm8k.build(Gsm8kBuild(str(tmp_path / "whole"), hub=str(folder)))
     rows = released_rows(str(GSM8K))
     assert read(tmp_path / "whole" / "gsm8k_train.json") == rows[:4]
@@ -415,23 +409,16 @@ def test_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
     assert read(tmp_path / "file" / "gsm8k_valid.json") == parts["valid"], "divided as a source is"
 
 
-@pytest.mark.parametrize("name", ["train.parquet", "validation.parquet"])
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_folder_of_parquet_files(name: str, tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    folder = tmp_path / "set"
-    folder.mkdir()
-    Dataset.from_list([SHAPES["steps"], {"question": "R", "steps": [], "answer": "1"}]).to_parquet(folder / name)
+def test_hub_folder_of_parquet_files(folder: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_list([SHAPES["steps"], {"question": "R", "steps": [], "answer": "1"}])
+    for name in ("train", "validation"):
+        rows.to_parquet(folder / f"{name}.parquet")
     gsm8k.build(Gsm8kBuild(str(tmp_path), hub=str(folder)))
-    split = {"train.parquet": "train", "validation.parquet": "valid"}[name]
-    assert [row["steps"] for row in read(tmp_path / f"gsm8k_{split}.json")] == [["<<2+3=5>>", "<<5*2=10>>"], []]
+    for split in ("train", "valid"):
+        assert [row["steps"] for row in read(tmp_path / f"gsm8k_{split}.json")] == [["<<2+3=5>>", "<<5*2=10>>"], []]
 
 
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_folder_of_text_files(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
+def test_hub_folder_of_text_files(folder: Path, tmp_path: Path) -> None:
     for name in ("train.txt", "valid.txt"):
         (folder / name).write_bytes(AUG.read_bytes())
     gsm8k.build(Gsm8kBuild(str(tmp_path), hub=str(folder)))
@@ -439,13 +426,12 @@ def test_hub_folder_of_text_files(tmp_path: Path) -> None:
         assert read(tmp_path / f"gsm8k_{split}.json") == released_rows(str(AUG))
 
 
-@pytest.mark.usefixtures("hub_cache")
-def test_unreachable_hub_is_explained(tmp_path: Path) -> None:
+def test_unreachable_hub_is_explained(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     for preset, name in gsm8k.HUB_NAMES.items():
         with pytest.raises(ValueError, match=f"'{name}' on the Hugging Face hub .*connection.*train=FILE"):
             gsm8k.build(Gsm8kBuild(out, preset=preset))
-    folder = released_folder(tmp_path / "set")
+    divide_excerpt(folder)
     with pytest.raises(ValueError, match=r"num_test=1 is given, and .* has 1 test rows of its own"):
         gsm8k.build(Gsm8kBuild(out, hub=str(folder), num_test=1))
     with pytest.raises(ValueError, match="ask for 5 rows, and the source has 4"):
@@ -502,14 +488,7 @@ def test_gsm8k_measures() -> None:
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "data_builders.gsm8k", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", "data_builders.gsm8k", *arguments, cwd=folder, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.slow

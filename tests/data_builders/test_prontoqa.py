@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from math import sqrt
@@ -13,6 +12,7 @@ from helpers import DATA, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coconut.utils.files import read_json
 from data_builders import prontoqa
 from data_builders.dataset_writer import Row
 from data_builders.ontology import ENTITIES, FAMILIES, NAMES, Names, OntologyDials, Ordering, draw, measure
@@ -182,15 +182,15 @@ def _levels_below(row: Row) -> int:
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.name)
 def test_released_prontoqa_rows_are_verified(path: Path) -> None:
-    rows = prontoqa.released_rows(str(path))
-    for row in rows:
+    examples = [example["test_example"] for example in read_json(path).values()]
+    for row, example in zip(prontoqa.released_rows(str(path)), examples, strict=True):
         check(row)
         question = parse_question(row["question"])
         context = " ".join(sentence.text for sentence in question.context)
         assert row["question"] == f"{context} True or false: {question.query.text}"
-    examples = [example["test_example"] for example in json.loads(path.read_text(encoding="utf-8")).values()]
-    proofs = [[sentence.text for sentence in parse_proof(row["steps"])] for row in rows]
-    assert proofs == [example["chain_of_thought"] for example in examples]
+        assert row["question"] == f"{example['question']} {example['query']}"
+        assert [sentence.text for sentence in parse_proof(row["steps"])] == example["chain_of_thought"]
+        assert (len(row["steps"]), row["answer"]) == (6, example["answer"])
 
 
 def test_closure_derives_claims_forward() -> None:
