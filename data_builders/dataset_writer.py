@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coconut.utils.files import clear_abandoned, read_json, sha256, write_json, write_text
-from coconut.utils.hydra_app import own_version
+from coconut.utils.hydra_app import package_version
 from data_builders.statistics import Measures, compact, summary
 
 Row = dict[str, Any]
@@ -63,7 +63,8 @@ def write_splits(
     clear_abandoned(folder, f".{name}.*.part")
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
     try:
-        manifest = {"task": card.task, **made, "version": own_version(), "shared_questions": shared, "splits": {}}
+        version = package_version("coconut-latent") or "not installed"
+        manifest = {"task": card.task, **made, "version": version, "shared_questions": shared, "splits": {}}
         for split, rows in splits.items():
             path = part / f"{name}_{split}.json"
             write_text(path, "[\n" + ",\n".join(row.line for row in rows) + "\n]\n")

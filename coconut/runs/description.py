@@ -10,12 +10,12 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from coconut.methods import REASONING_FILE
 from coconut.utils.files import read_json
+from coconut.utils.hydra_app import package_version
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -73,13 +73,6 @@ def environment_info() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:
