@@ -33,14 +33,12 @@ GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"num_valid": -1}, "num_valid is -1"),
-        ({"num_workers": 0}, "num_workers is 0"),
-        ({"compare_rows": 0}, "compare_rows is 0"),
-        ({"name": "a/b"}, "name is 'a/b'"),
+        ({"num_valid": -1}, "num_valid is -1"), ({"num_workers": 0}, "num_workers is 0"),
+        ({"compare_rows": 0}, "compare_rows is 0"), ({"name": "a/b"}, "name is 'a/b'"),
         ({"source": "a", "train": "b"}, "source=a and train=b"),
         ({"source": "a", "test": "b", "num_test": 3}, "num_test=3 and test=b"),
     ],
-)
+)  # fmt: skip
 def test_builder_refuses_contradicting_keys(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
@@ -54,13 +52,11 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("config", "build"),
     [
-        (ProsqaBuild(seed=5, **GRAPHS), prosqa.build),
-        (ProsqaBuild(seed=5, name="prosqa"), prosqa.build),
-        (prontoqa.ProntoqaBuild(seed=5), prontoqa.build),
-        (pointers.PointersBuild(seed=5), pointers.build),
+        (ProsqaBuild(seed=5, **GRAPHS), prosqa.build), (ProsqaBuild(seed=5, name="prosqa"), prosqa.build),
+        (prontoqa.ProntoqaBuild(seed=5), prontoqa.build), (pointers.PointersBuild(seed=5), pointers.build),
     ],
     ids=["graphs", "prosqa", "prontoqa", "pointers"],
-)
+)  # fmt: skip
 def test_build_does_not_depend_on_the_number_of_workers(config: Any, build: Any, tmp_path: Path) -> None:
     counts = {"num_train": 300, "num_valid": 260, "num_test": 10}
     for workers in (1, 2):
@@ -215,10 +211,8 @@ def test_compare_prints_a_table_and_writes_nothing(
 def test_statistics_by_hand() -> None:
     first = [{"n": 1.0, "hops": "a", "in": ["x", "x", "y"]}, {"n": 3.0, "hops": "b", "in": ["y"]}]
     assert summary(first) == {
-        "n": {"mean": 2.0, "sd": 1.0, "min": 1.0, "max": 3.0},
-        "hops": {"a": 0.5, "b": 0.5},
-        "in": {"x": 0.5, "y": 0.5},
-    }
+        "n": {"mean": 2.0, "sd": 1.0, "min": 1.0, "max": 3.0}, "hops": {"a": 0.5, "b": 0.5}, "in": {"x": 0.5, "y": 0.5},
+    }  # fmt: skip
     assert summary(list(map(compact, first))) == summary(first)
     assert all(line.distance in (0, None) for line in compare(first, first))
     lines = {line.name: line for line in compare(first * 50, [{"n": 2.0, "hops": "a", "in": ["z"]}] * 50)}
@@ -282,16 +276,14 @@ def test_released_prosqa_is_converted(path: Path) -> None:
     ("change", "complaint"),
     [
         ({"edges": [[0, 2]]}, "the question's text and 'edges' differ"),
-        ({"edges": [[0, 99]]}, "99 is not the number of a node"),
-        ({"target": 2}, "the question asks whether"),
+        ({"edges": [[0, 99]]}, "99 is not the number of a node"), ({"target": 2}, "the question asks whether"),
         ({"steps": ["Tom is a terpus."]}, "do not lead from Tom to lempus"),
         ({"steps": ["Tom is a terpus.", "Every brimpus is a lempus."]}, "not a path in the graph"),
         ({"steps": []}, "'steps' is \\[\\]"),
         ({"answer": "Tom is a scrompus."}, "and the target's is 'Tom is a lempus.'"),
-        ({"question": None}, "'question' is None"),
-        ({"question": "Is it?"}, "ends neither"),
+        ({"question": None}, "'question' is None"), ({"question": "Is it?"}, "ends neither"),
     ],
-)
+)  # fmt: skip
 def test_inconsistent_prosqa_row_is_refused(change: dict, complaint: str, tmp_path: Path) -> None:
     rows = read(DATA / "prosqa_released.json")
     rows[1:] = [rows[0] | change, rows[0] | change]

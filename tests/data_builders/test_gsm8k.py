@@ -179,12 +179,10 @@ def test_steps_as_sentences() -> None:
 
 # rows, those without steps, negative answers, answers with a thousands separator, equations, other last values
 COUNTS = {
-    "gsm8k_test.jsonl": (5, 1, 1, 1, 11, 0),
-    "gsm8k_aug_valid.txt": (3, 1, 0, 1, 8, 1),
-    "train.jsonl": (7473, 95, 3, 79, 23716, 377),
-    "test.jsonl": (1319, 18, 2, 14, 4282, 93),
+    "gsm8k_test.jsonl": (5, 1, 1, 1, 11, 0), "gsm8k_aug_valid.txt": (3, 1, 0, 1, 8, 1),
+    "train.jsonl": (7473, 95, 3, 79, 23716, 377), "test.jsonl": (1319, 18, 2, 14, 4282, 93),
     "aug_valid.txt": (500, 6, 0, 4, 1573, 28),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [GSM8K, AUG, *sorted(REAL.glob("*"))], ids=lambda path: path.name)
@@ -226,12 +224,10 @@ OTHER = [{"row": 4, "equation": "1+1=2", "answer": "7"}, {"row": 6, "equation": 
 @pytest.mark.parametrize(
     ("dials", "left"),
     [
-        ({}, "123456"),
-        ({"arithmetic": Faulty.drop}, "1356"),
-        ({"last_value": Faulty.drop}, "1235"),
+        ({}, "123456"), ({"arithmetic": Faulty.drop}, "1356"), ({"last_value": Faulty.drop}, "1235"),
         ({"arithmetic": Faulty.drop, "last_value": Faulty.drop}, "135"),
     ],
-)
+)  # fmt: skip
 def test_faulty_rows_are_listed_and_dropped(
     dials: dict[str, Any], left: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,13 +286,8 @@ def test_equations_of_sentences_are_checked(tmp_path: Path) -> None:
 def test_gsm8k_aug_line_is_converted(tmp_path: Path) -> None:
     line = "Room #4 || 5 costs #### what?||<<1+1=2>> <<2*-600=-1200>> #### -1,200.50\r\n"
     (tmp_path / "a.txt").write_bytes(line.encode())
-    assert released_rows(str(tmp_path / "a.txt")) == [
-        {
-            "question": "Room #4 || 5 costs #### what?",
-            "steps": ["<<1+1=2>>", "<<2*-600=-1200>>"],
-            "answer": "-1200.5",
-        }
-    ]
+    row = {"question": "Room #4 || 5 costs #### what?", "steps": ["<<1+1=2>>", "<<2*-600=-1200>>"], "answer": "-1200.5"}
+    assert released_rows(str(tmp_path / "a.txt")) == [row]
 
 
 def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
@@ -391,14 +382,8 @@ def test_folder_is_read_as_the_hub_is(folder: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "whole" / "gsm8k_test.json") == rows[4:]
     assert not (tmp_path / "whole" / "gsm8k_valid.json").exists()
     manifest = read(tmp_path / "whole" / "gsm8k_manifest.json")
-    assert manifest["sources"] == {
-        "hub": "set",
-        "config": None,
-        "files": {
-            split: [{"file": f"{split}.jsonl", "sha256": sha256(folder / f"{split}.jsonl")}]
-            for split in ("train", "test")
-        },
-    }
+    files = {s: [{"file": f"{s}.jsonl", "sha256": sha256(folder / f"{s}.jsonl")}] for s in ("train", "test")}
+    assert manifest["sources"] == {"hub": "set", "config": None, "files": files}
     assert {split: found["rows"] for split, found in manifest["arithmetic"].items()} == {"train": 4, "test": 1}
 
     gsm8k.build(Gsm8kBuild(str(tmp_path / "parts"), hub=str(folder), num_valid=1, seed=3))

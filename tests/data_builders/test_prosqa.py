@@ -127,10 +127,8 @@ def test_generated_names_for_large_graphs() -> None:
 
 # Of 800 released rows (the validation and the test split): mean and deviation, or shares, rounded as printed.
 PUBLISHED = {
-    "nodes": (22.8, 2.0, 0.05),
-    "edges": (36.0, 5.8, 0.05),
-    "shortest paths to the target": (1.6, 0.9, 0.05),
-}
+    "nodes": (22.8, 2.0, 0.05), "edges": (36.0, 5.8, 0.05), "shortest paths to the target": (1.6, 0.9, 0.05),
+}  # fmt: skip
 PUBLISHED_SHARES = {
     "hops to the target": {"3": 0.408, "4": 0.438, "5": 0.131, "6": 0.024},
     "root": {"node 0": 0.37, "node 1": 0.63},
@@ -239,10 +237,8 @@ def corrupted(row: dict) -> dict[str, dict]:
     names = row["idx_to_symbol"]
     root = names[row["root"]]
     swapped = {
-        "target": row["neg_target"],
-        "neg_target": row["target"],
-        "answer": f"{root} is a {names[row['neg_target']]}.",
-    }
+        "target": row["neg_target"], "neg_target": row["target"], "answer": f"{root} is a {names[row['neg_target']]}.",
+    }  # fmt: skip
     leak = [row["root"], row["neg_target"]]
     sentence = f"{root} is a {names[row['neg_target']]}. "
     levels = row["nodes_at_distance"]

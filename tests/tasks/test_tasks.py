@@ -8,7 +8,6 @@ from decimal import Decimal
 from fractions import Fraction
 from itertools import product
 
-import networkx
 import pytest
 from helpers import DATA, ROOT, SHARED
 from hypothesis import given
@@ -20,7 +19,6 @@ from coconut.tasks.chain import read_answer, read_steps
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
 QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
-REAL = SHARED
 NUMBERS = [line for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.count("|") == 4]
 SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
 
@@ -143,10 +141,10 @@ def test_number_matches_the_table_in_the_docs() -> None:
 
 def gold_answers() -> list[str]:
     """The answers of the GSM8K excerpts, and of the complete sets if they are available in shared/."""
-    folders = [DATA, REAL / "gsm8k"]
+    folders = [DATA, SHARED / "gsm8k"]
     files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".jsonl", ".txt")]
     found = [line.rsplit("####", 1)[1].strip(' "}') for file in files for line in file.read_text().splitlines()]
-    for file in sorted((REAL / "suites").glob("*.jsonl")):
+    for file in sorted((SHARED / "suites").glob("*.jsonl")):
         found += [str(json.loads(line)["target"]) for line in file.read_text().splitlines()]
     return found
 
@@ -202,14 +200,7 @@ def test_verdict(text: str, verdict: str | None) -> None:
 def test_prosqa_judge() -> None:
     for same in ["Tom is a lempus.", "Tom is a lempus", " Tom  is a lempus . "]:
         assert prosqa.judge(same, "Tom is a lempus.")
-    for other in [
-        "Tom is a scrompus.",
-        "Tom is a lempus or scrompus.",
-        "lempus",
-        "Bob is a lempus.",
-        "",
-        None,
-    ]:
+    for other in ["Tom is a scrompus.", "Tom is a lempus or scrompus.", "lempus", "Bob is a lempus.", "", None]:
         assert not prosqa.judge(other, "Tom is a lempus.")
     assert prosqa.judge("5", "5")
     assert prosqa.judge("5 .", "5")
@@ -270,18 +261,6 @@ def test_read_target() -> None:
     assert prosqa.read_target("Tom is") is None
 
 
-def test_released_questions_have_the_stated_graph() -> None:
-    for row in json.loads((DATA / "prosqa_released.json").read_text()):
-        graph = prosqa.graph(row["question"])
-        names = row["idx_to_symbol"]
-        root, target, other = (names[row[key]] for key in ("root", "target", "neg_target"))
-        assert set(graph.edges) == {(names[a], names[b]) for a, b in row["edges"]}
-        assert networkx.has_path(graph, root, target)
-        assert not networkx.has_path(graph, root, other)
-        assert len(row["steps"]) == networkx.shortest_path_length(graph, root, target)
-        assert row["answer"] in (prosqa.candidates(row["question"]) or [])
-
-
 # --- pointers ---------------------------------------------------------------------------------------
 
 
@@ -301,12 +280,10 @@ def test_pointers_task() -> None:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("3 7 | 7 1", "not of the form"),
-        ("3 7 | 7 ? from 3 go 1", "'7' is not a pointer"),
-        ("3 7 | 3 1 ? from 3 go 1", "points to two"),
-        ("3 7 ? from 3 go 2", "7 points nowhere"),
+        ("3 7 | 7 1", "not of the form"), ("3 7 | 7 ? from 3 go 1", "'7' is not a pointer"),
+        ("3 7 | 3 1 ? from 3 go 1", "points to two"), ("3 7 ? from 3 go 2", "7 points nowhere"),
     ],
-)
+)  # fmt: skip
 def test_malformed_pointer_questions_are_refused(question: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pointers.walk(pointers.parse_question(question))
