@@ -23,10 +23,6 @@ def text_key(row: Row) -> int:
     return int.from_bytes(blake2b(row["question"].encode(), digest_size=8).digest())
 
 
-def same_text(row: Row, other: Row) -> bool:
-    return row["question"] == other["question"]
-
-
 @dataclass(frozen=True)
 class Builder(Card):
     """What a task defines. Functions take the build's configuration.
@@ -41,7 +37,7 @@ class Builder(Card):
     read: Callable[[Any, str], list[Row]]
     measure: Callable[[Row], Measures]
     key: Callable[[Row], int] = text_key
-    alike: Callable[[Row, Row], bool] = same_text
+    alike: Callable[[Row, Row], bool] = lambda row, other: row["question"] == other["question"]
     read_splits: Callable[[Any], tuple[dict[str, list[Row]], dict[str, Any]]] | None = None
     recipe: Callable[[Any], Recipe] | None = None
     counts: Callable[[Any], dict[str, int]] = lambda config: {}

@@ -145,7 +145,7 @@ def divide(rows: list[Row], counts: dict[str, int], seed: int) -> dict[str, list
 
 def _card_text(name: str, card: Card, command: str, manifest: dict[str, Any]) -> str:
     splits, statistics = manifest["splits"], manifest["statistics"]
-    lines = [f"# {name}: {card.title}", "", card.about, "", "WrittenRow with", "", f"    {command}", ""]
+    lines = [f"# {name}: {card.title}", "", card.about, "", "Made with", "", f"    {command}", ""]
     lines += ["| split | file | rows | SHA-256 |", "| --- | --- | --- | --- |"]
     lines += [f"| {s} | {d['file']} | {d['rows']:,} | {d['sha256'][:16]}… |" for s, d in splits.items()]
     lines += ["", "Each file is a JSON list with one row a line. A row holds:", ""]

@@ -10,13 +10,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from string import ascii_lowercase
 from typing import Any
 
 from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
-from data_builders.builder_app import Builder, run
+from data_builders.builder_app import Builder, run, text_key
 from data_builders.parallel_generation import Recipe, Row
 from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
 from data_builders.statistics import Measures
@@ -80,7 +79,7 @@ def draw_row(
 
 def key_of(row: Row) -> int:
     """A key that is equal for questions that differ only in the order of the pointers."""
-    return int.from_bytes(blake2b(_asked(row).encode(), digest_size=8).digest())
+    return text_key({"question": _asked(row)})
 
 
 def alike(row: Row, other: Row) -> bool:

@@ -138,12 +138,9 @@ def recipe(config: ProsqaBuild) -> Recipe:
 
 
 def draw_row(
-    rng: random.Random,
-    wanted: Callable[[int], bool],
-    dials: GraphDials | ChainDials,
-    form: Form,
+    rng: random.Random, wanted: Callable[[int], bool], dials: GraphDials | ChainDials, form: Form,
     names: Names = Names.released,
-) -> tuple[Row, int] | None:
+) -> tuple[Row, int] | None:  # fmt: skip
     """A row and its key, or None if the key is not wanted. Raises ValueError if these dials give no graph."""
     while True:
         graph = dials.draw(rng)
@@ -252,7 +249,10 @@ def checked(record: Any) -> Row:
 
 def _consistent(record: Any) -> prosqa.Question:
     question, answer = text_field(record, "question"), text_field(record, "answer")
-    steps, symbols, edges = (_list_field(record, key) for key in ("steps", "idx_to_symbol", "edges"))
+    for name in ("steps", "idx_to_symbol", "edges"):
+        if not isinstance(record.get(name), list):
+            raise ValueError(f"{name!r} is {record.get(name)!r}; it must be a list.")
+    steps, symbols, edges = record["steps"], record["idx_to_symbol"], record["edges"]
     if not all(isinstance(step, str) and step.strip() for step in steps) or not steps:
         raise ValueError(f"'steps' is {steps!r}; it must be a list of sentences.")
 
@@ -287,12 +287,6 @@ def _consistent(record: Any) -> prosqa.Question:
     if not prosqa.judge(answer, right):
         raise ValueError(f"the answer is {answer!r}, and the target's is {right!r}.")
     return told
-
-
-def _list_field(record: dict[str, Any], name: str) -> list[Any]:
-    if not isinstance(record.get(name), list):
-        raise ValueError(f"{name!r} is {record.get(name)!r}; it must be a list.")
-    return record[name]
 
 
 BUILDER = Builder(

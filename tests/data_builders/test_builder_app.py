@@ -65,7 +65,7 @@ def test_build_does_not_depend_on_the_number_of_workers(config: Any, build: Any,
     assert len(one) == 5
     assert one == two
     card = (tmp_path / "1" / f"{config.name}_card.md").read_text()
-    assert f"coconut data {'prosqa' if config.name == 'graphs' else config.name} " in card
+    assert f"Made with\n\n    coconut data {'prosqa' if config.name == 'graphs' else config.name} " in card
     assert "seed=5" in card
     manifest = json.loads((tmp_path / "1" / f"{config.name}_manifest.json").read_text())
     assert (manifest["seed"], manifest["shared_questions"]) == (5, {})
