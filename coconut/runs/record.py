@@ -49,7 +49,7 @@ class RunRecord:
     def best(self) -> dict[str, Any] | None:
         """The validation of the best checkpoint, which is chosen in the last stage."""
         stage = self.stages[-1]
-        rows = (row for row in self.valid if row["stage"] == stage.index)
+        rows = _in_stage(self.valid, stage)
         return max(rows, key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]), default=None)
 
     @property
@@ -75,6 +75,10 @@ class RunRecord:
         """The length of a stage in updates."""
         in_epochs = self.description["plan"]["unit"] == Unit.epochs
         return stage.length * (self.description["updates_per_epoch"] if in_epochs else 1)
+
+
+def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
+    return [row for row in rows if row["stage"] == stage.index]
 
 
 def read_run(folder: Path | str) -> RunRecord:
