@@ -105,6 +105,22 @@ def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-8 * largest)) for k in b)
 
 
+def step(lm: LatentLM, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and its gradients."""
+    lm.zero_grad()
+    loss = lm(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(lm)
+
+
+def assert_same(
+    ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], tolerance: float = 1e-9
+) -> None:
+    """Loss and gradients of two steps agree."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=0)
+    assert relative(ours[1], theirs[1]) < tolerance
+
+
 def mixed_batch(lm: LatentLM) -> dict[str, Any]:
     """Rows with no thought, several, in several places, at the end; padding left, right, both, and inside."""
     random = torch.Generator().manual_seed(1)
