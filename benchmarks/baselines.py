@@ -14,6 +14,9 @@ the cost of a training step in which nothing is sequential. Its GELU is fused, a
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,15 +56,22 @@ SIZES = {
 }
 
 
-def make_model(size: Size) -> LatentLM:
-    """With GPT-2's vocabulary and context, without dropout, so that implementations can be compared exactly."""
+def in_own_process(module: str, *arguments: str) -> Any:
+    """Run a module's `main` with these arguments in a new process, and parse the last line that it prints."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_model(size: Size, dropout: float = 0.0) -> LatentLM:
+    """With GPT-2's vocabulary and context. Without dropout implementations can be compared exactly."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     tokenizer = build_word_tokenizer([Example(" ".join(f"w{i}" for i in range(100)), ("a",), "b")])
     config = AutoConfig.for_model(
         "gpt2", vocab_size=VOCABULARY - len(ADDED_TOKENS), n_embd=size.width, n_layer=size.layers, n_head=size.heads,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout,
+        attn_pdrop=dropout,
     )  # fmt: skip
     return LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, init="random").train()
 
@@ -163,15 +173,13 @@ def padded_right(batch: Batch, pad: int) -> Batch:
     order = batch.attention_mask.sort(dim=1, descending=True, stable=True).indices
     ids, mask, labels = (part.gather(1, order) for part in (batch.input_ids, batch.attention_mask, batch.labels))
     width = int(mask.sum(1).max())
-    return Batch(ids[:, :width].masked_fill(mask[:, :width] == 0, pad), mask[:, :width], labels[:, :width])
+    ids, mask, labels = ids[:, :width], mask[:, :width], labels[:, :width]
+    return replace(batch, input_ids=ids.masked_fill(mask == 0, pad), attention_mask=mask, labels=labels)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[LatentLM, Batch], Tensor]] = {
-    "released": released,
-    "plain": plain,
-    "ours": ours,
-    "indexed": partial(released, indexed=True),
-}
+    "released": released, "plain": plain, "ours": ours, "indexed": partial(released, indexed=True),
+}  # fmt: skip
 
 
 # --- generation -------------------------------------------------------------------------------------

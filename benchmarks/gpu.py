@@ -27,6 +27,7 @@ from benchmarks.run import GIB, Row, print_table, seconds
 from coconut import LatentLM
 from coconut.config import AdamWConfig, EngineConfig, Precision
 from coconut.data.batching import IGNORED, Batch
+from coconut.engine.base import Loss
 from coconut.engine.local import LocalEngine
 from coconut.utils.files import write_json
 
@@ -54,7 +55,7 @@ def engine_for(name: str, size: Size, kind: str) -> LocalEngine:
 
     lm = make_model(size)
     lm.acceleration.cuda_graphs = name == OURS
-    return LocalEngine(lm, loss_sum, EngineConfig(device="cuda", precision=Precision(kind)), AdamWConfig())
+    return LocalEngine(lm, Loss(loss_sum), EngineConfig(device="cuda", precision=Precision(kind)), AdamWConfig())
 
 
 def measure(name: str, size: Size, kind: str, thoughts: int) -> Row:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.baselines import SIZES, VOCABULARY, in_own_process, make_model
 from coconut import LatentLM
-from coconut.data.examples import Example
-from coconut.data.tokenization import ADDED_TOKENS, build_word_tokenizer
 
+MODULE = "benchmarks.memory"
 GIB = 2**30
 ROWS, QUESTION, AFTER = 8, 160, 50
 
@@ -110,7 +110,7 @@ def head(shape: Shape, targets: int) -> float:
     return 3 * 4 * targets * shape.vocabulary
 
 
-GPT2 = Shape("GPT-2", 12, 768, 768, 3072, 50261, gated=False, tied=True)
+GPT2 = Shape("GPT-2", 12, 768, 768, 3072, VOCABULARY, gated=False, tied=True)
 MODELS = [
     GPT2,
     Shape("Llama 3.2 1B", 16, 2048, 512, 8192, 128260, tied=True),
@@ -120,14 +120,11 @@ MODELS = [
 
 
 RECIPES: list[tuple[str, dict[str, Any]]] = [
-    ("float32", {"size": 4}),
-    ("bfloat16", {"size": 2}),
-    ("8: ZeRO 2", {"size": 2, "shards": 8, "zero": 2}),
+    ("float32", {"size": 4}), ("bfloat16", {"size": 2}), ("8: ZeRO 2", {"size": 2, "shards": 8, "zero": 2}),
     ("8: ZeRO 3", {"size": 2, "shards": 8, "zero": 3}),
-    ("8: offload", {"size": 2, "shards": 8, "zero": 3, "offload": True}),
-    ("LoRA", {"size": 2, "rank": 16}),
+    ("8: offload", {"size": 2, "shards": 8, "zero": 3, "offload": True}), ("LoRA", {"size": 2, "rank": 16}),
     ("8: LoRA", {"size": 2, "rank": 16, "shards": 8, "zero": 3}),
-]
+]  # fmt: skip
 
 
 def fits() -> None:
@@ -173,19 +170,6 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
-def make_model(dropout: float = 0.0) -> LatentLM:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    vocabulary = GPT2.vocabulary - len(ADDED_TOKENS)
-    tokenizer = build_word_tokenizer([Example(" ".join(f"w{i}" for i in range(100)), ("a",), "b")])
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=vocabulary, bos_token_id=None, eos_token_id=1, pad_token_id=0, resid_pdrop=dropout,
-        embd_pdrop=dropout, attn_pdrop=dropout,
-    )  # fmt: skip
-    return LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, init="random").train()
-
-
 def make_batch(lm: LatentLM, thoughts: int) -> dict[str, Tensor]:
     """Questions of equal length, thoughts, and targets."""
     random = torch.Generator().manual_seed(0)
@@ -196,34 +180,32 @@ def make_batch(lm: LatentLM, thoughts: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def step(lm: LatentLM, batch: dict[str, Tensor]) -> None:
+def step(lm: LatentLM, batch: dict[str, Tensor], between: Callable[[], object] = lambda: None) -> None:
     torch.manual_seed(1)
     loss = lm(**batch).loss
     assert loss is not None
+    between()
     loss.backward()
 
 
 def measure(thoughts: int, recompute: bool) -> dict[str, float]:
     """One step in this process for its time and resident set, then one for the tensors alive."""
-    lm = make_model()
+    lm = make_model(SIZES["12 x 768"])
     lm.acceleration.activation_checkpointing = recompute
     batch = make_batch(lm, thoughts)
     before = time.process_time()
     step(lm, batch)
     seconds = time.process_time() - before
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held: list[int] = []
     with Living() as living:  # the gradients exist already
-        torch.manual_seed(1)
-        loss = lm(**batch).loss
-        assert loss is not None
-        held = living.now
-        loss.backward()
-    return {"seconds": seconds, "resident": resident, "held": held, "peak": living.peak}
+        step(lm, batch, lambda: held.append(living.now))
+    return {"seconds": seconds, "resident": resident, "held": held[0], "peak": living.peak}
 
 
 def difference(thoughts: int) -> float:
     """The largest |a - b| / |b| over the parameters' gradients, dropout on, one seed."""
-    lm = make_model(dropout=0.1)
+    lm = make_model(SIZES["12 x 768"], dropout=0.1)
     gradients: list[dict[str, Tensor]] = []
     for lm.acceleration.activation_checkpointing in (False, True):
         lm.zero_grad()
@@ -231,12 +213,6 @@ def difference(thoughts: int) -> float:
         gradients.append({name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None})
     kept, recomputed = gradients
     return max(float((recomputed[name] - kept[name]).norm() / kept[name].norm().clamp(min=1e-12)) for name in kept)
-
-
-def in_own_process(*arguments: str) -> Any:
-    """Run this file with the arguments in a new process, which starts with a small resident set."""
-    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -251,12 +227,12 @@ def main() -> None:
 
 
 def report(times: int) -> None:
-    print(f"the gradients differ by at most {in_own_process('difference', '3'):.1e} of their norm", flush=True)
+    print(f"the gradients differ by at most {in_own_process(MODULE, 'difference', '3'):.1e} of their norm", flush=True)
     cases = [(thoughts, kind) for thoughts in (3, 6) for kind in ("keep", "recompute")]
     results: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(times):
         for thoughts, kind in cases:
-            results[thoughts, kind].append(in_own_process("measure", str(thoughts), kind))
+            results[thoughts, kind].append(in_own_process(MODULE, "measure", str(thoughts), kind))
     print(f"{times} processes each, medians; GiB")
     print("thoughts  activations  CPU seconds   resident   tensors: peak  held  computed")
     for (thoughts, kind), rows in results.items():

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import SIZES, Size, make_batches, make_model
-from benchmarks.run import machine, seconds, step, timed
+from benchmarks.run import Row, machine, print_table, seconds, step, timed
 from coconut.acceleration.linear import matmul
 from coconut.engine.base import keep_freed_memory
 
@@ -54,12 +53,7 @@ def onednn_flops(inputs: Sequence[int], weight: Sequence[int], *_: Any, **__: An
 UNCOUNTED = {torch.ops.mkldnn._linear_pointwise: onednn_flops}
 
 
-def main() -> None:
-    keep_freed_memory()
-    thoughts = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print(f"{machine()}; {thoughts} thoughts; seconds a step")
-    columns = ["step", *KINDS, "the rest", "Python", "system", "floor"]
-    print(f"| model | precision | implementation | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 3)}")
+def rows(thoughts: int) -> Iterator[Row]:
     for name, size in SIZES.items():
         lm = make_model(size)
         batches = make_batches(lm, thoughts, size.rows)
@@ -71,16 +65,20 @@ def main() -> None:
                 whole, system = timed(work)
                 with profile(activities=[ProfilerActivity.CPU]) as seen:
                     work()
-                spent: Counter[str] = Counter()
+                spent = dict.fromkeys([*KINDS, "the rest"], 0.0)
                 for event in seen.key_averages():
                     spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-                python = max(whole - sum(spent.values()), 0.0)
-                floor = counted.get_total_flops() / rate(size, dtype)
-                values = [whole, *(spent[kind] for kind in [*KINDS, "the rest"]), python, system, floor]
-                print(
-                    f"| {name} | {precision} | {implementation} | {' | '.join(f'{v:.3f}' for v in values)} |",
-                    flush=True,
-                )
+                yield {
+                    "model": name, "precision": precision, "implementation": implementation, "step": whole, **spent,
+                    "Python": max(whole - sum(spent.values()), 0.0), "system": system,
+                    "floor": counted.get_total_flops() / rate(size, dtype),
+                }  # fmt: skip
+
+
+def main() -> None:
+    keep_freed_memory()
+    thoughts = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    print_table(f"{machine()}; {thoughts} thoughts; seconds a step", rows(thoughts))
 
 
 if __name__ == "__main__":

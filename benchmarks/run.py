@@ -18,10 +18,9 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -31,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.baselines import (
     IMPLEMENTATIONS,
     NEW_TOKENS,
     SIZES,
     answer,
+    in_own_process,
     make_batch,
     make_batches,
     make_data,
@@ -88,18 +87,16 @@ def agreement(size: str, thoughts: int) -> tuple[float, float, str]:
     """Relative differences between the released implementation and ours in loss and gradient; equal answers."""
     lm = make_model(SIZES[size])
     batch = make_batch(lm, make_data(64), thoughts, 2)
-    results: list[tuple[float, dict[str, Tensor]]] = []
+    losses, gradients = [], []
     for implementation in ("released", "ours"):
-        loss = step(implementation, lm, batch, "float32")
-        results.append((loss, {name: weight.grad for name, weight in lm.named_parameters() if weight.grad is not None}))
-    (released_loss, expected), (loss, gradients) = results
-    difference = sum(float((gradients[name] - expected[name]).square().sum()) for name in expected) ** 0.5
-    norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
+        losses.append(step(implementation, lm, batch, "float32"))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in lm.parameters() if weight.grad is not None]))
     rows = questions(2)
     released = [released_answer(lm.eval(), torch.tensor(row), thoughts) for row in rows]
     ours = answer(lm, *pad_rows(rows, lm.special.pad), thoughts)
     agree = sum(a == b for a, b in zip(released, ours, strict=True))
-    return abs(loss - released_loss) / released_loss, difference / norm, f"{agree} of {len(rows)}"
+    difference = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+    return abs(losses[1] - losses[0]) / losses[0], difference, f"{agree} of {len(rows)}"
 
 
 def questions(count: int) -> list[list[int]]:
@@ -119,13 +116,6 @@ def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             if number:
                 times[name].append(spent)
     return times
-
-
-def train_times(size: str, thoughts: int, kind: str, names: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of these implementations in each round."""
-    lm = make_model(SIZES[size])
-    batches = make_batches(lm, thoughts, SIZES[size].rows)
-    return in_turn({name: partial(step, name, lm, batches[name], kind) for name in names}, rounds)
 
 
 def answer_times(size: str, thoughts: int, kind: str, rounds: int) -> tuple[list[float], list[float]]:
@@ -148,16 +138,10 @@ def padding_and_loading(size: str, thoughts: int) -> tuple[float, float]:
     view = make_view(lm, make_data(4096), thoughts)
     rows = SIZES[size].rows
     start = time.perf_counter()
-    batches = epoch_batches(view, rows, seed=0, epoch=0)
-    collated = [next(micro_batches(view, batch, rows)) for batch in batches]
+    batches = [next(micro_batches(view, batch, rows)) for batch in epoch_batches(view, rows, seed=0, epoch=0)]
     spent = (time.perf_counter() - start) / len(batches)
-    return padding(collated), spent
-
-
-def padding(batches: Sequence[Batch]) -> float:
-    """Share of the columns."""
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    return 1 - tokens / sum(batch.attention_mask.numel() for batch in batches)
+    return 1 - tokens / sum(batch.attention_mask.numel() for batch in batches), spent
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -181,17 +165,8 @@ def steps_alone(size: str, kind: str, name: str, memory: str, rounds: int) -> Ro
     thoughts = 3
     batch = make_batches(lm, thoughts, SIZES[size].rows)[name]
     spent, system = zip(*[timed(lambda: step(name, lm, batch, kind)) for _ in range(rounds + 1)], strict=True)
-    return {
-        "step": statistics.median(spent[1:]),
-        "kernel": statistics.median(system[1:]),
-        "memory": peak_memory() / GIB,
-    }
-
-
-def in_own_process(*arguments: str) -> Any:
-    """Run `main` with these arguments in a new process, and parse what it prints."""
-    command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    medians = {"step": statistics.median(spent[1:]), "kernel": statistics.median(system[1:])}
+    return {**medians, "memory": peak_memory() / GIB}
 
 
 # --- the report -------------------------------------------------------------------------------------
@@ -214,13 +189,9 @@ RELEASED = ("released", "indexed")
 BOTH = (("released", "returned"), ("ours", "kept"))
 SHORT = Form({"2 x 768": (3, 12), "12 x 768": (3,)}, ("float32",), (3,), BOTH, 2, 1)
 FULL = Form(
-    dict.fromkeys(SIZES, (0, 3, 6, 12)),
-    ("float32", "bfloat16"),
-    (3,),
-    (BOTH[0], ("indexed", "returned"), BOTH[1], ("plain", "kept"), ("ours", "returned"), ("ours", "recomputed")),
-    3,
-    3,
-)
+    dict.fromkeys(SIZES, (0, 3, 6, 12)), ("float32", "bfloat16"), (3,),
+    (BOTH[0], ("indexed", "returned"), BOTH[1], ("plain", "kept"), ("ours", "returned"), ("ours", "recomputed")), 3, 3,
+)  # fmt: skip
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # of the parts so far
 USUAL = ("float32", 3)  # precision and thoughts
@@ -230,14 +201,13 @@ def training_rows(form: Form, results: Results) -> Iterator[Row]:
     cases = [(size, kind, k) for size, kind in product(form.sizes, form.kinds) for k in form.sizes[size]]
     for size, kind, thoughts in cases:
         names = [name for name in IN_TURN if name != "released" or thoughts in form.released]
-        times = train_times(size, thoughts, kind, names, form.rounds)
+        lm = make_model(SIZES[size])
+        batches = make_batches(lm, thoughts, SIZES[size].rows)
+        times = in_turn({name: partial(step, name, lm, batches[name], kind) for name in names}, form.rounds)
         medians = {name: statistics.median(times[name]) if name in times else "" for name in IN_TURN}
-        ratios = {
-            f"{a} / {b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-            if a in times
-            else ""
-            for a, b in (("ours", "plain"), ("released", "ours"))
-        }
+        ratios: dict[str, object] = {"ours / plain": "", "released / ours": ""}
+        for a, b in [pair for pair in (("ours", "plain"), ("released", "ours")) if pair[0] in times]:
+            ratios[f"{a} / {b}"] = statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
         yield {"model": size, "rows": SIZES[size].rows, "precision": kind, "thoughts": thoughts, **medians, **ratios}
 
 
@@ -245,7 +215,7 @@ def alone_rows(form: Form, results: Results) -> Iterator[Row]:
     for size, kind in product(form.sizes, form.kinds):
         released: dict[str, Row] = {}
         for name, memory in form.alone:
-            row = in_own_process(size, kind, name, memory, str(form.rounds - 1))
+            row = in_own_process("benchmarks.run", size, kind, name, memory, str(form.rounds - 1))
             if name in RELEASED:
                 released[name] = row
             ratios = {

@@ -17,16 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Curriculum", "Example", "LatentLM", "Reasoning", "answer", "logit_lens", "plan"]
 
 _MODULE_OF = {
-    "METHODS": "coconut.methods",
-    "Curriculum": "coconut.methods",
+    **dict.fromkeys(("METHODS", "Curriculum", "Reasoning", "plan"), "coconut.methods"),
     "Example": "coconut.data.examples",
     "LatentLM": "coconut.models.latent_lm",
-    "Reasoning": "coconut.methods",
-    "answer": "coconut.generation.generate",
-    "logit_lens": "coconut.generation.generate",
-    "plan": "coconut.methods",
+    **dict.fromkeys(("answer", "logit_lens"), "coconut.generation.generate"),
 }
-
 
 _module = next((name for flag, name in pairwise(sys.orig_argv) if flag == "-m"), "")
 _is_command = (

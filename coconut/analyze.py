@@ -11,15 +11,19 @@ from coconut.utils.hydra_app import application, subcommands
 
 if TYPE_CHECKING:
     from coconut.runs.record import RunRecord
+    from coconut.runs.study import Study
 
 
 def run(config: AnalyzeConfig) -> int:
     """Measure a run's model, if it has a checkpoint, and write the page. Gives the exit status."""
+    from coconut.analysis.examine import examine
     from coconut.data.seen_questions import describe_questions
     from coconut.engine.launcher_env import read_launcher_env
-    from coconut.reporting.page import percent
+    from coconut.reporting.phrases import percent
     from coconut.rl import report as policies
+    from coconut.rl.examine import examine_choices
     from coconut.runs.record import read_run
+    from coconut.runs.study import FOLDER
     from coconut.utils.console import log, silence_libraries
     from coconut.utils.files import write_text
 
@@ -29,49 +33,34 @@ def run(config: AnalyzeConfig) -> int:
     record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
     if config.parts is None and policies.chooses(record):
-        measure_choices(config, record)
+        if studies := examine_choices(config, record):
+            write_studies(record, {study.name: study for study in studies})
+            log(policies.on_screen(studies[0]))
     elif config.parts or (config.parts is None and not policies.is_policy(record) and record.best):
-        measure(config, record)
+        write_studies(record, examine(config, record))
+        log(f"Data and pictures: {record.folder / FOLDER}")
     record = read_run(config.run)
     write_text(path, page_of(record))
     if record.test:
-        found = record.evaluations[record.test]
-        log(f"accuracy {percent(found['accuracy'])} on {describe_questions(found['count'], found.get('seen'))}")
+        result = record.evaluations[record.test]
+        log(f"accuracy {percent(result['accuracy'])} on {describe_questions(result['count'], result.get('seen'))}")
     log(f"Report: {path}")
     return 0
 
 
-def measure(config: AnalyzeConfig, record: RunRecord) -> None:
-    """Carry out the studies of a run and write them with their figures to RUN/analysis."""
-    from coconut.analysis.examine import examine
+def write_studies(record: RunRecord, studies: dict[str, Study]) -> None:
+    """Write studies with their figures to RUN/analysis."""
     from coconut.reporting.charts import save_png
-    from coconut.reporting.sections import WIDE, drawings
+    from coconut.reporting.page import WIDE
+    from coconut.reporting.sections import drawings
     from coconut.runs.study import FOLDER
-    from coconut.utils.console import log
     from coconut.utils.files import atomic_folder
 
-    studies = examine(config, record)
     with atomic_folder(record.folder / FOLDER) as folder:
         for study in studies.values():
             study.write(folder)
         for name, draw in drawings(replace(record, studies=studies)).items():
             save_png(draw(WIDE), folder / f"{name}.png")
-    log(f"Data and pictures: {record.folder / FOLDER}")
-
-
-def measure_choices(config: AnalyzeConfig, record: RunRecord) -> None:
-    """Carry out the studies of a hybrid model's choice of modes and write them to RUN/analysis."""
-    from coconut.rl.examine import examine_choices
-    from coconut.rl.report import on_screen
-    from coconut.runs.study import FOLDER
-    from coconut.utils.console import log
-    from coconut.utils.files import atomic_folder
-
-    if studies := examine_choices(config, record):
-        with atomic_folder(record.folder / FOLDER) as folder:
-            for study in studies:
-                study.write(folder)
-        log(on_screen(studies[0]))
 
 
 def page_of(record: RunRecord) -> str:

@@ -46,23 +46,16 @@ def open_demo(config: DemoConfig) -> InteractiveModel:
 
     trained = load_run(config.run, config.checkpoint, config.engine)
     file, examples = _rows(trained.config["data"])
-    made = plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"]))
+    planned = plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"]))
     task = TASKS[trained.config["data"]["task"]]
-    subject = Subject(trained.lm, task, examples, trained_with_fewer_thoughts=made.trained_with_fewer_thoughts)
+    subject = Subject(trained.lm, task, examples, trained_with_fewer_thoughts=planned.trained_with_fewer_thoughts)
     reasoning = trained.lm.reasoning
     about = {
-        "run": Path(config.run).resolve().name,
-        "method": reasoning.method,
-        "stage": reasoning.stage,
-        "step": trained.step,
-        "slot": reasoning.slot.source.value,
-        "trained_thoughts": subject.num_trained_thoughts,
-        "task": task.name,
-        "file": file,
-        "rows": len(examples),
-        "trained_with_fewer_thoughts": made.trained_with_fewer_thoughts,
-        "warning": subject.warning,
-    }
+        "run": Path(config.run).resolve().name, "method": reasoning.method, "stage": reasoning.stage,
+        "step": trained.step, "slot": reasoning.slot.noun, "trained_thoughts": subject.num_trained_thoughts,
+        "task": task.name, "file": file, "rows": len(examples),
+        "trained_with_fewer_thoughts": planned.trained_with_fewer_thoughts, "warning": subject.warning,
+    }  # fmt: skip
     return InteractiveModel(subject, about, config.engine.precision, config.max_new_tokens)
 
 

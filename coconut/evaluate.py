@@ -59,18 +59,10 @@ def run_rank(config: EvaluateConfig, world: World) -> int:
     share = -(-len(selected.examples) // world.size)
     with progress_bar("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
         result, predictions, _ = evaluate(
-            lm,
-            task,
-            selected.examples,
-            question_ids=selected.question_ids,
-            num_thoughts=config.num_thoughts,
-            stop=stop,
-            mode=config.mode,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
-            world=world,
-        )
+            lm, task, selected.examples, question_ids=selected.question_ids, num_thoughts=config.num_thoughts,
+            stop=stop, mode=config.mode, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
+            on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"), world=world,
+        )  # fmt: skip
     if world.is_main:
         result.left_out = len(examples) - len(selected.examples)
         log(describe(result))

@@ -43,8 +43,8 @@ def _released(config: ExportConfig) -> tuple[LatentLM, str]:
     from coconut.methods import Curriculum, Reasoning, plan
 
     stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total_length=10**6)
-    made = plan(config.method, stages)
-    reasoning = Reasoning.at(made, made.stages[-1])
+    planned = plan(config.method, stages)
+    reasoning = Reasoning.at(planned, planned.stages[-1])
     lm = from_released(config.released, config.base, reasoning, config.tokenizer)
     return lm, card(lm, name=config.push)
 

@@ -42,9 +42,8 @@ def run_rank(config: RolloutConfig, world: World) -> int:
     skip = config.too_long is TooLong.skip
     examples = examples_that_fit(lm, examples, 1, skip, str(path), "Leave them out with too_long=skip.", config.mode)
     with world.main_process_first():
-        gold, right = read_back(
-            lm, examples, task, file=str(path), unreadable=config.unreadable, cache_dir=data["cache_dir"]
-        )
+        gold, right = read_back(lm, examples, task, file=str(path), unreadable=config.unreadable,
+                                cache_dir=data["cache_dir"])  # fmt: skip
     limit = config.max_new_tokens or lm.reasoning.max_new_tokens
     warn_of_limit(gold, lm.reasoning.forms(config.mode), limit, str(path))
     examples = [examples[i] for i in right]

@@ -19,6 +19,7 @@ at its last written digit (halves away from zero). A truncated value (2/3=.66) i
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from decimal import Context, Decimal
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from coconut.tasks import gsm8k
 
@@ -75,13 +77,6 @@ def check(equation: str) -> Verdict:
     return Verdict(outcome, Fraction(told.value), Fraction(sides[-1].value), tuple(told.operators))
 
 
-def evaluate(expression: str) -> Fraction:
-    """The exact value of an expression. Raises ValueError if it cannot be read."""
-    if len(expression) > LONGEST:
-        raise ValueError(f"it is longer than {LONGEST} characters")
-    return Fraction(_Side(expression).value)
-
-
 def shown(value: Fraction) -> str:
     """The value as text for messages: 0.25, or 10/3 (about 3.33333)."""
     near = Context(prec=28).divide(Decimal(value.numerator), Decimal(value.denominator))
@@ -91,29 +86,12 @@ def shown(value: Fraction) -> str:
     return f"{value} ({about})" if max(_bits(value)) < 64 else about
 
 
-def _quotient(a: Number, b: Number) -> Number:
-    _not_zero(b)
-    return Fraction(a, b)
-
-
-def _whole_quotient(a: Number, b: Number) -> Number:
-    _not_zero(b)
-    return a // b
-
-
 def _power(base: Number, exponent: Number) -> Number:
     if exponent.denominator != 1:
         raise ValueError("the exponent is not a whole number")
     if abs(exponent) * max(_bits(base)) > BITS:
         raise ValueError("the number is too large")
-    if exponent < 0:
-        _not_zero(base)
     return Fraction(base) ** int(exponent)
-
-
-def _not_zero(divisor: Number) -> None:
-    if divisor == 0:
-        raise ValueError("a number is divided by zero")
 
 
 def _bits(value: Number) -> tuple[int, int]:
@@ -126,18 +104,14 @@ SIGN = 3  # binds closer than a product and less close than a power
 @dataclass(frozen=True)
 class _Operator:
     rank: int
-    apply: Callable[[Number, Number], Number]
+    apply: Callable[[Any, Any], Number]
     right_rank: int  # the lowest rank of an operator in its right operand
 
 
 OPERATORS = {
-    "+": _Operator(1, lambda a, b: a + b, 2),
-    "-": _Operator(1, lambda a, b: a - b, 2),
-    "*": _Operator(2, lambda a, b: a * b, 3),
-    "/": _Operator(2, _quotient, 3),
-    "//": _Operator(2, _whole_quotient, 3),
-    "^": _Operator(4, _power, 3),
-}
+    "+": _Operator(1, operator.add, 2), "-": _Operator(1, operator.sub, 2), "*": _Operator(2, operator.mul, 3),
+    "/": _Operator(2, Fraction, 3), "//": _Operator(2, operator.floordiv, 3), "^": _Operator(4, _power, 3),
+}  # fmt: skip
 
 _ALIKE = str.maketrans({**dict.fromkeys("×xX·⋅∙", "*"), "÷": "/", **dict.fromkeys("−–—", "-")})
 _CURRENCY = str.maketrans(dict.fromkeys("$€£¥", " "))
@@ -185,7 +159,10 @@ class _Side:
         while (found := OPERATORS.get(self.tokens[-1])) and found.rank >= rank:
             sign = self._next()
             right = self._expression(found.right_rank, depth + 1)
-            value = found.apply(value, right)
+            try:
+                value = found.apply(value, right)
+            except ZeroDivisionError:
+                raise ValueError("a number is divided by zero") from None
             if max(_bits(value)) > BITS:
                 raise ValueError("the number is too large")
             self.operators.append(sign)

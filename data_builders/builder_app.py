@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from data_builders.dataset_writer import Card, check_place, shared_questions, write_splits
-from data_builders.parallel_generation import Recipe, Row, as_line, make_splits
+from data_builders.dataset_writer import Card, Row, WrittenRow, check_place, shared_questions, write_splits
+from data_builders.parallel_generation import Recipe, make_splits
 from data_builders.release_formats import SourceKeys
-from data_builders.statistics import Measures, compact, compare, table
+from data_builders.statistics import Measures, compare, table
 
 
 def text_key(row: Row) -> int:
@@ -23,12 +23,8 @@ def text_key(row: Row) -> int:
     return int.from_bytes(blake2b(row["question"].encode(), digest_size=8).digest())
 
 
-def same_text(row: Row, other: Row) -> bool:
-    return row["question"] == other["question"]
-
-
 @dataclass(frozen=True)
-class Builder:
+class Builder(Card):
     """What a task defines. Functions take the build's configuration.
 
     read: the rows of a released file.
@@ -38,14 +34,10 @@ class Builder:
         entries of the manifest.
     """
 
-    task: str
-    title: str
-    about: str
-    fields: dict[str, str]
     read: Callable[[Any, str], list[Row]]
     measure: Callable[[Row], Measures]
     key: Callable[[Row], int] = text_key
-    alike: Callable[[Row, Row], bool] = same_text
+    alike: Callable[[Row, Row], bool] = lambda row, other: row["question"] == other["question"]
     read_splits: Callable[[Any], tuple[dict[str, list[Row]], dict[str, Any]]] | None = None
     recipe: Callable[[Any], Recipe] | None = None
     counts: Callable[[Any], dict[str, int]] = lambda config: {}
@@ -59,22 +51,19 @@ def run(config: SourceKeys, builder: Builder) -> None:
         return
     if config.files or not builder.recipe:
         read, made = _read(config, builder)
-        splits = {split: [as_line(row) for row in rows] for split, rows in read.items()}
-        measured = {split: [compact(builder.measure(row)) for row in rows] for split, rows in read.items()}
-        keys = {split: [builder.key(row) for row in rows] for split, rows in read.items()}
+        splits = {
+            split: [WrittenRow.of(row, builder.key(row), builder.measure(row)) for row in rows]
+            for split, rows in read.items()
+        }
     else:
         counts = builder.counts(config) | {split: n for split, n in config.counts.items() if n is not None}
         check_place(config.out_dir, config.name, [split for split, count in counts.items() if count], builder.task)
         made = builder.made(config)
         print(f"Making {sum(counts.values()):,} rows, {_in_words(made)}", flush=True)
-        rows = make_splits(builder.recipe(config), counts, config.seed, config.num_workers)
-        splits = {split: [one.line for one in part] for split, part in rows.items()}
-        measured = {split: [one.measures for one in part] for split, part in rows.items()}
-        keys = {split: [one.key for one in part] for split, part in rows.items()}
-    shared = shared_questions(splits, keys, builder.alike)
-    card = Card(builder.title, builder.about, builder.fields, command(config, builder))
-    made = {"task": builder.task, "seed": config.seed, **made}
-    write_splits(config.out_dir, config.name, splits, made, card, measured, shared)
+        splits = make_splits(builder.recipe(config), counts, config.seed, config.num_workers)
+    shared = shared_questions(splits, builder.alike)
+    made = {"seed": config.seed, **made}
+    write_splits(config.out_dir, config.name, splits, made, shared, builder, command(config, builder))
 
 
 def command(config: SourceKeys, builder: Builder) -> str:

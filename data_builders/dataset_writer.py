@@ -8,15 +8,15 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coconut.utils.files import clear_abandoned, read_json, sha256, write_json, write_text
-from coconut.utils.hydra_app import own_version
-from data_builders.statistics import Measures, summary
+from coconut.utils.hydra_app import package_version
+from data_builders.statistics import Measures, compact, summary
 
 Row = dict[str, Any]
 SPLITS = ("train", "valid", "test")
@@ -26,43 +26,51 @@ SPLITS = ("train", "valid", "test")
 class Card:
     """The texts of a data card. `fields`: a description of each field of a row."""
 
+    task: str
     title: str
     about: str
     fields: dict[str, str]
-    command: str
+
+
+class WrittenRow(NamedTuple):
+    """A row as it is written: its text as JSON, its key (see `Recipe`) and its statistics."""
+
+    line: str
+    key: int
+    measures: Measures
+
+    @classmethod
+    def of(cls, row: Row, key: int, measures: Measures) -> WrittenRow:
+        return cls(json.dumps(row, ensure_ascii=False), key, compact(measures))
 
 
 def write_splits(
-    out_dir: str,
-    name: str,
-    splits: dict[str, list[str]],
-    made: dict[str, Any],
-    card: Card,
-    measured: Mapping[str, Sequence[Measures]],
-    shared: dict[str, int],
-) -> None:
-    """Write the splits, given as a JSON text for each row, the card and, last, the manifest.
+    out_dir: str, name: str, splits: dict[str, list[WrittenRow]], made: dict[str, Any], shared: dict[str, int],
+    card: Card, command: str,
+) -> None:  # fmt: skip
+    """Write the splits, the card and, last, the manifest.
 
     Files of the same name are replaced: all are first written to a temporary folder beside them, and then moved.
-    `shared` counts the questions that two splits have in common.
+    `shared` counts the questions that two splits have in common. `command` makes the same data set again.
 
     Raises ValueError or OSError as `check_place`.
     """
     splits = {split: splits[split] for split in SPLITS if splits.get(split)}
-    folder = check_place(out_dir, name, list(splits), made["task"])
+    folder = check_place(out_dir, name, list(splits), card.task)
     for pair, count in shared.items():
         print(f"warning: {count} questions are in two splits, {pair}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     clear_abandoned(folder, f".{name}.*.part")
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
     try:
-        manifest = {**made, "version": own_version(), "shared_questions": shared, "splits": {}}
+        version = package_version("coconut-latent") or "not installed"
+        manifest = {"task": card.task, **made, "version": version, "shared_questions": shared, "splits": {}}
         for split, rows in splits.items():
             path = part / f"{name}_{split}.json"
-            write_text(path, "[\n" + ",\n".join(rows) + "\n]\n")
+            write_text(path, "[\n" + ",\n".join(row.line for row in rows) + "\n]\n")
             manifest["splits"][split] = {"file": path.name, "rows": len(rows), "sha256": sha256(path)}
-        manifest["statistics"] = {split: summary(measured[split]) for split in splits}
-        write_text(part / f"{name}_card.md", _card_text(name, card, manifest))
+        manifest["statistics"] = {split: summary([row.measures for row in rows]) for split, rows in splits.items()}
+        write_text(part / f"{name}_card.md", _card_text(name, card, command, manifest))
         write_json(part / f"{name}_manifest.json", manifest)
         (folder / f"{name}_manifest.json").unlink(missing_ok=True)
         names = [f"{name}_{which}" for which in (*(f"{split}.json" for split in splits), "card.md", "manifest.json")]
@@ -101,21 +109,16 @@ def check_place(out_dir: str, name: str, splits: Sequence[str], task: str | None
     return folder
 
 
-def shared_questions(
-    splits: dict[str, list[str]],
-    keys: dict[str, list[int]],
-    alike: Callable[[Row, Row], bool],
-) -> dict[str, int]:
+def shared_questions(splits: dict[str, list[WrittenRow]], alike: Callable[[Row, Row], bool]) -> dict[str, int]:
     """For each pair of splits, the number of questions of the first that equal one of the second, if not zero.
 
-    `splits` hold a JSON text for each row, `keys` one key for each row. Only rows with equal keys are compared, by
-    `alike`.
+    Only rows with equal keys are compared, by `alike`.
     """
     rows_by_key: dict[str, dict[int, list[str]]] = {}
     for split, rows in splits.items():
-        found = rows_by_key.setdefault(split, {})
-        for row, key in zip(rows, keys[split], strict=True):
-            found.setdefault(key, []).append(row)
+        by_key = rows_by_key.setdefault(split, {})
+        for row in rows:
+            by_key.setdefault(row.key, []).append(row.line)
     counts = {}
     for a, b in combinations(rows_by_key, 2):
         common = rows_by_key[a].keys() & rows_by_key[b].keys()
@@ -140,9 +143,9 @@ def divide(rows: list[Row], counts: dict[str, int], seed: int) -> dict[str, list
     return {"train": rows[: counts.get("train")], "valid": valid, "test": test}
 
 
-def _card_text(name: str, card: Card, manifest: dict[str, Any]) -> str:
+def _card_text(name: str, card: Card, command: str, manifest: dict[str, Any]) -> str:
     splits, statistics = manifest["splits"], manifest["statistics"]
-    lines = [f"# {name}: {card.title}", "", card.about, "", "Made with", "", f"    {card.command}", ""]
+    lines = [f"# {name}: {card.title}", "", card.about, "", "Made with", "", f"    {command}", ""]
     lines += ["| split | file | rows | SHA-256 |", "| --- | --- | --- | --- |"]
     lines += [f"| {s} | {d['file']} | {d['rows']:,} | {d['sha256'][:16]}… |" for s, d in splits.items()]
     lines += ["", "Each file is a JSON list with one row a line. A row holds:", ""]

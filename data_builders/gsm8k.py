@@ -25,7 +25,7 @@ from data_builders.arithmetic import Outcome, check, shown
 from data_builders.builder_app import Builder, run
 from data_builders.dataset_writer import Row, divide
 from data_builders.hub import load_hub
-from data_builders.release_formats import SHOWN, Kind, Released, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import SHOWN, Kind, Released, SourceKeys, open_released, rows_of, text_field
 from data_builders.statistics import Measures
 
 ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
@@ -126,10 +126,6 @@ class Audit:
         }
 
 
-def build(config: Gsm8kBuild) -> None:
-    run(config, BUILDER)
-
-
 def read_splits(config: Gsm8kBuild) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """The rows of every split, and the entries of the manifest on their sources and faults."""
     audits: dict[str, Audit] = {}
@@ -219,8 +215,7 @@ def measure(row: Row) -> Measures:
 
 
 def _open_file(path: str, kind: Steps) -> Released:
-    released = open_released(path)
-    expect(released, Kind.gsm8k, Kind.gsm8k_aug)
+    released = open_released(path, Kind.gsm8k, Kind.gsm8k_aug)
     if released.kind is Kind.gsm8k:
         return released
     if kind is Steps.sentences:
@@ -370,6 +365,7 @@ BUILDER = Builder(
     measure=measure,
 )
 
+build = partial(run, builder=BUILDER)
 main = application("build_gsm8k", Gsm8kBuild, build)
 
 if __name__ == "__main__":

@@ -34,20 +34,12 @@ from data_builders.statistics import Measures
 
 ENTITIES = ("Fae", "Rex", "Sally", "Max", "Alex", "Sam", "Polly", "Stella", "Wren")
 FAMILIES = (
-    ("blue", "red", "brown", "orange"),
-    ("small", "large"),
-    ("metallic", "wooden", "luminous", "liquid"),
-    ("transparent", "opaque"),
-    ("nervous", "happy", "feisty", "shy"),
-    ("bright", "dull"),
-    ("sweet", "sour", "spicy", "bitter"),
-    ("floral", "fruity", "earthy"),
-    ("hot", "cold", "temperate"),
-    ("kind", "mean", "angry", "amenable", "aggressive"),
-    ("melodic", "muffled", "discordant", "loud"),
-    ("slow", "moderate", "fast"),
-    ("windy", "sunny", "overcast", "rainy", "snowy"),
-)
+    ("blue", "red", "brown", "orange"), ("small", "large"), ("metallic", "wooden", "luminous", "liquid"),
+    ("transparent", "opaque"), ("nervous", "happy", "feisty", "shy"), ("bright", "dull"),
+    ("sweet", "sour", "spicy", "bitter"), ("floral", "fruity", "earthy"), ("hot", "cold", "temperate"),
+    ("kind", "mean", "angry", "amenable", "aggressive"), ("melodic", "muffled", "discordant", "loud"),
+    ("slow", "moderate", "fast"), ("windy", "sunny", "overcast", "rainy", "snowy"),
+)  # fmt: skip
 FAMILY_OF = {word: "/".join(family) for family in FAMILIES for word in family}
 
 RELEASED_LEVELS = 5  # the longest chain that the original makes
@@ -174,15 +166,9 @@ def draw(rng: random.Random, dials: OntologyDials) -> Row:
     query = ending.of(entity) if true else ending.of(entity).denied()
     return {
         "question": " ".join([*told.values(), *map(_fact, facts)]) + f" {ASKED}" + _fact(query),
-        "steps": [" ".join(proof[i : i + 2]) for i in range(0, len(proof), 2)],
-        "answer": str(true),
-        "hops": hops,
-        "levels": levels,
-        "entity": entity,
-        "chain": passed,
-        "property": ending.word,
-        "negated_query": query.negated,
-    }
+        "steps": [" ".join(proof[i : i + 2]) for i in range(0, len(proof), 2)], "answer": str(true), "hops": hops,
+        "levels": levels, "entity": entity, "chain": passed, "property": ending.word, "negated_query": query.negated,
+    }  # fmt: skip
 
 
 def _spare_levels(rng: random.Random, dials: OntologyDials, hops: int) -> int:

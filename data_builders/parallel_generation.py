@@ -8,7 +8,6 @@ different seeds.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -22,8 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from coconut.utils.console import progress_bar
-from data_builders.dataset_writer import Row
-from data_builders.statistics import Measures, compact
+from data_builders.dataset_writer import Row, WrittenRow
+from data_builders.statistics import Measures
 
 BATCH = 250  # rows of one task of a worker process
 ATTEMPTS = 500  # draws for one row before the possible questions count as exhausted
@@ -46,43 +45,37 @@ class Recipe:
     measure: Callable[[Row], Measures]
 
 
-@dataclass(frozen=True)
-class Made:
-    question: str
-    line: str  # the row as JSON
-    key: int
-    measures: Measures
-    attempt: int
+Drawn = tuple[WrittenRow, str, int]  # a row, its question, and which attempt it was
 
 
 def make_splits(
     recipe: Recipe, counts: dict[str, int], seed: int, num_workers: int | None = None
-) -> dict[str, list[Made]]:
+) -> dict[str, list[WrittenRow]]:
     """Generate `counts` rows of each split in `num_workers` processes, by default one for each core.
 
     Raises ValueError if there are too few different questions.
     """
     places = [(split, index) for split in ORDER for index in range(counts.get(split, 0))]
-    splits: dict[str, list[Made]] = {split: [] for split in ORDER if counts.get(split)}
+    splits: dict[str, list[WrittenRow]] = {split: [] for split in ORDER if counts.get(split)}
     questions: set[str] = set()
     with progress_bar("making rows", len(places)) as bar:
         rows = _make_all(recipe, places, seed, num_workers or _cores())
         for done, (split, index) in enumerate(places, start=1):
-            made = next(rows)
-            while made and made.question in questions:
-                made = _make(recipe, seed, split, index, made.attempt + 1)
-            if not made:
+            drawn = next(rows)
+            while drawn and drawn[1] in questions:
+                drawn = _make(recipe, seed, split, index, drawn[2] + 1)
+            if not drawn:
                 raise ValueError(
                     f"Asked for {len(places)} questions, but after {done - 1} hardly any new ones come that may stand "
                     f"in {split}: with these dials there are too few different ones. Ask for fewer, or raise nodes."
                 )
-            questions.add(made.question)
-            splits[split].append(made)
+            questions.add(drawn[1])
+            splits[split].append(drawn[0])
             bar(done, split)
     return splits
 
 
-def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_workers: int) -> Iterator[Made | None]:
+def _make_all(recipe: Recipe, places: list[tuple[str, int]], seed: int, num_workers: int) -> Iterator[Drawn | None]:
     batches = [places[start : start + BATCH] for start in range(0, len(places), BATCH)]
     num_workers = min(num_workers, len(batches))
     if num_workers < 2:
@@ -128,11 +121,11 @@ def _follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_batch(recipe: Recipe, seed: int, places: list[tuple[str, int]]) -> list[Made | None]:
+def _make_batch(recipe: Recipe, seed: int, places: list[tuple[str, int]]) -> list[Drawn | None]:
     return [_make(recipe, seed, split, index) for split, index in places]
 
 
-def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int = 0) -> Made | None:
+def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int = 0) -> Drawn | None:
     """The row with this index in the split, or None if no draw gives a question of the split."""
     low, high = SHARES[split]
     for attempt in range(first_attempt, ATTEMPTS):
@@ -146,11 +139,7 @@ def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int 
         recipe.prove(row)
     except ValueError as error:
         raise AssertionError(f"A row came out wrong ({error}): {row}") from error
-    return Made(row["question"], as_line(row), key, compact(recipe.measure(row)), attempt)
-
-
-def as_line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    return WrittenRow.of(row, key, recipe.measure(row)), row["question"], attempt
 
 
 def _cores() -> int:

@@ -10,15 +10,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from string import ascii_lowercase
 from typing import Any
 
 from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
-from data_builders.builder_app import Builder, run
+from data_builders.builder_app import Builder, run, text_key
 from data_builders.parallel_generation import Recipe, Row
-from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
 from data_builders.statistics import Measures
 
 COUNTS = {"train": 20000, "valid": 500, "test": 1000}
@@ -41,9 +40,7 @@ class PointersBuild(SourceKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_dials(
-            {name: value for name, value in self.dials().items() if value != getattr(PointersBuild, name)}
-        )
+        self.refuse_dials({name: dial for name, dial in self.dials().items() if dial != getattr(PointersBuild, name)})
         if not 1 <= self.hops_from <= self.hops_to < self.nodes <= len(ascii_lowercase):
             raise ValueError(
                 f"hops_from={self.hops_from}, hops_to={self.hops_to}, nodes={self.nodes}; it must be "
@@ -55,11 +52,7 @@ class PointersBuild(SourceKeys):
             )
 
     def dials(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("nodes", "hops_from", "hops_to", "decay")}
-
-
-def build(config: PointersBuild) -> None:
-    run(config, BUILDER)
+        return self.given("nodes", "hops_from", "hops_to", "decay")
 
 
 def recipe(config: PointersBuild) -> Recipe:
@@ -86,7 +79,7 @@ def draw_row(
 
 def key_of(row: Row) -> int:
     """A key that is equal for questions that differ only in the order of the pointers."""
-    return int.from_bytes(blake2b(_asked(row).encode(), digest_size=8).digest())
+    return text_key({"question": _asked(row)})
 
 
 def alike(row: Row, other: Row) -> bool:
@@ -114,9 +107,7 @@ def checked(record: Any) -> Row:
 
 def released_rows(path: str) -> list[Row]:
     """The rows of a file in the common format, each checked against its own text."""
-    released = open_released(path)
-    expect(released, Kind.rows)
-    return rows_of(released, checked)
+    return rows_of(open_released(path, Kind.rows), checked)
 
 
 def measure(row: Row) -> Measures:
@@ -138,6 +129,7 @@ BUILDER = Builder(
     made=lambda config: {"dials": config.dials()},
 )
 
+build = partial(run, builder=BUILDER)
 main = application("build_pointers", PointersBuild, build)
 
 if __name__ == "__main__":

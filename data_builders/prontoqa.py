@@ -17,7 +17,7 @@ from data_builders.builder_app import Builder, run, text_key
 from data_builders.ontology import Names, OntologyDials, Ordering, draw, measure
 from data_builders.parallel_generation import Recipe, Row
 from data_builders.prover import ASKED, check
-from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):
@@ -54,19 +54,14 @@ class ProntoqaBuild(SourceKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {name: value for name in ("preset", *DIALS) if (value := getattr(self, name)) is not None}
-        self.refuse_dials(given)
+        self.refuse_dials(self.given("preset", *DIALS))
         self.dials()
 
     def dials(self) -> OntologyDials:
-        return OntologyDials(**{name: value for name in DIALS if (value := getattr(self, name)) is not None})
+        return OntologyDials(**self.given(*DIALS))
 
 
 DIALS = tuple(dial.name for dial in fields(OntologyDials))
-
-
-def build(config: ProntoqaBuild) -> None:
-    run(config, BUILDER)
 
 
 def recipe(config: ProntoqaBuild) -> Recipe:
@@ -81,8 +76,7 @@ def drawn(rng: random.Random, wanted: Callable[[int], bool], dials: OntologyDial
 
 def released_rows(path: str) -> list[Row]:
     """The rows of a file of the original generator (of each record the test example), or of rows generated here."""
-    released = open_released(path)
-    expect(released, Kind.prontoqa, Kind.rows)
+    released = open_released(path, Kind.prontoqa, Kind.rows)
     return rows_of(released, converted if released.kind is Kind.prontoqa else checked)
 
 
@@ -133,6 +127,7 @@ BUILDER = Builder(
     made=lambda config: {"preset": Preset.released.value, "dials": asdict(config.dials())},
 )
 
+build = partial(run, builder=BUILDER)
 main = application("build_prontoqa", ProntoqaBuild, build)
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from data_builders.entity_names import Names, pools
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
 from data_builders.parallel_generation import Recipe, Row
-from data_builders.release_formats import Kind, SourceKeys, expect, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
 
 
 class Preset(StrEnum):
@@ -39,20 +39,10 @@ class Form(StrEnum):
 
 
 _RELEASED: dict[str, Any] = {
-    "form": Form.sentences,
-    "names": Names.released,
-    "nodes": 28,
-    "branching": 1.5,
-    "edges": None,
-    "depth_weight": 1.5,
-    "first_family": 0.35,
-    "second_family": 0.45,
-    "as_printed": False,
-    "hops_from": 3,
-    "hops_to": 6,
-    "plant": False,
+    "form": Form.sentences, "names": Names.released, "nodes": 28, "branching": 1.5, "edges": None, "depth_weight": 1.5,
+    "first_family": 0.35, "second_family": 0.45, "as_printed": False, "hops_from": 3, "hops_to": 6, "plant": False,
     "equalize_depth": False,
-}
+}  # fmt: skip
 DIALS: dict[Preset, dict[str, Any]] = {
     Preset.released: _RELEASED,
     Preset.paper: _RELEASED | {"nodes": 26, "second_family": 0.35, "as_printed": True},
@@ -97,7 +87,7 @@ class ProsqaBuild(SourceKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.given()
+        given = self.given(*_RELEASED)
         self.refuse_dials({"preset": self.preset} if self.preset else given)
         if self.files:
             return
@@ -128,10 +118,7 @@ class ProsqaBuild(SourceKeys):
     def dials(self) -> dict[str, Any]:
         """All dials: the preset's, overridden by those that are given."""
         assert self.preset
-        return DIALS[self.preset] | self.given()
-
-    def given(self) -> dict[str, Any]:
-        return {name: value for name in _RELEASED if (value := getattr(self, name)) is not None}
+        return DIALS[self.preset] | self.given(*_RELEASED)
 
     def graph_dials(self) -> GraphDials | ChainDials:
         kind = ChainDials if self.preset is Preset.graphs else GraphDials
@@ -139,10 +126,6 @@ class ProsqaBuild(SourceKeys):
         if kind is GraphDials:
             values["hops_to"] = values["hops_to"] or None
         return kind(**values)
-
-
-def build(config: ProsqaBuild) -> None:
-    run(config, BUILDER)
 
 
 def recipe(config: ProsqaBuild) -> Recipe:
@@ -155,12 +138,9 @@ def recipe(config: ProsqaBuild) -> Recipe:
 
 
 def draw_row(
-    rng: random.Random,
-    wanted: Callable[[int], bool],
-    dials: GraphDials | ChainDials,
-    form: Form,
+    rng: random.Random, wanted: Callable[[int], bool], dials: GraphDials | ChainDials, form: Form,
     names: Names = Names.released,
-) -> tuple[Row, int] | None:
+) -> tuple[Row, int] | None:  # fmt: skip
     """A row and its key, or None if the key is not wanted. Raises ValueError if these dials give no graph."""
     while True:
         graph = dials.draw(rng)
@@ -194,16 +174,10 @@ def draw_row(
         answer = f"{root} is a {target}."
         steps = [_sentence(symbols[a], symbols[b], not parents[a]) for a, b in pairwise(path)]
     row: Row = {
-        "question": question,
-        "steps": steps,
-        "answer": answer,
-        "idx_to_symbol": symbols,
-        "edges": [list(edge) for edge in graph.edges],
-        "root": graph.root,
-        "target": graph.target,
-        "neg_target": graph.distractor,
-        "nodes_at_distance": levels,
-    }
+        "question": question, "steps": steps, "answer": answer, "idx_to_symbol": symbols,
+        "edges": [list(edge) for edge in graph.edges], "root": graph.root, "target": graph.target,
+        "neg_target": graph.distractor, "nodes_at_distance": levels,
+    }  # fmt: skip
     return row, key
 
 
@@ -237,9 +211,7 @@ def _levels_and_path(
 
 def released_rows(path: str) -> list[Row]:
     """The rows of a released file, in its order, each checked against its own text."""
-    released = open_released(path)
-    expect(released, Kind.prosqa)
-    return rows_of(released, checked)
+    return rows_of(open_released(path, Kind.prosqa), checked)
 
 
 def prove(row: Row) -> None:
@@ -277,7 +249,10 @@ def checked(record: Any) -> Row:
 
 def _consistent(record: Any) -> prosqa.Question:
     question, answer = text_field(record, "question"), text_field(record, "answer")
-    steps, symbols, edges = (_list_field(record, key) for key in ("steps", "idx_to_symbol", "edges"))
+    for name in ("steps", "idx_to_symbol", "edges"):
+        if not isinstance(record.get(name), list):
+            raise ValueError(f"{name!r} is {record.get(name)!r}; it must be a list.")
+    steps, symbols, edges = record["steps"], record["idx_to_symbol"], record["edges"]
     if not all(isinstance(step, str) and step.strip() for step in steps) or not steps:
         raise ValueError(f"'steps' is {steps!r}; it must be a list of sentences.")
 
@@ -314,12 +289,6 @@ def _consistent(record: Any) -> prosqa.Question:
     return told
 
 
-def _list_field(record: dict[str, Any], name: str) -> list[Any]:
-    if not isinstance(record.get(name), list):
-        raise ValueError(f"{name!r} is {record.get(name)!r}; it must be a list.")
-    return record[name]
-
-
 BUILDER = Builder(
     task="prosqa",
     title="which of two nodes can be reached?",
@@ -337,6 +306,7 @@ BUILDER = Builder(
     made=lambda config: {"preset": config.preset.value, "dials": config.dials()},
 )
 
+build = partial(run, builder=BUILDER)
 main = application("build_prosqa", ProsqaBuild, build)
 
 if __name__ == "__main__":

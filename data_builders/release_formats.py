@@ -89,6 +89,10 @@ class SourceKeys:
                     "own is taken whole. Keep one of them."
                 )
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """The values of these keys, without those that are null."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def refuse_dials(self, given: dict[str, Any]) -> None:
         """Raise ValueError if a file is read and a dial for generating rows is given."""
         for key, path in self.files.items():
@@ -126,8 +130,15 @@ class SourceKeys:
         return {key: {"file": Path(path).name, "sha256": sha256(path)} for key, path in self.files.items()}
 
 
-def open_released(path: str | Path) -> Released:
-    path = Path(path)
+def open_released(path: str, *wanted: Kind) -> Released:
+    """Open a file. Raises ValueError if it does not exist or is of none of the kinds `wanted`."""
+    released = _detected(Path(path))
+    if released.kind not in wanted:
+        raise ValueError(f"{released.path} looks like {released.kind}. Wanted is {', or '.join(wanted)}.")
+    return released
+
+
+def _detected(path: Path) -> Released:
     if not path.is_file():
         raise ValueError(f"There is no file {str(path)!r} in {Path.cwd()}.")
     raw = path.read_bytes()
@@ -172,12 +183,6 @@ def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
         head = f"{released.path} has {len(wrong)} bad of {len(released.records)} rows. Mend or remove them:"
         raise ValueError("\n".join([head, *wrong[:SHOWN], *more]))
     return rows
-
-
-def expect(released: Released, *kinds: Kind) -> None:
-    if released.kind not in kinds:
-        wanted = ", or ".join(kinds)
-        raise ValueError(f"{released.path} looks like {released.kind}. Wanted is {wanted}.")
 
 
 def text_field(record: Any, name: str) -> str:

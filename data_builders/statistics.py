@@ -89,8 +89,8 @@ def compare(first: Sequence[Measures], second: Sequence[Measures]) -> list[Line]
 
 
 def _compare_shares(name: str, first: dict[str, Mean], second: dict[str, Mean]) -> list[Line]:
-    absent = [Mean(np.zeros_like(m.counts_N), m.counts_N, 0.0) for m in (next(iter(first.values())),
-                                                                           next(iter(second.values())))]  # fmt: skip
+    counts = [next(iter(shares.values())).counts_N for shares in (first, second)]
+    absent = [Mean(np.zeros_like(counts_N), counts_N, 0.0) for counts_N in counts]
     values = sorted(first.keys() | second.keys())
     pairs = {value: (first.get(value, absent[0]), second.get(value, absent[1])) for value in values}
     distances = {value: _distance(*pair) for value, pair in pairs.items()}

@@ -22,51 +22,33 @@ from coconut.runs.loading import load_run
 from coconut.training.trainer import run
 
 ROWS = [
-    {
-        "question": "Ann has 3 apples and buys 4 more. She eats 2. How many are left?",
-        "steps": ["3 + 4 = 7", "7 - 2 = 5"],
-        "answer": "5",
-    },
-    {
-        "question": "Ben has 9 pens and gives 6 away. He finds 1. How many has he now?",
-        "steps": ["9 - 6 = 3", "3 + 1 = 4"],
-        "answer": "4",
-    },
-    {
-        "question": "Eva reads 2 pages an hour for 4 hours. The book has 9. How many are left?",
-        "steps": ["2 * 4 = 8", "9 - 8 = 1"],
-        "answer": "1",
-    },
-]
+    {"question": "Ann has 3 apples and buys 4 more. She eats 2. How many are left?",
+     "steps": ["3 + 4 = 7", "7 - 2 = 5"], "answer": "5"},
+    {"question": "Ben has 9 pens and gives 6 away. He finds 1. How many has he now?",
+     "steps": ["9 - 6 = 3", "3 + 1 = 4"], "answer": "4"},
+    {"question": "Eva reads 2 pages an hour for 4 hours. The book has 9. How many are left?",
+     "steps": ["2 * 4 = 8", "9 - 8 = 1"], "answer": "1"},
+]  # fmt: skip
 
 
 def configuration(folder: Path, file: Path) -> TrainConfig:
     """Coconut in three stages: both steps written, one thought for the first, two thoughts for both."""
     return TrainConfig(
         run=str(folder / "run"),
-        data=DataConfig(
-            TaskName.gsm8k, train=str(file), valid=str(file), cache_dir=str(folder)
-        ),  # gsm8k compares numbers
+        # gsm8k compares numbers
+        data=DataConfig(TaskName.gsm8k, train=str(file), valid=str(file), cache_dir=str(folder)),
         model=ModelConfig(
             architecture={
-                "model_type": "gpt_neox",
-                "hidden_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 128,
-                "max_position_embeddings": 64,
+                "model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "intermediate_size": 128, "max_position_embeddings": 64,
             },
-            tokenizer="words",
-            new_token_init="random",
+            tokenizer="words", new_token_init="random",
         ),
-        curriculum=Curriculum(
-            max_stage=2, length_unit=Unit.updates, stage0_length=40, stage_length=40, total_length=120
-        ),
-        optimizer=OptimizerConfig(lr=3e-3),
-        engine=EngineConfig(device="cpu"),
-        batch_size=len(ROWS),
-        validate_every=40,
-    )
+        curriculum=Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=40, stage_length=40,
+                              total_length=120),
+        optimizer=OptimizerConfig(lr=3e-3), engine=EngineConfig(device="cpu"),
+        batch_size=len(ROWS), validate_every=40,
+    )  # fmt: skip
 
 
 def main() -> None:

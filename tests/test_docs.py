@@ -95,12 +95,9 @@ def test_pictures_are_shown_and_small() -> None:
 
 def shell_lines(text: str) -> list[str]:
     """The lines of shell blocks, and what stands in `code` outside of blocks."""
-    lines = [line for kind, block in FENCE.findall(text) if kind in ("", "bash") for line in joined(block)]
-    return lines + [" ".join(span.split()) for span in SPAN.findall(without_code(text))]
-
-
-def joined(block: str) -> list[str]:
-    return block.replace("\\\n", " ").splitlines()
+    blocks = "".join(block for kind, block in FENCE.findall(text) if kind in ("", "bash"))
+    spans = [" ".join(span.split()) for span in SPAN.findall(without_code(text))]
+    return blocks.replace("\\\n", " ").splitlines() + spans
 
 
 def module_and_arguments(command: str, rest: str) -> tuple[str, list[str]] | None:
@@ -140,9 +137,8 @@ def test_commands_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             assert find_spec(module), module
             continue
         if "--multirun" in arguments:  # the first of its runs
-            arguments = [
-                re.sub(r"^(seed|method)=([^,]*),.*", r"\1=\2", word) for word in arguments if word != "--multirun"
-            ]
+            arguments = [re.sub(r"^(seed|method)=([^,]*),.*", r"\1=\2", each) for each in arguments]
+            arguments.remove("--multirun")
         spec = find_spec(module)
         assert spec, module
         main = importlib.import_module(f"{module}.__main__" if spec.submodule_search_locations else module).main

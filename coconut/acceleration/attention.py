@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from coconut.utils.torch_utils import compute_dtype, differentiable_once
+from coconut.utils.torch_utils import apply, compute_dtype, differentiable_once
 
 
 class SDPAOverride(TorchFunctionMode):
@@ -54,24 +54,16 @@ def own_storage(query: Tensor) -> Tensor:
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     half = query.dtype.itemsize == 2 and query.device.type == "cpu"
     one_query = half and query.dim() == 4 and query.shape[-2] == 1 and query.shape[:2] == key.shape[:2]
     plain = not (dropout_p or is_causal) and not getattr(attn_mask, "requires_grad", False)
     same_dtype = query.dtype == key.dtype == value.dtype == compute_dtype(query)
     if one_query and plain and same_dtype and query.requires_grad:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output = _OneQuery.apply(query, key, value, attn_mask, scale)
-        assert isinstance(output, Tensor)
-        return output
+        return apply(_OneQuery, query, key, value, attn_mask, scale)
     return scaled_dot_product_attention(
         own_storage(query), key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

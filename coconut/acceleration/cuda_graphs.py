@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from coconut.utils.torch_utils import differentiable_once
+from coconut.utils.torch_utils import apply, differentiable_once
 
 Passes = Callable[..., Tensor]
 MAX_GRAPHS = 128  # each keeps its inputs, its hidden states and their gradients, besides the shared memory
@@ -51,11 +51,6 @@ class CudaGraphs:
     def __deepcopy__(self, memo: Any) -> CudaGraphs:
         return CudaGraphs(deepcopy(self._model, memo))
 
-    @property
-    def captured(self) -> int:
-        """The number of graphs."""
-        return len(self._graphs)
-
     def run(self, passes: Passes, inputs: Sequence[Tensor], shape: Hashable) -> Tensor:
         """`passes(*inputs)`. The first input and the weights may require gradients.
 
@@ -81,9 +76,7 @@ class CudaGraphs:
             static.data.copy_(tensor)
         token = _ReplayToken()
         self._pending = weakref.ref(token)
-        output = _Replay.apply(graph, token, inputs[0], *weights)
-        assert isinstance(output, Tensor)
-        return output
+        return apply(_Replay, graph, token, inputs[0], *weights)
 
     def _trained_weights(self) -> list[Tensor]:
         """All trained weights but those of the embedding table and the head, which are outside of the graphs."""
@@ -96,7 +89,7 @@ class CudaGraphs:
     ) -> _Graph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        if self._gradients is None or not self._gradients.fit(weights):
+        if self._gradients is None or self._gradients.shapes != [weight.shape for weight in weights]:
             self._graphs.clear()
             self._gradients = _WeightGradients(weights)
         uncached = torch.autocast("cuda", autocast, cache_enabled=False) if autocast else nullcontext()
@@ -133,12 +126,8 @@ class _WeightGradients:
 
     def __init__(self, weights: Sequence[Tensor]):
         self.shapes = [weight.shape for weight in weights]
-        sizes = [weight.numel() for weight in weights]
-        self.flat = torch.zeros(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
+        self.flat = weights[0].new_zeros(sum(shape.numel() for shape in self.shapes))
         self.parts = self._split(self.flat)
-
-    def fit(self, weights: Sequence[Tensor]) -> bool:
-        return self.shapes == [weight.shape for weight in weights]
 
     def store(self, gradients: Sequence[Tensor | None]) -> list[bool]:
         """Copy the gradients here. Return which weights have one."""
@@ -159,13 +148,9 @@ class _Graph:
     """The captured forward and backward passes of one shape, with their static inputs and outputs."""
 
     def __init__(
-        self,
-        passes: Passes,
-        inputs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        weight_gradients: _WeightGradients,
+        self, passes: Passes, inputs: Sequence[Tensor], weights: Sequence[Tensor], weight_gradients: _WeightGradients,
         pool: Any,
-    ):
+    ):  # fmt: skip
         self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
         self.weight_gradients = weight_gradients
         wanted = [self.inputs[0], *weights] if inputs[0].requires_grad else [*weights]

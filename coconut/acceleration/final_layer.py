@@ -77,15 +77,9 @@ def _attention(num_skipped: int, forward: Forward, *args: Any, **kwargs: Any) ->
 
 
 def _attend_later_queries(
-    num_skipped: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
+    num_skipped: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, **options: Any,
+) -> Tensor:  # fmt: skip
     """(B, H, T, D), zero for the skipped queries."""
     T, S = query.shape[-2], key.shape[-2]
     if attn_mask is not None and attn_mask.shape[-2] == T:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from coconut.utils.torch_utils import differentiable_once
+from coconut.utils.torch_utils import apply, differentiable_once
 
 
 class KVCache(DynamicCache):
@@ -29,7 +29,9 @@ class KVCache(DynamicCache):
     def __init__(self, config: Any, windows: bool = True):
         super().__init__(config=config)
         if not windows:
-            self.layers = [DynamicLayer() if _is_window(layer) else layer for layer in self.layers]
+            self.layers = [
+                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.layers
+            ]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.layers[layer_idx], DynamicLayer):
@@ -56,11 +58,7 @@ class AppendOnlyCache(KVCache):
 def _append_only(layer: Any, columns: int) -> Any:
     if type(layer) is DynamicLayer:
         return AppendOnlyLayer(columns)
-    return AppendOnlySlidingLayer(columns, layer.sliding_window) if _is_window(layer) else layer
-
-
-def _is_window(layer: Any) -> bool:
-    return type(layer) is DynamicSlidingWindowLayer
+    return AppendOnlySlidingLayer(columns, layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
 
 
 class AppendOnlyLayer(DynamicLayer):
@@ -80,11 +78,9 @@ class AppendOnlyLayer(DynamicLayer):
         if not self.buffers or old[0] is None or not self.buffers[0].can_append(old[0], stop):
             columns = self.columns if stop <= self.columns else stop + stop // 4
             self.buffers = KVBuffer(new[0], columns), KVBuffer(new[1], columns)
-            old = tuple(
-                None if part is None else append(buffer, None, part)
-                for buffer, part in zip(self.buffers, old, strict=True)
-            )
-        self.keys, self.values = (append(*parts) for parts in zip(self.buffers, old, new, strict=True))
+            if old[0] is not None:
+                old = tuple(apply(_Append, buffer, None, part) for buffer, part in zip(self.buffers, old, strict=True))
+        self.keys, self.values = (apply(_Append, *parts) for parts in zip(self.buffers, old, new, strict=True))
         return self.keys, self.values
 
 
@@ -136,15 +132,11 @@ class KVBuffer:
         return complete
 
 
-def append(buffer: KVBuffer, old: Tensor | None, new: Tensor) -> Tensor:
-    """Write `new` behind `old`, the view of the buffer's content, if any. Return a view of both."""
-    view = _Append.apply(buffer, old, new)
-    assert isinstance(view, Tensor)
-    return view
-
-
 class _Append(torch.autograd.Function):
-    """`old` gets no gradient from here. As an input it orders the backward passes: later writes come first."""
+    """Write `new` behind `old`, the view of the buffer's content, if any. Return a view of both.
+
+    `old` gets no gradient from here. As an input it orders the backward passes: later writes come first.
+    """
 
     @staticmethod
     def forward(ctx: Any, buffer: KVBuffer, old: Tensor | None, new: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coconut.acceleration.gelu import PRE_GELU_ATTR, fused_gelu
 from coconut.acceleration.patching import patched_forwards
-from coconut.utils.torch_utils import compute_dtype, differentiable_once
+from coconut.utils.torch_utils import apply, compute_dtype, differentiable_once
 
 MIN_WEIGHT_NUMEL = 2**19  # at least 1; for smaller weights the overhead exceeds the gain
 
@@ -65,7 +65,7 @@ def _layer_forward(layer: Any, onednn: bool) -> Callable[[Tensor], Tensor]:
 
     def cast_weight(dtype: torch.dtype) -> Tensor:
         if uses is not None:
-            return _apply(_Weight, layer.weight, dtype, uses)
+            return apply(_Weight, layer.weight, dtype, uses)
         return layer.weight.to(dtype).t() if transposed else layer.weight.to(dtype)
 
     def forward(inputs: Tensor) -> Tensor:
@@ -74,13 +74,9 @@ def _layer_forward(layer: Any, onednn: bool) -> Callable[[Tensor], Tensor]:
             weights[dtype] = cast_weight(dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         inputs = inputs.to(dtype)
-        return _apply(_Linear, inputs, weights[dtype], bias, uses, getattr(inputs, PRE_GELU_ATTR, None), onednn)
+        return apply(_Linear, inputs, weights[dtype], bias, uses, getattr(inputs, PRE_GELU_ATTR, None), onednn)
 
     return forward
-
-
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    return function.apply(*arguments)
 
 
 class _Uses:
@@ -137,14 +133,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        uses: _Uses | None,
-        pre_gelu: Tensor | None,
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, uses: _Uses | None, pre_gelu: Tensor | None,
         onednn: bool,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         saved = None if uses is None else inputs if pre_gelu is None else pre_gelu
         ctx.save_for_backward(saved, weight)
         ctx.uses, ctx.recompute_gelu, ctx.onednn = uses, pre_gelu is not None, onednn

@@ -13,9 +13,9 @@ def run(config: AdaptiveConfig) -> int:
 
 def table(config: AdaptiveConfig) -> int:
     """Make the table of outcomes. Gives the exit status."""
-    from coconut.adaptive.main import only_table
+    from coconut.adaptive.main import run
 
-    return only_table(config)
+    return run(config, only_table=True)
 
 
 main = subcommands(application("adaptive", AdaptiveConfig, run), table=application("adaptive", AdaptiveConfig, table))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from coconut.adaptive.backends import LatentBackend
-from coconut.adaptive.chooser import Chooser
+from coconut.adaptive.chooser import Answered, Chooser
 from coconut.engine.base import autocast
 from coconut.generation.answer_file import write_answers
 from coconut.generation.config import GenerateConfig
 from coconut.generation.terminal import note, typed_questions, warn_of_truncation, warn_of_unknown
-
-if TYPE_CHECKING:
-    from coconut.adaptive.chooser import Answered
-    from coconut.models.latent_lm import LatentLM
+from coconut.models.latent_lm import LatentLM
 
 
 def answer_by_policy(lm: LatentLM, questions: Sequence[str], config: GenerateConfig) -> None:

@@ -6,7 +6,6 @@ asks it only for what is not in the log yet, so that an interrupted command resu
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
@@ -14,11 +13,13 @@ import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
@@ -26,13 +27,11 @@ from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.console import progress_bar
 from coconut.utils.files import explain_full_disk
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from coconut.utils.torch_utils import seeded
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 CHUNK = 256  # questions of one call of a backend; a model's replies to them are logged together
 SAMPLED = ("temperature", "top_p", "samples", "max_new_tokens")  # settings of every model backend
@@ -84,8 +83,7 @@ class LatentBackend:
     setting_names = frozenset({"num_thoughts", "mode", "prefix", *SAMPLED})
 
     def __init__(self, lm: LatentLM, name: str, batch_size: int = 64, max_new_tokens: int | None = None):
-        self.lm, self.name, self.batch_size = lm, name, batch_size
-        self.max_new_tokens = max_new_tokens
+        self.lm, self.name, self.batch_size, self.max_new_tokens = lm, name, batch_size, max_new_tokens
 
     def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
         """The token ids of the questions, as prompts."""
@@ -117,12 +115,9 @@ def generation_options(settings: Settings, limit: int | None) -> tuple[int, dict
     return samples, options
 
 
-@contextlib.contextmanager
-def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+def _seeded(seed: Sequence[int], device: torch.device) -> AbstractContextManager[None]:
     """Seed sampling inside this context by these numbers; the random state outside is kept."""
-    digest = hashlib.blake2b(repr(list(seed)).encode(), digest_size=7).digest()
-    with seeded(int.from_bytes(digest), device):
-        yield
+    return seeded(int.from_bytes(hashlib.blake2b(repr(list(seed)).encode(), digest_size=7).digest()), device)
 
 
 def _reply(out: Generated, rows: range) -> Reply:
@@ -152,8 +147,6 @@ class CausalModelBackend:
 
     def __init__(self, model_name: str, prompt: str, device: torch.device, batch_size: int = 64,
                  max_new_tokens: int | None = None):  # fmt: skip
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
         fields = _fields(prompt)
         with explain_load_errors(model_name, "base"):
             self.model = load_pretrained(AutoModelForCausalLM, model_name).to(device).eval()
@@ -161,7 +154,7 @@ class CausalModelBackend:
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens or 128
         self.name = f"{model_name} {prompt}"
         self.setting_names = frozenset({*SAMPLED, *fields} - {"question"})
-        self.form = PromptFormat(question="{}", chat=bool(self.tokenizer.chat_template))
+        self.format = PromptFormat(question="{}", chat=bool(self.tokenizer.chat_template))
         eos_ids = self.model.generation_config.eos_token_id
         eos_ids = self.tokenizer.eos_token_id if eos_ids is None else eos_ids
         self.model.generation_config = GenerationConfig()  # else generate would take unset options from it
@@ -172,7 +165,7 @@ class CausalModelBackend:
     def rows(self, questions: Sequence[str], settings: Settings) -> list[list[int]]:
         """The token ids of the filled prompts."""
         prompts = [self.prompt.format(question=question, **settings) for question in questions]
-        return encode_questions(self.tokenizer, prompts, self.form)
+        return encode_questions(self.tokenizer, prompts, self.format)
 
     def fits(self, questions: Sequence[str], settings: Settings) -> list[bool]:
         context = getattr(self.model.config, "max_position_embeddings", None)
@@ -180,29 +173,22 @@ class CausalModelBackend:
         return [context is None or len(row) + limit <= context for row in self.rows(questions, settings)]
 
     def __call__(self, questions: Sequence[str], settings: Settings, seed: Sequence[int]) -> Iterator[dict[int, Reply]]:
-        from transformers import GenerationConfig
-
         samples, options = generation_options(settings, self.max_new_tokens)
-        rows = self.rows(questions, settings)
-        generation_config = GenerationConfig(
-            **{"do_sample": False, **options}, eos_token_id=self.eos_ids, pad_token_id=self.pad
-        )
-        if generation_config.do_sample:
-            generation_config.top_k = 0
-        replies: dict[int, Reply] = {}
+        options |= {"top_k": 0} if "do_sample" in options else {"do_sample": False}
+        generation_config = GenerationConfig(**options, eos_token_id=self.eos_ids, pad_token_id=self.pad)
+        rows, replies = self.rows(questions, settings), dict[int, Reply]()
         with _seeded(seed, self.model.device), torch.no_grad():
             for indices in longest_first(rows, self.batch_size):
                 ids, mask = (t.to(self.model.device) for t in pad_rows([rows[i] for i in indices], self.pad))
                 out = self.model.generate(ids, attention_mask=mask, generation_config=generation_config)
                 completion_ids = [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
+                texts = [text.strip() for text in self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)]
                 for row, i in enumerate(indices):
-                    own_ids = completion_ids[row * samples : (row + 1) * samples]
-                    texts = self.tokenizer.batch_decode(own_ids, skip_special_tokens=True)
-                    truncated = any(ids[-1] not in self.eos_ids for ids in own_ids)
-                    stripped = tuple(text.strip() for text in texts)
-                    replies[i] = Reply(
-                        stripped, sum(map(len, own_ids)), completion_ids=tuple(map(tuple, own_ids)), truncated=truncated
-                    )
+                    own = slice(row * samples, (row + 1) * samples)
+                    ids_of_texts = tuple(map(tuple, completion_ids[own]))
+                    truncated = any(ids[-1] not in self.eos_ids for ids in ids_of_texts)
+                    passes = sum(map(len, ids_of_texts))
+                    replies[i] = Reply(tuple(texts[own]), passes, completion_ids=ids_of_texts, truncated=truncated)
         yield replies
 
     def _until_end(self, ids: list[int]) -> list[int]:
@@ -213,10 +199,9 @@ def _fields(prompt: str) -> set[str]:
     """The names of a prompt's fields. Raises ValueError if `question` is missing, or for braces that hold no name."""
     try:
         fields = {name for _, name, *_ in string.Formatter().parse(prompt) if name is not None}
-        valid = all(name.isidentifier() for name in fields)
     except ValueError:
-        valid, fields = False, set()
-    if not valid:
+        fields = {""}
+    if not all(map(str.isidentifier, fields)):
         raise ValueError(
             f"prompt is {prompt!r}; braces must hold names of settings. Write {{{{ and }}}} for literal braces."
         )
@@ -229,10 +214,6 @@ def fit_all(backend: Backend, questions: Sequence[str], space: Space) -> list[bo
     """For each question, whether it leaves room for an answer in every configuration of the space."""
     columns = [backend.fits(questions, space.settings(number)) for number in range(len(space))]
     return [all(row) for row in zip(*columns, strict=True)]
-
-
-class FunctionFailed(ValueError):
-    """A function failed in all its attempts, or returned no text."""
 
 
 class FunctionBackend:
@@ -267,27 +248,27 @@ class FunctionBackend:
             raise failure
 
     def _reply(self, question: str, settings: Settings) -> Reply:
+        """Raises ValueError if the function failed in all its attempts, or returned no text."""
         result = self._call_with_retries(question, settings)
         if isinstance(result, str):
             return Reply((result,), len(result.split()))
         if not isinstance(result, Reply) or not result.texts:
-            raise FunctionFailed(
+            raise ValueError(
                 f"{self.name} gave {result!r} for {question!r}; it must return a text or a Reply with texts."
             )
         return result
 
     def _call_with_retries(self, question: str, settings: Settings) -> Any:
-        for attempt in range(1, self.config.tries):
-            with contextlib.suppress(Exception):
+        tries = self.config.tries
+        for attempt in range(tries):
+            try:
                 return self.function(question, dict(settings))
-            time.sleep(self.config.wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
-        try:
-            return self.function(question, dict(settings))
-        except Exception as error:
-            tries = self.config.tries
-            times = f"{tries} times" if tries > 1 else "once"
-            message = f"{type(error).__name__}: {error}"
-            raise FunctionFailed(f"{self.name} failed {times} on {question!r}, the last time with {message}") from error
+            except Exception as error:
+                if attempt + 1 == tries:
+                    times, why = f"{tries} times" if tries > 1 else "once", f"{type(error).__name__}: {error}"
+                    message = f"{self.name} failed {times} on {question!r}, the last time with {why}"
+                    raise ValueError(message) from error
+            time.sleep(self.config.wait * 2**attempt * random.uniform(0.75, 1.25))
 
 
 def refuse_unknown(space: Space, backend: Backend) -> None:
@@ -322,25 +303,16 @@ def collect_answers(
     replies so far stay in the log.
     """
     refuse_unknown(space, backend)
-    logged = read_log(log)
-    keys = [
-        [_key(backend.name, question, space.settings(c), seed) for c in range(len(space))] for question in questions
-    ]
-    total = len({key for row in keys for key in row})
+    logged, each_settings = read_log(log), [space.settings(number) for number in range(len(space))]
+    keys = [[_key(backend.name, question, settings, seed) for settings in each_settings] for question in questions]
+    needed = {key for row in keys for key in row}
+    total, num_done = len(needed), len(needed & logged.keys())
     log.parent.mkdir(parents=True, exist_ok=True)
-
-    def done() -> int:
-        return len({key for row in keys for key in row if key in logged})
-
-    with (
-        explain_full_disk(log),
-        log.open("a", encoding="utf-8") as file,
-        progress_bar("asking", total, num_done := done()) as bar,
-    ):
+    progress = progress_bar("asking", total, num_done)
+    with explain_full_disk(log), log.open("a", encoding="utf-8") as file, progress as bar:
         if file.tell() and not log.read_bytes().endswith(b"\n"):
             file.write("\n")  # end a line that a killed process left unfinished
-        for number in range(len(space)):
-            settings = space.settings(number)
+        for number, settings in enumerate(each_settings):
             for first in range(0, len(questions), chunk):
                 part = range(first, min(first + chunk, len(questions)))
                 indices = list({keys[i][number]: i for i in part if keys[i][number] not in logged}.values())
@@ -350,15 +322,16 @@ def collect_answers(
                 try:
                     for replies in backend([questions[i] for i in indices], settings, stream):
                         new = {keys[indices[index]][number]: reply for index, reply in replies.items()}
-                        file.write("".join(_line(key, reply) for key, reply in new.items()))
+                        rows = ({"key": key, **asdict(reply)} for key, reply in new.items())
+                        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                         file.flush()
                         logged |= new
                         num_done += len(new)
                         bar(num_done, space.label(number))
                 except Exception as error:
                     raise ValueError(
-                        f"With {space.label(number)}: {error}\n{done():,} of {total:,} answers are in {log}; the same "
-                        "command resumes from there."
+                        f"With {space.label(number)}: {error}\n{num_done:,} of {total:,} answers are in {log}; the "
+                        "same command resumes from there."
                     ) from error
     return [[logged[key] for key in row] for row in keys]
 
@@ -368,19 +341,12 @@ def _key(name: str, question: str, settings: Settings, seed: int) -> str:
     return hashlib.sha256(key_text.encode()).hexdigest()[:24]
 
 
-def _line(key: str, reply: Reply) -> str:
-    return json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
-
-
 def read_log(log: Path) -> dict[str, Reply]:
     """The replies in a log by their keys. A line that a killed process left unfinished is skipped."""
     replies: dict[str, Reply] = {}
-    if log.is_file():
-        for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
             key = row.pop("key")
             replies[key] = Reply.from_dict(row)
     return replies

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from coconut.adaptive import encoders
 from coconut.adaptive.backends import LatentBackend, Reply, fit_all, refuse_unknown
+from coconut.adaptive.encoders import latent_encoder, load_encoder
 from coconut.adaptive.judges import Vote
 from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.policy import ConfigurationPolicy
 from coconut.adaptive.space import Settings
+from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 TOLERANCE = 0.02  # the largest relative distance between the probe's embedding and the stored one
 
@@ -49,13 +48,8 @@ class Chooser:
     def __init__(self, path: Path | str, lm: LatentLM, batch_size: int = 64):
         """Raises ValueError if the model's embedding of the probe differs: the policy belongs to another model."""
         self.policy, self.about = ConfigurationPolicy.load(path)
-        embedding, probe = self.about["embedding"], self.about["probe"]
-        is_pooling = embedding in encoders.POOLINGS
-        self.encode = (
-            encoders.latent_encoder(lm, embedding, batch_size)
-            if is_pooling
-            else encoders.load_encoder(embedding, lm.device, batch_size)
-        )
+        self.encode = load_encoder(self.about["embedding"], lm.device, batch_size, partial(latent_encoder, lm))
+        probe = self.about["probe"]
         [actual], expected = self.encode([probe["question"]]), torch.tensor(probe["embedding"])
         if actual.shape != expected.shape or (actual - expected).norm() > TOLERANCE * expected.norm():
             raise ValueError(
@@ -86,10 +80,8 @@ class Chooser:
         numbers = self.choose(questions)
         for number in sorted(set(numbers)):
             indices, settings = [i for i, other in enumerate(numbers) if other == number], space.settings(number)
-            for replies in backend([questions[i] for i in indices], settings, (seed, number)):
-                for index, reply in replies.items():
-                    chosen = vote.chosen_sample(reply)
-                    answers[indices[index]] = Answered(
-                        reply.texts[chosen], chosen, space.label(number), settings, reply
-                    )
+            [replies] = backend([questions[i] for i in indices], settings, (seed, number))
+            for index, reply in replies.items():
+                taken = vote.chosen_sample(reply)
+                answers[indices[index]] = Answered(reply.texts[taken], taken, space.label(number), settings, reply)
         return [answers[i] for i in range(len(questions))]

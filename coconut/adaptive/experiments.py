@@ -27,14 +27,13 @@ BEST_FIXED, POLICY, ORACLE = "best fixed", "policy", "oracle"
 class Arm:
     """The results of one chooser, (S, U) each; expected values for one that chooses at random.
 
-    `numbers`: the chosen configurations; None for one that chooses at random.
+    `numbers`: the chosen configurations; none for one that chooses at random.
     """
 
-    name: str
     reward: NDArray[np.float32]
     correct: NDArray[np.float32]
     passes: NDArray[np.float32]
-    numbers: NDArray[np.int64] | None = None
+    numbers: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,42 +44,15 @@ class Experiments:
     cost: float
     train: NDArray[np.int64]
     test: NDArray[np.int64]
-    arms: list[Arm]
+    arms: dict[str, Arm]
     learned: LearningResult
-
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
-
-
-def split(
-    questions: int, num_train_questions: int, seeds: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each seed, the indices of a random draw of training questions, and of the others."""
-    check_num_train_questions(num_train_questions, questions)
-    orders = np.stack([np.random.default_rng([seed, s]).permutation(questions) for s in range(seeds)])
-    return orders[:, :num_train_questions], orders[:, num_train_questions:]
-
-
-def check_num_train_questions(num_train_questions: int, questions: int) -> None:
-    """Raise ValueError if no question is left for the test."""
-    if num_train_questions >= questions:
-        raise ValueError(
-            f"num_train_questions={num_train_questions} leaves none of {questions} questions for the test. Lower it, "
-            "or raise limit."
-        )
 
 
 def run_experiments(
-    table: OutcomeTable,
-    config: PolicyConfig,
-    *,
-    cost: float,
-    default: int,
-    num_train_questions: int,
-    seeds: int,
+    table: OutcomeTable, config: PolicyConfig, *, cost: float, default: int, num_train_questions: int, seeds: int,
     seed: int = 0,
-) -> Experiments:
-    """Train a policy for each seed on `num_train_questions` questions, and compare it on the others with baselines:
+) -> Experiments:  # fmt: skip
+    """Train a policy for each seed on `num_train_questions` random questions, and compare it on the others with:
 
     random: every configuration equally often.
     default: the configuration with number `default`.
@@ -90,29 +62,27 @@ def run_experiments(
     oracle: the best configuration of each test question.
     """
     space, rewards = table.space, table.rewards(cost)
-    train, test = split(len(table.questions), num_train_questions, seeds, seed)
+    orders = np.stack([np.random.default_rng([seed, s]).permutation(len(table.questions)) for s in range(seeds)])
+    train, test = orders[:, :num_train_questions], orders[:, num_train_questions:]
     fixed_S = rewards[train].mean(1).argmax(1)
     embeddings, rewards_STC = torch.from_numpy(table.embeddings), torch.from_numpy(rewards[train])
     train_embeddings, test_embeddings = embeddings[torch.from_numpy(train)], embeddings[torch.from_numpy(test)]
 
-    def arm(name: str, numbers: NDArray[Any]) -> Arm:
-        return Arm(name, rewards[test, numbers], table.correct[test, numbers], table.passes[test, numbers], numbers)
+    def arm(numbers: NDArray[Any]) -> Arm:
+        return Arm(rewards[test, numbers], table.correct[test, numbers], table.passes[test, numbers], numbers)
 
-    def fixed_arm(name: str, number_S: NDArray[np.int64]) -> Arm:
-        return arm(name, np.broadcast_to(number_S[:, None], test.shape))
+    def fixed_arm(number_S: NDArray[np.int64]) -> Arm:
+        return arm(np.broadcast_to(number_S[:, None], test.shape))
 
     def greedy(learned: LearningResult, questions: torch.Tensor) -> NDArray[np.int64]:
         return learned.policy.best(questions).numpy()
 
     means = [values.mean(1)[test] for values in (rewards, table.correct, table.passes)]
-    arms = [
-        Arm("random", *means),
-        fixed_arm("default", np.full(seeds, default)),
-        fixed_arm(BEST_FIXED, fixed_S),
-    ]
+    random = Arm(*means, numbers=np.empty(0, np.int64))
+    arms = {"random": random, "default": fixed_arm(np.full(seeds, default)), BEST_FIXED: fixed_arm(fixed_S)}
     learned = learn(space, train_embeddings, rewards_STC, config, seed=seed)
     blind = learn(space, torch.zeros_like(train_embeddings), rewards_STC, config, seed=seed)
-    arms.append(arm("blind policy", greedy(blind, torch.zeros_like(test_embeddings))))
+    arms["blind policy"] = arm(greedy(blind, torch.zeros_like(test_embeddings)))
     indices_S = [torch.from_numpy(indices) for indices in np.unravel_index(fixed_S, space.sizes)]
     for j, name in enumerate(space.names if len(space.names) > 1 else ()):
         fixed = [None if i == j else indices for i, indices in enumerate(indices_S)]
@@ -120,9 +90,9 @@ def run_experiments(
         own_indices = np.unravel_index(greedy(single, test_embeddings), space.sizes)[j]
         index_arrays = [own_indices if i == j else np.broadcast_to(indices.numpy()[:, None], test.shape)
                  for i, indices in enumerate(indices_S)]  # fmt: skip
-        arms.append(arm(f"{name} alone", space.number(index_arrays)))
-    arms.append(arm(POLICY, greedy(learned, test_embeddings)))
-    arms.append(arm(ORACLE, np.asarray(rewards.argmax(1))[test]))
+        arms[f"{name} alone"] = arm(space.number(index_arrays))
+    arms[POLICY] = arm(greedy(learned, test_embeddings))
+    arms[ORACLE] = arm(np.asarray(rewards.argmax(1))[test])
     return Experiments(table, cost, train, test, arms, learned)
 
 
@@ -135,23 +105,20 @@ def mean_and_interval(values_S: NDArray[Any]) -> tuple[float, float, float]:
 
 def arms_study(results: Experiments) -> Study:
     """A row for each arm: the mean over seeds, the gain over the best fixed configuration, and 95 % intervals."""
-    best = results.arm(BEST_FIXED).reward.mean(1)
+    best = results.arms[BEST_FIXED].reward.mean(1)
     rows = []
-    for arm in results.arms:
+    for name, arm in results.arms.items():
         reward_S = arm.reward.mean(1)
         reward, low, high = mean_and_interval(reward_S)
         more, more_low, more_high = mean_and_interval(reward_S - best)
-        rows.append(
-            {
-                "arm": arm.name, "reward": reward, "low": low, "high": high, "more": more, "more_low": more_low,
-                "more_high": more_high, "seeds_above": int((reward_S > best).sum()),
-                "accuracy": float(arm.correct.mean()), "passes": float(arm.passes.mean()),
-            }
-        )  # fmt: skip
+        rows.append({
+            "arm": name, "reward": reward, "low": low, "high": high, "more": more, "more_low": more_low,
+            "more_high": more_high, "seeds_above": int((reward_S > best).sum()),
+            "accuracy": float(arm.correct.mean()), "passes": float(arm.passes.mean()),
+        })  # fmt: skip
     S, T = results.train.shape
     row = {row["arm"]: row for row in rows}
-    numbers = results.arm(BEST_FIXED).numbers
-    assert numbers is not None
+    numbers = results.arms[BEST_FIXED].numbers
     common = int(np.bincount(numbers[:, 0]).argmax())
     facts = {
         "questions": len(results.table.questions), "configurations": len(results.table.space), "seeds": S,
@@ -169,8 +136,7 @@ def curve_study(results: Experiments) -> Study:
     Facts: the regret per question of best fixed and random on the training questions.
     """
     learned, space = results.learned, results.table.space
-    rewards = results.table.rewards(results.cost)
-    rewards_STC = rewards[results.train]
+    rewards_STC = results.table.rewards(results.cost)[results.train]
     best_ST = rewards_STC.max(-1)
     each = np.arange(len(results.train))[None, :, None]
     regret_US = best_ST[each, learned.questions].mean(-1) - learned.rewards
@@ -197,43 +163,38 @@ def heads_study(results: Experiments) -> Study:
     """For each dimension, on test questions: entropy of the policies and distance between the distributions of two
     questions, at the final temperature; and how often two questions get different values.
     """
-    table, policy = results.table, results.learned.policy
-    test_embeddings = torch.from_numpy(table.embeddings)[torch.from_numpy(results.test)]
-    probabilities = policy.probabilities(test_embeddings, results.learned.temperature)
-    numbers = results.arm(POLICY).numbers
-    assert numbers is not None
-    each = np.unravel_index(numbers, table.space.sizes)
+    space = results.table.space
+    test_embeddings = torch.from_numpy(results.table.embeddings)[torch.from_numpy(results.test)]
+    probabilities = results.learned.policy.probabilities(test_embeddings, results.learned.temperature)
+    each = np.unravel_index(results.arms[POLICY].numbers, space.sizes)
     differing = [float(np.mean([1 - ((np.bincount(row) / len(row)) ** 2).sum() for row in rows])) for rows in each]
     entropy, distance = (values.mean(0).tolist() for values in (entropies(probabilities), distances(probabilities)))
     rows = [
-        {"dimension": d.name, "values": len(d.values), "entropy": e, "distance": far, "differing": share}
-        for d, e, far, share in zip(table.space.dimensions, entropy, distance, differing, strict=True)
+        {"dimension": name, "values": size, "entropy": e, "distance": far, "differing": share}
+        for name, size, e, far, share in zip(space.names, space.sizes, entropy, distance, differing, strict=True)
     ]
     return Study("heads", rows)
 
 
 def choices_study(results: Experiments) -> Study:
     """For questions of each number of steps: the policies' most frequent configuration, and results of three arms."""
-    table, space, best = results.table, results.table.space, results.arm(BEST_FIXED)
-    policy, oracle = results.arm(POLICY), results.arm(ORACLE)
+    table, space = results.table, results.table.space
     steps_SU = table.steps[results.test]
-    assert policy.numbers is not None
     rows = []
-    for steps in np.unique(table.steps):
+    for steps in np.unique(steps_SU):
         mask = steps_SU == steps
-        if not mask.any():
-            continue
-        counts = np.bincount(policy.numbers[mask], minlength=len(space))
-        most_frequent = int(counts.argmax())
-        row = {"steps": int(steps), "questions": int((table.steps == steps).sum()), "takes": space.label(most_frequent),
-               "share": float(counts[most_frequent] / counts.sum())}  # fmt: skip
-        for arm in (best, policy, oracle):
-            key = arm.name.replace(" ", "_")
+        counts = np.bincount(results.arms[POLICY].numbers[mask])
+        row = {"steps": int(steps), "questions": int((table.steps == steps).sum()),
+               "takes": space.label(int(counts.argmax())), "share": float(counts.max() / counts.sum())}  # fmt: skip
+        for arm_name in (BEST_FIXED, POLICY, ORACLE):
+            key, arm = arm_name.replace(" ", "_"), results.arms[arm_name]
             values = {"reward": arm.reward, "accuracy": arm.correct, "passes": arm.passes}
             row |= {f"{key}_{name}": float(value[mask].mean()) for name, value in values.items()}
         rows.append(row)
     return Study("choices", rows)
 
 
-def studies(results: Experiments) -> list[Study]:
-    return [arms_study(results), curve_study(results), heads_study(results), choices_study(results)]
+def studies(results: Experiments) -> dict[str, Study]:
+    """All studies by name."""
+    made = arms_study(results), curve_study(results), heads_study(results), choices_study(results)
+    return {study.name: study for study in made}

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from coconut.adaptive.backends import LatentBackend, Reply
-from coconut.completions.completion import Completion, completion_from_ids
+from coconut.completions.completion import completion_from_ids
 from coconut.data.examples import Example
 from coconut.evaluation.evaluator import answer_key
 from coconut.methods import PromptFormat
@@ -60,11 +61,11 @@ class ExactJudge:
     def __call__(self, examples: Sequence[Example], replies: Sequence[Reply], settings: Any = None) -> list[float]:
         task, form = self.vote.task, self.vote.form
 
-        def is_right(index: int, sample: int) -> float:
-            answer = task.read_answer(replies[index].texts[sample], form)
-            return float(task.judge(answer, examples[index].answer))
+        def scores(pairs: list[tuple[int, int]]) -> list[float]:
+            answers = [(task.read_answer(replies[i].texts[sample], form), examples[i].answer) for i, sample in pairs]
+            return [float(task.judge(*pair)) for pair in answers]
 
-        return self.vote.mean_over_ties(replies, lambda pairs: [is_right(*pair) for pair in pairs])
+        return self.vote.mean_over_ties(replies, scores)
 
 
 class PretrainedJudge:
@@ -74,8 +75,6 @@ class PretrainedJudge:
     """
 
     def __init__(self, model_name: str, vote: Vote, device: torch.device, batch_size: int = 64):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
         with explain_load_errors(model_name, "judge.model"):
             self.model = load_pretrained(AutoModelForSequenceClassification, model_name).to(device).eval()
             self.tokenizer = load_pretrained(AutoTokenizer, model_name)
@@ -97,9 +96,8 @@ class PretrainedJudge:
             values: list[float] = []
             for first in range(0, len(references), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                inputs = self.tokenizer(
-                    references[part], texts[part], padding=True, truncation=True, return_tensors="pt"
-                )
+                pairs_of_texts = references[part], texts[part]
+                inputs = self.tokenizer(*pairs_of_texts, padding=True, truncation=True, return_tensors="pt")
                 values += self.model(**inputs.to(self.model.device)).logits[:, 0].float().sigmoid().tolist()
             return values
 
@@ -115,18 +113,14 @@ class ImplicitJudge:
     vote: Vote
 
     def __call__(self, examples: Sequence[Example], replies: Sequence[Reply], settings: dict[str, Any]) -> list[float]:
-        rows = self.backend.rows([example.question for example in examples], settings)
-
-        def completion(index: int, taken: int) -> Completion:
-            reply = replies[index]
-            return completion_from_ids(
-                self.backend.lm, rows[index], reply.completion_ids[taken], text=reply.texts[taken],
-                mode=reply.modes[taken],
-                num_thoughts=reply.num_thoughts[taken],
-            )  # fmt: skip
+        lm, rows = self.backend.lm, self.backend.rows([example.question for example in examples], settings)
 
         def scores(pairs: list[tuple[int, int]]) -> list[float]:
-            samples = [completion(*pair) for pair in pairs]
+            samples = [
+                completion_from_ids(lm, rows[i], reply.completion_ids[sample], text=reply.texts[sample],
+                                    mode=reply.modes[sample], num_thoughts=reply.num_thoughts[sample])
+                for i, sample, reply in ((i, sample, replies[i]) for i, sample in pairs)
+            ]  # fmt: skip
             return [float(rewards.sum().sigmoid()) for rewards in self.reward.tokens(samples)]
 
         return self.vote.mean_over_ties(replies, scores)

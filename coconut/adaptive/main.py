@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,20 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from coconut.adaptive import encoders
-from coconut.adaptive.backends import (
-    Backend,
-    CausalModelBackend,
-    FunctionBackend,
-    LatentBackend,
-    collect_answers,
-    fit_all,
-    refuse_unknown,
-)
+from coconut.adaptive import backends
 from coconut.adaptive.chooser import policy_metadata
 from coconut.adaptive.config import AdaptiveConfig, JudgeKind
-from coconut.adaptive.encoders import Encoder
-from coconut.adaptive.experiments import check_num_train_questions, run_experiments, studies
+from coconut.adaptive.encoders import Encoder, latent_encoder, load_encoder, model_encoder
+from coconut.adaptive.experiments import run_experiments, studies
 from coconut.adaptive.judges import ExactJudge, ImplicitJudge, Judge, PretrainedJudge, Vote, judge_scores
 from coconut.adaptive.outcome_table import OutcomeTable
 from coconut.adaptive.report import adaptive_page, on_screen
@@ -49,56 +39,46 @@ from coconut.utils.files import exclusive_lock, sha256, write_text
 TABLE, LOG, POLICY, PAGE = "outcomes.npz", "answers.jsonl", "policy.safetensors", "adaptive.html"
 
 
-def run(config: AdaptiveConfig) -> int:
-    """Collect the table of outcomes, unless config.table names one, then learn and evaluate policies."""
+def run(config: AdaptiveConfig, only_table: bool = False) -> int:
+    """Collect the table of outcomes, unless config.table names one; then learn and evaluate policies, if asked for."""
     silence_libraries()
-    table_or_inputs = OutcomeTable.read(config.table) if config.table else _inputs(config)
-    check_num_train_questions(config.num_train_questions, len(table_or_inputs.questions))
-    with exclusive_lock(config.folder):
-        is_table = isinstance(table_or_inputs, OutcomeTable)
-        learn_and_report(config, table_or_inputs if is_table else make_table(config, table_or_inputs))
-    return 0
-
-
-def only_table(config: AdaptiveConfig) -> int:
-    """Answer every question in every configuration, judge the answers, and write the table of outcomes."""
-    silence_libraries()
-    if config.table:
+    if only_table and config.table:
         raise ValueError(
             f"table={config.table} exists already. To learn from it, run coconut adaptive without the word table."
         )
-    inputs = _inputs(config)
+    source = OutcomeTable.read(config.table) if config.table else _inputs(config)
+    if not only_table and config.num_train_questions >= len(source.questions):
+        raise ValueError(
+            f"num_train_questions={config.num_train_questions} leaves none of {len(source.questions)} questions for "
+            "the test. Lower it, or raise limit."
+        )
     with exclusive_lock(config.folder):
-        make_table(config, inputs)
+        table = source if isinstance(source, OutcomeTable) else make_table(config, source)
+        if not only_table:
+            learn_and_report(config, table)
     return 0
 
 
 def learn_and_report(config: AdaptiveConfig, table: OutcomeTable) -> None:
     """Learn and evaluate policies from a table; write the studies, the page, and the first policy."""
-    folder, space = config.folder, table.space
-    default = space.find(config.default or table.about.get("default", {}))
+    folder, default = config.folder, table.space.find(config.default or table.about.get("default", {}))
     results = run_experiments(
-        table,
-        config.policy,
-        cost=config.cost,
-        default=default,
-        num_train_questions=config.num_train_questions,
-        seeds=config.seeds,
-        seed=config.seed,
-    )
-    made_studies = studies(results)
-    for study in made_studies:
+        table, config.policy, cost=config.cost, default=default, num_train_questions=config.num_train_questions,
+        seeds=config.seeds, seed=config.seed,
+    )  # fmt: skip
+    all_studies = studies(results)
+    for study in all_studies.values():
         study.write(folder)
     results.learned.policy.save(folder / POLICY, {**policy_metadata(table), "cost": config.cost})
-    log(on_screen(made_studies))
-    write_text(folder / PAGE, adaptive_page(made_studies, config.name, folder))
+    log(on_screen(all_studies))
+    write_text(folder / PAGE, adaptive_page(all_studies, config.name, folder))
     log(f"Policy: {folder / POLICY}\nPage: {folder / PAGE}\nData: {folder}")
 
 
 class Inputs(NamedTuple):
     """What a table of outcomes is made from: a backend, an encoder of questions, a judge, and examples."""
 
-    backend: Backend
+    backend: backends.Backend
     encode: Encoder
     judge: Judge
     vote: Vote
@@ -116,68 +96,44 @@ def make_table(config: AdaptiveConfig, inputs: Inputs) -> OutcomeTable:
     space, questions = Space.of(config.space), inputs.questions
     log(f"{len(questions):,} questions of {inputs.file} in {len(space)} configurations")
     with autocast(inputs.device, config.engine.precision):
-        replies = collect_answers(inputs.backend, questions, space, config.folder / LOG, seed=config.seed)
+        replies = backends.collect_answers(inputs.backend, questions, space, config.folder / LOG, seed=config.seed)
         embeddings = inputs.encode(questions).numpy()
-        exact = ExactJudge(inputs.vote)
-        columns = [[row[c] for row in replies] for c in range(len(space))]
 
         def judged_by(judge: Judge) -> np.ndarray:
-            scores = [
-                judge_scores(judge, inputs.examples, column, space.settings(c)) for c, column in enumerate(columns)
-            ]
+            columns = enumerate(zip(*replies, strict=True))
+            scores = [judge_scores(judge, inputs.examples, column, space.settings(c)) for c, column in columns]
             return np.array(scores, np.float32).T
 
         score = judged_by(inputs.judge)
-        correct = score if isinstance(inputs.judge, ExactJudge) else judged_by(exact)
-    table = OutcomeTable(
-        space=space,
-        questions=questions,
-        steps=np.array([len(example.steps) for example in inputs.examples]),
-        score=score,
-        correct=correct,
-        passes=np.array([[reply.passes for reply in row] for row in replies], np.float32),
-        embeddings=embeddings,
-        about={
-            "backend": inputs.backend.name,
-            "task": inputs.vote.task.name,
-            "embedding": config.embedding,
-            "file": inputs.file,
-            "sha256": sha256(inputs.file),
-            "judge": config.judge.kind.value,
-            "seed": config.seed,
-            "default": config.default,
-            "max_new_tokens": config.max_new_tokens,
-            "checkpoint": config.checkpoint,
-        },
-    )
+        correct = score if isinstance(inputs.judge, ExactJudge) else judged_by(ExactJudge(inputs.vote))
+    steps = np.array([len(example.steps) for example in inputs.examples])
+    passes = np.array([[reply.passes for reply in row] for row in replies], np.float32)
+    about = {
+        "backend": inputs.backend.name, "task": inputs.vote.task.name, "embedding": config.embedding,
+        "file": inputs.file, "sha256": sha256(inputs.file), "judge": config.judge.kind.value, "seed": config.seed,
+        "default": config.default, "max_new_tokens": config.max_new_tokens, "checkpoint": config.checkpoint,
+    }  # fmt: skip
+    table = OutcomeTable(space, questions, steps, score, correct, passes, embeddings, about)
     table.write(config.folder / TABLE)
     log(f"Table: {config.folder / TABLE}")
     return table
 
 
 def _inputs(config: AdaptiveConfig) -> Inputs:
-    """Load the inputs and drop duplicate and too long questions.
-
-    Raises ValueError if an input is missing or invalid, or if no question is left.
-    """
+    """Load the inputs and drop duplicate and too long questions. Raises ValueError if no question is left."""
     inputs = _inputs_of_run(config) if config.run else _inputs_of_other_model(config)
     space = Space.of(config.space)
-    refuse_unknown(space, inputs.backend)
-    distinct = list({example.question: example for example in inputs.examples}.values())
-    fits = fit_all(inputs.backend, inputs._replace(examples=distinct).questions, space)
-    kept = [example for example, fits_all in zip(distinct, fits, strict=True) if fits_all]
+    backends.refuse_unknown(space, inputs.backend)
+    distinct = {example.question: example for example in inputs.examples}
+    fits = backends.fit_all(inputs.backend, list(distinct), space)
+    fitting = [example for example, fits_all in zip(distinct.values(), fits, strict=True) if fits_all]
     for count, why in ((len(inputs.examples) - len(distinct), "duplicates"),
-                       (len(distinct) - len(kept), "too long in one of the configurations")):  # fmt: skip
+                       (len(distinct) - len(fitting), "too long in one of the configurations")):  # fmt: skip
         if count:
             log(f"{count:,} questions are left out: {why}.")
-    if not kept:
+    if not fitting:
         raise ValueError(f"No question of {inputs.file} leaves room for an answer in every configuration.")
-    return inputs._replace(examples=kept)
-
-
-def _answer_settings(config: AdaptiveConfig) -> str:
-    """Settings outside the space that affect answers; a part of the backend's name, the key of logged answers."""
-    return f"max_new_tokens={config.max_new_tokens} {config.engine.precision}"
+    return inputs._replace(examples=fitting)
 
 
 def _inputs_of_other_model(config: AdaptiveConfig) -> Inputs:
@@ -188,16 +144,16 @@ def _inputs_of_other_model(config: AdaptiveConfig) -> Inputs:
     vote = Vote(TASKS[config.task], config.format)
     right = readable(examples, None, None, vote.task, vote.form, file=file, unreadable=config.unreadable)
     examples = [examples[i] for i in right]
+    own_encoder = None
     if config.base:
-        backend = CausalModelBackend(config.base, config.prompt, device, config.batch_size, config.max_new_tokens)
-        fingerprint = _fingerprint(backend.model, backend.tokenizer, str(backend.tokenizer.chat_template))
-        backend.name = f"{backend.name} {fingerprint} {_answer_settings(config)}"
-        model_encoder = partial(encoders.model_encoder, backend.model.base_model, backend.tokenizer)
-        encode = _encoder(config, model_encoder, device)
+        limits = config.batch_size, config.max_new_tokens
+        backend = backends.CausalModelBackend(config.base, config.prompt, device, *limits)
+        backend.name += f" {_fingerprint(config, backend.model, backend.tokenizer, backend.tokenizer.chat_template)}"
+        own_encoder = partial(model_encoder, backend.model.base_model, backend.tokenizer)
     else:
         keys = frozenset(Space.of(config.space).keys)
-        backend = FunctionBackend(_function(config.function), config.function, config.calls, keys)
-        encode = encoders.load_encoder(config.embedding, device, config.batch_size)
+        backend = backends.FunctionBackend(_function(config.function), config.function, config.calls, keys)
+    encode = load_encoder(config.embedding, device, config.batch_size, own_encoder)
     return Inputs(backend, encode, _judge(config, vote, device), vote, examples, file, device)
 
 
@@ -215,12 +171,11 @@ def _inputs_of_run(config: AdaptiveConfig) -> Inputs:
         raise ValueError(f"{config.run} is a saved model and not a run. Add task=TASK and data.{config.split}=FILE.")
     file = file_of_split(data, config.split, file)
     vote = Vote(TASKS[task], lm.reasoning.format)
-    fingerprint = _fingerprint(lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))
-    name = f"{Path(config.run).name} {fingerprint} {_answer_settings(config)}"
-    backend = LatentBackend(lm, name, config.batch_size, config.max_new_tokens)
+    name = f"{Path(config.run).name} {_fingerprint(config, lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))}"
+    backend = backends.LatentBackend(lm, name, config.batch_size, config.max_new_tokens)
     implicit = config.judge.kind is JudgeKind.implicit
     judge = ImplicitJudge(backend, _implicit_reward(config, lm), vote) if implicit else _judge(config, vote, lm.device)
-    encode = _encoder(config, partial(encoders.latent_encoder, lm), lm.device)
+    encode = load_encoder(config.embedding, lm.device, config.batch_size, partial(latent_encoder, lm))
     examples = read_examples(file)[: config.limit]
     gold, readable_indices = read_back(
         lm, examples, vote.task, file=file, unreadable=config.unreadable, keep_unknown=True,
@@ -233,24 +188,17 @@ def _inputs_of_run(config: AdaptiveConfig) -> Inputs:
 
 
 def _judge(config: AdaptiveConfig, vote: Vote, device: torch.device) -> Judge:
-    return (
-        ExactJudge(vote) if config.judge.kind is JudgeKind.exact else PretrainedJudge(config.judge.model, vote, device)
-    )
+    exact = config.judge.kind is JudgeKind.exact
+    return ExactJudge(vote) if exact else PretrainedJudge(config.judge.model, vote, device)
 
 
-def _encoder(config: AdaptiveConfig, model_encoder: Callable[[str, int], Encoder], device: torch.device) -> Encoder:
-    if config.embedding in encoders.POOLINGS:
-        return model_encoder(config.embedding, config.batch_size)
-    return encoders.load_encoder(config.embedding, device, config.batch_size)
-
-
-def _fingerprint(model: torch.nn.Module, tokenizer: Any, *settings: str) -> str:
-    """A hash of weights, vocabulary and settings, which identifies the model in the log of answers."""
-    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), *settings]).encode())
+def _fingerprint(config: AdaptiveConfig, model: torch.nn.Module, tokenizer: Any, format_of_prompt: str | None) -> str:
+    """What affects answers besides the space: a hash of weights, vocabulary and format; the limit; the precision."""
+    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), str(format_of_prompt)]).encode())
     for name, values in sorted(model.state_dict().items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+    return f"{digest.hexdigest()[:12]} max_new_tokens={config.max_new_tokens} {config.engine.precision}"
 
 
 def _implicit_reward(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
@@ -263,7 +211,7 @@ def _implicit_reward(config: AdaptiveConfig, lm: LatentLM) -> ImplicitReward:
     return ImplicitReward(reward_model, reference, read_config(run)["beta"])
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str) -> Any:
     """Import MODULE:NAME. Raises ValueError if there is no such function."""
     module, _, function = name.partition(":")
     sys.path.insert(0, "")  # search the current folder first, as python -m does

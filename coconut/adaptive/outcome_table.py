@@ -56,7 +56,7 @@ class OutcomeTable:
         return (self.score - cost * self.passes).astype(np.float32)
 
     def write(self, path: Path | str) -> None:
-        metadata = {"space": self.space.as_data(), "questions": self.questions, "about": self.about}
+        metadata = {"space": self.space.dimensions, "questions": self.questions, "about": self.about}
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in metadata}
         with atomic_file(path) as part, part.open("wb") as file:
             np.savez_compressed(file, metadata=np.array(json.dumps(metadata, ensure_ascii=False)), **arrays)

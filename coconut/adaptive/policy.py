@@ -66,7 +66,7 @@ class ConfigurationPolicy(nn.Module):
 
     def save(self, path: Path | str, about: dict[str, Any], copy: int = 0) -> None:
         """Save policy number `copy`, a few kilobytes, with its space and `about`, any JSON."""
-        metadata = {"space": self.space.as_data(), "about": about}
+        metadata = {"space": self.space.dimensions, "about": about}
         weights = {name: weight[copy : copy + 1].contiguous() for name, weight in self.state_dict().items()}
         with atomic_file(path) as part:
             save_file(weights, part, metadata={"coconut_policy": json.dumps(metadata)})
@@ -117,14 +117,9 @@ class LearningResult:
 
 
 def learn(
-    space: Space,
-    embeddings_STD: Tensor,
-    rewards_STC: Tensor,
-    config: PolicyConfig,
-    *,
-    seed: int = 0,
+    space: Space, embeddings_STD: Tensor, rewards_STC: Tensor, config: PolicyConfig, *, seed: int = 0,
     fixed: Sequence[Tensor | None] | None = None,
-) -> LearningResult:
+) -> LearningResult:  # fmt: skip
     """Train S policies in parallel, each on its own T questions. The result equals S separate trainings.
 
     rewards_STC: a policy uses only the rewards of the configurations that it samples.
@@ -138,6 +133,7 @@ def learn(
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     each_S1 = torch.arange(S)[:, None]
     fixed_values = list(fixed or [None] * len(space.sizes))
+    learned = [j for j, value in enumerate(fixed_values) if value is None]
     tried_STC = torch.zeros_like(rewards_STC, dtype=torch.bool)
     mean_S1 = torch.zeros(S, 1)
     history: dict[str, list[Tensor]] = {"rewards": [], "questions": [], "entropy": []}
@@ -150,10 +146,7 @@ def learn(
         configuration_SB = space.number(actions)
         reward_SB = rewards_STC[each_S1, questions_SB, configuration_SB]
         tried_STC[each_S1, questions_SB, configuration_SB] = True
-        learned_dimensions = [j for j, value in enumerate(fixed_values) if value is None]
-        loss = reinforce(
-            [log_probs[j] for j in learned_dimensions], [actions[j] for j in learned_dimensions], reward_SB - mean_S1
-        )
+        loss = reinforce([log_probs[j] for j in learned], [actions[j] for j in learned], reward_SB - mean_S1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -174,10 +167,8 @@ def reinforce(log_probs: Sequence[Tensor], actions: Sequence[Tensor], advantages
 
     `log_probs` (S, B, V) and `actions` (S, B) of each dimension.
     """
-    action_log_probs = [
-        row.gather(-1, action[..., None])[..., 0] for row, action in zip(log_probs, actions, strict=True)
-    ]
-    return -(advantages_SB * torch.stack(action_log_probs).sum(0)).mean(1).sum()
+    of_actions = [row.gather(-1, action[..., None])[..., 0] for row, action in zip(log_probs, actions, strict=True)]
+    return -(advantages_SB * torch.stack(of_actions).sum(0)).mean(1).sum()
 
 
 def _draw(probabilities_SBV: Tensor, generator: torch.Generator) -> Tensor:
@@ -197,10 +188,6 @@ def distances(probabilities: Sequence[Tensor], limit: int = 200) -> Tensor:
 
     0: the same distribution for all questions; 1: a different value for each.
     """
-    per_dimension = []
-    for p_SBV in probabilities:
-        p_SBV = p_SBV[:, :limit]
-        B = p_SBV.shape[1]
-        pairs_S = torch.stack([torch.cdist(p, p, p=1).sum() / 2 for p in p_SBV])
-        per_dimension.append(pairs_S / max(B * (B - 1), 1))
-    return torch.stack(per_dimension, -1)
+    sums = [torch.cdist(p, p, p=1).sum((1, 2)) / 2 for p in (p_SBV[:, :limit] for p_SBV in probabilities)]
+    B = min(limit, probabilities[0].shape[1])
+    return torch.stack(sums, -1) / max(B * (B - 1), 1)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.adaptive.experiments import BEST_FIXED, ORACLE, POLICY
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Lead, Legend, Section, Table, Text, page, percent, typeset
+from coconut.reporting.page import Lead, Legend, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import percent, typeset
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled
 from coconut.reporting.run_table import aligned, wrapped
-from coconut.reporting.sections import figure_of
 from coconut.runs.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 COLOURS = ("blue", "green", "plum", "red", "peach", "sky")  # of dimensions, in their order
+ARM_COLUMNS = ["who chooses", "reward", "95 % interval", "more", "95 % interval", "above", "accuracy", "passes"]
+CHOICE_COLUMNS = ["steps", "takes", "share", "reward", "best fixed", "oracle", "accuracy", "passes", "passes, fixed"]
+HEAD_COLUMNS = ["dimension", "values", "entropy", "distance", "differing"]
 SMALL_HEADROOM = 0.01  # below this headroom there is hardly anything to gain by choosing
 SMALL_DIFFERENCE = 0.02  # below this share of pairs of questions with different values, the policy hardly chooses
 ABOUT = (
@@ -49,10 +52,9 @@ CHOICES = (
 )
 
 
-def sentences(studies: Sequence[Study]) -> list[str]:
+def sentences(studies: dict[str, Study]) -> list[str]:
     """The results in sentences: headroom, gain of the policy, and what it owes to the question."""
-    by_name = {study.name: study for study in studies}
-    facts, rows = by_name["arms"].facts, {row["arm"]: row for row in by_name["arms"].rows}
+    facts, rows = studies["arms"].facts, {row["arm"]: row for row in studies["arms"].rows}
     (low, high), policy, blind = facts["headroom_interval"], rows[POLICY], rows["blind policy"]
     lines = [
         f"The headroom is {facts['headroom']:+.3f} of reward ({low:+.3f} to {high:+.3f}): from the best fixed "
@@ -71,49 +73,43 @@ def sentences(studies: Sequence[Study]) -> list[str]:
         lines[-1] += f" That is {100 * gain / facts['headroom']:.0f} % of the headroom."
     lines.append(f"The reward of a policy that does not see the question is {blind['reward']:.3f}; that of the policy "
                  f"is {policy['reward']:.3f}.")  # fmt: skip
-    if max(row["differing"] for row in by_name["heads"].rows) < SMALL_DIFFERENCE:
+    if max(row["differing"] for row in studies["heads"].rows) < SMALL_DIFFERENCE:
         lines.append("The policy takes nearly the same configuration for all questions.")
     return lines
 
 
-def on_screen(studies: Sequence[Study]) -> str:
+def on_screen(studies: dict[str, Study]) -> str:
     """Sentences and table as text for a terminal."""
-    by_name = {study.name: study for study in studies}
-    rows = [
-        ["who chooses", "reward", "more", "accuracy", "passes"],
-        *([cells[0], cells[1], cells[3], cells[6], cells[7]] for cells in arm_rows(by_name["arms"])),
-    ]
+    rows = [[cells[i] for i in (0, 1, 3, 6, 7)] for cells in (ARM_COLUMNS, *arm_rows(studies["arms"]))]
     return "\n".join([*map(wrapped, sentences(studies)), "", *aligned(rows)])
 
 
-def adaptive_page(studies: Sequence[Study], name: str, folder: Path) -> str:
+def adaptive_page(studies: dict[str, Study], name: str, folder: Path) -> str:
     """The HTML page of all studies."""
-    by_name = {study.name: study for study in studies}
-    curve, names = by_name["curve"], by_name["curve"].facts["names"]
+    arms, curve = studies["arms"], studies["curve"]
+    entropies = [
+        (colour, f"entropy, {name}") for name, colour in zip(curve.facts["names"], cycle(COLOURS), strict=False)
+    ]
     sections = [
         Section("headline", None, [
             Lead(sentences(studies)),
-            Table(ARM_COLUMNS, arm_rows(by_name["arms"]), len(ARM_COLUMNS) - 1),
-            Text(ABOUT.format(**by_name["arms"].facts)),
+            Table(ARM_COLUMNS, arm_rows(arms), len(ARM_COLUMNS) - 1),
+            Text(ABOUT.format(**arms.facts)),
             Text(ARMS),
         ]),
         Section("learning", "How it learned", [
-            Legend([("ink", "regret"), *((colour, f"entropy, {name}") for name, colour in coloured(names))]),
+            Legend([("ink", "regret"), *entropies]),
             figure_of(lambda width: curves(curve, width), "curve", "Regret and entropy over updates.", CURVE),
         ]),
         Section("choices", "What it chooses", [
-            Table(CHOICE_COLUMNS, choice_rows(by_name["choices"]), 7),
+            Table(CHOICE_COLUMNS, choice_rows(studies["choices"]), 7),
             Text(CHOICES),
-            Table(HEAD_COLUMNS, head_rows(by_name["heads"]), 4),
+            Table(HEAD_COLUMNS, head_rows(studies["heads"]), 4),
             Text(HEADS),
         ]),
     ]  # fmt: skip
     what = "a policy that chooses a configuration for each question, beside fixed choices and the oracle"
     return page(name, "Adaptive", what, folder, sections, kicker="adaptive")
-
-
-def coloured(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, COLOURS[number % len(COLOURS)]) for number, name in enumerate(names)]
 
 
 @styled()
@@ -123,19 +119,17 @@ def curves(study: Study, width: float) -> Drawing:
     figure = new_figure(width, top + upper_height + gap + lower_height + bottom)
     upper = panel(figure, left, top, width - left - right, upper_height)
     lower = panel(figure, left, top + upper_height + gap, width - left - right, lower_height)
-    x = [row["update"] for row in study.rows]
+    x, low, high = ([row[key] for row in study.rows] for key in ("update", "low", "high"))
     draw_line(upper, [(row["update"], row["regret"]) for row in study.rows], "ink", 1.5, "regret", dots=False)
-    upper.fill_between(x, [row["low"] for row in study.rows], [row["high"] for row in study.rows],
-                       color=LIGHT["ink"], alpha=0.1, linewidth=0)  # fmt: skip
+    upper.fill_between(x, low, high, color=LIGHT["ink"], alpha=0.1, linewidth=0)
     for name, offset in (("random", 3), ("best_fixed", 9)):
         upper.axhline(study.facts[name], color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
         upper.annotate(name.replace("_", " "), (1, study.facts[name]), (-2, offset), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", va="bottom", color=LIGHT["muted"],
                        fontsize=8.5)  # fmt: skip
-    top = max(*(row["high"] for row in study.rows), study.facts["random"] * 1.1)
-    upper.set_ylim(0, top or 1)
+    upper.set_ylim(0, max(*high, study.facts["random"] * 1.1) or 1)
     upper.set_title("Regret, per question", loc="left")
-    for name, colour in coloured(study.facts["names"]):
+    for name, colour in zip(study.facts["names"], cycle(COLOURS), strict=False):
         points = [(row["update"], row[f"entropy_{name}"]) for row in study.rows]
         draw_line(lower, points, colour, 1.5, name, dots=False)
     share_axis(lower.yaxis, 3)
@@ -146,16 +140,11 @@ def curves(study: Study, width: float) -> Drawing:
     return figure
 
 
-ARM_COLUMNS = ["who chooses", "reward", "95 % interval", "more", "95 % interval", "above", "accuracy", "passes"]
-
-
 def arm_rows(study: Study) -> list[list[str]]:
     return [
-        [
-            row["arm"], f"{row['reward']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
-            *(["", "", ""] if row["arm"] == BEST_FIXED else _more(row, study.facts["seeds"])),
-            percent(row["accuracy"]), f"{row['passes']:.1f}",
-        ]
+        [row["arm"], f"{row['reward']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
+         *(["", "", ""] if row["arm"] == BEST_FIXED else _more(row, study.facts["seeds"])),
+         percent(row["accuracy"]), f"{row['passes']:.1f}"]
         for row in study.rows
     ]  # fmt: skip
 
@@ -165,31 +154,18 @@ def _more(row: dict[str, Any], seeds: int) -> list[str]:
     return [gain, f"{low} to {high}", f"{row['seeds_above']} of {seeds}"]
 
 
-CHOICE_COLUMNS = ["steps", "takes", "share", "reward", "best fixed", "oracle", "accuracy", "passes", "passes, fixed"]
-
-
 def choice_rows(study: Study) -> list[list[str]]:
     return [
-        [
-            str(row["steps"]), row["takes"], percent(row["share"]), f"{row['policy_reward']:.3f}",
-            f"{row['best_fixed_reward']:.3f}", f"{row['oracle_reward']:.3f}", percent(row["policy_accuracy"]),
-            f"{row['policy_passes']:.1f}", f"{row['best_fixed_passes']:.1f}",
-        ]
+        [str(row["steps"]), row["takes"], percent(row["share"]), f"{row['policy_reward']:.3f}",
+         f"{row['best_fixed_reward']:.3f}", f"{row['oracle_reward']:.3f}", percent(row["policy_accuracy"]),
+         f"{row['policy_passes']:.1f}", f"{row['best_fixed_passes']:.1f}"]
         for row in study.rows
     ]  # fmt: skip
 
 
-HEAD_COLUMNS = ["dimension", "values", "entropy", "distance", "differing"]
-
-
 def head_rows(study: Study) -> list[list[str]]:
     return [
-        [
-            row["dimension"],
-            str(row["values"]),
-            percent(row["entropy"]),
-            f"{row['distance']:.2f}",
-            percent(row["differing"]),
-        ]
+        [row["dimension"], str(row["values"]), percent(row["entropy"]), f"{row['distance']:.2f}",
+         percent(row["differing"])]
         for row in study.rows
-    ]
+    ]  # fmt: skip

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +22,8 @@ from coconut.config import TrainConfig, identity
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen
 from coconut.methods import Curriculum, Unit, plan
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config
+from coconut.runs.record import RunRecord, read_run
 from coconut.utils.files import read_json
-
-if TYPE_CHECKING:
-    from coconut.runs.record import RunRecord
 
 # Keys that identify a run and are not settings on which a comparison depends.
 NOT_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
@@ -59,6 +57,11 @@ class ComparableRun:
     def seed(self) -> int:
         return self.record.config["seed"]
 
+    @property
+    def updates(self) -> int:
+        """All updates of the weights, with `updates_before`."""
+        return self.updates_before + self.record.description["updates"]
+
 
 def natural_key(text: str) -> list[Any]:
     """A sorting key that puts 2 before 10."""
@@ -66,22 +69,18 @@ def natural_key(text: str) -> list[Any]:
 
 
 def expand_patterns(names: Sequence[str]) -> list[Path]:
-    """Expand patterns such as runs/table1/*-seed* to the folders of runs.
+    """Expand patterns such as runs/table1/*-seed* to the matching folders that are runs.
 
-    A pattern gives the matching folders that are runs. Raises ValueError if there are none, or if a run is named
-    twice.
+    Raises ValueError if there are none, or if a run is named twice.
     """
     expanded: list[Path] = []
     for name in names:
-        path = Path(name)
-        if glob.has_magic(name) and not path.exists():
-            matched = [Path(match) for match in sorted(glob.glob(name), key=natural_key)]
-            runs = [match for match in matched if (match / CONFIG).is_file()]
+        runs = [Path(name)]
+        if glob.has_magic(name) and not Path(name).exists():
+            runs = [Path(match) for match in sorted(glob.glob(name), key=natural_key) if Path(match, CONFIG).is_file()]
             if not runs:
                 raise ValueError(f"No run matches {name}. Name folders that coconut train wrote.")
-            expanded += runs
-        else:
-            expanded.append(path)
+        expanded += runs
     seen: dict[Path, Path] = {}
     for path in expanded:
         if (one := seen.setdefault(path.resolve(), path)) is not path:
@@ -93,21 +92,13 @@ def expand_patterns(names: Sequence[str]) -> list[Path]:
 def comparable_runs(names: Sequence[str], name: str = "test") -> list[ComparableRun]:
     """Read runs and their evaluation `name`, and check that the runs may be ranked by it.
 
-    Raises ValueError, with the reason and the remedy, if
-    - a run is not complete or not evaluated,
-    - an evaluation used training or validation data of the run, non-default settings, or a checkpoint that is not the
-      best,
-    - the evaluations are on different questions.
+    Raises ValueError, with the remedy, if a run is not complete or not evaluated, if an evaluation used seen data,
+    non-default settings or not the best checkpoint, or if the evaluations are on different questions.
     """
-    from coconut.runs.record import read_run
-
     records = [read_run(folder) for folder in expand_patterns(names)]
+    steps = [(record, record.step, record.description["updates"]) for record in records]
     _refuse(
-        [
-            f"{r.folder}: update {r.step:,} of {r.description['updates']:,}"
-            for r in records
-            if r.step < r.description["updates"]
-        ],
+        [f"{record.folder}: update {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
         "not complete, so the final accuracy is not known",
         "Train to the end, with the command that began it, or leave it out of runs=.",
     )
@@ -151,14 +142,11 @@ def _comparable(record: RunRecord, name: str) -> ComparableRun:
             f"{file} does not hold the {evaluation['count']:,} answers, {evaluation['correct']:,} of them right, that "
             f"{name}.json counts. Evaluate again: {_evaluate_command(record, name)}"
         )
-    return ComparableRun(
-        record=record,
-        evaluation=evaluation,
-        settings=settings_of(record),
-        updates_before=sum(step for step, _ in earlier_runs(record)),
-        questions=[(row["question"], row["gold"]) for row in rows],
-        correct_Q=np.array([row["correct"] for row in rows], dtype=bool),
-    )
+    questions = [(row["question"], row["gold"]) for row in rows]
+    correct_Q = np.array([row["correct"] for row in rows], dtype=bool)
+    settings = _settings(record.config, record.description)
+    updates_before = sum(step for step, _ in earlier_runs(record))
+    return ComparableRun(record, evaluation, settings, updates_before, questions, correct_Q)
 
 
 def earlier_runs(record: RunRecord) -> list[tuple[int, dict[str, Any]]]:
@@ -218,47 +206,30 @@ def _refuse_different_questions(runs: Sequence[ComparableRun], name: str) -> Non
         files[run.evaluation["sha256"], json.dumps(run.questions)].append(run)
     if len(files) < 2:
         return
-    same_file = len({digest for digest, _ in files}) == 1
     listed_files = [
-        f"{chosen[0].evaluation['file']}, SHA-256 {digest[:8]}, {len(chosen[0].questions):,} questions: "
-        + ", ".join(str(run.folder) for run in chosen)
-        for (digest, _), chosen in files.items()
+        f"{alike[0].evaluation['file']}, SHA-256 {digest[:8]}, {len(alike[0].questions):,} questions: "
+        + ", ".join(str(run.folder) for run in alike)
+        for (digest, _), alike in files.items()
     ]
-    if same_file:
+    remedy = "Evaluate every run with the same data.test=FILE, and name that evaluation here with split=."
+    if len({digest for digest, _ in files}) == 1:
         remedy = "Evaluate them again, without too_long=skip if some runs leave questions out."
-    else:
-        remedy = "Evaluate every run with the same data.test=FILE, and name that evaluation here with split=."
-    raise ValueError(
-        f"The runs answered different questions ({name!r}):\n  " + "\n  ".join(listed_files) + f"\n{remedy}"
-    )
+    lines = [f"The runs answered different questions ({name!r}):", *(f"  {line}" for line in listed_files), remedy]
+    raise ValueError("\n".join(lines))
 
 
-# Settings of a run.
-
-
-def settings_of(record: RunRecord) -> dict[str, Any]:
+def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """Everything that determines a run except its method and seed, by dotted keys.
 
     Data files are identified by their checksum, initial weights by the settings of the run that trained them. A run
     that starts in stage k, from a run of the same method that ended after stage k - 1, has the settings of a run that
     trained all stages.
     """
-    return _settings(record.config, record.description)
-
-
-def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    files, curriculum = description["data"], config["curriculum"]
-    data = {
-        **{key: identity(config)["data"][key] for key in ("task", "too_long", "unreadable", "format")},
-        **{split: row["sha256"][:12] for split, row in files.items()},
-    }
+    determining, curriculum = identity(config), config["curriculum"]
+    data = {key: determining["data"][key] for key in ("task", "too_long", "unreadable", "format")}
+    data |= {split: row["sha256"][:12] for split, row in description["data"].items()}
     origin, length = _origin(config, description)
-    determining = {
-        **identity(config),
-        "data": data,
-        "curriculum": {**curriculum, "total_length": length},
-        "init": origin,
-    }
+    determining |= {"data": data, "curriculum": {**curriculum, "total_length": length}, "init": origin}
     training_keys = TrainConfig.__annotations__  # training settings first: labels show the first keys that differ
     determining = dict(sorted(determining.items(), key=lambda item: item[0] not in training_keys))
     settings = {key: value for key, value in _flatten(determining).items() if key not in NOT_SETTINGS}
@@ -272,17 +243,17 @@ def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | 
     curriculum, init = config["curriculum"], description["init"]
     total = curriculum["total_length"]
     if not init:
-        return (None, total) if not curriculum["start_stage"] else ("nothing", total)
+        return "nothing" if curriculum["start_stage"] else None, total
     step, folder = _checkpoint(init)
     if not step or not (folder / DESCRIPTION).is_file() or not (folder / CONFIG).is_file():
         return str(init), total
-    earlier_config, earlier = read_config(folder), read_json(folder / DESCRIPTION)
-    made = json.dumps([earlier_config["method"], step, _settings(earlier_config, earlier)], sort_keys=True)
+    earlier = read_config(folder)
     length = total + step if curriculum["length_unit"] == Unit.updates else total
-    if earlier_config["method"] == config["method"] and step == _skipped_updates(config["method"], curriculum):
+    if earlier["method"] == config["method"] and step == _skipped_updates(config["method"], curriculum):
         return None, length
-    digest = hashlib.sha256(made.encode()).hexdigest()[:8]
-    return f"{earlier_config['method']}, update {step}, {digest}", length
+    identifying = [earlier["method"], step, _settings(earlier, read_json(folder / DESCRIPTION))]
+    digest = hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{earlier['method']}, update {step}, {digest}", length
 
 
 def _skipped_updates(method: str, values: Mapping[str, Any]) -> int | None:

@@ -34,33 +34,27 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
         raise FileNotFoundError(f"{error} parts=[] writes the page only.") from None
     trained = load_run(config.run, config.checkpoint, config.engine)
     examples = read_examples(path)[: config.limit]
-    kept = indices_that_fit(trained.lm, [example.question for example in examples], probes.EXTRA_THOUGHTS)
+    fitting = indices_that_fit(trained.lm, [example.question for example in examples], probes.EXTRA_THOUGHTS)
+    training = plan(record.config["method"], Curriculum.from_dict(record.config["curriculum"]))
+    task = TASKS[record.config["data"]["task"]]
     subject = probes.Subject(
-        trained.lm,
-        TASKS[record.config["data"]["task"]],
-        [examples[i] for i in kept],
-        batch_size=config.batch_size,
-        trained_with_fewer_thoughts=plan(
-            record.config["method"], Curriculum.from_dict(record.config["curriculum"])
-        ).trained_with_fewer_thoughts,
+        trained.lm, task, [examples[i] for i in fitting], config.batch_size, training.trained_with_fewer_thoughts
     )
-    log(f"Analyzing update {trained.step:,} with {len(kept):,} questions of {path}")
-    if len(kept) < len(examples):
-        log(f"Left out {len(examples) - len(kept):,} questions without room for {probes.EXTRA_THOUGHTS} more thoughts.")
+    log(f"Analyzing update {trained.step:,} with {len(fitting):,} questions of {path}")
+    if left_out := len(examples) - len(fitting):
+        log(f"Left out {left_out:,} questions without room for {probes.EXTRA_THOUGHTS} more thoughts.")
 
-    about = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(kept)}
+    facts = {"step": trained.step, "file": str(path), "sha256": sha256(path), "questions": len(fitting)}
     earlier = record.studies if config.parts else {}
-    studies = {name: study for name, study in earlier.items() if study.facts == study.facts | about}
-    made = _measure_parts(config.parts or list(Part), subject, trained, config)
-    if studies or made:
-        made.append(probes.asked_questions(subject))
-    return studies | {study.name: _number_as_in_file(study, kept, about) for study in made}
+    studies = {name: study for name, study in earlier.items() if study.facts == study.facts | facts}
+    new_studies = _measure_parts(subject, trained, config)
+    if studies or new_studies:
+        new_studies.append(probes.asked_questions(subject))
+    return studies | {study.name: _number_as_in_file(study, fitting, facts) for study in new_studies}
 
 
-def _measure_parts(
-    parts: list[Part], subject: probes.Subject, trained: LoadedRun, config: AnalyzeConfig
-) -> list[Study]:
-    """Carry out the studies of these parts, in order."""
+def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeConfig) -> list[Study]:
+    """Carry out the studies of the parts, in order."""
 
     def stopping() -> list[Study]:
         try:
@@ -79,23 +73,21 @@ def _measure_parts(
         Part.audit_edges: lambda: [interventions.audit_edges(subject)],
         Part.stopping: stopping,
     }
-    made: list[Study] = []
+    studies: list[Study] = []
+    parts = config.parts or list(Part)
     with progress_bar("parts", len(parts)) as bar, autocast(trained.lm.device, config.engine.precision):
         for done, part in enumerate(parts):
             bar(done, part.value)
             try:
-                made += measure[part]()
+                studies += measure[part]()
             except NotApplicable as reason:
                 if config.parts:
                     raise
                 log(f"Left out {part.value}: {reason}")
-    return made
+    return studies
 
 
-def _number_as_in_file(study: Study, kept: list[int], facts: dict[str, Any]) -> Study:
-    """Add facts that all studies share, and replace question indices by the indices of rows in the data file.
-
-    `kept`: the row of each measured question.
-    """
-    rows = [row | {"question": kept[row["question"]]} if "question" in row else row for row in study.rows]
+def _number_as_in_file(study: Study, row_of: list[int], facts: dict[str, Any]) -> Study:
+    """Add facts that all studies share, and replace question indices by the indices of rows in the data file."""
+    rows = [row | {"question": row_of[row["question"]]} if "question" in row else row for row in study.rows]
     return Study(study.name, rows, study.facts | facts)

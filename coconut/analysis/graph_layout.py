@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import networkx
@@ -38,10 +39,7 @@ def _columns(graph: networkx.DiGraph, depth: dict[str, int]) -> list[list[str]]:
 
     def sort(column: list[str], beside: list[str], neighbours: Any) -> None:
         index = {node: i for i, node in enumerate(beside)}
-        positions = {node: [index[n] for n in neighbours(node) if n in index] for node in column}
-        mean = {
-            node: sum(indices) / len(indices) if indices else len(beside) / 2 for node, indices in positions.items()
-        }
+        mean = {node: fmean([index[n] for n in neighbours(node) if n in index] or [len(beside) / 2]) for node in column}
         column.sort(key=lambda node: mean[node])
 
     for _ in range(3):

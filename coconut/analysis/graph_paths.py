@@ -33,6 +33,8 @@ class Outcome(StrEnum):
 class GraphQuestion:
     """A question and its answer as a graph. `target` is the right option, `other` the wrong one."""
 
+    text: str
+    edges: Sequence[prosqa.Edge]
     graph: networkx.DiGraph
     root: str
     target: str
@@ -41,17 +43,13 @@ class GraphQuestion:
 
     @classmethod
     def read(cls, question: str, answer: str) -> GraphQuestion:
-        """Parse a question and its gold answer.
-
-        Raises ValueError if the question describes no graph or the answer is none of its two options.
-        """
-        parsed = prosqa.parse_question(question)
-        target = prosqa.read_target(answer)
+        """Raises ValueError if the question describes no graph, or the gold answer is none of its two options."""
+        parsed, target = prosqa.parse_question(question), prosqa.read_target(answer)
         if target not in parsed.options:
             raise ValueError(f"The answer {answer!r} is none of the two options, {' and '.join(parsed.options)}.")
         first, second = parsed.options
         other = second if target == first else first
-        return cls(prosqa.graph(question), parsed.root, target, other, parsed.symbolic)
+        return cls(question, parsed.edges, prosqa.graph(question), parsed.root, target, other, parsed.symbolic)
 
     @cached_property
     def distance(self) -> dict[str, int]:
@@ -68,11 +66,14 @@ class GraphQuestion:
         """The length of a shortest path from the root to the target; None if there is no path."""
         return self.distance.get(self.target)
 
+    def on_path(self, edge: prosqa.Edge) -> bool:
+        """Whether an edge is on a path from the root to the target."""
+        return edge[0] in self.distance and edge[1] in self.remaining
+
     def on_shortest_path(self, node: str) -> bool:
         """Whether a node is on a shortest path from the root to the target."""
-        if node not in self.distance or node not in self.remaining:
-            return False
-        return self.distance[node] + self.remaining[node] == self.hops
+        on_path = node in self.distance and node in self.remaining
+        return on_path and self.distance[node] + self.remaining[node] == self.hops
 
     @cached_property
     def shortest_heights(self) -> dict[str, int]:
@@ -91,11 +92,8 @@ class GraphQuestion:
 
 def _distances_to(graph: networkx.DiGraph, nodes: Sequence[str]) -> dict[str, int]:
     """The number of edges to the nearest of these nodes, for each node that leads to one of them."""
-    return {
-        node: distance
-        for distance, layer in enumerate(networkx.bfs_layers(graph.reverse(copy=False), nodes))
-        for node in layer
-    }
+    layers = networkx.bfs_layers(graph.reverse(copy=False), nodes)
+    return {node: distance for distance, layer in enumerate(layers) for node in layer}
 
 
 def classify(parsed: GraphQuestion, steps: Sequence[str], answered_right: bool, *, hidden: bool) -> Outcome:
@@ -116,12 +114,9 @@ def classify(parsed: GraphQuestion, steps: Sequence[str], answered_right: bool, 
     elif hidden and parsed.symbolic:
         begin, edges = edges[0][1], edges[1:]
         before = _edges_from_root(parsed, begin)
-    elif hidden:
-        begin = edges[0][0]
-        before = parsed.distance.get(begin)
     else:
         begin = edges[0][0]
-        before = 0 if begin == parsed.root else None
+        before = parsed.distance.get(begin) if hidden or begin == parsed.root else None
     connected = all(first[1] == second[0] for first, second in pairwise(edges))
     if before is None or not connected or not all(parsed.graph.has_edge(*edge) for edge in edges):
         return Outcome.hallucination
@@ -138,9 +133,6 @@ def _edges_from_root(parsed: GraphQuestion, node: str) -> int | None:
     return min(lengths, default=None)
 
 
-# --- questions with a changed edge -------------------------------------------------------
-
-
 class Redirection(NamedTuple):
     """A question changed so that the other option, and only it, is reachable.
 
@@ -153,15 +145,14 @@ class Redirection(NamedTuple):
     same_hops: bool
 
 
-def redirect(question: str, parsed: GraphQuestion, random: Random) -> Redirection | None:
+def redirect(parsed: GraphQuestion, random: Random) -> Redirection | None:
     """Redirect an edge of the path to the target towards the other option; None if no single change does this.
 
     An exchange of the heads of two edges is preferred, then a path of the same length. Among equally good changes one
     is chosen at random.
     """
-    edges = prosqa.parse_question(question).edges
+    edges, cuts = parsed.edges, _cut_edges(parsed)
     towards_other = _distances_to(parsed.graph, [parsed.other])
-    cuts = _cut_edges(edges, parsed)
     swaps: list[Changes] = [
         {i: (edges[i][0], head), j: (tail, edges[i][1])}
         for i in cuts
@@ -172,40 +163,34 @@ def redirect(question: str, parsed: GraphQuestion, random: Random) -> Redirectio
     turns: list[Changes] = [{i: (edges[i][0], head)} for i in cuts for head in heads]
     acyclic = networkx.is_directed_acyclic_graph(parsed.graph)
     for swapped, candidates in ((True, swaps), (False, turns)):
-        lengths = [_hops_to_other(edges, changes, parsed, acyclic) for changes in candidates]
+        lengths = [(changes, _hops_to_other(parsed, changes, acyclic)) for changes in candidates]
         for same_hops in (True, False):
-            fitting = [
-                changes
-                for changes, hops in zip(candidates, lengths, strict=True)
-                if hops is not None and (hops == parsed.hops) is same_hops
-            ]
+            fitting = [changes for changes, hops in lengths if hops is not None and (hops == parsed.hops) is same_hops]
             if fitting:
-                return Redirection(_with_changes(question, edges, random.choice(fitting)), swapped, same_hops)
+                text = prosqa.with_edges(parsed.text, _changed(edges, random.choice(fitting)))
+                return Redirection(text, swapped, same_hops)
     return None
 
 
-def remove_on_path(question: str, parsed: GraphQuestion, random: Random) -> str | None:
+def remove_on_path(parsed: GraphQuestion, random: Random) -> str | None:
     """Remove an edge that is on all paths to the target, so that neither option is reachable; None if there is none.
 
     The last edge of the root is removed only if there is no other such edge: the root stays in the graph.
     """
-    edges = prosqa.parse_question(question).edges
-    cuts = _cut_edges(edges, parsed)
-    edges_at_root = [i for i, edge in enumerate(edges) if parsed.root in edge]
-    cuts = [i for i in cuts if edges_at_root != [i]] or cuts
-    return _with_changes(question, edges, {random.choice(cuts): None}) if cuts else None
+    cuts = _cut_edges(parsed)
+    edges_at_root = [i for i, edge in enumerate(parsed.edges) if parsed.root in edge]
+    return _without_one_of([i for i in cuts if edges_at_root != [i]] or cuts, parsed, random)
 
 
-def remove_elsewhere(question: str, parsed: GraphQuestion, random: Random) -> str | None:
+def remove_elsewhere(parsed: GraphQuestion, random: Random) -> str | None:
     """Remove an edge that is on no path from the root to the target or to the other option; None if there is none."""
-    edges = prosqa.parse_question(question).edges
     towards_other = _distances_to(parsed.graph, [parsed.other])
-    off_path = [
-        i
-        for i, (tail, head) in enumerate(edges)
-        if head not in towards_other and not (tail in parsed.distance and head in parsed.remaining)
-    ]
-    return _with_changes(question, edges, {random.choice(off_path): None}) if off_path else None
+    off_path = [i for i, edge in enumerate(parsed.edges) if edge[1] not in towards_other and not parsed.on_path(edge)]
+    return _without_one_of(off_path, parsed, random)
+
+
+def _without_one_of(indices: Sequence[int], parsed: GraphQuestion, random: Random) -> str | None:
+    return prosqa.with_edges(parsed.text, _changed(parsed.edges, {random.choice(indices): None})) if indices else None
 
 
 Changes = Mapping[int, prosqa.Edge | None]  # new edges, None to remove, by the index of an edge in the question
@@ -215,24 +200,20 @@ def _changed(edges: Sequence[prosqa.Edge], changes: Changes) -> list[prosqa.Edge
     return [changes.get(i, edge) for i, edge in enumerate(edges)]
 
 
-def _with_changes(question: str, edges: Sequence[prosqa.Edge], changes: Changes) -> str:
-    return prosqa.with_edges(question, _changed(edges, changes))
-
-
-def _cut_edges(edges: Sequence[prosqa.Edge], parsed: GraphQuestion) -> list[int]:
+def _cut_edges(parsed: GraphQuestion) -> list[int]:
     """The edges that are on all paths to the target; none if it is not reachable or if both options are."""
     if parsed.hops is None or parsed.other in parsed.distance:
         return []
-    on_path = [i for i, (tail, head) in enumerate(edges) if tail in parsed.distance and head in parsed.remaining]
-    return [i for i in on_path if parsed.target not in _distances_from(parsed.root, _changed(edges, {i: None}))]
+    on_path = [i for i, edge in enumerate(parsed.edges) if parsed.on_path(edge)]
+    return [i for i in on_path if parsed.target not in _distances_from(parsed.root, _changed(parsed.edges, {i: None}))]
 
 
-def _hops_to_other(edges: Sequence[prosqa.Edge], changes: Changes, parsed: GraphQuestion, acyclic: bool) -> int | None:
+def _hops_to_other(parsed: GraphQuestion, changes: Changes, acyclic: bool) -> int | None:
     """The distance of the other option after the changes; None if it is not the only reachable option.
 
     None, too, if the changes make a duplicate edge or a self-loop, or a cycle in an acyclic graph.
     """
-    after = [edge for edge in _changed(edges, changes) if edge]
+    after = [edge for edge in _changed(parsed.edges, changes) if edge]
     reached = _distances_from(parsed.root, after)
     if parsed.target in reached or len(set(after)) < len(after) or any(tail == head for tail, head in after):
         return None

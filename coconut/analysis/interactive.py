@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx
 import torch
@@ -16,12 +16,10 @@ from coconut.analysis.probes import EXTRA_THOUGHTS, SHOWN_TOKENS, Subject
 from coconut.config import Precision
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
+from coconut.engine.base import autocast
 from coconut.generation.generate import logit_lens
-from coconut.methods import Source
+from coconut.models.latent_lm import LatentLM
 from coconut.tasks import prosqa
-
-if TYPE_CHECKING:
-    from coconut.models.latent_lm import LatentLM
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,10 @@ class InteractiveModel:
         `right`: the right answer; by default the only option that the root reaches in the graph, if there is one.
         Raises ValueError if the question is empty or too long for the model's context.
         """
-        from coconut.engine.base import autocast
-
         if not question.strip():
             raise ValueError("There is no question. Type one, or draw one.")
-        lm, task = self.subject.lm, self.subject.task
-        parsed, notes = None, []
-        if task.name == prosqa.name:
+        lm, parsed, notes = self.subject.lm, None, []
+        if self.subject.task.name == prosqa.name:
             try:
                 parsed = prosqa.parse_question(question)
             except ValueError as error:
@@ -68,42 +63,30 @@ class InteractiveModel:
         with self.lock, autocast(lm.device, self.precision):
             if unknown := unknown_in(lm.tokenizer, question):
                 notes.append(f"Not in the model's vocabulary: {', '.join(unknown)}.")
-            spellings = spell_nodes(lm, parsed) if parsed and self._has_thoughts else {}
+            spellings = spell_nodes(lm, parsed) if parsed and lm.reasoning.slot.thinks else {}
             prompt = self._prompt(question, spellings)
             after, thoughts = self._after_each(prompt, right)
             names = self._names(prompt, spellings, symbolic=bool(parsed and parsed.symbolic))
         return {
-            "row": None,
-            "question": question,
-            "right": right,
-            "notes": notes,
-            "graph": parsed and describe_graph(question, parsed, right),
-            "thoughts": thoughts,
+            "row": None, "question": question, "right": right, "notes": notes,
+            "graph": parsed and describe_graph(question, parsed, right), "thoughts": thoughts,
             "after": [one | {"names": names.get(one["thoughts"])} for one in after],
-        }
+        }  # fmt: skip
 
     @property
     def counts(self) -> list[int]:
         """The numbers of thoughts, or of pause tokens, after which a question is answered."""
-        max_thoughts = (
-            0 if self.subject.lm.reasoning.slot.source is Source.none else self.subject.num_trained_thoughts + EXTRA_THOUGHTS
-        )
-        return list(range(max_thoughts + 1))
-
-    @property
-    def _has_thoughts(self) -> bool:
-        return self.subject.lm.reasoning.slot.source is Source.thought
+        is_empty = self.subject.lm.reasoning.slot.is_empty
+        return list(range(1 if is_empty else self.subject.num_trained_thoughts + EXTRA_THOUGHTS + 1))
 
     def _prompt(self, question: str, spellings: Mapping[str, Spelling]) -> list[int]:
         """The token ids of a question. Raises ValueError if the most thoughts and a name do not fit after it."""
         lm, max_thoughts = self.subject.lm, self.counts[-1]
         [prompt] = encode_questions(lm.tokenizer, [question], lm.reasoning.format)
         name_length = max((len(spelling.before) + len(spelling.name) for spelling in spellings.values()), default=1)
-        if (
-            len(prompt) + len(slot_with_markers(lm.reasoning, lm.special, max_thoughts)) + name_length
-            > lm.max_sequence_length
-        ):
-            slot = f"{max_thoughts} {lm.reasoning.slot.source.value}s and " if max_thoughts else ""
+        longest_slot = slot_with_markers(lm.reasoning, lm.special, max_thoughts)
+        if len(prompt) + len(longest_slot) + name_length > lm.max_sequence_length:
+            slot = f"{max_thoughts} {lm.reasoning.slot.noun}s and " if max_thoughts else ""
             raise ValueError(
                 f"The question has {len(prompt):,} tokens, which leaves no room for {slot}an answer in the model's "
                 f"context of {lm.max_sequence_length:,} tokens. Ask something shorter."
@@ -122,7 +105,7 @@ class InteractiveModel:
             answers.append(
                 {"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "truncated": truncated}
             )
-        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if self._has_thoughts else []
+        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if lm.reasoning.slot.thinks else []
 
     def _names(
         self, prompt: list[int], spellings: Mapping[str, Spelling], symbolic: bool
@@ -165,10 +148,7 @@ def describe_graph(question: str, parsed: prosqa.Question, right: str | None) ->
     order = sorted(graph, key=lambda node: (node not in distance, places[node][0], -places[node][1]))
     return {
         "nodes": [{"name": node, "x": places[node][0], "y": -places[node][1]} for node in order],
-        "edges": list(graph.edges),
-        "root": parsed.root,
-        "options": parsed.options,
-        "target": target,
+        "edges": list(graph.edges), "root": parsed.root, "options": parsed.options, "target": target,
         "way": networkx.shortest_path(graph, parsed.root, target) if target in distance else [],
         "symbolic": parsed.symbolic,
-    }
+    }  # fmt: skip

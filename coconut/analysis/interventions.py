@@ -11,21 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
+from torch import Tensor
 
 from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_path
-from coconut.analysis.probes import EXTRA_THOUGHTS, Subject
+from coconut.analysis.probes import EXTRA_THOUGHTS, Subject, accuracy_of
 from coconut.analysis.statistics import difference_interval
 from coconut.evaluation.evaluator import Evaluated, Prediction
-from coconut.methods import Source
 from coconut.runs.study import Study
 from coconut.tasks import Task, prosqa
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SEED = 0
 # Limits of the share of the accuracy above chance that is lost with the thoughts of another question.
@@ -33,9 +31,6 @@ USED = 0.5  # a larger share: the thoughts are used
 PARTLY_USED = 0.1  # a larger share: they are used in part
 
 Rows = dict[str, dict[str, Any]]  # by the name of the intervention
-
-
-# --- interventions on the thoughts ----------------------------------------------------------------------
 
 
 def audit_thoughts(subject: Subject) -> Study:
@@ -54,16 +49,13 @@ def audit_thoughts(subject: Subject) -> Study:
     Raises NotApplicable if the model has no latent thoughts.
     """
     subject.need_thoughts()
-    baseline = subject.baseline
+    baseline, chance_accuracy, lost = subject.baseline, subject.baseline.result.chance_accuracy, None
     rows: Rows = {"none": _row(subject, "none", "as trained", baseline)}
-    chance_accuracy = baseline.result.chance_accuracy
-    lost = None
     for name, label, thoughts_NKD in changed_thoughts(baseline.thoughts):
         evaluated = subject.ask(thoughts=thoughts_NKD)
         rows[name] = _row(subject, name, label, evaluated)
         if name == "other":
-            before, after = (np.array([p.correct for p in each.predictions]) for each in (baseline, evaluated))
-            lost = share_lost(before, after, chance_accuracy or 0.0)
+            lost = share_lost(_correct(baseline), _correct(evaluated), chance_accuracy or 0.0)
     for count in range(subject.num_trained_thoughts + EXTRA_THOUGHTS + 1):
         if count != subject.num_trained_thoughts:
             name, label = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
@@ -119,38 +111,32 @@ def other_questions(count: int) -> np.ndarray:
     return other
 
 
+def _correct(evaluated: Evaluated) -> np.ndarray:
+    return np.array([prediction.correct for prediction in evaluated.predictions])
+
+
 def _row(subject: Subject, change: str, label: str, evaluated: Evaluated) -> dict[str, Any]:
-    before = subject.baseline.predictions
-    correct_before, correct = ([p.correct for p in predictions] for predictions in (before, evaluated.predictions))
-    accuracy, low, high = _share(correct)
-    row: dict[str, Any] = {"change": change, "label": label, "questions": len(correct),
-                           "accuracy": accuracy, "low": low, "high": high}  # fmt: skip
-    neither = {"neither": _share_outside_options(subject, evaluated.predictions)}
+    before, after = subject.baseline, evaluated
     if change == "none":
-        same = ("difference", "difference_low", "difference_high", "changed", "changed_low", "changed_high")
-        return row | dict.fromkeys(same, 0.0) | neither
-    difference_low, difference_high = difference_interval(np.array([correct]), np.array([correct_before]))
+        difference = changed = (0.0, 0.0, 0.0)
+    else:
+        bounds = difference_interval(_correct(after)[None], _correct(before)[None])
+        difference = (after.result.accuracy - before.result.accuracy, *bounds)
+        changed = _share(_changed_answers(subject.task, before.predictions, after.predictions))
     return {
-        **row,
-        "difference": accuracy - sum(correct_before) / len(correct_before),
-        "difference_low": difference_low,
-        "difference_high": difference_high,
-        **_with_bounds("changed", _share(_changed_answers(subject.task, before, evaluated.predictions))),
-        **neither,
-    }
+        "change": change, "label": label, **accuracy_of(after.result), **_with_bounds("difference", difference),
+        **_with_bounds("changed", changed), "neither": _share_outside_options(subject, after.predictions),
+    }  # fmt: skip
 
 
 def _share_outside_options(subject: Subject, predictions: Sequence[Prediction]) -> float | None:
     """The share of answers that are none of those the question named; None if a question named none."""
-    options = [subject.task.candidates(prediction.question) for prediction in predictions]
+    options = [subject.task.candidates(prediction.question) or [] for prediction in predictions]
     if not all(options):
         return None
-    outside = [
-        prediction.predicted is None
-        or not any(subject.task.judge(prediction.predicted, option) for option in named or [])
-        for prediction, named in zip(predictions, options, strict=True)
-    ]
-    return sum(outside) / len(outside)
+    judge = subject.task.judge
+    named = [any(judge(p.predicted, option) for option in each) for p, each in zip(predictions, options, strict=True)]
+    return named.count(False) / len(named)
 
 
 def _changed_answers(task: Task, before: Sequence[Prediction], after: Sequence[Prediction]) -> list[bool]:
@@ -161,8 +147,6 @@ def _changed_answers(task: Task, before: Sequence[Prediction], after: Sequence[P
 
 def _share(cases: Sequence[bool]) -> tuple[float, float, float]:
     """The share of true cases, and its 95 % Wilson interval."""
-    from scipy.stats import binomtest
-
     interval = binomtest(sum(cases), len(cases)).proportion_ci(method="wilson")
     return sum(cases) / len(cases), float(interval.low), float(interval.high)
 
@@ -194,18 +178,15 @@ def thoughts_verdict(rows: Rows, chance_accuracy: float | None, lost: tuple[floa
     numbers = f"{_right(other)} are right instead of {_percent(as_trained['accuracy'])}{than}"
     if other["neither"]:
         numbers += f"; {_percent(other['neither'])} of the answers are then neither option"
-    sentences = [f"{first}: with the thoughts of another question {numbers}."]
-    if "mean" in rows:
-        sentences.append(_content_sentence(rows["mean"], chance_accuracy))
-    sentences.append(
+    sentences = [
+        f"{first}: with the thoughts of another question {numbers}.",
+        _content_sentence(rows["mean"], chance_accuracy),
         f"With zeros in their place {_percent(rows['zeros']['accuracy'])} are right, with noise of the same norm "
-        f"{_percent(rows['noise']['accuracy'])}. Such inputs are out of distribution, which alone may lower accuracy."
-    )
+        f"{_percent(rows['noise']['accuracy'])}. Such inputs are out of distribution, which alone may lower accuracy.",
+    ]
     if "order" in rows:
         matters = "Their order matters" if _falls(rows["order"]) else "No effect of their order is seen"
-        sentences.append(
-            f"{matters}: in another order {_percent(rows['order']['accuracy'])} ({_difference(rows['order'])})."
-        )
+        sentences.append(f"{matters}: in another order {_right(rows['order'])}.")
     if single_rows := [row for name, row in rows.items() if name.startswith("thought_")]:
         worst = min(single_rows, key=lambda row: row["difference"])
         which, effect = worst["change"].removeprefix("thought_"), f"with its mean in its place {_right(worst)}"
@@ -213,10 +194,9 @@ def thoughts_verdict(rows: Rows, chance_accuracy: float | None, lost: tuple[floa
             sentences.append(f"Of single thoughts, number {which} matters most: {effect}.")
         else:
             sentences.append(f"No single thought is clearly needed; number {which} has the largest effect, {effect}.")
-    if "count_0" in rows:
-        sentences.append(
-            f"Without any thought {_right(rows['count_0'])}; the model may then write the steps that thoughts replaced."
-        )
+    sentences.append(
+        f"Without any thought {_right(rows['count_0'])}; the model may then write the steps that thoughts replaced."
+    )
     return sentences
 
 
@@ -238,15 +218,8 @@ def _percent(share: float) -> str:
 
 
 def _right(row: dict[str, Any]) -> str:
-    return f"{_percent(row['accuracy'])} ({_difference(row)})"
-
-
-def _difference(row: dict[str, Any]) -> str:
     value, low, high = (100 * row[key] for key in ("difference", "difference_low", "difference_high"))
-    return f"{value:+.1f} points, {low:+.1f} to {high:+.1f}"
-
-
-# --- interventions on the graph -------------------------------------------------------------------------
+    return f"{_percent(row['accuracy'])} ({value:+.1f} points, {low:+.1f} to {high:+.1f})"
 
 
 def audit_edges(subject: Subject) -> Study:
@@ -272,50 +245,47 @@ def audit_edges(subject: Subject) -> Study:
     graphs = subject.graphs
     correct = [i for i, prediction in enumerate(subject.baseline.predictions) if prediction.correct]
 
-    def edited(edit: Callable[[str, GraphQuestion, Random], Any]) -> dict[int, Any]:
+    def edited(edit: Callable[[GraphQuestion, Random], Any]) -> dict[int, Any]:
         """The changed questions by index, of questions answered correctly that have such an edge."""
-        edits = {i: edit(subject.examples[i].question, graphs[i], Random(f"{SEED} {i}")) for i in correct}
-        return {i: change for i, change in edits.items() if change}
+        return {i: change for i in correct if (change := edit(graphs[i], Random(f"{SEED} {i}")))}
+
+    rows: Rows = {}
+
+    def add_row(change: str, label: str, indices: Sequence[int], evaluated: Evaluated, *, followed: bool) -> None:
+        before = [subject.baseline.predictions[i] for i in indices]
+        follows = _share([p.correct for p in evaluated.predictions]) if followed else None
+        changed = _share(_changed_answers(subject.task, before, evaluated.predictions))
+        rows[change] = {"change": change, "label": label, "questions": len(indices),
+                        **_with_bounds("followed", follows), **_with_bounds("changed", changed)}  # fmt: skip
 
     redirections = edited(redirect)
-    latent = subject.lm.reasoning.slot.source is Source.thought and subject.num_trained_thoughts > 0
-    rows: Rows = {}
-    if redirections:
-        indices = list(redirections)
+    if indices := list(redirections):
         expected = [replace(subject.examples[i], steps=(), answer=_other_answer(subject, i)) for i in indices]
         redirected = [
-            replace(goal, question=redirections[i].question) for i, goal in zip(indices, expected, strict=True)
+            replace(each, question=redirections[i].question) for i, each in zip(indices, expected, strict=True)
         ]
         answers = subject.ask(redirected)
-        label = "an edge redirected towards the other option"
-        rows["redirected"] = _edge_row(subject, "redirected", label, indices, answers, followed=True)
-        if latent:
-            name, label = "redirected_old_thoughts", "an edge redirected, original thoughts"
-            evaluated = subject.ask(redirected, thoughts=subject.baseline.thoughts[indices])
-            rows[name] = _edge_row(subject, name, label, indices, evaluated, followed=True)
-            name, label = "redirected_thoughts_only", "original question, thoughts of the redirected one"
-            evaluated = subject.ask(expected, thoughts=answers.thoughts)
-            rows[name] = _edge_row(subject, name, label, indices, evaluated, followed=True)
+        add_row("redirected", "an edge redirected towards the other option", indices, answers, followed=True)
+        if subject.lm.reasoning.slot.thinks and subject.num_trained_thoughts > 0:
+            old_thoughts = subject.ask(redirected, thoughts=subject.baseline.thoughts[indices])
+            label = "an edge redirected, original thoughts"
+            add_row("redirected_old_thoughts", label, indices, old_thoughts, followed=True)
+            thoughts_only = subject.ask(expected, thoughts=answers.thoughts)
+            label = "original question, thoughts of the redirected one"
+            add_row("redirected_thoughts_only", label, indices, thoughts_only, followed=True)
     left_out = {"redirected": len(correct) - len(redirections)}
-    for name, label, edit in (
+    for change, label, edit in (
         ("removed", "an edge removed that is on every path to the answer", remove_on_path),
         ("removed_elsewhere", "an edge removed that is on no path to an option", remove_elsewhere),
     ):
         questions = edited(edit)
-        left_out[name] = len(correct) - len(questions)
+        left_out[change] = len(correct) - len(questions)
         if questions:
             cut = [replace(subject.examples[i], question=question) for i, question in questions.items()]
-            rows[name] = _edge_row(subject, name, label, list(questions), subject.ask(cut), followed=False)
-    facts = {
-        "chance_accuracy": subject.baseline.result.chance_accuracy,
-        "right": len(correct),
-        "left_out": left_out,
-        "redirections": {
-            "swapped": sum(found.swapped for found in redirections.values()),
-            "same_hops": sum(found.same_hops for found in redirections.values()),
-        },
-        "verdict": edges_verdict(rows),
-    }
+            add_row(change, label, list(questions), subject.ask(cut), followed=False)
+    counts = {key: sum(getattr(each, key) for each in redirections.values()) for key in ("swapped", "same_hops")}
+    facts = {"chance_accuracy": subject.baseline.result.chance_accuracy, "right": len(correct), "left_out": left_out,
+             "redirections": counts, "verdict": edges_verdict(rows)}  # fmt: skip
     return Study("audit_edges", list(rows.values()), facts)
 
 
@@ -325,16 +295,6 @@ def _other_answer(subject: Subject, index: int) -> str:
     answers = prosqa.candidates(question)
     assert answers
     return answers[prosqa.parse_question(question).options.index(subject.graphs[index].other)]
-
-
-def _edge_row(
-    subject: Subject, change: str, label: str, indices: Sequence[int], evaluated: Evaluated, *, followed: bool
-) -> dict[str, Any]:
-    before = [subject.baseline.predictions[i] for i in indices]
-    follows = _share([p.correct for p in evaluated.predictions]) if followed else None
-    changed = _share(_changed_answers(subject.task, before, evaluated.predictions))
-    return {"change": change, "label": label, "questions": len(indices), **_with_bounds("followed", follows),
-            **_with_bounds("changed", changed)}  # fmt: skip
 
 
 def edges_verdict(rows: Rows) -> list[str]:
@@ -348,30 +308,27 @@ def edges_verdict(rows: Rows) -> list[str]:
             "It is not clear where the answer comes from: no graph of a correctly answered question could be changed."
         ]
     redirected = rows["redirected"]
-    count, share = redirected["questions"], _percent(redirected["followed"])
-    effect = (
-        f"of {count} answers, {share} name the other option when an edge is redirected so that only it is reachable"
-    )
     follows: dict[bool | None, str] = {
         True: "The answer follows the graph",
         False: "The answer does not follow the graph",
         None: "It is not clear whether the answer follows the graph",
     }
-    on_graph = f"{follows[_majority_follows(redirected)]}: {effect}."
+    on_graph = (
+        f"{follows[_majority_follows(redirected)]}: of {redirected['questions']} answers, "
+        f"{_percent(redirected['followed'])} name the other option when an edge is redirected so that only it is "
+        "reachable."
+    )
     sentences = []
     if "redirected_old_thoughts" in rows and _majority_follows(redirected):
         old, alone = rows["redirected_old_thoughts"], rows["redirected_thoughts_only"]
-        text, thoughts = _majority_follows(old), _majority_follows(alone)
-        if thoughts and text is False:
-            first = "The thoughts carry the answer"
-        elif text and thoughts is False:
-            first = "The question carries the answer, not the thoughts"
-        elif text and thoughts:
-            first = "Changing the thoughts or the question alone changes most answers"
-        elif text is None or thoughts is None:
-            first = "It is not clear whether the thoughts or the question carry the answer"
-        else:
-            first = "Neither the thoughts nor the question carry the answer alone"
+        by_text_and_thoughts: dict[Any, str] = {
+            (False, True): "The thoughts carry the answer",
+            (True, False): "The question carries the answer, not the thoughts",
+            (True, True): "Changing the thoughts or the question alone changes most answers",
+            (False, False): "Neither the thoughts nor the question carry the answer alone",
+        }
+        unclear = "It is not clear whether the thoughts or the question carry the answer"
+        first = by_text_and_thoughts.get((_majority_follows(old), _majority_follows(alone)), unclear)
         sentences.append(
             f"{first}: if only the question is changed and the original thoughts are fed, "
             f"{_percent(old['followed'])} of the answers follow the change; if only the thoughts are those of the "
@@ -384,10 +341,8 @@ def edges_verdict(rows: Rows) -> list[str]:
             f"{_percent(rows['removed']['changed'])} of the answers change; guesses would in about half of the cases."
         )
     if "removed_elsewhere" in rows:
-        row = rows["removed_elsewhere"]
-        sentences.append(
-            f"With an edge removed that is on no path to an option, {_percent(row['changed'])} of the answers change."
-        )
+        share = _percent(rows["removed_elsewhere"]["changed"])
+        sentences.append(f"With an edge removed that is on no path to an option, {share} of the answers change.")
     return sentences
 
 

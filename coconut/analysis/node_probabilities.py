@@ -9,19 +9,16 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat
+from coconut.models.latent_lm import LatentLM
 from coconut.utils.torch_utils import eval_mode
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from coconut.models.latent_lm import LatentLM
 
 _CACHE_BYTES = 2**28  # the largest KV cache that is made for names of several tokens
 
@@ -53,12 +50,9 @@ def spell(lm: LatentLM, nodes: Sequence[str], symbolic: bool) -> dict[str, Spell
 
 @torch.no_grad()
 def name_probabilities(
-    lm: LatentLM,
-    prompts: Sequence[list[int]],
-    candidates: Sequence[Sequence[Spelling]],
-    counts: Collection[int],
+    lm: LatentLM, prompts: Sequence[list[int]], candidates: Sequence[Sequence[Spelling]], counts: Collection[int],
     batch_size: int,
-) -> dict[tuple[int, int], list[float]]:
+) -> dict[tuple[int, int], list[float]]:  # fmt: skip
     """The probability of each candidate name, for each (index of a question, number of thoughts).
 
     `prompts`: token ids of the questions. `candidates`: the names for each question. `counts`: numbers of thoughts.
@@ -84,10 +78,9 @@ class _Context:
 
     def select(self, rows: Sequence[int]) -> _Context:
         """Copy these rows, which may repeat, to a new context."""
-        index = torch.tensor(rows, device=self.next_B.device)
-        fork = self.fork()
-        fork.cache.batch_select_indices(index)
-        return _Context(fork.cache, self.is_token_BT[index], self.next_B[index])
+        index, cache = torch.tensor(rows, device=self.next_B.device), copy(self.cache)
+        cache.batch_select_indices(index)
+        return _Context(cache, self.is_token_BT[index], self.next_B[index])
 
     def fork(self) -> _Context:
         """A copy that can be extended without changing this context."""
@@ -100,9 +93,6 @@ class _Context:
         positions_BL = self.next_B[:, None] + torch.arange(L, device=self.next_B.device)
         self.next_B = self.next_B + L
         return lm.hidden_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)
-
-    def extend_ids(self, lm: LatentLM, ids_BL: Tensor) -> Tensor:
-        return self.extend(lm, lm.base.get_input_embeddings()(ids_BL))
 
 
 def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[int]) -> Iterator[tuple[int, _Context]]:
@@ -125,8 +115,8 @@ def _probabilities(lm: LatentLM, context: _Context, candidates: Sequence[Sequenc
     for before in {spelling.before for of_row in candidates for spelling in of_row}:
         forced = context.fork()
         forced_L = torch.tensor([lm.special.eot, *before], device=lm.device)
-        states_BLD = forced.extend_ids(lm, forced_L.expand(len(candidates), -1))
-        first_BV = lm.logits(states_BLD[:, -1]).float().log_softmax(-1).cpu()
+        embeds_BLD = lm.base.get_input_embeddings()(forced_L).expand(len(candidates), -1, -1)
+        first_BV = lm.logits(forced.extend(lm, embeds_BLD)[:, -1]).float().log_softmax(-1).cpu()
         multi_token: list[tuple[int, int]] = []
         for b, of_row in enumerate(candidates):
             for n, spelling in enumerate(of_row):
@@ -134,20 +124,14 @@ def _probabilities(lm: LatentLM, context: _Context, candidates: Sequence[Sequenc
                     probabilities[b][n] = float(first_BV[b, spelling.name[0]].exp())
                     if len(spelling.name) > 1:
                         multi_token.append((b, n))
-        for part in _split_by_memory(forced, multi_token):
+        bytes_each = sum(layer.keys[:1].nbytes + layer.values[:1].nbytes for layer in forced.cache.layers)
+        max_rows = max(1, _CACHE_BYTES // bytes_each)
+        for part in (multi_token[first : first + max_rows] for first in range(0, len(multi_token), max_rows)):
             names = [candidates[b][n].name for b, n in part]
             rest_log_probs = _rest_log_probs(lm, forced.select([b for b, _ in part]), names)
             for (b, n), rest_log_prob in zip(part, rest_log_probs, strict=True):
                 probabilities[b][n] *= math.exp(rest_log_prob)
     return probabilities
-
-
-def _split_by_memory(context: _Context, rows: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Split the rows into parts whose KV caches take at most _CACHE_BYTES."""
-    bytes_each = sum(layer.keys[:1].nbytes + layer.values[:1].nbytes for layer in context.cache.layers)
-    max_rows = max(1, _CACHE_BYTES // bytes_each)
-    for first in range(0, len(rows), max_rows):
-        yield rows[first : first + max_rows]
 
 
 def _rest_log_probs(lm: LatentLM, context: _Context, names: Sequence[tuple[int, ...]]) -> list[float]:
@@ -156,7 +140,7 @@ def _rest_log_probs(lm: LatentLM, context: _Context, names: Sequence[tuple[int, 
     padded = [[*name, *[lm.special.pad] * (width + 1 - len(name))] for name in names]
     ids_RL = torch.tensor(padded, device=lm.device)
     is_name_RL = torch.tensor([[j < len(name) - 1 for j in range(width)] for name in names], device=lm.device)
-    states_RLD = context.extend_ids(lm, ids_RL[:, :-1])
+    states_RLD = context.extend(lm, lm.base.get_input_embeddings()(ids_RL[:, :-1]))
     log_probs_RLV = lm.logits(states_RLD).float().log_softmax(-1)
     log_probs_RL = log_probs_RLV.gather(-1, ids_RL[:, 1:, None])[..., 0]
     return torch.where(is_name_RL, log_probs_RL, 0.0).sum(1).tolist()

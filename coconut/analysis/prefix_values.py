@@ -11,23 +11,21 @@ Shapes: N questions, K thoughts, C = K + 1 numbers of thoughts; M tokens of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from coconut.analysis.probes import Subject
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
 from coconut.methods import PromptFormat
+from coconut.models.latent_lm import LatentLM
 from coconut.models.losses import target_log_probs
 from coconut.runs.study import NotApplicable, Study
 from coconut.utils.torch_utils import eval_mode
-
-if TYPE_CHECKING:
-    from coconut.analysis.probes import Subject
-    from coconut.models.latent_lm import LatentLM
 
 RESAMPLES = 2000
 MIN_GROUP_SIZE = 10  # the fewest questions with the same number of steps that are reported as a group
@@ -44,16 +42,14 @@ def prefix_values(subject: Subject) -> Study:
     Raises NotApplicable if the model has no latent thoughts, or an answer does not fit into its context.
     """
     subject.need_thoughts()
-    lengths = [len(example.steps) for example in subject.examples]
-    groups: list[tuple[int | None, np.ndarray]] = [(None, np.arange(len(lengths)))]
-    for steps in sorted(set(lengths)):
-        indices = np.flatnonzero(np.array(lengths) == steps)
-        if MIN_GROUP_SIZE <= len(indices) < len(lengths):
-            groups.append((steps, indices))
+    lengths_N = np.array([len(example.steps) for example in subject.examples])
+    counts = zip(*np.unique(lengths_N, return_counts=True), strict=True)
+    groups = [int(steps) for steps, count in counts if MIN_GROUP_SIZE <= count < len(lengths_N)]
     rows: list[dict[str, Any]] = []
     for of, values_NC in zip(("answer", "after_mark"), _values(subject), strict=True):
-        for steps, indices in groups:
-            rows += [{"of": of, "steps": steps, **row} for row in _means(values_NC[indices])]
+        rows += [{"of": of, "steps": None, **row} for row in _means(values_NC)]
+        for steps in groups:
+            rows += [{"of": of, "steps": steps, **row} for row in _means(values_NC[lengths_N == steps])]
     warning = None if subject.trained_with_fewer_thoughts else subject.warning
     return Study("prefix_values", rows, {"trained_thoughts": subject.num_trained_thoughts, "warning": warning})
 
@@ -79,10 +75,8 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     lm = subject.lm
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     answers, mark_lengths = encoded_answers(lm, [e.answer for e in subject.examples])
-    slot = len(slot_with_markers(lm.reasoning, lm.special, subject.num_trained_thoughts))
-    lengths = [
-        len(question_ids) + slot + len(answer_ids) for question_ids, answer_ids in zip(questions, answers, strict=True)
-    ]
+    rows = [_layout(lm, *pair, subject.num_trained_thoughts) for pair in zip(questions, answers, strict=True)]
+    lengths = [len(row.ids) for row in rows]
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise NotApplicable(
             f"{len(too_long)} of {len(lengths)} answers, with their questions and thoughts, exceed the model's "
@@ -93,21 +87,21 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     with eval_mode(lm):
         for indices in longest_first(questions, subject.batch_size):
             for count in range(subject.num_trained_thoughts + 1):
-                rows = [_layout(lm, questions[i], count, answers[i]) for i in indices]
-                batch = collate(rows, lm.special).to(lm.device)
+                batch = collate([_layout(lm, questions[i], answers[i], count) for i in indices], lm.special).to(
+                    lm.device
+                )
                 out: Any = lm(batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True)
                 logits_MV = out.target_logits
                 logits_MV[:, lm.special.added] = -torch.inf  # generation never produces the added tokens
                 log_probs_M = target_log_probs(logits_MV, out.targets).double().cpu()
-                for i, row_log_probs_L in zip(
-                    indices, log_probs_M.split([len(answers[i]) for i in indices]), strict=True
-                ):
-                    answer_NC[i, count] = float(row_log_probs_L.sum())
-                    after_mark_NC[i, count] = float(row_log_probs_L[mark_lengths[i] :].sum())
+                by_answer = log_probs_M.split([len(answers[i]) for i in indices])
+                for i, log_probs_L in zip(indices, by_answer, strict=True):
+                    answer_NC[i, count] = float(log_probs_L.sum())
+                    after_mark_NC[i, count] = float(log_probs_L[mark_lengths[i] :].sum())
     return answer_NC, after_mark_NC
 
 
-def _layout(lm: LatentLM, question: Sequence[int], count: int, answer: Sequence[int]) -> Layout:
+def _layout(lm: LatentLM, question: Sequence[int], answer: Sequence[int], count: int) -> Layout:
     before = [*question, *slot_with_markers(lm.reasoning, lm.special, count)]
     slot_start = len(question) + lm.reasoning.markers
     return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), slot_start=slot_start)

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify
-from coconut.analysis.node_probabilities import name_probabilities, spell
+from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
-from coconut.evaluation.evaluator import Evaluated, Prediction, evaluate
+from coconut.evaluation.evaluator import EvalResult, Evaluated, Prediction, evaluate
 from coconut.generation.generate import logit_lens
+from coconut.generation.stop_classifier import StopClassifier
 from coconut.methods import METHODS, Source
+from coconut.models.latent_lm import LatentLM
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, Task
-
-if TYPE_CHECKING:
-    from coconut.generation.stop_classifier import StopClassifier
-    from coconut.models.latent_lm import LatentLM
 
 EXTRA_THOUGHTS = 2  # the model is measured with up to this many more thoughts than trained
 SHOWN_TOKENS = 5
@@ -60,7 +58,7 @@ class Subject:
     def forced(self, count: int) -> Evaluated:
         """The evaluation with a given number of thoughts or pause tokens; computed once."""
         if count not in self._evaluations:
-            self._evaluations[count] = self.ask(num_thoughts=count if self.lm.reasoning.slot.source is not Source.none else None)
+            self._evaluations[count] = self.ask(num_thoughts=count if not self.lm.reasoning.slot.is_empty else None)
         return self._evaluations[count]
 
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
@@ -72,9 +70,9 @@ class Subject:
     def graphs(self) -> list[GraphQuestion]:
         """The parsed questions. Raises NotApplicable if the task has no graphs or a question cannot be parsed."""
         if not hasattr(self.task, "graph"):
-            tasks_with_graphs = ", ".join(name for name, task in TASKS.items() if hasattr(task, "graph"))
+            with_graphs = ", ".join(name for name, task in TASKS.items() if hasattr(task, "graph"))
             raise NotApplicable(
-                f"The questions of {self.task.name} describe no graph. Tasks with graphs: {tasks_with_graphs}."
+                f"The questions of {self.task.name} describe no graph. Tasks with graphs: {with_graphs}."
             )
         graphs = []
         for number, example in enumerate(self.examples, 1):
@@ -93,46 +91,34 @@ class Subject:
         return forms == {True}
 
     @cached_property
-    def nodes(self) -> list[str]:
-        """The names of the nodes of all questions."""
-        return sorted({node for parsed in self.graphs for node in parsed.graph})
-
-    @property
-    def has_graphs(self) -> bool:
-        try:
-            return bool(self.graphs)
-        except ValueError:
-            return False
+    def spellings(self) -> dict[str, Spelling]:
+        """The token ids of the names of the nodes of all questions."""
+        return spell(self.lm, sorted({node for parsed in self.graphs for node in parsed.graph}), self.symbolic)
 
     @property
     def warning(self) -> str:
         """A caveat about results with other numbers of thoughts than the trained one."""
-        noun = self.lm.reasoning.slot.source.value
+        trained = f"{self.num_trained_thoughts} {self.lm.reasoning.slot.noun}s"
         if self.trained_with_fewer_thoughts:
-            trained = self.num_trained_thoughts
-            return f"The model was never trained with more than {trained} {noun}s. More of them are unusual input."
+            return f"The model was never trained with more than {trained}. More of them are unusual input."
         return (
-            f"The run was trained without mixing, so its last stage has {self.num_trained_thoughts} {noun}s "
-            "and no other number. Fewer or more of them are unusual input."
+            f"The run was trained without mixing, so its last stage has {trained} and no other number. Fewer or more "
+            "of them are unusual input."
         )
 
     def need_thoughts(self) -> None:
         """Raise NotApplicable if the model has no latent thoughts."""
         reasoning = self.lm.reasoning
-        if reasoning.slot.source is not Source.thought:
+        if not reasoning.slot.thinks:
             content = {Source.none: "nothing", Source.pause: "pauses"}[reasoning.slot.source]
-            methods_with_thoughts = ", ".join(name for name, method in METHODS.items() if method.slot.source is Source.thought)
             raise NotApplicable(
                 f"{reasoning.method} has no latent thoughts; its slot has {content}. Methods with thoughts: "
-                f"{methods_with_thoughts}."
+                f"{', '.join(name for name, method in METHODS.items() if method.slot.thinks)}."
             )
         if not self.num_trained_thoughts:
             raise NotApplicable(
                 f"{reasoning.method} has no thoughts yet at stage {reasoning.stage}. Use a checkpoint of a later stage."
             )
-
-
-# --- any number of thoughts -----------------------------------------------------------------------
 
 
 def k_forcing(subject: Subject) -> Study:
@@ -141,43 +127,36 @@ def k_forcing(subject: Subject) -> Study:
     Pause tokens count as thoughts. Raises NotApplicable if the method has nothing in its slot.
     """
     reasoning = subject.lm.reasoning
-    if reasoning.slot.source is Source.none:
-        methods_with_slot = ", ".join(name for name, method in METHODS.items() if method.slot.source is not Source.none)
+    if reasoning.slot.is_empty:
+        with_slot = ", ".join(name for name, method in METHODS.items() if not method.slot.is_empty)
         raise NotApplicable(
             f"{reasoning.method} has nothing in its slot, so there is no number of thoughts to force. Methods with "
-            f"thoughts or pauses: {methods_with_slot}."
+            f"thoughts or pauses: {with_slot}."
         )
     rows = []
     for count in range(subject.num_trained_thoughts + EXTRA_THOUGHTS + 1):
         result, predictions, _ = subject.forced(count)
-        low, high = result.interval
-        rows.append(
-            {
-                "thoughts": count,
-                "questions": result.count,
-                "accuracy": result.accuracy,
-                "low": low,
-                "high": high,
-                "new_tokens": result.mean_new_tokens,
-                **_outcomes(subject, predictions, hidden=count > 0),
-            }
-        )
+        outcomes = _outcomes(subject, predictions, hidden=count > 0)
+        rows.append({"thoughts": count, **accuracy_of(result), "new_tokens": result.mean_new_tokens, **outcomes})
     return Study("k_forcing", rows, {"trained_thoughts": subject.num_trained_thoughts, "warning": subject.warning})
+
+
+def accuracy_of(result: EvalResult) -> dict[str, Any]:
+    """The part of a study's row that gives an accuracy, with its 95 % interval."""
+    low, high = result.interval
+    return {"questions": result.count, "accuracy": result.accuracy, "low": low, "high": high}
 
 
 def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool) -> dict[str, int | None]:
     """The number of answers of each outcome class; None without graphs. `hidden`: see `classify`."""
-    if not subject.has_graphs:
+    try:
+        graphs = subject.graphs
+    except NotApplicable:
         return dict.fromkeys(Outcome)
-    form = subject.lm.reasoning.format
+    steps = [subject.task.read_steps(prediction.text, subject.lm.reasoning.format) for prediction in predictions]
     counts = Counter(
-        classify(
-            parsed,
-            subject.task.read_steps(prediction.text, form),
-            prediction.correct,
-            hidden=hidden,
-        )
-        for parsed, prediction in zip(subject.graphs, predictions, strict=True)
+        classify(parsed, written, prediction.correct, hidden=hidden)
+        for parsed, written, prediction in zip(graphs, steps, predictions, strict=True)
     )
     return {outcome.value: counts[outcome] for outcome in Outcome}
 
@@ -193,9 +172,7 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
     assert classifier.measured
     rows = []
     for rule, evaluated in (("constant", subject.baseline), ("classifier", subject.ask(stop=classifier.stop))):
-        low, high = evaluated.result.interval
-        rows.append({"rule": rule, "thoughts": evaluated.result.num_thoughts, "questions": evaluated.result.count,
-                     "accuracy": evaluated.result.accuracy, "low": low, "high": high})  # fmt: skip
+        rows.append({"rule": rule, "thoughts": evaluated.result.num_thoughts, **accuracy_of(evaluated.result)})
     facts = {
         "classifier_accuracy": classifier.measured.accuracy,
         "by_place_alone": float(np.mean([max(p, 1 - p) for p in classifier.measured.positives])),
@@ -204,14 +181,8 @@ def stopping(subject: Subject, classifier: StopClassifier) -> Study:
     return Study("stopping", rows, facts)
 
 
-# --- values of nodes --------------------------------------------------------------------------
-
-
 def asked_questions(subject: Subject) -> Study:
-    """The questions and the model's answers with the trained number of thoughts.
-
-    `question` is the index, `text` the question.
-    """
+    """The questions (`question`: the index) and the model's answers with the trained number of thoughts."""
     rows = [
         {"question": i, "text": p.question, "gold": p.gold, "predicted": p.predicted, "correct": p.correct}
         for i, p in enumerate(subject.baseline.predictions)
@@ -235,34 +206,26 @@ def next_step_values(subject: Subject) -> list[Study]:
     Raises NotApplicable if the model has no latent thoughts or the questions have no graphs.
     """
     subject.need_thoughts()
-    c, offset = subject.lm.reasoning.thoughts_per_step, int(subject.symbolic)
+    lm, c, offset = subject.lm, subject.lm.reasoning.thoughts_per_step, int(subject.symbolic)
+    prompts = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
+    candidates = [[subject.spellings[node] for node in parsed.graph] for parsed in subject.graphs]
+    counts = range(c * (1 - offset), subject.num_trained_thoughts + 1, c)
+    probabilities = name_probabilities(lm, prompts, candidates, counts, subject.batch_size)
     rows = []
-    for (question, after), values in sorted(
-        _values(subject, range(c * (1 - offset), subject.num_trained_thoughts + 1, c)).items()
-    ):
+    for (question, after), values in sorted(probabilities.items()):
         parsed, named_distance = subject.graphs[question], after // c + offset
         has_next_step = parsed.hops is not None and parsed.hops > after // c
         for node, value in zip(parsed.graph, values, strict=True):
             distance = parsed.distance.get(node)
-            rows.append(
-                {
-                    "question": question,
-                    "after": after,
-                    "node": node,
-                    "distance": distance,
-                    "ahead": has_next_step and distance == named_distance,
-                    "height_shortest": parsed.shortest_heights.get(node),
-                    "height_longest": parsed.longest_heights.get(node),
-                    "leads": node in parsed.remaining,
-                    "value": float(f"{value:.6g}"),
-                }
-            )
-    facts = {
-        "form": "symbols" if subject.symbolic else "sentences",
-        "offset": offset,
-        "thoughts_per_step": c,
-        "warning": None if subject.trained_with_fewer_thoughts else subject.warning,
-    }
+            rows.append({
+                "question": question, "after": after, "node": node, "distance": distance,
+                "ahead": has_next_step and distance == named_distance,
+                "height_shortest": parsed.shortest_heights.get(node),
+                "height_longest": parsed.longest_heights.get(node),
+                "leads": node in parsed.remaining, "value": float(f"{value:.6g}"),
+            })  # fmt: skip
+    facts = {"form": "symbols" if subject.symbolic else "sentences", "offset": offset, "thoughts_per_step": c,
+             "warning": None if subject.trained_with_fewer_thoughts else subject.warning}  # fmt: skip
     return [Study("values", rows, facts), _parallelism(rows), _heights(rows)]
 
 
@@ -272,18 +235,14 @@ def _parallelism(rows: Sequence[dict[str, Any]]) -> Study:
     for row in rows:
         if row["ahead"]:
             values[row["after"]][row["question"]].append(row["value"])
-    curve_rows = []
+    curve_rows, with_nodes_ahead = [], {}
     for after, of_question in sorted(values.items()):
-        best = np.zeros((len(of_question), 3))
-        for row, ahead in zip(best, of_question.values(), strict=True):
-            top = sorted(ahead, reverse=True)[:3]
-            row[: len(top)] = top
-        curves = np.percentile(best.cumsum(axis=1), np.arange(101), axis=0)
+        with_nodes_ahead[str(after)] = len(of_question)
+        likeliest = [[*sorted(ahead, reverse=True), 0.0, 0.0][:3] for ahead in of_question.values()]
+        curves = np.percentile(np.cumsum(likeliest, axis=1), np.arange(101), axis=0)
         for percentile, (top1, top2, top3) in enumerate(curves.tolist()):
             curve_rows.append({"after": after, "percentile": percentile, "top1": top1, "top2": top2, "top3": top3})
-    return Study(
-        "parallelism", curve_rows, {"with_nodes_ahead": {str(after): len(values[after]) for after in sorted(values)}}
-    )
+    return Study("parallelism", curve_rows, {"with_nodes_ahead": with_nodes_ahead})
 
 
 def _heights(rows: Sequence[dict[str, Any]]) -> Study:
@@ -296,9 +255,10 @@ def _heights(rows: Sequence[dict[str, Any]]) -> Study:
     mean_rows = []
     for (after, kind, height, leads), values in sorted(groups.items()):
         mean, sd = _mean_sd(values)
-        se = None if sd is None else sd / math.sqrt(len(values))
-        mean_rows.append({"after": after, "kind": kind, "height": height, "leads": leads, "mean": mean, "se": se,
-                      "count": len(values)})  # fmt: skip
+        mean_rows.append({
+            "after": after, "kind": kind, "height": height, "leads": leads, "mean": mean,
+            "se": None if sd is None else sd / math.sqrt(len(values)), "count": len(values),
+        })  # fmt: skip
     return Study("heights", mean_rows)
 
 
@@ -306,17 +266,6 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and the standard deviation if there are at least two values."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
-
-def _values(subject: Subject, counts: Collection[int]) -> dict[tuple[int, int], list[float]]:
-    """The probability that the next step names each node, for each (question, number of thoughts)."""
-    lm = subject.lm
-    prompts = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
-    spellings = spell(lm, subject.nodes, subject.symbolic)
-    candidates = [[spellings[node] for node in parsed.graph] for parsed in subject.graphs]
-    return name_probabilities(lm, prompts, candidates, counts, subject.batch_size)
-
-
-# --- the thoughts themselves ----------------------------------------------------------------------
 
 GROUPS = ("optimal", "frontier", "reachable", "other")
 
@@ -336,16 +285,15 @@ def inner_products(subject: Subject) -> Study:
     embed = lm.base.get_input_embeddings()
     vectors = {
         node: embed(torch.tensor(spelling.name, device=lm.device)).float().mean(0).cpu()
-        for node, spelling in spell(lm, subject.nodes, subject.symbolic).items()
+        for node, spelling in subject.spellings.items()
     }
     products: dict[tuple[int, str], list[float]] = defaultdict(list)
     for parsed, thoughts_KD in zip(subject.graphs, subject.baseline.thoughts, strict=True):
-        nodes = list(parsed.graph)
-        nodes_ND = torch.stack([vectors[node] for node in nodes])
+        nodes_ND = torch.stack([vectors[node] for node in parsed.graph])
         for number, row in enumerate((thoughts_KD @ nodes_ND.T).tolist(), 1):
             distance = math.ceil(number / c)
             if parsed.hops is not None and distance <= parsed.hops:
-                for node, product in zip(nodes, row, strict=True):
+                for node, product in zip(parsed.graph, row, strict=True):
                     products[number, _group_of(parsed, node, distance)].append(product)
     rows = []
     for number in range(1, subject.num_trained_thoughts + 1):
@@ -370,11 +318,10 @@ def decoded(subject: Subject, count: int = 3) -> Study:
     Raises NotApplicable if the model has no latent thoughts.
     """
     subject.need_thoughts()
-    lm = subject.lm
-    rows = []
-    for question, thoughts_KD in enumerate(subject.baseline.thoughts[:count]):
-        for thought, tokens in enumerate(logit_lens(lm, thoughts_KD, SHOWN_TOKENS), 1):
-            for rank, (text, value) in enumerate(tokens, 1):
-                rows.append({"question": question, "thought": thought, "rank": rank, "token": text,
-                             "probability": value})  # fmt: skip
+    rows = [
+        {"question": question, "thought": thought, "rank": rank, "token": text, "probability": value}
+        for question, thoughts_KD in enumerate(subject.baseline.thoughts[:count])
+        for thought, tokens in enumerate(logit_lens(subject.lm, thoughts_KD, SHOWN_TOKENS), 1)
+        for rank, (text, value) in enumerate(tokens, 1)
+    ]
     return Study("decoded", rows)

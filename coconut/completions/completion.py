@@ -12,7 +12,6 @@ from torch import Tensor
 
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.generation.generate import Generated, forward_passes
-from coconut.methods import Source
 from coconut.utils.console import list_lengths
 
 if TYPE_CHECKING:
@@ -72,9 +71,8 @@ class Completion:
     def with_completion_ids(self, completion_ids: Sequence[int]) -> Completion:
         """The same prompt with other tokens after it; `log_probs` are zeros, `text` is empty."""
         ids = np.array([*self.layout.ids[: self.layout.num_prompt], *completion_ids], np.int32)
-        return replace(
-            self, layout=replace(self.layout, ids=ids, control=-1), log_probs=torch.zeros(len(completion_ids)), text=""
-        )
+        layout = replace(self.layout, ids=ids, control=-1)
+        return replace(self, layout=layout, log_probs=torch.zeros(len(completion_ids)), text="")
 
     def without_targets(self) -> Completion:
         """The same row without targets: a placeholder for a rank that has no row left in a collective forward pass."""
@@ -105,22 +103,15 @@ def shard_by_length(
 def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: Sequence[int]) -> list[Completion]:
     """The completions of one question (its token ids) in these rows of the output of `lm.generate(log_probs=True)`."""
     assert out.log_probs is not None
-    return [_completion(lm, question, out, row, out.log_probs[row]) for row in rows]
-
-
-def _completion(lm: LatentLM, question: Sequence[int], out: Generated, row: int, log_probs: Tensor) -> Completion:
-    mode, count = out.modes[row], int(out.num_thoughts[row])
-    mode_log_prob = out.mode_log_probs[row] if mode else None
-    all_log_probs = [log_probs] if mode_log_prob is None else [torch.tensor([mode_log_prob]), log_probs]
-    return Completion(
-        layout=_layout(lm, question, mode, count, out.completion_ids(row), control_sampled=mode_log_prob is not None),
-        log_probs=torch.cat(all_log_probs),
-        text=out.texts[row],
-        mode=mode,
-        new_tokens=int(out.lengths[row]),
-        num_thoughts=count,
-        truncated=bool(out.truncated[row]),
-    )
+    completions = []
+    for row in rows:
+        mode, count, mode_log_prob = out.modes[row], int(out.num_thoughts[row]), out.mode_log_probs[row]
+        control = [] if mode_log_prob is None else [mode_log_prob]
+        layout = _layout(lm, question, mode, count, out.completion_ids(row), control_sampled=bool(control))
+        log_probs = torch.cat([torch.tensor(control), out.log_probs[row]])
+        new_tokens, truncated = int(out.lengths[row]), bool(out.truncated[row])
+        completions.append(Completion(layout, log_probs, out.texts[row], mode, new_tokens, count, truncated))
+    return completions
 
 
 def _layout(
@@ -129,7 +120,7 @@ def _layout(
     reasoning = lm.reasoning.in_mode(mode)
     control = [lm.special.control[mode]] if mode else []
     # `Generated.num_thoughts` is 0 for pauses, whose number is fixed
-    in_slot = count if reasoning.slot.source is Source.thought else count or reasoning.num_thoughts
+    in_slot = count if reasoning.slot.thinks else count or reasoning.num_thoughts
     prompt = [*question, *control, *slot_with_markers(reasoning, lm.special, in_slot).tolist()]
     return Layout(
         ids=np.array([*prompt, *completion_ids], np.int32),
@@ -146,14 +137,9 @@ def question_of(lm: LatentLM, completion: Completion) -> list[int]:
 
 
 def completion_from_ids(
-    lm: LatentLM,
-    question: Sequence[int],
-    completion_ids: Sequence[int],
-    *,
-    text: str,
-    mode: str = "",
-    num_thoughts: int | None = None,
-) -> Completion:
+    lm: LatentLM, question: Sequence[int], completion_ids: Sequence[int], *,
+    text: str, mode: str = "", num_thoughts: int | None = None,
+) -> Completion:  # fmt: skip
     """A completion from given token ids. Its log-probabilities are unknown, and set to zero.
 
     `num_thoughts`: by default those of the model. Without the end of the sequence it counts as truncated.
@@ -162,26 +148,18 @@ def completion_from_ids(
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
     has_eos = bool(completion_ids) and completion_ids[-1] == lm.special.eos
     layout = _layout(lm, question, mode, count, completion_ids, control_sampled=False)
-    return Completion(
-        layout,
-        torch.zeros(len(completion_ids)),
-        text,
-        mode,
-        len(completion_ids) - has_eos,
-        count,
-        truncated=not has_eos,
-    )
+    log_probs, new_tokens = torch.zeros(len(completion_ids)), len(completion_ids) - has_eos
+    return Completion(layout, log_probs, text, mode, new_tokens, count, truncated=not has_eos)
 
 
-def longest_completions(lm: LatentLM, question: Sequence[int], limit: int) -> list[Completion]:
-    """For each mode, a truncated completion of `limit` tokens: the largest that generation can give."""
+def largest_completion(lm: LatentLM, question: Sequence[int], limit: int) -> Completion:
+    """The largest completion in any mode that generation can give: `limit` tokens, truncated."""
     completions = []
     for mode in lm.reasoning.modes or ("",):
         count = lm.reasoning.in_mode(mode).num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
-        log_probs = torch.zeros(limit + bool(mode))
-        completions.append(Completion(layout, log_probs, "", mode, limit, count, truncated=True))
-    return completions
+        completions.append(Completion(layout, torch.zeros(limit + bool(mode)), "", mode, limit, count, truncated=True))
+    return max(completions, key=lambda completion: (len(completion.layout.ids), completion.passes))
 
 
 def refuse_too_long(lm: LatentLM, lengths: Sequence[int]) -> None:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coconut.config import (
-    SPLITS,
-    DataFiles,
-    EngineConfig,
-    LaunchConfig,
-    TooLong,
-    Unreadable,
-    at_least,
-    needs_run,
-)
+from coconut.config import SPLITS, DataFiles, EngineConfig, LaunchConfig, TooLong, Unreadable, at_least, needs_run
 from coconut.utils.overrides import PathName
 
 

@@ -23,14 +23,9 @@ CHUNK = 256  # questions; what is sampled for a chunk depends on the seed and it
 
 
 def write_rollouts(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    judge: CorrectnessReward,
-    config: RolloutConfig,
-    output: Path,
-    about: dict[str, Any],
-    world: World,
-) -> None:
+    lm: LatentLM, examples: Sequence[Example], judge: CorrectnessReward, config: RolloutConfig, output: Path,
+    about: dict[str, Any], world: World,
+) -> None:  # fmt: skip
     """Sample and judge answers, and write the file, with `about` beside it as JSON. The processes share the chunks.
 
     Chunks are kept beside the file until it is whole. Those of a command with another `about` are removed.
@@ -48,8 +43,7 @@ def write_rollouts(
                     seed=(config.seed, number), temperature=config.temperature, mode=config.mode,
                     max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
-                rows = (answer_row(g, [judge.is_correct(g.example, s.text) for s in g.completions]) for g in groups)
-                write_rows(files[number], rows)
+                write_rows(files[number], (answer_row(group, judge) for group in groups))
             bar(number + 1, "")
     world.all_gather_object(None)
     if world.is_main:
@@ -75,27 +69,17 @@ def _join(files: Sequence[Path], output: Path) -> None:
     log(f"{len(rows):,} questions, {len(labels):,} answers, {right}: {output}")
 
 
-def answer_row(group: Group, correct: Sequence[bool]) -> dict[str, Any]:
+def answer_row(group: Group, judge: CorrectnessReward) -> dict[str, Any]:
     """A line of the file."""
-    samples = [
-        {
-            "text": sample.text,
-            "correct": bool(right),
-            "ids": sample.completion_ids,
-            "mode": sample.mode,
-            "num_thoughts": sample.num_thoughts,
-            "new_tokens": sample.new_tokens,
-            "truncated": sample.truncated,
-        }
-        for sample, right in zip(group.completions, correct, strict=True)
-    ]
     example = group.example
-    return {
-        "question": example.question,
-        "answer": example.answer,
-        "steps": list(example.steps),
-        "completions": samples,
-    }
+    samples = [
+        {"text": sample.text, "correct": judge.is_correct(example, sample.text), "ids": sample.completion_ids,
+         "mode": sample.mode, "num_thoughts": sample.num_thoughts, "new_tokens": sample.new_tokens,
+         "truncated": sample.truncated}
+        for sample in group.completions
+    ]  # fmt: skip
+    return {"question": example.question, "answer": example.answer, "steps": list(example.steps),
+            "completions": samples}  # fmt: skip
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:

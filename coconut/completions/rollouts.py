@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import Completion, Cost, completions_of, longest_completions
+from coconut.completions.completion import Completion, Cost, completions_of
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
+from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.tasks import Task
 from coconut.utils.console import list_lengths, log
@@ -67,21 +68,13 @@ class Group:
 
 
 def examples_that_fit(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    limit: int,
-    skip: bool,
-    file: str,
-    advice: str,
-    mode: str | None = None,
+    lm: LatentLM, examples: Sequence[Example], limit: int, skip: bool, file: str, advice: str, mode: str | None = None
 ) -> list[Example]:
     """The examples whose questions leave room for `limit` new tokens, in every mode or in `mode`.
 
     The others are left out with `skip`; else ValueError is raised, which names them in `file` and ends with `advice`.
     """
-    longest = longest_completions(lm, [], limit)
-    in_mode = [completion for completion in longest if completion.mode == mode] or longest
-    room = lm.max_sequence_length - max(len(completion.layout.ids) for completion in in_mode)
+    room = room_for_question(lm, mode=mode) + 1 - limit
     questions = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     lengths = [len(row) for row in questions]
     too_long = [i for i, length in enumerate(lengths) if length > room]
@@ -97,17 +90,9 @@ def examples_that_fit(
 
 
 def sample_groups(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    reward: Reward,
-    *,
-    samples: int,
-    seed: Sequence[int],
-    temperature: float = 1.0,
-    mode: str | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-) -> list[Group]:
+    lm: LatentLM, examples: Sequence[Example], reward: Reward, *, samples: int, seed: Sequence[int],
+    temperature: float = 1.0, mode: str | None = None, max_new_tokens: int | None = None, batch_size: int = 64,
+) -> list[Group]:  # fmt: skip
     """Sample `samples` completions of each question, and reward them.
 
     seed: numbers such as (seed, step, rank). What is sampled depends on them alone; the global random state is kept.
@@ -126,15 +111,9 @@ def sample_groups(
             )  # fmt: skip
             for row, index in enumerate(indices):
                 completions = completions_of(lm, rows[index], out, range(row * samples, (row + 1) * samples))
-                groups[index] = _reward_group(examples[index], completions, reward)
+                rewards = [checked_reward(reward, examples[index], s.text, s.mode, s.cost) for s in completions]
+                groups[index] = Group(examples[index], tuple(completions), torch.tensor(rewards))
     return [groups[index] for index in range(len(examples))]
-
-
-def _reward_group(example: Example, completions: Sequence[Completion], reward: Reward) -> Group:
-    rewards = [
-        checked_reward(reward, example, completion.text, completion.mode, completion.cost) for completion in completions
-    ]
-    return Group(example, tuple(completions), torch.tensor(rewards))
 
 
 def checked_reward(reward: Reward, example: Example, text: str, mode: str, cost: Cost) -> float:

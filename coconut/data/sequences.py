@@ -81,7 +81,7 @@ def layout(
 
 def _steps_of_thoughts(form: Form, removed: Sequence[np.ndarray], num_thoughts: int) -> tuple[np.ndarray, ...]:
     """See `Layout.steps`. Thoughts that stand for no steps in particular are taken to stand for one each."""
-    if form.slot.source is not Source.thought:
+    if not form.slot.thinks:
         return ()
     groups = num_thoughts // (form.thoughts_per_step or 1)
     own = [removed[k : k + 1] if k + 1 < groups else removed[k:] for k in range(groups)]

@@ -12,7 +12,7 @@ from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
 from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
 from coconut.generation.thoughts import StopCriterion
-from coconut.methods import PromptFormat, Reasoning, Source
+from coconut.methods import PromptFormat, Reasoning
 from coconut.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class EvalResult:
     `interval`: the 95 % Wilson confidence interval of the accuracy. `chance_accuracy`: the expected accuracy of a
     random choice among the answers that the question names; None if a question names none.
     `chain_match`: the share of answers whose written steps equal those of the data, among the questions that have steps
-    left to write; None if there is no such question, or if thoughts replace a part of a step. `num_thoughts`: the mean number of thoughts. `passes`: the mean number of
-    forward passes, for prompt, thoughts and text tokens. `left_out`: the number of questions that are too long for
-    the model's context, or whose gold answer would be judged wrong. `modes`: for a hybrid model, the share of answers
-    in each mode.
+    left to write; None if there is no such question, or if thoughts replace a part of a step. `num_thoughts`: the mean
+    number of thoughts. `passes`: the mean number of forward passes, for prompt, thoughts and text tokens. `left_out`:
+    the number of questions that are too long for the model's context, or whose gold answer would be judged wrong.
+    `modes`: for a hybrid model, the share of answers in each mode.
     """
 
     count: int
@@ -188,7 +188,7 @@ def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
     """The number of steps that a number of thoughts replaces; None: all steps."""
     cut = reasoning.steps_cut
     c = reasoning.thoughts_per_step
-    if cut is None or reasoning.slot.source is not Source.thought or thoughts == reasoning.num_thoughts or not c:
+    if cut is None or not reasoning.slot.thinks or thoughts == reasoning.num_thoughts or not c:
         return cut
     return thoughts // c
 

@@ -12,7 +12,7 @@ from coconut.data.seen_questions import all_seen, describe_questions, seen_by
 from coconut.evaluation.config import EvaluateConfig
 from coconut.evaluation.evaluator import EvalResult, Prediction
 from coconut.generation.config import StopRule
-from coconut.methods import REASONING_FILE, Reasoning, Source
+from coconut.methods import REASONING_FILE, Reasoning
 from coconut.tasks import TASKS
 from coconut.utils.console import log
 from coconut.utils.files import sha256, write_json, write_text
@@ -44,7 +44,7 @@ def output_folder(config: EvaluateConfig, saved: bool) -> Path:
 def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
     """A phrase with the method, its stage, and the number of thoughts."""
     count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
-    slot = "" if reasoning.slot.source is Source.none else f", {count} {reasoning.slot.source.value}{'s' * (count != 1)}"
+    slot = "" if reasoning.slot.is_empty else f", {count} {reasoning.slot.noun}{'s' * (count != 1)}"
     return f"{reasoning.method}, stage {reasoning.stage}{slot}"
 
 

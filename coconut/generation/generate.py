@@ -16,7 +16,7 @@ from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
 from coconut.generation.options import PASSTHROUGH, generation_settings
 from coconut.generation.thoughts import StopCriterion, think
-from coconut.methods import Reasoning, Source
+from coconut.methods import Reasoning
 from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ def _answers(
 
     Questions are answered together if they have as many tokens in the slot and the same limit of new tokens.
     """
-    before_answer_B = len(slot_with_markers(reasoning, lm.special, 0)) + counts_B * (reasoning.slot.source is not Source.none)
+    in_slot_B = torch.zeros_like(counts_B) if reasoning.slot.is_empty else counts_B
+    before_answer_B = len(slot_with_markers(reasoning, lm.special, 0)) + in_slot_B
     lengths_B = is_question_BT.sum(1)
     before_answer_B = before_answer_B + prefix_BW.shape[1]
     free_B = lm.max_sequence_length - lengths_B - before_answer_B
@@ -277,9 +278,9 @@ def _slot_lengths(
         raise ValueError(
             f"num_thoughts is {num_thoughts}; it must be a number, or one for each of {num_questions} questions."
         )
-    if reasoning.slot.source is Source.none and counts is not None and counts.any():
+    if reasoning.slot.is_empty and counts is not None and counts.any():
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
-    if reasoning.slot.source is not Source.thought and (thoughts is not None or noise or stop is not None):
+    if not reasoning.slot.thinks and (thoughts is not None or noise or stop is not None):
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace, to make noisy or to stop.")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"thought_noise is {noise}; it must be a standard deviation, 0 or more.")
@@ -334,7 +335,7 @@ def _think_and_decode(
     slot = torch.from_numpy(slot_with_markers(reasoning, lm.special, count)).long().to(lm.device)
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), prefix_BW], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
-    if reasoning.slot.source is not Source.thought:
+    if not reasoning.slot.thinks:
         count = 0
     prefilled = T + 1 if count else prompt_BT.shape[1] - 1  # columns before the thoughts (with <bot>), or all but one
     limit = options["max_new_tokens"]

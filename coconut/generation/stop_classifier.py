@@ -25,7 +25,7 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
-from coconut.methods import Plan, Source
+from coconut.methods import Plan
 from coconut.utils.files import atomic_file
 from coconut.utils.torch_utils import seeded
 
@@ -145,7 +145,7 @@ def _thoughts_and_targets(lm: LatentLM, examples: Sequence[Example], batch_size:
 
 def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
     """Raise ValueError if a model trained by this plan cannot answer after fewer thoughts than its stage has."""
-    if lm.reasoning.slot.source is not Source.thought or not lm.reasoning.num_thoughts:
+    if not lm.reasoning.slot.thinks or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
     if not trained.trained_with_fewer_thoughts:
         raise ValueError(

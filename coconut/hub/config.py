@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coconut.config import EngineConfig, at_least
-from coconut.methods import METHODS, Curriculum, Source, plan
+from coconut.methods import METHODS, Curriculum, plan
 from coconut.utils.overrides import PathName, Place
 
 
@@ -35,6 +35,6 @@ class ExportConfig:
             raise ValueError("Name the model that the checkpoint was trained from with base=NAME (for its config).")
         at_least("", self, stage=0, thoughts_per_step=0)
         plan(self.method, Curriculum())
-        if self.released and self.stage is None and METHODS[self.method].slot.source is not Source.none:
+        if self.released and self.stage is None and not METHODS[self.method].slot.is_empty:
             raise ValueError(f"Say in which stage the checkpoint was written, stage=K: {self.method} has thoughts or "
                              "pauses according to it.")  # fmt: skip

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from coconut.data.seen_questions import describe_questions
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import around_questions
-from coconut.methods import PromptFormat, Source
+from coconut.methods import PromptFormat, Reasoning, Source
 from coconut.runs.description import DESCRIPTION, read_config, read_results
 from coconut.utils.files import read_json
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
-
-TEMPLATE = "card.md.j2"
 
 
 def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, name: str = "") -> str:
@@ -31,41 +29,34 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     )  # fmt: skip
     reasoning, special = lm.reasoning, lm.special
     kinds = {Source.thought: "continuous thoughts", Source.pause: "pauses"}
-    between = f"{reasoning.num_thoughts} {kinds[reasoning.slot.source]}" if reasoning.slot.source in kinds else "nothing"
+    kind = kinds.get(reasoning.slot.source)
+    between = f"{reasoning.num_thoughts} {kind}" if kind else "nothing"
     if reasoning.modes:
         between = f"what its mode needs, which it chooses with its first token: {', '.join(reasoning.modes)}"
     start, after = around_questions(lm.tokenizer, reasoning.format)
-    modes = {}  # by control token: the tokens that follow it, and the number of thoughts
-    for name_of_mode in reasoning.modes:
-        form = reasoning.in_mode(name_of_mode)
-        follows = (
-            [special.bot] if form.slot.source is Source.thought else slot_with_markers(form, special, form.num_thoughts).tolist()
-        )
-        modes[special.control[name_of_mode]] = follows, form.num_thoughts
-    thinks = reasoning.slot.source is Source.thought
-    slot = [special.bot] if thinks else slot_with_markers(reasoning, special, reasoning.num_thoughts).tolist()
-    return environment.get_template(TEMPLATE).render(
-        reasoning=reasoning,
-        place=name or "THIS FOLDER",
-        model_type=lm.base.config.model_type,
-        between=between,
-        correction=lm.adapter is not None,
-        thinks=thinks,
-        modes=modes,
-        start=start,
-        before_slot=[*after, *slot],
+
+    def slot(form: Reasoning) -> list[int]:  # up to the first thought
+        if form.slot.thinks:
+            return [special.bot]
+        return slot_with_markers(form, special, form.num_thoughts).tolist()
+
+    forms = {special.control[mode]: reasoning.in_mode(mode) for mode in reasoning.modes}
+    return environment.get_template("card.md.j2").render(
+        reasoning=reasoning, place=name or "THIS FOLDER", model_type=lm.base.config.model_type, between=between,
+        correction=lm.adapter is not None, thinks=reasoning.slot.thinks,
+        modes={control: (slot(form), form.num_thoughts) for control, form in forms.items()},
+        start=start, before_slot=[*after, *slot(reasoning)], special=special,
         question=repr(PromptFormat.fill(reasoning.format.question, "a question")),
-        special=special,
         run=None if run is None else _run_facts(run, step),
-    )
+    )  # fmt: skip
 
 
 def _run_facts(run: Path | str, step: int | None) -> dict[str, Any]:
     record = read_json(Path(run) / DESCRIPTION)
-    results = {name: found for name, found in read_results(run).items() if found["step"] == step}
-    for found in results.values():
-        was_checked = any((found.get("seen") or {}).values())
-        found["seen_note"] = describe_questions(found["count"], found["seen"]) if was_checked else ""
+    results = {name: result for name, result in read_results(run).items() if result["step"] == step}
+    for result in results.values():
+        was_seen = any((result.get("seen") or {}).values())
+        result["seen_note"] = describe_questions(result["count"], result["seen"]) if was_seen else ""
     files = [{**file, "name": Path(file["file"]).name} for file in record["data"].values()]
     return {**record, "step": step, "config": read_config(run), "files": files, "results": results,
             "session": record["sessions"][-1]}  # fmt: skip

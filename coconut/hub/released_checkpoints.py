@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.methods import Reasoning, Source
+from coconut.methods import Reasoning
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def from_released(
         tokens.add_tokens([AddedToken(token, special=True, normalized=False) for token in RELEASED_TOKENS],
                          special_tokens=True)  # fmt: skip
     elif rows < len(tokens) or rows == config.vocab_size:
-        if reasoning.slot.source is not Source.none:
+        if not reasoning.slot.is_empty:
             raise ValueError(
                 f"{file} has {rows} embeddings, as many as {base}: it was saved without the markers that "
                 f"{reasoning.method} needs. Name its method: cot, no_cot, icot."

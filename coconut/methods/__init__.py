@@ -23,10 +23,10 @@ from coconut.methods.table import (
     Source,
     Term,
     get_method,
-)  # fmt: skip
+)
 
 __all__ = [
     "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At", "Curriculum",
-    "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector", "PromptFormat", "Reasoning", "Slot", "Source",
-    "Stage", "Term", "Unit", "get_method", "parse_mode", "plan",
+    "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector", "PromptFormat", "Reasoning", "Slot",
+    "Source", "Stage", "Term", "Unit", "get_method", "parse_mode", "plan",
 ]  # fmt: skip

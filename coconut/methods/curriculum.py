@@ -20,7 +20,6 @@ from coconut.methods.table import (
     Method,
     Projector,
     Slot,
-    Source,
     Term,
     get_method,
 )
@@ -120,7 +119,7 @@ class Form:
             left = f"whole chain but its last {f'{self.last_steps_cut} steps' if self.last_steps_cut > 1 else 'step'}"
         else:
             left = "whole chain"
-        noun = self.slot.source.value + "s" * (self.slot_length != 1)
+        noun = self.slot.noun + "s" * (self.slot_length != 1)
         return f"{self.slot_length} {noun}, {left}" if self.slot_length else left
 
 
@@ -229,12 +228,12 @@ def plan(
         stages = [Stage(0, total, (depths[0],), tuple(_mode_form(parse_mode(mode)) for mode in curriculum.modes))]
     else:
         form = {Cut.never: depths[0], Cut.last: depths[last], Cut.all: depths[-1]}[method.cut]
-        if curriculum.num_thoughts is not None and method.cut is Cut.all and method.slot.source is not Source.none:
+        if curriculum.num_thoughts is not None and method.cut is Cut.all and not method.slot.is_empty:
             form = replace(form, slot_length=curriculum.num_thoughts)
         stages = [Stage(0, total, (form,))]
     if not method.steps_per_slot and not stages[0].form.slot_length:
         raise ValueError(f"{name} needs thoughts, but there are none. Set curriculum.num_thoughts, for example to 6.")
-    if curriculum.num_thoughts is not None and method.slot.source is not Source.none and method.cut is not Cut.all:
+    if curriculum.num_thoughts is not None and not method.slot.is_empty and method.cut is not Cut.all:
         raise ValueError(
             f"curriculum.num_thoughts={curriculum.num_thoughts} is for methods that remove the whole chain at once; "
             f"{name} has curriculum.thoughts_per_step for each step that it removes. Set that instead."
@@ -257,7 +256,7 @@ def plan(
         )
     stages[-1] = replace(stages[-1], length=total - before)
     # without a slot the depths would differ in nothing that the model sees
-    mixes = method.cut is Cut.steps and method.slot.source is not Source.none
+    mixes = method.cut is Cut.steps and not method.slot.is_empty
     return Plan(
         method=name,
         unit=curriculum.length_unit,
@@ -302,7 +301,7 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Form]:
         Form(
             slot=slot,
             markers=method.markers,
-            slot_length=0 if slot.source is Source.none else c * min(k, curriculum.max_stage),
+            slot_length=0 if slot.is_empty else c * min(k, curriculum.max_stage),
             steps_cut=cut,
             thoughts_per_step=c if method.steps_per_slot else 0,
         )
@@ -312,7 +311,7 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Form]:
 
 def _mode_form(mode: Mode) -> Form:
     """The sequence of an example that is answered in this mode."""
-    thinks = mode.slot.source is Source.thought
+    thinks = mode.slot.thinks
     return Form(mode.slot, thinks, mode.num_thoughts, mode.steps_cut, mode=mode.name)
 
 

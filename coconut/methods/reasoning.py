@@ -8,7 +8,7 @@ from typing import Any
 
 from coconut.methods.curriculum import Plan, Stage
 from coconut.methods.modes import parse_mode
-from coconut.methods.table import THOUGHTS, Slot, Source
+from coconut.methods.table import THOUGHTS, Slot
 from coconut.utils.overrides import Template
 
 
@@ -107,7 +107,7 @@ class Reasoning:
             return self
         mode = parse_mode(name)
         return replace(
-            self, slot=mode.slot, markers=mode.slot.source is Source.thought, num_thoughts=mode.num_thoughts,
+            self, slot=mode.slot, markers=mode.slot.thinks, num_thoughts=mode.num_thoughts,
             steps_cut=mode.steps_cut, modes=(),
         )  # fmt: skip
 

@@ -57,7 +57,20 @@ class Slot:
     def from_dict(cls, values: Mapping[str, Any]) -> Slot:
         return cls(Source(values["source"]), Projector(values["projector"]), int(values["width"]))
 
+    @property
+    def thinks(self) -> bool:
+        return self.source == Source.thought
+
+    @property
+    def is_empty(self) -> bool:
+        return self.source == Source.none
+
+    @property
+    def noun(self) -> str:
+        return self.source.value
+
     def describe(self) -> str:
+        """The projector in words."""
         return f"{self.projector.value} of width {self.width}" if self.width else self.projector.value
 
     def passes(self, length: int) -> int:
@@ -140,7 +153,7 @@ class Method:
     steps_per_slot: bool = True
 
     def __post_init__(self) -> None:
-        thinks = self.slot.source is Source.thought
+        thinks = self.slot.thinks
         assert self.markers or not thinks, "thoughts need <eot>: the first word is predicted from it"
 
 

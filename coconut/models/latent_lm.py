@@ -342,7 +342,8 @@ class LatentLM(nn.Module):
         return self._layers(embeds, mask, position_ids, cache, num_skipped)[-1]
 
     def _layers(
-        self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, num_skipped: int = 0, every: bool = False,
+        self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, num_skipped: int = 0,
+        every: bool = False,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The input of the first layer and the output of each, the last after the final norm; or the last alone."""
         if isinstance(mask, Tensor) and mask.dim() == 2:

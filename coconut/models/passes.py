@@ -69,7 +69,7 @@ def gather_columns(values_BSD: Tensor, columns_BK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PassesOutput:
-    """Last hidden states (B, S, D), valid where they are read; the column (B, T) of each token in them; what Reads ask."""
+    """Last hidden states (B, S, D), valid where they are read; the column of each token in them (B, T); the Reads."""
 
     hidden_BSD: Tensor
     columns_BT: Tensor

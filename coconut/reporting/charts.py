@@ -13,9 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import networkx
+import numpy as np
 
 from coconut.analysis.graph_layout import place_nodes
-from coconut.reporting.plots import LIGHT, MAX_NODES, new_figure, styled, whole_ticks
+from coconut.reporting.phrases import counted, whole_percent
+from coconut.reporting.plots import (
+    CENTRED,
+    LIGHT,
+    MAX_NODES,
+    SMALL,
+    chance_line,
+    marked,
+    new_figure,
+    styled,
+    whole_ticks,
+)
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.files import atomic_file
@@ -46,8 +58,6 @@ SHADES = ("sky", "green", "amber", "red", "plum")  # from few steps to many
 HOLLOW_BELOW = 10  # a point with fewer nodes is drawn hollow
 MAX_COLUMNS = 8  # in a drawn search tree
 NARROW = 500  # points; a narrower chart is laid out for a phone
-SMALL: dict[str, Any] = {"fontsize": "small", "color": LIGHT["muted"]}
-DASHED = (0, (4, 3))
 
 
 def save_png(figure: Figure, path: Path | str) -> None:
@@ -56,13 +66,8 @@ def save_png(figure: Figure, path: Path | str) -> None:
         figure.savefig(part, format="png", dpi=200, facecolor="white")
 
 
-def counted_thoughts(count: int) -> str:
-    """A phrase such as "no thought yet" or "2 thoughts"."""
-    return "no thought yet" if count == 0 else f"{count} thought{'s' * (count != 1)}"
-
-
 def _moment(count: int) -> str:
-    return f"After {counted_thoughts(count)}" if count else "No thought yet"
+    return f"After {counted(count, 'thought')}" if count else "No thought yet"
 
 
 # Accuracy and outcomes.
@@ -75,41 +80,35 @@ def k_forcing(study: Study, width: float, chance_accuracy: float | None = None, 
     A band marks the trained number of thoughts. `noun`: "thought" or "pause". (Hao et al., arXiv 2412.06769, Fig. 3.)
     """
     rows = sorted(study.rows, key=lambda row: row["thoughts"])
+    counts = [row["thoughts"] for row in rows]
     seen = [name for name in OUTCOMES if any(row[name] for row in rows)]
     columns = 2 if width < NARROW else 3
-    lines = -(-len(seen) // columns)
-    left, right, top, bottom, above, gap, below = 40, 14, 46, 36, 130, 46 + 14 * lines, 170
-    height = top + above + bottom + (gap + below if seen else 0)
-    figure = new_figure(width, height)
-    upper = panel(figure, left, top, width - left - right, above)
+    left, right, top, bottom, above, gap, below = 40, 14, 46, 36, 130, 46 + 14 * -(-len(seen) // columns), 170
+    wide = width - left - right
+    figure = new_figure(width, top + above + bottom + (gap + below if seen else 0))
+    upper = panel(figure, left, top, wide, above)
     panels = [upper]
     if seen:
-        lower = panel(figure, left, top + above + gap, width - left - right, below)
-        panels.append(lower)
-        _outcomes(lower, rows, seen, columns)
+        panels.append(panel(figure, left, top + above + gap, wide, below))
+        _outcomes(panels[1], rows, seen, columns)
     trained = study.facts["trained_thoughts"]
     for axes in panels:
         axes.axvspan(trained - 0.5, trained + 0.5, color=LIGHT["band"], linewidth=0, zorder=0)
-        axes.set_xlim(rows[0]["thoughts"] - 0.5, rows[-1]["thoughts"] + 0.5)
-        axes.set_xticks([row["thoughts"] for row in rows])
+        axes.set_xlim(counts[0] - 0.5, counts[-1] + 0.5)
+        axes.set_xticks(counts)
         axes.xaxis.set_tick_params(length=0)
         share_axis(axes.yaxis, 5)
     panels[-1].set_xlabel(f"{noun}s before the answer", loc="right")
 
     upper.set_title("Accuracy", loc="left", pad=24)
-    counts = [row["thoughts"] for row in rows]
-    shares = [row["accuracy"] for row in rows]
-    _chance_line(upper, chance_accuracy)
-    upper.vlines(counts, [row["low"] for row in rows], [row["high"] for row in rows],
-                 color=LIGHT["blue"], alpha=0.45, linewidth=4.5, clip_on=False)  # fmt: skip
-    upper.plot(counts, shares, color=LIGHT["blue"], linewidth=1.2, marker="o", markersize=4, clip_on=False)
-    if (width - left - right) / len(rows) > 34:
+    chance_line(upper, chance_accuracy)
+    _line_with_intervals(upper, rows, "accuracy", "blue")
+    above_point: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+    if wide / len(rows) > 34:
         for row in rows:
-            upper.annotate(f"{100 * row['accuracy']:.1f}", (row["thoughts"], row["high"]), (0, 4),
-                           textcoords="offset points", ha="center", va="bottom", fontsize="small",
-                           annotation_clip=False)  # fmt: skip
-    upper.annotate("as trained", (trained, 1), (0, 16), xycoords=("data", "axes fraction"),
-                   textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
+            upper.annotate(f"{100 * row['accuracy']:.1f}", (row["thoughts"], row["high"]), (0, 4), fontsize="small",
+                           annotation_clip=False, **above_point)  # fmt: skip
+    upper.annotate("as trained", (trained, 1), (0, 16), xycoords=("data", "axes fraction"), **above_point, **SMALL)
     return figure
 
 
@@ -131,21 +130,11 @@ def prefix_values(study: Study, width: float) -> Figure:
     panels = [("Log-probability of the right answer", of_all)]
     if by_steps:
         panels.append(("Whole answer, by the steps of the question", by_steps))
-    columns = 1 if width < NARROW else 2
-    left, right, top, bottom, gap, high = 40.0, 14.0, 46.0, 34.0, 44.0, 140.0
-    wide = (width - left - right - gap * (columns - 1)) / columns
-    lines = -(-len(panels) // columns)
-    figure = new_figure(width, lines * (top + high + bottom))
+    figure, axes_of_panels = _grid(len(panels), width, 1 if width < NARROW else 2, 140, top=46, bottom=34, margin=0)
     lowest = min(row["low"] for row in study.rows)
-    for number, (title, curves) in enumerate(panels):
-        line, column = divmod(number, columns)
-        axes = panel(figure, left + column * (wide + gap), top + line * (top + high + bottom), wide, high)
+    for axes, (title, curves) in zip(axes_of_panels, panels, strict=True):
         for label, colour, rows in curves:
-            x = [row["thoughts"] for row in rows]
-            axes.vlines(x, [row["low"] for row in rows], [row["high"] for row in rows], color=LIGHT[colour], alpha=0.45,
-                        linewidth=4.5, clip_on=False)  # fmt: skip
-            axes.plot(x, [row["value"] for row in rows], color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4,
-                      label=label, clip_on=False)  # fmt: skip
+            _line_with_intervals(axes, rows, "value", colour, label)
         axes.set_xlim(-0.3, study.facts["trained_thoughts"] + 0.3)
         axes.xaxis.set_major_locator(whole_ticks(8))
         axes.set_ylim(min(lowest * 1.05, -0.1), 0)
@@ -154,6 +143,13 @@ def prefix_values(study: Study, width: float) -> Figure:
                     handletextpad=0.4, borderaxespad=0)  # fmt: skip
         axes.set_xlabel("thoughts before the answer", loc="right")
     return figure
+
+
+def _line_with_intervals(axes: Axes, rows: list[dict[str, Any]], key: str, colour: str, label: str = "") -> None:
+    """A value for each number of thoughts, with its interval as a wide bar."""
+    x, low, high, y = ([row[name] for row in rows] for name in ("thoughts", "low", "high", key))
+    axes.vlines(x, low, high, color=LIGHT[colour], alpha=0.45, linewidth=4.5, clip_on=False)
+    axes.plot(x, y, color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4, label=label, clip_on=False)
 
 
 def _outcomes(axes: Axes, rows: list[dict[str, Any]], shown: list[str], columns: int) -> None:
@@ -196,7 +192,7 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
     Raises ValueError if the question describes no graph. `drawable` checks whether it fits.
     """
     graph = shown_graph(question)
-    root, options, target = graph.graph["root"], graph.graph["options"], prosqa.read_target(answer)
+    root, target = graph.graph["root"], prosqa.read_target(answer)
     reached = networkx.single_source_shortest_path_length(graph, root)
     after = {
         d: (d - values.facts["offset"]) * values.facts["thoughts_per_step"] for d in range(1 + max(reached.values()))
@@ -237,15 +233,12 @@ def search_tree(question: str, answer: str, values: Study, width: float) -> Figu
             axes.axvspan(margin + step * d, margin + step * (d + 1), 1 - bottom / height, 1,
                          color=LIGHT["band"], linewidth=0, zorder=0)  # fmt: skip
         for i, line in enumerate(["start"] if d == 0 else heads.get(d, [])):
-            axes.text(margin + step * (d + 0.5), 14 + 13 * i, line, ha="center", va="center_baseline",
-                      fontsize=min(8.3, step / 8.5), color=LIGHT["muted" if i else "ink"])  # fmt: skip
+            axes.text(margin + step * (d + 0.5), 14 + 13 * i, line, fontsize=min(8.3, step / 8.5),
+                      color=LIGHT["muted" if i else "ink"], **CENTRED)  # fmt: skip
     if unreached:
         axes.text(margin, bottom + 12, f"not reachable from {root}", parse_math=False, va="center_baseline", **SMALL)
 
-    path: set[tuple[str, str]] = set()
-    if target in reached:
-        path = set(networkx.utils.pairwise(networkx.shortest_path(graph, root, target)))
-    colours = dict.fromkeys(options, "red") | {target: "green", root: "blue"}
+    colours, path = marked(graph, target)
     boxes = {name: _box(axes, node, colours.get(name), size) for name, node in nodes.items()}
     for a, b in graph.edges:
         _arrow(axes, nodes[a], nodes[b], boxes, column_widths[a in reached], (a, b) in path, a in reached)
@@ -279,40 +272,31 @@ def _column_heads(values: Study, after: dict[int, int]) -> dict[int, list[str]]:
         if any(row["ahead"] for row in rows):
             ahead = sum(row["value"] for row in rows if row["ahead"])
             nodes = sum(row["value"] for row in rows)
-            heads[d] = [counted_thoughts(thoughts), f"elsewhere {percent_of(nodes - ahead)}"]
+            heads[d] = [counted(thoughts, "thought") if thoughts else "no thought yet"]
+            heads[d].append(f"elsewhere {whole_percent(nodes - ahead)}")
             if nodes < 0.995:
-                heads[d].append(f"no node {percent_of(1 - nodes)}")
+                heads[d].append(f"no node {whole_percent(1 - nodes)}")
     return heads
-
-
-def percent_of(share: float) -> str:
-    """A whole percentage. A small share is not rounded to 0, and a share near 1 not to 100."""
-    share = min(max(share, 0.0), 1.0)
-    if 0.0005 < share < 0.005:
-        return "<1 %"
-    return ">99 %" if 0.995 <= share < 0.9995 else f"{100 * share:.0f} %"
 
 
 def _box(axes: Axes, node: _Node, colour: str | None, size: float) -> Any:
     from matplotlib.patches import FancyBboxPatch
 
+    def rounded(zorder: int, **style: Any) -> Any:
+        corner, shape = (node.x - node.wide / 2, node.y - node.high / 2), "round,pad=0,rounding_size=9"
+        return axes.add_patch(FancyBboxPatch(corner, node.wide, node.high, shape, zorder=zorder, **style))
+
     is_root = colour == "blue"
-    corner, shape = (node.x - node.wide / 2, node.y - node.high / 2), "round,pad=0,rounding_size=9"
-    ground = FancyBboxPatch(corner, node.wide, node.high, shape, linewidth=0, zorder=2,
-                            facecolor=LIGHT["blue" if is_root else "node"])  # fmt: skip
-    axes.add_patch(ground)
+    ground = rounded(2, linewidth=0, facecolor=LIGHT["blue" if is_root else "node"])
     if node.share:
-        axes.add_patch(FancyBboxPatch(corner, node.wide, node.high, shape, linewidth=0, zorder=3,
-                                      facecolor=LIGHT["amber"], alpha=min(node.share, 1.0)))  # fmt: skip
+        rounded(3, linewidth=0, facecolor=LIGHT["amber"], alpha=min(node.share, 1.0))
     if colour and not is_root:
-        axes.add_patch(FancyBboxPatch(corner, node.wide, node.high, shape, fill=False, zorder=4,
-                                      edgecolor=LIGHT[colour], linewidth=2.2))  # fmt: skip
-    middle = node.y if node.share is None else node.y - 6
-    axes.text(node.x, middle, node.name, ha="center", va="center_baseline", parse_math=False, zorder=5, fontsize=size,
-              color=LIGHT["light" if is_root else "ink"], fontweight="bold" if colour else "normal")  # fmt: skip
+        rounded(4, linewidth=2.2, edgecolor=LIGHT[colour], fill=False)
+    axes.text(node.x, node.y if node.share is None else node.y - 6, node.name, parse_math=False, zorder=5,
+              fontsize=size, color=LIGHT["light" if is_root else "ink"], fontweight="bold" if colour else "normal",
+              **CENTRED)  # fmt: skip
     if node.share is not None:
-        axes.text(node.x, node.y + 7, percent_of(node.share), ha="center", va="center_baseline", zorder=5,
-                  fontsize=0.85 * size)  # fmt: skip
+        axes.text(node.x, node.y + 7, whole_percent(node.share), zorder=5, fontsize=0.85 * size, **CENTRED)
     return ground
 
 
@@ -385,15 +369,13 @@ def heights(study: Study, width: float, kind: str = "shortest") -> Figure:
             rows = sorted((row for row in chosen if row["after"] == after and row["leads"] is leads),
                           key=lambda row: row["height"])  # fmt: skip
             x, y = [row["height"] for row in rows], [row["mean"] for row in rows]
-            axes.plot(
-                x, y, color=LIGHT[colour], linewidth=1.6, marker=marker, markersize=4.5, label=label, clip_on=False
-            )
-            axes.vlines(x, [max(0.0, row["mean"] - (row["se"] or 0)) for row in rows],
-                        [min(1.0, row["mean"] + (row["se"] or 0)) for row in rows], color=LIGHT[colour],
-                        linewidth=1.2, clip_on=False)  # fmt: skip
-            few = [row for row in rows if row["count"] < HOLLOW_BELOW]
-            axes.plot([row["height"] for row in few], [row["mean"] for row in few], marker, markersize=2.6,
-                      color=LIGHT["paper"], zorder=4, clip_on=False)  # fmt: skip
+            axes.plot(x, y, color=LIGHT[colour], linewidth=1.6, marker=marker, markersize=4.5, label=label,
+                      clip_on=False)  # fmt: skip
+            low, high = ([row["mean"] + sign * (row["se"] or 0) for row in rows] for sign in (-1, 1))
+            axes.vlines(x, np.maximum(low, 0), np.minimum(high, 1), color=LIGHT[colour], linewidth=1.2, clip_on=False)
+            few = [(row["height"], row["mean"]) for row in rows if row["count"] < HOLLOW_BELOW]
+            axes.plot([h for h, _ in few], [mean for _, mean in few], marker, markersize=2.6, color=LIGHT["paper"],
+                      zorder=4, clip_on=False)  # fmt: skip
         axes.set_xlim(-0.3, highest + 0.3)
         axes.xaxis.set_major_locator(whole_ticks(6))
         share_axis(axes.yaxis, 5)
@@ -501,7 +483,7 @@ def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
             axes.vlines([dots.trained] * len(begin), begin, end, color=LIGHT["blue"], linewidth=1, zorder=1)
         if dots.chance_accuracy is not None:
             axes.vlines([dots.chance_accuracy] * len(begin), begin, end, color=LIGHT["muted"], linewidth=1,
-                        linestyle=DASHED, zorder=1)  # fmt: skip
+                        linestyle=(0, (4, 3)), zorder=1)  # fmt: skip
             axes.annotate("chance", (dots.chance_accuracy, 1), (0, 3), xycoords=("data", "axes fraction"),
                           textcoords="offset points", ha="center", va="bottom", **SMALL)  # fmt: skip
         share_axis(axes.xaxis, 3 if narrow else 5)
@@ -536,20 +518,16 @@ def panel(figure: Figure, left: float, top: float, wide: float, high: float) -> 
 
 
 def _grid(
-    count: int, width: float, columns: int, high: float, left: float = 40, gap: float = 44, legend: float = 0
-) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of `columns`. `legend`: the height in points to keep free above all panels."""
-    right, top, bottom = 14.0, 24.0, 30.0
-    lines = -(-count // columns)
-    wide = (width - left - right - gap * (columns - 1)) / columns
-    figure = new_figure(width, legend + lines * (top + high + bottom) + 8)
-    panels = []
-    for i in range(count):
-        line, column = divmod(i, columns)
-        panels.append(
-            panel(figure, left + column * (wide + gap), legend + top + line * (top + high + bottom), wide, high)
-        )
-    return figure, panels
+    count: int, width: float, columns: int, high: float, left: float = 40, gap: float = 44, legend: float = 0,
+    top: float = 24, bottom: float = 30, margin: float = 8,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """Panels in rows of `columns`. `legend` and `margin`: the heights in points to keep free above and below all."""
+    wide, pitch = (width - left - 14 - gap * (columns - 1)) / columns, top + high + bottom
+    figure = new_figure(width, legend + -(-count // columns) * pitch + margin)
+    places = (divmod(i, columns) for i in range(count))
+    return figure, [
+        panel(figure, left + column * (wide + gap), legend + top + line * pitch, wide, high) for line, column in places
+    ]
 
 
 def _legend(figure: Figure, axes: Axes, handle: float) -> None:
@@ -570,11 +548,3 @@ def share_axis(axis: Any, count: int) -> None:
     shares = [i / (count - 1) for i in range(count)]
     axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})
     axis.set_ticks(shares, [f"{100 * share:.0f} %" for share in shares])
-
-
-def _chance_line(axes: Axes, chance_accuracy: float | None) -> None:
-    if chance_accuracy is not None:
-        axes.axhline(chance_accuracy, color=LIGHT["muted"], linewidth=1, linestyle=DASHED)
-        axes.annotate(f"chance, {100 * chance_accuracy:.1f} %", (1, chance_accuracy), (-4, -4),
-                      xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
-                      **SMALL)  # fmt: skip

@@ -42,14 +42,10 @@ class DemoServer(ThreadingHTTPServer):
             super().__init__((host, port), DemoHandler)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ValueError(
-                    f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any free "
-                    "one."
-                ) from None
-            raise ValueError(
-                f"The page cannot be served at host={host} port={port} ({error.strerror}). Use host=127.0.0.1 and a "
-                "port above 1023."
-            ) from None
+                reason = f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any"
+                raise ValueError(f"{reason} free one.") from None
+            reason = f"The page cannot be served at host={host} port={port} ({error.strerror})."
+            raise ValueError(f"{reason} Use host=127.0.0.1 and a port above 1023.") from None
 
     @property
     def address(self) -> str:
@@ -69,7 +65,7 @@ class DemoHandler(BaseHTTPRequestHandler):
     server_version, sys_version = "coconut", ""
 
     def do_GET(self) -> None:
-        self._answer({"/": self._page, "/about": self._about})
+        self._answer({"/": lambda: self.server.page, "/about": lambda: self.server.model.about})
 
     def do_POST(self) -> None:
         self._answer({"/ask": self._ask})
@@ -77,43 +73,39 @@ class DemoHandler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
-    def _page(self) -> tuple[str, str]:
-        return "text/html; charset=utf-8", self.server.page
-
-    def _about(self) -> tuple[str, str]:
-        return "application/json", json.dumps(self.server.model.about)
-
-    def _ask(self) -> tuple[str, str]:
+    def _ask(self) -> dict[str, Any]:
         question_or_row, model = self._body(), self.server.model
         try:
-            answers = model.ask(question_or_row) if isinstance(question_or_row, str) else model.ask_row(question_or_row)
+            return model.ask(question_or_row) if isinstance(question_or_row, str) else model.ask_row(question_or_row)
         except ValueError as error:
             raise RefusedRequest(HTTPStatus.BAD_REQUEST, str(error)) from None
-        return "application/json", json.dumps(answers)
 
-    def _answer(self, paths: Mapping[str, Callable[[], tuple[str, str]]]) -> None:
+    def _answer(self, paths: Mapping[str, Callable[[], str | dict[str, Any]]]) -> None:
+        """Send what the function of the path gives: HTML, or an object as JSON."""
         status = HTTPStatus.OK
         try:
             self._check_host()
             path = self.path.partition("?")[0]
             if path not in paths:
                 raise RefusedRequest(HTTPStatus.NOT_FOUND, f"There is nothing at {path}.")
-            kind, text = paths[path]()
+            content = paths[path]()
         except RefusedRequest as refused:
-            status, kind, text = refused.status, "application/json", json.dumps({"error": str(refused)})
+            status, content = refused.status, {"error": str(refused)}
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
             traceback.print_exc()
-            status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-            text = json.dumps({"error": "An error occurred. The terminal that serves this page shows it."})
-        self._send(status, kind, text.encode())
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            content = {"error": "An error occurred. The terminal that serves this page shows it."}
+        self._send(status, content)
         if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             self._discard()
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+    def _send(self, status: HTTPStatus, content: str | dict[str, Any]) -> None:
+        is_page = isinstance(content, str)
+        body = (content if is_page else json.dumps(content)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if is_page else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
@@ -150,9 +142,8 @@ class DemoHandler(BaseHTTPRequestHandler):
 
     def _body(self) -> str | int:
         """Read the body of a request: the text of a question, or the index of a row."""
-        if (
-            self.headers.get_content_type() != "application/json"
-        ):  # pages of other sites cannot send this type without CORS permission
+        # Pages of other sites cannot send this type without CORS permission.
+        if self.headers.get_content_type() != "application/json":
             raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send JSON, with Content-Type: application/json.")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 18:

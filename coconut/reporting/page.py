@@ -5,13 +5,19 @@ Each kind of part is a dataclass here and a macro of the same name in report.htm
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from coconut.reporting.plots import DARK, LIGHT
+from coconut.reporting.phrases import percent, typeset, utc
+from coconut.reporting.plots import DARK, LIGHT, as_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+WIDE, NARROW = 720, 350  # points
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,6 @@ class Legend:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """A text that is shown on a click on its title."""
-
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Heading:
     """The heading of a part of a section."""
 
@@ -134,7 +132,7 @@ class Aside:
     parts: list[Part]
 
 
-Part = Text | Code | Score | Figure | Table | Facts | Answers | Legend | Folded | Heading | Lead | Ranked | Aside
+Part = Text | Code | Score | Figure | Table | Facts | Answers | Legend | Heading | Lead | Ranked | Aside
 
 
 @dataclass(frozen=True)
@@ -146,13 +144,10 @@ class Section:
     parts: list[Part]
 
 
-def typeset(text: str) -> str:
-    """Use minus signs in front of numbers, and no-break spaces in front of percent signs."""
-    return re.sub(r"(?<![\w.\-])-(?=\d)", "−", text).replace(" %", "\N{NO-BREAK SPACE}%")
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def figure_of(draw: Callable[[float], Drawing], name: str, alt: str, caption: str) -> Figure:
+    """Draw a chart for wide pages and for narrow ones. `draw`: a function of the width in points."""
+    wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
+    return Figure(wide, narrow, alt, caption)
 
 
 def page(
@@ -161,25 +156,13 @@ def page(
     """Render the page as HTML that loads no other file. `kicker`: the kind of page. `subject`: what it is about."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = percent
-    environment.filters["typeset"] = typeset
-    environment.filters["kind"] = lambda part: type(part).__name__
+    environment.filters |= {"percent": percent, "typeset": typeset, "kind": lambda part: type(part).__name__}
     text = environment.get_template("report.html.j2").render(
-        name=name,
-        kicker=kicker,
-        subject=subject,
-        summary=summary,
-        folder=str(folder.resolve()),
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        sections=sections,
-        light=LIGHT,
-        dark=DARK,
-    )
+        name=name, kicker=kicker, subject=subject, summary=summary, folder=str(folder.resolve()), sections=sections,
+        date=utc(datetime.now(UTC).isoformat()), light=LIGHT, dark=DARK,
+    )  # fmt: skip
     return text.strip() + "\n"

@@ -62,18 +62,18 @@ STYLE: dict[Any, dict[str, Any]] = {
     "svg": {"fonttype": "none", "hashsalt": "coconut"},
     "font": {"size": 10},
     "text": {"color": LIGHT["ink"]},
-    "axes": {
-        "edgecolor": LIGHT["line"],
-        "labelcolor": LIGHT["muted"],
-        "titlesize": 11,
-        "titleweight": "bold",
-    },
+    "axes": {"edgecolor": LIGHT["line"], "labelcolor": LIGHT["muted"], "titlesize": 11, "titleweight": "bold"},
     "axes.spines": {"top": False, "right": False, "left": False},
     "grid": {"color": LIGHT["line"], "linewidth": 0.6},
     "xtick": {"color": LIGHT["line"], "labelcolor": LIGHT["muted"]},
     "ytick": {"color": LIGHT["line"], "labelcolor": LIGHT["muted"], "major.size": 0},
     "legend": {"frameon": False, "fontsize": "small", "borderpad": 0},
 }
+SMALL: dict[str, Any] = {"fontsize": "small", "color": LIGHT["muted"]}  # words
+DASHED: dict[str, Any] = {"color": LIGHT["muted"], "linewidth": 1, "linestyle": (0, (4, 3))}  # a line
+GRAPH_LEGEND = [("blue", "root, where the question starts"), ("green", "right answer and a shortest path to it"),
+                ("red", "wrong option")]  # fmt: skip
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline"}  # words
 MAX_DOTS = 60  # on a line; a line with more points is drawn without dots
 MAX_NODES = 24  # in a drawn graph
 
@@ -100,59 +100,56 @@ class Band:
     end: int
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Metrics of a run over its updates, as (update, value). Accuracies are shares."""
-
-    bands: Sequence[Band]
-    accuracy: Sequence[Point]
-    train_loss: Sequence[Point]
-    valid_loss: Sequence[Point]
-    chance_accuracy: float | None = None
-    best: Point | None = None  # the best checkpoint: its update and accuracy
-
-
 @styled()
-def learning_curves(curves: Curves, width: float, name: str) -> str:
-    """Draw accuracy, and losses below it, with the stages as bands. `width` in points. Gives SVG."""
+def learning_curves(
+    width: float, bands: Sequence[Band], accuracy: Sequence[Point], train_loss: Sequence[Point],
+    valid_loss: Sequence[Point], chance_accuracy: float | None = None, best: Point | None = None,
+) -> Figure:  # fmt: skip
+    """Accuracy, and losses below it, as (update, value), with the stages as bands. Accuracies are shares.
+
+    `best`: the update and the accuracy of the best checkpoint.
+    """
     height, left, right = 350, 40, 14
     figure = new_figure(width, height)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.subplots_adjust(left / width, 36 / height, 1 - right / width, 1 - 54 / height, hspace=0.3)
-    last = max([band.end for band in curves.bands], default=1)
+    last = max([band.end for band in bands], default=1)
     for axes in (upper, lower):
-        for number, band in enumerate(curves.bands):
+        for number, band in enumerate(bands):
             if number % 2 == 0:
                 axes.axvspan(band.begin, band.end, color=LIGHT["band"], linewidth=0)
         axes.set_xlim(0, last)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-    _name_bands(upper, curves.bands, (width - left - right) / last)
+    _name_bands(upper, bands, (width - left - right) / last)
 
-    if curves.chance_accuracy is not None:
-        upper.axhline(curves.chance_accuracy, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        text = f"chance, {100 * curves.chance_accuracy:.1f} %"
-        upper.annotate(text, (1, curves.chance_accuracy), (-4, -4), xycoords=("axes fraction", "data"),
-                       textcoords="offset points", ha="right", va="top", fontsize="small",
-                       color=LIGHT["muted"])  # fmt: skip
-    dots = len(curves.accuracy) <= MAX_DOTS
-    draw_line(upper, curves.accuracy, "blue", 1.8, "accuracy", dots)
-    if curves.best:
-        upper.plot(*curves.best, "o", markersize=9, fillstyle="none", color=LIGHT["blue"], clip_on=False)
+    chance_line(upper, chance_accuracy)
+    dots = len(accuracy) <= MAX_DOTS
+    draw_line(upper, accuracy, "blue", 1.8, "accuracy", dots)
+    if best:
+        upper.plot(*best, "o", markersize=9, fillstyle="none", color=LIGHT["blue"], clip_on=False)
     upper.set_ylim(0, 1)
     upper.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     upper.set_title("Accuracy on validation data", loc="left", pad=32)
 
-    draw_line(lower, curves.train_loss, "muted", 1.2, "training", dots=False)
-    draw_line(lower, curves.valid_loss, "red", 1.8, "validation", dots)
-    if curves.train_loss or curves.valid_loss:
+    draw_line(lower, train_loss, "muted", 1.2, "training", dots=False)
+    draw_line(lower, valid_loss, "red", 1.8, "validation", dots)
+    if train_loss or valid_loss:
         lower.legend(loc="upper right", ncols=2)
         lower.set_ylim(0, None)
     lower.set_title("Loss", loc="left")
     lower.set_xlabel("updates", loc="right")
     lower.xaxis.set_major_locator(whole_ticks(5 if width < 400 else 8))
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    return as_svg(figure, name)
+    return figure
+
+
+def chance_line(axes: Axes, chance_accuracy: float | None) -> None:
+    """A dashed line at the chance accuracy, with its name; nothing if there is none."""
+    if chance_accuracy is not None:
+        axes.axhline(chance_accuracy, **DASHED)
+        axes.annotate(f"chance, {100 * chance_accuracy:.1f} %", (1, chance_accuracy), (-4, -4), ha="right", va="top",
+                      xycoords=("axes fraction", "data"), textcoords="offset points", **SMALL)  # fmt: skip
 
 
 def _name_bands(axes: Axes, bands: Sequence[Band], points_per_update: float) -> None:
@@ -166,8 +163,7 @@ def _name_bands(axes: Axes, bands: Sequence[Band], points_per_update: float) -> 
 
     names = next((names for names in choices if all(map(fits, names, widths))), numbers)
     places = [(band.begin + band.end) / 2 for band in bands]
-    style: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": "small",
-                             "color": LIGHT["muted"], "linespacing": 1.25}  # fmt: skip
+    style = SMALL | {"textcoords": "offset points", "va": "bottom", "linespacing": 1.25}
     for name, place, width in zip(names, places, widths, strict=True):
         if fits(name, width):
             axes.annotate(name, (place, 1), (0, 5), xycoords=("data", "axes fraction"), ha="center", **style)
@@ -187,22 +183,17 @@ def draw_line(axes: Axes, points: Sequence[Point], colour: str, width: float, la
 def graph_picture(question: str, answer: str, name: str) -> str | None:
     """The graph of a symbolic ProsQA question as SVG, from left to right by distance from the root.
 
-    Root, target, distractor and a shortest path to the target are coloured. Nodes that the root does not reach are
-    placed below. None if the text is not a symbolic ProsQA question, or its graph is too large to draw.
+    Nodes that the root does not reach are placed below. None if the text is not a symbolic ProsQA question, or its
+    graph is too large to draw.
     """
     try:
         parsed = prosqa.parse_question(question)
     except ValueError:
         return None
-    target = prosqa.read_target(answer)
-    graph = prosqa.graph(question)
+    target, graph = prosqa.read_target(answer), prosqa.graph(question)
     if not parsed.symbolic or target not in parsed.options or len(graph) > MAX_NODES:
         return None
-    colours = dict.fromkeys(parsed.options, "red") | {target: "green", parsed.root: "blue"}
-    path: set[tuple[str, str]] = set()
-    if networkx.has_path(graph, parsed.root, target):
-        path = set(networkx.utils.pairwise(networkx.shortest_path(graph, parsed.root, target)))
-
+    colours, path = marked(graph, target)
     places = place_nodes(graph, parsed.root)
     columns = 1 + max(x for x, _ in places.values())
     rows = 1 + max(-y for _, y in places.values())
@@ -222,10 +213,21 @@ def graph_picture(question: str, answer: str, name: str) -> str | None:
     for node, (x, y) in places.items():
         fill = colours.get(node, "node")
         axes.plot([x], [y], "o", markersize=21, color=LIGHT[fill], markeredgewidth=0, zorder=2)
-        axes.text(x, y, node, ha="center", va="center_baseline", parse_math=False, zorder=3,
-                  color=LIGHT["light" if node in colours else "ink"],
-                  fontweight="bold" if node in colours else "normal")  # fmt: skip
+        axes.text(x, y, node, parse_math=False, zorder=3, color=LIGHT["light" if node in colours else "ink"],
+                  fontweight="bold" if node in colours else "normal", **CENTRED)  # fmt: skip
     return as_svg(figure, name)
+
+
+def marked(graph: networkx.DiGraph, target: str | None) -> tuple[dict[str | None, str], set[tuple[str, str]]]:
+    """The colours of the nodes that a question names, and the edges of a shortest path to the target, if there is one.
+
+    GRAPH_LEGEND explains the colours.
+    """
+    root, path = graph.graph["root"], []
+    if target in graph and networkx.has_path(graph, root, target):
+        path = networkx.shortest_path(graph, root, target)
+    colours = dict.fromkeys(graph.graph["options"], "red") | {target: "green", root: "blue"}
+    return colours, set(networkx.utils.pairwise(path))
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -8,29 +8,29 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
-from coconut.methods import PromptFormat, Source, Stage, get_method
+from coconut.methods import PromptFormat, Stage, get_method
 from coconut.reporting.page import (
     Answer,
     Answers,
+    Aside,
     Code,
     Facts,
-    Figure,
-    Folded,
     Legend,
     Part,
     Score,
     Section,
     Table,
     Text,
+    figure_of,
     page,
-    percent,
 )
-from coconut.reporting.plots import Band, Curves, graph_picture, learning_curves
+from coconut.reporting.phrases import counted, percent, utc
+from coconut.reporting.plots import GRAPH_LEGEND, Band, graph_picture, learning_curves
 from coconut.runs.description import CONFIG
 from coconut.runs.record import DASH, RunRecord, _in_stage
 from coconut.utils.console import duration
@@ -51,21 +51,18 @@ def headline(run: RunRecord) -> Section:
     if run.test:
         evaluation = run.evaluations[run.test]
         thoughts = _thoughts(run, evaluation)
-        thoughts_and = f"{thoughts} and " if thoughts else ""
         what = f"on {describe_questions(evaluation['count'], evaluation.get('seen'))}"
         text = (
             f"{evaluation['correct']:,} of {evaluation['count']:,} right in {Path(evaluation['file']).name}, "
             f"each asked once, with the checkpoint of update {evaluation['step']:,}"
             f"{_checkpoint_note(run, evaluation)}. "
-            f"An answer takes {thoughts_and}{evaluation['mean_new_tokens']:.1f} text tokens; "
+            f"An answer takes {thoughts and f'{thoughts} and '}{evaluation['mean_new_tokens']:.1f} text tokens; "
             f"{percent(evaluation['truncated'])} of the answers were truncated."
         )
         if evaluation["left_out"]:
             text += f" {evaluation['left_out']:,} questions were left out: too long for the model's context."
-        parts += [
-            Score(evaluation["accuracy"], what, evaluation["interval"], evaluation["chance_accuracy"]),
-            Text(text),
-        ]
+        score = Score(evaluation["accuracy"], what, evaluation["interval"], evaluation["chance_accuracy"])
+        parts += [score, Text(text)]
     else:
         parts += _how_to_test(run)
     other_rows = [_other_evaluation(run, name) for name in run.evaluations if name != run.test]
@@ -117,16 +114,17 @@ def _other_evaluation(run: RunRecord, name: str) -> list[str]:
 def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
     """A phrase with the mean number of thoughts or pause tokens of an answer; empty if the method has none."""
     last = run.stages[-1].form
-    if last.slot.source is Source.none:
+    if last.slot.is_empty:
         return ""
-    return counted(evaluation["num_thoughts"] if last.slot.source is Source.thought else last.slot_length, last.slot.source.value)
+    return counted(evaluation["num_thoughts"] if last.slot.thinks else last.slot_length, last.slot.noun)
 
 
 def learning(run: RunRecord) -> Section:
     """Accuracy and losses over updates, as curves and for each stage."""
     bin_size = max(1, -(-run.description["updates"] // BINS))
     binned = {stage.index: smoothed(_in_stage(run.train, stage), bin_size) for stage in run.stages}
-    curves = Curves(
+    draw = partial(
+        learning_curves,
         bands=_bands(run),
         accuracy=[(row["step"], row["accuracy"]) for row in run.valid],
         train_loss=[point for points in binned.values() for point in points],
@@ -141,25 +139,20 @@ def learning(run: RunRecord) -> Section:
     )
     if run.best:
         caption += f" The ring marks the best checkpoint, update {run.best['step']:,}."
-    figure = Figure(
-        learning_curves(curves, 720, "wide"),
-        learning_curves(curves, 350, "narrow"),
-        "Accuracy on validation data and losses over updates; the stages' numbers are in the table below.",
-        caption,
-    )
+    alt = "Accuracy on validation data and losses over updates; the stages' numbers are in the table below."
     rows = [_stage_row(run, stage, binned[stage.index]) for stage in run.stages]
     columns = ["stage", "layout of an example", "updates", "best accuracy", "last accuracy", "training loss",
                "validation loss", "training time"]  # fmt: skip
     note = "Accuracies are on validation data. Losses are the last of the stage. Times include updates only."
+    figure = figure_of(draw, "learning", alt, caption)
     return Section("learning", "How it learned", [figure, Table(columns, rows, 6), Text(note)])
 
 
 def _bands(run: RunRecord) -> list[Band]:
     bands, begin = [], 0
     for stage in run.stages:
-        detail = "" if stage.form.slot.source is Source.none else counted(stage.form.slot_length, stage.form.slot.source.value)
-        bands.append(Band(f"stage {stage.index}", detail, begin, begin + run.updates(stage)))
-        begin += run.updates(stage)
+        detail = "" if stage.form.slot.is_empty else counted(stage.form.slot_length, stage.form.slot.noun)
+        bands.append(Band(f"stage {stage.index}", detail, begin, begin := begin + run.updates(stage)))
     return bands
 
 
@@ -180,22 +173,19 @@ def _stage_row(run: RunRecord, stage: Stage, binned: list[tuple[float, float]]) 
 
 def smoothed(rows: Sequence[dict[str, Any]], bin_size: int) -> list[tuple[float, float]]:
     """The mean loss per target over each `bin_size` updates, as (middle update, loss)."""
-    parts = [rows[i : i + bin_size] for i in range(0, len(rows), bin_size)]
-    return [
-        (
-            (part[0]["step"] + part[-1]["step"]) / 2,
-            sum(row["loss"] * row["targets"] for row in part) / max(sum(row["targets"] for row in part), 1),
-        )
-        for part in parts
-    ]
+    points = []
+    for part in (rows[i : i + bin_size] for i in range(0, len(rows), bin_size)):
+        loss, targets = sum(row["loss"] * row["targets"] for row in part), sum(row["targets"] for row in part)
+        points.append(((part[0]["step"] + part[-1]["step"]) / 2, loss / max(targets, 1)))
+    return points
 
 
 def answers(run: RunRecord) -> Section:
     """Sample answers, right and wrong."""
-    if not run.answers:
-        none = Text("None yet. The first ones are written in the first validation.")
-        return Section("answers", "Sample answers", [none])
+    title = "Sample answers"
     parts: list[Part] = [Text(run.answers_of)]
+    if not run.answers:
+        return Section("answers", title, [Text("None yet. The first ones are written in the first validation.")])
     drawn = False
     for correct, limit, name in [(True, SHOWN_RIGHT, "right"), (False, SHOWN_WRONG, "wrong")]:
         rows = [row for row in run.answers if row["correct"] is correct]
@@ -207,17 +197,12 @@ def answers(run: RunRecord) -> Section:
         else:
             parts.append(Text(f"None of them is {name}."))
     if drawn:
-        colours = [
-            ("blue", "root, where the question starts"),
-            ("green", "right answer and a shortest path to it"),
-            ("red", "wrong option"),
-        ]
-        parts.insert(1, Legend(colours))
-    return Section("answers", "Sample answers", parts)
+        parts.insert(1, Legend(GRAPH_LEGEND))
+    return Section("answers", title, parts)
 
 
 def _answer(run: RunRecord, row: dict[str, Any], picture: str | None) -> Answer:
-    draws = picture and run.config["data"]["task"] == "prosqa"
+    draws = run.config["data"]["task"] == "prosqa"
     bare = PromptFormat.fill(run.config["data"]["format"]["answer"], row["predicted"] or "")
     return Answer(
         question=row["question"].strip(),
@@ -265,29 +250,26 @@ def what_was_trained(run: RunRecord, facts: list[tuple[str, str]], unit: str) ->
         ("precision", config["engine"]["precision"]),
         ("machine", f"{machine['gpu'] or 'CPU'}, {machine['cpus']} cores, {machine['threads']} threads"),
         ("system", machine["system"]),
-        ("versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)),
-        ("code", describe_revision(last["git"])),
-        ("began", _date(first["started"])),
+        ("versions", describe_versions(last)),
+        ("code", describe_revision(last)),
+        ("began", utc(first["started"])),
         ("total time", f"{duration(sum(row['seconds'] for row in run.train))} of {unit}"),
     ]
     if resumed_sessions:
-        resumed = ", ".join(f"after {row['from_step']:,} {unit} ({_date(row['started'])})" for row in resumed_sessions)
+        resumed = ", ".join(f"after {row['from_step']:,} {unit} ({utc(row['started'])})" for row in resumed_sessions)
         facts.append(("resumed", resumed))
-    data = [[split, row["file"], f"{row['used']:,}", row["sha256"][:12]] for split, row in description["data"].items()]
-    if run.test:
-        evaluation = run.evaluations[run.test]
-        data.append(["test", evaluation["file"], f"{evaluation['count']:,}", evaluation["sha256"][:12]])
-    return Section(
-        "provenance",
-        "What exactly was trained",
-        [
-            Facts(facts),
-            Table(["data", "file", "questions", "SHA-256 begins"], data, 2),
-            Text("The command:"),
-            Code(command(first["command"])),
-            Folded(f"Everything in {CONFIG}", json.dumps(config, indent=2, ensure_ascii=False)),
-        ],
-    )
+    data = data_table(description["data"].items(), run.evaluations[run.test] if run.test else None)
+    everything = Aside(f"Everything in {CONFIG}", [Code(json.dumps(config, indent=2, ensure_ascii=False))])
+    parts = [Facts(facts), data, Text("The command:"), Code(command(first["command"])), everything]
+    return Section("provenance", "What exactly was trained", parts)
+
+
+def data_table(trained: Iterable[tuple[str, dict[str, Any]]], test: dict[str, Any] | None) -> Table:
+    """The files of training, by split, and that of the test result."""
+    rows = [(split, row, row["used"]) for split, row in trained]
+    rows += [("test", test, test["count"])] if test else []
+    cells = [[split, row["file"], f"{used:,}", row["sha256"][:12]] for split, row, used in rows]
+    return Table(["data", "file", "questions", "SHA-256 begins"], cells, 2)
 
 
 def command(argv: str) -> str:
@@ -306,12 +288,8 @@ def _model(description: dict[str, Any], model: dict[str, Any]) -> str:
         return f"{description['model_type']}, weights and tokenizer of {description['init']}"
     if model["base"]:
         return f"{model['base']}, pretrained"
-    return _new_model(model["architecture"]) + ", randomly initialized"
-
-
-def _new_model(architecture: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{key} {value}" for key, value in architecture.items() if key != "model_type")
-    return f"a new {architecture['model_type']}: {sizes}"
+    sizes = ", ".join(f"{key} {value}" for key, value in model["architecture"].items() if key != "model_type")
+    return f"a new {model['architecture']['model_type']}: {sizes}, randomly initialized"
 
 
 def settings_of_adamw(optimizer: dict[str, Any]) -> str:
@@ -322,24 +300,18 @@ def settings_of_adamw(optimizer: dict[str, Any]) -> str:
     return f"AdamW, {betas}, weight decay {optimizer['weight_decay']:g}, {clip}{reset_phrase}"
 
 
-def describe_revision(git: dict[str, Any] | None) -> str:
-    """A phrase with the git revision of a session's code."""
-    if not git:
+def describe_versions(session: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in session["versions"].items() if number)
+
+
+def describe_revision(session: dict[str, Any]) -> str:
+    if not (git := session["git"]):
         return "git revision unknown"
     return f"git {git['revision'][:12]}" + (", with uncommitted changes" if git["changed"] else "")
-
-
-def _date(text: str) -> str:
-    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def counted(count: float, noun: str) -> str:
-    """A phrase such as "1 thought" or "2.5 thoughts"."""
-    return f"{count:.3g} {noun}{'s' * (count != 1)}"
 
 
 def report(run: RunRecord, sections: Iterable[Callable[[RunRecord], Section | None]]) -> str:
     """Render the page with these sections, in this order. A section that is None is left out."""
     method = run.config["method"]
-    made = [made for section in sections if (made := section(run))]
-    return page(run.description["name"], method, get_method(method).summary, run.folder, made)
+    shown = [shown for section in sections if (shown := section(run))]
+    return page(run.description["name"], method, get_method(method).summary, run.folder, shown)

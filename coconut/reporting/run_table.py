@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut.analysis.comparable_runs import ComparableRun
 from coconut.analysis.config import TableConfig
-from coconut.analysis.statistics import (
-    RESAMPLES,
+from coconut.analysis.run_comparison import (
     Comparison,
     Group,
     Pair,
@@ -26,28 +26,19 @@ from coconut.analysis.statistics import (
     ranked,
     same_in_all,
 )
+from coconut.analysis.statistics import RESAMPLES
 from coconut.methods import get_method
-from coconut.reporting.page import (
-    Aside,
-    Code,
-    Facts,
-    Figure,
-    Folded,
-    Lead,
-    Part,
-    Score,
-    Section,
-    Table,
-    Text,
-    page,
-    percent,
-)
-from coconut.reporting.plots import LIGHT, as_svg, new_figure, styled
-from coconut.reporting.run_page import command, counted, describe_revision
+from coconut.reporting.page import Aside, Code, Facts, Lead, Score, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import between, counted, percent
+from coconut.reporting.plots import DASHED, LIGHT, new_figure, styled
+from coconut.reporting.run_page import command, data_table, describe_revision, describe_versions
 from coconut.runs.record import DASH
 from coconut.runs.study import Study
 from coconut.utils.console import log
 from coconut.utils.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 SCREEN = 100  # columns of the terminal
 FEW_PAIRS = 6  # with more pairs the page shows a matrix first, and the screen none
@@ -63,7 +54,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["method"],
         row["seeds"],
         percent(row["accuracy"]),
-        f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+        between(row["low"], row["high"]),
         DASH if row["sd"] is None else f"{100 * row['sd']:.1f}",
         f"{row['new_tokens']:.1f}",
         f"{row['passes']:.1f}",
@@ -146,12 +137,11 @@ def markdown(compared: Comparison) -> str:
 
 def _machines(runs: Sequence[ComparableRun]) -> list[str]:
     """Describe the machines of the runs' last sessions, each once."""
-    machines = [run.record.description["sessions"][-1]["machine"] for run in runs]
-    machines = [
+    machines = (run.record.description["sessions"][-1]["machine"] for run in runs)
+    return list(dict.fromkeys(
         f"{m['gpu'] or 'CPU'}, {counted(m['cpus'], 'core')}, {counted(m['threads'], 'thread')}, {m['system']}"
         for m in machines
-    ]
-    return list(dict.fromkeys(machines))
+    ))  # fmt: skip
 
 
 def study(compared: Comparison) -> Study:
@@ -193,36 +183,26 @@ def _run_facts(group: Group, run: ComparableRun) -> dict[str, Any]:
 
 def html(compared: Comparison, folder: Path) -> str:
     """The table as an HTML page that loads no other file. `folder`: the folder of the runs."""
-    made = [section(compared) for section in (headline, table, differences, provenance)]
-    title = counted(len(compared.groups), "method")
-    summary = f"on {compared.questions}"
-    return page(title, counted(len(compared.runs), "run"), summary, folder, made, kicker="table of runs")
+    sections = [section(compared) for section in (headline, table, differences, provenance)]
+    title, subject = counted(len(compared.groups), "method"), counted(len(compared.runs), "run")
+    return page(title, subject, f"on {compared.questions}", folder, sections, kicker="table of runs")
 
 
 def headline(compared: Comparison) -> Section:
     """The highest accuracy, and the warnings."""
     best = compared.best
     what = best["method"] + (f", the highest of {len(compared.groups)}" if len(compared.groups) > 1 else "")
-    parts: list[Part] = [
-        Score(best["accuracy"], what, (best["low"], best["high"]), compared.evaluation["chance_accuracy"])
-    ]
-    if compared.warnings:
-        parts.append(Lead(compared.warnings))
-    return Section("headline", None, parts)
+    score = Score(best["accuracy"], what, (best["low"], best["high"]), compared.evaluation["chance_accuracy"])
+    return Section("headline", None, [score, Lead(compared.warnings)] if compared.warnings else [score])
 
 
 def table(compared: Comparison) -> Section:
     """The accuracies as a figure and a table."""
     alt = "; ".join(f"{row['method']} {percent(row['accuracy'])}" for row in compared.rows)
     caption = "The dot is the mean over seeds, the bar its 95 % confidence interval, and each ring a seed."
-    figure = Figure(
-        accuracies(compared, 720, "accuracies-wide"),
-        accuracies(compared, 350, "accuracies-narrow"),
-        f"Accuracies with their intervals: {alt}.",
-        caption
-        if compared.evaluation["chance_accuracy"] is None
-        else f"{caption} The dashed line is the chance accuracy.",
-    )
+    if compared.evaluation["chance_accuracy"] is not None:
+        caption += " The dashed line is the chance accuracy."
+    figure = figure_of(partial(accuracies, compared), "accuracies", f"Accuracies with their intervals: {alt}.", caption)
     shown = Table(COLUMNS, [cells(row) for row in compared.rows], len(COLUMNS) - 1)
     return Section("table", "The table", [figure, shown, Text(" ".join(_notes(compared)))])
 
@@ -249,49 +229,35 @@ def differences(compared: Comparison) -> Section:
 
 def _matrix(compared: Comparison) -> Table:
     order = [group.label for group in ranked(compared.groups)]
-    cell_of = {pair: cell for pair_result in compared.pairs for pair, cell in _cells_of_pair(pair_result)}
+    cell_of = {}
+    for pair in compared.pairs:
+        for key, difference in (((pair.a, pair.b), pair.difference), ((pair.b, pair.a), -pair.difference)):
+            cell_of[key] = points(difference) if pair.distinguishable else f"({points(difference)})"
     rows = [[f"{i} {row}", *(cell_of.get((row, column), "") for column in order)] for i, row in enumerate(order, 1)]
     return Table(["", *(str(i) for i in range(1, len(order) + 1))], rows, len(order), ["", *order])
 
 
-def _cells_of_pair(pair: Pair) -> list[tuple[tuple[str, str], str]]:
-    shown = [points(pair.difference), points(-pair.difference)]
-    one, other = shown if pair.distinguishable else [f"({text})" for text in shown]
-    return [((pair.a, pair.b), one), ((pair.b, pair.a), other)]
-
-
 def provenance(compared: Comparison) -> Section:
     """The settings, data and code of the compared runs."""
-    runs, evaluation = compared.runs, compared.evaluation
+    runs = compared.runs
     rows = [_run_row(group.label, run) for group in compared.groups for run in group.runs]
     methods = list(dict.fromkeys(group.runs[0].method for group in compared.groups))
     data = {(split, row["sha256"]): row for run in runs for split, row in run.record.description["data"].items()}
-    files = [[split, row["file"], f"{row['used']:,}", digest[:12]] for (split, digest), row in data.items()]
-    files.append(["test", evaluation["file"], f"{evaluation['count']:,}", evaluation["sha256"][:12]])
+    files = data_table([(split, row) for (split, _), row in data.items()], compared.evaluation)
     last_sessions = [run.record.description["sessions"][-1] for run in runs]
-    versions = [session["versions"] for session in last_sessions]
-    shown_versions = [", ".join(f"{name} {number}" for name, number in each.items() if number) for each in versions]
     keys = differing([run.settings for run in runs])
     facts = [
         *((method, get_method(method).summary) for method in methods),
         ("settings that differ", ", ".join(keys) if keys else "none but the seed"),
         ("machine", "; ".join(_machines(runs))),
-        ("versions", "; ".join(dict.fromkeys(shown_versions))),
-        ("code", "; ".join(dict.fromkeys(describe_revision(session["git"]) for session in last_sessions))),
+        ("versions", "; ".join(dict.fromkeys(map(describe_versions, last_sessions)))),
+        ("code", "; ".join(dict.fromkeys(map(describe_revision, last_sessions)))),
     ]
     commands = [command(run.record.description["sessions"][0]["command"]) for run in runs]
-    return Section(
-        "provenance",
-        "What exactly was compared",
-        [
-            Facts(facts),
-            Table(["run", "method", "seed", "updates", "checkpoint", "right"], rows, 4),
-            Table(["data", "file", "questions", "SHA-256 begins"], files, 2),
-            Text("The command for this page:"),
-            Code(compared.command),
-            Folded("The commands that trained the runs", "\n".join(commands)),
-        ],
-    )
+    table_of_runs = Table(["run", "method", "seed", "updates", "checkpoint", "right"], rows, 4)
+    trained = Aside("The commands that trained the runs", [Code("\n".join(commands))])
+    parts = [Facts(facts), table_of_runs, files, Text("The command for this page:"), Code(compared.command), trained]
+    return Section("provenance", "What exactly was compared", parts)
 
 
 def _run_row(label: str, run: ComparableRun) -> list[str]:
@@ -303,8 +269,8 @@ def _run_row(label: str, run: ComparableRun) -> list[str]:
 
 
 @styled()
-def accuracies(compared: Comparison, width: float, name: str) -> str:
-    """Draw the accuracy, interval and seeds of each method on a common scale. `width` in points. Gives SVG."""
+def accuracies(compared: Comparison, width: float) -> Drawing:
+    """Draw the accuracy, interval and seeds of each method on a common scale. `width` in points."""
     longest = max(len(row["method"]) for row in compared.rows)
     above = 6 * longest > 0.3 * width  # no room beside the scale
     left, right, row_height = (8 if above else 6 * longest + 12), 46, (42 if above else 26)
@@ -321,7 +287,7 @@ def accuracies(compared: Comparison, width: float, name: str) -> str:
     axes.grid(axis="x")
     axes.set_axisbelow(True)
     if chance_accuracy is not None:
-        axes.axvline(chance_accuracy, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(chance_accuracy, **DASHED)
     for y, (row, seed_accuracies) in enumerate(zip(compared.rows, seeds, strict=True)):
         line = y + 0.2 if above else y
         axes.plot([row["low"], row["high"]], [line, line], color=LIGHT["blue"], linewidth=5, alpha=0.35,
@@ -336,7 +302,7 @@ def accuracies(compared: Comparison, width: float, name: str) -> str:
                       bbox={"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 1})  # fmt: skip
         axes.annotate(percent(row["accuracy"]), (1, line), (right, 0), xycoords=("axes fraction", "data"),
                       textcoords="offset points", va="center", ha="right", color=LIGHT["ink"])  # fmt: skip
-    return as_svg(figure, name)
+    return figure
 
 
 # The command.

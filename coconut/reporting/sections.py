@@ -7,57 +7,44 @@ words is chosen by the numbers and their intervals.
 from __future__ import annotations
 
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.page import (
-    Aside,
-    Code,
-    Figure,
-    Heading,
-    Lead,
-    Legend,
-    Part,
-    Ranked,
-    Section,
-    Table,
-    Text,
-    percent,
-)
-from coconut.reporting.plots import as_svg
-from coconut.reporting.run_page import counted
+from coconut.reporting.page import Aside, Code, Heading, Lead, Legend, Part, Ranked, Section, Table, Text, figure_of
+from coconut.reporting.phrases import between, counted, percent, whole_percent
+from coconut.reporting.plots import GRAPH_LEGEND
 from coconut.runs.record import DASH, RunRecord
 from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.console import listed
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+    from matplotlib.figure import Figure
 
-WIDE, NARROW = 720, 350  # points
 MIN_NODE_SHARE = 0.05  # a warning is given if all nodes together have a smaller mean probability
 PATHS = ("correct_path", "longer_path", "wrong_target", "hallucination")
+OF_STUDY = {"prefix_values": charts.prefix_values, "parallelism": charts.parallelism,
+            "inner_products": charts.inner_products, "audit_edges": charts.edges}  # fmt: skip
 Row = dict[str, Any]
-Drawings = dict[str, "Callable[[float], Drawing]"]  # each a function of its width in points
+Drawings = dict[str, "Callable[[float], Figure]"]  # each a function of its width in points
 
 
 def how_many(run: RunRecord) -> Section | None:
     """Accuracy with other numbers of thoughts, what each thought adds, and a classifier that decides when to stop."""
-    noun, study_note = run.stages[-1].form.slot.source.value, run.study_note
+    source = run.stages[-1].form.slot.source
+    noun = source.value
     title = f"How many {noun}s"
-    if not run.studies and run.best and run.stages[-1].form.slot.source is Source.thought:
-        hint = f"coconut analyze run={shlex.quote(str(run.folder))}"
-        text = "The thoughts have not been analyzed yet. This command analyzes them:"
-        return Section("how-many", title, [Text(text), Code(hint)])
-    parts: list[Part] = [Text(study_note)] if study_note else []
+    if not run.studies and run.best and source is Source.thought:
+        text = Text("The thoughts have not been analyzed yet. This command analyzes them:")
+        return Section("how-many", title, [text, Code(f"coconut analyze run={shlex.quote(str(run.folder))}")])
+    parts = _texts(run.study_note)
     if study := run.studies.get("k_forcing"):
-        parts.append(Text(" ".join(describe_k_forcing(study, noun, run.chance_accuracy))))
-        if study.facts["warning"]:
-            parts.append(Text(study.facts["warning"]))
+        parts += _texts(" ".join(describe_k_forcing(study, noun, run.chance_accuracy)), study.facts["warning"])
         caption = (
             f"Accuracy on the same questions with each number of {noun}s. The wide bars are 95 % confidence "
             "intervals; “clearly” means that two of them do not overlap."
@@ -71,7 +58,7 @@ def how_many(run: RunRecord) -> Section | None:
                 "label."
             )
         rows = [
-            [str(row["thoughts"]), percent(row["accuracy"]), _between(row["low"], row["high"]),
+            [str(row["thoughts"]), percent(row["accuracy"]), between(row["low"], row["high"]),
              f"{row['new_tokens']:.1f}"] for row in study.rows
         ]  # fmt: skip
         table = Table([f"{noun}s", "accuracy", "95 % interval", "text tokens"], rows, 3)
@@ -106,25 +93,16 @@ def describe_k_forcing(study: Study, noun: str = "thought", chance_accuracy: flo
     for rows, words in ((better, "Clearly better"), (worse, "Clearly worse"), (similar, "No clear difference")):
         if rows:
             sentences.append(f"{words}: {with_numbers(rows)}.")
-    written = [
-        (row, sum(row[name] or 0 for name in PATHS)) for row in study.rows if row["thoughts"] < trained["thoughts"]
-    ]
-    written = [(row, count) for row, count in written if count]
+    paths = [(row, sum(row[name] or 0 for name in PATHS)) for row in study.rows]
+    written = [(row, count) for row, count in paths if count and row["thoughts"] < trained["thoughts"]]
     if written:
-        if len(written) > 4:
-            written = [written[0], written[-1]]
-        shares = listed(
-            f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in written
-        )
+        shown = written if len(written) <= 4 else [written[0], written[-1]]
+        shares = listed(f"{percent(row['hallucination'] / n)} with {_count(row['thoughts'], noun)}" for row, n in shown)
         sentences.append(f"Hallucinations among the paths written with fewer {noun}s: {shares}.")
     return sentences
 
 
 def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
-    rows_of = {of: [row for row in study.rows if row["of"] == of and row["steps"] is None] for of in charts.PREFIXES}
-    parts: list[Part] = [Text(" ".join(describe_prefix_values(study)))]
-    if study.facts["warning"]:
-        parts.append(Text(study.facts["warning"]))
     caption = (
         "The mean natural logarithm of the probability that the right answer follows directly after each number of "
         "thoughts. With fewer thoughts than trained the model may be about to write steps instead. A second line has "
@@ -132,36 +110,39 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
         "questions."
     )
     rows = [
-        [charts.PREFIXES[of][1], str(row["thoughts"]), _signed(row["value"]), _range(row["low"], row["high"]),
-         DASH if row["gain"] is None else _signed(row["gain"]),
-         DASH if row["gain"] is None else _range(row["gain_low"], row["gain_high"])]
-        for of, found in rows_of.items() for row in found
+        [label, str(row["thoughts"]), _signed(row["value"]), _range(row["low"], row["high"]),
+         *([DASH, DASH] if row["gain"] is None else [_signed(row["gain"]), _range(row["gain_low"], row["gain_high"])])]
+        for of, (_, label) in charts.PREFIXES.items() for row in _of_all_questions(study, of)
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
     alt = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
-    return [*parts, *_figure(drawings(run), "prefix_values", alt, caption), Aside("The numbers", [table])]
+    figure = _figure(drawings(run), "prefix_values", alt, caption)
+    texts = _texts(" ".join(describe_prefix_values(study)), study.facts["warning"])
+    return [*texts, *figure, Aside("The numbers", [table])]
+
+
+def _of_all_questions(study: Study, of: str) -> list[Row]:
+    return [row for row in study.rows if row["of"] == of and row["steps"] is None]
 
 
 def describe_prefix_values(study: Study) -> list[str]:
     """Describe in sentences what each thought adds to the log-probability of the right answer."""
-    rows = [row for row in study.rows if row["of"] == "answer" and row["steps"] is None]
-    after = [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
+    whole, after_mark = _of_all_questions(study, "answer"), _of_all_questions(study, "after_mark")
     sentences = [
         "The prefix value is the log-probability of the right answer after the first thoughts. On average it is "
-        f"{_signed(rows[0]['value'])} without thoughts and {_signed(rows[-1]['value'])} with "
-        f"{counted(rows[-1]['thoughts'], 'thought')}; {_signed(after[0]['value'])} and {_signed(after[-1]['value'])} "
-        "given the answer mark."
+        f"{_signed(whole[0]['value'])} without thoughts and {_signed(whole[-1]['value'])} with "
+        f"{counted(whole[-1]['thoughts'], 'thought')}; {_signed(after_mark[0]['value'])} and "
+        f"{_signed(after_mark[-1]['value'])} given the answer mark."
     ]
-    for found, words in ((rows, "The whole answer"), (after, "The text after the answer mark")):
+    for rows, words in ((whole, "The whole answer"), (after_mark, "The text after the answer mark")):
         kinds: dict[str, list[str]] = {"made likelier": [], "made less likely": [], "not clearly changed": []}
-        for row in found[1:]:
+        for row in rows[1:]:
             kind = "made likelier" if row["gain_low"] > 0 else "made less likely"
             if row["gain_low"] <= 0 <= row["gain_high"]:
                 kind = "not clearly changed"
             kinds[kind].append(f"thought {row['thoughts']} ({_signed(row['gain'])})")
-        sentences.append(
-            f"{words} is " + "; ".join(f"{kind} by {listed(by)}" for kind, by in kinds.items() if by) + "."
-        )
+        changes = "; ".join(f"{kind} by {listed(thoughts)}" for kind, thoughts in kinds.items() if thoughts)
+        sentences.append(f"{words} is {changes}.")
     sentences.append(
         "This is not an implicit reward: a deterministic thought has no probability, and there is no reference model. "
         "It measures the model's confidence in an answer that must be known."
@@ -185,7 +166,7 @@ def _stopping(study: Study) -> list[Part]:
     )
     names = {"constant": "constant number", "classifier": "stop classifier"}
     rows = [
-        [names[row["rule"]], f"{row['thoughts']:.2f}", percent(row["accuracy"]), _between(row["low"], row["high"])]
+        [names[row["rule"]], f"{row['thoughts']:.2f}", percent(row["accuracy"]), between(row["low"], row["high"])]
         for row in study.rows
     ]
     return [Text(text), Table(["rule", "thoughts", "accuracy", "95 % interval"], rows, 3)]
@@ -215,20 +196,15 @@ def sample(run: RunRecord) -> ShownQuestion | None:
     study, questions = run.studies.get("values"), _questions(run)
     if not study:
         return None
-    rows_of: dict[int, list[Row]] = {}
+    rows_of: dict[int, list[Row]] = defaultdict(list)
     for row in study.rows:
-        rows_of.setdefault(row["question"], []).append(row)
+        rows_of[row["question"]].append(row)
     decoded = {row["question"] for row in run.studies["decoded"].rows} if "decoded" in run.studies else set()
     for pool in (decoded & rows_of.keys(), rows_of.keys()):
-        candidates: list[tuple[int, ShownQuestion]] = []
-        for index in sorted(pool):
-            if index in questions and _may_be_shown(questions[index], rows_of[index]):
-                question, rows = questions[index], Study("values", rows_of[index], study.facts)
-                candidates.append(
-                    (_forks(rows), ShownQuestion(index, len(pool), question["text"], question["gold"], rows))
-                )
-        if candidates:
-            return max(candidates, key=lambda pair: pair[0])[1]
+        if suitable := [i for i in sorted(pool) if i in questions and _may_be_shown(questions[i], rows_of[i])]:
+            index = max(suitable, key=lambda i: _forks(rows_of[i]))
+            question, values = questions[index], Study("values", rows_of[index], study.facts)
+            return ShownQuestion(index, len(pool), question["text"], question["gold"], values)
     return None
 
 
@@ -245,8 +221,8 @@ def _may_be_shown(asked: Row, rows: list[Row]) -> bool:
     return any(row["node"] == target and (row["distance"] or 0) >= 2 for row in rows)
 
 
-def _forks(values: Study) -> int:
-    moments = {(row["after"], row["leads"]) for row in values.rows if row["ahead"]}
+def _forks(rows: list[Row]) -> int:
+    moments = {(row["after"], row["leads"]) for row in rows if row["ahead"]}
     return sum(leads and (after, False) in moments for after, leads in moments)
 
 
@@ -276,22 +252,23 @@ def what_they_hold(run: RunRecord) -> Section | None:
 def _node_warnings(values: Study) -> list[Part]:
     """Warnings that stand before the probabilities of nodes."""
     warnings = [values.facts["warning"]] if values.facts["warning"] else []
-    with_next_step = {(row["question"], row["after"]) for row in values.rows if row["ahead"]}
-    totals: dict[int, dict[int, float]] = {}
+    questions_ahead: dict[int, set[int]] = defaultdict(set)  # by the number of thoughts
     for row in values.rows:
-        if (row["question"], row["after"]) not in with_next_step:
-            continue
-        of_questions = totals.setdefault(row["after"], {})
-        of_questions[row["question"]] = of_questions.get(row["question"], 0.0) + row["value"]
-    means = {after: sum(shares.values()) / len(shares) for after, shares in totals.items()}
-    low = [after for after, mean in sorted(means.items()) if mean < MIN_NODE_SHARE]
+        if row["ahead"]:
+            questions_ahead[row["after"]].add(row["question"])
+    low = []
+    for after, questions in sorted(questions_ahead.items()):
+        rows = [row for row in values.rows if row["after"] == after and row["question"] in questions]
+        mean = sum(row["value"] for row in rows) / len(questions)
+        if mean < MIN_NODE_SHARE:
+            low.append(f"{whole_percent(mean)} {_moment(after)}")
     if low:
-        shares = listed(f"{charts.percent_of(means[after])} {_moment(after)}" for after in low)
+        shares = listed(low)
         warnings.append(
             f"The model rarely names a node as the next step: all nodes together have {shares}. There the "
             "probabilities of single nodes mean little."
         )
-    return [Text(" ".join(warnings))] if warnings else []
+    return _texts(" ".join(warnings))
 
 
 def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
@@ -306,20 +283,13 @@ def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
     shares = []
     for after in sorted({row["after"] for row in rows if row["ahead"]}):
         leading = [row["value"] for row in rows if row["after"] == after and row["ahead"] and row["leads"]]
-        shares.append(f"{charts.percent_of(sum(leading))} {_moment(after)}")
+        shares.append(f"{whole_percent(sum(leading))} {_moment(after)}")
     caption = (
         "Each column is one edge farther from the root. Its head shows after how many thoughts the model was made to "
         "name the next node. The more amber, the likelier the node. “Elsewhere” is the probability of nodes in other "
         f"columns. Here the nodes from which {target} can be reached have {listed(shares)}."
     )
-    legend = Legend(
-        [
-            ("blue", "root, where the question starts"),
-            ("green", "right answer and a shortest path to it"),
-            ("red", "wrong option"),
-            ("amber", "probability as the next step"),
-        ]
-    )
+    legend = Legend([*GRAPH_LEGEND, ("amber", "probability as the next step")])
     figure = _figure(drawn, "search_tree", "The graph of the question, each node with its probability.", caption)
     return [Heading("One question, thought by thought"), Text(text), legend, *figure]
 
@@ -332,37 +302,30 @@ def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
     rows = [row for row in study.rows if row["question"] == index]
     if not rows or index not in questions:
         return []
-    thoughts = sorted({row["thought"] for row in rows})
-    words = [
-        (
-            f"thought {thought}",
-            [
-                (row["token"], row["probability"])
-                for row in sorted(rows, key=lambda row: row["rank"])
-                if row["thought"] == thought and (row["rank"] == 1 or row["probability"] >= 0.0005)
-            ],
-        )
-        for thought in thoughts
-    ]
+    words: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["thought"], row["rank"])):
+        if row["rank"] == 1 or row["probability"] >= 0.0005:
+            words[f"thought {row['thought']}"].append((row["token"], row["probability"]))
     of = "this question" if chosen else f"the question “{questions[index]['text'].strip()}”"
     text = (
         f"Logit lens: the output layer of the model applied to each thought of {of}, with the likeliest tokens. "
         "Training does not ask for readable thoughts, so this is only a hint."
     )
     if chosen and chosen.values.facts["form"] == "symbols":
-        text += _names_at_distance(words, chosen)
-    return [Heading("The thoughts read with the output layer"), Text(text), Ranked(words)]
+        text += _names_at_distance([tokens[0][0].strip() for tokens in words.values()], chosen)
+    return [Heading("The thoughts read with the output layer"), Text(text), Ranked(list(words.items()))]
 
 
-def _names_at_distance(words: list[tuple[str, list[tuple[str, float]]]], chosen: ShownQuestion) -> str:
-    """A sentence about how many thoughts read as a node at the distance that the thought corresponds to."""
-    c = chosen.values.facts["thoughts_per_step"]
+def _names_at_distance(likeliest: list[str], chosen: ShownQuestion) -> str:
+    """A sentence about how many thoughts read as a node at the distance that the thought corresponds to.
+
+    `likeliest`: the likeliest token of each thought.
+    """
     distance = {row["node"]: row["distance"] for row in chosen.values.rows}
-    reach = max(found for found in distance.values() if found is not None)
-    likeliest = [(number, read[0][0].strip()) for number, (_, read) in enumerate(words, 1) if -(-number // c) <= reach]
-    hits = sum(distance.get(word) == -(-number // c) for number, word in likeliest)
-    total = counted(len(likeliest), "thought")
-    return f" Here the likeliest token is a node at the corresponding distance for {hits} of {total}."
+    farthest, step = max(filter(None, distance.values())), chosen.values.facts["thoughts_per_step"]
+    hits = [distance.get(word) == 1 + i // step for i, word in enumerate(likeliest[: farthest * step])]
+    total = counted(len(hits), "thought")
+    return f" Here the likeliest token is a node at the corresponding distance for {sum(hits)} of {total}."
 
 
 def _parallelism(run: RunRecord, drawn: Drawings) -> list[Part]:
@@ -371,7 +334,7 @@ def _parallelism(run: RunRecord, drawn: Drawings) -> list[Part]:
     halves = []
     for after in numbers:
         middle = min((row for row in rows if row["after"] == after), key=lambda row: abs(row["percentile"] - 50))
-        halves.append(f"{charts.percent_of(middle['top1'])} {_moment(after)}")
+        halves.append(f"{whole_percent(middle['top1'])} {_moment(after)}")
     caption = (
         "Percentiles over the questions. The dark area is the probability of the likeliest of the nodes that the next "
         "step can name; the lighter areas add the second and the third. Where they are wide, the model keeps several "
@@ -387,16 +350,11 @@ def _one_node_ahead(run: RunRecord, numbers: list[int]) -> list[str]:
     """For each number of thoughts, a phrase with the share of questions that have only one node ahead."""
     if "values" not in run.studies:
         return []
-    nodes_ahead: dict[int, dict[int, int]] = {after: {} for after in numbers}
-    for row in run.studies["values"].rows:
-        if row["ahead"] and row["after"] in nodes_ahead:
-            counts = nodes_ahead[row["after"]]
-            counts[row["question"]] = counts.get(row["question"], 0) + 1
-    return [
-        f"{percent(sum(count == 1 for count in counts.values()) / len(counts))} {_moment(after)}"
-        for after, counts in nodes_ahead.items()
-        if counts
-    ]
+    phrases, ahead = [], [row for row in run.studies["values"].rows if row["ahead"]]
+    for after in numbers:
+        if nodes := Counter(row["question"] for row in ahead if row["after"] == after):
+            phrases.append(f"{percent(list(nodes.values()).count(1) / len(nodes))} {_moment(after)}")
+    return phrases
 
 
 def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
@@ -407,7 +365,7 @@ def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
         for leads in (True, False):
             group = [row for row in rows if row["after"] == after and row["leads"] is leads]
             if count := sum(row["count"] for row in group):
-                means.append(charts.percent_of(sum(row["mean"] * row["count"] for row in group) / count))
+                means.append(whole_percent(sum(row["mean"] * row["count"] for row in group) / count))
         if len(means) == 2:
             against.append(f"{means[0]} against {means[1]} {_moment(after)}")
     caption = (
@@ -426,19 +384,18 @@ def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
 
 def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
     rows = run.studies["inner_products"].rows
-    thoughts = sorted({row["thought"] for row in rows})
-    mean = {(row["thought"], row["group"]): row["mean"] for row in rows}
-    first = [
-        t for t in thoughts if all(mean.get((t, "optimal"), -1e9) >= mean.get((t, g), -1e9) for g in charts.GROUPS)
-    ]
-    number = thoughts[-1]
-    groups = [(group, mean[number, group]) for group in charts.GROUPS if (number, group) in mean]
-    values = listed(f"{value:z.1f} for nodes {charts.GROUPS[group][2]}" for group, value in groups)
+    means: dict[int, dict[str, float]] = defaultdict(dict)  # of the groups, by thought
+    for row in rows:
+        means[row["thought"]][row["group"]] = row["mean"]
+    first = [mean for mean in means.values() if mean.get("optimal") == max(mean.values())]
+    last = max(means)
+    groups = [(phrase, means[last][group]) for group, (*_, phrase) in charts.GROUPS.items() if group in means[last]]
+    values = listed(f"{mean:z.1f} for nodes {phrase}" for phrase, mean in groups)
     caption = (
         "Inner products of a thought with the input embeddings of the nodes' names. The groups are relative to the "
         "distance from the root that the thought corresponds to. The bars reach one standard deviation to each side. "
         f"Here nodes on a shortest path have the highest mean in {len(first)} of "
-        f"{counted(len(thoughts), 'thought')}; thought {number} has {values} on average."
+        f"{counted(len(means), 'thought')}; thought {last} has {values} on average."
     )
     return _figure(drawn, "inner_products", "Inner products of thoughts with four groups of nodes.", caption)
 
@@ -479,11 +436,11 @@ def are_they_used(run: RunRecord) -> Section | None:
 
 
 def _changed_thoughts(row: Row) -> list[str]:
-    accuracy = f"{percent(row['accuracy'])} ({_between(row['low'], row['high'])})"
+    accuracy = f"{percent(row['accuracy'])} ({between(row['low'], row['high'])})"
     if row["change"] == "none":
         return [row["label"], accuracy, DASH, DASH]
-    low, high = _points(row["difference_low"]), _points(row["difference_high"])
-    return [row["label"], accuracy, f"{_points(row['difference'])} ({low} to {high})", _share(row, "changed")]
+    points, low, high = (_signed(100 * row[f"difference{end}"], 1) for end in ("", "_low", "_high"))
+    return [row["label"], accuracy, f"{points} ({low} to {high})", _share(row, "changed")]
 
 
 def _changed_edges(row: Row) -> list[str]:
@@ -495,71 +452,50 @@ def _changed_edges(row: Row) -> list[str]:
 
 def drawings(run: RunRecord) -> Drawings:
     """The charts of a run, by name. Each is a function of the width in points."""
-    by_name: Drawings = {}
     studies = {name: study for name, study in run.studies.items() if study.rows}
+    by_name: Drawings = {name: partial(draw, studies[name]) for name, draw in OF_STUDY.items() if name in studies}
     if study := studies.get("k_forcing"):
-        by_name["k_forcing"] = partial(
-            charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=run.stages[-1].form.slot.source.value
-        )
-    if study := studies.get("prefix_values"):
-        by_name["prefix_values"] = partial(charts.prefix_values, study)
+        noun = run.stages[-1].form.slot.noun
+        by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
     if chosen := sample(run):
         by_name["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
-    if study := studies.get("parallelism"):
-        by_name["parallelism"] = partial(charts.parallelism, study)
     if study := studies.get("heights"):
         for kind in ("shortest", "longest"):
             by_name[f"heights_{kind}"] = partial(charts.heights, study, kind=kind)
-    if study := studies.get("inner_products"):
-        by_name["inner_products"] = partial(charts.inner_products, study)
     if study := studies.get("audit_thoughts"):
         rows = [row for row in study.rows if not row["change"].startswith("count_") or "k_forcing" not in studies]
-        by_name["audit_thoughts"] = partial(charts.audit, Study(study.name, rows, study.facts))
-    if study := studies.get("audit_edges"):
-        by_name["audit_edges"] = partial(charts.edges, study)
+        by_name["audit_thoughts"] = partial(charts.audit, replace(study, rows=rows))
     return by_name
 
 
 def _figure(drawn: Drawings, name: str, alt: str, caption: str) -> list[Part]:
-    if name not in drawn:
-        return []
-    return [figure_of(drawn[name], name, alt, caption)]
-
-
-def figure_of(draw: Callable[[float], Drawing], name: str, alt: str, caption: str) -> Figure:
-    """Draw a chart for wide pages and for narrow ones."""
-    wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
-    return Figure(wide, narrow, alt, caption)
+    return [figure_of(drawn[name], name, alt, caption)] if name in drawn else []
 
 
 # Phrases and numbers.
 
 
+def _texts(*texts: str | None) -> list[Part]:
+    return [Text(text) for text in texts if text]
+
+
 def _count(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'s' * (count != 1)}"
+    return counted(count, noun) if count else f"no {noun}s"
 
 
 def _moment(after: int) -> str:
     return f"after {counted(after, 'thought')}" if after else "before any thought"
 
 
-def _between(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {100 * high:.1f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _range(low: float, high: float) -> str:
     return f"{_signed(low)} to {_signed(high)}"
 
 
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def _share(row: Row, name: str) -> str:
     if row[name] is None:
         return DASH
-    return f"{percent(row[name])} ({_between(row[f'{name}_low'], row[f'{name}_high'])})"
+    return f"{percent(row[name])} ({between(row[f'{name}_low'], row[f'{name}_high'])})"

@@ -6,13 +6,12 @@ Shapes: Q questions, N completions of each, K different answers among the comple
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
+from scipy.stats import hypergeom
 
 Numbers = NDArray[np.float64]
 SUBSETS = 64  # the most subsets of completions over which a weighted vote is averaged
@@ -34,15 +33,13 @@ def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
     order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
     sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
     right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
-    num_worse_N = np.arange(N - 1, -1, -1)
-    win_probability_N = np.exp(_log_choose(num_worse_N, size - 1) - _log_choose(np.array(N), size))
-    return right_QN @ win_probability_N
+    all_among_worst = hypergeom.pmf(size, N, np.arange(N, -1, -1), size)  # the N, N - 1, ... 0 with the worst scores
+    return right_QN @ -np.diff(all_among_worst)
 
 
 def pass_at(right_QN: Numbers, size: int) -> Numbers:
     """(Q,) pass@size: the probability that one or more of `size` completions is right (arXiv 2107.03374, eq. 1)."""
-    N, wrong_Q = right_QN.shape[1], (right_QN == 0).sum(1)
-    return 1 - np.exp(_log_choose(wrong_Q, size) - _log_choose(np.array(N), size))
+    return hypergeom.sf(0, right_QN.shape[1], (right_QN > 0).sum(1), size)
 
 
 def weighted_vote(
@@ -123,30 +120,18 @@ def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class FirstError:
-    """How well the first wrong step is found.
+def first_errors(predicted: Sequence[int | None], true: Sequence[int | None]) -> dict[str, float]:
+    """Compare the predicted with the true index of each completion's first wrong step; None: no step is wrong.
 
-    wrong: among completions with a wrong step, the share for which the first is found exactly. right: among the others,
+    of_wrong: among completions with a wrong step, the share whose first is found exactly. of_right: among the others,
         the share for which none is found.
     f1: the harmonic mean of the two (ProcessBench; Zheng et al., arXiv 2412.06559, section 3).
     """
-
-    wrong: float
-    right: float
-
-    @property
-    def f1(self) -> float:
-        total = self.wrong + self.right
-        return 2 * self.wrong * self.right / total if total else 0.0
-
-
-def first_errors(found: Sequence[int | None], true: Sequence[int | None]) -> FirstError:
-    """Compare the found with the true index of each completion's first wrong step; None: no step is wrong."""
-    pairs = list(zip(found, true, strict=True))
-    wrong = [predicted == expected for predicted, expected in pairs if expected is not None]
-    right = [predicted is None for predicted, expected in pairs if expected is None]
-    return FirstError(float(np.mean(wrong)) if wrong else 0.0, float(np.mean(right)) if right else 0.0)
+    pairs = list(zip(predicted, true, strict=True))
+    hits = [[a == b for a, b in pairs if (b is None) == without] for without in (False, True)]
+    of_wrong, of_right = (float(np.mean(part)) if part else 0.0 for part in hits)
+    f1 = 2 * of_wrong * of_right / (of_wrong + of_right) if of_wrong + of_right else 0.0
+    return {"f1": f1, "of_wrong": of_wrong, "of_right": of_right}
 
 
 def first_below(rewards: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
@@ -158,14 +143,7 @@ def best_threshold(rewards: Sequence[Sequence[float]], true: Sequence[int | None
     """The threshold with the largest F1 on these completions. Report F1 on other ones."""
     values = np.array([value for row in rewards for value in row])
     candidates = np.quantile(values, np.linspace(0.005, 0.995, tries))
-    return float(max(candidates, key=lambda threshold: first_errors(first_below(rewards, threshold), true).f1))
-
-
-def _log_choose(n: NDArray[np.int64], k: int) -> Numbers:
-    """log C(n, k); minus infinity where k > n."""
-    with np.errstate(invalid="ignore"):
-        value = gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(np.maximum(n - k, 0) + 1.0)
-    return np.where(n >= k, value, -np.inf)
+    return float(max(candidates, key=lambda threshold: first_errors(first_below(rewards, threshold), true)["f1"]))
 
 
 def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:

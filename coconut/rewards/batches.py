@@ -17,7 +17,7 @@ from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
 from coconut.engine.world import World
-from coconut.rewards.labelled_answers import LabelledAnswers
+from coconut.rewards.labelled_answers import LabelledAnswers, all_completions
 from coconut.rewards.losses import Loss
 from coconut.rewards.value_model import token_values
 
@@ -52,24 +52,17 @@ class RewardBatch(CompletionBatch):
 
 
 def reward_batch(
-    completions: Sequence[Completion],
-    reference_N: Tensor,
-    right_N: Tensor,
-    special: SpecialIds,
-    passes: int,
-    *,
-    reference_point: Tensor | None = None,
-    num_items: int | None = None,
-) -> RewardBatch:
+    completions: Sequence[Completion], reference_N: Tensor, right_N: Tensor, special: SpecialIds, passes: int, *,
+    reference_point: Tensor | None = None, num_items: int | None = None,
+) -> RewardBatch:  # fmt: skip
     """Collate a micro-batch. `num_items`: by default the number of completions; pairs must be given."""
     return RewardBatch(
         **vars(CompletionBatch.of(completions, special, passes)),
         counts=torch.tensor([len(completion.log_probs) for completion in completions]),
-        reference=reference_N,
-        right=right_N,
+        reference=reference_N, right=right_N,
         reference_point=torch.zeros(()) if reference_point is None else reference_point,
         num_items=len(reference_N) if num_items is None else num_items,
-    )
+    )  # fmt: skip
 
 
 def reward_loss(loss: Loss, sampling: SamplingDistribution, beta: float, weight: float = 1.0) -> Any:
@@ -114,12 +107,9 @@ class AnswerSet:
 
     @classmethod
     def of(cls, labelled: Sequence[LabelledAnswers]) -> AnswerSet:
-        counts = [len(row.completions) for row in labelled]
-        return cls(
-            completions=[completion for row in labelled for completion in row.completions],
-            right=np.array([right for row in labelled for right in row.correct]),
-            question=np.repeat(np.arange(len(labelled)), counts),
-        )
+        right = np.array([right for row in labelled for right in row.correct])
+        question = np.repeat(np.arange(len(labelled)), [len(row.completions) for row in labelled])
+        return cls(all_completions(labelled), right, question)
 
     def pairs(self, seed: int) -> np.ndarray:
         """(P, 2) indices of a right and a wrong completion of the same question, each completion at most once."""
@@ -130,26 +120,21 @@ class AnswerSet:
             pairs += list(zip(right, wrong, strict=False))
         return np.array(pairs, int).reshape(-1, 2)
 
+    def preference_metrics(self, rewards_N: np.ndarray) -> dict[str, float]:
+        """How well rewards separate right from wrong completions of the same question.
 
-def preference_metrics(rewards: np.ndarray, answers: AnswerSet) -> dict[str, float]:
-    """How well rewards separate right from wrong completions of the same question.
-
-    pairs: the share of all (right, wrong) pairs in which the right one has the larger reward; ties count half.
-    best_of_n: the accuracy of the completion with the largest reward. mean: the accuracy of all completions.
-    """
-    num_ordered, num_pairs, best_is_right = 0.0, 0, []
-    for question in range(int(answers.question.max()) + 1):
-        own = answers.question == question
-        right, wrong = rewards[own & answers.right], rewards[own & ~answers.right]
-        margins = right[:, None] - wrong[None, :]
-        num_ordered += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-        num_pairs += margins.size
-        best_is_right.append(bool(answers.right[own][rewards[own].argmax()]))
-    return {
-        "pairs": num_ordered / max(num_pairs, 1),
-        "best_of_n": float(np.mean(best_is_right)),
-        "mean": float(answers.right.mean()),
-    }
+        pairs: the share of all (right, wrong) pairs in which the right one has the larger reward; ties count half.
+        best_of_n: the accuracy of the completion with the largest reward. mean: the accuracy of all completions.
+        """
+        num_ordered, num_pairs, best_is_right = 0.0, 0, []
+        for question in range(int(self.question.max()) + 1):
+            own = self.question == question
+            margins = rewards_N[own & self.right][:, None] - rewards_N[own & ~self.right]
+            num_ordered += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+            num_pairs += margins.size
+            best_is_right.append(bool(self.right[own][rewards_N[own].argmax()]))
+        best_of_n = float(np.mean(best_is_right))
+        return {"pairs": num_ordered / max(num_pairs, 1), "best_of_n": best_of_n, "mean": float(self.right.mean())}
 
 
 def score_across_processes(

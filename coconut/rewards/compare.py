@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from coconut.completions.completion import Completion
 from coconut.completions.rollouts import CorrectnessReward
@@ -26,7 +27,8 @@ from coconut.rewards.aggregation import (
     weighted_vote,
 )
 from coconut.rewards.implicit import ImplicitReward
-from coconut.rewards.labelled_answers import LabelledAnswers
+from coconut.rewards.labelled_answers import LabelledAnswers, all_completions
+from coconut.rewards.losses import Loss
 from coconut.rewards.monte_carlo import continue_completions, step_labels
 from coconut.rewards.step_spans import step_count
 from coconut.rewards.value_model import ValueModel
@@ -34,6 +36,9 @@ from coconut.runs.study import Study
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
+
+
+MORE = ("more", "more_low", "more_high")  # the difference to majority vote, and its interval
 
 
 @dataclass(frozen=True)
@@ -58,45 +63,29 @@ class ScorerResult:
 
     def weights(self) -> np.ndarray:
         """(completions,) weights of their votes, in [0, 1]."""
-        return (
-            aggregate_steps(self.parts, "last")
-            if self.values
-            else 1 / (1 + np.exp(-aggregate_steps(self.parts, "sum")))
-        )
+        return aggregate_steps(self.parts, "last") if self.values else expit(aggregate_steps(self.parts, "sum"))
 
 
-def all_completions(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
-    return [completion for row in labelled for completion in row.completions]
+def num_tokens(completions: Sequence[Completion]) -> int:
+    """The tokens of completions with their prompts."""
+    return sum(len(completion.layout.ids) for completion in completions)
 
 
-def score_with_implicit_reward(
-    name: str, reward: ImplicitReward, labelled: Sequence[LabelledAnswers], batch_size: int = 256
+def score_with_model(
+    name: str, model: ImplicitReward | ValueModel, labelled: Sequence[LabelledAnswers], batch_size: int
 ) -> ScorerResult:
-    begin, completions = time.perf_counter(), all_completions(labelled)
-    parts = [row.tolist() for row in reward.steps(completions, batch_size)]
-    return ScorerResult(
-        name, parts, time.perf_counter() - begin, 2 * sum(len(completion.layout.ids) for completion in completions)
-    )
-
-
-def score_with_value_model(
-    name: str, model: ValueModel, labelled: Sequence[LabelledAnswers], batch_size: int = 256
-) -> ScorerResult:
-    begin, completions = time.perf_counter(), all_completions(labelled)
-    parts = [row.tolist() for row in model.parts(completions, batch_size)]
-    tokens = sum(len(completion.layout.ids) for completion in completions)
-    return ScorerResult(name, parts, time.perf_counter() - begin, tokens, values=True)
+    begin, completions, values = time.perf_counter(), all_completions(labelled), isinstance(model, ValueModel)
+    parts = [row.tolist() for row in model.steps(completions, batch_size)]
+    tokens = num_tokens(completions) * (1 if values else 2)
+    return ScorerResult(name, parts, time.perf_counter() - begin, tokens, values)
 
 
 def score_with_rollouts(
-    lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], **options: Any
+    lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], rollouts: int, seed: int
 ) -> ScorerResult:
-    """Monte Carlo estimates: the share of rollouts from the end of each step that come out right.
-
-    `options` are those of `step_labels`.
-    """
+    """Monte Carlo estimates: the share of rollouts from the end of each step that come out right."""
     begin = time.perf_counter()
-    labels = step_labels(lm, judge, labelled, **options)
+    labels = step_labels(lm, judge, labelled, rollouts=rollouts, seed=seed)
     parts = [shares or [1.0] for shares in labels.shares]
     return ScorerResult("rollouts", parts, time.perf_counter() - begin, labels.tokens, values=True)
 
@@ -116,17 +105,14 @@ def selections(
         )
     [N] = counts
     right_QN = np.array([row.correct for row in labelled], float)
-    answers = [
-        [answer_key(judge.task, completion.text, judge.form) for completion in row.completions] for row in labelled
-    ]
+    answers = [[answer_key(judge.task, s.text, judge.form) for s in row.completions] for row in labelled]
     rows: list[dict[str, Any]] = []
 
     def add(scorer: str, aggregation: str, size: int, values_Q: np.ndarray) -> None:
-        low, high = bootstrap_interval(values_Q)
-        accuracy = {"accuracy": float(values_Q.mean()), "low": low, "high": high}
-        more_low, more_high = bootstrap_interval(values_Q - majority_Q)
-        more = {"more": float((values_Q - majority_Q).mean()), "more_low": more_low, "more_high": more_high}
-        rows.append({"scorer": scorer, "aggregation": aggregation, "n": size, **accuracy, **more})
+        row: dict[str, Any] = {"scorer": scorer, "aggregation": aggregation, "n": size}
+        for names, means_Q in (("accuracy", "low", "high"), values_Q), (MORE, values_Q - majority_Q):
+            row |= zip(names, (float(means_Q.mean()), *bootstrap_interval(means_Q)), strict=True)
+        rows.append(row)
 
     for size in [n for n in sizes if n <= N]:
         majority_Q = weighted_vote(answers, np.ones_like(right_QN), right_QN, size)
@@ -144,67 +130,43 @@ def selections(
 
 
 def error_localisation(
-    development: Sequence[LabelledAnswers],
-    test: Sequence[LabelledAnswers],
-    scored: Sequence[tuple[ScorerResult, ScorerResult]],
-    judge: CorrectnessReward,
+    answers: Sequence[Sequence[LabelledAnswers]], scored: Sequence[Sequence[ScorerResult]], judge: CorrectnessReward
 ) -> Study:
     """How well each scorer finds the first wrong step, with a threshold chosen on the development completions.
 
-    `scored`: for each scorer its results on the development and on the test completions. Raises ValueError for a task
-    that cannot check steps.
+    `answers`: the development and the test completions; `scored`: for each scorer its results on both. The task has
+    `first_wrong`, an exact check of steps.
     """
-    check = getattr(judge.task, "first_wrong", None)
-    if check is None:
-        raise ValueError(f"The task {judge.task.name} has no exact check of steps, so the first error is not known.")
-    form, read = judge.form, judge.task.read_steps
-    texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in (development, test)]
-    truth = [[check(question, read(text, form)) for question, text in part] for part in texts]
+    task, form = cast("Any", judge.task), judge.form
+    texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in answers]
+    truth = [[task.first_wrong(question, task.read_steps(text, form)) for question, text in part] for part in texts]
     rows = []
     for results in scored:
         steps = [
             [parts[: step_count(text, form)] for parts, (_, text) in zip(result.parts, part, strict=True)]
             for result, part in zip(results, texts, strict=True)
         ]
-        threshold = best_threshold(steps[0], truth[0])
-        result, test_result = first_errors(first_below(steps[1], threshold), truth[1]), results[1]
-        rows.append(
-            {
-                "scorer": test_result.name,
-                "f1": result.f1,
-                "of_wrong": result.wrong,
-                "of_right": result.right,
-                "threshold": threshold,
-                "seconds": test_result.seconds,
-                "tokens": test_result.tokens,
-            }
-        )
+        threshold, result = best_threshold(steps[0], truth[0]), results[1]
+        measured = {"threshold": threshold, "seconds": result.seconds, "tokens": result.tokens}
+        rows.append({"scorer": result.name, **first_errors(first_below(steps[1], threshold), truth[1]), **measured})
     wrong = sum(index is not None for index in truth[1])
     return Study("first_errors", rows, {"answers": len(truth[1]), "with_an_error": wrong})
 
 
 @dataclass(frozen=True)
 class TrainedRewardModel:
-    """The training cost of a reward model. `answers`: completions used in updates, counted with repetition.
-
-    uses_reference: a reference model scored all of them once.
-    uses_reference_point: the completions of each update were forwarded once more, for its mean reward (KTO).
-    """
+    """The training cost of a reward model. `items`: completions, or pairs, used in updates, counted with repetition."""
 
     name: str
     seconds: float
-    answers: int
-    uses_reference: bool
-    uses_reference_point: bool
+    items: int
+    loss: Loss
 
 
 def costs(
-    models: Sequence[TrainedRewardModel],
-    answers: Sequence[LabelledAnswers],
-    parameters: int,
-    rollouts: ScorerResult | None,
-    num_rollout_answers: int,
-) -> Study:
+    models: Sequence[TrainedRewardModel], answers: Sequence[LabelledAnswers], parameters: int,
+    rollouts: ScorerResult | None, num_rollout_answers: int,
+) -> Study:  # fmt: skip
     """The cost of scoring steps: of training a reward model on the labelled `answers`, or of labelling by rollouts.
 
     FLOPs: 2 for each parameter and token forward, 4 more backward. A training's cost has its updates, with the forward
@@ -213,20 +175,12 @@ def costs(
     their labels.
     """
     completions = all_completions(answers)
-    tokens = sum(len(completion.layout.ids) for completion in completions)
-    rows: list[dict[str, Any]] = [
-        {
-            "scorer": model.name,
-            "seconds": model.seconds,
-            "flops": float(
-                2
-                * parameters
-                * tokens
-                * ((3 + model.uses_reference_point) * model.answers / len(completions) + model.uses_reference)
-            ),
-        }
-        for model in models
-    ]
+    tokens = num_tokens(completions)
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        epochs = model.items * (2 if model.loss.pairs else 1) / len(completions)
+        passes = (3 + model.loss.uses_reference_point) * epochs + (not model.loss.is_value_model)
+        rows.append({"scorer": model.name, "seconds": model.seconds, "flops": float(2 * parameters * tokens * passes)})
     if rollouts:
         scale = len(completions) / num_rollout_answers
         flops = 2.0 * parameters * rollouts.tokens * scale
@@ -235,13 +189,9 @@ def costs(
 
 
 def bounds(
-    reward: ImplicitReward,
-    labelled: Sequence[LabelledAnswers],
-    *,
-    continuations: int = 64,
-    prefixes: int = 200,
-    seed: int = 0,
-) -> Study:
+    reward: ImplicitReward, labelled: Sequence[LabelledAnswers], *,
+    continuations: int = 64, prefixes: int = 200, seed: int = 0,
+) -> Study:  # fmt: skip
     """Test E_ref[r] <= q <= max r on random prefixes (arXiv 2412.01981, proposition 3.1).
 
     q is the value of a prefix, r the rewards of whole completions that the reference model samples after it. A row for
@@ -249,20 +199,15 @@ def bounds(
     q in expectation over all continuations.
     """
     rng = np.random.default_rng(seed)
-    completions = [completion for completion in all_completions(labelled) if len(completion.completion_ids) > 1]
+    completions = [s for s in all_completions(labelled) if len(s.completion_ids) > 1]
     chosen = [completions[i] for i in rng.choice(len(completions), min(prefixes, len(completions)), replace=False)]
-    cuts = [int(rng.integers(1, len(completion.completion_ids))) for completion in chosen]
+    cuts = [int(rng.integers(1, len(s.completion_ids))) for s in chosen]
     values = [float(row[:cut].sum()) for row, cut in zip(reward.tokens(chosen), cuts, strict=True)]
-    prefixed = [
-        completion.with_completion_ids(completion.completion_ids[:cut])
-        for completion, cut in zip(chosen, cuts, strict=True)
-    ]
+    prefixed = [s.with_completion_ids(s.completion_ids[:cut]) for s, cut in zip(chosen, cuts, strict=True)]
     sampled = continue_completions(reward.reference, prefixed, continuations, seed=seed, batch_size=32)
     rows = []
-    for completion, value, continuations_of_prefix in zip(prefixed, values, sampled, strict=True):
-        wholes = [
-            completion.with_completion_ids([*completion.completion_ids, *more]) for more in continuations_of_prefix
-        ]
+    for prefix, value, continued in zip(prefixed, values, sampled, strict=True):
+        wholes = [prefix.with_completion_ids([*prefix.completion_ids, *added]) for added in continued]
         r = torch.stack([row.sum() for row in reward.tokens(wholes)]).double()
         soft_value = reward.beta * (torch.logsumexp(r / reward.beta, 0) - math.log(len(r)))
         rows.append({"q": value, "mean": float(r.mean()), "max": float(r.max()), "soft": float(soft_value)})
@@ -274,24 +219,11 @@ def all_bounds(studies: Mapping[str, Study]) -> Study:
 
     soft_error: the mean absolute difference of q and the sampled soft value. spread: the standard deviation of q.
     """
-    rows = [
-        {
-            "scorer": name,
-            "prefixes": len(study.rows),
-            "continuations": study.facts["continuations"],
-            "mean_below": float(np.mean([row["mean"] <= row["q"] + 1e-6 for row in study.rows])),
-            "below_max": float(np.mean([row["q"] <= row["max"] + 1e-6 for row in study.rows])),
-            "soft_error": float(np.mean([abs(row["soft"] - row["q"]) for row in study.rows])),
-            "spread": float(np.std([row["q"] for row in study.rows])),
-        }
-        for name, study in studies.items()
-    ]
+    rows = []
+    for name, study in studies.items():
+        q, mean, most, soft = (np.array([row[key] for row in study.rows]) for key in ("q", "mean", "max", "soft"))
+        held = {"mean_below": float((mean <= q + 1e-6).mean()), "below_max": float((q <= most + 1e-6).mean())}
+        errors = {"soft_error": float(abs(soft - q).mean()), "spread": float(q.std())}
+        counts = {"prefixes": len(study.rows), "continuations": study.facts["continuations"]}
+        rows.append({"scorer": name, **counts, **held, **errors})
     return Study("bounds", rows)
-
-
-def first_answers(labelled: Sequence[LabelledAnswers], questions: int, answers: int = 8) -> list[LabelledAnswers]:
-    """The first `answers` completions of each of the first `questions`."""
-    return [
-        replace(row, completions=row.completions[:answers], correct=row.correct[:answers])
-        for row in labelled[:questions]
-    ]

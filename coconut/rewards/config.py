@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coconut.config import (
-    AdamWConfig,
-    EngineConfig,
-    RunConfig,
-    TooLong,
-    at_least,
-    refuse_cuda_graphs,
-)
+from coconut.config import AdamWConfig, EngineConfig, RunConfig, TooLong, at_least, refuse_cuda_graphs
 from coconut.utils.overrides import PathName
 
 

@@ -78,24 +78,15 @@ class ImplicitReward:
     def tokens(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(M,) for each completion: the rewards of its tokens."""
         sampling = SamplingDistribution.of(self.lm.special)
-        model_log_probs, reference_log_probs = (
-            sampling.score(lm, completions, batch_size) for lm in (self.lm, self.reference)
-        )
-        return [
-            self.beta * (model - reference)
-            for model, reference in zip(model_log_probs, reference_log_probs, strict=True)
-        ]
+        log_probs = (sampling.score(lm, completions, batch_size) for lm in (self.lm, self.reference))
+        return [self.beta * (model - reference) for model, reference in zip(*log_probs, strict=True)]
 
     def steps(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each completion: the rewards of its steps and, last, of its answer."""
         return [
-            sum_by_part(row, self.parts(completion))
+            sum_by_part(row, completion_parts(self.lm, completion.completion_ids))
             for row, completion in zip(self.tokens(completions, batch_size), completions, strict=True)
         ]
-
-    def parts(self, completion: Completion) -> list[int]:
-        """The part that each token of the completion belongs to."""
-        return completion_parts(self.lm, completion.completion_ids)
 
 
 def sum_by_part(rewards_M: Tensor, parts: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ Beside text and label a completion may hold `ids`, its tokens (with the end of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -35,9 +35,12 @@ class LabelledAnswers:
 
     def select(self, mask: Sequence[bool]) -> LabelledAnswers:
         """Keep the completions for which `mask` is true."""
-        return replace(
-            self, completions=tuple(compress(self.completions, mask)), correct=tuple(compress(self.correct, mask))
-        )
+        completions, correct = (tuple(compress(values, mask)) for values in (self.completions, self.correct))
+        return replace(self, completions=completions, correct=correct)
+
+
+def all_completions(labelled: Sequence[LabelledAnswers]) -> list[Completion]:
+    return [completion for row in labelled for completion in row.completions]
 
 
 def read_answers(
@@ -49,15 +52,14 @@ def read_answers(
     whole_questions: with `skip`, leave out all completions of a question of which one is too long.
     Raises ValueError for a malformed line, which it names, and, without `skip`, for completions that are too long.
     """
-    rows = list(_checked(path, lm))
+    rows = _checked_rows(path, lm)
     questions = encode_questions(lm.tokenizer, [row["question"] for row in rows], lm.reasoning.format)
     labelled = []
     for row, question in zip(rows, questions, strict=True):
         completions = tuple(_as_completion(lm, question, record) for record in row["completions"])
         example = Example(row["question"], tuple(row["steps"]), row["answer"])
-        labelled.append(
-            LabelledAnswers(example, completions, tuple(record["correct"] for record in row["completions"]))
-        )
+        correct = tuple(record["correct"] for record in row["completions"])
+        labelled.append(LabelledAnswers(example, completions, correct))
     return _fit_to_context(path, labelled, lm.max_sequence_length, skip, whole_questions)
 
 
@@ -70,8 +72,8 @@ def _fit_to_context(
         return labelled
     if whole_questions:
         fits = [[all(row)] * len(row) for row in fits]
-    kept = [row.select(mask) for row, mask in zip(labelled, fits, strict=True) if any(mask)]
-    if not skip or not kept:
+    fitting = [row.select(mask) for row, mask in zip(labelled, fits, strict=True) if any(mask)]
+    if not skip or not fitting:
         examples = [
             f"completion {number} of question {n} ({len(completion.layout.ids)} tokens)"
             for n, row in enumerate(labelled, 1)
@@ -87,7 +89,7 @@ def _fit_to_context(
     left_out = count - sum(map(sum, fits))
     others_note = ", and all others of the same questions" if whole_questions else ""
     log(f"Left out {left_out} of {count} completions of {path}: those longer than the model's context{others_note}.")
-    return kept
+    return fitting
 
 
 def _as_completion(lm: LatentLM, question: list[int], record: dict[str, Any]) -> Completion:
@@ -100,16 +102,16 @@ def _as_completion(lm: LatentLM, question: list[int], record: dict[str, Any]) ->
     )
 
 
-def _checked(path: Path | str, lm: LatentLM) -> Iterator[dict[str, Any]]:
-    count = 0
+def _checked_rows(path: Path | str, lm: LatentLM) -> list[dict[str, Any]]:
+    rows = []
     for where, row in json_rows(existing(path)):
         row = with_defaults(row)
         if problem := _problem(row, len(lm.tokenizer), lm.reasoning.modes):
             raise ValueError(f"{path}, {where}: {problem}")
-        count += 1
-        yield row
-    if not count:
+        rows.append(row)
+    if not rows:
         raise ValueError(f"{path} holds no completions.")
+    return rows
 
 
 def _problem(row: Any, vocabulary: int, modes: Sequence[str]) -> str | None:

@@ -16,13 +16,15 @@ import torch
 from coconut.completions.completion import Completion, question_of
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.generation.generate import longest_first, pad_rows
-from coconut.methods import Source
 from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.step_spans import completion_parts, step_count
 from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
+
+
+Key = tuple[int, tuple[int, ...]]  # of an answer up to a step's end: the index of its question, and its tokens
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,19 @@ class StepLabels:
     num_rollouts: int
     tokens: int
 
-    @property
-    def hard(self) -> list[list[bool]]:
-        """Hard estimates: whether any of a step's rollouts came out right."""
-        return [[share > 0 for share in shares] for shares in self.shares]
-
 
 @torch.no_grad()
 def step_labels(
-    lm: LatentLM,
-    judge: CorrectnessReward,
-    labelled: Sequence[LabelledAnswers],
-    *,
-    rollouts: int = 8,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> StepLabels:
+    lm: LatentLM, judge: CorrectnessReward, labelled: Sequence[LabelledAnswers], *,
+    rollouts: int = 8, seed: int = 0, batch_size: int = 64,
+) -> StepLabels:  # fmt: skip
     """Label every step of every completion by `rollouts` completions sampled from its end.
 
     Completions of a question with a common prefix, of the same mode and number of thoughts, share their rollouts.
     """
     eos, form = lm.special.eos, lm.reasoning.format
-    prefix_of: dict[
-        tuple[int, tuple[int, ...]], Completion
-    ] = {}  # by its question and its tokens: an answer up to a step's end
-    ends: list[list[tuple[int, tuple[int, ...]]]] = []  # of each answer, where its steps end
+    prefix_of: dict[Key, Completion] = {}
+    ends: list[list[Key]] = []  # of each answer, where its steps end
     for n, row in enumerate(labelled):
         for completion in row.completions:
             parts = completion_parts(lm, completion.completion_ids)
@@ -109,12 +99,9 @@ def _batches(
     the question, and the rest of the prefix is passed as `prefix_ids`, in batches of equal length.
     """
     reasoning, eos = lm.reasoning, lm.special.eos
-    unfinished = [
-        i
-        for i, s in enumerate(prefixes)
-        if len(s.layout.ids) < lm.max_sequence_length and s.completion_ids[-1:] != [eos]
-    ]
-    if not (reasoning.modes or reasoning.markers or reasoning.slot.source is not Source.none):
+    fits = [len(s.layout.ids) < lm.max_sequence_length for s in prefixes]
+    unfinished = [i for i, s in enumerate(prefixes) if fits[i] and s.completion_ids[-1:] != [eos]]
+    if not (reasoning.modes or reasoning.markers or not reasoning.slot.is_empty):
         whole = [prefixes[i].layout.ids.tolist() for i in unfinished]
         for rows in longest_first(whole, size):
             yield [unfinished[row] for row in rows], [whole[row] for row in rows], {}
@@ -124,11 +111,10 @@ def _batches(
         questions = [question_of(lm, prefixes[i]) for i in same_length]
         for rows in longest_first(questions, size):
             chosen = [prefixes[same_length[row]] for row in rows]
-            options: dict[str, Any] = {
-                "prefix_ids": torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
-            }
+            ids = torch.tensor([completion.completion_ids for completion in chosen], dtype=torch.long)
+            options: dict[str, Any] = {"prefix_ids": ids}
             if reasoning.modes:
                 options["mode"] = [completion.mode for completion in chosen]
-            elif reasoning.slot.source is Source.thought:
+            elif reasoning.slot.thinks:
                 options["num_thoughts"] = [completion.num_thoughts for completion in chosen]
             yield [same_length[row] for row in rows], [questions[row] for row in rows], options

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Legend, Part, Section, Table, Text, page, percent
+from coconut.reporting.page import Legend, Part, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled
 from coconut.reporting.run_table import aligned
-from coconut.reporting.sections import figure_of
 from coconut.runs.study import Study
 
 if TYPE_CHECKING:
@@ -53,45 +54,35 @@ PREFERRED = ("sum", "last")  # the aggregation that the figure shows for a score
 
 def on_screen(studies: Sequence[Study]) -> str:
     """All tables as text for a terminal."""
-    by_name = {study.name: study for study in studies}
-    tables = [[["right, of n answers", *map(str, sizes(by_name["selection"]))], *selection_rows(by_name["selection"])]]
-    if "first_errors" in by_name:
-        tables.append([ERROR_COLUMNS, *error_rows(by_name["first_errors"])])
-    tables += [[COST_COLUMNS, *cost_rows(by_name["costs"])], [BOUND_COLUMNS, *bound_rows(by_name["bounds"])]]
-    return "\n\n".join("\n".join(aligned(table)) for table in tables if len(table) > 1)
+    by_name = {study.name: study for study in studies if study.rows}
+    tables = [table(by_name[name]) for name, table in TABLES.items() if name in by_name]
+    return "\n\n".join("\n".join(aligned([table.columns, *table.rows])) for table in tables)
 
 
 def comparison_page(studies: Sequence[Study], name: str, folder: Path) -> str:
     """The HTML page of all studies."""
-    by_name = {study.name: study for study in studies}
-    selection = by_name["selection"]
+    selection, *others = studies
     facts, most = selection.facts, max(sizes(selection))
     columns = ["who chooses", "how", *(f"of {size}" for size in sizes(selection)), f"more than majority, of {most}"]
     differences = [_more(row) for row in selection.rows if row["n"] == most]
-    labelled_rows = zip(selection_rows(selection), differences, strict=True)
+    labelled_rows = zip(selection_table(selection).rows, differences, strict=True)
     rows = [[*cells[0].split(", "), *cells[1:], difference] for cells, difference in labelled_rows]
     choosing: list[Part] = [
         Text(SELECTION.format(**facts, right=percent(facts["mean"]))),
-        _legend(selection),
+        Legend([(colour, scorer) for scorer, colour in colours(selection).items()]),
         figure_of(lambda width: selection_curves(selection, width), "selection", "Accuracy of the choice among n.",
                   CURVES),
         Table(columns, rows, len(columns) - 2),
-        Text(AGGREGATIONS.format(most=most, draws=by_name["selection"].facts["draws"])),
+        Text(AGGREGATIONS.format(most=most, draws=facts["draws"])),
     ]  # fmt: skip
     sections = [Section("headline", None, choosing)]
-    if errors := by_name.get("first_errors"):
-        about = ERRORS.format(**errors.facts)
-        sections.append(_tabled("errors", "The first wrong step", about, ERROR_COLUMNS, error_rows(errors)))
-    about = COSTS.format(**by_name["costs"].facts)
-    sections.append(_tabled("costs", "The cost of scoring steps", about, COST_COLUMNS, cost_rows(by_name["costs"])))
-    if rows := bound_rows(by_name["bounds"]):
-        sections.append(_tabled("bounds", "Bounds on the value of a prefix", BOUNDS, BOUND_COLUMNS, rows))
+    by_name = {study.name: study for study in others if study.rows}
+    for name_of_study, (title, text) in SECTIONS.items():
+        if study := by_name.get(name_of_study):
+            parts = [Text(text.format(**study.facts)), TABLES[study.name](study)]
+            sections.append(Section(name_of_study.replace("first_", ""), title, parts))
     description = "accuracy and cost, beside majority vote, rollouts and the oracle"
     return page(name, "Reward models", description, folder, sections, kicker="comparison")
-
-
-def _tabled(name: str, title: str, about: str, columns: list[str], rows: list[list[str]]) -> Section:
-    return Section(name, title, [Text(about), Table(columns, rows, len(columns) - 1)])
 
 
 @styled()
@@ -114,11 +105,9 @@ def selection_curves(study: Study, width: float) -> Drawing:
 
 
 def colours(study: Study) -> dict[str, str]:
-    scorers = [
-        name for name in dict.fromkeys(row["scorer"] for row in study.rows) if name not in ("oracle", "majority")
-    ]
-    coloured = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(scorers)}
-    return {"oracle": "muted", "majority": "ink", **coloured}
+    baselines = {"oracle": "muted", "majority": "ink"}
+    scorers = dict.fromkeys(row["scorer"] for row in study.rows if row["scorer"] not in baselines)
+    return baselines | dict(zip(scorers, cycle(COLOURS), strict=False))
 
 
 def _more(row: dict[str, Any]) -> str:
@@ -129,17 +118,11 @@ def _more(row: dict[str, Any]) -> str:
     return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _legend(study: Study) -> Legend:
-    return Legend([(colour, scorer) for scorer, colour in colours(study).items()])
-
-
 def curve(study: Study, scorer: str) -> list[dict[str, Any]]:
     """The rows of a scorer with its PREFERRED aggregation."""
     rows = [row for row in study.rows if row["scorer"] == scorer]
-    aggregations = {row["aggregation"] for row in rows}
-    aggregation = next(
-        (aggregation for aggregation in PREFERRED if aggregation in aggregations), rows[0]["aggregation"]
-    )
+    names = {row["aggregation"] for row in rows}
+    aggregation = next((name for name in PREFERRED if name in names), rows[0]["aggregation"])
     return [row for row in rows if row["aggregation"] == aggregation]
 
 
@@ -147,44 +130,44 @@ def sizes(study: Study) -> list[int]:
     return sorted({row["n"] for row in study.rows})
 
 
-def selection_rows(study: Study) -> list[list[str]]:
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    return Table(columns, rows, len(columns) - 1)
+
+
+def selection_table(study: Study) -> Table:
     choices = dict.fromkeys((row["scorer"], row["aggregation"]) for row in study.rows)
     accuracies = {(row["scorer"], row["aggregation"], row["n"]): percent(row["accuracy"]) for row in study.rows}
-    return [
-        [f"{name}, {aggregation}", *(accuracies[name, aggregation, size] for size in sizes(study))]
-        for name, aggregation in choices
-    ]
+    rows = [[", ".join(choice), *(accuracies[*choice, size] for size in sizes(study))] for choice in choices]
+    return _table(["right, of n answers", *map(str, sizes(study))], rows)
 
 
-ERROR_COLUMNS = ["first error", "F1", "of wrong", "of right", "threshold"]
+def error_table(study: Study) -> Table:
+    shares = ("f1", "of_wrong", "of_right")
+    rows = [[row["scorer"], *(percent(row[key]) for key in shares), f"{row['threshold']:.3g}"] for row in study.rows]
+    return _table(["first error", "F1", "of wrong", "of right", "threshold"], rows)
 
 
-def error_rows(study: Study) -> list[list[str]]:
-    return [
-        [row["scorer"], *(percent(row[key]) for key in ("f1", "of_wrong", "of_right")), f"{row['threshold']:.3g}"]
-        for row in study.rows
-    ]
-
-
-COST_COLUMNS = ["labels of steps", "seconds", "FLOPs", "times the cheapest"]
-
-
-def cost_rows(study: Study) -> list[list[str]]:
+def cost_table(study: Study) -> Table:
     least = min(row["flops"] for row in study.rows)
-    return [
+    rows = [
         [row["scorer"], f"{row['seconds']:.0f}", f"{row['flops']:.2e}", f"{row['flops'] / least:.1f}"]
         for row in study.rows
     ]
+    return _table(["labels of steps", "seconds", "FLOPs", "times the cheapest"], rows)
 
 
-BOUND_COLUMNS = ["prefixes", "number", "E[r] ≤ q", "q ≤ max r", "spread of q", "estimate off by"]
-
-
-def bound_rows(study: Study) -> list[list[str]]:
-    return [
-        [
-            row["scorer"], f"{row['prefixes']:,}", percent(row["mean_below"]), percent(row["below_max"]),
-            f"{row['spread']:.3f}", f"{row['soft_error']:.3f}",
-        ]
+def bound_table(study: Study) -> Table:
+    rows = [
+        [row["scorer"], f"{row['prefixes']:,}", percent(row["mean_below"]), percent(row["below_max"]),
+         f"{row['spread']:.3f}", f"{row['soft_error']:.3f}"]
         for row in study.rows
     ]  # fmt: skip
+    return _table(["prefixes", "number", "E[r] ≤ q", "q ≤ max r", "spread of q", "estimate off by"], rows)
+
+
+TABLES = {"selection": selection_table, "first_errors": error_table, "costs": cost_table, "bounds": bound_table}
+SECTIONS = {
+    "first_errors": ("The first wrong step", ERRORS),
+    "costs": ("The cost of scoring steps", COSTS),
+    "bounds": ("Bounds on the value of a prefix", BOUNDS),
+}

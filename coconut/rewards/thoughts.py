@@ -25,7 +25,6 @@ from torch.nn.utils.rnn import pad_sequence
 from coconut.completions.completion import refuse_too_long
 from coconut.data.sequences import slot_with_markers
 from coconut.generation.generate import longest_first
-from coconut.methods import Source
 from coconut.models.losses import target_log_probs
 from coconut.utils.torch_utils import eval_mode
 
@@ -35,11 +34,7 @@ if TYPE_CHECKING:
 
 
 def thought_rewards(
-    reward: ImplicitReward,
-    questions: Sequence[Sequence[int]],
-    thoughts: Tensor,
-    sigma: float,
-    batch_size: int = 256,
+    reward: ImplicitReward, questions: Sequence[Sequence[int]], thoughts: Tensor, sigma: float, batch_size: int = 256
 ) -> Tensor:
     """(N, K), float32: the reward of each thought, which was drawn with noise of standard deviation `sigma`.
 
@@ -60,23 +55,17 @@ def thought_rewards(
 
 
 def token_rewards(
-    reward: ImplicitReward,
-    questions: Sequence[Sequence[int]],
-    thoughts: Tensor,
-    completion_ids: Sequence[Sequence[int]],
-    batch_size: int = 256,
-) -> list[Tensor]:
+    reward: ImplicitReward, questions: Sequence[Sequence[int]], thoughts: Tensor,
+    completion_ids: Sequence[Sequence[int]], batch_size: int = 256,
+) -> list[Tensor]:  # fmt: skip
     """(M,) for each completion: the rewards of its tokens after the given thoughts (`Generated.completion_ids`).
 
     `ImplicitReward.tokens` scores tokens after each model's own thoughts, this function after the same thoughts for
     both. Raises ValueError for a model without latent thoughts, or for thoughts of another shape.
     """
-    model_log_probs, reference_log_probs = (
-        _read(lm, questions, thoughts, completion_ids, batch_size)[1] for lm in (reward.lm, reward.reference)
-    )
-    return [
-        reward.beta * (model - reference) for model, reference in zip(model_log_probs, reference_log_probs, strict=True)
-    ]
+    models = (reward.lm, reward.reference)
+    log_probs = (_read(lm, questions, thoughts, completion_ids, batch_size)[1] for lm in models)
+    return [reward.beta * (model - reference) for model, reference in zip(*log_probs, strict=True)]
 
 
 def thought_means(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor, batch_size: int = 256) -> Tensor:
@@ -89,12 +78,9 @@ def thought_means(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Te
 
 @torch.no_grad()
 def _read(
-    lm: LatentLM,
-    questions: Sequence[Sequence[int]],
-    thoughts: Tensor,
-    completion_ids: Sequence[Sequence[int]],
+    lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor, completion_ids: Sequence[Sequence[int]],
     batch_size: int,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Hidden states (N, K, D) before each given thought, and log-probabilities (M,) of the tokens after them."""
     _check(lm, questions, thoughts)
     slot = slot_with_markers(lm.reasoning, lm.special, thoughts.shape[1]).tolist()
@@ -107,10 +93,9 @@ def _read(
         for indices in longest_first(rows, batch_size):
             ids_BT = pad_sequence([torch.tensor(rows[i]) for i in indices], batch_first=True).to(lm.device)
             counts = [len(completion_ids[i]) for i in indices]
-            is_completion_BT = pad_sequence(
-                [torch.arange(len(rows[i])) >= len(rows[i]) - n for i, n in zip(indices, counts, strict=True)],
-                batch_first=True,
-            ).to(lm.device)
+            ends = torch.tensor([[len(rows[i])] for i in indices])
+            place_T = torch.arange(ids_BT.shape[1])
+            is_completion_BT = ((place_T < ends) & (place_T >= ends - torch.tensor(counts)[:, None])).to(lm.device)
             is_thought_BT = ids_BT == lm.latent_id
             embeds_BTD = table(ids_BT)
             embeds_BTD[is_thought_BT] = thoughts[indices].to(embeds_BTD).flatten(0, 1)
@@ -127,7 +112,7 @@ def _read(
 
 def _check(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor) -> None:
     table: Any = lm.base.get_input_embeddings()
-    if lm.reasoning.slot.source is not Source.thought or lm.reasoning.modes:
+    if not lm.reasoning.slot.thinks or lm.reasoning.modes:
         raise ValueError(
             f"{lm.reasoning.method} has no latent thoughts to reward. Take a model that was trained with them, such as "
             "method=coconut. Tokens are rewarded without thoughts by ImplicitReward.tokens."

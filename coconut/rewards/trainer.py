@@ -22,7 +22,6 @@ from coconut.models.latent_lm import LatentLM
 from coconut.rewards.batches import (
     AnswerSet,
     RewardBatch,
-    preference_metrics,
     reward_batch,
     reward_loss,
     score_across_processes,
@@ -57,9 +56,7 @@ class RewardTrainer:
         self.config, self.folder, self.files, self.world = config, folder, files, world
         self.loss = get_loss(config.loss)
         self.training_state = TrainingState(config, folder, world, pending=False)
-        self.step = self.training_state.state["step"]
-        self.best = self.training_state.state["best"]
-        self.pending = self.training_state.state["pending"]
+        self.step, self.best, self.pending = (self.training_state.state[key] for key in ("step", "best", "pending"))
 
         torch.manual_seed(config.seed + world.rank)
         resumed = self.training_state.resume_from
@@ -86,8 +83,7 @@ class RewardTrainer:
 
     def _training_items(self) -> np.ndarray:
         answers = self.answers["train"]
-        right = np.bincount(answers.question, answers.right)
-        counts = np.bincount(answers.question)
+        right, counts = np.bincount(answers.question, answers.right), np.bincount(answers.question)
         if one_class := int(((right == 0) | (right == counts)).sum()):
             used = "they are left out" if self.loss.pairs else "they are used all the same"
             log(f"note: to {one_class:,} of {len(counts):,} questions all answers are right, or all wrong; {used}")
@@ -200,11 +196,8 @@ class RewardTrainer:
             [answers.completions[i] for i in chosen] or [answers.completions[0].without_targets()],
             self.reference["train"][chosen],
             torch.from_numpy(answers.right[chosen]),
-            self.lm.special,
-            passes,
-            reference_point=reference_point,
-            num_items=len(items),
-        )
+            self.lm.special, passes, reference_point=reference_point, num_items=len(items),
+        )  # fmt: skip
 
     def progress(self, row: dict[str, Any]) -> str:
         return f"loss {row['loss']:.3f}"
@@ -221,17 +214,15 @@ class RewardTrainer:
             scores_N = self._score(lm, answers.completions, stop)
         scale = 1.0 if self.loss.is_value_model else self.config.beta
         rewards_N = scale * (scores_N - self.reference["valid"]).numpy()
-        found = {
-            **preference_metrics(rewards_N, answers),
-            "reward_right": float(rewards_N[answers.right].mean()) if answers.right.any() else 0.0,
-            "reward_wrong": float(rewards_N[~answers.right].mean()) if not answers.right.all() else 0.0,
-        }
-        if not self.best or found["pairs"] > self.best["pairs"]:
-            self.best = {"step": self.step, "pairs": found["pairs"]}
-        track.log("valid", self.step, **found)
+        row = answers.preference_metrics(rewards_N)
+        for name, chosen_N in (("right", answers.right), ("wrong", ~answers.right)):
+            row[f"reward_{name}"] = float(rewards_N[chosen_N].mean()) if chosen_N.any() else 0.0
+        if not self.best or row["pairs"] > self.best["pairs"]:
+            self.best = {"step": self.step, "pairs": row["pairs"]}
+        track.log("valid", self.step, **row)
         return (
-            f"right above wrong in {100 * found['pairs']:5.1f} % of pairs  best of n {100 * found['best_of_n']:5.1f} % "
-            f"(any answer {100 * found['mean']:.1f} %)"
+            f"right above wrong in {100 * row['pairs']:5.1f} % of pairs  best of n {100 * row['best_of_n']:5.1f} % "
+            f"(any answer {100 * row['mean']:.1f} %)"
         )
 
     def resume(self) -> None:
@@ -246,16 +237,12 @@ class RewardTrainer:
         return f"update {self.best['step']}, {100 * self.best['pairs']:.1f} % of pairs"
 
     def describe(self, session: dict[str, Any]) -> None:
-        data = {split: used_file(self.files[split], len(rows.completions)) for split, rows in self.answers.items()}
         about = {
-            "name": self.config.name,
-            "trained": "reward model",
-            "updates": self.num_steps,
+            "name": self.config.name, "trained": "reward model", "updates": self.num_steps,
             "parameters": self.num_parameters,
-            "data": data,
-            "model_type": self.lm.base.config.model_type,
-            "init": str(self.init),
-        }
+            "data": {split: used_file(self.files[split], len(its.completions)) for split, its in self.answers.items()},
+            "model_type": self.lm.base.config.model_type, "init": str(self.init),
+        }  # fmt: skip
         write_description(self.folder, self.config, about, session)
         with atomic_file(self.folder / REFERENCE) as part, part.open("wb") as file:
             torch.save(self.reference, file)

@@ -41,7 +41,7 @@ class ValueModel:
             self.lm, completions, batch_size, lambda batch: token_values(self.lm, batch, self.lm.special.latent)
         )
 
-    def parts(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
+    def steps(self, completions: Sequence[Completion], batch_size: int = 256) -> list[Tensor]:
         """(P,) for each completion: the probability that it comes out right, after each step and after the answer."""
         values = []
         for row, completion in zip(self.before(completions, batch_size), completions, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from coconut.config import AdamWConfig, RunConfig, at_least, refuse_cuda_graphs
@@ -13,10 +14,6 @@ from coconut.utils.overrides import Place
 class ObjectiveConfig:
     """An entry of coconut.rl.objectives.OBJECTIVES by `name`, and overrides of its fields; null overrides nothing.
 
-    control_token_weight: the weight of a hybrid model's control token, in a term of its own.
-    control_token_scale: a factor on the control token's weight.
-    clip_low, clip_high: the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
-    normalize_advantages: divide advantages by their group's standard deviation.
     kl_coef: KL coefficient; the reference model is the one that the run started from. With 0 no reference is loaded.
     """
 
@@ -33,11 +30,8 @@ class ObjectiveConfig:
         self.build()
 
     def build(self) -> Objective:
-        changes = {
-            name: getattr(self, name)
-            for name in ("control_token_weight", "control_token_scale", "clip_low", "clip_high", "normalize_advantages")
-        }
-        return get_objective(self.name, **changes)
+        names = ("control_token_weight", "control_token_scale", "clip_low", "clip_high", "normalize_advantages")
+        return get_objective(self.name, **{name: getattr(self, name) for name in names})
 
 
 @dataclass
@@ -53,7 +47,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         for mode, cost in self.mode_costs.items():
-            if cost != cost or abs(cost) == float("inf"):
+            if not math.isfinite(cost):
                 raise ValueError(f"reward.mode_costs.{mode} is {cost}; it must be a finite number.")
         for mode, limit in self.max_mode_tokens.items():
             if limit < 1:

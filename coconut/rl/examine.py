@@ -30,13 +30,9 @@ def examine_choices(config: AnalyzeConfig, record: RunRecord) -> list[Study]:
         log(f"The choice of modes is not analyzed. {error}")
         return []
     trained = load_run(config.run, config.checkpoint, config.engine)
+    read = read_examples(files["test"])[: config.limit], read_examples(files["train"])[:MAX_FITTED_ON]
     test_examples, train_examples = (
-        read_examples(files["test"])[: config.limit],
-        read_examples(files["train"])[:MAX_FITTED_ON],
-    )
-    test_examples, train_examples = (
-        [examples[i] for i in indices_that_fit(trained.lm, [e.question for e in examples])]
-        for examples in (test_examples, train_examples)
+        [examples[i] for i in indices_that_fit(trained.lm, [e.question for e in examples])] for examples in read
     )
     log(f"Analyzing step {trained.step:,} with {len(test_examples):,} questions of {files['test']}, in every mode")
     task = TASKS[record.config["data"]["task"]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
-from coconut.rl.objectives import Objective, Totals, clipped_objective, kl_k3
+from coconut.rl.objectives import Objective, Totals, kl_k3
 
 
 @dataclass
@@ -39,22 +39,13 @@ class PolicyBatch(CompletionBatch):
 
 def broadcast_to_tokens(advantages_N: Tensor, completions: Sequence[Completion]) -> list[Tensor]:
     """Expand (N,) advantages to one tensor (M,) a completion, with one value for each of its sampled tokens."""
-    return [
-        advantage.expand(len(completion.log_probs))
-        for advantage, completion in zip(advantages_N, completions, strict=True)
-    ]
+    return [value.expand(len(s.log_probs)) for value, s in zip(advantages_N, completions, strict=True)]
 
 
 def policy_batch(
-    completions: Sequence[Completion],
-    advantages: Sequence[Tensor],
-    objective: Objective,
-    totals: Totals,
-    special: SpecialIds,
-    *,
-    on_policy: bool,
-    passes: int = 1,
-) -> PolicyBatch:
+    completions: Sequence[Completion], advantages: Sequence[Tensor], objective: Objective, totals: Totals,
+    special: SpecialIds, *, on_policy: bool, passes: int = 1,
+) -> PolicyBatch:  # fmt: skip
     """Collate completions, with the advantages of their sampled tokens, into a micro-batch.
 
     `totals` are those of the whole batch.
@@ -73,11 +64,8 @@ def policy_batch(
 
 def totals_of(completions: Sequence[Completion], budget: int) -> Totals:
     """The totals of all completions of an update. `budget`: the limit of new tokens."""
-    tokens, controls = (
-        sum(map(len, (s.log_probs for s in completions))),
-        sum(int(s.is_control.sum()) for s in completions),
-    )
-    return Totals(len(completions), tokens, controls, budget)
+    controls = sum(int(s.is_control.sum()) for s in completions)
+    return Totals(len(completions), sum(len(s.log_probs) for s in completions), controls, budget)
 
 
 @dataclass(frozen=True)
@@ -95,10 +83,7 @@ class PolicyLoss:
     def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
         log_probs_M = self.distribution.log_probs(module, batch)
         old_M = log_probs_M.detach() if batch.old is None else batch.old
-        terms_M = clipped_objective(
-            log_probs_M, old_M, batch.advantages, self.objective.clip_low, self.objective.clip_high
-        )
-        loss = (batch.weights * terms_M).sum()
+        loss = (batch.weights * self.objective.clipped(log_probs_M, old_M, batch.advantages)).sum()
         if batch.reference is None:
             return loss
         apart_M = kl_k3(log_probs_M, batch.reference)

@@ -20,6 +20,7 @@ from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Prediction, evaluate
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
+from coconut.rewards.aggregation import bootstrap_interval
 from coconut.runs.study import Study
 from coconut.tasks import Task
 from coconut.utils.torch_utils import seeded
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
 Numbers = NDArray[np.float64]
-RESAMPLES = 2000  # of the bootstrap
+HIDDEN, FITTING_STEPS = 64, 300  # of the classifier
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,8 @@ def predict_in_each_mode(
 
     A model without modes has one, named by the empty string.
     """
-    return {
-        mode: evaluate(lm, task, examples, mode=mode or None, **options).predictions
-        for mode in lm.reasoning.modes or ("",)
-    }
+    modes = lm.reasoning.modes or ("",)
+    return {mode: evaluate(lm, task, examples, mode=mode or None, **options).predictions for mode in modes}
 
 
 def mode_outcomes(lm: LatentLM, task: Task, examples: Sequence[Example], **options: Any) -> ModeOutcomes:
@@ -104,17 +103,15 @@ def cheapest_right(outcomes: ModeOutcomes) -> NDArray[np.int64]:
 class RouterClassifier:
     """A router with one hidden layer on `question_states`, fitted to predict `cheapest_right`."""
 
-    def __init__(
-        self, states_QD: torch.Tensor, outcomes: ModeOutcomes, *, hidden: int = 64, steps: int = 300, seed: int = 0
-    ):
+    def __init__(self, states_QD: torch.Tensor, outcomes: ModeOutcomes):
         self.mean, self.scale = states_QD.mean(0), states_QD.std(0) + 1e-6
-        with seeded(seed):
+        with seeded(0):
             self.net = nn.Sequential(
-                nn.Linear(states_QD.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, len(outcomes.modes))
+                nn.Linear(states_QD.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(outcomes.modes))
             )
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-2, weight_decay=1e-2)
         targets_Q = torch.from_numpy(cheapest_right(outcomes))
-        for _ in range(steps):
+        for _ in range(FITTING_STEPS):
             optimizer.zero_grad()
             nn.functional.cross_entropy(self.net((states_QD - self.mean) / self.scale), targets_Q).backward()
             optimizer.step()
@@ -127,52 +124,34 @@ class RouterClassifier:
 
 def router_distributions(outcomes: ModeOutcomes, classified: NDArray[np.int64] | None = None) -> dict[str, Numbers]:
     """For each router, (Q, M) the probability that it takes each mode. `classified` (Q,): a classifier's modes."""
-    one_M = np.eye(len(outcomes.modes))
-    own_QM = one_M[outcomes.chosen]
-    routers = {"the model": own_QM}
-    routers |= {
-        f"always {mode}": np.tile(one, (len(own_QM), 1)) for mode, one in zip(outcomes.modes, one_M, strict=True)
-    }
-    routers["at random, as often"] = np.tile(own_QM.mean(0), (len(own_QM), 1))
+    one_MM = np.eye(len(outcomes.modes))
+    own_QM = one_MM[outcomes.chosen]
+    constant = {f"always {mode}": one_M for mode, one_M in zip(outcomes.modes, one_MM, strict=True)}
+    constant["at random, as often"] = own_QM.mean(0)
+    routers = {"the model": own_QM, **{name: np.tile(row_M, (len(own_QM), 1)) for name, row_M in constant.items()}}
     if classified is not None:
-        routers["classifier"] = one_M[classified]
-    return {**routers, "oracle": one_M[cheapest_right(outcomes)]}
+        routers["classifier"] = one_MM[classified]
+    return {**routers, "oracle": one_MM[cheapest_right(outcomes)]}
 
 
-@dataclass(frozen=True)
-class RoutingResult:
-    """Expected values over the questions.
+def compare_routers(outcomes: ModeOutcomes, routers: Mapping[str, Numbers]) -> list[dict[str, Any]]:
+    """A row for each router, (Q, M) probabilities of the modes, with expected values over the same questions.
 
-    `interval`: 95 % of the accuracy, Wilson's; for a router that chooses at random, a bootstrap over questions.
+    low, high: the 95 % interval of the accuracy, Wilson's; for a router that chooses at random, a bootstrap over
+    questions.
     """
-
-    accuracy: float
-    interval: tuple[float, float]
-    tokens: float
-    passes: float
-    shares: dict[str, float]
-
-
-def compare_routers(outcomes: ModeOutcomes, routers: Mapping[str, Numbers], seed: int = 0) -> dict[str, RoutingResult]:
-    """The result of each router, (Q, M) probabilities of the modes, on the same questions."""
-    Q = len(outcomes.chosen)
-    draws_RQ = np.random.default_rng(seed).integers(Q, size=(RESAMPLES, Q))
-    results = {}
+    rows = []
     for name, route_QM in routers.items():
         right_Q = (route_QM * outcomes.correct).sum(1)
         if set(np.unique(route_QM)) <= {0.0, 1.0}:
-            wilson = binomtest(round(right_Q.sum()), Q).proportion_ci(method="wilson")
-            low, high = wilson.low, wilson.high
+            low, high = map(float, binomtest(round(right_Q.sum()), len(right_Q)).proportion_ci(method="wilson"))
         else:
-            low, high = np.quantile(right_Q[draws_RQ].mean(1), [0.025, 0.975])
-        results[name] = RoutingResult(
-            accuracy=float(right_Q.mean()),
-            interval=(float(low), float(high)),
-            tokens=float((route_QM * outcomes.tokens).sum(1).mean()),
-            passes=float((route_QM * outcomes.passes).sum(1).mean()),
-            shares=dict(zip(outcomes.modes, route_QM.mean(0).tolist(), strict=True)),
-        )
-    return results
+            low, high = bootstrap_interval(right_Q)
+        tokens, passes = (float((route_QM * each).sum(1).mean()) for each in (outcomes.tokens, outcomes.passes))
+        row = {"router": name, "accuracy": float(right_Q.mean()), "low": low, "high": high, "new_tokens": tokens}
+        shares = zip(outcomes.modes, route_QM.mean(0).tolist(), strict=True)
+        rows.append(row | {"passes": passes, **{f"share_{mode}": share for mode, share in shares}})
+    return rows
 
 
 def mode_metrics(outcomes: ModeOutcomes, rows: NDArray[np.int64]) -> dict[str, float]:
@@ -203,25 +182,11 @@ def choice_studies(
 
     The classifier is fitted on `fitted_on`. `options` are those of `evaluate`.
     """
-    outcomes, train_outcomes = (
-        mode_outcomes(lm, task, examples, **options),
-        mode_outcomes(lm, task, fitted_on, **options),
-    )
-    classified = RouterClassifier(question_states(lm, fitted_on), train_outcomes)(question_states(lm, examples))
-    results = compare_routers(outcomes, router_distributions(outcomes, classified))
-    rows = [
-        {
-            "router": name,
-            "accuracy": row.accuracy,
-            "low": row.interval[0],
-            "high": row.interval[1],
-            "new_tokens": row.tokens,
-            "passes": row.passes,
-            **{f"share_{mode}": share for mode, share in row.shares.items()},
-        }
-        for name, row in results.items()
-    ]
+    outcomes = mode_outcomes(lm, task, examples, **options)
+    classifier = RouterClassifier(question_states(lm, fitted_on), mode_outcomes(lm, task, fitted_on, **options))
+    classified = classifier(question_states(lm, examples))
+    rows, modes = compare_routers(outcomes, router_distributions(outcomes, classified)), list(outcomes.modes)
     return [
-        Study("routers", rows, {"modes": list(outcomes.modes), "fitted_on": len(fitted_on)}),
-        Study("difficulty", metrics_by_steps(outcomes, examples), {"modes": list(outcomes.modes)}),
+        Study("routers", rows, {"modes": modes, "fitted_on": len(fitted_on)}),
+        Study("difficulty", metrics_by_steps(outcomes, examples), {"modes": modes}),
     ]

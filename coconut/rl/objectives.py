@@ -87,6 +87,12 @@ class Objective:
         alone = self.control_token_scale * self.control_token_weight / totals.completions
         return torch.where(is_control_M, torch.full_like(rest_M, alone), rest_M), whole_M
 
+    def clipped(self, log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor) -> Tensor:
+        """(M,) each token's clipped surrogate loss, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
+        ratio_M = (log_probs_M - old_M).exp()
+        clipped_M = ratio_M.clamp(1 - self.clip_low, 1 + self.clip_high)
+        return torch.max(-ratio_M * advantages_M, -clipped_M * advantages_M)
+
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(per_completion, normalize_advantages=True),  # Shao et al., arXiv 2402.03300, eq. 3
@@ -120,12 +126,6 @@ def advantages(rewards_GS: Tensor, normalize: bool) -> Tensor:
 def has_zero_variance(rewards_GS: Tensor) -> Tensor:
     """(G,) whether all rewards of a group are equal: its advantages are zero, and it gives no gradient."""
     return (rewards_GS == rewards_GS[:, :1]).all(1)
-
-
-def clipped_objective(log_probs_M: Tensor, old_M: Tensor, advantages_M: Tensor, low: float, high: float) -> Tensor:
-    """(M,) each token's clipped surrogate loss, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
-    ratio_M = (log_probs_M - old_M).exp()
-    return torch.max(-ratio_M * advantages_M, -ratio_M.clamp(1 - low, 1 + high) * advantages_M)
 
 
 def kl_k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:

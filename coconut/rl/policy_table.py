@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,8 @@ from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.reporting import run_table
-from coconut.reporting.page import Heading, Part, Section, Table, Text, page, percent
+from coconut.reporting.page import Heading, Part, Section, Table, Text, page
+from coconut.reporting.phrases import percent
 from coconut.rl.report import curves_figure, is_policy, mode_legend
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study
@@ -51,62 +51,42 @@ def arm_of(run: RunRecord) -> str:
     return SEED.sub("", run.folder.resolve().name)
 
 
-def arms(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Group runs by arm."""
-    by_arm: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        by_arm.setdefault(arm_of(run), []).append(run)
-    return by_arm
-
-
 def comparison(runs: Sequence[RunRecord]) -> Study:
     """A study with a row for each run: its choice of modes, and its results on the test questions.
 
-    Raises ValueError if a run is incomplete, was not analyzed, or differs from the first in modes or test questions.
+    Raises ValueError if a run is incomplete, was not analyzed, has no validation at the analyzed step, or differs from
+    the first in modes or test questions.
     """
     for run in runs:
         if run.step < run.config["num_steps"]:
             raise ValueError(f"{run.folder} is not complete: step {run.step:,} of {run.config['num_steps']:,}.")
         if "routers" not in run.studies:
             raise ValueError(f"{run.folder} was not analyzed. Run coconut analyze run={run.folder}.")
-    first_facts = runs[0].studies["routers"].facts
-    rows = []
+    first_facts, rows = runs[0].studies["routers"].facts, []
     for run in runs:
         facts = run.studies["routers"].facts
         if any(facts[key] != first_facts[key] for key in ("modes", "sha256", "questions")):
             raise ValueError(f"{run.folder} and {runs[0].folder} differ in their modes or in their test questions.")
-        model_row, *router_rows = run.studies["routers"].rows
-        by_name = {row["router"]: row for row in router_rows}
+        by_name = {row["router"]: row for row in run.studies["routers"].rows}
+        model_row, modes, valid = by_name["the model"], facts["modes"], {row["step"]: row for row in run.valid}
+        if facts["step"] not in valid:
+            raise ValueError(
+                f"{run.folder} was analyzed at step {facts['step']:,}, which has no validation, so its reward is "
+                f"unknown. Analyze another checkpoint: coconut analyze run={run.folder} checkpoint=best"
+            )
         easy, *_, hard = run.studies["difficulty"].rows
-        rows.append(
-            {
-                "arm": arm_of(run),
-                "seed": run.config["seed"],
-                "step": run.studies["routers"].facts["step"],
-                "reward": _validated(run)["reward"],
-                **{key: model_row[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
-                "at_random": by_name["at random, as often"]["accuracy"],
-                "oracle": by_name["oracle"]["accuracy"],
-                **{key: value for key, value in model_row.items() if key.startswith("share_")},
-                **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in first_facts["modes"]},
-                **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in first_facts["modes"]},
-                "seconds": sum(row["seconds"] for row in run.train),
-            }
-        )
+        rows.append({
+            "arm": arm_of(run), "seed": run.config["seed"], "step": facts["step"],
+            "reward": valid[facts["step"]]["reward"],
+            **{key: model_row[key] for key in ("accuracy", "low", "high", "new_tokens", "passes")},
+            "at_random": by_name["at random, as often"]["accuracy"], "oracle": by_name["oracle"]["accuracy"],
+            **{f"share_{mode}": model_row[f"share_{mode}"] for mode in modes},
+            **{f"easiest_{mode}": easy[f"chance_{mode}"] for mode in modes},
+            **{f"hardest_{mode}": hard[f"chance_{mode}"] for mode in modes},
+            "seconds": sum(row["seconds"] for row in run.train),
+        })  # fmt: skip
     facts_of_study = {key: first_facts[key] for key in ("modes", "sha256", "questions", "file")}
     return Study("policies", rows, facts_of_study | {"seen": most_seen([run.studies["routers"].facts for run in runs])})
-
-
-def _validated(run: RunRecord) -> dict[str, Any]:
-    """The validation of the analyzed checkpoint. Raises ValueError if there was none at its step."""
-    step = run.studies["routers"].facts["step"]
-    rows = [row for row in run.valid if row["step"] == step]
-    if not rows:
-        raise ValueError(
-            f"{run.folder} was analyzed at step {step:,}, which has no validation, so its reward is unknown. "
-            f"Analyze another checkpoint: coconut analyze run={run.folder} checkpoint=best"
-        )
-    return rows[-1]
 
 
 def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> str:
@@ -122,21 +102,14 @@ def comparison_page(study: Study, runs: Sequence[RunRecord], folder: Path) -> st
     )
     parts: list[Part] = [Table(columns(modes), table_rows(study), len(columns(modes)) - 1), Text(note)]
     curves: list[Part] = [mode_legend(modes)]
-    for number, (arm, arm_runs) in enumerate(arms(runs).items()):
+    for number, arm in enumerate(dict.fromkeys(map(arm_of, runs))):
+        arm_runs = [run for run in runs if arm_of(run) == arm]
         figure, seeds = curves_figure(arm_runs, f"arm{number}"), ", ".join(str(run.config["seed"]) for run in arm_runs)
-        seeds_sentence = f"Seed{'s' * (len(arm_runs) > 1)} {seeds}."
-        curves += [
-            Heading(arm),
-            replace(figure, caption=f"{seeds_sentence} {figure.caption}" if not number else seeds_sentence),
-        ]
-    return page(
-        runs[0].description["name"],
-        f"{len(runs)} policies",
-        f"trained to choose between {', '.join(modes)}",
-        folder,
-        [Section("headline", None, parts), Section("learning", "How they learned", curves)],
-        kicker="comparison",
-    )
+        caption = f"Seed{'s' * (len(arm_runs) > 1)} {seeds}." + ("" if number else f" {figure.caption}")
+        curves += [Heading(arm), replace(figure, caption=caption)]
+    sections = [Section("headline", None, parts), Section("learning", "How they learned", curves)]
+    summary = f"trained to choose between {', '.join(modes)}"
+    return page(runs[0].description["name"], f"{len(runs)} policies", summary, folder, sections, kicker="comparison")
 
 
 def columns(modes: Sequence[str]) -> list[str]:
@@ -151,22 +124,10 @@ def table_rows(study: Study) -> list[list[str]]:
     rows = []
     for arm in dict.fromkeys(row["arm"] for row in study.rows):
         arm_rows = [row for row in study.rows if row["arm"] == arm]
-        mean = {
-            key: float(np.mean([row[key] for row in arm_rows]))
-            for key in arm_rows[0]
-            if key not in ("arm", "seed", "step")
-        }
-        shares = [percent(mean[f"{kind}_{mode}"]) for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
-        rows.append(
-            [
-                arm,
-                ", ".join(str(row["seed"]) for row in arm_rows),
-                f"{mean['reward']:.3f}",
-                *(percent(mean[key]) for key in ("accuracy", "at_random", "oracle")),
-                *shares,
-                f"{mean['new_tokens']:.1f}",
-                f"{mean['passes']:.1f}",
-                f"{mean['seconds'] / 60:.1f}",
-            ]
-        )
+        mean = {key: float(np.mean([row[key] for row in arm_rows])) for key in arm_rows[0] if key != "arm"}
+        seeds = ", ".join(str(row["seed"]) for row in arm_rows)
+        shares = [f"{kind}_{mode}" for mode in modes[1:] for kind in ("share", "easiest", "hardest")]
+        percents = [percent(mean[key]) for key in ("accuracy", "at_random", "oracle", *shares)]
+        numbers = [f"{mean['new_tokens']:.1f}", f"{mean['passes']:.1f}", f"{mean['seconds'] / 60:.1f}"]
+        rows.append([arm, seeds, f"{mean['reward']:.3f}", *percents, *numbers])
     return rows

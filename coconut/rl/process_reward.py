@@ -20,14 +20,7 @@ from coconut.completions.scoring import SamplingDistribution
 from coconut.engine.base import Engine, Loss
 from coconut.engine.factory import make_engine
 from coconut.models.latent_lm import LatentLM
-from coconut.rewards.batches import (
-    AnswerSet,
-    RewardBatch,
-    preference_metrics,
-    reward_batch,
-    reward_loss,
-    score_across_processes,
-)
+from coconut.rewards.batches import AnswerSet, reward_batch, reward_loss, score_across_processes
 from coconut.rewards.implicit import reference_of
 from coconut.rewards.losses import LOSSES, cross_entropy, get_loss
 from coconut.rl.config import RLConfig
@@ -84,16 +77,9 @@ class OnlineProcessReward:
     """
 
     def __init__(
-        self,
-        config: RLConfig,
-        training_state: TrainingState,
-        judge: CorrectnessReward,
-        policy: LatentLM,
-        init: Path,
-        reference: LatentLM | None,
-        device: torch.device,
-        batch_size: int,
-    ):
+        self, config: RLConfig, training_state: TrainingState, judge: CorrectnessReward, policy: LatentLM, init: Path,
+        reference: LatentLM | None, device: torch.device, batch_size: int,
+    ):  # fmt: skip
         self.config, self.judge, self.batch_size = config.process_reward, judge, batch_size
         self.training_state, self.world, self.folder = training_state, training_state.world, training_state.folder
         self.updates = training_state.state.get("process_reward_updates", 0)
@@ -107,7 +93,9 @@ class OnlineProcessReward:
                 f"process_reward.init={self.config.init} has other tokens than the policy, whose completions it is to "
                 "reward. Name a reward model that was made from the same model."
             )
-        reference = reference or LatentLM.from_pretrained(self._own_reference())
+        if not reference:
+            copy = self.folder / REWARD_REFERENCE if training_state.resume_from else None
+            reference = LatentLM.from_pretrained(copy or reference_of(str(self.config.init)))
         self.distribution = SamplingDistribution.of(self.lm.special)
         self.engine: Engine | None = None
         if self.config.online:
@@ -138,10 +126,6 @@ class OnlineProcessReward:
             )
         return resolve_weights(self.config.init)
 
-    def _own_reference(self) -> Path:
-        resumed = self.training_state.resume_from
-        return self.folder / REWARD_REFERENCE if resumed else reference_of(str(self.config.init))
-
     @property
     def extra_models(self) -> dict[str, Engine]:
         """What checkpoints save beside the policy."""
@@ -161,8 +145,8 @@ class OnlineProcessReward:
 
     def dry_run(self, completions: Sequence[Completion]) -> None:
         if self.engine:
-            zeros_N = torch.zeros(len(completions))
-            self.engine.dry_run(self._micro_batch(completions, zeros_N, zeros_N.bool(), 1))
+            zeros_N, (passes, _) = torch.zeros(len(completions)), passes_and_length(completions)
+            self.engine.dry_run(reward_batch(completions, zeros_N, zeros_N.bool(), self.lm.special, passes))
 
     def rewards(self, groups: Sequence[Group]) -> list[TokenRewards]:
         """The rewards of all completions of a step, by the reward model before it learns from them.
@@ -178,18 +162,14 @@ class OnlineProcessReward:
                 return list(zip(own, reference, strict=True))
 
             scores = iter(score_across_processes(score, completions, self.world))
-        return [self._rewards_of(group, [next(scores) for _ in group.completions]) for group in groups]
-
-    def _rewards_of(self, group: Group, scores: Sequence[tuple[Tensor, Tensor]]) -> TokenRewards:
-        """`scores`: log-probabilities of each completion's tokens by the reward model, and by the reference."""
-        return TokenRewards(
-            group,
-            tokens=[self.config.beta * (own_M - reference_M) for own_M, reference_M in scores],
-            reference=torch.stack([reference_M.sum() for _, reference_M in scores]),
-            right=torch.tensor(
-                [self.judge.is_correct(group.example, completion.text) for completion in group.completions]
-            ),
-        )
+        rewarded = []
+        for group in groups:
+            own, reference = zip(*(next(scores) for _ in group.completions), strict=True)
+            tokens = [self.config.beta * (a_M - b_M) for a_M, b_M in zip(own, reference, strict=True)]
+            right = [self.judge.is_correct(group.example, completion.text) for completion in group.completions]
+            reference_S = torch.stack([reference_M.sum() for reference_M in reference])
+            rewarded.append(TokenRewards(group, tokens, reference_S, torch.tensor(right)))
+        return rewarded
 
     @staticmethod
     def statistics(rewarded: Sequence[TokenRewards]) -> dict[str, float]:
@@ -200,15 +180,15 @@ class OnlineProcessReward:
         """
         rewards_N = torch.stack([row_M.sum() for group in rewarded for row_M in group.tokens])
         right_N = torch.cat([group.right for group in rewarded])
-        found = {"process_reward_loss": float(cross_entropy(rewards_N, right_N).mean())}
+        row = {"process_reward_loss": float(cross_entropy(rewards_N, right_N).mean())}
         for name, chosen_N in (("right", right_N), ("wrong", ~right_N)):
             if chosen_N.any():
-                found[f"process_reward_{name}"] = float(rewards_N[chosen_N].mean())
+                row[f"process_reward_{name}"] = float(rewards_N[chosen_N].mean())
         if any(group.right.any() and not group.right.all() for group in rewarded):
             question_N = np.repeat(np.arange(len(rewarded)), [len(group.tokens) for group in rewarded])
             answers = AnswerSet([], right_N.numpy(), question_N)
-            found["process_reward_pairs"] = preference_metrics(rewards_N.numpy(), answers)["pairs"]
-        return found
+            row["process_reward_pairs"] = answers.preference_metrics(rewards_N.numpy())["pairs"]
+        return row
 
     def update(self, rewarded: Sequence[TokenRewards]) -> dict[str, float]:
         """Learn by cross-entropy which completions are right. Does nothing if the reward model is frozen."""
@@ -222,15 +202,9 @@ class OnlineProcessReward:
         rows = [*completions, completions[0].without_targets()]  # index -1, for a process that has none left
         parts = []
         for places, passes in shard_by_length(needed, self.batch_size, self.world.rank, self.world.size):
-            counted = [place for place in places if place >= 0]
-            parts.append(self._micro_batch([rows[i] for i in places], reference_N[counted], right_N[counted], passes))
+            counted, batch = [place for place in places if place >= 0], [rows[i] for i in places]
+            parts.append(reward_batch(batch, reference_N[counted], right_N[counted], self.lm.special, passes))
         lr = self.lr
         result = self.engine.update(parts, lr)
         self.updates += 1
         return {"process_reward_grad_norm": result.grad_norm, "process_reward_lr": lr}
-
-    def _micro_batch(
-        self, completions: Sequence[Completion], reference_N: Tensor, right_N: Tensor, passes: int
-    ) -> RewardBatch:
-        passes = max(passes, *(completion.passes for completion in completions))
-        return reward_batch(completions, reference_N, right_N, self.lm.special, passes)

@@ -11,11 +11,11 @@ from coconut.analysis.graph_layout import Point
 from coconut.data.seen_questions import describe_questions
 from coconut.methods import parse_mode
 from coconut.reporting.charts import panel, share_axis
-from coconut.reporting.page import Figure, Legend, Part, Score, Section, Table, Text, page, percent
+from coconut.reporting.page import Figure, Legend, Part, Score, Section, Table, Text, figure_of, page
+from coconut.reporting.phrases import counted, percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
-from coconut.reporting.run_page import answers, counted, settings_of_adamw, what_was_trained
+from coconut.reporting.run_page import answers, settings_of_adamw, what_was_trained
 from coconut.reporting.run_table import aligned
-from coconut.reporting.sections import figure_of
 from coconut.runs.record import RunRecord
 from coconut.runs.study import Study
 
@@ -147,8 +147,7 @@ def headline(run: RunRecord) -> Section:
     parts: list[Part] = []
     if run.step < run.config["num_steps"]:
         parts.append(Text(f"Not complete: step {run.step:,} of {run.config['num_steps']:,}."))
-    routers = run.studies.get("routers")
-    if routers:
+    if routers := run.studies.get("routers"):
         parts += router_parts(routers)
     elif run.valid:
         last = run.valid[-1]
@@ -175,14 +174,9 @@ def router_parts(study: Study) -> list[Part]:
     model_row, facts, modes = study.rows[0], study.facts, study.facts["modes"]
     questions = describe_questions(facts["questions"], facts.get("seen"))
     shares = ", ".join(f"{mode} for {percent(model_row[f'share_{mode}'])}" for mode in modes)
-    names = [*ROUTER_COLUMNS, *(f"share of {mode}" for mode in modes)]
+    names = ["who chooses", "accuracy", "95 % interval", "new tokens", "passes", *(f"share of {m}" for m in modes)]
     return [
-        Score(
-            model_row["accuracy"],
-            f"on {questions}",
-            (model_row["low"], model_row["high"]),
-            None,
-        ),
+        Score(model_row["accuracy"], f"on {questions}", (model_row["low"], model_row["high"]), None),
         Text(
             f"With checkpoint {facts['step']:,} it chooses {shares} of the questions, and takes "
             f"{model_row['new_tokens']:.1f} new tokens and {model_row['passes']:.1f} forward passes an answer. "
@@ -198,9 +192,6 @@ def router_parts(study: Study) -> list[Part]:
     ]
 
 
-ROUTER_COLUMNS = ["who chooses", "accuracy", "95 % interval", "new tokens", "passes"]
-
-
 def router_cells(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
     interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
     numbers = [percent(row["accuracy"]), interval, f"{row['new_tokens']:.1f}", f"{row['passes']:.1f}"]
@@ -213,11 +204,14 @@ def learning(run: RunRecord) -> Section:
     if run.train:
         caption = "Completions sampled in training, and greedy answers to the validation questions."
         parts.append(figure_of(lambda width: reward_curve(run, width), "reward", "Reward over steps.", caption))
+    interval = run.config["validate_every"]
+    interval *= max(1, -(-run.config["num_steps"] // (10 * interval)))  # about ten rows
+    shown = [row for row in run.valid if row["step"] % interval == 0 or row is run.valid[-1]]
     rows = [
-        _step_row(row, modes)
-        for row in run.valid
-        if row["step"] % _validation_interval(run) == 0 or row is run.valid[-1]
-    ]
+        [f"{row['step']:,}", f"{row['reward']:.3f}", percent(row["accuracy"]), f"{row['new_tokens']:.1f}",
+         *(percent(row[f"share_{mode}"]) for mode in modes)]
+        for row in shown
+    ]  # fmt: skip
     columns = ["step", "reward", "accuracy", "new tokens", *(f"share of {mode}" for mode in modes)]
     parts.append(Table(columns, rows, len(columns)))
     if run.train:
@@ -228,39 +222,21 @@ def learning(run: RunRecord) -> Section:
     return Section("learning", "How it learned", parts)
 
 
-def _validation_interval(run: RunRecord) -> int:
-    """The steps between the validations that the table shows, about ten rows."""
-    interval = run.config["validate_every"]
-    return interval * max(1, -(-run.config["num_steps"] // (10 * interval)))
-
-
-def _step_row(row: dict[str, Any], modes: Sequence[str]) -> list[str]:
-    numbers = [f"{row['step']:,}", f"{row['reward']:.3f}", percent(row["accuracy"]), f"{row['new_tokens']:.1f}"]
-    return [*numbers, *(percent(row[f"share_{mode}"]) for mode in modes)]
-
-
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
     config, objective = run.config, run.description["objective"]
-    reward, sampled = (
-        config["reward"],
-        f"{config['prompts_per_step']} prompts with {config['group_size']} completions each",
-    )
+    reward = config["reward"]
+    sampled = f"{config['prompts_per_step']} prompts with {config['group_size']} completions each"
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
     scaled = "divided by the deviation of their group" if objective["normalize_advantages"] else "not divided"
-    own_term = f"a term of its own, of weight {objective['control_token_weight']}"
-    control = "a token like the others" if objective["control_token_weight"] is None else own_term
+    averaged, weight = objective["denominator"].replace("_", " "), objective["control_token_weight"]
+    control = "a token like the others" if weight is None else f"a term of its own, of weight {weight}"
+    if objective["control_token_scale"] != 1:
+        control += f", slowed to {objective['control_token_scale']:g}"
     facts = [
-        (
-            "objective",
-            f"{config['objective']['name']}: {objective['denominator'].replace('_', ' ')}; advantages {scaled}",
-        ),
-        (
-            "control token",
-            control
-            + ("" if objective["control_token_scale"] == 1 else f", slowed to {objective['control_token_scale']:g}"),
-        ),
+        ("objective", f"{config['objective']['name']}: {averaged}; advantages {scaled}"),
+        ("control token", control),
         ("clipping", f"ratios from {1 - objective['clip_low']:g} to {1 + objective['clip_high']:g}"),
         ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
@@ -282,6 +258,3 @@ def describe_process_reward(settings: dict[str, Any] | None) -> str:
         return "none"
     learns = "is updated in each step" if settings["online"] else "is frozen"
     return f"weight {settings['weight']:g}, beta {settings['beta']:g}; the reward model {learns}"
-
-
-# Several runs.

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coconut.completions.completion import longest_completions, passes_and_length, shard_by_length
+from coconut.completions.completion import Cost, largest_completion, passes_and_length, shard_by_length
 from coconut.completions.rollouts import (
     CorrectnessReward,
-    Cost,
     Group,
     Reward,
     checked_reward,
@@ -31,7 +30,6 @@ from coconut.data.tokenization import encode_questions
 from coconut.engine.base import Engine, Loss, peak_memory
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
-from coconut.evaluation.evaluator import Prediction
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
@@ -71,10 +69,8 @@ class PolicyTrainer:
         self.num_steps = config.num_steps
         # a new run validates before its first step
         self.training_state = TrainingState(config, folder, world, updates=0, pending=True)
-        state = self.training_state.state
-        self.step, self.updates, self.best, self.pending = (
-            state[key] for key in ("step", "updates", "best", "pending")
-        )
+        keys = ("step", "updates", "best", "pending")
+        self.step, self.updates, self.best, self.pending = (self.training_state.state[key] for key in keys)
 
         torch.manual_seed(config.seed + world.rank)
         self.init = self.training_state.initial_weights(str(config.init))
@@ -169,12 +165,9 @@ class PolicyTrainer:
 
     def dry_run(self) -> None:
         """Run a micro-batch of the longest completions that there can be."""
-        prompts = encode_questions(
-            self.lm.tokenizer, [example.question for example in self.train], self.lm.reasoning.format
-        )
-        longest = longest_completions(self.lm, max(prompts, key=len), self.max_new_tokens)
-        largest = max(longest, key=lambda completion: (len(completion.layout.ids), completion.passes))
-        completions = [largest] * self.micro_batch_size
+        questions = [example.question for example in self.train]
+        longest = max(encode_questions(self.lm.tokenizer, questions, self.lm.reasoning.format), key=len)
+        completions = [largest_completion(self.lm, longest, self.max_new_tokens)] * self.micro_batch_size
         totals = totals_of(completions, self.max_new_tokens)
         token_advantages = broadcast_to_tokens(torch.zeros(len(completions)), completions)
         batch = policy_batch(
@@ -232,7 +225,7 @@ class PolicyTrainer:
         completions = [completion for _, completion in pairs]
         rewards = torch.stack([group.rewards for group in groups])
         right = np.array([self.judge.is_correct(example, completion.text) for example, completion in pairs])
-        found = {
+        row = {
             "reward": float(rewards.mean()),
             "accuracy": float(right.mean()),
             "zero_variance_groups": float(has_zero_variance(rewards).float().mean()),
@@ -242,10 +235,10 @@ class PolicyTrainer:
         }
         for mode in self.lm.reasoning.modes:
             in_mode = np.array([completion.mode == mode for completion in completions])
-            found[f"share_{mode}"] = float(in_mode.mean())
+            row[f"share_{mode}"] = float(in_mode.mean())
             if in_mode.any():
-                found[f"accuracy_{mode}"] = float(right[in_mode].mean())
-        return found
+                row[f"accuracy_{mode}"] = float(right[in_mode].mean())
+        return row
 
     def learn(self, groups: Sequence[Group]) -> dict[str, float]:
         """Update the policy, and the model of the process reward, with the groups of a step."""
@@ -257,9 +250,7 @@ class PolicyTrainer:
         lr = config.optimizer.learning_rate(self.updates)
         parts = [part for part in np.array_split(np.arange(len(chosen)), config.num_minibatches) if len(part)]
         minibatches = [
-            self._micro_batches(
-                [groups[chosen[i]] for i in part], [row_M for i in part for row_M in token_advantages[i]]
-            )
+            self._micro_batches([groups[chosen[i]] for i in part], [a_M for i in part for a_M in token_advantages[i]])
             for part in parts
         ]
         updates = [self._update(minibatch) for _ in range(config.num_iterations) for minibatch in minibatches]
@@ -359,26 +350,21 @@ class PolicyTrainer:
             )  # fmt: skip
             outcomes = collect_outcomes(lm, self.valid, predictions)
         rows, by_mode = np.arange(len(outcomes.chosen)), list(predictions.values())
-        chosen = [by_mode[mode][row] for row, mode in enumerate(outcomes.chosen)]
+        chosen = [by_mode[mode][i] for i, mode in enumerate(outcomes.chosen)]
         with self._save_if_reward_fails():
-            rewards = [self._reward_of(*pair) for pair in zip(self.valid, chosen, strict=True)]
-        found = {
-            "reward": float(np.mean(rewards)),
-            "accuracy": float(outcomes.correct[rows, outcomes.chosen].mean()),
-            "new_tokens": float(outcomes.tokens[rows, outcomes.chosen].mean()),
-            "passes": float(outcomes.passes[rows, outcomes.chosen].mean()),
-            **mode_metrics(outcomes, rows),
-        }
-        if not self.best or found["reward"] > self.best["reward"]:
-            self.best = {"step": self.step, **{key: found[key] for key in ("reward", "accuracy")}}
+            rewards = [
+                checked_reward(self.reward, example, p.text, p.mode, Cost(p.passes, p.num_thoughts, p.new_tokens))
+                for example, p in zip(self.valid, chosen, strict=True)
+            ]
+        tables = {"accuracy": outcomes.correct, "new_tokens": outcomes.tokens, "passes": outcomes.passes}
+        means = {name: float(table_QM[rows, outcomes.chosen].mean()) for name, table_QM in tables.items()}
+        row = {"reward": float(np.mean(rewards)), **means, **mode_metrics(outcomes, rows)}
+        if not self.best or row["reward"] > self.best["reward"]:
+            self.best = {"step": self.step, **{key: row[key] for key in ("reward", "accuracy")}}
         track.samples(self.step, [asdict(prediction) for prediction in chosen[:5]])
-        track.log("valid", self.step, **found, by_steps=metrics_by_steps(outcomes, self.valid))
-        modes = "".join(f"  {mode} {100 * found[f'share_{mode}']:5.1f} %" for mode in self.lm.reasoning.modes)
-        return f"valid reward {found['reward']:6.3f}  accuracy {100 * found['accuracy']:5.1f} %{modes}"
-
-    def _reward_of(self, example: Example, prediction: Prediction) -> float:
-        cost = Cost(prediction.passes, prediction.num_thoughts, prediction.new_tokens)
-        return checked_reward(self.reward, example, prediction.text, prediction.mode, cost)
+        track.log("valid", self.step, **row, by_steps=metrics_by_steps(outcomes, self.valid))
+        modes = "".join(f"  {mode} {100 * row[f'share_{mode}']:5.1f} %" for mode in self.lm.reasoning.modes)
+        return f"valid reward {row['reward']:6.3f}  accuracy {100 * row['accuracy']:5.1f} %{modes}"
 
     @property
     def extra_models(self) -> dict[str, Engine]:
@@ -400,17 +386,13 @@ class PolicyTrainer:
     def describe(self, session: dict[str, Any]) -> None:
         splits = {"train": self.train, "valid": self.valid}
         about = {
-            "name": self.config.name,
-            "trained": "policy",
+            "name": self.config.name, "trained": "policy",
             "objective": asdict(self.objective) | {"denominator": self.objective.denominator.__name__},
-            "reasoning": self.lm.reasoning.as_dict(),
-            "num_steps": self.num_steps,
-            "parameters": self.num_parameters,
+            "reasoning": self.lm.reasoning.as_dict(), "num_steps": self.num_steps, "parameters": self.num_parameters,
             "new_tokens": self.lm.new_tokens,
             "data": {split: used_file(self.files[split], len(used)) for split, used in splits.items()},
-            "model_type": self.lm.base.config.model_type,
-            "init": str(self.init),
-        }
+            "model_type": self.lm.base.config.model_type, "init": str(self.init),
+        }  # fmt: skip
         questions = {split: [example.question for example in used] for split, used in splits.items()}
         write_description(self.folder, self.config, about, session, questions)
         self.snapshot_models()

@@ -35,7 +35,8 @@ STATE = "state.json"
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest `keep` are kept, the best one, and those whose update is a multiple of `keep_every`.
+    The newest `keep` are kept, the best one, and those whose step is a multiple of `keep_every`. A step is an update,
+    or in reinforcement learning a batch of questions, which may take several.
     """
 
     def __init__(self, run: Path | str, keep: int = 2, keep_every: int = 0):
@@ -43,14 +44,10 @@ class Checkpoints:
         self.keep, self.keep_every = keep, keep_every
 
     def save(
-        self,
-        step: int,
-        lm: LatentLM,
-        trainer: dict[str, Any],
-        state: dict[str, Any],
+        self, step: int, lm: LatentLM, trainer: dict[str, Any], state: dict[str, Any],
         on_file: Callable[[], None] = lambda: None,
         extra_models: Mapping[str, tuple[LatentLM, dict[str, Any]]] | None = None,
-    ) -> Path:
+    ) -> Path:  # fmt: skip
         """Write a checkpoint, then remove old ones that need not be kept.
 
         `on_file` is called after each file, as a heartbeat. `extra_models`: further models and the states of their
@@ -65,20 +62,18 @@ class Checkpoints:
                     on_file()
                     torch.save(trainer_state, part / name / TRAINER)
                 write_json(part / STATE, {"step": step, **state})
-                files = sorted(file for file in part.rglob("*") if file.is_file())
                 manifest = {}
-                for file in files:
+                for file in sorted(file for file in part.rglob("*") if file.is_file()):
                     on_file()
-                    entry = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                    manifest[str(file.relative_to(part))] = entry
+                    manifest[str(file.relative_to(part))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
                 write_json(part / MANIFEST, manifest)
         except Exception as error:
             free = shutil.disk_usage(self.folder).free / 2**20
             before = self.steps()
-            advice = f"The checkpoint of update {before[-1]} is intact." if before else "There is no earlier one."
+            advice = f"The checkpoint of step {before[-1]} is intact." if before else "There is no earlier one."
             reason = error.reason if isinstance(error, FileWriteError) else error
             raise OSError(
-                f"The checkpoint of update {step} could not be written to {self.folder} "
+                f"The checkpoint of step {step} could not be written to {self.folder} "
                 f"({free:,.0f} MiB free there): {reason}. {advice} Free some space if the disk is full, then run the "
                 "same command again."
             ) from error
@@ -96,7 +91,7 @@ class Checkpoints:
                 path.replace(path.with_name(f"damaged-{path.name}-{int(path.stat().st_mtime)}"))
 
     def steps(self) -> list[int]:
-        """The updates of all checkpoints, damaged ones included, in ascending order."""
+        """The steps of all checkpoints, damaged ones included, in ascending order."""
         found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in found if match)
 
@@ -122,7 +117,7 @@ class Checkpoints:
         return found
 
     def find(self, which: str) -> Path:
-        """The checkpoint named by "best", "last", or the number of its update.
+        """The checkpoint named by "best", "last", or the number of its step.
 
         If the best one is damaged, the newest valid one is used, with a warning on standard error. Raises ValueError
         if there is no such checkpoint, or if one named by number is damaged.
@@ -136,18 +131,17 @@ class Checkpoints:
             best = read_json(last / STATE).get("best")
             if not best:
                 raise ValueError(
-                    f"{self.folder.parent} has no best checkpoint yet: no validation has chosen one (with a "
-                    "curriculum, "
-                    "those of the last stage do). Use checkpoint=last."
+                    f"{self.folder.parent} has no best checkpoint yet: no validation has chosen one (with a curriculum "
+                    "one of the last stage does). Use checkpoint=last."
                 )
             step = best["step"]
         elif which.isdigit():
             step = int(which)
         else:
-            raise ValueError(f"checkpoint is {which!r}; it must be best, last, or the number of an update.")
+            raise ValueError(f"checkpoint is {which!r}; it must be best, last, or the number of a step.")
         if step not in self.steps():
             raise ValueError(
-                f"{self.folder} has no checkpoint of update {step}; it has: {', '.join(map(str, self.steps()))}."
+                f"{self.folder} has no checkpoint of step {step}; it has: {', '.join(map(str, self.steps()))}."
             )
         path = self.path(step)
         if damage := damage_of(path):

@@ -10,12 +10,12 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from coconut.methods import REASONING_FILE
 from coconut.utils.files import read_json
+from coconut.utils.hydra_app import package_version
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -75,24 +75,18 @@ def environment_info() -> dict[str, Any]:
     }
 
 
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _git() -> dict[str, Any] | None:
     """The Git revision of the running code, and whether files differ from it; None outside of a repository."""
-    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(here)]
-        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
-        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", __file__)
+        return {"revision": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"revision": revision.stdout.strip(), "changed": bool(status.stdout.strip())}
 
 
 def read_results(run: Path | str) -> dict[str, dict[str, Any]]:

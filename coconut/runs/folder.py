@@ -112,12 +112,9 @@ def check_folder(folder: Path, config: RunConfig, files: Mapping[str, str]) -> N
 
 
 def write_description(
-    folder: Path,
-    config: RunConfig,
-    about: Mapping[str, Any],
-    session: Mapping[str, Any],
+    folder: Path, config: RunConfig, about: Mapping[str, Any], session: Mapping[str, Any],
     questions: Mapping[str, Sequence[str]] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write config.json and run.json, the description of a run: model, data, code and machine.
 
     `about` holds the entries of run.json; its "init" is kept from the start of the run. `session` is appended to the
@@ -127,14 +124,8 @@ def write_description(
     init = earlier.get("init", about["init"])
     if questions and not (session["from_step"] and (folder / QUESTIONS).is_file()):
         keep_questions(folder, questions, Path(init).parent.parent if init else None)
-    write_json(
-        folder / DESCRIPTION,
-        {
-            **about,
-            "init": init,
-            "sessions": [*earlier.get("sessions", []), {**environment_info(), **session}],
-        },
-    )
+    sessions = [*earlier.get("sessions", []), {**environment_info(), **session}]
+    write_json(folder / DESCRIPTION, {**about, "init": init, "sessions": sessions})
     write_json(folder / CONFIG, asdict(config))
 
 

@@ -49,11 +49,8 @@ class RunRecord:
     def best(self) -> dict[str, Any] | None:
         """The validation of the best checkpoint, which is chosen in the last stage."""
         stage = self.stages[-1]
-        return max(
-            _in_stage(self.valid, stage),
-            key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]),
-            default=None,
-        )
+        rows = _in_stage(self.valid, stage)
+        return max(rows, key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]), default=None)
 
     @property
     def chance_accuracy(self) -> float | None:
@@ -102,35 +99,17 @@ def read_run(folder: Path | str) -> RunRecord:
     evaluations = read_results(folder)
     test = _test_result(evaluations, {row["sha256"] for row in description["data"].values()})
     answers, answers_of = _read_answers(folder, test, evaluations[test].get("seen") if test else None)
-    return RunRecord(
-        folder=folder,
-        config=config,
-        description=description,
-        train=[row for row in metrics if row["kind"] == "train"],
-        valid=[row for row in metrics if row["kind"] == "valid"],
-        evaluations=evaluations,
-        test=test,
-        answers=answers,
-        answers_of=answers_of,
-        studies=_read_studies(folder / FOLDER),
-    )
-
-
-def _read_studies(folder: Path) -> dict[str, Study]:
-    found = {file.stem: Study.read(folder, file.stem) for file in sorted(folder.glob("*.json"))}
-    return {name: study for name, study in found.items() if study}
+    studies = {file.stem: Study(file.stem, **read_json(file)) for file in sorted((folder / FOLDER).glob("*.json"))}
+    train, valid = ([row for row in metrics if row["kind"] == kind] for kind in ("train", "valid"))
+    return RunRecord(folder, config, description, train, valid, evaluations, test, answers, answers_of, studies)
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
     """The name of the test result: `test`, or else another evaluation with default settings on unseen questions."""
 
     def is_test_result(found: dict[str, Any]) -> bool:
-        return (
-            found["default_settings"]
-            and found["split"] == "test"
-            and found["sha256"] not in seen
-            and not all_seen(found)
-        )
+        other_file = found["split"] == "test" and found["sha256"] not in seen
+        return other_file and found["default_settings"] and not all_seen(found)
 
     names = [name for name, found in evaluations.items() if is_test_result(found)]
     return "test" if "test" in names else min(names, default=None)
@@ -145,5 +124,4 @@ def _read_answers(folder: Path, test: str | None, seen: dict[str, int] | None) -
     if not samples:
         return [], ""
     step = int(samples[-1].stem.removeprefix("step-"))
-    of = f"The first questions of the validation data, as answered after update {step:,}."
-    return read_json(samples[-1]), of
+    return read_json(samples[-1]), f"The first questions of the validation data, as answered after update {step:,}."

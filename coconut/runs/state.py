@@ -62,20 +62,14 @@ class TrainingState:
             self.world.on_main_process(lambda: self.checkpoints.quarantine_after(self.state["step"]))
 
     def save(
-        self,
-        step: int,
-        engine: Engine,
-        reasoning: Reasoning,
-        state: dict[str, Any],
+        self, step: int, engine: Engine, reasoning: Reasoning, state: dict[str, Any],
         extra_models: Mapping[str, Engine] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write a checkpoint. `reasoning` is saved with the model; `extra_models`: other models' engines by name."""
         engines = {"": engine, **(extra_models or {})}
         trainers = {name: its_engine.state_dict() for name, its_engine in engines.items()}
         with ExitStack() as full_modules:
-            models = {
-                name: full_modules.enter_context(its_engine.full_module()) for name, its_engine in engines.items()
-            }
+            models = {name: full_modules.enter_context(each.full_module()) for name, each in engines.items()}
             models[""].reasoning = reasoning
             extra = {name: (models[name], trainers[name]) for name in extra_models or {}}
             self.world.on_main_process(

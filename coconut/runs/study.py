@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coconut.utils.files import read_json, write_text
+from coconut.utils.files import write_text
 
 FOLDER = "analysis"  # inside the run's folder
 
@@ -36,9 +36,3 @@ class Study:
         facts = json.dumps(self.facts, indent=2, ensure_ascii=False)
         rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
         write_text(folder / f"{self.name}.json", f'{{"facts": {facts},\n"rows": [\n{rows}\n]}}\n')
-
-    @classmethod
-    def read(cls, folder: Path, name: str) -> Study | None:
-        """Read a study; None if there is none of this name."""
-        file = folder / f"{name}.json"
-        return cls(name, **read_json(file)) if file.is_file() else None

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from coconut.runs.description import METRICS, samples_file
 from coconut.runs.tracking import TRACKING, TRACKING_LOG, unsynced_folders
@@ -26,14 +26,6 @@ from coconut.utils.files import read_json
 INIT_TIMEOUT = "20"  # seconds that W&B has to answer; after them the run is kept offline
 SECONDS_BETWEEN_LOOKS = 0.5
 GRACE = 5  # seconds in addition to finish_timeout, after which this process ends itself
-
-
-class TrackerLibrary(Protocol):
-    """What a tracker must take: numbers, samples, and files at the end of the run."""
-
-    def numbers(self, step: int, values: dict[str, float]) -> None: ...
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None: ...
-    def finish(self, failed: bool, artifacts: dict[str, str]) -> None: ...
 
 
 class Wandb:
@@ -163,7 +155,7 @@ def follow_rows(path: Path, ended: threading.Event) -> Iterator[dict[str, Any]]:
             ended.wait(SECONDS_BETWEEN_LOOKS)
 
 
-def send(folder: Path, library: TrackerLibrary, tracking: dict[str, Any], ending: EndListener) -> None:
+def send(folder: Path, library: Wandb | TensorBoard, tracking: dict[str, Any], ending: EndListener) -> None:
     """Send all rows after update tracking["step"] to the library, and samples until one fails."""
     takes_samples = True
     for row in follow_rows(folder / METRICS, ending.ended):

@@ -18,37 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.runs.description import METRICS, package_version, read_metrics, samples_file
+from coconut.runs.description import METRICS, read_metrics, samples_file
 from coconut.utils.console import log
 from coconut.utils.files import explain_full_disk, read_json, write_json, write_text
-from coconut.utils.hydra_app import own_environment
+from coconut.utils.hydra_app import own_environment, package_version
 
 TRACKING = "tracking.json"  # settings of the tracker process, with the id of the W&B run
 TRACKING_LOG = "tracking.log"  # output of the tracker process and its library
 LOGIN_SECONDS = 30
 SECONDS_UNTIL_MESSAGE = 5  # while the end of training waits for the tracker
-
-
-class Metrics:
-    """Writer of RUN/metrics.jsonl: one object per line, each with `kind`, `step` and `stage`.
-
-    A resumed run first removes the rows after its checkpoint.
-    """
-
-    def __init__(self, run: Path | str, step: int):
-        self.path = Path(run) / METRICS
-        kept = [row for row in read_metrics(run) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a", encoding="utf-8")
-
-    def log(self, kind: str, step: int, **values: Any) -> None:
-        with explain_full_disk(self.path):
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self.file.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # a row that `log` has already failed to write
-            self.file.close()
 
 
 def check_tracker(config: TrackingConfig) -> None:
@@ -165,24 +143,32 @@ class TrackerProcess:
 class Tracking:
     """Records metrics and samples during a run, and files at its end. A context manager.
 
-    Without `metrics`, as on all processes of a run but the main one, it does nothing.
+    RUN/metrics.jsonl has one object per line, each with `kind`, `step` and `stage`. A resumed run first removes the
+    rows after its checkpoint. Without a `run`, as on all processes of a run but the main one, nothing is recorded.
     """
 
-    def __init__(self, metrics: Metrics | None, tracker_process: TrackerProcess | None):
-        self.metrics, self.tracker_process = metrics, tracker_process
+    def __init__(self, run: Path | None, step: int):
+        self.run = run
+        self.tracker_process: TrackerProcess | None = None
         self.artifacts: dict[str, str] = {}
+        if run:
+            rows = [row for row in read_metrics(run) if row["step"] <= step]
+            write_text(run / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+            self.file = (run / METRICS).open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """A row of metrics.jsonl. Numbers among the values go to the tracker as KIND/NAME."""
-        if self.metrics:
-            self.metrics.log(kind, step, **values)
+        if self.run:
+            with explain_full_disk(self.run / METRICS):
+                self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                self.file.flush()
         if self.tracker_process:
             self.tracker_process.relay_output()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Write the validation samples of this update to RUN/samples. Call it before `log` for the same update."""
-        if self.metrics:
-            write_json(samples_file(self.metrics.path.parent, step), rows)
+        if self.run:
+            write_json(samples_file(self.run, step), rows)
 
     def artifact(self, path: Path | str, name: str) -> None:
         """Send a file or folder to the tracker at the end of the run."""
@@ -192,8 +178,9 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.metrics:
-            self.metrics.close()
+        if self.run:
+            with contextlib.suppress(OSError):  # a row that `log` has already failed to write
+                self.file.close()
         if self.tracker_process:
             self.tracker_process.finish(kind is not None, self.artifacts)
 
@@ -205,13 +192,10 @@ def open_tracking(
 
     `about`: the run's `config`, and further entries for W&B. `writes` is true on one process of a run only.
     """
-    if not writes:
-        return Tracking(None, None)
-    metrics = Metrics(folder, step)
-    if config.tracker is Tracker.none:
-        return Tracking(metrics, None)
-    try:
-        return Tracking(metrics, TrackerProcess(config, Path(folder), step, about))
-    except OSError as error:
-        log(f"warning: {config.tracker} could not be started: {error}. All metrics are in {METRICS}.")
-        return Tracking(metrics, None)
+    tracking = Tracking(Path(folder) if writes else None, step)
+    if writes and config.tracker is not Tracker.none:
+        try:
+            tracking.tracker_process = TrackerProcess(config, Path(folder), step, about)
+        except OSError as error:
+            log(f"warning: {config.tracker} could not be started: {error}. All metrics are in {METRICS}.")
+    return tracking

@@ -43,6 +43,15 @@ def read_steps(text: str, form: PromptFormat) -> list[str]:
     return [step for step in steps if step]
 
 
+def key(answer: str) -> str:
+    """The answer's text, spaces normalized and without the final full stop."""
+    return tidy(answer).rstrip(".")
+
+
+def judge(predicted: str | None, gold: str) -> bool:
+    return predicted is not None and key(predicted) == key(gold)
+
+
 def tidy(text: str) -> str:
     """Normalize white space: one space between words, none before punctuation."""
     return re.sub(r"\s+(?=[.,?!:;])", "", " ".join(text.split()))

@@ -8,10 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import gcd
 
-from coconut.tasks.chain import read_answer, read_steps, tidy
-
-__all__ = ["WHOLE", "candidates", "judge", "key", "max_new_tokens", "name", "number", "read_answer", "read_steps",
-           "written"]  # fmt: skip
+from coconut.tasks.chain import read_answer, read_steps, tidy  # noqa: F401  (members of `Task`)
 
 name = "gsm8k"
 max_new_tokens = 64

@@ -8,10 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from coconut.tasks.chain import read_answer, read_steps, tidy
-
-__all__ = ["candidates", "first_wrong", "judge", "key", "max_new_tokens", "name", "parse_question", "read_answer",
-           "read_steps", "walk"]  # fmt: skip
+from coconut.tasks.chain import judge, key, read_answer, read_steps, tidy  # noqa: F401  (members of `Task`)
 
 name = "pointers"
 max_new_tokens = 64
@@ -57,15 +54,6 @@ def first_wrong(question: str, steps: list[str]) -> int | None:
         if number >= len(right) or tidy(step) != right[number]:
             return number
     return None
-
-
-def key(answer: str) -> str:
-    """The answer's text, spaces normalized and without the final full stop."""
-    return tidy(answer).rstrip(".")
-
-
-def judge(predicted: str | None, gold: str) -> bool:
-    return predicted is not None and key(predicted) == key(gold)
 
 
 def candidates(question: str) -> list[str] | None:

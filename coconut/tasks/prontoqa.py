@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from coconut.tasks.chain import read_answer, read_steps, tidy
-
-__all__ = ["candidates", "judge", "key", "max_new_tokens", "name", "read_answer", "read_steps", "verdict"]
+from coconut.tasks.chain import key as answer_text
+from coconut.tasks.chain import read_answer, read_steps  # noqa: F401  (members of `Task`)
 
 name = "prontoqa"
 max_new_tokens = 128
@@ -22,7 +21,7 @@ def verdict(text: str) -> str | None:
 
 def key(answer: str) -> str:
     """The answer's verdict; without one, its text in lower case."""
-    return verdict(answer) or tidy(answer).rstrip(".").casefold()
+    return verdict(answer) or answer_text(answer).casefold()
 
 
 def judge(predicted: str | None, gold: str) -> bool:

@@ -14,10 +14,7 @@ from typing import NamedTuple
 
 import networkx
 
-from coconut.tasks.chain import read_answer, read_steps, tidy
-
-__all__ = ["candidates", "graph", "judge", "key", "max_new_tokens", "name", "parse_path", "parse_question",
-           "read_answer", "read_steps", "read_target", "with_edges"]  # fmt: skip
+from coconut.tasks.chain import judge, key, read_answer, read_steps, tidy  # noqa: F401  (members of `Task`)
 
 name = "prosqa"
 max_new_tokens = 128
@@ -103,7 +100,7 @@ def parse_path(steps: list[str], root: str | None = None, symbolic: bool | None 
         return [edge for edges in sentences for edge in edges or []]
     if symbolic is False:
         return None
-    names = [tidy(step).rstrip(".") for step in steps]
+    names = [key(step) for step in steps]
     if any(len(name.split()) != 1 for name in names):
         return None
     if root is not None:
@@ -113,19 +110,10 @@ def parse_path(steps: list[str], root: str | None = None, symbolic: bool | None 
 
 def read_target(answer: str) -> str | None:
     """The node that an answer names: "Tom is a lempus." -> "lempus", "5" -> "5"."""
-    text = tidy(answer).rstrip(".")
+    text = key(answer)
     if found := _SENTENCE.fullmatch(text):
         return found[3]
     return text if len(text.split()) == 1 else None
-
-
-def key(answer: str) -> str:
-    """The answer's text, spaces normalized and without the final full stop."""
-    return tidy(answer).rstrip(".")
-
-
-def judge(predicted: str | None, gold: str) -> bool:
-    return predicted is not None and key(predicted) == key(gold)
 
 
 def candidates(question: str) -> list[str] | None:

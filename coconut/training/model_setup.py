@@ -42,7 +42,7 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
 def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
     """Give a model that has no thoughts yet the projector of this slot. Raises ValueError if it thinks with another."""
     own = lm.reasoning.slot
-    if slot.source is not Source.thought or slot == own:
+    if not slot.thinks or slot == own:
         return
     if config.init and own.source is Source.thought and lm.reasoning.num_thoughts:
         raise ValueError(

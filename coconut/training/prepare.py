@@ -93,8 +93,8 @@ def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: 
     if without := np.flatnonzero(data.answer_marks == 0).tolist():
         raise ValueError(
             f"{file}: {config.method} compares hidden states at the last token before the answer, but in "
-            f"{len(without)} of {len(data)} examples nothing precedes it, the first of them example {without[0] + 1}. An answer is "
-            f"written as {config.data.format.answer!r}: put a text before {{}}, such as '### {{}}' "
+            f"{len(without)} of {len(data)} examples nothing precedes it, the first of them example {without[0] + 1}. "
+            f"An answer is written as {config.data.format.answer!r}: put a text before {{}}, such as '### {{}}' "
             "(data.format.answer)."
         )
 

@@ -143,7 +143,9 @@ def ensure_writable(folder: Path) -> None:
 
 def apply_umask(path: Path) -> None:
     """Give a file or folder the default permissions; tempfile restricts them to the owner."""
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 @contextlib.contextmanager
@@ -247,9 +249,3 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -231,12 +231,12 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launched} | {"PYTHONPATH": path}
 
 
-def own_version() -> str:
-    """The version of this package as installed."""
+def package_version(name: str) -> str | None:
+    """The version of an installed package; None without it."""
     try:
-        return version("coconut-latent")
+        return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def refuse_namesake() -> None:

@@ -87,12 +87,10 @@ def as_override(argument: str, schema: type, multirun: bool = False) -> str:
     kind = kind_of(key.lstrip("+"), schema) if sign else None
     if kind is None or (multirun and FUNCTION.fullmatch(value)):
         return argument
-    return f"{key}={_encode_list(value, kind, multirun) if kind.is_list else _encode_sweep(value, kind, multirun)}"
-
-
-def _encode_sweep(value: str, kind: Kind, multirun: bool) -> str:
+    if kind.is_list:
+        return f"{key}={_encode_list(value, kind, multirun)}"
     values = _split_at_commas(value, QUOTED) if multirun and kind.tag != "text" else [value]
-    return ",".join(_encode(each, kind) for each in values)
+    return f"{key}={','.join(_encode(each, kind) for each in values)}"
 
 
 def _encode_list(value: str, kind: Kind, multirun: bool) -> str:

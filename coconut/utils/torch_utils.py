@@ -43,6 +43,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def apply(function: Any, *arguments: Any) -> Tensor:
+    """Call an autograd Function that returns one tensor."""
+    return function.apply(*arguments)
+
+
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make the backward method of an autograd Function raise RuntimeError if a second derivative is requested.
 

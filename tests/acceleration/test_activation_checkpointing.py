@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, build, gradients, mixed_batch, relative
+from helpers.models import ARCHITECTURES, assert_same, build, gradients, mixed_batch, relative, step
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,11 +33,8 @@ def both(lm: LatentLM, batch: dict[str, Any], training: bool = True) -> list[tup
     found = []
     lm.train(training)
     for lm.acceleration.activation_checkpointing in (False, True):
-        lm.zero_grad()
         torch.manual_seed(0)
-        loss = lm(**batch).loss
-        loss.backward()
-        found.append((loss.detach(), gradients(lm)))
+        found.append(step(lm, batch))
     return found
 
 
@@ -47,9 +44,7 @@ def test_recomputed_layers_give_the_same_gradients(
     family: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
 ) -> None:
     lm = build(family, dtype)
-    (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options})
-    torch.testing.assert_close(again, kept, rtol=tolerance, atol=0)
-    assert relative(again_grads, kept_grads) < tolerance
+    assert_same(*both(lm, {**mixed_batch(lm), **options}), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("options", [{}, {"min_passes": 7}])
@@ -66,13 +61,12 @@ def test_layers_are_recomputed_in_eval_mode_too(
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(layer, "forward", counted)
-    (kept, kept_grads), (again, again_grads) = both(lm, {**mixed_batch(lm), **options}, training=False)
+    kept, again = both(lm, {**mixed_batch(lm), **options}, training=False)
     assert calls[0] % 3 == 0
     lm.acceleration.activation_checkpointing = False
     before, _ = calls[0], lm(**mixed_batch(lm), **options)
     assert 3 * (calls[0] - before) == before, "once where activations are kept, twice where they are recomputed"
-    torch.testing.assert_close(again, kept, rtol=1e-9, atol=0)
-    assert relative(again_grads, kept_grads) < 1e-9
+    assert_same(again, kept)
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -81,10 +75,7 @@ def test_recomputation_works_in_other_families_and_with_sliding_windows(
 ) -> None:
     monkeypatch.setitem(ARCHITECTURES, other, OTHERS[other])
     lm = build(other, torch.float32)
-    batch = mixed_batch(lm)
-    (kept, kept_grads), (again, again_grads) = both(lm, batch)
-    torch.testing.assert_close(again, kept, rtol=1e-6, atol=0)
-    assert relative(again_grads, kept_grads) < 1e-5
+    assert_same(*both(lm, mixed_batch(lm)), tolerance=1e-5)
     ids = torch.randint(3, 35, (2, 12))
     ids[:, 6:9] = lm.latent_id
     torch.testing.assert_close(lm(ids, labels=ids).loss, lm(ids, labels=ids, use_cache=False).loss)
@@ -183,7 +174,7 @@ def test_models_without_recomputable_layers_are_refused(family: str, sizes: dict
 def test_recomputation_works_under_distributed_data_parallel() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
-    (_, kept), _ = both(lm, batch)
+    _, kept = step(lm, batch)
     lm.zero_grad()
     nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
     assert relative(gradients(lm), kept) < 1e-6

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import build, gradients, in_graph, mixed_batch
+from helpers.models import assert_same, build, in_graph, mixed_batch, step, token_batch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.ablations import saved_megabytes
-from coconut import LatentLM
 from coconut.acceleration.attention import _OneQuery, patched_sdpa
 from coconut.config import MECHANISMS
-from coconut.data.batching import Batch
 from coconut.models.masks import attend_to_self_mask
 
 MASKS = {
@@ -73,11 +71,8 @@ def test_a_fully_masked_row_gives_no_nan() -> None:
 @pytest.mark.parametrize(
     ("inputs", "options"),
     [
-        (parts(dtype=torch.float32), {}),
-        (parts(queries=7), {}),
-        (parts(), {"dropout_p": 0.5}),
-        (parts(), {"is_causal": True}),
-        (parts(heads=1), {"enable_gqa": True}),
+        (parts(dtype=torch.float32), {}), (parts(queries=7), {}), (parts(), {"dropout_p": 0.5}),
+        (parts(), {"is_causal": True}), (parts(heads=1), {"enable_gqa": True}),
         ([part.detach() for part in parts()], {}),
     ],
     ids=["float32", "several queries", "dropout", "causal", "grouped", "no gradient"],
@@ -107,7 +102,7 @@ def test_keys_and_values_are_saved_once() -> None:
     for thoughts in (0, 2):
         row = torch.randint(3, 35, (3, 24))
         row[:, 16 : 16 + thoughts] = lm.latent_id
-        batch = Batch(row, torch.ones_like(row), row)
+        batch = token_batch(row, torch.ones_like(row), row)
         lm.acceleration.mechanisms = frozenset(MECHANISMS) - {"attention"}
         without = saved_megabytes(lm, batch)
         lm.acceleration.mechanisms = frozenset(MECHANISMS)
@@ -126,13 +121,6 @@ def test_padding_attends_to_itself_and_tokens_to_tokens() -> None:
 
 def test_padding_that_attends_to_itself_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = build(family)
-
-    def done(lm: LatentLM) -> dict[str, Tensor]:
-        lm.zero_grad()
-        loss = lm(**mixed_batch(lm)).loss_sum
-        loss.backward()
-        return gradients(lm) | {"loss": loss.detach()}
-
-    before = done(lm)
+    before = step(lm, mixed_batch(lm))
     monkeypatch.setattr("coconut.models.masks.has_fully_masked_query", lambda *_: True)
-    torch.testing.assert_close(done(lm), before, rtol=1e-9, atol=1e-12)
+    assert_same(step(lm, mixed_batch(lm)), before)

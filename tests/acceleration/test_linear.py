@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import build, gradients, in_graph, mixed_batch, relative
+from helpers.models import build, gradients, in_graph, mixed_batch, relative, step
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,17 +27,14 @@ def both(lm: LatentLM, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
     found = []
     for least in (2**40, 1):
         monkeypatch.setattr("coconut.acceleration.linear.MIN_WEIGHT_NUMEL", least)
-        lm.zero_grad()
-        lm(**batch).loss.backward()
-        found.append(gradients(lm))
+        found.append(step(lm, batch)[1])
     return found
 
 
 def test_deferred_gradients_equal_the_recomputing_path(family: str) -> None:
     lm = build(family)
     batch = mixed_batch(lm)
-    lm(**batch, use_cache=False).loss.backward()
-    plain = gradients(lm)
+    _, plain = step(lm, {**batch, "use_cache": False})
     lm.zero_grad()
     loss = lm(**batch).loss
     assert in_graph(loss, _Linear) > 0
@@ -86,10 +83,9 @@ def test_a_model_in_float32_is_the_same_without_onednn(family: str) -> None:
     found = []
     for mechanisms in (frozenset(MECHANISMS), frozenset(MECHANISMS) - {"onednn"}):
         lm.acceleration.mechanisms = mechanisms
-        lm.zero_grad()
-        lm(**batch).loss.backward()
+        _, found_gradients = step(lm, batch)
         answers = lm.generate(batch["input_ids"][:, :2].clamp(max=20), num_thoughts=2, max_new_tokens=4)
-        found.append((gradients(lm), answers.tokens.tolist()))
+        found.append((found_gradients, answers.tokens.tolist()))
     assert relative(found[0][0], found[1][0]) < 1e-5
     assert found[0][1] == found[1][1]
 
@@ -97,13 +93,12 @@ def test_a_model_in_float32_is_the_same_without_onednn(family: str) -> None:
 def test_frozen_weights_get_no_gradient() -> None:
     lm = build("gpt2", torch.float32)
     ids = torch.tensor([[3, 4, 5, 6]])
-    lm(ids, labels=ids).loss.backward()
-    whole = gradients(lm)
+    batch = {"input_ids": ids, "labels": ids}
+    _, whole = step(lm, batch)
     for name, weight in lm.named_parameters():
         weight.requires_grad = "ln_1" in name
     lm.zero_grad(set_to_none=True)
-    lm(ids, labels=ids).loss.backward()
-    some = gradients(lm)
+    _, some = step(lm, batch)
     assert {name for name in whole if "ln_1" in name} == set(some)
     assert relative(some, {name: whole[name] for name in some}) < 1e-6
 
@@ -150,8 +145,7 @@ def test_partitioned_weights_are_left_alone() -> None:
 def test_gradients_with_recomputed_layers_are_the_same(family: str) -> None:
     lm = build(family, torch.float32).train()
     batch = mixed_batch(lm)
-    lm(**batch).loss.backward()
-    kept = gradients(lm)
+    _, kept = step(lm, batch)
     lm.acceleration.activation_checkpointing = True
     loss = lm(**batch).loss
     for _ in range(2):
@@ -182,13 +176,10 @@ def test_gradients_under_transformers_checkpointing_are_the_same(use_cache: bool
     lm = build("gpt2", torch.float32).train()
     ids = torch.randint(3, 20, (2, 9))
     batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < 6, -100)}
-    lm(**batch).loss.backward()
-    kept = gradients(lm)
-    lm.zero_grad()
+    _, kept = step(lm, batch)
     newer = hasattr(lm.base, "activation_checkpointing_enable")
     getattr(lm.base, f"{'activation' if newer else 'gradient'}_checkpointing_enable")()
-    lm(**batch, use_cache=use_cache).loss.backward()
-    assert relative(gradients(lm), kept) < 1e-5
+    assert relative(step(lm, {**batch, "use_cache": use_cache})[1], kept) < 1e-5
 
 
 def test_gradients_are_deferred_only_over_several_training_passes() -> None:
@@ -233,8 +224,7 @@ def test_backward_can_run_twice_and_for_some_weights() -> None:
 def test_gradients_under_distributed_data_parallel_are_the_same() -> None:
     lm = build("gpt2", torch.float32)
     batch = mixed_batch(lm)
-    lm(**batch).loss.backward()
-    alone = gradients(lm)
+    _, alone = step(lm, batch)
     lm.zero_grad()
     nn.parallel.DistributedDataParallel(lm)(**batch).loss.backward()
     assert relative(gradients(lm), alone) < 1e-6

@@ -16,16 +16,9 @@ from scipy.stats import binomtest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.analysis import interventions
 from coconut.analysis.graph_paths import redirect
-from coconut.analysis.interventions import (
-    audit_edges,
-    audit_thoughts,
-    changed_thoughts,
-    edges_verdict,
-    other_questions,
-    share_lost,
-    thoughts_verdict,
-)
+from coconut.analysis.interventions import audit_edges, audit_thoughts, edges_verdict, share_lost, thoughts_verdict
 from coconut.analysis.probes import Subject
 from coconut.analysis.statistics import difference_interval
 from coconut.data.batching import collate
@@ -33,12 +26,12 @@ from coconut.data.examples import Example
 from coconut.data.sequences import layout
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.evaluation.evaluator import Evaluated
-from coconut.methods import PAUSES, THOUGHTS, PromptFormat, Reasoning, Stage
-from coconut.runs.study import NotApplicable, Study
+from coconut.methods import PAUSES, THOUGHTS, Form, PromptFormat, Reasoning
+from coconut.runs.study import Study
 from coconut.tasks import TASKS, prosqa
 
 EXAMPLES = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=6, count=24)]
-THOUGHTS = 3
+NUM_THOUGHTS = 3
 SUMS = [Example("1 + 1", (), "2"), Example("2 + 3", (), "5"), Example("3 + 3", (), "6")]
 
 
@@ -48,13 +41,13 @@ def memorizing_model() -> LatentLM:
     form = PromptFormat("{}", "{} ", "### {}")
     tokenizer = build_word_tokenizer(EXAMPLES, form)
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), bos_token_id=None, **ARCHITECTURES["llama"])
-    reasoning = Reasoning(num_thoughts=THOUGHTS, steps_cut=None, max_new_tokens=4, format=form)
+    reasoning = Reasoning(num_thoughts=NUM_THOUGHTS, steps_cut=None, max_new_tokens=4, format=form)
     lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
     questions = encode_questions(tokenizer, [example.question for example in EXAMPLES], form)
     answers = encode_texts(tokenizer, [PromptFormat.fill(form.answer, example.answer) for example in EXAMPLES])
-    stage = Stage(0, 1, THOUGHTS, markers=True, num_thoughts=THOUGHTS, steps_cut=None)
+    thinking = Form(THOUGHTS, True, NUM_THOUGHTS, steps_cut=None)
     segments = zip(questions, ([*ids, lm.special.eos] for ids in answers), strict=True)
-    batch = collate([layout(each, stage, lm.special) for each in segments], lm.special)
+    batch = collate([layout(each, thinking, lm.special) for each in segments], lm.special)
     optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
     for _ in range(60):
         loss = lm(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
@@ -83,10 +76,6 @@ def by_change(study: Study) -> dict[str, dict[str, Any]]:
     return {row["change"]: row for row in study.rows}
 
 
-def is_right(found: Evaluated) -> list[bool]:
-    return [prediction.correct for prediction in found.predictions]
-
-
 def predicted(found: Evaluated) -> list[str | None]:
     return [prediction.predicted for prediction in found.predictions]
 
@@ -102,22 +91,17 @@ def test_rows_of_interventions_hold_accuracy_and_changed_answers(examined: Subje
     trained_NKD = examined.baseline.thoughts
     mean_NKD = trained_NKD.mean(0, keepdim=True).expand_as(trained_NKD)
     without_2 = torch.stack([trained_NKD[:, 0], mean_NKD[:, 1], trained_NKD[:, 2]], dim=1)
-    changes: dict[str, dict[str, Any]] = {
-        "zeros": {"thoughts": 0 * trained_NKD},
-        "mean": {"thoughts": mean_NKD},
-        "order": {"thoughts": trained_NKD[:, [2, 0, 1]]},
-        "thought_2": {"thoughts": without_2},
-        "count_0": {"num_thoughts": 0},
-        "count_5": {"num_thoughts": 5},
-    }
+    changes = {"zeros": 0 * trained_NKD, "mean": mean_NKD, "order": trained_NKD[:, [2, 0, 1]], "thought_2": without_2}
+    answers = {name: examined.ask(thoughts=changed_NKD) for name, changed_NKD in changes.items()}
+    answers |= {f"count_{count}": examined.ask(num_thoughts=count) for count in (0, 5)}
     was = examined.baseline
-    for name, options in changes.items():
-        found, row = examined.ask(**options), rows[name]
+    for name, found in answers.items():
+        row = rows[name]
         assert row["accuracy"] == found.result.accuracy
         assert (row["low"], row["high"]) == pytest.approx(found.result.interval)
         assert row["difference"] == pytest.approx(found.result.accuracy - was.result.accuracy)
-        pair = np.array([is_right(found)]), np.array([is_right(was)])
-        assert (row["difference_low"], row["difference_high"]) == difference_interval(*pair)
+        pair = ([[prediction.correct for prediction in each.predictions]] for each in (found, was))
+        assert (row["difference_low"], row["difference_high"]) == difference_interval(*map(np.array, pair))
         changed = sum(new != old for new, old in zip(predicted(found), predicted(was), strict=True))
         interval = binomtest(changed, len(EXAMPLES)).proportion_ci(method="wilson")
         assert (row["changed"], row["changed_low"]) == (changed / len(EXAMPLES), pytest.approx(interval.low))
@@ -133,48 +117,30 @@ def test_rows_of_interventions_hold_accuracy_and_changed_answers(examined: Subje
 
 def test_other_questions_is_a_permutation_without_fixed_points() -> None:
     for count in (2, 3, 24):
-        found = other_questions(count)
+        found = interventions.other_questions(count)
         assert sorted(found) == list(range(count))
         assert (found != np.arange(count)).all()
 
 
 def test_noise_has_the_norm_of_the_thoughts_and_is_reproducible(examined: Subject, thoughts: Study) -> None:
     trained_NKD = examined.baseline.thoughts
-    changed = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(trained_NKD)}
-    again = {name: thoughts_NKD for name, _, thoughts_NKD in changed_thoughts(trained_NKD)}
+    both = [interventions.changed_thoughts(trained_NKD) for _ in range(2)]
+    changed, again = ({name: thoughts_NKD for name, _, thoughts_NKD in each} for each in both)
     torch.testing.assert_close(changed["noise"].norm(dim=-1), trained_NKD.norm(dim=-1))
     assert torch.nn.functional.cosine_similarity(changed["noise"], trained_NKD, dim=-1).abs().mean() < 0.3
     assert torch.equal(changed["noise"], again["noise"])
-    assert torch.equal(changed["other"], trained_NKD[other_questions(len(EXAMPLES))])
+    assert torch.equal(changed["other"], trained_NKD[interventions.other_questions(len(EXAMPLES))])
 
 
-def test_order_of_thoughts_is_changed_only_with_two_or_more() -> None:
-    options: dict[str, Any] = {"max_new_tokens": 2}
-    for count, names in [(1, {"zeros", "noise", "mean", "other"}), (2, {"order", "thought_1", "thought_2"})]:
-        lm = build("llama", torch.float32, num_thoughts=count, **options)
+def test_interventions_need_a_second_thought_or_question() -> None:
+    always = {"none", "zeros", "noise", "mean", "other"}
+    for count, further in [(1, set()), (2, {"order", "thought_1", "thought_2"})]:
+        lm = build("llama", torch.float32, num_thoughts=count, max_new_tokens=2)
         rows = by_change(audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS)))
-        assert names <= set(rows)
-        assert ("order" in rows) == (count > 1)
-        assert {name for name in rows if name.startswith("count")} == {f"count_{k}" for k in range(count + 3)} - {
-            f"count_{count}"
-        }
-
-
-def test_a_single_question_has_no_thoughts_of_another_question() -> None:
-    lm = build("llama", torch.float32, num_thoughts=2, max_new_tokens=2)
+        assert set(rows) == always | further | {f"count_{k}" for k in range(count + 3) if k != count}
     study = audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS[:1]))
-    changes = {row["change"] for row in study.rows}
-    assert changes == {"none", "zeros", "noise", "order", "count_0", "count_1", "count_3", "count_4"}
+    assert set(by_change(study)) == {"none", "zeros", "noise", "order", "count_0", "count_1", "count_3", "count_4"}
     assert study.facts["verdict"][0].startswith("It is not clear whether the thoughts are used")
-
-
-def test_methods_without_latent_thoughts_are_refused() -> None:
-    lm = build("llama", torch.float32, slot=PAUSES, method="pause", num_thoughts=2)
-    with pytest.raises(NotApplicable, match="pause has no latent thoughts"):
-        audit_thoughts(Subject(lm, TASKS["gsm8k"], SUMS))
-
-
-# --- edges ---
 
 
 def test_answers_to_changed_graphs_are_counted(examined: Subject, edges: Study) -> None:
@@ -196,7 +162,7 @@ def test_answers_to_changed_graphs_are_counted(examined: Subject, edges: Study) 
 
 def test_answers_follow_if_they_name_the_right_option_of_the_changed_graph(examined: Subject, edges: Study) -> None:
     right = [i for i, prediction in enumerate(examined.baseline.predictions) if prediction.correct]
-    found = {i: redirect(EXAMPLES[i].question, examined.graphs[i], Random(f"0 {i}")) for i in right}
+    found = {i: redirect(examined.graphs[i], Random(f"0 {i}")) for i in right}
     questions = {i: each.question for i, each in found.items() if each}
     before, asked = [EXAMPLES[i] for i in questions], list(questions)
     turned = [replace(EXAMPLES[i], question=question) for i, question in questions.items()]
@@ -219,41 +185,26 @@ def test_answers_follow_if_they_name_the_right_option_of_the_changed_graph(exami
 
 
 def test_edges_are_changed_for_methods_without_thoughts_too(examined: Subject) -> None:
-    lm = examined.lm
-    with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, replace(lm.reasoning, slot=PAUSES, method="pause"))
-    rows = by_change(audit_edges(replace(examined, lm=with_pauses)))
-    assert set(rows) <= {"redirected", "removed", "removed_elsewhere"}
+    lm, pauses = examined.lm, replace(examined.lm.reasoning, slot=PAUSES, method="pause")
+    with_pauses = LatentLM(lm.base, lm.tokenizer, lm.special, pauses)
+    study = audit_edges(replace(examined, lm=with_pauses))
+    assert set(by_change(study)) <= {"redirected", "removed", "removed_elsewhere"}
 
 
 def test_edges_have_no_rows_if_no_answer_is_right() -> None:
     lm = build("llama", torch.float32, num_thoughts=1, max_new_tokens=2)
     study = audit_edges(Subject(lm, TASKS["prosqa"], EXAMPLES[:3]))
-    assert study.rows == []
-    assert study.facts["right"] == 0
+    assert (study.rows, study.facts["right"]) == ([], 0)
     assert study.facts["verdict"][0].startswith("It is not clear where the answer comes from")
-
-
-def test_edges_of_a_task_without_graphs_are_refused() -> None:
-    lm = build("llama", torch.float32, num_thoughts=1, max_new_tokens=2)
-    with pytest.raises(NotApplicable, match="questions of gsm8k describe no graph"):
-        audit_edges(Subject(lm, TASKS["gsm8k"], SUMS))
-
-
-# --- verdicts ---
 
 
 def row(accuracy: float, half: float = 0.04, trained: float = 0.98) -> dict[str, Any]:
     """A row whose intervals are as wide as that of some hundred questions."""
+    difference = accuracy - trained
     return {
-        "questions": 500,
-        "accuracy": accuracy,
-        "low": accuracy - half,
-        "high": accuracy + half,
-        "difference": accuracy - trained,
-        "difference_low": accuracy - trained - half,
-        "difference_high": accuracy - trained + half,
-        "neither": 0.41,
-    }
+        "questions": 500, "accuracy": accuracy, "low": accuracy - half, "high": accuracy + half, "neither": 0.41,
+        "difference": difference, "difference_low": difference - half, "difference_high": difference + half,
+    }  # fmt: skip
 
 
 LOST = (0.9, 0.8, 1.0)
@@ -268,13 +219,11 @@ def rows_with(**changes: float) -> dict[str, dict[str, Any]]:
 def test_share_lost_is_relative_to_the_accuracy_above_chance() -> None:
     before = np.array([True] * 180 + [False] * 20)
     after = np.array([True] * 120 + [False] * 80)
-    found = share_lost(before, after, chance_accuracy=0.5)
-    assert found
-    share, low, high = found
-    assert share == pytest.approx((0.9 - 0.6) / (0.9 - 0.5))
-    assert low < share < high
-    kept = share_lost(before, before, chance_accuracy=0.5)
-    assert kept == (0.0, 0.0, 0.0)
+    lost = share_lost(before, after, chance_accuracy=0.5)
+    assert lost
+    assert lost[0] == pytest.approx((0.9 - 0.6) / (0.9 - 0.5))
+    assert lost[1] < lost[0] < lost[2]
+    assert share_lost(before, before, chance_accuracy=0.5) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("right", [100, 104, 90])
@@ -306,13 +255,8 @@ def test_verdict_depends_on_the_thoughts_of_another_question(lost: tuple[float, 
     assert "98.0 % (chance: 50.0 %)" in verdict[0]
 
 
-def test_verdict_names_no_chance_accuracy_for_open_answers() -> None:
-    verdict = thoughts_verdict(rows_with(), None, LOST)
-    assert verdict[0].startswith("The thoughts are used:")
-    assert "chance" not in " ".join(verdict)
-
-
 def test_verdict_sentences_agree_with_the_intervals() -> None:
+    assert "chance" not in " ".join(thoughts_verdict(rows_with(), None, LOST)), "answers are open"
     falls = thoughts_verdict(rows_with(), 0.5, LOST)
     assert falls[1] == ("Their content is needed: with the mean over questions in place of each thought 52.0 % "
                         "(-46.0 points, -50.0 to -42.0), which is not clearly above chance.")  # fmt: skip

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.html import Loads, words
 from helpers.processes import python
-from helpers.runs import graph_files, graph_rows, small_run
+from helpers.runs import graph_files, small_run
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hypothesis import given
@@ -26,7 +27,8 @@ from scipy.stats import binomtest
 
 from coconut import evaluate
 from coconut.analysis.config import TableConfig
-from coconut.analysis.statistics import accuracy_interval, compare, difference_interval, exact_test, holm
+from coconut.analysis.run_comparison import compare
+from coconut.analysis.statistics import accuracy_interval, difference_interval, exact_test, holm
 from coconut.config import DataConfig, DataFiles, EngineConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
@@ -39,36 +41,35 @@ from coconut.utils.overrides import as_override
 
 ConfigStore.instance().store(name="run_table_schema", node=TableConfig)
 CPU = EngineConfig(device="cpu", threads=1)
+FILES = {"table.html", "table.md", "table.csv", "table.json"}
+Answers = tuple[np.ndarray, np.ndarray]
 
 
-# --- how sure a number is --------------------------------------------------------------------------
-
-
-def answers(seeds: int | None = None) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
-    """Right or wrong, of two methods: seeds by questions."""
-    shapes = st.tuples(st.integers(1, 4) if seeds is None else st.just(seeds), st.integers(1, 40))
+def answers(seeds: int = 4, questions: int = 40) -> st.SearchStrategy[Answers]:
+    """Right or wrong, of two methods: at most so many seeds by so many questions."""
+    shapes = st.tuples(st.integers(1, seeds), st.integers(1, questions))
     return shapes.flatmap(lambda shape: st.tuples(arrays(bool, shape), arrays(bool, shape)))
 
 
 @given(answers(seeds=1))
-def test_with_one_seed_the_test_is_mcnemars(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_with_one_seed_the_test_is_mcnemars(pair: Answers) -> None:
     a, b = pair
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     assert exact_test(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-@given(st.integers(1, 3).flatmap(lambda s: st.tuples(arrays(bool, (s, 6)), arrays(bool, (s, 6)))))
-def test_the_test_counts_every_flip_of_signs(pair: tuple[np.ndarray, np.ndarray]) -> None:
+@given(answers(seeds=3, questions=6))
+def test_the_test_counts_every_flip_of_signs(pair: Answers) -> None:
     a, b = pair
     differences = (a.astype(int) - b).sum(0)
-    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * len(differences))).reshape(len(differences), -1)
     extreme = np.abs(differences @ signs) >= abs(differences.sum())
     assert exact_test(a, b) == pytest.approx(extreme.mean(), rel=1e-9)
 
 
 @given(answers())
-def test_the_test_does_not_mind_the_order(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_the_test_does_not_mind_the_order(pair: Answers) -> None:
     a, b = pair
     assert exact_test(a, b) == exact_test(b, a) <= 1
     shuffled = np.random.default_rng(0).permutation(a.shape[1])
@@ -77,18 +78,13 @@ def test_the_test_does_not_mind_the_order(pair: tuple[np.ndarray, np.ndarray]) -
 
 
 @given(answers())
-def test_intervals_hold_what_was_measured(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_intervals_hold_what_was_measured(pair: Answers) -> None:
     a, b = pair
     low, high = accuracy_interval(a)
     assert 0 <= low <= a.mean() <= high <= 1
     low, high = difference_interval(a, b)
     assert -1 <= low <= a.mean() - b.mean() + 1e-12
     assert a.mean() - b.mean() - 1e-12 <= high <= 1
-
-
-@given(answers())
-def test_methods_that_answer_alike_differ_by_nothing(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    a, _ = pair
     assert exact_test(a, a) == 1
     low, high = difference_interval(a, a)
     assert low == -high
@@ -128,14 +124,7 @@ def test_holms_correction(p_values: list[float]) -> None:
     assert sorted(corrected) == [corrected[i] for i in order]
     if p_values:
         assert min(corrected) == min(1, len(p_values) * min(p_values))
-        assert max(corrected) >= max(p_values)
-
-
-def test_holms_correction_of_known_values() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
-# --- real runs -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +132,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds each of Coconut and CoT, and one run that goes on from Coconut's first stage; evaluated."""
     folder = tmp_path_factory.mktemp("table")
     data = graph_files(folder, 32, 8, 30)
-    for method in ("coconut", "cot"):
-        for seed in (0, 1):
-            make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
+    for method, seed in product(("coconut", "cot"), (0, 1)):
+        make(folder, data, f"{method}-seed{seed}", method=method, seed=seed, keep_every=2)
     started = str(folder / "runs" / "coconut-seed0" / "checkpoints" / "step-0000002")
-    later = Curriculum(
-        max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=4, start_stage=1
-    )
+    later = Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=4,
+                       start_stage=1)  # fmt: skip
     make(folder, data, "pause_as_thought-seed0", method="pause_as_thought", init=started, curriculum=later)
     return folder / "runs"
 
@@ -173,17 +160,25 @@ def change(path: Path, **values: Any) -> None:
     write_json(path, {**read_json(path), **values})
 
 
-def score(run: Path, right: list[bool]) -> None:
-    """Write down which of its answers a run has right."""
+def edit_answers(run: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> None:
     file = run / "evaluation" / "test.predictions.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = [{**row, "correct": correct} for row, correct in zip(rows, right, strict=True)]
+    edit(rows)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    change(run / "evaluation" / "test.json", correct=sum(right), accuracy=sum(right) / len(right))
+
+
+def score(run: Path, right: int) -> None:
+    """Let a run have this many of its 30 answers right, the first ones."""
+    edit_answers(run, lambda rows: [row.update(correct=number < right) for number, row in enumerate(rows)])
+    change(run / "evaluation" / "test.json", correct=right, accuracy=right / 30)
 
 
 def named(folder: Path, pattern: str = "*") -> TableConfig:
     return TableConfig(runs=[f"{folder}/{pattern}"])
+
+
+def labels(folder: Path) -> list[str]:
+    return [group.label for group in compare(named(folder)).groups]
 
 
 @pytest.mark.slow
@@ -197,26 +192,22 @@ def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     assert [line[0] for line in lines[3:6]] == ["coconut", "cot", "pause_as_thought"], "in the order of METHODS"
     assert "Accuracy on 30 unseen questions of test.json" in done.stdout
     assert "ms: for a question, in batches of 15." in " ".join(done.stdout.split())
-    assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == {
-        "table.html", "table.md", "table.csv", "table.json",
-    }  # fmt: skip
+    assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == FILES
     assert "`coconut analyze table runs='runs/*'`" in (copy / "table.md").read_text()
 
 
 def test_a_row_holds_the_means_of_its_runs(copy: Path) -> None:
-    score(copy / "coconut-seed0", [True] * 20 + [False] * 10)
-    score(copy / "coconut-seed1", [True] * 26 + [False] * 4)
+    score(copy / "coconut-seed0", 20)
+    score(copy / "coconut-seed1", 26)
     assert table(named(copy)) == 0
     found = read_json(copy / "table.json")
     coconut, cot, pause = found["rows"]
-    each = [read_json(copy / f"coconut-seed{seed}" / "evaluation" / "test.json") for seed in (0, 1)]
-    assert coconut["seeds"] == "0, 1"
-    assert coconut["accuracy"] == pytest.approx(23 / 30)
-    assert coconut["sd"] == pytest.approx(0.2 / 2**0.5)
-    assert coconut["thoughts"] == 2
-    assert coconut["new_tokens"] == pytest.approx(2 + sum(row["mean_new_tokens"] for row in each) / 2)
-    assert coconut["passes"] == pytest.approx(sum(row["passes"] for row in each) / 2)
-    assert coconut["seconds_per_item"] == pytest.approx(sum(row["seconds_per_item"] for row in each) / 2)
+    one, other = (read_json(copy / f"coconut-seed{seed}" / "evaluation" / "test.json") for seed in (0, 1))
+    assert (coconut["seeds"], coconut["thoughts"]) == ("0, 1", 2)
+    assert (coconut["accuracy"], coconut["sd"]) == pytest.approx((23 / 30, 0.2 / 2**0.5))
+    for key in ("passes", "seconds_per_item"):
+        assert coconut[key] == pytest.approx((one[key] + other[key]) / 2)
+    assert coconut["new_tokens"] == pytest.approx(2 + (one["mean_new_tokens"] + other["mean_new_tokens"]) / 2)
     assert cot["thoughts"] == pause["thoughts"] == 0
     assert pause["sd"] is None
     assert [row["updates"] for row in (coconut, cot, pause)] == [6, 6, 6], "those of the first stage too"
@@ -226,16 +217,17 @@ def test_a_row_holds_the_means_of_its_runs(copy: Path) -> None:
     text = (copy / "table.md").read_text()
     assert "| coconut | 0, 1 | 76.7 % |" in text
     assert found["facts"]["sha256"][:12] in text
-    assert read_json(copy / "cot-seed0" / "run.json")["sessions"][0]["machine"]["system"] in text
-    assert read_json(copy / "cot-seed0" / "run.json")["sessions"][0]["started"][:10] in text
+    session = read_json(copy / "cot-seed0" / "run.json")["sessions"][0]
+    assert session["machine"]["system"] in text
+    assert session["started"][:10] in text
 
 
 def test_pairs_are_compared_on_the_seeds_that_both_have(copy: Path) -> None:
-    score(copy / "coconut-seed0", [True] * 30)
-    score(copy / "coconut-seed1", [True] * 28 + [False] * 2)
-    score(copy / "cot-seed0", [False] * 25 + [True] * 5)
-    score(copy / "cot-seed1", [False] * 24 + [True] * 6)
-    score(copy / "pause_as_thought-seed0", [True] * 28 + [False] * 2)
+    score(copy / "coconut-seed0", 30)
+    score(copy / "coconut-seed1", 28)
+    score(copy / "cot-seed0", 5)
+    score(copy / "cot-seed1", 6)
+    score(copy / "pause_as_thought-seed0", 28)
     compared = compare(named(copy))
     pairs = {(pair.a, pair.b): pair for pair in compared.pairs}
     assert set(pairs) == {("coconut", "pause_as_thought"), ("coconut", "cot"), ("pause_as_thought", "cot")}
@@ -246,30 +238,28 @@ def test_pairs_are_compared_on_the_seeds_that_both_have(copy: Path) -> None:
     pair = pairs["coconut", "pause_as_thought"]
     assert pair.seeds == [0]
     assert (pair.difference, pair.p, pair.p_holm) == pytest.approx((2 / 30, 0.5, 0.5))
-    told = compared.warnings
-    assert told[0].startswith(
-        "coconut and pause_as_thought cannot be distinguished on these questions: difference +6.7"
-    )
-    assert told[1].startswith("Only one seed of pause_as_thought:")
-    assert told[2].startswith("Not all methods have the same seeds.")
-    assert len(told) == 3
+    beginnings = [
+        "coconut and pause_as_thought cannot be distinguished on these questions: difference +6.7",
+        "Only one seed of pause_as_thought:",
+        "Not all methods have the same seeds.",
+    ]
+    assert all(map(str.startswith, compared.warnings, beginnings))
+    assert len(compared.warnings) == 3
     assert "coconut to pause_as_thought" in on_screen(compared)
 
 
 def test_indistinguishable_methods_are_listed_once(copy: Path) -> None:
     for run in copy.iterdir():
-        score(run, [True] * 15 + [False] * 15)
-    told = compare(named(copy)).warnings
-    assert told[0].startswith(
-        "coconut, cot and pause_as_thought cannot be distinguished on these questions: the largest"
-    )
-    assert sum("distinguished" in warning for warning in told) == 1
+        score(run, 15)
+    first, *others = compare(named(copy)).warnings
+    assert first.startswith("coconut, cot and pause_as_thought cannot be distinguished on these questions: the largest")
+    assert not any("distinguished" in warning for warning in others)
 
 
 def test_a_difference_within_the_spread_of_seeds_is_not_distinguishable(copy: Path) -> None:
     for method, right in [("coconut", (30, 10)), ("cot", (8, 10))]:
         for seed, count in enumerate(right):
-            score(copy / f"{method}-seed{seed}", [True] * count + [False] * (30 - count))
+            score(copy / f"{method}-seed{seed}", count)
     compared = compare(named(copy, "co*"))
     (pair,) = compared.pairs
     assert pair.p_holm < 0.05
@@ -278,16 +268,13 @@ def test_a_difference_within_the_spread_of_seeds_is_not_distinguishable(copy: Pa
     assert compared.warnings[0].endswith("These runs differ, but runs with other seeds may not.")
 
 
-def test_runs_without_a_common_seed_are_not_compared(copy: Path) -> None:
+def test_runs_without_a_common_seed_and_single_runs_are_not_compared(copy: Path) -> None:
     chosen = TableConfig(runs=[str(copy / "coconut-seed0"), str(copy / "cot-seed1")])
     compared = compare(chosen)
     assert compared.pairs == []
     assert sorted(" ".join(compared.warnings).split("compared: ")[1].split(".")[0].split(" and ")) == ["coconut", "cot"]
     assert table(chosen) == 0
     assert "Nothing is compared" in words((copy / "table.html").read_text())
-
-
-def test_a_single_run_makes_a_table(copy: Path) -> None:
     assert table(named(copy, "cot-seed1")) == 0
     found = read_json(copy / "table.json")
     assert [row["method"] for row in found["rows"]] == ["cot"]
@@ -298,10 +285,9 @@ def test_other_settings_make_another_row_with_their_name(copy: Path) -> None:
     config = copy / "cot-seed1" / "config.json"
     before = read_json(config)
     change(config, optimizer={**before["optimizer"], "lr": 0.5}, name="other", keep_checkpoints=9)
-    labels = [group.label for group in compare(named(copy)).groups]
-    assert labels == ["coconut", "cot (optimizer.lr=0.01)", "cot (optimizer.lr=0.5)", "pause_as_thought"]
+    assert labels(copy) == ["coconut", "cot (optimizer.lr=0.01)", "cot (optimizer.lr=0.5)", "pause_as_thought"]
     change(config, optimizer=before["optimizer"], batch_size=1, validate_every=1, valid_limit=1, max_new_tokens=1)
-    assert "cot (batch_size=1, ...)" in [group.label for group in compare(named(copy)).groups]
+    assert "cot (batch_size=1, ...)" in labels(copy)
 
 
 def began(run: Path, origin: Path, step: int, total: int) -> None:
@@ -310,10 +296,6 @@ def began(run: Path, origin: Path, step: int, total: int) -> None:
     init = str(origin / "checkpoints" / f"step-{step:07d}")
     change(run / "config.json", curriculum={**curriculum, "start_stage": 1, "total_length": total}, init=init)
     change(run / "run.json", init=init)
-
-
-def labels(folder: Path) -> list[str]:
-    return [group.label for group in compare(named(folder)).groups]
 
 
 def test_a_run_that_continues_the_curriculum_of_its_method_has_equal_settings(copy: Path) -> None:
@@ -353,92 +335,47 @@ def test_warnings_name_batch_sizes_truncation_and_updates(copy: Path) -> None:
     assert "The runs have different numbers of updates: 6 to 106." in told
 
 
-# --- what is refused -------------------------------------------------------------------------------
-
-
-def predictions(run: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    file = run / "evaluation" / "test.predictions.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    change(rows)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def no_evaluation(run: Path) -> None:
-    (run / "evaluation" / "test.json").unlink()
-
-
 def not_complete(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(line for line in lines if '"step": 6' not in line))
 
 
-def no_description(run: Path) -> None:
-    (run / "run.json").unlink()
-
-
-def other_file(run: Path) -> None:
-    change(run / "evaluation" / "test.json", sha256="f" * 64, file="/data/other.json")
-
-
-def other_questions(run: Path) -> None:
-    predictions(run, lambda rows: rows[3].update(question="Who?"))
-
-
-def fewer_predictions(run: Path) -> None:
-    predictions(run, lambda rows: rows.pop())
-
-
-def other_answers(run: Path) -> None:
-    predictions(run, lambda rows: [row.update(correct=not row["correct"]) for row in rows[:1]])
-
-
-def chosen_on_it(run: Path) -> None:
-    change(run / "evaluation" / "test.json", chose_the_checkpoint=True)
-
-
-def trained_on_it(run: Path) -> None:
-    digest = read_json(run / "evaluation" / "test.json")["sha256"]
-    data = read_json(run / "run.json")["data"]
-    change(run / "run.json", data={**data, "train": {**data["train"], "sha256": digest}})
-
-
 def initialized_from_a_run_trained_on_it(run: Path) -> None:
     earlier = run.parent.parent / "earlier"
     shutil.copytree(run, earlier)
-    trained_on_it(earlier)
+    digest, data = read_json(run / "evaluation" / "test.json")["sha256"], read_json(run / "run.json")["data"]
+    change(earlier / "run.json", data={**data, "train": {**data["train"], "sha256": digest}})
     change(run / "run.json", init=str(earlier / "checkpoints" / "step-0000002"))
 
 
-def trained_on_its_questions(run: Path) -> None:
-    change(run / "evaluation" / "test.json", seen={"train": 30, "valid": 0})
+def evaluation(**values: Any) -> Callable[[Path], None]:
+    return lambda run: change(run / "evaluation" / "test.json", **values)
 
 
-def unusual(run: Path) -> None:
-    change(run / "evaluation" / "test.json", default_settings=False)
-
-
-def no_longer_the_best(run: Path) -> None:
-    change(run / "evaluation" / "test.json", step=1)
+def answers_with(edit: Callable[[list[dict[str, Any]]], Any]) -> Callable[[Path], None]:
+    return lambda run: edit_answers(run, edit)
 
 
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (no_evaluation, r"One run is without the evaluation 'test'.*coconut evaluate run=\S+cot-seed1\nEvaluate"),
+        (lambda run: (run / "evaluation" / "test.json").unlink(),
+         r"One run is without the evaluation 'test'.*coconut evaluate run=\S+cot-seed1\nEvaluate"),
         (not_complete, r"One run is not complete.*cot-seed1: update 5 of 6"),
-        (no_description, r"cot-seed1 is not a complete run"),
-        (other_file, r"different questions.*test\.json, SHA-256 .*other\.json, SHA-256 ffffffff.*cot-seed1"),
-        (other_questions, r"different questions.*cot-seed1\nEvaluate them again"),
-        (fewer_predictions, r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: coconut evaluate"),
-        (other_answers, r"cot-seed1\S+jsonl does not hold the 30 answers"),
-        (chosen_on_it, r"cot-seed1: \S+test\.json chose its checkpoint.*Use questions that no run has seen"),
-        (trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
+        (lambda run: (run / "run.json").unlink(), r"cot-seed1 is not a complete run"),
+        (evaluation(sha256="f" * 64, file="/data/other.json"),
+         r"different questions.*test\.json, SHA-256 .*other\.json, SHA-256 ffffffff.*cot-seed1"),
+        (answers_with(lambda rows: rows[3].update(question="Who?")),
+         r"different questions.*cot-seed1\nEvaluate them again"),
+        (answers_with(lambda rows: rows.pop()),
+         r"cot-seed1\S+jsonl does not hold the 30 answers.*Evaluate again: coconut evaluate"),
+        (answers_with(lambda rows: rows[0].update(correct=not rows[0]["correct"])),
+         r"cot-seed1\S+jsonl does not hold the 30 answers"),
         (initialized_from_a_run_trained_on_it, r"cot-seed1: it was trained on \S+test\.json"),
-        (trained_on_its_questions, r"cot-seed1: the questions of \S+test\.json are in the training data"),
-        (unusual, r"cot-seed1: non-default settings.*Evaluate again"),
-        (no_longer_the_best, r"cot-seed1: update 1 was evaluated, and the best is \d"),
+        (evaluation(default_settings=False), r"cot-seed1: non-default settings.*Evaluate again"),
+        (evaluation(step=1), r"cot-seed1: update 1 was evaluated, and the best is \d"),
     ],
-)
+)  # fmt: skip
 def test_runs_that_cannot_be_compared_are_refused(copy: Path, spoil: Callable[[Path], None], told: str) -> None:
     spoil(copy / "cot-seed1")
     with pytest.raises(ValueError, match=f"(?s){told}"):
@@ -447,14 +384,14 @@ def test_runs_that_cannot_be_compared_are_refused(copy: Path, spoil: Callable[[P
 
 
 def test_all_runs_without_an_evaluation_are_named(copy: Path) -> None:
-    for run in copy.iterdir():
-        no_evaluation(run)
+    for file in copy.glob("*/evaluation/test.json"):
+        file.unlink()
     with pytest.raises(ValueError, match="5 runs are without the evaluation 'test'") as found:
         table(named(copy))
     assert str(found.value).count("coconut evaluate run=") == 5
 
 
-def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path) -> None:
     one = str(copy / "cot-seed0")
     (tmp_path / "link").symlink_to(one)
     for names, told in [
@@ -477,7 +414,7 @@ def test_data_that_chose_the_checkpoint_ranks_nothing(runs: Path) -> None:
     one = runs / "cot-seed0"
     for split, told in [("valid", "valid.json chose its checkpoint"), ("train", "it was trained on .*train.json")]:
         assert evaluate.run(EvaluateConfig(run=str(one), split=split, engine=CPU)) == 0
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=f"(?s){told}.*Use questions that no run has seen"):
             compare(TableConfig(runs=[str(one)], split=split))
 
 
@@ -499,6 +436,10 @@ def test_questions_are_unseen_if_no_run_saw_them_in_whatever_file(runs: Path, tm
     compared = compare(both)
     told = "12 questions of mixed.json, 4 of them in the training data and 2 of them in the validation data"
     assert told in on_screen(compared)
+    assert [row["questions"] for row in compared.rows] == [12, 12]
+    assert compared.command.endswith(f"split={mixed.stem}")
+    with pytest.raises(ValueError, match=r"coconut evaluate run=\S+ data\.test=FILE"):
+        compare(replace(both, runs=[f"{runs}/co*"]))
     assert any("The run that saw the most: 12 questions, 4 of them" in warning for warning in compared.warnings)
     with pytest.raises(ValueError, match=r"the questions of \S+known\.json are in the training data"):
         compare(replace(both, split=known.stem))
@@ -506,32 +447,19 @@ def test_questions_are_unseen_if_no_run_saw_them_in_whatever_file(runs: Path, tm
         path.unlink()
 
 
-def test_another_file_can_be_compared_on(runs: Path, tmp_path: Path) -> None:
-    write_json(tmp_path / "other.json", graph_rows(seed=5, count=12))
-    for name in ("cot-seed0", "coconut-seed0"):
-        file = DataFiles(test=str(tmp_path / "other.json"))
-        assert evaluate.run(EvaluateConfig(run=str(runs / name), data=file, engine=CPU)) == 0
-    (name,) = {path.stem for path in runs.glob("*/evaluation/other-*.json")}
-    compared = compare(TableConfig(runs=[f"{runs}/co*-seed0"], split=name))
-    assert [row["questions"] for row in compared.rows] == [12, 12]
-    assert compared.command.endswith(f"split={name}")
-    with pytest.raises(ValueError, match=r"coconut evaluate run=\S+ data\.test=FILE"):
-        compare(TableConfig(runs=[f"{runs}/co*"], split=name))
-
-
-# --- what is written -------------------------------------------------------------------------------
-
-
-def test_the_page_loads_no_other_file_and_shows_what_was_compared(copy: Path) -> None:
+def test_the_page_loads_no_other_file_escapes_names_and_shows_what_was_compared(copy: Path) -> None:
     for number, name in enumerate(["icot", "no_cot", "pause"]):
         shutil.copytree(copy / "cot-seed0", copy / f"{name}-seed0")
         change(copy / f"{name}-seed0" / "config.json", method=name)
-        score(copy / f"{name}-seed0", [True] * (5 + number) + [False] * (25 - number))
+        score(copy / f"{name}-seed0", 5 + number)
+    config = copy / "cot-seed1" / "config.json"
+    change(config, model={**read_json(config)["model"], "attention": "<script>alert(1)</script> $x$"})
     assert table(named(copy)) == 0
     html, loads = (copy / "table.html").read_text(), Loads()
     loads.feed(html)
     assert all(name.startswith("#") for name in loads.names)
     assert not loads.tags & {"script", "link", "iframe", "img"}
+    assert html.count("&lt;script&gt;") >= 3
     assert not re.search(r"https?://|@import|url\((?!#)", html)
     assert len(loads.ids) == len(set(loads.ids))
     text = words(html)
@@ -545,22 +473,11 @@ def test_the_page_loads_no_other_file_and_shows_what_was_compared(copy: Path) ->
     assert "in brackets if the two cannot be distinguished" in text
 
 
-def test_names_are_escaped(copy: Path) -> None:
-    config = copy / "cot-seed1" / "config.json"
-    evil = "<script>alert(1)</script> $x$"
-    change(config, model={**read_json(config)["model"], "attention": evil})
-    assert table(named(copy)) == 0
-    html, loads = (copy / "table.html").read_text(), Loads()
-    loads.feed(html)
-    assert "script" not in loads.tags
-    assert html.count("&lt;script&gt;") >= 3
-
-
 def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "else" / "where"
     assert table(TableConfig(runs=[f"{copy}/*"], output=str(out))) == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
-    assert {path.name for path in before} == {"table.html", "table.md", "table.csv", "table.json"}
+    assert {path.name for path in before} == FILES
     assert not list(copy.glob("table.*"))
 
     def fail(*_: object) -> None:
@@ -570,9 +487,6 @@ def test_files_appear_whole(copy: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="disk full"):
         table(TableConfig(runs=[f"{copy}/co*"], output=str(out)))
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-
-
-# --- the command line ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.record import read_run
-from coconut.runs.study import NotApplicable, Study
+from coconut.runs.study import NotApplicable
 from coconut.training.trainer import run as train
 from coconut.utils.files import read_json, write_json
 
@@ -51,8 +51,7 @@ def test_every_part_writes_data_and_a_section_of_the_page(trained: Path) -> None
     for name in ("k_forcing", "prefix_values", "values", "parallelism", "heights", "inner_products", "decoded",
                  "audit_thoughts", "stopping"):  # fmt: skip
         assert {f"{name}.json", f"{name}.csv"} <= kept
-        study = Study.read(trained / "analysis", name)
-        assert study
+        study = read_run(trained).studies[name]
         assert study.facts["step"] == read_run(trained).evaluations["test"]["step"]
         with (trained / "analysis" / f"{name}.csv").open() as file:
             assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in study.rows]
@@ -70,8 +69,7 @@ def test_every_part_writes_data_and_a_section_of_the_page(trained: Path) -> None
 
 
 def test_the_trained_number_of_thoughts_gives_the_accuracy_of_the_evaluation(trained: Path) -> None:
-    study, found = Study.read(trained / "analysis", "k_forcing"), read_json(trained / "evaluation" / "test.json")
-    assert study
+    study, found = read_run(trained).studies["k_forcing"], read_json(trained / "evaluation" / "test.json")
     (own,) = [row for row in study.rows if row["thoughts"] == study.facts["trained_thoughts"]]
     assert own["accuracy"] == found["accuracy"]
     assert own["questions"] == found["count"]

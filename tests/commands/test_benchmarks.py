@@ -28,9 +28,7 @@ def lm() -> LatentLM:
     return lm
 
 
-def done(
-    implementation: Callable[[LatentLM, Batch], torch.Tensor], lm: LatentLM, batch: Batch
-) -> dict[str, torch.Tensor]:
+def done(implementation: Implementation, lm: LatentLM, batch: Batch) -> dict[str, torch.Tensor]:
     lm.zero_grad()
     loss = implementation(lm, batch)
     loss.backward()
@@ -41,9 +39,8 @@ def done(
 def test_the_released_implementation_equals_ours(lm: LatentLM, thoughts: int) -> None:
     batch = baselines.make_batch(lm, baselines.make_data(8), thoughts, 3)
     assert len(set(batch.attention_mask.sum(1).tolist())) > 1, "rows differ in length"
-    torch.testing.assert_close(
-        done(baselines.ours, lm, batch), done(baselines.released, lm, batch), rtol=1e-4, atol=1e-6
-    )
+    ours, released = done(baselines.ours, lm, batch), done(baselines.released, lm, batch)
+    torch.testing.assert_close(ours, released, rtol=1e-4, atol=1e-6)
 
 
 def test_without_thoughts_plain_fine_tuning_equals_ours(lm: LatentLM) -> None:

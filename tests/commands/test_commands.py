@@ -19,7 +19,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -177,18 +177,12 @@ def test_a_command_runs_as_its_module_does(tmp_path: Path) -> None:
         (["max_stage=2"], "There is no key max_stage. Did you mean curriculum.max_stage?"),
         (["+engine.presicion=1"], "There is no key engine.presicion. Did you mean engine.precision?"),
         (["+lerning_rate=1"], "There is no key lerning_rate"),
-        (
-            ["model.architecture.rope=1"],
-            "model.architecture has no key rope. To add it: +model.architecture.rope=VALUE",
-        ),
+        (["model.architecture.rope=1"], "model.architecture has no key rope. To add it: +model.architecture.rope="),
         (["seed"], "seed cannot be read as KEY=VALUE"),
         (["seed=many"], "seed=many: Value 'many' of type 'str' could not be converted to Integer"),
         (["seed=-1"], "seed is -1; it must be at least 0"),
         (["engine.precision=float8"], "engine.precision=float8: Invalid value 'float8', expected one of [float32, bf"),
-        (
-            ["experiment=quickstar"],
-            "There is no experiment=quickstar. Did you mean quickstart? The choices are: adaptive_laptop",
-        ),
+        (["experiment=quickstar"], "There is no experiment=quickstar. Did you mean quickstart? The choices are: adap"),
         (["run=${nope}"], "run: Interpolation key 'nope' not found"),
         (["curriculum.thoughts_per_step=-1"], "curriculum.thoughts_per_step is -1"),
         (["curriculum.total_length=3"], "curriculum.total_length is 3"),
@@ -224,22 +218,16 @@ def test_an_error_is_one_message(tmp_path: Path) -> None:
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(st.text(min_size=1))
+@example("Tom's cat, (is) it {a} [b]?")
+@example("costs $5, ${x} or \\${y}")
+@example('a "quoted" one')
+@example("ends in \\")
+@example("a=b: #c")
+@example("-")
+@example("''")
 def test_any_text_survives_hydra(text: str) -> None:
-    if not text.strip() or "\0" in text:
-        return
-    config = typed("generate", "run=r", f"question={text}")
-    assert isinstance(config, GenerateConfig)
-    assert config.question == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["Tom's cat, (is) it {a} [b]?", "costs $5, ${x} or \\${y}", 'a "quoted" one', "ends in \\", "a=b: #c", "-", "''"],
-)
-def test_signs_that_mean_something_to_hydra(text: str) -> None:
-    config = typed("generate", "run=r", f"question={text}")
-    assert isinstance(config, GenerateConfig)
-    assert config.question == text
+    if text.strip() and "\0" not in text:
+        assert typed("generate", "run=r", f"question={text}").question == text
 
 
 def test_quoting_leaves_other_arguments_unchanged() -> None:
@@ -262,8 +250,7 @@ def test_any_name_survives(key: str) -> None:
         assert taken(f"{key}={value}") == [["b", name] if key == "tracking.tags" else name]
         if key != "tracking.tags":  # of a sweep, which Hydra writes once more
             value = in_quotes if "," in name else name.strip()
-            swept = [as_override(f"{key}=x,{value}", TrainConfig, multirun=True), "seed=0"]
-            jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)[0]
+            jobs = jobs_of(f"{key}=x,{value}", "seed=0")
             assert [taken(job[0], typed=False) for job in jobs] == [["x"], [name if "," in name else name.strip()]]
 
 
@@ -274,12 +261,10 @@ def taken(*arguments: str, typed: bool = True) -> list[Any]:
     return list(OmegaConf.to_container(OmegaConf.create(found), resolve=True))  # pyright: ignore
 
 
-def jobs_of(command: str, *arguments: str) -> list[list[str]]:
+def jobs_of(*arguments: str) -> list[list[str]]:
     """What Hydra makes of a sweep."""
-    overrides = OverridesParser.create().parse_overrides(
-        [as_override(argument, SCHEMAS[command], multirun=True) for argument in arguments]
-    )
-    return BasicSweeper.split_arguments(overrides, None)[0]
+    written = [as_override(argument, TrainConfig, multirun=True) for argument in arguments]
+    return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), None)[0]
 
 
 @pytest.mark.parametrize(
@@ -293,12 +278,12 @@ def jobs_of(command: str, *arguments: str) -> list[list[str]]:
     ],
 )
 def test_a_sweep_over_names(argument: str, runs: list[str]) -> None:
-    assert [taken(*job, typed=False) for job in jobs_of("train", argument)] == [[run] for run in runs]
+    assert [taken(*job, typed=False) for job in jobs_of(argument)] == [[run] for run in runs]
 
 
 @pytest.mark.parametrize("argument", ["curriculum.modes=[short,think],[think,short]", "curriculum.modes=[a, 'b]'],[c]"])
 def test_a_sweep_over_lists(argument: str) -> None:
-    assert [len(job) for job in jobs_of("train", argument)] == [1, 1]
+    assert [len(job) for job in jobs_of(argument)] == [1, 1]
 
 
 def test_home_folders_null_and_references_in_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,11 +385,8 @@ def test_importing_coconut_keeps_the_interrupt_handler_of_other_programs(tmp_pat
 def test_the_command_leaves_an_interrupt_without_a_traceback(tmp_path: Path) -> None:
     asked = "import coconut, signal\nassert signal.getsignal(signal.SIGINT) is signal.SIG_DFL\n"
     (tmp_path / "coconut").write_text(asked)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "coconut")], capture_output=True, env=environment, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = python(str(tmp_path / "coconut"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
@@ -460,13 +442,7 @@ def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Pa
     assert found == wanted
     script, few = str(installed / "bin" / "coconut"), ["num_train=5", "num_valid=5", "num_test=5"]
     for arguments in (["train", "experiment=quickstart", "--cfg", "job"], ["data", "prosqa", *few]):
-        done = subprocess.run(
-            [sys.executable, script, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            check=False,
-        )
+        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=tmp_path,
+                              env=environment, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "data" / "prosqa_train.json").read_text())) == 5

@@ -99,7 +99,7 @@ def test_from_scratch_equals_the_library(stage: int) -> None:
 
     loss = plain.loss(model, ids_BT)
     loss.backward()
-    batch = collate([layout(segments(*example), STAGES[stage], SPECIAL) for example in examples], SPECIAL)
+    batch = collate([layout(segments(*example), STAGES[stage].form, SPECIAL) for example in examples], SPECIAL)
     out = lm(batch.input_ids, batch.attention_mask, labels=batch.labels)
     assert out.loss is not None
     out.loss.backward()

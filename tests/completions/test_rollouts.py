@@ -9,13 +9,10 @@ import torch
 from helpers.models import EXAMPLES, MODES, TASK, hybrid
 
 from coconut.completions.rollouts import CorrectnessReward, Cost, Group, sample_groups
-from coconut.completions.scoring import SamplingDistribution
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.methods import PromptFormat
-from coconut.rl.loss import broadcast_to_tokens, policy_batch, totals_of
-from coconut.rl.objectives import OBJECTIVES
 
 
 def mode_reward(example: Example, text: str, mode: str, cost: Cost, /) -> float:
@@ -54,25 +51,9 @@ def test_sample_groups_depends_on_the_seed_alone() -> None:
     first = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0, 7, 1), max_new_tokens=6)
     assert torch.equal(torch.random.get_rng_state(), before), "no other draw depends on it"
     torch.manual_seed(5)
-    assert sampled_ids(
-        sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0, 7, 1), max_new_tokens=6)
-    ) == sampled_ids(first)
-    for other in [(1, 7, 1), (0, 8, 1), (0, 7, 2)]:
-        assert sampled_ids(
-            sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=other, max_new_tokens=6)
-        ) != sampled_ids(first)
-
-
-def test_recomputed_log_probs_equal_those_of_sampling() -> None:
-    lm = hybrid()
-    groups = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0,), temperature=0.7, max_new_tokens=6)
-    samples = [sample for group in groups for sample in group.completions]
-    batch = policy_batch(
-        samples, broadcast_to_tokens(torch.cat([group.rewards for group in groups]), samples), OBJECTIVES["grpo"],
-        totals_of(samples, 6), lm.special, on_policy=True,
-    )  # fmt: skip
-    recomputed = SamplingDistribution.of(lm.special, temperature=0.7).log_probs(lm, batch)
-    torch.testing.assert_close(recomputed, torch.cat([s.log_probs for s in samples]), rtol=1e-4, atol=1e-5)
+    for seed in [(0, 7, 1), (1, 7, 1), (0, 8, 1), (0, 7, 2)]:
+        again = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=seed, max_new_tokens=6)
+        assert (sampled_ids(again) == sampled_ids(first)) == (seed == (0, 7, 1))
 
 
 @pytest.mark.parametrize("mode", MODES)

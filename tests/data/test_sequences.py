@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_processes_share_an_update_evenly(data: TokenizedData, stages: Plan, ran
     shares = [list(micro_batches(view, batch, size, rank, ranks)) for rank in range(ranks)]
     alone = list(micro_batches(view, batch, len(batch)))
     assert len({len(share) for share in shares}) == 1
-    counts = [np.sum([part.denominators for part in parts], axis=0) for parts in (sum(shares, []), alone)]
+    counts = [np.sum([part.denominators for part in parts], axis=0) for parts in (list(chain(*shares)), alone)]
     assert counts[0].tolist() == counts[1].tolist()
     rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if any(part.denominators)
             for row, mask in zip(part.input_ids, part.attention_mask, strict=True)]  # fmt: skip
@@ -184,7 +185,8 @@ def test_collate_aligns_thoughts_in_one_column(data: TokenizedData, stages: Plan
         if (item.ids == SPECIAL.latent).any():
             firsts.add(int((batch.input_ids[row] == SPECIAL.latent).nonzero()[0]))
     assert len(firsts) <= 1
-    assert int((batch.labels != -100).sum()) == sum(len(item.ids) - item.num_prompt + (item.control >= 0) for item in items)
+    counts = [len(item.ids) - item.num_prompt + (item.control >= 0) for item in items]
+    assert int((batch.labels != -100).sum()) == sum(counts)
 
 
 def test_collated_batches_need_no_further_padding() -> None:

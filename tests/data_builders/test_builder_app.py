@@ -18,24 +18,14 @@ import numpy as np
 import pytest
 from helpers import DATA, ROOT, SHARED
 from helpers.models import byte_level_tokenizer
+from helpers.processes import python
 
-from coconut.tasks import prontoqa as prontoqa_task
+from coconut.utils.files import read_json as read
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
-from data_builders.dataset_writer import SPLITS, shared_questions
+from data_builders.dataset_writer import SPLITS, WrittenRow, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
-
-REAL = SHARED
-
-
-def existing(*names: str) -> list[Path]:
-    return [path for name in names for path in REAL.glob(name)]
-
-
-def read(path: Path) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
 
 GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
 
@@ -43,14 +33,12 @@ GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"num_valid": -1}, "num_valid is -1"),
-        ({"num_workers": 0}, "num_workers is 0"),
-        ({"compare_rows": 0}, "compare_rows is 0"),
-        ({"name": "a/b"}, "name is 'a/b'"),
+        ({"num_valid": -1}, "num_valid is -1"), ({"num_workers": 0}, "num_workers is 0"),
+        ({"compare_rows": 0}, "compare_rows is 0"), ({"name": "a/b"}, "name is 'a/b'"),
         ({"source": "a", "train": "b"}, "source=a and train=b"),
         ({"source": "a", "test": "b", "num_test": 3}, "num_test=3 and test=b"),
     ],
-)
+)  # fmt: skip
 def test_builder_refuses_contradicting_keys(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
@@ -64,13 +52,11 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("config", "build"),
     [
-        (ProsqaBuild(seed=5, **GRAPHS), prosqa.build),
-        (ProsqaBuild(seed=5, name="prosqa"), prosqa.build),
-        (prontoqa.ProntoqaBuild(seed=5), prontoqa.build),
-        (pointers.PointersBuild(seed=5), pointers.build),
+        (ProsqaBuild(seed=5, **GRAPHS), prosqa.build), (ProsqaBuild(seed=5, name="prosqa"), prosqa.build),
+        (prontoqa.ProntoqaBuild(seed=5), prontoqa.build), (pointers.PointersBuild(seed=5), pointers.build),
     ],
     ids=["graphs", "prosqa", "prontoqa", "pointers"],
-)
+)  # fmt: skip
 def test_build_does_not_depend_on_the_number_of_workers(config: Any, build: Any, tmp_path: Path) -> None:
     counts = {"num_train": 300, "num_valid": 260, "num_test": 10}
     for workers in (1, 2):
@@ -79,7 +65,7 @@ def test_build_does_not_depend_on_the_number_of_workers(config: Any, build: Any,
     assert len(one) == 5
     assert one == two
     card = (tmp_path / "1" / f"{config.name}_card.md").read_text()
-    assert f"coconut data {'prosqa' if config.name == 'graphs' else config.name} " in card
+    assert f"Made with\n\n    coconut data {'prosqa' if config.name == 'graphs' else config.name} " in card
     assert "seed=5" in card
     manifest = json.loads((tmp_path / "1" / f"{config.name}_manifest.json").read_text())
     assert (manifest["seed"], manifest["shared_questions"]) == (5, {})
@@ -113,9 +99,10 @@ def test_splits_share_no_question_across_seeds(tmp_path: Path) -> None:
         config = ProsqaBuild(str(tmp_path / str(seed)), **GRAPHS, nodes=9, seed=seed)
         prosqa.build(replace(config, num_train=400, num_valid=60, num_test=60))
         splits |= {f"{split} {seed}": read(tmp_path / str(seed) / f"graphs_{split}.json") for split in SPLITS}
-    keys = {split: list(map(graph_measures.key_of, rows)) for split, rows in splits.items()}
-    lines = {split: list(map(json.dumps, rows)) for split, rows in splits.items()}
-    shared = shared_questions(lines, keys, graph_measures.alike)
+    made = {
+        split: [WrittenRow.of(row, graph_measures.key_of(row), {}) for row in rows] for split, rows in splits.items()
+    }
+    shared = shared_questions(made, graph_measures.alike)
     assert set(shared) <= {f"{split} 0 and {split} 1" for split in SPLITS}
     assert shared["train 0 and train 1"] > 100, "the check does find what is alike"
     for a, b in [("train 0", "test 1"), ("valid 0", "test 0"), ("valid 1", "train 0")]:
@@ -224,10 +211,8 @@ def test_compare_prints_a_table_and_writes_nothing(
 def test_statistics_by_hand() -> None:
     first = [{"n": 1.0, "hops": "a", "in": ["x", "x", "y"]}, {"n": 3.0, "hops": "b", "in": ["y"]}]
     assert summary(first) == {
-        "n": {"mean": 2.0, "sd": 1.0, "min": 1.0, "max": 3.0},
-        "hops": {"a": 0.5, "b": 0.5},
-        "in": {"x": 0.5, "y": 0.5},
-    }
+        "n": {"mean": 2.0, "sd": 1.0, "min": 1.0, "max": 3.0}, "hops": {"a": 0.5, "b": 0.5}, "in": {"x": 0.5, "y": 0.5},
+    }  # fmt: skip
     assert summary(list(map(compact, first))) == summary(first)
     assert all(line.distance in (0, None) for line in compare(first, first))
     lines = {line.name: line for line in compare(first * 50, [{"n": 2.0, "hops": "a", "in": ["z"]}] * 50)}
@@ -281,7 +266,7 @@ def test_source_is_divided_into_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [DATA / "prosqa_released.json", *existing("prosqa/prosqa_valid.json")], ids=lambda path: path.name
+    "path", [DATA / "prosqa_released.json", *SHARED.glob("prosqa/prosqa_valid.json")], ids=lambda path: path.name
 )
 def test_released_prosqa_is_converted(path: Path) -> None:
     assert prosqa.released_rows(str(path)) == read(path)
@@ -291,16 +276,14 @@ def test_released_prosqa_is_converted(path: Path) -> None:
     ("change", "complaint"),
     [
         ({"edges": [[0, 2]]}, "the question's text and 'edges' differ"),
-        ({"edges": [[0, 99]]}, "99 is not the number of a node"),
-        ({"target": 2}, "the question asks whether"),
+        ({"edges": [[0, 99]]}, "99 is not the number of a node"), ({"target": 2}, "the question asks whether"),
         ({"steps": ["Tom is a terpus."]}, "do not lead from Tom to lempus"),
         ({"steps": ["Tom is a terpus.", "Every brimpus is a lempus."]}, "not a path in the graph"),
         ({"steps": []}, "'steps' is \\[\\]"),
         ({"answer": "Tom is a scrompus."}, "and the target's is 'Tom is a lempus.'"),
-        ({"question": None}, "'question' is None"),
-        ({"question": "Is it?"}, "ends neither"),
+        ({"question": None}, "'question' is None"), ({"question": "Is it?"}, "ends neither"),
     ],
-)
+)  # fmt: skip
 def test_inconsistent_prosqa_row_is_refused(change: dict, complaint: str, tmp_path: Path) -> None:
     rows = read(DATA / "prosqa_released.json")
     rows[1:] = [rows[0] | change, rows[0] | change]
@@ -314,18 +297,6 @@ def test_written_prosqa_rows_can_be_read_back(preset: prosqa.Preset, tmp_path: P
     prosqa.build(ProsqaBuild(str(tmp_path), preset=preset, num_train=20, num_valid=0, num_test=0))
     path = tmp_path / "prosqa_train.json"
     assert prosqa.released_rows(str(path)) == read(path)
-
-
-@pytest.mark.parametrize(
-    "path", [DATA / "prontoqa_generated.json", *existing("prontoqa/*.json")], ids=lambda path: path.name
-)
-def test_released_prontoqa_is_converted(path: Path) -> None:
-    examples = [example["test_example"] for example in json.loads(path.read_text()).values()]
-    for row, example in zip(prontoqa.released_rows(str(path)), examples, strict=True):
-        assert row["question"] == f"{example['question']} {example['query']}"
-        assert " ".join(row["steps"]) == " ".join(example["chain_of_thought"])
-        assert len(row["steps"]) == 6
-        assert prontoqa_task.judge(row["answer"], example["answer"])
 
 
 @pytest.mark.parametrize(
@@ -362,29 +333,21 @@ def test_wrong_encoding_is_named_by_line_and_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "looks_like"),
     [
-        (b"PAR1\x00\x01", "a binary file"),
-        (b"\x1f\x8b\xff\xfe", "a binary file"),
+        (b"PAR1\x00\x01", "a binary file"), (b"\x1f\x8b\xff\xfe", "a binary file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html>", "a web page"),
-        (b"  \n", "an empty file"),
-        (b"some prose\n", "none of the known forms"),
-        (b"[]", "none of the known forms"),
-        (b'{"a": 1}\n', "none of the known forms"),
-        (b'[{"question": "q", "steps": []}]', "none of the known forms"),
+        (b"\n<!DOCTYPE html><html>", "a web page"), (b"  \n", "an empty file"),
+        (b"some prose\n", "none of the known forms"), (b"[]", "none of the known forms"),
+        (b'{"a": 1}\n', "none of the known forms"), (b'[{"question": "q", "steps": []}]', "none of the known forms"),
         ((DATA / "prosqa_released.json").read_bytes(), "ProsQA as released"),
         ((DATA / "prontoqa_generated.json").read_bytes(), "the output of ProntoQA's generator"),
         ((DATA / "gsm8k_test.jsonl").read_bytes().splitlines()[0], "GSM8K as released"),
         ((DATA / "gsm8k_aug_valid.txt").read_bytes(), "GSM8K-Aug as released"),
     ],
-)
+)  # fmt: skip
 def test_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(content)
-    taken = {
-        "ProsQA": prosqa.released_rows,
-        "the output": prontoqa.released_rows,
-        "GSM8K": gsm8k.released_rows,
-    }
+    taken = {"ProsQA": prosqa.released_rows, "the output": prontoqa.released_rows, "GSM8K": gsm8k.released_rows}
     for kind, rows in taken.items():
         if looks_like.startswith(kind):
             assert rows(str(path))
@@ -396,14 +359,7 @@ def test_file_of_another_kind_is_named(content: bytes, looks_like: str, tmp_path
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", *arguments, cwd=folder, PYTHONPATH=str(ROOT))
 
 
 def test_builder_command_runs_from_another_folder(tmp_path: Path) -> None:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from helpers import DATA, ROOT, SHARED
+from helpers.processes import python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from coconut.utils.files import read_json as read
 from coconut.utils.files import sha256
 from data_builders import gsm8k
-from data_builders.arithmetic import LONGEST, OPERATORS, Outcome, Verdict, check, evaluate, shown
+from data_builders.arithmetic import LONGEST, OPERATORS, Outcome, Verdict, check, shown
 from data_builders.gsm8k import Faulty, Gsm8kBuild, Preset, Steps, measure, released_rows
 
 REAL = SHARED / "gsm8k"
 GSM8K, AUG = DATA / "gsm8k_test.jsonl", DATA / "gsm8k_aug_valid.txt"
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +38,7 @@ def read(path: Path) -> Any:
     ],
 )  # fmt: skip
 def test_evaluate_expression(expression: str, value: str) -> None:
-    assert evaluate(expression) == Fraction(value)
+    assert check(f"{expression}=0").value == Fraction(value)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +56,6 @@ def test_evaluate_expression(expression: str, value: str) -> None:
     ],
 )  # fmt: skip
 def test_evaluate_names_why_an_expression_is_unreadable(expression: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        evaluate(expression)
     verdict = check(f"{expression}=1")
     assert (verdict.outcome, verdict.holds, verdict.value) == (Outcome.unreadable, False, None)
     assert re.search(why, verdict.why)
@@ -100,7 +95,6 @@ def test_evaluate_equals_exact_fractions(tree: Any, data: st.DataObject) -> None
     except ZeroDivisionError:
         assert check(f"{text}=0").why == "a number is divided by zero"
         return
-    assert evaluate(text) == value
     said = f"{value.numerator}/{value.denominator}"
     verdict = check(f"{text}={said}")
     assert (verdict.outcome, verdict.value, verdict.written) == (Outcome.exact, value, value)
@@ -185,12 +179,10 @@ def test_steps_as_sentences() -> None:
 
 # rows, those without steps, negative answers, answers with a thousands separator, equations, other last values
 COUNTS = {
-    "gsm8k_test.jsonl": (5, 1, 1, 1, 11, 0),
-    "gsm8k_aug_valid.txt": (3, 1, 0, 1, 8, 1),
-    "train.jsonl": (7473, 95, 3, 79, 23716, 377),
-    "test.jsonl": (1319, 18, 2, 14, 4282, 93),
+    "gsm8k_test.jsonl": (5, 1, 1, 1, 11, 0), "gsm8k_aug_valid.txt": (3, 1, 0, 1, 8, 1),
+    "train.jsonl": (7473, 95, 3, 79, 23716, 377), "test.jsonl": (1319, 18, 2, 14, 4282, 93),
     "aug_valid.txt": (500, 6, 0, 4, 1573, 28),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [GSM8K, AUG, *sorted(REAL.glob("*"))], ids=lambda path: path.name)
@@ -218,13 +210,9 @@ def test_counts_of_the_released_files(path: Path, tmp_path: Path, capsys: pytest
 
 
 LINES = [
-    "Q1||<<2+2=4>> <<4*1,000=4,000>> #### 4,000",
-    "Q2||<<2+2=5>> <<5*20%=1>> #### 1",
-    "Q3||<<10/3=3.33>> #### 3.33",
-    "Q4||<<3/0=1>> <<2/3=.66>> <<1+1=2>> #### 7",
-    "Q5|| #### -5",
-    "Q6||<<1+1=2>> #### 3",
-]
+    "Q1||<<2+2=4>> <<4*1,000=4,000>> #### 4,000", "Q2||<<2+2=5>> <<5*20%=1>> #### 1", "Q3||<<10/3=3.33>> #### 3.33",
+    "Q4||<<3/0=1>> <<2/3=.66>> <<1+1=2>> #### 7", "Q5|| #### -5", "Q6||<<1+1=2>> #### 3",
+]  # fmt: skip
 LISTED = [
     {"row": 2, "equation": "2+2=5", "exact": "4"},
     {"row": 4, "equation": "3/0=1", "unreadable": "a number is divided by zero"},
@@ -236,12 +224,10 @@ OTHER = [{"row": 4, "equation": "1+1=2", "answer": "7"}, {"row": 6, "equation": 
 @pytest.mark.parametrize(
     ("dials", "left"),
     [
-        ({}, "123456"),
-        ({"arithmetic": Faulty.drop}, "1356"),
-        ({"last_value": Faulty.drop}, "1235"),
+        ({}, "123456"), ({"arithmetic": Faulty.drop}, "1356"), ({"last_value": Faulty.drop}, "1235"),
         ({"arithmetic": Faulty.drop, "last_value": Faulty.drop}, "135"),
     ],
-)
+)  # fmt: skip
 def test_faulty_rows_are_listed_and_dropped(
     dials: dict[str, Any], left: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,13 +286,8 @@ def test_equations_of_sentences_are_checked(tmp_path: Path) -> None:
 def test_gsm8k_aug_line_is_converted(tmp_path: Path) -> None:
     line = "Room #4 || 5 costs #### what?||<<1+1=2>> <<2*-600=-1200>> #### -1,200.50\r\n"
     (tmp_path / "a.txt").write_bytes(line.encode())
-    assert released_rows(str(tmp_path / "a.txt")) == [
-        {
-            "question": "Room #4 || 5 costs #### what?",
-            "steps": ["<<1+1=2>>", "<<2*-600=-1200>>"],
-            "answer": "-1200.5",
-        }
-    ]
+    row = {"question": "Room #4 || 5 costs #### what?", "steps": ["<<1+1=2>>", "<<2*-600=-1200>>"], "answer": "-1200.5"}
+    assert released_rows(str(tmp_path / "a.txt")) == [row]
 
 
 def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
@@ -326,8 +307,11 @@ def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be read as a data set of the hub."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -340,10 +324,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.usefixtures("hub_cache")
-def test_every_record_shape_gives_the_same_row(shape: str, tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
+def test_every_record_shape_gives_the_same_row(shape: str, folder: Path, tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text(json.dumps(SHAPES[shape]) + "\n")
     gsm8k.build(Gsm8kBuild(str(tmp_path), hub=str(folder)))
     expected = [{"question": "Q", "steps": ["<<2+3=5>>", "<<5*2=10>>"], "answer": "10"}]
@@ -387,31 +368,22 @@ def test_unreadable_record_is_named(record: dict[str, Any], kind: str, complaint
         released_rows(str(tmp_path / "a.jsonl"), Steps(kind))
 
 
-def released_folder(folder: Path) -> Path:
-    folder.mkdir()
+def divide_excerpt(folder: Path) -> None:
     lines = GSM8K.read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     (folder / "test.jsonl").write_text(lines[4], encoding="utf-8")
-    return folder
 
 
-@pytest.mark.usefixtures("hub_cache")
-def test_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
-    folder = released_folder(tmp_path / "set")
+def test_folder_is_read_as_the_hub_is(folder: Path, tmp_path: Path) -> None:
+    divide_excerpt(folder)
     gsm8k.build(Gsm8kBuild(str(tmp_path / "whole"), hub=str(folder)))
     rows = released_rows(str(GSM8K))
     assert read(tmp_path / "whole" / "gsm8k_train.json") == rows[:4]
     assert read(tmp_path / "whole" / "gsm8k_test.json") == rows[4:]
     assert not (tmp_path / "whole" / "gsm8k_valid.json").exists()
     manifest = read(tmp_path / "whole" / "gsm8k_manifest.json")
-    assert manifest["sources"] == {
-        "hub": "set",
-        "config": None,
-        "files": {
-            split: [{"file": f"{split}.jsonl", "sha256": sha256(folder / f"{split}.jsonl")}]
-            for split in ("train", "test")
-        },
-    }
+    files = {s: [{"file": f"{s}.jsonl", "sha256": sha256(folder / f"{s}.jsonl")}] for s in ("train", "test")}
+    assert manifest["sources"] == {"hub": "set", "config": None, "files": files}
     assert {split: found["rows"] for split, found in manifest["arithmetic"].items()} == {"train": 4, "test": 1}
 
     gsm8k.build(Gsm8kBuild(str(tmp_path / "parts"), hub=str(folder), num_valid=1, seed=3))
@@ -422,23 +394,16 @@ def test_folder_is_read_as_the_hub_is(tmp_path: Path) -> None:
     assert read(tmp_path / "file" / "gsm8k_valid.json") == parts["valid"], "divided as a source is"
 
 
-@pytest.mark.parametrize("name", ["train.parquet", "validation.parquet"])
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_folder_of_parquet_files(name: str, tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    folder = tmp_path / "set"
-    folder.mkdir()
-    Dataset.from_list([SHAPES["steps"], {"question": "R", "steps": [], "answer": "1"}]).to_parquet(folder / name)
+def test_hub_folder_of_parquet_files(folder: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_list([SHAPES["steps"], {"question": "R", "steps": [], "answer": "1"}])
+    for name in ("train", "validation"):
+        rows.to_parquet(folder / f"{name}.parquet")
     gsm8k.build(Gsm8kBuild(str(tmp_path), hub=str(folder)))
-    split = {"train.parquet": "train", "validation.parquet": "valid"}[name]
-    assert [row["steps"] for row in read(tmp_path / f"gsm8k_{split}.json")] == [["<<2+3=5>>", "<<5*2=10>>"], []]
+    for split in ("train", "valid"):
+        assert [row["steps"] for row in read(tmp_path / f"gsm8k_{split}.json")] == [["<<2+3=5>>", "<<5*2=10>>"], []]
 
 
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_folder_of_text_files(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
+def test_hub_folder_of_text_files(folder: Path, tmp_path: Path) -> None:
     for name in ("train.txt", "valid.txt"):
         (folder / name).write_bytes(AUG.read_bytes())
     gsm8k.build(Gsm8kBuild(str(tmp_path), hub=str(folder)))
@@ -446,13 +411,12 @@ def test_hub_folder_of_text_files(tmp_path: Path) -> None:
         assert read(tmp_path / f"gsm8k_{split}.json") == released_rows(str(AUG))
 
 
-@pytest.mark.usefixtures("hub_cache")
-def test_unreachable_hub_is_explained(tmp_path: Path) -> None:
+def test_unreachable_hub_is_explained(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     for preset, name in gsm8k.HUB_NAMES.items():
         with pytest.raises(ValueError, match=f"'{name}' on the Hugging Face hub .*connection.*train=FILE"):
             gsm8k.build(Gsm8kBuild(out, preset=preset))
-    folder = released_folder(tmp_path / "set")
+    divide_excerpt(folder)
     with pytest.raises(ValueError, match=r"num_test=1 is given, and .* has 1 test rows of its own"):
         gsm8k.build(Gsm8kBuild(out, hub=str(folder), num_test=1))
     with pytest.raises(ValueError, match="ask for 5 rows, and the source has 4"):
@@ -494,17 +458,12 @@ def test_gsm8k_measures() -> None:
     }
     measured = measure(row)
     assert measured == {
-        "steps": 5.0,
-        "rows without steps": 0.0,
-        "words of the question": 3.0,
+        "steps": 5.0, "rows without steps": 0.0, "words of the question": 3.0,
         "characters of a step": [12.0, 13.0, 9.0, 9.0, 15.0],
-        "equations": ["exact", "rounded", "wrong", "unreadable", "exact"],
-        "operators": ["*", "+", "/", "+", "-"],
-        "last value is not the answer": 0.0,
-        "digits of the answer": 2.0,
-        "negative answers": 1.0,
+        "equations": ["exact", "rounded", "wrong", "unreadable", "exact"], "operators": ["*", "+", "/", "+", "-"],
+        "last value is not the answer": 0.0, "digits of the answer": 2.0, "negative answers": 1.0,
         "answers with decimals": 1.0,
-    }
+    }  # fmt: skip
     bare = measure({"question": "Q", "steps": [], "answer": "none"})
     assert bare.keys() == measured.keys()
     assert not any(value for key, value in bare.items() if key not in ("rows without steps", "words of the question"))
@@ -514,14 +473,7 @@ def test_gsm8k_measures() -> None:
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "data_builders.gsm8k", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", "data_builders.gsm8k", *arguments, cwd=folder, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from math import sqrt
@@ -13,6 +12,7 @@ from helpers import DATA, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coconut.utils.files import read_json
 from data_builders import prontoqa
 from data_builders.dataset_writer import Row
 from data_builders.ontology import ENTITIES, FAMILIES, NAMES, Names, OntologyDials, Ordering, draw, measure
@@ -147,17 +147,11 @@ def test_statistics_equal_those_of_the_original_generator(rows: list[Row]) -> No
     odds("contrary property before the asked one", 0.5)
     odds("rules of the proof read in order", 0.5)
     constant = {
-        "sentences of the context": 25,
-        "sentences of the proof": 11,
-        "steps": 6,
-        "concepts": 14,
-        "properties": 11,
-        "concepts with two parents": 5,
-        "concepts with a property": 12,
-        "facts about the entity": 2,
+        "sentences of the context": 25, "sentences of the proof": 11, "steps": 6, "concepts": 14, "properties": 11,
+        "concepts with two parents": 5, "concepts with a property": 12, "facts about the entity": 2,
         "sentences that name the concept with the contrary property": [1],
         "sentences that name the last concept of the proof": 4,
-    }
+    }  # fmt: skip
     for measures in [*measured, *(measure(row) for path in RELEASED for row in prontoqa.released_rows(str(path)))]:
         assert {key: measures[key] for key in constant} == constant
 
@@ -188,15 +182,15 @@ def _levels_below(row: Row) -> int:
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.name)
 def test_released_prontoqa_rows_are_verified(path: Path) -> None:
-    rows = prontoqa.released_rows(str(path))
-    for row in rows:
+    examples = [example["test_example"] for example in read_json(path).values()]
+    for row, example in zip(prontoqa.released_rows(str(path)), examples, strict=True):
         check(row)
         question = parse_question(row["question"])
         context = " ".join(sentence.text for sentence in question.context)
         assert row["question"] == f"{context} True or false: {question.query.text}"
-    examples = [example["test_example"] for example in json.loads(path.read_text(encoding="utf-8")).values()]
-    proofs = [[sentence.text for sentence in parse_proof(row["steps"])] for row in rows]
-    assert proofs == [example["chain_of_thought"] for example in examples]
+        assert row["question"] == f"{example['question']} {example['query']}"
+        assert [sentence.text for sentence in parse_proof(row["steps"])] == example["chain_of_thought"]
+        assert (len(row["steps"]), row["answer"]) == (6, example["answer"])
 
 
 def test_closure_derives_claims_forward() -> None:
@@ -275,24 +269,12 @@ def test_parse_sentence(text: str, claim: tuple) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Every impus is an lempus.",
-        "Every lempus is a impus.",
-        "Every impus is lempus.",
-        "Fae is impus.",
-        "Fae is a nervous.",
-        "Impuses are lempus.",
-        "Impuses are a lempus.",
-        "Every impuses are hot.",
-        "Impuses is hot.",
-        "Impus is hot.",
-        "every impus is hot.",
-        "Fae is hot",
-        "Fae is  hot.",
-        "Fae is very hot.",
-        "Fae was hot.",
-        "",
+        "Every impus is an lempus.", "Every lempus is a impus.", "Every impus is lempus.", "Fae is impus.",
+        "Fae is a nervous.", "Impuses are lempus.", "Impuses are a lempus.", "Every impuses are hot.",
+        "Impuses is hot.", "Impus is hot.", "every impus is hot.", "Fae is hot", "Fae is  hot.", "Fae is very hot.",
+        "Fae was hot.", "",
     ],
-)
+)  # fmt: skip
 def test_parse_sentence_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a sentence of ProntoQA|has a wrong article or number"):
         parse_sentence(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter
@@ -13,7 +12,6 @@ from typing import Any
 import networkx
 import pytest
 from helpers import DATA, SHARED
-from helpers.runs import graph_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,17 +37,11 @@ def dials(draw_: st.DrawFn) -> dict[str, Any]:
     hops_to = hops_from + draw_(st.integers(0, 2))
     plant, equalize = draw_(st.booleans()), draw_(st.booleans())
     return {
-        "form": draw_(st.sampled_from(Form)),
-        "preset": draw_(st.sampled_from((Preset.released, Preset.paper))),
-        "nodes": 2 + 2 * hops_to + draw_(st.integers(2, 10)),
-        "branching": draw_(st.floats(1, 2.5)),
-        "depth_weight": draw_(st.floats(0.5, 3)),
-        "hops_from": hops_from,
-        "hops_to": hops_to,
-        "plant": plant or hops_from > 2,
-        "equalize_depth": equalize,
-        "names": None,
-    }
+        "form": draw_(st.sampled_from(Form)), "preset": draw_(st.sampled_from((Preset.released, Preset.paper))),
+        "nodes": 2 + 2 * hops_to + draw_(st.integers(2, 10)), "branching": draw_(st.floats(1, 2.5)),
+        "depth_weight": draw_(st.floats(0.5, 3)), "hops_from": hops_from, "hops_to": hops_to,
+        "plant": plant or hops_from > 2, "equalize_depth": equalize, "names": None,
+    }  # fmt: skip
 
 
 @settings(max_examples=60)
@@ -135,10 +127,8 @@ def test_generated_names_for_large_graphs() -> None:
 
 # Of 800 released rows (the validation and the test split): mean and deviation, or shares, rounded as printed.
 PUBLISHED = {
-    "nodes": (22.8, 2.0, 0.05),
-    "edges": (36.0, 5.8, 0.05),
-    "shortest paths to the target": (1.6, 0.9, 0.05),
-}
+    "nodes": (22.8, 2.0, 0.05), "edges": (36.0, 5.8, 0.05), "shortest paths to the target": (1.6, 0.9, 0.05),
+}  # fmt: skip
 PUBLISHED_SHARES = {
     "hops to the target": {"3": 0.408, "4": 0.438, "5": 0.131, "6": 0.024},
     "root": {"node 0": 0.37, "node 1": 0.63},
@@ -146,12 +136,9 @@ PUBLISHED_SHARES = {
 PUBLISHED_POOLED = {
     "parents of a node": {"0": 0.027, "1": 0.48, "2": 0.305, "3": 0.134, "4": 0.042, "5": 0.011},
     "nodes reached by": {
-        "neither root": 0.034,
-        "the first root only": 0.39,
-        "the second root only": 0.517,
-        "both roots": 0.06,
+        "neither root": 0.034, "the first root only": 0.39, "the second root only": 0.517, "both roots": 0.06,
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -250,10 +237,8 @@ def corrupted(row: dict) -> dict[str, dict]:
     names = row["idx_to_symbol"]
     root = names[row["root"]]
     swapped = {
-        "target": row["neg_target"],
-        "neg_target": row["target"],
-        "answer": f"{root} is a {names[row['neg_target']]}.",
-    }
+        "target": row["neg_target"], "neg_target": row["target"], "answer": f"{root} is a {names[row['neg_target']]}.",
+    }  # fmt: skip
     leak = [row["root"], row["neg_target"]]
     sentence = f"{root} is a {names[row['neg_target']]}. "
     levels = row["nodes_at_distance"]
@@ -295,42 +280,32 @@ def test_prove_refuses_a_detour() -> None:
         ({"nodes": 5}, "nodes=5 is too few for a chain and a distractor of 3 hops, which need 6"),
         ({"hops_from": 40, "hops_to": 41}, "nodes=28 is too few .* 40 hops"),
         ({"preset": Preset.graphs, "nodes": 6}, "nodes=6 is too few for two chains .* = 7"),
-        ({"hops_from": 4, "hops_to": 3}, "hops_from=4, hops_to=3"),
-        ({"hops_from": 0}, "hops_from=0"),
+        ({"hops_from": 4, "hops_to": 3}, "hops_from=4, hops_to=3"), ({"hops_from": 0}, "hops_from=0"),
         ({"nodes": 41}, "nodes=41 may need 39 names of concepts, and names=released has 38.* names=generated"),
         ({"form": Form.symbols, "names": Names.generated}, "names=generated is for form=sentences"),
-        ({"edges": 30, "branching": 2.0}, "edges=30 and branching=2.0"),
-        ({"edges": 3}, "edges=3; with nodes=28"),
-        ({"edges": 300}, "edges=300; with nodes=28"),
-        ({"branching": 0.0}, "branching=0.0"),
-        ({"branching": math.nan}, "branching=nan"),
-        ({"depth_weight": math.inf}, "depth_weight=inf"),
+        ({"edges": 30, "branching": 2.0}, "edges=30 and branching=2.0"), ({"edges": 3}, "edges=3; with nodes=28"),
+        ({"edges": 300}, "edges=300; with nodes=28"), ({"branching": 0.0}, "branching=0.0"),
+        ({"branching": math.nan}, "branching=nan"), ({"depth_weight": math.inf}, "depth_weight=inf"),
         ({"first_family": math.nan}, "first_family=nan"),
         ({"nodes": 1000, "names": Names.generated}, "nodes=1000; at most 500"),
-        ({"plant": True, "hops_to": 0}, "plant=true draws a length"),
-        ({"depth_weight": -1.0}, "depth_weight=-1.0"),
+        ({"plant": True, "hops_to": 0}, "plant=true draws a length"), ({"depth_weight": -1.0}, "depth_weight=-1.0"),
         ({"first_family": 0.7}, "first_family=0.7, second_family=0.45"),
         ({"preset": Preset.graphs, "branching": 2.0}, "branching=2.0 is not a dial of preset=graphs, which has: form"),
         ({"equalize_depth": True, "nodes": 7}, "nodes=7 is too few for two chains of 3 hops, which need 8"),
         ({"source": "a", "preset": Preset.graphs}, "preset=graphs .* source=a is read"),
         ({"valid": "a", "nodes": 9}, "nodes=9 .* valid=a is read"),
     ],
-)
+)  # fmt: skip
 def test_prosqa_refuses_impossible_dials(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
-
-
-def test_draw_names_dials_that_give_no_graph() -> None:
-    keys = ProsqaBuild(hops_from=12, hops_to=12, nodes=16)
-    with pytest.raises(ValueError, match=r"None of 3000 graphs gives a question with nodes=16.*plant=true"):
-        keys.graph_dials().draw(random.Random(0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
+        ({"hops_from": 12, "hops_to": 12, "nodes": 16}, r"None of 3000 graphs .* with nodes=16.*plant=true"),
         ({"edges": 160}, r"edges=160.*another number of edges"),
         ({"branching": 20.0}, r"branching=20.0.*lower branching"),
         ({"preset": Preset.graphs, "nodes": 200}, r"nodes=200 is too many for two chains"),
@@ -354,20 +329,10 @@ def test_measure_accepts_roots_with_any_number() -> None:
     turned["idx_to_symbol"] = row["idx_to_symbol"][::-1]
     turned["edges"] = [[number[a], number[b]] for a, b in row["edges"]]
     same = (
-        "nodes",
-        "edges",
-        "hops to the target",
-        "shortest paths to the target",
-        "depth of the distractor",
+        "nodes", "edges", "hops to the target", "shortest paths to the target", "depth of the distractor",
         "distractor against target",
-    )
+    )  # fmt: skip
     assert all(measure(checked(turned))[name] == measure(row)[name] for name in same)
-
-
-def test_graphs_preset_rows_have_one_size() -> None:
-    assert all(
-        set(row["question"].split()) <= {*map(str, range(8)), "|", "?", "or", "from"} for row in graph_rows(0, 9)
-    )
 
 
 def test_draw_row_skips_unwanted_keys() -> None:
@@ -377,8 +342,3 @@ def test_draw_row_skips_unwanted_keys() -> None:
     assert found
     assert asked == [found[1]] == [key_of(found[0])]
     assert draw_row(random.Random(1), lambda key: False, dials, Form.sentences) is None
-
-
-def test_rows_are_json() -> None:
-    for row in rows_of(3):
-        assert json.loads(json.dumps(row)) == row

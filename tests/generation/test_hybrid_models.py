@@ -76,9 +76,8 @@ def test_its_own_choice_is_its_likeliest_control_token(family: str) -> None:
         assert out.modes[place] == MODES[int(likely.argmax())]
         assert out.mode_log_probs[place] == pytest.approx(float(likely.max().log()), rel=1e-5)
         assert rows_of(out)[place] == alone(lm, question, out.modes[place], 6)
-    assert not {token for row in rows_of(out) for token in row} & set(lm.special.added), (
-        "a control token is said once, first"
-    )
+    written = {token for row in rows_of(out) for token in row}
+    assert not written & set(lm.special.added), "a control token is said once, first"
 
 
 def test_sampled_choices_come_as_often_as_they_are_likely() -> None:
@@ -96,15 +95,15 @@ def test_a_question_is_read_once_a_mode_for_all_its_samples(monkeypatch: pytest.
     lm = hybrid()
     read: list[tuple[int, ...]] = []
     states = LatentLM.hidden_states
-    monkeypatch.setattr(
-        LatentLM,
-        "hidden_states",
-        lambda lm, embeds, *rest, **how: read.append(embeds.shape[:2]) or states(lm, embeds, *rest, **how),
-    )
+
+    def hidden_states(lm: LatentLM, embeds: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        read.append(embeds.shape[:2])
+        return states(lm, embeds, *rest, **options)
+
+    monkeypatch.setattr(LatentLM, "hidden_states", hidden_states)
     torch.manual_seed(0)
     out = lm.generate(torch.tensor([QUESTIONS[1]]), max_new_tokens=3, do_sample=True, num_return_sequences=32)
-    assert set(out.modes) == set(MODES)
-    assert len(out.texts) == 32
+    assert (set(out.modes), len(out.texts)) == (set(MODES), 32)
     assert [rows for rows, _ in read] == [1] * (1 + 1 + 1 + 1 + 2), "to choose; short; think; latent with two thoughts"
 
 
@@ -112,8 +111,7 @@ def test_saved_and_opened_it_chooses_the_same(tmp_path: Path) -> None:
     lm = hybrid(dtype=torch.float32)
     lm.save_pretrained(tmp_path)
     again = LatentLM.from_pretrained(tmp_path)
-    assert again.reasoning == lm.reasoning
-    assert again.special == lm.special
+    assert (again.reasoning, again.special) == (lm.reasoning, lm.special)
     assert again.new_tokens["control"]["tokens"] == ["<short>", "<think>", "<latent_2>"]
     assert answer(again, ["3 7 21"], max_new_tokens=4).texts == answer(lm, ["3 7 21"], max_new_tokens=4).texts
     [ids] = encode_questions(again.tokenizer, ["3 <short> 7"], again.reasoning.format)
@@ -122,23 +120,18 @@ def test_saved_and_opened_it_chooses_the_same(tmp_path: Path) -> None:
 
 def test_what_a_hybrid_model_cannot_be_asked() -> None:
     lm, ids = hybrid(), torch.tensor([[5, 6]])
-    refused: list[tuple[dict[str, Any], str]] = [
-        ({"mode": "long"}, "mode=long is not one of short, think, latent_2"),
-        ({"mode": ["short", "think"]}, "for each of 1 questions"),
-        ({"num_thoughts": 2}, "mode sets the number of its thoughts"),
-    ]
-    for options, message in refused:
-        with pytest.raises(ValueError, match=message):
-            lm.generate(ids, **options)
+    with pytest.raises(ValueError, match="mode=long is not one of short, think, latent_2"):
+        lm.generate(ids, mode="long")
+    with pytest.raises(ValueError, match="for each of 1 questions"):
+        lm.generate(ids, mode=["short", "think"])
+    with pytest.raises(ValueError, match="mode sets the number of its thoughts"):
+        lm.generate(ids, num_thoughts=2)
     with pytest.raises(ValueError, match="mode=short: this model, coconut, has no modes"):
         build("llama").generate(ids, mode="short")
     for modes, message in ((["short"], "at least two"), (["short", "short"], "two different modes"),
                            (["short", "latent_0"], "There is no mode 'latent_0'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Curriculum(modes=modes)
-
-
-# --- the warm-up ------------------------------------------------------------------------------------
 
 
 def warm_up(folder: Path, **changes: Any) -> TrainConfig:
@@ -184,6 +177,8 @@ def test_it_is_evaluated_by_its_choice_and_in_any_mode(warm: Path, capsys: pytes
     question = read_json(warm.parent / "test.json")[0]["question"]
     run_generate(GenerateConfig(run=str(warm), question=question, mode="think"))
     assert "[think, 0 thoughts, " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="mode=latent_9 is not one of short, think, latent_2"):
+        roll(RolloutConfig(run=str(warm), split="valid", samples=2, mode="latent_9"))
 
 
 def test_a_question_is_to_leave_room_in_every_mode_that_may_be_chosen(warm: Path, tmp_path: Path) -> None:
@@ -204,23 +199,19 @@ def test_a_question_is_to_leave_room_in_every_mode_that_may_be_chosen(warm: Path
     assert run_generate(replace(asked, mode="think")) == 0
 
 
-def test_answers_in_a_mode_that_there_is_not_are_not_sampled(warm: Path) -> None:
-    with pytest.raises(ValueError, match="mode=latent_9 is not one of short, think, latent_2"):
-        roll(RolloutConfig(run=str(warm), split="valid", samples=2, mode="latent_9"))
-
-
-def test_examples_without_a_chain_are_no_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (0, r"1 of 64 examples have no steps, the first of them example 1.*needs a chain"),
+        (30, r"1 of 64 examples are longer than the model's context.*: example 1 "),  # the first epoch cuts its steps
+    ],
+)
+def test_an_example_without_a_chain_or_too_long_in_a_later_epoch_is_refused(
+    tmp_path: Path, times: int, message: str
+) -> None:
     config = warm_up(tmp_path)
     rows = read_json(tmp_path / "train.json")
-    write_json(tmp_path / "train.json", [*rows[:3], {**rows[3], "steps": []}, *rows[4:]])
-    with pytest.raises(ValueError, match=r"1 of 64 examples have no steps, the first of them example 4.*needs a chain"):
-        run(replace(config))
-
-
-def test_an_example_that_is_too_long_in_a_later_epoch_is_refused_first(tmp_path: Path) -> None:
-    config = warm_up(tmp_path)
-    rows = read_json(tmp_path / "train.json")
-    long = {**rows[0], "steps": rows[0]["steps"] * 30}  # the first epoch shows it without them
-    write_json(tmp_path / "train.json", [long, *rows[1:]])
-    with pytest.raises(ValueError, match=r"1 of 64 examples are longer than the model's context.*: example 1 "):
+    rows[0]["steps"] *= times
+    write_json(tmp_path / "train.json", rows)
+    with pytest.raises(ValueError, match=message):
         run(config)

@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coconut import LatentLM
 from coconut.analysis.probes import Subject
@@ -45,11 +41,17 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **reas
     )
     base = AutoModelForCausalLM.from_config(config)
     lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(**reasoning))
+    shift_weights(lm, 0.1).to(dtype).eval()
+    return in_float64(lm) if dtype is torch.float64 else lm
+
+
+def shift_weights(lm: LatentLM, scale: float) -> LatentLM:
+    """Add noise of this standard deviation to all weights that are trained."""
     with torch.no_grad():
         for weight in lm.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    lm.to(dtype).eval()
-    return in_float64(lm) if dtype is torch.float64 else lm
+            if weight.requires_grad:
+                weight.add_(scale * torch.randn_like(weight))
+    return lm
 
 
 def in_float64(lm: LatentLM) -> LatentLM:
@@ -102,6 +104,22 @@ def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     largest = max(g.norm() for g in b.values())
     return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-8 * largest)) for k in b)
+
+
+def step(lm: LatentLM, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and its gradients."""
+    lm.zero_grad()
+    loss = lm(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(lm)
+
+
+def assert_same(
+    ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], tolerance: float = 1e-9
+) -> None:
+    """Loss and gradients of two steps agree."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=0)
+    assert relative(ours[1], theirs[1]) < tolerance
 
 
 def mixed_batch(lm: LatentLM) -> dict[str, Any]:
@@ -204,7 +222,4 @@ def in_sentences(batch_size: int = 4, thoughts_per_step: int = 1, start: bool = 
     config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), **sizes)
     reasoning = Reasoning(num_thoughts=2 * thoughts_per_step, thoughts_per_step=thoughts_per_step, max_new_tokens=4)
     lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    return subject(lm.double().eval(), SENTENCES, batch_size=batch_size)
+    return subject(shift_weights(lm, 0.1).double().eval(), SENTENCES, batch_size=batch_size)

@@ -105,7 +105,9 @@ def killed_and_stopped(
         reached = steps()[-1]
 
 
-def python(*arguments: str, cwd: Path | None = None, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+def python(
+    *arguments: str, cwd: Path | None = None, text: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **variables}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=text, env=environment, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,20 +14,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from coconut.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig, TaskName, TrainConfig
+from coconut import LatentLM
+from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, TaskName, TrainConfig
+from coconut.engine.world import World
 from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.rl.config import RLConfig
+from coconut.rl.trainer import PolicyTrainer
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
-from coconut.utils.files import write_json
+from coconut.training.trainer import run as run_training
+from coconut.utils.files import read_json, write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 from helpers import ROOT
+from helpers.models import shift_weights
 from helpers.processes import CLEAN
 
 
-def graph_rows(seed: int, count: int, nodes: int = 8) -> list[dict[str, Any]]:
-    """Small graphs in symbols, with questions."""
+def graph_rows(seed: int, count: int, nodes: int = 8, form: Form = Form.symbols) -> list[dict[str, Any]]:
+    """Small graphs with questions."""
     dials = ProsqaBuild(preset=Preset.graphs, nodes=nodes).graph_dials()
-    drawn = (draw_row(random.Random(f"{seed} {i}"), lambda key: True, dials, Form.symbols) for i in range(count))
+    drawn = (draw_row(random.Random(f"{seed} {i}"), lambda key: True, dials, form) for i in range(count))
     return [found[0] for found in drawn if found]
 
 
@@ -38,6 +45,13 @@ def graph_files(folder: Path, train: int, valid: int, test: int) -> DataConfig:
         write_json(folder / f"{split}.json", list(islice(rows, count)))
         files[split] = str(folder / f"{split}.json")
     return DataConfig(TaskName.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def rewrite(file: Path, /, **changes: Any) -> dict[str, Any]:
+    """Change values of a JSON file. Gives what it held before."""
+    before = read_json(file)
+    write_json(file, {**before, **changes})
+    return before
 
 
 def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
@@ -57,6 +71,52 @@ def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
         "max_new_tokens": 6,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def trained(folder: Path, **changes: Any) -> tuple[Path, DataConfig]:
+    """A model that is trained for 60 updates, by default to write chains of thought, and its data."""
+    data = graph_files(folder, 40, 12, 8)
+    settings = {"method": "cot", "curriculum": Curriculum(length_unit=Unit.updates, total_length=60), **changes}
+    assert run_training(small_run(folder / "run", data, max_new_tokens=8, **settings)) == 0
+    return folder / "run", data
+
+
+def saved_as(kind: str, init: Path, folder: Path) -> Path:
+    """A model as it is, "saved in bfloat16", or in bfloat16 with a "lora" adapter that is not zero."""
+    if not kind.startswith(("saved", "lora")):
+        return init
+    lm = LatentLM.from_pretrained(init).to(torch.bfloat16)
+    lm.save_pretrained(folder / "whole")
+    if kind.startswith("saved"):
+        return folder / "whole"
+    lm = LatentLM.from_pretrained(folder / "whole")
+    lm.add_lora(LoraConfig(rank=2), str(folder / "whole"))
+    shift_weights(lm, 0.05).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def data_beside(run: str) -> DataConfig:
+    """The data of a `trained` model."""
+    files: dict[str, Any] = {split: str(Path(run).parent / f"{split}.json") for split in ("train", "valid", "test")}
+    return DataConfig(TaskName.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
+
+
+def new_policy_trainer(config: RLConfig, world: World | None = None) -> PolicyTrainer:
+    folder, files = Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}
+    folder.mkdir(exist_ok=True)
+    return PolicyTrainer(config, folder, files, world or World())
+
+
+def rows_of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of a kind, train or valid."""
+    return [row for row in read_metrics(run) if row["kind"] == kind]
+
+
+def drop_later(run: Path, step: int) -> None:
+    """Remove the checkpoints after a step."""
+    for later in Checkpoints(run).steps():
+        if later > step:
+            shutil.rmtree(Checkpoints(run).path(later))
 
 
 def same_end(folder: Path, other: Path) -> None:

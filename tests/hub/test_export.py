@@ -65,12 +65,11 @@ def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
     questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
     lines, expected, chosen = ["import sys"], [], set()
     modes = ["short", "latent_2", "latent_3"]
-    for number, (slot, chat, hybrid) in enumerate(
-        [*product((NOTHING, PAUSES, THOUGHTS), (False, True), [False]), *product([NOTHING], (False, True), [True])]
-    ):
+    cases = [*product((NOTHING, PAUSES, THOUGHTS), (False, True), [False]), *product([NOTHING], (False, True), [True])]
+    for number, (slot, chat, hybrid) in enumerate(cases):
         folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
-        lm = build("llama", torch.float32, slot=slot, markers=slot is not NOTHING,
-                   num_thoughts=3 * (slot is not NOTHING), max_new_tokens=8, format=form)  # fmt: skip
+        lm = build("llama", torch.float32, slot=slot, markers=slot != NOTHING,
+                   num_thoughts=3 * (slot != NOTHING), max_new_tokens=8, format=form)  # fmt: skip
         if hybrid:
             lm.add_modes(modes, init="random")
         lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
@@ -98,18 +97,15 @@ def test_failed_upload_keeps_the_export(trained_run: Path, tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for private in (True, False):
         folder = tmp_path / f"a model {private}"
-        with pytest.raises(
-            ValueError, match=r"someone/thing was not uploaded: http://127\.0\.0\.1:9 does not"
-        ) as caught:
+        message = r"someone/thing was not uploaded: http://127\.0\.0\.1:9 does not"
+        with pytest.raises(ValueError, match=message) as caught:
             run_export(ExportConfig(run=str(trained_run), output=str(folder), push="someone/thing", private=private))
         assert (folder / "model.safetensors").is_file()
         python, flag, code = shlex.split(str(caught.value).partition("This uploads it: ")[2])
         assert (python, flag) == ("python", "-c")
         sent: dict[str, Any] = {}
-        exec(
-            code.replace("import push", "import push as real; push = lambda *a, **k: sent.update(a=a, **k)"),
-            {"sent": sent},
-        )
+        recorded = "import push as real; push = lambda *a, **k: sent.update(a=a, **k)"
+        exec(code.replace("import push", recorded), {"sent": sent})
         assert sent == {"a": (str(folder), "someone/thing"), "private": private}
 
 
@@ -253,21 +249,17 @@ def test_wrong_released_files_are_refused(base: Path, tmp_path: Path) -> None:
     save_released(base, file, more=7)
     with pytest.raises(ValueError, match="the released code adds 3"):
         from_released(file, str(base), thinking)
-    state = torch.load(file, weights_only=True)
     save_released(base, file)
-    state = {**torch.load(file, weights_only=True), "base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}
-    torch.save(state, file)
-    with pytest.raises(ValueError, match="1 too many"):
-        from_released(file, str(base), thinking)
-    save_released(base, file)
-    state = torch.load(file, weights_only=True)
-    name = "base_causallm.transformer.h.0.mlp.c_fc.weight"
-    torch.save({**state, name: state[name][:, :-1]}, file)
-    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc\.weight is \(32, 127\) there and \(32, 128\) here"):
-        from_released(file, str(base), thinking)
-    torch.save({**state, 5: torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="no state dict"):
-        from_released(file, str(base), thinking)
+    state, name = torch.load(file, weights_only=True), "base_causallm.transformer.h.0.mlp.c_fc.weight"
+    broken: list[tuple[dict[Any, torch.Tensor], str]] = [
+        ({"base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}, "1 too many"),
+        ({name: state[name][:, :-1]}, r"h\.0\.mlp\.c_fc\.weight is \(32, 127\) there and \(32, 128\) here"),
+        ({5: torch.zeros(1)}, "no state dict"),
+    ]
+    for changes, message in broken:
+        torch.save({**state, **changes}, file)
+        with pytest.raises(ValueError, match=message):
+            from_released(file, str(base), thinking)
     file.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="must contain tensors only"):
         from_released(file, str(base), thinking)
@@ -311,9 +303,8 @@ def test_saved_model_answers_by_folder_or_hub_name(
         assert capsys.readouterr().out.strip() == expected
     with pytest.raises(FileNotFoundError, match=r"someone/other is not a local folder, .* as OWNER/NAME"):
         run_generate(GenerateConfig(run="someone/other", question="3 7 21"))
-    with pytest.raises(
-        ValueError, match=r"is a saved model and not a run.*coconut generate run=.*coconut evaluate run="
-    ):
+    message = r"is a saved model and not a run.*coconut generate run=.*coconut evaluate run="
+    with pytest.raises(ValueError, match=message):
         read_config(cached / "snapshots" / "1")
 
 
@@ -334,10 +325,7 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
         [answers] = folder.glob("*.predictions.jsonl")
         assert answers.read_text() == (trained_run / "evaluation" / "test.predictions.jsonl").read_text()
     for config, message in (
-        (
-            EvaluateConfig(run="model"),
-            r"model is a saved model, which does not record its task.*task=TASK .*prosqa.*data\.test=",
-        ),
+        (EvaluateConfig(run="model"), r"model is a saved model.*record its task.*task=TASK .*prosqa.*data\.test="),
         (replace(config_of_model, checkpoint="last"), "checkpoint=last is for runs only"),
         (replace(config_of_model, stop=StopRule.classifier), "stop=classifier is for runs only"),
         (replace(config_of_model, run=str(trained_run), task=TaskName.gsm8k), "was made for prosqa"),

@@ -18,14 +18,14 @@ from coconut.methods import (
     At,
     Curriculum,
     Cut,
+    Form,
     Mixing,
     PromptFormat,
     Reasoning,
-    Source,
     Stage,
     Unit,
     plan,
-)  # fmt: skip
+)
 
 GOLDEN = TESTS / "golden_layouts.txt"
 
@@ -53,7 +53,7 @@ def test_plan_matches_the_paper_for_gsm8k() -> None:
     only = plan("without_curriculum", curriculum).stages
     assert [(s.length, s.form.slot_length, s.form.steps_cut) for s in only] == [(50, 6, None)]
     pause = plan("pause", curriculum).stages
-    assert [(s.form.slot, s.form.slot_length, s.form.steps_cut, s.form.markers) for s in pause] == [(PAUSES, 6, None, True)]
+    assert [stage.form for stage in pause] == [Form(PAUSES, True, 6, None, thoughts_per_step=2)]
 
 
 def test_plan_of_icot_for_gsm8k() -> None:
@@ -91,7 +91,7 @@ def test_plan_fills_the_total_length_or_is_refused(
     stages = plan(method, curriculum).stages
     assert sum(s.length for s in stages) == total
     assert all(s.length > 0 for s in stages)
-    assert all(s.form.slot_length == 0 for s in stages if s.form.slot.source is Source.none)
+    assert all(s.form.slot_length == 0 for s in stages if s.form.slot.is_empty)
     assert all(s.form.slot_length <= c * deepest for s in stages)
 
 
@@ -272,7 +272,7 @@ def test_icot_offsets_are_exponentially_distributed() -> None:
 def test_mixing_needs_a_slot_that_differs_by_stage() -> None:
     curriculum = Curriculum(mixing_probability=0.1)
     mixed = {name for name in METHODS if plan(name, curriculum).mixing_probability}
-    assert mixed == {name for name, its in METHODS.items() if its.cut is Cut.steps and its.slot.source is not Source.none}
+    assert mixed == {name for name, its in METHODS.items() if its.cut is Cut.steps and not its.slot.is_empty}
     assert {"coconut", "pause_as_thought"} <= mixed
     assert all(plan(name, curriculum).trained_with_fewer_thoughts == (name in mixed) for name in METHODS)
 

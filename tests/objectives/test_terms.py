@@ -112,10 +112,11 @@ def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
     for index in range(len(view)):
         for form, item in zip(view.names, view.layouts(index), strict=True):
             layers, fed = flat_run(lm, item)
-            log_probs = lm.base.get_output_embeddings()(layers[-1]).log_softmax(-1)
+            head: Any = lm.base.get_output_embeddings()
+            log_probs = head(layers[-1]).log_softmax(-1)
             targets = range(item.num_prompt, len(item.ids))
             add("teacher" if form == "teacher" else "tokens",
-                -sum((log_probs[t - 1, int(item.ids[t])] for t in targets), torch.zeros(())), len(targets))  # fmt: skip
+                -torch.stack([log_probs[t - 1, int(item.ids[t])] for t in targets]).sum(), len(targets))  # fmt: skip
             at_prompt = torch.stack([states[item.answer_prompt] for states in layers])
             (teachers if form == "teacher" else students).append(at_prompt)
             if form == "teacher" or "steps" not in module.objectives:
@@ -128,7 +129,7 @@ def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
                 ids = torch.from_numpy(step.astype(np.int64))
                 row = torch.cat([fed[group * c : group * c + c], decoder.get_input_embeddings()(ids)])
                 scores = decoder(inputs_embeds=row[None]).logits[0].log_softmax(-1)
-                add("steps", -sum(scores[c - 1 + i, token] for i, token in enumerate(ids)) / len(ids), 1)
+                add("steps", -torch.stack([scores[c - 1 + i, token] for i, token in enumerate(ids)]).mean(), 1)
     if "states" in module.objectives:
         student_NLD, teacher_NLD = torch.stack(students), torch.stack(teachers).detach()
         gap = student_NLD - teacher_NLD
@@ -250,7 +251,8 @@ def test_the_prompt_token_is_the_last_one_before_the_answers_first(kind: str) ->
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     (count,) = answer_mark_lengths(tokenizer, [answer], form)
     (_, end), (start, stop) = encoded["offset_mapping"][count - 1 : count + 1]
-    assert text[end:start].strip() == "" and end <= text.index(answer) < stop
+    assert not text[end:start].strip()
+    assert end <= text.index(answer) < stop
     if kind == "digits":
         assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[count - 1] == "▁", "the space, after the colon"
     assert answer_mark_lengths(tokenizer, [answer], PromptFormat(answer="{}")) == [0]
@@ -268,7 +270,8 @@ def three_updates(config: EngineConfig, world: World) -> list[tuple[float, ...]]
     view = view_of(module, "sim_cot_codi", 15)
     engine = make_engine(module, module.loss, config, OptimizerConfig(lr=1e-2, max_grad_norm=0.5), world)
     results = []
-    parts = [list(micro_batches(view, np.arange(*rows), 3, world.rank, world.size)) for rows in ((10,), (10, 12), (14, 15))]
+    spans = ((10,), (10, 12), (14, 15))
+    parts = [list(micro_batches(view, np.arange(*span), 3, world.rank, world.size)) for span in spans]
     engine.dry_run(parts[0][0])
     for update_parts in parts:
         done = engine.update(update_parts, lr=1e-2)

@@ -10,59 +10,36 @@ from pathlib import Path
 
 import pytest
 from helpers.html import Loads, words
-from helpers.runs import graph_files, small_run
+from helpers.runs import graph_files, rewrite, small_run
 
-from coconut import analyze
+from coconut import analyze, evaluate
 from coconut.analysis.config import AnalyzeConfig
-from coconut.config import EngineConfig, ModelConfig, OptimizerConfig
+from coconut.config import EngineConfig
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
-from coconut.reporting.plots import DARK, LIGHT, Band, Curves, graph_picture, learning_curves
+from coconut.reporting.plots import DARK, LIGHT, Band, as_svg, graph_picture, learning_curves
 from coconut.reporting.run_page import answers, command, headline, report
 from coconut.runs.record import RunRecord, read_run
+from coconut.training.trainer import run as train
 from coconut.utils.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight updates, not evaluated."""
-    from coconut.training import trainer as train
-
     folder = tmp_path_factory.mktemp("report")
-    architecture = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 128,
-    }
-    config = small_run(
-        folder / "run",
-        replace(graph_files(folder, 32, 8, 20), cache_dir=str(folder / "tokens")),
-        name="small & quick",
-        curriculum=Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=8),
-        model=ModelConfig(architecture=architecture, tokenizer="words", attention="eager"),
-        optimizer=OptimizerConfig(lr=1e-3),
-        engine=EngineConfig(device="cpu"),
-        batch_size=8,
-    )
-    assert train.run(config) == 0
+    curriculum = Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=2, stage_length=2, total_length=8)
+    data = graph_files(folder, 32, 8, 20)
+    assert train(small_run(folder / "run", data, name="small & quick", curriculum=curriculum, batch_size=8)) == 0
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Path) -> Path:
-    from coconut import evaluate
-
     run = trained.parent / "evaluated"
     shutil.copytree(trained, run)
-    for config in (
-        EvaluateConfig(run=str(run), engine=EngineConfig(device="cpu")),
-        EvaluateConfig(run=str(run), split="valid", engine=EngineConfig(device="cpu")),
-    ):
-        assert evaluate.run(config) == 0
+    for split in ("test", "valid"):
+        assert evaluate.run(EvaluateConfig(run=str(run), split=split, engine=EngineConfig(device="cpu"))) == 0
     return run
 
 
@@ -73,8 +50,7 @@ def copy(evaluated: Path, tmp_path: Path) -> Path:
 
 
 def page_of(run: Path | RunRecord) -> str:
-    record = run if isinstance(run, RunRecord) else read_run(run)
-    return analyze.page_of(record)
+    return analyze.page_of(run if isinstance(run, RunRecord) else read_run(run))
 
 
 def test_the_page_shows_the_test_result(evaluated: Path):
@@ -141,8 +117,7 @@ def test_validation_accuracy_is_never_a_test_result(copy: Path):
     assert "no test result yet" in words(page_of(copy))
 
     shutil.copy(copy / "evaluation" / "valid.json", copy / "evaluation" / "test.json")
-    found = read_json(copy / "evaluation" / "test.json")
-    write_json(copy / "evaluation" / "test.json", {**found, "split": "test"})
+    rewrite(copy / "evaluation" / "test.json", split="test")
     text = words(page_of(copy))
     assert "questions that it was trained or validated on, so it is no test result" in text
     assert "unseen questions" not in text
@@ -150,72 +125,59 @@ def test_validation_accuracy_is_never_a_test_result(copy: Path):
 
 def test_questions_that_were_seen_are_not_called_unseen(copy: Path):
     file = copy / "evaluation" / "test.json"
-    found = read_json(file)
-    write_json(file, {**found, "seen": {"train": 3, "valid": 1}})
+    rewrite(file, seen={"train": 3, "valid": 1})
     text = words(page_of(copy))
     assert "on 20 questions, 3 of them in the training data and 1 of them in the validation data" in text
     assert "unseen questions" not in text
-    write_json(file, {**found, "seen": {"train": 20, "valid": 0}})
-    text = words(page_of(copy))
-    assert "questions in the training data, so no test result" in text
+    rewrite(file, seen={"train": 20, "valid": 0})
+    assert "questions in the training data, so no test result" in words(page_of(copy))
 
 
 @pytest.mark.slow
 def test_an_evaluation_of_another_file_counts_with_the_usual_settings(copy: Path):
     for end in ("json", "predictions.jsonl"):
         (copy / "evaluation" / f"test.{end}").rename(copy / "evaluation" / f"other.{end}")
-    found = read_json(copy / "evaluation" / "other.json")
-    write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json"})
+    rewrite(copy / "evaluation" / "other.json", file="/data/other.json")
     assert "on 20 unseen questions" in words(page_of(copy))
-    write_json(copy / "evaluation" / "other.json", {**found, "file": "/data/other.json", "default_settings": False})
+    rewrite(copy / "evaluation" / "other.json", default_settings=False)
     assert "no test result yet" in words(page_of(copy))
 
 
 def test_an_evaluation_of_an_earlier_checkpoint_is_marked(copy: Path):
-    found = read_json(copy / "evaluation" / "test.json")
-    write_json(copy / "evaluation" / "test.json", {**found, "step": 1})
+    rewrite(copy / "evaluation" / "test.json", step=1)
     assert "not the best on validation data" in words(page_of(copy))
 
 
 def test_a_run_that_is_not_complete(evaluated: Path):
     record = read_run(evaluated)
-    begun = replace(record, train=record.train[:3], valid=record.valid[:1], test=None, evaluations={})
-    begun = replace(begun, answers=[])
+    begun = replace(record, train=record.train[:3], valid=record.valid[:1], test=None, evaluations={}, answers=[])
     text = words(page_of(begun))
-    assert "Not complete: update 3 of 8." in text
-    assert "training has not reached its last stage" in text
-    assert "1 of 2" in text
-    assert "0 of 4" in text
-    assert "None yet" in text
-    text = words(page_of(replace(begun, train=[], valid=[])))
-    assert "Not complete: update 0 of 8." in text
+    for said in ("Not complete: update 3 of 8.", "training has not reached its last stage", "1 of 2", "0 of 4",
+                 "None yet"):  # fmt: skip
+        assert said in text
+    assert "Not complete: update 0 of 8." in words(page_of(replace(begun, train=[], valid=[])))
+
+
+RIGHT = {"question": "Who?", "gold": "Tom", "text": "a b ### Tom", "predicted": "Tom", "correct": True,
+         "truncated": False}  # fmt: skip
 
 
 def test_right_and_wrong_answers_are_shown_apart(evaluated: Path):
     record = read_run(evaluated)
-    right = {
-        "question": "Who?",
-        "gold": "Tom",
-        "text": "a b ### Tom",
-        "predicted": "Tom",
-        "correct": True,
-        "truncated": False,
-    }
-    wrong = {**right, "text": "a b c", "predicted": None, "correct": False, "truncated": True}
-    text = words(page_of(replace(record, answers=[right] * 9 + [wrong] * 2)))
+    wrong = {**RIGHT, "text": "a b c", "predicted": None, "correct": False, "truncated": True}
+    text = words(page_of(replace(record, answers=[RIGHT] * 9 + [wrong] * 2)))
     assert "Right, the first 4 of 9" in text
     assert "Wrong, all 2" in text
     assert "a b c ✗ answered – right answer Tom truncated at the limit of new tokens" in text
-    assert "None of them is wrong." in words(page_of(replace(record, answers=[right])))
+    assert "None of them is wrong." in words(page_of(replace(record, answers=[RIGHT])))
 
 
 def test_answer_format_may_contain_other_braces(evaluated: Path):
     record = read_run(evaluated)
     data = record.config["data"]
     config = {**record.config, "data": {**data, "format": {**data["format"], "answer": "{x} {}"}}}
-    row = {"question": "Who?", "gold": "Tom", "predicted": "Tom", "correct": True, "truncated": False}
     for text, is_shown in (("{x} Tom", False), ("a b {x} Tom", True)):
-        page = words(page_of(replace(record, config=config, answers=[{**row, "text": text}])))
+        page = words(page_of(replace(record, config=config, answers=[{**RIGHT, "text": text}])))
         assert "Who?" in page
         assert ("{x} Tom" in page) == is_shown, "an answer is shown as written where it has more than its format"
 
@@ -273,29 +235,11 @@ def test_only_small_symbolic_graphs_are_drawn(question: str, answer: str):
     assert graph_picture(question, answer, "g") is None
 
 
-@pytest.mark.parametrize(
-    "question",
-    [
-        "0 1 | 1 2 | 3 4 | 4 5 ? 2 or 5 from 0",
-        "0 1 | 1 0 | 3 4 | 4 3 ? 1 or 4 from 0",  # cycles on both sides
-        "0 1 | 2 3 ? 3 or 1 from 0",  # an answer out of reach
-        "0 0 | 0 1 ? 1 or 9 from 0",
-    ],
-)
-def test_any_graph_can_be_drawn(question: str):
-    answer = question.split("? ")[1].split()[0]
-    svg = graph_picture(question, answer, "g")
-    assert svg
-    for colour in ("blue", "green", "red"):
-        assert f"var(--{colour})" in svg
-
-
 def test_figures_are_in_the_colours_of_the_page():
     bands = [Band(f"stage {i}", f"{i} thoughts", 10 * i, 10 * i + 10) for i in range(9)]
     accuracy = [(5, 0.2), (80, 0.9)]
-    curves = Curves(bands, accuracy, [(1, 3.0), (90, 0.1)], [(5, 2.0)], chance_accuracy=0.5, best=accuracy[1])
     for width in (350, 720):
-        svg = learning_curves(curves, width, "f")
+        svg = as_svg(learning_curves(width, bands, accuracy, [(1, 3.0), (90, 0.1)], [(5, 2.0)], 0.5, accuracy[1]), "f")
         assert "chance, 50.0 %" in svg
         assert not re.search("#[0-9a-f]{6}", svg)
     assert LIGHT.keys() == DARK.keys()

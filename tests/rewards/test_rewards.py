@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import build, byte_level_tokenizer, gradients, hybrid
+from helpers.models import build, byte_level_tokenizer, gradients, hybrid, shift_weights
 from helpers.processes import killed_and_stopped, together
-from helpers.runs import graph_files, same_end, small_run
+from helpers.runs import rows_of_kind, same_end, saved_as, small_run, trained
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,19 +26,10 @@ from coconut.analysis.config import AnalyzeConfig
 from coconut.analyze import run as analyze
 from coconut.completions.completion import completion_from_ids, passes_and_length, question_of, shard_by_length
 from coconut.completions.config import RolloutConfig
+from coconut.completions.rollout_file import write_rows
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.completions.scoring import SamplingDistribution, score_tokens
-from coconut.config import (
-    AdamWConfig,
-    DataConfig,
-    DataFiles,
-    EngineConfig,
-    LoraConfig,
-    Precision,
-    TaskName,
-    TooLong,
-    Unreadable,
-)
+from coconut.config import AdamWConfig, DataConfig, DataFiles, EngineConfig, Precision, TaskName, TooLong, Unreadable
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_texts
 from coconut.engine.base import StepResult
@@ -55,14 +46,14 @@ from coconut.rewards.aggregation import (
     pass_at,
     weighted_vote,
 )
-from coconut.rewards.batches import AnswerSet, preference_metrics, reward_batch, reward_loss
+from coconut.rewards.batches import AnswerSet, reward_batch, reward_loss
 from coconut.rewards.compare import TrainedRewardModel, all_bounds, bounds, costs, selections
 from coconut.rewards.config import CompareConfig, RewardModelConfig
 from coconut.rewards.implicit import REFERENCE, ImplicitReward, reference_of, sum_by_part
-from coconut.rewards.labelled_answers import LabelledAnswers, read_answers
+from coconut.rewards.labelled_answers import LabelledAnswers, all_completions, read_answers
 from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.monte_carlo import continue_completions, step_labels
-from coconut.rewards.step_spans import text_ends, token_parts
+from coconut.rewards.step_spans import completion_parts, text_ends, token_parts
 from coconut.rewards.trainer import RewardTrainer, run
 from coconut.rewards.trainer import run_rank as run_together
 from coconut.rewards.value_model import ValueModel
@@ -83,6 +74,7 @@ CPU = EngineConfig(device="cpu", threads=1)
 TWO_PROCESS_LOSSES = ("ce", "dpo", "value")
 LINES = PromptFormat()
 WORDS = PromptFormat("{}", "{} ", "### {}")
+Made = tuple[Path, DataConfig]  # a run, and the files of its answers
 
 # --- steps ------------------------------------------------------------------------------------------
 
@@ -153,32 +145,30 @@ def test_losses_equal_their_formulas() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A briefly trained chain-of-thought model, and labelled completions sampled from it."""
-    folder = tmp_path_factory.mktemp("sampler")
-    data = graph_files(folder, 40, 12, 8)
-    config = small_run(
-        folder / "run",
-        data,
-        method="cot",
-        curriculum=Curriculum(length_unit=Unit.updates, total_length=60),
-        max_new_tokens=8,
-    )
-    assert run_training(config) == 0
+    sampler, _ = trained(tmp_path_factory.mktemp("sampler"))
     for split in ("train", "valid"):
-        assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=6, engine=CPU)) == 0
-    return folder / "run", answers_beside(folder / "run")
+        assert roll(RolloutConfig(run=str(sampler), split=split, samples=6, engine=CPU)) == 0
+    return answers_beside(sampler)
 
 
-def answers_beside(sampler: Path) -> DataConfig:
-    train, valid = (str(sampler / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
-    return DataConfig(train=train, valid=valid)
+def sampling_model(made: Made) -> LatentLM:
+    return LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
 
 
-def test_rollout_writes_reproducible_rows_with_ids(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
+def rows_in(file: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def answers_beside(sampler: Path | str) -> Made:
+    train, valid = (str(Path(sampler) / "rollouts" / f"{split}.jsonl") for split in ("train", "valid"))
+    return Path(sampler), DataConfig(train=train, valid=valid)
+
+
+def test_rollout_writes_reproducible_rows_with_ids(made: Made, tmp_path: Path) -> None:
+    rows, lm = rows_in(made[1].train), sampling_model(made)
     assert len(rows) == 40
-    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
     for row in rows:
         assert len(row["completions"]) == 6
         for completion in row["completions"]:
@@ -190,25 +180,19 @@ def test_rollout_writes_reproducible_rows_with_ids(made: tuple[Path, DataConfig]
     assert not list((made[0] / "rollouts").glob(".*"))
     again = RolloutConfig(run=str(made[0]), samples=6, output=str(tmp_path / "again.jsonl"), engine=CPU, batch_size=7)
     assert roll(again) == 0
-    assert [row["question"] for row in rows] == [
-        json.loads(line)["question"] for line in (tmp_path / "again.jsonl").read_text().splitlines()
-    ]
+    assert [row["question"] for row in rows] == [row["question"] for row in rows_in(tmp_path / "again.jsonl")]
 
 
-def test_step_rewards_add_up_to_the_completions_reward(made: tuple[Path, DataConfig]) -> None:
-    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
-    reference = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
+def test_step_rewards_add_up_to_the_completions_reward(made: Made) -> None:
+    lm, reference = shift_weights(sampling_model(made), 0.05), sampling_model(made)
     labelled = read_answers(made[1].train, lm)[:10]
-    samples = [sample for row in labelled for sample in row.completions]
+    samples = all_completions(labelled)
     reward = ImplicitReward(lm, reference, 0.05)
     tokens, steps = reward.tokens(samples), reward.steps(samples)
     for sample, by_token, by_step in zip(samples, tokens, steps, strict=True):
         assert len(by_token) == len(sample.completion_ids), "prompt tokens have no reward"
         assert float(by_step.sum()) == pytest.approx(float(by_token.sum()), abs=1e-6)
-        parts = reward.parts(sample)
+        parts = completion_parts(lm, sample.completion_ids)
         for part in range(max(parts) + 1):
             inside = [value for value, its in zip(by_token.tolist(), parts, strict=True) if its == part]
             assert float(by_step[part]) == pytest.approx(sum(inside), abs=1e-6)
@@ -221,42 +205,32 @@ def test_step_rewards_add_up_to_the_completions_reward(made: tuple[Path, DataCon
 # --- training ---------------------------------------------------------------------------------------
 
 
-def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RewardModelConfig:
+def settings(made: Made, folder: Path, **changes: Any) -> RewardModelConfig:
     values: dict[str, Any] = {
-        "run": str(folder),
-        "init": str(made[0]),
-        "data": made[1],
-        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=2),
-        "engine": CPU,
-        "batch_size": 16,
-        "micro_batch_size": 6,
-        "epochs": 2,
-        "beta": 0.5,
-        "keep_checkpoints": 100,
-    }
+        "run": str(folder), "init": str(made[0]), "data": made[1], "engine": CPU, "batch_size": 16,
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=2), "micro_batch_size": 6, "epochs": 2,
+        "beta": 0.5, "keep_checkpoints": 100,
+    }  # fmt: skip
     return RewardModelConfig(**{**values, **changes})
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_reward_model_learns_to_separate_right_from_wrong(
-    made: tuple[Path, DataConfig], tmp_path: Path, loss: str
-) -> None:
+def test_reward_model_learns_to_separate_right_from_wrong(made: Made, tmp_path: Path, loss: str) -> None:
     """Validated on its training completions."""
     data = DataConfig(train=made[1].train, valid=made[1].train)
     assert run(settings(made, tmp_path / "run", loss=loss, data=data, epochs=12, optimizer=AdamWConfig(lr=5e-3))) == 0
-    rows = read_metrics(tmp_path / "run")
-    losses = [row["loss"] for row in rows if row["kind"] == "train"]
-    best = max((row for row in rows if row["kind"] == "valid"), key=lambda row: row["pairs"])
+    losses = [row["loss"] for row in rows_of_kind(tmp_path / "run", "train")]
+    best = max(rows_of_kind(tmp_path / "run", "valid"), key=lambda row: row["pairs"])
     assert np.mean(losses[-5:]) < np.mean(losses[:2])
     assert best["pairs"] > 0.7
     assert best["best_of_n"] > best["mean"]
     assert best["reward_right"] > best["reward_wrong"]
 
 
-def test_step_value_is_read_at_the_end_of_the_step(made: tuple[Path, DataConfig]) -> None:
-    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
-    samples = [sample for row in read_answers(made[1].valid, lm) for sample in row.completions][:12]
-    for sample, values in zip(samples, ValueModel(lm).parts(samples), strict=True):
+def test_step_value_is_read_at_the_end_of_the_step(made: Made) -> None:
+    lm = sampling_model(made)
+    samples = all_completions(read_answers(made[1].valid, lm))[:12]
+    for sample, values in zip(samples, ValueModel(lm).steps(samples), strict=True):
         parts = token_parts(lm.tokenizer, sample.completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
         assert len(values) == parts[-1] + 1
         with torch.no_grad():
@@ -267,18 +241,7 @@ def test_step_value_is_read_at_the_end_of_the_step(made: tuple[Path, DataConfig]
             assert value == pytest.approx(float(logits[last].sigmoid()), abs=1e-5)
 
 
-def test_resumed_reward_training_equals_uninterrupted(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert run(settings(made, whole, save_every=1)) == 0
-    shutil.copytree(whole, folder)
-    for later in Checkpoints(folder).steps():
-        if later > 4:
-            shutil.rmtree(Checkpoints(folder).path(later))
-    assert run(settings(made, folder, save_every=1)) == 0
-    same_end(folder, whole)
-
-
-def test_killed_reward_training_resumes_exactly(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_killed_reward_training_resumes_exactly(made: Made, tmp_path: Path) -> None:
     """Killed at an update by SIGKILL, then stopped by SIGTERM, then run to its end."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(settings(made, whole, save_every=1)) == 0
@@ -288,18 +251,16 @@ def test_killed_reward_training_resumes_exactly(made: tuple[Path, DataConfig], t
 
 
 def test_a_validation_interrupted_by_a_signal_is_made_up_for(
-    made: tuple[Path, DataConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the training, and at its very end."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     config = settings(made, folder, validate_every=8)
     assert run(replace(config, run=str(whole))) == 0
-    steps = [row["step"] for row in read_metrics(whole) if row["kind"] == "valid"]
+    steps = [row["step"] for row in rows_of_kind(whole, "valid")]
     for interrupted_at in (steps[1], steps[-1]):
 
-        def interrupted(
-            lm: LatentLM, completions: Any, size: int, score: Any, at: int = interrupted_at
-        ) -> list[torch.Tensor]:
+        def interrupted(lm: LatentLM, completions: Any, size: int, score: Any, at: int = interrupted_at) -> Any:
             """Send a signal between the first batch and the second of the validation at this step."""
             validating = len(completions) == 12 * 6 and (read_metrics(folder) or [{"step": 0}])[-1]["step"] == at
             batches: list[int] = []
@@ -324,7 +285,7 @@ def test_a_validation_interrupted_by_a_signal_is_made_up_for(
     same_end(folder, whole)
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: Made, tmp_path: Path) -> None:
     config = settings(made, tmp_path / "run", optimizer=AdamWConfig(lr=1e20), save_every=1)
     with pytest.raises(NonFiniteLossError, match=r"(?s)The loss of update \d+ is (nan|inf).*lower optimizer.lr"):
         run(config)
@@ -334,41 +295,33 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(made: tuple[Path, Data
 
 
 def alone(sampler: str, folder: str) -> None:
-    made = Path(sampler), answers_beside(Path(sampler))
-    raise SystemExit(run(settings(made, Path(folder), save_every=1)))
+    raise SystemExit(run(settings(answers_beside(sampler), Path(folder), save_every=1)))
 
 
 def on_two(sampler: str, folder: str) -> None:
-    made = Path(sampler), answers_beside(Path(sampler))
-    engine = EngineConfig(device="cpu", threads=1, timeout=120)
+    made, engine = answers_beside(sampler), replace(CPU, timeout=120)
     with init_distributed(engine) as world:
         for loss in TWO_PROCESS_LOSSES:
             assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
 
 
-def test_two_processes_equal_one_in_reward_training(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_two_processes_equal_one_in_reward_training(made: Made, tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path / "two"))
     for loss in TWO_PROCESS_LOSSES:
         assert run(settings(made, tmp_path / "one" / loss, loss=loss, epochs=1)) == 0
-        one, two = (
-            [row for row in read_metrics(tmp_path / number / loss) if row["kind"] in ("train", "valid")]
-            for number in ("one", "two")
-        )
-        assert len(one) == len(two)
+        one, two = (read_metrics(tmp_path / number / loss) for number in ("one", "two"))
         for row, other in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "pairs", "reward_right"):
                 assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=2e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
-def test_reward_loss_does_not_depend_on_the_micro_batch(
-    made: tuple[Path, DataConfig], tmp_path: Path, loss: str
-) -> None:
+def test_reward_loss_does_not_depend_on_the_micro_batch(made: Made, tmp_path: Path, loss: str) -> None:
     found = []
     for size in (None, 6, 2):
         folder = tmp_path / str(size)
         assert run(settings(made, folder, loss=loss, micro_batch_size=size, epochs=1)) == 0
-        found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
+        found.append([rows_of_kind(folder, "train")[0][key] for key in ("loss", "grad_norm")])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
@@ -380,7 +333,7 @@ def test_answer_set_pairs_are_of_one_question() -> None:
         assert pairs.shape == (1, 2), "question 1 has no wrong answer, question 2 no right one"
         assert pairs[0, 0] == 0
         assert pairs[0, 1] in (1, 2)
-    found = preference_metrics(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]), answers)
+    found = answers.preference_metrics(np.array([0.5, 0.1, 0.9, 0.0, 0.2, 0.3]))
     assert found == {"pairs": 0.5, "best_of_n": pytest.approx(1 / 3), "mean": 0.5}
 
 
@@ -388,28 +341,16 @@ def test_answer_set_pairs_are_of_one_question() -> None:
 
 
 def new_trainer(config: RewardModelConfig) -> RewardTrainer:
-    Path(str(config.run)).mkdir()
-    return RewardTrainer(
-        config, Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}, World()
-    )
+    folder, files = Path(str(config.run)), {"train": config.data.train, "valid": config.data.valid}
+    folder.mkdir()
+    return RewardTrainer(config, folder, files, World())
 
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora"])
-def test_untrained_reward_model_gives_zero_rewards(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
+def test_untrained_reward_model_gives_zero_rewards(made: Made, tmp_path: Path, kind: str) -> None:
     """In training, and in a comparison."""
-    init = starting_point(str(made[0]))
-    if kind != "float32":
-        LatentLM.from_pretrained(init).to(torch.bfloat16).save_pretrained(tmp_path / "lowered")
-    if kind == "saved in bfloat16":
-        init = tmp_path / "lowered"
-    if kind == "lora":
-        lm = LatentLM.from_pretrained(tmp_path / "lowered")
-        lm.add_lora(LoraConfig(rank=2), str(tmp_path / "lowered"))
-        init = tmp_path / "lora"
-        lm.save_pretrained(init)
-    engine = EngineConfig(
-        device="cpu", threads=1, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32")
-    )
+    init = saved_as(kind, starting_point(str(made[0])), tmp_path)
+    engine = replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
     training = new_trainer(settings(made, tmp_path / "run", init=str(init), engine=engine))
     for split in ("train", "valid"):
         whole = training._score(training.lm, training.answers[split].completions)
@@ -422,7 +363,7 @@ def test_untrained_reward_model_gives_zero_rewards(made: tuple[Path, DataConfig]
     assert all(not row.any() for row in rewards)
 
 
-def test_reference_of_requires_the_weights_of_training(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_reference_of_requires_the_weights_of_training(made: Made, tmp_path: Path) -> None:
     sampler = tmp_path / "sampler"
     shutil.copytree(made[0], sampler)
     assert run(settings(made, tmp_path / "run", init=str(sampler), epochs=1)) == 0
@@ -445,9 +386,7 @@ def test_reference_of_requires_the_weights_of_training(made: tuple[Path, DataCon
         reference_of(tmp_path / "run")
     torch.save(saved, tmp_path / "run" / REFERENCE)
     lm = LatentLM.from_pretrained(reference)
-    with torch.no_grad():
-        next(lm.parameters()).add_(0.1)
-    lm.save_pretrained(reference)
+    shift_weights(lm, 0.1).save_pretrained(reference)
     with pytest.raises(ValueError, match=r"whose weights have changed since. Restore it"):
         reference_of(tmp_path / "run")
     shutil.rmtree(reference)
@@ -456,12 +395,11 @@ def test_reference_of_requires_the_weights_of_training(made: tuple[Path, DataCon
 
 
 @pytest.mark.parametrize("loss", ["ce", "kto", "dpo", "value"])
-def test_costs_count_the_tokens_of_a_training(made: tuple[Path, DataConfig], tmp_path: Path, loss: str) -> None:
+def test_costs_count_the_tokens_of_a_training(made: Made, tmp_path: Path, loss: str) -> None:
     """FLOPs from the tokens forwarded; a backward pass counts twice a forward pass."""
-    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:8]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {split: str(tmp_path / "train.jsonl") for split in ("train", "valid")}
-    data = DataConfig(train=files["train"], valid=files["valid"])
+    file = str(tmp_path / "train.jsonl")
+    write_rows(file, rows_in(made[1].train)[:8])
+    data = DataConfig(train=file, valid=file)
     tokens, of = [0.0], LatentLM.forward
 
     def counted(lm: LatentLM, input_ids: torch.Tensor, mask: torch.Tensor, **how: Any) -> Any:
@@ -477,8 +415,8 @@ def test_costs_count_the_tokens_of_a_training(made: tuple[Path, DataConfig], tmp
             training.step = step
             units.append(training.train_step()["items"])
     answers = training.answers["train"].completions
-    trained = TrainedRewardModel(loss, 1.0, int(sum(units)) * (1 + (loss == "dpo")), loss != "value", loss == "kto")
-    labelled = read_answers(files["train"], training.lm)
+    trained = TrainedRewardModel(loss, 1.0, int(sum(units)), LOSSES[loss])
+    labelled = read_answers(file, training.lm)
     [row] = costs([trained], labelled, 7, None, 1).rows
     paired = [answers[i] for i in training.training_items.flatten()]
     if loss == "dpo":  # the mean answer stands for those that are in pairs
@@ -493,7 +431,7 @@ def test_pair_takes_the_passes_of_either_completion(tmp_path: Path) -> None:
     long = {"text": "7 8 9 10 11 12 13 14", "correct": True, "mode": "short"}
     thinks = {"text": "7", "correct": False, "mode": "latent_2", "num_thoughts": 2}
     row = {"question": "3 4", "answer": "c", "steps": [], "completions": [long, thinks]}
-    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    write_rows(tmp_path / "answers.jsonl", [row])
     data = DataConfig(train=str(tmp_path / "answers.jsonl"), valid=str(tmp_path / "answers.jsonl"))
     made = tmp_path / "hybrid", data
     training = new_trainer(settings(made, tmp_path / "run", loss="dpo", data=data))
@@ -501,7 +439,7 @@ def test_pair_takes_the_passes_of_either_completion(tmp_path: Path) -> None:
 
     def update(micro_batches: Any, lr: float) -> StepResult:
         passes.extend(part.passes for part in micro_batches)
-        return StepResult(0.0, 0.0, 1)
+        return StepResult(0.0, 0.0, (0.0,), (1,))
 
     training.engine.update = update
     training.train_step()
@@ -526,16 +464,14 @@ def test_scoring_refuses_completions_longer_than_the_context(kind: str) -> None:
 
 
 def test_read_answers_names_or_skips_completions_longer_than_the_context(
-    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:4]
+    rows = rows_in(made[1].train)[:4]
     completion = rows[2]["completions"][1]
     completion["ids"] = [completion["ids"][0]] * 90
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
-    message = (
-        r"1 of 24 completions are.*completion 2 of question 3 \(\d+ tokens\). Leave them out with data.too_long=skip"
-    )
+    write_rows(tmp_path / "long.jsonl", rows)
+    lm = sampling_model(made)
+    message = r"1 of 24 completions are.*completion 2 of question 3 \(\d+ tokens\). Leave them out with data.too_long"
     with pytest.raises(ValueError, match=message):
         read_answers(tmp_path / "long.jsonl", lm)
     config = settings(made, tmp_path / "run", data=replace(made[1], train=str(tmp_path / "long.jsonl")))
@@ -549,7 +485,7 @@ def test_read_answers_names_or_skips_completions_longer_than_the_context(
     assert rows[2]["question"] not in {row.example.question for row in whole}
 
 
-def test_rollout_names_or_skips_questions_without_room(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_names_or_skips_questions_without_room(made: Made, tmp_path: Path) -> None:
     file = Path(made[1].train).parents[2] / "train.json"
     rows = read_json(file)[:3]
     rows[1]["question"] = " ".join([rows[1]["question"]] * 8)
@@ -567,9 +503,9 @@ def test_rollout_names_or_skips_questions_without_room(made: tuple[Path, DataCon
 
 
 def test_best_of_n_is_the_expectation_over_all_draws() -> None:
-    draw = np.random.default_rng(0)
-    scores = np.round(draw.normal(size=(3, 6)), 0)  # with ties
-    right = (draw.random((3, 6)) < 0.5).astype(float)
+    rng = np.random.default_rng(0)
+    scores = np.round(rng.normal(size=(3, 6)), 0)  # with ties
+    right = (rng.random((3, 6)) < 0.5).astype(float)
     for size in range(1, 7):
         expected, some = np.zeros(3), np.zeros(3)
         for q in range(3):
@@ -579,12 +515,10 @@ def test_best_of_n_is_the_expectation_over_all_draws() -> None:
                 some[q] += any(right[q, i] for i in chosen) / comb(6, size)
         assert pass_at(right, size) == pytest.approx(some)
         assert best_of(scores, right, size) == pytest.approx(expected)
-    distinct = draw.permutation(18).reshape(3, 6).astype(float)
+    distinct = rng.permutation(18).reshape(3, 6).astype(float)
     for size in (1, 3, 6):
-        by_hand = [
-            np.mean([right[q, max(chosen, key=lambda i: distinct[q, i])] for chosen in combinations(range(6), size)])
-            for q in range(3)
-        ]
+        draws = list(combinations(range(6), size))
+        by_hand = [np.mean([right[q, max(draw, key=distinct[q].__getitem__)] for draw in draws]) for q in range(3)]
         assert best_of(distinct, right, size) == pytest.approx(by_hand)
     assert best_of(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
 
@@ -618,6 +552,7 @@ def test_weighted_vote_is_the_expectation_over_all_draws() -> None:
             assert exact == pytest.approx(vote_by_hand(answers, weights, right, size), abs=1e-12)
         draws = [weighted_vote([answers], weights[None], right[None], 5, seed)[0] for seed in range(8)]
         assert np.mean(draws) == pytest.approx(vote_by_hand(answers, weights, right, 5), abs=0.08)
+    assert weighted_vote([[None] * 4], np.ones((1, 4)), np.zeros((1, 4)), 4).tolist() == [0.0]
 
 
 def test_majority_vote_of_many_samples_is_exact() -> None:
@@ -635,21 +570,8 @@ def test_selections_pool_votes_of_equal_answers() -> None:
     lm = build("gpt2", torch.float32)
     samples = tuple(completion_from_ids(lm, [3], [5, 1], text=text) for text in texts)
     row = LabelledAnswers(Example("?", (), "18"), samples, tuple(text != "### 7" for text in texts))
-    [found] = [
-        row for row in selections([row], [], CorrectnessReward(TASKS["gsm8k"], PromptFormat()), [5]).rows
-        if row["scorer"] == "majority"
-    ]  # fmt: skip
-    assert found["accuracy"] == 1.0
-
-
-def test_weighted_vote_of_missing_answers_and_zero_weights() -> None:
-    answers = [["a", "a", "b", None], [None] * 4]
-    right = np.array([[1.0, 1, 0, 0], [0.0] * 4])
-    assert weighted_vote(answers, np.ones((2, 4)), right, 4, seed=0).tolist() == [1.0, 0.0]
-    assert weighted_vote(answers, np.array([[0.1, 0.1, 0.9, 5.0]] * 2), right, 4, seed=0).tolist() == [0.0, 0.0]
-    assert weighted_vote(answers, np.ones((2, 4)), right, 1)[0] == 0.5
-    weightless = weighted_vote([["a", "b", "b", "b"]], np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]), 4)
-    assert weightless.tolist() == [0.0], "if all weights are zero, votes are counted"
+    study = selections([row], [], CorrectnessReward(TASKS["gsm8k"], PromptFormat()), [5])
+    assert [row["accuracy"] for row in study.rows if row["scorer"] == "majority"] == [1.0]
 
 
 def test_first_errors_and_aggregation_of_steps() -> None:
@@ -657,16 +579,16 @@ def test_first_errors_and_aggregation_of_steps() -> None:
     assert first_below(rewards, 0.0) == [1, None, 2]
     true = [1, None, 1]
     found = first_errors(first_below(rewards, 0.0), true)
-    assert (found.wrong, found.right) == (0.5, 1.0)
-    assert found.f1 == pytest.approx(2 / 3)
+    assert (found["of_wrong"], found["of_right"]) == (0.5, 1.0)
+    assert found["f1"] == pytest.approx(2 / 3)
     assert first_below(rewards, best_threshold(rewards, [1, None, 2])) == [1, None, 2]
     assert aggregate_steps(rewards, "min").tolist() == [-0.2, 0.3, -0.9]
     assert aggregate_steps(rewards, "last").tolist() == [0.1, 0.4, -0.9]
     assert aggregate_steps(rewards, "sum").tolist() == pytest.approx([0.4, 0.7, -0.6])
 
 
-def test_step_labels_share_rollouts(made: tuple[Path, DataConfig]) -> None:
-    lm = LatentLM.from_pretrained(starting_point(str(made[0]))).eval()
+def test_step_labels_share_rollouts(made: Made) -> None:
+    lm = sampling_model(made)
     labelled = read_answers(made[1].train, lm)[:6]
     judge = CorrectnessReward(TASKS["prosqa"], lm.reasoning.format)
     found = step_labels(lm, judge, labelled, rollouts=4, seed=1)
@@ -679,7 +601,6 @@ def test_step_labels_share_rollouts(made: tuple[Path, DataConfig]) -> None:
         assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in shares)
     assert found.num_rollouts < found.tokens < found.num_rollouts * 9 + 100 * found.num_rollouts
-    assert [list(map(bool, shares)) for shares in found.shares] == found.hard
 
 
 # --- comparison -------------------------------------------------------------------------------------
@@ -692,18 +613,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     build_pointers(PointersBuild(out_dir=str(folder), nodes=5, hops_to=2, num_train=60, num_valid=8, num_test=8))
     train, valid, test = (str(folder / f"pointers_{split}.json") for split in ("train", "valid", "test"))
     data = DataConfig(TaskName.pointers, train, valid, test, format=WORDS)
-    config = small_run(
-        folder / "run",
-        data,
-        method="cot",
-        curriculum=Curriculum(length_unit=Unit.updates, total_length=80),
-        max_new_tokens=8,
-    )
-    assert run_training(config) == 0
+    curriculum = Curriculum(length_unit=Unit.updates, total_length=80)
+    assert run_training(small_run(folder / "run", data, method="cot", curriculum=curriculum, max_new_tokens=8)) == 0
     for split in ("train", "valid", "test"):
         assert roll(RolloutConfig(run=str(folder / "run"), split=split, samples=8, engine=CPU)) == 0
     for loss in ("ce", "dpo", "value"):
-        assert run(settings((folder / "run", answers_beside(folder / "run")), folder / "models" / loss, loss=loss)) == 0
+        assert run(settings(answers_beside(folder / "run"), folder / "models" / loss, loss=loss)) == 0
     return folder / "run", folder / "models"
 
 
@@ -726,15 +641,11 @@ def test_reward_compare_writes_its_studies_and_page(
     selection = read_json(folder / "selection.json")
     rows = {(row["scorer"], row["aggregation"], row["n"]): row for row in selection["rows"]}
     mean = selection["facts"]["mean"]
-    for scorer, aggregation in {(row["scorer"], row["aggregation"]) for row in selection["rows"]}:
-        assert rows[scorer, aggregation, 1]["accuracy"] == pytest.approx(mean, abs=0.06), (
-            "with one completion there is no choice"
-        )
-        for size in (1, 2, 4, 8):
-            sampled = 0.06 if aggregation == "vote" else 1e-9
-            assert (
-                rows[scorer, aggregation, size]["accuracy"] <= rows["oracle", "any right", size]["accuracy"] + sampled
-            )
+    for (scorer, aggregation, size), row in rows.items():
+        if size == 1:
+            assert row["accuracy"] == pytest.approx(mean, abs=0.06), "with one completion there is no choice"
+        sampled = 0.06 if aggregation == "vote" else 1e-9
+        assert row["accuracy"] <= rows["oracle", "any right", size]["accuracy"] + sampled, scorer
     errors = read_json(folder / "first_errors.json")
     assert [row["scorer"] for row in errors["rows"]] == ["ce", "dpo", "value", "rollouts"]
     assert errors["facts"]["answers"] == 32
@@ -744,10 +655,8 @@ def test_reward_compare_writes_its_studies_and_page(
     assert min(row["seconds"] for row in costs.values()) > 0
     assert [row["scorer"] for row in read_json(folder / "bounds.json")["rows"]] == ["ce", "dpo"]
     page = (folder / "comparison.html").read_text(encoding="utf-8")
-    assert all(
-        word in page
-        for word in ("The first wrong step", "The cost of scoring steps", "Bounds on the value of a prefix")
-    )
+    for title in ("The first wrong step", "The cost of scoring steps", "Bounds on the value of a prefix"):
+        assert title in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
@@ -755,9 +664,7 @@ def test_prefix_value_is_the_soft_mean_of_its_continuations(models: tuple[Path, 
     """q = beta log E exp(r / beta), over many continuations from the reference, from which the model is not far."""
     lm, reference = (LatentLM.from_pretrained(starting_point(str(models[0]))).eval() for _ in range(2))
     torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.add_(0.03 * torch.randn_like(weight))
+    shift_weights(lm, 0.03)
     labelled = read_answers(models[0] / "rollouts" / "test.jsonl", lm)
     found = bounds(ImplicitReward(lm, reference, 0.5), labelled, continuations=512, prefixes=12)
     apart = [abs(row["q"] - row["soft"]) for row in found.rows]
@@ -774,18 +681,11 @@ def test_prefix_value_is_the_soft_mean_of_its_continuations(models: tuple[Path, 
 @pytest.mark.parametrize("kind", ["thoughts", "pauses", "modes"])
 def test_continued_prefix_keeps_one_slot(kind: str) -> None:
     slot = {"thoughts": THOUGHTS, "pauses": PAUSES, "modes": NOTHING}[kind]
-    models = []
-    for _ in range(2):
-        lm = (
-            hybrid(dtype=torch.float32) if kind == "modes" else build("llama", torch.float32, slot=slot, num_thoughts=2)
-        )
-        lm.reasoning = replace(lm.reasoning, max_new_tokens=3)
-        models.append(lm)
-    lm, reference = models
+    options: dict[str, Any] = {"dtype": torch.float32, "slot": slot, "num_thoughts": 2}
+    lm, reference = (hybrid(dtype=torch.float32) if kind == "modes" else build("llama", **options) for _ in range(2))
+    lm.reasoning = reference.reasoning = replace(lm.reasoning, max_new_tokens=3)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.add_(0.02 * torch.randn_like(weight))
+    shift_weights(lm, 0.02)
     modes = ["latent_2", "think"] if kind == "modes" else ["", ""]
     samples = [completion_from_ids(lm, [5, 6, 7 + i], [8, 9, 10], text="", mode=mode) for i, mode in enumerate(modes)]
     labelled = [LabelledAnswers(Example("", (), ""), tuple(samples), (True, False))]
@@ -807,15 +707,11 @@ def test_continued_prefix_keeps_one_slot(kind: str) -> None:
 def test_reward_compare_refuses_uneven_files_and_missing_keys(models: tuple[Path, Path], tmp_path: Path) -> None:
     sampler, folder = models
     answers = sampler / "rollouts" / "test.jsonl"
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows, uneven = rows_in(answers), str(tmp_path / "uneven.jsonl")
     rows[0]["completions"].pop()
-    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(uneven, rows)
     with pytest.raises(ValueError, match="Some questions have 7 completions and some 8"):
-        compare(
-            CompareConfig(
-                runs=[f"{folder}/*"], answers=str(tmp_path / "uneven.jsonl"), num_step_questions=2, engine=CPU
-            )
-        )
+        compare(CompareConfig(runs=[f"{folder}/*"], answers=uneven, num_step_questions=2, engine=CPU))
     with pytest.raises(ValueError, match=r"is a reward model, which answers no questions.*coconut reward compare"):
         analyze(AnalyzeConfig(run=str(folder / "ce")))
     with pytest.raises(ValueError, match="Name the reward models"):
@@ -840,31 +736,28 @@ def test_reward_compare_refuses_uneven_files_and_missing_keys(models: tuple[Path
         (lambda row: row["completions"][0].update(text="\ud800"), "line 2: holds half of a surrogate pair"),
     ],
 )
-def test_read_answers_names_malformed_lines(
-    made: tuple[Path, DataConfig], tmp_path: Path, change: Any, message: str
-) -> None:
-    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:3]
+def test_read_answers_names_malformed_lines(made: Made, tmp_path: Path, change: Any, message: str) -> None:
+    rows = rows_in(made[1].train)[:3]
     change(rows[1])
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=message):
-        read_answers(tmp_path / "bad.jsonl", LatentLM.from_pretrained(starting_point(str(made[0]))))
+        read_answers(tmp_path / "bad.jsonl", sampling_model(made))
 
 
 def test_pairwise_loss_requires_right_and_wrong_completions(
-    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()]
-    for row in rows:
-        for completion in row["completions"]:
-            completion["correct"] = True
-    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = rows_in(made[1].train)
+    for completion in [completion for row in rows for completion in row["completions"]]:
+        completion["correct"] = True
+    write_rows(tmp_path / "one.jsonl", rows)
     data = DataConfig(train=str(tmp_path / "one.jsonl"), valid=made[1].valid)
     with pytest.raises(ValueError, match="no question has both a right and a wrong answer, which loss=dpo compares"):
         run(settings(made, tmp_path / "run", loss="dpo", data=data))
     assert "to 40 of 40 questions all answers are right" in capsys.readouterr().out
 
 
-def test_reward_configs_refuse_invalid_values(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_reward_configs_refuse_invalid_values(made: Made, tmp_path: Path) -> None:
     for changes, message in [
         ({"loss": "mse"}, r"There is no loss 'mse'. The losses are: ce, kto, dpo, nca"),
         ({"beta": 0.0}, "beta is 0.0"),
@@ -878,7 +771,7 @@ def test_reward_configs_refuse_invalid_values(made: tuple[Path, DataConfig], tmp
         RolloutConfig(run="x", temperature=0.0)
 
 
-def test_rollout_names_or_skips_unreadable_gold_answers(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rollout_names_or_skips_unreadable_gold_answers(made: Made, tmp_path: Path) -> None:
     rows = [{"question": "0 1 ?", "answer": 1}, {"question": "0 1 ?", "answer": "0 ### 1"}]
     write_json(tmp_path / "own.json", rows)
     files, output = DataFiles(train=str(tmp_path / "own.json")), tmp_path / "answers.jsonl"
@@ -887,23 +780,18 @@ def test_rollout_names_or_skips_unreadable_gold_answers(made: tuple[Path, DataCo
         roll(config)
     config.unreadable = Unreadable.skip
     assert roll(config) == 0
-    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == ["1"]
+    assert [row["answer"] for row in rows_in(output)] == ["1"]
 
 
-def test_read_answers_encodes_text_without_ids(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in Path(made[1].train).read_text().splitlines()][:5]
-    lm = LatentLM.from_pretrained(starting_point(str(made[0])))
+def test_read_answers_encodes_text_without_ids(made: Made, tmp_path: Path) -> None:
+    rows, lm = rows_in(made[1].train)[:5], sampling_model(made)
     for row in rows:
-        for completion in row["completions"]:
-            for key in ("ids", "mode", "num_thoughts", "new_tokens", "truncated"):
-                completion.pop(key)
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with_ids, without = read_answers(made[1].train, lm)[:5], read_answers(tmp_path / "text.jsonl", lm)
-    pairs = [
-        (a, b)
-        for x, y in zip(with_ids, without, strict=True)
-        for a, b in zip(x.completions, y.completions, strict=True)
-    ]
+        row["completions"] = [
+            {key: completion[key] for key in ("text", "correct")} for completion in row["completions"]
+        ]
+    write_rows(tmp_path / "text.jsonl", rows)
+    files = (made[1].train, tmp_path / "text.jsonl")
+    pairs = zip(*(all_completions(read_answers(file, lm)[:5]) for file in files), strict=True)
     assert all(a.completion_ids == b.completion_ids for a, b in pairs if not a.truncated)
 
 

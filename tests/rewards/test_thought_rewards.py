@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import QUESTIONS, build, hybrid, in_sentences, padded, rows_of
+from helpers.models import QUESTIONS, build, hybrid, in_sentences, padded, rows_of, shift_weights
 from helpers.runs import graph_rows
 from torch import Tensor
 from torch.distributions import Normal
@@ -39,10 +39,7 @@ def pair(family: str = "llama", **reasoning: Any) -> ImplicitReward:
     """A model, and another one that is a little different."""
     lm, reference = (build(family, num_thoughts=3, **reasoning) for _ in range(2))
     torch.manual_seed(7)
-    with torch.no_grad():
-        for weight in reference.parameters():
-            weight.add_(0.02 * torch.randn_like(weight))
-    return ImplicitReward(lm, reference, BETA)
+    return ImplicitReward(lm, shift_weights(reference, 0.02), BETA)
 
 
 # --- generation -------------------------------------------------------------------------------------
@@ -190,9 +187,7 @@ def after(lm: LatentLM, question: list[int], thoughts_KD: Tensor, completion_ids
 def test_token_rewards_after_own_thoughts_equal_implicit_rewards(family: str) -> None:
     reward = pair(family)
     out = noisy(reward.lm, sigma=0.0, log_probs=True)
-    samples = [
-        sample for row, question in enumerate(QUESTIONS) for sample in completions_of(reward.lm, question, out, [row])
-    ]
+    samples = [s for row, question in enumerate(QUESTIONS) for s in completions_of(reward.lm, question, out, [row])]
     usual = SamplingDistribution.of(reward.lm.special).score(reward.lm, samples, 4)
     completion_ids = [sample.completion_ids for sample in samples]
     plain = ImplicitReward(reward.lm, reward.reference, 1.0)
@@ -210,11 +205,7 @@ def test_thought_rewards_refuse_models_without_thoughts() -> None:
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"sigma is {sigma}; it must be above 0"):
             thought_rewards(reward, QUESTIONS, thoughts, sigma)
-    for lm in (
-        build("llama", slot=NOTHING, method="cot", markers=False),
-        build("llama", slot=PAUSES),
-        hybrid(),
-    ):
+    for lm in (build("llama", slot=NOTHING, method="cot", markers=False), build("llama", slot=PAUSES), hybrid()):
         with pytest.raises(ValueError, match="has no latent thoughts to reward"):
             thought_rewards(ImplicitReward(lm, lm, BETA), QUESTIONS, thoughts, SIGMA)
     for wrong in (thoughts[:2], thoughts[..., :5], thoughts[0]):
@@ -258,12 +249,10 @@ def test_prefix_value_is_the_answers_log_probability_after_each_thought() -> Non
         (after,) = rows_about(study, of="after_mark", steps=None, thoughts=count)
         assert after["value"] == pytest.approx(sum(float(row[1:].sum()) for row in scored) / len(scored), abs=1e-5)
         for steps in {found["steps"] for found in study.rows} - {None}:
-            model_means = [float(value) for value, e in zip(values, GRAPHS, strict=True) if len(e.steps) == steps]
+            expected = [float(value) for value, e in zip(values, GRAPHS, strict=True) if len(e.steps) == steps]
             (of_these,) = rows_about(study, of="answer", steps=steps, thoughts=count)
-            assert (of_these["questions"], of_these["value"]) == (
-                len(model_means),
-                pytest.approx(sum(model_means) / len(model_means)),
-            )
+            assert of_these["questions"] == len(expected)
+            assert of_these["value"] == pytest.approx(sum(expected) / len(expected))
         if before is None:
             assert row["gain"] is row["gain_low"] is row["gain_high"] is None
         else:
@@ -294,14 +283,12 @@ def test_prefix_values_warn_without_mixing_and_refuse_without_thoughts() -> None
     examined = subject(GRAPHS[:3])
     assert "without mixing" in prefix_values(examined).facts["warning"]
     assert prefix_values(replace(examined, trained_with_fewer_thoughts=True)).facts["warning"] is None
-    pauses: dict[str, Any] = {"slot": PAUSES, "method": "pause"}
-    words: dict[str, Any] = {"slot": NOTHING, "method": "cot", "markers": False}
-    unready: dict[str, Any] = {"num_thoughts": 0}
-    for without in (pauses, words, unready):
+    pauses, words = {"slot": PAUSES, "method": "pause"}, {"slot": NOTHING, "method": "cot", "markers": False}
+    cases: list[dict[str, Any]] = [pauses, words, {"num_thoughts": 0}]
+    for without in cases:
         with pytest.raises(NotApplicable, match=r"no latent thoughts|no thoughts yet"):
             prefix_values(subject(**without))
     long = Example("3 4", (), " ".join(["5"] * 95))
-    with pytest.raises(
-        NotApplicable, match=r"1 of 4 answers, .* context of 96 tokens. The first is the answer to question 4"
-    ):
+    message = r"1 of 4 answers, .* context of 96 tokens. The first is the answer to question 4"
+    with pytest.raises(NotApplicable, match=message):
         prefix_values(subject([*GRAPHS[:3], long]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,22 +29,22 @@ KNOWN = ModeOutcomes(
 )
 
 
+def by_name(outcomes: ModeOutcomes, classified: Any = None) -> dict[str, dict[str, Any]]:
+    rows = compare_routers(outcomes, router_distributions(outcomes, classified))
+    return {row["router"]: row for row in rows}
+
+
 def test_compare_routers_by_hand() -> None:
     assert cheapest_right(KNOWN).tolist() == [0, 1, 0, 0]
-    found = compare_routers(KNOWN, router_distributions(KNOWN, np.array([1, 1, 0, 0])))
+    found = by_name(KNOWN, np.array([1, 1, 0, 0]))
     expected = {
-        "the model": (0.5, 7.0, 8.0),
-        "always short": (0.5, 1.0, 2.0),
-        "always think": (0.5, 9.0, 10.0),
-        "at random, as often": (0.5, 7.0, 8.0),
-        "classifier": (0.75, 5.0, 6.0),
-        "oracle": (0.75, 3.0, 4.0),
-    }
-    assert {name: (row.accuracy, row.tokens, row.passes) for name, row in found.items()} == expected
-    assert found["the model"].shares == {"short": 0.25, "think": 0.75}
-    assert found["at random, as often"].shares == pytest.approx(found["the model"].shares)
-    low, high = found["oracle"].interval
-    assert 0 <= low < 0.75 < high <= 1
+        "the model": (0.5, 7.0, 8.0), "always short": (0.5, 1.0, 2.0), "always think": (0.5, 9.0, 10.0),
+        "at random, as often": (0.5, 7.0, 8.0), "classifier": (0.75, 5.0, 6.0), "oracle": (0.75, 3.0, 4.0),
+    }  # fmt: skip
+    assert {name: (row["accuracy"], row["new_tokens"], row["passes"]) for name, row in found.items()} == expected
+    for router in ("the model", "at random, as often"):
+        assert (found[router]["share_short"], found[router]["share_think"]) == (0.25, 0.75)
+    assert 0 <= found["oracle"]["low"] < 0.75 < found["oracle"]["high"] <= 1
     assert "classifier" not in router_distributions(KNOWN)
 
 
@@ -52,8 +54,9 @@ def test_random_router_equals_independent_draws() -> None:
     known = ModeOutcomes(tuple(MODES), correct, np.ones((500, 3)), np.ones((500, 3)), random.random((500, 3)))
     shares = np.bincount(known.chosen, minlength=3) / 500
     drawn = random.choice(3, p=shares, size=(2000, 500))
-    found = compare_routers(known, router_distributions(known))["at random, as often"]
-    assert found.accuracy == pytest.approx(correct[np.arange(500), drawn].mean(), abs=5e-3)
+    assert by_name(known)["at random, as often"]["accuracy"] == pytest.approx(
+        correct[np.arange(500), drawn].mean(), abs=5e-3
+    )
 
 
 @pytest.mark.slow
@@ -62,13 +65,14 @@ def test_mode_outcomes_equal_evaluations() -> None:
     known = mode_outcomes(lm, TASK, EXAMPLES, batch_size=2)
     for number, mode in enumerate(MODES):
         result, *_ = evaluate(lm, TASK, EXAMPLES, mode=mode)
-        always = compare_routers(known, router_distributions(known))[f"always {mode}"]
-        assert (always.tokens, always.passes) == pytest.approx((result.mean_new_tokens, result.passes))
-        assert always.shares[mode] == 1
+        always = by_name(known)[f"always {mode}"]
+        assert (always["new_tokens"], always["passes"]) == pytest.approx((result.mean_new_tokens, result.passes))
+        assert always[f"share_{mode}"] == 1
         assert known.tokens[:, number].mean() == pytest.approx(result.mean_new_tokens)
     own, *_ = evaluate(lm, TASK, EXAMPLES)
-    assert compare_routers(known, router_distributions(known))["the model"].passes == pytest.approx(own.passes)
-    assert compare_routers(known, router_distributions(known))["the model"].shares == pytest.approx(own.modes)
+    model = by_name(known)["the model"]
+    assert model["passes"] == pytest.approx(own.passes)
+    assert {mode: model[f"share_{mode}"] for mode in MODES} == pytest.approx(own.modes)
 
 
 @pytest.mark.slow
@@ -85,13 +89,9 @@ def test_classifier_learns_the_cheapest_right_mode() -> None:
     torch.manual_seed(0)
     states_QD = torch.randn(600, 8)
     hard = (states_QD[:, 0] > 0).numpy()
-    known = ModeOutcomes(
-        modes=("short", "think"),
-        correct=np.stack([~hard, np.ones(600)], 1).astype(float),
-        tokens=np.array([[1.0, 9.0]] * 600),
-        passes=np.array([[2.0, 10.0]] * 600),
-        mode_probabilities=np.array([[0.9, 0.1]] * 600),
-    )
+    tokens, passes, probabilities = (np.tile(row, (600, 1)) for row in ([1.0, 9.0], [2.0, 10.0], [0.9, 0.1]))
+    correct = np.stack([~hard, np.ones(600)], 1).astype(float)
+    known = ModeOutcomes(("short", "think"), correct, tokens, passes, probabilities)
     before = torch.random.get_rng_state()
     said = RouterClassifier(states_QD, known)(torch.tensor([[3.0, *[0.0] * 7], [-3.0, *[0.0] * 7]]))
     assert said.tolist() == [1, 0]

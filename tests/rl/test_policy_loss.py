@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,23 +14,14 @@ from coconut import LatentLM
 from coconut.completions.completion import Completion, completion_from_ids, completions_of
 from coconut.completions.scoring import SamplingDistribution
 from coconut.config import EngineConfig, EngineKind, OptimizerConfig
+from coconut.engine.base import Loss
 from coconut.engine.factory import make_engine
-from coconut.engine.local import LocalEngine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
+from coconut.generation.generate import Generated
 from coconut.methods import NOTHING, PAUSES, THOUGHTS
-from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch
-from coconut.rl.loss import totals_of as all_of
-from coconut.rl.objectives import (
-    OBJECTIVES,
-    Objective,
-    Totals,
-    advantages,
-    has_zero_variance,
-    kl_k3,
-    per_completion,
-    per_token,
-)
+from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
+from coconut.rl.objectives import OBJECTIVES, Objective, Totals, advantages, has_zero_variance, kl_k3
 
 GROUP = 4
 
@@ -43,35 +33,35 @@ def sampled(lm: LatentLM, temperature: float = 1.0, limit: int = 6) -> list[Comp
         *padded(QUESTIONS), max_new_tokens=limit, do_sample=True, temperature=temperature, num_return_sequences=GROUP,
         log_probs=True,
     )  # fmt: skip
+    return completions(lm, out, GROUP)
+
+
+def completions(lm: LatentLM, out: Generated, size: int = 1) -> list[Completion]:
+    """`size` completions of each question."""
+    groups = [range(first, first + size) for first in range(0, len(QUESTIONS) * size, size)]
     return [
-        sample
-        for place, question in enumerate(QUESTIONS)
-        for sample in completions_of(lm, question, out, range(place * GROUP, (place + 1) * GROUP))
+        s for question, rows in zip(QUESTIONS, groups, strict=True) for s in completions_of(lm, question, out, rows)
     ]
 
 
-def totals_of(samples: Sequence[Completion], budget: int = 7) -> Totals:
-    tokens = [is_control for sample in samples for is_control in sample.is_control.tolist()]
-    return Totals(len(samples), len(tokens), sum(tokens), budget)
-
-
-def batch_of(lm: LatentLM, samples: list[Completion], objective: Objective, **options: Any) -> PolicyBatch:
+def gains_of(samples: list[Completion], objective: Objective) -> list[torch.Tensor]:
+    """The advantages of all tokens, for random rewards."""
     torch.manual_seed(0)
-    gains = broadcast_to_tokens(
-        advantages(torch.rand(len(samples) // GROUP, GROUP), objective.normalize_advantages).flatten(), samples
-    )
-    return policy_batch(samples, gains, objective, totals_of(samples), lm.special, **{"on_policy": True, **options})
+    rewards = torch.rand(len(samples) // GROUP, GROUP)
+    return broadcast_to_tokens(advantages(rewards, objective.normalize_advantages).flatten(), samples)
+
+
+def batch_of(lm: LatentLM, samples: list[Completion], objective: Objective, on_policy: bool = True) -> PolicyBatch:
+    totals = totals_of(samples, 7)
+    return policy_batch(samples, gains_of(samples, objective), objective, totals, lm.special, on_policy=on_policy)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["hybrid", "thoughts", "pauses", "words"])
 def test_sampled_log_probs_equal_recomputed_ones(kind: str, temperature: float) -> None:
     slots = {"thoughts": THOUGHTS, "pauses": PAUSES, "words": NOTHING}
-    lm = (
-        hybrid()
-        if kind == "hybrid"
-        else build("llama", slot=slots[kind], markers=kind != "words", num_thoughts=2 * (kind != "words"))
-    )
+    markers = kind != "words"
+    lm = hybrid() if kind == "hybrid" else build("llama", slot=slots[kind], markers=markers, num_thoughts=2 * markers)
     samples = sampled(lm, temperature)
     if kind == "hybrid":
         assert len({sample.mode for sample in samples}) == 3
@@ -91,7 +81,7 @@ def test_sampled_log_probs_equal_recomputed_ones(kind: str, temperature: float) 
 def test_completions_are_scored_after_their_number_of_thoughts(count: int) -> None:
     lm = build("llama", num_thoughts=2)
     out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, num_thoughts=count, log_probs=True)
-    samples = [sample for row, question in enumerate(QUESTIONS) for sample in completions_of(lm, question, out, [row])]
+    samples = completions(lm, out)
     again = SamplingDistribution.of(lm.special).score(lm, samples, 4)
     for sample, question, row in zip(samples, QUESTIONS, again, strict=True):
         assert sample.layout.ids.tolist().count(lm.latent_id) == count
@@ -162,6 +152,7 @@ def test_kl_weights_equal_token_weights() -> None:
 def test_control_token_scale_and_weight() -> None:
     lengths, control = torch.tensor([3, 5]), torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
     totals = Totals(2, 8, 2, 10)
+    per_completion, per_token = OBJECTIVES["grpo"].denominator, OBJECTIVES["dapo"].denominator
     plain, whole = Objective(per_completion).weights(lengths, control, totals)
     slowed, _ = Objective(per_completion, control_token_scale=0.1).weights(lengths, control, totals)
     torch.testing.assert_close(slowed, torch.where(control, 0.1 * plain, plain))
@@ -190,7 +181,6 @@ def test_other_tokens_keep_their_weight_beside_a_control_token_weight(name: str,
         }[name]  # fmt: skip
         expected += [0.01 / len(samples) if is_control else word for is_control in sample.is_control.tolist()]
     assert (batch.weights / batch.denominators[0]).tolist() == pytest.approx(expected, rel=1e-5)
-    assert totals_of(samples) == all_of(samples, 7)
     if name != "dr_grpo":
         on_words = batch.weights[~batch.is_control].sum() / batch.denominators[0]
         assert float(on_words) == pytest.approx(1, rel=1e-5)
@@ -199,9 +189,7 @@ def test_other_tokens_keep_their_weight_beside_a_control_token_weight(name: str,
 def forced(lm: LatentLM) -> list[Completion]:
     """Completions in a forced mode, which have no sampled control token."""
     out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, mode="short", log_probs=True)
-    return [
-        sample for row, question in enumerate(QUESTIONS) for sample in completions_of(lm, question, out, [row])
-    ] * GROUP
+    return completions(lm, out) * GROUP
 
 
 def test_advantages_and_zero_variance_groups() -> None:
@@ -219,50 +207,27 @@ def test_advantages_and_zero_variance_groups() -> None:
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_policy_loss_does_not_depend_on_the_micro_batch(name: str) -> None:
-    objective, found = OBJECTIVES[name], []
-    for size in (16, 5, 1):
-        lm = hybrid(dtype=torch.float32)
-        samples = sampled(lm)
-        torch.manual_seed(0)
-        gains = broadcast_to_tokens(advantages(torch.rand(4, GROUP), objective.normalize_advantages).flatten(), samples)
-        totals, places = totals_of(samples), [slice(i, i + size) for i in range(0, len(samples), size)]
-        parts = [
-            policy_batch(samples[place], gains[place], objective, totals, lm.special, on_policy=True)
-            for place in places
-        ]
-        policy = SamplingDistribution.of(lm.special)
-        engine = LocalEngine(
-            lm, PolicyLoss(policy, objective, 0.0), EngineConfig(device="cpu", threads=1), OptimizerConfig(lr=1e-3)
-        )
-        done = engine.update(parts, 1e-3)
-        found.append((done.loss, done.grad_norm))
+    found = [updated(SPLIT[0], World(), name, size) for size in (16, 5, 1)]
+    assert found[0][1] > 1e-4
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
 
 
-def updated(config: EngineConfig, world: World, name: str) -> tuple[float, float]:
+def updated(config: EngineConfig, world: World, name: str, size: int) -> tuple[float, float]:
     """Loss and gradient norm of an update with thoughts, modes and a reference, sharded over ranks."""
     objective, lm = OBJECTIVES[name], hybrid(dtype=torch.float32)
     samples = sampled(lm)
     shifted = [replace(s, log_probs=s.log_probs + 0.2) for s in samples]
-    torch.manual_seed(0)
-    gains = broadcast_to_tokens(advantages(torch.rand(4, GROUP), objective.normalize_advantages).flatten(), samples)
-    totals, passes = totals_of(samples), max(sample.passes for sample in samples)
-    mine = list(range(world.rank, len(samples), world.size))
-    size = 8 // world.size
-    parts = [
-        replace(
-            policy_batch(
-                [shifted[i] for i in rows],
-                [gains[i] for i in rows], objective, totals, lm.special, on_policy=False, passes=passes,
-            ),
-            reference=torch.cat([samples[i].log_probs - 0.1 for i in rows]),
-        )
-        for rows in (mine[:size], mine[size:])
-    ]  # fmt: skip
-    engine = make_engine(
-        lm, PolicyLoss(SamplingDistribution.of(lm.special), objective, 0.1), config, OptimizerConfig(lr=1e-3), world
-    )
+    gains, totals, passes = gains_of(samples, objective), totals_of(samples, 7), max(s.passes for s in samples)
+    mine, parts = list(range(world.rank, len(samples), world.size)), []
+    for rows in (mine[first : first + size] for first in range(0, len(mine), size)):
+        part = policy_batch(
+            [shifted[i] for i in rows], [gains[i] for i in rows], objective, totals, lm.special, on_policy=False,
+            passes=passes,
+        )  # fmt: skip
+        parts.append(replace(part, reference=torch.cat([samples[i].log_probs - 0.1 for i in rows])))
+    loss = Loss(PolicyLoss(SamplingDistribution.of(lm.special), objective, 0.1))
+    engine = make_engine(lm, loss, config, OptimizerConfig(lr=1e-3), world)
     engine.dry_run(parts[0])
     done = engine.update(parts, 1e-3)
     return done.loss, done.grad_norm
@@ -278,8 +243,8 @@ def on_two() -> None:
     with init_distributed(SPLIT[0]) as world:
         for config in SPLIT:
             for name in OBJECTIVES:
-                together_found = updated(config, world, name)
-                alone = updated(SPLIT[0], World(), name)
+                together_found = updated(config, world, name, 4)
+                alone = updated(SPLIT[0], World(), name, 8)
                 assert alone[1] > 1e-4
                 assert together_found == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
 
@@ -304,17 +269,16 @@ def test_policy_loss_without_thoughts_equals_trl(name: str, tmp_path: Any) -> No
     shifted = [replace(s, log_probs=s.log_probs + 0.3 * torch.randn(len(s.log_probs))) for s in samples]
     objective, beta = OBJECTIVES[name], 0.04
     batch = replace(batch_of(lm, shifted, objective, on_policy=False), reference=torch.cat(reference))
-    ours = (
-        PolicyLoss(SamplingDistribution(), objective, beta)(lm, batch) / batch.denominators[0]
-    )  # nothing is refused there
+    nothing_refused = SamplingDistribution()
+    ours = PolicyLoss(nothing_refused, objective, beta)(lm, batch) / batch.denominators[0]
     ours.backward()
     our_gradients = gradients(lm)
 
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path), loss_type=name, beta=0.0, epsilon=objective.clip_low,
-        epsilon_high=objective.clip_high,
-        num_generations=GROUP, per_device_train_batch_size=len(samples), max_completion_length=7, use_cpu=True,
-        report_to="none", bf16=False, activation_checkpointing=False, use_bias_correction_kl=False,
+        epsilon_high=objective.clip_high, num_generations=GROUP, per_device_train_batch_size=len(samples),
+        max_completion_length=7, use_cpu=True, report_to="none", bf16=False, activation_checkpointing=False,
+        use_bias_correction_kl=False,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         lm.base, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,

@@ -11,38 +11,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import MODES
+from helpers.models import MODES, shift_weights
 from helpers.processes import killed_and_stopped, together
-from helpers.runs import graph_files, same_end, small_run
+from helpers.runs import (
+    data_beside,
+    drop_later,
+    graph_files,
+    new_policy_trainer,
+    rows_of_kind,
+    same_end,
+    saved_as,
+    small_run,
+    trained,
+)
 
 from coconut import LatentLM
 from coconut.analysis.config import AnalyzeConfig, TableConfig
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
-from coconut.config import (
-    AdamWConfig,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    LoraConfig,
-    Precision,
-    TaskName,
-    TooLong,
-)
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TooLong
 from coconut.data.examples import Example
 from coconut.engine.process_group import init_distributed
-from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
-from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.methods import Curriculum, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
-from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
+from coconut.rl.trainer import REFERENCE, run
 from coconut.rl.trainer import run_rank as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
-from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
@@ -50,49 +49,36 @@ from coconut.utils.files import read_json, write_json
 pytestmark = pytest.mark.slow
 
 CPU = EngineConfig(device="cpu", threads=1)
+Made = tuple[Path, DataConfig]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A briefly warmed-up hybrid model, and its data."""
-    folder = tmp_path_factory.mktemp("warm")
-    data = graph_files(folder, 40, 12, 8)
-    config = small_run(
-        folder / "run", data, method="hybrid_warmup",
-        curriculum=Curriculum(modes=MODES, length_unit=Unit.updates, total_length=40), max_new_tokens=8,
-    )  # fmt: skip
-    assert run_training(config) == 0
-    return folder / "run", data
+    curriculum = Curriculum(modes=MODES, length_unit=Unit.updates, total_length=40)
+    return trained(tmp_path_factory.mktemp("warm"), method="hybrid_warmup", curriculum=curriculum)
 
 
-def settings(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+def settings(made: Made, folder: Path, **changes: Any) -> RLConfig:
     warm, data = made
     values: dict[str, Any] = {
-        "run": str(folder),
-        "init": str(warm),
-        "data": data,
-        "objective": ObjectiveConfig("degrpo", kl_coef=0.01),
-        "reward": RewardConfig({"think": 0.5}),
-        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=3),
-        "engine": EngineConfig(device="cpu", threads=1),
-        "num_steps": 6,
-        "prompts_per_step": 4,
-        "group_size": 4,
-        "validate_every": 3,
+        "run": str(folder), "init": str(warm), "data": data, "objective": ObjectiveConfig("degrpo", kl_coef=0.01),
+        "reward": RewardConfig({"think": 0.5}), "engine": CPU, "num_steps": 6, "prompts_per_step": 4, "group_size": 4,
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0, warmup_steps=3), "validate_every": 3,
         "keep_checkpoints": 100,
-    }
+    }  # fmt: skip
     return RLConfig(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
-def finished(made: tuple[Path, DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with several updates a step and a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert run(settings_with_several_updates(made, folder)) == 0
     return folder
 
 
-def settings_with_several_updates(made: tuple[Path, DataConfig], folder: Path, **changes: Any) -> RLConfig:
+def settings_with_several_updates(made: Made, folder: Path, **changes: Any) -> RLConfig:
     return settings(made, folder, save_every=1, num_minibatches=2, num_iterations=2, micro_batch_size=3, **changes)
 
 
@@ -103,8 +89,7 @@ def test_policy_run_describes_itself(finished: Path) -> None:
     assert described["reasoning"]["modes"] == MODES
     assert described["data"]["train"]["used"] == 40
     assert described["init"].endswith(tuple(f"step-{n:07d}" for n in range(41)))
-    rows = read_metrics(finished)
-    train, valid = ([row for row in rows if row["kind"] == kind] for kind in ("train", "valid"))
+    train, valid = (rows_of_kind(finished, kind) for kind in ("train", "valid"))
     assert [row["step"] for row in train] == list(range(1, 7))
     assert [row["step"] for row in valid] == [0, 3, 6]
     for row in train:
@@ -118,17 +103,12 @@ def test_policy_run_describes_itself(finished: Path) -> None:
         assert means == pytest.approx(row["accuracy_think"])
     assert load_state(Checkpoints(finished).path(6))["updates"] == 24
     assert len(read_json(finished / "samples" / "step-0000006.json")) == 5
-
-
-def test_best_checkpoint_has_the_best_reward(finished: Path) -> None:
-    best = load_state(Checkpoints(finished).find("best"))
-    rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
-    top = max(rows, key=lambda row: row["reward"])
-    assert (best["best"]["step"], best["best"]["reward"]) == (top["step"], top["reward"])
+    best, top = load_state(Checkpoints(finished).find("best"))["best"], max(valid, key=lambda row: row["reward"])
+    assert (best["step"], best["reward"]) == (top["step"], top["reward"])
 
 
 def test_evaluate_and_generate_accept_a_policy_run(
-    finished: Path, made: tuple[Path, DataConfig], capsys: pytest.CaptureFixture[str]
+    finished: Path, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_evaluate(EvaluateConfig(run=str(finished), checkpoint="last"))
     assert "modes" in capsys.readouterr().out
@@ -141,31 +121,15 @@ def test_evaluate_and_generate_accept_a_policy_run(
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-def test_resumed_policy_training_equals_uninterrupted(
-    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path, step: int
-) -> None:
+def test_resumed_policy_training_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    for later in range(step + 1, 7):
-        shutil.rmtree(Checkpoints(folder).path(later))
+    drop_later(folder, step)
     assert run(settings_with_several_updates(made, folder)) == 0
     same_end(folder, finished)
 
 
-def test_policy_training_resumes_without_its_init_folder(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    warm = tmp_path / "warm"
-    shutil.copytree(made[0], warm)
-    config = settings((warm, made[1]), tmp_path / "run")
-    assert run(config) == 0
-    for later in (4, 5, 6):
-        shutil.rmtree(Checkpoints(tmp_path / "run").path(later), ignore_errors=True)
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    shutil.rmtree(warm)
-    assert run(config) == 0
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
-
-
-def test_killed_policy_training_resumes_exactly(finished: Path, made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_killed_policy_training_resumes_exactly(finished: Path, made: Made, tmp_path: Path) -> None:
     """Killed at a step by SIGKILL, then stopped by SIGTERM, then run to its end."""
     folder = tmp_path / "run"
     killed_and_stopped(alone, str(made[0]), str(folder), steps=lambda: Checkpoints(folder).steps(), first=2, then=4)
@@ -173,23 +137,17 @@ def test_killed_policy_training_resumes_exactly(finished: Path, made: tuple[Path
     same_end(folder, finished)
 
 
-def data_beside(warm: str) -> DataConfig:
-    folder = Path(warm).parent
-    train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(TaskName.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
-
-
 def alone(warm: str, folder: str) -> None:
     raise SystemExit(run(settings_with_several_updates((Path(warm), data_beside(warm)), Path(folder))))
 
 
-# --- processes and micro-batches --------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------
 
 
 def on_two(warm: str, folder: str) -> None:
     made = Path(warm), data_beside(warm)
     kinds = {
-        "local": EngineConfig(device="cpu", threads=1, timeout=120),
+        "local": replace(CPU, timeout=120),
         "zero3": EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, device="cpu", threads=1, timeout=120),
     }
     with init_distributed(kinds["local"]) as world:
@@ -198,25 +156,13 @@ def on_two(warm: str, folder: str) -> None:
             assert run_together(config, world) == 0
 
 
-def test_zero3_equals_local_engine_on_two_processes(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_zero3_equals_local_engine_on_two_processes(made: Made, tmp_path: Path) -> None:
     together(on_two, str(made[0]), str(tmp_path))
-    local, zero = (
-        [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("local", "zero3")
-    )
+    local, zero = (rows_of_kind(tmp_path / name, "train") for name in ("local", "zero3"))
     assert len(local) == len(zero) == 2
     assert local[0]["reward"] == zero[0]["reward"], "the same answers are sampled"
     for key in ("loss", "grad_norm", "kl"):
         assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
-
-
-def test_policy_update_does_not_depend_on_the_micro_batch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    found = []
-    for size in (None, 5, 1):
-        folder = tmp_path / str(size)
-        assert run(settings(made, folder, num_steps=1, micro_batch_size=size)) == 0
-        found.append(next((r["loss"], r["grad_norm"]) for r in read_metrics(folder) if r["kind"] == "train"))
-    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
-    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
 
 
 # --- learning ---------------------------------------------------------------------------------------
@@ -229,18 +175,15 @@ def reward_first_word(example: Example, text: str, mode: str, cost: Cost, /) -> 
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "degrpo"])
 def test_rewarded_completions_become_more_frequent(objective: str, tmp_path: Path) -> None:
     """A model without modes learns to begin with the mark of the answer."""
-    data = graph_files(tmp_path, 16, 4, 4)
-    warm = small_run(
-        tmp_path / "warm", data, method="cot", curriculum=Curriculum(length_unit=Unit.updates, total_length=2)
-    )
-    assert run_training(warm) == 0
+    data, curriculum = graph_files(tmp_path, 16, 4, 4), Curriculum(length_unit=Unit.updates, total_length=2)
+    assert run_training(small_run(tmp_path / "warm", data, method="cot", curriculum=curriculum)) == 0
     config = settings(
         (tmp_path / "warm", data), tmp_path / "run", objective=ObjectiveConfig(objective, kl_coef=0.0), num_steps=12,
         reward=RewardConfig(), optimizer=AdamWConfig(lr=2e-2), max_new_tokens=3, group_size=8, validate_every=12,
         prompts_per_step=8,
     )  # fmt: skip
     assert run(config, reward_first_word) == 0
-    rewards = [row["reward"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    rewards = [row["reward"] for row in rows_of_kind(tmp_path / "run", "train")]
     assert np.mean(rewards[-3:]) > 0.8 > 0.3 > np.mean(rewards[:2])
 
 
@@ -248,21 +191,21 @@ def reward_short_mode(example: Example, text: str, mode: str, cost: Cost, /) -> 
     return float(mode == "short")
 
 
-def test_rewarded_mode_is_chosen_more_often(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rewarded_mode_is_chosen_more_often(made: Made, tmp_path: Path) -> None:
     objective = ObjectiveConfig("degrpo", control_token_weight=1.0, kl_coef=0.0)
     config = settings(made, tmp_path / "run", objective=objective, num_steps=15, optimizer=AdamWConfig(lr=6e-3))
     assert run(config, reward_short_mode) == 0
-    chances = [row["chance_short"] for row in read_metrics(tmp_path / "run") if row["kind"] == "valid"]
+    chances = [row["chance_short"] for row in rows_of_kind(tmp_path / "run", "valid")]
     assert chances[0] < 0.5 < 0.75 < chances[-1]
 
 
-def test_drop_zero_variance_groups_skips_their_updates(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_drop_zero_variance_groups_skips_their_updates(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = settings(made, folder, num_steps=2, drop_zero_variance_groups=True)
     before = LatentLM.from_pretrained(starting_point(str(made[0]))).state_dict()
     assert run(config, lambda *_: 1.0) == 0
-    rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-    assert all(row["zero_variance_groups"] == 1 and row["updates"] == 0 and "loss" not in row for row in rows)
+    for row in rows_of_kind(folder, "train"):
+        assert (row["zero_variance_groups"], row["updates"], "loss" in row) == (1, 0, False)
     after = LatentLM.from_pretrained(Checkpoints(folder).find("last")).state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -270,7 +213,7 @@ def test_drop_zero_variance_groups_skips_their_updates(made: tuple[Path, DataCon
 # --- invalid input ----------------------------------------------------------------------------------
 
 
-def test_invalid_reward_ends_the_run_with_a_checkpoint(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_invalid_reward_ends_the_run_with_a_checkpoint(made: Made, tmp_path: Path) -> None:
     """In the third step, and in the validation after it."""
     calls: list[int] = []
     state: dict[str, Any] = {}
@@ -291,16 +234,17 @@ def test_invalid_reward_ends_the_run_with_a_checkpoint(made: tuple[Path, DataCon
             run(settings(made, folder, num_steps=5), broken)
         assert Checkpoints(folder).steps()[-1] == saved
         assert run(settings(made, folder, num_steps=5), reward_short_mode) == 0, "the run resumes"
-        assert [row["step"] for row in read_metrics(folder) if row["kind"] == "valid"] == [0, 3, 5]
+        assert [row["step"] for row in rows_of_kind(folder, "valid")] == [0, 3, 5]
 
 
-def test_rl_config_refuses_invalid_values(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_rl_config_refuses_invalid_values(made: Made, tmp_path: Path) -> None:
     for changes, message in [
         ({"group_size": 1}, "group_size is 1. Advantages compare"),
         ({"init": None}, "Name the model to start from"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"num_minibatches": 5}, "num_minibatches=5 is more than prompts_per_step=4"),
         ({"prompts_per_step": 0}, "prompts_per_step is 0"),
+        ({"engine": EngineConfig(cuda_graphs=True)}, r"trained in eval mode.*Set engine.cuda_graphs=false"),
     ]:
         with pytest.raises(ValueError, match=message):
             settings(made, tmp_path / "none", **changes)
@@ -322,7 +266,7 @@ def test_rl_config_refuses_invalid_values(made: tuple[Path, DataConfig], tmp_pat
 
 
 def test_too_long_skip_leaves_out_long_questions(
-    made: tuple[Path, DataConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = read_json(Path(made[1].train))
     long = {**rows[0], "question": " | ".join([rows[0]["question"].split(" ?")[0]] * 2) + " ? 5 or 3 from 0"}
@@ -336,57 +280,28 @@ def test_too_long_skip_leaves_out_long_questions(
     assert "Left out 1 of 41 questions of" in capsys.readouterr().out
 
 
-def test_unreadable_gold_answer_is_refused_in_rl(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_unreadable_gold_answer_is_refused_in_rl(made: Made, tmp_path: Path) -> None:
     write_json(tmp_path / "train.json", [*read_json(Path(made[1].train)), {"question": "0 1 ?", "answer": "zebra"}])
     data = replace(made[1], train=str(tmp_path / "train.json"))
     with pytest.raises(ValueError, match=r"row 41, answer 'zebra': the tokenizer has no word for zebra"):
         run(settings((made[0], data), tmp_path / "run", num_steps=1))
 
 
-def test_every_question_is_used_once_an_epoch(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    training = new_trainer(settings(made, tmp_path / "run", prompts_per_step=12), made)
+def test_every_question_is_used_once_an_epoch(made: Made, tmp_path: Path) -> None:
+    training = new_policy_trainer(settings(made, tmp_path / "run", prompts_per_step=12))
     asked = np.concatenate([training._prompts(step) for step in range(10)])
     assert [sorted(asked[first : first + 40]) for first in (0, 40, 80)] == [list(range(40))] * 3
     assert (asked[:40] != asked[40:80]).any()
     assert training._prompts(4).tolist() == asked[48:60].tolist()
 
 
-def new_trainer(config: RLConfig, made: tuple[Path, DataConfig]) -> PolicyTrainer:
-    folder = Path(str(config.run))
-    folder.mkdir(exist_ok=True)
-    files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    return PolicyTrainer(config, folder, files, World())
-
-
-def save_in_bfloat16(place: Path, folder: Path) -> Path:
-    """Save the model with its weights in bfloat16."""
-    LatentLM.from_pretrained(place).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def save_with_lora(place: Path, folder: Path) -> Path:
-    """Save the model in bfloat16 with a LoRA adapter that is not zero."""
-    lm = LatentLM.from_pretrained(save_in_bfloat16(place, folder.with_name("whole")))
-    lm.add_lora(LoraConfig(rank=2), str(folder.with_name("whole")))
-    with torch.no_grad():
-        for weight in lm.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn_like(weight))
-    lm.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16", "lora", "lora in bfloat16"])
-def test_untrained_policy_has_zero_divergence(made: tuple[Path, DataConfig], tmp_path: Path, kind: str) -> None:
-    init = starting_point(str(made[0]))
-    if kind == "saved in bfloat16":
-        init = save_in_bfloat16(init, tmp_path / "init")
-    if kind.startswith("lora"):
-        init = save_with_lora(init, tmp_path / "init")
+def test_untrained_policy_has_zero_divergence(made: Made, tmp_path: Path, kind: str) -> None:
+    init = saved_as(kind, starting_point(str(made[0])), tmp_path)
     precision = Precision.bfloat16 if kind.endswith("in bfloat16") and "saved" not in kind else Precision.float32
-    engine = EngineConfig(device="cpu", threads=1, precision=precision)
-    changes: dict[str, Any] = {"engine": engine, "micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
-    training = new_trainer(settings((init, made[1]), tmp_path / "run", **changes), made)
+    changes: dict[str, Any] = {"micro_batch_size": 5, "optimizer": AdamWConfig(lr=0.03)}
+    config = settings((init, made[1]), tmp_path / "run", engine=replace(CPU, precision=precision), **changes)
+    training = new_policy_trainer(config)
     training.dry_run()
     groups = training.sample(0)
     assert training.learn(groups)["kl"] == 0.0
@@ -394,8 +309,8 @@ def test_untrained_policy_has_zero_divergence(made: tuple[Path, DataConfig], tmp
     assert rows["kl"] > 0, "it differs after an update"
 
 
-def test_divergence_equals_that_of_single_completions(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    training = new_trainer(settings(made, tmp_path / "run", micro_batch_size=5), made)
+def test_divergence_equals_that_of_single_completions(made: Made, tmp_path: Path) -> None:
+    training = new_policy_trainer(settings(made, tmp_path / "run", micro_batch_size=5))
     groups = training.sample(0)
     for _ in range(3):
         training.learn(groups)
@@ -417,27 +332,24 @@ def test_divergence_equals_that_of_single_completions(made: tuple[Path, DataConf
     assert training.learn(groups)["kl"] == pytest.approx(np.mean(told), rel=1e-3)
 
 
-def test_killed_start_leaves_no_stale_reference(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_killed_start_leaves_no_stale_reference(made: Made, tmp_path: Path) -> None:
     """A run killed before its first checkpoint starts again when `init` has another best checkpoint."""
     other = LatentLM.from_pretrained(starting_point(str(made[0])))
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.add_(0.1)
-    other.save_pretrained(tmp_path / "run" / REFERENCE)
-    training = new_trainer(settings(made, tmp_path / "run", num_steps=1), made)
+    shift_weights(other, 0.1).save_pretrained(tmp_path / "run" / REFERENCE)
+    training = new_policy_trainer(settings(made, tmp_path / "run", num_steps=1))
     training.snapshot_models()
     kept = LatentLM.from_pretrained(tmp_path / "run" / REFERENCE)
     assert all(torch.equal(a, b) for a, b in zip(training.lm.parameters(), kept.parameters(), strict=True))
     assert training.learn(training.sample(0))["kl"] == 0.0
 
 
-def test_activation_checkpointing_runs_layers_twice(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_activation_checkpointing_runs_layers_twice(made: Made, tmp_path: Path) -> None:
     found: list[tuple[float, float]] = []
     calls: list[int] = []
     for checkpointed in (False, True):
-        engine = EngineConfig(device="cpu", threads=1, activation_checkpointing=checkpointed)
-        objective = ObjectiveConfig("degrpo", kl_coef=0.0)
-        training = new_trainer(settings(made, tmp_path / str(checkpointed), engine=engine, objective=objective), made)
+        engine, objective = replace(CPU, activation_checkpointing=checkpointed), ObjectiveConfig("degrpo", kl_coef=0.0)
+        config = settings(made, tmp_path / str(checkpointed), engine=engine, objective=objective)
+        training = new_policy_trainer(config)
         groups = training.sample(0)
         counted = [0]
         layers: Any = training.lm.base.base_model.layers
@@ -447,11 +359,6 @@ def test_activation_checkpointing_runs_layers_twice(made: tuple[Path, DataConfig
         calls.append(counted[0])
     assert found[0] == found[1]
     assert calls[1] == 2 * calls[0]
-
-
-def test_cuda_graphs_are_refused_in_rl(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a policy is trained in eval mode.*Set engine.cuda_graphs=false"):
-        settings(made, tmp_path / "run", engine=EngineConfig(cuda_graphs=True))
 
 
 # --- pages ------------------------------------------------------------------------------------------
@@ -468,13 +375,8 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     ]  # fmt: skip
     assert routers["facts"]["questions"] == sum(row["count"] for row in difficulty["rows"]) == 8
     page = (folder / "report.html").read_text()
-    for words in (
-        "How it learned",
-        "What exactly was trained",
-        "oracle",
-        "&lt;latent_2&gt;: 2 thoughts",
-        "per completion",
-    ):
+    headings = "How it learned", "What exactly was trained"
+    for words in (*headings, "oracle", "&lt;latent_2&gt;: 2 thoughts", "per completion"):
         assert words in page
     assert "<script" not in page
     own = routers["rows"][0]
@@ -487,7 +389,7 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     assert compare(TableConfig(runs=[str(tmp_path / "run-seed*")])) == 0
     rows = read_json(tmp_path / "policies.json")["rows"]
     assert [row["arm"] for row in rows] == ["run", "run"]
-    valid = {row["step"]: row["reward"] for row in read_metrics(folder) if row["kind"] == "valid"}
+    valid = {row["step"]: row["reward"] for row in rows_of_kind(folder, "valid")}
     assert {(row["step"], row["reward"]) for row in rows} == {(max(valid), valid[max(valid)])}
     write_json(folder / "analysis" / "routers.json", {**routers, "facts": {**routers["facts"], "step": min(valid)}})
     assert compare(TableConfig(runs=[str(folder)], output=str(tmp_path / "first"))) == 0
@@ -501,7 +403,7 @@ def test_policy_report_page_and_comparison(finished: Path, tmp_path: Path, capsy
     assert "latent_2, hard" in told
 
 
-def test_warmed_up_hybrid_model_has_a_section_on_choices(made: tuple[Path, DataConfig], tmp_path: Path) -> None:
+def test_warmed_up_hybrid_model_has_a_section_on_choices(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "warm"
     shutil.copytree(made[0], folder)
     assert analyze(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
@@ -509,11 +411,8 @@ def test_warmed_up_hybrid_model_has_a_section_on_choices(made: tuple[Path, DataC
 
 
 def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
-    data = graph_files(tmp_path, 16, 4, 4)
-    warm = small_run(
-        tmp_path / "warm", data, method="coconut", curriculum=Curriculum(length_unit=Unit.updates, total_length=41)
-    )
-    assert run_training(warm) == 0
+    data, curriculum = graph_files(tmp_path, 16, 4, 4), Curriculum(length_unit=Unit.updates, total_length=41)
+    assert run_training(small_run(tmp_path / "warm", data, method="coconut", curriculum=curriculum)) == 0
     assert run(settings((tmp_path / "warm", data), tmp_path / "run", num_steps=2, reward=RewardConfig())) == 0
     run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))
     assert analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU)) == 0
@@ -522,9 +421,7 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     assert "How it learned" in page
 
 
-def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(
-    finished: Path, made: tuple[Path, DataConfig], tmp_path: Path
-) -> None:
+def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(finished: Path, made: Made, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trained by reward and .* was not\. Make a table for each kind"):
         compare(TableConfig(runs=[str(finished), str(made[0])]))
     with pytest.raises(ValueError, match="was not analyzed"):

@@ -10,16 +10,26 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import together
-from helpers.runs import graph_files, same_end, small_run
+from helpers.runs import (
+    data_beside,
+    drop_later,
+    graph_files,
+    new_policy_trainer,
+    rows_of_kind,
+    same_end,
+    saved_as,
+    small_run,
+    trained,
+)
 from safetensors.torch import load_file
 
 from coconut import LatentLM
 from coconut.completions.config import RolloutConfig
 from coconut.completions.rollouts import Group
-from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TaskName
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Curriculum, PromptFormat, Unit
+from coconut.methods import Curriculum, Unit
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.trainer import run as run_reward
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RewardConfig, RLConfig
@@ -30,11 +40,10 @@ from coconut.rl.process_reward import (
     TokenRewards,
     token_advantages,
 )
-from coconut.rl.trainer import REFERENCE, PolicyTrainer, run
+from coconut.rl.trainer import REFERENCE, run
 from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
-from coconut.runs.description import read_metrics
 from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
@@ -42,6 +51,7 @@ from coconut.utils.files import read_json, write_json
 pytestmark = pytest.mark.slow
 
 CPU = EngineConfig(device="cpu", threads=1)
+COMPARED = ("loss", "grad_norm", "process_reward_loss", "process_reward_grad_norm")
 LEARNS = AdamWConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=2)
 
 Made = tuple[Path, DataConfig]
@@ -50,11 +60,7 @@ Made = tuple[Path, DataConfig]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A model that is sometimes right, and its data."""
-    folder = tmp_path_factory.mktemp("warm")
-    data = graph_files(folder, 40, 12, 8)
-    curriculum = Curriculum(length_unit=Unit.updates, total_length=60)
-    assert run_training(small_run(folder / "run", data, method="cot", curriculum=curriculum, max_new_tokens=8)) == 0
-    return folder / "run", data
+    return trained(tmp_path_factory.mktemp("warm"))
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +80,17 @@ def reward_model(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(made: Made, folder: Path, dense: ProcessRewardConfig | None = None, **changes: Any) -> RLConfig:
     values: dict[str, Any] = {
-        "run": str(folder),
-        "init": str(made[0]),
-        "data": made[1],
+        "run": str(folder), "init": str(made[0]), "data": made[1], "reward": RewardConfig(incorrect_reward=0.0),
         "objective": ObjectiveConfig("dr_grpo", kl_coef=0.0),
-        "reward": RewardConfig(incorrect_reward=0.0),
         "process_reward": dense or ProcessRewardConfig(weight=1.0, beta=0.5, optimizer=LEARNS),
-        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0),
-        "engine": CPU,
-        "num_steps": 4,
-        "prompts_per_step": 4,
-        "group_size": 6,
-        "max_new_tokens": 8,
-        "micro_batch_size": 5,
-        "validate_every": 2,
-        "keep_checkpoints": 100,
-    }
+        "optimizer": AdamWConfig(lr=1e-3, max_grad_norm=1.0), "engine": CPU, "num_steps": 4, "prompts_per_step": 4,
+        "group_size": 6, "max_new_tokens": 8, "micro_batch_size": 5, "validate_every": 2, "keep_checkpoints": 100,
+    }  # fmt: skip
     return RLConfig(**{**values, **changes})
 
 
-def new_trainer(config: RLConfig, made: Made, world: World | None = None) -> PolicyTrainer:
-    folder = Path(str(config.run))
-    folder.mkdir(exist_ok=True)
-    files = {split: getattr(made[1], split) for split in ("train", "valid")}
-    return PolicyTrainer(config, folder, files, world or World())
-
-
-def reward_first_batch(training: PolicyTrainer) -> tuple[OnlineProcessReward, list[Group], list[TokenRewards]]:
+def reward_first_batch(config: RLConfig) -> tuple[OnlineProcessReward, list[Group], list[TokenRewards]]:
+    training = new_policy_trainer(config)
     assert training.process_reward
     groups = training.sample(0)
     return training.process_reward, groups, training.process_reward.rewards(groups)
@@ -125,13 +115,9 @@ def test_token_advantages_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "in bfloat16", "saved in bfloat16"])
 def test_untrained_process_reward_gives_outcome_advantages(made: Made, tmp_path: Path, kind: str) -> None:
-    init, engine = str(made[0]), replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
-    if kind == "saved in bfloat16":
-        init = str(tmp_path / "init")
-        LatentLM.from_pretrained(starting_point(str(made[0]))).to(torch.bfloat16).save_pretrained(init)
-    _, groups, judged = reward_first_batch(
-        new_trainer(settings(made, tmp_path / "run", init=init, engine=engine), made)
-    )
+    init = str(saved_as(kind, starting_point(str(made[0])), tmp_path))
+    engine = replace(CPU, precision=Precision("bfloat16" if kind == "in bfloat16" else "float32"))
+    _, groups, judged = reward_first_batch(settings(made, tmp_path / "run", init=init, engine=engine))
     assert any(group.rewards.any() for group in groups)
     for group, its in zip(groups, judged, strict=True):
         for i, row in enumerate(its.advantages(1.0)):
@@ -144,8 +130,7 @@ def test_untrained_process_reward_gives_outcome_advantages(made: Made, tmp_path:
 def test_token_rewards_of_a_trained_reward_model(made: Made, reward_model: Path, tmp_path: Path) -> None:
     """Against the probabilities of the two models themselves, one answer at a time."""
     dense = ProcessRewardConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
-    training = new_trainer(settings(made, tmp_path / "run", dense), made)
-    its, groups, judged = reward_first_batch(training)
+    its, groups, judged = reward_first_batch(settings(made, tmp_path / "run", dense))
     mine, reference = (LatentLM.from_pretrained(starting_point(str(place))).eval() for place in (reward_model, made[0]))
     sample, row = groups[0].completions[2], judged[0].tokens[2]
     scored = [its.distribution.score(lm, [sample], 1)[0] for lm in (mine, reference)]
@@ -157,8 +142,7 @@ def test_token_rewards_of_a_trained_reward_model(made: Made, reward_model: Path,
 
 
 def test_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_path: Path) -> None:
-    training = new_trainer(settings(made, tmp_path / "run"), made)
-    dense, groups, judged = reward_first_batch(training)
+    dense, groups, judged = reward_first_batch(settings(made, tmp_path / "run"))
     before = dense.statistics(judged)
     assert before["process_reward_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert before["process_reward_pairs"] == 0.5
@@ -172,8 +156,7 @@ def test_online_update_lowers_the_cross_entropy_of_its_batch(made: Made, tmp_pat
 
 
 def test_process_reward_labels_ignore_mode_costs(made: Made, tmp_path: Path) -> None:
-    training = new_trainer(settings(made, tmp_path / "run"), made)
-    dense, groups, _ = reward_first_batch(training)
+    dense, groups, _ = reward_first_batch(settings(made, tmp_path / "run"))
     costly = [replace(group, rewards=-torch.ones(len(group.completions))) for group in groups]
     right = torch.cat([its.right for its in dense.rewards(costly)])
     assert right.any()
@@ -183,31 +166,17 @@ def test_process_reward_labels_ignore_mode_costs(made: Made, tmp_path: Path) -> 
 def test_process_reward_does_not_depend_on_the_micro_batch(made: Made, tmp_path: Path) -> None:
     found = []
     for size in (None, 5, 1):
-        config = settings(made, tmp_path / str(size), num_steps=2, micro_batch_size=size)
-        assert run(config) == 0
-        rows = [row for row in read_metrics(tmp_path / str(size)) if row["kind"] == "train"]
-        found.append(
-            [
-                row[key]
-                for row in rows
-                for key in ("loss", "grad_norm", "process_reward_loss", "process_reward_grad_norm")
-            ]
-        )
+        assert run(settings(made, tmp_path / str(size), num_steps=2, micro_batch_size=size)) == 0
+        found.append([row[key] for row in rows_of_kind(tmp_path / str(size), "train") for key in COMPARED])
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
 
 
 def test_control_token_has_the_advantage_of_all_tokens(tmp_path: Path) -> None:
-    data = graph_files(tmp_path, 16, 4, 4)
-    warm = small_run(
-        tmp_path / "warm", data, method="hybrid_warmup", max_new_tokens=8,
-        curriculum=Curriculum(modes=["short", "think"], length_unit=Unit.updates, total_length=20),
-    )  # fmt: skip
-    assert run_training(warm) == 0
-    made = tmp_path / "warm", data
+    curriculum = Curriculum(modes=["short", "think"], length_unit=Unit.updates, total_length=20)
+    made = trained(tmp_path / "warm", method="hybrid_warmup", curriculum=curriculum)
     config = settings(made, tmp_path / "run", objective=ObjectiveConfig("degrpo", kl_coef=0.01))
-    training = new_trainer(config, made)
-    dense, groups, judged = reward_first_batch(training)
+    dense, groups, judged = reward_first_batch(config)
     dense.update([replace(judged[0], right=torch.arange(6) < 3)])
     its = dense.rewards(groups)[0]
     for sample, rewards, gains in zip(its.group.completions, its.tokens, its.advantages(1.0), strict=True):
@@ -218,8 +187,7 @@ def test_control_token_has_the_advantage_of_all_tokens(tmp_path: Path) -> None:
     outcome = its.group.rewards[0] - its.group.rewards[1:].mean()
     torch.testing.assert_close(one[0], outcome + (its.tokens[0] - means.mean()).sum())
     assert run(replace(config, run=str(tmp_path / "whole"), num_steps=2)) == 0
-    rows = [row for row in read_metrics(tmp_path / "whole") if row["kind"] == "train"]
-    assert all({"kl", "process_reward_loss"} <= row.keys() for row in rows)
+    assert all({"kl", "process_reward_loss"} <= row.keys() for row in rows_of_kind(tmp_path / "whole", "train"))
 
 
 # --- runs -------------------------------------------------------------------------------------------
@@ -233,14 +201,9 @@ def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_metrics_have_the_reward_model(finished: Path) -> None:
-    rows = [row for row in read_metrics(finished) if row["kind"] == "train"]
+    rows = rows_of_kind(finished, "train")
     for row in rows:
-        assert {
-            "process_reward_loss",
-            "process_reward_wrong",
-            "process_reward_grad_norm",
-            "process_reward_lr",
-        } <= row.keys()
+        assert {f"process_reward_{name}" for name in ("loss", "wrong", "grad_norm", "lr")} <= row.keys()
         assert "kl" not in row, "the policy is not held to the reference of the reward model"
     assert any("process_reward_pairs" in row for row in rows)
     assert rows[0]["process_reward_lr"] < rows[1]["process_reward_lr"] == LEARNS.lr
@@ -266,8 +229,7 @@ def same_reward_model(folder: Path, other: Path) -> None:
 def test_resumed_process_reward_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    for later in range(step + 1, 5):
-        shutil.rmtree(Checkpoints(folder).path(later))
+    drop_later(folder, step)
     assert run(settings(made, folder, save_every=1)) == 0
     same_end(folder, finished)
     same_reward_model(folder, finished)
@@ -309,8 +271,7 @@ def test_process_reward_resumes_without_its_init_folder(
 
 def test_frozen_reward_model_does_not_change(made: Made, reward_model: Path, tmp_path: Path) -> None:
     dense = ProcessRewardConfig(weight=1.0, init=str(reward_model), beta=0.5, online=False)
-    training = new_trainer(settings(made, tmp_path / "run", dense), made)
-    its, _, judged = reward_first_batch(training)
+    its, _, judged = reward_first_batch(settings(made, tmp_path / "run", dense))
     assert its.update(judged) == {}
     before = LatentLM.from_pretrained(starting_point(str(reward_model)))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), its.lm.parameters(), strict=True))
@@ -325,20 +286,18 @@ def test_questions_outside_the_accuracy_range_are_not_learned_from(made: Made, t
     """Neither the policy nor the reward model; a batch without any makes no update."""
     dense = ProcessRewardConfig(weight=weight, accuracy_range=[0.999, 1.0], optimizer=LEARNS)
     assert run(settings(made, tmp_path / "run", dense, num_steps=2)) == 0
-    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
-    assert all(row["learned_from"] == 0 for row in rows)
-    assert all(row["updates"] == 0 and "loss" not in row and "process_reward_grad_norm" not in row for row in rows)
-    before = LatentLM.from_pretrained(starting_point(str(made[0])))
-    for after in [policy_of(tmp_path / "run")] + [
-        LatentLM.from_pretrained(Checkpoints(tmp_path / "run").find("last") / REWARD_MODEL) for _ in range(weight > 0)
-    ]:
+    for row in rows_of_kind(tmp_path / "run", "train"):
+        assert row["learned_from"] == row["updates"] == 0
+        assert not {"loss", "process_reward_grad_norm"} & row.keys()
+    before, end = LatentLM.from_pretrained(starting_point(str(made[0]))), Checkpoints(tmp_path / "run").find("last")
+    for after in map(LatentLM.from_pretrained, (end, end / REWARD_MODEL) if weight else (end,)):
         assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_accuracy_range_selects_groups(made: Made, tmp_path: Path) -> None:
     dense = ProcessRewardConfig(weight=1.0, accuracy_range=[0.0, 0.5])
-    training = new_trainer(settings(made, tmp_path / "run", dense), made)
-    _, groups, judged = reward_first_batch(training)
+    config = settings(made, tmp_path / "run", dense)
+    (_, groups, judged), training = reward_first_batch(config), new_policy_trainer(config)
     shares = [float(its.right.float().mean()) for its in judged]
     assert [training._teaches(group) for group in groups] == [0 < share < 0.5 for share in shares]
     group, its = next(pair for pair in zip(groups, judged, strict=True) if pair[1].right.any())
@@ -356,25 +315,17 @@ def updated(made: Made, folder: Path, world: World) -> list[float]:
     """Two updates of the reward model, on the same answers however many processes there are."""
     config = settings(made, folder, engine=replace(CPU, timeout=120), micro_batch_size=7)
     with torch.random.fork_rng():
-        alone = new_trainer(replace(config, run=f"{folder}-alone-{world.rank}"), made)
+        alone = new_policy_trainer(replace(config, run=f"{folder}-alone-{world.rank}"))
         groups = alone.sample(0)[:3]
-    training = new_trainer(config, made, world)
+    training = new_policy_trainer(config, world)
     assert training.process_reward
     found = []
     for _ in range(2):
         judged = training.process_reward.rewards(groups)
-        found += [
-            *training.process_reward.update(judged).values(),
-            *training.process_reward.statistics(judged).values(),
-        ]
+        found += training.process_reward.update(judged).values()
+        found += training.process_reward.statistics(judged).values()
     last = training.process_reward.rewards(groups)
     return found + [float(row.sum()) for its in last for row in its.advantages(1.0)]
-
-
-def data_beside(warm: str) -> DataConfig:
-    folder = Path(warm).parent
-    train, valid, test = (str(folder / f"{split}.json") for split in ("train", "valid", "test"))
-    return DataConfig(TaskName.prosqa, train, valid, test, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 def on_two(warm: str, folder: str) -> None:
@@ -406,11 +357,9 @@ def test_process_reward_does_not_depend_on_processes_and_engine(made: Made, tmp_
     for name in ("run", "zero3"):
         same_end(tmp_path / name, tmp_path / f"{name}-whole")
         same_reward_model(tmp_path / name, tmp_path / f"{name}-whole")
-    local, zero = (
-        [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("run", "zero3")
-    )
+    local, zero = (rows_of_kind(tmp_path / name, "train") for name in ("run", "zero3"))
     assert [row["updates"] for row in local] == [1, 1]
-    for key in ("loss", "grad_norm", "process_reward_loss", "process_reward_grad_norm"):
+    for key in COMPARED:
         assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
 
 
@@ -436,9 +385,8 @@ def test_process_reward_config_refuses_invalid_values(changes: dict[str, Any], m
 
 
 def test_process_reward_refuses_models_that_do_not_fit(made: Made, reward_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"objective.name=grpo divides advantages.*Set objective.normalize_advantages=false"
-    ):
+    message = r"objective.name=grpo divides advantages.*Set objective.normalize_advantages=false"
+    with pytest.raises(ValueError, match=message):
         settings(made, tmp_path / "run", objective=ObjectiveConfig("grpo"))
     other = tmp_path / "other"
     data = graph_files(tmp_path, 6, 4, 4)
@@ -451,11 +399,7 @@ def test_process_reward_refuses_models_that_do_not_fit(made: Made, reward_model:
     for dense, policy, message in [
         (ProcessRewardConfig(1.0, str(reward_model)), made, "process_reward.beta is 0.05, and .* was trained with 0.5"),
         (ProcessRewardConfig(1.0, str(valued)), made, "was trained with loss=value: it says what prefixes are worth"),
-        (
-            ProcessRewardConfig(1.0, str(made[0])),
-            made,
-            "is neither a run of coconut reward nor a checkpoint of one",
-        ),
+        (ProcessRewardConfig(1.0, str(made[0])), made, "is neither a run of coconut reward nor a checkpoint of one"),
         (ProcessRewardConfig(1.0, str(reward_model), 0.5), (other, data), "has other tokens than the policy"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,6 @@ from decimal import Decimal
 from fractions import Fraction
 from itertools import product
 
-import networkx
 import pytest
 from helpers import DATA, ROOT, SHARED
 from hypothesis import given
@@ -20,7 +19,6 @@ from coconut.tasks.chain import read_answer, read_steps
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
 QUESTION = f"{SENTENCES} Is Tom a lempus or scrompus?"
-REAL = SHARED
 NUMBERS = [line for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.count("|") == 4]
 SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
 
@@ -29,38 +27,24 @@ SYMBOLS = "0 3 | 3 4 | 7 6 | 4 5 ? 5 or 6 from 0"
 @pytest.mark.parametrize(
     ("text", "steps", "answer"),
     [
-        ("a b\nc\n### 72", ["a b", "c"], "72"),
-        ("### 72\n", [], "72"),
-        ("\n a \n\n###72\nand more", ["a"], "72"),
+        ("a b\nc\n### 72", ["a b", "c"], "72"), ("### 72\n", [], "72"), ("\n a \n\n###72\nand more", ["a"], "72"),
         ("### step one : 2 + 3 = 5\n### 5", ["### step one : 2 + 3 = 5"], "5"),
-        ("a\n#### 4\n#### 3", ["a", "#### 4"], "3"),
-        ("a ### b\n### 5", ["a ### b"], "5"),
-        ("a\n  ### a ### b", ["a"], "a ### b"),
-        ("a\n### #5", ["a"], "#5"),
-        ("# ### True", ["#"], "True"),
-        ("a ### 5", ["a"], "5"),
-        ("a\nb", ["a", "b"], None),
-        ("a\n###", ["a"], ""),
-        ("", [], None),
+        ("a\n#### 4\n#### 3", ["a", "#### 4"], "3"), ("a ### b\n### 5", ["a ### b"], "5"),
+        ("a\n  ### a ### b", ["a"], "a ### b"), ("a\n### #5", ["a"], "#5"), ("# ### True", ["#"], "True"),
+        ("a ### 5", ["a"], "5"), ("a\nb", ["a", "b"], None), ("a\n###", ["a"], ""), ("", [], None),
     ],
-)
+)  # fmt: skip
 def test_read_steps_and_answer(task, text: str, steps: list[str], answer: str | None) -> None:
     assert task.read_steps(text, PromptFormat()) == steps
     assert task.read_answer(text, PromptFormat()) == answer
 
 
 FORMS = [
-    PromptFormat(),
-    PromptFormat(step="{} "),
-    PromptFormat(step="{} ; ", answer="#### {}"),
-    PromptFormat(step="{}|", answer="###{}."),
-    PromptFormat(step="<{}>", answer="so ({})"),
-    PromptFormat(step="{}\n\n", answer="The answer is: {} ."),
-    PromptFormat(answer="Answer:\n{}"),
-    PromptFormat(answer="{}"),
-    PromptFormat(step="{};", answer="{}"),
-    PromptFormat(step="{} .\n", answer="{} ."),
-]
+    PromptFormat(), PromptFormat(step="{} "), PromptFormat(step="{} ; ", answer="#### {}"),
+    PromptFormat(step="{}|", answer="###{}."), PromptFormat(step="<{}>", answer="so ({})"),
+    PromptFormat(step="{}\n\n", answer="The answer is: {} ."), PromptFormat(answer="Answer:\n{}"),
+    PromptFormat(answer="{}"), PromptFormat(step="{};", answer="{}"), PromptFormat(step="{} .\n", answer="{} ."),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
@@ -85,33 +69,13 @@ def test_empty_lines_are_no_answer() -> None:
 @pytest.mark.parametrize(
     ("predicted", "gold"),
     [
-        ("72", "72"),
-        ("72.", "72"),
-        ("72 clips", "72"),
-        ("$72", "72"),
-        ("$ 1,234.50", "1234.5"),
-        ("-$3", "-3"),
-        ("$-3", "-3"),
-        ("−3", "-3"),
-        ("- 3", "-3"),
-        ("+3", "3"),
-        ("5.0", "5"),
-        (".5", "0.50"),
-        ("5 . 0", "5"),
-        ("1 , 234", "1234"),
-        ("50%", "50"),
-        ("1234", "1,234"),
-        ("**72**", "72"),
-        ("-0", "0"),
-        ("72 (72 clips)", "72"),
-        ("10000000000000000000000000000000001", "10,000,000,000,000,000,000,000,000,000,000,001"),
-        ("3/4", "3 / 4"),
-        ("0.75", "3/4"),
-        ("18.00", "18"),
-        ("3 : 4", "3:4"),
-        ("None.", "none"),
+        ("72", "72"), ("72.", "72"), ("72 clips", "72"), ("$72", "72"), ("$ 1,234.50", "1234.5"), ("-$3", "-3"),
+        ("$-3", "-3"), ("−3", "-3"), ("- 3", "-3"), ("+3", "3"), ("5.0", "5"), (".5", "0.50"), ("5 . 0", "5"),
+        ("1 , 234", "1234"), ("50%", "50"), ("1234", "1,234"), ("**72**", "72"), ("-0", "0"), ("72 (72 clips)", "72"),
+        ("10000000000000000000000000000000001", "10,000,000,000,000,000,000,000,000,000,000,001"), ("3/4", "3 / 4"),
+        ("0.75", "3/4"), ("18.00", "18"), ("3 : 4", "3:4"), ("None.", "none"),
     ],
-)
+)  # fmt: skip
 def test_equal_numbers(predicted: str, gold: str) -> None:
     assert gsm8k.judge(predicted, gold)
 
@@ -119,28 +83,12 @@ def test_equal_numbers(predicted: str, gold: str) -> None:
 @pytest.mark.parametrize(
     ("predicted", "gold"),
     [
-        (None, "72"),
-        ("", "72"),
-        ("-72", "72"),
-        ("7", "72"),
-        ("72 or 73", "72"),
-        ("72/1", "72"),
-        ("72-72", "72"),
-        ("72 * 72", "72"),
-        ("72–80", "72"),
-        ("72.5", "72"),
-        ("1,234", "1"),
-        ("3/4", "3"),
-        ("0.75", "3 / 8"),
-        ("15", "1,5"),
-        ("12", "(1,2)"),
-        ("3", "3½"),
-        ("2", "2 million"),
-        ("seventy-two", "72"),
-        ("10000000000000000000000000000000001", "10000000000000000000000000000000000"),
-        ("__import__('os')", "0"),
+        (None, "72"), ("", "72"), ("-72", "72"), ("7", "72"), ("72 or 73", "72"), ("72/1", "72"), ("72-72", "72"),
+        ("72 * 72", "72"), ("72–80", "72"), ("72.5", "72"), ("1,234", "1"), ("3/4", "3"), ("0.75", "3 / 8"),
+        ("15", "1,5"), ("12", "(1,2)"), ("3", "3½"), ("2", "2 million"), ("seventy-two", "72"),
+        ("10000000000000000000000000000000001", "10000000000000000000000000000000000"), ("__import__('os')", "0"),
     ],
-)
+)  # fmt: skip
 def test_different_numbers(predicted: str | None, gold: str) -> None:
     assert not gsm8k.judge(predicted, gold)
 
@@ -193,10 +141,10 @@ def test_number_matches_the_table_in_the_docs() -> None:
 
 def gold_answers() -> list[str]:
     """The answers of the GSM8K excerpts, and of the complete sets if they are available in shared/."""
-    folders = [DATA, REAL / "gsm8k"]
+    folders = [DATA, SHARED / "gsm8k"]
     files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".jsonl", ".txt")]
     found = [line.rsplit("####", 1)[1].strip(' "}') for file in files for line in file.read_text().splitlines()]
-    for file in sorted((REAL / "suites").glob("*.jsonl")):
+    for file in sorted((SHARED / "suites").glob("*.jsonl")):
         found += [str(json.loads(line)["target"]) for line in file.read_text().splitlines()]
     return found
 
@@ -238,17 +186,11 @@ def test_answers_have_equal_keys_iff_judged_equal(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
-        ("True", "True"),
-        ("false", "False"),
-        (" true .", "True"),
-        ("FALSE, since Max is dull", "False"),
-        ("True or False", None),
-        ("True or false: Max is dull.", None),
-        ("Max is true", None),
-        ("untrue", None),
+        ("True", "True"), ("false", "False"), (" true .", "True"), ("FALSE, since Max is dull", "False"),
+        ("True or False", None), ("True or false: Max is dull.", None), ("Max is true", None), ("untrue", None),
         ("", None),
     ],
-)
+)  # fmt: skip
 def test_verdict(text: str, verdict: str | None) -> None:
     assert prontoqa.verdict(text) == verdict
     assert prontoqa.judge(text, "True") == (verdict == "True")
@@ -258,14 +200,7 @@ def test_verdict(text: str, verdict: str | None) -> None:
 def test_prosqa_judge() -> None:
     for same in ["Tom is a lempus.", "Tom is a lempus", " Tom  is a lempus . "]:
         assert prosqa.judge(same, "Tom is a lempus.")
-    for other in [
-        "Tom is a scrompus.",
-        "Tom is a lempus or scrompus.",
-        "lempus",
-        "Bob is a lempus.",
-        "",
-        None,
-    ]:
+    for other in ["Tom is a scrompus.", "Tom is a lempus or scrompus.", "lempus", "Bob is a lempus.", "", None]:
         assert not prosqa.judge(other, "Tom is a lempus.")
     assert prosqa.judge("5", "5")
     assert prosqa.judge("5 .", "5")
@@ -284,11 +219,8 @@ def test_candidates() -> None:
 def test_graph_of_sentences(question: str) -> None:
     graph = prosqa.graph(question)
     assert list(graph.edges) == [
-        ("Tom", "terpus"),
-        ("terpus", "brimpus"),
-        ("brimpus", "lempus"),
-        ("Alex", "scrompus"),
-    ]
+        ("Tom", "terpus"), ("terpus", "brimpus"), ("brimpus", "lempus"), ("Alex", "scrompus"),
+    ]  # fmt: skip
     assert graph.graph == {"root": "Tom", "options": ("lempus", "scrompus")}
 
 
@@ -329,18 +261,6 @@ def test_read_target() -> None:
     assert prosqa.read_target("Tom is") is None
 
 
-def test_released_questions_have_the_stated_graph() -> None:
-    for row in json.loads((DATA / "prosqa_released.json").read_text()):
-        graph = prosqa.graph(row["question"])
-        names = row["idx_to_symbol"]
-        root, target, other = (names[row[key]] for key in ("root", "target", "neg_target"))
-        assert set(graph.edges) == {(names[a], names[b]) for a, b in row["edges"]}
-        assert networkx.has_path(graph, root, target)
-        assert not networkx.has_path(graph, root, other)
-        assert len(row["steps"]) == networkx.shortest_path_length(graph, root, target)
-        assert row["answer"] in (prosqa.candidates(row["question"]) or [])
-
-
 # --- pointers ---------------------------------------------------------------------------------------
 
 
@@ -360,12 +280,10 @@ def test_pointers_task() -> None:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("3 7 | 7 1", "not of the form"),
-        ("3 7 | 7 ? from 3 go 1", "'7' is not a pointer"),
-        ("3 7 | 3 1 ? from 3 go 1", "points to two"),
-        ("3 7 ? from 3 go 2", "7 points nowhere"),
+        ("3 7 | 7 1", "not of the form"), ("3 7 | 7 ? from 3 go 1", "'7' is not a pointer"),
+        ("3 7 | 3 1 ? from 3 go 1", "points to two"), ("3 7 ? from 3 go 2", "7 points nowhere"),
     ],
-)
+)  # fmt: skip
 def test_malformed_pointer_questions_are_refused(question: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pointers.walk(pointers.parse_question(question))

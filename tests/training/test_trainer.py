@@ -38,7 +38,7 @@ from coconut.config import (
 from coconut.data.datasets import data_files
 from coconut.data.examples import read_examples
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.engine.base import NonFiniteUpdate
+from coconut.engine.base import Loss, NonFiniteUpdate
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import evaluate
@@ -382,7 +382,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written" in done.stderr
-    assert "The checkpoint of update 7 is intact" in done.stderr
+    assert "The checkpoint of step 7 is intact" in done.stderr
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007"]
     assert run(config) == 0
     same_end(folder, finished)
@@ -397,7 +397,7 @@ def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path)
     assert checkpoints.steps() == sorted({best, 13, 14})
     assert checkpoints.find("best") == checkpoints.path(best)
     assert checkpoints.find("last") == checkpoints.find("14") == checkpoints.path(14)
-    with pytest.raises(ValueError, match="no checkpoint of update 3"):
+    with pytest.raises(ValueError, match="no checkpoint of step 3"):
         checkpoints.find("3")
     with pytest.raises(ValueError, match="'newest'; it must be best, last"):
         checkpoints.find("newest")
@@ -580,11 +580,11 @@ def test_a_gradient_that_is_not_finite_is_named_alone() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     module.get_parameter("1.bias").register_hook(lambda gradient: gradient * torch.nan)
     engine = LocalEngine(
-        module, lambda m, batch: m(batch).sum(), EngineConfig(device="cpu"), OptimizerConfig(max_grad_norm=1.0)
+        module, Loss(lambda m, batch: m(batch).sum()), EngineConfig(device="cpu"), OptimizerConfig(max_grad_norm=1.0)
     )
 
     class Rows(torch.Tensor):
-        num_targets = 2
+        denominators = (2,)
 
     before = [p.clone() for p in module.parameters()]
     with pytest.raises(NonFiniteUpdate) as caught:

@@ -17,7 +17,7 @@ from helpers.models import build
 from safetensors.torch import save_file
 
 from coconut.runs.description import read_metrics
-from coconut.runs.tracking import Metrics
+from coconut.runs.tracking import Tracking
 from coconut.utils.files import (
     REPLACED,
     FileWriteError,
@@ -137,11 +137,10 @@ def test_full_disk_error_names_the_file(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.usefixtures("full_disk")
 def test_full_disk_error_names_metrics_file(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, 0)
-    metrics.log("train", 1, loss=1.0)
-    with pytest.raises(FileWriteError, match=rf"{tmp_path}/metrics\.jsonl could not be written: File too large"):
-        metrics.log("train", 2, names=["a" * 9000])
-    metrics.close()
+    with Tracking(tmp_path, 0) as tracking:
+        tracking.log("train", 1, loss=1.0)
+        with pytest.raises(FileWriteError, match=rf"{tmp_path}/metrics\.jsonl could not be written: File too large"):
+            tracking.log("train", 2, names=["a" * 9000])
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
