@@ -95,7 +95,8 @@ def make_data(rows: int) -> TokenizedData:
 def make_view(lm: LatentLM, data: TokenizedData, thoughts: int) -> EpochView:
     """The stage in which three steps are replaced by thoughts."""
     stages = plan("coconut", Curriculum(max_stage=3, total_length=50))
-    return EpochView(data, stages, replace(stages.stages[3], num_thoughts=thoughts), lm.special, seed=0, epoch=0)
+    stage = replace(stages.stages[3], together=(replace(stages.stages[3].form, slot_length=thoughts),))
+    return EpochView(data, stages, stage, lm.special, seed=0, epoch=0)
 
 
 def make_batch(lm: LatentLM, data: TokenizedData, thoughts: int, rows: int) -> Batch:

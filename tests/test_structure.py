@@ -21,7 +21,7 @@ LAYERS = [
     ["config"],
     ["acceleration", "engine", "data"],
     ["models"],
-    ["generation"],
+    ["generation", "objectives"],
     ["evaluation", "completions"],
     ["runs"],
     ["hub", "analysis"],

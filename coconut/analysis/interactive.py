@@ -118,6 +118,8 @@ class InteractiveModel:
         if not spellings:
             return {}
         lm = self.subject.lm
+        if lm.reasoning.slot.thinks and not lm.reasoning.thoughts_per_step:  # no step follows the thoughts
+            return {}
         counts = [count for count in self.counts if symbolic or count >= lm.reasoning.thoughts_per_step]
         values = name_probabilities(lm, [prompt], [list(spellings.values())], counts, batch_size=1)
         return {count: dict(zip(spellings, values[0, count], strict=True)) for count in counts}

@@ -120,6 +120,16 @@ class Subject:
                 f"{reasoning.method} has no thoughts yet at stage {reasoning.stage}. Use a checkpoint of a later stage."
             )
 
+    def need_steps_of_thoughts(self) -> int:
+        """The number of thoughts that stand for one step. Raises NotApplicable if there are no such thoughts."""
+        self.need_thoughts()
+        if not self.lm.reasoning.thoughts_per_step:
+            raise NotApplicable(
+                f"The thoughts of {self.lm.reasoning.method} stand for no steps in particular, so they cannot be "
+                "compared with the nodes of one step."
+            )
+        return self.lm.reasoning.thoughts_per_step
+
 
 def k_forcing(subject: Subject) -> Study:
     """Accuracy and outcomes with 0 to EXTRA_THOUGHTS more thoughts than trained (Hao et al., arXiv 2412.06769, Fig. 3).
@@ -203,10 +213,9 @@ def next_step_values(subject: Subject) -> list[Study]:
     facts: `offset` is the distance from the root of the nodes that the first step may name, 1 in symbols and 0 in
     sentences.
 
-    Raises NotApplicable if the model has no latent thoughts or the questions have no graphs.
+    Raises NotApplicable if the model has no latent thoughts that stand for steps, or the questions have no graphs.
     """
-    subject.need_thoughts()
-    lm, c, offset = subject.lm, subject.lm.reasoning.thoughts_per_step, int(subject.symbolic)
+    lm, c, offset = subject.lm, subject.need_steps_of_thoughts(), int(subject.symbolic)
     prompts = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     candidates = [[subject.spellings[node] for node in parsed.graph] for parsed in subject.graphs]
     counts = range(c * (1 - offset), subject.num_trained_thoughts + 1, c)
@@ -278,10 +287,9 @@ def inner_products(subject: Subject) -> Study:
     nodes ceil(i/c) edges from the root. A question is left out for thoughts beyond the length of its shortest path.
     Groups of nodes: "optimal", at this distance and on a shortest path to the target; "frontier", the others at this
     distance; "reachable", nearer to the root; "other", farther away or not reachable.
-    Raises NotApplicable if the model has no latent thoughts or the questions have no graphs.
+    Raises NotApplicable if the model has no latent thoughts that stand for steps, or the questions have no graphs.
     """
-    subject.need_thoughts()
-    lm, c = subject.lm, subject.lm.reasoning.thoughts_per_step
+    lm, c = subject.lm, subject.need_steps_of_thoughts()
     embed = lm.base.get_input_embeddings()
     vectors = {
         node: embed(torch.tensor(spelling.name, device=lm.device)).float().mean(0).cpu()

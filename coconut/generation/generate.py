@@ -477,7 +477,11 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
-    """Apply the head to thoughts (N, D): the `count` most probable tokens of each, with their probabilities."""
+    """Apply the head to thoughts (N, D): the `count` most probable tokens of each, with their probabilities.
+
+    A projector's thoughts are read as they are fed: they are compared with the rows of the head, which no training has
+    made them fit.
+    """
     logits_NV = lm.logits(thoughts.to(lm.device, lm.base.dtype)).float()
     values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
     texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())

@@ -148,8 +148,9 @@ def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
     if not lm.reasoning.slot.thinks or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
     if not trained.trained_with_fewer_thoughts:
+        advice = " Train with curriculum.mixing_probability=0.1, or with curriculum.pad_thoughts=false."
+        advice = advice if trained.mixing_forms else ""
         raise ValueError(
-            f"stop=classifier ends the thoughts early, but this model was always trained with "
-            f"{lm.reasoning.num_thoughts} thoughts and cannot answer after fewer. Train with "
-            "curriculum.mixing_probability=0.1, or with curriculum.pad_thoughts=false."
+            "stop=classifier ends the thoughts early, but this model was always trained with "
+            f"{lm.reasoning.num_thoughts} thoughts and cannot answer after fewer.{advice}"
         )

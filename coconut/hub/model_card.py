@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from coconut.data.seen_questions import describe_questions
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import around_questions
-from coconut.methods import PromptFormat, Reasoning, Source
+from coconut.methods import Projector, PromptFormat, Reasoning, Source
+from coconut.models.feedback import WEIGHTS_FILE
 from coconut.runs.description import DESCRIPTION, read_config, read_results
 from coconut.utils.files import read_json
 
@@ -45,10 +46,19 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
         reasoning=reasoning, place=name or "THIS FOLDER", model_type=lm.base.config.model_type, between=between,
         correction=lm.adapter is not None, thinks=reasoning.slot.thinks,
         modes={control: (slot(form), form.num_thoughts) for control, form in forms.items()},
-        start=start, before_slot=[*after, *slot(reasoning)], special=special,
+        projected=_sizes(lm), feedback_file=WEIGHTS_FILE, start=start,
+        before_slot=[*after, *slot(reasoning)], special=special,
         question=repr(PromptFormat.fill(reasoning.format.question, "a question")),
         run=None if run is None else _run_facts(run, step),
     )  # fmt: skip
+
+
+def _sizes(lm: LatentLM) -> tuple[int, int] | None:
+    """The model's hidden size and the width of the projector of its thoughts; None if it has none."""
+    slot = lm.feedback.slot
+    if slot.projector is Projector.none:
+        return None
+    return lm.hidden_size, slot.width or lm.hidden_size
 
 
 def _run_facts(run: Path | str, step: int | None) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def save_parts(parts: SavedParts, folder: Path | str, max_shard_size: str) -> No
         "reasoning": parts.reasoning.as_dict(),
         "new_tokens": parts.new_tokens,
         "special": asdict(parts.special),
+        "feedback": asdict(parts.feedback.slot),
         "lora": asdict(parts.adapter) if parts.adapter else None,
     }
     write_json(Path(folder) / REASONING_FILE, record)
@@ -72,7 +73,7 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
         raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
     if not record.get("lora"):
         base = _load_base(folder, attention)
-        feedback = _load_feedback(folder, reasoning.slot, base)
+        feedback = _load_feedback(folder, Slot.from_dict(record["feedback"]), base)
         return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback)
     saved = Adapter.from_dict(record["lora"])
     base = saved.open_base(moved_base, attention)
@@ -80,7 +81,7 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
     adapter = Adapter.of(base, moved_base or saved.base, saved.settings)
     lora.attach(base, special.added, adapter.settings, adapter.base)
     lora.load(base, folder)
-    feedback = _load_feedback(folder, reasoning.slot, base)
+    feedback = _load_feedback(folder, Slot.from_dict(record["feedback"]), base)
     return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback, adapter)
 
 

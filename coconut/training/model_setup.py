@@ -12,7 +12,7 @@ import torch
 from coconut.config import WORDS, EngineConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
-from coconut.methods import Slot, Source
+from coconut.methods import Slot
 from coconut.models.feedback import Feedback
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.loading import starting_point
@@ -41,10 +41,10 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
 
 def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
     """Give a model that has no thoughts yet the projector of this slot. Raises ValueError if it thinks with another."""
-    own = lm.reasoning.slot
-    if not slot.thinks or slot == own:
+    own = lm.feedback.slot
+    if not slot.thinks or (slot.projector, slot.width) == (own.projector, own.width):
         return
-    if config.init and own.source is Source.thought and lm.reasoning.num_thoughts:
+    if config.init and lm.reasoning.slot.thinks and lm.reasoning.num_thoughts:
         raise ValueError(
             f"init={config.init} has learned to think with the projector {own.describe()}, and {config.method} has "
             f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="

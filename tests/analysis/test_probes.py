@@ -241,11 +241,11 @@ def test_decoded_thoughts_equal_the_output_layer_on_them() -> None:
 
 def test_studies_that_need_thoughts_refuse_other_methods() -> None:
     for study in (next_step_values, inner_products, decoded, audit_thoughts):
-        with pytest.raises(NotApplicable, match=r"pause has no latent .* pauses\. .*: coconut, without_curriculum\."):
+        with pytest.raises(NotApplicable, match=r"pause has no latent .* pauses\. .*: coconut, without_curriculum, co"):
             study(symbolic(slot=PAUSES, method="pause"))
         with pytest.raises(NotApplicable, match="coconut has no thoughts yet at stage 0"):
             study(symbolic(num_thoughts=0))
-    with pytest.raises(NotApplicable, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought\."):
+    with pytest.raises(NotApplicable, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought, codi"):
         k_forcing(symbolic(slot=NOTHING, method="cot", markers=False, num_thoughts=0))
 
 

@@ -32,7 +32,7 @@ from coconut.generation.generate import answer
 from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.released_checkpoints import from_released
-from coconut.methods import NOTHING, PAUSES, THOUGHTS, PromptFormat, Reasoning
+from coconut.methods import NOTHING, PAUSES, THOUGHTS, Projector, PromptFormat, Reasoning, Slot, Source
 from coconut.runs.description import read_config
 from coconut.training.trainer import run as run_train
 from coconut.utils.files import read_json
@@ -61,14 +61,16 @@ def test_exported_folder_has_shards_and_a_card(trained_run: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
-    """For thoughts, pauses, an empty slot and modes, with a chat template and without."""
+    """For thoughts, projected thoughts, pauses, an empty slot and modes, with a chat template and without."""
     questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
     lines, expected, chosen = ["import sys"], [], set()
     modes = ["short", "latent_2", "latent_3"]
-    cases = [*product((NOTHING, PAUSES, THOUGHTS), (False, True), [False]), *product([NOTHING], (False, True), [True])]
+    projected = Slot(Source.thought, Projector.mlp_ln, width=20)
+    slots = (NOTHING, PAUSES, THOUGHTS, projected)
+    cases = [*product(slots, (False, True), [False]), *product([NOTHING], (False, True), [True])]
     for number, (slot, chat, hybrid) in enumerate(cases):
         folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
-        lm = build("llama", torch.float32, slot=slot, markers=slot != NOTHING,
+        lm = build("llama", torch.float32, seed=slot == projected, slot=slot, markers=slot != NOTHING,
                    num_thoughts=3 * (slot != NOTHING), max_new_tokens=8, format=form)  # fmt: skip
         if hybrid:
             lm.add_modes(modes, init="random")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from helpers.runs import graph_rows
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from coconut.methods import Curriculum, plan
 from coconut.reporting import charts
 from coconut.reporting.page import Aside, Code, Lead, Ranked, Section, Table, Text
 from coconut.reporting.page import Figure as Shown
@@ -166,7 +167,7 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
         Study("audit_edges", edges, {"chance_accuracy": 0.5, "verdict": ["The answer follows the graph."]}),
         Study("stopping", stopping, {"classifier_accuracy": 0.93, "by_place_alone": 0.75, "trained_on": 1000}),
     ]
-    stage = {"index": 3, "slot": "thought", "num_thoughts": OWN, "steps_cut": 3, "length": 8, "markers": True}
+    stage = asdict(plan("coconut", Curriculum(thoughts_per_step=1, max_stage=OWN)).stages[OWN]) | {"index": 3}
     return RunRecord(
         folder=Path("runs/mine"),
         config={"method": "coconut"},

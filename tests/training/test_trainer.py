@@ -93,7 +93,7 @@ def weights(folder: Path, step: int = 14) -> dict[str, torch.Tensor]:
 
 def test_a_run_describes_itself(finished: Path, data: DataConfig) -> None:
     described = read_json(finished / "run.json")
-    assert [s["num_thoughts"] for s in described["plan"]["stages"]] == [0, 1, 2]
+    assert [s["together"][0]["slot_length"] for s in described["plan"]["stages"]] == [0, 1, 2]
     assert described["updates"] == 14
     assert described["data"]["train"]["used"] == 28
     assert len(described["data"]["train"]["sha256"]) == 64
@@ -470,9 +470,14 @@ def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> None:
     curriculum = replace(CURRICULUM, icot_limit=2, icot_tokens=1, icot_stage_length=2)
-    run(settings(data, tmp_path / method, method=method, curriculum=curriculum))
-    losses = [row["loss"] for row in read_metrics(tmp_path / method) if row["kind"] == "train"]
+    config = settings(data, tmp_path / method, method=method, curriculum=curriculum)
+    run(config)
+    rows = [row for row in read_metrics(tmp_path / method) if row["kind"] == "train"]
+    losses = [row.get("term_tokens", row["loss"]) for row in rows]  # the other terms begin with the first thoughts
     assert len(losses) == 14
+    terms = config.plan().terms
+    assert all(row["loss"] == pytest.approx(sum(term.weight * row[f"term_{term.name}"] for term in terms))
+               for row in rows if len(terms) > 1)  # fmt: skip
     assert losses[-1] < losses[0]
 
 
@@ -600,7 +605,7 @@ def test_a_broken_weight_is_named(finished: Path, data: DataConfig, tmp_path: Pa
     broken = load_file(file)
     broken["transformer.ln_f.weight"][3] = torch.nan
     save_file(broken, file, metadata={"format": "pt"})
-    with pytest.raises(NonFiniteLossError, match=r"not finite in: weight base.transformer.ln_f.weight \(1 in all\)"):
+    with pytest.raises(NonFiniteLossError, match=r"not finite in: weight lm.base.transformer.ln_f.weight \(1 in all\)"):
         run(settings(data, tmp_path / "run", init=str(tmp_path / "start")))
 
 
