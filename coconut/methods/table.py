@@ -10,7 +10,8 @@ A method says which sequences are made of an example and what is learned from th
 
 The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models to Reason
 in a Continuous Latent Space", arXiv 2412.06769. `hybrid_warmup` is the warm-up of a hybrid model (Thinkless, arXiv
-2505.13379), `codi` is arXiv 2502.21074, and `sim_cot` is arXiv 2509.20317 on Coconut and on CODI.
+2505.13379), `codi` is arXiv 2502.21074, `pause_codi` its control, `sim_cot` is arXiv 2509.20317 on Coconut, and
+`sim_cot_codi` on CODI.
 """
 
 from __future__ import annotations
@@ -184,6 +185,7 @@ METHODS: dict[str, Method] = {
     "pause_as_thought": Method(PAUSES, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
     "hybrid_warmup": Method(NOTHING, Cut.modes, False, "each example in each mode, after its control token"),
     "codi": _CODI,
+    "pause_codi": replace(_CODI, slot=PAUSES, summary="CODI with pause tokens in place of thoughts"),
     "sim_cot": replace(
         _COCONUT, summary="Coconut, and a decoder writes each step from its thoughts", terms=(WRITTEN, _STEPS)
     ),

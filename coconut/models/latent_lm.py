@@ -57,13 +57,9 @@ class LatentLM(nn.Module):
     """A causal language model (`base`), its tokenizer, and how it reasons."""
 
     def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        special: SpecialIds,
-        reasoning: Reasoning | None = None,
-        new_tokens: dict[str, Any] | None = None,
-    ):
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, special: SpecialIds,
+        reasoning: Reasoning | None = None, new_tokens: dict[str, Any] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.base = base
         self.tokenizer = tokenizer
@@ -80,12 +76,9 @@ class LatentLM(nn.Module):
 
     @classmethod
     def from_base(
-        cls,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        init: str = "mean",
+        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, init: str = "mean",
         reasoning: Reasoning | None = None,
-    ) -> LatentLM:
+    ) -> LatentLM:  # fmt: skip
         """Wrap a causal language model; add `<bot>`, `<eot>`, `<latent>`, `<pause>` where they are missing.
 
         `base` is kept, and its embedding tables grow. `init`: what the embeddings of new tokens start from: "mean" of
@@ -186,18 +179,10 @@ class LatentLM(nn.Module):
     # --- training and scoring -----------------------------------------------------------------------
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        return_logits: bool = False,
-        return_target_logits: bool = False,
-        use_cache: bool = True,
-        min_passes: int = 1,
-        reads: Reads | None = None,
-    ) -> LatentOutput:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        labels: Tensor | None = None, *, return_logits: bool = False, return_target_logits: bool = False,
+        use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None,
+    ) -> LatentOutput:  # fmt: skip
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
         All arguments are (B, T). Padding may stand on either side, and rows may differ in the number and the places of
@@ -230,14 +215,9 @@ class LatentLM(nn.Module):
         return output
 
     def log_probs(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        use_cache: bool = True,
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        labels: Tensor | None = None, *, use_cache: bool = True,
+    ) -> Tensor:  # fmt: skip
         """(N,) log-probability of each target in float32, row by row, in the order of the tokens."""
         if labels is None:
             raise ValueError("log_probs needs labels: they say which tokens to score (-100 elsewhere).")
@@ -293,15 +273,9 @@ class LatentLM(nn.Module):
         return replace(run(*tensors), columns_BT=plan.column_BT)
 
     def _run_passes(
-        self,
-        embeds_BSD: Tensor,
-        is_token_BS: Tensor,
-        is_latent_BS: Tensor,
-        positions_BS: Tensor,
-        bounds: list[int],
-        num_skipped: list[int],
-        reads: Reads,
-    ) -> PassesOutput:
+        self, embeds_BSD: Tensor, is_token_BS: Tensor, is_latent_BS: Tensor, positions_BS: Tensor, bounds: list[int],
+        num_skipped: list[int], reads: Reads,
+    ) -> PassesOutput:  # fmt: skip
         """Each pass begins with the thought that the last state of the one before gives.
 
         The states of the first `num_skipped[k]` columns of pass k are not computed.

@@ -30,7 +30,7 @@ from coconut.models.latent_lm import LatentLM
 from coconut.objectives.training_model import TrainingModel
 
 FORMAT = PromptFormat("{}", "{} a", "b {}")
-METHODS = ("codi", "sim_cot_codi", "sim_cot")
+METHODS = ("codi", "pause_codi", "sim_cot_codi", "sim_cot")
 
 
 def examples(count: int = 40) -> list[Example]:
@@ -48,7 +48,7 @@ def stages(method: str, **weights: float) -> Plan:
         thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4,
         num_thoughts=3 if "codi" in method else None,
     )  # fmt: skip
-    return plan(method, curriculum, weights, projector_width=12 if "codi" in method else None)
+    return plan(method, curriculum, weights, projector_width=12 if method in ("codi", "sim_cot_codi") else None)
 
 
 def trained(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float64, **weights: float) -> TrainingModel:
@@ -206,6 +206,9 @@ def test_without_its_terms_a_method_is_its_host() -> None:
     assert bare.stages[0].together == (ours,), "no teacher is read"
     curriculum = Curriculum(max_stage=2, mixing_probability=0.1)
     assert replace(plan("sim_cot", curriculum, {"steps": 0}), method="coconut") == plan("coconut", curriculum)
+    pauses = plan("pause_codi", curriculum, {"teacher": 0, "states": 0}).stages[0].form
+    theirs = plan("pause", curriculum).stages[0].form
+    assert replace(pauses, thoughts_per_step=theirs.thoughts_per_step) == theirs
     without = plan("sim_cot_codi", curriculum, {"steps": 0})
     assert replace(without, method="codi") == plan("codi", curriculum)
 
