@@ -67,7 +67,7 @@ class Objective(TermObjective):
 
 
 def first_layers(lm: LatentLM, layers: int | None) -> nn.Module:
-    """A trainable copy of the model's base, without LoRA, with its first `layers` layers; all for None.
+    """A trainable copy of the model's base in float32, without LoRA, with its first `layers` layers; all for None.
 
     Raises ValueError if the base has fewer, or if its family cannot be cut.
     """
@@ -79,13 +79,14 @@ def first_layers(lm: LatentLM, layers: int | None) -> nn.Module:
         decoder = deepcopy(base)
     else:
         config: Any = deepcopy(base.config)
-        config.get_text_config(decoder=True).num_hidden_layers = layers
-        if kinds := getattr(config, "layer_types", None):
-            config.layer_types = kinds[:layers]
+        sizes = config.get_text_config(decoder=True)
+        sizes.num_hidden_layers = layers
+        if kinds := getattr(sizes, "layer_types", None):
+            sizes.layer_types = kinds[:layers]
         with torch.random.fork_rng(devices=[]):
             decoder: Any = type(base)(config)
-        decoder.to(base.device, base.dtype)
+        decoder.to(base.device)
         missing = decoder.load_state_dict(base.state_dict(), strict=False).missing_keys
         if missing:
             raise ValueError(f"{config.model_type} cannot be cut to {layers} layers: {missing[0]} is not in the model.")
-    return decoder.requires_grad_(True).train()
+    return decoder.to(torch.promote_types(base.dtype, torch.float32)).requires_grad_(True).train()

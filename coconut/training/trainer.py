@@ -111,6 +111,8 @@ class Trainer:
             )
         for stage in self.plan.stages:
             log(f"  stage {stage.index}: {stage.length} {self.plan.unit.value}, {stage.describe()}")
+        if len(self.plan.terms) > 1:
+            log(f"  loss: {' + '.join(f'{term.weight:g} {term.name}' for term in self.plan.terms)}")
         if config.max_new_tokens:
             forms = [form for stage in self.plan.stages for form in stage.forms_at_inference]
             for split, data in (("train", self.train), ("valid", self.valid)):

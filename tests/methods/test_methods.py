@@ -31,8 +31,8 @@ GOLDEN = TESTS / "golden_layouts.txt"
 
 
 def test_table_has_the_papers_methods_first() -> None:
-    assert list(METHODS) == ["coconut", "cot", "no_cot", "icot", "pause", "without_curriculum", "without_thought",
-                             "pause_as_thought", "hybrid_warmup", "codi", "pause_codi", "sim_cot", "sim_cot_codi"]  # fmt: skip
+    assert list(METHODS)[:8] == ["coconut", "cot", "no_cot", "icot", "pause", "without_curriculum", "without_thought",
+                                 "pause_as_thought"]  # fmt: skip
 
 
 def test_plan_matches_the_paper_for_prosqa() -> None:
