@@ -14,6 +14,7 @@ from coconut.generation.generate import Generated, forward_passes, longest_first
 from coconut.generation.thoughts import StopCriterion
 from coconut.methods import PromptFormat, Reasoning, Slot
 from coconut.tasks import TASKS, Task
+from coconut.tasks.chain import read_answer, read_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +152,7 @@ def evaluate(
 
 def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
     """The key by which the task compares the answer in a generated text; None if it has no answer."""
-    answer = task.read_answer(text, form)
+    answer = read_answer(text, form)
     return None if answer is None else task.key(answer)
 
 
@@ -159,12 +160,12 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
     text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
     reasoning = reasoning.in_mode(mode)
     form = reasoning.format
-    predicted = task.read_answer(text, form)
+    predicted = read_answer(text, form)
     gold_steps = _steps_left(example, reasoning, thoughts)
     chain_match = None
     if gold_steps is not None:
         gold_text = form.written(gold_steps, example.answer)
-        chain_match = _steps_text(task, text, form) == _steps_text(task, gold_text, form)
+        chain_match = _steps_text(text, form) == _steps_text(gold_text, form)
     return Prediction(
         question=example.question,
         gold=example.answer,
@@ -196,9 +197,9 @@ def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
     return thoughts // c
 
 
-def _steps_text(task: Task, text: str, form: PromptFormat) -> str:
+def _steps_text(text: str, form: PromptFormat) -> str:
     """The steps in a text, without spaces."""
-    return "".join("".join(task.read_steps(text, form)).split())
+    return "".join("".join(read_steps(text, form)).split())
 
 
 def _summary(

@@ -14,6 +14,7 @@ from coconut.data.sequences import written_lengths
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_id, unknown_in
 from coconut.methods import PromptFormat, Reasoning, Stage
 from coconut.tasks import Task
+from coconut.tasks.chain import read_answer, read_steps
 from coconut.utils.console import log
 
 if TYPE_CHECKING:
@@ -114,12 +115,12 @@ def _misread(
     wrong: dict[int, str | None] = {}
     other_steps: dict[int, int] = {}
     for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
-        pair = task.read_answer(text, form), example.answer
+        pair = read_answer(text, form), example.answer
         if pair not in judged:
             judged[pair] = task.judge(*pair)
         if not judged[pair]:
             wrong[row] = pair[0]
-        if (count := len(task.read_steps(text, form))) != len(example.steps):
+        if (count := len(read_steps(text, form))) != len(example.steps):
             other_steps[row] = count
     return wrong, other_steps
 

@@ -62,6 +62,7 @@ from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import match_dtypes, starting_point
 from coconut.tasks import TASKS
+from coconut.tasks.chain import read_steps
 from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, sha256, write_json
@@ -597,7 +598,7 @@ def test_step_labels_share_rollouts(made: Made) -> None:
     assert (found.num_rollouts, len(found.shares)) == (again.num_rollouts, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.completions]
     for text, shares in zip(texts, found.shares, strict=True):
-        steps = TASKS["prosqa"].read_steps(text, WORDS)
+        steps = read_steps(text, WORDS)
         assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in shares)
     assert found.num_rollouts < found.tokens < found.num_rollouts * 9 + 100 * found.num_rollouts
