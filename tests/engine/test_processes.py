@@ -38,7 +38,7 @@ from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.description import read_metrics
-from coconut.training.trainer import run, run_rank
+from coconut.training.trainer import run
 from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 
 pytestmark = pytest.mark.slow
@@ -97,10 +97,10 @@ def runs_of_two(folder: str, files: dict[str, str]) -> None:
     root = Path(folder)
     with init_distributed(ENGINE) as world:
         for name, engine in {"ddp": ENGINE, "zero": ZERO_3, "ddp_from_one": ENGINE, "zero_from_one": ZERO_3}.items():
-            assert run_rank(settings(root / name, data, engine), world) == 0
+            assert run(settings(root / name, data, engine), world) == 0
         sparing = replace(ZERO_3, activation_checkpointing=True)
-        assert run_rank(lora_run(root, "zero_lora", data, sparing), world) == 0
-        assert run_rank(composed_config(keys(root / "whole", data)), world) == 0
+        assert run(lora_run(root, "zero_lora", data, sparing), world) == 0
+        assert run(composed_config(keys(root / "whole", data)), world) == 0
         assert evaluate_on_rank(EvaluateConfig(str(root / "one"), engine=ENGINE, batch_size=2), world) == 0
 
 

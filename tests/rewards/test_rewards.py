@@ -55,7 +55,6 @@ from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.monte_carlo import continue_completions, step_labels
 from coconut.rewards.step_spans import completion_parts, text_ends, token_parts
 from coconut.rewards.trainer import RewardTrainer, run
-from coconut.rewards.trainer import run_rank as run_together
 from coconut.rewards.value_model import ValueModel
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state
@@ -303,7 +302,7 @@ def on_two(sampler: str, folder: str) -> None:
     made, engine = answers_beside(sampler), replace(CPU, timeout=120)
     with init_distributed(engine) as world:
         for loss in TWO_PROCESS_LOSSES:
-            assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
+            assert run(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
 
 
 def test_two_processes_equal_one_in_reward_training(made: Made, tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ from coconut.generation.config import GenerateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.trainer import REFERENCE, run
-from coconut.rl.trainer import run_rank as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
@@ -153,7 +152,7 @@ def on_two(warm: str, folder: str) -> None:
     with init_distributed(kinds["local"]) as world:
         for name, engine in kinds.items():
             config = settings(made, Path(folder) / name, engine=engine, num_steps=2, drop_zero_variance_groups=True)
-            assert run_together(config, world) == 0
+            assert run(config, world=world) == 0
 
 
 def test_zero3_equals_local_engine_on_two_processes(made: Made, tmp_path: Path) -> None:
