@@ -205,10 +205,7 @@ def _steps_text(text: str, form: PromptFormat) -> str:
 def _summary(
     task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float, modes: Sequence[str]
 ) -> EvalResult:
-    from scipy.stats import binomtest
-
     count, correct = len(predictions), sum(p.correct for p in predictions)
-    interval = binomtest(correct, count).proportion_ci(method="wilson")
     candidates = [task.candidates(e.question) for e in examples]
     chance_accuracy = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
     mean_tokens = sum(p.new_tokens for p in predictions) / count
@@ -218,7 +215,7 @@ def _summary(
         count=count,
         correct=correct,
         accuracy=correct / count,
-        interval=(float(interval.low), float(interval.high)),
+        interval=wilson_interval(correct, count),
         chance_accuracy=chance_accuracy,
         chain_match=None if None in matches else sum(map(bool, matches)) / count,
         mean_new_tokens=mean_tokens,
@@ -228,6 +225,14 @@ def _summary(
         seconds_per_item=seconds / count,
         modes={mode: sum(p.mode == mode for p in predictions) / count for mode in modes},
     )
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def task_of(data: dict[str, Any]) -> Task:
