@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from safetensors.torch import load_file
 
 from coconut import LatentLM
@@ -24,6 +26,7 @@ from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 from helpers import ROOT
 from helpers.models import shift_weights
@@ -119,15 +122,23 @@ def drop_later(run: Path, step: int) -> None:
             shutil.rmtree(Checkpoints(run).path(later))
 
 
+def copy_until(step: int, run: Path, folder: Path) -> Path:
+    """Copy a run as it was after a step."""
+    drop_later(shutil.copytree(run, folder), step)
+    return folder
+
+
 def same_end(folder: Path, other: Path) -> None:
-    """Bit for bit: weights, optimizer, random states, best so far, and every number in metrics.jsonl."""
+    """Bit for bit: weights (of LoRA too), optimizer, random states, best so far, every number in metrics.jsonl."""
     ends = [Checkpoints(run).newest_valid() for run in (folder, other)]
     assert ends[0]
     assert ends[1]
     assert ends[0].name == ends[1].name
-    ours, theirs = (load_file(end / "model.safetensors") for end in ends if end)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(ends[1].glob("*.safetensors"))
+    for file in ends[1].glob("*.safetensors"):
+        ours, theirs = load_file(ends[0] / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     a, b = (load_trainer(end) for end in ends if end)
     for mine, its in zip(a["random"], b["random"], strict=True):
         assert torch.equal(mine["cpu"], its["cpu"])
@@ -139,6 +150,13 @@ def same_end(folder: Path, other: Path) -> None:
         for run in (folder, other)
     )
     assert rows == its_rows
+
+
+def composed(name: str, schema: type, overrides: list[str]) -> Any:
+    """The configuration of a command with these overrides."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return to_dataclass(compose(name, overrides), schema)
 
 
 def keys(folder: Path, data: DataConfig) -> list[str]:
