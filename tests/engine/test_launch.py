@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from helpers.processes import CLEAN, free_port
-from helpers.runs import graph_files
+from helpers.runs import SMALL, graph_files
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
@@ -38,7 +38,6 @@ MANY = 100_000  # updates; no test waits for so many
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list[str]]:
     """A function (folder, total updates) that returns the arguments of a small quickstart."""
     data = graph_files(tmp_path_factory.mktemp("data"), 24, 6, 6)
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
     def keys(folder: Path, total: int) -> list[str]:
         return [
@@ -46,7 +45,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list
             "curriculum.stage0_length=1", "curriculum.stage_length=1", f"curriculum.total_length={total}",
             f"validate_every={MANY}",
             "batch_size=8", "max_new_tokens=4", "engine.device=cpu", "engine.threads=1", "engine.timeout=120",
-            *(f"model.architecture.{name}={value}" for name, value in small.items()),
+            *SMALL,
         ]  # fmt: skip
 
     return keys
@@ -75,7 +74,6 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def is_in_last_stage(folder: Path) -> bool:
-    """Whether the run is in its last stage."""
     return (folder / "metrics.jsonl").exists() and any(row.get("stage") == 3 for row in read_metrics(folder))
 
 

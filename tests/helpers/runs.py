@@ -32,6 +32,9 @@ from helpers import ROOT
 from helpers.models import shift_weights
 from helpers.processes import CLEAN
 
+SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = [f"model.architecture.{name}={value}" for name, value in SIZE.items()]
+
 
 def graph_rows(seed: int, count: int, nodes: int = 8, form: Form = Form.symbols) -> list[dict[str, Any]]:
     """Small graphs with questions."""
@@ -59,8 +62,7 @@ def rewrite(file: Path, /, **changes: Any) -> dict[str, Any]:
 
 def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
     """A run of seconds, of three stages."""
-    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
+    architecture = {"model_type": "gpt_neox", **SIZE, "max_position_embeddings": 96}
     values: dict[str, Any] = {
         "run": str(folder),
         "curriculum": Curriculum(
@@ -161,11 +163,9 @@ def composed(name: str, schema: type, overrides: list[str]) -> Any:
 
 def keys(folder: Path, data: DataConfig) -> list[str]:
     """Of a run of 16 updates with dropout, saved after each."""
-    size = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     return [
         "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
-        *(f"model.architecture.{name}={value}" for name, value in size.items()),
-        "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
+        *SMALL, "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
         "curriculum.stage0_length=6", "curriculum.stage_length=5", "curriculum.max_stage=2",
         "curriculum.total_length=16",
         "optimizer.warmup_steps=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",

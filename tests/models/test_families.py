@@ -131,15 +131,10 @@ def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str, lm: Laten
     batch = mixed_batch(lm)
     expected = done(lm, **batch)
     inner, own = lm.base.base_model.forward, lm.cache_argument
-
-    def with_cache(*, cache: Any = None, **given: Any) -> Any:
-        return inner(**given, **{own: cache})
-
-    def with_past_key_values(*, past_key_values: Any = None, **given: Any) -> Any:
-        return inner(**given, **{own: past_key_values})
-
-    renamed = {"cache": with_cache, "past_key_values": with_past_key_values}[name]
-    lm.base.base_model.forward = renamed
+    lm.base.base_model.forward = {
+        "cache": lambda cache=None, **given: inner(**given, **{own: cache}),
+        "past_key_values": lambda past_key_values=None, **given: inner(**given, **{own: past_key_values}),
+    }[name]
     again = LatentLM(lm.base, lm.tokenizer, lm.special, lm.reasoning)
     assert again.cache_argument == name
     same(done(again, **batch), expected)

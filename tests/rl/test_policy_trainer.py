@@ -14,8 +14,8 @@ import torch
 from helpers.models import MODES, shift_weights
 from helpers.processes import killed_and_stopped, together
 from helpers.runs import (
+    copy_until,
     data_beside,
-    drop_later,
     graph_files,
     new_policy_trainer,
     rows_of_kind,
@@ -122,8 +122,7 @@ def test_evaluate_and_generate_accept_a_policy_run(
 @pytest.mark.parametrize("step", [0, 3, 5])
 def test_resumed_policy_training_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    drop_later(folder, step)
+    copy_until(step, finished, folder)
     assert run(settings_with_several_updates(made, folder)) == 0
     same_end(folder, finished)
 

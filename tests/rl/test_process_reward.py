@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.processes import together
 from helpers.runs import (
+    copy_until,
     data_beside,
-    drop_later,
     graph_files,
     new_policy_trainer,
     rows_of_kind,
@@ -227,8 +227,7 @@ def same_reward_model(folder: Path, other: Path) -> None:
 @pytest.mark.parametrize("step", [0, 2, 3])
 def test_resumed_process_reward_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    drop_later(folder, step)
+    copy_until(step, finished, folder)
     assert run(settings(made, folder, save_every=1)) == 0
     same_end(folder, finished)
     same_reward_model(folder, finished)

@@ -355,28 +355,24 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
 
 
 @pytest.mark.slow
-def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(settings(data, folder, save_every=1, keep_checkpoints=2))
-    checkpoints = Checkpoints(folder)
+@pytest.mark.parametrize(
+    ("keeping", "kept"),
+    [({"save_every": 1, "keep_checkpoints": 2}, {13, 14}), ({"keep_checkpoints": 1, "keep_every": 5}, {5, 10, 14})],
+)
+def test_old_checkpoints_go_but_the_best_and_those_at_multiples_stay(
+    data: DataConfig, tmp_path: Path, keeping: dict[str, Any], kept: set[int]
+) -> None:
+    run(settings(data, tmp_path / "run", **keeping))
+    checkpoints = Checkpoints(tmp_path / "run")
     best = load_state(checkpoints.path(14))["best"]["step"]
-    assert checkpoints.steps() == sorted({best, 13, 14})
+    assert checkpoints.steps() == sorted({best, *kept})
     assert checkpoints.find("best") == checkpoints.path(best)
     assert checkpoints.find("last") == checkpoints.find("14") == checkpoints.path(14)
-    with pytest.raises(ValueError, match="no checkpoint of step 3"):
-        checkpoints.find("3")
-    with pytest.raises(ValueError, match="'newest'; it must be best, last"):
-        checkpoints.find("newest")
+    for which, message in (("3", "no checkpoint of step 3"), ("newest", "'newest'; it must be best, last")):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.find(which)
     with pytest.raises(ValueError, match="has no valid checkpoint"):
         Checkpoints(tmp_path).find("last")
-
-
-def test_checkpoints_at_multiples_stay(data: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(settings(data, folder, keep_checkpoints=1, keep_every=5))
-    checkpoints = Checkpoints(folder)
-    best = load_state(checkpoints.path(14))["best"]["step"]
-    assert checkpoints.steps() == sorted({5, 10, 14, best})
 
 
 def test_what_the_thoughts_look_like_is_logged(finished: Path) -> None:
