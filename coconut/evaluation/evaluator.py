@@ -87,21 +87,12 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    lm: LatentLM,
-    task: Task,
-    examples: Sequence[Example],
-    *,
-    question_ids: Sequence[list[int]] | None = None,
-    num_thoughts: int | None = None,
-    thoughts: Tensor | None = None,
-    stop: StopCriterion | None = None,
-    mode: str | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-    on_batch: Callable[[int, int], None] = lambda done, correct: None,
-    world: World | None = None,
+    lm: LatentLM, task: Task, examples: Sequence[Example], *, question_ids: Sequence[list[int]] | None = None,
+    num_thoughts: int | None = None, thoughts: Tensor | None = None, stop: StopCriterion | None = None,
+    mode: str | None = None, max_new_tokens: int | None = None, batch_size: int = 64,
+    on_batch: Callable[[int, int], None] = lambda done, correct: None, world: World | None = None,
     stop_requested: object = None,
-) -> Evaluated:
+) -> Evaluated:  # fmt: skip
     """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
     `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
@@ -127,14 +118,9 @@ def evaluate(
         ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
         given_thoughts = None if thoughts is None else thoughts[indices]
         out = lm.generate(
-            ids,
-            mask,
-            max_new_tokens=max_new_tokens,
-            num_thoughts=num_thoughts,
-            thoughts=given_thoughts,
-            stop=stop,
+            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
             mode=mode,
-        )
+        )  # fmt: skip
         for row, i in enumerate(indices):
             predictions[i] = _judge(task, examples[i], reasoning, out, row)
         # Clones, since views would keep the thoughts of the whole batch.
@@ -167,17 +153,10 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
         gold_text = form.written(gold_steps, example.answer)
         chain_match = _steps_text(text, form) == _steps_text(gold_text, form)
     return Prediction(
-        question=example.question,
-        gold=example.answer,
-        text=text,
-        predicted=predicted,
-        correct=task.judge(predicted, example.answer),
-        chain_match=chain_match,
-        num_thoughts=thoughts,
-        new_tokens=int(out.lengths[row]),
-        truncated=bool(out.truncated[row]),
-        mode=mode,
-    )
+        question=example.question, gold=example.answer, text=text, predicted=predicted,
+        correct=task.judge(predicted, example.answer), chain_match=chain_match, num_thoughts=thoughts,
+        new_tokens=int(out.lengths[row]), truncated=bool(out.truncated[row]), mode=mode,
+    )  # fmt: skip
 
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str] | None:
@@ -212,19 +191,12 @@ def _summary(
     matches = [p.chain_match for p in predictions]
     thoughts = sum(p.num_thoughts for p in predictions) / count
     return EvalResult(
-        count=count,
-        correct=correct,
-        accuracy=correct / count,
-        interval=wilson_interval(correct, count),
-        chance_accuracy=chance_accuracy,
-        chain_match=None if None in matches else sum(map(bool, matches)) / count,
-        mean_new_tokens=mean_tokens,
-        num_thoughts=thoughts,
-        passes=sum(p.passes for p in predictions) / count,
-        truncated=sum(p.truncated for p in predictions) / count,
-        seconds_per_item=seconds / count,
+        count=count, correct=correct, accuracy=correct / count, interval=wilson_interval(correct, count),
+        chance_accuracy=chance_accuracy, chain_match=None if None in matches else sum(map(bool, matches)) / count,
+        mean_new_tokens=mean_tokens, num_thoughts=thoughts, passes=sum(p.passes for p in predictions) / count,
+        truncated=sum(p.truncated for p in predictions) / count, seconds_per_item=seconds / count,
         modes={mode: sum(p.mode == mode for p in predictions) / count for mode in modes},
-    )
+    )  # fmt: skip
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:

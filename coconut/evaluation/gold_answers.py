@@ -27,16 +27,9 @@ BATCH = 4096  # rows decoded at once
 
 
 def readable(
-    examples: Sequence[Example],
-    data: TokenizedData | None,
-    tokenizer: PreTrainedTokenizerFast | None,
-    task: Task,
-    form: PromptFormat,
-    *,
-    file: str,
-    unreadable: Unreadable,
-    keep_unknown: bool = False,
-) -> np.ndarray:
+    examples: Sequence[Example], data: TokenizedData | None, tokenizer: PreTrainedTokenizerFast | None, task: Task,
+    form: PromptFormat, *, file: str, unreadable: Unreadable, keep_unknown: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Indices of the examples whose gold text, encoded and decoded, is read and judged right.
 
     data: the tokenized examples; without them, the gold texts themselves are read.
@@ -86,15 +79,9 @@ def readable(
 
 
 def read_back(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    task: Task,
-    *,
-    file: str,
-    unreadable: Unreadable,
-    keep_unknown: bool = False,
-    cache_dir: str | None = None,
-) -> tuple[TokenizedData, np.ndarray]:
+    lm: LatentLM, examples: Sequence[Example], task: Task, *, file: str, unreadable: Unreadable,
+    keep_unknown: bool = False, cache_dir: str | None = None,
+) -> tuple[TokenizedData, np.ndarray]:  # fmt: skip
     """The examples that are `readable` with a model's tokenizer and format: their tokens, and their indices."""
     form = lm.reasoning.format
     data = tokenize(examples, lm.tokenizer, form, cache_dir)
