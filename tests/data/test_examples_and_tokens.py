@@ -268,10 +268,8 @@ def test_word_tokenizer_is_saved_completely(tmp_path: Path) -> None:
         assert decoded(again, again(text)["input_ids"]) == text
 
 
-CHAT = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>me:{% endif %}"
-)
+CHAT = """{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor -%}
+{% if add_generation_prompt %}<s>me:{% endif %}"""
 
 
 def test_questions_are_put_into_the_chat_template() -> None:

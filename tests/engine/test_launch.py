@@ -77,6 +77,12 @@ def is_in_last_stage(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() and any(row.get("stage") == 3 for row in read_metrics(folder))
 
 
+def terminated_in_last_stage(process: subprocess.Popen[str], run: Path) -> str:
+    assert wait_until(lambda: is_in_last_stage(run) or process.poll() is not None, 120)
+    process.send_signal(signal.SIGTERM)
+    return process.communicate(timeout=60)[0]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
@@ -102,9 +108,7 @@ def test_launch_scripts_name_missing_arguments(script: str, arguments: list[str]
 def test_torchrun_workers_save_on_sigterm(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("bash", "launch/torchrun.sh", 2, *keys(run, MANY)) as launcher:
-        assert wait_until(lambda: is_in_last_stage(run) or launcher.poll() is not None, 120)
-        launcher.send_signal(signal.SIGTERM)
-        printed, _ = launcher.communicate(timeout=60)
+        printed = terminated_in_last_stage(launcher, run)
     assert "100,000 updates on 2 processes" in printed
     assert "Stopped by SIGTERM; saved at update" in printed, printed
     assert Checkpoints(run).steps()[-1] == max(row["step"] for row in read_metrics(run))
@@ -140,9 +144,7 @@ def test_sigterm_stops_the_whole_sweep(keys: Callable[[Path, int], list[str]], t
         sys.executable, "-m", "coconut.train", "--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}",
         *keys(tmp_path / "run-${seed}", MANY), "seed=0,1",
     ) as sweep:  # fmt: skip
-        assert wait_until(lambda: is_in_last_stage(tmp_path / "run-0") or sweep.poll() is not None, 120)
-        sweep.send_signal(signal.SIGTERM)
-        printed, _ = sweep.communicate(timeout=60)
+        printed = terminated_in_last_stage(sweep, tmp_path / "run-0")
     assert sweep.returncode == 143, printed
     assert "Stopped by SIGTERM; saved at update" in printed
     assert not (tmp_path / "run-1").exists()

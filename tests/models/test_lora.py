@@ -257,12 +257,11 @@ def test_what_a_run_begins_with(place: Path, tmp_path: Path, data: DataConfig) -
     assert {w.dtype for w in in_bfloat16.parameters() if w.requires_grad} == {torch.float32}
     assert {w.dtype for w in in_bfloat16.parameters() if not w.requires_grad} == {torch.bfloat16}
     other = lora_run(tmp_path / "d", place, data, init=str(tmp_path / "adapter"))
-    other = replace(other, model=replace(other.model, lora=LoraConfig(rank=8)))
+    other.model.lora = LoraConfig(rank=8)
     with pytest.raises(ValueError, match=r"has LoRA already.*merged"):
         make_model(other, examples)
-    on_adapter = lora_run(tmp_path / "e", tmp_path / "adapter", data)
     with pytest.raises(ValueError, match=r"holds LoRA weights.*merged"):
-        make_model(on_adapter, examples)
+        make_model(lora_run(tmp_path / "e", tmp_path / "adapter", data), examples)
 
 
 def test_it_is_asked_for_from_the_command_line() -> None:
