@@ -17,6 +17,7 @@ from coconut.evaluation.evaluator import answer_key
 from coconut.methods import PromptFormat
 from coconut.rewards.implicit import ImplicitReward
 from coconut.tasks import Task
+from coconut.tasks.chain import read_answer
 from coconut.utils.pretrained import explain_load_errors, load_pretrained
 
 Judge = Callable[[Sequence[Example], Sequence[Reply], dict[str, Any]], Sequence[float]]
@@ -62,7 +63,7 @@ class ExactJudge:
         task, form = self.vote.task, self.vote.form
 
         def scores(pairs: list[tuple[int, int]]) -> list[float]:
-            answers = [(task.read_answer(replies[i].texts[sample], form), examples[i].answer) for i, sample in pairs]
+            answers = [(read_answer(replies[i].texts[sample], form), examples[i].answer) for i, sample in pairs]
             return [float(task.judge(*pair)) for pair in answers]
 
         return self.vote.mean_over_ties(replies, scores)

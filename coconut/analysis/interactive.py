@@ -20,6 +20,7 @@ from coconut.engine.base import autocast
 from coconut.generation.generate import logit_lens
 from coconut.models.latent_lm import LatentLM
 from coconut.tasks import prosqa
+from coconut.tasks.chain import read_answer
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class InteractiveModel:
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
         answers = []
         for count, text, truncated in zip(counts, out.texts, out.truncated.tolist(), strict=True):
-            answer = task.read_answer(text, lm.reasoning.format)
+            answer = read_answer(text, lm.reasoning.format)
             correct = None if right is None else task.judge(answer, right)
             answers.append(
                 {"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "truncated": truncated}

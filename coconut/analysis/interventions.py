@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_path
 from coconut.analysis.probes import EXTRA_THOUGHTS, Subject, accuracy_of
 from coconut.analysis.statistics import difference_interval
-from coconut.evaluation.evaluator import Evaluated, Prediction
+from coconut.evaluation.evaluator import Evaluated, Prediction, wilson_interval
 from coconut.runs.study import Study
 from coconut.tasks import Task, prosqa
 
@@ -147,8 +146,7 @@ def _changed_answers(task: Task, before: Sequence[Prediction], after: Sequence[P
 
 def _share(cases: Sequence[bool]) -> tuple[float, float, float]:
     """The share of true cases, and its 95 % Wilson interval."""
-    interval = binomtest(sum(cases), len(cases)).proportion_ci(method="wilson")
-    return sum(cases) / len(cases), float(interval.low), float(interval.high)
+    return sum(cases) / len(cases), *wilson_interval(sum(cases), len(cases))
 
 
 def _with_bounds(name: str, share: tuple[float, float, float] | None) -> dict[str, float | None]:

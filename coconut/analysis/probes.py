@@ -26,6 +26,7 @@ from coconut.methods import METHODS, Source
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS, Task
+from coconut.tasks.chain import read_steps
 
 EXTRA_THOUGHTS = 2  # the model is measured with up to this many more thoughts than trained
 SHOWN_TOKENS = 5
@@ -163,7 +164,7 @@ def _outcomes(subject: Subject, predictions: Sequence[Prediction], hidden: bool)
         graphs = subject.graphs
     except NotApplicable:
         return dict.fromkeys(Outcome)
-    steps = [subject.task.read_steps(prediction.text, subject.lm.reasoning.format) for prediction in predictions]
+    steps = [read_steps(prediction.text, subject.lm.reasoning.format) for prediction in predictions]
     counts = Counter(
         classify(parsed, written, prediction.correct, hidden=hidden)
         for parsed, written, prediction in zip(graphs, steps, predictions, strict=True)

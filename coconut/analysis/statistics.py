@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
+
+from coconut.evaluation.evaluator import wilson_interval
 
 RESAMPLES = 10_000
 
@@ -41,7 +43,7 @@ def _interval(values_SQ: np.ndarray, lower_limit: float) -> tuple[float, float]:
     S, Q = values_SQ.shape
     value = values_SQ[0, 0]
     if (values_SQ == value).all():
-        wilson_width = float(binomtest(0, Q).proportion_ci(method="wilson").high)
+        wilson_width = wilson_interval(0, Q)[1]
         return max(float(value) - wilson_width, lower_limit), min(float(value) + wilson_width, 1.0)
     random = np.random.default_rng(0)
     kinds_SC, counts_C = np.unique(values_SQ, axis=1, return_counts=True)  # equal columns are drawn as one kind

@@ -21,6 +21,7 @@ from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.tasks import Task
+from coconut.tasks.chain import read_answer
 from coconut.utils.console import list_lengths, log
 from coconut.utils.torch_utils import seeded
 
@@ -55,7 +56,7 @@ class CorrectnessReward:
         return 1.0 - self.mode_costs.get(mode, 0.0)
 
     def is_correct(self, example: Example, text: str) -> bool:
-        return self.task.judge(self.task.read_answer(text, self.form), example.answer)
+        return self.task.judge(read_answer(text, self.form), example.answer)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from coconut.generation.generate import Generated, forward_passes, longest_first
 from coconut.generation.thoughts import StopCriterion
 from coconut.methods import PromptFormat, Reasoning
 from coconut.tasks import TASKS, Task
+from coconut.tasks.chain import read_answer, read_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,21 +87,12 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    lm: LatentLM,
-    task: Task,
-    examples: Sequence[Example],
-    *,
-    question_ids: Sequence[list[int]] | None = None,
-    num_thoughts: int | None = None,
-    thoughts: Tensor | None = None,
-    stop: StopCriterion | None = None,
-    mode: str | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-    on_batch: Callable[[int, int], None] = lambda done, correct: None,
-    world: World | None = None,
+    lm: LatentLM, task: Task, examples: Sequence[Example], *, question_ids: Sequence[list[int]] | None = None,
+    num_thoughts: int | None = None, thoughts: Tensor | None = None, stop: StopCriterion | None = None,
+    mode: str | None = None, max_new_tokens: int | None = None, batch_size: int = 64,
+    on_batch: Callable[[int, int], None] = lambda done, correct: None, world: World | None = None,
     stop_requested: object = None,
-) -> Evaluated:
+) -> Evaluated:  # fmt: skip
     """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
     `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
@@ -126,14 +118,9 @@ def evaluate(
         ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
         given_thoughts = None if thoughts is None else thoughts[indices]
         out = lm.generate(
-            ids,
-            mask,
-            max_new_tokens=max_new_tokens,
-            num_thoughts=num_thoughts,
-            thoughts=given_thoughts,
-            stop=stop,
+            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
             mode=mode,
-        )
+        )  # fmt: skip
         for row, i in enumerate(indices):
             predictions[i] = _judge(task, examples[i], reasoning, out, row)
         # Clones, since views would keep the thoughts of the whole batch.
@@ -151,7 +138,7 @@ def evaluate(
 
 def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
     """The key by which the task compares the answer in a generated text; None if it has no answer."""
-    answer = task.read_answer(text, form)
+    answer = read_answer(text, form)
     return None if answer is None else task.key(answer)
 
 
@@ -159,23 +146,16 @@ def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, r
     text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
     reasoning = reasoning.in_mode(mode)
     form = reasoning.format
-    predicted = task.read_answer(text, form)
+    predicted = read_answer(text, form)
     chain_match = None
     if gold_steps := _steps_left(example, reasoning, thoughts):
         gold_text = form.written(gold_steps, example.answer)
-        chain_match = _steps_text(task, text, form) == _steps_text(task, gold_text, form)
+        chain_match = _steps_text(text, form) == _steps_text(gold_text, form)
     return Prediction(
-        question=example.question,
-        gold=example.answer,
-        text=text,
-        predicted=predicted,
-        correct=task.judge(predicted, example.answer),
-        chain_match=chain_match,
-        num_thoughts=thoughts,
-        new_tokens=int(out.lengths[row]),
-        truncated=bool(out.truncated[row]),
-        mode=mode,
-    )
+        question=example.question, gold=example.answer, text=text, predicted=predicted,
+        correct=task.judge(predicted, example.answer), chain_match=chain_match, num_thoughts=thoughts,
+        new_tokens=int(out.lengths[row]), truncated=bool(out.truncated[row]), mode=mode,
+    )  # fmt: skip
 
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str]:
@@ -193,37 +173,35 @@ def steps_cut(reasoning: Reasoning, thoughts: int) -> int | None:
     return thoughts // c
 
 
-def _steps_text(task: Task, text: str, form: PromptFormat) -> str:
+def _steps_text(text: str, form: PromptFormat) -> str:
     """The steps in a text, without spaces."""
-    return "".join("".join(task.read_steps(text, form)).split())
+    return "".join("".join(read_steps(text, form)).split())
 
 
 def _summary(
     task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float, modes: Sequence[str]
 ) -> EvalResult:
-    from scipy.stats import binomtest
-
     count, correct = len(predictions), sum(p.correct for p in predictions)
-    interval = binomtest(correct, count).proportion_ci(method="wilson")
     candidates = [task.candidates(e.question) for e in examples]
     chance_accuracy = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None
     mean_tokens = sum(p.new_tokens for p in predictions) / count
     matches = [p.chain_match for p in predictions if p.chain_match is not None]
     thoughts = sum(p.num_thoughts for p in predictions) / count
     return EvalResult(
-        count=count,
-        correct=correct,
-        accuracy=correct / count,
-        interval=(float(interval.low), float(interval.high)),
-        chance_accuracy=chance_accuracy,
-        chain_match=sum(matches) / len(matches) if matches else None,
-        mean_new_tokens=mean_tokens,
-        num_thoughts=thoughts,
-        passes=sum(p.passes for p in predictions) / count,
-        truncated=sum(p.truncated for p in predictions) / count,
-        seconds_per_item=seconds / count,
+        count=count, correct=correct, accuracy=correct / count, interval=wilson_interval(correct, count),
+        chance_accuracy=chance_accuracy, chain_match=sum(matches) / len(matches) if matches else None,
+        mean_new_tokens=mean_tokens, num_thoughts=thoughts, passes=sum(p.passes for p in predictions) / count,
+        truncated=sum(p.truncated for p in predictions) / count, seconds_per_item=seconds / count,
         modes={mode: sum(p.mode == mode for p in predictions) / count for mode in modes},
-    )
+    )  # fmt: skip
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def task_of(data: dict[str, Any]) -> Task:

@@ -14,6 +14,7 @@ from coconut.data.sequences import written_lengths
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_id, unknown_in
 from coconut.methods import Form, PromptFormat, Reasoning
 from coconut.tasks import Task
+from coconut.tasks.chain import read_answer, read_steps
 from coconut.utils.console import log
 
 if TYPE_CHECKING:
@@ -26,16 +27,9 @@ BATCH = 4096  # rows decoded at once
 
 
 def readable(
-    examples: Sequence[Example],
-    data: TokenizedData | None,
-    tokenizer: PreTrainedTokenizerFast | None,
-    task: Task,
-    form: PromptFormat,
-    *,
-    file: str,
-    unreadable: Unreadable,
-    keep_unknown: bool = False,
-) -> np.ndarray:
+    examples: Sequence[Example], data: TokenizedData | None, tokenizer: PreTrainedTokenizerFast | None, task: Task,
+    form: PromptFormat, *, file: str, unreadable: Unreadable, keep_unknown: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Indices of the examples whose gold text, encoded and decoded, is read and judged right.
 
     data: the tokenized examples; without them, the gold texts themselves are read.
@@ -85,15 +79,9 @@ def readable(
 
 
 def read_back(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    task: Task,
-    *,
-    file: str,
-    unreadable: Unreadable,
-    keep_unknown: bool = False,
-    cache_dir: str | None = None,
-) -> tuple[TokenizedData, np.ndarray]:
+    lm: LatentLM, examples: Sequence[Example], task: Task, *, file: str, unreadable: Unreadable,
+    keep_unknown: bool = False, cache_dir: str | None = None,
+) -> tuple[TokenizedData, np.ndarray]:  # fmt: skip
     """The examples that are `readable` with a model's tokenizer and format: their tokens, and their indices."""
     form = lm.reasoning.format
     data = tokenize(examples, lm.tokenizer, form, cache_dir)
@@ -114,12 +102,12 @@ def _misread(
     wrong: dict[int, str | None] = {}
     other_steps: dict[int, int] = {}
     for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
-        pair = task.read_answer(text, form), example.answer
+        pair = read_answer(text, form), example.answer
         if pair not in judged:
             judged[pair] = task.judge(*pair)
         if not judged[pair]:
             wrong[row] = pair[0]
-        if (count := len(task.read_steps(text, form))) != len(example.steps):
+        if (count := len(read_steps(text, form))) != len(example.steps):
             other_steps[row] = count
     return wrong, other_steps
 

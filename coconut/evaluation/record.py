@@ -58,32 +58,19 @@ def non_default_settings(config: EvaluateConfig) -> list[str]:
 
 
 def write_evaluation(
-    folder: Path,
-    config: EvaluateConfig,
-    result: EvalResult,
-    predictions: Sequence[Prediction],
-    *,
-    file: str,
-    step: int | None,
-    reasoning: Reasoning,
-) -> None:
+    folder: Path, config: EvaluateConfig, result: EvalResult, predictions: Sequence[Prediction], *, file: str,
+    step: int | None, reasoning: Reasoning,
+) -> None:  # fmt: skip
     """Write the result and every prediction. `step`: the update that was evaluated, None for a saved model."""
     digest, settings, other_file = sha256(file), non_default_settings(config), getattr(config.data, config.split)
     name = "-".join([f"{Path(file).stem}-{digest[:8]}" if other_file else config.split, *settings])
     record: dict[str, Any] = {
-        **asdict(result),
-        "split": config.split,
-        "file": file,
-        "sha256": digest,
-        "batch_size": config.batch_size,
-        "checkpoint": None if step is None else config.checkpoint,
-        "step": step,
-        "method": reasoning.method,
-        "stage": reasoning.stage,
-        "default_settings": not settings,
+        **asdict(result), "split": config.split, "file": file, "sha256": digest, "batch_size": config.batch_size,
+        "checkpoint": None if step is None else config.checkpoint, "step": step, "method": reasoning.method,
+        "stage": reasoning.stage, "default_settings": not settings,
         "seen": seen_by(config.run, [prediction.question for prediction in predictions]),
         "chose_the_checkpoint": config.split == "valid" and not other_file,
-    }
+    }  # fmt: skip
     lines = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
     write_text(folder / f"{name}.predictions.jsonl", lines)
     write_json(folder / f"{name}.json", record)

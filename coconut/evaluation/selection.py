@@ -31,15 +31,9 @@ class Selection:
 
 
 def select_examples(
-    lm: LatentLM,
-    examples: Sequence[Example],
-    task: Task,
-    config: EvaluateConfig,
-    *,
-    file: str,
-    cache_dir: str | None,
+    lm: LatentLM, examples: Sequence[Example], task: Task, config: EvaluateConfig, *, file: str, cache_dir: str | None,
     world: World,
-) -> Selection:
+) -> Selection:  # fmt: skip
     """Select the rows that can be answered and judged.
 
     Raises ValueError for a row that is too long or whose gold answer would be judged wrong, unless config.too_long or

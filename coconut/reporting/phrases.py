@@ -21,8 +21,8 @@ def between(low: float, high: float) -> str:
 
 
 def counted(count: float, noun: str) -> str:
-    """A phrase such as "1 thought" or "2.5 thoughts"."""
-    return f"{count:.3g} {noun}{'s' * (count != 1)}"
+    """A phrase such as "1 thought", "2.5 thoughts" or "1,500 thoughts"."""
+    return f"{count:{',.0f' if count >= 100 else '.3g'}} {noun}{'s' * (count != 1)}"
 
 
 def whole_percent(share: float) -> str:

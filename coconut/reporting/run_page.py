@@ -32,7 +32,7 @@ from coconut.reporting.page import (
 from coconut.reporting.phrases import counted, percent, utc
 from coconut.reporting.plots import GRAPH_LEGEND, Band, graph_picture, learning_curves
 from coconut.runs.description import CONFIG
-from coconut.runs.record import DASH, RunRecord, _in_stage
+from coconut.runs.record import DASH, RunRecord, rows_of_stage
 from coconut.utils.console import duration
 
 BINS = 200  # how many points the smoothed training loss has over a whole run
@@ -122,7 +122,7 @@ def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
 def learning(run: RunRecord) -> Section:
     """Accuracy and losses over updates, as curves and for each stage."""
     bin_size = max(1, -(-run.description["updates"] // BINS))
-    binned = {stage.index: smoothed(_in_stage(run.train, stage), bin_size) for stage in run.stages}
+    binned = {stage.index: smoothed(rows_of_stage(run.train, stage), bin_size) for stage in run.stages}
     draw = partial(
         learning_curves,
         bands=_bands(run),
@@ -157,7 +157,7 @@ def _bands(run: RunRecord) -> list[Band]:
 
 
 def _stage_row(run: RunRecord, stage: Stage, binned: list[tuple[float, float]]) -> list[str]:
-    train, valid = _in_stage(run.train, stage), _in_stage(run.valid, stage)
+    train, valid = rows_of_stage(run.train, stage), rows_of_stage(run.valid, stage)
     of = "" if len(train) == run.updates(stage) else f" of {run.updates(stage):,}"
     return [
         str(stage.index),

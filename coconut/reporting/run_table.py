@@ -148,34 +148,23 @@ def study(compared: Comparison) -> Study:
     """The numbers of the table as a study."""
     evaluation = compared.evaluation
     facts = {
-        "questions": evaluation["count"],
-        "file": evaluation["file"],
-        "sha256": evaluation["sha256"],
-        "chance_accuracy": evaluation["chance_accuracy"],
-        "command": compared.command,
-        "resamples": RESAMPLES,
+        "questions": evaluation["count"], "file": evaluation["file"], "sha256": evaluation["sha256"],
+        "chance_accuracy": evaluation["chance_accuracy"], "command": compared.command, "resamples": RESAMPLES,
         "pairs": [{**asdict(pair), "told_apart": pair.distinguishable} for pair in compared.pairs],
         "warnings": compared.warnings,
         "runs": [_run_facts(group, run) for group in compared.groups for run in group.runs],
-    }
+    }  # fmt: skip
     return Study("table", compared.rows, facts)
 
 
 def _run_facts(group: Group, run: ComparableRun) -> dict[str, Any]:
     description = run.record.description
     return {
-        "group": group.label,
-        "run": str(run.folder),
-        "seed": run.seed,
-        "checkpoint": run.evaluation["step"],
-        "accuracy": run.evaluation["accuracy"],
-        "correct": run.evaluation["correct"],
-        "updates": description["updates"],
-        "updates_before": run.updates_before,
-        "init": description["init"],
-        "data": description["data"],
+        "group": group.label, "run": str(run.folder), "seed": run.seed, "checkpoint": run.evaluation["step"],
+        "accuracy": run.evaluation["accuracy"], "correct": run.evaluation["correct"], "updates": description["updates"],
+        "updates_before": run.updates_before, "init": description["init"], "data": description["data"],
         "sessions": description["sessions"],
-    }
+    }  # fmt: skip
 
 
 # The page.

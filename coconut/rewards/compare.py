@@ -33,6 +33,7 @@ from coconut.rewards.monte_carlo import continue_completions, step_labels
 from coconut.rewards.step_spans import step_count
 from coconut.rewards.value_model import ValueModel
 from coconut.runs.study import Study
+from coconut.tasks.chain import read_steps
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -139,7 +140,7 @@ def error_localisation(
     """
     task, form = cast("Any", judge.task), judge.form
     texts = [[(row.example.question, s.text) for row in part for s in row.completions] for part in answers]
-    truth = [[task.first_wrong(question, task.read_steps(text, form)) for question, text in part] for part in texts]
+    truth = [[task.first_wrong(question, read_steps(text, form)) for question, text in part] for part in texts]
     rows = []
     for results in scored:
         steps = [

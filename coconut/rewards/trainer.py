@@ -32,12 +32,12 @@ from coconut.rewards.implicit import REFERENCE, WEIGHTS, digest_of
 from coconut.rewards.labelled_answers import read_answers
 from coconut.rewards.losses import get_loss
 from coconut.rewards.value_model import token_values
-from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.folder import used_file, write_description
 from coconut.runs.loading import match_dtypes, to_float32
 from coconut.runs.state import TrainingState
 from coconut.runs.tracking import Tracking
 from coconut.training.divergence import explain_non_finite_loss
-from coconut.training.launch import begin_or_resume, check_divisible, launch_training
+from coconut.training.launch import launch_training
 from coconut.training.model_setup import apply_engine_options
 from coconut.training.signals import StopRequest
 from coconut.utils.console import log
@@ -248,13 +248,6 @@ class RewardTrainer:
             torch.save(self.reference, file)
 
 
-def run(config: RewardModelConfig) -> int:
-    """Train a reward model, or resume its run, on the configured processes. Returns the exit status."""
-    return launch_training(config, "batch_size", "coconut.reward", lambda world: run_rank(config, world))
-
-
-def run_rank(config: RewardModelConfig, world: World) -> int:
-    """What each process of a run does."""
-    check_divisible(config.batch_size, world.size)
-    with open_run_folder(config, world) as (folder, files):
-        return begin_or_resume(RewardTrainer(config, folder, files, world))
+def run(config: RewardModelConfig, world: World | None = None) -> int:
+    """Train a reward model, or resume its run. See coconut.training.trainer.run."""
+    return launch_training(config, RewardTrainer, "coconut.reward", world)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from torch import nn
 
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
-from coconut.evaluation.evaluator import Prediction, evaluate
+from coconut.evaluation.evaluator import Prediction, evaluate, wilson_interval
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.rewards.aggregation import bootstrap_interval
@@ -144,7 +143,7 @@ def compare_routers(outcomes: ModeOutcomes, routers: Mapping[str, Numbers]) -> l
     for name, route_QM in routers.items():
         right_Q = (route_QM * outcomes.correct).sum(1)
         if set(np.unique(route_QM)) <= {0.0, 1.0}:
-            low, high = map(float, binomtest(round(right_Q.sum()), len(right_Q)).proportion_ci(method="wilson"))
+            low, high = wilson_interval(round(right_Q.sum()), len(right_Q))
         else:
             low, high = bootstrap_interval(right_Q)
         tokens, passes = (float((route_QM * each).sum(1).mean()) for each in (outcomes.tokens, outcomes.passes))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy
 from coconut.rl.mode_routing import collect_outcomes, metrics_by_steps, mode_metrics, predict_in_each_mode
 from coconut.rl.objectives import advantages, has_zero_variance
 from coconut.rl.process_reward import OnlineProcessReward
-from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.folder import used_file, write_description
 from coconut.runs.loading import match_dtypes, to_float32
 from coconut.runs.state import TrainingState
 from coconut.runs.tracking import Tracking
 from coconut.tasks import TASKS
 from coconut.training.divergence import explain_non_finite_loss
-from coconut.training.launch import begin_or_resume, check_divisible, launch_training
+from coconut.training.launch import launch_training
 from coconut.training.model_setup import apply_engine_options
 from coconut.training.signals import StopRequest
 from coconut.utils.console import log
@@ -405,16 +406,9 @@ class PolicyTrainer:
             self.process_reward.snapshot_models()
 
 
-def run(config: RLConfig, reward: Reward | None = None) -> int:
-    """Train a run, or resume it, on the configured processes; with a `reward` function, on one process only.
+def run(config: RLConfig, reward: Reward | None = None, world: World | None = None) -> int:
+    """Train a run, or resume it, on the configured processes or as one of `world`. Returns the exit status.
 
-    Returns the exit status.
+    With a `reward` function, on one process only.
     """
-    return launch_training(config, "prompts_per_step", "coconut.rl", lambda world: run_rank(config, world, reward))
-
-
-def run_rank(config: RLConfig, world: World, reward: Reward | None = None) -> int:
-    """What each process of a run does."""
-    check_divisible(config.prompts_per_step, world.size, "prompts_per_step")
-    with open_run_folder(config, world) as (folder, files):
-        return begin_or_resume(PolicyTrainer(config, folder, files, world, reward))
+    return launch_training(config, partial(PolicyTrainer, reward=reward), "coconut.rl", world, "prompts_per_step")

@@ -49,7 +49,7 @@ class RunRecord:
     def best(self) -> dict[str, Any] | None:
         """The validation of the best checkpoint, which is chosen in the last stage."""
         stage = self.stages[-1]
-        rows = _in_stage(self.valid, stage)
+        rows = rows_of_stage(self.valid, stage)
         return max(rows, key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]), default=None)
 
     @property
@@ -77,7 +77,7 @@ class RunRecord:
         return stage.length * (self.description["updates_per_epoch"] if in_epochs else 1)
 
 
-def _in_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
+def rows_of_stage(rows: list[dict[str, Any]], stage: Stage) -> list[dict[str, Any]]:
     return [row for row in rows if row["stage"] == stage.index]
 
 

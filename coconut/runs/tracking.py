@@ -85,13 +85,9 @@ class TrackerProcess:
         self.config, self.folder = config, folder
         earlier = read_json(folder / TRACKING) if (folder / TRACKING).is_file() else {}
         tracking = {
-            **asdict(config),
-            "id": earlier.get("id", secrets.token_hex(6)),
-            "name": config.name or folder.resolve().name,
-            "step": step,
-            "process": os.getpid(),
-            "about": about,
-        }
+            **asdict(config), "id": earlier.get("id", secrets.token_hex(6)),
+            "name": config.name or folder.resolve().name, "step": step, "process": os.getpid(), "about": about,
+        }  # fmt: skip
         write_json(folder / TRACKING, tracking)
         with (folder / TRACKING_LOG).open("a") as log_file:
             self.process = subprocess.Popen(

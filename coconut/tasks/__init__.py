@@ -1,4 +1,4 @@
-"""Tasks: reading answers from text, judging them, and listing the possible ones.
+"""Tasks: judging answers, and listing the possible ones. `chain` finds answers and steps in a text, for all tasks.
 
 A task is a module with the members of `Task`. What only one task has (`prosqa.graph`) is a function of its module.
 """
@@ -6,25 +6,14 @@ A task is a module with the members of `Task`. What only one task has (`prosqa.g
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from coconut.tasks import gsm8k, pointers, prontoqa, prosqa
-
-if TYPE_CHECKING:
-    from coconut.methods import PromptFormat
 
 
 class Task(Protocol):
     name: str
     max_new_tokens: int
-
-    def read_answer(self, text: str, form: PromptFormat) -> str | None:
-        """The answer in a generated text; None if there is none."""
-        ...
-
-    def read_steps(self, text: str, form: PromptFormat) -> list[str]:
-        """The written steps before the answer."""
-        ...
 
     def key(self, answer: str) -> Hashable:
         """A normalized answer for comparison: answers with equal keys count as the same, for the judge and in votes."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import gcd
 
-from coconut.tasks.chain import read_answer, read_steps, tidy  # noqa: F401  (members of `Task`)
+from coconut.tasks.chain import tidy
 
 name = "gsm8k"
 max_new_tokens = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from coconut.tasks.chain import judge, key, read_answer, read_steps, tidy  # noqa: F401  (members of `Task`)
+from coconut.tasks.chain import judge, key, tidy  # noqa: F401  (members of `Task`)
 
 name = "pointers"
 max_new_tokens = 64

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from coconut.tasks.chain import key as answer_text
-from coconut.tasks.chain import read_answer, read_steps  # noqa: F401  (members of `Task`)
 
 name = "prontoqa"
 max_new_tokens = 128

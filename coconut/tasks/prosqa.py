@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import networkx
 
-from coconut.tasks.chain import judge, key, read_answer, read_steps, tidy  # noqa: F401  (members of `Task`)
+from coconut.tasks.chain import judge, key, tidy  # noqa: F401  (members of `Task`)
 
 name = "prosqa"
 max_new_tokens = 128

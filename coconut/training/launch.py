@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from coconut.config import RunConfig
@@ -10,27 +11,40 @@ from coconut.engine.launch import num_processes, run_on_processes
 from coconut.engine.launcher_env import read_launcher_env
 from coconut.engine.world import World
 from coconut.runs.description import DESCRIPTION
+from coconut.runs.folder import open_run_folder
 from coconut.runs.tracking import check_tracker
 from coconut.training.loop import AnyTrainer, run_loop
 from coconut.utils.console import log, silence_libraries
 from coconut.utils.files import read_json
 
+NewTrainer = Callable[[Any, Path, dict[str, str], World], AnyTrainer]  # configuration, folder, file of each split
 
-def launch_training(config: RunConfig, batch_key: str, module: str, work: Callable[[World], int]) -> int:
-    """Call `work` in each process of the run, starting processes if the configuration asks for them.
 
-    Processes that are started run `module`. Raises ValueError if the number that `batch_key` names cannot be divided
-    among them. Returns the exit status.
+def launch_training(
+    config: RunConfig, trainer: NewTrainer, module: str, world: World | None, batch_key: str = "batch_size"
+) -> int:
+    """Train a run, or resume it, in each of its processes, starting them if the configuration asks for them.
+
+    Processes that are started run `module`. `world`: its processes are there already, and this is one of them. Raises
+    ValueError if the number that `batch_key` names cannot be divided among them. Returns the exit status.
     """
+
+    def train(world: World) -> int:
+        _check_divisible(config, batch_key, world.size)
+        with open_run_folder(config, world) as (folder, files):
+            return _begin_or_resume(trainer(config, folder, files, world))
+
+    if world:
+        return train(world)
     silence_libraries()
     if read_launcher_env().size == 1 and (count := num_processes(config.launch, config.engine)) > 1:
-        check_divisible(getattr(config, batch_key), count, batch_key)  # before any process is started
+        _check_divisible(config, batch_key, count)  # before any process is started
         check_tracker(config.tracking)
-    return run_on_processes(config.launch, config.engine, module, work)
+    return run_on_processes(config.launch, config.engine, module, train)
 
 
-def check_divisible(number: int, processes: int, key: str = "batch_size") -> None:
-    """Raise ValueError if `number`, the value of `key`, is not divisible by the number of processes."""
+def _check_divisible(config: RunConfig, key: str, processes: int) -> None:
+    number = getattr(config, key)
     if over := number % processes:
         below = number - over
         near = f"{below} or {below + processes}" if below else f"{processes}"
@@ -40,7 +54,7 @@ def check_divisible(number: int, processes: int, key: str = "batch_size") -> Non
         )
 
 
-def begin_or_resume(trainer: AnyTrainer) -> int:
+def _begin_or_resume(trainer: AnyTrainer) -> int:
     """Check, describe and train a run from where it stands. Returns the exit status."""
     if trainer.step == trainer.num_steps and not trainer.pending:
         log(f"This run is complete: {trainer.step:,} {trainer.unit}s. Next: {trainer.next_command}")

@@ -26,13 +26,13 @@ from coconut.methods import Reasoning, Stage
 from coconut.models.latent_lm import LatentLM
 from coconut.objectives.training_model import TrainingModel
 from coconut.runs.checkpoints import load_trainer
-from coconut.runs.folder import open_run_folder, used_file, write_description
+from coconut.runs.folder import used_file, write_description
 from coconut.runs.loading import starting_point
 from coconut.runs.state import TrainingState
 from coconut.runs.tracking import Tracking
 from coconut.tasks import TASKS
 from coconut.training.divergence import explain_non_finite_loss
-from coconut.training.launch import begin_or_resume, check_divisible, launch_training
+from coconut.training.launch import launch_training
 from coconut.training.model_setup import apply_engine_options, make_model
 from coconut.training.prepare import answers_view, largest_examples, prepare_data, read_splits
 from coconut.training.schedule import Schedule, StepPosition, updates_since_reset
@@ -274,13 +274,6 @@ class Trainer:
         write_description(self.folder, self.config, about, session, self.questions)
 
 
-def run(config: TrainConfig) -> int:
-    """Train a run, or resume it, on the configured processes. Returns the exit status."""
-    return launch_training(config, "batch_size", "coconut.train", lambda world: run_rank(config, world))
-
-
-def run_rank(config: TrainConfig, world: World) -> int:
-    """What each process of a run does."""
-    check_divisible(config.batch_size, world.size)
-    with open_run_folder(config, world) as (folder, files):
-        return begin_or_resume(Trainer(config, folder, files, world))
+def run(config: TrainConfig, world: World | None = None) -> int:
+    """Train a run, or resume it, on the configured processes or as one of `world`. Returns the exit status."""
+    return launch_training(config, Trainer, "coconut.train", world)

@@ -38,6 +38,7 @@ from coconut.reporting.demo_server import MAX_REQUEST_BYTES, DemoServer, demo_pa
 from coconut.reporting.plots import DARK, LIGHT
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.tasks import prosqa
+from coconut.tasks.chain import read_answer
 from coconut.training import trainer as train
 from coconut.utils.files import read_json, write_json
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
@@ -153,7 +154,7 @@ def test_replies_equal_the_answers_of_the_model(form: str, request: pytest.Fixtu
         outs = [lm.generate(torch.tensor(prompts), num_thoughts=count) for count in counts]
         for one, out in zip(found["after"], outs, strict=True):
             assert (one["text"], one["truncated"]) == (out.texts[0].strip(), bool(out.truncated[0]))
-            assert one["answer"] == subject.task.read_answer(out.texts[0], subject.lm.reasoning.format)
+            assert one["answer"] == read_answer(out.texts[0], subject.lm.reasoning.format)
             assert one["correct"] == subject.task.judge(one["answer"], example.answer)
         for said, expected in zip(found["thoughts"], logit_lens(lm, outs[-1].thoughts[0], 5), strict=True):
             assert [text for text, _ in said] == [text for text, _ in expected]

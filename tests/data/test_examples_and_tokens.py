@@ -13,6 +13,7 @@ import pytest
 from helpers.models import byte_level_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import (
@@ -36,15 +37,16 @@ def examples(rows: list[dict] = ROWS) -> list[Example]:
     return [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in rows]
 
 
-@pytest.mark.parametrize("lines", [True, False])
-def test_json_list_and_lines_read_the_same(tmp_path: Path, lines: bool) -> None:
-    text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS, indent=1)
-    path = tmp_path / "data.json"
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data.json"
+
+
+@pytest.mark.parametrize("text", ["\n\n".join(map(json.dumps, ROWS)), json.dumps(ROWS, indent=1)])
+def test_json_list_and_lines_read_the_same(path: Path, text: str) -> None:
     path.write_text(text)
     read = read_examples(path)
-    assert [(e.question, list(e.steps), e.answer) for e in read] == [
-        (row["question"], row["steps"], row["answer"]) for row in ROWS
-    ]
+    assert [(e.question, e.steps, e.answer) for e in read] == [(e.question, e.steps, e.answer) for e in examples()]
     assert read[0].meta == {"hops": 2}
 
 
@@ -67,47 +69,39 @@ GOOD = {"question": "q", "steps": ["s"], "answer": "a"}
         ({**GOOD, "other": {"a": "\udfff"}}, "row 2: holds half of a surrogate pair"),
     ],
 )
-def test_malformed_row_is_named(tmp_path: Path, row: object, message: str) -> None:
-    path = tmp_path / "data.json"
+def test_malformed_row_is_named(path: Path, row: object, message: str) -> None:
     path.write_text(json.dumps([GOOD, row]))
     with pytest.raises(ValueError, match=rf"data.json has 1 bad row:\s+{message}"):
         read_examples(path)
 
 
-def test_missing_steps_and_numeric_answers_are_accepted(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"question": "q", "answer": 7}\n\n{"question": "q", "answer": -2.5, "steps": null}\n')
+def test_missing_steps_numeric_answers_and_line_separators_are_accepted(path: Path) -> None:
+    rows = '{"question": "q", "answer": 7}\n\n{"question": "a\u2028b", "answer": -2.5, "steps": null}\n'
+    path.write_text(rows, encoding="utf-8")
     read = read_examples(path)
-    assert read == [Example("q", (), "7"), Example("q", (), "-2.5")]
+    assert read == [Example("q", (), "7"), Example("a\u2028b", (), "-2.5")]
     assert [example.where for example in read] == ["line 1", "line 3"]
 
 
-def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
+def test_all_bad_rows_are_counted(path: Path) -> None:
     path.write_text("\n".join([json.dumps(GOOD), "{broken", *[json.dumps({})] * 20]))
     with pytest.raises(ValueError, match=r"(?s)has 21 bad rows:\n  line 2: not JSON .*\{broken.*and 11 more"):
         read_examples(path)
 
 
-def test_unusable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere.json does not exist.*coconut data NAME"):
-        read_examples(tmp_path / "nowhere.json")
+def test_unusable_files_are_refused(path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data.json does not exist.*coconut data NAME"):
+        read_examples(path)
     with pytest.raises(FileNotFoundError, match="is a folder"):
-        read_examples(tmp_path)
-    for text, message in [("", "holds no example"), ("[]", "holds no example"), ("[{", "breaks at line 1")]:
-        path = tmp_path / "data.json"
-        path.write_text(text)
+        read_examples(path.parent)
+    for content, message in (
+        (b"", "holds no example"), (b"[]", "holds no example"), (b"[{", "breaks at line 1"),
+        (b'[{"question": "a"},\n {"question": "caf\xe9"}]',
+         r"data\.json is not UTF-8 text .*line 2 holds 0xE9.*iconv -f LATIN1"),
+    ):  # fmt: skip
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_examples(path)
-    path.write_bytes(b'[{"question": "a"},\n {"question": "caf\xe9"}]')
-    with pytest.raises(ValueError, match=r"data\.json is not UTF-8 text .*line 2 holds 0xE9.*iconv -f LATIN1"):
-        read_examples(path)
-
-
-def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({**GOOD, "question": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
-    assert read_examples(path)[0].question == "a\u2028b"
 
 
 @pytest.mark.slow
@@ -213,8 +207,8 @@ PIECES = sorted({*" \t\n\r\u2028\u00a0\x85\x0c\x1c", *re.findall(r"\w+|#+|[^\w\s
 WORDS = build_word_tokenizer([Example(text, (text,), text) for text in WRITTEN])
 
 
-def decoded(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+def decoded(tokenizer: Any, *rows: list[int]) -> str:
+    return tokenizer.decode([token for row in rows for token in row], clean_up_tokenization_spaces=False)
 
 
 @given(st.lists(st.sampled_from(PIECES)))
@@ -234,8 +228,7 @@ def test_word_tokenizer_round_trips_its_training_text(text: str) -> None:
             continue  # where steps end in a space, one at the end of another text is left out
         tokenizer = build_word_tokenizer([Example(text, (text, "x"), text)], form)
         segments = [form.step.replace("{}", text), form.step.replace("{}", "x"), form.answer.replace("{}", text)]
-        ids = encode_texts(tokenizer, segments)
-        assert decoded(tokenizer, [token for row in ids for token in row]) == "".join(segments)
+        assert decoded(tokenizer, *encode_texts(tokenizer, segments)) == "".join(segments)
 
 
 @pytest.mark.parametrize("steps", [("<<48/2=24>>", "<<48+24=72>>"), ("a. b.", ".5 more"), ("a", " b")])
@@ -243,8 +236,7 @@ def test_word_tokenizer_keeps_the_space_that_ends_a_step(steps: tuple[str, str])
     form = PromptFormat("{}", "{} ", "### {}")
     tokenizer = build_word_tokenizer([Example("How many?", steps, "72")], form)
     segments = [*(form.fill(form.step, step) for step in steps), form.fill(form.answer, "72")]
-    ids = encode_texts(tokenizer, segments)
-    assert decoded(tokenizer, [token for row in ids for token in row]) == form.written(steps, "72")
+    assert decoded(tokenizer, *encode_texts(tokenizer, segments)) == form.written(steps, "72")
 
 
 def test_word_tokenizer_omits_unneeded_spacing_tokens() -> None:
@@ -264,8 +256,6 @@ def test_private_use_characters_are_unknown_words() -> None:
 
 
 def test_word_tokenizer_is_saved_completely(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = build_word_tokenizer(examples())
     special = add_special_tokens(tokenizer)
     tokenizer.save_pretrained(tmp_path)
@@ -275,13 +265,11 @@ def test_word_tokenizer_is_saved_completely(tmp_path: Path) -> None:
     WORDS.save_pretrained(tmp_path / "words")
     again = AutoTokenizer.from_pretrained(tmp_path / "words")
     for text in WRITTEN:
-        assert again.decode(again(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+        assert decoded(again, again(text)["input_ids"]) == text
 
 
-CHAT = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>me:{% endif %}"
-)
+CHAT = """{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor -%}
+{% if add_generation_prompt %}<s>me:{% endif %}"""
 
 
 def test_questions_are_put_into_the_chat_template() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from helpers.processes import CLEAN, free_port
-from helpers.runs import graph_files
+from helpers.runs import SMALL, graph_files
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
@@ -38,7 +38,6 @@ MANY = 100_000  # updates; no test waits for so many
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list[str]]:
     """A function (folder, total updates) that returns the arguments of a small quickstart."""
     data = graph_files(tmp_path_factory.mktemp("data"), 24, 6, 6)
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
     def keys(folder: Path, total: int) -> list[str]:
         return [
@@ -46,7 +45,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], list
             "curriculum.stage0_length=1", "curriculum.stage_length=1", f"curriculum.total_length={total}",
             f"validate_every={MANY}",
             "batch_size=8", "max_new_tokens=4", "engine.device=cpu", "engine.threads=1", "engine.timeout=120",
-            *(f"model.architecture.{name}={value}" for name, value in small.items()),
+            *SMALL,
         ]  # fmt: skip
 
     return keys
@@ -75,8 +74,13 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def is_in_last_stage(folder: Path) -> bool:
-    """Whether the run is in its last stage."""
     return (folder / "metrics.jsonl").exists() and any(row.get("stage") == 3 for row in read_metrics(folder))
+
+
+def terminated_in_last_stage(process: subprocess.Popen[str], run: Path) -> str:
+    assert wait_until(lambda: is_in_last_stage(run) or process.poll() is not None, 120)
+    process.send_signal(signal.SIGTERM)
+    return process.communicate(timeout=60)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -104,9 +108,7 @@ def test_launch_scripts_name_missing_arguments(script: str, arguments: list[str]
 def test_torchrun_workers_save_on_sigterm(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("bash", "launch/torchrun.sh", 2, *keys(run, MANY)) as launcher:
-        assert wait_until(lambda: is_in_last_stage(run) or launcher.poll() is not None, 120)
-        launcher.send_signal(signal.SIGTERM)
-        printed, _ = launcher.communicate(timeout=60)
+        printed = terminated_in_last_stage(launcher, run)
     assert "100,000 updates on 2 processes" in printed
     assert "Stopped by SIGTERM; saved at update" in printed, printed
     assert Checkpoints(run).steps()[-1] == max(row["step"] for row in read_metrics(run))
@@ -142,9 +144,7 @@ def test_sigterm_stops_the_whole_sweep(keys: Callable[[Path, int], list[str]], t
         sys.executable, "-m", "coconut.train", "--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}",
         *keys(tmp_path / "run-${seed}", MANY), "seed=0,1",
     ) as sweep:  # fmt: skip
-        assert wait_until(lambda: is_in_last_stage(tmp_path / "run-0") or sweep.poll() is not None, 120)
-        sweep.send_signal(signal.SIGTERM)
-        printed, _ = sweep.communicate(timeout=60)
+        printed = terminated_in_last_stage(sweep, tmp_path / "run-0")
     assert sweep.returncode == 143, printed
     assert "Stopped by SIGTERM; saved at update" in printed
     assert not (tmp_path / "run-1").exists()

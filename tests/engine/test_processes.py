@@ -15,19 +15,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import together
-from helpers.runs import Launched, graph_files, keys, same_end, small_run
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from helpers.runs import Launched, composed, copy_until, data_beside, graph_files, keys, same_end, small_run
 
-from coconut.config import (
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    LaunchConfig,
-    LoraConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from coconut.config import DataConfig, EngineConfig, EngineKind, LaunchConfig, LoraConfig, OptimizerConfig, TrainConfig
 from coconut.engine.base import choose_device
 from coconut.engine.launch import run_workers
 from coconut.engine.launcher_env import RankInfo, read_launcher_env
@@ -36,10 +26,8 @@ from coconut.evaluate import run as evaluate_run
 from coconut.evaluate import run_rank as evaluate_on_rank
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, Unit
-from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.description import read_metrics
-from coconut.training.trainer import run, run_rank
-from coconut.utils.hydra_app import CONF_DIR, to_dataclass
+from coconut.training.trainer import run
 
 pytestmark = pytest.mark.slow
 
@@ -56,20 +44,12 @@ def settings(folder: Path, data: DataConfig, engine: EngineConfig = ENGINE, **ch
     """A run of 10 updates, 4 in an epoch, the last of them with one row; mixing is on."""
     values: dict[str, Any] = {
         "curriculum": Curriculum(
-            max_stage=2,
-            length_unit=Unit.updates,
-            stage0_length=3,
-            stage_length=3,
-            total_length=10,
+            max_stage=2, length_unit=Unit.updates, stage0_length=3, stage_length=3, total_length=10,
             mixing_probability=0.3,
         ),
-        "engine": engine,
-        "optimizer": OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
-        "batch_size": 8,
-        "micro_batch_size": 3,
-        "save_every": 1,
-        "keep_checkpoints": 100,
-    }
+        "engine": engine, "optimizer": OptimizerConfig(lr=1e-2, max_grad_norm=1.0), "batch_size": 8,
+        "micro_batch_size": 3, "save_every": 1, "keep_checkpoints": 100,
+    }  # fmt: skip
     return small_run(folder, data, **values | changes)
 
 
@@ -79,42 +59,22 @@ def numbers(folder: Path) -> list[list[float]]:
     return [[row[name] for name in names if row.get(name) is not None] for row in read_metrics(folder)]
 
 
-def remove_checkpoints_after(folder: Path, step: int) -> None:
-    for later in Checkpoints(folder).steps():
-        if later > step:
-            shutil.rmtree(Checkpoints(folder).path(later))
-
-
 def lora_run(root: Path, name: str, data: DataConfig, engine: EngineConfig) -> TrainConfig:
     """A LoRA run on the model of the single-process run."""
     plain = settings(root / name, data, engine, init=str(root / "one"))
     return replace(plain, model=replace(plain.model, lora=LoraConfig(rank=2)))
 
 
-def runs_of_two(folder: str, files: dict[str, str]) -> None:
+def runs_of_two(folder: str, train: str) -> None:
     """The runs of the fixture `finished_runs` that use two processes."""
-    data = graph_data(files)
-    root = Path(folder)
+    data, root = data_beside(train), Path(folder)
     with init_distributed(ENGINE) as world:
         for name, engine in {"ddp": ENGINE, "zero": ZERO_3, "ddp_from_one": ENGINE, "zero_from_one": ZERO_3}.items():
-            assert run_rank(settings(root / name, data, engine), world) == 0
+            assert run(settings(root / name, data, engine), world) == 0
         sparing = replace(ZERO_3, activation_checkpointing=True)
-        assert run_rank(lora_run(root, "zero_lora", data, sparing), world) == 0
-        assert run_rank(composed_config(keys(root / "whole", data)), world) == 0
+        assert run(lora_run(root, "zero_lora", data, sparing), world) == 0
+        assert run(composed("train", TrainConfig, keys(root / "whole", data)), world) == 0
         assert evaluate_on_rank(EvaluateConfig(str(root / "one"), engine=ENGINE, batch_size=2), world) == 0
-
-
-def composed_config(overrides: list[str]) -> TrainConfig:
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_dataclass(compose("train", overrides), TrainConfig)
-
-
-def graph_data(files: dict[str, Any]) -> DataConfig:
-    from coconut.config import TaskName
-    from coconut.methods import PromptFormat
-
-    return DataConfig(TaskName.prosqa, **files, format=PromptFormat("{}", "{} ", "### {}"))
 
 
 @pytest.fixture(scope="module")
@@ -124,33 +84,26 @@ def finished_runs(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) ->
     assert run(settings(folder / "one", data)) == 0
     assert run(lora_run(folder, "one_lora", data, ENGINE)) == 0
     for name in ("ddp_from_one", "zero_from_one"):
-        shutil.copytree(folder / "one", folder / name)
-        remove_checkpoints_after(folder / name, 5)
+        copy_until(5, folder / "one", folder / name)
     assert evaluate_run(EvaluateConfig(str(folder / "one"), engine=ENGINE, batch_size=2)) == 0
     shutil.move(folder / "one" / "evaluation", folder / "evaluation")
-    together(runs_of_two, str(folder), {split: getattr(data, split) for split in ("train", "valid", "test")})
-    shutil.copytree(folder / "zero", folder / "one_from_zero")
-    remove_checkpoints_after(folder / "one_from_zero", 5)
-    assert run(settings(folder / "one_from_zero", data)) == 0
+    together(runs_of_two, str(folder), data.train)
+    assert run(settings(copy_until(5, folder / "zero", folder / "one_from_zero"), data)) == 0
     return folder
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero", "ddp_from_one", "zero_from_one", "one_from_zero", "zero_lora"])
 def test_two_processes_train_like_one(finished_runs: Path, name: str) -> None:
-    ours, theirs = (
-        numbers(finished_runs / name),
-        numbers(finished_runs / ("one_lora" if name == "zero_lora" else "one")),
-    )
+    alone = "one_lora" if name == "zero_lora" else "one"
+    ours, theirs = numbers(finished_runs / name), numbers(finished_runs / alone)
     assert len(ours) == len(theirs) == 10 + 3
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_two_processes_evaluate_like_one(finished_runs: Path) -> None:
-    ours, theirs = (
-        (folder / "test.predictions.jsonl").read_text()
-        for folder in (finished_runs / "one" / "evaluation", finished_runs / "evaluation")
-    )
+    folders = finished_runs / "one" / "evaluation", finished_runs / "evaluation"
+    ours, theirs = ((folder / "test.predictions.jsonl").read_text() for folder in folders)
     assert len(ours.splitlines()) == 7
     assert ours == theirs
 
@@ -217,9 +170,8 @@ def test_missing_scontrol_error_gives_advice(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_incomplete_launcher_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="not MASTER_ADDR and MASTER_PORT"):
         read_launcher_env()
 

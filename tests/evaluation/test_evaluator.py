@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from io import BytesIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import build
-from helpers.runs import graph_files, graph_rows, small_run
+from helpers.runs import copy_until, graph_files, graph_rows, small_run
 from scipy.stats import norm
 
 from coconut import LatentLM
@@ -25,10 +25,10 @@ from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated
 from coconut.methods import NOTHING, PromptFormat
-from coconut.runs.checkpoints import Checkpoints
 from coconut.runs.description import read_results
 from coconut.tasks import TASKS
 from coconut.training.trainer import run as run_train
+from coconut.utils.files import read_json, sha256, write_json
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     assert run_train(small_run(folder / "run", graph_files(folder, 32, 8, 20))) == 0
     return folder / "run"
+
+
+def evaluated(trained: Path, file: Path, rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """Write these rows to a file, and give the result of their evaluation."""
+    write_json(file, rows)
+    assert run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(file)), **settings)) == 0
+    return read_results(trained)[f"{file.stem}-{sha256(file)[:8]}"]
 
 
 def saying(*texts: str) -> Any:
@@ -86,7 +93,12 @@ def test_interval_is_that_of_wilson() -> None:
 
 
 def test_evaluation_writes_result_and_predictions(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_evaluate(EvaluateConfig(run=str(trained), batch_size=7)) == 0
+    results = []
+    for batch_size in (20, 7):
+        assert run_evaluate(EvaluateConfig(run=str(trained), batch_size=batch_size)) == 0
+        assert read_results(trained)["test"]["batch_size"] == batch_size
+        results.append(read_results(trained)["test"] | {"batch_size": 0, "seconds_per_item": 0})
+    assert results[0] == results[1], "the size of a batch changes nothing else"
     said = capsys.readouterr().out
     result = read_results(trained)["test"]
     assert result["count"] == 20
@@ -96,14 +108,6 @@ def test_evaluation_writes_result_and_predictions(trained: Path, capsys: pytest.
     rows = [json.loads(line) for line in (trained / "evaluation" / "test.predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 20
     assert sum(row["correct"] for row in rows) == result["correct"]
-    again = read_results(trained)["test"]
-    run_evaluate(EvaluateConfig(run=str(trained), batch_size=20))
-    same = read_results(trained)["test"]
-    assert same.pop("batch_size") == 20
-    assert again.pop("batch_size") == 7
-    for found in (same, again):
-        del found["seconds_per_item"]
-    assert same == again, "the size of a batch changes nothing else"
 
 
 def test_non_default_settings_are_part_of_the_name(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,32 +117,28 @@ def test_non_default_settings_are_part_of_the_name(trained: Path, capsys: pytest
     run_evaluate(EvaluateConfig(run=str(trained), split="valid"))
     assert read_results(trained)["valid"]["chose_the_checkpoint"]
     assert "no test result" in capsys.readouterr().out
-    own = trained.parent / "own.json"
-    own.write_text(json.dumps([{"question": "0 zebra ?", "steps": [], "answer": "zebra"}]))
-    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(own))))
-    (name,) = (name for name in read_results(trained) if name.startswith("own-"))
-    assert read_results(trained)[name]["chance_accuracy"] is None
+    own = [{"question": "0 zebra ?", "steps": [], "answer": "zebra"}]
+    assert evaluated(trained, trained.parent / "own.json", own)["chance_accuracy"] is None
     assert "1 words of the questions are not in the model's vocabulary" in capsys.readouterr().out
 
 
 def test_another_file_named_test_does_not_overwrite_the_test_result(trained: Path, tmp_path: Path) -> None:
     run_evaluate(EvaluateConfig(run=str(trained)))
     before = read_results(trained)["test"]
-    other = tmp_path / "test.json"
-    other.write_text(json.dumps(json.loads((trained.parent / "test.json").read_text())[:3]))
-    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(other))))
+    evaluated(trained, tmp_path / "test.json", read_json(trained.parent / "test.json")[:3])
     assert read_results(trained)["test"] == before
     with pytest.raises(ValueError, match=r"split=test is evaluated\. Add split=valid"):
-        EvaluateConfig(run=str(trained), data=DataFiles(valid=str(other)))
+        EvaluateConfig(run=str(trained), data=DataFiles(valid="other.json"))
 
 
 def test_seen_questions_are_counted(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_results(trained)["test"]["seen"] == {"train": 0, "valid": 0}
-    rows, own = (json.loads((trained.parent / f"{split}.json").read_text()) for split in ("train", "test"))
-    (tmp_path / "copy.json").write_text(json.dumps(rows[:3]))
-    (tmp_path / "some.json").write_text(json.dumps(rows[:3] + own[:5]))
-    for file, what in [("copy", "so its accuracy is no test result"), ("some", "which may make its accuracy too high")]:
-        run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / f"{file}.json"))))
+    seen, own = (read_json(trained.parent / f"{split}.json") for split in ("train", "test"))
+    for name, rows, what in (
+        ("copy", seen[:3], "so its accuracy is no test result"),
+        ("some", seen[:3] + own[:5], "which may make its accuracy too high"),
+    ):
+        evaluated(trained, tmp_path / f"{name}.json", rows)
         assert f"questions, 3 of them in the training data, {what}" in capsys.readouterr().out
     for path in (trained / "evaluation").glob("[cs]o*"):
         path.unlink()
@@ -147,14 +147,11 @@ def test_seen_questions_are_counted(trained: Path, tmp_path: Path, capsys: pytes
 def test_questions_without_room_for_an_answer_are_refused_or_skipped(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "long.json"
-    rows = json.loads((trained.parent / "test.json").read_text())[:2]
-    file.write_text(json.dumps([{**rows[0], "question": "0 " * 100}, rows[1]]))
-    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(file)))
+    file, rows = tmp_path / "long.json", read_json(trained.parent / "test.json")[:2]
+    rows[0]["question"] = "0 " * 100
     with pytest.raises(ValueError, match=r"1 of 2 questions leave no room .* question 1 \(100 tokens\)"):
-        run_evaluate(config)
-    config.too_long = TooLong.skip
-    run_evaluate(config)
+        evaluated(trained, file, rows)
+    evaluated(trained, file, rows, too_long=TooLong.skip)
     assert "1 questions, too long or with a gold answer that would be judged wrong" in capsys.readouterr().out
 
 
@@ -198,9 +195,8 @@ def test_generate_answers_the_questions_of_a_file(
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["question"] for row in printed] == questions
     output = tmp_path / "answers.jsonl"
-    run_generate(
-        GenerateConfig(run=str(trained), file=str(tmp_path / "some.jsonl"), output=str(output), show_thoughts=True)
-    )
+    asked = GenerateConfig(run=str(trained), file=str(tmp_path / "some.jsonl"))
+    run_generate(replace(asked, output=str(output), show_thoughts=True))
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["text"] for row in written] == [row["text"] for row in printed]
     assert [len(row["thoughts"]) for row in written] == [2] * 8
@@ -257,10 +253,8 @@ def test_generate_names_words_outside_the_vocabulary(
     (tmp_path / "some.txt").write_text(f"{graph_rows(seed=0, count=1)[0]['question']}\n{asked}\n")
     run_generate(GenerateConfig(run=str(trained), file=str(tmp_path / "some.txt")))
     shown = capsys.readouterr()
-    assert (
-        "1 of 2 questions have words outside the model's vocabulary. The first is question 2: Which, animal, barks."
-        in shown.err
-    )
+    told = "1 of 2 questions have words outside the model's vocabulary. The first is question 2: Which, animal, barks."
+    assert told in shown.err
     rows = [json.loads(line) for line in shown.out.splitlines()]
     assert [row.get("unknown") for row in rows] == [None, ["Which", "animal", "barks"]]
 
@@ -268,21 +262,15 @@ def test_generate_names_words_outside_the_vocabulary(
 def test_evaluation_warns_of_gold_answers_that_cannot_be_generated(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = json.loads((trained.parent / "test.json").read_text())[:3]
-    unknown = [*rows, {**rows[0], "answer": "zebra"}]
-    (tmp_path / "unknown.json").write_text(json.dumps(unknown))
-    run_evaluate(EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "unknown.json"))))
+    rows = read_json(trained.parent / "test.json")[:3]
+    result = evaluated(trained, tmp_path / "unknown.json", [*rows, {**rows[0], "answer": "zebra"}])
     assert "no words for 1 of 4 answers" in capsys.readouterr().out
-    (name,) = (name for name in read_results(trained) if name.startswith("unknown-"))
-    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (4, 0)
-    (tmp_path / "wrong.json").write_text(json.dumps([*rows, {**rows[0], "answer": "0 ### 1"}]))
-    config = EvaluateConfig(run=str(trained), data=DataFiles(test=str(tmp_path / "wrong.json")))
+    assert (result["count"], result["left_out"]) == (4, 0)
+    file, wrong = tmp_path / "wrong.json", [*rows, {**rows[0], "answer": "0 ### 1"}]
     with pytest.raises(ValueError, match="row 4, answer '0 ### 1': '1' is read"):
-        run_evaluate(config)
-    config.unreadable = Unreadable.skip
-    run_evaluate(config)
-    (name,) = (name for name in read_results(trained) if name.startswith("wrong-"))
-    assert (read_results(trained)[name]["count"], read_results(trained)[name]["left_out"]) == (3, 1)
+        evaluated(trained, file, wrong)
+    result = evaluated(trained, file, wrong, unreadable=Unreadable.skip)
+    assert (result["count"], result["left_out"]) == (3, 1)
     run_evaluate(EvaluateConfig(run=str(trained), limit=3, max_new_tokens=1))
     assert "3 of 3 gold texts" in capsys.readouterr().out
 
@@ -304,25 +292,16 @@ def test_generate_answers_typed_questions(trained: Path, capsys: pytest.CaptureF
     assert shown.out.split()[: len(said)] == said
     assert shown.err.count("[thought 2, likeliest tokens: ") == 2
     assert "leaves no room" in shown.err, "and the conversation goes on"
-    monkeypatch.setattr("sys.stdin", __import__("io").StringIO())
+    monkeypatch.setattr("sys.stdin", StringIO())
     with pytest.raises(ValueError, match="There is no question"):
         run_generate(GenerateConfig(run=str(trained)))
 
 
 def test_a_run_before_its_last_stage_has_no_best_checkpoint(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(trained, tmp_path / "run")
-    steps = Checkpoints(trained).steps()
-    early = Checkpoints(tmp_path / "run")
-    for step in steps:
-        state = early.path(step) / "state.json"
-        values = json.loads(state.read_text())
-        if values["step"] > 4:
-            shutil.rmtree(early.path(step))
+    early = str(copy_until(4, trained, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"no best checkpoint yet.*Use checkpoint=last"):
-        run_evaluate(EvaluateConfig(run=str(tmp_path / "run")))
-    assert run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last")) == 0
+        run_evaluate(EvaluateConfig(run=early))
+    assert run_evaluate(EvaluateConfig(run=early, checkpoint="last")) == 0
 
 
 def test_a_missing_split_is_named(trained: Path) -> None:

@@ -48,21 +48,15 @@ def test_a_batch_says_what_each_question_would(family: str, slot: Slot, count: i
     assert alone == expected
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_number_of_thoughts_can_be_set(count: int) -> None:
+def test_the_number_of_thoughts_can_be_set_and_matters() -> None:
     lm = build("llama", num_thoughts=2)
-    ids, mask = padded(QUESTIONS)
-    out = lm.generate(ids, mask, max_new_tokens=6, num_thoughts=count)
-    assert out.num_thoughts.tolist() == [count] * len(QUESTIONS)
-    assert rows_of(out) == [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
-
-
-def test_thoughts_matter() -> None:
-    """Otherwise the tests above would hold for a model that ignores them."""
-    lm = build("llama", num_thoughts=3)
-    ids, mask = padded(QUESTIONS)
-    said = [rows_of(lm.generate(ids, mask, max_new_tokens=6, num_thoughts=n)) for n in (0, 1, 2, 3)]
-    assert len({str(text) for text in said}) == 4
+    answers = set()
+    for count in (0, 1, 2, 3, 5):
+        out = lm.generate(*padded(QUESTIONS), max_new_tokens=6, num_thoughts=count)
+        assert out.num_thoughts.tolist() == [count] * len(QUESTIONS)
+        assert rows_of(out) == [by_recomputation(lm, question, count, 6) for question in QUESTIONS]
+        answers.add(str(rows_of(out)))
+    assert len(answers) >= 4, "else the other tests would hold for a model that ignores its thoughts"
 
 
 def test_its_own_thoughts_fed_back_change_nothing_and_others_do(family: str) -> None:
@@ -108,15 +102,16 @@ def test_each_row_stops_thinking_by_itself(family: str) -> None:
         assert (out.thoughts[row, count:] == 0).all()
 
 
-def test_rows_stop_by_themselves_behind_a_sliding_window_too() -> None:
+def of_bytes(model_type: str, num_thoughts: int, **sizes: Any) -> LatentLM:
+    """A model with a byte-level tokenizer."""
     tokenizer = byte_level_tokenizer()
-    config = AutoConfig.for_model(
-        "mistral", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=96, sliding_window=4,
-    )  # fmt: skip
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config)
-    lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(num_thoughts=3)).eval()
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **sizes))
+    return LatentLM.from_base(base, tokenizer, "random", Reasoning(num_thoughts=num_thoughts)).eval()
+
+
+def test_rows_stop_by_themselves_behind_a_sliding_window_too() -> None:
+    lm = of_bytes("mistral", num_thoughts=3, **ARCHITECTURES["llama"], sliding_window=4)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
     first = lm.generate(ids, max_new_tokens=5).thoughts[1, 0]
     out = lm.generate(ids, max_new_tokens=5, stop=lambda thoughts: (thoughts.cpu() == first).all(1))
@@ -126,18 +121,13 @@ def test_rows_stop_by_themselves_behind_a_sliding_window_too() -> None:
         assert rows_of(alone)[0] == rows_of(out)[row]
 
 
-def test_thoughts_of_another_shape_are_refused() -> None:
+def test_thoughts_that_do_not_fit_are_refused() -> None:
     lm = build("gpt2", num_thoughts=2)
-    ids, mask = padded(QUESTIONS)
     for thoughts, count in ((torch.zeros(3, 2, 32), None), (torch.zeros(4, 2, 32), 1)):
         with pytest.raises(ValueError, match="for 4 questions"):
-            lm.generate(ids, mask, thoughts=thoughts, num_thoughts=count)
-
-
-def test_a_method_without_latent_thoughts_has_none_to_replace_or_stop() -> None:
-    lm = build("gpt2", slot=PAUSES, num_thoughts=2)
+            lm.generate(*padded(QUESTIONS), thoughts=thoughts, num_thoughts=count)
     with pytest.raises(ValueError, match="no latent thoughts"):
-        lm.generate(torch.tensor([[5, 6]]), thoughts=torch.zeros(1, 2, 32))
+        build("gpt2", slot=PAUSES, num_thoughts=2).generate(torch.tensor([[5, 6]]), thoughts=torch.zeros(1, 2, 32))
 
 
 def prefer(lm: LatentLM, token: int) -> None:
@@ -156,8 +146,7 @@ def prefer(lm: LatentLM, token: int) -> None:
 def test_added_tokens_are_never_produced(sampling: dict[str, Any]) -> None:
     lm = build("llama", num_thoughts=1)
     prefer(lm, lm.latent_id)
-    ids, mask = padded(QUESTIONS)
-    out = lm.generate(ids, mask, max_new_tokens=8, **sampling)
+    out = lm.generate(*padded(QUESTIONS), max_new_tokens=8, **sampling)
     assert not set(out.tokens.flatten().tolist()) & set(lm.special.added)
 
 
@@ -174,11 +163,10 @@ def test_answers_that_end_and_answers_that_are_cut() -> None:
 
 def test_sampling_is_seeded() -> None:
     lm = build("llama", num_thoughts=2)
-    ids, mask = padded(QUESTIONS)
 
     def sample(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
-        return rows_of(lm.generate(ids, mask, max_new_tokens=8, do_sample=True, temperature=1.0))
+        return rows_of(lm.generate(*padded(QUESTIONS), max_new_tokens=8, do_sample=True, temperature=1.0))
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -222,21 +210,15 @@ def test_settings_of_the_base_model_change_nothing() -> None:
     lm = build("llama", num_thoughts=2)
     ids, mask = padded(QUESTIONS)
     before = rows_of(lm.generate(ids, mask, max_new_tokens=8))
-    base: Any = lm.base
-    base.generation_config.repetition_penalty = 5.0
-    base.generation_config.no_repeat_ngram_size = 1
+    settings: Any = lm.base.generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 5.0, 1
     assert rows_of(lm.generate(ids, mask, max_new_tokens=8)) == before
-    assert base.generation_config.repetition_penalty == 5.0
+    assert settings.repetition_penalty == 5.0
 
 
 def test_a_text_that_stops_an_answer() -> None:
-    tokenizer = byte_level_tokenizer()
-    config = AutoConfig.for_model(
-        "llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **ARCHITECTURES["llama"]
-    )
-    base = AutoModelForCausalLM.from_config(config)
-    lm = LatentLM.from_base(base, tokenizer, init="random", reasoning=Reasoning(num_thoughts=2)).eval()
-    prefer(lm, token_ids(tokenizer, ["a"])[0])
+    lm = of_bytes("llama", num_thoughts=2, bos_token_id=0, eos_token_id=1, **ARCHITECTURES["llama"])
+    prefer(lm, token_ids(lm.tokenizer, ["a"])[0])
     ids, mask = padded(QUESTIONS)
     out = lm.generate(ids, mask, max_new_tokens=8, stop_strings=["aaa"])
     assert out.texts == ["aaa"] * 4
@@ -256,11 +238,12 @@ def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, m
     asked_often = lm.generate(ids.repeat_interleave(3, dim=0), mask.repeat_interleave(3, dim=0), **how)
     read: list[int] = []
     states = LatentLM.hidden_states
-    monkeypatch.setattr(
-        LatentLM,
-        "hidden_states",
-        lambda lm, embeds, *rest, **how: read.append(len(embeds)) or states(lm, embeds, *rest, **how),
-    )
+
+    def hidden_states(lm: LatentLM, embeds: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        read.append(len(embeds))
+        return states(lm, embeds, *rest, **options)
+
+    monkeypatch.setattr(LatentLM, "hidden_states", hidden_states)
     torch.manual_seed(0)
     out = lm.generate(ids, mask, num_return_sequences=3, **how)
     assert read == [len(QUESTIONS)] * (1 + (count if slot == THOUGHTS else 0))

@@ -26,6 +26,8 @@ from coconut.runs.description import read_metrics, read_results
 from coconut.training.trainer import run
 from coconut.utils.files import read_json, write_json
 
+EACH = ["think", "latent_2", "short", "latent_2"]  # a mode for each of QUESTIONS
+
 
 def alone(lm: LatentLM, question: list[int], mode: str, limit: int) -> list[int]:
     """As a model without modes answers the question with the control token at its end, recomputed."""
@@ -50,19 +52,18 @@ def test_each_mode_when_forced(family: str) -> None:
         assert out.mode_log_probs == [None] * 4
         assert out.num_thoughts.tolist() == [parse_mode(mode).num_thoughts] * 4
         assert rows_of(out) == [alone(lm, question, mode, 6) for question in QUESTIONS]
-    each = ["think", "latent_2", "short", "latent_2"]
-    out = lm.generate(ids, mask, max_new_tokens=6, mode=each)
-    assert rows_of(out) == [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, each, strict=True)]
+    out = lm.generate(ids, mask, max_new_tokens=6, mode=EACH)
+    assert rows_of(out) == [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, EACH, strict=True)]
 
 
 def test_an_answer_that_has_begun_goes_on_in_its_mode() -> None:
-    lm, each = hybrid(), ["think", "latent_2", "short", "latent_2"]
-    whole = [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, each, strict=True)]
+    lm = hybrid()
+    whole = [alone(lm, question, mode, 6) for question, mode in zip(QUESTIONS, EACH, strict=True)]
     places = [i for i, row in enumerate(whole) if len(row) > 2]
-    assert {each[i] for i in places} >= {"latent_2"}
+    assert {EACH[i] for i in places} >= {"latent_2"}
     begun = torch.tensor([whole[i][:2] for i in places])
     ids, mask = padded([QUESTIONS[i] for i in places])
-    out = lm.generate(ids, mask, max_new_tokens=4, mode=[each[i] for i in places], prefix_ids=begun)
+    out = lm.generate(ids, mask, max_new_tokens=4, mode=[EACH[i] for i in places], prefix_ids=begun)
     assert rows_of(out) == [whole[i][2:] for i in places]
     with pytest.raises(ValueError, match=r"is in a mode already. Name it with mode="):
         lm.generate(ids, mask, prefix_ids=begun)
@@ -171,8 +172,7 @@ def test_it_is_evaluated_by_its_choice_and_in_any_mode(warm: Path, capsys: pytes
     run_evaluate(EvaluateConfig(run=str(warm), mode="latent_2"))
     forced = read_json(warm / "evaluation" / "test-mode-latent_2.json")
     assert forced["modes"] == {"short": 0, "think": 0, "latent_2": 1}
-    assert forced["num_thoughts"] == 2
-    assert not forced["default_settings"]
+    assert (forced["num_thoughts"], forced["default_settings"]) == (2, False)
     capsys.readouterr()
     question = read_json(warm.parent / "test.json")[0]["question"]
     run_generate(GenerateConfig(run=str(warm), question=question, mode="think"))

@@ -16,7 +16,7 @@ from coconut.data.examples import Example
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import StopRule
-from coconut.generation.stop_classifier import StopClassifier, fit, fit_classifier, refuse_untrained
+from coconut.generation.stop_classifier import fit, fit_classifier, refuse_untrained
 from coconut.methods import PAUSES, Curriculum, PromptFormat, Unit, plan
 from coconut.runs.description import read_results
 from coconut.runs.loading import classifier_of, load_run
@@ -112,8 +112,7 @@ def test_an_evaluation_with_it_fits_it_once_and_counts_the_thoughts(trained: Pat
 
     assert run_evaluate(config) == 0
     assert "Fitting" not in capsys.readouterr().out
-    kept = classifier_of(trained, load_run(trained, "last", EngineConfig(device="cpu")))
-    assert isinstance(kept, StopClassifier)
-    assert kept.measured
-    assert kept.measured.trained_on == 40
+    saved = classifier_of(trained, load_run(trained, "last", EngineConfig(device="cpu")))
+    assert saved.measured
+    assert saved.measured.trained_on == 40
     assert read_json(trained / "run.json")["updates"] == 4

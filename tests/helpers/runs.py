@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from safetensors.torch import load_file
 
 from coconut import LatentLM
@@ -24,10 +26,14 @@ from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
+from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 from helpers import ROOT
 from helpers.models import shift_weights
 from helpers.processes import CLEAN
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = [f"model.architecture.{name}={value}" for name, value in SIZE.items()]
 
 
 def graph_rows(seed: int, count: int, nodes: int = 8, form: Form = Form.symbols) -> list[dict[str, Any]]:
@@ -56,8 +62,7 @@ def rewrite(file: Path, /, **changes: Any) -> dict[str, Any]:
 
 def small_run(folder: Path, data: DataConfig, **changes: Any) -> TrainConfig:
     """A run of seconds, of three stages."""
-    architecture = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "intermediate_size": 32, "max_position_embeddings": 96}  # fmt: skip
+    architecture = {"model_type": "gpt_neox", **SIZE, "max_position_embeddings": 96}
     values: dict[str, Any] = {
         "run": str(folder),
         "curriculum": Curriculum(
@@ -119,15 +124,23 @@ def drop_later(run: Path, step: int) -> None:
             shutil.rmtree(Checkpoints(run).path(later))
 
 
+def copy_until(step: int, run: Path, folder: Path) -> Path:
+    """Copy a run as it was after a step."""
+    drop_later(shutil.copytree(run, folder), step)
+    return folder
+
+
 def same_end(folder: Path, other: Path) -> None:
-    """Bit for bit: weights, optimizer, random states, best so far, and every number in metrics.jsonl."""
+    """Bit for bit: weights (of LoRA too), optimizer, random states, best so far, every number in metrics.jsonl."""
     ends = [Checkpoints(run).newest_valid() for run in (folder, other)]
     assert ends[0]
     assert ends[1]
     assert ends[0].name == ends[1].name
-    ours, theirs = (load_file(end / "model.safetensors") for end in ends if end)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(ends[1].glob("*.safetensors"))
+    for file in ends[1].glob("*.safetensors"):
+        ours, theirs = load_file(ends[0] / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     a, b = (load_trainer(end) for end in ends if end)
     for mine, its in zip(a["random"], b["random"], strict=True):
         assert torch.equal(mine["cpu"], its["cpu"])
@@ -141,13 +154,18 @@ def same_end(folder: Path, other: Path) -> None:
     assert rows == its_rows
 
 
+def composed(name: str, schema: type, overrides: list[str]) -> Any:
+    """The configuration of a command with these overrides."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return to_dataclass(compose(name, overrides), schema)
+
+
 def keys(folder: Path, data: DataConfig) -> list[str]:
     """Of a run of 16 updates with dropout, saved after each."""
-    size = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     return [
         "experiment=quickstart", f"data.train={data.train}", f"data.valid={data.valid}", f"run={folder}",
-        *(f"model.architecture.{name}={value}" for name, value in size.items()),
-        "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
+        *SMALL, "+model.architecture.hidden_dropout=0.1", "+model.architecture.attention_dropout=0.1",
         "curriculum.stage0_length=6", "curriculum.stage_length=5", "curriculum.max_stage=2",
         "curriculum.total_length=16",
         "optimizer.warmup_steps=2", "batch_size=8", "micro_batch_size=3", "save_every=1", "keep_checkpoints=100",

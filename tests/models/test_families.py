@@ -57,16 +57,13 @@ def test_neither_padding_nor_company_changes_a_row(lm: LatentLM) -> None:
 
 def test_without_thoughts_it_is_the_plain_model(lm: LatentLM) -> None:
     ids = torch.randint(3, 35, (2, 12))
-    same(done(lm, input_ids=ids, labels=ids), plainly(lm, ids))
-    torch.testing.assert_close(lm(ids, return_logits=True).logits, lm.base(ids).logits, rtol=1e-5, atol=1e-6)
-
-
-def plainly(lm: LatentLM, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ours = done(lm, input_ids=ids, labels=ids)
     lm.zero_grad()
-    logits = lm.base(ids).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    logits = lm.base(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     loss.backward()
-    return loss.detach(), gradients(lm)
+    same(ours, (loss.detach(), gradients(lm)))
+    torch.testing.assert_close(lm(ids, return_logits=True).logits, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_answers_as_each_question_by_itself(lm: LatentLM) -> None:
@@ -131,15 +128,10 @@ def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str, lm: Laten
     batch = mixed_batch(lm)
     expected = done(lm, **batch)
     inner, own = lm.base.base_model.forward, lm.cache_argument
-
-    def with_cache(*, cache: Any = None, **given: Any) -> Any:
-        return inner(**given, **{own: cache})
-
-    def with_past_key_values(*, past_key_values: Any = None, **given: Any) -> Any:
-        return inner(**given, **{own: past_key_values})
-
-    renamed = {"cache": with_cache, "past_key_values": with_past_key_values}[name]
-    lm.base.base_model.forward = renamed
+    lm.base.base_model.forward = {
+        "cache": lambda cache=None, **given: inner(**given, **{own: cache}),
+        "past_key_values": lambda past_key_values=None, **given: inner(**given, **{own: past_key_values}),
+    }[name]
     again = LatentLM(lm.base, lm.tokenizer, lm.special, lm.reasoning)
     assert again.cache_argument == name
     same(done(again, **batch), expected)

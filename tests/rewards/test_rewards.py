@@ -55,13 +55,13 @@ from coconut.rewards.losses import LOSSES, cross_entropy, dpo, kto, nca
 from coconut.rewards.monte_carlo import continue_completions, step_labels
 from coconut.rewards.step_spans import completion_parts, text_ends, token_parts
 from coconut.rewards.trainer import RewardTrainer, run
-from coconut.rewards.trainer import run_rank as run_together
 from coconut.rewards.value_model import ValueModel
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.description import read_metrics
 from coconut.runs.loading import match_dtypes, starting_point
 from coconut.tasks import TASKS
+from coconut.tasks.chain import read_steps
 from coconut.training.divergence import NonFiniteLossError
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, sha256, write_json
@@ -302,7 +302,7 @@ def on_two(sampler: str, folder: str) -> None:
     made, engine = answers_beside(sampler), replace(CPU, timeout=120)
     with init_distributed(engine) as world:
         for loss in TWO_PROCESS_LOSSES:
-            assert run_together(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
+            assert run(settings(made, Path(folder) / loss, engine=engine, loss=loss, epochs=1), world) == 0
 
 
 def test_two_processes_equal_one_in_reward_training(made: Made, tmp_path: Path) -> None:
@@ -597,7 +597,7 @@ def test_step_labels_share_rollouts(made: Made) -> None:
     assert (found.num_rollouts, len(found.shares)) == (again.num_rollouts, len(again.shares))
     texts = [sample.text for row in labelled for sample in row.completions]
     for text, shares in zip(texts, found.shares, strict=True):
-        steps = TASKS["prosqa"].read_steps(text, WORDS)
+        steps = read_steps(text, WORDS)
         assert len(shares) in (len(steps), len(steps) - 1), "an answer that was cut ends in a step"
         assert all(share * 4 == int(share * 4) for share in shares)
     assert found.num_rollouts < found.tokens < found.num_rollouts * 9 + 100 * found.num_rollouts

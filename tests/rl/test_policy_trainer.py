@@ -14,8 +14,8 @@ import torch
 from helpers.models import MODES, shift_weights
 from helpers.processes import killed_and_stopped, together
 from helpers.runs import (
+    copy_until,
     data_beside,
-    drop_later,
     graph_files,
     new_policy_trainer,
     rows_of_kind,
@@ -40,7 +40,6 @@ from coconut.generation.config import GenerateConfig
 from coconut.methods import Curriculum, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.trainer import REFERENCE, run
-from coconut.rl.trainer import run_rank as run_together
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import starting_point
 from coconut.training.trainer import run as run_training
@@ -123,8 +122,7 @@ def test_evaluate_and_generate_accept_a_policy_run(
 @pytest.mark.parametrize("step", [0, 3, 5])
 def test_resumed_policy_training_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    drop_later(folder, step)
+    copy_until(step, finished, folder)
     assert run(settings_with_several_updates(made, folder)) == 0
     same_end(folder, finished)
 
@@ -153,7 +151,7 @@ def on_two(warm: str, folder: str) -> None:
     with init_distributed(kinds["local"]) as world:
         for name, engine in kinds.items():
             config = settings(made, Path(folder) / name, engine=engine, num_steps=2, drop_zero_variance_groups=True)
-            assert run_together(config, world) == 0
+            assert run(config, world=world) == 0
 
 
 def test_zero3_equals_local_engine_on_two_processes(made: Made, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.processes import together
 from helpers.runs import (
+    copy_until,
     data_beside,
-    drop_later,
     graph_files,
     new_policy_trainer,
     rows_of_kind,
@@ -41,7 +41,6 @@ from coconut.rl.process_reward import (
     token_advantages,
 )
 from coconut.rl.trainer import REFERENCE, run
-from coconut.rl.trainer import run_rank as run_together
 from coconut.rollout import run as roll
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.loading import starting_point
@@ -228,8 +227,7 @@ def same_reward_model(folder: Path, other: Path) -> None:
 @pytest.mark.parametrize("step", [0, 2, 3])
 def test_resumed_process_reward_equals_uninterrupted(finished: Path, made: Made, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    drop_later(folder, step)
+    copy_until(step, finished, folder)
     assert run(settings(made, folder, save_every=1)) == 0
     same_end(folder, finished)
     same_reward_model(folder, finished)
@@ -337,9 +335,9 @@ def on_two(warm: str, folder: str) -> None:
     with init_distributed(kinds["run"]) as world:
         for name, engine in kinds.items():
             config = settings(made, place / name, engine=engine, num_steps=2, save_every=1)
-            assert run_together(config, world) == 0
+            assert run(config, world=world) == 0
             world.on_main_process(lambda ended=place / name: one_back(ended))
-            assert run_together(config, world) == 0
+            assert run(config, world=world) == 0
         found = updated(made, place / "together", world)
         alone = updated(made, place / f"alone-{world.rank}", World())
         assert found == pytest.approx(alone, rel=1e-3, abs=1e-5)

@@ -50,9 +50,8 @@ def flat(thoughts: torch.Tensor, counts: list[int]) -> dict[str, float]:
 def test_zeros_after_a_questions_last_thought_count_for_nothing() -> None:
     counts = [3, 0, 2, 1, 0, 3, 3, 2] + 12 * [0]
     thoughts = drawn() * (torch.arange(3) < torch.tensor(counts)[:, None])[..., None]
-    assert measure_thoughts(thoughts, TABLE, torch.tensor(counts)).as_dict() == pytest.approx(
-        flat(thoughts, counts), rel=1e-5
-    )
+    found = measure_thoughts(thoughts, TABLE, torch.tensor(counts)).as_dict()
+    assert found == pytest.approx(flat(thoughts, counts), rel=1e-5)
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
@@ -86,7 +85,6 @@ def test_each_collapse_is_named(thoughts: torch.Tensor, said: str) -> None:
 
 def test_one_thought_and_one_question_have_no_distances() -> None:
     found = measure_thoughts(drawn(1, 1), TABLE)
-    assert found.within is None
-    assert found.across is None
+    assert (found.within, found.across) == (None, None)
     assert found.collapse() == []
     assert "within" not in found.describe()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import graph_files, same_end, small_run
+from helpers.runs import copy_until, graph_files, rows_of_kind, same_end, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -56,6 +56,8 @@ CURRICULUM = Curriculum(
     max_stage=2, length_unit=Unit.updates, stage0_length=5, stage_length=4, total_length=14, mixing_probability=0.3
 )
 ARCHITECTURE = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}  # dropout is on
+CALM = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+                   tokenizer="words", new_token_init="random")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,6 @@ def finished(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def weights(folder: Path, step: int = 14) -> dict[str, torch.Tensor]:
-    return load_file(Checkpoints(folder).path(step) / "model.safetensors")
-
-
 # --- a run describes itself -----------------------------------------------------------------------
 
 
@@ -99,30 +97,29 @@ def test_a_run_describes_itself(finished: Path, data: DataConfig) -> None:
     assert len(described["data"]["train"]["sha256"]) == 64
     assert described["sessions"][0]["versions"]["torch"] == torch.__version__
     assert read_json(finished / "config.json")["curriculum"]["max_stage"] == 2
-    rows = read_metrics(finished)
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 15))
-    assert [row["stage"] for row in rows if row["kind"] == "train"] == [0] * 5 + [1] * 4 + [2] * 5
+    rows = rows_of_kind(finished, "train")
+    assert [row["step"] for row in rows] == list(range(1, 15))
+    assert [row["stage"] for row in rows] == [0] * 5 + [1] * 4 + [2] * 5
     # every epoch of 4 updates, every stage's end
-    assert [row["step"] for row in rows if row["kind"] == "valid"] == [4, 5, 9, 13, 14]
-    assert len(read_json(finished / "samples" / "step-0000014.json")) == 5
+    assert [row["step"] for row in rows_of_kind(finished, "valid")] == [4, 5, 9, 13, 14]
+    samples = read_json(finished / "samples" / "step-0000014.json")
+    assert [sample["question"] for sample in samples] == [example.question for example in read_examples(data.valid)[:5]]
 
 
-def test_test_data_is_never_opened_in_training(data: DataConfig, tmp_path: Path) -> None:
-    assert run(settings(replace(data, test=str(tmp_path / "not there.json")), tmp_path / "run")) == 0
-
-
-def test_a_leak_is_said_aloud(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(settings(replace(data, valid=data.train), tmp_path / "run"))
+def test_a_leak_is_said_aloud_and_test_data_is_never_opened(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaking = replace(data, valid=data.train, test=str(tmp_path / "not there.json"))
+    assert run(settings(leaking, tmp_path / "run")) == 0
     assert "28 questions of the validation data are in the training data too" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_of_the_last_stage(finished: Path) -> None:
     best = load_state(Checkpoints(finished).find("best"))["best"]
-    rows = [row for row in read_metrics(finished) if row["kind"] == "valid" and row["stage"] == 2]
+    rows = [row for row in rows_of_kind(finished, "valid") if row["stage"] == 2]
     top = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
     assert (best["step"], best["accuracy"]) == (top["step"], top["accuracy"])
-    early = Checkpoints(finished).path(8)
-    assert load_state(early)["best"] is None
+    assert load_state(Checkpoints(finished).path(8))["best"] is None
 
 
 def test_each_checkpoint_knows_how_it_is_asked(finished: Path) -> None:
@@ -137,14 +134,10 @@ def test_each_checkpoint_knows_how_it_is_asked(finished: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 5, 6, 9, 13])
-def test_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, step: int) -> None:
+def test_resumed_equals_uninterrupted(finished: Path, data: DataConfig, tmp_path: Path, step: int) -> None:
     """In the middle of a stage (2, 6), at an epoch's end (4, 13) and at a stage's border (5, 9)."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    for later in range(step + 1, 15):
-        shutil.rmtree(Checkpoints(folder).path(later))
-    config = as_config(read_json(folder / "config.json"), folder)
-    assert run(config) == 0
+    folder = copy_until(step, finished, tmp_path / "run")
+    assert run(settings(data, folder, save_every=1)) == 0
     same_end(folder, finished)
     assert [s["from_step"] for s in read_json(folder / "run.json")["sessions"]] == [0, step]
 
@@ -170,19 +163,8 @@ def test_resumed_equals_uninterrupted_from_pretrained_weights(
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert run(ours(whole)) == 0
-    shutil.copytree(whole, resumed)
-    for later in range(2, 6):
-        shutil.rmtree(Checkpoints(resumed).path(later))
-    assert run(ours(resumed)) == 0
+    assert run(ours(copy_until(1, whole, resumed))) == 0
     same_end(resumed, whole)
-
-
-def as_config(values: dict[str, Any], folder: Path) -> TrainConfig:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), {**values, "run": str(folder)}))
-    assert isinstance(config, TrainConfig)
-    return config
 
 
 def command(config: TrainConfig) -> list[str]:
@@ -237,28 +219,20 @@ def test_a_validation_left_for_a_signal_is_made_up_for(
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(finished: Path, data: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    config = settings(data, folder, save_every=1)
-    process = start(config)
-    wait_for(lambda: Checkpoints(folder).steps()[-1:] >= [7], process)
-    process.kill()
-    process.communicate()
-    assert run(config) == 0
-    same_end(folder, finished)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_leaves(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+def test_killed_and_then_stopped_by_sigterm_it_ends_as_uninterrupted(
+    finished: Path, data: DataConfig, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     config = settings(data, folder)
     process = start(config)
-    wait_for(lambda: any(row["step"] >= 2 for row in read_metrics(folder)), process)
+    wait_for(lambda: Checkpoints(folder).steps()[-1:] >= [4], process)
+    process.kill()
+    process.communicate()
+    process = start(config)
+    wait_for(lambda: any(row["step"] >= 6 for row in read_metrics(folder)), process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    if process.returncode == 0:  # it was quicker than the signal
-        pytest.fail("the run ended before the signal came: make it longer")
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM, "if 0, the run ended before the signal came: make it longer"
     step = Checkpoints(folder).steps()[-1]
     assert f"Stopped by SIGTERM; saved at update {step}" in said
     assert read_metrics(folder)[-1]["step"] == step
@@ -273,24 +247,21 @@ def test_a_complete_run_says_so(finished: Path, data: DataConfig, capsys: pytest
 
 def test_a_folder_with_another_run_is_refused(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     other = settings(data, finished, seed=7, optimizer=OptimizerConfig(lr=2e-2, max_grad_norm=1.0, warmup_steps=2))
-    with pytest.raises(
-        ValueError, match=r"(?s)another configuration:\n  optimizer.lr: 0.01 there, 0.02 asked for\n  seed"
-    ):
-        run(other)
-    with pytest.raises(ValueError, match=r"resume=never"):
-        run(settings(data, finished, resume=Resume.never))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and is not a run"):
-        run(settings(data, tmp_path))
+    for config, message in (
+        (other, "(?s)another configuration:\n  optimizer.lr: 0.01 there, 0.02 asked for\n  seed"),
+        (settings(data, finished, resume=Resume.never), "resume=never"),
+        (settings(data, tmp_path), "is not empty and is not a run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(config)
 
 
 def test_a_run_goes_on_with_less_memory(
     finished: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What says how it is carried out is no part of its name, and may change while it is stopped."""
-    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere.json"
-    shutil.copytree(finished, folder)
-    shutil.rmtree(Checkpoints(folder).path(14))
+    folder, elsewhere = copy_until(13, finished, tmp_path / "run"), tmp_path / "elsewhere.json"
     shutil.copy(data.test, elsewhere)
     smaller: dict[str, Any] = {"micro_batch_size": 1, "eval_batch_size": 4, "engine": EngineConfig(device="auto")}
     config = settings(replace(data, test=str(elsewhere)), folder, save_every=1, **smaller)
@@ -303,14 +274,12 @@ def test_a_run_goes_on_with_less_memory(
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        (
-            {"curriculum": replace(CURRICULUM, total_length=20)},
-            "curriculum.total_length: 14 there, 20 asked for\n.*its plan",
-        ),
+        ({"curriculum": replace(CURRICULUM, total_length=20)},
+         "curriculum.total_length: 14 there, 20 asked for\n.*its plan"),
         ({"max_new_tokens": 9}, "max_new_tokens: 6 there, 9 asked for\n.*max_new_tokens: validation chooses"),
         ({"valid_limit": 3, "validate_every": 2}, "\nvalid_limit, validate_every: validation chooses"),
     ],
-)
+)  # fmt: skip
 def test_a_refusal_says_why_and_what_would_help(
     finished: Path, data: DataConfig, changes: dict[str, Any], why: str
 ) -> None:
@@ -342,12 +311,9 @@ def test_changed_data_is_noticed(finished: Path, data: DataConfig, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    for later in range(8, 15):
-        shutil.rmtree(Checkpoints(folder).path(later))
+    folder = copy_until(7, finished, tmp_path / "run")
     torn = Checkpoints(folder).path(7) / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     flipped = Checkpoints(folder).path(6) / "trainer.pt"
@@ -355,7 +321,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
     (Checkpoints(folder).path(5) / "manifest.json").unlink()
-    assert run(as_config(read_json(folder / "config.json"), folder)) == 0
+    assert run(settings(data, folder, save_every=1)) == 0
     said = capsys.readouterr().err
     assert "model.safetensors has 1,000 of" in said
     assert "the checksum of trainer.pt does not match" in said
@@ -367,10 +333,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     """A limit on the size of files makes real writes fail in the middle."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    for later in range(8, 15):
-        shutil.rmtree(Checkpoints(folder).path(later))
+    folder = copy_until(7, finished, tmp_path / "run")
     for rest in range(1, 7):
         shutil.rmtree(Checkpoints(folder).path(rest))
     config = settings(data, folder)
@@ -389,52 +352,43 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
 
 
 @pytest.mark.slow
-def test_old_checkpoints_go_and_the_best_stays(data: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(settings(data, folder, save_every=1, keep_checkpoints=2))
-    checkpoints = Checkpoints(folder)
+@pytest.mark.parametrize(
+    ("keeping", "kept"),
+    [({"save_every": 1, "keep_checkpoints": 2}, {13, 14}), ({"keep_checkpoints": 1, "keep_every": 5}, {5, 10, 14})],
+)
+def test_old_checkpoints_go_but_the_best_and_those_at_multiples_stay(
+    data: DataConfig, tmp_path: Path, keeping: dict[str, Any], kept: set[int]
+) -> None:
+    run(settings(data, tmp_path / "run", **keeping))
+    checkpoints = Checkpoints(tmp_path / "run")
     best = load_state(checkpoints.path(14))["best"]["step"]
-    assert checkpoints.steps() == sorted({best, 13, 14})
+    assert checkpoints.steps() == sorted({best, *kept})
     assert checkpoints.find("best") == checkpoints.path(best)
     assert checkpoints.find("last") == checkpoints.find("14") == checkpoints.path(14)
-    with pytest.raises(ValueError, match="no checkpoint of step 3"):
-        checkpoints.find("3")
-    with pytest.raises(ValueError, match="'newest'; it must be best, last"):
-        checkpoints.find("newest")
+    for which, message in (("3", "no checkpoint of step 3"), ("newest", "'newest'; it must be best, last")):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.find(which)
     with pytest.raises(ValueError, match="has no valid checkpoint"):
         Checkpoints(tmp_path).find("last")
 
 
-def test_checkpoints_at_multiples_stay(data: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(settings(data, folder, keep_checkpoints=1, keep_every=5))
-    checkpoints = Checkpoints(folder)
-    best = load_state(checkpoints.path(14))["best"]["step"]
-    assert checkpoints.steps() == sorted({5, 10, 14, best})
-
-
 def test_what_the_thoughts_look_like_is_logged(finished: Path) -> None:
-    rows = [row for row in read_metrics(finished) if row["kind"] == "valid"]
+    rows = rows_of_kind(finished, "valid")
     assert {row["stage"] for row in rows if "thought_norm" in row} == {1, 2}
     last = rows[-1]
-    assert last["thought_norm"] > 0
-    assert last["thought_across"] > 0
-    assert last["thought_within"] > 0
-    assert last["thought_to_table"] > 0
+    assert all(last[f"thought_{name}"] > 0 for name in ("norm", "across", "within", "to_table"))
     assert 1 <= last["thought_rank"] <= ARCHITECTURE["n_embd"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_checkpoints_do_not_cost_the_new_ones(
-    finished: Path, tmp_path: Path, keep: int, capsys: pytest.CaptureFixture[str]
+    finished: Path, data: DataConfig, tmp_path: Path, keep: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    folder = copy_until(14, finished, tmp_path / "run")
     checkpoints = Checkpoints(folder)
     for step in (12, 13, 14):
         (checkpoints.path(step) / "trainer.pt").unlink()
-    config = replace(as_config(read_json(folder / "config.json"), folder), keep_checkpoints=keep)
-    assert run(config) == 0
+    assert run(settings(data, folder, save_every=1, keep_checkpoints=keep)) == 0
     capsys.readouterr()
     assert checkpoints.newest_valid() == checkpoints.path(14)
     assert "damaged" not in capsys.readouterr().err
@@ -442,14 +396,13 @@ def test_damaged_checkpoints_do_not_cost_the_new_ones(
     same_end(folder, finished)
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    folder = copy_until(14, finished, tmp_path / "run")
     for step in Checkpoints(folder).steps():
         (Checkpoints(folder).path(step) / "state.json").write_text("{}")
     before = read_metrics(folder)
     with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
-        run(as_config(read_json(folder / "config.json"), folder))
+        run(settings(data, folder, save_every=1))
     assert read_metrics(folder) == before
     shutil.copytree(Checkpoints(finished).path(9), Checkpoints(folder).path(15))
     with pytest.raises(ValueError, match=r"step-0000008 is damaged: state.json has"):
@@ -470,9 +423,9 @@ def test_a_resumed_run_keeps_its_attention(data: DataConfig, tmp_path: Path) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> None:
     curriculum = replace(CURRICULUM, icot_limit=2, icot_tokens=1, icot_stage_length=2)
-    config = settings(data, tmp_path / method, method=method, curriculum=curriculum)
+    config = settings(data, tmp_path, method=method, curriculum=curriculum)
     run(config)
-    rows = [row for row in read_metrics(tmp_path / method) if row["kind"] == "train"]
+    rows = rows_of_kind(tmp_path, "train")
     losses = [row.get("term_tokens", row["loss"]) for row in rows]  # the other terms begin with the first thoughts
     assert len(losses) == 14
     terms = config.plan().terms
@@ -483,13 +436,11 @@ def test_every_method_trains(data: DataConfig, tmp_path: Path, method: str) -> N
 
 @pytest.mark.slow
 def test_the_split_into_micro_batches_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
-    calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-                       tokenizer="words", new_token_init="random")  # fmt: skip
     losses = []
     for size in (1, 3, 8):
         folder = tmp_path / str(size)
-        run(settings(data, folder, model=calm, micro_batch_size=size, optimizer=OptimizerConfig(lr=1e-3)))
-        losses.append([row["loss"] for row in read_metrics(folder) if row["kind"] == "train"])
+        run(settings(data, folder, model=CALM, micro_batch_size=size, optimizer=OptimizerConfig(lr=1e-3)))
+        losses.append([row["loss"] for row in rows_of_kind(folder, "train")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
@@ -503,31 +454,23 @@ def test_the_optimizer_is_made_anew_when_asked(
 ) -> None:
     optimizer = OptimizerConfig(lr=1e-2, reset_every=reset)
     run(settings(data, tmp_path, optimizer=optimizer, save_every=1))
-    made = []
-    for step in range(1, 15):
-        state = load_trainer(Checkpoints(tmp_path).path(step))["optimizer"]["state"]
-        if {int(values["step"]) for values in state.values()} == {1}:
-            made.append(step - 1)
-    assert made == resets
+    states = [load_trainer(Checkpoints(tmp_path).path(step))["optimizer"]["state"] for step in range(1, 15)]
+    assert [i for i, state in enumerate(states) if {int(v["step"]) for v in state.values()} == {1}] == resets
 
 
 @pytest.mark.slow
 def test_a_fresh_optimizer_steps_as_a_new_one(data: DataConfig, tmp_path: Path) -> None:
     """The first update of stage 1 equals the one of a new run that starts there from the same weights."""
-    calm = ModelConfig(architecture={**ARCHITECTURE, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-                       tokenizer="words", new_token_init="random")  # fmt: skip
     still = replace(CURRICULUM, mixing_probability=0.0)
     whole = tmp_path / "whole"
-    run(settings(data, whole, model=calm, curriculum=still, save_every=1, validate_every=100))
+    run(settings(data, whole, model=CALM, curriculum=still, save_every=1, validate_every=100))
     later = tmp_path / "later"
-    run(settings(data, later, model=calm, curriculum=replace(still, start_stage=1, total_length=9), save_every=1,
+    run(settings(data, later, model=CALM, curriculum=replace(still, start_stage=1, total_length=9), save_every=1,
                  init=str(Checkpoints(whole).path(5))))  # fmt: skip
-    first = next(row for row in read_metrics(later) if row["kind"] == "train")
-    assert first["stage"] == 1
+    assert rows_of_kind(later, "train")[0]["stage"] == 1
     assert read_json(later / "run.json")["init"] == str(Checkpoints(whole).path(5))
-    begun = load_trainer(Checkpoints(later).path(1))["optimizer"]["state"]
-    there = load_trainer(Checkpoints(whole).path(6))["optimizer"]["state"]
-    assert {int(v["step"]) for v in begun.values()} == {int(v["step"]) for v in there.values()} == {1}
+    for checkpoint in (Checkpoints(later).path(1), Checkpoints(whole).path(6)):
+        assert {int(v["step"]) for v in load_trainer(checkpoint)["optimizer"]["state"].values()} == {1}
 
 
 def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data: DataConfig, tmp_path: Path) -> None:
@@ -560,9 +503,9 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: Dat
 
 def test_bfloat16_is_autocast_over_float32_weights(data: DataConfig, tmp_path: Path) -> None:
     run(settings(data, tmp_path, engine=EngineConfig(device="cpu", threads=1, precision="bfloat16")))  # pyright: ignore
-    saved = weights(tmp_path)
-    assert {w.dtype for w in saved.values()} == {torch.float32}
-    state = load_trainer(Checkpoints(tmp_path).path(14))["optimizer"]["state"]
+    checkpoint = Checkpoints(tmp_path).path(14)
+    assert {w.dtype for w in load_file(checkpoint / "model.safetensors").values()} == {torch.float32}
+    state = load_trainer(checkpoint)["optimizer"]["state"]
     assert {v["exp_avg"].dtype for v in state.values()} == {torch.float32}
 
 
@@ -584,9 +527,8 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis(data: DataConfig, tmp_
 def test_a_gradient_that_is_not_finite_is_named_alone() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     module.get_parameter("1.bias").register_hook(lambda gradient: gradient * torch.nan)
-    engine = LocalEngine(
-        module, Loss(lambda m, batch: m(batch).sum()), EngineConfig(device="cpu"), OptimizerConfig(max_grad_norm=1.0)
-    )
+    clipped = OptimizerConfig(max_grad_norm=1.0)
+    engine = LocalEngine(module, Loss(lambda m, batch: m(batch).sum()), EngineConfig(device="cpu"), clipped)
 
     class Rows(torch.Tensor):
         denominators = (2,)
@@ -634,17 +576,16 @@ def test_models_that_cannot_be(model: dict[str, Any], message: str) -> None:
 
 def test_a_model_out_of_reach_says_what_to_set(data: DataConfig, tmp_path: Path) -> None:
     away = ModelConfig(base="nobody/no-such-model")
-    with pytest.raises(
-        ValueError, match=r"(?s)nobody/no-such-model could not be loaded.*model.base=FOLDER.*HF_ENDPOINT"
-    ):
-        run(settings(data, tmp_path / "run", model=away))
-    assert not (tmp_path / "run").exists()
     typo = ModelConfig(architecture={"model_type": "gpt2", "n_layers": 5}, tokenizer="words")
-    with pytest.raises(ValueError, match="gpt2 has no n_layers; did you mean n_layer"):
-        run(settings(data, tmp_path / "run", model=typo))
     odd = ModelConfig(architecture={"model_type": "no-such-type"}, tokenizer="words")
-    with pytest.raises(ValueError, match=r"No model can be made from model\.architecture"):
-        run(settings(data, tmp_path / "run", model=odd))
+    for model, message in (
+        (away, "(?s)nobody/no-such-model could not be loaded.*model.base=FOLDER.*HF_ENDPOINT"),
+        (typo, "gpt2 has no n_layers; did you mean n_layer"),
+        (odd, r"No model can be made from model\.architecture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(settings(data, tmp_path / "run", model=model))
+        assert not (tmp_path / "run").exists()
 
 
 # --- schedules are pure functions -----------------------------------------------------------------
@@ -705,31 +646,16 @@ def test_relative_paths_are_kept_as_they_are_found_from_anywhere(
     place = str(tmp_path / "a")
     assert (begun["run"], begun["init"], begun["data"]["train"]) == ("r", f"{place}/m", f"{place}/t")
     assert (begun["model"]["base"], begun["model"]["tokenizer"]) == (f"{place}/m", "words")
-    assert (rl["init"], rl["process_reward"]["init"], rl["data"]["cache_dir"]) == (
-        "owner/name",
-        f"{place}/m",
-        f"{place}/c",
-    )
+    assert (rl["init"], rl["process_reward"]["init"]) == ("owner/name", f"{place}/m")
+    assert rl["data"]["cache_dir"] == f"{place}/c"
     assert asked("b", "../a/") == [begun, rl]
     (tmp_path / "a" / "m").rmdir()  # and it need not be there any more
     assert not differences(begun, asked("a", "")[0])
     assert differences(begun, asked("b", "")[0])
 
 
-def test_differences_are_named_by_their_keys() -> None:
-    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}}) == [
-        "b.c: 2 there, 4 asked for"
-    ]
-
-
-def test_samples_read_like_the_data(finished: Path, data: DataConfig) -> None:
-    samples = read_json(finished / "samples" / "step-0000014.json")
-    assert [s["question"] for s in samples] == [e.question for e in read_examples(data.valid)[:5]]
-
-
 def test_a_run_begun_before_a_key_was_there_goes_on(finished: Path, data: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    folder = copy_until(14, finished, tmp_path / "run")
     config = read_json(folder / "config.json")
     del config["model"]["lora"], config["launch"], config["engine"]["zero_stage"]
     write_json(folder / "config.json", config)
