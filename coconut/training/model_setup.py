@@ -56,6 +56,11 @@ def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
 
 def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
     """Set the switches of the model's acceleration. Raises ValueError if the model does not support one of them."""
+    if engine.cuda_graphs and lm.feedback.has_weights:
+        raise ValueError(
+            "engine.cuda_graphs=true records the model's layers alone, but its thoughts pass a projector. Set "
+            "engine.cuda_graphs=false."
+        )
     lm.acceleration.mechanisms = engine.mechanisms
     lm.acceleration.activation_checkpointing = engine.activation_checkpointing
     lm.acceleration.cuda_graphs = engine.cuda_graphs
