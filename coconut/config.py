@@ -468,10 +468,10 @@ class TrainConfig(RunConfig):
                 "new one. Set model.base=NAME_OR_FOLDER or init=RUN, or leave LoRA out."
             )
         terms = self.plan().terms
-        if self.engine.cuda_graphs and (self.model.projector or any(term.at is not At.targets for term in terms)):
+        if self.engine.cuda_graphs and (more := [term.name for term in terms if term.at is not At.targets]):
             raise ValueError(
-                f"engine.cuda_graphs=true records the model's layers alone, but {self.method} needs more of a pass "
-                "than its last hidden states. Set engine.cuda_graphs=false."
+                f"engine.cuda_graphs=true records the model's layers alone, but the terms {', '.join(more)} of "
+                f"{self.method} need more of a pass than its last hidden states. Set engine.cuda_graphs=false."
             )
 
     def plan(self) -> Plan:

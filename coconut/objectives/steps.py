@@ -84,8 +84,9 @@ def first_layers(lm: LatentLM, layers: int | None) -> nn.Module:
             config.layer_types = kinds[:layers]
         with torch.random.fork_rng(devices=[]):
             decoder: Any = type(base)(config)
-        decoder.to(base.device, base.dtype)
+        decoder.to(base.device)
         missing = decoder.load_state_dict(base.state_dict(), strict=False).missing_keys
         if missing:
             raise ValueError(f"{config.model_type} cannot be cut to {layers} layers: {missing[0]} is not in the model.")
-    return decoder.requires_grad_(True).train()
+    exact = torch.promote_types(base.dtype, torch.float32)  # trained weights have at least float32
+    return decoder.to(exact).requires_grad_(True).train()
