@@ -245,7 +245,9 @@ def test_studies_that_need_thoughts_refuse_other_methods() -> None:
             study(symbolic(slot=PAUSES, method="pause"))
         with pytest.raises(NotApplicable, match="coconut has no thoughts yet at stage 0"):
             study(symbolic(num_thoughts=0))
-    with pytest.raises(NotApplicable, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought, codi"):
+    with pytest.raises(
+        NotApplicable, match=r"cot has nothing in its slot.*: coconut, pause, .*, pause_as_thought, codi"
+    ):
         k_forcing(symbolic(slot=NOTHING, method="cot", markers=False, num_thoughts=0))
 
 

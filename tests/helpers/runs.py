@@ -119,13 +119,19 @@ def drop_later(run: Path, step: int) -> None:
             shutil.rmtree(Checkpoints(run).path(later))
 
 
+def _weights_of(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """All of them: the model's, its projector's, and those that only training needs."""
+    files = checkpoint.rglob("*.safetensors")
+    return {(str(file.relative_to(checkpoint)), key): value for file in files for key, value in load_file(file).items()}
+
+
 def same_end(folder: Path, other: Path) -> None:
     """Bit for bit: weights, optimizer, random states, best so far, and every number in metrics.jsonl."""
     ends = [Checkpoints(run).newest_valid() for run in (folder, other)]
     assert ends[0]
     assert ends[1]
     assert ends[0].name == ends[1].name
-    ours, theirs = (load_file(end / "model.safetensors") for end in ends if end)
+    ours, theirs = (_weights_of(end) for end in ends if end)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     a, b = (load_trainer(end) for end in ends if end)
