@@ -467,10 +467,11 @@ class TrainConfig(RunConfig):
                 f"model.lora.rank={self.model.lora.rank} needs a pretrained model, but model.architecture creates a "
                 "new one. Set model.base=NAME_OR_FOLDER or init=RUN, or leave LoRA out."
             )
-        if self.engine.cuda_graphs and any(term.at is not At.targets for term in self.plan().terms):
+        terms = self.plan().terms
+        if self.engine.cuda_graphs and (more := [term.name for term in terms if term.at is not At.targets]):
             raise ValueError(
-                f"engine.cuda_graphs=true records the last hidden states alone, but the loss of {self.method} needs more "
-                "of a pass. Set engine.cuda_graphs=false."
+                f"engine.cuda_graphs=true records the model's layers alone, but the terms {', '.join(more)} of "
+                f"{self.method} need more of a pass than its last hidden states. Set engine.cuda_graphs=false."
             )
 
     def plan(self) -> Plan:

@@ -104,7 +104,7 @@ def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[i
     last_BD = thinking.states
     for count in range(max(counts, default=-1) + 1):
         if count:
-            last_BD = context.extend(lm, lm.feedback(last_BD)[:, None])[:, -1]
+            last_BD = context.extend(lm, lm.feedback(last_BD).to(lm.base.dtype)[:, None])[:, -1]
         if count in counts:
             yield count, context.fork()
 

@@ -188,7 +188,8 @@ class Plan:
     @property
     def trained_with_fewer_thoughts(self) -> bool:
         """Whether some examples of the last stage are trained with fewer thoughts than the stage has."""
-        return self.mixing_probability > 0 or not self.pad_thoughts
+        counts_steps = any(form.thoughts_per_step for form in self.stages[-1].forms_at_inference)
+        return self.mixing_probability > 0 or (counts_steps and not self.pad_thoughts)
 
     def as_dict(self) -> dict[str, Any]:
         stages = [asdict(stage) for stage in self.stages]

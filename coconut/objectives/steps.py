@@ -89,4 +89,5 @@ def first_layers(lm: LatentLM, layers: int | None) -> nn.Module:
         missing = decoder.load_state_dict(base.state_dict(), strict=False).missing_keys
         if missing:
             raise ValueError(f"{config.model_type} cannot be cut to {layers} layers: {missing[0]} is not in the model.")
-    return decoder.to(torch.promote_types(base.dtype, torch.float32)).requires_grad_(True).train()
+    exact = torch.promote_types(base.dtype, torch.float32)  # trained weights have at least float32
+    return decoder.to(exact).requires_grad_(True).train()

@@ -17,6 +17,7 @@ from coconut.methods import At, Plan, Reasoning
 from coconut.models.latent_lm import LatentLM
 from coconut.models.passes import LatentOutput, Reads
 from coconut.objectives.base import TermObjective
+from coconut.utils.files import apply_umask
 
 FOLDER = "training_modules"  # in a checkpoint: the weights that only training needs, a file for each term
 
@@ -98,7 +99,8 @@ class TrainingModel(nn.Module):
         for name, objective in self.objectives.items():
             if any(True for _ in objective.parameters()):
                 (Path(folder) / FOLDER).mkdir(exist_ok=True)
-                save_model(objective, str(Path(folder) / FOLDER / f"{name}.safetensors"))
+                save_model(objective, str(file := Path(folder) / FOLDER / f"{name}.safetensors"))
+                apply_umask(file)
 
     def load_training_modules(self, folder: Path) -> None:
         """Read what `save_pretrained` wrote beside the model."""

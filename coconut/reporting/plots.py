@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import networkx
@@ -74,6 +76,7 @@ DASHED: dict[str, Any] = {"color": LIGHT["muted"], "linewidth": 1, "linestyle": 
 GRAPH_LEGEND = [("blue", "root, where the question starts"), ("green", "right answer and a shortest path to it"),
                 ("red", "wrong option")]  # fmt: skip
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline"}  # words
+TERM_COLOURS = ("blue", "green", "plum", "amber", "red", "muted")
 MAX_DOTS = 60  # on a line; a line with more points is drawn without dots
 MAX_NODES = 24  # in a drawn graph
 
@@ -104,17 +107,20 @@ class Band:
 def learning_curves(
     width: float, bands: Sequence[Band], accuracy: Sequence[Point], train_loss: Sequence[Point],
     valid_loss: Sequence[Point], chance_accuracy: float | None = None, best: Point | None = None,
+    terms: Mapping[str, Sequence[Point]] | None = None,
 ) -> Figure:  # fmt: skip
     """Accuracy, and losses below it, as (update, value), with the stages as bands. Accuracies are shares.
 
-    `best`: the update and the accuracy of the best checkpoint.
+    `best`: the update and the accuracy of the best checkpoint. `terms`: those of the training loss, by name, which get
+    a panel of their own.
     """
-    height, left, right = 350, 40, 14
+    height, left, right = 350 + 150 * bool(terms), 40, 14
     figure = new_figure(width, height)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    panels = figure.subplots(2 + bool(terms), 1, sharex=True, height_ratios=(3, 2, 2)[: 2 + bool(terms)])
     figure.subplots_adjust(left / width, 36 / height, 1 - right / width, 1 - 54 / height, hspace=0.3)
+    upper, lower, *others = panels
     last = max([band.end for band in bands], default=1)
-    for axes in (upper, lower):
+    for axes in panels:
         for number, band in enumerate(bands):
             if number % 2 == 0:
                 axes.axvspan(band.begin, band.end, color=LIGHT["band"], linewidth=0)
@@ -138,10 +144,25 @@ def learning_curves(
         lower.legend(loc="upper right", ncols=2)
         lower.set_ylim(0, None)
     lower.set_title("Loss", loc="left")
-    lower.set_xlabel("updates", loc="right")
-    lower.xaxis.set_major_locator(whole_ticks(5 if width < 400 else 8))
-    lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if terms:
+        _draw_terms(others[0], terms)
+    panels[-1].set_xlabel("updates", loc="right")
+    panels[-1].xaxis.set_major_locator(whole_ticks(5 if width < 400 else 8))
+    panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return figure
+
+
+def _draw_terms(axes: Axes, terms: Mapping[str, Sequence[Point]]) -> None:
+    """A line for each term, on a logarithmic axis: their sizes differ widely. Zeros are left out."""
+    axes.set_yscale("log")
+    for (name, points), colour in zip(terms.items(), cycle(TERM_COLOURS), strict=False):
+        draw_line(axes, [point for point in points if point[1] > 0], colour, 1.4, name, dots=False)
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    axes.yaxis.set_minor_formatter("")
+    axes.set_title("Terms", loc="left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(terms), handlelength=1.2, columnspacing=1.2,
+                handletextpad=0.4)  # fmt: skip
 
 
 def chance_line(axes: Axes, chance_accuracy: float | None) -> None:

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,25 +123,32 @@ def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
 def learning(run: RunRecord) -> Section:
     """Accuracy and losses over updates, as curves and for each stage."""
     bin_size = max(1, -(-run.description["updates"] // BINS))
-    binned = {stage.index: smoothed(rows_of_stage(run.train, stage), bin_size) for stage in run.stages}
+    weights = run.description["plan"]["terms"]
+    terms = [f"term_{name}" for name in weights] if run.train and len(weights) > 1 else []
+    curves = {key: [smoothed(rows_of_stage(run.train, stage), bin_size, key) for stage in run.stages]
+              for key in ("loss", *terms)}  # fmt: skip
     draw = partial(
         learning_curves,
         bands=_bands(run),
         accuracy=[(row["step"], row["accuracy"]) for row in run.valid],
-        train_loss=[point for points in binned.values() for point in points],
+        train_loss=[*chain(*curves["loss"])],
         valid_loss=[(row["step"], row["loss"]) for row in run.valid],
         chance_accuracy=run.chance_accuracy,
         best=(run.best["step"], run.best["accuracy"]) if run.best else None,
+        terms={key.removeprefix("term_"): [*chain(*curves[key])] for key in terms},
     )
     mean = f"the mean of each {bin_size} updates" if bin_size > 1 else "of each update"
     caption = (
         "Validation uses the layout of the current stage: the model writes the steps that thoughts do not replace. "
         f"Losses of different stages are over different targets. Training loss: {mean}."
     )
+    if terms:
+        total = " + ".join(name if weight == 1 else f"{weight:g} · {name}" for name, weight in weights.items())
+        caption += f" It is {total}; terms are drawn without their weights. Validation loss: written tokens alone."
     if run.best:
         caption += f" The ring marks the best checkpoint, update {run.best['step']:,}."
     alt = "Accuracy on validation data and losses over updates; the stages' numbers are in the table below."
-    rows = [_stage_row(run, stage, binned[stage.index]) for stage in run.stages]
+    rows = [_stage_row(run, stage, points) for stage, points in zip(run.stages, curves["loss"], strict=True)]
     columns = ["stage", "layout of an example", "updates", "best accuracy", "last accuracy", "training loss",
                "validation loss", "training time"]  # fmt: skip
     note = "Accuracies are on validation data. Losses are the last of the stage. Times include updates only."
@@ -171,11 +179,11 @@ def _stage_row(run: RunRecord, stage: Stage, binned: list[tuple[float, float]]) 
     ]
 
 
-def smoothed(rows: Sequence[dict[str, Any]], bin_size: int) -> list[tuple[float, float]]:
-    """The mean loss per target over each `bin_size` updates, as (middle update, loss)."""
+def smoothed(rows: Sequence[dict[str, Any]], bin_size: int, key: str = "loss") -> list[tuple[float, float]]:
+    """The mean loss, or one term of it, per target over each `bin_size` updates, as (middle update, value)."""
     points = []
     for part in (rows[i : i + bin_size] for i in range(0, len(rows), bin_size)):
-        loss, targets = sum(row["loss"] * row["targets"] for row in part), sum(row["targets"] for row in part)
+        loss, targets = sum(row[key] * row["targets"] for row in part), sum(row["targets"] for row in part)
         points.append(((part[0]["step"] + part[-1]["step"]) / 2, loss / max(targets, 1)))
     return points
 

@@ -44,7 +44,7 @@ def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
     own = lm.feedback.slot
     if not slot.thinks or (slot.projector, slot.width) == (own.projector, own.width):
         return
-    if config.init and lm.reasoning.slot.thinks and lm.reasoning.num_thoughts:
+    if config.init and any(form.slot.thinks and form.num_thoughts for form in lm.reasoning.forms()):
         raise ValueError(
             f"init={config.init} has learned to think with the projector {own.describe()}, and {config.method} has "
             f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="
@@ -58,8 +58,8 @@ def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
     """Set the switches of the model's acceleration. Raises ValueError if the model does not support one of them."""
     if engine.cuda_graphs and lm.feedback.has_weights:
         raise ValueError(
-            "engine.cuda_graphs=true records the model's layers alone, but its thoughts pass a projector. Set "
-            "engine.cuda_graphs=false."
+            "engine.cuda_graphs=true records the model's layers alone, but the projector "
+            f"{lm.feedback.slot.describe()} stands between its passes. Set engine.cuda_graphs=false."
         )
     lm.acceleration.mechanisms = engine.mechanisms
     lm.acceleration.activation_checkpointing = engine.activation_checkpointing
@@ -73,7 +73,9 @@ def _starting_model(config: TrainConfig, examples: list[Example]) -> tuple[Laten
         path = starting_point(config.init)
         log(f"Model, weights and tokenizer are those of {path}, not those of model.*")
         lm = LatentLM.from_pretrained(path, config.model.attention)
-        return (lm if lm.adapter else lm.to(_dtype(config))), str(path)
+        if not lm.adapter:  # what is trained beside the base stays in float32
+            lm.base.to(dtype=_dtype(config))  # pyright: ignore
+        return lm, str(path)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = config.model

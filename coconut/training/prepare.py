@@ -8,13 +8,13 @@ import numpy as np
 
 from coconut.config import TooLong, TrainConfig
 from coconut.data.examples import Example, read_examples
-from coconut.data.sequences import EpochView, fit_context, stage_variants
+from coconut.data.sequences import EpochView, fit_context, stage_variants, written_lengths
 from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
 from coconut.evaluation.gold_answers import readable
 from coconut.methods import TEACHER, WRITTEN, At, Plan, Stage
 from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
-from coconut.utils.console import log
+from coconut.utils.console import list_lengths, log
 
 
 def read_splits(config: TrainConfig, files: dict[str, str]) -> dict[str, list[Example]]:
@@ -52,6 +52,8 @@ def prepare_data(
         _refuse_without_steps(tokens, config.method, file)
     if split == "train" and any(term.at is At.answer_prompt for term in plan.terms):
         _refuse_without_answer_mark(tokens, config, file)
+    if split == "train" and any(term.at is At.thoughts for term in plan.terms):
+        _refuse_long_steps(tokens, plan, lm, file)
     if split == "train" and any(form.name == TEACHER for form in plan.stages[0].together):
         _warn_of_empty_teachers(tokens, config, file)
     return tokens, rows
@@ -96,6 +98,25 @@ def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: 
             f"{len(without)} of {len(data)} examples nothing precedes it, the first of them example {without[0] + 1}. "
             f"An answer is written as {config.data.format.answer!r}: put a text before {{}}, such as '### {{}}' "
             "(data.format.answer)."
+        )
+
+
+def _refuse_long_steps(data: TokenizedData, plan: Plan, lm: LatentLM, file: str) -> None:
+    """Raise ValueError if a step and its thoughts are longer than the context of the step decoder, a copy of `lm`."""
+    context, whole_chains = lm.max_sequence_length, written_lengths(data, 0, 0)
+    longest = np.zeros(len(data), np.int64)
+    for view in views_of_forms(data, plan, lm):
+        thoughts = view.form(0).thoughts_per_step or 1
+        for i in np.flatnonzero(whole_chains + thoughts > context).tolist():  # no other example can have such a step
+            steps = [len(step) for item in view.layouts(i) for step in item.steps]
+            longest[i] = max(longest[i], thoughts + max(steps, default=0))
+    if too_long := np.flatnonzero(longest > context).tolist():
+        shown = list_lengths("example", too_long, longest.tolist())
+        raise ValueError(
+            f"{file}: in {len(too_long)} of {len(data)} examples, a step and the thoughts that stand for it are longer "
+            f"than the step decoder's context of {context} tokens: {shown}. The last thoughts stand for all further "
+            "steps, so that with more thoughts these are shorter. Leave the examples out, or train without the decoder "
+            "(terms.steps=0)."
         )
 
 

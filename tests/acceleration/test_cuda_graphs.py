@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from benchmarks.baselines import Size, make_batch, make_data, make_model
 from coconut import LatentLM
 from coconut.acceleration.cuda_graphs import CudaGraphs, detached_leaf_parameters
-from coconut.config import AdamWConfig, EngineConfig, EngineKind
+from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, TaskName, TrainConfig
 from coconut.engine.base import Loss, set_up_device
 from coconut.engine.local import LocalEngine
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
+from coconut.methods import Projector, Slot, Source
 from coconut.models import latent_lm as model
 from coconut.models.passes import bucket_down, bucket_up
 from coconut.runs.description import read_metrics
+from coconut.training.model_setup import apply_engine_options
 from coconut.training.trainer import run, summed_loss
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -84,6 +86,16 @@ def test_families_whose_work_depends_on_more_than_shapes_are_refused(family: Any
 def test_options_that_exclude_cuda_graphs_are_named(other: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(cuda_graphs=True, **other)
+
+
+def test_what_graphs_do_not_record_is_named() -> None:
+    lm = build("gpt2", slot=Slot(Source.thought, Projector.mlp_ln))
+    with pytest.raises(ValueError, match=r"the projector mlp_ln stands between its passes.*cuda_graphs=false"):
+        apply_engine_options(lm, EngineConfig(cuda_graphs=True))
+    data = DataConfig(TaskName.prosqa, train="train.json", valid="valid.json")
+    for method, terms in (("codi", "states"), ("sim_cot", "steps")):
+        with pytest.raises(ValueError, match=f"the terms {terms} of {method} need more of a pass"):
+            TrainConfig(method=method, data=data, engine=EngineConfig(cuda_graphs=True))
 
 
 def test_cuda_graphs_on_another_device_give_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

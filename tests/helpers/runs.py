@@ -130,17 +130,21 @@ def copy_until(step: int, run: Path, folder: Path) -> Path:
     return folder
 
 
+def _weights_of(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """All of them: the model's, its projector's, and those that only training needs."""
+    files = checkpoint.rglob("*.safetensors")
+    return {(str(file.relative_to(checkpoint)), key): value for file in files for key, value in load_file(file).items()}
+
+
 def same_end(folder: Path, other: Path) -> None:
     """Bit for bit: weights (of LoRA too), optimizer, random states, best so far, every number in metrics.jsonl."""
     ends = [Checkpoints(run).newest_valid() for run in (folder, other)]
     assert ends[0]
     assert ends[1]
     assert ends[0].name == ends[1].name
-    assert list(ends[1].glob("*.safetensors"))
-    for file in ends[1].glob("*.safetensors"):
-        ours, theirs = load_file(ends[0] / file.name), load_file(file)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (_weights_of(end) for end in ends if end)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     a, b = (load_trainer(end) for end in ends if end)
     for mine, its in zip(a["random"], b["random"], strict=True):
         assert torch.equal(mine["cpu"], its["cpu"])

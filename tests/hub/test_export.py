@@ -59,6 +59,16 @@ def test_exported_folder_has_shards_and_a_card(trained_run: Path, tmp_path: Path
         run_export(ExportConfig(run=str(trained_run), output=str(folder)))
 
 
+def test_model_card_without_thoughts_names_no_projector() -> None:
+    """Training with another method keeps the projector of a model."""
+    lm = build("llama", torch.float32, slot=Slot(Source.thought, Projector.mlp_ln), num_thoughts=3)
+    assert "projector" in card(lm)
+    lm.reasoning = replace(lm.reasoning, slot=NOTHING, markers=False, num_thoughts=0)
+    assert "projector" not in card(lm)
+    lm.add_modes(["short", "latent_3"])
+    assert "projector" in card(lm)
+
+
 @pytest.mark.slow
 def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
     """For thoughts, projected thoughts, pauses, an empty slot and modes, with a chat template and without."""

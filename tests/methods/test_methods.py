@@ -62,6 +62,12 @@ def test_plan_of_icot_for_gsm8k() -> None:
     assert [s.form.smoothed for s in stages] == [True] * 5 + [False]
 
 
+def test_thoughts_that_stand_for_no_steps_are_never_fewer() -> None:
+    for name, fewer in (("coconut", True), ("sim_cot", True), ("codi", False), ("sim_cot_codi", False)):
+        curriculum = Curriculum(pad_thoughts=False, num_thoughts=None if fewer else 6)
+        assert plan(name, curriculum).trained_with_fewer_thoughts is fewer
+
+
 def test_plan_can_start_at_a_later_stage() -> None:
     stages = plan(
         "coconut", Curriculum(max_stage=2, stage0_length=6, stage_length=3, total_length=10, start_stage=1)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from coconut import LatentLM
+from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import read_examples
-from coconut.data.tokenization import build_word_tokenizer
+from coconut.data.tokenization import build_word_tokenizer, encode_questions
 from coconut.models.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
+from coconut.objectives.training_model import TrainingModel
 from coconut.runs.checkpoints import Checkpoints
 from coconut.training.model_setup import make_model
 from coconut.training.trainer import run
@@ -212,6 +214,24 @@ def test_what_is_trained_beside_a_model_in_bfloat16_is_float32(tmp_path: Path, d
     again = LatentLM.from_pretrained(tmp_path / "adapter").eval()
     assert again.base.dtype == torch.bfloat16
     assert torch.equal(again(**batch).loss, lm(**batch).loss)
+
+
+def test_what_only_training_needs_is_float32_beside_a_model_in_bfloat16(tmp_path: Path, data: DataConfig) -> None:
+    """A projector and a step decoder, of a model that has learned to think with a projector."""
+    place, examples = pretrained(tmp_path / "base", "llama", data), read_examples(data.train)
+    codi = make_model(small_run(tmp_path / "a", data, method="codi", model=ModelConfig(base=str(place))), examples)
+    codi.save_pretrained(tmp_path / "codi")
+    lowered = EngineConfig(device="cpu", threads=1, precision=Precision.bfloat16)
+    config = lora_run(tmp_path / "b", place, data, init=str(tmp_path / "codi"), method="sim_cot_codi", engine=lowered)
+    lm = make_model(config, examples).eval()
+    assert lm.base.dtype == torch.bfloat16
+    trained = [w for w in TrainingModel(lm, config.plan()).parameters() if w.requires_grad]
+    assert {w.dtype for w in trained} == {torch.float32}
+    assert {id(w) for w in lm.feedback.parameters()} <= {id(w) for w in trained}
+    assert all(torch.equal(w, its) for w, its in zip(lm.feedback.parameters(), codi.feedback.parameters(), strict=True))
+    prompt = encode_questions(lm.tokenizer, [examples[0].question], lm.reasoning.format)
+    values = name_probabilities(lm, prompt, [list(spell(lm, ["0", "1"], symbolic=True).values())], range(3), 1)
+    assert all(0 < share < 1 for shares in values.values() for share in shares)
 
 
 # --- runs -------------------------------------------------------------------------------------------

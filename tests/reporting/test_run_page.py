@@ -79,6 +79,16 @@ def test_the_page_shows_every_stage_and_what_was_trained(evaluated: Path):
     assert "&#34;intermediate_size&#34;: 32" in html  # config.json, whole
 
 
+def test_the_page_names_every_term_of_the_loss(trained: Path):
+    run = read_run(trained)
+    assert "Terms" not in page_of(run)
+    plan = run.description["plan"] | {"terms": {"tokens": 1.0, "states": 20.0}}
+    rows = [row | {"term_tokens": 2.0, "term_states": 0.0 if row["stage"] == 0 else 0.1} for row in run.train]
+    html = page_of(replace(run, train=rows, description=run.description | {"plan": plan}))
+    assert all(html.count(f">{name}<") == 2 for name in ("Terms", "tokens", "states")), "in the wide and narrow figure"
+    assert "It is tokens + 20 · states" in words(html)
+
+
 def test_the_page_loads_no_other_file(evaluated: Path):
     html, loads = page_of(evaluated), Loads()
     loads.feed(html)

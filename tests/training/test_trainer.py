@@ -42,12 +42,13 @@ from coconut.engine.base import Loss, NonFiniteUpdate
 from coconut.engine.local import LocalEngine
 from coconut.engine.world import World
 from coconut.evaluation.evaluator import evaluate
-from coconut.methods import METHODS, Curriculum, PromptFormat, Unit, plan
+from coconut.methods import METHODS, Curriculum, Projector, PromptFormat, Reasoning, Unit, plan
 from coconut.rl.config import ObjectiveConfig, ProcessRewardConfig, RLConfig
 from coconut.runs.checkpoints import Checkpoints, load_state, load_trainer
 from coconut.runs.description import read_metrics
 from coconut.runs.folder import differences
 from coconut.training.divergence import NonFiniteLossError
+from coconut.training.model_setup import make_model
 from coconut.training.schedule import Schedule, updates_since_reset
 from coconut.training.trainer import Trainer, run
 from coconut.utils.files import read_json, write_json
@@ -164,6 +165,25 @@ def test_resumed_equals_uninterrupted_from_pretrained_weights(
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert run(ours(whole)) == 0
     assert run(ours(copy_until(1, whole, resumed))) == 0
+    same_end(resumed, whole)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_with_a_step_decoder_resumed_equals_uninterrupted(data: DataConfig, tmp_path: Path, step: int) -> None:
+    """In the middle of an epoch and at its end, with a projector, a teacher, and dropout."""
+    curriculum = replace(CURRICULUM, num_thoughts=3, total_length=6)
+
+    def ours(folder: Path) -> TrainConfig:
+        return settings(data, folder, method="sim_cot_codi", curriculum=curriculum, save_every=1)
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(ours(whole)) == 0
+    end = Checkpoints(whole).path(6)
+    assert (end / "feedback.safetensors").is_file()
+    files = (end / "training_modules" / "steps.safetensors", end / "model.safetensors")
+    assert len({file.stat().st_mode for file in files}) == 1, "who may read the model may read the decoder"
+    copy_until(step, whole, resumed)
+    assert run(ours(resumed)) == 0
     same_end(resumed, whole)
 
 
@@ -484,6 +504,27 @@ def test_init_takes_a_runs_best_checkpoint_or_else_its_last(finished: Path, data
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.parameters(), strict=True))
 
 
+def test_a_model_that_thinks_keeps_its_projector(finished: Path, data: DataConfig, tmp_path: Path) -> None:
+    examples = read_examples(data.train)
+
+    def begun(method: str, init: Path | str, **changes: Any) -> LatentLM:
+        curriculum = replace(CURRICULUM, num_thoughts=3 if method == "codi" else None, modes=["short", "latent_3"])
+        config = settings(data, tmp_path / "run", method=method, curriculum=curriculum, init=str(init), **changes)
+        lm = make_model(config, examples)
+        lm.reasoning = Reasoning.at(config.plan(), config.plan().stages[-1])
+        return lm
+
+    early = begun("codi", Checkpoints(finished).path(3))
+    assert early.feedback.slot.projector is Projector.mlp_ln, "stage 0 has no thoughts yet"
+    early.save_pretrained(tmp_path / "codi")
+    hybrid = begun("hybrid_warmup", tmp_path / "codi")
+    assert all(torch.equal(w, hybrid.feedback.state_dict()[name]) for name, w in early.feedback.state_dict().items())
+    begun("hybrid_warmup", finished).save_pretrained(tmp_path / "hybrid")
+    for init in (finished, tmp_path / "hybrid"):
+        with pytest.raises(ValueError, match=r"has learned to think with the projector none, and codi has mlp_ln"):
+            begun("codi", init)
+
+
 def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: DataConfig, tmp_path: Path) -> None:
     start, folder = tmp_path / "start", tmp_path / "run"
     shutil.copytree(finished, start)
@@ -558,6 +599,25 @@ def test_examples_longer_than_the_context(data: DataConfig, tmp_path: Path, caps
     assert not (tmp_path / "a").exists()
     run(settings(replace(data, too_long=TooLong.skip), tmp_path / "b", model=short, max_new_tokens=1))
     assert "of 28 train examples, longer than the model's context" in capsys.readouterr().out
+
+
+def test_a_step_longer_than_the_decoders_context_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    """The last thoughts stand for all further steps, so that with few thoughts their steps are long."""
+    rows = [{"question": "0 1 ? 1 or 2 from 0", "steps": ["0 1"] * count, "answer": "1"} for count in (20, 2)]
+    write_json(tmp_path / "train.json", rows)
+    short = ModelConfig(architecture={**ARCHITECTURE, "n_positions": 36}, tokenizer="words", new_token_init="random")
+
+    def ours(thoughts: int) -> TrainConfig:
+        return settings(
+            replace(data, train=str(tmp_path / "train.json"), valid=str(tmp_path / "train.json")),
+            tmp_path / str(thoughts), method="sim_cot_codi", terms={"teacher": 0, "states": 0}, model=short,
+            curriculum=replace(CURRICULUM, num_thoughts=thoughts, total_length=2), batch_size=2, max_new_tokens=1,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"in 1 of 2 examples, a step .* context of 36 .*: example 1 \(39 tokens\)"):
+        run(ours(2))
+    assert not (tmp_path / "2").exists()
+    assert run(ours(4)) == 0
 
 
 @pytest.mark.parametrize(
