@@ -161,5 +161,5 @@ def main(updates: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="CODI from scratch.")
-    parser.add_argument("--updates", type=int, default=1500, help="default: 1500")
+    parser.add_argument("--updates", type=int, default=1600, help="default: 1600")
     main(parser.parse_args().updates)
