@@ -1,4 +1,4 @@
-"""Each example and each block of Python in the docs runs; the plain example computes what LatentLM computes."""
+"""Each example and each block of Python in the docs runs; the plain examples compute what the library computes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from helpers.models import WORDS, gradients
 from helpers.runs import graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
-from coconut.data.batching import collate
+from coconut.data.batching import collate, count_for_term
 from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
 from coconut.generation.generate import pad_rows
+from coconut.methods import Reasoning, Stage
+from coconut.objectives.training_model import TrainingModel
 from coconut.runs.checkpoints import Checkpoints
 from coconut.training.trainer import run as train
 
@@ -43,7 +45,15 @@ def module(name: str) -> Any:
 
 
 plain = module("coconut_from_scratch")
-SPECIAL = SpecialIds(plain.BOT, plain.EOT, plain.LATENT, plain.LATENT, plain.EOS, plain.PAD)  # it has no <pause>
+codi = module("codi_from_scratch")
+
+
+def special_of(example: Any) -> SpecialIds:
+    """Of an example that has no <pause>."""
+    return SpecialIds(example.BOT, example.EOT, example.LATENT, example.LATENT, example.EOS, example.PAD)
+
+
+SPECIAL = special_of(plain)
 
 
 def ours(model: Any) -> LatentLM:
@@ -138,6 +148,77 @@ def test_from_scratch_runs(tmp_path: Path) -> None:
     said = output("coconut_from_scratch.py", "--updates", "3", folder=tmp_path).splitlines()
     assert [line.split(":")[0] for line in said] == ["stage 0", "stage 1", "stage 2"]
     assert "of 500 unseen questions" in said[-1]
+
+
+# --- CODI from scratch ------------------------------------------------------------------------------
+
+
+def trained_by_codi(model: Any) -> tuple[TrainingModel, Stage]:
+    """The library's model with the same weights, the terms of its loss, and the sequences that they are of."""
+    its = plan("codi", Curriculum(num_thoughts=codi.THOUGHTS))
+    special = special_of(codi)
+    lm = LatentLM(copy.deepcopy(model.lm), build_word_tokenizer(WORDS), special, Reasoning.at(its, its.stages[0]))
+    lm.feedback.projector = copy.deepcopy(model.projector)
+    return TrainingModel(lm, its), its.stages[0]
+
+
+def test_codi_from_scratch_equals_the_library() -> None:
+    torch.manual_seed(0)
+    model = codi.Model().double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    module, stage = trained_by_codi(model)
+    examples = rows(6)
+    assert len({len(question) for question, _ in examples}) > 1, "rows differ in length"
+
+    found = codi.terms(model, examples)
+    torch.stack(found).sum().backward()
+    parts = [[codi.encode(question), *map(codi.encode, chain), [*codi.encode(f"={chain[-1]}"), codi.EOS]]
+             for question, chain in examples]  # fmt: skip
+    layouts = [layout(part, form, module.lm.special, num_answer_mark=1) for form in stage.together for part in parts]
+    batch = collate(layouts, module.lm.special, num_forms=2)
+    counts = [count_for_term(term, [form.name for form in stage.together].index(term.of), batch)
+              for term in module.terms]  # fmt: skip
+    expected = module(batch) / torch.tensor(counts)
+    expected.sum().backward()
+
+    assert [term.name for term in module.terms] == ["tokens", "teacher", "states"]
+    assert [item.ids.tolist() for item in layouts] == [
+        sequence(*example) for sequence in (codi.student, codi.teacher) for example in examples
+    ]
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-9, atol=0)
+    ours = {name.replace("lm.base.", "lm.").replace("lm.feedback.", ""): p.grad
+            for name, p in module.named_parameters()}  # fmt: skip
+    theirs = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad.norm() > 0 for grad in theirs.values())
+    torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-11)
+
+
+def test_codi_from_scratch_answers_as_the_library() -> None:
+    torch.manual_seed(0)
+    model = codi.Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    examples = rows(32)
+    for _ in range(40):  # long enough that no marker is likeliest; the library never says one
+        optimizer.zero_grad()
+        torch.stack(codi.terms(model, examples)).sum().backward()
+        optimizer.step()
+    questions = [question for question, _ in rows(40)]
+    written = codi.write(model, [codi.prompt(question) for question in questions], 3)
+    assert len(set(written)) > 1
+
+    ids, mask = pad_rows([codi.encode(question) for question in questions], codi.PAD)
+    made = trained_by_codi(model)[0].lm.generate(ids, mask, num_thoughts=codi.THOUGHTS, max_new_tokens=3)
+    tokens = [row[:length] for row, length in zip(made.tokens.tolist(), made.lengths.tolist(), strict=True)]
+    assert written == ["".join(codi.VOCABULARY[token] for token in row) for row in tokens]
+
+
+@pytest.mark.slow
+def test_codi_from_scratch_runs(tmp_path: Path) -> None:
+    said = output("codi_from_scratch.py", "--updates", "5", folder=tmp_path).splitlines()
+    assert [line.split(":")[0] for line in said] == [f"update {k}" for k in range(1, 6)]
+    assert "right of 500 unseen" in said[-1]
 
 
 # --- your own data ----------------------------------------------------------------------------------
