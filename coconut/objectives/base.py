@@ -25,10 +25,11 @@ class TermObjective(nn.Module):
         self.of_form = names.index(term.of)
         self.to_form = names.index(term.to) if term.to else -1
 
-    def forward(self, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
+    def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         """The term summed over a micro-batch, (), without its weight.
 
-        `statistics`: the totals of `measure` over the update; None if this micro-batch is all of it.
+        `output`: what `lm` gave for the batch. `lm` itself serves for its head (`lm.logits`); a term does not keep it,
+        since its own modules are saved. `statistics`: the totals of `measure` over the update; None if this micro-batch is all of it.
         """
         raise NotImplementedError
 

@@ -29,7 +29,7 @@ class Objective(TermObjective):
         super().__init__(term, forms, lm)
         self.first_layer = term.options.get("first_layer", 0)
 
-    def forward(self, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
+    def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         student_BLD = self._states(output, batch, self.of_form)
         teacher_BLD = self._states(output, batch, self.to_form).detach()
         if statistics is None:

@@ -40,7 +40,7 @@ class Objective(TermObjective):
         self.thoughts_per_step = forms[self.of_form].thoughts_per_step or 1
         self.decoder: Any = first_layers(lm, term.options.get("layers"))
 
-    def forward(self, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
+    def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         assert output.thoughts is not None
         table: Any = self.decoder.get_input_embeddings()
         has_step_RG = (batch.steps_RGS != IGNORED).any(-1) & (batch.form_R == self.of_form)[:, None]

@@ -54,7 +54,7 @@ class TrainingModel(nn.Module):
         output = self._run(batch)
         given = statistics.chunk(len(self.measured)) if statistics is not None else [None] * len(self.measured)
         by_term = dict(zip(self.measured, given, strict=True))
-        return torch.stack([it(output, batch, by_term.get(it)) for it in self.objectives.values()])  # pyright: ignore
+        return torch.stack([it(self.lm, output, batch, by_term.get(it)) for it in self.objectives.values()])  # pyright: ignore
 
     def _run(self, batch: Batch) -> LatentOutput:
         places = {term.at for term in self.terms}
