@@ -452,7 +452,7 @@ class TrainConfig(RunConfig):
     method: str = "coconut"
     curriculum: Curriculum = field(default_factory=Curriculum)
     terms: dict[str, float] = field(default_factory=dict)  # weights of terms of the loss in place of the method's
-    decoder_layers: int | None = None  # of a step decoder; by default as many as the model has
+    term_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of terms, by name
     model: ModelConfig = field(default_factory=lambda: ModelConfig(base="openai-community/gpt2"))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # examples per update, over all processes
@@ -461,7 +461,7 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.required_task()
-        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0, decoder_layers=1)
+        at_least("", self, batch_size=1, micro_batch_size=1, validate_every=0)
         if self.model.lora.rank and not (self.model.base or self.init):
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} needs a pretrained model, but model.architecture creates a "
@@ -476,8 +476,10 @@ class TrainConfig(RunConfig):
 
     def plan(self) -> Plan:
         """The stages and terms of the run. Raises ValueError as coconut.methods.plan does."""
-        model, options = self.model, {"steps": {"layers": self.decoder_layers}} if self.decoder_layers else {}
-        return plan(self.method, self.curriculum, self.terms, model.projector, model.projector_width, options)
+        model = self.model
+        return plan(
+            self.method, self.curriculum, self.terms, model.projector, model.projector_width, self.term_options
+        )  # fmt: skip
 
     @property
     def kind(self) -> str:

@@ -208,7 +208,7 @@ def plan(
     """Expand a method and a curriculum into the explicit stages of a run.
 
     In place of the method's own: `weights` of terms of the loss, by name (one of weight 0 is left out), `projector` and
-    `projector_width` of the thoughts, and `options` of objectives, by name.
+    `projector_width` of the thoughts, and `options` of terms, by name.
 
     Raises ValueError if the method does not exist or has no such term, if it has no thoughts to project, if it needs
     more thoughts than it gets, or if its stages do not fit into the total length.
@@ -232,7 +232,7 @@ def plan(
         if curriculum.num_thoughts is not None and method.cut is Cut.all and not method.slot.is_empty:
             form = replace(form, slot_length=curriculum.num_thoughts)
         stages = [Stage(0, total, (form,))]
-    if not method.steps_per_slot and not stages[0].form.slot_length:
+    if method.fixed_length and not stages[0].form.slot_length:
         raise ValueError(f"{name} needs thoughts, but there are none. Set curriculum.num_thoughts, for example to 6.")
     if curriculum.num_thoughts is not None and not method.slot.is_empty and method.cut is not Cut.all:
         raise ValueError(
@@ -273,21 +273,19 @@ def plan(
 def _weighted(
     name: str, method: Method, weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Term, ...]:
-    """The method's terms with these weights and options of objectives, without those of weight 0."""
-    names = [term.name for term in method.terms]
-    if unknown := [key for key in weights if key not in names]:
-        raise ValueError(f"{name} has no term {', '.join(map(repr, unknown))}. Its terms are {', '.join(names)}.")
+    """The method's terms with these weights and options, without those of weight 0."""
+    known = {term.name: term for term in method.terms}
+    if unknown := [key for key in (*weights, *options) if key not in known]:
+        raise ValueError(f"{name} has no term {', '.join(map(repr, unknown))}. Its terms are {', '.join(known)}.")
     if below := {key: weight for key, weight in weights.items() if not weight >= 0}:
         raise ValueError(f"Weights of terms must be at least 0: {below}.")
-    if unused := set(options) - {term.objective for term in method.terms}:
-        raise ValueError(f"{name} has no objective {', '.join(sorted(unused))}, so its options have no effect.")
+    for key, given in options.items():
+        if unknown := sorted(set(given) - set(known[key].options)):
+            choices = ", ".join(known[key].options) or "none"
+            raise ValueError(f"The term {key} of {name} has no option {', '.join(unknown)}. Its options: {choices}.")
     terms = [
-        replace(
-            term,
-            weight=weights.get(term.name, term.weight),
-            options={**term.options, **options.get(term.objective, {})},
-        )
-        for term in method.terms
+        replace(term, weight=weights.get(name, term.weight), options={**term.options, **options.get(name, {})})
+        for name, term in known.items()
     ]
     if not any(term.weight for term in terms):
         raise ValueError(f"All terms of {name} have weight 0, so there is nothing to learn. Leave out terms.NAME=0.")
@@ -304,7 +302,7 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Form]:
             markers=method.markers,
             slot_length=0 if slot.is_empty else c * min(k, curriculum.max_stage),
             steps_cut=cut,
-            thoughts_per_step=c if method.steps_per_slot else 0,
+            thoughts_per_step=0 if method.fixed_length else c,
         )
         for k, cut in enumerate(cuts)
     ]

@@ -117,8 +117,9 @@ class Term:
     """One term of the loss.
 
     `objective`: the module of coconut.objectives that computes it. `of`: the form that learns from it; `to`: the form
-    that it is held to, which gets no gradient. `options`: the objective's own settings. `weight` is overridden by
-    terms.NAME on the command line; with 0 the term, and what only it needs, is left out.
+    that it is held to, which gets no gradient. `weight` is overridden by terms.NAME on the command line; with 0 the
+    term, and what only it needs, is left out. `options`: the objective's own settings with their defaults, overridden
+    by term_options.NAME.OPTION.
     """
 
     name: str
@@ -142,7 +143,8 @@ WRITTEN = Term("tokens")
 class Method:
     """One entry of the table. `summary` describes it in run plans, reports and tables.
 
-    `steps_per_slot`: whether the positions of the slot stand for steps of the chain, `thoughts_per_step` for each.
+    `fixed_length`: the slot has `curriculum.num_thoughts` positions whatever the chain, and none is counted for a step;
+    otherwise it has `thoughts_per_step` for each step that is removed.
     """
 
     slot: Slot
@@ -151,7 +153,7 @@ class Method:
     summary: str
     terms: tuple[Term, ...] = (WRITTEN,)
     teacher: bool = False
-    steps_per_slot: bool = True
+    fixed_length: bool = False
 
     def __post_init__(self) -> None:
         thinks = self.slot.thinks
@@ -167,12 +169,12 @@ _CODI = Method(
     terms=(
         WRITTEN,
         Term("teacher", of=TEACHER),
-        Term("states", "states", STUDENT, TEACHER, At.answer_prompt, Per.example),
+        Term("states", "states", STUDENT, TEACHER, At.answer_prompt, Per.example, options={"first_layer": 0}),
     ),
     teacher=True,
-    steps_per_slot=False,
+    fixed_length=True,
 )
-_STEPS = Term("steps", "steps", at=At.thoughts, per=Per.step)
+_STEPS = Term("steps", "steps", at=At.thoughts, per=Per.step, options={"layers": None})
 
 METHODS: dict[str, Method] = {
     "coconut": _COCONUT,

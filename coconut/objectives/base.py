@@ -28,8 +28,9 @@ class TermObjective(nn.Module):
     def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         """The term summed over a micro-batch, (), without its weight.
 
-        `output`: what `lm` gave for the batch. `lm` itself serves for its head (`lm.logits`); a term does not keep it,
-        since its own modules are saved. `statistics`: the totals of `measure` over the update; None if this micro-batch is all of it.
+        `output`: what `lm` gave for the batch. `lm` serves for its head (`lm.logits`); a term does not keep it, since
+        its own modules are saved. `statistics`: the totals of `measure` over the update; None if this micro-batch is
+        all of it.
         """
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ class Objective(TermObjective):
 
     def __init__(self, term: Term, forms: Sequence[Form], lm: LatentLM):
         super().__init__(term, forms, lm)
-        self.first_layer = term.options.get("first_layer", 0)
+        self.first_layer = term.options["first_layer"]
 
     def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         student_BLD = self._states(output, batch, self.of_form)

@@ -38,7 +38,7 @@ class Objective(TermObjective):
     def __init__(self, term: Term, forms: Sequence[Form], lm: LatentLM):
         super().__init__(term, forms, lm)
         self.thoughts_per_step = forms[self.of_form].thoughts_per_step or 1
-        self.decoder: Any = first_layers(lm, term.options.get("layers"))
+        self.decoder: Any = first_layers(lm, term.options["layers"])
 
     def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         assert output.thoughts is not None

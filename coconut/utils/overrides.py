@@ -25,6 +25,7 @@ Template = Annotated[str, "template"]  # text around {}: \n is a newline, \t a t
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 BRACKETED = rf"""\[(?:{QUOTED}|[^\]'"])*\]"""
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
+TABLES = (dict[str, float], dict[str, dict[str, Any]])  # annotations of sections whose keys are not fixed
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -77,12 +78,12 @@ def as_override(argument: str, schema: type, multirun: bool = False) -> str:
     - In names and paths ${KEY} is replaced by the value of KEY; `\\${` is a literal `${`.
     - In a multirun a comma outside of quotes separates the values of a sweep.
     - A list stands in brackets, its items separated by commas; without brackets paths may be separated by spaces.
-    - An entry of a table of numbers needs no + before it, whether the table has it already or not.
+    - An entry of a table of `TABLES` needs no + before it, whether the table has it already or not.
 
     None of these applies to a question (`Text`). Arguments that are not text are returned unchanged.
     """
     key, sign, value = argument.partition("=")
-    if sign and _annotation(key.rpartition(".")[0], schema) == dict[str, float]:
+    if sign and "." in key and _annotation(key.partition(".")[0], schema) in TABLES:
         return f"++{argument}"
     kind = kind_of(key.lstrip("+"), schema) if sign else None
     if kind is None or (multirun and FUNCTION.fullmatch(value)):

@@ -86,7 +86,7 @@ def test_plan_fills_the_total_length_or_is_refused(
     lengths = {"icot": 5 * curriculum.icot_stage_length}.get(method, 0)
     if METHODS[method].cut is Cut.steps:
         lengths = first + each * (deepest + extra - 1) if deepest + extra else 0
-    if not METHODS[method].steps_per_slot and not c * deepest:
+    if METHODS[method].fixed_length and not c * deepest:
         with pytest.raises(ValueError, match="needs thoughts"):
             plan(method, curriculum)
         return

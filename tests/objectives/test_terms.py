@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from coconut.engine.base import TermSums, total_statistics
 from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Curriculum, Plan, Projector, PromptFormat, plan
+from coconut.methods import Curriculum, Plan, Projector, PromptFormat, Term, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.objectives.training_model import TrainingModel
 
@@ -102,41 +102,61 @@ def flat_run(lm: LatentLM, item: Layout) -> tuple[list[Tensor], Tensor]:
     return [states[0] for states in out.hidden_states], fed
 
 
-def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
-    lm, students, teachers, sums, counts = module.lm, [], [], {}, {}
+@dataclass
+class Flat:
+    """One sequence, run alone: the states (T, D) of all layers, the thoughts as fed, log-probabilities (T, V)."""
 
-    def add(name: str, value: Tensor, count: int) -> None:
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value
-        counts[name] = counts.get(name, 0) + count
+    item: Layout
+    layers: list[Tensor]
+    fed: Tensor
+    log_probs: Tensor
 
-    for index in range(len(view)):
-        for form, item in zip(view.names, view.layouts(index), strict=True):
-            layers, fed = flat_run(lm, item)
-            head: Any = lm.base.get_output_embeddings()
-            log_probs = head(layers[-1]).log_softmax(-1)
-            targets = range(item.num_prompt, len(item.ids))
-            add("teacher" if form == "teacher" else "tokens",
-                -torch.stack([log_probs[t - 1, int(item.ids[t])] for t in targets]).sum(), len(targets))  # fmt: skip
-            at_prompt = torch.stack([states[item.answer_prompt] for states in layers])
-            (teachers if form == "teacher" else students).append(at_prompt)
-            if form == "teacher" or "steps" not in module.objectives:
-                continue
-            objective: Any = module.objectives["steps"]
-            decoder, c = objective.decoder, objective.thoughts_per_step
-            for group, step in enumerate(item.steps):
-                if not len(step):
-                    continue
+
+def slow_tokens(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
+    log_probs = [
+        row.log_probs[t - 1, int(row.item.ids[t])]
+        for row in (row[term.of] for row in rows)
+        for t in range(row.item.num_prompt, len(row.item.ids))
+    ]
+    return -torch.stack(log_probs).mean()
+
+
+def slow_states(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
+    def at_prompt(form: str) -> Tensor:
+        read = [row[form] for row in rows]
+        return torch.stack([torch.stack([states[row.item.answer_prompt] for states in row.layers]) for row in read])
+
+    student_NLD, teacher_NLD = at_prompt(term.of), at_prompt(term.to).detach()
+    gap = student_NLD - teacher_NLD
+    distance = torch.where(gap.abs() < 1, gap**2 / 2, gap.abs() - 0.5).mean(2)
+    deviation_L = torch.stack([teacher_NLD[:, layer].std() for layer in range(teacher_NLD.shape[1])])
+    return (distance / deviation_L).mean()
+
+
+def slow_steps(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
+    decoder, c, losses = objective.decoder, objective.thoughts_per_step, []
+    for row in (row[term.of] for row in rows):
+        for group, step in enumerate(row.item.steps):
+            if len(step):
                 ids = torch.from_numpy(step.astype(np.int64))
-                row = torch.cat([fed[group * c : group * c + c], decoder.get_input_embeddings()(ids)])
-                scores = decoder(inputs_embeds=row[None]).logits[0].log_softmax(-1)
-                add("steps", -torch.stack([scores[c - 1 + i, token] for i, token in enumerate(ids)]).mean(), 1)
-    if "states" in module.objectives:
-        student_NLD, teacher_NLD = torch.stack(students), torch.stack(teachers).detach()
-        gap = student_NLD - teacher_NLD
-        distance = torch.where(gap.abs() < 1, gap**2 / 2, gap.abs() - 0.5).mean(2)
-        deviation_L = torch.stack([teacher_NLD[:, layer].std() for layer in range(teacher_NLD.shape[1])])
-        add("states", (distance / deviation_L).mean(1).sum(), len(students))
-    return {name: sums[name] / max(counts[name], 1) for name in module.objectives}
+                inputs = torch.cat([row.fed[group * c : group * c + c], decoder.get_input_embeddings()(ids)])
+                scores = decoder(inputs_embeds=inputs[None]).logits[0].log_softmax(-1)
+                losses.append(-torch.stack([scores[c - 1 + i, token] for i, token in enumerate(ids)]).mean())
+    return torch.stack(losses).mean()
+
+
+SLOW_TERMS = {"tokens": slow_tokens, "states": slow_states, "steps": slow_steps}  # by objective
+
+
+def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
+    head: Any = module.lm.base.get_output_embeddings()
+
+    def flat(item: Layout) -> Flat:
+        layers, fed = flat_run(module.lm, item)
+        return Flat(item, layers, fed, head(layers[-1]).log_softmax(-1))
+
+    rows = [dict(zip(view.names, map(flat, view.layouts(index)), strict=True)) for index in range(len(view))]
+    return {term.name: SLOW_TERMS[term.objective](term, module.objectives[term.name], rows) for term in module.terms}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -144,9 +164,7 @@ def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
 def test_terms_and_gradients_equal_a_slow_reading(method: str, family: str) -> None:
     module = trained(method, family, teacher=0.5, states=20.0) if method == "codi" else trained(method, family)
     if family == "llama":
-        in_float64(module.lm)
-        if "steps" in module.objectives:
-            in_float64(module.objectives["steps"])  # pyright: ignore[reportArgumentType]
+        in_float64(module)  # pyright: ignore[reportArgumentType]
     view = view_of(module, method, 15)
     slow = flat_terms(module, view)
     module.zero_grad()
