@@ -9,7 +9,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,11 +43,16 @@ class Loss:
     `sums(module, micro_batch)`: the summed terms of a micro-batch, (terms,), or () for a single one. `statistics`:
     quantities of a micro-batch that add up over an update, and whose totals the terms need: `sums` gets these as a
     third argument if the update has several micro-batches or processes. Computed without gradient.
+
+    `idle(denominators)`: parameters that an update leaves as they are, without weight decay; ZeRO 1 to 3 decay them all
+    the same. `may_skip_modules`: whether a batch may use only some of the trained modules.
     """
 
     sums: Callable[..., torch.Tensor]
     weights: tuple[float, ...] = (1.0,)
     statistics: Callable[[nn.Module, Any], torch.Tensor] | None = None
+    idle: Callable[[Sequence[int]], Iterable[nn.Parameter]] = lambda denominators: ()
+    may_skip_modules: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class TermSums:
     """The terms of one update: what its micro-batches and processes sum up to."""
 
     def __init__(self, loss: Loss, micro_batches: Sequence[MicroBatch], world: World):
-        self.weights, self.world = torch.tensor(loss.weights, dtype=torch.float64), world
+        self.loss, self.world = loss, world
+        self.weights = torch.tensor(loss.weights, dtype=torch.float64)
         counts = torch.tensor([batch.denominators for batch in micro_batches]).sum(0)
         self.denominators = world.all_reduce_sums(counts)
         self.sums = torch.zeros(len(loss.weights), dtype=torch.float64)
@@ -79,6 +85,11 @@ class TermSums:
     def means(self) -> torch.Tensor:
         """The value of each term over all processes."""
         return self.world.all_reduce_sums(self.sums) / self.denominators.clamp(min=1)
+
+    def leave_idle_parameters(self) -> None:
+        """Take the gradients away from the parameters that this update leaves as they are."""
+        for weight in self.loss.idle(self.denominators.int().tolist()):
+            weight.grad = None
 
     def result(self, means: torch.Tensor, grad_norm: float) -> StepResult:
         counts = tuple(map(int, self.denominators.tolist()))
@@ -102,7 +113,7 @@ def total_statistics(
         total = sum(loss.statistics(module, batch.to(device)).double().cpu() for batch in micro_batches)
     set_random_state(before, device)
     assert isinstance(total, torch.Tensor)
-    return (world.all_reduce_sums(total).to(device),)
+    return (world.all_reduce_sums(total),)
 
 
 class NonFiniteUpdate(ArithmeticError):

@@ -51,8 +51,9 @@ class LocalEngine:
             with warnings.catch_warnings():  # broadcast_buffers is renamed; torch 2.6 has the old name only
                 warnings.simplefilter("ignore", FutureWarning)
                 self.wrapped = DistributedDataParallel(
-                    self.module, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
+                    self.module, broadcast_buffers=False, gradient_as_bucket_view=True,
+                    find_unused_parameters=loss.may_skip_modules,
+                )  # fmt: skip
         self.loss = loss
         self.precision = config.precision
         self.settings = optimizer
@@ -75,6 +76,7 @@ class LocalEngine:
             self.world.heartbeat()
             with self._gradient_sync(batch is micro_batches[-1]):
                 terms.add(self._sums(batch, *given)).backward()
+        terms.leave_idle_parameters()
         norm, means = clip_gradients(self.module, self.settings.max_grad_norm), terms.means()
         mean = terms.mean(means)
         if not (math.isfinite(mean) and math.isfinite(norm)):

@@ -125,6 +125,8 @@ class ZeroEngine:
             self.world.heartbeat()
             sums = self.loss.sums(self.deepspeed, batch.to(self.device), *given)
             self.deepspeed.backward(terms.add(sums), scale_wrt_gas=False)
+        if not self.stage:
+            terms.leave_idle_parameters()
         means = terms.means()
         mean = terms.mean(means)
         norm = math.nan if self.stage else clip_gradients(self.module, self.settings.max_grad_norm)
@@ -179,10 +181,10 @@ class ZeroEngine:
             return
         saved = state["optimizer"]["state"]
         for index, (_, weight) in enumerate(trainable_parameters(self.module)):
-            for key in MOMENTS:
+            for key in MOMENTS if index in saved else ():  # a weight without a gradient so far has no moments
                 self._set_sharded(weight, saved[index][key], key)
         for own in self.optimizer.state.values():
-            own["step"].copy_(saved[0]["step"])
+            own["step"].copy_(next(iter(saved.values()))["step"])
 
     def _set_sharded(self, weight: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
         """Set this process's part of a full moment, or for `key` None of a master weight."""

@@ -1,7 +1,8 @@
 """Hidden states of one form held to those of another, at the answer's prompt token, in all layers (CODI).
 
 For every example, the mean over layers and over width of SmoothL1(student, teacher) / deviation. The deviation is that
-of the teacher's states in the layer, over the examples and the width of the whole update. The teacher gets no gradient.
+of the teacher's states in the layer, over the examples and the width of the whole update. With dropout an update of
+several micro-batches measures it with another draw. The teacher gets no gradient.
 Shen et al., arXiv 2502.21074, equation 3; released code, src/model.py.
 
 Shapes: B examples, L layers that are compared, D hidden.
@@ -34,16 +35,16 @@ class Objective(TermObjective):
         teacher_BLD = self._states(output, batch, self.to_form).detach()
         if statistics is None:
             statistics = self.measure(output, batch)
-        count, total, squares = statistics.view(3, -1).double()
+        count, total, squares = statistics.cpu().view(3, -1)
         deviation_L = ((squares - total.square() / count) / (count - 1)).sqrt().to(teacher_BLD)
         distance_BLD = F.smooth_l1_loss(student_BLD, teacher_BLD, reduction="none")
         return ((distance_BLD.mean(2) / deviation_L).mean(1) * self._is_example(batch)).sum()
 
     @torch.no_grad()
     def measure(self, output: LatentOutput, batch: Batch) -> Tensor:
-        """(3 L,) count, sum and sum of squares of the teacher's states in each layer."""
-        states_BLD = self._states(output, batch, self.to_form).double()
-        count_L = (self._is_example(batch).sum() * states_BLD.shape[2]).expand(states_BLD.shape[1])
+        """(3 L,) count, sum and sum of squares of the teacher's states in each layer, in float64 on the CPU."""
+        states_BLD = self._states(output, batch, self.to_form).cpu().double()
+        count_L = (self._is_example(batch).sum().cpu() * states_BLD.shape[2]).expand(states_BLD.shape[1])
         return torch.cat([count_L, states_BLD.sum((0, 2)), states_BLD.square().sum((0, 2))])
 
     def _is_example(self, batch: Batch) -> Tensor:

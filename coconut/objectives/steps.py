@@ -49,7 +49,7 @@ class Objective(TermObjective):
         nothing = not has_step_RG.any()  # the decoder runs all the same, since processes must do the same work
         if nothing:
             thoughts_McD = thoughts_RGcD.new_zeros(1, 1, thoughts_RGcD.shape[-1])
-            steps_MS = torch.zeros_like(batch.form_R[:1, None])
+            steps_MS = torch.zeros_like(batch.form_R[:1, None]).expand(1, 2)  # gradients reach every weight
         else:
             thoughts_McD, steps_MS = thoughts_RGcD[has_step_RG], batch.steps_RGS[has_step_RG]
         embeds_MSD = table(steps_MS.clamp(min=0))

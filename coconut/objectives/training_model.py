@@ -5,6 +5,7 @@ Shapes: R rows of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -36,6 +37,9 @@ class TrainingModel(nn.Module):
         ]
         self.objectives = nn.ModuleDict({term.name: it for term, it in zip(plan.terms, objectives, strict=True)})
         self.token_forms = {names.index(term.of) for term in plan.terms if term.objective == "tokens"}
+        forms = [form for stage in plan.stages for form in (*stage.forms_at_inference, *plan.mixing_forms)]
+        self.may_not_think = any(not form.slot.thinks or not form.slot_length for form in forms)
+        lm.feedback.requires_grad_(any(form.slot.thinks for form in forms))
         self.measured = [it for it in objectives if type(it).measure is not TermObjective.measure]
 
     @property
@@ -45,7 +49,15 @@ class TrainingModel(nn.Module):
             sums=lambda module, batch, *given: module(batch, *given),
             weights=tuple(term.weight for term in self.terms),
             statistics=(lambda module, batch: module(batch, measure=True)) if self.measured else None,
+            idle=self._idle_parameters,
+            may_skip_modules=self.may_not_think and self.lm.feedback.has_weights,
         )
+
+    def _idle_parameters(self, denominators: Sequence[int]) -> Iterable[nn.Parameter]:
+        """Those of terms that have nothing to count in an update, as SIM-CoT's decoder before the first thought."""
+        for objective, count in zip(self.objectives.values(), denominators, strict=True):
+            if not count:
+                yield from objective.parameters()
 
     def forward(self, batch: Batch, statistics: Tensor | None = None, measure: bool = False) -> Tensor:
         """(terms,) the sum of each term; or with `measure` what the terms need to know of the whole update."""
@@ -93,13 +105,14 @@ class TrainingModel(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model, and what only its training needs into a folder beside it."""
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file
 
         self.lm.save_pretrained(folder)
         for name, objective in self.objectives.items():
-            if any(True for _ in objective.parameters()):
-                (Path(folder) / FOLDER).mkdir(exist_ok=True)
-                save_model(objective, str(file := Path(folder) / FOLDER / f"{name}.safetensors"))
+            if weights := {key: weight.detach().cpu().clone() for key, weight in objective.named_parameters()}:
+                file = Path(folder) / FOLDER / f"{name}.safetensors"
+                file.parent.mkdir(exist_ok=True)
+                save_file(weights, file)  # copies, since ZeRO makes all weights views of one tensor
                 apply_umask(file)
 
     def load_training_modules(self, folder: Path) -> None:

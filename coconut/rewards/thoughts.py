@@ -101,7 +101,7 @@ def _read(
             embeds_BTD[is_thought_BT] = thoughts[indices].to(embeds_BTD).flatten(0, 1)
             ones_BT = torch.ones_like(ids_BT)  # padding is on the right, where causal attention does not reach it
             states_BTD = lm.hidden_states(embeds_BTD, ones_BT, ones_BT.cumsum(1) - 1)
-            means = lm.feedback(states_BTD[is_thought_BT.roll(-1, 1)])
+            means = lm.feedback(states_BTD[is_thought_BT.roll(-1, 1)]).to(embeds_BTD)
             means_NKD[indices] = means.float().cpu().view(len(indices), *thoughts.shape[1:])
             logits_MV = lm.logits(states_BTD[is_completion_BT.roll(-1, 1)])
             logits_MV[:, lm.special.added] = -torch.inf  # never generated

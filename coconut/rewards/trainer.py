@@ -71,7 +71,8 @@ class RewardTrainer:
         self.items_per_update = max(1, config.batch_size // self.training_items.shape[1])
         self.updates_per_epoch = -(-len(self.training_items) // self.items_per_update)
         self.num_steps = config.epochs * self.updates_per_epoch
-        self.engine: Engine = make_engine(self.lm, Loss(self._loss_function()), config.engine, config.optimizer, world)
+        loss = Loss(self._loss_function(), may_skip_modules=self.lm.feedback.has_weights)
+        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         self.reference = self._reference()
 
     def _loss_function(self) -> LossFunction:

@@ -85,7 +85,8 @@ class PolicyTrainer:
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.loss = PolicyLoss(self.distribution, self.objective, config.objective.kl_coef)
         apply_engine_options(self.lm, config.engine)
-        self.engine: Engine = make_engine(self.lm, Loss(self.loss), config.engine, config.optimizer, world)
+        loss = Loss(self.loss, may_skip_modules=self.lm.feedback.has_weights)
+        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
         self.reference = self._reference()
         self.process_reward = self._process_reward()
 

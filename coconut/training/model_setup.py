@@ -41,8 +41,8 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
 
 def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
     """Give a model that has no thoughts yet the projector of this slot. Raises ValueError if it thinks with another."""
-    own = lm.feedback.slot
-    if not slot.thinks or (slot.projector, slot.width) == (own.projector, own.width):
+    own, hidden = lm.feedback.slot, lm.hidden_size
+    if not slot.thinks or (slot.projector, slot.width or hidden) == (own.projector, own.width or hidden):
         return
     if config.init and any(form.slot.thinks and form.num_thoughts for form in lm.reasoning.forms()):
         raise ValueError(
@@ -50,7 +50,7 @@ def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
             f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="
             f"{own.width or 'null'}, or start from a run without thoughts."
         )
-    lm.feedback = Feedback(slot, lm.hidden_size).to(lm.device)
+    lm.feedback = Feedback(slot, hidden).to(lm.device)
     lm.reasoning = replace(lm.reasoning, slot=slot)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from coconut.engine.base import TermSums, total_statistics
 from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Curriculum, Plan, Projector, PromptFormat, Term, plan
+from coconut.methods import Curriculum, Plan, Projector, PromptFormat, Slot, Source, Term, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.objectives.training_model import TrainingModel
 
@@ -297,15 +299,39 @@ def three_updates(config: EngineConfig, world: World) -> list[tuple[float, ...]]
     for update_parts in parts:
         done = engine.update(update_parts, lr=1e-2)
         results.append((done.loss, done.grad_norm, *done.terms))
+    with engine.full_module() as whole, TemporaryDirectory() as folder:
+        if world.is_main:
+            whole.save_pretrained(folder)
+            again = TrainingModel(LatentLM.from_pretrained(folder), stages("sim_cot_codi"))
+            again.load_training_modules(Path(folder))
+            saved = again.state_dict()
+            assert all(torch.equal(weight, saved[name]) for name, weight in whole.named_parameters()), config
     return results
 
 
+def update_before_thoughts(config: EngineConfig, world: World) -> tuple[float, ...]:
+    """Loss and gradient norm of an update of stage 0, in which projector and decoder have nothing to do."""
+    its = replace(stages("sim_cot"), stages=stages("sim_cot").stages[:1])
+    lm = build("gpt2", torch.float32, slot=Slot(Source.thought, Projector.mlp_ln), format=FORMAT)
+    module = TrainingModel(lm, its).train()
+    view = EpochView(tokenize(examples(6), lm.tokenizer, FORMAT), its, its.stages[0], lm.special, seed=0, epoch=0)
+    engine = make_engine(module, module.loss, config, OptimizerConfig(lr=1e-2, weight_decay=0.5), world)
+    parts = list(micro_batches(view, np.arange(6), 6, world.rank, world.size))
+    engine.dry_run(parts[0])
+    before = {name: weight.detach().clone() for name, weight in module.objectives.named_parameters()}
+    done = engine.update(parts, lr=1e-2)
+    if not config.zero_stage:
+        assert all(torch.equal(weight, before[name]) for name, weight in module.objectives.named_parameters())
+    return done.loss, done.grad_norm
+
+
 def check_engines() -> None:
-    expected = three_updates(ENGINE, World())
+    expected, idle = three_updates(ENGINE, World()), update_before_thoughts(ENGINE, World())
     with init_distributed(ENGINE) as world:
         for config in CONFIGS:
             for ours, theirs in zip(three_updates(config, world), expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=2e-5), config
+            assert update_before_thoughts(config, world) == pytest.approx(idle, rel=2e-5), config
 
 
 @pytest.mark.slow
