@@ -9,9 +9,7 @@ from coconut.engine.base import Engine, Loss
 from coconut.engine.world import World
 
 
-def make_engine(
-    module: nn.Module, loss: Loss, config: EngineConfig, optimizer: AdamWConfig, world: World
-) -> Engine:
+def make_engine(module: nn.Module, loss: Loss, config: EngineConfig, optimizer: AdamWConfig, world: World) -> Engine:
     """A LocalEngine or ZeroEngine for the module. Raises ValueError if DeepSpeed is needed and not installed."""
     if config.kind is EngineKind.deepspeed:
         from coconut.engine.zero import ZeroEngine

@@ -88,9 +88,7 @@ def test_limit_for_leaves_room_for_every_gold_text(capsys: pytest.CaptureFixture
     assert limit_for([data, data.select([0])], stages[:1], least=16) == math.ceil(1.25 * long)
     assert limit_for([data.select([0])], stages, least=16) == 16
     modes = plan("hybrid_warmup", Curriculum()).stages[0].forms_at_inference
-    assert target_lengths(data, modes).tolist() == target_lengths(data, stages[:1]).tolist(), (
-        "the longest of the modes"
-    )
+    assert target_lengths(data, modes).tolist() == target_lengths(data, stages[:1]).tolist(), "the longest of the modes"
     reasoning = Reasoning(slot=NOTHING, markers=False, modes=("short", "think"))
     assert [target_lengths(data, [form])[1] for form in reasoning.forms()] == [3, long]
     assert [form.steps_cut for form in reasoning.forms("short")] == [None]
