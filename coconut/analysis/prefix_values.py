@@ -19,9 +19,8 @@ import torch
 from coconut.analysis.probes import Subject
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_with_markers
-from coconut.data.tokenization import encode_questions
+from coconut.data.tokenization import encode_answers, encode_questions
 from coconut.generation.generate import longest_first
-from coconut.methods import PromptFormat
 from coconut.models.latent_lm import LatentLM
 from coconut.models.losses import target_log_probs
 from coconut.runs.study import NotApplicable, Study
@@ -74,7 +73,8 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """The log-probabilities (N, C) of the whole answers, and those of the tokens after the answer mark."""
     lm = subject.lm
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
-    answers, mark_lengths = encoded_answers(lm, [e.answer for e in subject.examples])
+    golds = [example.answer for example in subject.examples]
+    answers, mark_lengths = encode_answers(lm.tokenizer, golds, lm.reasoning.format)
     rows = [_layout(lm, *pair, subject.num_trained_thoughts) for pair in zip(questions, answers, strict=True)]
     lengths = [len(row.ids) for row in rows]
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
@@ -105,13 +105,3 @@ def _layout(lm: LatentLM, question: Sequence[int], answer: Sequence[int], count:
     before = [*question, *slot_with_markers(lm.reasoning, lm.special, count)]
     slot_start = len(question) + lm.reasoning.markers
     return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), slot_start=slot_start)
-
-
-def encoded_answers(lm: LatentLM, golds: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-    """The token ids of each answer as in training, and how many of them belong to the answer mark."""
-    template = lm.reasoning.format.answer
-    texts = [PromptFormat.fill(template, gold) for gold in golds]
-    encoded: Any = lm.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    begin = len(template.split("{}")[0])
-    mark_lengths = [sum(right <= begin for _, right in spans) for spans in encoded["offset_mapping"]]
-    return [[*ids, lm.special.eos] for ids in encoded["input_ids"]], mark_lengths

@@ -92,15 +92,35 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
 
     Raises ValueError for half of a surrogate pair, which UTF-8 cannot encode.
     """
-    if not texts:
-        return []
+    return _encode(tokenizer, texts)["input_ids"] if texts else []
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], **options: Any) -> Any:
     try:
-        ids: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, **options)
     except TypeError:
         if (broken := lone_surrogate(list(texts))) is None:
             raise
         raise ValueError(f"Half of a surrogate pair cannot be encoded: {broken!a}") from None
-    return ids
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], prompt_format: PromptFormat
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each answer as in training, and how many precede the first with a character of the answer itself.
+
+    The last of those is the answer's prompt token: from its hidden state the answer is predicted. With a tokenizer
+    that joins a word to the space before it (GPT-2) it is the mark's last token, with one that writes a space of its
+    own (Llama before a digit) the space. There is none if the format has no text before the answer.
+    """
+    if not answers:
+        return [], []
+    before, _ = prompt_format.answer.split("{}")
+    texts = [PromptFormat.fill(prompt_format.answer, answer) for answer in answers]
+    encoded = _encode(tokenizer, texts, return_offsets_mapping=True)
+    marks = [sum(end <= len(before) for _, end in spans) for spans in encoded["offset_mapping"]]
+    eos: Any = tokenizer.eos_token_id
+    return [[*ids, eos] for ids in encoded["input_ids"]], marks
 
 
 def encode_questions(
@@ -157,7 +177,7 @@ class TokenizedData:
     `tokens`: all token ids, one example after the other; each is question, steps, answer with the end-of-sequence
     token. `bounds`: the end of each segment in `tokens`; example i has the segments `first[i] .. first[i + 1] - 1`.
     `starts`: the start of each example in `tokens`, (N + 1,). `answer_marks` (N,): how many tokens of the answer's
-    segment precede the answer itself (`answer_mark_lengths`).
+    segment precede the answer itself (`encode_answers`).
     """
 
     tokens: np.ndarray
@@ -243,14 +263,14 @@ def tokenize(
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts: list[str] = []
         for question, steps, answer in zip(batch["question"], batch["steps"], batch["answer"], strict=True):
-            texts.extend(_segments(question, steps, answer, prompt_format))
+            texts.extend(_segments(question, steps, answer, prompt_format)[:-1])
         ids = iter(encode_texts(tokenizer, texts))
+        answers, marks = encode_answers(tokenizer, batch["answer"], prompt_format)
         rows, lengths = [], []
-        for steps in batch["steps"]:
-            segments = [before + next(ids) + after, *(next(ids) for _ in steps), [*next(ids), eos]]
+        for steps, answer in zip(batch["steps"], answers, strict=True):
+            segments = [before + next(ids) + after, *(next(ids) for _ in steps), answer]
             rows.append([token for segment in segments for token in segment])
             lengths.append([len(segment) for segment in segments])
-        marks = answer_mark_lengths(tokenizer, batch["answer"], prompt_format)
         return {"tokens": rows, "lengths": lengths, "answer_mark": marks}
 
     content = hashlib.sha256(json.dumps(asdict(prompt_format)).encode())
@@ -295,23 +315,6 @@ def tokenize(
         lengths.value_lengths().to_numpy(),
         marks.to_numpy(),
     )
-
-
-def answer_mark_lengths(
-    tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], prompt_format: PromptFormat
-) -> list[int]:
-    """How many tokens of each answer's segment precede the first one with a character of the answer itself.
-
-    The last of them is the answer's prompt token: from its hidden state the answer is predicted. With a tokenizer
-    that joins a word to the space before it (GPT-2) it is the mark's last token, with one that writes a space of its
-    own (Llama before a digit) the space. 0 if the format has no text before the answer.
-    """
-    if not answers:
-        return []
-    before, _ = prompt_format.answer.split("{}")
-    texts = [PromptFormat.fill(prompt_format.answer, answer) for answer in answers]
-    encoded: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    return [sum(end <= len(before) for _, end in spans) for spans in encoded["offset_mapping"]]
 
 
 def _has_rows(file: Path, rows: int) -> bool:

@@ -42,7 +42,7 @@ from coconut.models.passes import (
     gather_columns,
     plan_passes,
     previous_token,
-)  # fmt: skip
+)
 from coconut.models.serialization import SavedParts, load_parts, save_parts
 from coconut.models.token_embeddings import check_tables, grow_tables
 

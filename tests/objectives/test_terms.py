@@ -22,7 +22,7 @@ from coconut.config import EngineConfig, EngineKind, OptimizerConfig
 from coconut.data.batching import Batch, micro_batches
 from coconut.data.examples import Example
 from coconut.data.sequences import EpochView, Layout
-from coconut.data.tokenization import answer_mark_lengths, tokenize
+from coconut.data.tokenization import encode_answers, tokenize
 from coconut.engine.base import TermSums, total_statistics
 from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
@@ -272,13 +272,13 @@ def test_the_prompt_token_is_the_last_one_before_the_answers_first(kind: str) ->
     form = PromptFormat(answer=template)
     text = form.fill(template, answer)
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    (count,) = answer_mark_lengths(tokenizer, [answer], form)
+    _, (count,) = encode_answers(tokenizer, [answer], form)
     (_, end), (start, stop) = encoded["offset_mapping"][count - 1 : count + 1]
     assert not text[end:start].strip()
     assert end <= text.index(answer) < stop
     if kind == "digits":
         assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[count - 1] == "▁", "the space, after the colon"
-    assert answer_mark_lengths(tokenizer, [answer], PromptFormat(answer="{}")) == [0]
+    assert encode_answers(tokenizer, [answer], PromptFormat(answer="{}"))[1] == [0]
 
 
 # --- engines --------------------------------------------------------------------------------------------

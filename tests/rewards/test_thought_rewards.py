@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from coconut import LatentLM
-from coconut.analysis.prefix_values import encoded_answers, prefix_values
+from coconut.analysis.prefix_values import prefix_values
 from coconut.analysis.probes import Subject
 from coconut.completions.completion import completion_from_ids, completions_of
 from coconut.completions.scoring import SamplingDistribution
 from coconut.data.examples import Example
-from coconut.data.tokenization import encode_questions, encode_texts
+from coconut.data.tokenization import encode_answers, encode_questions, encode_texts
 from coconut.generation.generate import Generated
 from coconut.generation.thoughts import think
 from coconut.methods import NOTHING, PAUSES, PromptFormat
@@ -273,7 +273,7 @@ def test_prefix_values_do_not_depend_on_the_batch() -> None:
 def test_encoded_answers_count_the_tokens_of_the_mark(template: str, marked: str) -> None:
     lm = in_sentences().lm
     lm.reasoning = replace(lm.reasoning, format=replace(lm.reasoning.format, answer=template))
-    ids, marks = encoded_answers(lm, ["Tom is a dog.", "72"])
+    ids, marks = encode_answers(lm.tokenizer, ["Tom is a dog.", "72"], lm.reasoning.format)
     for row, count in zip(ids, marks, strict=True):
         assert str(lm.tokenizer.decode(row[:count])).strip() == marked.strip()
         assert row[-1] == lm.special.eos
