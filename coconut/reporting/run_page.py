@@ -229,11 +229,13 @@ def provenance(run: RunRecord) -> Section:
     optimizer = config["optimizer"]
     micro = f", {config['micro_batch_size']} in a micro-batch" if config["micro_batch_size"] else ""
     warmup = f", after {optimizer['warmup_steps']:,} updates of warm-up" if optimizer["warmup_steps"] else ""
+    training_only = description.get("training_only_parameters", 0)
+    and_training_only = f", and {training_only:,} that only training needs" if training_only else ""
     facts = [
         ("method", f"{config['method']}: {get_method(config['method']).summary}"),
         ("task", config["data"]["task"]),
         ("model", _model(description, config["model"])),
-        ("parameters", f"{description['parameters']:,}"),
+        ("parameters", f"{description['parameters']:,}{and_training_only}"),
         ("updates", f"{run.step:,} of {description['updates']:,}"),
         ("an epoch", f"{description['updates_per_epoch']:,} updates"),
         ("batch size", f"{config['batch_size']} examples an update{micro}"),

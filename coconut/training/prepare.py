@@ -53,7 +53,9 @@ def prepare_data(
     if split == "train" and any(term.at is At.answer_prompt for term in plan.terms):
         _refuse_without_answer_mark(tokens, config, file)
     if split == "train" and any(term.at is At.thoughts for term in plan.terms):
-        _refuse_long_steps(tokens, plan, lm, file)
+        short = _with_short_steps(tokens, plan, lm, skip, file)
+        if len(short) < len(tokens):
+            tokens, rows = tokens.select(short), [rows[i] for i in short]
     if split == "train" and any(form.name == TEACHER for form in plan.stages[0].together):
         _warn_of_empty_teachers(tokens, config, file)
     return tokens, rows
@@ -75,11 +77,17 @@ def views_of_forms(data: TokenizedData, plan: Plan, lm: LatentLM) -> list[EpochV
 
 
 def largest_examples(data: TokenizedData, plan: Plan, lm: LatentLM, count: int) -> list[tuple[EpochView, np.ndarray]]:
-    """The `count` longest examples, in the form with the longest rows and in the one with the most passes."""
+    """The `count` longest examples, in the form with the longest rows and in the one with the most passes.
+
+    If steps are written from thoughts, the examples with the longest chains as well, in the latter form.
+    """
     views = views_of_forms(data, plan, lm)
     widest = max(range(len(views)), key=lambda k: views[k].longest.max())
     deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
-    return [(views[k], np.argsort(-views[k].longest, kind="stable")[:count]) for k in {widest, deepest}]
+    chosen = [(views[k], views[k].longest) for k in {widest, deepest}]
+    if any(term.at is At.thoughts for term in plan.terms):
+        chosen.append((views[deepest], written_lengths(data, 0, 0)))
+    return [(view, np.argsort(-lengths, kind="stable")[:count]) for view, lengths in chosen]
 
 
 def _refuse_without_steps(data: TokenizedData, method: str, file: str) -> None:
@@ -101,8 +109,11 @@ def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: 
         )
 
 
-def _refuse_long_steps(data: TokenizedData, plan: Plan, lm: LatentLM, file: str) -> None:
-    """Raise ValueError if a step and its thoughts are longer than the context of the step decoder, a copy of `lm`."""
+def _with_short_steps(data: TokenizedData, plan: Plan, lm: LatentLM, skip: bool, file: str) -> np.ndarray:
+    """Indices of the examples whose steps, with their thoughts, fit into the context of the step decoder, that of `lm`.
+
+    Unless `skip`, raises ValueError with the first examples that do not fit.
+    """
     context, whole_chains = lm.max_sequence_length, written_lengths(data, 0, 0)
     longest = np.zeros(len(data), np.int64)
     for view in views_of_forms(data, plan, lm):
@@ -110,14 +121,19 @@ def _refuse_long_steps(data: TokenizedData, plan: Plan, lm: LatentLM, file: str)
         for i in np.flatnonzero(whole_chains + thoughts > context).tolist():  # no other example can have such a step
             steps = [len(step) for item in view.layouts(i) for step in item.steps]
             longest[i] = max(longest[i], thoughts + max(steps, default=0))
-    if too_long := np.flatnonzero(longest > context).tolist():
-        shown = list_lengths("example", too_long, longest.tolist())
+    short = np.flatnonzero(longest <= context)
+    count = len(data) - len(short)
+    if count and not (skip and len(short)):
+        shown = list_lengths("example", np.flatnonzero(longest > context).tolist(), longest.tolist())
         raise ValueError(
-            f"{file}: in {len(too_long)} of {len(data)} examples, a step and the thoughts that stand for it are longer "
+            f"{file}: in {count} of {len(data)} examples, a step and the thoughts that stand for it are longer "
             f"than the step decoder's context of {context} tokens: {shown}. The last thoughts stand for all further "
-            "steps, so that with more thoughts these are shorter. Leave the examples out, or train without the decoder "
-            "(terms.steps=0)."
+            "steps, so that with more thoughts these are shorter. Leave the examples out with data.too_long=skip, or "
+            "train without the decoder (terms.steps=0)."
         )
+    if count:
+        log(f"Left out {count} of {len(data)} examples of {file}, with steps longer than the step decoder's context.")
+    return short
 
 
 def _warn_of_empty_teachers(data: TokenizedData, config: TrainConfig, file: str) -> None:

@@ -72,6 +72,7 @@ class Trainer:
             self.module.load_training_modules(self.training_state.resume_from)
             restore_master(self.module, load_trainer(self.training_state.resume_from))
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
+        self.num_training_only = sum(weight.numel() for weight in self.module.objectives.parameters())
         with world.main_process_first():  # the others then find the tokens in the cache
             used = {split: prepare_data(config, self.plan, self.lm, split, examples[split], files[split])
                     for split in ("train", "valid")}  # fmt: skip
@@ -104,6 +105,8 @@ class Trainer:
             f"{config.method}: {len(self.train):,} training and {len(self.valid):,} validation examples, "
             f"{self.num_parameters / 1e6:.1f}M parameters, {self.num_steps:,} updates on {where}"
         )
+        if self.num_training_only:
+            log(f"  and {self.num_training_only / 1e6:.1f}M parameters that only training needs; exports lack them")
         if config.curriculum.mixing_probability and not self.plan.mixing_probability:
             log(
                 f"note: {config.method} has no stages that its slot tells apart, so curriculum.mixing_probability is "
@@ -266,6 +269,7 @@ class Trainer:
             "updates": self.num_steps,
             "updates_per_epoch": self.schedule.updates_per_epoch,
             "parameters": self.num_parameters,
+            "training_only_parameters": self.num_training_only,
             "new_tokens": self.lm.new_tokens,
             "data": {split: used_file(self.files[split], len(rows)) for split, rows in self.questions.items()},
             "model_type": self.lm.base.config.model_type,

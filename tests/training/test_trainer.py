@@ -601,7 +601,9 @@ def test_examples_longer_than_the_context(data: DataConfig, tmp_path: Path, caps
     assert "of 28 train examples, longer than the model's context" in capsys.readouterr().out
 
 
-def test_a_step_longer_than_the_decoders_context_is_refused(data: DataConfig, tmp_path: Path) -> None:
+def test_a_step_longer_than_the_decoders_context_is_refused_or_skipped(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The last thoughts stand for all further steps, so that with few thoughts their steps are long."""
     rows = [{"question": "0 1 ? 1 or 2 from 0", "steps": ["0 1"] * count, "answer": "1"} for count in (20, 2)]
     write_json(tmp_path / "train.json", rows)
@@ -617,6 +619,14 @@ def test_a_step_longer_than_the_decoders_context_is_refused(data: DataConfig, tm
     with pytest.raises(ValueError, match=r"in 1 of 2 examples, a step .* context of 36 .*: example 1 \(39 tokens\)"):
         run(ours(2))
     assert not (tmp_path / "2").exists()
+    capsys.readouterr()
+    skipping = ours(2)
+    skipping.data.too_long = TooLong.skip
+    assert run(skipping) == 0
+    assert "Left out 1 of 2 examples" in capsys.readouterr().out
+    description = read_json(tmp_path / "2" / "run.json")
+    assert description["data"]["train"]["used"] == 1
+    assert description["training_only_parameters"] > 0
     assert run(ours(4)) == 0
 
 
