@@ -24,8 +24,9 @@ from coconut.utils.overrides import Place
 from data_builders.arithmetic import Outcome, check, shown
 from data_builders.builder_app import Builder, run
 from data_builders.dataset_writer import Row, divide
+from data_builders.fields import text_field
 from data_builders.hub import load_hub
-from data_builders.release_formats import SHOWN, Kind, Released, SourceKeys, open_released, rows_of, text_field
+from data_builders.release_formats import SHOWN, Kind, Released, SourceKeys, open_released, rows_of
 from data_builders.statistics import Measures
 
 ANNOTATION = re.compile(r"<<([^<>\n]*)>>")

@@ -16,8 +16,9 @@ from typing import Any
 from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
 from data_builders.builder_app import Builder, run, text_key
+from data_builders.fields import text_field
 from data_builders.parallel_generation import Recipe, Row
-from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of
 from data_builders.statistics import Measures
 
 COUNTS = {"train": 20000, "valid": 500, "test": 1000}

@@ -14,10 +14,11 @@ from typing import Any
 
 from coconut.utils.hydra_app import application
 from data_builders.builder_app import Builder, run, text_key
+from data_builders.fields import text_field
 from data_builders.ontology import Names, OntologyDials, Ordering, draw, measure
 from data_builders.parallel_generation import Recipe, Row
 from data_builders.prover import ASKED, check
-from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of
 
 
 class Preset(StrEnum):

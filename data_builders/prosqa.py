@@ -21,10 +21,11 @@ from coconut.utils.hydra_app import application
 from data_builders.builder_app import Builder, run
 from data_builders.chains import ChainDials
 from data_builders.entity_names import Names, pools
+from data_builders.fields import text_field
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
 from data_builders.parallel_generation import Recipe, Row
-from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of, text_field
+from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of
 
 
 class Preset(StrEnum):

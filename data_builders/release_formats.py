@@ -185,18 +185,6 @@ def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
     return rows
 
 
-def text_field(record: Any, name: str) -> str:
-    """A field of a record that must be text and not be blank."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is wanted, and this is {type(record).__name__}.")
-    if name not in record:
-        raise ValueError(f"it has no {name!r}.")
-    value = record[name]
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name!r} is {value!r}; it must be text.")
-    return value.strip()
-
-
 def _parsed(line: str) -> Any:
     """The JSON value of a line; a line that is not JSON is returned as text, which its converter refuses."""
     try:
