@@ -31,8 +31,13 @@ class TaskName(StrEnum):
     prontoqa = "prontoqa"
     prosqa = "prosqa"
     pointers = "pointers"
+    numbers = "numbers"
+    letters = "letters"
+    yes_no = "yes_no"
+    math = "math"
 
 
+BUILT = (TaskName.gsm8k, TaskName.prontoqa, TaskName.prosqa, TaskName.pointers)  # tasks with a builder of that name
 TASK_NAMES = ", ".join(TaskName)
 
 
@@ -185,7 +190,12 @@ class DataConfig:
             if self.build.get(key) == 0:
                 raise ValueError(f"data.build.{key} is 0, but a run needs such rows. Raise it, or leave it out.")
         if self.build and not self.task:
-            raise ValueError(f"data.build={self.build} needs a task. Set data.task to one of {TASK_NAMES}.")
+            raise ValueError(f"data.build={self.build} needs a task. Set data.task to one of {', '.join(BUILT)}.")
+        if self.build and self.task not in BUILT:
+            raise ValueError(
+                f"data.build={self.build} makes data of {', '.join(BUILT)}, but data.task={self.task} only judges. "
+                "Name files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for a builder's files."
+            )
         if (hub := self.build.get("hub")) and Path(hub).exists():
             raise ValueError(
                 f"data.build.hub={hub} is a local folder, whose content may change. Convert it once with coconut data "
@@ -196,8 +206,9 @@ class DataConfig:
         """The task, which decides how answers are judged. Raises ValueError if it is not set."""
         if not self.task:
             raise ValueError(
-                f"data.task is missing; it decides how answers are judged. Set it to one of {TASK_NAMES}. gsm8k "
-                "compares numbers, prontoqa True and False, prosqa and pointers text."
+                f"data.task is missing; it decides how answers are judged. Set it to one of {TASK_NAMES}. numbers (the "
+                "same as gsm8k) compares numbers, math LaTeX, letters A to E, yes_no yes and no, prontoqa True and "
+                "False, prosqa and pointers text."
             )
         return self.task
 

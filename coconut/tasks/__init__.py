@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from coconut.tasks import gsm8k, pointers, prontoqa, prosqa
+from coconut.tasks import expressions, gsm8k, letters, pointers, prontoqa, prosqa, yes_no
 
 
 class Task(Protocol):
@@ -28,4 +28,8 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"gsm8k": gsm8k, "prontoqa": prontoqa, "prosqa": prosqa, "pointers": pointers}
+TASKS: dict[str, Task] = {
+    "gsm8k": gsm8k, "prontoqa": prontoqa, "prosqa": prosqa, "pointers": pointers, "numbers": gsm8k, "letters": letters,
+    "yes_no": yes_no, "math": expressions,
+}  # fmt: skip
+"""The judges by name. gsm8k and numbers are the same one."""

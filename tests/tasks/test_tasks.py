@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from itertools import product
 
 import pytest
 from helpers import DATA, ROOT, SHARED
+from helpers.processes import python
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coconut.methods import PromptFormat
-from coconut.tasks import TASKS, gsm8k, pointers, prontoqa, prosqa
+from coconut.tasks import TASKS, expressions, gsm8k, pointers, prontoqa, prosqa
 from coconut.tasks.chain import read_answer, read_steps
 
 SENTENCES = "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Alex is a scrompus."
@@ -143,7 +148,7 @@ def gold_answers() -> list[str]:
     folders = [DATA, SHARED / "gsm8k"]
     files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".jsonl", ".txt")]
     found = [line.rsplit("####", 1)[1].strip(' "}') for file in files for line in file.read_text().splitlines()]
-    for file in sorted((SHARED / "suites").glob("*.jsonl")):
+    for file in (file for folder in (DATA, SHARED) for file in sorted((folder / "suites").glob("*.jsonl"))):
         found += [str(json.loads(line)["target"]) for line in file.read_text().splitlines()]
     return found
 
@@ -169,7 +174,15 @@ EQUIVALENT = {
     "prontoqa": [["True", "true.", " TRUE , since Max is dull"], ["False", "false"], ["True or False"], ["maybe"]],
     "prosqa": [["Tom is a lempus.", "Tom  is a lempus"], ["Tom is a scrompus."], ["5", " 5 ."]],
     "pointers": [["b", " b ."], ["h"]],
+    "letters": [["A", "(a)", "A)", "The answer is A.", "A: bank"], ["B", "b."], ["A or B"], ["A river bank"]],
+    "yes_no": [["yes", "True.", "Yes, it is."], ["no", "false"], ["yes or no"], ["maybe"]],
+    "math": [
+        ["\\frac12", "0.5", "$\\frac{1}{2}$", "The answer is 1/2."],
+        ["x+1", "1 + x"],
+        ["\\text{Evelyn}", "Evelyn"],
+    ],
 }
+EQUIVALENT["numbers"] = EQUIVALENT["gsm8k"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -180,6 +193,89 @@ def test_answers_have_equal_keys_iff_judged_equal(name: str) -> None:
             assert (task.key(a) == task.key(b)) == (one == other)
             if task.judge(kinds[other][0], kinds[other][0]):
                 assert task.judge(a, b) == (one == other)
+
+
+JUDGED = {
+    ("letters", "A"): (
+        ["A", "a", "(A)", "A)", "A.", "[A]", "**A**", "The answer is A.", "the answer is (A)", "Answer: A", "option A",
+         "A: bank", "A. bank", "A) bank", "(A) bank", "A and A", "So it is A."],
+        ["B", "(B)", "bank", "A or B", "A: bank, B: river", "The answer is B.", "A river bank", "F", "AB", "A-frame",
+         "", "Answer", "The answer is a bank."],
+    ),
+    ("letters", "(E)"): (["E", "E: e-mail", "the answer is E"], ["e-mail", "D", "A"]),
+    ("yes_no", "yes"): (
+        ["yes", "Yes.", "YES", "true", "True", "Yes, it is true.", "The answer is yes."],
+        ["no", "No.", "false", "yes and no", "yes or false", "maybe", "", "not true", "It isn't true.", "untrue",
+         "yesterday", "nothing", "Yes, no doubt."],
+    ),
+    ("yes_no", "False"): (["no", "No.", "false", "no, that is false"], ["yes", "true", "not false", "none", "not"]),
+    ("math", "\\frac{14}{3}"): (
+        ["\\frac{14}{3}", "\\frac{28}{6}", "14/3", "$\\frac{14}3$", "$14/3$", "\\boxed{\\frac{14}{3}}",
+         "\\(\\dfrac{14}{3}\\)", "\\[ \\frac{14}{3} \\]", "The answer is \\boxed{\\frac{14}{3}}.",
+         "The answer is $\\frac{14}{3}$.", "4\\frac{2}{3}", "The answer is 14/3.", "x = \\frac{14}{3}"],
+        ["\\frac{3}{14}", "14", "4.6", "14/3 or 3", "$14/3$ or $3$", "\\boxed{3} and \\boxed{14/3}", "", "$",
+         "\\frac", "none", "\\frac{14}{3}x", "x"],
+    ),
+    ("math", "p - q"): (["p-q", "-q+p", "$p - q$", "\\boxed{-(q-p)}"], ["q-p", "p", "p+q", "pq"]),
+    ("math", "(a+5)(b+2)"): (["ab+2a+5b+10", "(b+2)(a+5)"], ["(a+5)(b-2)", "5"]),
+    ("math", "3\\sqrt{13}"): (["3\\sqrt{13}", "\\sqrt{117}", "3*sqrt(13)"], ["\\sqrt{13}", "13", "10.8"]),
+    ("math", "1,-2"): (["1, -2", "-2,1", "$-2, 1$"], ["1", "-2", "1,2", "1,-2,3"]),
+    ("math", "(3,4]"): (["(3,4]", "$(3, 4]$", "\\left(3,4\\right]"], ["(3,4)", "[3,4]", "(4,3]"]),
+    ("math", "\\text{Evelyn}"): (["Evelyn", "evelyn.", "\\boxed{\\text{Evelyn}}", "The answer is Evelyn."], ["Ann"]),
+    ("math", "\\text{(C)}"): (["C", "(C)", "\\text{(C)}", "$\\text{(C)}$"], ["B", "(D)", "C or D"]),
+    ("math", "864 \\mbox{ inches}^2"): (["864", "864 square inches", "$864$"], ["86", "864 or 865"]),
+    ("math", "\\$32,\\!348"): (["32348", "32,348", "\\$32,348", "$32348$"], ["32", "348", "32.348"]),
+    ("math", "50"): (["50", "50\\%", "50%", "50^\\circ", "50.0", "x=50", "50 apples"], ["0.5", "5", "50x", "-50"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "gold"), JUDGED)
+def test_forms_that_are_accepted_and_refused(name: str, gold: str) -> None:
+    accepted, refused = JUDGED[name, gold]
+    judge = TASKS[name].judge
+    assert judge(gold, gold)
+    assert [text for text in accepted if not judge(text, gold)] == []
+    assert [text for text in refused if judge(text, gold)] == []
+
+
+def test_options_are_candidates() -> None:
+    question = "Where is money kept?\nA. bank\nB. river\nE. the A. team"
+    assert TASKS["letters"].candidates(question) == ["A", "B", "E"]
+    assert TASKS["letters"].candidates("Where is A. Smith?") is None
+    assert TASKS["yes_no"].candidates("Is it?") == ["yes", "no"]
+    assert TASKS["math"].candidates("What is it?") is None
+
+
+def test_math_is_judged_in_any_thread_and_after_a_fork() -> None:
+    pairs = [(f"\\frac{{{n}}}{{{2 * n}}}", "0.5" if n % 2 else "0.25") for n in range(1, 21)]
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(lambda pair: expressions.judge(*pair), pairs))
+    assert verdicts == [n % 2 == 1 for n in range(1, 21)]
+    fork = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that had threads
+        child = fork.Process(target=lambda: sys.exit(0 if expressions.judge("\\frac{7}{21}", "\\frac13") else 3))
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert expressions.judge("\\frac{9}{21}", "\\frac37")
+
+
+def test_a_comparison_without_end_is_wrong_and_the_next_one_right() -> None:
+    assert not expressions.judge("9^{9^{9^9}}", "6")
+    assert expressions.judge("\\frac{12}{2}", "6")
+
+
+def test_math_without_its_library_names_the_command() -> None:
+    code = (
+        "import sys; sys.modules['math_verify'] = None\n"
+        "from coconut.tasks import TASKS\n"
+        "assert TASKS['math'].judge('a', 'a')\n"
+        "TASKS['math'].judge('1', '2')"
+    )
+    done = python("-c", code)
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith("judged by math-verify. Install it: pip install math-verify")
 
 
 @pytest.mark.parametrize(
