@@ -6,9 +6,10 @@ import runpy
 import sys
 
 from coconut.utils.hydra_app import exits_cleanly, help_line, nearest, refuse_namesake
+from data_builders.evaluation_sets import EVALUATION_SETS
 
 COMMANDS = ("train", "evaluate", "generate", "analyze", "demo", "export", "rl", "rollout", "reward", "adaptive")
-BUILDERS = ("prosqa", "prontoqa", "gsm8k", "pointers")
+BUILDERS = ("prosqa", "prontoqa", "gsm8k", "gsm8k_aug_nl", "pointers", *EVALUATION_SETS)
 DATA = "Make a data set: coconut data NAME. Without a name, list the builders."
 
 
@@ -19,24 +20,37 @@ def main() -> None:
     name, *rest = sys.argv[1:] or [""]
     if name == "data":
         name, *rest = rest or [""]
-        lines = {builder: help_line(f"build_{builder}") for builder in BUILDERS}
-        _run("coconut data", "builder", lines, "data_builders", name, rest)
+        module, first = builder(name)
+        lines = {each: _builder_line(each) for each in BUILDERS}
+        _run("coconut data", "builder", lines, name, module, [*first, *rest])
     else:
         lines = {command: help_line(command) for command in COMMANDS} | {"data": DATA}
-        _run("coconut", "command", lines, "coconut", name, rest)
+        _run("coconut", "command", lines, name, f"coconut.{name}", rest)
 
 
-def _run(program: str, kind: str, lines: dict[str, str], package: str, name: str, arguments: list[str]) -> None:
-    """Run `python -m PACKAGE.NAME` with these arguments, or list the names with a line each."""
+def builder(name: str) -> tuple[str, list[str]]:
+    """The module that `coconut data NAME` runs, and the arguments that choose the set in it."""
+    if name in EVALUATION_SETS:
+        return "data_builders.evaluation_builder", [f"dataset={name}"]
+    return f"data_builders.{name}", []
+
+
+def _builder_line(name: str) -> str:
+    return EVALUATION_SETS[name].line if name in EVALUATION_SETS else help_line(f"build_{name}")
+
+
+def _run(program: str, kind: str, lines: dict[str, str], name: str, module: str, arguments: list[str]) -> None:
+    """Run `python -m MODULE` with these arguments, or list the names with a line each."""
     if name in lines:
         sys.argv[1:] = arguments
-        runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif name in ("", "-h", "--help"):
+        width = max(map(len, lines))
         print(f"{program} {kind.upper()} key=value ...\n")
         for each, line in lines.items():
-            print(f"  {each:<10} {line}")
+            print(f"  {each:<{width}} {line}")
         print(f"\n{program} {kind.upper()} --help lists the keys of a {kind}.")
-        if package == "coconut":
+        if kind == "command":
             print("A first run, a small model on a CPU: coconut train experiment=quickstart")
         sys.exit(0 if name else 2)
     else:

@@ -30,6 +30,7 @@ class Builder(Card):
     read: the rows of a released file.
     read_splits: the rows of all splits, and their entries of the manifest, if reading a file is not enough.
     key: as in `Recipe`. alike: whether two rows with equal keys ask the same.
+    command: the NAME of `coconut data NAME`, if it is not the task's.
     recipe, counts, made: for tasks whose rows can be generated, how, how many of each split by default, and the
         entries of the manifest.
     """
@@ -39,6 +40,7 @@ class Builder(Card):
     key: Callable[[Row], int] = text_key
     alike: Callable[[Row, Row], bool] = lambda row, other: row["question"] == other["question"]
     read_splits: Callable[[Any], tuple[dict[str, list[Row]], dict[str, Any]]] | None = None
+    command: str = ""
     recipe: Callable[[Any], Recipe] | None = None
     counts: Callable[[Any], dict[str, int]] = lambda config: {}
     made: Callable[[Any], dict[str, Any]] = lambda config: {}
@@ -68,9 +70,10 @@ def run(config: SourceKeys, builder: Builder) -> None:
 
 def command(config: SourceKeys, builder: Builder) -> str:
     """The command line that makes the same data set again."""
-    left_out = ("num_workers", "out_dir")
+    left_out = ("num_workers", "out_dir", "dataset")
     given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
-    return shlex.join(["coconut", "data", builder.task, *(f"{f.name}={getattr(config, f.name)}" for f in given)])
+    name = builder.command or builder.task
+    return shlex.join(["coconut", "data", name, *(f"{f.name}={getattr(config, f.name)}" for f in given)])
 
 
 def _in_words(made: dict[str, Any]) -> str:

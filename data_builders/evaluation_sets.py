@@ -53,6 +53,12 @@ class EvaluationSet:
     hub_config: str | None = None
     released: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def line(self) -> str:
+        """The set in a line of at most 100 characters."""
+        rows = " or ".join(f"{subset.rows:,}" for subset in self.subsets.values())
+        return f"{self.title}; {rows} rows to test on, judged by {self.judge}."
+
     def subset(self, name: str | None) -> tuple[str, Subset]:
         """The subset of this name, by default the first. Raises ValueError if there is none."""
         name = name or next(iter(self.subsets))
@@ -86,11 +92,21 @@ def _commonsenseqa(record: dict[str, Any]) -> Pair:
     return "\n".join([text_field(record, "question"), *options]), answer
 
 
+def _commonsenseqa_released(record: dict[str, Any]) -> Pair:
+    """A line of the authors' file, whose question is an object with the options in it."""
+    question = field_of(record, "question")
+    choices = field_of(question, "choices")
+    columns = {key: [text_field(choice, key) for choice in choices] for key in ("label", "text")}
+    return _commonsenseqa(
+        {"question": text_field(question, "stem"), "choices": columns, "answerKey": record["answerKey"]}
+    )
+
+
 PAL = Form(("input", "target"), lambda row: (text_field(row, "input"), number_field(row, "target")))
 
 EVALUATION_SETS: dict[str, EvaluationSet] = {
     "gsm_hard": EvaluationSet(
-        title="GSM8K's test questions with larger numbers",
+        title="GSM-Hard: GSM8K's test questions with larger numbers",
         judge="numbers",
         hub="reasoning-machines/gsm-hard",
         subsets={"all": Subset(1319, ("train",))},
@@ -105,7 +121,7 @@ EVALUATION_SETS: dict[str, EvaluationSet] = {
         released={"PAL, gsmhardv2.jsonl": "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef"},
     ),
     "svamp": EvaluationSet(
-        title="simple sums, worded so that a shortcut fails",
+        title="SVAMP: simple sums, worded so that shortcuts fail",
         judge="numbers",
         hub="ChilleD/SVAMP",
         subsets={"all": Subset(1000, ("train", "test")), "test300": Subset(300, ("test",))},
@@ -123,12 +139,12 @@ EVALUATION_SETS: dict[str, EvaluationSet] = {
         licence="MIT",
         beware=(
             "Papers report all 1,000 questions or the 300 of the hub's test split; the two accuracies cannot be "
-            "compared. Some gold answers are known to be wrong."
+            "compared. A thread on the hub reports wrong gold answers."
         ),
         released={"PAL, svamp.jsonl": "1c4375bc0f1ac84af8ec2b9ff4c894d057836fee6633c4e73179dd680cb47c4e"},
     ),
     "multiarith": EvaluationSet(
-        title="sums of two steps",
+        title="MultiArith: sums of several steps",
         judge="numbers",
         hub="ChilleD/MultiArith",
         subsets={"all": Subset(600, ("train", "test")), "test180": Subset(180, ("test",))},
@@ -145,7 +161,7 @@ EVALUATION_SETS: dict[str, EvaluationSet] = {
         released={"PAL, multiarith.jsonl": "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951"},
     ),
     "asdiv": EvaluationSet(
-        title="word problems of grades 1 to 6, diverse in wording",
+        title="ASDiv: word problems of grades 1 to 6, diverse in wording",
         judge="numbers",
         hub="EleutherAI/asdiv",
         hub_config="asdiv",
@@ -159,11 +175,14 @@ EVALUATION_SETS: dict[str, EvaluationSet] = {
         ),
     ),
     "commonsenseqa": EvaluationSet(
-        title="everyday knowledge, five options",
+        title="CommonsenseQA: everyday knowledge, five options",
         judge="letters",
         hub="tau/commonsense_qa",
         subsets={"all": Subset(1221, ("valid",))},
-        forms=(Form(("question", "choices", "answerKey"), _commonsenseqa),),
+        forms=(
+            Form(("question", "choices", "answerKey"), _commonsenseqa),
+            Form(("question", "answerKey"), _commonsenseqa_released),
+        ),
         paper="Talmor et al., arXiv 1811.00937",
         licence="MIT",
         beware=(
@@ -172,7 +191,7 @@ EVALUATION_SETS: dict[str, EvaluationSet] = {
         ),
     ),
     "strategyqa": EvaluationSet(
-        title="yes or no, by several facts that the question does not name",
+        title="StrategyQA: yes or no, by facts not named",
         judge="yes_no",
         hub="ChilleD/StrategyQA",
         subsets={"all": Subset(687, ("test",))},
@@ -191,7 +210,7 @@ EVALUATION_SETS: dict[str, EvaluationSet] = {
         ),
     ),
     "math500": EvaluationSet(
-        title="500 competition problems of MATH, answers in LaTeX",
+        title="MATH-500: competition problems, answers in LaTeX",
         judge="math",
         hub="HuggingFaceH4/MATH-500",
         subsets={"all": Subset(500, ("test",))},

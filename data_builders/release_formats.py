@@ -132,13 +132,14 @@ class SourceKeys:
 
 def open_released(path: str, *wanted: Kind) -> Released:
     """Open a file. Raises ValueError if it does not exist or is of none of the kinds `wanted`."""
-    released = _detected(Path(path))
+    released = detected(Path(path))
     if released.kind not in wanted:
         raise ValueError(f"{released.path} looks like {released.kind}. Wanted is {', or '.join(wanted)}.")
     return released
 
 
-def _detected(path: Path) -> Released:
+def detected(path: Path) -> Released:
+    """Open a file of any kind. Raises ValueError if it does not exist, or is text but not UTF-8."""
     if not path.is_file():
         raise ValueError(f"There is no file {str(path)!r} in {Path.cwd()}.")
     raw = path.read_bytes()
@@ -185,7 +186,7 @@ def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
     return rows
 
 
-def _parsed(line: str) -> Any:
+def parsed(line: str) -> Any:
     """The JSON value of a line; a line that is not JSON is returned as text, which its converter refuses."""
     try:
         return json.loads(line)
@@ -202,5 +203,5 @@ def _open_lines(path: Path, lines: list[tuple[int, str]]) -> Released:
     if not isinstance(first, dict) or not {"question", "answer"} <= first.keys():
         return Released(path, Kind.unknown, list(lines))
     if first.keys() >= PROSQA_KEYS:
-        return Released(path, Kind.prosqa, [(number, _parsed(line)) for number, line in lines])
+        return Released(path, Kind.prosqa, [(number, parsed(line)) for number, line in lines])
     return Released(path, Kind.gsm8k, list(lines))

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from coconut.__main__ import builder
+
 PAGES = [
     page
     for pattern in ("*.md", "docs/*.md", "examples/*.md", "tests/**/*.md")
@@ -106,7 +108,8 @@ def module_and_arguments(command: str, rest: str) -> tuple[str, list[str]] | Non
     if command == "coconut":
         module = f"coconut.{words.pop(0) if words else 'NAME'}"
         if module == "coconut.data":
-            module = f"data_builders.{words.pop(0) if words else 'NAME'}".replace("NAME", "prosqa")
+            module, first = builder((words.pop(0) if words else "NAME").replace("NAME", "prosqa"))
+            words = first + words
     else:
         module = command.removeprefix("python -m ")
     if module in ("coconut.NAME", "coconut.COMMAND"):
