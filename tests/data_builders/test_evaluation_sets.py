@@ -135,6 +135,7 @@ def test_released_file_and_hub_give_the_same_rows(name: str, subset: str, folder
     assert EVALUATION_SETS[name].beware in card
 
 
+BOXED = "so we get \\boxed{{{}}}"  # other text than the gold answer, so that its expression is compared
 CONVERTED = {
     "gsm_hard": ["-9867630", None, "388147.4117647059"],
     "svamp": ["51", "1", "17"],
@@ -156,7 +157,9 @@ def test_rows_of_the_excerpts(tmp_path: Path) -> None:
     assert rows["commonsenseqa"][0]["question"] == "Where is money kept?\nA. river\nB. tree\nC. bank\nD. sky\nE. shoe"
     assert rows["asdiv"][1]["question"] == "Ann is 4 years old. Bob is 3. Who is older?"
     assert rows["svamp"][1]["question"] == excerpt("svamp")[1]["input"]
-    assert [row["answer"] for row in rows["math500"]] == [row["answer"] for row in excerpt("math500")]
+    golds = [row["answer"] for row in rows["math500"]]
+    assert golds == [row["answer"] for row in excerpt("math500")]
+    assert [gold for gold in golds if not TASKS["math"].judge(BOXED.format(gold), gold)] == []
 
 
 def test_parquet_is_read(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_every_gold_of_the_released_files_is_judged_right(name: str, tmp_path: P
     assert read(tmp_path / f"{name}_manifest.json")["sources"]["test"]["known_as"] in entry.released
     task = TASKS[entry.judge]
     golds = [row["answer"] for row in read(tmp_path / f"{name}_test.json")]
-    forms = ["{}", "The answer is {}."] if name != "math500" else ["{}", "The answer is ${}$."]
+    forms = ["{}", "The answer is {}."] if name != "math500" else ["{}", BOXED]
     assert [gold for gold in golds for form in forms if not task.judge(form.format(gold), gold)] == []
     if name != "math500":
         targets = [json.loads(line)["target"] for line in file.read_text().splitlines()]
