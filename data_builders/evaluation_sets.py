@@ -57,7 +57,7 @@ class EvaluationSet:
     def line(self) -> str:
         """The set in a line of at most 100 characters."""
         rows = " or ".join(f"{subset.rows:,}" for subset in self.subsets.values())
-        return f"{self.title}; {rows} rows to test on, judged by {self.judge}."
+        return f"{self.title}; {rows} test rows, judge: {self.judge}."
 
     def subset(self, name: str | None) -> tuple[str, Subset]:
         """The subset of this name, by default the first. Raises ValueError if there is none."""

@@ -192,6 +192,7 @@ def test_a_command_runs_as_its_module_does(tmp_path: Path) -> None:
         (["data=own"], "data.train names no file"),
         (["data=own", "data.train=a.json", "data.valid=b.json"], "data.task is missing"),
         (["data=own", "+data.build.seed=1"], "needs a task. Set data.task to one of gsm8k"),
+        (["data=own", "data.task=letters", "+data.build.seed=1"], "data.task=letters only judges. Name files"),
         (["data.train=a.json"], "data.valid names no file"),
     ],
 )
