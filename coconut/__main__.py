@@ -9,7 +9,7 @@ from coconut.utils.hydra_app import exits_cleanly, help_line, nearest, refuse_na
 from data_builders.evaluation_sets import EVALUATION_SETS
 
 COMMANDS = ("train", "evaluate", "generate", "analyze", "demo", "export", "rl", "rollout", "reward", "adaptive")
-BUILDERS = ("prosqa", "prontoqa", "gsm8k", "gsm8k_aug_nl", "pointers", *EVALUATION_SETS)
+BUILDERS = ("prosqa", "prontoqa", "gsm8k", "gsm8k_aug_nl", "pointers", "import", *EVALUATION_SETS)
 DATA = "Make a data set: coconut data NAME. Without a name, list the builders."
 
 

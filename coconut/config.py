@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from coconut.methods import At, Curriculum, Plan, Projector, PromptFormat, plan
-from coconut.utils.overrides import Kind, PathName, Place, map_texts
+from coconut.utils.overrides import Kind, PathName, Place, Template, Text, as_arguments, map_texts
 
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
 # its default folder's name, and may differ when it is resumed. (The test file is never opened in training.)
@@ -149,16 +151,99 @@ class ModelConfig:
             raise ValueError("A new model needs model.tokenizer: a name or folder, or words.")
 
 
+@dataclass
+class ColumnNames:
+    """The columns of a file that hold question, answer and steps; by default those of these names.
+
+    Without a column `steps` there are none. A dot leads into nested values, a number into lists: `answers.text.0`.
+    """
+
+    question: str | None = None
+    answer: str | None = None
+    steps: str | None = None
+
+
+class Division(StrEnum):
+    """Parts of a text that are steps."""
+
+    lines = "lines"
+    sentences = "sentences"  # lines, and within them what follows a full stop, ! or ? and a space
+
+
+@dataclass
+class StepRule:
+    """How a text is divided into steps: at a separator, at matches of a regular expression, or by default into lines.
+
+    `mark`: it stands in the answer's column before the answer itself. The chain is what precedes it, unless there is a
+    column for the steps.
+    """
+
+    separator: Template | None = None
+    pattern: Text | None = None
+    into: Division | None = None
+    mark: Text | None = None
+
+    def __post_init__(self) -> None:
+        given = [f"steps.{key}" for key in ("separator", "pattern", "into") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: a text is divided in one way. Keep one of them.")
+        for key in ("separator", "pattern", "mark"):
+            if getattr(self, key) == "":
+                raise ValueError(f"steps.{key} is empty. Leave it out, or give the text.")
+        try:
+            if self.pattern and re.fullmatch(self.pattern, ""):
+                raise ValueError(f"steps.pattern={self.pattern} matches an empty text, which is between all letters.")
+        except re.error as error:
+            raise ValueError(f"steps.pattern={self.pattern} is no regular expression: {error}.") from None
+
+
+class BadRows(StrEnum):
+    """What to do with rows of a file from which no example can be made."""
+
+    error = "error"
+    skip = "skip"
+
+
+@dataclass(kw_only=True)
+class RowRule:
+    """How the rows of a file become examples, if the file is not in the project's own format.
+
+    `keep`: further columns to keep beside question, steps and answer.
+    """
+
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    steps: StepRule = field(default_factory=StepRule)
+    keep: list[str] = field(default_factory=list)
+    bad_rows: BadRows = BadRows.error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RowRule:
+        """The rule among the values of a `data` section, which may lack it."""
+        steps = dict(values.get("steps") or {})
+        return RowRule(
+            columns=ColumnNames(**(values.get("columns") or {})),
+            steps=StepRule(**steps | {"into": Division(steps["into"]) if steps.get("into") else None}),
+            keep=list(values.get("keep") or ()),
+            bad_rows=BadRows(values.get("bad_rows") or BadRows.error),
+        )
+
+    def rule(self) -> dict[str, Any]:
+        """The keys of the rule that are set, as text and lists; {} if none is."""
+        ours = {f.name for f in fields(RowRule)}
+        whole = {key: value for key, value in asdict(self).items() if key in ours}
+        return _set_keys(json.loads(json.dumps(whole)), asdict(RowRule()))
+
+
 RESERVED_BUILD_KEYS = ("out_dir", "name", "source", "train", "valid", "test", "compare")
 
 
 @dataclass
-class DataConfig:
+class DataConfig(RowRule):
     """Where the examples come from: a file for each split, or `prefix`, or `build`.
 
     `prefix` stands for PREFIX_train.json, PREFIX_valid.json and PREFIX_test.json, a builder's OUT_DIR/NAME. `build`:
     keys for the task's data builder, which runs once and writes to the cache if no training file is named. `test`
-    overrides the test file of `prefix` and `build`.
+    overrides the test file of `prefix` and `build`. The rule for rows is that of the files that are named.
     """
 
     task: TaskName | None = None  # decides how answers are judged
@@ -178,6 +263,11 @@ class DataConfig:
         if self.prefix and named:
             split, file = next(iter(named.items()))
             raise ValueError(f"data.prefix={self.prefix} and data.{split}={file} are both given. Keep one of them.")
+        if (rule := RowRule.from_dict(asdict(self))).rule() and not (named or self.test):
+            raise ValueError(
+                f"{next(as_arguments(rule, prefix='data.'))} says how the rows of a file are read, but no file is "
+                "named. Give data.train=FILE data.valid=FILE, or leave it out."
+            )
         if self.prefix or named:
             self.build = {}  # unused, so it must not enter the run's identity
         for key in RESERVED_BUILD_KEYS:
@@ -555,8 +645,8 @@ def _without_excluded_keys(config: dict[str, Any], prefix: str = "") -> dict[str
 
 
 @dataclass
-class DataFiles:
-    """Files to use instead of those in a run's configuration."""
+class DataFiles(RowRule):
+    """Files to use instead of those in a run's configuration, and how to read them if not as the run's are."""
 
     train: PathName | None = None
     valid: PathName | None = None

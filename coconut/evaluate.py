@@ -38,7 +38,7 @@ def run_rank(config: EvaluateConfig, world: World) -> int:
     data: dict[str, Any] = {"task": config.task} if saved else read_config(config.run)["data"]
     if config.task not in (None, data["task"]):
         raise ValueError(f"task={config.task} is for saved models; {config.run} was made for {data['task']}.")
-    file = str(world.on_main_process(lambda: file_of_split(data, config.split, getattr(config.data, config.split))))
+    file = str(world.on_main_process(lambda: file_of_split(data, config.split, config.data)))
     examples = read_examples(file)[: config.limit]
     folder = record.output_folder(config, saved)
     world.on_main_process(lambda: ensure_writable(folder))

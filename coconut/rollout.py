@@ -35,7 +35,7 @@ def run_rank(config: RolloutConfig, world: World) -> int:
     from coconut.utils.files import sha256
 
     data = read_config(config.run)["data"]
-    path = world.on_main_process(lambda: file_of_split(data, config.split, getattr(config.data, config.split)))
+    path = world.on_main_process(lambda: file_of_split(data, config.split, config.data))
     examples = read_examples(path)[: config.limit]
     trained = load_run(config.run, config.checkpoint, config.engine, world)
     lm, task = trained.lm, task_of(data)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from coconut.utils.overrides import as_arguments
 from data_builders.dataset_writer import Card, Row, WrittenRow, check_place, shared_questions, write_splits
 from data_builders.parallel_generation import Recipe, make_splits
 from data_builders.release_formats import SourceKeys
 from data_builders.statistics import Measures, compare, table
+
+CHANGE_NO_ROW = ("num_workers", "out_dir", "preview", "tokenizer", "format")  # keys
 
 
 def text_key(row: Row) -> int:
@@ -70,10 +73,8 @@ def run(config: SourceKeys, builder: Builder) -> None:
 
 def command(config: SourceKeys, builder: Builder) -> str:
     """The command line that makes the same data set again."""
-    left_out = ("num_workers", "out_dir", "dataset")
-    given = [f for f in fields(config) if f.name not in left_out and getattr(config, f.name) not in (None, f.default)]
-    name = builder.command or builder.task
-    return shlex.join(["coconut", "data", name, *(f"{f.name}={getattr(config, f.name)}" for f in given)])
+    arguments = as_arguments(config, (*CHANGE_NO_ROW, "dataset"))
+    return shlex.join(["coconut", "data", builder.command or builder.task, *arguments])
 
 
 def _in_words(made: dict[str, Any]) -> str:

@@ -226,14 +226,7 @@ def _open_file(path: str, kind: Steps) -> Released:
 
 def _open_hub(config: Gsm8kBuild, name: str) -> tuple[dict[str, Released], dict[str, Any]]:
     loaded, described = load_hub(name, config.hub_config or HUB_CONFIGS.get(name))
-    for split, count in config.counts.items():
-        if count is not None and split != "train" and split in loaded:
-            raise ValueError(
-                f"num_{split}={count} is given, and {name} has {len(loaded[split])} {split} rows of its own, which "
-                "are taken whole. Leave it out."
-            )
-    if any(count is not None for count in config.counts.values()) and "train" not in loaded:
-        raise ValueError(f"{name} has no train split from which rows could be taken. Leave out num_train and the like.")
+    config.refuse_counts(name, {split: len(records) for split, records in loaded.items()})
     parts = {
         split: Released(Path(f"{name} ({split})"), Kind.gsm8k, list(enumerate(records, start=1)))
         for split, records in loaded.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -71,7 +71,7 @@ class SourceKeys:
                 raise ValueError(f"num_{split} is {count}; it must be 0 or more.")
         if not self.out_dir:
             raise ValueError("out_dir is empty; it names the folder to write into.")
-        if self.tokenizer and not self.compare:
+        if self.tokenizer and not self.uses_tokenizer:
             raise ValueError(f"tokenizer={self.tokenizer} is for compare=FILE: give both, or leave it out.")
         for key in ("num_workers", "compare_rows"):
             count = getattr(self, key)
@@ -102,6 +102,10 @@ class SourceKeys:
                 )
 
     @property
+    def uses_tokenizer(self) -> bool:
+        return bool(self.compare)
+
+    @property
     def counts(self) -> dict[str, int | None]:
         return {split: getattr(self, f"num_{split}") for split in SPLITS}
 
@@ -113,17 +117,36 @@ class SourceKeys:
         """The rows of every split."""
         splits = {split: convert(path) for split, path in self.files.items() if split != "source"}
         if self.source:
-            rows = convert(self.source)
-            share = min(500, len(rows) // 10)
-            counts = {split: 0 if split in splits else share for split in ("valid", "test")}
-            counts |= {split: count for split, count in self.counts.items() if count is not None}
-            return divide(rows, counts, self.seed) | splits
+            return self.divided(convert(self.source), splits)
         if unused := [f"num_{split}={count}" for split, count in self.counts.items() if count]:
             raise ValueError(
                 f"{unused[0]} has no file to divide: train, valid and test are taken whole. Leave it out, or "
                 "give the file as source=FILE."
             )
         return splits
+
+    def divided(self, rows: list[Row], splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+        """The rows shuffled and divided into the splits that are not there yet."""
+        share = min(500, len(rows) // 10)
+        counts = {split: 0 if split in splits else share for split in ("valid", "test")}
+        counts |= {split: count for split, count in self.counts.items() if count is not None}
+        return divide(rows, counts, self.seed) | splits
+
+    def refuse_counts(self, name: str, rows: dict[str, int]) -> None:
+        """Raise ValueError if rows are asked for that cannot be taken from the train split of a set.
+
+        `rows`: how many the set called `name` has of each of its splits.
+        """
+        for split, count in self.counts.items():
+            if count is not None and split != "train" and split in rows:
+                raise ValueError(
+                    f"num_{split}={count} is given, and {name} has {rows[split]} {split} rows of its own, which "
+                    "are taken whole. Leave it out."
+                )
+        if any(count is not None for count in self.counts.values()) and "train" not in rows:
+            raise ValueError(
+                f"{name} has no train split from which rows could be taken. Leave out num_train and the like."
+            )
 
     def described(self) -> dict[str, Any]:
         """The manifest's entry on the files."""
@@ -142,16 +165,9 @@ def detected(path: Path) -> Released:
     """Open a file of any kind. Raises ValueError if it does not exist, or is text but not UTF-8."""
     if not path.is_file():
         raise ValueError(f"There is no file {str(path)!r} in {Path.cwd()}.")
-    raw = path.read_bytes()
-    if raw.startswith(MAGIC) or (b"\0" in raw and not raw.startswith(UTF16)):
-        return Released(path, Kind.binary, [])
-    text = decode_utf8(raw, str(path))
-    if not text.strip():
-        return Released(path, Kind.empty, [])
-    if text.startswith("version https://git-lfs"):
-        return Released(path, Kind.pointer, [])
-    if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
-        return Released(path, Kind.page, [])
+    kind, text = decoded(path.read_bytes(), str(path))
+    if kind:
+        return Released(path, kind, [])
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     try:
         value = json.loads(text)
@@ -167,23 +183,51 @@ def detected(path: Path) -> Released:
     return _open_lines(path, lines)
 
 
+def decoded(raw: bytes, name: str) -> tuple[Kind | None, str]:
+    """The kind of a file that holds no rows of text, None for others, and the text of those.
+
+    Raises ValueError if it is not UTF-8.
+    """
+    if raw.startswith(MAGIC) or (b"\0" in raw and not raw.startswith(UTF16)):
+        return Kind.binary, ""
+    text = decode_utf8(raw, name)
+    if not text.strip():
+        return Kind.empty, ""
+    if text.startswith("version https://git-lfs"):
+        return Kind.pointer, ""
+    if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
+        return Kind.page, ""
+    return None, text
+
+
 def rows_of(released: Released, convert: Callable[[Any], Row]) -> list[Row]:
     """Convert all records. ValueErrors of `convert` are collected into one that counts all bad rows."""
+    rows, wrong = converted([(f"row {number}", record) for number, record in released.records], convert)
+    if wrong:
+        raise ValueError(bad_rows(str(released.path), wrong, len(released.records), "Mend or remove them:"))
+    return rows
+
+
+def converted(records: Sequence[tuple[str, Any]], convert: Callable[[Any], Row]) -> tuple[list[Row], list[str]]:
+    """The rows of the records that can be converted, and a line on each of the others. A record has its place."""
     rows: list[Row] = []
     wrong: list[str] = []
-    for number, record in released.records:
+    for where, record in records:
         try:
             row = convert(record)
             if (broken := lone_surrogate(row)) is not None:
                 raise ValueError(f"it holds half of a surrogate pair, which is no text: {broken!a}.")
             rows.append(row)
         except ValueError as error:
-            wrong.append(f"  row {number}: {error}")
-    if wrong:
-        more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        head = f"{released.path} has {len(wrong)} bad of {len(released.records)} rows. Mend or remove them:"
-        raise ValueError("\n".join([head, *wrong[:SHOWN], *more]))
-    return rows
+            wrong.append(f"{where}: {error}")
+    return rows, wrong
+
+
+def bad_rows(name: str, wrong: Sequence[str], total: int, advice: str) -> str:
+    """A message with the lines on the first bad rows."""
+    more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    head = f"{name} has {len(wrong)} bad of {total} rows. {advice}"
+    return "\n".join([head, *(f"  {line}" for line in wrong[:SHOWN]), *more])
 
 
 def parsed(line: str) -> Any:

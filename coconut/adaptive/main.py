@@ -139,7 +139,7 @@ def _inputs(config: AdaptiveConfig) -> Inputs:
 def _inputs_of_other_model(config: AdaptiveConfig) -> Inputs:
     """The inputs for a Hugging Face model or a Python function."""
     assert config.task
-    device, file = set_up_device(config.engine), getattr(config.data, config.split)
+    device, file = set_up_device(config.engine), file_of_split({}, config.split, config.data)
     examples = read_examples(file)[: config.limit]
     vote = Vote(TASKS[config.task], config.format)
     right = readable(examples, None, None, vote.task, vote.form, file=file, unreadable=config.unreadable)
@@ -169,7 +169,7 @@ def _inputs_of_run(config: AdaptiveConfig) -> Inputs:
     task, file = config.task or data.get("task"), getattr(config.data, config.split)
     if not task or not (is_run or file):
         raise ValueError(f"{config.run} is a saved model and not a run. Add task=TASK and data.{config.split}=FILE.")
-    file = file_of_split(data, config.split, file)
+    file = file_of_split(data, config.split, config.data)
     vote = Vote(TASKS[task], lm.reasoning.format)
     name = f"{Path(config.run).name} {_fingerprint(config, lm, lm.tokenizer, json.dumps(lm.reasoning.as_dict()))}"
     backend = backends.LatentBackend(lm, name, config.batch_size, config.max_new_tokens)

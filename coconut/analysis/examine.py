@@ -29,7 +29,7 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
     the run raises ValueError. Without, parts that do not apply are left out with a message.
     """
     try:
-        path = file_of_split(record.config["data"], "test", config.data.test)
+        path = file_of_split(record.config["data"], "test", config.data)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} parts=[] writes the page only.") from None
     trained = load_run(config.run, config.checkpoint, config.engine)

@@ -1,4 +1,4 @@
-"""Locate a run's data files: named ones, or a data set that a builder makes once in the cache."""
+"""Locate a run's data files: named ones, or data that a builder makes or converts once in the cache."""
 
 from __future__ import annotations
 
@@ -6,29 +6,43 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut.config import SPLITS, TRAINING_SPLITS
+from coconut.config import SPLITS, TRAINING_SPLITS, DataFiles, RowRule
 from coconut.utils.console import log
-from coconut.utils.files import clear_abandoned
+from coconut.utils.files import clear_abandoned, sha256
 from coconut.utils.hydra_app import PACKAGE, own_environment
-from coconut.utils.overrides import quoted
+from coconut.utils.overrides import as_arguments, quoted
+
+TABLES = (".csv", ".tsv", ".parquet", ".gz")  # suffixes of files that `read_examples` does not read
 
 
-def data_files(data: Mapping[str, Any]) -> dict[str, str]:
+def data_files(data: Mapping[str, Any], splits: Sequence[str] = SPLITS) -> dict[str, str]:
     """The file of each split, "" if there is none, for the `data` section of a configuration.
 
     If it names no training file, `data_builders.TASK` is run with the keys in `data["build"]`, once for all runs with
-    the same keys. Raises ValueError if that fails.
+    the same keys. Files that are named are converted as `in_own_format` does. Raises ValueError if either fails.
     """
+    found, rule = _files(data), RowRule.from_dict(data)
+    return {
+        split: in_own_format(file, rule, split, data["cache_dir"]) if file and file == data[split] else file
+        for split, file in found.items()
+        if split in splits
+    }
+
+
+def _files(data: Mapping[str, Any]) -> dict[str, str]:
+    """The file of each split as it is named or built."""
     if any(data[split] for split in TRAINING_SPLITS):
         return {split: data[split] for split in SPLITS}
     if prefix := data.get("prefix"):
@@ -41,18 +55,40 @@ def data_files(data: Mapping[str, Any]) -> dict[str, str]:
     return {**found, "test": test}
 
 
-def file_of_split(data: Mapping[str, Any], split: str, override: str | None = None) -> str:
-    """The file of a split of a run's data, or `override` if it is set.
+def file_of_split(data: Mapping[str, Any], split: str, files: DataFiles | None = None) -> str:
+    """The file of a split of a run's data, or the one that `files` names, in the project's own format.
 
-    Raises FileNotFoundError if it does not exist, with advice how to name another one.
+    A file of `files` is read by the rule that stands there, or else by the run's. Raises FileNotFoundError if the
+    run's file does not exist, with advice how to name another one, and ValueError if a file cannot be converted.
     """
-    if override:
-        return override
-    path = data_files(data)[split] or (f"{data['prefix']}_{split}.json" if data.get("prefix") else "")
+    if files and (override := getattr(files, split)):
+        rule = files if files.rule() else RowRule.from_dict(data)
+        return in_own_format(override, rule, split, data.get("cache_dir"))
+    path = data_files(data, [split])[split] or (f"{data['prefix']}_{split}.json" if data.get("prefix") else "")
     if path and Path(path).is_file():
         return path
     what = f"is missing: {path}" if path else "was never named, and none was made"
     raise FileNotFoundError(f"The run's {split} file {what}. Name one with data.{split}=FILE.")
+
+
+def in_own_format(file: str, rule: RowRule, split: str, cache_dir: str | None) -> str:
+    """The file itself, or what `data_builders.import` makes of a table or of a file that a rule is given for.
+
+    It is converted once for all uses with the same content and rule. A file that does not exist is returned as it is.
+    Raises ValueError if it cannot be converted.
+    """
+    path, rule = Path(file), RowRule.from_dict(asdict(rule))
+    if not path.is_file() or not (rule.rule() or path.suffix.lower() in TABLES):
+        return file
+    name = re.sub(r"[^\w.-]", "_", path.name.partition(".")[0]) or "rows"
+    folder = _made_once(
+        name, [path.name, sha256(path), split, rule.rule()], "import",
+        [f"{split}={quoted(str(path.resolve()))}", *as_arguments(rule), "preview=0"], cache_dir,
+        f"Converting {file}, once",
+        f"{file} could not be converted; see the message above. The keys that it names begin with data. here: "
+        "data.columns.question=NAME. coconut data import --help explains them.",
+    )  # fmt: skip
+    return str(folder / f"{name}_{split}.json")
 
 
 def default_cache_dir() -> Path:
@@ -80,38 +116,47 @@ def cache_folder(cache_dir: Path | str | None, name: str) -> Path:
 
 
 def builders_code() -> str:
-    """SHA-256 of the source files that determine a builder's rows: data_builders and coconut.tasks.
+    """SHA-256 of the source files that determine a builder's rows: data_builders, coconut.tasks, the reader of JSON.
 
     It is part of a built data set's key, so a change to a builder rebuilds the data.
     """
     spec = find_spec("data_builders")
     folders = [PACKAGE / "tasks", *map(Path, (spec and spec.submodule_search_locations) or ())]
     digest = hashlib.sha256()
-    for file in (file for folder in folders for file in sorted(folder.glob("*.py"))):
+    for file in (PACKAGE / "data" / "examples.py", *(file for each in folders for file in sorted(each.glob("*.py")))):
         code = file.read_bytes()
         digest.update(f"{file.name} {len(code)}\n".encode() + code)
     return digest.hexdigest()
 
 
 def _built_dataset(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
-    """The folder of a built data set; it is built if it does not exist.
+    """The folder of a built data set; it is built if it does not exist."""
+    return _made_once(
+        task, [task, build], task, [f"{key}={_as_override(value)}" for key, value in build.items()], cache_dir,
+        " ".join([f"Building the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]),
+        f"data_builders.{task} could not make the data; see its message above. Change data.build, or name "
+        "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for a builder's files.",
+    )  # fmt: skip
 
-    The folder is moved into place when it is complete, so two processes may build it at the same time.
+
+def _made_once(
+    name: str, content: list[Any], builder: str, keys: list[str], cache_dir: str | None, announced: str, failure: str
+) -> Path:
+    """The folder in the cache with the files NAME_SPLIT.json, which the builder makes if it does not exist.
+
+    `content` and the code of the builders are the folder's key. The folder is moved into place when it is complete, so
+    two processes may make it at the same time. Raises ValueError with the text `failure` if the builder fails.
     """
-    content = json.dumps([task, build, builders_code()], sort_keys=True)
+    key = json.dumps([*content, builders_code()], sort_keys=True)
     cache = cache_folder(cache_dir, "data")
-    folder = cache / f"{task}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
-    clear_abandoned(cache, f".{task}-*")
-    log(" ".join([f"Building the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]))
-    keys = [f"{key}={_as_override(value)}" for key, value in build.items()]
+    clear_abandoned(cache, f".{name}-*")
+    log(announced)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
-        if _run([f"data_builders.{task}", *keys, f"out_dir={folder.name}", f"name={task}"], part):
-            raise ValueError(
-                f"data_builders.{task} could not make the data; see its message above. Change data.build, or name "
-                "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for a builder's files."
-            )
+        if _run([f"data_builders.{builder}", *keys, f"out_dir={folder.name}", f"name={name}"], part):
+            raise ValueError(failure)
         try:
             (Path(part) / folder.name).rename(folder)
         except OSError:

@@ -39,7 +39,7 @@ def read_examples(path: Path | str) -> list[Example]:
     examples, problems = [], []
     for where, row in json_rows(path):
         row = with_defaults(row)
-        if problem := _problem(row):
+        if problem := problem_of(row):
             problems.append(f"  {where}: {problem}")
         elif not problems:
             meta = {key: value for key, value in row.items() if key not in ("question", "steps", "answer")}
@@ -48,7 +48,11 @@ def read_examples(path: Path | str) -> list[Example]:
         shown = problems[:SHOWN_PROBLEMS]
         more = len(problems) - len(shown)
         count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
-        raise ValueError(f"{path} has {count}:\n" + "\n".join(shown) + (f"\n  and {more} more" if more else ""))
+        advice = "\nOther columns are named with data.columns.question=NAME data.columns.answer=NAME."
+        raise ValueError(
+            f"{path} has {count}:\n" + "\n".join(shown) + (f"\n  and {more} more" if more else "")
+            + (advice if all("its keys are" in problem for problem in problems) else "")
+        )  # fmt: skip
     if not examples:
         raise ValueError(f"{path} holds no example. It must be a JSON list, or have one JSON object per line.")
     return examples
@@ -67,12 +71,12 @@ class BadRow(str):
     """A row that is not valid JSON or cannot be encoded as UTF-8; the text says why."""
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]:
     """Yield the position ("row N" or "line N") and the content of each row; a BadRow for one that cannot be used.
 
-    Raises ValueError if the file is not UTF-8, or is a broken JSON list.
+    `text`: the file's, if it is read already. Raises ValueError if the file is not UTF-8, or is a broken JSON list.
     """
-    text = read_utf8(path)
+    text = read_utf8(path) if text is None else text
     has_surrogates = re.search(r"\\u[dD][89a-fA-F]", text)
     for where, row in _parse_rows(path, text):
         broken = lone_surrogate(row) if has_surrogates else None
@@ -107,7 +111,7 @@ def with_defaults(row: Any) -> Any:
     return {**row, "steps": steps, **({"answer": json.dumps(answer)} if number else {})}
 
 
-def _problem(row: Any) -> str | None:
+def problem_of(row: Any) -> str | None:
     """What is wrong with a row, or None."""
     if isinstance(row, BadRow):
         return row

@@ -25,7 +25,7 @@ MAX_FITTED_ON = 1000  # how many training questions routers are fitted on at mos
 def examine_choices(config: AnalyzeConfig, record: RunRecord) -> list[Study]:
     """The studies of a run's choice of modes on its test questions; none if its data files are missing."""
     try:
-        files = {split: file_of_split(record.config["data"], split, getattr(config.data, split)) for split in SPLITS}
+        files = {split: file_of_split(record.config["data"], split, config.data) for split in SPLITS}
     except FileNotFoundError as error:
         log(f"The choice of modes is not analyzed. {error}")
         return []

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coconut.config import Resume, RunConfig, identity, make_paths_absolute
+from coconut.config import TRAINING_SPLITS, Resume, RunConfig, identity, make_paths_absolute
 from coconut.data.datasets import data_files
 from coconut.data.examples import existing
 from coconut.data.seen_questions import QUESTIONS, keep_questions
@@ -28,10 +28,9 @@ def open_run_folder(config: RunConfig, world: World) -> Iterator[tuple[Path, dic
     """
     world.on_main_process(lambda: check_tracker(config.tracking))
     make_paths_absolute(config)
-    files = world.on_main_process(lambda: data_files(asdict(config.data)))
+    files = world.on_main_process(lambda: data_files(asdict(config.data), TRAINING_SPLITS))
     folder = config.folder()
-    used = {split: files[split] for split in ("train", "valid")}
-    world.on_main_process(lambda: check_folder(folder, config, used))
+    world.on_main_process(lambda: check_folder(folder, config, files))
     log(f"Run folder: {folder}")
     with ExitStack() as held:
         world.on_main_process(lambda: held.enter_context(exclusive_lock(folder)) if world.is_main else None)

@@ -107,9 +107,8 @@ def classifier_of(
     file = Path(run) / CLASSIFIER_FOLDER / f"step-{trained.step:07d}.safetensors"
     if file.is_file():
         return StopClassifier.load(file).to(lm.device)
-    files = data or DataFiles()
     try:
-        paths = [file_of_split(trained.config["data"], split, getattr(files, split)) for split in ("train", "valid")]
+        paths = [file_of_split(trained.config["data"], split, data) for split in ("train", "valid")]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"stop=classifier is fitted once on the run's data. {error} To fit and save it on other files: coconut "

@@ -6,10 +6,12 @@ values are text, and of which kind.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -146,6 +148,41 @@ def _add_quotes(text: str) -> str:
     text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
     text = re.sub(r"(\\+)$", lambda found: found[1] * 2, text)
     return f"'{text}'"
+
+
+def as_arguments(config: Any, left_out: Sequence[str] = (), prefix: str = "") -> Iterator[str]:
+    """Yield the KEY=VALUE arguments of a configuration's values that differ from their defaults and are not None.
+
+    `as_override` reads them back as the same values; only a `Text` that is the word null cannot be written.
+    """
+    annotations = get_type_hints(type(config), include_extras=True)
+    for each in fields(config):
+        value, key = getattr(config, each.name), f"{prefix}{each.name}"
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if key in left_out or value is None or value == default:
+            continue
+        if is_dataclass(value):
+            yield from as_arguments(value, left_out, f"{key}.")
+        else:
+            yield f"{key}={_as_value(value, Kind.of(annotations[each.name]))}"
+
+
+def _as_value(value: Any, kind: Kind | None) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if kind is None:
+        return json.dumps(value)
+    if kind.is_list:
+        items = [item if re.fullmatch(r"[\w.-]+", item) else quoted(item) for item in value]
+        return f"[{','.join(items)}]"
+    if kind.tag == "text":
+        return value
+    if kind.tag == "template":
+        escaped = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+        plain = not re.fullmatch(QUOTED, escaped, re.DOTALL) and not _is_none(escaped, kind)
+        return escaped if plain else "'" + escaped.replace("'", "\\'") + "'"
+    plain = not re.fullmatch(QUOTED, value, re.DOTALL) and not _is_none(value, kind) and "${" not in value
+    return value if plain else quoted(value)
 
 
 def map_texts(config: Any, change: Callable[[str, Kind, str], str], prefix: str = "") -> None:

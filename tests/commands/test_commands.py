@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,17 @@ from coconut.__main__ import BUILDERS, COMMANDS
 from coconut.adaptive.config import AdaptiveConfig
 from coconut.analysis.config import AnalyzeConfig, DemoConfig
 from coconut.completions.config import RolloutConfig
-from coconut.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from coconut.config import (
+    BadRows,
+    ColumnNames,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RowRule,
+    RunConfig,
+    StepRule,
+    TrainConfig,
+)
 from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.config import GenerateConfig
 from coconut.hub.config import ExportConfig
@@ -37,8 +48,9 @@ from coconut.methods import METHODS, plan
 from coconut.rewards.config import RewardModelConfig
 from coconut.rl.config import RLConfig
 from coconut.utils.hydra_app import CONF_DIR, exits_cleanly, explain_error, to_dataclass
-from coconut.utils.overrides import as_override
+from coconut.utils.overrides import as_arguments, as_override
 from data_builders.gsm8k import Gsm8kBuild
+from data_builders.importing import ImportBuild
 
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
            "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig, "rollout": RolloutConfig,
@@ -315,6 +327,25 @@ def test_home_folders_null_and_references_in_names(monkeypatch: pytest.MonkeyPat
 )
 def test_a_format_template_on_the_command_line(written: str, step: str) -> None:
     assert taken(f"data.format.step={written}") == [step]
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(*[st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)] * 3)
+@example('"a"', "'\\n'", "Null")
+@example("a\\nb\t\n\\", "${x}", "'")
+def test_arguments_give_their_configuration_again(first: str, second: str, third: str) -> None:
+    rule = RowRule(
+        columns=ColumnNames(first, third), keep=[third, first], bad_rows=BadRows.skip,
+        steps=StepRule(separator=second, mark=None if third.lower() == "null" else third),
+    )  # fmt: skip
+    config = ImportBuild(**vars(rule), source=third, num_valid=3)
+    ConfigStore.instance().store(name="build_import_schema", node=ImportBuild)
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        again = to_dataclass(
+            compose("build_import", [as_override(a, ImportBuild) for a in as_arguments(config)]), ImportBuild
+        )
+    assert again == replace(config, source=os.path.expanduser(third))
 
 
 def test_builders_take_names_to_the_letter() -> None:

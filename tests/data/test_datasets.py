@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -14,8 +15,19 @@ from typing import Any
 import pytest
 
 import data_builders
-from coconut.config import DataConfig, EngineConfig, ModelConfig, TaskName, TrainConfig
-from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir
+from coconut.config import (
+    ColumnNames,
+    DataConfig,
+    DataFiles,
+    EngineConfig,
+    ModelConfig,
+    RowRule,
+    StepRule,
+    TaskName,
+    TrainConfig,
+    identity,
+)
+from coconut.data.datasets import builders_code, cache_folder, data_files, default_cache_dir, file_of_split
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.methods import Curriculum, PromptFormat, Unit
@@ -80,6 +92,64 @@ def test_changed_builder_rebuilds_data(tmp_path: Path, monkeypatch: pytest.Monke
     assert data_files(cache)["train"] != first
 
 
+RENAMED = {"columns": ColumnNames("problem", "result", "why"), "steps": StepRule(separator="\n")}
+
+
+def as_table(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Rows as a CSV with other columns, written by the csv module."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["problem", "why", "result"])
+        writer.writerows([row["question"], "\n".join(row["steps"]), row["answer"]] for row in rows)
+    return path
+
+
+@pytest.mark.slow
+def test_a_table_is_converted_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"Q {n}?", "steps": ["a", "it's; ${b}"][: n % 3], "answer": str(n)} for n in range(4)]
+    table = as_table(rows, tmp_path / "my rows.csv")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(rows))
+    data: dict[str, Any] = {
+        "train": str(table),
+        "valid": str(table),
+        "test": "gone.csv",
+        "cache_dir": str(tmp_path / "c"),
+    }
+    run_data = asdict(DataConfig(**data, **RENAMED))
+    files = data_files(run_data)
+    assert [read_json(files[split]) for split in ("train", "valid")] == [rows, rows]
+    assert files["test"] == "gone.csv", "left to who reads it"
+    assert capfd.readouterr().out.count("Converting") == 2
+    assert data_files(run_data) == files
+    assert file_of_split(run_data, "train", DataFiles(train=str(table))) == files["train"], "by the run's rule"
+    assert file_of_split({}, "train", DataFiles(train=files["train"])) == files["train"], "it is in our format"
+    assert capfd.readouterr().out == ""
+    assert data_files(asdict(DataConfig(train=str(own), valid=str(own)))) == {
+        "train": str(own), "valid": str(own), "test": ""
+    }  # fmt: skip
+    as_table(rows[:2], table)
+    assert read_json(data_files(run_data, ["train"])["train"]) == rows[:2], "its content is part of the key"
+    named = DataFiles(test=str(table), columns=ColumnNames("problem", "total"))
+    with pytest.raises(ValueError, match=r"my rows\.csv could not be converted.*data\.columns\.question=NAME"):
+        file_of_split(run_data, "test", named)
+    assert "has no column 'total'. Its columns are problem, why, result." in capfd.readouterr().err
+
+
+def test_a_rule_for_rows_is_part_of_a_run_that_has_one() -> None:
+    """Of others it changes neither the folder's name nor the identity, also of runs that were made without it."""
+    own: dict[str, Any] = {"task": TaskName.prosqa, "train": "a.csv", "valid": "b.csv"}
+    tiny = ModelConfig(architecture={"model_type": "gpt2"}, tokenizer="words")
+    plain, renamed = (TrainConfig(data=DataConfig(**own, **rule), model=tiny) for rule in ({}, RENAMED))
+    assert plain.folder() != renamed.folder()
+    before = asdict(plain)
+    for key in ("columns", "steps", "keep", "bad_rows"):
+        del before["data"][key]
+    assert identity(before) == plain.identity()
+    assert str(plain.folder()) == "runs/custom-coconut-seed0-76aa840e", "as before there were such rules"
+    assert RowRule.from_dict(asdict(renamed)["data"]).rule() == renamed.data.rule()
+
+
 @pytest.mark.parametrize("name", ["café", "it's (a, b)", "back\\slash", "a${b}"])
 def test_cache_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     files = data_files(asdict(config(cache_dir=str(tmp_path / name))))
@@ -121,6 +191,7 @@ def test_builder_errors_are_reported(tmp_path: Path, capfd: pytest.CaptureFixtur
         ({"build": {"out_dir": "a"}}, "data.build.out_dir=a"),
         ({"build": {"num_valid": 0}}, "data.build.num_valid is 0"),
         ({"build": {"hub": "."}}, "data.build.hub=. is a local folder"),
+        ({"columns": ColumnNames(answer="x")}, "data.columns.answer=x says how the rows of a file are read, but no"),
     ],
 )
 def test_contradictory_data_keys_are_refused(keys: dict[str, Any], message: str) -> None:
