@@ -240,10 +240,8 @@ def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> G
         str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for row, length in zip(tokens, lengths, strict=True)
     ]
-    stop_strings = options.get("stop_strings", ())
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     truncated = [
-        length == answer.limit and not any(text_end in text for text_end in stop_strings)
+        length == answer.limit and not any(text_end in text for text_end in _stop_strings(options))
         for length, answer, text in zip(lengths, answers, texts, strict=True)
     ]
     return Generated(
@@ -296,6 +294,11 @@ def _slot_lengths(
             "leave num_thoughts out."
         )
     return torch.tensor(thoughts.shape[1]).expand(num_questions)
+
+
+def _stop_strings(options: dict[str, Any]) -> Sequence[str]:
+    given = options.get("stop_strings", ())
+    return [given] if isinstance(given, str) else given
 
 
 @dataclass
@@ -380,7 +383,9 @@ def _decode(
 
     The cache holds all columns of the prompts but the last.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    from coconut.generation.stop_strings import StopStrings
 
     if (samples_B != 1).any():
         repeated = torch.arange(len(samples_B)).repeat_interleave(samples_B).to(prompt_BT.device)
@@ -388,7 +393,11 @@ def _decode(
         prompt_BT, is_token_BT = prompt_BT[repeated], is_token_BT[repeated]
     special = lm.special
     passed_through = {name: options[name] for name in PASSTHROUGH if name in options}
-    options = {name: value for name, value in options.items() if name not in PASSTHROUGH}
+    if texts := _stop_strings(options):
+        criteria = passed_through.get("stopping_criteria", ())
+        stops = StopStrings(lm.tokenizer, texts, prompt_BT.shape[1])
+        passed_through["stopping_criteria"] = StoppingCriteriaList([*criteria, stops])
+    options = {name: value for name, value in options.items() if name not in {*PASSTHROUGH, "stop_strings"}}
     suppressed = options.pop("suppress_tokens", ())
     recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
     if recorder:
@@ -409,7 +418,6 @@ def _decode(
                 input_ids=prompt_BT,
                 attention_mask=is_token_BT.long(),
                 generation_config=config,
-                tokenizer=lm.tokenizer,
                 **{lm.cache_argument: cache},
                 **passed_through,
             )

@@ -228,6 +228,23 @@ def test_a_text_that_stops_an_answer() -> None:
     assert lm.generate(ids, mask, max_new_tokens=8).truncated.all()
 
 
+@pytest.mark.parametrize(("slot", "count"), [(THOUGHTS, 2), (NOTHING, 0)])
+def test_stop_texts_with_a_vocabulary_of_words(slot: Slot, count: int) -> None:
+    """An answer ends where the text is complete; text of the question does not count."""
+    lm = build("gpt2", slot=slot, num_thoughts=count, markers=slot is not NOTHING)
+    ids, mask = padded(QUESTIONS)
+    whole = lm.generate(ids, mask, max_new_tokens=8)
+    stop = " ".join(whole.texts[0].split()[1:3])
+    out = lm.generate(ids, mask, max_new_tokens=8, stop_strings=stop)
+    assert out.lengths[0] == 3
+    for before, text in zip(whole.texts, out.texts, strict=True):
+        assert text == (before[: before.index(stop) + len(stop)] if stop in before else before)
+    asked = lm.tokenizer.decode(QUESTIONS[0][-1:])
+    prefer(lm, QUESTIONS[0][-1])
+    pair = f"{asked} {asked}"
+    assert lm.generate(torch.tensor([QUESTIONS[0]]), max_new_tokens=8, stop_strings=[pair]).texts == [pair]
+
+
 @pytest.mark.parametrize(("slot", "count"), [(THOUGHTS, 3), (PAUSES, 2), (NOTHING, 0)])
 def test_several_answers_from_one_reading(family: str, slot: Slot, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They equal answers to the repeated question, with one prefill."""
