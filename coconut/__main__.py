@@ -11,6 +11,7 @@ from data_builders.evaluation_sets import EVALUATION_SETS
 COMMANDS = ("train", "evaluate", "generate", "analyze", "demo", "export", "rl", "rollout", "reward", "adaptive")
 BUILDERS = ("prosqa", "prontoqa", "gsm8k", "gsm8k_aug_nl", "pointers", "import", *EVALUATION_SETS)
 DATA = "Make a data set: coconut data NAME. Without a name, list the builders."
+LM_EVAL = "Run lm-evaluation-harness with the model coconut: coconut lm_eval run --model coconut ..."
 
 
 @exits_cleanly
@@ -24,7 +25,7 @@ def main() -> None:
         lines = {each: _builder_line(each) for each in BUILDERS}
         _run("coconut data", "builder", lines, name, module, [*first, *rest])
     else:
-        lines = {command: help_line(command) for command in COMMANDS} | {"data": DATA}
+        lines = {command: help_line(command) for command in COMMANDS} | {"data": DATA, "lm_eval": LM_EVAL}
         _run("coconut", "command", lines, name, f"coconut.{name}", rest)
 
 

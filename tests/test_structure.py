@@ -13,7 +13,9 @@ from helpers import ROOT
 from helpers.processes import python
 
 PACKAGE = ROOT / "coconut"
-COMMANDS = ["analyze", "demo", "evaluate", "export", "generate", "reward", "rollout", "train", "__main__"]
+COMMANDS = [
+    "analyze", "demo", "evaluate", "export", "generate", "lm_eval", "reward", "rollout", "train", "__main__",
+]  # fmt: skip
 LAYERS = [
     ["utils"],
     ["methods"],

@@ -1,1 +1,1 @@
-"""Exporting models: model card, upload to the Hugging Face hub, import of the paper's released checkpoints."""
+"""Exchange with others: model card, upload to the Hugging Face hub, the paper's checkpoints, lm-evaluation-harness."""

@@ -138,7 +138,8 @@ def test_help_reads_well_from_any_folder(command: str, tmp_path: Path) -> None:
 def test_the_command_lists_what_there_is() -> None:
     shown = python("-m", "coconut", "--help")
     assert shown.returncode == 0
-    assert [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")] == [*COMMANDS, "data"]
+    names = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")]
+    assert names == [*COMMANDS, "data", "lm_eval"]
     assert max(map(len, shown.stdout.splitlines())) <= 110
     bare = python("-m", "coconut")
     assert (bare.returncode, bare.stdout) == (2, shown.stdout)
