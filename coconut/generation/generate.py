@@ -14,7 +14,8 @@ from torch import Tensor
 
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
-from coconut.generation.options import PASSTHROUGH, generation_settings
+from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
+from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
 from coconut.generation.thoughts import StopCriterion, think
 from coconut.methods import Reasoning
 from coconut.utils.torch_utils import eval_mode
@@ -69,6 +70,7 @@ def generate(
     mode: str | Sequence[str] | None = None,
     prefix_ids: Tensor | None = None,
     log_probs: bool = False,
+    random_keys: Sequence[Key] | None = None,
     **options: Any,
 ) -> Generated:
     """Answer questions (B, T) of any lengths, padded on either side.
@@ -90,6 +92,11 @@ def generate(
     With num_return_sequences=n each question runs through prompt and thoughts once (with noise n times) and is answered
     n times.
 
+    Randomness comes from torch's generator, so that an answer depends on its batch. With `random_keys` it comes from
+    the answer's own key, a few whole numbers of 0 or more: (B * num_return_sequences) keys, those of one question
+    adjacent. An answer then depends on its question and key alone (up to rounding). Of the settings that choose tokens
+    at random, temperature, top_k and top_p are supported with keys.
+
     `options` are those of transformers' generate that choose tokens and end answers (`options.py`), one by one or in a
     `generation_config`; and `streamer` (for one question; it also gets the prompt, so set skip_prompt=True),
     `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. The base model's own generation settings are
@@ -97,7 +104,8 @@ def generate(
 
     Raises ValueError if there is no question, if a question fills the whole context, for thoughts of a method that has
     none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0 or with given thoughts, for an unknown
-    mode or option, for several answers without do_sample or noise, or for several to one streamer.
+    mode or option, for several answers without do_sample or noise, for several to one streamer, or for a number of
+    `random_keys` other than that of the answers.
     """
     requested = {**options, "max_new_tokens": max_new_tokens}
     samples, options = generation_settings(
@@ -108,6 +116,10 @@ def generate(
     if not is_question_BT.any(1).all():
         raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
     samples_B = torch.full((len(ids_BT),), samples)
+    keys = None
+    if random_keys is not None:
+        refuse_unkeyed(options, len(random_keys), len(ids_BT) * samples)
+        keys = [list(random_keys[first : first + samples]) for first in range(0, len(random_keys), samples)]
     prefix_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
     with eval_mode(lm):
         if not lm.reasoning.modes:
@@ -115,7 +127,7 @@ def generate(
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
             counts_B = _slot_lengths(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
             thinking: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
-            batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B
+            batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B, keys
             answers = _answers(lm, lm.reasoning, *batch, options, **thinking)
         elif num_thoughts is not None or thoughts is not None or thought_noise or stop is not None:
             raise ValueError(
@@ -125,7 +137,7 @@ def generate(
         elif prefix_ids is not None and mode is None:
             raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
         else:
-            answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, options)
+            answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, keys, options)
     return _collate(lm, [answer for several in answers for answer in several], options)
 
 
@@ -144,6 +156,7 @@ def _answers_in_modes(
     mode: str | Sequence[str] | None,
     prefix_BW: Tensor,
     samples_B: Tensor,
+    keys: list[list[Key]] | None,
     options: dict[str, Any],
 ) -> list[list[_Answer]]:
     """`_answers` after the control token of a mode, which the model chooses or `mode` forces."""
@@ -155,13 +168,17 @@ def _answers_in_modes(
         if len(forced) != B or not set(forced) <= set(modes):
             raise ValueError(f"mode={mode} is not one of {', '.join(modes)}, or one of them for each of {B} questions.")
         chosen_BS = torch.tensor([[modes.index(name)] for name in forced]).expand(B, most)
+    elif options.get("do_sample") and keys is not None:
+        uniform_BS = uniform([key for several in keys for key in several], Stream.mode, 1).view(B, most)
+        chosen_BS = torch.stack([choose(log_probs_BM, uniform_B) for uniform_B in uniform_BS.unbind(1)], dim=1).cpu()
     elif options.get("do_sample"):
         chosen_BS = torch.multinomial(log_probs_BM.exp(), most, replacement=True).cpu()
     else:
         chosen_BS = log_probs_BM.argmax(-1, keepdim=True).cpu().expand(B, most)
-    answers: list[list[_Answer]] = [[] for _ in range(B)]
+    answers: list[dict[int, _Answer]] = [{} for _ in range(B)]  # of each question, by the number of the sample
     for number, name in enumerate(modes):
-        times_B = (chosen_BS == number).sum(1)
+        is_chosen_BS = chosen_BS == number
+        times_B = is_chosen_BS.sum(1)
         rows = times_B.nonzero()[:, 0]
         if not len(rows):
             continue
@@ -170,13 +187,17 @@ def _answers_in_modes(
         is_token = torch.cat([is_question_BT[rows], torch.ones_like(control_R1, dtype=torch.bool)], dim=1)
         reasoning = lm.reasoning.in_mode(name)
         counts_R = torch.full((len(rows),), reasoning.num_thoughts, device=ids_BT.device)
-        new = _answers(lm, reasoning, prompts, is_token, counts_R, prefix_BW[rows], times_B[rows], options)
-        for row, several in zip(rows.tolist(), new, strict=True):
+        places = [is_chosen_BS[row].nonzero()[:, 0].tolist() for row in rows.tolist()]
+        of_mode = None
+        if keys is not None:
+            of_mode = [[keys[row][place] for place in own] for row, own in zip(rows.tolist(), places, strict=True)]
+        new = _answers(lm, reasoning, prompts, is_token, counts_R, prefix_BW[rows], times_B[rows], of_mode, options)
+        for row, own, several in zip(rows.tolist(), places, new, strict=True):
             log_prob = None if log_probs_BM is None else float(log_probs_BM[row, number])
-            for answer in several:
+            for place, answer in zip(own, several, strict=True):
                 answer.mode, answer.mode_log_prob = name, log_prob
-            answers[row] += several
-    return answers
+                answers[row][place] = answer
+    return [[by_sample[place] for place in sorted(by_sample)] for by_sample in answers]
 
 
 def _answers(
@@ -187,6 +208,7 @@ def _answers(
     counts_B: Tensor,
     prefix_BW: Tensor,
     samples_B: Tensor,
+    keys: list[list[Key]] | None,
     options: dict[str, Any],
     *,
     thoughts: Tensor | None = None,
@@ -216,7 +238,9 @@ def _answers(
     for limit, count in groups_BC.unique(dim=0).tolist():
         rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
         samples_R = samples_B[rows.cpu()]
+        keys_R = None if keys is None else [keys[row] for row in rows.tolist()]
         if noise:
+            keys_R = keys_R and [[key] for several in keys_R for key in several]
             rows = rows.repeat_interleave(samples_R.to(rows.device))
             samples_R = torch.ones(len(rows), dtype=torch.long)
         width = int(lengths_B[rows].max())
@@ -224,7 +248,8 @@ def _answers(
         fed = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
         prefix = prefix_BW[rows]
-        new = _think_and_decode(lm, reasoning, ids, is_token, count, fed, noise, stop, prefix, samples_R, limited)
+        thinking: dict[str, Any] = {"thoughts": fed, "noise": noise, "stop": stop}
+        new = _think_and_decode(lm, reasoning, ids, is_token, count, prefix, samples_R, keys_R, limited, **thinking)
         for row, several in zip(rows.tolist(), new, strict=True):
             answers[row] += several
     return answers
@@ -326,12 +351,14 @@ def _think_and_decode(
     ids_BT: Tensor,
     is_question_BT: Tensor,
     count: int,
+    prefix_BW: Tensor,
+    samples_B: Tensor,
+    keys: list[list[Key]] | None,
+    options: dict[str, Any],
+    *,
     thoughts: Tensor | None,
     noise: float,
     stop: StopCriterion | None,
-    prefix_BW: Tensor,
-    samples_B: Tensor,
-    options: dict[str, Any],
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
@@ -346,9 +373,11 @@ def _think_and_decode(
     if not prefilled:  # a question of one token, with nothing after it
         table: Any = lm.base.get_input_embeddings()
         none_KD = torch.zeros(0, table.embedding_dim)
-        decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, options)
+        decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, keys, options)
         return [[_Answer(new, none_KD, limit, log_probs) for new, log_probs in several] for several in decoded]
     thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
+    if noise and keys is not None:
+        thinking["random_keys"] = [key for [key] in keys]
     state = think(lm, prompt_BT[:, :prefilled], is_token_BT[:, :prefilled], count, **thinking)
     answers: dict[int, list[_Answer]] = {}
     for n in state.counts.unique().tolist():  # one number, unless `stop` ended rows at different ones
@@ -360,7 +389,8 @@ def _think_and_decode(
         columns = [*range(prefilled + n), *range(prefilled + count, prompt_BT.shape[1])]  # with <eot> and the prefix
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
         _extend_cache(lm, prompts[:, :-1], masks[:, :-1], cache, prefilled + n)
-        decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], options)
+        keys_R = None if keys is None else [keys[row] for row in rows.tolist()]
+        decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], keys_R, options)
         for row, several in zip(rows.tolist(), decoded, strict=True):
             fed = state.thoughts[row, :n].float().cpu()
             answers[row] = [_Answer(new, fed, limit, log_probs) for new, log_probs in several]
@@ -377,8 +407,9 @@ def _extend_cache(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any,
 
 
 def _decode(
-    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, options: dict[str, Any]
-) -> list[list[tuple[list[int], Tensor]]]:
+    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, keys: list[list[Key]] | None,
+    options: dict[str, Any],
+) -> list[list[tuple[list[int], Tensor]]]:  # fmt: skip
     """For each prompt `samples_B` times: its new tokens, and their log-probabilities if options["log_probs"].
 
     The cache holds all columns of the prompts but the last.
@@ -400,9 +431,14 @@ def _decode(
     options = {name: value for name, value in options.items() if name not in {*PASSTHROUGH, "stop_strings"}}
     suppressed = options.pop("suppress_tokens", ())
     recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
-    if recorder:
+    added: list[Any] = [recorder] if recorder else []
+    if keys is not None and options.pop("do_sample", False):
+        settings = {name: options.pop(name) for name in KeyedSampling.SETTINGS if name in options}
+        flat = [key for several in keys for key in several]
+        added.append(KeyedSampling(flat, prompt_BT.shape[1], options["max_new_tokens"], **settings))
+    if added:
         processors = passed_through.get("logits_processor", ())
-        passed_through["logits_processor"] = LogitsProcessorList([*processors, recorder])
+        passed_through["logits_processor"] = LogitsProcessorList([*processors, *added])
     every_token = {"top_k": 0} if options.get("do_sample") else {}  # transformers' default is 50
     config = GenerationConfig(
         eos_token_id=special.eos,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
+from coconut.generation.keyed_random import KeyedSampling
+
 SETTINGS = frozenset({
     "bad_words_ids", "begin_suppress_tokens", "do_sample", "epsilon_cutoff", "eta_cutoff",
     "exponential_decay_length_penalty", "max_time", "min_new_tokens", "min_p", "no_repeat_ngram_size",
     "remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
     "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+RANDOM = frozenset({
+    "epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_h", "top_k", "top_p", "typical_p",
 })  # fmt: skip
 PASSTHROUGH = frozenset({"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"})
 NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "return_dict_in_generate": False, "guidance_scale": 1.0}
@@ -59,6 +64,17 @@ def generation_settings(
     if "streamer" in settings and samples * questions > 1:
         raise ValueError(f"A streamer takes one answer to one question, not {samples} to {questions}.")
     return samples, settings
+
+
+def refuse_unkeyed(settings: dict[str, Any], keys: int, answers: int) -> None:
+    """Raise ValueError if there is not one random key for each answer, or for a setting without support for keys."""
+    if keys != answers:
+        raise ValueError(f"random_keys has {keys} keys, for {answers} answers. Give one for each answer.")
+    if unsupported := sorted(settings.keys() & RANDOM - {*KeyedSampling.SETTINGS}):
+        raise ValueError(
+            f"{unsupported[0]}={settings[unsupported[0]]} is not supported with random_keys. Sampling with keys takes "
+            f"{', '.join(KeyedSampling.SETTINGS)}."
+        )
 
 
 def _config_settings(config: Any) -> dict[str, Any]:

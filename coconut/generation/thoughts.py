@@ -5,11 +5,14 @@ Shapes: B questions, T columns of the prompts, K thoughts, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+from coconut.generation.keyed_random import Key, Stream, normal
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -43,14 +46,16 @@ def think(
     *,
     thoughts: Tensor | None = None,
     noise: float = 0.0,
+    random_keys: Sequence[Key] | None = None,
     stop: StopCriterion | None = None,
     reserve: int = 0,
 ) -> ThoughtState:
     """Run prompts (B, T), padded on the left, and `num_thoughts` thoughts after each of them.
 
     `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of Gaussian noise that is
-    added to the model's thoughts before they are fed. `stop`: a row ends with the first thought for which it returns
-    True, and the loop ends when all rows have ended. `reserve`: how many columns the cache will take afterwards.
+    added to the model's thoughts before they are fed, from torch's generator or from `random_keys`, one for each row.
+    `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
+    `reserve`: how many columns the cache will take afterwards.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
     is_token_BT = attention_mask.bool()
@@ -61,10 +66,14 @@ def think(
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
+    keyed_BKD = None
+    if noise and random_keys is not None:
+        keyed_BKD = normal(random_keys, Stream.thoughts, num_thoughts, embeds_BTD.shape[2]).to(embeds_BTD)
     for k in range(num_thoughts):
         thought_BD = (lm.feedback(last_BD) if thoughts is None else thoughts[:, k]).to(embeds_BTD)
         if noise:
-            thought_BD = thought_BD + noise * torch.randn_like(thought_BD)
+            normal_BD = torch.randn_like(thought_BD) if keyed_BKD is None else keyed_BKD[:, k]
+            thought_BD = thought_BD + noise * normal_BD
         fed.append(thought_BD)
         counts_B += thinking_B
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
