@@ -1,11 +1,10 @@
 """Intervals of accuracies and of their differences, and the exact test of a difference.
 
-The bootstrap intervals cover both sources of randomness. Questions and seeds are resampled with replacement, and the
-same questions are drawn for all seeds. With three seeds or fewer the resampling of seeds is coarse, and with one seed
-it has no effect. The exact test covers the choice of questions only. It tests whether these models differ, not whether
+The bootstrap intervals (`coconut.evaluation.intervals`) cover both sources of randomness, questions and seeds. The
+exact test covers the choice of questions only. It tests whether these models differ, not whether
 models with new seeds would.
 
-Shapes: S seeds, Q questions, R resamples, C kinds of questions.
+Shapes: S seeds, Q questions.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import binom
 
-from coconut.evaluation.evaluator import wilson_interval
-
-RESAMPLES = 10_000
+from coconut.evaluation.intervals import mean_interval
 
 
 def accuracy_interval(correct_SQ: np.ndarray) -> tuple[float, float]:
@@ -25,7 +22,7 @@ def accuracy_interval(correct_SQ: np.ndarray) -> tuple[float, float]:
 
     If all answers are right, or all wrong, the bootstrap has no width, and Wilson's interval over questions is used.
     """
-    return _interval(correct_SQ.astype(np.int64), lower_limit=0.0)
+    return mean_interval(correct_SQ.astype(np.int64), lower_limit=0.0)
 
 
 def difference_interval(a_SQ: np.ndarray, b_SQ: np.ndarray) -> tuple[float, float]:
@@ -35,23 +32,7 @@ def difference_interval(a_SQ: np.ndarray, b_SQ: np.ndarray) -> tuple[float, floa
     width is the upper bound of Wilson's interval for the share of questions with another difference.
     """
     assert a_SQ.shape == b_SQ.shape
-    return _interval(a_SQ.astype(np.int64) - b_SQ, lower_limit=-1.0)
-
-
-def _interval(values_SQ: np.ndarray, lower_limit: float) -> tuple[float, float]:
-    """The interval of a mean over seeds and questions. If all values are equal: Wilson's, in lower_limit .. 1."""
-    S, Q = values_SQ.shape
-    value = values_SQ[0, 0]
-    if (values_SQ == value).all():
-        wilson_width = wilson_interval(0, Q)[1]
-        return max(float(value) - wilson_width, lower_limit), min(float(value) + wilson_width, 1.0)
-    random = np.random.default_rng(0)
-    kinds_SC, counts_C = np.unique(values_SQ, axis=1, return_counts=True)  # equal columns are drawn as one kind
-    questions_RC = random.multinomial(Q, counts_C / Q, size=RESAMPLES)
-    seeds_RS = random.multinomial(S, np.full(S, 1 / S), size=RESAMPLES)
-    sums_R = (seeds_RS * (questions_RC @ kinds_SC.T)).sum(1)
-    low, high = np.quantile(sums_R, (0.025, 0.975)) / (S * Q)
-    return float(low), float(high)
+    return mean_interval(a_SQ.astype(np.int64) - b_SQ, lower_limit=-1.0)
 
 
 def exact_test(a_SQ: np.ndarray, b_SQ: np.ndarray) -> float:

@@ -26,7 +26,7 @@ from coconut.analysis.run_comparison import (
     ranked,
     same_in_all,
 )
-from coconut.analysis.statistics import RESAMPLES
+from coconut.evaluation.intervals import RESAMPLES
 from coconut.methods import get_method
 from coconut.reporting.page import Aside, Code, Facts, Lead, Score, Section, Table, Text, figure_of, page
 from coconut.reporting.phrases import between, counted, percent

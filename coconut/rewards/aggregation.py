@@ -1,4 +1,4 @@
-"""Selection metrics: best of n, weighted majority votes, pass@n, and finding the first wrong step.
+"""Selection metrics: best of n, weighted majority votes, and finding the first wrong step.
 
 Shapes: Q questions, N completions of each, K different answers among the completions of one question.
 """
@@ -12,6 +12,8 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
+
+from coconut.evaluation.metrics_at_k import majority_accuracy
 
 Numbers = NDArray[np.float64]
 SUBSETS = 64  # the most subsets of completions over which a weighted vote is averaged
@@ -35,11 +37,6 @@ def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
     right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
     all_among_worst = hypergeom.pmf(size, N, np.arange(N, -1, -1), size)  # the N, N - 1, ... 0 with the worst scores
     return right_QN @ -np.diff(all_among_worst)
-
-
-def pass_at(right_QN: Numbers, size: int) -> Numbers:
-    """(Q,) pass@size: the probability that one or more of `size` completions is right (arXiv 2107.03374, eq. 1)."""
-    return hypergeom.sf(0, right_QN.shape[1], (right_QN > 0).sum(1), size)
 
 
 def weighted_vote(
@@ -69,7 +66,7 @@ def weighted_vote(
                 draws = (rng.permutation(N)[:size].tolist() for _ in range(SUBSETS))
             accuracy_Q[q] = np.mean([_vote_accuracy(key_id_N, weights_QN[q], right_K, drawn) for drawn in draws])
         else:
-            accuracy_Q[q] = _majority_accuracy(counts_K.tolist(), right_K.tolist(), N, size)
+            accuracy_Q[q] = majority_accuracy(counts_K.tolist(), right_K.tolist(), N, [size])[0]
     return accuracy_Q
 
 
@@ -81,35 +78,6 @@ def _vote_accuracy(key_id_N: NDArray[np.int64], weights_N: Numbers, right_K: Num
     weights = weights_N[voting] if weights_N[voting].any() else np.ones(len(voting))
     sums_K = np.bincount(key_id_N[voting], weights, minlength=len(right_K))
     return float(right_K[np.isclose(sums_K, sums_K.max(), rtol=1e-9, atol=0)].mean())
-
-
-def _majority_accuracy(counts: Sequence[int], right: Sequence[float], samples: int, size: int) -> float:
-    """Exact accuracy of the majority vote of `size` of the completions, over all draws.
-
-    counts (K,): completions with each answer. right (K,): the share of them that is right.
-    For each answer that can be right and each number of its votes, dynamic programming over the other answers counts
-    the draws in which none has more votes, by the number of answers with equally many.
-    """
-    accuracy = 0.0
-    for winner, right_share in enumerate(right):
-        others = [count for other, count in enumerate(counts) if other != winner]
-        for votes in range(1, min(counts[winner], size) + 1) if right_share else ():
-            # by the number of other answers that tie, and of other completions drawn
-            combinations_by_ties = np.zeros(((size - votes) // votes + 1, size - votes + 1))
-            no_answer = samples - sum(counts)
-            combinations_by_ties[0] = [comb(no_answer, drawn) for drawn in range(size - votes + 1)]
-            for count in others:
-                more = np.zeros_like(combinations_by_ties)
-                for n in range(min(count, votes, size - votes) + 1):
-                    drawn = comb(count, n) * combinations_by_ties[:, : combinations_by_ties.shape[1] - n]
-                    if n < votes:
-                        more[:, n:] += drawn
-                    else:
-                        more[1:, n:] += drawn[:-1]
-                combinations_by_ties = more
-            elected = (combinations_by_ties[:, -1] / np.arange(1, len(combinations_by_ties) + 1)).sum()
-            accuracy += right_share * comb(counts[winner], votes) * float(elected) / comb(samples, size)
-    return accuracy
 
 
 def bootstrap_interval(values_Q: Numbers, seed: int = 0) -> tuple[float, float]:

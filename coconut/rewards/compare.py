@@ -15,6 +15,7 @@ from scipy.special import expit
 from coconut.completions.completion import Completion
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.evaluation.evaluator import answer_key
+from coconut.evaluation.metrics_at_k import pass_at
 from coconut.rewards.aggregation import (
     SUBSETS,
     aggregate_steps,
@@ -23,7 +24,6 @@ from coconut.rewards.aggregation import (
     bootstrap_interval,
     first_below,
     first_errors,
-    pass_at,
     weighted_vote,
 )
 from coconut.rewards.implicit import ImplicitReward

@@ -35,6 +35,7 @@ from coconut.data.tokenization import encode_texts
 from coconut.engine.base import StepResult
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
+from coconut.evaluation.metrics_at_k import pass_at
 from coconut.methods import NOTHING, PAUSES, THOUGHTS, Curriculum, PromptFormat, Unit
 from coconut.reward import compare
 from coconut.rewards.aggregation import (
@@ -43,7 +44,6 @@ from coconut.rewards.aggregation import (
     best_threshold,
     first_below,
     first_errors,
-    pass_at,
     weighted_vote,
 )
 from coconut.rewards.batches import AnswerSet, reward_batch, reward_loss
