@@ -28,6 +28,7 @@ def run_rank(config: EvaluateConfig, world: World) -> int:
     from coconut.engine.base import autocast
     from coconut.evaluation import record
     from coconut.evaluation.evaluator import describe, evaluate, task_of
+    from coconut.evaluation.sampling import SampledResult, describe_samples, evaluate_samples
     from coconut.evaluation.selection import select_examples, warn_of_questions
     from coconut.runs.description import read_config
     from coconut.runs.loading import classifier_of, load_model, load_run
@@ -58,14 +59,21 @@ def run_rank(config: EvaluateConfig, world: World) -> int:
     warn_of_questions(lm, selected, config, file)
     share = -(-len(selected.examples) // world.size)
     with progress_bar("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
-        result, predictions, _ = evaluate(
-            lm, task, selected.examples, question_ids=selected.question_ids, num_thoughts=config.num_thoughts,
-            stop=stop, mode=config.mode, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
-            on_batch=lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"), world=world,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "question_ids": selected.question_ids, "num_thoughts": config.num_thoughts, "stop": stop,
+            "mode": config.mode, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size,
+            "on_batch": lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
+            "world": world,
+        }  # fmt: skip
+        if sampling := config.sampling:
+            result, predictions = evaluate_samples(
+                lm, task, selected.examples, sampling, rows=selected.rows, **options
+            )  # fmt: skip
+        else:
+            result, predictions, _ = evaluate(lm, task, selected.examples, **options)
     if world.is_main:
         result.left_out = len(examples) - len(selected.examples)
-        log(describe(result))
+        log(describe_samples(result) if isinstance(result, SampledResult) else describe(result))
         record.write_evaluation(folder, config, result, predictions, file=file, step=step, reasoning=lm.reasoning)
     return 0
 

@@ -194,7 +194,7 @@ def _not_comparable_because(run: ComparableRun) -> str | None:
     """Why the evaluation cannot be compared; None if it can."""
     best = run.record.best
     if not run.evaluation["default_settings"]:
-        return "non-default settings (another checkpoint, number of thoughts, limit or precision)"
+        return "non-default settings (another checkpoint, number of thoughts, limit or precision, or sampled answers)"
     if best and run.evaluation["step"] != best["step"]:
         return f"update {run.evaluation['step']:,} was evaluated, and the best is {best['step']:,}"
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 from coconut.config import (
     SPLITS,
@@ -18,6 +19,41 @@ from coconut.config import (
 from coconut.generation.config import StopRule
 from coconut.utils.overrides import PathName, Place
 
+MAX_SAMPLES = 256  # with more, the exact maj@k would take longer than the answers
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How several answers to a question are drawn. With temperature and thought_noise at 0 all are the greedy one.
+
+    temperature, top_p: of sampled words. thought_noise: the standard deviation of the Gaussian noise on each number of
+        a thought that is fed.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    thought_noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("", self, samples=1, temperature=0, thought_noise=0, seed=0)
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(f"samples is {self.samples}; it must be at most {MAX_SAMPLES}.")
+        for name in ("temperature", "thought_noise"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value}; it must be a finite number, 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(f"top_p={self.top_p} is for sampled words: set temperature, for example to 1.")
+        if self.seed and not self.is_random:
+            raise ValueError(f"seed={self.seed} is for sampled answers: set temperature or thought_noise.")
+
+    @property
+    def is_random(self) -> bool:
+        return self.temperature > 0 or self.thought_noise > 0
+
 
 @dataclass
 class EvaluateConfig:
@@ -31,6 +67,11 @@ class EvaluateConfig:
     stop: StopRule = StopRule.constant
     mode: str | None = None  # force a mode of a hybrid model
     max_new_tokens: int | None = None
+    samples: int = 1  # answers to each question
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    thought_noise: float = 0.0  # the standard deviation of Gaussian noise on each thought
+    seed: int = 0  # of sampled words and noise
     batch_size: int = 64
     limit: int | None = None  # evaluate the first `limit` questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
@@ -41,8 +82,15 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         needs_run(self.run)
         at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
+        _ = self.sampling
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
         for other in SPLITS:
             if other != self.split and getattr(self.data, other):
                 raise ValueError(f"data.{other} is given but split={self.split} is evaluated. Add split={other}.")
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How answers are sampled; None if each question gets one greedy answer. Raises ValueError for wrong values."""
+        sampling = Sampling(**{one.name: getattr(self, one.name) for one in fields(Sampling)})
+        return None if sampling == Sampling() else sampling

@@ -122,7 +122,7 @@ def evaluate(
             mode=mode,
         )  # fmt: skip
         for row, i in enumerate(indices):
-            predictions[i] = _judge(task, examples[i], reasoning, out, row)
+            predictions[i] = prediction_of(task, examples[i], reasoning, out, row)
         # Clones, since views would keep the thoughts of the whole batch.
         fed |= zip(indices, (thoughts.clone() for thoughts in out.thoughts), strict=True)
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
@@ -133,7 +133,7 @@ def evaluate(
     seconds = time.perf_counter() - start_time
     ordered = [predictions[i] for i in range(len(examples))]
     thoughts_NKD = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
-    return Evaluated(_summary(task, examples, ordered, seconds, reasoning.modes), ordered, thoughts_NKD)
+    return Evaluated(summarize(task, examples, ordered, seconds, reasoning.modes), ordered, thoughts_NKD)
 
 
 def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
@@ -142,7 +142,8 @@ def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
     return None if answer is None else task.key(answer)
 
 
-def _judge(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:
+def prediction_of(task: Task, example: Example, reasoning: Reasoning, out: Generated, row: int) -> Prediction:
+    """The judged answer of a row of what the model generated."""
     text, mode, thoughts = out.texts[row], out.modes[row], int(out.num_thoughts[row])
     reasoning = reasoning.in_mode(mode)
     form = reasoning.format
@@ -178,9 +179,10 @@ def _steps_text(text: str, form: PromptFormat) -> str:
     return "".join("".join(read_steps(text, form)).split())
 
 
-def _summary(
+def summarize(
     task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], seconds: float, modes: Sequence[str]
 ) -> EvalResult:
+    """The summary of one answer to each example, which took so many seconds. `modes`: those of a hybrid model."""
     count, correct = len(predictions), sum(p.correct for p in predictions)
     candidates = [task.candidates(e.question) for e in examples]
     chance_accuracy = sum(1 / len(c) for c in candidates if c) / count if all(candidates) else None

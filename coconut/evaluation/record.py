@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import all_seen, describe_questions, seen_by
-from coconut.evaluation.config import EvaluateConfig
+from coconut.evaluation.config import EvaluateConfig, Sampling
 from coconut.evaluation.evaluator import EvalResult, Prediction
+from coconut.evaluation.sampling import SampledAnswers
 from coconut.generation.config import StopRule
 from coconut.methods import REASONING_FILE, Reasoning
 from coconut.tasks import TASKS
@@ -51,15 +52,16 @@ def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
 def non_default_settings(config: EvaluateConfig) -> list[str]:
     """The settings that differ from the default and affect the result, as parts of the evaluation's name."""
     default = EvaluateConfig(run=config.run)
-    keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", "limit")
+    sampled = [one.name for one in fields(Sampling)]
+    keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", *sampled, "limit")
     found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(default, key)]
     precision = config.engine.precision
     return found if precision is default.engine.precision else [*found, precision.value]
 
 
 def write_evaluation(
-    folder: Path, config: EvaluateConfig, result: EvalResult, predictions: Sequence[Prediction], *, file: str,
-    step: int | None, reasoning: Reasoning,
+    folder: Path, config: EvaluateConfig, result: EvalResult,
+    predictions: Sequence[Prediction] | Sequence[SampledAnswers], *, file: str, step: int | None, reasoning: Reasoning,
 ) -> None:  # fmt: skip
     """Write the result and every prediction. `step`: the update that was evaluated, None for a saved model."""
     digest, settings, other_file = sha256(file), non_default_settings(config), getattr(config.data, config.split)

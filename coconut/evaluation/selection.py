@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected rows of a file: examples, token ids of their questions, tokens of their gold texts."""
+    """The selected rows of a file: their indices, examples, token ids of questions, tokens of gold texts."""
 
+    rows: list[int]
     examples: list[Example]
     question_ids: list[list[int]]
     gold: TokenizedData
@@ -47,7 +48,7 @@ def select_examples(
             cache_dir=cache_dir,
         )  # fmt: skip
     kept = [fitting[i] for i in right]
-    return Selection([examples[i] for i in kept], [question_ids[i] for i in kept], gold)
+    return Selection(kept, [examples[i] for i in kept], [question_ids[i] for i in kept], gold)
 
 
 def warn_of_questions(lm: LatentLM, selected: Selection, config: EvaluateConfig, file: str) -> None:

@@ -145,9 +145,33 @@ def prefix_values(study: Study, width: float) -> Figure:
     return figure
 
 
-def _line_with_intervals(axes: Axes, rows: list[dict[str, Any]], key: str, colour: str, label: str = "") -> None:
-    """A value for each number of thoughts, with its interval as a wide bar."""
-    x, low, high, y = ([row[name] for row in rows] for name in ("thoughts", "low", "high", key))
+@styled()
+def metrics_at_k(evaluations: Sequence[tuple[str, list[dict[str, Any]]]], width: float) -> Figure:
+    """pass@k and maj@k over k, a panel for each evaluation, given as its title and its `at_k`."""
+    columns = 1 if width < NARROW else min(2, len(evaluations))
+    figure, axes_of_panels = _grid(len(evaluations), width, columns, 140, top=46, bottom=34, margin=0)
+    for axes, (title, at_k) in zip(axes_of_panels, evaluations, strict=True):
+        for name, colour in (("pass", "blue"), ("maj", "green")):
+            rows = [
+                {"place": place, "value": row[f"{name}_at_k"], "low": row[f"{name}_interval"][0],
+                 "high": row[f"{name}_interval"][1]} for place, row in enumerate(at_k)
+            ]  # fmt: skip
+            _line_with_intervals(axes, rows, "value", colour, f"{name}@k", over="place")
+        axes.set_xlim(-0.3, max(len(at_k) - 0.7, 0.3))
+        axes.set_xticks(range(len(at_k)), [str(row["k"]) for row in at_k])
+        share_axis(axes.yaxis, 5)
+        axes.set_title(title, loc="left", pad=24)
+        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02), handlelength=1.2, columnspacing=1.2,
+                    handletextpad=0.4, borderaxespad=0)  # fmt: skip
+        axes.set_xlabel("k of the sampled answers", loc="right")
+    return figure
+
+
+def _line_with_intervals(
+    axes: Axes, rows: list[dict[str, Any]], key: str, colour: str, label: str = "", over: str = "thoughts"
+) -> None:
+    """A value for each number of thoughts, or what `over` names, with its interval as a wide bar."""
+    x, low, high, y = ([row[name] for row in rows] for name in (over, "low", "high", key))
     axes.vlines(x, low, high, color=LIGHT[colour], alpha=0.45, linewidth=4.5, clip_on=False)
     axes.plot(x, y, color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4, label=label, clip_on=False)
 

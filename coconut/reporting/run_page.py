@@ -15,6 +15,7 @@ from typing import Any
 
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
 from coconut.methods import PromptFormat, Stage, get_method
+from coconut.reporting.charts import metrics_at_k
 from coconut.reporting.page import (
     Answer,
     Answers,
@@ -30,7 +31,7 @@ from coconut.reporting.page import (
     figure_of,
     page,
 )
-from coconut.reporting.phrases import counted, percent, utc
+from coconut.reporting.phrases import between, counted, percent, utc
 from coconut.reporting.plots import GRAPH_LEGEND, Band, graph_picture, learning_curves
 from coconut.runs.description import CONFIG
 from coconut.runs.record import DASH, RunRecord, rows_of_stage
@@ -38,6 +39,7 @@ from coconut.utils.console import duration
 
 BINS = 200  # how many points the smoothed training loss has over a whole run
 SHOWN_RIGHT, SHOWN_WRONG = 4, 5  # sample answers
+TOTALS = ("total_passes", "total_thoughts", "total_new_tokens")  # of an evaluation with sampled answers
 DRAWN = 2  # graphs drawn of right and of wrong answers
 
 
@@ -118,6 +120,45 @@ def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
     if last.slot.is_empty:
         return ""
     return counted(evaluation["num_thoughts"] if last.slot.thinks else last.slot_length, last.slot.noun)
+
+
+def sampled(run: RunRecord) -> Section | None:
+    """pass@k and maj@k of the evaluations that sampled several answers to each question."""
+    found = {name: row for name, row in run.evaluations.items() if "sampling" in row}
+    if not found:
+        return None
+    curves = [
+        (f"{row['split']}: {_drawn(row['sampling'])}", row["sampling"]["at_k"])
+        for row in found.values()
+        if row["sampling"]["samples"] > 1
+    ]
+    caption = (
+        "pass@k: one or more of k answers is right. maj@k: the most frequent of k answers is right; answers that "
+        "cannot be read have no vote, and tied ones are equally likely to be taken. Both are expectations over all "
+        "draws of k of the sampled answers. The wide bars are 95 % bootstrap intervals over questions."
+    )
+    alt = "pass@k and maj@k over k; the numbers are in the table below."
+    figure = [figure_of(partial(metrics_at_k, curves), "metrics_at_k", alt, caption)] if curves else []
+    rows = [
+        [name, str(row["k"]), percent(row["pass_at_k"]), between(*row["pass_interval"]), percent(row["maj_at_k"]),
+         between(*row["maj_interval"])] for name, one in found.items() for row in one["sampling"]["at_k"]
+    ]  # fmt: skip
+    costs = [
+        [name, _drawn(one["sampling"]), f"{one['count'] * one['sampling']['samples']:,}",
+         percent(one["sampling"]["unreadable"]), *(f"{one['sampling'][key]:,}" for key in TOTALS)]
+        for name, one in found.items()
+    ]  # fmt: skip
+    table = Table(["evaluation", "k", "pass@k", "95 % interval", "maj@k", "95 % interval"], rows, 5)
+    cost = Table(
+        ["evaluation", "sampling", "answers", "unreadable", "forward passes", "thoughts", "text tokens"], costs, 5
+    )
+    return Section("sampled", "Several answers to a question", [*figure, Aside("The numbers", [table]), cost])
+
+
+def _drawn(sampling: dict[str, Any]) -> str:
+    """A phrase with the settings of sampling."""
+    shown = {"temperature": sampling["temperature"], "top-p": sampling["top_p"] % 1, "noise": sampling["thought_noise"]}
+    return ", ".join(f"{name} {value:g}" for name, value in shown.items() if value) or "greedy"
 
 
 def learning(run: RunRecord) -> Section:

@@ -14,7 +14,7 @@ from coconut.reporting.charts import panel, share_axis
 from coconut.reporting.page import Figure, Legend, Part, Score, Section, Table, Text, figure_of, page
 from coconut.reporting.phrases import counted, percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
-from coconut.reporting.run_page import answers, settings_of_adamw, what_was_trained
+from coconut.reporting.run_page import answers, sampled, settings_of_adamw, what_was_trained
 from coconut.reporting.run_table import aligned
 from coconut.runs.record import RunRecord
 from coconut.runs.study import Study
@@ -137,7 +137,7 @@ def mode_legend(modes: Sequence[str]) -> Legend:
 def report(run: RunRecord) -> str:
     """The HTML page of one run."""
     objective = run.config["objective"]["name"]
-    sections = [headline(run), learning(run), answers(run), provenance(run)]
+    sections = [headline(run), *filter(None, [sampled(run)]), learning(run), answers(run), provenance(run)]
     modes = ", ".join(modes_of(run))
     what = f"reinforcement learning of the choice between {modes}" if modes else "reinforcement learning"
     return page(run.description["name"], objective, what, run.folder, sections)
