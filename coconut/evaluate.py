@@ -1,4 +1,4 @@
-"""coconut evaluate: answer every question of a file with a trained model, and judge the answers."""
+"""coconut evaluate: answer every question of a file, or of a suite of sets, with a trained model; judge the answers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from coconut.utils.hydra_app import application
 
 if TYPE_CHECKING:
     from coconut.engine.world import World
+    from coconut.evaluation.file_evaluation import FileEvaluator
+
+SET_MISSING = 1  # the exit status if a set of a suite could not be evaluated
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate a run on one of its splits, or a run or a saved model on any data file. Gives the exit status."""
+    """Evaluate a run on one of its splits, or a run or a saved model on any file or suite. Gives the exit status."""
     from coconut.engine.launch import run_on_processes
     from coconut.utils.console import silence_libraries
 
@@ -22,60 +25,68 @@ def run(config: EvaluateConfig) -> int:
 
 
 def run_rank(config: EvaluateConfig, world: World) -> int:
-    """The work of each process. The main process writes the result."""
+    """The work of each process. The main process writes the results."""
+    from coconut.evaluation.record import is_saved_model
+    from coconut.runs.description import read_config
+
+    data = {"task": None} if is_saved_model(config) else read_config(config.run)["data"]
+    return (run_suite if config.suite.sets else run_file)(config, data, world)
+
+
+def run_file(config: EvaluateConfig, data: dict[str, Any], world: World) -> int:
+    """Evaluate one file. `data`: that section of the run's configuration."""
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
-    from coconut.engine.base import autocast
-    from coconut.evaluation import record
-    from coconut.evaluation.evaluator import describe, evaluate, task_of
-    from coconut.evaluation.sampling import SampledResult, describe_samples, evaluate_samples
-    from coconut.evaluation.selection import select_examples, warn_of_questions
-    from coconut.runs.description import read_config
-    from coconut.runs.loading import classifier_of, load_model, load_run
-    from coconut.utils.console import log, progress_bar
-    from coconut.utils.files import ensure_writable
+    from coconut.evaluation.evaluator import task_of
+    from coconut.evaluation.record import file_stem, non_default_settings
 
-    saved = record.is_saved_model(config)
-    data: dict[str, Any] = {"task": config.task} if saved else read_config(config.run)["data"]
-    if config.task not in (None, data["task"]):
-        raise ValueError(f"task={config.task} is for saved models; {config.run} was made for {data['task']}.")
+    judge = config.judge or data["task"]
+    task = task_of({"task": judge})
     file = str(world.on_main_process(lambda: file_of_split(data, config.split, config.data)))
     examples = read_examples(file)[: config.limit]
-    folder = record.output_folder(config, saved)
-    world.on_main_process(lambda: ensure_writable(folder))
+    evaluator = load(config, data, world)
+    selected = evaluator.select(examples, task, file)
+    settings = non_default_settings(config, data["task"] or judge)
+    evaluator.evaluate(
+        "-".join([file_stem(config, file), *settings]), selected, task, file=file,
+        left_out=len(examples) - len(selected.examples), judge=judge,
+        default_settings=not settings,
+    )  # fmt: skip
+    return 0
 
+
+def run_suite(config: EvaluateConfig, data: dict[str, Any], world: World) -> int:
+    """Evaluate the sets of a suite and write one table of them."""
+    from coconut.evaluation.record import non_default_settings
+    from coconut.evaluation.suite import evaluate_suite, find_sets
+    from coconut.reporting.suite_page import write_table
+
+    settings = non_default_settings(config, None)
+    sets = world.on_main_process(lambda: find_sets(config.suite, data.get("cache_dir")))
+    evaluator = load(config, data, world)
+    records = evaluate_suite(evaluator, sets, settings)
+    if world.is_main:
+        write_table(evaluator, records, sets.missing, settings)
+    return SET_MISSING if sets.missing else 0
+
+
+def load(config: EvaluateConfig, data: dict[str, Any], world: World) -> FileEvaluator:
+    """Load the model, after a check that the folder of results can be written to."""
+    from coconut.evaluation.file_evaluation import FileEvaluator
+    from coconut.evaluation.record import is_saved_model, output_folder
+    from coconut.runs.loading import classifier_of, load_model, load_run
+    from coconut.utils.files import ensure_writable
+
+    saved = is_saved_model(config)
+    folder = output_folder(config, saved)
+    world.on_main_process(lambda: ensure_writable(folder))
     trained = None if saved else load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm if trained else load_model(config.run, config.checkpoint, config.engine, world)
-    step = trained.step if trained else None
-    task, cache_dir = task_of(data), data.get("cache_dir")
-    selected = select_examples(lm, examples, task, config, file=file, cache_dir=cache_dir, world=world)
     stop = None
     if trained and config.stop is StopRule.classifier:
         with world.main_process_first():
             stop = classifier_of(config.run, trained, config.batch_size).stop
-
-    which = f"{record.describe_settings(lm.reasoning, config)}{f', update {step}' if trained else ''}"
-    log(f"Evaluating {which}, on {len(selected.examples)} questions of {file}")
-    warn_of_questions(lm, selected, config, file)
-    share = -(-len(selected.examples) // world.size)
-    with progress_bar("evaluating", share) as bar, autocast(lm.device, config.engine.precision):
-        options: dict[str, Any] = {
-            "question_ids": selected.question_ids, "num_thoughts": config.num_thoughts, "stop": stop,
-            "mode": config.mode, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size,
-            "on_batch": lambda done, correct: bar(done, f"accuracy so far {100 * correct / done:.1f} %"),
-            "world": world,
-        }  # fmt: skip
-        if sampling := config.sampling:
-            result, predictions = evaluate_samples(
-                lm, task, selected.examples, sampling, rows=selected.rows, **options
-            )  # fmt: skip
-        else:
-            result, predictions, _ = evaluate(lm, task, selected.examples, **options)
-    if world.is_main:
-        result.left_out = len(examples) - len(selected.examples)
-        log(describe_samples(result) if isinstance(result, SampledResult) else describe(result))
-        record.write_evaluation(folder, config, result, predictions, file=file, step=step, reasoning=lm.reasoning)
-    return 0
+    return FileEvaluator(lm, trained.step if trained else None, stop, config, folder, data.get("cache_dir"), world)
 
 
 main = application("evaluate", EvaluateConfig, run)

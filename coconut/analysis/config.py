@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from coconut.config import DataFiles, EngineConfig, at_least, needs_run
+from coconut.evaluation.config import SuiteConfig
 from coconut.utils.overrides import PathName
 
 
@@ -60,8 +61,11 @@ class AnalyzeConfig:
 class TableConfig:
     runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
     split: str = "test"  # or the name of another evaluation that all runs have
+    suite: SuiteConfig = field(default_factory=SuiteConfig)  # in place of one evaluation: one for each set
     output: PathName | None = None  # a folder; by default the common parent of the runs
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed*'.")
+        if self.suite.sets and self.split != "test":
+            raise ValueError(f"suite={self.suite.name} and split={self.split} are both given: compare one of them.")

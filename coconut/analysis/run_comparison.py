@@ -190,18 +190,24 @@ class Comparison:
 
 def compare(config: TableConfig) -> Comparison:
     """Compare the runs. Raises ValueError if they may not be compared (see `comparable_runs`)."""
-    groups = grouped(comparable_runs(config.runs, config.split))
+    return compare_evaluations(config.runs, config.split, command_of(config))
+
+
+def compare_evaluations(runs: Sequence[str], name: str, command: str) -> Comparison:
+    """Compare the evaluations of this name. Raises ValueError as `comparable_runs` does."""
+    groups = grouped(comparable_runs(runs, name))
     pairs = pairs_of(groups)
-    return Comparison(groups, pairs, list(map(_row, groups)), _warnings(groups, pairs), _command(config))
+    return Comparison(groups, pairs, list(map(_row, groups)), warnings_of(groups, pairs), command)
 
 
-def _command(config: TableConfig) -> str:
+def command_of(config: TableConfig) -> str:
     """The command that makes this table."""
     runs = ",".join(config.runs)
     if any(re.search(r"[,\s]", name) for name in config.runs):
         runs = f"[{','.join(map(quoted, config.runs))}]"
     split = "" if config.split == TableConfig.split else f" split={shlex.quote(config.split)}"
-    return f"coconut analyze table runs={shlex.quote(runs)}{split}"
+    suite = f" suite={shlex.quote(config.suite.name)}" if config.suite.sets else ""
+    return f"coconut analyze table runs={shlex.quote(runs)}{split}{suite}"
 
 
 def _row(group: Group) -> dict[str, Any]:
@@ -231,7 +237,7 @@ def describe_seeds(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _warnings(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
+def warnings_of(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     warnings = [_describe_indistinguishable(labels, pairs) for labels in indistinguishable(groups, pairs)]
     one_seed = [group.label for group in groups if len(group.runs) == 1]
     if one_seed and len(groups) > 1:

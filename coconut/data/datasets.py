@@ -48,8 +48,9 @@ def _files(data: Mapping[str, Any]) -> dict[str, str]:
     if prefix := data.get("prefix"):
         found = {split: f"{prefix}_{split}.json" for split in SPLITS}
     else:
-        folder = _built_dataset(str(data["task"]), data["build"], data["cache_dir"])
-        built = {split: folder / f"{data['task']}_{split}.json" for split in SPLITS}
+        name = str(data["task"])
+        folder = built_dataset(name, name, data["build"], data["cache_dir"])
+        built = {split: folder / f"{name}_{split}.json" for split in SPLITS}
         found = {split: str(file) if file.is_file() else "" for split, file in built.items()}
     test = data["test"] or (found["test"] if Path(found["test"]).is_file() else "")
     return {**found, "test": test}
@@ -91,6 +92,35 @@ def in_own_format(file: str, rule: RowRule, split: str, cache_dir: str | None) -
     return str(folder / f"{name}_{split}.json")
 
 
+def file_of_set(
+    name: str, builder: str, build: Mapping[str, Any], hub: Mapping[str, Any], folders: Sequence[Path | str],
+    cache_dir: str | None,
+) -> str:  # fmt: skip
+    """The file of an evaluation set, which `coconut data BUILDER` makes with the keys `build`.
+
+    The first of `folders` that holds the set counts. It holds NAME_test.json as `coconut data` writes it; or else the
+    released file: NAME.jsonl, NAME.json, or the test file in a sub-folder NAME; or a sub-folder NAME in the hub's
+    layout. The builder converts what was released, once, into the cache. Without folders it takes the set from the
+    hub, once, with the further keys `hub`. Raises FileNotFoundError if no folder holds the set, and BuilderFailed.
+    """
+    for folder in map(Path, folders):
+        if (built := folder / f"{name}_test.json").is_file():
+            return str(built)
+        released = (folder / f"{stem}{end}" for stem in (name, f"{name}/test") for end in (".jsonl", ".json"))
+        path = next((path for path in released if path.is_file()), folder / name)
+        if path.exists():
+            source = {"test" if path.is_file() else "hub": str(path.absolute())}
+            files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+            build = {**build, **source}
+            return str(built_dataset(name, builder, build, cache_dir, list(map(sha256, files))) / f"{name}_test.json")
+    if folders:
+        raise FileNotFoundError(
+            f"{', '.join(map(str, folders))} {'hold' if len(folders) > 1 else 'holds'} no {name}_test.json, "
+            f"{name}.jsonl, {name}.json or folder {name}"
+        )
+    return str(built_dataset(name, builder, {**build, **hub}, cache_dir) / f"{name}_test.json")
+
+
 def default_cache_dir() -> Path:
     """The folder in COCONUT_CACHE, or `coconut` in the user's cache folder."""
     if named := os.environ.get("COCONUT_CACHE"):
@@ -129,12 +159,24 @@ def builders_code() -> str:
     return digest.hexdigest()
 
 
-def _built_dataset(task: str, build: dict[str, Any], cache_dir: str | None) -> Path:
-    """The folder of a built data set; it is built if it does not exist."""
+class BuilderFailed(ValueError):
+    """A builder could not make a data set. `reason`: its message."""
+
+    reason: str
+
+
+def built_dataset(
+    name: str, builder: str, build: Mapping[str, Any], cache_dir: str | None, sources: Sequence[str] = ()
+) -> Path:
+    """The folder of a data set NAME_SPLIT.json that `coconut data BUILDER` makes; it is built if it does not exist.
+
+    `sources`: digests of the local files that `build` names, so that changed files are read anew. Raises BuilderFailed.
+    """
     return _made_once(
-        task, [task, build], task, [f"{key}={_as_override(value)}" for key, value in build.items()], cache_dir,
-        " ".join([f"Building the data, once: coconut data {task}", *(f"{k}={v}" for k, v in build.items())]),
-        f"data_builders.{task} could not make the data; see its message above. Change data.build, or name "
+        name, [builder, dict(build), *sources], builder,
+        [f"{key}={_as_override(value)}" for key, value in build.items()], cache_dir,
+        " ".join([f"Building the data, once: coconut data {builder}", *(f"{k}={v}" for k, v in build.items())]),
+        f"data_builders.{builder} could not make the data; see its message above. Change data.build, or name "
         "files: data.train=FILE data.valid=FILE, or data.prefix=FOLDER/NAME for a builder's files.",
     )  # fmt: skip
 
@@ -145,7 +187,7 @@ def _made_once(
     """The folder in the cache with the files NAME_SPLIT.json, which the builder makes if it does not exist.
 
     `content` and the code of the builders are the folder's key. The folder is moved into place when it is complete, so
-    two processes may make it at the same time. Raises ValueError with the text `failure` if the builder fails.
+    two processes may make it at the same time. Raises BuilderFailed with the text `failure`.
     """
     key = json.dumps([*content, builders_code()], sort_keys=True)
     cache = cache_folder(cache_dir, "data")
@@ -155,8 +197,11 @@ def _made_once(
     clear_abandoned(cache, f".{name}-*")
     log(announced)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache, ignore_cleanup_errors=True) as part:
-        if _run([f"data_builders.{builder}", *keys, f"out_dir={folder.name}", f"name={name}"], part):
-            raise ValueError(failure)
+        status, told = _run(["coconut", "data", builder, *keys, f"out_dir={folder.name}", f"name={name}"], part)
+        if status:
+            failed = BuilderFailed(failure)
+            failed.reason = told.rpartition("error: ")[2].strip() or f"coconut data {builder} ended with {status}"
+            raise failed
         try:
             (Path(part) / folder.name).rename(folder)
         except OSError:
@@ -166,14 +211,24 @@ def _made_once(
     return folder
 
 
-def _run(module_and_keys: list[str], folder: str) -> int:
-    """Run a module in a folder and return its exit status. SIGTERM to this process ends it, too."""
+def _run(module_and_keys: list[str], folder: str) -> tuple[int, str]:
+    """Run a module in a folder: its exit status, and its standard error, which is also shown.
+
+    SIGTERM to this process ends it, too.
+    """
+    command = [sys.executable, "-m", *module_and_keys]
+    told = b""
     with (
         _sigterm_as_exit(),
-        subprocess.Popen([sys.executable, "-m", *module_and_keys], cwd=folder, env=own_environment()) as process,
+        subprocess.Popen(command, cwd=folder, env=own_environment(), stderr=subprocess.PIPE, bufsize=0) as process,
     ):
+        assert process.stderr
         try:
-            return process.wait()
+            while part := process.stderr.read(4096):
+                told += part
+                sys.stderr.write(part.decode(errors="replace"))
+                sys.stderr.flush()
+            return process.wait(), told.decode(errors="replace")
         finally:
             process.terminate()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from coconut.config import (
     SPLITS,
@@ -56,12 +57,54 @@ class Sampling:
 
 
 @dataclass
+class SuiteSet:
+    """An evaluation set of a suite.
+
+    `builder`: what makes it, `coconut data BUILDER`; by default its own name. `build`: keys of the builder. `hub`:
+    further ones, if it comes from the Hugging Face hub. `judge`: how its answers are judged. `rows`: how many rows it
+    must have. `max_new_tokens`: the limit of an answer; by default the model's own.
+    """
+
+    judge: TaskName
+    builder: str | None = None
+    build: dict[str, Any] = field(default_factory=dict)
+    hub: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("suite.sets.NAME.", self, rows=1, max_new_tokens=1)
+
+
+@dataclass
+class SuiteConfig:
+    """Sets that are evaluated together: `suite=NAME` reads conf/suite/NAME.yaml. Without `sets` there is no suite.
+
+    `folder`: folders with the sets' files; by default the hub. `timed`: how many questions of each set are also
+    answered one by one, for the time at batch 1; 0: none.
+    """
+
+    name: str = ""
+    sets: dict[str, SuiteSet] = field(default_factory=dict)
+    folder: list[PathName] = field(default_factory=list)
+    timed: int = 20
+
+    def __post_init__(self) -> None:
+        at_least("suite.", self, timed=0)
+        if self.folder and not self.sets:
+            raise ValueError(f"suite.folder={','.join(self.folder)} is given without a suite. Add suite=NAME.")
+        if clash := [name for name in self.sets if name in SPLITS]:
+            raise ValueError(f"suite.sets.{clash[0]} has the name of a split, whose results it would replace.")
+
+
+@dataclass
 class EvaluateConfig:
     run: Place = ""  # a run, or a saved model: a folder, or OWNER/NAME on the hub
     checkpoint: str = "best"  # best, last, or the number of an update
     split: str = "test"
     data: DataFiles = field(default_factory=DataFiles)
-    task: TaskName | None = None  # of a saved model, which does not record it; a run does
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    judge: TaskName | None = None  # how answers are judged; by default as in training, or as the suite's set says
     output: PathName = ""  # a folder; by default RUN/evaluation, or evaluation/NAME for a saved model
     num_thoughts: int | None = None  # by default as trained
     stop: StopRule = StopRule.constant
@@ -88,6 +131,12 @@ class EvaluateConfig:
         for other in SPLITS:
             if other != self.split and getattr(self.data, other):
                 raise ValueError(f"data.{other} is given but split={self.split} is evaluated. Add split={other}.")
+        if self.suite.sets:
+            given = {"split": self.split != "test" and self.split, "data.test": self.data.test}
+            if both := [f"{key}={value}" for key, value in given.items() if value]:
+                raise ValueError(
+                    f"{both[0]} and suite={self.suite.name} are both given: a suite has its own files. Leave one out."
+                )
 
     @property
     def sampling(self) -> Sampling | None:

@@ -22,13 +22,14 @@ from coconut.utils.files import sha256, write_json, write_text
 def is_saved_model(config: EvaluateConfig) -> bool:
     """Whether `run` names a saved model and not a run. Raises ValueError for settings that only a run supports."""
     here = Path(config.run, REASONING_FILE).is_file()
-    given = config.task and getattr(config.data, config.split)
-    if not here and (Path(config.run).exists() or not given):
+    given = config.suite.sets or (config.judge and getattr(config.data, config.split))
+    on_hub = not Path(config.run).exists() and config.run.count("/") == 1  # OWNER/NAME
+    if not here and not (on_hub and given):
         return False
     if not given:
         raise ValueError(
-            f"{config.run} is a saved model, which does not record its task or data. Add task=TASK (one of "
-            f"{', '.join(TASKS)}) and data.{config.split}=FILE."
+            f"{config.run} is a saved model, which does not record its task or data. Add judge=NAME (one of "
+            f"{', '.join(TASKS)}) and data.{config.split}=FILE, or suite=NAME."
         )
     for key, default in (("checkpoint", "best"), ("stop", StopRule.constant)):
         if (value := getattr(config, key)) != default:
@@ -49,35 +50,49 @@ def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
     return f"{reasoning.method}, stage {reasoning.stage}{slot}"
 
 
-def non_default_settings(config: EvaluateConfig) -> list[str]:
-    """The settings that differ from the default and affect the result, as parts of the evaluation's name."""
-    default = EvaluateConfig(run=config.run)
+def non_default_settings(config: EvaluateConfig, default_judge: str | None) -> list[str]:
+    """The settings that differ from the default and affect the result, as parts of the evaluation's name.
+
+    `default_judge`: how answers are judged without `judge`, if the evaluation has one way for all of its questions.
+    """
+    usual = config.judge and default_judge and TASKS[config.judge] is TASKS[default_judge]
+    default = EvaluateConfig(run=config.run, judge=config.judge if usual else None)
     sampled = [one.name for one in fields(Sampling)]
-    keys = ("checkpoint", "num_thoughts", "stop", "mode", "max_new_tokens", *sampled, "limit")
-    found = [f"{key}-{getattr(config, key)}" for key in keys if getattr(config, key) != getattr(default, key)]
+    keys = ("checkpoint", "judge", "num_thoughts", "stop", "mode", "max_new_tokens", *sampled, "limit")
+    found = [f"{key}-{value}" for key in keys if (value := getattr(config, key)) != getattr(default, key)]
     precision = config.engine.precision
     return found if precision is default.engine.precision else [*found, precision.value]
 
 
+def file_stem(config: EvaluateConfig, file: str) -> str:
+    """The name of the evaluation of a file, without its settings: the split, or the name and digest of another file."""
+    other_file = getattr(config.data, config.split)
+    return f"{Path(file).stem}-{sha256(file)[:8]}" if other_file else config.split
+
+
 def write_evaluation(
-    folder: Path, config: EvaluateConfig, result: EvalResult,
+    folder: Path, name: str, config: EvaluateConfig, result: EvalResult,
     predictions: Sequence[Prediction] | Sequence[SampledAnswers], *, file: str, step: int | None, reasoning: Reasoning,
-) -> None:  # fmt: skip
-    """Write the result and every prediction. `step`: the update that was evaluated, None for a saved model."""
-    digest, settings, other_file = sha256(file), non_default_settings(config), getattr(config.data, config.split)
-    name = "-".join([f"{Path(file).stem}-{digest[:8]}" if other_file else config.split, *settings])
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the result and every prediction, and return the record of NAME.json. `more`: further entries of it.
+
+    `step`: the update that was evaluated, None for a saved model.
+    """
     record: dict[str, Any] = {
-        **asdict(result), "split": config.split, "file": file, "sha256": digest, "batch_size": config.batch_size,
+        **asdict(result), "split": config.split, "file": file, "sha256": sha256(file), "batch_size": config.batch_size,
         "checkpoint": None if step is None else config.checkpoint, "step": step, "method": reasoning.method,
-        "stage": reasoning.stage, "default_settings": not settings,
+        "stage": reasoning.stage,
         "seen": seen_by(config.run, [prediction.question for prediction in predictions]),
-        "chose_the_checkpoint": config.split == "valid" and not other_file,
+        "chose_the_checkpoint": config.split == "valid" and not config.data.valid, **more,
     }  # fmt: skip
+    (folder / f"{name}.json").unlink(missing_ok=True)  # not to stand beside the predictions of another evaluation
     lines = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
     write_text(folder / f"{name}.predictions.jsonl", lines)
     write_json(folder / f"{name}.json", record)
     _warn_if_seen(record)
     log(f"All predictions: {folder / name}.predictions.jsonl")
+    return record
 
 
 def _warn_if_seen(record: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from coconut.config import TooLong
 from coconut.data.examples import Example
 from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
@@ -29,6 +31,11 @@ class Selection:
     examples: list[Example]
     question_ids: list[list[int]]
     gold: TokenizedData
+
+    def first(self, count: int) -> Selection:
+        """The first `count` rows."""
+        gold = self.gold.select(np.arange(min(count, len(self.examples))))
+        return Selection(self.rows[:count], self.examples[:count], self.question_ids[:count], gold)
 
 
 def select_examples(

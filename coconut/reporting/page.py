@@ -151,9 +151,13 @@ def figure_of(draw: Callable[[float], Drawing], name: str, alt: str, caption: st
 
 
 def page(
-    name: str, subject: str, summary: str, folder: Path, sections: Sequence[Section], *, kicker: str = "run report"
-) -> str:
-    """Render the page as HTML that loads no other file. `kicker`: the kind of page. `subject`: what it is about."""
+    name: str, subject: str, summary: str, folder: Path, sections: Sequence[Section], *, kicker: str = "run report",
+    made_by: str = "coconut analyze",
+) -> str:  # fmt: skip
+    """Render the page as HTML that loads no other file.
+
+    `kicker`: the kind of page. `subject`: what it is about. `made_by`: the command that makes it.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -163,6 +167,6 @@ def page(
     environment.filters |= {"percent": percent, "typeset": typeset, "kind": lambda part: type(part).__name__}
     text = environment.get_template("report.html.j2").render(
         name=name, kicker=kicker, subject=subject, summary=summary, folder=str(folder.resolve()), sections=sections,
-        date=utc(datetime.now(UTC).isoformat()), light=LIGHT, dark=DARK,
+        made_by=made_by, date=utc(datetime.now(UTC).isoformat()), light=LIGHT, dark=DARK,
     )  # fmt: skip
     return text.strip() + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -226,13 +226,20 @@ def _matrix(compared: Comparison) -> Table:
     return Table(["", *(str(i) for i in range(1, len(order) + 1))], rows, len(order), ["", *order])
 
 
-def provenance(compared: Comparison) -> Section:
-    """The settings, data and code of the compared runs."""
-    runs = compared.runs
-    rows = [_run_row(group.label, run) for group in compared.groups for run in group.runs]
+def provenance(compared: Comparison, sets: Mapping[str, Comparison] | None = None) -> Section:
+    """The settings, data and code of the compared runs, and their results.
+
+    `sets`: comparisons of the same runs on the sets of a suite, whose results are then shown.
+    """
+    runs, results = compared.runs, sets or {"right": compared}
+    right = zip(*([_right(run) for run in each.runs] for each in results.values()), strict=True)
+    labels = [group.label for group in compared.groups for _ in group.runs]
+    rows = [[*_run_row(label, run), *its] for label, run, its in zip(labels, runs, right, strict=True)]
     methods = list(dict.fromkeys(group.runs[0].method for group in compared.groups))
     data = {(split, row["sha256"]): row for run in runs for split, row in run.record.description["data"].items()}
-    files = data_table([(split, row) for (split, _), row in data.items()], compared.evaluation)
+    asked = [(name, {**each.evaluation, "used": each.evaluation["count"]}) for name, each in (sets or {}).items()]
+    trained_on = [(split, row) for (split, _), row in data.items()]
+    files = data_table([*trained_on, *asked], None if sets else compared.evaluation)
     last_sessions = [run.record.description["sessions"][-1] for run in runs]
     keys = differing([run.settings for run in runs])
     facts = [
@@ -243,7 +250,7 @@ def provenance(compared: Comparison) -> Section:
         ("code", "; ".join(dict.fromkeys(map(describe_revision, last_sessions)))),
     ]
     commands = [command(run.record.description["sessions"][0]["command"]) for run in runs]
-    table_of_runs = Table(["run", "method", "seed", "updates", "checkpoint", "right"], rows, 4)
+    table_of_runs = Table(["run", "method", "seed", "updates", "checkpoint", *results], rows, 3 + len(results))
     trained = Aside("The commands that trained the runs", [Code("\n".join(commands))])
     parts = [Facts(facts), table_of_runs, files, Text("The command for this page:"), Code(compared.command), trained]
     return Section("provenance", "What exactly was compared", parts)
@@ -253,8 +260,11 @@ def _run_row(label: str, run: ComparableRun) -> list[str]:
     updates = f"{run.record.description['updates']:,}"
     if origin := run.record.description["init"]:
         updates = f"{run.updates_before:,} of {Path(origin).parent.parent.name} + {updates}"
-    right = f"{run.evaluation['correct']:,} of {run.evaluation['count']:,}"
-    return [str(run.folder), label, str(run.seed), updates, f"{run.evaluation['step']:,}", right]
+    return [str(run.folder), label, str(run.seed), updates, f"{run.evaluation['step']:,}"]
+
+
+def _right(run: ComparableRun) -> str:
+    return f"{run.evaluation['correct']:,} of {run.evaluation['count']:,}"
 
 
 @styled()

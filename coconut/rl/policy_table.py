@@ -12,7 +12,7 @@ import numpy as np
 from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import describe_questions, most_seen
-from coconut.reporting import run_table
+from coconut.reporting import run_table, suite_table
 from coconut.reporting.page import Heading, Part, Section, Table, Text, page
 from coconut.reporting.phrases import percent
 from coconut.rl.report import curves_figure, is_policy, mode_legend
@@ -33,7 +33,11 @@ def write_table(config: TableConfig) -> int:
     records = [read_run(folder) for folder in run_folders]
     kinds = [is_policy(record) for record in records]
     if not any(kinds):
-        return run_table.run(config)
+        return suite_table.run(config) if config.suite.sets else run_table.run(config)
+    if config.suite.sets:
+        raise ValueError(
+            f"suite={config.suite.name} compares supervised runs, and {records[kinds.index(True)].folder} is none."
+        )
     if not all(kinds):
         pair = records[kinds.index(True)].folder, records[kinds.index(False)].folder
         raise ValueError(f"{pair[0]} was trained by reward and {pair[1]} was not. Make a table for each kind.")

@@ -44,7 +44,7 @@ def read_config(run: Path | str) -> dict[str, Any]:
         raise ValueError(
             f"{run} is a saved model and not a run: it has no record of its training. Ask it a question with coconut "
             f'generate run={run} question="..."; evaluate it with coconut evaluate run={run} '
-            "task=TASK data.test=FILE"
+            "judge=NAME data.test=FILE"
         )
     if not path.is_file():
         what = f"it has no {CONFIG}" if Path(run).is_dir() else "there is no such folder"

@@ -105,11 +105,14 @@ def read_run(folder: Path | str) -> RunRecord:
 
 
 def _test_result(evaluations: dict[str, dict[str, Any]], seen: set[str]) -> str | None:
-    """The name of the test result: `test`, or else another evaluation with default settings on unseen questions."""
+    """The name of the test result: `test`, or else another evaluation with default settings on unseen questions.
+
+    The sets of a suite are other data than the run's, and none of them is its test result.
+    """
 
     def is_test_result(found: dict[str, Any]) -> bool:
         other_file = found["split"] == "test" and found["sha256"] not in seen
-        return other_file and found["default_settings"] and not all_seen(found)
+        return other_file and found["default_settings"] and "set" not in found and not all_seen(found)
 
     names = [name for name, found in evaluations.items() if is_test_result(found)]
     return "test" if "test" in names else min(names, default=None)

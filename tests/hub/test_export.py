@@ -324,7 +324,7 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     run_export(ExportConfig(run=str(trained_run), output="model"))
     file = str(trained_run.parent / "test.json")
-    config_of_model = EvaluateConfig(run="model", data=DataFiles(test=file), task=TaskName.prosqa)
+    config_of_model = EvaluateConfig(run="model", data=DataFiles(test=file), judge=TaskName.prosqa)
     run_evaluate(config_of_model)
     run_evaluate(replace(config_of_model, output="elsewhere"))
     expected = read_json(trained_run / "evaluation" / "test.json")
@@ -337,11 +337,10 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
         [answers] = folder.glob("*.predictions.jsonl")
         assert answers.read_text() == (trained_run / "evaluation" / "test.predictions.jsonl").read_text()
     for config, message in (
-        (EvaluateConfig(run="model"), r"model is a saved model.*record its task.*task=TASK .*prosqa.*data\.test="),
+        (EvaluateConfig(run="model"), r"model is a saved model.*record its task.*judge=NAME .*prosqa.*data\.test="),
         (replace(config_of_model, checkpoint="last"), "checkpoint=last is for runs only"),
         (replace(config_of_model, stop=StopRule.classifier), "stop=classifier is for runs only"),
-        (replace(config_of_model, run=str(trained_run), task=TaskName.gsm8k), "was made for prosqa"),
-        (replace(config_of_model, run="nowhere", task=None), "nowhere is not a run: there is no such folder"),
+        (replace(config_of_model, run="nowhere", judge=None), "nowhere is not a run: there is no such folder"),
     ):
         with pytest.raises(ValueError, match=message):
             run_evaluate(config)
