@@ -19,7 +19,7 @@ from coconut.utils.files import write_json, write_text
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
-CHUNK = 256  # questions; what is sampled for a chunk depends on the seed and its number alone
+CHUNK = 256  # questions; what is sampled for a chunk depends on the seed, its number and batch_size
 
 
 def write_rollouts(

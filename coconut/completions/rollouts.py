@@ -96,7 +96,8 @@ def sample_groups(
 ) -> list[Group]:  # fmt: skip
     """Sample `samples` completions of each question, and reward them.
 
-    seed: numbers such as (seed, step, rank). What is sampled depends on them alone; the global random state is kept.
+    seed: numbers such as (seed, step, rank). What is sampled depends on them, the questions and `batch_size`; the
+    global random state is kept.
     mode: the mode to force on a hybrid model.
     batch_size: questions at a time. Prompt and thoughts are computed once for all completions of a question.
     Raises ValueError for a reward that is not one finite number.
