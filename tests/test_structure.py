@@ -114,7 +114,9 @@ def test_builders_need_little_of_the_package() -> None:
         assert ours <= {"utils", "tasks"} | of_import.get(path.stem, set()), path.name
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["data"], ["train"], ["train", "--help"], ["analyze", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["data"], ["train"], ["train", "--help"], ["analyze", "--help"], ["rl", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import runpy, sys

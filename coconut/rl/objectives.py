@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STD_EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
 
@@ -37,7 +37,7 @@ class Totals:
     budget: int
 
 
-Denominator = Callable[[Tensor, Totals], Tensor]
+Denominator = Callable[["Tensor", Totals], "Tensor"]
 """From lengths (N,) and totals to (N,): what the sum over a completion's tokens is divided by."""
 
 
@@ -48,12 +48,12 @@ def per_completion(lengths_N: Tensor, totals: Totals) -> Tensor:
 
 def per_token(lengths_N: Tensor, totals: Totals) -> Tensor:
     """The mean over all tokens of the batch."""
-    return torch.full_like(lengths_N, totals.tokens)
+    return lengths_N.new_full(lengths_N.shape, totals.tokens)
 
 
 def per_budget(lengths_N: Tensor, totals: Totals) -> Tensor:
     """The sum over tokens divided by a constant, completions times budget, so that length does not matter."""
-    return torch.full_like(lengths_N, totals.completions * totals.budget)
+    return lengths_N.new_full(lengths_N.shape, totals.completions * totals.budget)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Objective:
 
     def weights(self, lengths_N: Tensor, is_control_M: Tensor, totals: Totals) -> tuple[Tensor, Tensor]:
         """w and v, both (M,), float32. `lengths_N`: sampled tokens of each completion, with the control token."""
+        import torch  # not for --help
+
         owner_M = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
         whole_M = 1 / self.denominator(lengths_N, totals).float()[owner_M]
         if self.control_token_weight is None:
@@ -91,7 +93,7 @@ class Objective:
         """(M,) each token's clipped surrogate loss, to be minimised (PPO; Schulman et al., arXiv 1707.06347, eq. 7)."""
         ratio_M = (log_probs_M - old_M).exp()
         clipped_M = ratio_M.clamp(1 - self.clip_low, 1 + self.clip_high)
-        return torch.max(-ratio_M * advantages_M, -clipped_M * advantages_M)
+        return (-ratio_M * advantages_M).maximum(-clipped_M * advantages_M)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -131,4 +133,4 @@ def has_zero_variance(rewards_GS: Tensor) -> Tensor:
 def kl_k3(log_probs_M: Tensor, reference_M: Tensor) -> Tensor:
     """(M,) the k3 estimate of KL(policy || reference), never negative (http://joschu.net/blog/kl-approx.html)."""
     apart_M = reference_M - log_probs_M
-    return torch.expm1(apart_M) - apart_M
+    return apart_M.expm1() - apart_M
