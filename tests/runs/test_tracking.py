@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from helpers import ROOT
 from coconut.config import Tracker, TrackingConfig, TrackingMode
 from coconut.runs.description import environment_info, read_metrics, samples_file
 from coconut.runs.tracker_process import tracker_values
-from coconut.runs.tracking import TRACKING, TRACKING_LOG, check_tracker, open_tracking, unsynced_folders
+from coconut.runs.tracking import TRACKING, TRACKING_LOG, Tracking, check_tracker, open_tracking, unsynced_folders
 from coconut.utils.files import read_json
 
 pytestmark = pytest.mark.slow
@@ -28,22 +29,21 @@ ABOUT = {"config": {"seed": 0, "optimizer": {"lr": 1e-4}}, "plan": [{"thoughts":
 OFFLINE = TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode.offline, project="p", group="g", tags=["a", "b"])
 RUN = """
 import sys, time
-from pathlib import Path
 from coconut.config import Tracker, TrackingConfig, TrackingMode
-from coconut.runs.tracking import open_tracking
-from tests.runs.test_tracking import ABOUT, updates
+from coconut.runs.tracking import Tracking, open_tracking
+{updates}
 mode, wait, pause = sys.argv[2:]
 config = TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode(mode), finish_timeout=float(wait))
-with open_tracking(config, sys.argv[1], 0, ABOUT) as track:
+with open_tracking(config, sys.argv[1], 0, {about}) as track:
     start = time.perf_counter()
     updates(track, 1, 200)
     print("took", time.perf_counter() - start, flush=True)
     time.sleep(float(pause))
-assert "wandb" not in sys.modules
+assert not {{"wandb", "torch"}} & set(sys.modules)
 """
 
 
-def updates(track: Any, first: int, last: int) -> None:
+def updates(track: Tracking, first: int, last: int) -> None:
     for step in range(first, last + 1):
         row = {"loss": 1 / step, "grad_norm": 0.5, "lr": 1e-4, "targets": 3, "tokens": 80, "memory": 1.5}
         track.log("train", step, stage=step // 3, epoch=0, seconds=0.5, **row)
@@ -154,8 +154,9 @@ def run_with_silent_network(folder: Path, wait: str, **environment: str) -> str:
 
 
 def start_run(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(folder), *arguments]
+    paths = {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    code = RUN.format(updates=inspect.getsource(updates), about=ABOUT)
+    command = [sys.executable, "-c", code, str(folder), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=folder, env={**os.environ, **paths, **environment}
     )
