@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
 from helpers.models import assert_same, build, in_float64, in_graph, mixed_batch, padded, step
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from coconut import LatentLM
 from coconut.acceleration import attention, kv_cache, linear
 from coconut.config import MECHANISMS, NOT_IDENTITY, EngineConfig
+from coconut.generation.generate import Generated
 from coconut.methods import Reasoning
 from coconut.runs.loading import load_model, match_dtypes
 from coconut.training.model_setup import apply_engine_options
@@ -23,6 +26,7 @@ SETTINGS = ["auto", *MECHANISMS]
 
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-5)]
 QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [15], [16, 17, 18, 19, 20]]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "log_probs": True}
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +39,29 @@ def accelerate(lm: LatentLM, setting: str) -> LatentLM:
     return lm
 
 
+@cache
+def step_without(family: str, dtype: torch.dtype) -> tuple[LatentLM, dict[str, Any], tuple[Tensor, dict[str, Tensor]]]:
+    """A model, a batch, and its loss and gradients without acceleration."""
+    lm = build(family, dtype).train()
+    batch = mixed_batch(lm)
+    return lm, batch, step(accelerate(lm, "off"), batch)
+
+
+@cache
+def answers_without(family: str, dtype: torch.dtype, right: bool) -> tuple[LatentLM, Generated]:
+    """A model and its answers without acceleration."""
+    lm = build(family, dtype, num_thoughts=3)
+    return lm, accelerate(lm, "off").generate(*padded(QUESTIONS, right), **OPTIONS)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["float64", "float32"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_loss_and_gradients_are_those_without_acceleration(
     family: str, setting: str, checkpointing: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    lm = build(family, dtype).train()
-    batch = mixed_batch(lm)
-    expected = step(accelerate(lm, "off"), batch)
+    lm, batch, expected = step_without(family, dtype)
+    lm = deepcopy(lm)
     lm.acceleration.activation_checkpointing = checkpointing
     assert_same(step(accelerate(lm, setting), batch), expected, tolerance)
 
@@ -90,11 +108,8 @@ def test_every_family_is_the_same(row: Family) -> None:
 def test_answers_are_those_without_acceleration(
     family: str, setting: str, right: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    lm = build(family, dtype, num_thoughts=3)
-    ids, mask = padded(QUESTIONS, right)
-    options: dict[str, Any] = {"max_new_tokens": 6, "log_probs": True}
-    expected = accelerate(lm, "off").generate(ids, mask, **options)
-    found = accelerate(lm, setting).generate(ids, mask, **options)
+    lm, expected = answers_without(family, dtype, right)
+    found = accelerate(deepcopy(lm), setting).generate(*padded(QUESTIONS, right), **OPTIONS)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.thoughts, expected.thoughts, rtol=0, atol=100 * max(tolerance, 1e-6))
     for ours, theirs in zip(found.log_probs or [], expected.log_probs or [], strict=True):

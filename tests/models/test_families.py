@@ -123,6 +123,7 @@ def test_the_page_says_what_is_tested() -> None:
     assert page(PAGE.read_text()) == PAGE.read_text(), "PYTHONPATH=tests python -m helpers.family_table writes it"
 
 
+@pytest.mark.parametrize("lm", FAMILIES[:5], ids=lambda family: family.name, indirect=True)
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str, lm: LatentLM) -> None:
     batch = mixed_batch(lm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import WORDS, build, byte_level_tokenizer, gradients, mixed_batch, relative
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
@@ -77,13 +78,14 @@ def test_any_layout_is_cut_into_as_few_passes_as_thoughts_allow(layout: tuple[An
             assert plan.source_BS[row][ends[-1]] == before.max(), "what precedes it ends a pass"
 
 
-MODELS: dict[str, LatentLM] = {}
+LLAMA = cache(partial(build, "llama"))
 
 
 @pytest.mark.slow
+@settings(max_examples=50)
 @given(layouts())
 def test_any_layout_gives_equal_losses(layout: tuple[Any, Any]) -> None:
-    lm = MODELS.setdefault("llama", build("llama"))
+    lm = LLAMA()
     latent, token = torch.tensor(layout[0]).bool(), torch.tensor(layout[1])
     ids = torch.where(latent, lm.latent_id, torch.arange(token.numel()).view_as(latent) % 30 + 3)
     labels = torch.where(latent, -100, ids)
