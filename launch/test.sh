@@ -17,4 +17,4 @@ if [ $# -eq 0 ]; then
     echo "Tests"
 fi
 cores=$(getconf _NPROCESSORS_ONLN)
-exec "$python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist loadfile "$@"
+exec "$python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist loadfile --no-loadscope-reorder "$@"
