@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -17,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from helpers.models import EXAMPLES, TASK, build, byte_level_tokenizer, hybrid
-from helpers.processes import CLEAN
+from helpers.processes import forked_command
 from helpers.runs import graph_files, small_run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -753,23 +750,17 @@ def test_killed_table_command_resumes(trained: Path, tmp_path: Path) -> None:
         "    open('calls', 'a').write('x')\n    return '### 1'\n"
     )
     place, file = saved_causal(tmp_path / "model"), asked_of(trained)["data"].valid
-    command_line = [
-        sys.executable, "-m", "coconut.adaptive", "table", "function=slow:ask", f"embedding={place}",
+    arguments = [
+        "table", "function=slow:ask", f"embedding={place}",
         f"data.valid={file}", "split=valid", "task=prosqa", "+space.steps=[1,2,3]", f"output={tmp_path}/out",
         "num_train_questions=4", "seeds=2", "engine.device=cpu", "engine.threads=1", "calls.workers=1",
     ]  # fmt: skip
-    environment = {**CLEAN, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command_line, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    log, end = tmp_path / "out" / "answers.jsonl", time.monotonic() + 120
-    while not log.is_file() or log.read_text().count("\n") < 5:
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    log = tmp_path / "out" / "answers.jsonl"
+    with forked_command("adaptive", *arguments, cwd=tmp_path) as killed:
+        killed.wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 5)
     logged = len(backends.read_log(log))
-    done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    with forked_command("adaptive", *arguments, cwd=tmp_path) as process:
+        assert process.wait(120) == 0, process.printed
     table = OutcomeTable.read(tmp_path / "out" / "outcomes.npz")
     asked = (tmp_path / "calls").stat().st_size
     needed = len(set(table.questions)) * 3

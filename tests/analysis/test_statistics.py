@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.html import Loads, words
-from helpers.processes import python
+from helpers.processes import forked_command, python
 from helpers.runs import graph_files, small_run
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -185,13 +185,14 @@ def labels(folder: Path) -> list[str]:
 def test_the_command_compares_what_a_pattern_matches(copy: Path) -> None:
     (copy / "cot-seed0.log").write_text("no run")
     (copy / "notes").mkdir()
-    done = python("-m", "coconut.analyze", "table", "runs=runs/*", cwd=copy.parent)
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= SCREEN
-    lines = [line.split() for line in done.stdout.splitlines()]
+    with forked_command("analyze", "table", "runs=runs/*", cwd=copy.parent) as done:
+        assert done.wait(60) == 0, done.printed
+        shown = done.output
+    assert max(map(len, shown.splitlines())) <= SCREEN
+    lines = [line.split() for line in shown.splitlines()]
     assert [line[0] for line in lines[3:6]] == ["coconut", "cot", "pause_as_thought"], "in the order of METHODS"
-    assert "Accuracy on 30 unseen questions of test.json" in done.stdout
-    assert "ms: for a question, in batches of 15." in " ".join(done.stdout.split())
+    assert "Accuracy on 30 unseen questions of test.json" in shown
+    assert "ms: for a question, in batches of 15." in " ".join(shown.split())
     assert {path.name for path in copy.iterdir() if path.name.startswith(("table", "."))} == FILES
     assert "`coconut analyze table runs='runs/*'`" in (copy / "table.md").read_text()
 
@@ -515,6 +516,7 @@ def test_help_and_errors_read_well(tmp_path: Path) -> None:
     assert "coconut analyze table runs=DIR,DIR,..." in done.stdout
     assert "Powered by Hydra" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
-    done = python("-m", "coconut.analyze", "table", "runs=no*", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: No run matches no*. Name folders that coconut train wrote.\n")
+    with forked_command("analyze", "table", "runs=no*", cwd=tmp_path) as done:
+        told = done.wait(60), done.printed
+    assert told == (2, "error: No run matches no*. Name folders that coconut train wrote.\n")
     assert not list(tmp_path.iterdir())

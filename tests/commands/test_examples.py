@@ -6,11 +6,8 @@ import copy
 import importlib
 import importlib.util
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.models import WORDS, gradients
+from helpers.processes import Forked
 from helpers.runs import graph_files, small_run
 
 from coconut import Curriculum, LatentLM, plan
@@ -75,12 +73,11 @@ def segments(question: str, chain: str) -> list[list[int]]:
 def output(*arguments: str, folder: Path) -> str:
     """What an example prints, in a process of its own."""
     name, *rest = arguments
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *rest], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code = f"import runpy; runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
+    with Forked(code, *rest, cwd=folder) as process:
+        status = process.wait(300)
+        assert status == 0, process.printed
+        return process.output
 
 
 # --- Coconut from scratch ---------------------------------------------------------------------------

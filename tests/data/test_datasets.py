@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.processes import alive, forked_command
 
 import data_builders
 from coconut.config import (
@@ -160,18 +160,13 @@ def test_cache_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_ends_the_builder(tmp_path: Path) -> None:
     keys = ["data=graphs", "data.build.num_train=900000", f"data.cache_dir={tmp_path}", f"run={tmp_path / 'run'}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "coconut.train", *keys], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout
-    output = ""
-    while "Making 901,000 rows" not in output:
-        output += (line := process.stdout.readline())
-        assert line, output
-    process.terminate()
-    rest, _ = process.communicate(timeout=60)  # the builder holds the pipe as long as it lives
-    assert process.returncode == 143
-    assert "Traceback" not in rest
+    with forked_command("train", *keys) as process:
+        process.wait_until(lambda: "Making 901,000 rows" in process.printed and process.children())
+        builders = process.children()
+        process.send(signal.SIGTERM)
+        assert process.wait(60) == 143, process.printed
+        assert "Traceback" not in process.printed
+    assert not any(alive(pid) for pid in builders)
     assert not list((tmp_path / "data").iterdir())
 
 

@@ -1,9 +1,14 @@
-"""Tests on several processes: one call starts them, waits, and leaves none behind."""
+"""Tests on several processes: one call starts them, waits, and leaves none behind.
+
+`python` starts an interpreter. What only has to be a process of its own is `Forked` instead: the imports of a training
+take an interpreter several seconds of CPU time, and a fork has them done.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,12 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from helpers import TESTS
+from helpers import ROOT, TESTS
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["helpers.preload"])
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
 
 
@@ -32,6 +41,99 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that are still there."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+class Forked:
+    """`python -c CODE ARGUMENTS`, forked from a process that has imported what trainings import.
+
+    That process is one for all tests of a pytest process. `ended` is the exit status, negative after a signal; None
+    before the end. Leaving the context kills what still runs.
+    """
+
+    def __init__(self, code: str, *arguments: str, cwd: Path = TESTS, variables: Mapping[str, str] = {}):
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name) / name for name in ("output", "errors")]
+        for file in self._files:
+            file.touch()
+        own = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "COCONUT_CACHE": os.environ["COCONUT_CACHE"]}
+        path = os.pathsep.join([str(TESTS), str(ROOT), *filter(None, [CLEAN.get("PYTHONPATH")])])
+        with mock.patch.dict(os.environ, {**own, "PYTHONPATH": path}):
+            forkserver.ensure_running()
+        given = (code, arguments, str(cwd), {**CLEAN, **own, **variables}, list(map(str, self._files)))
+        self._process = FORKS.Process(target=_run, args=given)
+        self._process.start()
+
+    @property
+    def ended(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def output(self) -> str:
+        """Its standard output so far."""
+        return self._files[0].read_text()
+
+    @property
+    def printed(self) -> str:
+        """Its standard output and error so far."""
+        return "".join(file.read_text() for file in self._files)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process.pid
+        os.kill(self._process.pid, number)
+
+    def children(self) -> list[int]:
+        assert self._process.pid
+        return children(self._process.pid)
+
+    def wait(self, seconds: float) -> int | None:
+        self._process.join(max(seconds, 0))
+        return self.ended
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        """Fails if the process ends before the condition holds, or the time does."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.ended is None, self.printed
+            assert time.monotonic() < end, self.printed
+            time.sleep(0.01)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._folder.cleanup()
+
+
+def forked_command(name: str, *arguments: str, cwd: Path = TESTS) -> Forked:
+    """`coconut NAME ARGUMENTS`."""
+    module = f"coconut.{name}" + ".__main__" * (name in ("rl", "adaptive"))
+    return Forked(f"from {module} import main; main()", *arguments, cwd=cwd)
+
+
+def _run(code: str, arguments: tuple[str, ...], folder: str, environment: dict[str, str], files: list[str]) -> None:
+    assert "deepspeed" in sys.modules, "helpers.preload was not imported"
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for stream, file in enumerate(files, start=1):
+        with open(file, "a") as opened:
+            os.dup2(opened.fileno(), stream)
+    sys.argv, sys.path = ["-c", *arguments], ["", *sys.path]
+    exec(code, {"__name__": "__main__"})
+
+
 def _calling(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
     """Python code that calls a function of a test file, in a process that starts in the folder of the tests."""
     return (
@@ -42,38 +144,30 @@ def _calling(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
     )
 
 
+@contextlib.contextmanager
+def on_processes(function: Callable[..., Any], *arguments: Any, size: int = 2) -> Iterator[list[Forked]]:
+    """`size` processes that call a test module's function(*arguments), as a launcher might have started them."""
+    code = _calling(function, arguments)
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}  # fmt: skip
+    with contextlib.ExitStack() as held:
+        ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        yield [held.enter_context(Forked(code, variables=variables)) for variables in ranks]
+
+
 def together(
     function: Callable[..., Any], *arguments: Any, size: int = 2, seconds: float = 170, succeed: bool = True
 ) -> list[str]:
-    """Call a test module's function(*arguments) in `size` processes that a launcher might have started.
+    """Call a test module's function(*arguments) in `size` processes, and wait for their end.
 
     Gives what each of them printed. Unless they need not `succeed`, fails with the output of the first that fails.
     """
-    code = _calling(function, arguments)
-    port = free_port()
-    with contextlib.ExitStack() as open_files:
-        told = [open_files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(size)]
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", code], cwd=TESTS, stdout=told[rank], stderr=subprocess.STDOUT,
-                env={**CLEAN, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                     "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": str(port)},
-            )
-            for rank in range(size)
-        ]  # fmt: skip
-        end = time.monotonic() + seconds
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for process in started:
-                process.wait(timeout=max(end - time.monotonic(), 1))
-        for process in started:
-            process.kill()
-            process.wait()
-        printed = [(file.seek(0), file.read())[1] for file in told]
-    for rank, process in enumerate(started):
-        assert process.returncode == 0 or not succeed, (
-            f"process {rank} ended with {process.returncode}:\n{printed[rank]}"
-        )
+    end = time.monotonic() + seconds
+    with on_processes(function, *arguments, size=size) as started:
+        statuses = [process.wait(max(end - time.monotonic(), 1)) for process in started]
+        printed = [process.printed for process in started]
+    for rank, status in enumerate(statuses):
+        assert status == 0 or not succeed, f"process {rank} ended with {status}:\n{printed[rank]}"
     return printed
 
 
@@ -87,20 +181,14 @@ def killed_and_stopped(
     """
     code, reached = _calling(function, arguments), -1
     for number, at_least in ((signal.SIGKILL, first), (signal.SIGTERM, then)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**CLEAN, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        end = time.monotonic() + 120
-        while max(steps(), default=-1) < at_least:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        process.send_signal(number)
-        told, _ = process.communicate(timeout=60)
-        if number == signal.SIGTERM and process.returncode:
-            assert process.returncode == 128 + signal.SIGTERM
-            assert "Stopped by SIGTERM; saved at" in told
+        with Forked(code) as process:
+            process.wait_until(lambda least=at_least: max(steps(), default=-1) >= least)
+            process.send(number)
+            status = process.wait(60)
+            if number == signal.SIGTERM and status:
+                assert status == 128 + signal.SIGTERM
+                assert "Stopped by SIGTERM; saved at" in process.printed
+        assert status is not None
         assert steps()[-1] > reached
         reached = steps()[-1]
 

@@ -30,7 +30,7 @@ from coconut.utils.hydra_app import CONF_DIR, to_dataclass
 from data_builders.prosqa import Form, Preset, ProsqaBuild, draw_row
 from helpers import ROOT
 from helpers.models import shift_weights
-from helpers.processes import CLEAN
+from helpers.processes import CLEAN, alive, children
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SMALL = [f"model.architecture.{name}={value}" for name, value in SIZE.items()]
@@ -191,23 +191,17 @@ class Launched:
             )  # fmt: skip
 
     def workers(self) -> list[int]:
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return children(self.process.pid)
 
     def reaches(self, update: int) -> None:
         end = time.monotonic() + 90
         while not any(step >= update for step in Checkpoints(self.folder).steps()):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def ends(self) -> int:
         workers = self.workers()
-        status = self.process.wait(timeout=90)
+        status = self.process.wait(timeout=120)
         assert not any(alive(pid) for pid in workers), "a worker was left behind"
         return status
-
-
-def alive(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(state) and not state.startswith("Z")

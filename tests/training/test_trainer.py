@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.processes import Forked, forked_command
 from helpers.runs import copy_until, graph_files, rows_of_kind, same_end, small_run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -187,7 +185,7 @@ def test_a_run_with_a_step_decoder_resumed_equals_uninterrupted(data: DataConfig
     same_end(resumed, whole)
 
 
-def command(config: TrainConfig) -> list[str]:
+def arguments(config: TrainConfig) -> list[str]:
     """The same run from the command line."""
 
     def flat(prefix: str, value: Any) -> list[str]:
@@ -199,20 +197,7 @@ def command(config: TrainConfig) -> list[str]:
             value = json.dumps(value)
         return [f"{prefix}={value}"]
 
-    return [sys.executable, "-m", "coconut.train", *flat("", asdict(config))]
-
-
-def start(config: TrainConfig) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-
-
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the run did not get so far"
-        time.sleep(0.002)
+    return flat("", asdict(config))
 
 
 @pytest.mark.slow
@@ -244,15 +229,13 @@ def test_killed_and_then_stopped_by_sigterm_it_ends_as_uninterrupted(
 ) -> None:
     folder = tmp_path / "run"
     config = settings(data, folder)
-    process = start(config)
-    wait_for(lambda: Checkpoints(folder).steps()[-1:] >= [4], process)
-    process.kill()
-    process.communicate()
-    process = start(config)
-    wait_for(lambda: any(row["step"] >= 6 for row in read_metrics(folder)), process)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, "if 0, the run ended before the signal came: make it longer"
+    with forked_command("train", *arguments(config)) as killed:
+        killed.wait_until(lambda: Checkpoints(folder).steps()[-1:] >= [4])
+    with forked_command("train", *arguments(config)) as process:
+        process.wait_until(lambda: any(row["step"] >= 6 for row in read_metrics(folder)))
+        process.send(signal.SIGTERM)
+        status, said = process.wait(60), process.printed
+    assert status == 128 + signal.SIGTERM, "if 0, the run ended before the signal came: make it longer"
     step = Checkpoints(folder).steps()[-1]
     assert f"Stopped by SIGTERM; saved at update {step}" in said
     assert read_metrics(folder)[-1]["step"] == step
@@ -359,13 +342,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished: Path, data: DataConfi
     config = settings(data, folder)
     size = (Checkpoints(folder).path(7) / "model.safetensors").stat().st_size
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
-    code = f"{limit}; import sys; sys.argv = ['train', *sys.argv[1:]]; from coconut.train import main; main()"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", code, *command(config)[3:]]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "could not be written" in done.stderr
-    assert "The checkpoint of step 7 is intact" in done.stderr
+    with Forked(f"{limit}; from coconut.train import main; main()", *arguments(config)) as process:
+        status, said = process.wait(120), process.printed
+    assert status == 2, said
+    assert "could not be written" in said
+    assert "The checkpoint of step 7 is intact" in said
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007"]
     assert run(config) == 0
     same_end(folder, finished)
