@@ -21,7 +21,7 @@ PAGES = [
     for page in sorted(ROOT.glob(pattern))
     if page.name != "CHANGELOG.md"
 ]
-SHOWN = [page for page in PAGES if "tests" not in page.parts]  # to a user: with commands
+SHOWN = [page for page in PAGES if "tests" not in page.relative_to(ROOT).parts]  # to a user: with commands
 WIDTH, README_LINES = 100, 150
 LARGEST_PICTURE = 200_000  # bytes
 
