@@ -34,7 +34,7 @@ OFFLOADED = [
 EXACT = [LOCAL, *ZERO, *OFFLOADED]
 BFLOAT16 = [replace(config, precision=Precision.bfloat16) for config in (LOCAL, *ZERO[1:])]
 SETTINGS = OptimizerConfig(lr=1e-2, beta2=0.95, max_grad_norm=0.5)
-UPDATES, RESET_AT, SAVED_AT = 8, 3, 5  # the optimizer is reset at RESET_AT; a run is saved and resumed at SAVED_AT
+UPDATES, RESET_AT, SAVED_AT = 6, 2, 4  # the optimizer is reset at RESET_AT; a run is saved and resumed at SAVED_AT
 KEYS = [f"base.transformer.h.{layer}.attn.c_attn.bias" for layer in range(2)]  # the gradient of a key's bias is 0
 # but for rounding, of which Adam makes a whole step
 TOLERANCE = 1e-5  # relative, of losses and gradient norms in float32
