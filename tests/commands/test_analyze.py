@@ -130,11 +130,17 @@ def test_the_page_without_parts_needs_no_model(trained: Path, tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
 
 
+@pytest.fixture(scope="module")
+def without_thoughts(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("without") / "run"
+    assert train(small_run(folder, data, method="cot")) == 0
+    return folder
+
+
 def test_parts_that_do_not_apply_are_left_out(
-    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    without_thoughts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    train(small_run(folder, data, method="cot"))
+    folder = shutil.copytree(without_thoughts, tmp_path / "run")
     assert analyze.run(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
     said = capsys.readouterr().out
     for part in ("k_forcing", "prefix_values", "values", "audit_thoughts", "stopping"):
@@ -143,13 +149,11 @@ def test_parts_that_do_not_apply_are_left_out(
 
 
 @pytest.mark.parametrize("part", [Part.k_forcing, Part.values, Part.audit_thoughts, Part.stopping])
-def test_a_named_part_that_does_not_apply_is_refused(data: DataConfig, tmp_path: Path, part: Part) -> None:
-    folder = tmp_path / "run"
-    train(small_run(folder, data, method="cot"))
+def test_a_named_part_that_does_not_apply_is_refused(without_thoughts: Path, part: Part) -> None:
     with pytest.raises(NotApplicable, match="cot"):
-        analyze.run(AnalyzeConfig(run=str(folder), parts=[part], engine=CPU))
-    assert not (folder / "analysis").exists()
-    assert not (folder / "report.html").exists()
+        analyze.run(AnalyzeConfig(run=str(without_thoughts), parts=[part], engine=CPU))
+    assert not (without_thoughts / "analysis").exists()
+    assert not (without_thoughts / "report.html").exists()
 
 
 def test_stopping_needs_training_with_mixing(data: DataConfig, tmp_path: Path) -> None:
