@@ -16,5 +16,6 @@ if [ $# -eq 0 ]; then
     "$python" -m pyright
     echo "Tests"
 fi
+unset PYTHONDONTWRITEBYTECODE  # without bytecode, each process that a test starts would compile the package again
 cores=$(getconf _NPROCESSORS_ONLN)
 exec "$python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist loadfile --no-loadscope-reorder "$@"
