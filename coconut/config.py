@@ -124,7 +124,8 @@ class ModelConfig:
     `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
     name or folder, or "words" for a word-level one made from the training file; by default the base's.
     `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from. `projector`: of
-    the thoughts, and the width of its hidden layer; by default the method's, as wide as the model.
+    the thoughts, and the width of its hidden layer; by default the method's, as wide as the model. `iterations`: how
+    often thoughts are updated that are updated all at once; by default the method's.
     """
 
     base: Place | None = None
@@ -134,10 +135,11 @@ class ModelConfig:
     attention: str | None = None  # transformers' attn_implementation; by default what it takes for the model
     projector: Projector | None = None
     projector_width: int | None = None
+    iterations: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        at_least("model.", self, projector_width=1)
+        at_least("model.", self, projector_width=1, iterations=0)
         if bool(self.base) == bool(self.architecture):
             problem = "both are given" if self.base else "neither is given"
             raise ValueError(
@@ -578,9 +580,8 @@ class TrainConfig(RunConfig):
     def plan(self) -> Plan:
         """The stages and terms of the run. Raises ValueError as coconut.methods.plan does."""
         model = self.model
-        return plan(
-            self.method, self.curriculum, self.terms, model.projector, model.projector_width, self.term_options
-        )  # fmt: skip
+        slot = {"projector": model.projector, "width": model.projector_width, "iterations": model.iterations}
+        return plan(self.method, self.curriculum, self.terms, slot, self.term_options)
 
     @property
     def kind(self) -> str:

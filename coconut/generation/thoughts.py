@@ -6,6 +6,7 @@ Shapes: B questions, T columns of the prompts, K thoughts, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,25 +64,43 @@ def think(
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
     num_skipped = input_ids.shape[1] - 1
     last_BD = lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
+    if thoughts is None and num_thoughts and lm.feedback.slot.in_parallel:
+        thoughts = _iterated(lm, num_thoughts, cache, last_BD, is_token_BT, positions_BT)
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
     keyed_BKD = None
     if noise and random_keys is not None:
         keyed_BKD = normal(random_keys, Stream.thoughts, num_thoughts, embeds_BTD.shape[2]).to(embeds_BTD)
-    for k in range(num_thoughts):
-        thought_BD = (lm.feedback(last_BD) if thoughts is None else thoughts[:, k]).to(embeds_BTD)
+    width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
+    for k in range(0, num_thoughts, width):
+        fed_BKD = lm.feedback(last_BD)[:, None] if thoughts is None else thoughts[:, k : k + width]
+        fed_BKD = fed_BKD.to(embeds_BTD)
         if noise:
-            normal_BD = torch.randn_like(thought_BD) if keyed_BKD is None else keyed_BKD[:, k]
-            thought_BD = thought_BD + noise * normal_BD
-        fed.append(thought_BD)
-        counts_B += thinking_B
-        is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1])], dim=1)
-        positions_B1 = positions_BT[:, -1:] + k + 1
-        last_BD = lm.hidden_states(thought_BD[:, None], is_token_BT, positions_B1, cache)[:, -1]
+            normal_BKD = torch.randn_like(fed_BKD) if keyed_BKD is None else keyed_BKD[:, k : k + width]
+            fed_BKD = fed_BKD + noise * normal_BKD
+        fed.append(fed_BKD)
+        counts_B += width * thinking_B
+        is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1]).expand(-1, width)], dim=1)
+        positions_BK = positions_BT[:, -1:] + torch.arange(k + 1, k + 1 + width, device=lm.device)
+        last_BD = lm.hidden_states(fed_BKD, is_token_BT, positions_BK, cache)[:, -1]
         if stop is not None:
-            thinking_B = thinking_B & ~stop(thought_BD)
+            thinking_B = thinking_B & ~stop(fed_BKD[:, -1])
             if not thinking_B.any():
                 break
-    thoughts_BKD = torch.stack(fed, dim=1) if fed else embeds_BTD[:, :0]
+    thoughts_BKD = torch.cat(fed, dim=1) if fed else embeds_BTD[:, :0]
     return ThoughtState(cache, thoughts_BKD, counts_B, last_BD)
+
+
+def _iterated(
+    lm: LatentLM, num_thoughts: int, cache: Any, last_BD: Tensor, is_token_BT: Tensor, positions_BT: Tensor
+) -> Tensor:
+    """(B, K, D) thoughts that are updated all at once, behind the prompts in the cache, which stays as it is."""
+    is_latent_BK = torch.ones_like(is_token_BT[:, :1]).expand(-1, num_thoughts)
+    tokens_D = lm.base.get_input_embeddings()(torch.tensor(lm.latent_id, device=lm.device))
+    positions_BK = positions_BT[:, -1:] + torch.arange(1, num_thoughts + 1, device=lm.device)
+    mask_BS = torch.cat([is_token_BT, is_latent_BK], dim=1)
+    return lm.iterate_block(
+        tokens_D.expand(len(last_BD), num_thoughts, -1), last_BD, is_latent_BK,
+        lambda embeds_BKD: lm.hidden_states(embeds_BKD, mask_BS, positions_BK, copy(cache)),
+    )  # fmt: skip

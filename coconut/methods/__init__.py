@@ -22,11 +22,12 @@ from coconut.methods.table import (
     Slot,
     Source,
     Term,
+    Update,
     get_method,
 )
 
 __all__ = [
     "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At", "Curriculum",
     "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector", "PromptFormat", "Reasoning", "Slot",
-    "Source", "Stage", "Term", "Unit", "get_method", "parse_mode", "plan",
+    "Source", "Stage", "Term", "Unit", "Update", "get_method", "parse_mode", "plan",
 ]  # fmt: skip

@@ -18,7 +18,6 @@ from coconut.methods.table import (
     WRITTEN,
     Cut,
     Method,
-    Projector,
     Slot,
     Term,
     get_method,
@@ -201,21 +200,20 @@ def plan(
     name: str,
     curriculum: Curriculum,
     weights: Mapping[str, float] | None = None,
-    projector: Projector | None = None,
-    projector_width: int | None = None,
+    slot: Mapping[str, Any] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Expand a method and a curriculum into the explicit stages of a run.
 
-    In place of the method's own: `weights` of terms of the loss, by name (one of weight 0 is left out), `projector` and
-    `projector_width` of the thoughts, and `options` of terms, by name.
+    In place of the method's own: `weights` of terms of the loss, by name (one of weight 0 is left out), fields of the
+    `slot` by name (None: the method's own), and `options` of terms, by name.
 
-    Raises ValueError if the method does not exist or has no such term, if it has no thoughts to project, if it needs
+    Raises ValueError if the method does not exist or has no such term, if its slot cannot be changed so, if it needs
     more thoughts than it gets, or if its stages do not fit into the total length.
     """
     method = get_method(name)
-    slot = method.slot
-    method = replace(method, slot=replace(slot, projector=projector or slot.projector, width=projector_width or 0))
+    given = {key: value for key, value in (slot or {}).items() if value is not None}
+    method = replace(method, slot=replace(method.slot, **given))
     unit, total = curriculum.length_unit.value, curriculum.total_length
     terms = _weighted(name, method, weights or {}, options or {})
     depths = _depths(method, curriculum)

@@ -30,6 +30,14 @@ class Source(StrEnum):
     thought = "thought"  # the last hidden state, fed back
 
 
+class Update(StrEnum):
+    """How the positions of a slot with thoughts get their inputs."""
+
+    sequential = "sequential"  # one after the other: each is the state before it
+    jacobi = "jacobi"  # all at once, several times: each becomes the state before it in the iteration before (PCCoT)
+    loop = "loop"  # all at once, several times: each becomes its own embedding plus its own last state (LOTUS)
+
+
 class Projector(StrEnum):
     """What a hidden state passes before it is fed back. It stays at inference."""
 
@@ -39,13 +47,25 @@ class Projector(StrEnum):
 
 @dataclass(frozen=True)
 class Slot:
-    """What stands between the question and the written chain."""
+    """What stands between the question and the written chain.
+
+    Thoughts that are updated all at once begin as the embeddings of the latent token, in iteration 0.
+    """
 
     source: Source
     projector: Projector = Projector.none
     width: int = 0  # of the projector's hidden layer; 0: that of the model
+    update: Update = Update.sequential
+    iterations: int = 0  # how often all positions are updated at once; with 0 they are pauses
 
     def __post_init__(self) -> None:
+        if self.iterations and self.update is Update.sequential:
+            raise ValueError(
+                f"model.iterations={self.iterations} is for thoughts that are updated all at once. Those of this "
+                "method are computed one after the other. Leave it out."
+            )
+        if self.iterations < 0:
+            raise ValueError(f"model.iterations is {self.iterations}; it must be at least 0.")
         if self.source is not Source.thought and (self.projector is not Projector.none or self.width):
             raise ValueError(
                 f"A projector maps thoughts, and the slot of this method holds {self.source.value}. Leave out "
@@ -56,7 +76,8 @@ class Slot:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Slot:
-        return cls(Source(values["source"]), Projector(values["projector"]), int(values["width"]))
+        update, iterations = Update(values.get("update", Update.sequential)), int(values.get("iterations", 0))
+        return cls(Source(values["source"]), Projector(values["projector"]), int(values["width"]), update, iterations)
 
     @property
     def thinks(self) -> bool:
@@ -67,16 +88,28 @@ class Slot:
         return self.source == Source.none
 
     @property
+    def in_parallel(self) -> bool:
+        """Whether all positions are updated at once."""
+        return self.update is not Update.sequential
+
+    @property
     def noun(self) -> str:
         return self.source.value
 
     def describe(self) -> str:
-        """The projector in words."""
-        return f"{self.projector.value} of width {self.width}" if self.width else self.projector.value
+        """The projector and the update in words."""
+        projector = f"{self.projector.value} of width {self.width}" if self.width else self.projector.value
+        return f"{projector}, updated by {self.update.value} x {self.iterations}" if self.in_parallel else projector
 
-    def passes(self, length: int) -> int:
-        """Forward passes of a sequence whose slot has this length: each thought waits for the one before it."""
-        return 1 + length * (self.source is Source.thought)
+    def passes(self, length: Any) -> Any:
+        """Forward passes of sequences whose slot has this length, a number or an array.
+
+        In sequence each thought waits for the one before it. In parallel there is one pass for what precedes the
+        thoughts, one for each iteration, and one for their last inputs with what follows.
+        """
+        if not self.in_parallel:
+            return 1 + length * self.thinks
+        return 1 + (length > 0) * (self.iterations + 1) * (self.iterations > 0)
 
 
 NOTHING, PAUSES, THOUGHTS = Slot(Source.none), Slot(Source.pause), Slot(Source.thought)
@@ -174,6 +207,12 @@ _CODI = Method(
     teacher=True,
     fixed_length=True,
 )
+_PCCOT = replace(
+    _CODI,
+    slot=Slot(Source.thought, update=Update.jacobi, iterations=3),
+    summary="CODI whose thoughts are updated all at once",
+    terms=(*_CODI.terms[:2], replace(_CODI.terms[2], options={"first_layer": 1})),
+)
 _STEPS = Term("steps", "steps", at=At.thoughts, per=Per.step, options={"layers": None})
 
 METHODS: dict[str, Method] = {
@@ -188,6 +227,7 @@ METHODS: dict[str, Method] = {
     "hybrid_warmup": Method(NOTHING, Cut.modes, False, "each example in each mode, after its control token"),
     "codi": _CODI,
     "pause_codi": replace(_CODI, slot=PAUSES, summary="CODI with pause tokens in place of thoughts"),
+    "pccot": _PCCOT,
     "sim_cot": replace(
         _COCONUT, summary="Coconut, and a decoder writes each step from its thoughts", terms=(WRITTEN, _STEPS)
     ),

@@ -1,6 +1,6 @@
 """How a hidden state becomes the next input: the one rule of training, generation and analysis.
 
-Shapes: (..., D) states and thoughts of hidden size D.
+Shapes: (..., D) states and thoughts of hidden size D; B rows, K positions of a block of thoughts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from coconut.methods import Projector, Slot
+from coconut.methods import Projector, Slot, Update
 
 WEIGHTS_FILE = "feedback.safetensors"  # beside a model's own weights, which AutoModel opens without it
 
@@ -37,6 +37,17 @@ class Feedback(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         weight = next(self.projector.parameters(), None)
         return self.projector(states if weight is None else states.to(weight.dtype))
+
+    def update_block(self, tokens_BKD: Tensor, states_BKD: Tensor, before_BKD: Tensor) -> Tensor:
+        """(B, K, D) the inputs of a block of thoughts in the next iteration, all at once.
+
+        `tokens_BKD`: the embeddings of its tokens. `states_BKD`: the last hidden states at its positions, and
+        `before_BKD` at the positions before them. Jacobi: PCCoT, Wu et al., arXiv 2506.18582, section 3. Loop: LOTUS,
+        arXiv 2606.31779.
+        """
+        if self.slot.update is Update.loop:
+            return tokens_BKD + self(states_BKD).to(tokens_BKD)
+        return self(before_BKD).to(tokens_BKD)
 
     @property
     def has_weights(self) -> bool:

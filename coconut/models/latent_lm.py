@@ -13,9 +13,9 @@ Shapes: B rows, T columns as given, S columns as the passes take them, D hidden,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -40,6 +40,7 @@ from coconut.models.passes import (
     Reads,
     Targets,
     gather_columns,
+    plan_blocks,
     plan_passes,
     previous_token,
 )
@@ -235,17 +236,20 @@ class LatentLM(nn.Module):
     # --- the feedback loop, in two implementations --------------------------------------------------
 
     def _recomputed(self, inputs: LatentInputs, reads: Reads) -> PassesOutput:
-        """For each thought in turn: run everything, and feed one hidden state back."""
-        embeds_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
+        """For each thought in turn, or each iteration over all: run everything, and feed hidden states back."""
+        tokens_BTD = embeds_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
         previous_BT = previous_token(inputs.is_token_BT).clamp(min=0)
         number_BT = inputs.is_latent_BT.long().cumsum(1) * inputs.is_latent_BT  # 1 at a row's first thought, and so on
         mask: Any = inputs.is_token_BT
         if self._windows and self._windows.needs_masks(mask):
             mask = self._windows.masks(mask, inputs.positions_BT, 0, embeds_BTD.dtype)
-        for number in range(1, int(number_BT.max()) + 1):
+        slot = self.feedback.slot
+        for number in range(1, 1 + (slot.iterations if slot.in_parallel else int(number_BT.max()))):
             hidden_BTD = self.hidden_states(embeds_BTD, mask, inputs.positions_BT)
-            thoughts_BTD = self.feedback(hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD)))
-            embeds_BTD = torch.where((number_BT == number)[..., None], thoughts_BTD.to(embeds_BTD), embeds_BTD)
+            before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD))
+            thoughts_BTD = self.feedback.update_block(tokens_BTD, hidden_BTD, before_BTD)
+            is_updated_BT = inputs.is_latent_BT if slot.in_parallel else number_BT == number
+            embeds_BTD = torch.where(is_updated_BT[..., None], thoughts_BTD, embeds_BTD)
         layers = self._layers(embeds_BTD, mask, inputs.positions_BT, every=reads.columns_B is not None)
         columns_BT = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device).expand_as(previous_BT)
         states = thoughts = None
@@ -257,6 +261,10 @@ class LatentLM(nn.Module):
 
     def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """Cut the rows at their thoughts, and run each position once."""
+        if self.feedback.slot.in_parallel:
+            if self.feedback.slot.iterations and (min_passes > 1 or inputs.is_latent_BT.any()):
+                return self._cached_block(is_read_BT, inputs, reads)
+            inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # they stay pauses
         replay = self.acceleration.can_replay() and bool(inputs.is_latent_BT.any())
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay, reads=reads)
         num_skipped = plan.count_skipped(is_read_BT)
@@ -303,6 +311,55 @@ class LatentLM(nn.Module):
                 end_BD = layers[-1][:, -1]
                 last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
         return collected.output()
+
+    def _cached_block(self, is_read_BT: Tensor, inputs: LatentInputs, reads: Reads) -> PassesOutput:
+        """Cut the rows before and after their thoughts. What precedes them runs once, and they in each iteration."""
+        plan = plan_blocks(inputs.is_latent_BT, inputs.is_token_BT, reads)
+        start, stop = plan.pass_bounds[1:3]
+        is_token_BS, positions_BS = plan.is_token_BS, plan.gather(inputs.positions_BT)
+        is_latent_BK = plan.gather(inputs.is_latent_BT)[:, start:stop] & is_token_BS[:, start:stop]
+        tokens_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
+        self.acceleration.refuse_checkpointing_by_transformers()
+        windows = self._windows if self._windows and self._windows.needs_masks(is_token_BS) else None
+        cache = self.new_cache(plan.pass_bounds[-1], windows=windows is None)
+        attended_BS = is_token_BS | after_last_token(is_token_BS)
+        collected = CollectedReads(plan.in_passes(reads))
+
+        def layers(embeds: Tensor, begin: int, cache: Any, num_skipped: int = 0, every: bool = False):
+            mask, end = attended_BS, begin + embeds.shape[1]
+            mask = (
+                windows.masks(mask[:, :end], positions_BS[:, :end], begin, embeds.dtype) if windows else mask[:, :end]
+            )
+            return self._layers(embeds, mask, positions_BS[:, begin:end], cache, num_skipped, every)
+
+        with self.acceleration.all_passes():
+            before = layers(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0])
+            collected.add(tokens_BSD[:, :start], before, 0)
+            block_BKD = self.iterate_block(
+                tokens_BSD[:, start:stop],
+                before[-1][:, -1],
+                is_latent_BK,
+                lambda embeds: layers(embeds, start, copy(cache))[-1],
+            )
+            rest_BTD = torch.cat([block_BKD, tokens_BSD[:, stop:]], dim=1)
+            collected.add(rest_BTD, layers(rest_BTD, start, cache, every=reads.columns_B is not None), start)
+        return replace(collected.output(), columns_BT=plan.column_BT)
+
+    def iterate_block(
+        self, tokens_BKD: Tensor, last_BD: Tensor, is_latent_BK: Tensor, run: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """(B, K, D) the inputs of a block of thoughts after all iterations.
+
+        `tokens_BKD`: the embeddings of its tokens, with padding before a row's first thought. `last_BD`: the last
+        hidden states before the block. `run` computes those of the block from its inputs, behind what precedes it.
+        """
+        is_first_BK = is_latent_BK & (is_latent_BK.long().cumsum(1) == 1)
+        block_BKD = tokens_BKD
+        for _ in range(self.feedback.slot.iterations):
+            states_BKD = run(block_BKD)
+            before_BKD = torch.where(is_first_BK[..., None], last_BD[:, None], states_BKD.roll(1, dims=1))
+            block_BKD = self.feedback.update_block(tokens_BKD, states_BKD, before_BKD)
+        return block_BKD
 
     def hidden_states(
         self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0

@@ -7,7 +7,7 @@ N targets, L layers, D hidden, V vocabulary.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -197,42 +197,79 @@ def plan_passes(
     a model must take them from the same pass. Passes beyond K + 1 are single columns cut off the head of the first.
     `bucket_widths` widens passes of several columns a little, so that few different shapes occur.
     """
-    B, T = is_token_BT.shape
-    tokens_BT = is_token_BT.long()
     seen_BT = is_latent_BT.long().cumsum(1)
     thoughts_B1 = seen_BT[:, -1:]
     K = int(thoughts_B1.max())
-    rank_BT = tokens_BT.cumsum(1) - 1
     block_BT = torch.where(seen_BT > 0, K - thoughts_B1 + seen_BT, 0)
     if K:
-        prefix_B = (tokens_BT * (seen_BT == 0)).sum(1)
-        width = torch.where(thoughts_B1[:, 0] > 0, prefix_B, 0).max()
-        goes_on_BT = rank_BT >= width
-        if reads and reads.columns_B is not None:
-            columns_T = torch.arange(T, device=block_BT.device)
-            goes_on_BT |= (columns_T >= reads.columns_B[:, None]) & (reads.columns_B[:, None] >= 0)
-        block_BT = torch.where((thoughts_B1 == 0) & goes_on_BT, K, block_BT)
-
-    count_BK = torch.zeros(B, K + 1, dtype=torch.long, device=block_BT.device).scatter_add(1, block_BT, tokens_BT)
-    before_BK = count_BK.cumsum(1) - count_BK
-    widths_K = count_BK.amax(0)
+        block_BT = torch.where((thoughts_B1 == 0) & _goes_on(is_latent_BT, is_token_BT, reads), K, block_BT)
     extra = max(min_passes - K - 1, 0)
+    widths_K = _widths(block_BT, is_token_BT, K + 1)
     widths_K[0] = widths_K[0].clamp(min=extra + 1)
     if bucket_widths:
         widths_K = torch.tensor([bucket_up(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
-    starts_K = widths_K.cumsum(0) - widths_K
+    plan = _laid_out(block_BT, is_token_BT, widths_K)
+    first, *rest = plan.pass_bounds[1:]
+    return replace(plan, pass_bounds=[*range(extra + 1), first, *rest], bucketed=bucket_widths)
+
+
+def plan_blocks(is_latent_BT: Tensor, is_token_BT: Tensor, reads: Reads | None = None) -> PassPlan:
+    """Cut rows before and after their thoughts, so that the thoughts of all rows are one block of columns.
+
+    Its passes are what precedes the thoughts, the thoughts, and the rest. The first two are padded on the left and have
+    at least one column. A row without thoughts is divided as in `plan_passes`.
+
+    Raises ValueError if something stands between the thoughts of a row.
+    """
+    seen_BT = is_latent_BT.long().cumsum(1)
+    thoughts_B1 = seen_BT[:, -1:]
+    if (is_token_BT & ~is_latent_BT & (seen_BT > 0) & (seen_BT < thoughts_B1)).any():
+        raise ValueError("Thoughts that are updated all at once must stand together, and other tokens are among them.")
+    block_BT = torch.where(is_latent_BT, 1, torch.where(seen_BT > 0, 2, 0))
+    block_BT = torch.where((thoughts_B1 == 0) & _goes_on(is_latent_BT, is_token_BT, reads), 2, block_BT)
+    widths_K = _widths(block_BT, is_token_BT, 3)
+    widths_K[:2] = widths_K[:2].clamp(min=1)
+    return _laid_out(block_BT, is_token_BT, widths_K)
+
+
+def _goes_on(is_latent_BT: Tensor, is_token_BT: Tensor, reads: Reads | None) -> Tensor:
+    """(B, T) what of a row without thoughts is left for the last pass."""
+    tokens_BT = is_token_BT.long()
+    seen_BT = is_latent_BT.long().cumsum(1)
+    prefix_B = (tokens_BT * (seen_BT == 0)).sum(1)
+    width = torch.where(seen_BT[:, -1] > 0, prefix_B, 0).max()
+    goes_on_BT = tokens_BT.cumsum(1) - 1 >= width
+    if reads and reads.columns_B is not None:
+        columns_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        goes_on_BT |= (columns_T >= reads.columns_B[:, None]) & (reads.columns_B[:, None] >= 0)
+    return goes_on_BT
+
+
+def _widths(block_BT: Tensor, is_token_BT: Tensor, count: int) -> Tensor:
+    """(count,) the most tokens that a row has in each block."""
+    return _counts(block_BT, is_token_BT, count).amax(0)
+
+
+def _counts(block_BT: Tensor, is_token_BT: Tensor, count: int) -> Tensor:
+    """(B, count) the tokens of each row in each block."""
+    counts_BK = torch.zeros(len(block_BT), count, dtype=torch.long, device=block_BT.device)
+    return counts_BK.scatter_add(1, block_BT, is_token_BT.long())
+
+
+def _laid_out(block_BT: Tensor, is_token_BT: Tensor, widths_K: Tensor) -> PassPlan:
+    """The plan in which block k of each row takes `widths_K[k]` columns; all but the last are padded on the left."""
+    B, T = is_token_BT.shape
+    count_BK = _counts(block_BT, is_token_BT, len(widths_K))
+    before_BK = count_BK.cumsum(1) - count_BK
     pads_BK = widths_K - count_BK
     pads_BK[:, -1] = 0
-    widths = widths_K.tolist()
-    S = sum(widths)
-    offset_BK = starts_K + pads_BK - before_BK
-    column_BT = torch.where(is_token_BT, rank_BT + offset_BK.gather(1, block_BT), S)
+    offset_BK = widths_K.cumsum(0) - widths_K + pads_BK - before_BK
+    bounds = [0, *widths_K.cumsum(0).tolist()]
+    rank_BT = is_token_BT.long().cumsum(1) - 1
+    column_BT = torch.where(is_token_BT, rank_BT + offset_BK.gather(1, block_BT), bounds[-1])
     columns_T = torch.arange(T, device=column_BT.device).expand(B, T)
-    source_BS = torch.full((B, S + 1), -1, device=column_BT.device).scatter(1, column_BT, columns_T)[:, :S]
-    bounds = list(range(extra + 1))
-    for width in [widths[0] - extra, *widths[1:]]:
-        bounds.append(bounds[-1] + width)
-    return PassPlan(column_BT, source_BS, bounds, bucket_widths)
+    source_BS = torch.full((B, bounds[-1] + 1), -1, device=column_BT.device).scatter(1, column_BT, columns_T)
+    return PassPlan(column_BT, source_BS[:, : bounds[-1]], bounds)
 
 
 def bucket_up(width: int) -> int:

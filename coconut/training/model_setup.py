@@ -27,7 +27,7 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     first = config.plan().stages[0]
     if first.in_turn:
         lm.add_modes([form.mode for form in first.in_turn], config.model.new_token_init)
-    _set_projector(lm, first.form.slot, config)
+    _set_feedback(lm, first.form.slot, config)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
         raise ValueError(
             f"{source} has LoRA already, {lm.adapter.settings}, and the configuration has {lora}. Leave "
@@ -39,23 +39,35 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     return lm
 
 
-def _set_projector(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
-    """Give a model that has no thoughts yet the projector of this slot. Raises ValueError if it thinks with another."""
-    own, hidden = lm.feedback.slot, lm.hidden_size
-    if not slot.thinks or (slot.projector, slot.width or hidden) == (own.projector, own.width or hidden):
+def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
+    """Give a model that has no thoughts yet the projector and update of this slot.
+
+    Raises ValueError if it has learned to think otherwise.
+    """
+    own = lm.feedback.slot
+
+    def rule(of: Slot) -> tuple[Any, ...]:
+        return of.projector, of.width or lm.hidden_size, of.update, of.iterations
+
+    if not slot.thinks or rule(slot) == rule(own):
         return
     if config.init and any(form.slot.thinks and form.num_thoughts for form in lm.reasoning.forms()):
         raise ValueError(
             f"init={config.init} has learned to think with the projector {own.describe()}, and {config.method} has "
             f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="
-            f"{own.width or 'null'}, or start from a run without thoughts."
+            f"{own.width or 'null'}, take a method with the same update, or start from a run without thoughts."
         )
-    lm.feedback = Feedback(slot, hidden).to(lm.device)
+    lm.feedback = Feedback(slot, lm.hidden_size).to(lm.device)
     lm.reasoning = replace(lm.reasoning, slot=slot)
 
 
 def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
     """Set the switches of the model's acceleration. Raises ValueError if the model does not support one of them."""
+    if engine.cuda_graphs and lm.feedback.slot.in_parallel:
+        raise ValueError(
+            "engine.cuda_graphs=true records passes with one thought each, and the thoughts of this method are updated "
+            "all at once. Set engine.cuda_graphs=false."
+        )
     if engine.cuda_graphs and lm.feedback.has_weights:
         raise ValueError(
             "engine.cuda_graphs=true records the model's layers alone, but the projector "

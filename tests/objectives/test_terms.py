@@ -50,7 +50,9 @@ def stages(method: str, **weights: float) -> Plan:
         thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4,
         num_thoughts=3 if "codi" in method else None,
     )  # fmt: skip
-    return plan(method, curriculum, weights, projector_width=12 if method in ("codi", "sim_cot_codi") else None)
+    return plan(
+        method, curriculum, weights, {"width": 12 if METHODS[method].slot.projector is not Projector.none else None}
+    )
 
 
 def trained(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float64, **weights: float) -> TrainingModel:
@@ -219,7 +221,7 @@ def test_measuring_the_update_leaves_the_random_generators_alone() -> None:
 
 def test_without_its_terms_a_method_is_its_host() -> None:
     host = plan("without_curriculum", Curriculum(max_stage=2, extra_stage=True))
-    bare = plan("codi", Curriculum(max_stage=2), {"teacher": 0, "states": 0}, Projector.none)
+    bare = plan("codi", Curriculum(max_stage=2), {"teacher": 0, "states": 0}, {"projector": Projector.none})
     assert bare.terms == host.terms
     ours, theirs = bare.stages[0].form, host.stages[0].form
     assert replace(ours, thoughts_per_step=theirs.thoughts_per_step) == theirs
