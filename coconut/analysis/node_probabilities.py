@@ -99,6 +99,11 @@ def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[i
     """Yield each number of thoughts, in rising order, with the context after the prompts and that many thoughts."""
     ids_BT, mask_BT = pad_rows([[*prompt, lm.special.bot] for prompt in prompts], lm.special.pad)
     ids_BT, mask_BT = ids_BT.to(lm.device), mask_BT.to(lm.device)
+    if lm.feedback.slot.in_parallel:
+        for count in sorted(counts):
+            is_token_BT = torch.cat([mask_BT.bool(), mask_BT.new_ones(len(mask_BT), count).bool()], dim=1)
+            yield count, _Context(think(lm, ids_BT, mask_BT, count).cache, is_token_BT, is_token_BT.sum(1))
+        return
     thinking = think(lm, ids_BT, mask_BT, 0)
     context = _Context(thinking.cache, mask_BT.bool(), mask_BT.sum(1))
     last_BD = thinking.states

@@ -44,7 +44,7 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     forms = {special.control[mode]: reasoning.in_mode(mode) for mode in reasoning.modes}
     return environment.get_template("card.md.j2").render(
         reasoning=reasoning, place=name or "THIS FOLDER", model_type=lm.base.config.model_type, between=between,
-        correction=lm.adapter is not None, thinks=reasoning.slot.thinks,
+        correction=lm.adapter is not None, thinks=reasoning.slot.thinks, in_parallel=reasoning.slot.in_parallel,
         modes={control: (slot(form), form.num_thoughts) for control, form in forms.items()},
         projected=_sizes(lm), feedback_file=WEIGHTS_FILE, start=start,
         before_slot=[*after, *slot(reasoning)], special=special,

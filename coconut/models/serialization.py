@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)  # version 2 knows no update of thoughts but the sequential one
 
 
 @dataclass
@@ -102,12 +103,12 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:
     try:
         values = read_json(record)
         version = int(values["format_version"])
-        if version == FORMAT_VERSION:
+        if version in READABLE:
             return values, SpecialIds(**values["special"]), Reasoning.from_dict(values["reasoning"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{record} is damaged ({type(error).__name__}: {error}). Save the model again.") from error
     advice = "Update coconut-latent." if version > FORMAT_VERSION else "Export the model again from its run."
-    raise ValueError(f"{folder} has format version {version}; this version of coconut reads {FORMAT_VERSION}. {advice}")
+    raise ValueError(f"{folder} has format version {version}; this version of coconut reads {READABLE}. {advice}")
 
 
 def _load_base(folder: Path, attention: str | None) -> PreTrainedModel:

@@ -117,6 +117,11 @@ def _check(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor) -
             f"{lm.reasoning.method} has no latent thoughts to reward. Take a model that was trained with them, such as "
             "method=coconut. Tokens are rewarded without thoughts by ImplicitReward.tokens."
         )
+    if lm.feedback.slot.in_parallel:
+        raise ValueError(
+            f"{lm.reasoning.method} updates its thoughts all at once, so that none is drawn after the ones before it, "
+            "and they have no probability of their own. Take a model whose thoughts are computed one after the other."
+        )
     if thoughts.dim() != 3 or len(thoughts) != len(questions) or thoughts.shape[2] != table.weight.shape[1]:
         raise ValueError(
             f"thoughts has the shape {tuple(thoughts.shape)}, with {len(questions)} questions and a hidden size of "

@@ -1,0 +1,181 @@
+"""Thoughts that are updated all at once: Jacobi iterations (PCCoT) and loops (LOTUS)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import build, gradients, relative
+from torch import Tensor
+
+from coconut import LatentLM
+from coconut.config import MECHANISMS, EngineConfig, ModelConfig
+from coconut.data.batching import IGNORED
+from coconut.methods import PAUSES, Curriculum, Projector, Slot, Source, Update, plan
+from coconut.models.passes import Reads
+from coconut.rewards.thoughts import thought_means
+from coconut.training.model_setup import apply_engine_options
+
+COUNTS, BEFORE, AFTER = (4, 2, 0, 3), (5, 9, 7, 3), (3, 5, 4, 6)  # of each row: thoughts, tokens before and after them
+CASES = [
+    ("gpt2", Slot(Source.thought, update=Update.jacobi, iterations=2)),
+    ("llama", Slot(Source.thought, Projector.mlp_ln, width=12, update=Update.jacobi, iterations=3)),
+    ("gpt2", Slot(Source.thought, Projector.mlp_ln, update=Update.loop, iterations=1)),
+    ("qwen3", Slot(Source.thought, update=Update.loop, iterations=3)),
+]
+
+
+def rows_of(lm: LatentLM) -> list[tuple[list[int], int]]:
+    """Token ids of each row, and how many of the last ones are targets."""
+    random = torch.Generator().manual_seed(1)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(5, 40, (count,), generator=random).tolist()
+
+    special = lm.special
+    return [
+        ([*words(before), special.bot, *[lm.latent_id] * count, special.eot, *words(after)], after)
+        for count, before, after in zip(COUNTS, BEFORE, AFTER, strict=True)
+    ]
+
+
+def batch_of(rows: list[tuple[list[int], int]], left: bool = True) -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    batch = {name: torch.full((len(rows), width), value) for name, value in
+             (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))}  # fmt: skip
+    for r, (ids, targets) in enumerate(rows):
+        start = width - len(ids) if left else 0
+        stop = start + len(ids)
+        batch["input_ids"][r, start:stop] = torch.tensor(ids)
+        batch["attention_mask"][r, start:stop] = 1
+        batch["labels"][r, stop - targets : stop] = torch.tensor(ids[-targets:])
+    return batch
+
+
+def questions_of(lm: LatentLM) -> tuple[Tensor, Tensor]:
+    batch = batch_of([(ids[: ids.index(lm.special.bot)], 1) for ids, _ in rows_of(lm)])
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def step(lm: LatentLM, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    lm.zero_grad(set_to_none=True)
+    loss = lm(**batch, **options).loss_sum
+    loss.backward()
+    return loss.detach(), gradients(lm)
+
+
+def same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> bool:
+    return bool((one[0] - other[0]).abs() < 1e-9) and relative(one[1], other[1]) < 1e-8
+
+
+@pytest.mark.parametrize(("family", "slot"), CASES)
+def test_both_paths_equal_a_flat_reading(family: str, slot: Slot) -> None:
+    """The flat reading takes one row at a time, without padding, cache or plan."""
+    lm = build(family, slot=slot)
+    rows = rows_of(lm)
+
+    def flat(ids: list[int], targets: int) -> Tensor:
+        place, K = ids.index(lm.latent_id) if lm.latent_id in ids else 0, ids.count(lm.latent_id)
+        embeds_TD = lm.base.get_input_embeddings()(torch.tensor(ids))
+        tokens_KD = thoughts_KD = embeds_TD[place : place + K]
+
+        def states(thoughts_KD: Tensor) -> Tensor:
+            inputs_TD = torch.cat([embeds_TD[:place], thoughts_KD, embeds_TD[place + K :]])
+            return lm.base.base_model(inputs_embeds=inputs_TD[None]).last_hidden_state[0]
+
+        for _ in range(slot.iterations):
+            states_TD = states(thoughts_KD)
+            if slot.update is Update.loop:
+                thoughts_KD = tokens_KD + lm.feedback.projector(states_TD[place : place + K])
+            else:
+                thoughts_KD = lm.feedback.projector(states_TD[place - 1 : place + K - 1]) if K else thoughts_KD
+        logits_TV = lm.logits(states(thoughts_KD))
+        return F.cross_entropy(logits_TV[-targets - 1 : -1], torch.tensor(ids[-targets:]), reduction="sum")
+
+    lm.zero_grad(set_to_none=True)
+    loss = torch.stack([flat(*row) for row in rows]).sum()
+    loss.backward()
+    expected = loss.detach(), gradients(lm)
+    for left in (True, False):
+        assert same(step(lm, batch_of(rows, left)), expected)
+        assert same(step(lm, batch_of(rows, left), use_cache=False), expected)
+    lm.acceleration.mechanisms = frozenset()
+    assert same(step(lm, batch_of(rows)), expected)
+    lm.acceleration.mechanisms = frozenset(MECHANISMS)
+    lm.acceleration.activation_checkpointing = True
+    assert same(step(lm.train(), batch_of(rows)), expected)
+
+
+@pytest.mark.parametrize("projector", [Projector.none, Projector.mlp_ln])
+def test_as_many_iterations_as_thoughts_are_sequential_thoughts(projector: Projector) -> None:
+    """In loss, gradients, answers and thoughts. PCCoT, arXiv 2506.18582, section 3."""
+    parallel = build("gpt2", slot=Slot(Source.thought, projector, update=Update.jacobi, iterations=4), num_thoughts=4)
+    sequential = build("gpt2", slot=Slot(Source.thought, projector), num_thoughts=4)
+    batch = batch_of(rows_of(parallel))
+    assert same(step(parallel, batch), step(sequential, batch))
+    questions = questions_of(parallel)
+    answers = [lm.generate(*questions, max_new_tokens=8) for lm in (parallel, sequential)]
+    assert answers[0].texts == answers[1].texts
+    assert torch.allclose(torch.stack(list(answers[0].thoughts)), torch.stack(list(answers[1].thoughts)), atol=1e-6)
+    one_fewer = build("gpt2", slot=replace(parallel.reasoning.slot, iterations=3), num_thoughts=4)
+    assert not same(step(one_fewer, batch), step(sequential, batch))
+
+
+@pytest.mark.parametrize("update", [Update.jacobi, Update.loop])
+def test_without_iterations_they_are_pauses(update: Update) -> None:
+    lm = build("llama", slot=Slot(Source.thought, update=update))
+    pauses = build("llama", slot=PAUSES)
+    with torch.no_grad():
+        for model in (lm, pauses):
+            table = model.base.get_input_embeddings().weight
+            table[model.special.pause] = table[model.latent_id]
+    batch = batch_of(rows_of(lm))
+    paused = {**batch, "input_ids": batch["input_ids"].where(batch["input_ids"] != lm.latent_id, lm.special.pause)}
+    one, other = step(lm, batch), step(pauses, paused)
+    for found in (one[1], other[1]):  # the rows of the two tokens exchange their gradients
+        name = next(name for name in found if "embed_tokens" in name)
+        found[name][lm.special.pause] = found[name][[lm.special.pause, lm.latent_id]].sum(0)
+        found[name][lm.latent_id] = 0
+    assert same(one, other)
+
+
+def test_a_row_alone_gives_the_same_and_more_passes_change_nothing() -> None:
+    lm = build("gpt2", slot=CASES[1][1], num_thoughts=3)
+    rows = rows_of(lm)
+    whole = step(lm, batch_of(rows))
+    parts = [step(lm, batch_of([row]), min_passes=passes) for row, passes in zip(rows, (1, 5, 5, 1), strict=True)]
+    summed = {name: sum(part[1].get(name, torch.zeros(())) for part in parts) for name in whole[1]}
+    assert same(whole, (torch.stack([loss for loss, _ in parts]).sum(), summed))
+    ids_BT, mask_BT = questions_of(lm)
+    together = lm.generate(ids_BT, mask_BT, max_new_tokens=6)
+    for row, (ids_T, mask_T) in enumerate(zip(ids_BT, mask_BT, strict=True)):
+        assert lm.generate(ids_T[None, mask_T.bool()], max_new_tokens=6).texts[0] == together.texts[row]
+
+
+def test_generation_feeds_the_thoughts_of_the_forward_pass() -> None:
+    lm = build("llama", slot=CASES[2][1], num_thoughts=3)
+    ids = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
+    fed = torch.stack(list(lm.generate(ids, max_new_tokens=2).thoughts))
+    slot = torch.tensor([lm.special.bot, *[lm.latent_id] * 3, lm.special.eot]).expand(2, -1)
+    whole, columns = torch.cat([ids, slot], dim=1), torch.arange(5, 8).expand(2, -1)
+    output = lm(whole, labels=whole, return_target_logits=True, reads=Reads(thoughts_BK=columns))
+    assert output.thoughts is not None
+    assert torch.allclose(output.thoughts.float(), fed, atol=1e-6)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    lm = build("gpt2", slot=CASES[0][1], num_thoughts=2)
+    apart = torch.tensor([[5, lm.latent_id, 6, lm.latent_id, 7]])
+    with pytest.raises(ValueError, match="must stand together"):
+        lm(apart, labels=apart)
+    with pytest.raises(ValueError, match="records passes with one thought each"):
+        apply_engine_options(lm, EngineConfig(cuda_graphs=True))
+    with pytest.raises(ValueError, match="no probability of their own"):
+        thought_means(lm, [[5, 6]], torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="iterations is -1; it must be at least 0"):
+        ModelConfig(base="gpt2", iterations=-1)
+    with pytest.raises(ValueError, match=r"computed one after the other\. Leave it out"):
+        plan("coconut", Curriculum(), slot={"iterations": 3})
