@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from coconut.adaptive.config import FunctionConfig
 from coconut.adaptive.space import Settings, Space
 from coconut.data.tokenization import encode_questions
-from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
+from coconut.generation.generate import Generated, longest_first, pad_rows
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.models.latent_lm import LatentLM
@@ -126,8 +126,10 @@ def _reply(out: Generated, rows: range) -> Reply:
     The prompt and its thoughts are computed once for all samples of a mode, and give the first token of each.
     """
     thoughts, modes = tuple(int(out.num_thoughts[row]) for row in rows), tuple(out.modes[row] for row in rows)
-    further_passes = sum(forward_passes(int(out.lengths[row]), bool(out.truncated[row]), 0, "") - 1 for row in rows)
-    prompt_passes = sum(forward_passes(1, True, count, "") for count, _ in set(zip(thoughts, modes, strict=True)))
+    of_text = [int(out.lengths[row]) + (not out.truncated[row]) for row in rows]
+    before = (int(out.passes[row]) - text - bool(out.modes[row]) for row, text in zip(rows, of_text, strict=True))
+    prompt_passes = sum(1 + passes for passes, *_ in set(zip(before, thoughts, modes, strict=True)))
+    further_passes = sum(of_text) - len(of_text)
     return Reply(
         texts=tuple(out.texts[row].strip() for row in rows),
         passes=any(modes) + prompt_passes + further_passes,

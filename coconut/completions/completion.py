@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.generation.generate import Generated, forward_passes
+from coconut.methods import Slot
 from coconut.utils.console import list_lengths
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Completion:
     text: str
     mode: str
     new_tokens: int
+    slot: Slot
     num_thoughts: int
     truncated: bool
 
@@ -54,13 +56,13 @@ class Completion:
 
     @property
     def passes(self) -> int:
-        """Sequential passes of a teacher-forced forward: one for each thought, and one for the rest."""
-        return self.num_thoughts + 1
+        """Sequential passes of a teacher-forced forward."""
+        return self.slot.passes(self.num_thoughts)
 
     @property
     def cost(self) -> Cost:
         """What generating it took."""
-        passes = forward_passes(self.new_tokens, self.truncated, self.num_thoughts, self.mode)
+        passes = forward_passes(self.new_tokens, self.truncated, self.slot, self.num_thoughts, self.mode)
         return Cost(passes, self.num_thoughts, self.new_tokens)
 
     @property
@@ -110,7 +112,8 @@ def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: 
         layout = _layout(lm, question, mode, count, out.completion_ids(row), control_sampled=bool(control))
         log_probs = torch.cat([torch.tensor(control), out.log_probs[row]])
         new_tokens, truncated = int(out.lengths[row]), bool(out.truncated[row])
-        completions.append(Completion(layout, log_probs, out.texts[row], mode, new_tokens, count, truncated))
+        slot = lm.reasoning.in_mode(mode).slot
+        completions.append(Completion(layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated))
     return completions
 
 
@@ -149,16 +152,17 @@ def completion_from_ids(
     has_eos = bool(completion_ids) and completion_ids[-1] == lm.special.eos
     layout = _layout(lm, question, mode, count, completion_ids, control_sampled=False)
     log_probs, new_tokens = torch.zeros(len(completion_ids)), len(completion_ids) - has_eos
-    return Completion(layout, log_probs, text, mode, new_tokens, count, truncated=not has_eos)
+    return Completion(layout, log_probs, text, mode, new_tokens, reasoning.slot, count, truncated=not has_eos)
 
 
 def largest_completion(lm: LatentLM, question: Sequence[int], limit: int) -> Completion:
     """The largest completion in any mode that generation can give: `limit` tokens, truncated."""
     completions = []
     for mode in lm.reasoning.modes or ("",):
-        count = lm.reasoning.in_mode(mode).num_thoughts
+        slot, count = lm.reasoning.in_mode(mode).slot, lm.reasoning.in_mode(mode).num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
-        completions.append(Completion(layout, torch.zeros(limit + bool(mode)), "", mode, limit, count, truncated=True))
+        log_probs = torch.zeros(limit + bool(mode))
+        completions.append(Completion(layout, log_probs, "", mode, limit, slot, count, truncated=True))
     return max(completions, key=lambda completion: (len(completion.layout.ids), completion.passes))
 
 

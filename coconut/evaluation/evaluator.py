@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
-from coconut.generation.generate import Generated, forward_passes, longest_first, pad_rows
+from coconut.generation.generate import Generated, longest_first, pad_rows
 from coconut.generation.thoughts import StopCriterion
 from coconut.methods import PromptFormat, Reasoning
 from coconut.tasks import TASKS, Task
@@ -38,12 +38,9 @@ class Prediction:
     chain_match: bool | None
     num_thoughts: int
     new_tokens: int
+    passes: int
     truncated: bool
     mode: str = ""
-
-    @property
-    def passes(self) -> int:
-        return forward_passes(self.new_tokens, self.truncated, self.num_thoughts, self.mode)
 
 
 @dataclass
@@ -155,7 +152,7 @@ def prediction_of(task: Task, example: Example, reasoning: Reasoning, out: Gener
     return Prediction(
         question=example.question, gold=example.answer, text=text, predicted=predicted,
         correct=task.judge(predicted, example.answer), chain_match=chain_match, num_thoughts=thoughts,
-        new_tokens=int(out.lengths[row]), truncated=bool(out.truncated[row]), mode=mode,
+        new_tokens=int(out.lengths[row]), passes=int(out.passes[row]), truncated=bool(out.truncated[row]), mode=mode,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from coconut.data.tokenization import SpecialIds, encode_questions
 from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
 from coconut.generation.thoughts import StopCriterion, think
-from coconut.methods import Reasoning
+from coconut.methods import Reasoning, Slot
 from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
@@ -29,16 +29,18 @@ class Generated:
     """B answers; several to one question are adjacent.
 
     `tokens` (B, N): new tokens, padded at their end. `lengths` (B,): without the end-of-sequence token. `truncated`
-    (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it. `thoughts` (B, K, D): what
-    was fed as thoughts, zero after a row's last. `modes`: the mode of each answer of a hybrid model, otherwise empty
-    texts. `mode_log_probs`: its log-probability, None where it was forced. `log_probs`, with log_probs=True: of each
-    answer's tokens, including the end of the sequence, in float32.
+    (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it. `passes` (B,): sequential
+    forward passes, for the prompt, thoughts, tokens, and a hybrid model's choice. `thoughts` (B, K, D): what was fed as
+    thoughts, zero after a row's last. `modes`: the mode of each answer of a hybrid model, otherwise empty texts.
+    `mode_log_probs`: its log-probability, None where it was forced. `log_probs`, with log_probs=True: of each answer's
+    tokens, including the end of the sequence, in float32.
     """
 
     tokens: Tensor
     lengths: Tensor
     truncated: Tensor
     num_thoughts: Tensor
+    passes: Tensor
     texts: list[str]
     thoughts: Tensor
     modes: list[str]
@@ -51,9 +53,9 @@ class Generated:
         return self.tokens[row, : int(self.lengths[row]) + ended].tolist()
 
 
-def forward_passes(new_tokens: int, truncated: bool, num_thoughts: int, mode: str) -> int:
+def forward_passes(new_tokens: int, truncated: bool, slot: Slot, num_thoughts: int, mode: str) -> int:
     """Sequential forward passes of an answer: the prompt, thoughts, tokens, and a hybrid model's choice of mode."""
-    return new_tokens + (not truncated) + num_thoughts + (num_thoughts > 0) + bool(mode)
+    return new_tokens + (not truncated) + slot.passes_before_answer(num_thoughts) + bool(mode)
 
 
 @torch.no_grad()
@@ -274,6 +276,12 @@ def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> G
         lengths=torch.tensor(lengths),
         truncated=torch.tensor(truncated),
         num_thoughts=torch.tensor([len(row) for row in fed]),
+        passes=torch.tensor(
+            [
+                forward_passes(length, ended, lm.reasoning.in_mode(answer.mode).slot, len(answer.thoughts), answer.mode)
+                for length, ended, answer in zip(lengths, truncated, answers, strict=True)
+            ]
+        ),
         texts=texts,
         thoughts=torch.nn.utils.rnn.pad_sequence(fed, batch_first=True),
         modes=[answer.mode for answer in answers],

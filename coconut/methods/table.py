@@ -111,6 +111,12 @@ class Slot:
             return 1 + length * self.thinks
         return 1 + (length > 0) * (self.iterations + 1) * (self.iterations > 0)
 
+    def passes_before_answer(self, length: int) -> int:
+        """Forward passes of generation between the question's and the answer's: of thoughts and what follows them."""
+        if not self.thinks or not length:
+            return 0
+        return 1 + (self.iterations + 1 if self.in_parallel else length)
+
 
 NOTHING, PAUSES, THOUGHTS = Slot(Source.none), Slot(Source.pause), Slot(Source.thought)
 

@@ -57,7 +57,9 @@ def saying(*texts: str) -> Any:
             lengths = [len(text.split()) for text in said]
             tensor = input_ids.new_tensor
             cut, fed = tensor([n > 8 for n in lengths]), torch.zeros(len(said), 3, 4)
-            return Generated(input_ids, tensor(lengths), cut, tensor([3] * len(said)), said, fed, [""] * len(said), [])
+            thoughts = tensor([3] * len(said))
+            passes = tensor([n + 4 + (n <= 8) for n in lengths])
+            return Generated(input_ids, tensor(lengths), cut, thoughts, passes, said, fed, [""] * len(said), [])
 
     lm = build("gpt2", num_thoughts=3, steps_cut=1, format=PromptFormat())
     return Scripted(lm.base, lm.tokenizer, lm.special, lm.reasoning)

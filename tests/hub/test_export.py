@@ -32,7 +32,7 @@ from coconut.generation.generate import answer
 from coconut.hub.config import ExportConfig
 from coconut.hub.model_card import card
 from coconut.hub.released_checkpoints import from_released
-from coconut.methods import NOTHING, PAUSES, THOUGHTS, Projector, PromptFormat, Reasoning, Slot, Source
+from coconut.methods import NOTHING, PAUSES, THOUGHTS, Projector, PromptFormat, Reasoning, Slot, Source, Update
 from coconut.runs.description import read_config
 from coconut.training.trainer import run as run_train
 from coconut.utils.files import read_json
@@ -76,11 +76,14 @@ def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
     lines, expected, chosen = ["import sys"], [], set()
     modes = ["short", "latent_2", "latent_3"]
     projected = Slot(Source.thought, Projector.mlp_ln, width=20)
+    at_once = [Slot(Source.thought, Projector.mlp_ln, update=update, iterations=2) for update in list(Update)[1:]]
     slots = (NOTHING, PAUSES, THOUGHTS, projected)
+    seeds = dict.fromkeys([projected, *at_once], 1)  # whose answers are words alone
     cases = [*product(slots, (False, True), [False]), *product([NOTHING], (False, True), [True])]
+    cases += [(slot, False, False) for slot in at_once]
     for number, (slot, chat, hybrid) in enumerate(cases):
         folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
-        lm = build("llama", torch.float32, seed=slot == projected, slot=slot, markers=slot != NOTHING,
+        lm = build("llama", torch.float32, seed=seeds.get(slot, 0), slot=slot, markers=slot != NOTHING,
                    num_thoughts=3 * (slot != NOTHING), max_new_tokens=8, format=form)  # fmt: skip
         if hybrid:
             lm.add_modes(modes, init="random")

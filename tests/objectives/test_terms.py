@@ -27,12 +27,12 @@ from coconut.engine.base import TermSums, total_statistics
 from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Curriculum, Plan, Projector, PromptFormat, Slot, Source, Term, plan
+from coconut.methods import Curriculum, Plan, Projector, PromptFormat, Slot, Source, Term, get_method, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.objectives.training_model import TrainingModel
 
 FORMAT = PromptFormat("{}", "{} a", "b {}")
-METHODS = ("codi", "pause_codi", "sim_cot_codi", "sim_cot")
+METHODS = ("codi", "pause_codi", "pccot", "sim_cot_codi", "sim_cot")
 
 
 def examples(count: int = 40) -> list[Example]:
@@ -48,11 +48,10 @@ def examples(count: int = 40) -> list[Example]:
 def stages(method: str, **weights: float) -> Plan:
     curriculum = Curriculum(
         thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4,
-        num_thoughts=3 if "codi" in method else None,
+        num_thoughts=3 if get_method(method).fixed_length else None,
     )  # fmt: skip
-    return plan(
-        method, curriculum, weights, {"width": 12 if METHODS[method].slot.projector is not Projector.none else None}
-    )
+    slot = {"codi": {"width": 12}, "sim_cot_codi": {"width": 12}, "pccot": {"iterations": 2}}.get(method)
+    return plan(method, curriculum, weights, slot)
 
 
 def trained(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float64, **weights: float) -> TrainingModel:
@@ -93,17 +92,23 @@ def flat_run(lm: LatentLM, item: Layout) -> tuple[list[Tensor], Tensor]:
     ids = torch.from_numpy(item.ids.astype(np.int64))
     embeds = list(lm.base.get_input_embeddings()(ids))
     thoughts = [t for t, token in enumerate(ids.tolist()) if token == lm.latent_id]
-    for t in thoughts:
-        state = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None]).last_hidden_state[0, t - 1]
-        parts: Any = lm.feedback.projector
-        if lm.feedback.has_weights:
-            hidden = F.gelu(state @ parts[0].weight.T + parts[0].bias) @ parts[2].weight.T + parts[2].bias
-            state = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
-            state = state * parts[3].weight + parts[3].bias
-        embeds[t] = state
+    slot = lm.feedback.slot
+    for updated in [thoughts] * slot.iterations if slot.in_parallel else [[t] for t in thoughts]:
+        states_TD = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None]).last_hidden_state[0]
+        for t in updated:
+            embeds[t] = flat_projection(lm, states_TD[t - 1])
     out = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None], output_hidden_states=True)
     fed = torch.stack([embeds[t] for t in thoughts]) if thoughts else torch.zeros(0)
     return [states[0] for states in out.hidden_states], fed
+
+
+def flat_projection(lm: LatentLM, state: Tensor) -> Tensor:
+    if not lm.feedback.has_weights:
+        return state
+    parts: Any = lm.feedback.projector
+    hidden = F.gelu(state @ parts[0].weight.T + parts[0].bias) @ parts[2].weight.T + parts[2].bias
+    state = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+    return state * parts[3].weight + parts[3].bias
 
 
 @dataclass
@@ -127,8 +132,14 @@ def slow_tokens(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tens
 
 def slow_states(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
     def at_prompt(form: str) -> Tensor:
-        read = [row[form] for row in rows]
-        return torch.stack([torch.stack([states[row.item.answer_prompt] for states in row.layers]) for row in read])
+        read, first = [row[form] for row in rows], term.options["first_layer"]
+        layers = [row.layers[first:] for row in read]
+        return torch.stack(
+            [
+                torch.stack([states[row.item.answer_prompt] for states in of])
+                for row, of in zip(read, layers, strict=True)
+            ]
+        )
 
     student_NLD, teacher_NLD = at_prompt(term.of), at_prompt(term.to).detach()
     gap = student_NLD - teacher_NLD
