@@ -130,7 +130,7 @@ def test_without_iterations_they_are_pauses(update: Update) -> None:
     pauses = build("llama", slot=PAUSES)
     with torch.no_grad():
         for model in (lm, pauses):
-            table = model.base.get_input_embeddings().weight
+            table: Any = model.base.get_input_embeddings().weight
             table[model.special.pause] = table[model.latent_id]
     batch = batch_of(rows_of(lm))
     paused = {**batch, "input_ids": batch["input_ids"].where(batch["input_ids"] != lm.latent_id, lm.special.pause)}
@@ -147,7 +147,10 @@ def test_a_row_alone_gives_the_same_and_more_passes_change_nothing() -> None:
     rows = rows_of(lm)
     whole = step(lm, batch_of(rows))
     parts = [step(lm, batch_of([row]), min_passes=passes) for row, passes in zip(rows, (1, 5, 5, 1), strict=True)]
-    summed = {name: sum(part[1].get(name, torch.zeros(())) for part in parts) for name in whole[1]}
+    summed = {
+        name: torch.stack([part.get(name, torch.zeros_like(total)) for _, part in parts]).sum(0)
+        for name, total in whole[1].items()
+    }
     assert same(whole, (torch.stack([loss for loss, _ in parts]).sum(), summed))
     ids_BT, mask_BT = questions_of(lm)
     together = lm.generate(ids_BT, mask_BT, max_new_tokens=6)
