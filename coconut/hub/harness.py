@@ -6,8 +6,10 @@ Importing this module registers the model. docs/evaluation.md says what each kin
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -52,23 +54,25 @@ class CoconutLM(TemplateLM):
 
     `path`: a run, a saved model, or OWNER/NAME on the hub; `checkpoint`: of a run. `format`: a `Wording`.
     `num_thoughts`, `mode`: as in `LatentLM.generate`. `max_length`: of prompt, thoughts and answer together, by default
-    the model's context. Raises ValueError for settings that do not fit the model, and under a launcher of several
-    processes.
+    the model's context. `device`: without CUDA, a name of a CUDA device counts as "auto", since the harness passes
+    cuda:0 where none was named. Raises ValueError for settings that do not exist or do not fit the model, and under a
+    launcher of several processes.
     """
 
     def __init__(
-        self, path: str, checkpoint: str | int = "best", *, format: str = Wording.trained,
+        self, path: str = "", checkpoint: str | int = "best", *, format: str = Wording.trained,
         num_thoughts: int | None = None, mode: str | None = None, max_length: int | None = None,
-        batch_size: int | str = 64, device: str | None = None, precision: str = Precision.float32,
+        batch_size: int | str = 64, device: str | None = None, precision: str = Precision.float32, **unknown: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         _refuse_several_processes()
+        _refuse_wrong_names(path, unknown)
         self.wording, self.precision = (
             _member(kind, name, given)
             for kind, name, given in ((Wording, "format", format), (Precision, "precision", precision))
         )
         self.batch_size = _whole("batch_size", batch_size)
-        self.lm = load_model(str(path), str(checkpoint), EngineConfig(device=device or "auto"))
+        self.lm = load_model(str(path), str(checkpoint), EngineConfig(device=_usable(device)))
         self.num_thoughts, self.mode = _fitting(self.lm, num_thoughts, mode)
         context = self.lm.max_sequence_length
         self.max_length = context if max_length is None else min(_whole("max_length", max_length), context)
@@ -293,6 +297,19 @@ def _refuse_several_processes() -> None:
             f"The model coconut runs lm-evaluation-harness in one process, but this is one of {info.size}. "
             f"{info.advice}"
         )
+
+
+def _refuse_wrong_names(path: str, unknown: Mapping[str, Any]) -> None:
+    known = [name for name in inspect.signature(CoconutLM).parameters if name != "unknown"]
+    if unknown:
+        raise ValueError(f"The model coconut has no argument {', '.join(unknown)}, only {', '.join(known)}.")
+    if not path:
+        raise ValueError("No model is named. Add --model_args path=PATH: a run, a saved model, or OWNER/NAME.")
+
+
+def _usable(device: str | None) -> str:
+    without = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+    return "auto" if without or not device else device
 
 
 def _member(kind: type[StrEnum], name: str, given: str) -> Any:

@@ -323,6 +323,24 @@ def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], word
         model(saved(tmp_path / "model"), **settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "Add --model_args path=PATH"),
+        ({"path": "run", "pretrained": "gpt2"}, "no argument pretrained, only path, "),
+    ],
+)
+def test_arguments_that_are_missing_or_unknown(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CoconutLM(**given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device can be used")
+def test_the_harness_default_device_without_cuda(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model")
+    assert CoconutLM(str(path), device="cuda:0").device == CoconutLM(str(path)).device
+
+
 def test_thoughts_of_a_method_without(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", method="cot", slot=NOTHING, markers=False, num_thoughts=0)
     with pytest.raises(ValueError, match="cot has neither thoughts nor pauses"):
