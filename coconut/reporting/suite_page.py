@@ -54,6 +54,7 @@ def study_of(
         "suite": config.suite.name, "run": config.run, "checkpoint": config.checkpoint, "step": evaluator.step,
         "evaluated": describe_settings(lm.reasoning, config), "settings": list(settings),
         "batch_size": config.batch_size, "timed": config.suite.timed,
+        "samples": config.samples if config.sampling else None,
         "macro_average": sum(accuracies) / len(accuracies) if records and not missing else None,
         "session": environment_info(),
     }  # fmt: skip
@@ -99,15 +100,21 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def notes(study: Study) -> list[str]:
     """What the columns mean, and the macro average."""
     facts = study.facts
+    sampled, timed = facts["samples"], facts["timed"]
+    measured = (
+        f"pass@1 of {counted(sampled, 'sampled answer')} to each question, with a bootstrap interval over questions"
+        if sampled
+        else "greedy decoding, with Wilson's 95 % interval"
+    )
+    alone = f"one by one, over the first {counted(timed, 'question')} of a set; and " if timed else ""
     explained = [
-        "Accuracy: greedy decoding, with Wilson's 95 % interval. New tokens, thoughts and passes: means of an answer. "
-        "Truncated: answers that ended at the limit of new tokens. Seen: questions in the run's training or "
-        f"validation data; {DASH} if that is not known. Left out: rows that are too long, or whose gold answer would "
-        "be judged wrong.",
-        f"Seconds a question: one by one, over the first {facts['timed']:,} questions of a set; and in batches of "
+        f"Accuracy: {measured}. New tokens, thoughts and passes: means of an answer. Truncated: answers that ended at "
+        f"the limit of new tokens. Seen: questions in the run's training or validation data; {DASH} if that is not "
+        "known. Left out: rows that are too long, or whose gold answer would be judged wrong.",
+        f"Seconds a question{', with all its answers' if sampled else ''}: {alone}in batches of "
         f"{facts['batch_size']:,}, over all. Only times of the same machine are comparable.",
     ]
-    if facts["macro_average"] is not None:
+    if facts["macro_average"] is not None and len(study.rows) > 1:
         explained.insert(0, f"Macro average over the {len(study.rows)} sets, each with the same weight: "
                             f"{percent(facts['macro_average'])}. It is no share of questions.")  # fmt: skip
     return explained

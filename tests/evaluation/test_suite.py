@@ -111,6 +111,22 @@ def test_a_set_has_the_numbers_of_a_single_evaluation(folder: Path, capsys: pyte
     assert read_run(folder / "coconut").test != "near", "a set of a suite is not the run's own test"
 
 
+def test_a_sampled_suite_says_what_its_accuracy_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = asked(folder, samples=2, temperature=1.0)
+    config.suite = replace(config.suite, sets={"near": config.suite.sets["near"]}, timed=0)
+    assert evaluate.run(config) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "Accuracy: pass@1 of 2 sampled answers to each question, with a bootstrap interval" in screen
+    assert "Seconds a question, with all its answers: in batches of 4" in screen
+    assert "greedy" not in screen
+    assert "Macro average" not in screen, "of one set"
+    results = folder / "coconut" / "evaluation"
+    (row,) = read_json(results / "suites" / "graphs-samples-2-temperature-1.0.json")["rows"]
+    lines = (results / "near-samples-2-temperature-1.0.predictions.jsonl").read_text().splitlines()
+    right = [answer["correct"] for line in lines for answer in json.loads(line)["answers"]]
+    assert (row["rows"], row["accuracy"]) == (len(lines), pytest.approx(sum(right) / len(right)))
+
+
 def test_finished_sets_are_kept_and_others_evaluated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hidden = (folder / "far_test.json").rename(folder / "hidden.json")
     assert evaluate.run(asked(folder)) == evaluate.SET_MISSING
