@@ -72,10 +72,10 @@ def read_splits(config: EvaluationBuild) -> tuple[dict[str, list[Row]], dict[str
         released, source = _open_hub(config, subset)
     rows = _rows(released, entry)
     if len(rows) != subset.rows:
-        others = [f"subset={key} has {value.rows:,}" for key, value in entry.subsets.items() if key != name]
+        others = [f"subset={key} has {value.rows:,}. " for key, value in entry.subsets.items() if key != name]
         raise ValueError(
             f"{released.path} has {len(rows):,} rows, and the published {config.dataset} ({name}) has {subset.rows:,}. "
-            f"{'; '.join([*others, 'Give the whole file, unchanged'])}. Rows of your own: data=own."
+            f"{''.join(others)}Give the whole file, unchanged. Rows of your own: data=own."
         )
     return {"test": rows}, {
         "dataset": str(config.dataset), "subset": name, "sources": source,

@@ -87,7 +87,8 @@ def in_own_format(file: str, rule: RowRule, split: str, cache_dir: str | None) -
         [f"{split}={quoted(str(path.resolve()))}", *as_arguments(rule), "preview=0"], cache_dir,
         f"Converting {file}, once",
         f"{file} could not be converted; see the message above. The keys that it names begin with data. here: "
-        "data.columns.question=NAME. coconut data import --help explains them.",
+        "data.columns.question=NAME. If the columns are question, answer and steps, data.columns.question=question "
+        "alone replaces the run's rule. coconut data import --help explains them.",
     )  # fmt: skip
     return str(folder / f"{name}_{split}.json")
 
@@ -99,14 +100,18 @@ def file_of_set(
     """The file of an evaluation set, which `coconut data BUILDER` makes with the keys `build`.
 
     The first of `folders` that holds the set counts. It holds NAME_test.json as `coconut data` writes it; or else the
-    released file: NAME.jsonl, NAME.json, or the test file in a sub-folder NAME; or a sub-folder NAME in the hub's
-    layout. The builder converts what was released, once, into the cache. Without folders it takes the set from the
-    hub, once, with the further keys `hub`. Raises FileNotFoundError if no folder holds the set, and BuilderFailed.
+    released file: NAME.jsonl, NAME.json, or the test file in a sub-folder NAME without a train file; or a sub-folder
+    NAME in the hub's layout. The builder converts what was released, once, into the cache. Without folders it takes the
+    set from the hub, once, with the further keys `hub`. Raises FileNotFoundError if a folder does not exist or none
+    holds the set, and BuilderFailed.
     """
+    if absent := [str(folder) for folder in folders if not Path(folder).is_dir()]:
+        raise FileNotFoundError(f"There is no folder {absent[0]}")
     for folder in map(Path, folders):
         if (built := folder / f"{name}_test.json").is_file():
             return str(built)
-        released = (folder / f"{stem}{end}" for stem in (name, f"{name}/test") for end in (".jsonl", ".json"))
+        stems = [name] if any((folder / name).glob("train*")) else [name, f"{name}/test"]
+        released = (folder / f"{stem}{end}" for stem in stems for end in (".jsonl", ".json"))
         path = next((path for path in released if path.is_file()), folder / name)
         if path.exists():
             source = {"test" if path.is_file() else "hub": str(path.absolute())}

@@ -250,6 +250,23 @@ def test_files_of_a_set_are_found_or_converted_once(tmp_path: Path) -> None:
     assert len(read_json(find("a"))) == 2, "the file has changed"
     write_json(tmp_path / "b" / "sums_test.json", [])
     assert find("b", "a") == tmp_path / "b" / "sums_test.json"
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*none"):
+        find("a", "none")
+
+
+def test_a_test_file_beside_a_train_file_is_no_whole_set(tmp_path: Path) -> None:
+    """In the hub's layout the files may be train.json and test.json. MultiArith has the rows of both."""
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    counts = {"train": 420, "test": 180}
+    for split, count in counts.items():
+        rows = [{"question": f"{split} {i} and 1?", "final_ans": f"{i + 1}"} for i in range(count)]
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+    whole = file_of_set("sums", "multiarith", {"subset": "all"}, {}, [tmp_path], None)
+    expected = [f"{split} {i} and 1?" for split, count in counts.items() for i in range(count)]
+    assert [row["question"] for row in read_json(Path(whole))] == expected
+    part = file_of_set("sums", "multiarith", {"subset": "test180"}, {}, [tmp_path], None)
+    assert [row["question"] for row in read_json(Path(part))] == expected[420:]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +288,8 @@ def test_bad_suites_are_refused(folder: Path, tmp_path: Path) -> None:
         SuiteConfig("x", {"test": SuiteSet(TaskName.prosqa)})
     empty = asked(folder)
     empty.suite.folder = [str(tmp_path / "nothing"), str(tmp_path / "none")]
+    for name in empty.suite.folder:
+        Path(name).mkdir()
     with pytest.raises(
         ValueError, match=r"No set of suite=graphs can be had:\n  near: .*nothing, .*none hold no near_"
     ):
