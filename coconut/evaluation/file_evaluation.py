@@ -61,6 +61,8 @@ class FileEvaluator:
         which = describe_settings(self.lm.reasoning, config) + ("" if self.step is None else f", update {self.step}")
         log(f"Evaluating {which}, on {len(selected.examples)} questions of {file}")
         warn_of_questions(self.lm, selected, config, file)
+        if config.samples > 1 and not (config.sampling and config.sampling.is_random):
+            log(f"warning: all {config.samples} answers are the greedy one. Set temperature or thought_noise.")
         with progress_bar("evaluating", -(-len(selected.examples) // world.size)) as bar:
             result, predictions = self._answer(
                 selected, task, config.batch_size, world,

@@ -200,6 +200,10 @@ def test_the_command_writes_every_answer_and_the_page_shows_the_curves(
     last = result["sampling"]["at_k"][-1]
     assert f"{100 * last['pass_at_k']:.1f} % ({100 * last['pass_interval'][0]:.1f} to" in said
 
+    assert "warning: all" not in said
+    assert run_evaluate(EvaluateConfig(run=str(trained), samples=4, limit=2)) == 0
+    assert "warning: all 4 answers are the greedy one" in capsys.readouterr().out
+
     page = words(page_of(read_run(trained)))
     assert "Several answers to a question" in page
     assert "temperature 0.8, noise 0.5" in page
