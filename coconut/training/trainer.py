@@ -91,7 +91,9 @@ class Trainer:
 
     @property
     def next_command(self) -> str:
-        return f"coconut evaluate run={self.folder}"
+        data = self.config.data
+        needs_file = (data.train or data.valid) and not data.test
+        return f"coconut evaluate run={self.folder}{' data.test=FILE' if needs_file else ''}"
 
     @property
     def micro_batch_size(self) -> int:
