@@ -131,13 +131,20 @@ def shared_questions(splits: dict[str, list[WrittenRow]], alike: Callable[[Row, 
 
 
 def divide(rows: list[Row], counts: dict[str, int], seed: int) -> dict[str, list[Row]]:
-    """Shuffle rows by the seed and divide them: validation, test, and then training rows, by default all others."""
+    """Shuffle rows by the seed and divide them: validation, test, and then training rows, by default all others.
+
+    Rows with the same question stay together, unless the end of a split falls among them.
+    """
     if sum(counts.values()) > len(rows):
         asked = ", ".join(f"num_{split}={count}" for split, count in counts.items())
         total = sum(counts.values())
         raise ValueError(f"{asked} ask for {total} rows, and the source has {len(rows)}. Lower them.")
     rows = list(rows)
     random.Random(f"divide {seed}").shuffle(rows)
+    by_question: dict[str, list[Row]] = {}
+    for row in rows:
+        by_question.setdefault(row["question"], []).append(row)
+    rows = [row for same in by_question.values() for row in same]
     valid, rows = rows[: counts["valid"]], rows[counts["valid"] :]
     test, rows = rows[: counts["test"]], rows[counts["test"] :]
     return {"train": rows[: counts.get("train")], "valid": valid, "test": test}

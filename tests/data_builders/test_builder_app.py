@@ -23,7 +23,7 @@ from helpers.processes import python
 from coconut.utils.files import read_json as read
 from coconut.utils.files import sha256
 from data_builders import graph_measures, gsm8k, pointers, prontoqa, prosqa
-from data_builders.dataset_writer import SPLITS, WrittenRow, shared_questions
+from data_builders.dataset_writer import SPLITS, WrittenRow, divide, shared_questions
 from data_builders.prosqa import ProsqaBuild
 from data_builders.statistics import Line, compact, compare, summary
 
@@ -42,6 +42,19 @@ GRAPHS: dict[str, Any] = {"preset": prosqa.Preset.graphs, "name": "graphs"}
 def test_builder_refuses_contradicting_keys(keys: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ProsqaBuild(**keys)
+
+
+def test_rows_with_the_same_question_stay_in_one_split() -> None:
+    """Sizes are kept, so that of at most the two questions at the ends of splits some rows lie on either side."""
+    rows = [{"question": str(number % 40), "number": number} for number in range(120)]
+    splits = divide(rows, {"valid": 30, "test": 31}, seed=3)
+    assert [len(splits[split]) for split in SPLITS] == [59, 30, 31]
+    assert sorted(row["number"] for part in splits.values() for row in part) == list(range(120))
+    found = [{row["question"] for row in part} for part in splits.values()]
+    shared = [one & other for k, one in enumerate(found) for other in found[k + 1 :]]
+    assert sum(map(len, shared)) <= 2
+    single = [{"question": str(number)} for number in range(50)]
+    assert divide(single, {"valid": 5, "test": 5}, seed=0)["train"] != single[:40], "shuffled"
 
 
 def digests(folder: Path) -> dict[str, str]:
