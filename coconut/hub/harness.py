@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +26,11 @@ from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import around_questions, encode_answers, encode_texts
 from coconut.engine.base import autocast
 from coconut.engine.launcher_env import read_launcher_env
+from coconut.evaluation.suite import weights_digest
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.models.latent_lm import LatentLM
-from coconut.models.lora import fingerprint
 from coconut.models.losses import target_log_probs
 from coconut.runs.loading import load_model
 from coconut.utils.console import log
@@ -97,12 +98,12 @@ class CoconutLM(TemplateLM):
         """A name for the prompts that the harness caches; it differs wherever answers may."""
         return f"{MODEL}-{self.fingerprint}"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of what decides an answer: the weights and where they lie, and the settings."""
+        """A hash of what decides an answer: the weights, the reasoning, and the settings."""
         facts = [
-            self.lm.base.name_or_path, fingerprint(self.lm.base), self.lm.reasoning.as_dict(), self.num_thoughts,
-            self.mode, self.max_length, self.wording, self.precision, self.tokenizer.chat_template,
+            weights_digest(self.lm), self.num_thoughts, self.mode, self.max_length, self.wording, self.precision,
+            self.tokenizer.chat_template,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
