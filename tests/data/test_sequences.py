@@ -72,8 +72,10 @@ def test_processes_share_an_update_evenly(data: TokenizedData, stages: Plan, ran
     rows = [tuple(row[mask > 0].tolist()) for share in shares for part in share if any(part.denominators)
             for row, mask in zip(part.input_ids, part.attention_mask, strict=True)]  # fmt: skip
     assert sorted(rows) == sorted(tuple(item.ids.tolist()) for i in range(len(data)) for item in view.layouts(i))
+    slot = stages.stages[-1].form.slot
     for parts in zip(*shares, strict=True):
-        needed = max(int((part.input_ids == SPECIAL.latent).sum(1).max()) for part in parts) + 1
+        thoughts = max(int((part.input_ids == SPECIAL.latent).sum(1).max()) for part in parts)
+        needed = 1 + (slot.iterations + 1 if slot.in_parallel and thoughts else thoughts)
         assert {part.passes for part in parts} == {needed}
 
 
