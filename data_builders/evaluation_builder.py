@@ -22,6 +22,7 @@ from data_builders.evaluation_sets import EVALUATION_SETS, EvaluationSet, Subset
 from data_builders.hub import load_hub
 from data_builders.release_formats import Kind, Released, SourceKeys, detected, parsed, rows_of
 from data_builders.statistics import Measures
+from data_builders.tables import read_table
 
 Dataset = StrEnum("Dataset", list(EVALUATION_SETS))
 NOT_RECORDS = (Kind.prontoqa, Kind.gsm8k_aug, Kind.binary, Kind.pointer, Kind.page, Kind.empty)
@@ -107,9 +108,7 @@ def _converted(record: Any, entry: EvaluationSet) -> Row:
 def _open_file(path: str) -> Released:
     """A JSON list, an object a line, or Parquet. Raises ValueError for a file of another kind."""
     if Path(path).suffix == ".parquet" and Path(path).is_file():
-        from pyarrow.parquet import read_table
-
-        return _numbered(Path(path), read_table(path).to_pylist())
+        return _numbered(Path(path), [record for _, record in read_table(path).records])
     released = detected(Path(path))
     if released.kind in NOT_RECORDS:
         raise ValueError(f"{path} looks like {released.kind}. Wanted is a JSON list, or a JSON object on each line.")
