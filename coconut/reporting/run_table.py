@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -118,8 +118,7 @@ def _notes(compared: Comparison) -> list[str]:
 def markdown(compared: Comparison) -> str:
     """The table as Markdown, with questions, seeds, machines and dates."""
     evaluation = compared.evaluation
-    rows = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, compared.rows)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = markdown_table([COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, compared.rows)])
     sessions = [session for run in compared.runs for session in run.record.description["sessions"]]
     dates = sorted({datetime.fromisoformat(session["started"]).date().isoformat() for session in sessions})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -133,6 +132,11 @@ def markdown(compared: Comparison) -> str:
     if compared.warnings:
         lines += ["", *(f"- {warning}" for warning in compared.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table. The second row says how columns are aligned."""
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
 def _machines(runs: Sequence[ComparableRun]) -> list[str]:

@@ -18,6 +18,7 @@ from coconut.reporting.run_table import (
     SCREEN,
     aligned,
     common_folder,
+    markdown_table,
     output_folder,
     pair_cells,
     provenance,
@@ -113,8 +114,7 @@ def markdown(compared: SuiteComparison) -> str:
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(markdown_table([head, ["---"] * len(head), *rows]))
 
 
 def questions(compared: SuiteComparison) -> list[str]:
