@@ -159,7 +159,8 @@ def largest_completion(lm: LatentLM, question: Sequence[int], limit: int) -> Com
     """The largest completion in any mode that generation can give: `limit` tokens, truncated."""
     completions = []
     for mode in lm.reasoning.modes or ("",):
-        slot, count = lm.reasoning.in_mode(mode).slot, lm.reasoning.in_mode(mode).num_thoughts
+        reasoning = lm.reasoning.in_mode(mode)
+        slot, count = reasoning.slot, reasoning.num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
         log_probs = torch.zeros(limit + bool(mode))
         completions.append(Completion(layout, log_probs, "", mode, limit, slot, count, truncated=True))

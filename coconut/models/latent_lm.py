@@ -291,9 +291,7 @@ class LatentLM(nn.Module):
         several = len(bounds) > 2
         if several:
             self.acceleration.refuse_checkpointing_by_transformers()
-        windows = self._windows if self._windows and self._windows.needs_masks(is_token_BS) else None
-        cache = self.new_cache(bounds[-1], windows=windows is None) if several else None
-        attended_BS = is_token_BS | after_last_token(is_token_BS)
+        run, cache = self._prepared(is_token_BS, positions_BS, cached=several)
         collected, last_BD = CollectedReads(reads), None
         with self.acceleration.all_passes() if several else nullcontext():
             for (start, stop), skipped in zip(pairwise(bounds), num_skipped, strict=True):
@@ -301,11 +299,7 @@ class LatentLM(nn.Module):
                 if last_BD is not None:
                     thought_B1D = self.feedback(last_BD)[:, None].to(block_BTD)
                     block_BTD = torch.where(is_latent_BS[:, start:stop, None], thought_B1D, block_BTD)
-                mask = attended_BS[:, :stop]
-                if windows:
-                    mask = windows.masks(mask, positions_BS[:, :stop], start, block_BTD.dtype)
-                every = collected.needs_layers(start, stop, stop == bounds[-1])
-                layers = self._layers(block_BTD, mask, positions_BS[:, start:stop], cache, skipped, every)
+                layers = run(block_BTD, start, cache, skipped, collected.needs_layers(start, stop, stop == bounds[-1]))
                 collected.add(block_BTD, layers, start)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
                 end_BD = layers[-1][:, -1]
@@ -320,30 +314,36 @@ class LatentLM(nn.Module):
         is_latent_BK = plan.gather(inputs.is_latent_BT)[:, start:stop] & is_token_BS[:, start:stop]
         tokens_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
         self.acceleration.refuse_checkpointing_by_transformers()
-        windows = self._windows if self._windows and self._windows.needs_masks(is_token_BS) else None
-        cache = self.new_cache(plan.pass_bounds[-1], windows=windows is None)
-        attended_BS = is_token_BS | after_last_token(is_token_BS)
+        run, cache = self._prepared(is_token_BS, positions_BS, cached=True)
         collected = CollectedReads(plan.in_passes(reads))
-
-        def layers(embeds: Tensor, begin: int, cache: Any, num_skipped: int = 0, every: bool = False):
-            mask, end = attended_BS, begin + embeds.shape[1]
-            mask = (
-                windows.masks(mask[:, :end], positions_BS[:, :end], begin, embeds.dtype) if windows else mask[:, :end]
-            )
-            return self._layers(embeds, mask, positions_BS[:, begin:end], cache, num_skipped, every)
-
         with self.acceleration.all_passes():
-            before = layers(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0])
+            before = run(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0])
             collected.add(tokens_BSD[:, :start], before, 0)
             block_BKD = self.iterate_block(
-                tokens_BSD[:, start:stop],
-                before[-1][:, -1],
-                is_latent_BK,
-                lambda embeds: layers(embeds, start, copy(cache))[-1],
-            )
+                tokens_BSD[:, start:stop], before[-1][:, -1], is_latent_BK,
+                lambda embeds: run(embeds, start, copy(cache))[-1],
+            )  # fmt: skip
             rest_BTD = torch.cat([block_BKD, tokens_BSD[:, stop:]], dim=1)
-            collected.add(rest_BTD, layers(rest_BTD, start, cache, every=reads.columns_B is not None), start)
+            collected.add(rest_BTD, run(rest_BTD, start, cache, every=reads.columns_B is not None), start)
         return replace(collected.output(), columns_BT=plan.column_BT)
+
+    def _prepared(
+        self, is_token_BS: Tensor, positions_BS: Tensor, cached: bool
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], Any]:
+        """A function that runs columns `start` and on, as `_layers` does; and an empty KV cache for all columns."""
+        windows = self._windows if self._windows and self._windows.needs_masks(is_token_BS) else None
+        attended_BS = is_token_BS | after_last_token(is_token_BS)
+
+        def run(
+            embeds_BTD: Tensor, start: int, cache: Any, num_skipped: int = 0, every: bool = False
+        ) -> tuple[Tensor, ...]:
+            stop = start + embeds_BTD.shape[1]
+            mask = attended_BS[:, :stop]
+            if windows:
+                mask = windows.masks(mask, positions_BS[:, :stop], start, embeds_BTD.dtype)
+            return self._layers(embeds_BTD, mask, positions_BS[:, start:stop], cache, num_skipped, every)
+
+        return run, self.new_cache(is_token_BS.shape[1], windows=windows is None) if cached else None
 
     def iterate_block(
         self, tokens_BKD: Tensor, last_BD: Tensor, is_latent_BK: Tensor, run: Callable[[Tensor], Tensor]

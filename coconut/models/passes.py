@@ -202,15 +202,15 @@ def plan_passes(
     K = int(thoughts_B1.max())
     block_BT = torch.where(seen_BT > 0, K - thoughts_B1 + seen_BT, 0)
     if K:
-        block_BT = torch.where((thoughts_B1 == 0) & _goes_on(is_latent_BT, is_token_BT, reads), K, block_BT)
+        block_BT = torch.where((thoughts_B1 == 0) & _goes_on(seen_BT, is_token_BT, reads), K, block_BT)
     extra = max(min_passes - K - 1, 0)
-    widths_K = _widths(block_BT, is_token_BT, K + 1)
+    count_BK = _count_tokens(block_BT, is_token_BT, K + 1)
+    widths_K = count_BK.amax(0)
     widths_K[0] = widths_K[0].clamp(min=extra + 1)
     if bucket_widths:
         widths_K = torch.tensor([bucket_up(width) if width > 1 else width for width in widths_K.tolist()]).to(widths_K)
-    plan = _laid_out(block_BT, is_token_BT, widths_K)
-    first, *rest = plan.pass_bounds[1:]
-    return replace(plan, pass_bounds=[*range(extra + 1), first, *rest], bucketed=bucket_widths)
+    plan = _laid_out(block_BT, is_token_BT, count_BK, widths_K)
+    return replace(plan, pass_bounds=[*range(extra + 1), *plan.pass_bounds[1:]], bucketed=bucket_widths)
 
 
 def plan_blocks(is_latent_BT: Tensor, is_token_BT: Tensor, reads: Reads | None = None) -> PassPlan:
@@ -226,16 +226,16 @@ def plan_blocks(is_latent_BT: Tensor, is_token_BT: Tensor, reads: Reads | None =
     if (is_token_BT & ~is_latent_BT & (seen_BT > 0) & (seen_BT < thoughts_B1)).any():
         raise ValueError("Thoughts that are updated all at once must stand together, and other tokens are among them.")
     block_BT = torch.where(is_latent_BT, 1, torch.where(seen_BT > 0, 2, 0))
-    block_BT = torch.where((thoughts_B1 == 0) & _goes_on(is_latent_BT, is_token_BT, reads), 2, block_BT)
-    widths_K = _widths(block_BT, is_token_BT, 3)
+    block_BT = torch.where((thoughts_B1 == 0) & _goes_on(seen_BT, is_token_BT, reads), 2, block_BT)
+    count_BK = _count_tokens(block_BT, is_token_BT, 3)
+    widths_K = count_BK.amax(0)
     widths_K[:2] = widths_K[:2].clamp(min=1)
-    return _laid_out(block_BT, is_token_BT, widths_K)
+    return _laid_out(block_BT, is_token_BT, count_BK, widths_K)
 
 
-def _goes_on(is_latent_BT: Tensor, is_token_BT: Tensor, reads: Reads | None) -> Tensor:
-    """(B, T) what of a row without thoughts is left for the last pass."""
+def _goes_on(seen_BT: Tensor, is_token_BT: Tensor, reads: Reads | None) -> Tensor:
+    """(B, T) what of a row without thoughts is left for the last pass. `seen_BT`: thoughts up to each column."""
     tokens_BT = is_token_BT.long()
-    seen_BT = is_latent_BT.long().cumsum(1)
     prefix_B = (tokens_BT * (seen_BT == 0)).sum(1)
     width = torch.where(seen_BT[:, -1] > 0, prefix_B, 0).max()
     goes_on_BT = tokens_BT.cumsum(1) - 1 >= width
@@ -245,21 +245,18 @@ def _goes_on(is_latent_BT: Tensor, is_token_BT: Tensor, reads: Reads | None) -> 
     return goes_on_BT
 
 
-def _widths(block_BT: Tensor, is_token_BT: Tensor, count: int) -> Tensor:
-    """(count,) the most tokens that a row has in each block."""
-    return _counts(block_BT, is_token_BT, count).amax(0)
+def _count_tokens(block_BT: Tensor, is_token_BT: Tensor, blocks: int) -> Tensor:
+    """(B, blocks) the tokens of each row in each block."""
+    none_BK = torch.zeros(len(block_BT), blocks, dtype=torch.long, device=block_BT.device)
+    return none_BK.scatter_add(1, block_BT, is_token_BT.long())
 
 
-def _counts(block_BT: Tensor, is_token_BT: Tensor, count: int) -> Tensor:
-    """(B, count) the tokens of each row in each block."""
-    counts_BK = torch.zeros(len(block_BT), count, dtype=torch.long, device=block_BT.device)
-    return counts_BK.scatter_add(1, block_BT, is_token_BT.long())
+def _laid_out(block_BT: Tensor, is_token_BT: Tensor, count_BK: Tensor, widths_K: Tensor) -> PassPlan:
+    """The plan in which block k of each row takes `widths_K[k]` columns; all but the last are padded on the left.
 
-
-def _laid_out(block_BT: Tensor, is_token_BT: Tensor, widths_K: Tensor) -> PassPlan:
-    """The plan in which block k of each row takes `widths_K[k]` columns; all but the last are padded on the left."""
+    `count_BK`: the tokens of each row in each block.
+    """
     B, T = is_token_BT.shape
-    count_BK = _counts(block_BT, is_token_BT, len(widths_K))
     before_BK = count_BK.cumsum(1) - count_BK
     pads_BK = widths_K - count_BK
     pads_BK[:, -1] = 0
