@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import At, Curriculum, Plan, Projector, PromptFormat, plan
+from coconut.methods import At, Curriculum, Plan, Projector, PromptFormat, Update, plan
 from coconut.utils.overrides import Kind, PathName, Place, Template, Text, as_arguments, map_texts
 
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
@@ -124,8 +124,9 @@ class ModelConfig:
     `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
     name or folder, or "words" for a word-level one made from the training file; by default the base's.
     `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from. `projector`: of
-    the thoughts, and the width of its hidden layer; by default the method's, as wide as the model. `iterations`: how
-    often thoughts are updated that are updated all at once; by default the method's.
+    the thoughts, and the width of its hidden layer; by default the method's, as wide as the model. `update`: how the
+    thoughts get their inputs, and `iterations`: how often, of those that are updated all at once; by default the
+    method's.
     """
 
     base: Place | None = None
@@ -135,6 +136,7 @@ class ModelConfig:
     attention: str | None = None  # transformers' attn_implementation; by default what it takes for the model
     projector: Projector | None = None
     projector_width: int | None = None
+    update: Update | None = None
     iterations: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -580,7 +582,8 @@ class TrainConfig(RunConfig):
     def plan(self) -> Plan:
         """The stages and terms of the run. Raises ValueError as coconut.methods.plan does."""
         model = self.model
-        slot = {"projector": model.projector, "width": model.projector_width, "iterations": model.iterations}
+        slot = {"projector": model.projector, "width": model.projector_width, "update": model.update,
+                "iterations": model.iterations}  # fmt: skip
         return plan(self.method, self.curriculum, self.terms, slot, self.term_options)
 
     @property

@@ -1,6 +1,7 @@
 """Group the sequences of an epoch into batches, and a batch into the micro-batches of one process.
 
-Shapes: R rows of a batch, T columns, K thoughts of the row with the most, G groups of thoughts, S tokens of a step.
+Shapes: R rows of a batch, T columns, K thoughts of the row with the most, G spans of a row, S tokens of a span,
+C tokens of the longest chain.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class Batch:
 
     `input_ids`, `attention_mask`, `labels` (R, T): labels are IGNORED where there is no target. `form_R`: the index of
     each row's form. `answer_prompt_R`: the column of the last token before the answer itself, -1 if there is none.
-    `thoughts_RK`: the columns of a row's thoughts, -1 beyond them. `steps_RGS`: the token ids of the steps that groups
-    of thoughts stand for, IGNORED beyond them. `denominators`: of each term, what it counts in this micro-batch.
-    `passes`: minimum number of forward passes, so that all processes run equally many.
+    `thoughts_RK`: the columns of a row's thoughts, -1 beyond them. `spans_RGS`: the token ids of the spans of the
+    chain that thoughts stand for, IGNORED beyond them. `chain_RC`: the columns of the written chain's tokens, -1
+    beyond them. `denominators`: of each term, what it counts here. `passes`: minimum number of forward passes, so that
+    all processes run equally many.
     """
 
     input_ids: torch.Tensor
@@ -75,9 +77,17 @@ class Batch:
     form_R: torch.Tensor
     answer_prompt_R: torch.Tensor
     thoughts_RK: torch.Tensor
-    steps_RGS: torch.Tensor
+    spans_RGS: torch.Tensor
+    chain_RC: torch.Tensor
     denominators: tuple[int, ...] = ()
     passes: int = 1
+
+    @property
+    def cached_RM(self) -> torch.Tensor:
+        """(R, M) the columns of a row's thoughts, or of a row without thoughts those of its chain, -1 beyond them."""
+        M = max(self.thoughts_RK.shape[1], self.chain_RC.shape[1])
+        thoughts_RM, chain_RM = (pad_columns(columns, M) for columns in (self.thoughts_RK, self.chain_RC))
+        return torch.where((thoughts_RM >= 0).any(1, keepdim=True), thoughts_RM, chain_RM)
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {field.name: value.to(device, non_blocking=True) for field in fields(self)
@@ -86,8 +96,15 @@ class Batch:
 
     def without_targets(self) -> Batch:
         """The same work for the model, with nothing to learn: for a process without a row left."""
-        nothing = {name: torch.full_like(getattr(self, name), IGNORED) for name in ("labels", "steps_RGS")}
-        return replace(self, answer_prompt_R=torch.full_like(self.answer_prompt_R, -1), **nothing)
+        nothing = {name: torch.full_like(getattr(self, name), IGNORED) for name in ("labels", "spans_RGS")}
+        for name in ("answer_prompt_R", "chain_RC"):
+            nothing[name] = torch.full_like(getattr(self, name), -1)
+        return replace(self, **nothing)
+
+
+def pad_columns(columns: torch.Tensor, width: int) -> torch.Tensor:
+    """(R, width) the columns, and -1 beyond them."""
+    return torch.nn.functional.pad(columns, (0, width - columns.shape[1]), value=-1)
 
 
 def collate(rows: Sequence[Layout], special: SpecialIds, num_forms: int = 1) -> Batch:
@@ -96,13 +113,14 @@ def collate(rows: Sequence[Layout], special: SpecialIds, num_forms: int = 1) -> 
     left = [max(shifts) - shift if shift else 0 for shift in shifts]
     width = max(pad + len(item.ids) for pad, item in zip(left, rows, strict=True))
     counts = [int((item.ids == special.latent).sum()) for item in rows]
-    step_lengths = [len(step) for item in rows for step in item.steps]
+    span_lengths = [len(span) for item in rows for span in item.spans]
     ids = np.full((len(rows), width), special.pad, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
     prompts = np.full(len(rows), -1, np.int64)
     thoughts = np.full((len(rows), max(counts)), -1, np.int64)
-    steps = np.full((len(rows), max(len(item.steps) for item in rows), max(step_lengths, default=0)), IGNORED, np.int64)
+    spans = np.full((len(rows), max(len(item.spans) for item in rows), max(span_lengths, default=0)), IGNORED, np.int64)
+    chains = np.full((len(rows), max(1, *(len(item.chain) for item in rows))), -1, np.int64)
     for row, (pad, item) in enumerate(zip(left, rows, strict=True)):
         end = pad + len(item.ids)
         ids[row, pad:end] = item.ids
@@ -113,10 +131,11 @@ def collate(rows: Sequence[Layout], special: SpecialIds, num_forms: int = 1) -> 
         if item.answer_prompt >= 0:
             prompts[row] = pad + item.answer_prompt
         thoughts[row, : counts[row]] = pad + np.flatnonzero(item.ids == special.latent)
-        for group, step in enumerate(item.steps):
-            steps[row, group, : len(step)] = step
+        chains[row, : len(item.chain)] = pad + item.chain
+        for place, span in enumerate(item.spans):
+            spans[row, place, : len(span)] = span
     forms = np.repeat(np.arange(num_forms), len(rows) // num_forms)
-    tensors: Any = map(torch.from_numpy, (ids, mask, labels, forms, prompts, thoughts, steps))
+    tensors: Any = map(torch.from_numpy, (ids, mask, labels, forms, prompts, thoughts, spans, chains))
     return Batch(*tensors)
 
 
@@ -125,8 +144,8 @@ def count_for_term(term: Term, form: int, batch: Batch) -> int:
     rows = batch.form_R == form
     if term.per is Per.token:
         return int((batch.labels[rows] != IGNORED).sum())
-    if term.per is Per.step:
-        return int((batch.steps_RGS[rows] != IGNORED).any(-1).sum())
+    if term.per is Per.span:
+        return int((batch.spans_RGS[rows] != IGNORED).any(-1).sum())
     return int((batch.labels[rows] != IGNORED).any(1).sum())
 
 

@@ -13,15 +13,16 @@ Shapes: N examples of a data set, F forms that stand together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from coconut.data.tokenization import SpecialIds, TokenizedData
-from coconut.methods import At, Form, Mixing, Plan, Reasoning, Source, Stage
+from coconut.methods import Compression, Form, Mixing, Plan, Reasoning, Source, Spans, Stage
 from coconut.utils.console import list_lengths
 
-MIXING, ICOT_OFFSET, ORDER = 1, 2, 3  # purposes of random numbers: the last part of a generator's key
+MIXING, ICOT_OFFSET, ORDER, SPANS, COMPRESSION = 1, 2, 3, 4, 5  # purposes of random numbers: part of a generator's key
 EVERYTHING = np.iinfo(np.int64).max
 
 
@@ -30,8 +31,9 @@ class Layout:
     """One training sequence: `ids[num_prompt:]` are the targets, `ids[slot_start]` is the first token of the slot.
 
     `answer_prompt`: the index of the last token before the answer itself, -1 if the answer has no tokens before it.
-    `steps`: the written steps that the thoughts stand for, each as its token ids: one for each `thoughts_per_step`
-    thoughts, empty where the chain is too short; the last group stands for all further steps that are not written.
+    `spans`: the parts of the chain that the thoughts stand for, each as its token ids, empty where the chain is too
+    short: one for each thought, or for each `thoughts_per_step` thoughts with `Spans.steps`. `chain`: the indices of
+    the written chain's tokens.
     `control`: the index of the control token, which is a target too; -1 if there is none.
     """
 
@@ -39,7 +41,8 @@ class Layout:
     num_prompt: int
     slot_start: int
     answer_prompt: int = -1
-    steps: tuple[np.ndarray, ...] = ()
+    spans: tuple[np.ndarray, ...] = ()
+    chain: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     control: int = -1
 
 
@@ -51,13 +54,15 @@ def layout(
     slot_length: int | None = None,
     tokens_cut: int | None = None,
     num_answer_mark: int = 0,
-    with_steps: bool = False,
+    spans: Spans | None = None,
+    random: np.random.Generator | None = None,
 ) -> Layout:
     """The sequence of one example in one form.
 
     `segments`: the token ids of the question, of each step, and of the answer with its end-of-sequence
     token. `slot_length` and `tokens_cut` override the form's (short chains, iCoT's offset). `num_answer_mark`: how many
-    tokens of the last segment precede the answer itself. `with_steps`: whether `steps` is filled.
+    tokens of the last segment precede the answer itself. `spans`: how `Layout.spans` is made, by `random` if it is
+    drawn; None leaves it empty.
     """
     question, *steps, answer = (np.asarray(segment, np.int32) for segment in segments)
     cut = len(steps) if form.steps_cut is None else form.steps_cut
@@ -74,18 +79,59 @@ def layout(
         num_prompt=len(before),
         slot_start=len(question) + len(control) + form.markers,
         answer_prompt=len(before) + len(chain) + num_answer_mark - 1 if num_answer_mark else -1,
-        steps=_steps_of_thoughts(form, steps[:cut], slot_length) if with_steps else (),
+        spans=SPLITS[spans](form, steps[:cut], slot_length, random) if spans and form.slot.thinks else (),
+        chain=len(before) + np.arange(len(chain)),
         control=len(question) if control else -1,
     )
 
 
-def _steps_of_thoughts(form: Form, removed: Sequence[np.ndarray], num_thoughts: int) -> tuple[np.ndarray, ...]:
-    """See `Layout.steps`. Thoughts that stand for no steps in particular are taken to stand for one each."""
-    if not form.slot.thinks:
-        return ()
+def _joined(steps: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(steps) if len(steps) else np.zeros(0, np.int32)
+
+
+def _by_step(form: Form, removed: Sequence[np.ndarray], num_thoughts: int, random: Any) -> tuple[np.ndarray, ...]:
+    """`Spans.steps`. Thoughts that stand for no steps in particular are taken to stand for one each."""
     groups = num_thoughts // (form.thoughts_per_step or 1)
-    own = [removed[k : k + 1] if k + 1 < groups else removed[k:] for k in range(groups)]
-    return tuple(np.concatenate(steps) if len(steps) else np.zeros(0, np.int32) for steps in own)
+    return tuple(_joined(removed[k : k + 1] if k + 1 < groups else removed[k:]) for k in range(groups))
+
+
+def _by_token(form: Form, removed: Sequence[np.ndarray], num_thoughts: int, random: Any) -> tuple[np.ndarray, ...]:
+    """`Spans.tokens`. Thoughts that stand for no steps in particular are taken to stand for the chain."""
+    width = form.thoughts_per_step or num_thoughts
+    whole = _by_step(form, removed, num_thoughts, random) if form.thoughts_per_step else (_joined(removed),)
+    return tuple(step[place : place + 1] for step in whole for place in range(width))
+
+
+def _evenly(form: Form, removed: Sequence[np.ndarray], num_thoughts: int, random: Any) -> tuple[np.ndarray, ...]:
+    """`Spans.even`: the first thoughts have a token more if it does not divide."""
+    return tuple(np.array_split(_joined(removed), num_thoughts)) if num_thoughts else ()
+
+
+def _at_random(
+    form: Form, removed: Sequence[np.ndarray], num_thoughts: int, random: np.random.Generator
+) -> tuple[np.ndarray, ...]:
+    """`Spans.random`: all divisions are equally likely. With too few tokens the first thoughts have one each."""
+    chain = _joined(removed)
+    if len(chain) <= num_thoughts:
+        return _evenly(form, removed, num_thoughts, random)
+    if not num_thoughts:
+        return ()
+    cuts = np.sort(random.choice(len(chain) - 1, num_thoughts - 1, replace=False)) + 1
+    return tuple(np.split(chain, cuts))
+
+
+SPLITS: dict[Spans, Callable[..., tuple[np.ndarray, ...]]] = {
+    Spans.steps: _by_step, Spans.tokens: _by_token, Spans.even: _evenly, Spans.random: _at_random,
+}  # fmt: skip
+
+
+def compressed(chain: np.ndarray, count: int, rule: Compression, random: np.random.Generator) -> np.ndarray:
+    """At most `count` of a chain's tokens, in order. R-KV chooses in the model, so that all stay here."""
+    if rule is Compression.rkv or len(chain) <= count:
+        return chain
+    if rule is Compression.uniform:
+        return chain[(2 * np.arange(count) + 1) * len(chain) // (2 * count)]
+    return np.sort(random.choice(chain, count, replace=False))
 
 
 def slot_with_markers(form: Form | Reasoning, special: SpecialIds, length: int) -> np.ndarray:
@@ -125,7 +171,9 @@ class EpochView:
 
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
         self.data, self.special, self.terms = data, special, plan.terms
-        self.with_steps = any(term.at is At.thoughts for term in plan.terms)
+        self.spans = next((term.spans for term in plan.terms if term.spans), None)
+        self.compression = next((term.compression for term in plan.terms if term.compression), None)
+        self.key = seed, epoch
         forms = list(stage.in_turn) or [stage.form, *plan.mixing_forms]
         which = np.zeros(len(data), np.int64)
         if stage.in_turn:  # each example cycles through them; every epoch has equally many of each
@@ -160,7 +208,7 @@ class EpochView:
         first, last = self.data.first[index], self.data.first[index + 1]
         example = self.data.tokens[self.data.starts[index] : self.data.starts[index + 1]]
         segments = np.split(example, self.data.bounds[first : last - 1] - self.data.starts[index])
-        return [
+        layouts = [
             layout(
                 segments,
                 form.forms[form.which[index]],
@@ -168,10 +216,16 @@ class EpochView:
                 slot_length=int(form.slot_lengths[index]),
                 tokens_cut=int(form.tokens_cut[index]),
                 num_answer_mark=int(self.data.answer_marks[index]),
-                with_steps=self.with_steps,
+                spans=self.spans,
+                random=np.random.default_rng([*self.key, SPANS, index]) if self.spans is Spans.random else None,
             )
             for form in self.forms
         ]
+        if self.compression is None:
+            return layouts
+        count, rule = int(self.forms[0].slot_lengths[index]), self.compression
+        random = np.random.default_rng([*self.key, COMPRESSION, index])
+        return [replace(item, chain=compressed(item.chain, count, rule, random)) for item in layouts]
 
 
 class _OneForm:

@@ -103,4 +103,4 @@ def _iterated(
     return lm.iterate_block(
         tokens_D.expand(len(last_BD), num_thoughts, -1), last_BD, is_latent_BK,
         lambda embeds_BKD: lm.hidden_states(embeds_BKD, mask_BS, positions_BK, copy(cache)),
-    )  # fmt: skip
+    )[0]  # fmt: skip

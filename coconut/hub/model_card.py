@@ -54,11 +54,11 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
 
 
 def _sizes(lm: LatentLM) -> tuple[int, int] | None:
-    """The model's hidden size and the width of the projector of its thoughts; None if it has none of them."""
+    """The width of a thought and of the projector of its thoughts; None if it has none of them."""
     slot = lm.feedback.slot
     if slot.projector is Projector.none or not any(form.slot.thinks for form in lm.reasoning.forms()):
         return None
-    return lm.hidden_size, slot.width or lm.hidden_size
+    return lm.thought_size, slot.width or lm.thought_size
 
 
 def _run_facts(run: Path | str, step: int | None) -> dict[str, Any]:

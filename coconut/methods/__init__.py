@@ -15,19 +15,22 @@ from coconut.methods.table import (
     THOUGHTS,
     WRITTEN,
     At,
+    Compression,
     Cut,
     Method,
     Per,
     Projector,
     Slot,
     Source,
+    Spans,
     Term,
     Update,
     get_method,
 )
 
 __all__ = [
-    "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At", "Curriculum",
-    "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector", "PromptFormat", "Reasoning", "Slot",
-    "Source", "Stage", "Term", "Unit", "Update", "get_method", "parse_mode", "plan",
+    "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At",
+    "Compression", "Curriculum", "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector",
+    "PromptFormat", "Reasoning", "Slot", "Source", "Spans", "Stage", "Term", "Unit", "Update", "get_method",
+    "parse_mode", "plan",
 ]  # fmt: skip

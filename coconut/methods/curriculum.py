@@ -12,6 +12,7 @@ from typing import Any
 
 from coconut.methods.modes import Mode, parse_mode
 from coconut.methods.table import (
+    CHOICES,
     NOTHING,
     STUDENT,
     TEACHER,
@@ -20,6 +21,7 @@ from coconut.methods.table import (
     Method,
     Slot,
     Term,
+    Update,
     get_method,
 )
 
@@ -212,8 +214,7 @@ def plan(
     more thoughts than it gets, or if its stages do not fit into the total length.
     """
     method = get_method(name)
-    given = {key: value for key, value in (slot or {}).items() if value is not None}
-    method = replace(method, slot=replace(method.slot, **given))
+    method = replace(method, slot=_changed(name, method, slot or {}, curriculum.thoughts_per_step))
     unit, total = curriculum.length_unit.value, curriculum.total_length
     terms = _weighted(name, method, weights or {}, options or {})
     depths = _depths(method, curriculum)
@@ -268,6 +269,22 @@ def plan(
     )
 
 
+def _changed(name: str, method: Method, slot: Mapping[str, Any], thoughts_per_step: int) -> Slot:
+    """The method's slot with these fields in place of its own, where they are not None."""
+    given = {key: value for key, value in slot.items() if value is not None}
+    if "update" in given and "iterations" not in given:
+        if given["update"] is Update.sequential:
+            given["iterations"] = 0
+        elif not method.slot.in_parallel:
+            raise ValueError(
+                f"model.update={given['update'].value} updates the thoughts of {name} all at once, but it is not said "
+                "how often. Set model.iterations, for example to 3."
+            )
+    changed = replace(method.slot, **given)
+    per_step = method.iterations_per_step and changed.in_parallel
+    return replace(changed, iterations_per=thoughts_per_step) if per_step else changed
+
+
 def _weighted(
     name: str, method: Method, weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Term, ...]:
@@ -285,6 +302,11 @@ def _weighted(
         replace(term, weight=weights.get(name, term.weight), options={**term.options, **options.get(name, {})})
         for name, term in known.items()
     ]
+    for term in terms:
+        for option, choices in CHOICES.items():
+            if (value := term.options.get(option, next(iter(choices)))) not in list(choices):
+                one_of = ", ".join(choices)
+                raise ValueError(f"term_options.{term.name}.{option} is {value!r}; it is one of {one_of}.")
     if not any(term.weight for term in terms):
         raise ValueError(f"All terms of {name} have weight 0, so there is nothing to learn. Leave out terms.NAME=0.")
     return tuple(term for term in terms if term.weight)

@@ -9,9 +9,15 @@ A method says which sequences are made of an example and what is learned from th
     terms       the terms of the loss: next-token prediction of a sequence, and what else is predicted or matched
 
 The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models to Reason
-in a Continuous Latent Space", arXiv 2412.06769. `hybrid_warmup` is the warm-up of a hybrid model (Thinkless, arXiv
-2505.13379), `codi` is arXiv 2502.21074, `pause_codi` its control, `sim_cot` is arXiv 2509.20317 on Coconut, and
-`sim_cot_codi` on CODI.
+in a Continuous Latent Space", arXiv 2412.06769. The others:
+
+    hybrid_warmup   the warm-up of a hybrid model (Thinkless), arXiv 2505.13379
+    codi            arXiv 2502.21074, and its control pause_codi
+    pccot           arXiv 2506.18582
+    kava            arXiv 2510.02312
+    mux             arXiv 2607.18264
+    lotus           arXiv 2606.31779
+    sim_cot         arXiv 2509.20317 on Coconut, and sim_cot_codi on CODI
 """
 
 from __future__ import annotations
@@ -49,7 +55,8 @@ class Projector(StrEnum):
 class Slot:
     """What stands between the question and the written chain.
 
-    Thoughts that are updated all at once begin as the embeddings of the latent token, in iteration 0.
+    Thoughts that are updated all at once begin as the embeddings of the latent token, in iteration 0. They are updated
+    `iterations` times, or with `iterations_per` so often for each so many positions: LOTUS has a loop for each step.
     """
 
     source: Source
@@ -57,6 +64,7 @@ class Slot:
     width: int = 0  # of the projector's hidden layer; 0: that of the model
     update: Update = Update.sequential
     iterations: int = 0  # how often all positions are updated at once; with 0 they are pauses
+    iterations_per: int = 0  # 0: the slot's length does not matter
 
     def __post_init__(self) -> None:
         if self.iterations and self.update is Update.sequential:
@@ -76,8 +84,9 @@ class Slot:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Slot:
-        update, iterations = Update(values.get("update", Update.sequential)), int(values.get("iterations", 0))
-        return cls(Source(values["source"]), Projector(values["projector"]), int(values["width"]), update, iterations)
+        counts = {key: int(values.get(key, 0)) for key in ("width", "iterations", "iterations_per")}
+        update = Update(values.get("update", Update.sequential))
+        return cls(Source(values["source"]), Projector(values["projector"]), update=update, **counts)
 
     @property
     def thinks(self) -> bool:
@@ -99,7 +108,16 @@ class Slot:
     def describe(self) -> str:
         """The projector and the update in words."""
         projector = f"{self.projector.value} of width {self.width}" if self.width else self.projector.value
-        return f"{projector}, updated by {self.update.value} x {self.iterations}" if self.in_parallel else projector
+        if not self.in_parallel:
+            return projector
+        each = f" for each {self.iterations_per} thoughts" if self.iterations_per else ""
+        return f"{projector}, updated by {self.update.value} x {self.iterations}{each}"
+
+    def count_iterations(self, length: Any) -> Any:
+        """How often slots of this length, a number or an array, are updated all at once."""
+        if not self.iterations_per:
+            return self.iterations + 0 * length
+        return self.iterations * -(-length // self.iterations_per)
 
     def passes(self, length: Any) -> Any:
         """Forward passes of sequences whose slot has this length, a number or an array.
@@ -109,13 +127,14 @@ class Slot:
         """
         if not self.in_parallel:
             return 1 + length * self.thinks
-        return 1 + (length > 0) * (self.iterations + 1) * (self.iterations > 0)
+        iterations = self.count_iterations(length)
+        return 1 + (length > 0) * (iterations > 0) * (iterations + 1)
 
     def passes_before_answer(self, length: int) -> int:
         """Forward passes of generation between the question's and the answer's: of thoughts and what follows them."""
         if not self.thinks or not length:
             return 0
-        return 1 + (self.iterations + 1 if self.in_parallel else length)
+        return 1 + (self.count_iterations(length) + 1 if self.in_parallel else length)
 
 
 NOTHING, PAUSES, THOUGHTS = Slot(Source.none), Slot(Source.pause), Slot(Source.thought)
@@ -137,7 +156,26 @@ class At(StrEnum):
 
     targets = "targets"  # the hidden states that predict its targets
     answer_prompt = "answer_prompt"  # the hidden state that predicts the first token of the answer itself
-    thoughts = "thoughts"  # the thoughts as they are fed, with the written steps that they stand for
+    thoughts = "thoughts"  # the thoughts as they are fed, with the spans of the chain that they stand for
+    before_thoughts = "before_thoughts"  # the hidden states before them, which would predict them if they were words
+    cache = "cache"  # keys and values of the thoughts, and of a chain that is written
+
+
+class Spans(StrEnum):
+    """How the tokens of the steps that are not written are divided among the thoughts."""
+
+    steps = "steps"  # a step for each `thoughts_per_step` thoughts; the last ones have all further steps
+    tokens = "tokens"  # the same, then a token for each thought, in order; tokens beyond the thoughts are left out
+    even = "even"  # equally many tokens for each thought, up to one
+    random = "random"  # at least one token for each thought, divided at places drawn for each example and epoch
+
+
+class Compression(StrEnum):
+    """Which tokens of a written chain stay, as many as there are thoughts, in a term that reads the cache."""
+
+    rkv = "rkv"  # the important ones that are unlike the others (R-KV), chosen for each layer and head
+    uniform = "uniform"  # equally far apart
+    random = "random"  # drawn for each example and epoch
 
 
 class Per(StrEnum):
@@ -145,7 +183,7 @@ class Per(StrEnum):
 
     token = "token"
     example = "example"
-    step = "step"  # steps that thoughts stand for
+    span = "span"  # spans of the chain that thoughts stand for
 
 
 STUDENT, TEACHER = "student", "teacher"  # names of forms; the first one is what inference is like
@@ -158,7 +196,8 @@ class Term:
     `objective`: the module of coconut.objectives that computes it. `of`: the form that learns from it; `to`: the form
     that it is held to, which gets no gradient. `weight` is overridden by terms.NAME on the command line; with 0 the
     term, and what only it needs, is left out. `options`: the objective's own settings with their defaults, overridden
-    by term_options.NAME.OPTION.
+    by term_options.NAME.OPTION. The option `spans`, by default `steps`, is one of `Spans`; `compression` is one of
+    `Compression`.
     """
 
     name: str
@@ -174,8 +213,22 @@ class Term:
     def forms(self) -> set[str]:
         return {self.of, self.to} - {""}
 
+    @property
+    def spans(self) -> Spans | None:
+        """How the chain is divided among the thoughts, of a term that reads them."""
+        reads_thoughts = self.at in (At.thoughts, At.before_thoughts)
+        return Spans(self.options.get("spans", Spans.steps)) if reads_thoughts else None
+
+    @property
+    def compression(self) -> Compression | None:
+        """Which tokens of the chain stay, of a term that reads the cache."""
+        return Compression(self.options["compression"]) if self.at is At.cache else None
+
 
 WRITTEN = Term("tokens")
+
+
+CHOICES: dict[str, type[StrEnum]] = {"spans": Spans, "compression": Compression}  # options of any term
 
 
 @dataclass(frozen=True)
@@ -183,7 +236,8 @@ class Method:
     """One entry of the table. `summary` describes it in run plans, reports and tables.
 
     `fixed_length`: the slot has `curriculum.num_thoughts` positions whatever the chain, and none is counted for a step;
-    otherwise it has `thoughts_per_step` for each step that is removed.
+    otherwise it has `thoughts_per_step` for each step that is removed. `iterations_per_step`: the slot's iterations are
+    those for each step that is removed.
     """
 
     slot: Slot
@@ -193,6 +247,7 @@ class Method:
     terms: tuple[Term, ...] = (WRITTEN,)
     teacher: bool = False
     fixed_length: bool = False
+    iterations_per_step: bool = False
 
     def __post_init__(self) -> None:
         thinks = self.slot.thinks
@@ -219,7 +274,16 @@ _PCCOT = replace(
     summary="CODI whose thoughts are updated all at once",
     terms=(*_CODI.terms[:2], replace(_CODI.terms[2], options={"first_layer": 1})),
 )
-_STEPS = Term("steps", "steps", at=At.thoughts, per=Per.step, options={"layers": None})
+_MUX = Term("spans", "spans", at=At.thoughts, per=Per.span, options={"spans": "random", "rho": 0.9, "temperature": 1.0})
+_KAVA = Term(
+    "cache", "cache", STUDENT, TEACHER, At.cache, Per.example,
+    options={"compression": "rkv", "importance": 0.1, "distance": "smooth_l1"},
+)  # fmt: skip
+_LOTUS = replace(
+    _MUX, at=At.before_thoughts, weight=0.05,
+    options={"spans": "tokens", "rho": 1.0, "temperature": 1.0, "iteration": "last"},
+)  # fmt: skip
+_STEPS = Term("steps", "steps", at=At.thoughts, per=Per.span, options={"layers": None})
 
 METHODS: dict[str, Method] = {
     "coconut": _COCONUT,
@@ -234,6 +298,23 @@ METHODS: dict[str, Method] = {
     "codi": _CODI,
     "pause_codi": replace(_CODI, slot=PAUSES, summary="CODI with pause tokens in place of thoughts"),
     "pccot": _PCCOT,
+    "kava": replace(
+        _PCCOT,
+        slot=replace(_PCCOT.slot, projector=Projector.mlp_ln),
+        summary="PCCoT whose thoughts are held to the compressed cache of the written chain",
+        terms=(*_PCCOT.terms, _KAVA),
+    ),
+    "mux": replace(
+        _CODI, summary="CODI whose thoughts are held to mixtures of the chain's words", terms=(*_CODI.terms, _MUX)
+    ),
+    "lotus": Method(
+        slot=Slot(Source.thought, update=Update.loop, iterations=1),
+        cut=Cut.steps,
+        markers=True,
+        summary="stage k: the first k steps become k*c thoughts, updated k times and held to the steps' words",
+        terms=(WRITTEN, _LOTUS),
+        iterations_per_step=True,
+    ),
     "sim_cot": replace(
         _COCONUT, summary="Coconut, and a decoder writes each step from its thoughts", terms=(WRITTEN, _STEPS)
     ),

@@ -29,6 +29,11 @@ def text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
 
 
+def thought_size(base: PreTrainedModel) -> int:
+    """The width of a word's embedding and of a last hidden state. OPT 350M has wider layers between them."""
+    return base.get_input_embeddings().embedding_dim  # pyright: ignore
+
+
 def is_tested(base: PreTrainedModel) -> bool:
     """Whether the tests of this project cover the model's family."""
     return text_config(base).model_type in TESTED

@@ -1,6 +1,6 @@
 """How a hidden state becomes the next input: the one rule of training, generation and analysis.
 
-Shapes: (..., D) states and thoughts of hidden size D; B rows, K positions of a block of thoughts.
+Shapes: (..., D) states and thoughts of size D; B rows, K positions of a block of thoughts.
 """
 
 from __future__ import annotations

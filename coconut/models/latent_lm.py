@@ -43,6 +43,7 @@ from coconut.models.passes import (
     plan_blocks,
     plan_passes,
     previous_token,
+    read_cache,
 )
 from coconut.models.serialization import SavedParts, load_parts, save_parts
 from coconut.models.token_embeddings import check_tables, grow_tables
@@ -66,7 +67,7 @@ class LatentLM(nn.Module):
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
-        self.feedback = Feedback(self.reasoning.slot, self.hidden_size)
+        self.feedback = Feedback(self.reasoning.slot, self.thought_size)
         self.new_tokens = new_tokens or {}
         self.adapter: lora.Adapter | None = None
         self.acceleration = Acceleration(base, families.is_tested(base))
@@ -170,8 +171,9 @@ class LatentLM(nn.Module):
         return self.base.device
 
     @property
-    def hidden_size(self) -> int:
-        return families.text_config(self.base).hidden_size
+    def thought_size(self) -> int:
+        """The width of a thought, which is that of a word's embedding."""
+        return families.thought_size(self.base)
 
     @property
     def max_sequence_length(self) -> int:
@@ -199,10 +201,17 @@ class LatentLM(nn.Module):
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
         reads = reads or Reads()
-        run = partial(self._cached, reads.mark(is_read_BT), min_passes) if use_cache else self._recomputed
+        is_read_BT = reads.mark(is_read_BT, inputs.is_token_BT)
+        run = partial(self._cached, is_read_BT, min_passes) if use_cache else self._recomputed
         passed = run(inputs, reads)
         hidden_BSD, columns_BT = passed.hidden_BSD, passed.columns_BT
         output = LatentOutput(states=passed.states_BLD, thoughts=passed.thoughts_BKD)
+        if passed.keys_values:
+            output.keys, output.values = passed.keys_values
+        if reads.before_thoughts:
+            before_BK = reads.columns_before(inputs.is_token_BT)
+            in_passes_BK = torch.where(before_BK < 0, -1, columns_BT.gather(1, before_BK.clamp(min=0)))
+            output.before_thoughts = torch.stack([*passed.iterations, gather_columns(hidden_BSD, in_passes_BK)])
         if targets:
             hidden_ND = hidden_BSD[targets.rows_N, columns_BT[targets.rows_N, targets.sources_N]]
             output.num_targets = len(targets.ids_N)
@@ -243,27 +252,34 @@ class LatentLM(nn.Module):
         mask: Any = inputs.is_token_BT
         if self._windows and self._windows.needs_masks(mask):
             mask = self._windows.masks(mask, inputs.positions_BT, 0, embeds_BTD.dtype)
-        slot = self.feedback.slot
-        for number in range(1, 1 + (slot.iterations if slot.in_parallel else int(number_BT.max()))):
+        iterations: list[Tensor] = []
+        slot, counts_B1 = self.feedback.slot, number_BT.amax(1, keepdim=True)
+        updates_B1 = slot.count_iterations(counts_B1) if slot.in_parallel else counts_B1
+        for number in range(1, 1 + int(updates_B1.max())):
             hidden_BTD = self.hidden_states(embeds_BTD, mask, inputs.positions_BT)
             before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD))
+            if reads.before_thoughts and slot.in_parallel:
+                iterations.append(gather_columns(hidden_BTD, reads.columns_before(inputs.is_token_BT)))
             thoughts_BTD = self.feedback.update_block(tokens_BTD, hidden_BTD, before_BTD)
-            is_updated_BT = inputs.is_latent_BT if slot.in_parallel else number_BT == number
+            is_next_BT = number_BT == number
+            is_updated_BT = inputs.is_latent_BT & (number <= updates_B1) if slot.in_parallel else is_next_BT
             embeds_BTD = torch.where(is_updated_BT[..., None], thoughts_BTD, embeds_BTD)
-        layers = self._layers(embeds_BTD, mask, inputs.positions_BT, every=reads.columns_B is not None)
+        cache = None if reads.cached_BM is None else self.new_cache(embeds_BTD.shape[1], windows=False)
+        layers = self._layers(embeds_BTD, mask, inputs.positions_BT, cache, every=reads.columns_B is not None)
         columns_BT = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device).expand_as(previous_BT)
         states = thoughts = None
         if reads.columns_B is not None:
             states = torch.stack([gather_columns(layer, reads.columns_B[:, None])[:, 0] for layer in layers], dim=1)
         if reads.thoughts_BK is not None:
             thoughts = gather_columns(embeds_BTD, reads.thoughts_BK)
-        return PassesOutput(layers[-1], columns_BT, states, thoughts)
+        keys_values = None if reads.cached_BM is None else read_cache(cache, reads.cached_BM)
+        return PassesOutput(layers[-1], columns_BT, states, thoughts, tuple(iterations), keys_values)
 
     def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """Cut the rows at their thoughts, and run each position once."""
         if self.feedback.slot.in_parallel:
             if self.feedback.slot.iterations and (min_passes > 1 or inputs.is_latent_BT.any()):
-                return self._cached_block(is_read_BT, inputs, reads)
+                return self._cached_block(is_read_BT, min_passes, inputs, reads)
             inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # they stay pauses
         replay = self.acceleration.can_replay() and bool(inputs.is_latent_BT.any())
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay, reads=reads)
@@ -291,7 +307,7 @@ class LatentLM(nn.Module):
         several = len(bounds) > 2
         if several:
             self.acceleration.refuse_checkpointing_by_transformers()
-        run, cache = self._prepared(is_token_BS, positions_BS, cached=several)
+        run, cache = self._prepared(is_token_BS, positions_BS, cached=several or reads.cached_BM is not None)
         collected, last_BD = CollectedReads(reads), None
         with self.acceleration.all_passes() if several else nullcontext():
             for (start, stop), skipped in zip(pairwise(bounds), num_skipped, strict=True):
@@ -304,9 +320,9 @@ class LatentLM(nn.Module):
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
                 end_BD = layers[-1][:, -1]
                 last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
-        return collected.output()
+        return collected.output(cache)
 
-    def _cached_block(self, is_read_BT: Tensor, inputs: LatentInputs, reads: Reads) -> PassesOutput:
+    def _cached_block(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """Cut the rows before and after their thoughts. What precedes them runs once, and they in each iteration."""
         plan = plan_blocks(inputs.is_latent_BT, inputs.is_token_BT, reads)
         start, stop = plan.pass_bounds[1:3]
@@ -319,13 +335,17 @@ class LatentLM(nn.Module):
         with self.acceleration.all_passes():
             before = run(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0])
             collected.add(tokens_BSD[:, :start], before, 0)
-            block_BKD = self.iterate_block(
+            block_BKD, before_thoughts = self.iterate_block(
                 tokens_BSD[:, start:stop], before[-1][:, -1], is_latent_BK,
-                lambda embeds: run(embeds, start, copy(cache))[-1],
+                lambda embeds: run(embeds, start, copy(cache))[-1], min_passes - 2,
             )  # fmt: skip
             rest_BTD = torch.cat([block_BKD, tokens_BSD[:, stop:]], dim=1)
             collected.add(rest_BTD, run(rest_BTD, start, cache, every=reads.columns_B is not None), start)
-        return replace(collected.output(), columns_BT=plan.column_BT)
+        iterations = ()
+        if reads.before_thoughts and (in_block_BK := collected.reads.thoughts_BK) is not None:
+            in_block_BK = torch.where(in_block_BK < 0, -1, in_block_BK - start)
+            iterations = tuple(gather_columns(states_BKD, in_block_BK) for states_BKD in before_thoughts)
+        return replace(collected.output(cache), columns_BT=plan.column_BT, iterations=iterations)
 
     def _prepared(
         self, is_token_BS: Tensor, positions_BS: Tensor, cached: bool
@@ -346,20 +366,25 @@ class LatentLM(nn.Module):
         return run, self.new_cache(is_token_BS.shape[1], windows=windows is None) if cached else None
 
     def iterate_block(
-        self, tokens_BKD: Tensor, last_BD: Tensor, is_latent_BK: Tensor, run: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """(B, K, D) the inputs of a block of thoughts after all iterations.
+        self, tokens_BKD: Tensor, last_BD: Tensor, is_latent_BK: Tensor, run: Callable[[Tensor], Tensor],
+        least: int = 0,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """(B, K, D) the inputs of a block of thoughts after all iterations; of each, the states before the thoughts.
 
         `tokens_BKD`: the embeddings of its tokens, with padding before a row's first thought. `last_BD`: the last
-        hidden states before the block. `run` computes those of the block from its inputs, behind what precedes it.
+        hidden states before the block. `run` computes those of the block from its inputs, behind what precedes it, and
+        is called at least `least` times.
         """
         is_first_BK = is_latent_BK & (is_latent_BK.long().cumsum(1) == 1)
-        block_BKD = tokens_BKD
-        for _ in range(self.feedback.slot.iterations):
+        iterations_B11 = self.feedback.slot.count_iterations(is_latent_BK.sum(1))[:, None, None]
+        block_BKD, before = tokens_BKD, []
+        for done in range(max(int(iterations_B11.max()), least)):
             states_BKD = run(block_BKD)
             before_BKD = torch.where(is_first_BK[..., None], last_BD[:, None], states_BKD.roll(1, dims=1))
-            block_BKD = self.feedback.update_block(tokens_BKD, states_BKD, before_BKD)
-        return block_BKD
+            before.append(before_BKD)
+            updated_BKD = self.feedback.update_block(tokens_BKD, states_BKD, before_BKD)
+            block_BKD = torch.where(done < iterations_B11, updated_BKD, block_BKD)
+        return block_BKD, before
 
     def hidden_states(
         self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0
@@ -389,6 +414,39 @@ class LatentLM(nn.Module):
                 **{self.cache_argument: cache},
             )
         return output.hidden_states if every else (output.last_hidden_state,)
+
+    @torch.no_grad()
+    def attention_weights(self, input_ids: Tensor, is_token: Tensor) -> tuple[Tensor, ...]:
+        """Of each layer, the attention weights (B, heads, T, T) of rows without thoughts, without dropout.
+
+        Raises ValueError if the model's family cannot give them.
+        """
+        implementation: Any = self.base.config._attn_implementation
+        was_training = self.base.training
+        positions_BT = is_token.long().cumsum(1).sub(1).clamp(min=0)
+        try:
+            self.base.eval()
+            self.base.set_attn_implementation("eager")
+            output = self.base.base_model(
+                input_ids=input_ids, attention_mask=is_token.long(), position_ids=positions_BT, output_attentions=True,
+                use_cache=False,
+            )  # fmt: skip
+        finally:
+            self.base.train(was_training)
+            self.base.set_attn_implementation(implementation)
+        if not output.attentions or any(weights is None for weights in output.attentions):
+            raise ValueError(
+                f"{self.base.config.model_type} does not give its attention weights, which R-KV needs. Set "
+                "term_options.cache.compression=uniform."
+            )
+        return output.attentions
+
+    @property
+    def keeps_all_keys(self) -> bool:
+        """Whether every layer keeps keys and values of all positions, as it does without sliding windows."""
+        from transformers.cache_utils import DynamicLayer
+
+        return not self._windows and all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head to last hidden states: (..., D) to (..., V)."""

@@ -1,7 +1,7 @@
 """How a batch is cut into forward passes: one more than the largest number of thoughts in a row, for all rows together.
 
 Shapes: B rows, T columns as given, S columns as the passes take them, K thoughts of the row with the most,
-N targets, L layers, D hidden, V vocabulary.
+N targets, L layers, D hidden, V vocabulary; of a cache H heads, M columns that are read, d head size.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class LatentOutput:
     """`loss_sum`: summed negative log-likelihood of the `num_targets` targets; None without labels.
 
     `logits` (B, T, V), at every position, only with return_logits=True. With return_target_logits=True there is no loss
-    but `target_logits` (N, V), which predict the `targets` (N,) of the rows `target_rows` (N,), row by row. `states`
-    and `thoughts`: see Reads.
+    but `target_logits` (N, V), which predict the `targets` (N,) of the rows `target_rows` (N,), row by row. `states`,
+    `thoughts`, `before_thoughts`, `keys` and `values`: see Reads.
     """
 
     loss_sum: Tensor | None = None
@@ -33,6 +34,9 @@ class LatentOutput:
     target_rows: Tensor | None = None
     states: Tensor | None = None
     thoughts: Tensor | None = None
+    before_thoughts: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def loss(self) -> Tensor | None:
@@ -46,18 +50,34 @@ class Reads:
 
     `columns_B`: a column of each row whose states in all layers are wanted: `LatentOutput.states` (B, L + 1, D), the
     input of the first layer, then the output of each, the last one after the final norm. `thoughts_BK`: columns of
-    thoughts, which are wanted as they are fed: `LatentOutput.thoughts` (B, K, D).
+    thoughts, which are wanted as they are fed: `LatentOutput.thoughts` (B, K, D). `before_thoughts`: whether the last
+    hidden states of the tokens before them are wanted too: `LatentOutput.before_thoughts` (N + 1, B, K, D), after 0 to
+    N iterations of thoughts that are updated all at once, otherwise with N = 0. `cached_BM`: columns whose keys and
+    values are wanted as the cache holds them in the end: `LatentOutput.keys` and `values` (B, L, H, M, d).
     """
 
     columns_B: Tensor | None = None
     thoughts_BK: Tensor | None = None
+    before_thoughts: bool = False
+    cached_BM: Tensor | None = None
 
-    def mark(self, is_read_BT: Tensor) -> Tensor:
+    def columns_before(self, is_token_BT: Tensor) -> Tensor:
+        """(B, K) the columns of the tokens before the thoughts, if they are wanted; -1 where there are none."""
+        if self.thoughts_BK is None or not self.before_thoughts:
+            return torch.full_like(is_token_BT[:, :0], -1, dtype=torch.long)
+        return torch.where(
+            self.thoughts_BK < 0, -1, previous_token(is_token_BT).gather(1, self.thoughts_BK.clamp(min=0))
+        )
+
+    def mark(self, is_read_BT: Tensor, is_token_BT: Tensor) -> Tensor:
         """(B, T) the positions whose last hidden state is read, for the targets and for these."""
-        if self.columns_B is None:
+        if self.columns_B is None and not self.before_thoughts:
             return is_read_BT
+        columns_BK = self.columns_before(is_token_BT)
+        if self.columns_B is not None:
+            columns_BK = torch.cat([columns_BK, self.columns_B[:, None]], dim=1)
         columns_T = torch.arange(is_read_BT.shape[1], device=is_read_BT.device)
-        return is_read_BT | (columns_T == self.columns_B[:, None])
+        return is_read_BT | (columns_T == columns_BK[..., None]).any(1)
 
 
 def gather_columns(values_BSD: Tensor, columns_BK: Tensor) -> Tensor:
@@ -67,14 +87,31 @@ def gather_columns(values_BSD: Tensor, columns_BK: Tensor) -> Tensor:
     return torch.where(exists_BK1, values_BSD.gather(1, index_BK1.expand(-1, -1, values_BSD.shape[2])), 0)
 
 
+def read_cache(cache: Any, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values (B, L, H, M, d) of a cache at these columns, zero for columns of -1."""
+
+    def of_layer(values_BHSd: Tensor) -> Tensor:
+        B, H, S, d = values_BHSd.shape
+        by_head_XSd = values_BHSd.reshape(B * H, S, d)
+        return gather_columns(by_head_XSd, columns_BM.repeat_interleave(H, dim=0)).unflatten(0, (B, H))
+
+    keys, values = ([of_layer(getattr(layer, name)) for layer in cache.layers] for name in ("keys", "values"))
+    return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+
+
 @dataclass(frozen=True)
 class PassesOutput:
-    """Last hidden states (B, S, D), valid where they are read; the column of each token in them (B, T); the Reads."""
+    """Last hidden states (B, S, D), valid where they are read; the column of each token in them (B, T); the Reads.
+
+    `iterations`: of each iteration of thoughts that are updated all at once, the states (B, K, D) before the thoughts.
+    """
 
     hidden_BSD: Tensor
     columns_BT: Tensor
     states_BLD: Tensor | None = None
     thoughts_BKD: Tensor | None = None
+    iterations: tuple[Tensor, ...] = ()
+    keys_values: tuple[Tensor, Tensor] | None = None
 
 
 class CollectedReads:
@@ -101,8 +138,8 @@ class CollectedReads:
             rows_M = embeds_BTD.new_tensor(rows, dtype=torch.long)
             self.states.append((rows_M, torch.stack([layer[rows_M, columns_M] for layer in layers], dim=1)))
 
-    def output(self) -> PassesOutput:
-        """All but the columns of the tokens, which the plan of the passes has."""
+    def output(self, cache: Any = None) -> PassesOutput:
+        """All but the columns of the tokens, which the plan of the passes has. `cache`: after all passes."""
         hidden_BSD = torch.cat(self.hidden, dim=1) if len(self.hidden) > 1 else self.hidden[0]
         states_BLD = thoughts_BKD = None
         if self.states:
@@ -110,7 +147,8 @@ class CollectedReads:
             states_BLD = states.new_zeros(len(hidden_BSD), *states.shape[1:]).index_copy(0, rows, states)
         if self.reads.thoughts_BK is not None:
             thoughts_BKD = gather_columns(torch.cat(self.embeds, dim=1), self.reads.thoughts_BK)
-        return PassesOutput(hidden_BSD, hidden_BSD.new_zeros(0), states_BLD, thoughts_BKD)
+        keys_values = None if self.reads.cached_BM is None else read_cache(cache, self.reads.cached_BM)
+        return PassesOutput(hidden_BSD, hidden_BSD.new_zeros(0), states_BLD, thoughts_BKD, keys_values=keys_values)
 
 
 @dataclass
@@ -163,10 +201,12 @@ class PassPlan:
         def moved(columns_BK: Tensor) -> Tensor:
             return torch.where(columns_BK < 0, -1, self.column_BT.gather(1, columns_BK.clamp(min=0)))
 
-        columns_B, thoughts_BK = reads.columns_B, reads.thoughts_BK
-        return Reads(
-            None if columns_B is None else moved(columns_B[:, None])[:, 0],
-            None if thoughts_BK is None else moved(thoughts_BK),
+        columns_B, thoughts_BK, cached_BM = reads.columns_B, reads.thoughts_BK, reads.cached_BM
+        return replace(
+            reads,
+            columns_B=None if columns_B is None else moved(columns_B[:, None])[:, 0],
+            thoughts_BK=None if thoughts_BK is None else moved(thoughts_BK),
+            cached_BM=None if cached_BM is None else moved(cached_BM),
         )
 
     def count_skipped(self, is_read_BT: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, token_ids
 from coconut.methods import REASONING_FILE, Reasoning, Slot, parse_mode
 from coconut.models import lora
-from coconut.models.families import text_config
+from coconut.models.families import thought_size
 from coconut.models.feedback import Feedback
 from coconut.models.lora import Adapter
 from coconut.models.token_embeddings import resize_tables
@@ -87,7 +87,7 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
 
 
 def _load_feedback(folder: Path, slot: Slot, base: PreTrainedModel) -> Feedback:
-    feedback = Feedback(slot, text_config(base).hidden_size).to(base.device)
+    feedback = Feedback(slot, thought_size(base)).to(base.device)
     feedback.load(folder)
     return feedback
 

@@ -2,6 +2,8 @@
 
 - tokens: next-token prediction of one form
 - states: hidden states of one form held to those of another (CODI)
+- cache: keys and values of the thoughts held to those of the written chain (KaVa)
+- spans: each thought held to the words of the chain that it stands for (MUX, LOTUS)
 - steps: a decoder writes each step from the thoughts that stand for it (SIM-CoT)
 
 `training_model` puts a model and its terms together.

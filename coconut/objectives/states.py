@@ -18,16 +18,26 @@ from torch import Tensor
 
 from coconut.data.batching import Batch
 from coconut.methods import Form, Term
+from coconut.models import families
 from coconut.models.latent_lm import LatentLM
+from coconut.models.losses import at_least_float32
 from coconut.models.passes import LatentOutput
 from coconut.objectives.base import TermObjective
 
 
 class Objective(TermObjective):
-    """Option `first_layer`: the first one that is compared; 0 (the default) is the embeddings, which CODI includes."""
+    """Option `first_layer`: the first one that is compared; 0 (the default) is the embeddings, which CODI includes.
+
+    Raises ValueError for a model whose states are not of one width in all layers (OPT 350M).
+    """
 
     def __init__(self, term: Term, forms: Sequence[Form], lm: LatentLM):
         super().__init__(term, forms, lm)
+        if lm.thought_size != (width := families.text_config(lm.base).hidden_size):
+            raise ValueError(
+                f"The term {term.name} compares hidden states in all layers. This model's are {width} wide in its "
+                f"layers and {lm.thought_size} at its end. Take another model, or terms.{term.name}=0."
+            )
         self.first_layer = term.options["first_layer"]
 
     def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
@@ -52,5 +62,5 @@ class Objective(TermObjective):
         return batch.answer_prompt_R[batch.form_R == self.of_form] >= 0
 
     def _states(self, output: LatentOutput, batch: Batch, form: int) -> Tensor:
-        states = output.states[batch.form_R == form, self.first_layer :]  # pyright: ignore[reportOptionalSubscript]
-        return states.float() if states.dtype in (torch.bfloat16, torch.float16) else states
+        assert output.states is not None
+        return at_least_float32(output.states[batch.form_R == form, self.first_layer :])

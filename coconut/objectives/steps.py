@@ -4,7 +4,7 @@ The decoder reads the thoughts of one step as input embeddings and predicts the 
 copy of the model, or of its first layers, and is trained with it; it is not used at inference. The gradient goes
 through the thoughts into the model. Wei et al., arXiv 2509.20317; released code, CODI/src/model.py.
 
-Which thoughts stand for which step is said by `coconut.data.sequences.Layout.steps`: surplus steps belong to the last
+Which thoughts stand for which step is said by `coconut.methods.Spans.steps`: surplus steps belong to the last
 thoughts, thoughts without a step are left out.
 
 Shapes: R rows, K thoughts of a row, c thoughts of a step, G groups of c thoughts, M groups with a step, S tokens of
@@ -25,6 +25,7 @@ from coconut.data.batching import IGNORED, Batch
 from coconut.methods import Form, Per, Term
 from coconut.models import families, lora
 from coconut.models.latent_lm import LatentLM
+from coconut.models.losses import at_least_float32
 from coconut.models.passes import LatentOutput
 from coconut.objectives.base import TermObjective
 
@@ -32,7 +33,7 @@ from coconut.objectives.base import TermObjective
 class Objective(TermObjective):
     """Option `layers`: the decoder's, taken from the front of the model's; None (the default) for all.
 
-    Per.step: the mean over a step's tokens, as on CODI; otherwise their sum, as the released code has it on Coconut.
+    Per.span: the mean over a step's tokens, as on CODI; otherwise their sum, as the released code has it on Coconut.
     """
 
     def __init__(self, term: Term, forms: Sequence[Form], lm: LatentLM):
@@ -43,7 +44,7 @@ class Objective(TermObjective):
     def forward(self, lm: LatentLM, output: LatentOutput, batch: Batch, statistics: Tensor | None) -> Tensor:
         assert output.thoughts is not None
         table: Any = self.decoder.get_input_embeddings()
-        has_step_RG = (batch.steps_RGS != IGNORED).any(-1) & (batch.form_R == self.of_form)[:, None]
+        has_step_RG = (batch.spans_RGS != IGNORED).any(-1) & (batch.form_R == self.of_form)[:, None]
         c, G = self.thoughts_per_step, has_step_RG.shape[1]
         thoughts_RGcD = output.thoughts[:, : G * c].unflatten(1, (G, c)) if G else output.thoughts[:, None, :0]
         nothing = not has_step_RG.any()  # the decoder runs all the same, since processes must do the same work
@@ -51,17 +52,15 @@ class Objective(TermObjective):
             thoughts_McD = thoughts_RGcD.new_zeros(1, 1, thoughts_RGcD.shape[-1])
             steps_MS = torch.zeros_like(batch.form_R[:1, None]).expand(1, 2)  # gradients reach every weight
         else:
-            thoughts_McD, steps_MS = thoughts_RGcD[has_step_RG], batch.steps_RGS[has_step_RG]
+            thoughts_McD, steps_MS = thoughts_RGcD[has_step_RG], batch.spans_RGS[has_step_RG]
         embeds_MSD = table(steps_MS.clamp(min=0))
         inputs = torch.cat([thoughts_McD.to(embeds_MSD), embeds_MSD[:, :-1]], dim=1)
         logits_MSV = self.decoder(inputs_embeds=inputs, use_cache=False).logits[:, thoughts_McD.shape[1] - 1 :]
-        losses_MS = F.cross_entropy(
-            logits_MSV.float().transpose(1, 2) if logits_MSV.dtype is not torch.float64 else logits_MSV.transpose(1, 2),
-            steps_MS, ignore_index=IGNORED, reduction="none",
-        )  # fmt: skip
+        logits_MVS = at_least_float32(logits_MSV).transpose(1, 2)
+        losses_MS = F.cross_entropy(logits_MVS, steps_MS, ignore_index=IGNORED, reduction="none")
         if nothing:
             return 0 * losses_MS.sum()
-        if self.term.per is Per.step:
+        if self.term.per is Per.span:
             return (losses_MS.sum(1) / (steps_MS != IGNORED).sum(1)).sum()
         return losses_MS.sum()
 

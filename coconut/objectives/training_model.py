@@ -79,7 +79,9 @@ class TrainingModel(nn.Module):
             min_passes=batch.passes,
             reads=Reads(
                 columns_B=batch.answer_prompt_R if At.answer_prompt in places else None,
-                thoughts_BK=batch.thoughts_RK if At.thoughts in places else None,
+                thoughts_BK=batch.thoughts_RK if places & {At.thoughts, At.before_thoughts} else None,
+                before_thoughts=At.before_thoughts in places,
+                cached_BM=batch.cached_RM if At.cache in places else None,
             ),
         )
 

@@ -47,7 +47,7 @@ def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
     own = lm.feedback.slot
 
     def rule(of: Slot) -> tuple[Any, ...]:
-        return of.projector, of.width or lm.hidden_size, of.update, of.iterations
+        return of.projector, of.width or lm.thought_size, of.update, of.iterations, of.iterations_per
 
     if not slot.thinks or rule(slot) == rule(own):
         return
@@ -57,7 +57,7 @@ def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
             f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="
             f"{own.width or 'null'}, take a method with the same update, or start from a run without thoughts."
         )
-    lm.feedback = Feedback(slot, lm.hidden_size).to(lm.device)
+    lm.feedback = Feedback(slot, lm.thought_size).to(lm.device)
     lm.reasoning = replace(lm.reasoning, slot=slot)
 
 

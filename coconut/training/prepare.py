@@ -16,6 +16,8 @@ from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
 from coconut.utils.console import list_lengths, log
 
+SPANS_READ = 1000  # examples in which the thoughts without a part of the chain are counted
+
 
 def read_splits(config: TrainConfig, files: dict[str, str]) -> dict[str, list[Example]]:
     """The examples of train and valid. Warns of questions that both have."""
@@ -52,7 +54,9 @@ def prepare_data(
         _refuse_without_steps(tokens, config.method, file)
     if split == "train" and any(term.at is At.answer_prompt for term in plan.terms):
         _refuse_without_answer_mark(tokens, config, file)
-    if split == "train" and any(term.at is At.thoughts for term in plan.terms):
+    if split == "train" and any(term.spans for term in plan.terms):
+        _refuse_without_spans(tokens, plan, lm, file)
+    if split == "train" and any(term.objective == "steps" for term in plan.terms):
         short = _with_short_steps(tokens, plan, lm, skip, file)
         if len(short) < len(tokens):
             tokens, rows = tokens.select(short), [rows[i] for i in short]
@@ -79,13 +83,13 @@ def views_of_forms(data: TokenizedData, plan: Plan, lm: LatentLM) -> list[EpochV
 def largest_examples(data: TokenizedData, plan: Plan, lm: LatentLM, count: int) -> list[tuple[EpochView, np.ndarray]]:
     """The `count` longest examples, in the form with the longest rows and in the one with the most passes.
 
-    If steps are written from thoughts, the examples with the longest chains as well, in the latter form.
+    If thoughts are held to the chain, the examples with the longest chains as well, in the latter form.
     """
     views = views_of_forms(data, plan, lm)
     widest = max(range(len(views)), key=lambda k: views[k].longest.max())
     deepest = max(range(len(views)), key=lambda k: (views[k].passes.max(), k))
     chosen = [(views[k], views[k].longest) for k in {widest, deepest}]
-    if any(term.at is At.thoughts for term in plan.terms):
+    if any(term.spans for term in plan.terms):
         chosen.append((views[deepest], written_lengths(data, 0, 0)))
     return [(view, np.argsort(-lengths, kind="stable")[:count]) for view, lengths in chosen]
 
@@ -109,6 +113,23 @@ def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: 
         )
 
 
+def _refuse_without_spans(data: TokenizedData, plan: Plan, lm: LatentLM, file: str) -> None:
+    """Raise ValueError if no thought of the last stage stands for a part of a chain; say how many do not."""
+    view = plain_view(data, plan, plan.stages[-1], lm)
+    lengths = [[len(span) for span in view.layouts(i)[0].spans] for i in range(min(len(data), SPANS_READ))]
+    empty = sum(not length for spans in lengths for length in spans)
+    count = sum(map(len, lengths))
+    names = ", ".join(term.name for term in plan.terms if term.spans)
+    if empty == count:
+        raise ValueError(
+            f"{file}: thoughts are held to the steps of the chain ({names}), but the first {len(lengths)} examples "
+            f"have no steps that thoughts stand for. Take data with chains, or leave the term out: terms.{names}=0."
+        )
+    if empty:
+        log(f"note: in the first {len(lengths):,} training examples {empty / count:.0%} of the thoughts stand for no "
+            f"part of a chain, since it is too short: they learn nothing from {names}.")  # fmt: skip
+
+
 def _with_short_steps(data: TokenizedData, plan: Plan, lm: LatentLM, skip: bool, file: str) -> np.ndarray:
     """Indices of the examples whose steps, with their thoughts, fit into the context of the step decoder, that of `lm`.
 
@@ -119,7 +140,7 @@ def _with_short_steps(data: TokenizedData, plan: Plan, lm: LatentLM, skip: bool,
     for view in views_of_forms(data, plan, lm):
         thoughts = view.form(0).thoughts_per_step or 1
         for i in np.flatnonzero(whole_chains + thoughts > context).tolist():  # no other example can have such a step
-            steps = [len(step) for item in view.layouts(i) for step in item.steps]
+            steps = [len(step) for item in view.layouts(i) for step in item.spans]
             longest[i] = max(longest[i], thoughts + max(steps, default=0))
     short = np.flatnonzero(longest <= context)
     count = len(data) - len(short)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from coconut.data.batching import collate, epoch_batches, micro_batches
 from coconut.data.sequences import EpochView, fit_context, stage_variants
 from coconut.data.tokenization import SpecialIds, TokenizedData
-from coconut.methods import METHODS, NOTHING, Curriculum, Cut, Mixing, Plan, plan
+from coconut.methods import METHODS, NOTHING, Curriculum, Cut, Mixing, Plan, Spans, plan
 from coconut.models.passes import plan_passes
 
 SPECIAL = SpecialIds(
@@ -75,7 +76,10 @@ def test_processes_share_an_update_evenly(data: TokenizedData, stages: Plan, ran
     slot = stages.stages[-1].form.slot
     for parts in zip(*shares, strict=True):
         thoughts = max(int((part.input_ids == SPECIAL.latent).sum(1).max()) for part in parts)
-        needed = 1 + (slot.iterations + 1 if slot.in_parallel and thoughts else thoughts)
+        iterations = slot.count_iterations(thoughts)
+        needed = 1 + (
+            iterations + 1 if slot.in_parallel and thoughts and iterations else thoughts * (not slot.in_parallel)
+        )
         assert {part.passes for part in parts} == {needed}
 
 
@@ -167,6 +171,44 @@ def test_hybrid_batches_hold_similar_lengths_per_mode() -> None:
     view = hybrid_view(MODES[:2])
     spread = [view.longest[batch[view.modes[batch] == 1]].std() for batch in epoch_batches(view, 32, seed=0, epoch=0)]
     assert np.mean(spread) < 0.1 * view.longest[view.modes == 1].std()
+
+
+def steps_of(data: TokenizedData, index: int) -> list[list[int]]:
+    bounds = data.bounds[data.first[index] : data.first[index + 1] - 1]
+    return [data.tokens[start:stop].tolist() for start, stop in pairwise(bounds)]
+
+
+@given(data_sets(), st.integers(1, 6), st.sampled_from(list(Spans)), st.integers(0, 5))
+def test_spans_divide_the_chain(data: TokenizedData, num_thoughts: int, rule: Spans, epoch: int) -> None:
+    """In order and without a gap; each thought has a token as long as there are enough."""
+    stages = plan("mux", Curriculum(num_thoughts=num_thoughts), options={"spans": {"spans": rule.value}})
+    view = EpochView(data, stages, stages.stages[0], SPECIAL, seed=0, epoch=epoch)
+    for index in range(len(data)):
+        spans = [span.tolist() for span in view.layouts(index)[0].spans]
+        steps = steps_of(data, index)
+        chain_tokens = list(chain(*steps))
+        lengths = [len(span) for span in spans]
+        assert len(spans) == num_thoughts
+        assert list(chain(*spans)) == chain_tokens[: num_thoughts if rule is Spans.tokens else None]
+        if rule is Spans.steps:
+            assert spans[:-1] == [*steps[: num_thoughts - 1], *[[]] * (num_thoughts - 1 - len(steps))]
+        else:
+            assert lengths == sorted(lengths, key=lambda length: length == 0), "thoughts without a token come last"
+            assert sum(length > 0 for length in lengths) == min(num_thoughts, len(chain_tokens))
+        if rule is Spans.even:
+            assert max(lengths) - min(lengths) <= 1
+        assert spans == [span.tolist() for span in view.layouts(index)[0].spans]
+
+
+def test_random_spans_take_every_division_equally_often() -> None:
+    data = TokenizedData.from_lists([[*range(2, 8), 1]], [[1, 5, 1]])
+    stages = plan("mux", Curriculum(num_thoughts=3))
+    divisions = Counter(
+        tuple(len(span) for span in EpochView(data, stages, stages.stages[0], SPECIAL, 0, epoch).layouts(0)[0].spans)
+        for epoch in range(600)
+    )
+    assert sorted(divisions) == [(1, 1, 3), (1, 2, 2), (1, 3, 1), (2, 1, 2), (2, 2, 1), (3, 1, 1)]
+    assert min(divisions.values()) > 70, "100 are expected of each, with a deviation of 9"
 
 
 @given(data_sets(), plans())

@@ -145,7 +145,7 @@ def token_batch(ids: Tensor, mask: Tensor, labels: Tensor, passes: int = 1) -> B
     """A micro-batch of one form, for next-token prediction alone."""
     none = ids.new_zeros(len(ids), 0)
     count = int((labels != IGNORED).sum())
-    return Batch(ids, mask, labels, ids.new_zeros(len(ids)), ids.new_full((len(ids),), -1), none, none[..., None],
+    return Batch(ids, mask, labels, ids.new_zeros(len(ids)), ids.new_full((len(ids),), -1), none, none[..., None], none,
                  (count,), passes)  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from coconut.methods import (
     Mixing,
     PromptFormat,
     Reasoning,
+    Spans,
     Stage,
     Unit,
     plan,
@@ -168,9 +169,13 @@ def show(view: EpochView, index: int, words: list[str]) -> list[str]:
             tokens[item.answer_prompt] = f"={tokens[item.answer_prompt]}="
         text = " ".join(tokens[: item.num_prompt]) + "  ‖  " + " ".join(tokens[item.num_prompt :])
         lines.append(f"    {text}" if name == STUDENT else f"        {name}: {text}")
-        for number, step in enumerate(item.steps):
-            written = " ".join(words[token].replace("\n", "\\n") for token in step)
-            lines.append(f"        group {number + 1} of thoughts writes: {written or 'nothing'}")
+        spans = [" ".join(words[token].replace("\n", "\\n") for token in span) or "nothing" for span in item.spans]
+        if view.spans is Spans.steps:
+            lines += [f"        group {number} of thoughts writes: {span}" for number, span in enumerate(spans, 1)]
+        elif spans:
+            its = next(term for term in view.terms if term.spans)
+            kind = "the states before thoughts predict" if its.at is At.before_thoughts else "the thoughts stand for"
+            lines.append(f"        {kind}: {' | '.join(spans)}")
     return lines
 
 

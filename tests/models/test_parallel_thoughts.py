@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ CASES = [
     ("llama", Slot(Source.thought, Projector.mlp_ln, width=12, update=Update.jacobi, iterations=3)),
     ("gpt2", Slot(Source.thought, Projector.mlp_ln, update=Update.loop, iterations=1)),
     ("qwen3", Slot(Source.thought, update=Update.loop, iterations=3)),
+    ("gpt2", Slot(Source.thought, update=Update.loop, iterations=1, iterations_per=2)),
 ]
 
 
@@ -86,7 +88,7 @@ def test_both_paths_equal_a_flat_reading(family: str, slot: Slot) -> None:
             inputs_TD = torch.cat([embeds_TD[:place], thoughts_KD, embeds_TD[place + K :]])
             return lm.base.base_model(inputs_embeds=inputs_TD[None]).last_hidden_state[0]
 
-        for _ in range(slot.iterations):
+        for _ in range(slot.iterations * (math.ceil(K / slot.iterations_per) if slot.iterations_per else 1)):
             states_TD = states(thoughts_KD)
             if slot.update is Update.loop:
                 thoughts_KD = tokens_KD + lm.feedback.projector(states_TD[place : place + K])
@@ -142,8 +144,9 @@ def test_without_iterations_they_are_pauses(update: Update) -> None:
     assert same(one, other)
 
 
-def test_a_row_alone_gives_the_same_and_more_passes_change_nothing() -> None:
-    lm = build("gpt2", slot=CASES[1][1], num_thoughts=3)
+@pytest.mark.parametrize("slot", [CASES[1][1], CASES[4][1]])
+def test_a_row_alone_gives_the_same_and_more_passes_change_nothing(slot: Slot) -> None:
+    lm = build("gpt2", slot=slot, num_thoughts=3)
     rows = rows_of(lm)
     whole = step(lm, batch_of(rows))
     parts = [step(lm, batch_of([row]), min_passes=passes) for row, passes in zip(rows, (1, 5, 5, 1), strict=True)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
 from helpers.models import build, byte_level_tokenizer, in_float64
 from helpers.processes import together
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -27,12 +28,25 @@ from coconut.engine.base import TermSums, total_statistics
 from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.methods import Curriculum, Plan, Projector, PromptFormat, Slot, Source, Term, get_method, plan
+from coconut.methods import (
+    At,
+    Curriculum,
+    Plan,
+    Projector,
+    PromptFormat,
+    Reasoning,
+    Slot,
+    Source,
+    Term,
+    Update,
+    get_method,
+    plan,
+)
 from coconut.models.latent_lm import LatentLM
 from coconut.objectives.training_model import TrainingModel
 
 FORMAT = PromptFormat("{}", "{} a", "b {}")
-METHODS = ("codi", "pause_codi", "pccot", "sim_cot_codi", "sim_cot")
+METHODS = ("codi", "pause_codi", "pccot", "kava", "mux", "lotus", "sim_cot_codi", "sim_cot")
 
 
 def examples(count: int = 40) -> list[Example]:
@@ -45,20 +59,27 @@ def examples(count: int = 40) -> list[Example]:
     return [Example(words(2, 9), tuple(words(1, 4) for _ in range(1 + k % 5)), words(1, 3)) for k in range(count)]
 
 
-def stages(method: str, **weights: float) -> Plan:
+Options = dict[str, dict[str, Any]]  # of terms
+NO_OPTIONS: Options = {}
+
+
+def stages(method: str, options: Options = NO_OPTIONS, slot: dict[str, Any] | None = None, **weights: float) -> Plan:
     curriculum = Curriculum(
         thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4,
         num_thoughts=3 if get_method(method).fixed_length else None,
     )  # fmt: skip
-    slot = {"codi": {"width": 12}, "sim_cot_codi": {"width": 12}, "pccot": {"iterations": 2}}.get(method)
-    return plan(method, curriculum, weights, slot)
+    slots = {"codi": {"width": 12}, "sim_cot_codi": {"width": 12}, "pccot": {"iterations": 2}}
+    return plan(method, curriculum, weights, slot or slots.get(method), options)
 
 
-def trained(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float64, **weights: float) -> TrainingModel:
+def trained(
+    method: str, family: str = "gpt2", dtype: torch.dtype = torch.float64, options: Options = NO_OPTIONS,
+    slot: dict[str, Any] | None = None, **weights: float,
+) -> TrainingModel:  # fmt: skip
     """A model with the terms of this method, in the form of its last stage."""
-    its = stages(method, **weights)
-    slot = its.stages[-1].form.slot
-    lm = build(family, torch.float32, slot=slot, num_thoughts=its.stages[-1].form.slot_length, format=FORMAT)
+    its = stages(method, options, slot, **weights)
+    last = its.stages[-1].form.slot
+    lm = build(family, torch.float32, slot=last, num_thoughts=its.stages[-1].form.slot_length, format=FORMAT)
     lm = lm.to(dtype)
     module = TrainingModel(lm, its).to(dtype)
     for part in module.modules():
@@ -68,7 +89,7 @@ def trained(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float6
 
 
 def view_of(module: TrainingModel, method: str, count: int = 40, stage: int = -1) -> EpochView:
-    its = stages(method, **{term.name: term.weight for term in module.terms})
+    its = stages(method, NO_OPTIONS, None, **{term.name: term.weight for term in module.terms})
     its = replace(its, terms=module.terms)
     data = tokenize(examples(count), module.lm.tokenizer, FORMAT)
     return EpochView(data, its, its.stages[stage], module.lm.special, seed=0, epoch=0)
@@ -87,19 +108,46 @@ def update(module: TrainingModel, parts: Sequence[Batch]) -> tuple[Tensor, dict[
 # --- the slow reading: one example at a time, without padding, without a cache --------------------------
 
 
-def flat_run(lm: LatentLM, item: Layout) -> tuple[list[Tensor], Tensor]:
-    """The states (T, D) of all layers, and the thoughts (K, D) as they are fed."""
+@dataclass
+class Flat:
+    """One sequence, run alone: the states (T, D) of all layers, the thoughts as fed, the states before them after each
+    iteration, log-probabilities (T, V).
+    """
+
+    item: Layout
+    layers: list[Tensor]
+    fed: Tensor
+    before: list[Tensor]
+    keys_values: list[tuple[Tensor, Tensor]]  # of each layer, (H, T, d)
+    attention: list[Tensor]  # of each layer, (Q, T, T)
+    log_probs: Tensor
+    head: Any
+
+
+def flat_run(lm: LatentLM, item: Layout) -> Flat:
     ids = torch.from_numpy(item.ids.astype(np.int64))
     embeds = list(lm.base.get_input_embeddings()(ids))
     thoughts = [t for t, token in enumerate(ids.tolist()) if token == lm.latent_id]
-    slot = lm.feedback.slot
-    for updated in [thoughts] * slot.iterations if slot.in_parallel else [[t] for t in thoughts]:
+    tokens, slot, before = list(embeds), lm.feedback.slot, []
+    blocks = -(-len(thoughts) // slot.iterations_per) if slot.iterations_per else 1
+    for updated in [thoughts] * slot.iterations * blocks if slot.in_parallel else [[t] for t in thoughts]:
         states_TD = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None]).last_hidden_state[0]
+        if slot.in_parallel:
+            before.append(states_TD[[t - 1 for t in thoughts]])
         for t in updated:
-            embeds[t] = flat_projection(lm, states_TD[t - 1])
-    out = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None], output_hidden_states=True)
+            state = states_TD[t if slot.update is Update.loop else t - 1]
+            embeds[t] = flat_projection(lm, state) + (tokens[t] if slot.update is Update.loop else 0)
+    out = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None], output_hidden_states=True, use_cache=True)
+    lm.base.set_attn_implementation("eager")
+    attention = lm.base.base_model(inputs_embeds=torch.stack(embeds)[None], output_attentions=True).attentions
+    lm.base.set_attn_implementation("sdpa")
     fed = torch.stack([embeds[t] for t in thoughts]) if thoughts else torch.zeros(0)
-    return [states[0] for states in out.hidden_states], fed
+    before.append(out.hidden_states[-1][0][[t - 1 for t in thoughts]])
+    head: Any = lm.base.get_output_embeddings()
+    layers = [states[0] for states in out.hidden_states]
+    cached = [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+    weights = [of_layer[0] for of_layer in attention]
+    return Flat(item, layers, fed, before, cached, weights, head(layers[-1]).log_softmax(-1), head)
 
 
 def flat_projection(lm: LatentLM, state: Tensor) -> Tensor:
@@ -109,16 +157,6 @@ def flat_projection(lm: LatentLM, state: Tensor) -> Tensor:
     hidden = F.gelu(state @ parts[0].weight.T + parts[0].bias) @ parts[2].weight.T + parts[2].bias
     state = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
     return state * parts[3].weight + parts[3].bias
-
-
-@dataclass
-class Flat:
-    """One sequence, run alone: the states (T, D) of all layers, the thoughts as fed, log-probabilities (T, V)."""
-
-    item: Layout
-    layers: list[Tensor]
-    fed: Tensor
-    log_probs: Tensor
 
 
 def slow_tokens(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
@@ -151,7 +189,7 @@ def slow_states(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tens
 def slow_steps(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
     decoder, c, losses = objective.decoder, objective.thoughts_per_step, []
     for row in (row[term.of] for row in rows):
-        for group, step in enumerate(row.item.steps):
+        for group, step in enumerate(row.item.spans):
             if len(step):
                 ids = torch.from_numpy(step.astype(np.int64))
                 inputs = torch.cat([row.fed[group * c : group * c + c], decoder.get_input_embeddings()(ids)])
@@ -160,17 +198,76 @@ def slow_steps(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tenso
     return torch.stack(losses).mean()
 
 
-SLOW_TERMS = {"tokens": slow_tokens, "states": slow_states, "steps": slow_steps}  # by objective
+def slow_spans(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
+    losses = []
+    for row in (row[term.of] for row in rows):
+        for number, span in enumerate(row.item.spans):
+            target_V = torch.zeros(row.log_probs.shape[1], dtype=torch.float64)
+            for place, word in enumerate(span):
+                target_V[int(word)] += term.options["rho"] ** place
+            if not len(span):
+                continue
+            c = objective.thoughts_per_span
+            loops = objective.slot.iterations * (1 + number * c // objective.thoughts_per_step)
+            run = loops if term.options.get("iteration") == "own" else -1
+            read = row.fed if term.at is At.thoughts else row.before[run]
+            for state_D in read[number * c : number * c + c]:
+                log_probs_V = (row.head(state_D) / term.options["temperature"]).log_softmax(-1)
+                losses.append(F.kl_div(log_probs_V, target_V / target_V.sum(), reduction="sum"))
+    return torch.stack(losses).mean()
+
+
+def slow_cache(term: Term, objective: Any, rows: list[dict[str, Flat]]) -> Tensor:
+    total = torch.zeros(())
+    for row in rows:
+        student, teacher = row[term.of], row[term.to]
+        chain = teacher.item.chain.tolist()
+        thoughts = range(student.item.slot_start, student.item.slot_start + len(student.fed))
+        layers = len(student.keys_values)
+        for ours, theirs, weights in zip(student.keys_values, teacher.keys_values, teacher.attention, strict=True):
+            heads = ours[0].shape[0]
+            for head in range(heads):
+                kept = chain
+                if term.options["compression"] == "rkv" and len(chain) > len(thoughts):
+                    scores = slow_rkv(
+                        theirs[0][head].detach(), weights.detach(), head, heads, chain, term.options["importance"]
+                    )
+                    kept = sorted(sorted(chain, key=lambda t: -scores[t])[: len(thoughts)])
+                pairs = list(zip(thoughts, kept, strict=False))
+                for one, other in zip(ours, theirs, strict=True):
+                    for thought, token in pairs:
+                        gap = (one[head, thought] - other[head, token].detach()).abs()
+                        distance = {"l1": gap, "mse": gap**2, "smooth_l1": torch.where(gap < 1, gap**2 / 2, gap - 0.5)}
+                        mean = distance[term.options["distance"]].mean()
+                        total = total + mean / (2 * len(pairs) * layers * heads * len(rows))
+    return total
+
+
+def slow_rkv(
+    keys: Tensor, weights: Tensor, head: int, heads: int, chain: list[int], importance: float
+) -> dict[int, float]:
+    """The score of each token of a chain in one head of one layer. `weights` (Q, T, T)"""
+    share = weights.shape[0] // heads
+    own = weights[head * share : (head + 1) * share, chain[-1] + 1 :].mean((0, 1))
+    attention = {t: float(own[t] / own[chain].sum()) for t in chain}
+    cosine = {
+        t: float(np.mean([F.cosine_similarity(keys[t], keys[u], dim=0).item() for u in chain if u != t] or [0.0]))
+        for t in chain
+    }
+    total = sum(np.exp(value) for value in cosine.values())
+    return {t: importance * attention[t] + (1 - importance) * (1 - np.exp(cosine[t]) / total) for t in chain}
+
+
+SLOW_TERMS = {  # by objective
+    "tokens": slow_tokens, "states": slow_states, "steps": slow_steps, "spans": slow_spans, "cache": slow_cache,
+}  # fmt: skip
 
 
 def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
-    head: Any = module.lm.base.get_output_embeddings()
-
-    def flat(item: Layout) -> Flat:
-        layers, fed = flat_run(module.lm, item)
-        return Flat(item, layers, fed, head(layers[-1]).log_softmax(-1))
-
-    rows = [dict(zip(view.names, map(flat, view.layouts(index)), strict=True)) for index in range(len(view))]
+    rows = [
+        {name: flat_run(module.lm, item) for name, item in zip(view.names, view.layouts(index), strict=True)}
+        for index in range(len(view))
+    ]
     return {term.name: SLOW_TERMS[term.objective](term, module.objectives[term.name], rows) for term in module.terms}
 
 
@@ -178,6 +275,28 @@ def flat_terms(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_and_gradients_equal_a_slow_reading(method: str, family: str) -> None:
     module = trained(method, family, teacher=0.5, states=20.0) if method == "codi" else trained(method, family)
+    equals_a_slow_reading(module, method, family)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "slot"),
+    [
+        ("lotus", {"spans": {"iteration": "own"}}, None),
+        ("lotus", {"spans": {"iteration": "own", "spans": "steps"}}, {"iterations": 2, "projector": Projector.mlp_ln}),
+        ("lotus", {"spans": {"rho": 0.5, "spans": "even"}}, {"update": Update.sequential}),
+        ("mux", {"spans": {"spans": "even", "temperature": 2.0}}, {"update": Update.jacobi, "iterations": 2}),
+        ("mux", {"spans": {"spans": "tokens"}}, {"update": Update.loop, "iterations": 1}),
+        ("mux", {"spans": {"spans": "steps"}}, None),
+        ("kava", {"cache": {"compression": "uniform", "distance": "l1"}}, None),
+        ("kava", {"cache": {"compression": "random", "distance": "mse"}}, {"update": Update.sequential}),
+        ("kava", {"cache": {"importance": 1.0}}, {"update": Update.loop, "iterations": 1}),
+    ],
+)  # fmt: skip
+def test_every_option_equals_a_slow_reading(method: str, options: Options, slot: dict[str, Any] | None) -> None:
+    equals_a_slow_reading(trained(method, options=options, slot=slot), method, "gpt2")
+
+
+def equals_a_slow_reading(module: TrainingModel, method: str, family: str) -> None:
     if family == "llama":
         in_float64(module)  # pyright: ignore[reportArgumentType]
     view = view_of(module, method, 15)
@@ -242,8 +361,11 @@ def test_without_its_terms_a_method_is_its_host() -> None:
     pauses = plan("pause_codi", curriculum, {"teacher": 0, "states": 0}).stages[0].form
     theirs = plan("pause", curriculum).stages[0].form
     assert replace(pauses, thoughts_per_step=theirs.thoughts_per_step) == theirs
-    without = plan("sim_cot_codi", curriculum, {"steps": 0})
-    assert replace(without, method="codi") == plan("codi", curriculum)
+    for method, term, host in (("sim_cot_codi", "steps", "codi"), ("mux", "spans", "codi"), ("kava", "cache", "pccot")):
+        without = plan(method, curriculum, {term: 0}, {"projector": Projector.mlp_ln})
+        assert replace(without, method=host) == plan(host, curriculum, slot={"projector": Projector.mlp_ln})
+    in_sequence = plan("lotus", curriculum, {"spans": 0}, {"update": Update.sequential})
+    assert replace(in_sequence, method="coconut") == plan("coconut", curriculum)
 
 
 def test_a_decoder_of_fewer_layers_begins_as_the_models_first_ones() -> None:
@@ -257,6 +379,13 @@ def test_a_decoder_of_fewer_layers_begins_as_the_models_first_ones() -> None:
     assert not {id(weight) for weight in decoder.parameters()} & {id(weight) for weight in lm.parameters()}
     with pytest.raises(ValueError, match="has 3 layers, and the model 2"):
         TrainingModel(lm, plan("sim_cot", curriculum, options={"steps": {"layers": 3}}))
+
+
+def test_states_of_two_widths_are_not_compared() -> None:
+    (family,) = (family for family in FAMILIES if family.name == "OPT 350M")
+    lm = LatentLM.from_base(base_of(family), new_tokenizer())
+    with pytest.raises(ValueError, match="are 32 wide in its layers and 16 at its end"):
+        TrainingModel(lm, plan("codi", Curriculum(num_thoughts=3)))
 
 
 def test_training_modules_are_saved_beside_the_model_and_not_in_it(tmp_path: Any) -> None:
@@ -292,6 +421,53 @@ def test_the_prompt_token_is_the_last_one_before_the_answers_first(kind: str) ->
     if kind == "digits":
         assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[count - 1] == "▁", "the space, after the colon"
     assert encode_answers(tokenizer, [answer], PromptFormat(answer="{}"))[1] == [0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "slot", "message"),
+    [
+        ("mux", {"rho": 0}, None, "rho is 0.0; it must be above 0"),
+        ("mux", {"temperature": -1}, None, "temperature is -1.0; it must be above 0"),
+        ("mux", {"spans": "words"}, None, "spans is 'words'; it is one of steps, tokens, even, random"),
+        ("lotus", {"iteration": "first"}, None, "iteration is 'first'; it is last or own"),
+        ("lotus", {"iteration": "own"}, {"update": Update.sequential}, "not updated once for each step"),
+        ("kava", {"compression": "best"}, None, "compression is 'best'; it is one of rkv, uniform, random"),
+        ("kava", {"importance": 2}, None, "importance is 2.0; it must be between 0 and 1"),
+        ("kava", {"distance": "l2"}, None, "distance is 'l2'; it is one of l1, smooth_l1, mse"),
+        ("mux", {"steps": 1}, None, "has no option steps. Its options: spans, rho, temperature"),
+        ("codi", {}, {"update": Update.jacobi}, "model.update=jacobi .* Set model.iterations"),
+        ("pccot", {}, {"update": Update.sequential, "iterations": 2}, r"computed one after the other\. Leave it out"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named(method: str, options: Any, slot: dict[str, Any] | None, message: str) -> None:
+    curriculum = Curriculum(num_thoughts=3 if get_method(method).fixed_length else None)
+    term = get_method(method).terms[-1].name
+    with pytest.raises(ValueError, match=message):
+        TrainingModel(build("gpt2"), plan(method, curriculum, {}, slot, {term: options} if options else {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_keys_and_values_are_compared_in_every_family_without_windows(family: Family) -> None:
+    """For any split of the update and on both paths."""
+    torch.manual_seed(0)
+    has_two_widths = "word_embed_proj_dim" in family.sizes and family.sizes["word_embed_proj_dim"] != 32
+    its = stages("kava", states=float(not has_two_widths))
+    form = its.stages[0].form
+    lm = LatentLM.from_base(base_of(family), new_tokenizer(), reasoning=Reasoning(slot=form.slot, format=FORMAT))
+    if "sliding_window" in family.sizes:
+        with pytest.raises(ValueError, match=f"{family.model_type} has layers that keep only part of them"):
+            TrainingModel(lm, its)
+        return
+    module = TrainingModel(lm, its).eval()
+    view = view_of(module, "kava", 9)
+    whole, parts, recomputed = (list(micro_batches(view, np.arange(9), size)) for size in (9, 2, 9))
+    means, gradients = update(module, whole)
+    for others, options in ((parts, {}), (recomputed, {"use_cache": False})):
+        lm.forward = lambda *args, options=options, **kw: LatentLM.forward(lm, *args, **kw, **options)  # pyright: ignore
+        same_means, same_gradients = update(module, others)
+        torch.testing.assert_close(same_means, means, rtol=1e-5, atol=0)
+        for name, gradient in gradients.items():
+            assert float((gradient - same_gradients[name]).norm()) < 1e-4 * float(gradient.norm()) + 1e-6, name
 
 
 # --- engines --------------------------------------------------------------------------------------------
