@@ -323,11 +323,16 @@ class LatentLM(nn.Module):
         return collected.output(cache)
 
     def _cached_block(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
-        """Cut the rows before and after their thoughts. What precedes them runs once, and they in each iteration."""
+        """Cut the rows before and after their thoughts. What precedes them runs once, and they in each iteration.
+
+        Rows without thoughts have no part in the iterations. P: rows with thoughts.
+        """
         plan = plan_blocks(inputs.is_latent_BT, inputs.is_token_BT, reads)
         start, stop = plan.pass_bounds[1:3]
         is_token_BS, positions_BS = plan.is_token_BS, plan.gather(inputs.positions_BT)
         is_latent_BK = plan.gather(inputs.is_latent_BT)[:, start:stop] & is_token_BS[:, start:stop]
+        thinks_B = is_latent_BK.any(1)
+        rows_P = thinks_B.nonzero()[:, 0] if thinks_B.any() else torch.arange(len(thinks_B), device=thinks_B.device)
         tokens_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
         self.acceleration.refuse_checkpointing_by_transformers()
         run, cache = self._prepared(is_token_BS, positions_BS, cached=True)
@@ -335,33 +340,42 @@ class LatentLM(nn.Module):
         with self.acceleration.all_passes():
             before = run(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0])
             collected.add(tokens_BSD[:, :start], before, 0)
-            block_BKD, before_thoughts = self.iterate_block(
-                tokens_BSD[:, start:stop], before[-1][:, -1], is_latent_BK,
-                lambda embeds: run(embeds, start, copy(cache))[-1], min_passes - 2,
+            behind = copy(cache)
+            if len(rows_P) < len(thinks_B):
+                behind.batch_select_indices(rows_P)
+            block_PKD, before_thoughts = self.iterate_block(
+                tokens_BSD[rows_P, start:stop], before[-1][rows_P, -1], is_latent_BK[rows_P],
+                lambda embeds: run(embeds, start, copy(behind), rows=rows_P)[-1], min_passes - 2,
             )  # fmt: skip
+            block_BKD = tokens_BSD[:, start:stop].index_copy(0, rows_P, block_PKD)
             rest_BTD = torch.cat([block_BKD, tokens_BSD[:, stop:]], dim=1)
             collected.add(rest_BTD, run(rest_BTD, start, cache, every=reads.columns_B is not None), start)
         iterations = ()
         if reads.before_thoughts and (in_block_BK := collected.reads.thoughts_BK) is not None:
-            in_block_BK = torch.where(in_block_BK < 0, -1, in_block_BK - start)
-            iterations = tuple(gather_columns(states_BKD, in_block_BK) for states_BKD in before_thoughts)
+            in_block_PK = torch.where(in_block_BK < 0, -1, in_block_BK - start)[rows_P]
+            nothing_BKD = block_BKD.new_zeros(*in_block_BK.shape, block_BKD.shape[2])
+            iterations = tuple(
+                nothing_BKD.index_copy(0, rows_P, gather_columns(states_PKD, in_block_PK).to(nothing_BKD))
+                for states_PKD in before_thoughts
+            )
         return replace(collected.output(cache), columns_BT=plan.column_BT, iterations=iterations)
 
     def _prepared(
         self, is_token_BS: Tensor, positions_BS: Tensor, cached: bool
     ) -> tuple[Callable[..., tuple[Tensor, ...]], Any]:
-        """A function that runs columns `start` and on, as `_layers` does; and an empty KV cache for all columns."""
+        """A function that runs columns from `start` of some rows, as `_layers` does; an empty cache for all columns."""
         windows = self._windows if self._windows and self._windows.needs_masks(is_token_BS) else None
         attended_BS = is_token_BS | after_last_token(is_token_BS)
 
         def run(
-            embeds_BTD: Tensor, start: int, cache: Any, num_skipped: int = 0, every: bool = False
-        ) -> tuple[Tensor, ...]:
+            embeds_BTD: Tensor, start: int, cache: Any, num_skipped: int = 0, every: bool = False,
+            rows: Tensor | slice = slice(None),
+        ) -> tuple[Tensor, ...]:  # fmt: skip
             stop = start + embeds_BTD.shape[1]
-            mask = attended_BS[:, :stop]
+            mask, positions = attended_BS[rows, :stop], positions_BS[rows, :stop]
             if windows:
-                mask = windows.masks(mask, positions_BS[:, :stop], start, embeds_BTD.dtype)
-            return self._layers(embeds_BTD, mask, positions_BS[:, start:stop], cache, num_skipped, every)
+                mask = windows.masks(mask, positions, start, embeds_BTD.dtype)
+            return self._layers(embeds_BTD, mask, positions[:, start:], cache, num_skipped, every)
 
         return run, self.new_cache(is_token_BS.shape[1], windows=windows is None) if cached else None
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
 from helpers.models import build, gradients, relative
 from torch import Tensor
 
 from coconut import LatentLM
 from coconut.config import MECHANISMS, EngineConfig, ModelConfig
 from coconut.data.batching import IGNORED
-from coconut.methods import PAUSES, Curriculum, Projector, Slot, Source, Update, plan
+from coconut.methods import PAUSES, Curriculum, Projector, Reasoning, Slot, Source, Update, plan
 from coconut.models.passes import Reads
 from coconut.rewards.thoughts import thought_means
 from coconut.training.model_setup import apply_engine_options
@@ -109,6 +110,18 @@ def test_both_paths_equal_a_flat_reading(family: str, slot: Slot) -> None:
     lm.acceleration.mechanisms = frozenset(MECHANISMS)
     lm.acceleration.activation_checkpointing = True
     assert same(step(lm.train(), batch_of(rows)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_both_paths_are_equal_in_every_family(family: Family) -> None:
+    torch.manual_seed(0)
+    base = base_of(family).to(torch.float64 if family.float64 else torch.float32)
+    reasoning = Reasoning(slot=Slot(Source.thought, Projector.mlp_ln, update=Update.jacobi, iterations=2))
+    lm = LatentLM.from_base(base, new_tokenizer(), reasoning=reasoning).to(base.dtype).eval()
+    batch = batch_of(rows_of(lm))
+    (loss, found), (other_loss, others) = step(lm, batch), step(lm, batch, use_cache=False)
+    assert torch.allclose(loss, other_loss, rtol=1e-5)
+    assert relative(found, others) < 1e-4
 
 
 @pytest.mark.parametrize("projector", [Projector.none, Projector.mlp_ln])

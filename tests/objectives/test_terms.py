@@ -476,10 +476,10 @@ ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
 CONFIGS = [ENGINE, *(replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4))]
 
 
-def three_updates(config: EngineConfig, world: World) -> list[tuple[float, ...]]:
+def three_updates(config: EngineConfig, world: World, method: str) -> list[tuple[float, ...]]:
     """Loss and terms of three updates of ten, two and one examples; one of two processes has no row in the last."""
-    module = trained("sim_cot_codi", dtype=torch.float32)
-    view = view_of(module, "sim_cot_codi", 15)
+    module = trained(method, dtype=torch.float32)
+    view = view_of(module, method, 15)
     engine = make_engine(module, module.loss, config, OptimizerConfig(lr=1e-2, max_grad_norm=0.5), world)
     results = []
     spans = ((10,), (10, 12), (14, 15))
@@ -491,7 +491,7 @@ def three_updates(config: EngineConfig, world: World) -> list[tuple[float, ...]]
     with engine.full_module() as whole, TemporaryDirectory() as folder:
         if world.is_main:
             whole.save_pretrained(folder)
-            again = TrainingModel(LatentLM.from_pretrained(folder), stages("sim_cot_codi"))
+            again = TrainingModel(LatentLM.from_pretrained(folder), stages(method))
             again.load_training_modules(Path(folder))
             saved = again.state_dict()
             assert all(torch.equal(weight, saved[name]) for name, weight in whole.named_parameters()), config
@@ -515,11 +515,15 @@ def update_before_thoughts(config: EngineConfig, world: World) -> tuple[float, .
 
 
 def check_engines() -> None:
-    expected, idle = three_updates(ENGINE, World()), update_before_thoughts(ENGINE, World())
+    methods = {"sim_cot_codi": CONFIGS, "kava": (CONFIGS[0], CONFIGS[-1]), "lotus": (CONFIGS[0], CONFIGS[-1])}
+    expected = {method: three_updates(ENGINE, World(), method) for method in methods}
+    idle = update_before_thoughts(ENGINE, World())
     with init_distributed(ENGINE) as world:
+        for method, configs in methods.items():
+            for config in configs:
+                for ours, theirs in zip(three_updates(config, world, method), expected[method], strict=True):
+                    assert ours == pytest.approx(theirs, rel=2e-5), (method, config)
         for config in CONFIGS:
-            for ours, theirs in zip(three_updates(config, world), expected, strict=True):
-                assert ours == pytest.approx(theirs, rel=2e-5), config
             assert update_before_thoughts(config, world) == pytest.approx(idle, rel=2e-5), config
 
 
