@@ -17,7 +17,7 @@ from coconut.data.tokenization import SpecialIds, encode_questions
 from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
 from coconut.generation.thoughts import StopCriterion, think
-from coconut.methods import Reasoning, Slot
+from coconut.methods import Reasoning, Slot, Update
 from coconut.utils.torch_utils import eval_mode
 
 if TYPE_CHECKING:
@@ -532,9 +532,13 @@ def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tupl
     """Apply the head to thoughts (N, D): the `count` most probable tokens of each, with their probabilities.
 
     A projector's thoughts are read as they are fed: they are compared with the rows of the head, which no training has
-    made them fit.
+    made them fit. Thoughts that are updated in loops are read without the embedding of the latent token that is added
+    to their states.
     """
-    logits_NV = lm.logits(thoughts.to(lm.device, lm.base.dtype)).float()
+    states_ND = thoughts.to(lm.device, lm.base.dtype)
+    if lm.feedback.slot.update is Update.loop:
+        states_ND = states_ND - lm.base.get_input_embeddings()(torch.tensor(lm.latent_id, device=lm.device))
+    logits_NV = lm.logits(states_ND).float()
     values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
     texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())
     return [list(zip(*pair, strict=True)) for pair in zip(texts, values.tolist(), strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from coconut import LatentLM
 from coconut.config import MECHANISMS, EngineConfig, ModelConfig
 from coconut.data.batching import IGNORED
+from coconut.generation.generate import logit_lens
 from coconut.methods import PAUSES, Curriculum, Projector, Reasoning, Slot, Source, Update, plan
 from coconut.models.passes import Reads
 from coconut.rewards.thoughts import thought_means
@@ -183,6 +184,19 @@ def test_generation_feeds_the_thoughts_of_the_forward_pass() -> None:
     output = lm(whole, labels=whole, return_target_logits=True, reads=Reads(thoughts_BK=columns))
     assert output.thoughts is not None
     assert torch.allclose(output.thoughts.float(), fed, atol=1e-6)
+
+
+def test_the_lens_reads_the_states_of_loops_without_the_added_embedding() -> None:
+    lm = build("gpt2", slot=Slot(Source.thought, update=Update.loop, iterations=2))
+    ids = torch.tensor([[7, 8, lm.special.bot, *[lm.latent_id] * 3, lm.special.eot]])
+    reads = Reads(thoughts_BK=torch.tensor([[3, 4, 5]]), before_thoughts=True)
+    output = lm(ids, labels=ids, return_target_logits=True, reads=reads)
+    assert output.thoughts is not None
+    assert output.before_thoughts is not None
+    states_KD = output.before_thoughts[-2, 0, 1:]  # before the last two thoughts: of the first two
+    likeliest = lm.logits(states_KD.detach()).detach().softmax(-1).max(-1)
+    for found, value, token in zip(logit_lens(lm, output.thoughts[0, :2]), *likeliest, strict=True):
+        assert found[0] == (lm.tokenizer.decode([int(token)]), pytest.approx(float(value), rel=1e-4))
 
 
 def test_what_cannot_be_is_refused() -> None:
