@@ -114,7 +114,10 @@ def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: 
 
 
 def _refuse_without_spans(data: TokenizedData, plan: Plan, lm: LatentLM, file: str) -> None:
-    """Raise ValueError if no thought of the last stage stands for a part of a chain; say how many do not."""
+    """Raise ValueError if no thought of the last stage stands for a part of a chain.
+
+    Say how many thoughts do not, and how many words no thought stands for.
+    """
     view = plain_view(data, plan, plan.stages[-1], lm)
     lengths = [[len(span) for span in view.layouts(i)[0].spans] for i in range(min(len(data), SPANS_READ))]
     empty = sum(not length for spans in lengths for length in spans)
@@ -128,6 +131,10 @@ def _refuse_without_spans(data: TokenizedData, plan: Plan, lm: LatentLM, file: s
     if empty:
         log(f"note: in the first {len(lengths):,} training examples {empty / count:.0%} of the thoughts stand for no "
             f"part of a chain, since it is too short: they learn nothing from {names}.")  # fmt: skip
+    words = int((written_lengths(data, 0, 0) - written_lengths(data, view.form(0).steps_cut, 0))[: len(lengths)].sum())
+    if left := words - sum(map(sum, lengths)):
+        log(f"note: {left / words:.0%} of the words of the steps that are not written have no thought of their own, "
+            "and are no targets. Raise curriculum.thoughts_per_step or num_thoughts to take more of them.")  # fmt: skip
 
 
 def _with_short_steps(data: TokenizedData, plan: Plan, lm: LatentLM, skip: bool, file: str) -> np.ndarray:

@@ -611,6 +611,33 @@ def test_a_step_longer_than_the_decoders_context_is_refused_or_skipped(
     assert run(ours(4)) == 0
 
 
+def test_terms_that_need_chains_name_data_without_them(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ours(method: str, steps: list[str]) -> TrainConfig:
+        row = {"question": "0 1 | 1 2 ? 1 or 2 from 0", "steps": steps, "answer": "1"}
+        write_json(tmp_path / "train.json", [row] * 2)
+        fixed = METHODS[method].fixed_length
+        curriculum = replace(
+            CURRICULUM, num_thoughts=4 if fixed else None, max_stage=1, stage0_length=1, total_length=2,
+            teacher_steps_cut=0,
+        )  # fmt: skip
+        return settings(
+            replace(data, train=str(tmp_path / "train.json"), valid=str(tmp_path / "train.json")), tmp_path / method,
+            method=method, curriculum=curriculum, batch_size=2, max_new_tokens=1,
+        )  # fmt: skip
+
+    for method in ("mux", "lotus", "sim_cot", "kava"):
+        expected = "no chain has more than 0 steps" if method == "kava" else "no steps that thoughts stand for"
+        with pytest.raises(ValueError, match=expected):
+            run(ours(method, []))
+        assert not (tmp_path / method).exists()
+    assert run(ours("mux", ["1"])) == 0
+    assert "75% of the thoughts stand for no part of a chain" in capsys.readouterr().out
+    assert run(ours("lotus", ["1 2 0"])) == 0
+    assert "of the steps that are not written have no thought of their own" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
