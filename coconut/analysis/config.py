@@ -32,6 +32,7 @@ class Part(StrEnum):
     """A measurement of a trained run, besides its accuracy."""
 
     k_forcing = "k_forcing"  # accuracy and reasoning paths with 0 to a few more thoughts than trained
+    noise = "noise"  # accuracy under noise on the thoughts or pauses, against noise on words
     prefix_values = "prefix_values"  # what each thought adds to the log-probability of the right answer
     values = "values"  # the latent search tree: the probability of each node as the next step, after each thought
     inner_products = "inner_products"  # inner products of thoughts with the embeddings of nodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from coconut.analysis import interventions, prefix_values, probes
+from coconut.analysis import interventions, noise, prefix_values, probes
 from coconut.analysis.config import AnalyzeConfig, Part
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
@@ -65,6 +65,7 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
 
     measure: dict[Part, Callable[[], list[Study]]] = {
         Part.k_forcing: lambda: [probes.k_forcing(subject)],
+        Part.noise: lambda: [noise.noise_curves(subject)],
         Part.prefix_values: lambda: [prefix_values.prefix_values(subject)],
         Part.values: lambda: probes.next_step_values(subject),
         Part.inner_products: lambda: [probes.inner_products(subject)],

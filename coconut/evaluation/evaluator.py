@@ -88,13 +88,14 @@ def evaluate(
     num_thoughts: int | None = None, thoughts: Tensor | None = None, stop: StopCriterion | None = None,
     mode: str | None = None, max_new_tokens: int | None = None, batch_size: int = 64,
     on_batch: Callable[[int, int], None] = lambda done, correct: None, world: World | None = None,
-    stop_requested: object = None,
+    stop_requested: object = None, thought_noise: float = 0.0, seed: int = 0,
 ) -> Evaluated:  # fmt: skip
     """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
     `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
     model computes. `stop`: a criterion that ends thinking early. `mode`: forced on a hybrid model (see `generate`).
-    `on_batch(done, correct)` is called after each batch.
+    `on_batch(done, correct)` is called after each batch. `thought_noise`: the standard deviation of noise on the
+    thoughts, drawn for each question from (`seed`, its index).
     The examples are divided among the processes of `world`, and every process gets the whole result. All processes
     raise EvaluationInterrupted when `stop_requested` is true in one of them.
     """
@@ -114,9 +115,12 @@ def evaluate(
         indices = [own_indices[position] for position in positions]
         ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
         given_thoughts = None if thoughts is None else thoughts[indices]
+        noise: dict[str, Any] = {}
+        if thought_noise:
+            noise = {"thought_noise": thought_noise, "random_keys": [(seed, i) for i in indices]}
         out = lm.generate(
             ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
-            mode=mode,
+            mode=mode, **noise,
         )  # fmt: skip
         for row, i in enumerate(indices):
             predictions[i] = prediction_of(task, examples[i], reasoning, out, row)

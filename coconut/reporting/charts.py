@@ -54,6 +54,12 @@ GROUPS = {
 }
 # The tokens that a prefix value counts: colour, label.
 PREFIXES = {"answer": ("blue", "whole answer"), "after_mark": ("green", "after the answer mark")}
+# Where noise is added: colour, label.
+NOISY = {
+    "thoughts": ("blue", "on the thoughts"),
+    "pauses": ("blue", "on the pauses"),
+    "words": ("amber", "on as many words"),
+}
 SHADES = ("sky", "green", "amber", "red", "plum")  # from few steps to many
 HOLLOW_BELOW = 10  # a point with fewer nodes is drawn hollow
 MAX_COLUMNS = 8  # in a drawn search tree
@@ -187,6 +193,27 @@ def _outcomes(axes: Axes, rows: list[dict[str, Any]], shown: list[str], columns:
     axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=0.9, handleheight=0.9,
                 columnspacing=1.4, handletextpad=0.5, borderaxespad=0)  # fmt: skip
     axes.set_title("Outcomes", loc="left", pad=14 + 14 * -(-len(shown) // columns))
+
+
+@styled()
+def noise(study: Study, width: float, chance_accuracy: float | None = None) -> Figure:
+    """Accuracy for each size of the noise, in equal steps: one line for the slot, one for words of the question."""
+    sizes = sorted({row["sigma"] for row in study.rows})
+    left, right, top, bottom, above = 40, 14, 46, 36, 150
+    figure = new_figure(width, top + above + bottom)
+    axes = panel(figure, left, top, width - left - right, above)
+    for where, (colour, label) in NOISY.items():
+        rows = [row | {"place": sizes.index(row["sigma"])} for row in study.rows if row["where"] == where]
+        if rows:
+            _line_with_intervals(axes, rows, "accuracy", colour, label, over="place")
+    axes.set_xlim(-0.4, len(sizes) - 0.6)
+    axes.set_xticks(range(len(sizes)), [f"{sigma:g}" for sigma in sizes])
+    share_axis(axes.yaxis, 5)
+    chance_line(axes, chance_accuracy)
+    axes.set_xlabel("noise, in multiples of the dispersion", loc="right")
+    axes.set_title("Accuracy under noise", loc="left", pad=24)
+    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1.2, borderaxespad=0)
+    return figure
 
 
 # The search tree.

@@ -419,6 +419,8 @@ def are_they_used(run: RunRecord) -> Section | None:
         columns = ["the thoughts", "accuracy", "difference", "answers changed"]
         table = Table(columns, [_changed_thoughts(row) for row in thoughts.rows], 3)
         parts += [Lead(thoughts.facts["verdict"]), *figure, Aside(numbers, [table])]
+    if noise := run.studies.get("noise"):
+        parts += [Heading("How much noise they bear"), *_noise(run, noise)]
     if graph:
         caption = (
             "Each row changes one edge in questions that were answered correctly, or the thoughts with it. Left: the "
@@ -433,6 +435,48 @@ def are_they_used(run: RunRecord) -> Section | None:
             parts.append(Aside(numbers, [Table(columns, [_changed_edges(row) for row in graph.rows], 3)]))
     title = "Are the thoughts used?" if thoughts else "Where the answer comes from"
     return Section("are-they-used", title, parts) if parts else None
+
+
+def _noise(run: RunRecord, study: Study) -> list[Part]:
+    caption = (
+        "Gaussian noise is added to every thought (or pause) before it is fed, and in a second run to as many words of "
+        "each question. A size of 1 is as large as thoughts differ between questions, or as words differ from each "
+        "other. The wide bars are 95 % confidence intervals."
+    )
+    rows = [
+        [charts.NOISY[row["where"]][1], f"{row['sigma']:g}", percent(row["accuracy"]),
+         between(row["low"], row["high"])] for row in study.rows
+    ]  # fmt: skip
+    table = Table(["noise", "size", "accuracy", "95 % interval"], rows, 3)
+    figure = _figure(drawings(run), "noise", "Accuracy for each size of noise, as in the table below.", caption)
+    return [Text(" ".join(describe_noise(study))), *figure, Aside("The numbers", [table])]
+
+
+def describe_noise(study: Study) -> list[str]:
+    """Say in sentences from which size of noise on the accuracy clearly falls."""
+    sentences = []
+    for where in dict.fromkeys(row["where"] for row in study.rows):
+        rows = sorted((row for row in study.rows if row["where"] == where), key=lambda row: row["sigma"])
+        clean, last = rows[0], rows[-1]
+        fallen = [row for row in rows[1:] if row["high"] < clean["low"]]
+        on = charts.NOISY[where][1]
+        if fallen:
+            sentences.append(
+                f"With noise {on} the accuracy falls clearly from size {fallen[0]['sigma']:g} on, from "
+                f"{percent(clean['accuracy'])} to {percent(fallen[0]['accuracy'])}, and to {percent(last['accuracy'])} "
+                f"at size {last['sigma']:g}."
+            )
+        else:
+            sentences.append(
+                f"With noise {on} no clear fall is seen up to size {last['sigma']:g}: {percent(last['accuracy'])} "
+                f"instead of {percent(clean['accuracy'])}."
+            )
+    own = study.rows[0]["where"]
+    sentences.append(
+        f"An answer that ignores the {own} bears any noise on them. A fall may come from inputs that the model has "
+        "never seen, too; the words show how much of that is usual for this model."
+    )
+    return sentences
 
 
 def _changed_thoughts(row: Row) -> list[str]:
@@ -457,6 +501,8 @@ def drawings(run: RunRecord) -> Drawings:
     if study := studies.get("k_forcing"):
         noun = run.stages[-1].form.slot.noun
         by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
+    if study := studies.get("noise"):
+        by_name["noise"] = partial(charts.noise, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):
         by_name["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
     if study := studies.get("heights"):

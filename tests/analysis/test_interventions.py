@@ -10,10 +10,9 @@ import networkx
 import numpy as np
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, build
-from helpers.runs import graph_rows
+from helpers.memorizing import EXAMPLES, memorizing_model
+from helpers.models import build
 from scipy.stats import binomtest
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.analysis import interventions
@@ -21,40 +20,13 @@ from coconut.analysis.graph_paths import redirect
 from coconut.analysis.interventions import audit_edges, audit_thoughts, edges_verdict, share_lost, thoughts_verdict
 from coconut.analysis.probes import Subject
 from coconut.analysis.statistics import difference_interval
-from coconut.data.batching import collate
 from coconut.data.examples import Example
-from coconut.data.sequences import layout
-from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.evaluation.evaluator import Evaluated
-from coconut.methods import PAUSES, THOUGHTS, Form, PromptFormat, Reasoning
+from coconut.methods import PAUSES
 from coconut.runs.study import Study
 from coconut.tasks import TASKS, prosqa
 
-EXAMPLES = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(seed=6, count=24)]
-NUM_THOUGHTS = 3
 SUMS = [Example("1 + 1", (), "2"), Example("2 + 3", (), "5"), Example("3 + 3", (), "6")]
-
-
-def memorizing_model() -> LatentLM:
-    """A small model that has memorized most of the examples and hardly needs its thoughts."""
-    torch.manual_seed(0)
-    form = PromptFormat("{}", "{} ", "### {}")
-    tokenizer = build_word_tokenizer(EXAMPLES, form)
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), bos_token_id=None, **ARCHITECTURES["llama"])
-    reasoning = Reasoning(num_thoughts=NUM_THOUGHTS, steps_cut=None, max_new_tokens=4, format=form)
-    lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
-    questions = encode_questions(tokenizer, [example.question for example in EXAMPLES], form)
-    answers = encode_texts(tokenizer, [PromptFormat.fill(form.answer, example.answer) for example in EXAMPLES])
-    thinking = Form(THOUGHTS, True, NUM_THOUGHTS, steps_cut=None)
-    segments = zip(questions, ([*ids, lm.special.eos] for ids in answers), strict=True)
-    batch = collate([layout(each, thinking, lm.special) for each in segments], lm.special)
-    optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
-    for _ in range(60):
-        loss = lm(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return lm.eval()
 
 
 @pytest.fixture(scope="module")
