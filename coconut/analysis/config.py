@@ -37,6 +37,7 @@ class Part(StrEnum):
     values = "values"  # the latent search tree: the probability of each node as the next step, after each thought
     inner_products = "inner_products"  # inner products of thoughts with the embeddings of nodes
     decoded = "decoded"  # logit lens: the likeliest tokens of each thought
+    geometry = "geometry"  # where the thoughts lie: distances, spread over questions in each layer, effective rank
     audit_thoughts = "audit_thoughts"  # interventions on the thoughts
     audit_edges = "audit_edges"  # interventions on the edges of the graph
     stopping = "stopping"  # a classifier that decides when to stop thinking, against a constant number of thoughts

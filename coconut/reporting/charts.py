@@ -199,7 +199,7 @@ def _outcomes(axes: Axes, rows: list[dict[str, Any]], shown: list[str], columns:
 def noise(study: Study, width: float, chance_accuracy: float | None = None) -> Figure:
     """Accuracy for each size of the noise, in equal steps: one line for the slot, one for words of the question."""
     sizes = sorted({row["sigma"] for row in study.rows})
-    left, right, top, bottom, above = 40, 14, 46, 36, 150
+    left, right, top, bottom, above = 40, 14, 56, 36, 150
     figure = new_figure(width, top + above + bottom)
     axes = panel(figure, left, top, width - left - right, above)
     for where, (colour, label) in NOISY.items():
@@ -211,8 +211,31 @@ def noise(study: Study, width: float, chance_accuracy: float | None = None) -> F
     share_axis(axes.yaxis, 5)
     chance_line(axes, chance_accuracy)
     axes.set_xlabel("noise, in multiples of the dispersion", loc="right")
-    axes.set_title("Accuracy under noise", loc="left", pad=24)
-    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1.2, borderaxespad=0)
+    axes.set_title("Accuracy under noise", loc="left", pad=32)
+    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.07), handlelength=1.2, borderaxespad=0)
+    return figure
+
+
+@styled()
+def layers(study: Study, width: float, noun: str = "thought") -> Figure:
+    """Spread over questions in each layer, a line for `<bot>`, the first positions and the last."""
+    places = sorted({row["place"] for row in study.rows})
+    shown = places if len(places) <= len(SHADES) + 1 else [*places[: len(SHADES) - 1], places[-1]]
+    left, right, bottom, above = 40, 14, 36, 150
+    columns = 2 if width < NARROW else 3
+    top = 46 + 14 * -(-len(shown) // columns)
+    figure = new_figure(width, top + above + bottom)
+    axes = panel(figure, left, top, width - left - right, above)
+    for number, place in enumerate(shown):
+        rows = [row for row in study.rows if row["place"] == place]
+        colour, label = (SHADES[number - 1], f"{noun} {place}") if place else ("muted", "before the slot")
+        axes.plot([row["layer"] for row in rows], [row["spread"] for row in rows], color=LIGHT[colour], marker="o",
+                  markersize=4, linewidth=1.2, label=label, clip_on=False)  # fmt: skip
+    share_axis(axes.yaxis, 5)
+    axes.set_xticks(sorted({row["layer"] for row in study.rows}))
+    axes.set_xlabel("layer, 0 for its input", loc="right")
+    axes.set_title("Spread over questions", loc="left", pad=14 + 14 * -(-len(shown) // columns))
+    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=1.2, borderaxespad=0)
     return figure
 
 

@@ -246,6 +246,9 @@ def what_they_hold(run: RunRecord) -> Section | None:
         parts = [Text(intro), *_node_warnings(run.studies["values"]), *parts]
     if "inner_products" in drawn:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
+    if study := run.studies.get("geometry"):
+        noun = run.stages[-1].form.slot.noun
+        parts += [Heading(f"Where the {noun}s lie"), *_geometry(study, drawn, noun)]
     return Section("what-they-hold", "What the thoughts hold", parts) if parts else None
 
 
@@ -400,6 +403,51 @@ def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
     return _figure(drawn, "inner_products", "Inner products of thoughts with four groups of nodes.", caption)
 
 
+def _geometry(study: Study, drawn: Drawings, noun: str) -> list[Part]:
+    caption = (
+        f"How much the hidden state at each {noun} differs between questions, as a share of its length, in each layer. "
+        "The token before the slot is the same in every question, so that all of its spread comes from attention."
+    )
+    columns = [noun, "length", "to the one before", "to the mean word", "to the nearest word", "spread", "rank"]
+    rows = [
+        [str(row["thought"]), *(DASH if row[key] is None else f"{row[key]:.2f}" for key in LENGTHS),
+         whole_percent(row["spread"]), f"{row['rank']:.1f}"] for row in study.rows
+    ]  # fmt: skip
+    figure = _figure(drawn, "layers", "Spread over questions in each layer.", caption)
+    return [Text(" ".join(describe_geometry(study, noun))), *figure, Aside("The numbers", [Table(columns, rows, 6)])]
+
+
+LENGTHS = ("norm", "to_previous", "to_mean_word", "to_nearest_word")
+SAME = 0.01  # a smaller spread: the same whatever the question
+
+
+def describe_geometry(study: Study, noun: str) -> list[str]:
+    """Say in sentences how much the thoughts of different questions differ, and how far they are from words."""
+    rows, facts = study.rows, study.facts
+    spreads, ranks = [row["spread"] for row in rows], [row["rank"] for row in rows]
+    if max(spreads) < SAME:
+        return [f"The {noun}s are the same whatever the question, as they are fed."]
+    same = [str(row["thought"]) for row in rows if row["spread"] < SAME]
+    sentences = [
+        f"Between questions a {noun} differs by {_from_to(spreads, whole_percent)} of its length; words differ from "
+        f"each other by {whole_percent(facts['word_spread'])}. The {noun}s of all questions fill "
+        f"{_from_to(ranks, '{:.1f}'.format)} of {facts['width']} directions (effective rank)."
+    ]
+    if same:
+        sentences.append(f"Number {listed(same)} {'is' if len(same) == 1 else 'are'} the same whatever the question.")
+    nearest, length = ([row[key] for row in rows] for key in ("to_nearest_word", "norm"))
+    sentences.append(
+        f"They are {_from_to(length, '{:.1f}'.format)} long and {_from_to(nearest, '{:.1f}'.format)} away from the "
+        f"nearest word; words are {facts['word_norm']:.1f} long."
+    )
+    return sentences
+
+
+def _from_to(values: list[float], show: Callable[[float], str]) -> str:
+    least, most = show(min(values)), show(max(values))
+    return least if least == most else f"{least} to {most}"
+
+
 # Interventions.
 
 
@@ -501,6 +549,8 @@ def drawings(run: RunRecord) -> Drawings:
     if study := studies.get("k_forcing"):
         noun = run.stages[-1].form.slot.noun
         by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
+    if study := studies.get("layers"):
+        by_name["layers"] = partial(charts.layers, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):
         by_name["noise"] = partial(charts.noise, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):

@@ -71,15 +71,20 @@ def measure_thoughts(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | 
     chains = [thoughts[n, is_thought_K] for n, is_thought_K in enumerate(is_thought_NK)]
     by_index = [thoughts[is_thought_N, k] for k, is_thought_N in enumerate(is_thought_NK.T)]
     centred_RD = torch.cat([thoughts_MD - thoughts_MD.mean(0) for thoughts_MD in by_index])
-    singular = torch.linalg.svdvals(centred_RD.float())
-    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return ThoughtStatistics(
         norm=rows_RD.norm(dim=1).mean().item(),
         within=_mean_distance(chains),
         across=_mean_distance(by_index),
         to_table=_to_nearest(rows_RD, table_VD.detach()),
-        rank=torch.special.entr(shares).sum().exp().item(),
+        rank=effective_rank(centred_RD),
     )
+
+
+def effective_rank(rows_RD: Tensor) -> float:
+    """exp of the entropy of the singular values (Roy and Vetterli 2007); 1 if all are 0."""
+    singular = torch.linalg.svdvals(rows_RD.float())
+    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def _mean_distance(sets: Sequence[Tensor]) -> float | None:
