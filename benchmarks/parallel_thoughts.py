@@ -44,7 +44,7 @@ def main(arguments: Iterable[str]) -> None:
     settings = {"thoughts": 24, "iterations": 3, "rounds": 5}
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key not in settings or not value.isdecimal():
+        if key not in settings or not value.isdecimal() or int(value) < 1:
             sys.exit(f"{argument!r} is not KEY=NUMBER with one of {', '.join(settings)}.")
         settings[key] = int(value)
     thoughts, iterations, rounds = settings.values()

@@ -50,7 +50,8 @@ def geometry(subject: Subject) -> list[Study]:
         raise NotApplicable("Spread over questions needs at least two questions.")
     questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     states_NPLD = _states(lm, questions, K, subject.batch_size)
-    table_VD = lm.base.get_input_embeddings().weight.float().cpu()  # pyright: ignore[reportAttributeAccessIssue]
+    table: Any = lm.base.get_input_embeddings()
+    table_VD = table.weight.float().cpu()
     fed_NKD = states_NPLD[:, 1:, 0] if lm.reasoning.slot.noun == "pause" else subject.baseline.thoughts.float()
     rows = []
     for k in range(K):

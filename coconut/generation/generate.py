@@ -313,6 +313,11 @@ def _slot_lengths(
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
     if not reasoning.slot.thinks and (thoughts is not None or noise or stop is not None):
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace, to make noisy or to stop.")
+    if reasoning.slot.in_parallel and stop is not None:
+        raise ValueError(
+            f"The thoughts of {reasoning.method} are computed all at once, so that stopping early saves nothing. Leave "
+            "out stop, or set num_thoughts."
+        )
     if not 0 <= noise < float("inf"):
         raise ValueError(f"thought_noise is {noise}; it must be a standard deviation, 0 or more.")
     if noise and thoughts is not None:

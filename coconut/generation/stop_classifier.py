@@ -147,6 +147,10 @@ def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
     """Raise ValueError if a model trained by this plan cannot answer after fewer thoughts than its stage has."""
     if not lm.reasoning.slot.thinks or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
+    if lm.reasoning.slot.in_parallel:
+        raise ValueError(
+            f"The thoughts of {lm.reasoning.method} are computed all at once, so that stopping early saves nothing."
+        )
     if not trained.trained_with_fewer_thoughts:
         advice = " Train with curriculum.mixing_probability=0.1, or with curriculum.pad_thoughts=false."
         advice = advice if trained.mixing_forms else ""

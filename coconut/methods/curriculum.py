@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -275,7 +276,7 @@ def _changed(name: str, method: Method, slot: Mapping[str, Any], thoughts_per_st
     if "update" in given and "iterations" not in given:
         if given["update"] is Update.sequential:
             given["iterations"] = 0
-        elif not method.slot.in_parallel:
+        elif method.slot.thinks and not method.slot.in_parallel:
             raise ValueError(
                 f"model.update={given['update'].value} updates the thoughts of {name} all at once, but it is not said "
                 "how often. Set model.iterations, for example to 3."
@@ -307,9 +308,26 @@ def _weighted(
             if (value := term.options.get(option, next(iter(choices)))) not in list(choices):
                 one_of = ", ".join(choices)
                 raise ValueError(f"term_options.{term.name}.{option} is {value!r}; it is one of {one_of}.")
+        for option, default in known[term.name].options.items():
+            _check_kind(f"term_options.{term.name}.{option}", term.options[option], default)
+    for choice in ("spans", "compression"):
+        if len({getattr(term, choice) for term in terms if term.weight} - {None}) > 1:
+            raise ValueError(f"The terms of {name} have different {choice}, and a batch holds one kind of them.")
     if not any(term.weight for term in terms):
         raise ValueError(f"All terms of {name} have weight 0, so there is nothing to learn. Leave out terms.NAME=0.")
     return tuple(term for term in terms if term.weight)
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError if an option is not of the kind of its default: a text, a whole number, or a finite number."""
+    if isinstance(default, str):
+        fits, kind = isinstance(value, str), "a name"
+    elif isinstance(default, float):
+        fits, kind = isinstance(value, (int, float)) and math.isfinite(value), "a number"
+    else:
+        fits, kind = isinstance(value, int) or (default is None and value is None), "a whole number"
+    if not fits or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be {kind}.")
 
 
 def _depths(method: Method, curriculum: Curriculum) -> list[Form]:

@@ -67,10 +67,15 @@ class Slot:
     iterations_per: int = 0  # 0: the slot's length does not matter
 
     def __post_init__(self) -> None:
+        if self.source is not Source.thought and (self.in_parallel or self.iterations):
+            raise ValueError(
+                f"Thoughts are updated, and the slot of this method holds {self.source.value}. Leave out model.update "
+                "and model.iterations."
+            )
         if self.iterations and self.update is Update.sequential:
             raise ValueError(
                 f"model.iterations={self.iterations} is for thoughts that are updated all at once. Those of this "
-                "method are computed one after the other. Leave it out."
+                "method are computed one after the other. Leave it out, or set model.update=jacobi or loop."
             )
         if self.iterations < 0:
             raise ValueError(f"model.iterations is {self.iterations}; it must be at least 0.")
@@ -107,10 +112,12 @@ class Slot:
 
     def describe(self) -> str:
         """The projector and the update in words."""
-        projector = f"{self.projector.value} of width {self.width}" if self.width else self.projector.value
+        projector = "no projector" if self.projector is Projector.none else f"the projector {self.projector.value}"
+        projector += f" of width {self.width}" if self.width else ""
         if not self.in_parallel:
             return projector
-        each = f" for each {self.iterations_per} thoughts" if self.iterations_per else ""
+        each = f" for every {self.iterations_per} thoughts" if self.iterations_per > 1 else ""
+        each = " for every thought" if self.iterations_per == 1 else each
         return f"{projector}, updated by {self.update.value} x {self.iterations}{each}"
 
     def count_iterations(self, length: Any) -> Any:

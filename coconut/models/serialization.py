@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-FORMAT_VERSION = 3
-READABLE = (2, 3)  # version 2 knows no update of thoughts but the sequential one
+FORMAT_VERSION = 4
+READABLE = (2, 3, 4)  # version 2 knows no update of thoughts but the sequential one, 3 no iterations for each step
 
 
 @dataclass

@@ -47,7 +47,7 @@ class Objective(TermObjective):
         self.compression, self.importance = term.compression, float(term.options["importance"])
         if not 0 <= self.importance <= 1:
             raise ValueError(f"term_options.{term.name}.importance is {self.importance}; it must be between 0 and 1.")
-        if term.options["distance"] not in DISTANCES:
+        if term.options["distance"] not in list(DISTANCES):
             raise ValueError(
                 f"term_options.{term.name}.distance is {term.options['distance']!r}; it is one of "
                 f"{', '.join(DISTANCES)}."

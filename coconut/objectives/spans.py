@@ -56,7 +56,8 @@ class Objective(TermObjective):
         if self.iteration is Iteration.own and not self.slot.iterations_per:
             raise ValueError(
                 f"term_options.{term.name}.iteration=own reads each step after its own iteration, but the thoughts of "
-                "this method are not updated once for each step. Leave it out, or take method=lotus."
+                "this method are not updated once for each step. Leave it out, or take method=lotus with "
+                "curriculum.thoughts_per_step of at least 1."
             )
         self.thoughts_per_step = forms[self.of_form].thoughts_per_step or 1
         self.thoughts_per_span = self.thoughts_per_step if term.spans is Spans.steps else 1

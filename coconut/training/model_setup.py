@@ -26,6 +26,11 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     lora = config.model.lora
     first = config.plan().stages[0]
     if first.in_turn:
+        if lm.feedback.slot.in_parallel:
+            raise ValueError(
+                f"{source} computes its thoughts all at once ({lm.feedback.slot.describe()}), and the modes of "
+                f"{config.method} compute them one after the other. Start from a run with sequential thoughts."
+            )
         lm.add_modes([form.mode for form in first.in_turn], config.model.new_token_init)
     _set_feedback(lm, first.form.slot, config)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
@@ -53,9 +58,9 @@ def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
         return
     if config.init and any(form.slot.thinks and form.num_thoughts for form in lm.reasoning.forms()):
         raise ValueError(
-            f"init={config.init} has learned to think with the projector {own.describe()}, and {config.method} has "
-            f"{slot.describe()}. Set model.projector={own.projector.value} model.projector_width="
-            f"{own.width or 'null'}, take a method with the same update, or start from a run without thoughts."
+            f"init={config.init} has learned to think with {own.describe()}, and {config.method} has "
+            f"{slot.describe()}. What differs is set by model.projector, model.projector_width, model.update, "
+            "model.iterations, or curriculum.thoughts_per_step. Or start from a run without thoughts."
         )
     lm.feedback = Feedback(slot, lm.thought_size).to(lm.device)
     lm.reasoning = replace(lm.reasoning, slot=slot)
@@ -71,7 +76,7 @@ def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
     if engine.cuda_graphs and lm.feedback.has_weights:
         raise ValueError(
             "engine.cuda_graphs=true records the model's layers alone, but the projector "
-            f"{lm.feedback.slot.describe()} stands between its passes. Set engine.cuda_graphs=false."
+            f"{lm.feedback.slot.projector.value} stands between its passes. Set engine.cuda_graphs=false."
         )
     lm.acceleration.mechanisms = engine.mechanisms
     lm.acceleration.activation_checkpointing = engine.activation_checkpointing

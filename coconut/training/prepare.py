@@ -123,6 +123,11 @@ def _refuse_without_spans(data: TokenizedData, plan: Plan, lm: LatentLM, file: s
     empty = sum(not length for spans in lengths for length in spans)
     count = sum(map(len, lengths))
     names = ", ".join(term.name for term in plan.terms if term.spans)
+    if not count:
+        raise ValueError(
+            f"Thoughts are held to the steps of the chain ({names}), but there are no thoughts in the last stage. Set "
+            "curriculum.thoughts_per_step and curriculum.max_stage to at least 1."
+        )
     if empty == count:
         raise ValueError(
             f"{file}: thoughts are held to the steps of the chain ({names}), but the first {len(lengths)} examples "
@@ -134,7 +139,7 @@ def _refuse_without_spans(data: TokenizedData, plan: Plan, lm: LatentLM, file: s
     words = int((written_lengths(data, 0, 0) - written_lengths(data, view.form(0).steps_cut, 0))[: len(lengths)].sum())
     if left := words - sum(map(sum, lengths)):
         log(f"note: {left / words:.0%} of the words of the steps that are not written have no thought of their own, "
-            "and are no targets. Raise curriculum.thoughts_per_step or num_thoughts to take more of them.")  # fmt: skip
+            "and are no targets. More thoughts take more of them.")  # fmt: skip
 
 
 def _with_short_steps(data: TokenizedData, plan: Plan, lm: LatentLM, skip: bool, file: str) -> np.ndarray:

@@ -208,6 +208,8 @@ def test_what_cannot_be_is_refused() -> None:
         apply_engine_options(lm, EngineConfig(cuda_graphs=True))
     with pytest.raises(ValueError, match="no probability of their own"):
         thought_means(lm, [[5, 6]], torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="stopping early saves nothing"):
+        lm.generate(torch.tensor([[5, 6]]), stop=lambda thoughts: torch.ones(len(thoughts), dtype=torch.bool))
     with pytest.raises(ValueError, match="iterations is -1; it must be at least 0"):
         ModelConfig(base="gpt2", iterations=-1)
     with pytest.raises(ValueError, match=r"computed one after the other\. Leave it out"):

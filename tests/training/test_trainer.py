@@ -489,7 +489,9 @@ def test_a_model_that_thinks_keeps_its_projector(finished: Path, data: DataConfi
     examples = read_examples(data.train)
 
     def begun(method: str, init: Path | str, **changes: Any) -> LatentLM:
-        curriculum = replace(CURRICULUM, num_thoughts=3 if method == "codi" else None, modes=["short", "latent_3"])
+        curriculum = replace(
+            CURRICULUM, num_thoughts=3 if METHODS[method].fixed_length else None, modes=["short", "latent_3"]
+        )
         config = settings(data, tmp_path / "run", method=method, curriculum=curriculum, init=str(init), **changes)
         lm = make_model(config, examples)
         lm.reasoning = Reasoning.at(config.plan(), config.plan().stages[-1])
@@ -502,8 +504,11 @@ def test_a_model_that_thinks_keeps_its_projector(finished: Path, data: DataConfi
     assert all(torch.equal(w, hybrid.feedback.state_dict()[name]) for name, w in early.feedback.state_dict().items())
     begun("hybrid_warmup", finished).save_pretrained(tmp_path / "hybrid")
     for init in (finished, tmp_path / "hybrid"):
-        with pytest.raises(ValueError, match=r"has learned to think with the projector none, and codi has mlp_ln"):
+        with pytest.raises(ValueError, match="learned to think with no projector, and codi has the projector mlp_ln"):
             begun("codi", init)
+    begun("pccot", Checkpoints(finished).path(3)).save_pretrained(tmp_path / "pccot")
+    with pytest.raises(ValueError, match="computes its thoughts all at once"):
+        begun("hybrid_warmup", tmp_path / "pccot")
 
 
 def test_a_run_goes_on_when_what_it_began_from_is_gone(finished: Path, data: DataConfig, tmp_path: Path) -> None:
