@@ -21,8 +21,7 @@ from coconut.models import families
 from coconut.models.latent_lm import LatentLM
 from coconut.models.passes import Reads
 from coconut.runs.study import NotApplicable, Study
-from coconut.training.thought_statistics import effective_rank
-from coconut.utils.torch_utils import eval_mode
+from coconut.utils.torch_utils import effective_rank, eval_mode
 
 ROUNDING = 1e-6  # a smaller spread is that of equal rows
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from coconut.utils.torch_utils import effective_rank
+
 MIN_DISTANCE = 0.01  # thoughts that are closer than this share of their norm count as equal
 MIN_RANK = 1.5  # a smaller effective rank is one direction and noise
 
@@ -78,13 +80,6 @@ def measure_thoughts(thoughts_NKD: Tensor, table_VD: Tensor, counts_N: Tensor | 
         to_table=_to_nearest(rows_RD, table_VD.detach()),
         rank=effective_rank(centred_RD),
     )
-
-
-def effective_rank(rows_RD: Tensor) -> float:
-    """exp of the entropy of the singular values (Roy and Vetterli 2007); 1 if all are 0."""
-    singular = torch.linalg.svdvals(rows_RD.float())
-    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.special.entr(shares).sum().exp().item()
 
 
 def _mean_distance(sets: Sequence[Tensor]) -> float | None:

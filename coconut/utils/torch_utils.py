@@ -43,6 +43,13 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def effective_rank(rows_RD: Tensor) -> float:
+    """exp of the entropy of the singular values of (R, D) (Roy and Vetterli 2007); 1 if all are 0."""
+    singular = torch.linalg.svdvals(rows_RD.float())
+    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.special.entr(shares).sum().exp().item()
+
+
 def apply(function: Any, *arguments: Any) -> Tensor:
     """Call an autograd Function that returns one tensor."""
     return function.apply(*arguments)
