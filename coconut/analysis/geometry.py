@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from coconut.analysis.prefix_values import layout_with_slot
 from coconut.analysis.probes import Subject
 from coconut.data.batching import collate
-from coconut.data.sequences import Layout, slot_with_markers
-from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first
 from coconut.models import families
 from coconut.models.latent_lm import LatentLM
@@ -47,11 +45,10 @@ def geometry(subject: Subject) -> list[Study]:
         raise NotApplicable("The hidden states of this model are not of one width in all layers.")
     if len(subject.examples) < 2:
         raise NotApplicable("Spread over questions needs at least two questions.")
-    questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
-    states_NPLD = _states(lm, questions, K, subject.batch_size)
+    states_NPLD = _states(lm, subject.question_ids, K, subject.batch_size)
     table: Any = lm.base.get_input_embeddings()
     table_VD = table.weight.float().cpu()
-    fed_NKD = states_NPLD[:, 1:, 0] if lm.reasoning.slot.noun == "pause" else subject.baseline.thoughts.float()
+    fed_NKD = states_NPLD[:, 1:, 0] if not lm.reasoning.slot.thinks else subject.baseline.thoughts.float()
     rows = []
     for k in range(K):
         here_ND = fed_NKD[:, k]
@@ -66,21 +63,17 @@ def geometry(subject: Subject) -> list[Study]:
         for place in range(K + 1)
         for layer in range(states_NPLD.shape[2])
     ]
-    words_MD = table_VD[sorted({token for question in questions for token in question})]
+    words_MD = subject.word_embeddings
     facts = {"word_norm": _mean_norm(words_MD), "word_spread": _spread(words_MD)["spread"], "width": fed_NKD.shape[2]}
     return [Study("geometry", rows, facts), Study("layers", by_layer, facts)]
 
 
 def _states(lm: LatentLM, questions: list[list[int]], num_thoughts: int, batch_size: int) -> Tensor:
     """(N, P, L + 1, D) the hidden states in all layers at `<bot>` and at each position of the slot, in float32."""
-    slot = slot_with_markers(lm.reasoning, lm.special, num_thoughts)
     found: dict[int, Tensor] = {}
     with eval_mode(lm):
         for indices in longest_first(questions, batch_size):
-            rows = []
-            for i in indices:
-                ids = np.array([*questions[i], *slot], np.int32)
-                rows.append(Layout(ids, len(ids), len(questions[i]) + lm.reasoning.markers))
+            rows = [layout_with_slot(lm, questions[i], (), num_thoughts) for i in indices]
             batch = collate(rows, lm.special).to(lm.device)
             last_B = batch.attention_mask.cumsum(1).argmax(1)  # the column of <eot>
             by_place = []

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from coconut.analysis.probes import Subject, accuracy_of
-from coconut.data.tokenization import encode_questions
 from coconut.methods import Source
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.study import NotApplicable, Study
@@ -40,8 +39,7 @@ def noise_curves(subject: Subject) -> Study:
     lm, source = subject.lm, subject.lm.reasoning.slot.source
     if source is Source.none or not subject.num_trained_thoughts:
         raise NotApplicable(f"{lm.reasoning.method} has nothing in its slot to which noise could be added.")
-    questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
-    dispersion: dict[str, float | None] = {"thoughts": None, "words": _of_words(lm, questions)}
+    dispersion: dict[str, float | None] = {"thoughts": None, "words": _dispersion(subject.word_embeddings)}
     rows = []
 
     def add(where: str, sigma: float, evaluated: Any) -> None:
@@ -49,7 +47,7 @@ def noise_curves(subject: Subject) -> Study:
 
     own = f"{source.value}s"
     if source is Source.thought:
-        dispersion["thoughts"] = _of_thoughts(subject.baseline.thoughts)
+        dispersion["thoughts"] = _dispersion(subject.baseline.thoughts)
     for where in (own, "words"):
         add(where, 0.0, subject.baseline)
         for sigma in SIGMAS:
@@ -62,14 +60,9 @@ def noise_curves(subject: Subject) -> Study:
     return Study("noise", rows, {"dispersion": dispersion, "positions": subject.num_trained_thoughts})
 
 
-def _of_thoughts(thoughts_NKD: Tensor) -> float:
-    return float((thoughts_NKD - thoughts_NKD.mean(0)).square().mean().sqrt())
-
-
-def _of_words(lm: LatentLM, questions: list[list[int]]) -> float:
-    ids = torch.tensor(sorted({token for question in questions for token in question}), device=lm.device)
-    embeds_MD = lm.base.get_input_embeddings()(ids).float()
-    return float((embeds_MD - embeds_MD.mean(0)).square().mean().sqrt())
+def _dispersion(rows: Tensor) -> float:
+    """The standard deviation of a coordinate over the first dimension."""
+    return float((rows - rows.mean(0)).square().mean().sqrt())
 
 
 Choice = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # of a row's token ids (T,): a mask (T,)

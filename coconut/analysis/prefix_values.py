@@ -19,7 +19,7 @@ import torch
 from coconut.analysis.probes import Subject
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_with_markers
-from coconut.data.tokenization import encode_answers, encode_questions
+from coconut.data.tokenization import encode_answers
 from coconut.generation.generate import longest_first
 from coconut.models.latent_lm import LatentLM
 from coconut.models.losses import target_log_probs
@@ -71,11 +71,10 @@ def _means(values_NC: np.ndarray) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """The log-probabilities (N, C) of the whole answers, and those of the tokens after the answer mark."""
-    lm = subject.lm
-    questions = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
+    lm, questions = subject.lm, subject.question_ids
     golds = [example.answer for example in subject.examples]
     answers, mark_lengths = encode_answers(lm.tokenizer, golds, lm.reasoning.format)
-    rows = [_layout(lm, *pair, subject.num_trained_thoughts) for pair in zip(questions, answers, strict=True)]
+    rows = [layout_with_slot(lm, *pair, subject.num_trained_thoughts) for pair in zip(questions, answers, strict=True)]
     lengths = [len(row.ids) for row in rows]
     if too_long := [i for i, length in enumerate(lengths) if length > lm.max_sequence_length]:
         raise NotApplicable(
@@ -87,9 +86,9 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     with eval_mode(lm):
         for indices in longest_first(questions, subject.batch_size):
             for count in range(subject.num_trained_thoughts + 1):
-                batch = collate([_layout(lm, questions[i], answers[i], count) for i in indices], lm.special).to(
-                    lm.device
-                )
+                batch = collate(
+                    [layout_with_slot(lm, questions[i], answers[i], count) for i in indices], lm.special
+                ).to(lm.device)
                 out: Any = lm(batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True)
                 logits_MV = out.target_logits
                 logits_MV[:, lm.special.added] = -torch.inf  # generation never produces the added tokens
@@ -101,7 +100,8 @@ def _values(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     return answer_NC, after_mark_NC
 
 
-def _layout(lm: LatentLM, question: Sequence[int], answer: Sequence[int], count: int) -> Layout:
+def layout_with_slot(lm: LatentLM, question: Sequence[int], answer: Sequence[int], count: int) -> Layout:
+    """A question, `count` positions of the slot with the markers, and an answer."""
     before = [*question, *slot_with_markers(lm.reasoning, lm.special, count)]
     slot_start = len(question) + lm.reasoning.markers
     return Layout(np.array([*before, *answer], np.int32), num_prompt=len(before), slot_start=slot_start)

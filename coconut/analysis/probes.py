@@ -68,6 +68,18 @@ class Subject:
         return evaluate(self.lm, self.task, chosen, batch_size=self.batch_size, **options)
 
     @cached_property
+    def question_ids(self) -> list[list[int]]:
+        """The token ids of the questions."""
+        return encode_questions(self.lm.tokenizer, [e.question for e in self.examples], self.lm.reasoning.format)
+
+    @cached_property
+    def word_embeddings(self) -> torch.Tensor:
+        """(M, D) the input embeddings of the M different words of the questions, in float32 on the CPU."""
+        words = sorted({token for question in self.question_ids for token in question})
+        with torch.no_grad():
+            return self.lm.base.get_input_embeddings()(torch.tensor(words, device=self.lm.device)).float().cpu()
+
+    @cached_property
     def graphs(self) -> list[GraphQuestion]:
         """The parsed questions. Raises NotApplicable if the task has no graphs or a question cannot be parsed."""
         if not hasattr(self.task, "graph"):
@@ -217,10 +229,9 @@ def next_step_values(subject: Subject) -> list[Study]:
     Raises NotApplicable if the model has no latent thoughts that stand for steps, or the questions have no graphs.
     """
     lm, c, offset = subject.lm, subject.need_steps_of_thoughts(), int(subject.symbolic)
-    prompts = encode_questions(lm.tokenizer, [e.question for e in subject.examples], lm.reasoning.format)
     candidates = [[subject.spellings[node] for node in parsed.graph] for parsed in subject.graphs]
     counts = range(c * (1 - offset), subject.num_trained_thoughts + 1, c)
-    probabilities = name_probabilities(lm, prompts, candidates, counts, subject.batch_size)
+    probabilities = name_probabilities(lm, subject.question_ids, candidates, counts, subject.batch_size)
     rows = []
     for (question, after), values in sorted(probabilities.items()):
         parsed, named_distance = subject.graphs[question], after // c + offset

@@ -468,7 +468,7 @@ def are_they_used(run: RunRecord) -> Section | None:
         table = Table(columns, [_changed_thoughts(row) for row in thoughts.rows], 3)
         parts += [Lead(thoughts.facts["verdict"]), *figure, Aside(numbers, [table])]
     if noise := run.studies.get("noise"):
-        parts += [Heading("How much noise they bear"), *_noise(run, noise)]
+        parts += [Heading("How much noise they bear"), *_noise(noise, drawn)]
     if graph:
         caption = (
             "Each row changes one edge in questions that were answered correctly, or the thoughts with it. Left: the "
@@ -485,7 +485,7 @@ def are_they_used(run: RunRecord) -> Section | None:
     return Section("are-they-used", title, parts) if parts else None
 
 
-def _noise(run: RunRecord, study: Study) -> list[Part]:
+def _noise(study: Study, drawn: Drawings) -> list[Part]:
     caption = (
         "Gaussian noise is added to every thought (or pause) before it is fed, and in a second run to as many words of "
         "each question. A size of 1 is as large as thoughts differ between questions, or as words differ from each "
@@ -496,7 +496,7 @@ def _noise(run: RunRecord, study: Study) -> list[Part]:
          between(row["low"], row["high"])] for row in study.rows
     ]  # fmt: skip
     table = Table(["noise", "size", "accuracy", "95 % interval"], rows, 3)
-    figure = _figure(drawings(run), "noise", "Accuracy for each size of noise, as in the table below.", caption)
+    figure = _figure(drawn, "noise", "Accuracy for each size of noise, as in the table below.", caption)
     return [Text(" ".join(describe_noise(study))), *figure, Aside("The numbers", [table])]
 
 
