@@ -54,12 +54,6 @@ GROUPS = {
 }
 # The tokens that a prefix value counts: colour, label.
 PREFIXES = {"answer": ("blue", "whole answer"), "after_mark": ("green", "after the answer mark")}
-# Where noise is added: colour, label.
-NOISY = {
-    "thoughts": ("blue", "on the thoughts"),
-    "pauses": ("blue", "on the pauses"),
-    "words": ("amber", "on as many words"),
-}
 SHADES = ("sky", "green", "amber", "red", "plum")  # from few steps to many
 HOLLOW_BELOW = 10  # a point with fewer nodes is drawn hollow
 MAX_COLUMNS = 8  # in a drawn search tree
@@ -108,7 +102,7 @@ def k_forcing(study: Study, width: float, chance_accuracy: float | None = None, 
 
     upper.set_title("Accuracy", loc="left", pad=24)
     chance_line(upper, chance_accuracy)
-    _line_with_intervals(upper, rows, "accuracy", "blue")
+    line_with_intervals(upper, rows, "accuracy", "blue")
     above_point: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
     if wide / len(rows) > 34:
         for row in rows:
@@ -140,7 +134,7 @@ def prefix_values(study: Study, width: float) -> Figure:
     lowest = min(row["low"] for row in study.rows)
     for axes, (title, curves) in zip(axes_of_panels, panels, strict=True):
         for label, colour, rows in curves:
-            _line_with_intervals(axes, rows, "value", colour, label)
+            line_with_intervals(axes, rows, "value", colour, label)
         axes.set_xlim(-0.3, study.facts["trained_thoughts"] + 0.3)
         axes.xaxis.set_major_locator(whole_ticks(8))
         axes.set_ylim(min(lowest * 1.05, -0.1), 0)
@@ -162,7 +156,7 @@ def metrics_at_k(evaluations: Sequence[tuple[str, list[dict[str, Any]]]], width:
                 {"place": place, "value": row[f"{name}_at_k"], "low": row[f"{name}_interval"][0],
                  "high": row[f"{name}_interval"][1]} for place, row in enumerate(at_k)
             ]  # fmt: skip
-            _line_with_intervals(axes, rows, "value", colour, f"{name}@k", over="place")
+            line_with_intervals(axes, rows, "value", colour, f"{name}@k", over="place")
         axes.set_xlim(-0.3, max(len(at_k) - 0.7, 0.3))
         axes.set_xticks(range(len(at_k)), [str(row["k"]) for row in at_k])
         share_axis(axes.yaxis, 5)
@@ -173,7 +167,7 @@ def metrics_at_k(evaluations: Sequence[tuple[str, list[dict[str, Any]]]], width:
     return figure
 
 
-def _line_with_intervals(
+def line_with_intervals(
     axes: Axes, rows: list[dict[str, Any]], key: str, colour: str, label: str = "", over: str = "thoughts"
 ) -> None:
     """A value for each number of thoughts, or what `over` names, with its interval as a wide bar."""
@@ -193,50 +187,6 @@ def _outcomes(axes: Axes, rows: list[dict[str, Any]], shown: list[str], columns:
     axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=0.9, handleheight=0.9,
                 columnspacing=1.4, handletextpad=0.5, borderaxespad=0)  # fmt: skip
     axes.set_title("Outcomes", loc="left", pad=14 + 14 * -(-len(shown) // columns))
-
-
-@styled()
-def noise(study: Study, width: float, chance_accuracy: float | None = None) -> Figure:
-    """Accuracy for each size of the noise, in equal steps: one line for the slot, one for words of the question."""
-    sizes = sorted({row["sigma"] for row in study.rows})
-    left, right, top, bottom, above = 40, 14, 56, 36, 150
-    figure = new_figure(width, top + above + bottom)
-    axes = panel(figure, left, top, width - left - right, above)
-    for where, (colour, label) in NOISY.items():
-        rows = [row | {"place": sizes.index(row["sigma"])} for row in study.rows if row["where"] == where]
-        if rows:
-            _line_with_intervals(axes, rows, "accuracy", colour, label, over="place")
-    axes.set_xlim(-0.4, len(sizes) - 0.6)
-    axes.set_xticks(range(len(sizes)), [f"{sigma:g}" for sigma in sizes])
-    share_axis(axes.yaxis, 5)
-    chance_line(axes, chance_accuracy)
-    axes.set_xlabel("noise, in multiples of the dispersion", loc="right")
-    axes.set_title("Accuracy under noise", loc="left", pad=32)
-    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.07), handlelength=1.2, borderaxespad=0)
-    return figure
-
-
-@styled()
-def layers(study: Study, width: float, noun: str = "thought") -> Figure:
-    """Spread over questions in each layer, a line for `<bot>`, the first positions and the last."""
-    places = sorted({row["place"] for row in study.rows})
-    shown = places if len(places) <= len(SHADES) + 1 else [*places[: len(SHADES) - 1], places[-1]]
-    left, right, bottom, above = 40, 14, 36, 150
-    columns = 2 if width < NARROW else 3
-    top = 46 + 14 * -(-len(shown) // columns)
-    figure = new_figure(width, top + above + bottom)
-    axes = panel(figure, left, top, width - left - right, above)
-    for number, place in enumerate(shown):
-        rows = [row for row in study.rows if row["place"] == place]
-        colour, label = (SHADES[number - 1], f"{noun} {place}") if place else ("muted", "before the slot")
-        axes.plot([row["layer"] for row in rows], [row["spread"] for row in rows], color=LIGHT[colour], marker="o",
-                  markersize=4, linewidth=1.2, label=label, clip_on=False)  # fmt: skip
-    share_axis(axes.yaxis, 5)
-    axes.set_xticks(sorted({row["layer"] for row in study.rows}))
-    axes.set_xlabel("layer, 0 for its input", loc="right")
-    axes.set_title("Spread over questions", loc="left", pad=14 + 14 * -(-len(shown) // columns))
-    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.05), handlelength=1.2, borderaxespad=0)
-    return figure
 
 
 # The search tree.

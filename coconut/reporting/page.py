@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 WIDE, NARROW = 720, 350  # points
+Drawings = dict[str, "Callable[[float], Drawing]"]  # charts by name, each a function of its width in points
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,11 @@ def figure_of(draw: Callable[[float], Drawing], name: str, alt: str, caption: st
     """Draw a chart for wide pages and for narrow ones. `draw`: a function of the width in points."""
     wide, narrow = (as_svg(draw(width), f"{name}-{word}") for width, word in ((WIDE, "wide"), (NARROW, "narrow")))
     return Figure(wide, narrow, alt, caption)
+
+
+def figures(drawn: Drawings, name: str, alt: str, caption: str) -> list[Part]:
+    """The named chart as a figure; nothing if it is not among those that can be drawn."""
+    return [figure_of(drawn[name], name, alt, caption)] if name in drawn else []
 
 
 def page(

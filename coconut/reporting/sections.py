@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.page import Aside, Code, Heading, Lead, Legend, Part, Ranked, Section, Table, Text, figure_of
+from coconut.reporting.measurements import geometry, noise
+from coconut.reporting.page import (
+    Aside,
+    Code,
+    Drawings,
+    Heading,
+    Lead,
+    Legend,
+    Part,
+    Ranked,
+    Section,
+    Table,
+    Text,
+    figures,
+)
 from coconut.reporting.phrases import between, counted, percent, whole_percent
 from coconut.reporting.plots import GRAPH_LEGEND
 from coconut.runs.record import DASH, RunRecord
@@ -23,15 +36,11 @@ from coconut.runs.study import Study
 from coconut.tasks import prosqa
 from coconut.utils.console import listed
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MIN_NODE_SHARE = 0.05  # a warning is given if all nodes together have a smaller mean probability
 PATHS = ("correct_path", "longer_path", "wrong_target", "hallucination")
 OF_STUDY = {"prefix_values": charts.prefix_values, "parallelism": charts.parallelism,
             "inner_products": charts.inner_products, "audit_edges": charts.edges}  # fmt: skip
 Row = dict[str, Any]
-Drawings = dict[str, "Callable[[float], Figure]"]  # each a function of its width in points
 
 
 def how_many(run: RunRecord) -> Section | None:
@@ -63,7 +72,7 @@ def how_many(run: RunRecord) -> Section | None:
         ]  # fmt: skip
         table = Table([f"{noun}s", "accuracy", "95 % interval", "text tokens"], rows, 3)
         alt = f"Accuracy for each number of {noun}s; the numbers are in the table below."
-        parts += [*_figure(drawings(run), "k_forcing", alt, caption), Aside("The numbers", [table])]
+        parts += [*figures(drawings(run), "k_forcing", alt, caption), Aside("The numbers", [table])]
     if study := run.studies.get("prefix_values"):
         parts += [Heading("What each thought adds"), *_prefix_values(run, study)]
     if study := run.studies.get("stopping"):
@@ -116,7 +125,7 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
     alt = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
-    figure = _figure(drawings(run), "prefix_values", alt, caption)
+    figure = figures(drawings(run), "prefix_values", alt, caption)
     texts = _texts(" ".join(describe_prefix_values(study)), study.facts["warning"])
     return [*texts, *figure, Aside("The numbers", [table])]
 
@@ -248,7 +257,7 @@ def what_they_hold(run: RunRecord) -> Section | None:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
     if study := run.studies.get("geometry"):
         noun = run.stages[-1].form.slot.noun
-        parts += [Heading(f"Where the {noun}s lie"), *_geometry(study, drawn, noun)]
+        parts += [Heading(f"Where the {noun}s lie"), *geometry.parts(study, drawn, noun)]
     return Section("what-they-hold", "What the thoughts hold", parts) if parts else None
 
 
@@ -293,7 +302,7 @@ def _tree(drawn: Drawings, chosen: ShownQuestion) -> list[Part]:
         f"columns. Here the nodes from which {target} can be reached have {listed(shares)}."
     )
     legend = Legend([*GRAPH_LEGEND, ("amber", "probability as the next step")])
-    figure = _figure(drawn, "search_tree", "The graph of the question, each node with its probability.", caption)
+    figure = figures(drawn, "search_tree", "The graph of the question, each node with its probability.", caption)
     return [Heading("One question, thought by thought"), Text(text), legend, *figure]
 
 
@@ -346,7 +355,7 @@ def _parallelism(run: RunRecord, drawn: Drawings) -> list[Part]:
     )
     if single := _one_node_ahead(run, numbers):
         caption += f" Only one node is possible, so that there is no choice, in {listed(single)}."
-    return _figure(drawn, "parallelism", "Cumulated probabilities of the likeliest nodes over the questions.", caption)
+    return figures(drawn, "parallelism", "Cumulated probabilities of the likeliest nodes over the questions.", caption)
 
 
 def _one_node_ahead(run: RunRecord, numbers: list[int]) -> list[str]:
@@ -381,8 +390,8 @@ def _heights(run: RunRecord, drawn: Drawings) -> list[Part]:
         caption += f"Here a node that leads to the target has {listed(against)} for one that does not."
     alt = "Mean probability of nodes by their height."
     other = "The same, with the number of edges to the farthest leaf as height."
-    farthest = Aside("By the farthest leaf", _figure(drawn, "heights_longest", alt, other))
-    return [*_figure(drawn, "heights_shortest", alt, caption), farthest]
+    farthest = Aside("By the farthest leaf", figures(drawn, "heights_longest", alt, other))
+    return [*figures(drawn, "heights_shortest", alt, caption), farthest]
 
 
 def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
@@ -400,52 +409,7 @@ def _inner_products(run: RunRecord, drawn: Drawings) -> list[Part]:
         f"Here nodes on a shortest path have the highest mean in {len(first)} of "
         f"{counted(len(means), 'thought')}; thought {last} has {values} on average."
     )
-    return _figure(drawn, "inner_products", "Inner products of thoughts with four groups of nodes.", caption)
-
-
-def _geometry(study: Study, drawn: Drawings, noun: str) -> list[Part]:
-    caption = (
-        f"How much the hidden state at each {noun} differs between questions, as a share of its length, in each layer. "
-        "The token before the slot is the same in every question, so that all of its spread comes from attention."
-    )
-    columns = [noun, "length", "to the one before", "to the mean word", "to the nearest word", "spread", "rank"]
-    rows = [
-        [str(row["thought"]), *(DASH if row[key] is None else f"{row[key]:.2f}" for key in LENGTHS),
-         whole_percent(row["spread"]), f"{row['rank']:.1f}"] for row in study.rows
-    ]  # fmt: skip
-    figure = _figure(drawn, "layers", "Spread over questions in each layer.", caption)
-    return [Text(" ".join(describe_geometry(study, noun))), *figure, Aside("The numbers", [Table(columns, rows, 6)])]
-
-
-LENGTHS = ("norm", "to_previous", "to_mean_word", "to_nearest_word")
-SAME = 0.01  # a smaller spread: the same whatever the question
-
-
-def describe_geometry(study: Study, noun: str) -> list[str]:
-    """Say in sentences how much the thoughts of different questions differ, and how far they are from words."""
-    rows, facts = study.rows, study.facts
-    spreads, ranks = [row["spread"] for row in rows], [row["rank"] for row in rows]
-    if max(spreads) < SAME:
-        return [f"The {noun}s are the same whatever the question, as they are fed."]
-    same = [str(row["thought"]) for row in rows if row["spread"] < SAME]
-    sentences = [
-        f"Between questions a {noun} differs by {_from_to(spreads, whole_percent)} of its length; words differ from "
-        f"each other by {whole_percent(facts['word_spread'])}. The {noun}s of all questions fill "
-        f"{_from_to(ranks, '{:.1f}'.format)} of {facts['width']} directions (effective rank)."
-    ]
-    if same:
-        sentences.append(f"Number {listed(same)} {'is' if len(same) == 1 else 'are'} the same whatever the question.")
-    nearest, length = ([row[key] for row in rows] for key in ("to_nearest_word", "norm"))
-    sentences.append(
-        f"They are {_from_to(length, '{:.1f}'.format)} long and {_from_to(nearest, '{:.1f}'.format)} away from the "
-        f"nearest word; words are {facts['word_norm']:.1f} long."
-    )
-    return sentences
-
-
-def _from_to(values: list[float], show: Callable[[float], str]) -> str:
-    least, most = show(min(values)), show(max(values))
-    return least if least == most else f"{least} to {most}"
+    return figures(drawn, "inner_products", "Inner products of thoughts with four groups of nodes.", caption)
 
 
 # Interventions.
@@ -463,18 +427,18 @@ def are_they_used(run: RunRecord) -> Section | None:
             "as trained; the bars are 95 % confidence intervals. If neither accuracy nor answers change, the answer "
             "does not depend on what was replaced. A single replaced thought keeps its effect on later thoughts."
         )
-        figure = _figure(drawn, "audit_thoughts", "Accuracy and changed answers, as in the table below.", caption)
+        figure = figures(drawn, "audit_thoughts", "Accuracy and changed answers, as in the table below.", caption)
         columns = ["the thoughts", "accuracy", "difference", "answers changed"]
         table = Table(columns, [_changed_thoughts(row) for row in thoughts.rows], 3)
         parts += [Lead(thoughts.facts["verdict"]), *figure, Aside(numbers, [table])]
-    if noise := run.studies.get("noise"):
-        parts += [Heading("How much noise they bear"), *_noise(noise, drawn)]
+    if study := run.studies.get("noise"):
+        parts += [Heading("How much noise they bear"), *noise.parts(study, drawn)]
     if graph:
         caption = (
             "Each row changes one edge in questions that were answered correctly, or the thoughts with it. Left: the "
             "share of answers that become the right answer of the changed graph. Right: the share that change at all."
         )
-        figure = _figure(drawn, "audit_edges", "Answers that follow or change, as in the table below.", caption)
+        figure = figures(drawn, "audit_edges", "Answers that follow or change, as in the table below.", caption)
         if thoughts:
             parts.append(Heading("Where the answer comes from"))
         parts += [Lead(graph.facts["verdict"]), *figure]
@@ -483,48 +447,6 @@ def are_they_used(run: RunRecord) -> Section | None:
             parts.append(Aside(numbers, [Table(columns, [_changed_edges(row) for row in graph.rows], 3)]))
     title = "Are the thoughts used?" if thoughts else "Where the answer comes from"
     return Section("are-they-used", title, parts) if parts else None
-
-
-def _noise(study: Study, drawn: Drawings) -> list[Part]:
-    caption = (
-        "Gaussian noise is added to every thought (or pause) before it is fed, and in a second run to as many words of "
-        "each question. A size of 1 is as large as thoughts differ between questions, or as words differ from each "
-        "other. The wide bars are 95 % confidence intervals."
-    )
-    rows = [
-        [charts.NOISY[row["where"]][1], f"{row['sigma']:g}", percent(row["accuracy"]),
-         between(row["low"], row["high"])] for row in study.rows
-    ]  # fmt: skip
-    table = Table(["noise", "size", "accuracy", "95 % interval"], rows, 3)
-    figure = _figure(drawn, "noise", "Accuracy for each size of noise, as in the table below.", caption)
-    return [Text(" ".join(describe_noise(study))), *figure, Aside("The numbers", [table])]
-
-
-def describe_noise(study: Study) -> list[str]:
-    """Say in sentences from which size of noise on the accuracy clearly falls."""
-    sentences = []
-    for where in dict.fromkeys(row["where"] for row in study.rows):
-        rows = sorted((row for row in study.rows if row["where"] == where), key=lambda row: row["sigma"])
-        clean, last = rows[0], rows[-1]
-        fallen = [row for row in rows[1:] if row["high"] < clean["low"]]
-        on = charts.NOISY[where][1]
-        if fallen:
-            sentences.append(
-                f"With noise {on} the accuracy falls clearly from size {fallen[0]['sigma']:g} on, from "
-                f"{percent(clean['accuracy'])} to {percent(fallen[0]['accuracy'])}, and to {percent(last['accuracy'])} "
-                f"at size {last['sigma']:g}."
-            )
-        else:
-            sentences.append(
-                f"With noise {on} no clear fall is seen up to size {last['sigma']:g}: {percent(last['accuracy'])} "
-                f"instead of {percent(clean['accuracy'])}."
-            )
-    own = study.rows[0]["where"]
-    sentences.append(
-        f"An answer that ignores the {own} bears any noise on them. A fall may come from inputs that the model has "
-        "never seen, too; the words show how much of that is usual for this model."
-    )
-    return sentences
 
 
 def _changed_thoughts(row: Row) -> list[str]:
@@ -550,9 +472,9 @@ def drawings(run: RunRecord) -> Drawings:
         noun = run.stages[-1].form.slot.noun
         by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
     if study := studies.get("layers"):
-        by_name["layers"] = partial(charts.layers, study, noun=run.stages[-1].form.slot.noun)
+        by_name["layers"] = partial(geometry.chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):
-        by_name["noise"] = partial(charts.noise, study, chance_accuracy=run.chance_accuracy)
+        by_name["noise"] = partial(noise.chart, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):
         by_name["search_tree"] = partial(charts.search_tree, chosen.question, chosen.answer, chosen.values)
     if study := studies.get("heights"):
@@ -562,10 +484,6 @@ def drawings(run: RunRecord) -> Drawings:
         rows = [row for row in study.rows if not row["change"].startswith("count_") or "k_forcing" not in studies]
         by_name["audit_thoughts"] = partial(charts.audit, replace(study, rows=rows))
     return by_name
-
-
-def _figure(drawn: Drawings, name: str, alt: str, caption: str) -> list[Part]:
-    return [figure_of(drawn[name], name, alt, caption)] if name in drawn else []
 
 
 # Phrases and numbers.

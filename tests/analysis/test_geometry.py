@@ -17,7 +17,7 @@ from coconut.analysis.probes import Subject
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.methods import NOTHING, PAUSES, Projector, Slot, Source, Update
-from coconut.reporting.sections import describe_geometry
+from coconut.reporting.measurements.geometry import describe
 from coconut.runs.study import NotApplicable
 from coconut.tasks import TASKS
 
@@ -74,9 +74,7 @@ def test_spread_and_rank_equal_a_slow_reading(slot: str) -> None:
             before = states_NPLD[:, row["thought"] - 1, 0]
             assert row["to_previous"] == pytest.approx(np.mean(np.linalg.norm(fed - before, axis=1)), abs=1e-5)
     if slot == "pauses":
-        assert describe_geometry(by_thought, "pause") == [
-            "The pauses are the same whatever the question, as they are fed."
-        ]
+        assert describe(by_thought, "pause") == ["The pauses are the same whatever the question, as they are fed."]
 
 
 def test_rows_do_not_depend_on_the_batch(subject: Subject) -> None:
@@ -111,5 +109,5 @@ def test_a_model_whose_thoughts_are_all_alike_is_told_apart() -> None:
     lm.feedback.forward = lambda states: torch.ones_like(states)  # pyright: ignore
     by_thought, layers = geometry(subject_of(lm))
     assert all(row["spread"] < 1e-6 for row in by_thought.rows)
-    assert describe_geometry(by_thought, "thought")[0].startswith("The thoughts are the same whatever the question")
+    assert describe(by_thought, "thought")[0].startswith("The thoughts are the same whatever the question")
     assert max(row["spread"] for row in layers.rows) > 0.1, "they still attend to the question"

@@ -15,7 +15,7 @@ from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.generation.generate import pad_rows
 from coconut.methods import NOTHING, PAUSES
-from coconut.reporting.sections import describe_noise
+from coconut.reporting.measurements.noise import describe
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS
 
@@ -95,6 +95,6 @@ def test_the_sentences_follow_the_intervals() -> None:
                  "high": value + 0.03} for sigma, value in zip((0.0, 1.0, 2.0), values, strict=True)]  # fmt: skip
 
     study = Study("noise", [*rows("thoughts", [0.95, 0.93, 0.5]), *rows("words", [0.95, 0.94, 0.93])])
-    first, second, _ = describe_noise(study)
+    first, second, _ = describe(study)
     assert "falls clearly from size 2 on, from 95.0 % to 50.0 %" in first
     assert "no clear fall is seen up to size 2: 93.0 % instead of 95.0 %" in second
