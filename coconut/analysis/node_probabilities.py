@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from coconut.analysis.context import Context
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.generation.thoughts import think
 from coconut.methods import PromptFormat
@@ -68,45 +67,16 @@ def name_probabilities(
     return probabilities
 
 
-@dataclass
-class _Context:
-    """A KV cache with its attention mask (B, T) and the next position id of each row (B,)."""
-
-    cache: Any
-    is_token_BT: Tensor
-    next_B: Tensor
-
-    def select(self, rows: Sequence[int]) -> _Context:
-        """Copy these rows, which may repeat, to a new context."""
-        index, cache = torch.tensor(rows, device=self.next_B.device), copy(self.cache)
-        cache.batch_select_indices(index)
-        return _Context(cache, self.is_token_BT[index], self.next_B[index])
-
-    def fork(self) -> _Context:
-        """A copy that can be extended without changing this context."""
-        return _Context(copy(self.cache), self.is_token_BT, self.next_B)
-
-    def extend(self, lm: LatentLM, embeds_BLD: Tensor) -> Tensor:
-        """Run L more columns of input embeddings. Gives their last hidden states (B, L, D)."""
-        B, L = embeds_BLD.shape[:2]
-        self.is_token_BT = torch.cat([self.is_token_BT, self.is_token_BT.new_ones(B, L)], dim=1)
-        positions_BL = self.next_B[:, None] + torch.arange(L, device=self.next_B.device)
-        self.next_B = self.next_B + L
-        return lm.hidden_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)
-
-
-def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[int]) -> Iterator[tuple[int, _Context]]:
+def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[int]) -> Iterator[tuple[int, Context]]:
     """Yield each number of thoughts, in rising order, with the context after the prompts and that many thoughts."""
     ids_BT, mask_BT = pad_rows([[*prompt, lm.special.bot] for prompt in prompts], lm.special.pad)
     ids_BT, mask_BT = ids_BT.to(lm.device), mask_BT.to(lm.device)
     if lm.feedback.slot.in_parallel:
         for count in sorted(counts):
             is_token_BT = torch.cat([mask_BT.bool(), mask_BT.new_ones(len(mask_BT), count).bool()], dim=1)
-            yield count, _Context(think(lm, ids_BT, mask_BT, count).cache, is_token_BT, is_token_BT.sum(1))
+            yield count, Context(think(lm, ids_BT, mask_BT, count).cache, is_token_BT, is_token_BT.sum(1))
         return
-    thinking = think(lm, ids_BT, mask_BT, 0)
-    context = _Context(thinking.cache, mask_BT.bool(), mask_BT.sum(1))
-    last_BD = thinking.states
+    context, last_BD = Context.after(lm, ids_BT, mask_BT)
     for count in range(max(counts, default=-1) + 1):
         if count:
             last_BD = context.extend(lm, lm.feedback(last_BD).to(lm.base.dtype)[:, None])[:, -1]
@@ -114,7 +84,7 @@ def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[i
             yield count, context.fork()
 
 
-def _probabilities(lm: LatentLM, context: _Context, candidates: Sequence[Sequence[Spelling]]) -> list[list[float]]:
+def _probabilities(lm: LatentLM, context: Context, candidates: Sequence[Sequence[Spelling]]) -> list[list[float]]:
     """The probability of each candidate name in each row, after `<eot>` and the tokens before the name."""
     probabilities = [[0.0] * len(of_row) for of_row in candidates]
     for before in {spelling.before for of_row in candidates for spelling in of_row}:
@@ -139,7 +109,7 @@ def _probabilities(lm: LatentLM, context: _Context, candidates: Sequence[Sequenc
     return probabilities
 
 
-def _rest_log_probs(lm: LatentLM, context: _Context, names: Sequence[tuple[int, ...]]) -> list[float]:
+def _rest_log_probs(lm: LatentLM, context: Context, names: Sequence[tuple[int, ...]]) -> list[float]:
     """(R,) the log-probability of each name without its first token; row r of the context precedes names[r]."""
     width = max(map(len, names)) - 1
     padded = [[*name, *[lm.special.pad] * (width + 1 - len(name))] for name in names]
