@@ -14,7 +14,7 @@ from typing import Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.measurements import geometry, noise
+from coconut.reporting.measurements import geometry, influence, noise
 from coconut.reporting.page import (
     Aside,
     Code,
@@ -431,6 +431,8 @@ def are_they_used(run: RunRecord) -> Section | None:
         columns = ["the thoughts", "accuracy", "difference", "answers changed"]
         table = Table(columns, [_changed_thoughts(row) for row in thoughts.rows], 3)
         parts += [Lead(thoughts.facts["verdict"]), *figure, Aside(numbers, [table])]
+    if study := run.studies.get("influence"):
+        parts += [Heading("What acts on what"), *influence.parts(study, drawn)]
     if study := run.studies.get("noise"):
         parts += [Heading("How much noise they bear"), *noise.parts(study, drawn)]
     if graph:
@@ -471,6 +473,8 @@ def drawings(run: RunRecord) -> Drawings:
     if study := studies.get("k_forcing"):
         noun = run.stages[-1].form.slot.noun
         by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
+    if study := studies.get("influence"):
+        by_name |= {f"influence_{of}": partial(influence.chart, study, of=of) for of in study.facts["units"]}
     if study := studies.get("layers"):
         by_name["layers"] = partial(geometry.chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):

@@ -1,0 +1,190 @@
+"""How changes of a thought reach later thoughts and the answer: the charts, the sentences, the parts of the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coconut.reporting.charts import NARROW, panel, share_axis
+from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
+from coconut.reporting.phrases import between, percent
+from coconut.reporting.plots import CENTRED, LIGHT, new_figure, styled
+from coconut.runs.record import DASH
+from coconut.runs.study import Study
+from coconut.utils.console import listed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NOUNS = {"thoughts": "thought", "pauses": "pause", "steps": "written step"}
+LABELS = {
+    "other": "of another question", "step_mean": "its mean over questions", "mean": "the mean of all", "zeros": "zeros",
+    "noise": "noise of the same norm", "cache": "keys and values of another question", "only": "all others their means",
+    "none": "all their means",
+}  # fmt: skip
+# Changes whose right answers are drawn: change, control, colour, label.
+DRAWN = (
+    ("other", False, "blue", "of another question"),
+    ("other", True, "muted", "as large, in a random direction"),
+    ("only", False, "green", "kept alone"),
+)
+SMALL_EFFECT = 0.01  # nats; a smaller divergence is no effect
+Row = dict[str, Any]
+
+
+def parts(study: Study, drawn: Drawings) -> list[Part]:
+    found: list[Part] = []
+    for of, noun in NOUNS.items():
+        if of not in study.facts["units"]:
+            continue
+        caption = (
+            f"Each {noun} is replaced by that of another question. Above: an arc is the wider, the more the prediction "
+            "at its end changes (divergence in nats, relative to the widest of its kind; those to the answer are "
+            "green). Below: how many answers are then right; the line is as trained. Grey: the same change turned in a "
+            f"random direction. Green: only this {noun} is kept and all others are replaced by their means. The wide "
+            "bars are 95 % confidence intervals."
+        )
+        alt = f"The effect of each {noun} on later ones and on the answer; the numbers are in the table below."
+        found += [Text(" ".join(describe(study, of))), *figures(drawn, f"influence_{of}", alt, caption)]
+        rows = [
+            [str(row["unit"] or DASH), LABELS[row["change"]], "turned" if row["control"] else DASH, row["later"],
+             f"{row['kl']:.2f} ({row['kl_low']:.2f} to {row['kl_high']:.2f})", f"{row['log_prob']:+.2f}",
+             f"{percent(row['right'])} ({between(row['right_low'], row['right_high'])})"]
+            for row in study.rows if row["of"] == of and row["on"] is None
+        ]  # fmt: skip
+        columns = [noun, "replaced by", "control", "later ones", "divergence", "log-probability", "right"]
+        found.append(Aside(f"The effects on the answer, by {noun}", [Table(columns, rows, 4)]))
+    return found
+
+
+def later_of(study: Study, of: str) -> str:
+    """How later units are treated in the rows that count: computed anew where they can be."""
+    return "recomputed" if any(row["of"] == of and row["later"] == "recomputed" for row in study.rows) else "kept"
+
+
+def effects(study: Study, of: str, change: str, *, control: bool = False, later: str = "kept") -> dict[int, Row]:
+    """The rows of the effect on the answer, by unit."""
+    key = (of, change, control, later, None)
+    names = ("of", "change", "control", "later", "on")
+    return {row["unit"]: row for row in study.rows if tuple(row[name] for name in names) == key}
+
+
+def describe(study: Study, of: str) -> list[str]:
+    """Say which units the answer needs, which suffice, and through what they act."""
+    noun, trained, later = NOUNS[of], study.facts["right"][of], later_of(study, of)
+    other, turned = (effects(study, of, "other", control=control, later=later) for control in (False, True))
+    after = f", and {noun}s after it computed from that" if later == "recomputed" else ""
+    first = (
+        f"As trained {percent(trained)} of the right answers are likeliest, given the mark before them. With one "
+        f"{noun} of another question in place{after}"
+    )
+    needed = [unit for unit, row in other.items() if row["right_high"] < study.facts["right_low"][of]]
+    if needed:
+        shares = listed(f"{percent(other[unit]['right'])} (number {unit})" for unit in needed)
+        sentences = [f"{first}, fewer are right: {shares}."]
+        stronger = [unit for unit in needed if other[unit]["kl_low"] > turned[unit]["kl_high"]]
+        if stronger == needed:
+            sentences.append("A change of the same size in a random direction has clearly less effect.")
+        elif stronger:
+            sentences.append(f"Only for {listed(map(str, stronger))} is that clearly more than in a random direction.")
+        else:
+            sentences.append("A change of the same size in a random direction has about the same effect.")
+        kept = effects(study, of, "other")
+        if later == "recomputed" and (
+            through := [unit for unit in needed if kept[unit]["right_low"] > other[unit]["right_high"]]
+        ):
+            shares = listed(f"{percent(kept[unit]['right'])} (number {unit})" for unit in through)
+            sentences.append(f"With later {noun}s kept as they were, more are right: {shares}.")
+    else:
+        sentences = [f"{first}, no fall is clear for any of them."]
+    if arcs := [(row["unit"], row["on"]) for row in _arcs(study, of, later) if _stands_out(study, row)]:
+        pairs = listed(f"{unit} to {on}" for unit, on in arcs)
+        sentences.append(f"Between {noun}s these effects are clearly larger than in a random direction: {pairs}.")
+    elif study.facts["units"][of] > 1:
+        sentences.append(f"No {noun} clearly acts on a later one more than a random change of the same size.")
+    none, only = effects(study, of, "none")[0], effects(study, of, "only")
+    enough = [unit for unit, row in only.items() if row["right_low"] > none["right_high"]]
+    helps = "no single one alone clearly helps"
+    if enough:
+        alone = listed(f"number {unit} ({percent(only[unit]['right'])})" for unit in enough)
+        helps = f"keeping one alone clearly helps for {alone}"
+    sentences.append(f"With all of them at their means {percent(none['right'])} are right; {helps}.")
+    if cache := effects(study, of, "cache", later=later):
+        worst = min(cache.values(), key=lambda row: row["right"])
+        sentences.append(
+            f"With the keys and values of one {noun} exchanged between questions, and its own state passed on, at least "
+            f"{percent(worst['right'])} are right (lowest for number {worst['unit']})."
+        )
+    elif reason := study.facts["left_out"].get(of):
+        sentences.append(f"Keys and values were not exchanged. {reason}")
+    return sentences
+
+
+def _arcs(study: Study, of: str, later: str) -> list[Row]:
+    return [
+        row for row in study.rows
+        if (row["of"], row["change"], row["control"], row["later"]) == (of, "other", False, later) and row["on"]
+    ]  # fmt: skip
+
+
+def _stands_out(study: Study, row: Row) -> bool:
+    """Whether the divergence is no small one and clearly larger than that of the turned change."""
+    same = ("of", "unit", "change", "later", "on")
+    (turned,) = (r for r in study.rows if r["control"] and all(r[name] == row[name] for name in same))
+    return row["kl_low"] > turned["kl_high"] and row["kl"] > SMALL_EFFECT
+
+
+@styled()
+def chart(study: Study, width: float, of: str) -> Figure:
+    """Arcs from each unit to later ones and to the answer, and below each unit how many answers are right."""
+    later, noun = later_of(study, of), NOUNS[of]
+    units = sorted(effects(study, of, "other", later=later))
+    left, right, top, arcs_high, dots_high, bottom = 40, 14, 26, 90, 110, 30
+    lines = 3 if width < NARROW else 1
+    gap = 34 + 14 * lines
+    figure = new_figure(width, top + arcs_high + gap + dots_high + bottom)
+    place = {unit: i for i, unit in enumerate(units)} | {None: len(units)}
+    above = panel(figure, left, top, width - left - right, arcs_high)
+    above.grid(visible=False)
+    arcs = [row for row in _arcs(study, of, later) if row["on"] in place]
+    _draw_arcs(above, arcs, place, "blue")
+    _draw_arcs(above, list(effects(study, of, "other", later=later).values()), place, "green")
+    for unit, x in place.items():
+        name = "answer" if unit is None else str(unit)
+        above.text(x, -0.12, name, color=LIGHT["ink"], **CENTRED)
+        above.plot([x], [0], "o", color=LIGHT["ink" if unit is None else "blue"], markersize=5, clip_on=False)
+    above.set_ylim(-0.3, 0.9)
+    above.set_yticks([])
+    above.set_xticks([])
+    above.spines["bottom"].set_visible(False)
+    above.set_title(f"What a {noun} acts on", loc="left", pad=8)
+    below = panel(figure, left, top + arcs_high + gap, width - left - right, dots_high)
+    for number, (change, control, colour, label) in enumerate(DRAWN):
+        rows = effects(study, of, change, control=control, later="kept" if change == "only" else later)
+        x = [place[unit] + 0.16 * (number - 1) for unit in rows]
+        shares = [[row[f"right{end}"] for row in rows.values()] for end in ("", "_low", "_high")]
+        below.vlines(x, shares[1], shares[2], color=LIGHT[colour], alpha=0.45, linewidth=4.5, clip_on=False)
+        below.plot(x, shares[0], "o", color=LIGHT[colour], markersize=4, label=label, clip_on=False)
+    below.axhline(study.facts["right"][of], color=LIGHT["blue"], linewidth=1, zorder=0)
+    share_axis(below.yaxis, 5)
+    below.set_xticks(range(len(units)), list(map(str, units)))
+    below.set_title("Right answers", loc="left", pad=14 + 14 * lines)
+    for axes in (above, below):
+        axes.set_xlim(-0.5, len(units) + 0.5)
+    corner = left / width, (bottom + dots_high + 10) / (figure.get_size_inches()[1] * 72)
+    figure.legend(*below.get_legend_handles_labels(), ncols=len(DRAWN) // lines, loc="lower left", handlelength=1,
+                  bbox_to_anchor=corner, borderaxespad=0, columnspacing=1.4, handletextpad=0.4)  # fmt: skip
+    return figure
+
+
+def _draw_arcs(axes: Axes, rows: list[Row], place: dict[int | None, int], colour: str) -> None:
+    """Half ellipses, as wide as the divergence relative to the largest; none for one below a hundredth of it."""
+    from matplotlib.patches import Arc
+
+    most = max((row["kl"] for row in rows), default=0.0)
+    for row in rows:
+        start, end = place[row["unit"]], place[row["on"]]
+        if row["kl"] > most / 100:
+            middle, wide, high = ((start + end) / 2, 0), end - start, 1.8 * (end - start) / len(place)
+            thick = 0.5 + 4 * row["kl"] / most
+            axes.add_patch(Arc(middle, wide, high, theta2=180, color=LIGHT[colour], linewidth=thick, alpha=0.75))
