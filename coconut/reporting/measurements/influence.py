@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coconut.analysis.verdict import roles
 from coconut.reporting.charts import NARROW, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import between, percent
@@ -28,7 +29,6 @@ DRAWN = (
     ("other", True, "muted", "as large, in a random direction"),
     ("only", False, "green", "kept alone"),
 )
-SMALL_EFFECT = 0.01  # nats; a smaller divergence is no effect
 Row = dict[str, Any]
 
 
@@ -71,49 +71,45 @@ def effects(study: Study, of: str, change: str, *, control: bool = False, later:
 
 def describe(study: Study, of: str) -> list[str]:
     """Say which units the answer needs, which suffice, and through what they act."""
-    noun, trained, later = NOUNS[of], study.facts["right"][of], later_of(study, of)
-    other, turned = (effects(study, of, "other", control=control, later=later) for control in (False, True))
+    noun, trained, later, found = NOUNS[of], study.facts["right"][of], later_of(study, of), roles(study, of)
+    other = effects(study, of, "other", later=later)
     after = f", and {noun}s after it computed from that" if later == "recomputed" else ""
     first = (
         f"As trained {percent(trained)} of the right answers are likeliest, given the mark before them. With one "
         f"{noun} of another question in place{after}"
     )
-    needed = [unit for unit, row in other.items() if row["right_high"] < study.facts["right_low"][of]]
-    if needed:
-        shares = listed(f"{percent(other[unit]['right'])} (number {unit})" for unit in needed)
+    if found.missed:
+        shares = listed(f"{percent(other[unit]['right'])} (number {unit})" for unit in found.missed)
         sentences = [f"{first}, fewer are right: {shares}."]
-        stronger = [unit for unit in needed if other[unit]["kl_low"] > turned[unit]["kl_high"]]
-        if stronger == needed:
+        if found.necessary == found.missed:
             sentences.append("A change of the same size in a random direction has clearly less effect.")
-        elif stronger:
-            sentences.append(f"Only for {listed(map(str, stronger))} is that clearly more than in a random direction.")
+        elif found.necessary:
+            numbers = listed(map(str, found.necessary))
+            sentences.append(f"Only for {numbers} is the effect clearly larger than in a random direction.")
         else:
             sentences.append("A change of the same size in a random direction has about the same effect.")
-        kept = effects(study, of, "other")
-        if later == "recomputed" and (
-            through := [unit for unit in needed if kept[unit]["right_low"] > other[unit]["right_high"]]
-        ):
-            shares = listed(f"{percent(kept[unit]['right'])} (number {unit})" for unit in through)
+        if found.through_later:
+            kept = effects(study, of, "other")
+            shares = listed(f"{percent(kept[unit]['right'])} (number {unit})" for unit in found.through_later)
             sentences.append(f"With later {noun}s kept as they were, more are right: {shares}.")
     else:
         sentences = [f"{first}, no fall is clear for any of them."]
-    if arcs := [(row["unit"], row["on"]) for row in _arcs(study, of, later) if _stands_out(study, row)]:
-        pairs = listed(f"{unit} to {on}" for unit, on in arcs)
+    if found.arcs:
+        pairs = listed(f"{unit} to {on}" for unit, on in found.arcs)
         sentences.append(f"Between {noun}s these effects are clearly larger than in a random direction: {pairs}.")
-    elif study.facts["units"][of] > 1:
+    elif found.count > 1:
         sentences.append(f"No {noun} clearly acts on a later one more than a random change of the same size.")
     none, only = effects(study, of, "none")[0], effects(study, of, "only")
-    enough = [unit for unit, row in only.items() if row["right_low"] > none["right_high"]]
     helps = "no single one alone clearly helps"
-    if enough:
-        alone = listed(f"number {unit} ({percent(only[unit]['right'])})" for unit in enough)
+    if found.sufficient:
+        alone = listed(f"number {unit} ({percent(only[unit]['right'])})" for unit in found.sufficient)
         helps = f"keeping one alone clearly helps for {alone}"
     sentences.append(f"With all of them at their means {percent(none['right'])} are right; {helps}.")
     if cache := effects(study, of, "cache", later=later):
         worst = min(cache.values(), key=lambda row: row["right"])
         sentences.append(
-            f"With the keys and values of one {noun} exchanged between questions, and its own state passed on, at least "
-            f"{percent(worst['right'])} are right (lowest for number {worst['unit']})."
+            f"With the keys and values of one {noun} exchanged between questions, and its own state passed on, at "
+            f"least {percent(worst['right'])} are right (lowest for number {worst['unit']})."
         )
     elif reason := study.facts["left_out"].get(of):
         sentences.append(f"Keys and values were not exchanged. {reason}")
@@ -125,13 +121,6 @@ def _arcs(study: Study, of: str, later: str) -> list[Row]:
         row for row in study.rows
         if (row["of"], row["change"], row["control"], row["later"]) == (of, "other", False, later) and row["on"]
     ]  # fmt: skip
-
-
-def _stands_out(study: Study, row: Row) -> bool:
-    """Whether the divergence is no small one and clearly larger than that of the turned change."""
-    same = ("of", "unit", "change", "later", "on")
-    (turned,) = (r for r in study.rows if r["control"] and all(r[name] == row[name] for name in same))
-    return row["kl_low"] > turned["kl_high"] and row["kl"] > SMALL_EFFECT
 
 
 @styled()

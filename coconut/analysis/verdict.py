@@ -1,0 +1,215 @@
+"""The verdict on a run: what its measurements say together about whether its thoughts reason.
+
+It is computed from studies that have been made, never measured. Each finding speaks for thoughts that do work, against
+it, or for neither; the rule of each stands at its function and in docs/analysis.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coconut.analysis.interventions import PARTLY_USED
+from coconut.runs.study import Study
+from coconut.utils.console import listed
+
+SMALL_EFFECT = 0.01  # nats; a smaller divergence is no effect
+SAME = 0.01  # thoughts whose spread over questions is smaller are the same whatever the question
+
+Studies = Mapping[str, Study]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one measurement says. `value`: in few words. `speaks`: for (True), against (False) or neither (None)."""
+
+    name: str
+    value: str
+    speaks: bool | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`headline`: one sentence. `kind`: its key, see `KINDS`. `findings`: in the order of FINDINGS."""
+
+    kind: str
+    headline: str
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the thoughts do by the study `influence`, as numbers of thoughts.
+
+    `missed`: another question's in its place clearly costs right answers. `necessary`: and has clearly more effect than
+    the control. `sufficient`: kept alone it clearly restores some. `through_later`: with later thoughts kept, its
+    replacement clearly costs less. `arcs`: pairs of thoughts of which the first acts on the second.
+    """
+
+    count: int
+    missed: list[int]
+    necessary: list[int]
+    sufficient: list[int]
+    through_later: list[int]
+    arcs: list[tuple[int, int]]
+
+
+def roles(study: Study, of: str) -> Roles:
+    """The roles of the units of a kind. Two intervals that do not overlap are a clear difference."""
+    rows = [row for row in study.rows if row["of"] == of]
+    later = "recomputed" if any(row["later"] == "recomputed" for row in rows) else "kept"
+
+    def effects(change: str, later: str = "kept", control: bool = False) -> dict[tuple[int, int | None], Row]:
+        return {(row["unit"], row["on"]): row for row in rows
+                if (row["change"], row["later"], row["control"]) == (change, later, control)}  # fmt: skip
+
+    other, turned = effects("other", later), effects("other", later, control=True)
+    kept, only, none = effects("other"), effects("only"), effects("none")[0, None]
+    acts = [key for key, row in other.items() if row["kl"] > SMALL_EFFECT and row["kl_low"] > turned[key]["kl_high"]]
+    missed = [
+        unit for (unit, on), row in other.items() if on is None and row["right_high"] < study.facts["right_low"][of]
+    ]
+    return Roles(
+        count=study.facts["units"][of],
+        missed=missed,
+        necessary=[unit for unit in missed if (unit, None) in acts],
+        sufficient=[unit for (unit, on), row in only.items() if on is None and row["right_low"] > none["right_high"]],
+        through_later=[unit for unit in missed if kept[unit, None]["right_low"] > other[unit, None]["right_high"]],
+        arcs=[(unit, on) for unit, on in acts if on is not None],
+    )
+
+
+def verdict(studies: Studies, of: str, *, above_chance: bool | None = None) -> Verdict:
+    """Weigh the studies of a run. `of`: "thoughts", "pauses" or "steps" in words; what stands before its answers.
+
+    `above_chance`: whether its accuracy is clearly above chance; None if that was not measured.
+    """
+    findings = [found for finding in FINDINGS.values() if (found := finding(studies, of))]
+    kind, headline = _headline(studies, of, findings, above_chance)
+    if any(found.name == SHORTCUTS and found.speaks is False for found in findings):
+        headline += " It relies on a shortcut of its data, too."
+    return Verdict(kind, headline, findings)
+
+
+def _headline(studies: Studies, of: str, findings: list[Finding], above_chance: bool | None) -> tuple[str, str]:
+    if above_chance is False:
+        return "chance", f"Nothing can be said about the {of}: the accuracy is not clearly above chance."
+    if of == "steps":
+        return "words", "This method reasons in words, not in thoughts."
+    study = studies.get("influence")
+    if of == "pauses":
+        return "pauses", "This method has pauses, which hold no state of the one before; only attention can use them."
+    used = next((found.speaks for found in findings if found.name == EXCHANGE), None)
+    if used is False:
+        return "unused", "The thoughts are hardly used: with those of another question the answers stay as they are."
+    if not used or study is None or of not in study.facts["units"]:
+        return ("used", "The thoughts are used; how was not measured.") if used else (
+            "unclear", "It is not clear whether the thoughts are used.")  # fmt: skip
+    found = roles(study, of)
+    needed = listed(map(str, found.necessary)) if found.necessary else ""
+    if len(found.necessary) == 1 and found.sufficient == found.necessary:
+        return "single", f"One thought carries the answer, number {needed}; the others are not needed."
+    if _answer_is_there_at_once(studies):
+        return "at_once", "The answer is there from the first thought on; later ones do not make it clearly likelier."
+    if len(found.necessary) > 1 and found.arcs and found.through_later:
+        return "sequence", (
+            f"The thoughts work in sequence: {needed} of {found.count} are needed, and earlier ones act through later "
+            "ones."
+        )
+    if found.necessary:
+        return "together", f"The thoughts are used: {needed} of {found.count} are needed."
+    return "together", "The thoughts are used together: no single one of them is needed."
+
+
+def _answer_is_there_at_once(studies: Studies) -> bool:
+    """Whether the right answer, given the mark, is about as likely after one thought as after all."""
+    if not (study := studies.get("prefix_values")):
+        return False
+    rows = _after_mark(study)
+    return len(rows) > 2 and rows[1]["gain_low"] > 0 and rows[1]["high"] >= rows[-1]["low"]
+
+
+def _after_mark(study: Study) -> list[Row]:
+    return [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
+
+
+# The findings.
+
+
+def _exchange(studies: Studies, of: str) -> Finding | None:
+    """For: at least PARTLY_USED of what is above chance is surely lost with another question's thoughts."""
+    if not (study := studies.get("audit_thoughts")):
+        return None
+    if not (lost := study.facts["lost"]):
+        return Finding(EXCHANGE, "not above chance", None)
+    share, low, high = lost
+    speaks = True if low >= PARTLY_USED else (False if high < PARTLY_USED else None)
+    bounds = f"{100 * low:.0f} to {100 * high:.0f}"
+    return Finding(EXCHANGE, f"{100 * share:.0f} % of what is above chance is lost ({bounds})", speaks)
+
+
+def _gain(studies: Studies, of: str) -> Finding | None:
+    """For: a thought clearly makes the right answer likelier, given the mark. Against: none does."""
+    if not (study := studies.get("prefix_values")):
+        return None
+    rows = _after_mark(study)
+    first, last = rows[0]["value"], rows[-1]["value"]
+    raising = [str(row["thoughts"]) for row in rows[1:] if row["gain_low"] > 0]
+    value = f"log-probability {first:+.2f} without, {last:+.2f} with all"
+    return Finding(GAIN, value + (f"; raised by number {listed(raising)}" if raising else ""), bool(raising))
+
+
+def _needed(studies: Studies, of: str) -> Finding | None:
+    """For: a unit is necessary. Against: none is missed."""
+    study = studies.get("influence")
+    if of == "pauses" or not study or of not in study.facts["units"]:
+        return None
+    found = roles(study, of)
+    if not found.missed:
+        return Finding(NEEDED, f"none of {found.count}", False)
+    necessary = listed(map(str, found.necessary)) if found.necessary else "none more than at random"
+    alone = f"; enough alone to help: {listed(map(str, found.sufficient))}" if found.sufficient else ""
+    return Finding(NEEDED, f"{necessary} of {found.count}{alone}", True if found.necessary else None)
+
+
+def _sequence(studies: Studies, of: str) -> Finding | None:
+    """For: a unit clearly acts on a later one, and through it on the answer."""
+    study = studies.get("influence")
+    if of == "pauses" or not study or study.facts["units"].get(of, 0) < 2:
+        return None
+    found = roles(study, of)
+    value = listed(f"{unit} to {on}" for unit, on in found.arcs) if found.arcs else "none"
+    if found.through_later:
+        value += f"; acting through later ones: {listed(map(str, found.through_later))}"
+    return Finding(SEQUENCE, value, True if found.arcs and found.through_later else None)
+
+
+def _alike(studies: Studies, of: str) -> Finding | None:
+    """Against: thoughts that are the same whatever the question."""
+    if of != "thoughts" or not (study := studies.get("geometry")):
+        return None
+    spreads = [row["spread"] for row in study.rows]
+    value = f"by {100 * min(spreads):.0f} to {100 * max(spreads):.0f} % of their length"
+    return Finding(SPREAD, value, False if max(spreads) < SAME else None)
+
+
+def _bears(studies: Studies, of: str) -> Finding | None:
+    """Neither: a model may bear noise on thoughts that it uses."""
+    if not (study := studies.get("noise")):
+        return None
+    rows = [row for row in study.rows if row["where"] == of]
+    clean = next((row for row in rows if row["sigma"] == 0), None)
+    if clean is None:
+        return None
+    fallen = min((row["sigma"] for row in rows if row["high"] < clean["low"]), default=None)
+    return Finding(NOISE, "no clear fall" if fallen is None else f"clear fall from size {fallen:g} on", None)
+
+
+EXCHANGE, GAIN, NEEDED = "thoughts of another question", "what thoughts add", "needed for the answer"
+SEQUENCE, SPREAD, NOISE = "acts on a later one", "differ between questions", "under noise"
+SHORTCUTS = "shortcuts"
+FINDINGS: dict[str, Callable[[Studies, str], Finding | None]] = {
+    EXCHANGE: _exchange, GAIN: _gain, NEEDED: _needed, SEQUENCE: _sequence, SPREAD: _alike, NOISE: _bears,
+}  # fmt: skip
