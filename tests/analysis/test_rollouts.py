@@ -29,7 +29,19 @@ from coconut.data.tokenization import build_word_tokenizer
 from coconut.evaluation.config import Sampling
 from coconut.evaluation.sampling import evaluate_samples
 from coconut.generation.keyed_random import Stream, generator
-from coconut.methods import NOTHING, PAUSES, THOUGHTS, Curriculum, PromptFormat, Reasoning, Slot, Source, Update, plan
+from coconut.methods import (
+    METHODS,
+    NOTHING,
+    PAUSES,
+    THOUGHTS,
+    Curriculum,
+    PromptFormat,
+    Reasoning,
+    Slot,
+    Source,
+    Update,
+    plan,
+)
 from coconut.reporting.measurements.rollouts import chart, describe
 from coconut.reporting.page import Figure, Heading
 from coconut.reporting.sections import what_they_hold
@@ -73,8 +85,8 @@ def value(study: Study, measure: str, thoughts: int = 0, chain: bool = False, ke
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rolled, "NUM_SAMPLES", 6)
-    monkeypatch.setattr(rolled, "NUM_QUESTIONS", 4)
+    monkeypatch.setattr(rolled, "NUM_SAMPLES", 5)
+    monkeypatch.setattr(rolled, "NUM_QUESTIONS", 3)
 
 
 def slow_texts(lm: LatentLM, question: list[int], number: int, count: int, chain: bool) -> Iterator[tuple[str, bool]]:
@@ -148,7 +160,21 @@ def test_every_measure_equals_a_slow_computation(slot: Slot, method: str, few: N
     assert varied == len(places), "otherwise little is tested"
     for row in study.rows:
         assert row["low"] <= row["value"] <= row["high"]
-        assert row["questions"] <= 4
+        assert row["questions"] <= 3
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "hybrid_warmup"])
+def test_every_method_is_sampled_after_as_many_thoughts_as_it_has(method: str, few: None) -> None:
+    planned = plan(method, Curriculum(max_stage=2))
+    reasoning = replace(Reasoning.at(planned, planned.stages[-1], max_new_tokens=3), format=FORM)
+    lm = build("gpt2", torch.float32, **vars(reasoning))
+    study = rollouts(Subject(lm, TASKS["prosqa"], EXAMPLES[:2]))
+    places = {(row["chain"], row["thoughts"]) for row in study.rows}
+    counts = [0] if reasoning.slot.is_empty else [0, 1, 2]
+    assert {count for chain, count in places if not chain} == set(counts)
+    assert ((True, 0) in places) is METHODS[method].teacher
+    assert (study.facts["warning"] is None) is reasoning.slot.is_empty
+    assert lm.reasoning == reasoning
 
 
 def test_rows_do_not_depend_on_the_batch(few: None) -> None:
@@ -161,8 +187,8 @@ def test_accuracies_are_those_of_a_sampled_evaluation(few: None) -> None:
     lm = unsure_model(THOUGHTS)
     study = rollouts(Subject(lm, TASKS["prosqa"], EXAMPLES))
     for count in (0, 3):
-        settings = Sampling(6, 1.0, seed=rolled.SEED)
-        result = evaluate_samples(lm, TASKS["prosqa"], EXAMPLES[:4], settings, num_thoughts=count).result
+        settings = Sampling(5, 1.0, seed=rolled.SEED)
+        result = evaluate_samples(lm, TASKS["prosqa"], EXAMPLES[:3], settings, num_thoughts=count).result
         last = result.sampling.at_k[-1]
         for measure, mean, interval in (
             ("pass_1", result.accuracy, result.interval), ("pass_n", last.pass_at_k, last.pass_interval),
@@ -317,9 +343,7 @@ def test_a_model_that_decides_in_its_thoughts_is_told_apart(of_planted: Study) -
     assert "different answers clearly falls, from 1.9" in told[0]
     assert told[1].startswith("100.0 % of the answers write steps without thoughts and 0.0 % after 2 thoughts")
     assert "clearly less varied than those without thoughts, where the chain is written" in told[2]
-    assert (
-        "Next steps that the graph allows: 4.00 without thoughts, of which 4.00 are sampled and 1.00 after" in told[4]
-    )
+    assert "Next steps that the graph allows: 4.00 without thoughts, of which 4.00 are sampled; 1.00 after" in told[4]
     assert "The model was trained with fewer than 2 thoughts, too." in told
 
 
@@ -350,7 +374,7 @@ def test_what_does_not_apply_is_named_and_a_chain_has_one_place(few: None) -> No
     assert {(row["chain"], row["thoughts"]) for row in study.rows} == {(False, 0)}
     assert not [row for row in study.rows if row["measure"] in ("ahead", "ahead_found")], "no graph"
     assert study.facts["warning"] is None
-    assert describe(study)[0].startswith("6 answers to each of 4 questions were sampled. To one question there are ")
+    assert describe(study)[0].startswith("5 answers to each of 3 questions were sampled. To one question there are ")
     without = Subject(unsure_model(THOUGHTS), TASKS["prosqa"], EXAMPLES)
     assert "trained without mixing" in rollouts(without).facts["warning"]
 

@@ -111,7 +111,7 @@ def _of_the_graph(by_place: dict[Place, dict[str, Row]], noun: str) -> list[str]
     found = [(place, rows["ahead"], rows["ahead_found"]) for place, rows in by_place.items() if "ahead" in rows]
     if not found:
         return []
-    shown = listed(
+    shown = "; ".join(
         f"{ahead['value']:.2f} {'in the written chain' if is_chain else _after(count, noun)}, of which "
         f"{sampled['value']:.2f} are sampled" for (is_chain, count), ahead, sampled in found[:1] + found[1:][-1:]
     )  # fmt: skip
