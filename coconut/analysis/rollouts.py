@@ -36,6 +36,7 @@ NUM_QUESTIONS = 100  # the first ones
 TEMPERATURE = 1.0
 BATCH = 4  # answers at a time, as a multiple of the questions at a time: those to one question share its prompt
 SEED = 0
+WRITTEN = 0.25  # the least share of answers with steps where the chain is written
 SHARES = ("pass_1", "pass_n", "maj_n", "with_steps", "unreadable", "truncated")  # the other measures are counts
 OF_GRAPH = ("ahead", "ahead_found")
 
@@ -61,8 +62,8 @@ def rollouts(subject: Subject) -> Study:
     the questions whose target is not reached, and left out where there is no graph or no next step.
 
     facts: `samples`, `temperature`, `trained_thoughts`, `trained_with_fewer`, `warning`; `written_chain`: whether the
-    chain is written in rows with `chain` ("without slot"), in those of 0 thoughts ("0 thoughts": at least half of the
-    answers have steps), or not at all (None).
+    chain is written in rows with `chain` ("without slot"), or else in those of 0 thoughts ("0 thoughts"), or in neither
+    (None). It is where the share of answers with steps is at least WRITTEN; short questions may have no step to write.
 
     Raises NotApplicable for a hybrid model, which chooses by itself whether it thinks.
     """
@@ -80,9 +81,10 @@ def rollouts(subject: Subject) -> Study:
             found[True, 0] = _values(subject, sampled(subject, 0, _limit_of_chains(subject)), 0)
     for count in range(K + 1):
         found[False, count] = _values(subject, sampled(subject, count), count)
-    none, reference, written = found[False, 0], found.get((True, 0)), "without slot"
-    if reference is None:
-        reference, written = (none, "0 thoughts") if none["with_steps"].mean() >= 0.5 else (None, None)
+    none, reference, written = found[False, 0], None, None
+    for place, name in (((False, 0), "0 thoughts"), ((True, 0), "without slot")):
+        if place in found and found[place]["with_steps"].mean() >= WRITTEN:
+            reference, written = found[place], name
     rows = [
         {"chain": is_chain, "thoughts": count, "measure": measure, **_mean(measure, values_Q),
          **_difference("change", measure, values_Q, None if values is none else none),

@@ -375,6 +375,7 @@ def test_what_does_not_apply_is_named_and_a_chain_has_one_place(few: None) -> No
     assert not [row for row in study.rows if row["measure"] in ("ahead", "ahead_found")], "no graph"
     assert study.facts["warning"] is None
     assert describe(study)[0].startswith("5 answers to each of 3 questions were sampled. To one question there are ")
+    assert study.facts["written_chain"] is None
     without = Subject(unsure_model(THOUGHTS), TASKS["prosqa"], EXAMPLES)
     assert "trained without mixing" in rollouts(without).facts["warning"]
 
