@@ -38,6 +38,7 @@ class Part(StrEnum):
     inner_products = "inner_products"  # inner products of thoughts with the embeddings of nodes
     decoded = "decoded"  # logit lens: the likeliest tokens of each thought
     geometry = "geometry"  # where the thoughts lie: distances, spread over questions in each layer, effective rank
+    rollouts = "rollouts"  # sampled answers after each number of thoughts: how varied they are, how many are right
     audit_thoughts = "audit_thoughts"  # interventions on the thoughts
     influence = "influence"  # what a change of each thought, or written step, does to later ones and to the answer
     audit_edges = "audit_edges"  # interventions on the edges of the graph

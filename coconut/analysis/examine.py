@@ -9,6 +9,7 @@ from coconut.analysis import interventions, noise, prefix_values, probes
 from coconut.analysis.config import AnalyzeConfig, Part
 from coconut.analysis.geometry import geometry
 from coconut.analysis.influence import influence
+from coconut.analysis.rollouts import rollouts
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
 from coconut.engine.base import autocast
@@ -73,6 +74,7 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
         Part.inner_products: lambda: [probes.inner_products(subject)],
         Part.decoded: lambda: [probes.decoded(subject, count=NUM_DECODED)],
         Part.geometry: lambda: geometry(subject),
+        Part.rollouts: lambda: [rollouts(subject)],
         Part.audit_thoughts: lambda: [interventions.audit_thoughts(subject)],
         Part.influence: lambda: [influence(subject)],
         Part.audit_edges: lambda: [interventions.audit_edges(subject)],

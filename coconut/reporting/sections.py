@@ -14,7 +14,7 @@ from typing import Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.measurements import geometry, influence, noise
+from coconut.reporting.measurements import geometry, influence, noise, rollouts
 from coconut.reporting.page import (
     Aside,
     Code,
@@ -255,10 +255,14 @@ def what_they_hold(run: RunRecord) -> Section | None:
         parts = [Text(intro), *_node_warnings(run.studies["values"]), *parts]
     if "inner_products" in drawn:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
+    slot = run.stages[-1].form.slot
+    noun = "thought" if slot.is_empty else slot.noun
+    if study := run.studies.get("rollouts"):
+        parts += [Heading("How varied the sampled answers are"), *rollouts.parts(study, drawn, noun)]
     if study := run.studies.get("geometry"):
-        noun = run.stages[-1].form.slot.noun
         parts += [Heading(f"Where the {noun}s lie"), *geometry.parts(study, drawn, noun)]
-    return Section("what-they-hold", "What the thoughts hold", parts) if parts else None
+    title = "Sampled answers" if slot.is_empty else "What the thoughts hold"
+    return Section("what-they-hold", title, parts) if parts else None
 
 
 def _node_warnings(values: Study) -> list[Part]:
@@ -477,6 +481,8 @@ def drawings(run: RunRecord) -> Drawings:
         by_name |= {f"influence_{of}": partial(influence.chart, study, of=of) for of in study.facts["units"]}
     if study := studies.get("layers"):
         by_name["layers"] = partial(geometry.chart, study, noun=run.stages[-1].form.slot.noun)
+    if (study := studies.get("rollouts")) and study.facts["trained_thoughts"]:
+        by_name["rollouts"] = partial(rollouts.chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):
         by_name["noise"] = partial(noise.chart, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):
