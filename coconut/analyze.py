@@ -1,4 +1,4 @@
-"""coconut analyze: measure a trained run and write one page about it; coconut analyze table: compare several runs."""
+"""coconut analyze: measure a trained run and write a page; table, compare-methods: compare several runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coconut.analysis.config import AnalyzeConfig, TableConfig
+from coconut.analysis.config import AnalyzeConfig, MethodsConfig, TableConfig
 from coconut.utils.hydra_app import application, subcommands
 
 if TYPE_CHECKING:
@@ -67,12 +67,13 @@ def page_of(record: RunRecord) -> str:
     """The HTML of a run's report."""
     from coconut.reporting.run_page import answers, headline, learning, provenance, report, sampled
     from coconut.reporting.sections import are_they_used, how_many, what_they_hold
+    from coconut.reporting.verdict import what_it_means
     from coconut.rl import report as policies
 
     if policies.is_policy(record):
         return policies.report(record)
     used = (are_they_used, learning, answers, provenance)
-    return report(record, (headline, sampled, policies.choices, how_many, what_they_hold, *used))
+    return report(record, (headline, what_it_means, sampled, policies.choices, how_many, what_they_hold, *used))
 
 
 def table(config: TableConfig) -> int:
@@ -82,7 +83,17 @@ def table(config: TableConfig) -> int:
     return write_table(config)
 
 
-main = subcommands(application("analyze", AnalyzeConfig, run), table=application("run_table", TableConfig, table))
+def compare_methods(config: MethodsConfig) -> int:
+    """Write the table of runs by measurements. Gives the exit status."""
+    from coconut.reporting import verdict
+
+    return verdict.compare_methods(config)
+
+
+main = subcommands(
+    application("analyze", AnalyzeConfig, run), table=application("run_table", TableConfig, table),
+    **{"compare-methods": application("compare_methods", MethodsConfig, compare_methods)},
+)  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -73,3 +73,13 @@ class TableConfig:
             raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed*'.")
         if self.suite.sets and self.split != "test":
             raise ValueError(f"suite={self.suite.name} and split={self.split} are both given: compare one of them.")
+
+
+@dataclass
+class MethodsConfig:
+    runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
+    output: PathName | None = None  # a folder; by default the common parent of the runs
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed0'.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.analysis.comparable_runs import ComparableRun
-from coconut.analysis.config import TableConfig
+from coconut.analysis.config import MethodsConfig, TableConfig
 from coconut.analysis.run_comparison import (
     Comparison,
     Group,
@@ -327,7 +327,7 @@ def run(config: TableConfig) -> int:
     return 0
 
 
-def output_folder(config: TableConfig, of_runs: Path) -> Path:
+def output_folder(config: TableConfig | MethodsConfig, of_runs: Path) -> Path:
     """The folder for the table, by default the common folder of the runs. Raises ValueError if they have none."""
     if not config.output and of_runs == of_runs.parent:
         raise ValueError("The runs have no common folder. Name one for the table: output=DIR.")

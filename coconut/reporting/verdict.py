@@ -1,0 +1,135 @@
+"""The verdict at the head of a run's page, and the comparison of several runs by their measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from coconut.analysis.comparable_runs import expand_patterns
+from coconut.analysis.config import MethodsConfig
+from coconut.analysis.verdict import FINDINGS, Verdict, verdict
+from coconut.reporting.page import Aside, Lead, Section, Table, Text, page
+from coconut.reporting.phrases import between, percent
+from coconut.reporting.run_table import aligned, common_folder, output_folder
+from coconut.runs.record import DASH, RunRecord, read_run
+from coconut.runs.study import Study
+from coconut.utils.console import log
+from coconut.utils.files import write_text
+
+SPEAKS = {True: "for", False: "against", None: DASH}
+RULE = (
+    "Each measurement speaks for thoughts that do work, against it, or for neither, by a rule that docs/analysis.md "
+    "states. “Clearly” means that two 95 % intervals do not overlap."
+)
+
+
+def verdict_of(run: RunRecord) -> Verdict:
+    """The verdict on a run's studies."""
+    slot = run.stages[-1].form.slot
+    above_chance = None
+    if run.test and run.chance_accuracy is not None:
+        above_chance = run.evaluations[run.test]["interval"][0] > run.chance_accuracy
+    return verdict(run.studies, "steps" if slot.is_empty else f"{slot.source.value}s", above_chance=above_chance)
+
+
+def what_it_means(run: RunRecord) -> Section | None:
+    """The verdict and the findings that it rests on; None without studies."""
+    found = verdict_of(run)
+    if not found.findings:
+        return None
+    rows = [[each.name, each.value, SPEAKS[each.speaks]] for each in found.findings]
+    table = Table(["measurement", "what was found", "speaks"], rows)
+    return Section("verdict", "What it means", [Lead([found.headline]), Aside("The findings", [table, Text(RULE)])])
+
+
+def compare_methods(config: MethodsConfig) -> int:
+    """Write a table of runs by measurements: methods.html, .csv and .json. Gives the exit status.
+
+    Raises ValueError for a run that was not analyzed, or on other questions than the first.
+    """
+    folders = expand_patterns(config.runs)
+    runs = [read_run(folder) for folder in folders]
+    _refuse_incomparable(runs)
+    study = comparison(runs)
+    folder = output_folder(config, common_folder(folders))
+    study.write(folder)
+    write_text(folder / "methods.html", comparison_page(study, folder))
+    log("\n".join(aligned([["run", "method", "accuracy"], *([*row[:3]] for row in _cells(study))])))
+    for row in study.rows:
+        log(f"{row['run']}: {row['headline']}")
+    log(f"Table: {folder / 'methods.html'}, and the same as .csv and .json")
+    return 0
+
+
+def _refuse_incomparable(runs: Sequence[RunRecord]) -> None:
+    for run in runs:
+        if not run.studies:
+            raise ValueError(f"{run.folder} was not analyzed. Run coconut analyze run={run.folder}")
+        mine, first = (next(iter(each.studies.values())).facts for each in (run, runs[0]))
+        if mine["sha256"] != first["sha256"]:
+            raise ValueError(
+                f"{run.folder} and {runs[0].folder} were analyzed on different questions: {mine['file']} and "
+                f"{first['file']}. Analyze both with the same data.test=FILE."
+            )
+
+
+def comparison(runs: Sequence[RunRecord]) -> Study:
+    """A row for each run: `kind` and `headline` of its verdict; the value of each finding, and what it speaks.
+
+    facts: `questions` and `file` of the studies.
+    """
+    rows = []
+    for run in runs:
+        found = verdict_of(run)
+        by_name = {each.name: each for each in found.findings}
+        test = run.evaluations[run.test] if run.test else {}
+        row = {
+            "run": run.folder.resolve().name, "method": run.config["method"], "seed": run.config["seed"],
+            "accuracy": test.get("accuracy"), "low": test["interval"][0] if test else None,
+            "high": test["interval"][1] if test else None, "kind": found.kind, "headline": found.headline,
+        }  # fmt: skip
+        for name in FINDINGS:
+            each = by_name.get(name)
+            row |= {name: each and each.value, f"{name}, speaks": each and SPEAKS[each.speaks]}
+        rows.append(row)
+    facts = next(iter(runs[0].studies.values())).facts
+    return Study("methods", rows, {"questions": facts["questions"], "file": Path(facts["file"]).name})
+
+
+def _cells(study: Study) -> list[list[str]]:
+    """Run, method, accuracy, and a cell for each finding that any run has."""
+    return [
+        [row["run"], row["method"],
+         DASH if row["accuracy"] is None else f"{percent(row['accuracy'])} ({between(row['low'], row['high'])})",
+         *(_cell(row[name], row[f"{name}, speaks"]) for name in _shown(study))] for row in study.rows
+    ]  # fmt: skip
+
+
+def _cell(value: str | None, speaks: str | None) -> str:
+    if value is None:
+        return DASH
+    return value if speaks == DASH else f"{speaks}: {value}"
+
+
+def _shown(study: Study) -> list[str]:
+    return [name for name in FINDINGS if any(row[name] is not None for row in study.rows)]
+
+
+def comparison_page(study: Study, folder: Path) -> str:
+    """The HTML of the comparison."""
+    shown = _shown(study)
+    by_run = [[row["run"], row["headline"]] for row in study.rows]
+    cells = _cells(study)
+    measured = [[name, *(row[3 + number] for row in cells)] for number, name in enumerate(shown)]
+    head = ["accuracy", *(row[2] for row in cells)]
+    tables = Table(["measurement", *(row["run"] for row in study.rows)], [head, *measured])
+    sections = [
+        Section("verdicts", "What the thoughts of each do", [Table(["run", "verdict"], by_run), Text(RULE)]),
+        Section("measurements", "The measurements", [tables]),
+    ]
+    questions = f"{study.facts['questions']:,} questions of {study.facts['file']}"
+    methods = ", ".join(dict.fromkeys(row["method"] for row in study.rows))
+    return page(
+        "methods", f"{len(study.rows)} runs by what their thoughts do", f"{methods}. {questions}.", folder, sections,
+        kicker="comparison of methods", made_by="coconut analyze compare-methods",
+    )  # fmt: skip
