@@ -38,6 +38,7 @@ class Part(StrEnum):
     inner_products = "inner_products"  # inner products of thoughts with the embeddings of nodes
     decoded = "decoded"  # logit lens: the likeliest tokens of each thought
     geometry = "geometry"  # where the thoughts lie: distances, spread over questions in each layer, effective rank
+    readout = "readout"  # linear probes that reconstruct the written steps from each position and layer
     audit_thoughts = "audit_thoughts"  # interventions on the thoughts
     audit_edges = "audit_edges"  # interventions on the edges of the graph
     stopping = "stopping"  # a classifier that decides when to stop thinking, against a constant number of thoughts

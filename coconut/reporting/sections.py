@@ -14,7 +14,7 @@ from typing import Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.measurements import geometry, noise
+from coconut.reporting.measurements import geometry, noise, readout
 from coconut.reporting.page import (
     Aside,
     Code,
@@ -255,8 +255,10 @@ def what_they_hold(run: RunRecord) -> Section | None:
         parts = [Text(intro), *_node_warnings(run.studies["values"]), *parts]
     if "inner_products" in drawn:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
+    noun = run.stages[-1].form.slot.noun
+    if study := run.studies.get("readout"):
+        parts += [Heading("What can be read out"), *readout.parts(study, drawn, noun)]
     if study := run.studies.get("geometry"):
-        noun = run.stages[-1].form.slot.noun
         parts += [Heading(f"Where the {noun}s lie"), *geometry.parts(study, drawn, noun)]
     return Section("what-they-hold", "What the thoughts hold", parts) if parts else None
 
@@ -473,6 +475,8 @@ def drawings(run: RunRecord) -> Drawings:
         by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
     if study := studies.get("layers"):
         by_name["layers"] = partial(geometry.chart, study, noun=run.stages[-1].form.slot.noun)
+    if study := studies.get("readout"):
+        by_name["readout"] = partial(readout.chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):
         by_name["noise"] = partial(noise.chart, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):
