@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from coconut.analysis.interventions import other_questions
 from coconut.analysis.probes import Subject
@@ -34,11 +33,11 @@ MAX_FITTED = 2000  # questions that probes are fitted on
 HELD_OUT = 5  # one in so many of them chooses weight decays, layers and the best position
 MIN_QUESTIONS = 50  # that have a token, to fit on and to measure
 MAX_SHARE = 0.95  # of a token's most frequent value; what is the same in more questions is left out
-MAX_OFFSETS = 8  # tokens of a step, the first ones that are not left out
-MAX_TOKENS = 100  # the most frequent values of a token; all others are one class
+MAX_OFFSETS = 6  # tokens of a step, the first ones that are not left out
+MAX_TOKENS = 40  # the most frequent values of a token; all others are one class
 MAX_DIRECTIONS = 256  # principal components that a probe reads
 WEIGHT_DECAYS = (0.1, 0.01, 0.001)
-MAX_ITERATIONS = 60  # of L-BFGS for each weight decay
+MAX_ITERATIONS = 40  # of L-BFGS for each weight decay
 MISSING = -1  # the class in questions without the token
 ROUNDING = 1e-5  # a coordinate that varies by a smaller share of its size is constant
 RESAMPLES = 2000
@@ -243,8 +242,8 @@ def fit(
     decays_M11 = weight_decays_M[:, None, None]
     curvature = (prior_C1 * (1 - prior_C1)).mean()
     scale_M1R = (curvature * states_MFR.square().mean(1, keepdim=True) + decays_M11).rsqrt()
-    target_CF = one_hot(classes_F, num_classes).T.to(states_MFR)
     M, F, R = states_MFR.shape
+    right = slice(None), classes_F, torch.arange(F, device=classes_F.device)
     start = start or Probes(states_MFR.new_zeros(M, num_classes, R), prior_C1.log().expand(M, -1, 1))
     scaled_MCR = (start.weights / scale_M1R).requires_grad_()
     shifts_MC1 = (start.biases - prior_C1.log()).requires_grad_()
@@ -257,10 +256,11 @@ def fit(
         weights_MCR = scaled_MCR * scale_M1R
         log_probs_MCF = Probes(weights_MCR, prior_C1.log() + shifts_MC1)(states_MFR)
         squares = (decays_M11 * weights_MCR.square()).sum() + (decays_M11 * shifts_MC1.square()).sum()
-        loss = squares / 2 - (log_probs_MCF * target_CF).sum() / F
-        error_MCF = log_probs_MCF.exp_().sub_(target_CF).div_(F)
-        scaled_MCR.grad = (error_MCF @ states_MFR + decays_M11 * weights_MCR) * scale_M1R
-        shifts_MC1.grad = error_MCF.sum(2, keepdim=True) + decays_M11 * shifts_MC1
+        loss = squares / 2 - log_probs_MCF[right].sum() / F
+        error_MCF = log_probs_MCF.exp_()
+        error_MCF[right] -= 1
+        scaled_MCR.grad = (error_MCF @ states_MFR / F + decays_M11 * weights_MCR) * scale_M1R
+        shifts_MC1.grad = error_MCF.mean(2, keepdim=True) + decays_M11 * shifts_MC1
         return loss
 
     optimizer.step(loss_and_gradient)  # pyright: ignore[reportArgumentType]
