@@ -39,6 +39,7 @@ class Part(StrEnum):
     decoded = "decoded"  # logit lens: the likeliest tokens of each thought
     geometry = "geometry"  # where the thoughts lie: distances, spread over questions in each layer, effective rank
     rollouts = "rollouts"  # sampled answers after each number of thoughts: how varied they are, how many are right
+    readout = "readout"  # linear probes that reconstruct the written steps from each position and layer
     audit_thoughts = "audit_thoughts"  # interventions on the thoughts
     influence = "influence"  # what a change of each thought, or written step, does to later ones and to the answer
     audit_edges = "audit_edges"  # interventions on the edges of the graph

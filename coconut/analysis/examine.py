@@ -9,9 +9,10 @@ from coconut.analysis import interventions, noise, prefix_values, probes
 from coconut.analysis.config import AnalyzeConfig, Part
 from coconut.analysis.geometry import geometry
 from coconut.analysis.influence import influence
+from coconut.analysis.readout import readout
 from coconut.analysis.rollouts import rollouts
 from coconut.data.datasets import file_of_split
-from coconut.data.examples import read_examples
+from coconut.data.examples import Example, read_examples
 from coconut.engine.base import autocast
 from coconut.generation.room import indices_that_fit
 from coconut.methods import Curriculum, plan
@@ -66,6 +67,14 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
             raise NotApplicable(str(reason)) from None
         return [probes.stopping(subject, classifier)]
 
+    def training_examples() -> list[Example] | None:
+        try:
+            path = file_of_split(trained.config["data"], "train", config.data)
+        except FileNotFoundError as reason:
+            log(f"The probes are fitted on one half of the test questions and measured on the other. {reason}")
+            return None
+        return read_examples(path)
+
     measure: dict[Part, Callable[[], list[Study]]] = {
         Part.k_forcing: lambda: [probes.k_forcing(subject)],
         Part.noise: lambda: [noise.noise_curves(subject)],
@@ -75,6 +84,7 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
         Part.decoded: lambda: [probes.decoded(subject, count=NUM_DECODED)],
         Part.geometry: lambda: geometry(subject),
         Part.rollouts: lambda: [rollouts(subject)],
+        Part.readout: lambda: readout(subject, training_examples()),
         Part.audit_thoughts: lambda: [interventions.audit_thoughts(subject)],
         Part.influence: lambda: [influence(subject)],
         Part.audit_edges: lambda: [interventions.audit_edges(subject)],

@@ -1,6 +1,6 @@
 """Where the thoughts lie: how far apart, how far from words, and how much questions differ in each layer.
 
-Shapes: N questions, B questions of a batch, K thoughts, P = K + 1 places (`<bot>` and the thoughts), L layers, D width,
+Shapes: N questions, K thoughts, P = K + 1 places (`<bot>` and the thoughts), L layers, D width,
 M rows of a set, V vocabulary.
 """
 
@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coconut.analysis.prefix_values import layout_with_slot
 from coconut.analysis.probes import Subject
-from coconut.data.batching import collate
-from coconut.generation.generate import longest_first
-from coconut.models import families
-from coconut.models.latent_lm import LatentLM
-from coconut.models.passes import Reads
+from coconut.analysis.states import need_places, slot_states
 from coconut.runs.study import NotApplicable, Study
-from coconut.utils.torch_utils import effective_rank, eval_mode
+from coconut.utils.torch_utils import effective_rank
 
 ROUNDING = 1e-6  # a smaller spread is that of equal rows
 
@@ -38,14 +33,10 @@ def geometry(subject: Subject) -> list[Study]:
 
     Raises NotApplicable if the slot is empty, for fewer than two questions, or for states of several widths.
     """
-    lm, K = subject.lm, subject.num_trained_thoughts
-    if lm.reasoning.slot.is_empty or not K:
-        raise NotApplicable(f"{lm.reasoning.method} has nothing in its slot, so there are no places to measure.")
-    if lm.thought_size != families.text_config(lm.base).hidden_size:
-        raise NotApplicable("The hidden states of this model are not of one width in all layers.")
+    lm, K = subject.lm, need_places(subject.lm)
     if len(subject.examples) < 2:
         raise NotApplicable("Spread over questions needs at least two questions.")
-    states_NPLD = _states(lm, subject.question_ids, K, subject.batch_size)
+    states_NPLD = slot_states(lm, subject.question_ids, subject.batch_size)
     table: Any = lm.base.get_input_embeddings()
     table_VD = table.weight.float().cpu()
     fed_NKD = states_NPLD[:, 1:, 0] if not lm.reasoning.slot.thinks else subject.baseline.thoughts.float()
@@ -66,27 +57,6 @@ def geometry(subject: Subject) -> list[Study]:
     words_MD = subject.word_embeddings
     facts = {"word_norm": _mean_norm(words_MD), "word_spread": _spread(words_MD)["spread"], "width": fed_NKD.shape[2]}
     return [Study("geometry", rows, facts), Study("layers", by_layer, facts)]
-
-
-def _states(lm: LatentLM, questions: list[list[int]], num_thoughts: int, batch_size: int) -> Tensor:
-    """(N, P, L + 1, D) the hidden states in all layers at `<bot>` and at each position of the slot, in float32."""
-    found: dict[int, Tensor] = {}
-    with eval_mode(lm):
-        for indices in longest_first(questions, batch_size):
-            rows = [layout_with_slot(lm, questions[i], (), num_thoughts) for i in indices]
-            batch = collate(rows, lm.special).to(lm.device)
-            last_B = batch.attention_mask.cumsum(1).argmax(1)  # the column of <eot>
-            by_place = []
-            for place in range(num_thoughts + 1):
-                columns_B = last_B - int(lm.reasoning.markers) - num_thoughts + place
-                output = lm(
-                    batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True,
-                    reads=Reads(columns_B=columns_B),
-                )  # fmt: skip
-                assert output.states is not None
-                by_place.append(output.states.float().cpu())
-            found |= zip(indices, torch.stack(by_place, dim=1), strict=True)
-    return torch.stack([found[i] for i in range(len(questions))])
 
 
 def _mean_norm(rows_MD: Tensor) -> float:

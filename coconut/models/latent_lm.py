@@ -411,6 +411,18 @@ class LatentLM(nn.Module):
         """
         return self._layers(embeds, mask, position_ids, cache, num_skipped)[-1]
 
+    def layer_states(self, embeds: Tensor, is_token: Tensor) -> tuple[Tensor, ...]:
+        """Run whole rows without the head or a cache: the input of the first layer and the output of each (B, T, D).
+
+        The last output is after the final norm. `embeds` (B, T, D) are input embeddings, thoughts among them.
+        `is_token` (B, T) is False for padding.
+        """
+        positions_BT = is_token.long().cumsum(1).sub(1).clamp(min=0)
+        mask: Any = is_token
+        if self._windows and self._windows.needs_masks(mask):
+            mask = self._windows.masks(mask, positions_BT, 0, embeds.dtype)
+        return self._layers(embeds, mask, positions_BT, every=True)
+
     def _layers(
         self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, num_skipped: int = 0,
         every: bool = False,

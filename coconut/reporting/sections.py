@@ -14,7 +14,7 @@ from typing import Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.measurements import geometry, influence, noise, rollouts
+from coconut.reporting.measurements import geometry, influence, noise, readout, rollouts
 from coconut.reporting.page import (
     Aside,
     Code,
@@ -259,6 +259,8 @@ def what_they_hold(run: RunRecord) -> Section | None:
     noun = "thought" if slot.is_empty else slot.noun
     if study := run.studies.get("rollouts"):
         parts += [Heading("How varied the sampled answers are"), *rollouts.parts(study, drawn, noun)]
+    if study := run.studies.get("readout"):
+        parts += [Heading("What can be read out"), *readout.parts(study, drawn, noun)]
     if study := run.studies.get("geometry"):
         parts += [Heading(f"Where the {noun}s lie"), *geometry.parts(study, drawn, noun)]
     title = "Sampled answers" if slot.is_empty else "What the thoughts hold"
@@ -483,6 +485,8 @@ def drawings(run: RunRecord) -> Drawings:
         by_name["layers"] = partial(geometry.chart, study, noun=run.stages[-1].form.slot.noun)
     if (study := studies.get("rollouts")) and study.facts["trained_thoughts"]:
         by_name["rollouts"] = partial(rollouts.chart, study, noun=run.stages[-1].form.slot.noun)
+    if study := studies.get("readout"):
+        by_name["readout"] = partial(readout.chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):
         by_name["noise"] = partial(noise.chart, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):
