@@ -40,6 +40,7 @@ class Part(StrEnum):
     geometry = "geometry"  # where the thoughts lie: distances, spread over questions in each layer, effective rank
     audit_thoughts = "audit_thoughts"  # interventions on the thoughts
     audit_edges = "audit_edges"  # interventions on the edges of the graph
+    shortcuts = "shortcuts"  # changed and harder questions, shallow rules, planted hints
     stopping = "stopping"  # a classifier that decides when to stop thinking, against a constant number of thoughts
 
 

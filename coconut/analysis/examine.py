@@ -8,6 +8,7 @@ from typing import Any
 from coconut.analysis import interventions, noise, prefix_values, probes
 from coconut.analysis.config import AnalyzeConfig, Part
 from coconut.analysis.geometry import geometry
+from coconut.analysis.shortcuts import shortcuts
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import read_examples
 from coconut.engine.base import autocast
@@ -74,6 +75,7 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
         Part.geometry: lambda: geometry(subject),
         Part.audit_thoughts: lambda: [interventions.audit_thoughts(subject)],
         Part.audit_edges: lambda: [interventions.audit_edges(subject)],
+        Part.shortcuts: lambda: [shortcuts(subject, trained.config["data"])],
         Part.stopping: stopping,
     }
     studies: list[Study] = []
