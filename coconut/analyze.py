@@ -66,13 +66,13 @@ def write_studies(record: RunRecord, studies: dict[str, Study]) -> None:
 def page_of(record: RunRecord) -> str:
     """The HTML of a run's report."""
     from coconut.reporting.run_page import answers, headline, learning, provenance, report, sampled
-    from coconut.reporting.sections import are_they_used, how_many, what_they_hold
+    from coconut.reporting.sections import are_they_used, how_many, relies_on_shortcuts, what_they_hold
     from coconut.reporting.verdict import what_it_means
     from coconut.rl import report as policies
 
     if policies.is_policy(record):
         return policies.report(record)
-    used = (are_they_used, learning, answers, provenance)
+    used = (are_they_used, relies_on_shortcuts, learning, answers, provenance)
     return report(record, (headline, what_it_means, sampled, policies.choices, how_many, what_they_hold, *used))
 
 

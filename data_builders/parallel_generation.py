@@ -38,14 +38,16 @@ class Recipe:
         the dials allow no row. Keys are equal for equal questions, and otherwise uniformly distributed.
     prove: raises ValueError if anything in the row is wrong, independently of `draw`.
     measure: the row's statistics.
+    adapt: changes a row of the training split, and no other, after it was drawn; its key and its question stay alike.
     """
 
     draw: Callable[[random.Random, Callable[[int], bool]], tuple[Row, int] | None]
     prove: Callable[[Row], object]
     measure: Callable[[Row], Measures]
+    adapt: Callable[[random.Random, Row], Row] | None = None
 
 
-Drawn = tuple[WrittenRow, str, int]  # a row, its question, and which attempt it was
+Drawn = tuple[WrittenRow, str, int]  # a row, its question as drawn, and which attempt it was
 
 
 def make_splits(
@@ -135,11 +137,14 @@ def _make(recipe: Recipe, seed: int, split: str, index: int, first_attempt: int 
     else:
         return None
     row, key = drawn
+    question = row["question"]
+    if split == "train" and recipe.adapt:
+        row = recipe.adapt(random.Random(f"adapt {seed} {index}"), row)
     try:
         recipe.prove(row)
     except ValueError as error:
         raise AssertionError(f"A row came out wrong ({error}): {row}") from error
-    return WrittenRow.of(row, key, recipe.measure(row)), row["question"], attempt
+    return WrittenRow.of(row, key, recipe.measure(row)), question, attempt
 
 
 def _cores() -> int:

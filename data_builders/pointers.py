@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from string import ascii_lowercase
 from typing import Any
 
@@ -17,6 +18,7 @@ from coconut.tasks import pointers
 from coconut.utils.hydra_app import application
 from data_builders.builder_app import Builder, run, text_key
 from data_builders.fields import text_field
+from data_builders.hints import check_share, planting
 from data_builders.parallel_generation import Recipe, Row
 from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of
 from data_builders.statistics import Measures
@@ -38,10 +40,13 @@ class PointersBuild(SourceKeys):
     hops_from: int = 1
     hops_to: int = 6
     decay: float = 1.0  # ratio of the frequencies of h + 1 and h hops
+    hint: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_dials({name: dial for name, dial in self.dials().items() if dial != getattr(PointersBuild, name)})
+        check_share(self.hint)
+        given = self.dials() | {"hint": self.hint}
+        self.refuse_dials({name: dial for name, dial in given.items() if dial != getattr(PointersBuild, name)})
         if not 1 <= self.hops_from <= self.hops_to < self.nodes <= len(ascii_lowercase):
             raise ValueError(
                 f"hops_from={self.hops_from}, hops_to={self.hops_to}, nodes={self.nodes}; it must be "
@@ -57,7 +62,7 @@ class PointersBuild(SourceKeys):
 
 
 def recipe(config: PointersBuild) -> Recipe:
-    return Recipe(partial(draw_row, **config.dials()), checked, measure)
+    return Recipe(partial(draw_row, **config.dials()), checked, measure, planting(config.hint, itemgetter("answer")))
 
 
 def draw_row(
@@ -127,7 +132,7 @@ BUILDER = Builder(
     alike=alike,
     recipe=recipe,
     counts=lambda config: COUNTS,
-    made=lambda config: {"dials": config.dials()},
+    made=lambda config: {"dials": config.dials(), "hint": config.hint},
 )
 
 build = partial(run, builder=BUILDER)

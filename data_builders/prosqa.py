@@ -24,6 +24,7 @@ from data_builders.entity_names import Names, pools
 from data_builders.fields import text_field
 from data_builders.graph_measures import alike, key_of, measure, parsed, shape
 from data_builders.graphs import GraphDials
+from data_builders.hints import check_share, planting
 from data_builders.parallel_generation import Recipe, Row
 from data_builders.release_formats import Kind, SourceKeys, open_released, rows_of
 
@@ -85,11 +86,14 @@ class ProsqaBuild(SourceKeys):
     hops_to: int | None = None
     plant: bool | None = None
     equalize_depth: bool | None = None
+    hint: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_share(self.hint)
         given = self.given(*_RELEASED)
         self.refuse_dials({"preset": self.preset} if self.preset else given)
+        self.refuse_dials({"hint": self.hint} if self.hint else {})
         if self.files:
             return
         self.preset = self.preset or Preset.released
@@ -132,7 +136,11 @@ class ProsqaBuild(SourceKeys):
 def recipe(config: ProsqaBuild) -> Recipe:
     dials = config.dials()
     make = partial(draw_row, dials=config.graph_dials(), form=dials["form"], names=dials["names"])
-    return Recipe(make, prove, measure)
+    return Recipe(make, prove, measure, planting(config.hint, _target_name))
+
+
+def _target_name(row: Row) -> str:
+    return row["idx_to_symbol"][row["target"]]
 
 
 # --- making ---------------------------------------------------------------------------------------
@@ -304,7 +312,7 @@ BUILDER = Builder(
     alike=alike,
     recipe=recipe,
     counts=lambda config: COUNTS[config.preset],
-    made=lambda config: {"preset": config.preset.value, "dials": config.dials()},
+    made=lambda config: {"preset": config.preset.value, "dials": config.dials(), "hint": config.hint},
 )
 
 build = partial(run, builder=BUILDER)

@@ -43,6 +43,7 @@ class Part(StrEnum):
     audit_thoughts = "audit_thoughts"  # interventions on the thoughts
     influence = "influence"  # what a change of each thought, or written step, does to later ones and to the answer
     audit_edges = "audit_edges"  # interventions on the edges of the graph
+    shortcuts = "shortcuts"  # changed and harder questions, shallow rules, planted hints
     stopping = "stopping"  # a classifier that decides when to stop thinking, against a constant number of thoughts
 
 

@@ -11,6 +11,7 @@ from coconut.analysis.geometry import geometry
 from coconut.analysis.influence import influence
 from coconut.analysis.readout import readout
 from coconut.analysis.rollouts import rollouts
+from coconut.analysis.shortcuts import shortcuts
 from coconut.data.datasets import file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.engine.base import autocast
@@ -88,6 +89,7 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
         Part.audit_thoughts: lambda: [interventions.audit_thoughts(subject)],
         Part.influence: lambda: [influence(subject)],
         Part.audit_edges: lambda: [interventions.audit_edges(subject)],
+        Part.shortcuts: lambda: [shortcuts(subject, trained.config["data"])],
         Part.stopping: stopping,
     }
     studies: list[Study] = []

@@ -10,10 +10,12 @@ Shapes: S seeds, Q questions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import hypot
 
 import numpy as np
 from scipy.stats import binom
 
+from coconut.evaluation.evaluator import wilson_interval
 from coconut.evaluation.intervals import mean_interval
 
 
@@ -33,6 +35,18 @@ def difference_interval(a_SQ: np.ndarray, b_SQ: np.ndarray) -> tuple[float, floa
     """
     assert a_SQ.shape == b_SQ.shape
     return mean_interval(a_SQ.astype(np.int64) - b_SQ, lower_limit=-1.0)
+
+
+def independent_difference_interval(a_N: np.ndarray, b_M: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the accuracy of a minus that of b, on different questions.
+
+    From the Wilson intervals of both (Newcombe 1998, Statistics in Medicine 17, method 10), so that it has a width even
+    if all answers are right.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = (
+        (float(each.mean()), *wilson_interval(int(each.sum()), len(each))) for each in (a_N, b_M)
+    )
+    return a - b - hypot(a - a_low, b_high - b), a - b + hypot(a_high - a, b - b_low)
 
 
 def exact_test(a_SQ: np.ndarray, b_SQ: np.ndarray) -> float:

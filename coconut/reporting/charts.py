@@ -442,7 +442,7 @@ def inner_products(study: Study, width: float) -> Figure:
 
 
 @dataclass(frozen=True)
-class _Dots:
+class Dots:
     """A panel of shares with intervals, one for each row of the chart; None leaves a row empty."""
 
     title: str
@@ -460,30 +460,30 @@ def audit(study: Study, width: float) -> Figure:
     accuracy = [(row["accuracy"], row["low"], row["high"]) for row in rows]
     changed = [None if row["change"] == "none" else _interval(row, "changed") for row in rows]
     panels = [
-        _Dots("Accuracy", "blue", accuracy, trained, study.facts.get("chance_accuracy")),
-        _Dots("Answers changed", "red", changed),
+        Dots("Accuracy", "blue", accuracy, trained, study.facts.get("chance_accuracy")),
+        Dots("Answers changed", "red", changed),
     ]
-    return _dot_chart([row["label"] for row in rows], panels, width)
+    return dot_chart([row["label"] for row in rows], panels, width)
 
 
 @styled()
 def edges(study: Study, width: float) -> Figure:
     """Shares of answers that follow an intervention on the graph, and of answers that change at all."""
     panels = [
-        _Dots("Answers that follow", "green", [_interval(row, "followed") for row in study.rows]),
-        _Dots("Answers changed", "red", [_interval(row, "changed") for row in study.rows]),
+        Dots("Answers that follow", "green", [_interval(row, "followed") for row in study.rows]),
+        Dots("Answers changed", "red", [_interval(row, "changed") for row in study.rows]),
     ]
-    return _dot_chart([row["label"] for row in study.rows], panels, width)
+    return dot_chart([row["label"] for row in study.rows], panels, width)
 
 
 def _interval(row: dict[str, Any], name: str) -> tuple[float, float, float] | None:
     return None if row[name] is None else (row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
-def _dot_chart(names: list[str], panels: list[_Dots], width: float) -> Figure:
+def dot_chart(names: list[str], panels: list[Dots], width: float) -> Figure:
     """Rows of dots with intervals. The labels are on the left, in a narrow chart above each row."""
     narrow = width < NARROW
-    left, right, gap, bottom = (14.0, 14.0, 34.0, 26.0) if narrow else (0.34 * width, 16.0, 40.0, 26.0)
+    left, right, gap, bottom = (14.0, 20.0, 40.0, 26.0) if narrow else (0.34 * width, 22.0, 40.0, 26.0)
     top = 40.0 if any(dots.chance_accuracy is not None for dots in panels) else 26.0
     most = int((width - left if narrow else left - 14) / 5.6)
     wrapped_names = [_wrapped(name, most) for name in names]

@@ -25,6 +25,11 @@ def counted(count: float, noun: str) -> str:
     return f"{count:{',.0f' if count >= 100 else '.3g'}} {noun}{'s' * (count != 1)}"
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, "+0.50" or "−1.25"."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def whole_percent(share: float) -> str:
     """A whole percentage. A small share is not rounded to 0, and a share near 1 not to 100."""
     share = min(max(share, 0.0), 1.0)

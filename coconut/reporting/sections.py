@@ -14,7 +14,7 @@ from typing import Any
 
 from coconut.methods import Source
 from coconut.reporting import charts
-from coconut.reporting.measurements import geometry, influence, noise, readout, rollouts
+from coconut.reporting.measurements import geometry, influence, noise, readout, rollouts, shortcuts
 from coconut.reporting.page import (
     Aside,
     Code,
@@ -29,7 +29,7 @@ from coconut.reporting.page import (
     Text,
     figures,
 )
-from coconut.reporting.phrases import between, counted, percent, whole_percent
+from coconut.reporting.phrases import between, counted, percent, signed, whole_percent
 from coconut.reporting.plots import GRAPH_LEGEND
 from coconut.runs.record import DASH, RunRecord
 from coconut.runs.study import Study
@@ -39,7 +39,8 @@ from coconut.utils.console import listed
 MIN_NODE_SHARE = 0.05  # a warning is given if all nodes together have a smaller mean probability
 PATHS = ("correct_path", "longer_path", "wrong_target", "hallucination")
 OF_STUDY = {"prefix_values": charts.prefix_values, "parallelism": charts.parallelism,
-            "inner_products": charts.inner_products, "audit_edges": charts.edges}  # fmt: skip
+            "inner_products": charts.inner_products, "audit_edges": charts.edges,
+            "shortcuts": shortcuts.chart}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -119,8 +120,8 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
         "questions."
     )
     rows = [
-        [label, str(row["thoughts"]), _signed(row["value"]), _range(row["low"], row["high"]),
-         *([DASH, DASH] if row["gain"] is None else [_signed(row["gain"]), _range(row["gain_low"], row["gain_high"])])]
+        [label, str(row["thoughts"]), signed(row["value"]), _range(row["low"], row["high"]),
+         *([DASH, DASH] if row["gain"] is None else [signed(row["gain"]), _range(row["gain_low"], row["gain_high"])])]
         for of, (_, label) in charts.PREFIXES.items() for row in _of_all_questions(study, of)
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
@@ -139,9 +140,9 @@ def describe_prefix_values(study: Study) -> list[str]:
     whole, after_mark = _of_all_questions(study, "answer"), _of_all_questions(study, "after_mark")
     sentences = [
         "The prefix value is the log-probability of the right answer after the first thoughts. On average it is "
-        f"{_signed(whole[0]['value'])} without thoughts and {_signed(whole[-1]['value'])} with "
-        f"{counted(whole[-1]['thoughts'], 'thought')}; {_signed(after_mark[0]['value'])} and "
-        f"{_signed(after_mark[-1]['value'])} given the answer mark."
+        f"{signed(whole[0]['value'])} without thoughts and {signed(whole[-1]['value'])} with "
+        f"{counted(whole[-1]['thoughts'], 'thought')}; {signed(after_mark[0]['value'])} and "
+        f"{signed(after_mark[-1]['value'])} given the answer mark."
     ]
     for rows, words in ((whole, "The whole answer"), (after_mark, "The text after the answer mark")):
         kinds: dict[str, list[str]] = {"made likelier": [], "made less likely": [], "not clearly changed": []}
@@ -149,7 +150,7 @@ def describe_prefix_values(study: Study) -> list[str]:
             kind = "made likelier" if row["gain_low"] > 0 else "made less likely"
             if row["gain_low"] <= 0 <= row["gain_high"]:
                 kind = "not clearly changed"
-            kinds[kind].append(f"thought {row['thoughts']} ({_signed(row['gain'])})")
+            kinds[kind].append(f"thought {row['thoughts']} ({signed(row['gain'])})")
         changes = "; ".join(f"{kind} by {listed(thoughts)}" for kind, thoughts in kinds.items() if thoughts)
         sentences.append(f"{words} is {changes}.")
     sentences.append(
@@ -461,12 +462,22 @@ def _changed_thoughts(row: Row) -> list[str]:
     accuracy = f"{percent(row['accuracy'])} ({between(row['low'], row['high'])})"
     if row["change"] == "none":
         return [row["label"], accuracy, DASH, DASH]
-    points, low, high = (_signed(100 * row[f"difference{end}"], 1) for end in ("", "_low", "_high"))
+    points, low, high = (signed(100 * row[f"difference{end}"], 1) for end in ("", "_low", "_high"))
     return [row["label"], accuracy, f"{points} ({low} to {high})", _share(row, "changed")]
 
 
 def _changed_edges(row: Row) -> list[str]:
     return [row["label"], f"{row['questions']:,}", _share(row, "followed"), _share(row, "changed")]
+
+
+# Shortcuts.
+
+
+def relies_on_shortcuts(run: RunRecord) -> Section | None:
+    """Accuracy on changed and on harder questions, and where shallow rules are wrong."""
+    if study := run.studies.get("shortcuts"):
+        return Section("shortcuts", "Does it rely on shortcuts?", shortcuts.parts(study, drawings(run)))
+    return None
 
 
 # The charts.
@@ -515,12 +526,8 @@ def _moment(after: int) -> str:
     return f"after {counted(after, 'thought')}" if after else "before any thought"
 
 
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
 def _range(low: float, high: float) -> str:
-    return f"{_signed(low)} to {_signed(high)}"
+    return f"{signed(low)} to {signed(high)}"
 
 
 def _share(row: Row, name: str) -> str:

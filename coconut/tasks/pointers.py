@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from coconut.tasks.chain import judge, key, tidy  # noqa: F401  (members of `Task`)
+from coconut.tasks.hints import split_hint
 
 name = "pointers"
 max_new_tokens = 64
@@ -23,8 +24,11 @@ class Question(NamedTuple):
 
 
 def parse_question(question: str) -> Question:
-    """Parse a question. Raises ValueError if the text has another form, or a node points to two others."""
-    found = _QUESTION.fullmatch(tidy(question))
+    """Parse a question, without its hint.
+
+    Raises ValueError if the text has another form, or a node points to two others.
+    """
+    found = _QUESTION.fullmatch(tidy(split_hint(question)[1]))
     if not found:
         raise ValueError(f"The question is not of the form 'a b | b c ? from a go HOPS': {question!r}")
     pairs = [pair.split() for pair in found[1].split("|")]
@@ -35,6 +39,12 @@ def parse_question(question: str) -> Question:
     if len(pointers) < len(pairs):
         raise ValueError(f"A node points to two others: {question!r}")
     return Question(pointers, int(found[3]), found[2])
+
+
+def write_question(question: Question) -> str:
+    """The text of a question, with its pointers in the order of the dictionary."""
+    told = " | ".join(f"{a} {b}" for a, b in question.pointers.items())
+    return f"{told} ? from {question.start} go {question.hops}"
 
 
 def walk(question: Question) -> list[str]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import networkx
 
 from coconut.tasks.chain import judge, key, tidy  # noqa: F401  (members of `Task`)
+from coconut.tasks.hints import split_hint
 
 name = "prosqa"
 max_new_tokens = 128
@@ -26,6 +27,10 @@ _QUERY = re.compile(r"(.*?)\s*Is (\w+) an? (\w+) or (?:an? )?(\w+)\?")
 _SYMBOLIC = re.compile(r"([^?]*)\? (\S+) or (\S+) from (\S+)")
 _EDGE_SENTENCE = re.compile(r"(?:Every\s+)?(\w+)\s+is\s+an?\s+(\w+)(\s*\.?\s*)")
 _EDGE_SYMBOLS = re.compile(r"([^\s|?]+)\s+([^\s|?]+)(\s*\|?\s*)")
+_ASKED = re.compile(
+    r"Is\s+(?P<root>\w+)\s+an?\s+(?P<first>\w+)\s+or\s+(?:an?\s+)?(?P<second>\w+)\s*\?\s*$"
+    r"|\?\s*(?P<first_symbol>\S+)\s+or\s+(?P<second_symbol>\S+)\s+from\s+(?P<root_symbol>\S+)\s*$"
+)
 
 
 class Question(NamedTuple):
@@ -36,8 +41,8 @@ class Question(NamedTuple):
 
 
 def parse_question(question: str) -> Question:
-    """Parse a question. Raises ValueError if the text has neither form."""
-    text = tidy(question)
+    """Parse a question, without its hint. Raises ValueError if the text has neither form."""
+    text = tidy(split_hint(question)[1])
     if found := _SYMBOLIC.fullmatch(text):
         pairs = [pair.split() for pair in found[1].split("|")]
         for pair in pairs:
@@ -75,7 +80,7 @@ def with_edges(question: str, edges: Sequence[Edge | None]) -> str:
     parsed = parse_question(question)
     if len(edges) != len(parsed.edges) or not any(edges):
         raise ValueError(f"The question has {len(parsed.edges)} edges, but {len(edges)} were given: {edges}.")
-    found = list((_EDGE_SYMBOLS if parsed.symbolic else _EDGE_SENTENCE).finditer(question))[: len(edges)]
+    found = _edge_matches(question, parsed)
     parts = []
     for match, edge in zip(found, edges, strict=True):
         if edge is not None:
@@ -87,6 +92,46 @@ def with_edges(question: str, edges: Sequence[Edge | None]) -> str:
     changed = question[: found[0].start()] + "".join(parts) + question[found[-1].end() :]
     assert parse_question(changed).edges == [edge for edge in edges if edge]
     return changed
+
+
+def told_edges(question: str) -> list[str]:
+    """The text that tells each edge: "0 3", "Every cat is a dog"."""
+    return [question[m.start() : m.start(3)] for m in _edge_matches(question, parse_question(question))]
+
+
+def retell(question: str, told: Sequence[str]) -> str:
+    """Replace the texts that tell the edges; there may be more of them. The rest of the question is unchanged."""
+    parsed = parse_question(question)
+    found = _edge_matches(question, parsed)
+    ends = [m[3] for m in found]
+    usual = ends[0] if len(ends) > 1 else " | " if parsed.symbolic else ". "
+    between = [*ends[:-1], *[usual] * len(told)][: len(told) - 1]
+    edges = "".join(text + end for text, end in zip(told, [*between, ends[-1]], strict=True))
+    return question[: found[0].start()] + edges + question[found[-1].end() :]
+
+
+def tell(edge: Edge, symbolic: bool, has_parents: bool) -> str:
+    """The text that tells an edge. `has_parents`: of the node where it starts; in sentences others are persons."""
+    return " ".join(edge) if symbolic else f"{'Every ' * has_parents}{edge[0]} is a {edge[1]}"
+
+
+def with_query(question: str, root: str, options: tuple[str, str]) -> str:
+    """Replace the names in what is asked, "Is Tom a lempus or scrompus?" or "? 5 or 3 from 0"."""
+    found = _ASKED.search(question)
+    assert found, f"parse_question accepts what has another query: {question!r}"
+    names = {"root": root, "first": options[0], "second": options[1]}
+    places = sorted((found.span(group), names[group.removesuffix("_symbol")]) for group in found.groupdict()
+                    if found[group] is not None)  # fmt: skip
+    for (start, end), name in reversed(places):
+        question = question[:start] + name + question[end:]
+    return question
+
+
+def _edge_matches(question: str, parsed: Question) -> list[re.Match[str]]:
+    """Where each edge is told: groups 1 and 2 are its nodes, group 3 is what separates it from the next edge."""
+    begin = len(question) - len(split_hint(question)[1])
+    pattern = _EDGE_SYMBOLS if parsed.symbolic else _EDGE_SENTENCE
+    return list(pattern.finditer(question, begin))[: len(parsed.edges)]
 
 
 def parse_path(steps: list[str], root: str | None = None, symbolic: bool | None = None) -> list[Edge] | None:
