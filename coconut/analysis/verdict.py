@@ -15,6 +15,9 @@ from coconut.runs.study import Study
 from coconut.utils.console import listed
 
 SMALL_EFFECT = 0.01  # nats; a smaller divergence is no effect
+CLEAR_FALL = 0.05  # a smaller difference of accuracy is no shortcut
+MOST = 0.5  # more changed answers, though the truth stays, are one even where no accuracy is lost
+CONTROLS = ("majority", "other", "shuffled")  # what a probe has to beat for a step to count as readable
 SAME = 0.01  # thoughts whose spread over questions is smaller are the same whatever the question
 
 Studies = Mapping[str, Study]
@@ -135,6 +138,42 @@ def _after_mark(study: Study) -> list[Row]:
     return [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
 
 
+@dataclass(frozen=True)
+class Reliance:
+    """Rows of the study `shortcuts`: shortcuts that the model uses, that it does not, and of which too little is known.
+
+    One is used if the accuracy falls by at least CLEAR_FALL without it and the interval excludes 0, or if surely more
+    than MOST of the answers change with a change that keeps the truth. It is not if the interval excludes such a fall.
+    """
+
+    used: list[Row]
+    unused: list[Row]
+    unclear: list[Row]
+
+
+def reliance(study: Study) -> Reliance:
+    """Sort the shortcuts of a study."""
+    tests = [row for row in study.rows if row["kind"] in ("edit", "rule", "hint") and row["difference"] is not None
+             and row["change"] not in ("hint_right", "hint_removed")]  # fmt: skip
+    used = [row for row in tests if _falls(row) or mostly_changed(row)]
+    unused = [row for row in tests if row["difference_low"] > -CLEAR_FALL and row not in used]
+    return Reliance(used, unused, [row for row in tests if row not in used and row not in unused])
+
+
+def _falls(row: Row) -> bool:
+    return row["difference"] <= -CLEAR_FALL and row["difference_high"] < 0
+
+
+def mostly_changed(row: Row) -> bool:
+    """Whether surely more than MOST of the answers change, although the truth does not."""
+    return row["kind"] == "edit" and row["changed_low"] > MOST
+
+
+def readable(row: Row) -> bool:
+    """Whether a probe is surely better than the most frequent token and both controls without information."""
+    return all(row[f"over_{name}_low"] > 0 for name in CONTROLS)
+
+
 # The findings.
 
 
@@ -151,14 +190,16 @@ def _exchange(studies: Studies, of: str) -> Finding | None:
 
 
 def _gain(studies: Studies, of: str) -> Finding | None:
-    """For: a thought clearly makes the right answer likelier, given the mark. Against: none does."""
+    """Against: no thought clearly makes the right answer likelier, given the mark. Places without content may do so."""
     if not (study := studies.get("prefix_values")):
         return None
     rows = _after_mark(study)
     first, last = rows[0]["value"], rows[-1]["value"]
     raising = [str(row["thoughts"]) for row in rows[1:] if row["gain_low"] > 0]
     value = f"log-probability {first:+.2f} without, {last:+.2f} with all"
-    return Finding(GAIN, value + (f"; raised by number {listed(raising)}" if raising else ""), bool(raising))
+    return Finding(
+        GAIN, value + (f"; raised by number {listed(raising)}" if raising else ""), None if raising else False
+    )
 
 
 def _needed(studies: Studies, of: str) -> Finding | None:
@@ -195,6 +236,42 @@ def _alike(studies: Studies, of: str) -> Finding | None:
     return Finding(SPREAD, value, False if max(spreads) < SAME else None)
 
 
+def _read(studies: Studies, of: str) -> Finding | None:
+    """For: a step can be read from a thought better than before the slot. Against: no step can be read from any."""
+    if not (study := studies.get("readout")):
+        return None
+    best = [row for row in study.rows if row["best"]]
+    steps = [str(row["step"]) for row in best if readable(row)]
+    better = [str(row["step"]) for row in best if readable(row) and row["over_before_low"] > 0]
+    any_place = [row for row in study.rows if row["place"] and readable(row)]
+    value = f"step {listed(steps)} of {len(best)}" if steps else "no step"
+    if steps:
+        value += f"; better than before the slot: {listed(better)}" if better else "; none better than before the slot"
+    return Finding(READOUT, value, True if better else (None if any_place else False))
+
+
+def _varied(studies: Studies, of: str) -> Finding | None:
+    """Neither: variety is no search."""
+    if not (study := studies.get("rollouts")):
+        return None
+    rows = [row for row in study.rows if row["measure"] == "effective_next_steps" and not row["chain"]]
+    first, last = rows[0]["value"], rows[-1]["value"]
+    value = f"{first:.1f}" if len(rows) == 1 else f"{first:.1f} without, {last:.1f} after all"
+    return Finding(VARIETY, value, None)
+
+
+def _shortcuts(studies: Studies, of: str) -> Finding | None:
+    """Against: the model uses a shortcut. For: none is used, and there was one to tell."""
+    if not (study := studies.get("shortcuts")):
+        return None
+    found = reliance(study)
+    beyond = [f"{row['label']} {100 * row['accuracy']:.1f} %" for row in study.rows if row["kind"] == "distribution"]
+    value = f"uses {len(found.used)} of {len(found.used) + len(found.unused) + len(found.unclear)} tried"
+    if beyond:
+        value += f"; {'; '.join(beyond)}"
+    return Finding(SHORTCUTS, value, False if found.used else (True if found.unused else None))
+
+
 def _bears(studies: Studies, of: str) -> Finding | None:
     """Neither: a model may bear noise on thoughts that it uses."""
     if not (study := studies.get("noise")):
@@ -209,7 +286,8 @@ def _bears(studies: Studies, of: str) -> Finding | None:
 
 EXCHANGE, GAIN, NEEDED = "thoughts of another question", "what thoughts add", "needed for the answer"
 SEQUENCE, SPREAD, NOISE = "acts on a later one", "differ between questions", "under noise"
-SHORTCUTS = "shortcuts"
+READOUT, VARIETY, SHORTCUTS = "steps that can be read", "variety of next steps", "shortcuts"
 FINDINGS: dict[str, Callable[[Studies, str], Finding | None]] = {
-    EXCHANGE: _exchange, GAIN: _gain, NEEDED: _needed, SEQUENCE: _sequence, SPREAD: _alike, NOISE: _bears,
+    EXCHANGE: _exchange, GAIN: _gain, NEEDED: _needed, SEQUENCE: _sequence, READOUT: _read, SPREAD: _alike,
+    SHORTCUTS: _shortcuts, VARIETY: _varied, NOISE: _bears,
 }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.memorizing import EXAMPLES, NUM_THOUGHTS, memorizing_model
 from helpers.models import build
-from helpers.planted import FORM, planted_subject
+from helpers.planted import FORM
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -24,7 +24,6 @@ from coconut.analysis.unit_chain import UnitRunner, unit_chains
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.methods import NOTHING, PAUSES, Projector, PromptFormat, Slot, Source, Update
-from coconut.reporting.measurements.influence import describe
 from coconut.runs.study import NotApplicable
 from coconut.tasks import TASKS
 
@@ -219,46 +218,3 @@ def test_a_model_without_units_is_named() -> None:
     lm = build("llama", slot=NOTHING, markers=False, steps_cut=None, format=FORM)
     with pytest.raises(NotApplicable, match="nothing in its slot and writes no steps"):
         influence(subject_of(lm, 4))
-
-
-def right(study: Any, change: str, later: str) -> list[float]:
-    """By unit, the share of right answers after a change."""
-    return [row["right"] for row in study.rows
-            if (row["change"], row["later"], row["control"], row["on"]) == (change, later, False, None)]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["ignores", "last_only", "from_the_first", "step_by_step"])
-def test_planted_models_are_told_apart(kind: str) -> None:
-    study = influence(planted_subject(kind))
-    recomputed, kept, only = (right(study, *pair) for pair in
-                              (("other", "recomputed"), ("other", "kept"), ("only", "kept")))  # fmt: skip
-    trained = study.facts["right"]["thoughts"]
-    assert trained > 0.8
-    if kind == "ignores":
-        assert recomputed == kept == only == [trained] * NUM_THOUGHTS
-    elif kind == "last_only":
-        assert recomputed[:2] == kept[:2] == [trained] * 2
-        assert recomputed[2] < 0.5
-        assert only[2] == trained
-        assert max(only[:2]) < 0.5
-    elif kind == "from_the_first":
-        assert recomputed[0] < 0.3 < kept[0], "later thoughts carry what the first one holds"
-    else:
-        assert max(recomputed) < 0.5, "each thought is needed"
-        assert min(kept[:2]) > trained - 0.1, "but the first ones through later ones only"
-        assert kept[2] < 0.5, "but the first ones through later ones only"
-        assert only[2] > 0.8 > max(only[:2])
-
-
-def test_the_sentences_follow_the_planted_behaviour() -> None:
-    by_kind = {kind: " ".join(describe(influence(planted_subject(kind)), "thoughts")) for kind in
-               ("ignores", "last_only", "step_by_step")}  # fmt: skip
-    assert "no fall is clear for any of them" in by_kind["ignores"]
-    assert "no single one alone clearly helps" in by_kind["ignores"]
-    assert "fewer are right" in by_kind["last_only"]
-    assert "(number 1)" not in by_kind["last_only"]
-    assert "keeping one alone clearly helps for number 3" in by_kind["last_only"]
-    assert "With later thoughts kept as they were, more are right" in by_kind["step_by_step"]
-    assert "larger than in a random direction: 1 to 3" in by_kind["step_by_step"]
-    for kind in ("ignores", "last_only"):
-        assert "No thought clearly acts on a later one" in by_kind[kind]

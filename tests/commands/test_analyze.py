@@ -14,7 +14,8 @@ import pytest
 from helpers.runs import graph_files, small_run
 
 from coconut import analyze
-from coconut.analysis.config import AnalyzeConfig, Part
+from coconut.analysis.config import AnalyzeConfig, MethodsConfig, Part
+from coconut.analysis.verdict import FINDINGS
 from coconut.config import DataConfig, DataFiles, EngineConfig, PromptFormat, TaskName
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
@@ -49,7 +50,8 @@ def trained(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_part_writes_data_and_a_section_of_the_page(trained: Path) -> None:
     kept = {path.name for path in (trained / "analysis").iterdir()}
     for name in ("k_forcing", "prefix_values", "values", "parallelism", "heights", "inner_products", "decoded",
-                 "audit_thoughts", "stopping"):  # fmt: skip
+                 "geometry", "layers", "rollouts", "readout", "audit_thoughts", "influence", "noise", "shortcuts",
+                 "stopping"):  # fmt: skip
         assert {f"{name}.json", f"{name}.csv"} <= kept
         study = read_run(trained).studies[name]
         assert study.facts["step"] == read_run(trained).evaluations["test"]["step"]
@@ -58,10 +60,13 @@ def test_every_part_writes_data_and_a_section_of_the_page(trained: Path) -> None
     assert {"k_forcing.png", "prefix_values.png", "audit_thoughts.png", "inner_products.png"} <= kept
     page = (trained / "report.html").read_text()
     for title in (
+        "What it means",
         "How many thoughts",
         "What each thought adds",
         "What the thoughts hold",
         "Are the thoughts used?",
+        "What acts on what",
+        "Does it rely on shortcuts?",
         "When to stop",
     ):
         assert title in page
@@ -212,3 +217,32 @@ def test_a_run_in_progress_has_a_page_without_figures(data: DataConfig, tmp_path
     write_json(folder / "run.json", config)
     assert analyze.run(AnalyzeConfig(run=str(folder), parts=[], engine=CPU)) == 0
     assert "update 5 of 500" in (folder / "report.html").read_text()
+
+
+def test_methods_are_compared_by_their_measurements(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [tmp_path / name for name in ("one", "other")]
+    for run in runs:
+        shutil.copytree(trained, run)
+    assert analyze.compare_methods(MethodsConfig(runs=[str(tmp_path / "*")])) == 0
+    assert "one: " in capsys.readouterr().out
+    study = read_json(tmp_path / "methods.json")
+    assert [row["run"] for row in study["rows"]] == ["one", "other"]
+    with (tmp_path / "methods.csv").open() as file:
+        assert [row["kind"] for row in csv.DictReader(file)] == [row["kind"] for row in study["rows"]]
+    row, page = study["rows"][0], (tmp_path / "methods.html").read_text()
+    assert page.count(row["headline"]) == 2
+    assert all(name in page for name in FINDINGS if row[name] is not None)
+    assert row["headline"] in (trained / "report.html").read_text(), "the same verdict at the head of the run's page"
+
+    facts = runs[1] / "analysis" / "influence.json"
+    write_json(facts, read_json(facts) | {"facts": read_json(facts)["facts"] | {"sha256": "0"}})
+    for study_file in (runs[1] / "analysis").glob("*.json"):
+        if study_file != facts:
+            study_file.unlink()
+    with pytest.raises(ValueError, match="were analyzed on different questions"):
+        analyze.compare_methods(MethodsConfig(runs=list(map(str, runs))))
+    facts.unlink()
+    with pytest.raises(ValueError, match=r"was not analyzed\. Run coconut analyze run="):
+        analyze.compare_methods(MethodsConfig(runs=list(map(str, runs))))

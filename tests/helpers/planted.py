@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.analysis.graph_paths import GraphQuestion
 from coconut.analysis.probes import Subject
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, token_ids
 from coconut.generation.generate import pad_rows
@@ -24,7 +25,7 @@ from helpers.models import ARCHITECTURES
 
 FORM = PromptFormat("{}", "{} ", "### {}")
 SYMBOLS = [str(name) for name in range(8)]
-KINDS = ("ignores", "last_only", "from_the_first", "step_by_step")
+KINDS = ("ignores", "last_only", "from_the_first", "step_by_step", "searches")
 
 
 def symbols_of(kind: str) -> Tensor:
@@ -32,7 +33,7 @@ def symbols_of(kind: str) -> Tensor:
 
     ignores: none stands for anything, and the answer comes from the question. last_only: the last is the answer.
     from_the_first: each is the answer. step_by_step: each is the symbol after the one before it, in a circle, and the
-    last is the answer.
+    last is the answer. searches: an index behind those of the symbols, one for each question and thought (`frontier`).
     """
     answer_N1 = torch.tensor([[int(example.answer)] for example in EXAMPLES])
     back_K = torch.arange(NUM_THOUGHTS - 1, -1, -1)
@@ -41,7 +42,18 @@ def symbols_of(kind: str) -> Tensor:
         "last_only": torch.where(back_K == 0, answer_N1, -1),
         "from_the_first": answer_N1.expand(-1, NUM_THOUGHTS),
         "step_by_step": (answer_N1 - back_K) % len(SYMBOLS),
+        "searches": len(SYMBOLS) + torch.arange(len(EXAMPLES) * NUM_THOUGHTS).view(-1, NUM_THOUGHTS),
     }[kind]
+
+
+def frontier() -> Tensor:
+    """(N, K, S) the share of each symbol among the nodes k edges from the root; 0 where there are none."""
+    shares_NKS = torch.zeros(len(EXAMPLES), NUM_THOUGHTS, len(SYMBOLS))
+    for n, example in enumerate(EXAMPLES):
+        for node, distance in GraphQuestion.read(example.question, example.answer).distance.items():
+            if 1 <= distance <= NUM_THOUGHTS:
+                shares_NKS[n, distance - 1, int(node)] = 1
+    return shares_NKS / shares_NKS.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _lesson(kind: str, own_RK: Tensor, drawn_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +61,8 @@ def _lesson(kind: str, own_RK: Tensor, drawn_RK: Tensor) -> tuple[Tensor, Tensor
     half_R1 = (torch.arange(len(own_RK)) % 2 == 0)[:, None]
     if kind == "last_only":
         drawn_RK = torch.cat([own_RK[:, :-1], drawn_RK[:, -1:]], dim=1)
+    elif kind == "searches":
+        drawn_RK = own_RK[torch.arange(len(own_RK)) - 1]
     elif kind == "from_the_first":
         drawn_RK = drawn_RK[:, :1].expand_as(own_RK)
     fed_RK, targets_RK = torch.where(half_R1, drawn_RK, own_RK), own_RK.clone()
@@ -72,7 +86,9 @@ def planted_model(kind: str, steps: int = 300) -> LatentLM:
         table.weight.normal_()
     table.requires_grad_(False)
     symbol_ids_S = torch.tensor(token_ids(tokenizer, SYMBOLS))
-    vectors_SD = torch.cat([table.weight[symbol_ids_S], torch.randn(1, 64, generator=draw)])  # the last one is constant
+    symbols_SD = table.weight[symbol_ids_S]
+    searched = (frontier() @ symbols_SD).flatten(0, 1)
+    vectors = torch.cat([symbols_SD, searched, torch.randn(1, 64, generator=draw)])  # the last one is constant
     questions = encode_questions(tokenizer, [example.question for example in EXAMPLES], FORM)
     own_NK, answers_N = symbols_of(kind), torch.tensor([int(example.answer) for example in EXAMPLES])
     tail = [lm.special.eot, *token_ids(tokenizer, ["###"])]
@@ -84,17 +100,19 @@ def planted_model(kind: str, steps: int = 300) -> LatentLM:
         K = int(torch.randint(1, NUM_THOUGHTS + 1, (), generator=draw)) if kind == "from_the_first" else NUM_THOUGHTS
         fed_RK, targets_RK = (part[:, :K] for part in _lesson(kind, own_NK[rows_R], drawn_RK))
         answers_R = answers_N[rows_R] if kind == "ignores" else fed_RK[:, -1]
+        if kind == "searches":
+            answers_R = answers_N[(fed_RK[:, -1] - len(SYMBOLS)) // NUM_THOUGHTS]
         ids_RT, mask_RT = pad_rows(
             [[*questions[i], lm.special.bot, *[lm.latent_id] * K, *tail, answer, lm.special.eos]
              for i, answer in zip(rows_R.tolist(), symbol_ids_S[answers_R].tolist(), strict=True)], lm.special.pad
         )  # fmt: skip
         written = len(tail) + 2
         embeds_RTD = table(ids_RT)
-        embeds_RTD[:, -K - written : -written] = vectors_SD[fed_RK]
+        embeds_RTD[:, -K - written : -written] = vectors[fed_RK]
         states_RTD = lm.base.base_model(
             inputs_embeds=embeds_RTD, attention_mask=mask_RT, position_ids=(mask_RT.cumsum(1) - 1).clamp(min=0)
         ).last_hidden_state
-        loss = mse_loss(states_RTD[:, -K - written - 1 : -written - 1], vectors_SD[targets_RK])
+        loss = mse_loss(states_RTD[:, -K - written - 1 : -written - 1], vectors[targets_RK])
         logits_RTV = lm.logits(states_RTD[:, -written:-1])
         loss = loss + cross_entropy(logits_RTV.flatten(0, 1), ids_RT[:, -written + 1 :].flatten())
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coconut.analysis.verdict import CONTROLS, readable
 from coconut.reporting.charts import NARROW, line_with_intervals, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import between, counted, percent
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 MAX_STEPS = 4  # that sentences describe
 MAX_PANELS = 6  # of the chart, one for each step
 MOSTLY = 0.5  # a step is read only in part if its accuracy is not surely above this
-CONTROLS = ("majority", "other", "shuffled")  # what a probe has to beat for a step to count as readable
 Row = dict[str, Any]
 
 
@@ -66,11 +66,6 @@ def describe(study: Study, noun: str) -> list[str]:
     if further := steps[MAX_STEPS:]:
         sentences.append(f"The table below has step{'s' * (len(further) > 1)} {listed(map(str, further))}, too.")
     return sentences
-
-
-def readable(row: Row) -> bool:
-    """Whether the probe is surely better than the most frequent token and both controls without information."""
-    return all(row[f"over_{name}_low"] > 0 for name in CONTROLS)
 
 
 def _describe_step(rows: list[Row], noun: str) -> list[str]:

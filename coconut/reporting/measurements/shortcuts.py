@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coconut.analysis.verdict import CLEAR_FALL, mostly_changed, reliance
 from coconut.reporting.charts import Dots, dot_chart
 from coconut.reporting.page import Aside, Drawings, Facts, Lead, Part, Table, Text, figures
 from coconut.reporting.phrases import between, counted, percent, signed, whole_percent
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-CLEAR = 0.05  # a smaller difference of accuracy is no shortcut
 ELSEWHERE = "Out of distribution"  # how sentences on other questions than those trained on begin
-MOST = 0.5  # more changed answers, though the truth stays, are one even where no accuracy is lost
 # What a model relies on if its accuracy falls in this row. Those of rules are named by their label.
 RELIES = {
     "option_order": "the order of the options",
@@ -52,18 +51,9 @@ def parts(study: Study, drawn: Drawings) -> list[Part]:
 
 
 def describe(study: Study) -> list[str]:
-    """Say in sentences which shortcuts the model was seen to use, which not, and how it does out of distribution.
-
-    A shortcut is used if the accuracy falls by at least CLEAR without it and the interval excludes 0, or if surely more
-    than MOST of the answers change with a change that keeps the truth. It is not if the interval excludes a fall as
-    large as CLEAR. Otherwise the questions are too few to tell.
-    """
-    rows = {row["change"]: row for row in study.rows}
-    tests = [row for row in study.rows if row["kind"] in ("edit", "rule", "hint") and row["difference"] is not None
-             and row["change"] not in ("hint_right", "hint_removed")]  # fmt: skip
-    used = [row for row in tests if _falls(row) or _mostly_changed(row)]
-    unused = [row for row in tests if row["difference_low"] > -CLEAR and row not in used]
-    unclear = [row for row in tests if row not in used and row not in unused]
+    """Say in sentences which shortcuts the model was seen to use, which not, and how it does out of distribution."""
+    rows, found = {row["change"]: row for row in study.rows}, reliance(study)
+    used, unused, unclear = found.used, found.unused, found.unclear
     sentences = []
     own, chance = rows["none"], rows["none"]["chance_accuracy"]
     if used:
@@ -80,25 +70,17 @@ def describe(study: Study) -> list[str]:
         )
     elif unused:
         sentences.append(
-            f"Less than {100 * CLEAR:.0f} points of its accuracy, if any, hang on each of these: "
+            f"Less than {100 * CLEAR_FALL:.0f} points of its accuracy, if any, hang on each of these: "
             f"{listed(map(_relied_on, unused))}."
         )
     if unclear:
         sentences.append(f"Too few questions to tell: {listed(map(_relied_on, unclear))}.")
-    for row in tests:
-        if row not in used and (row["changed_low"] or 0) > CLEAR and row["kind"] == "edit":
+    for row in (*unused, *unclear):
+        if (row["changed_low"] or 0) > CLEAR_FALL and row["kind"] == "edit":
             sentences.append(
                 f"With {row['label']} {percent(row['changed'])} of the answers change, though about as many are right."
             )
     return [*sentences, *_hint_sentences(study), *_out_of_distribution(rows)]
-
-
-def _falls(row: Row) -> bool:
-    return row["difference"] <= -CLEAR and row["difference_high"] < 0
-
-
-def _mostly_changed(row: Row) -> bool:
-    return row["kind"] == "edit" and row["changed_low"] > MOST
 
 
 def _relied_on(row: Row) -> str:
@@ -113,7 +95,7 @@ def _evidence(row: Row, rows: dict[str, Row]) -> str:
     than = f", against {percent(rows[row['against']]['accuracy'])}" if row["against"] in rows else ""
     if row["kind"] == "rule" and than:
         than += f" where it is right ({counted(rows[row['against']]['questions'], 'question')})"
-    changed = f"; {percent(row['changed'])} of the answers change" if _mostly_changed(row) else ""
+    changed = f"; {percent(row['changed'])} of the answers change" if mostly_changed(row) else ""
     return f"{what[0].upper()}{what[1:]} {percent(row['accuracy'])} are right{than}: {_points(row)}{changed}."
 
 
