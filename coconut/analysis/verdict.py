@@ -18,6 +18,7 @@ SMALL_EFFECT = 0.01  # nats; a smaller divergence is no effect
 CLEAR_FALL = 0.05  # a smaller difference of accuracy is no shortcut
 MOST = 0.5  # more changed answers, though the truth stays, are one even where no accuracy is lost
 CONTROLS = ("majority", "other", "shuffled")  # what a probe has to beat for a step to count as readable
+SHOWN_ARCS = 6  # of more pairs the number is given
 SAME = 0.01  # thoughts whose spread over questions is smaller are the same whatever the question
 
 Studies = Mapping[str, Study]
@@ -84,6 +85,13 @@ def roles(study: Study, of: str) -> Roles:
     )
 
 
+def describe_arcs(found: Roles) -> str:
+    """The pairs of which the first acts on the second; how many there are, if they are more than SHOWN_ARCS."""
+    if len(found.arcs) > SHOWN_ARCS:
+        return f"{len(found.arcs)} of {found.count * (found.count - 1) // 2} pairs"
+    return listed(f"{unit} to {on}" for unit, on in found.arcs)
+
+
 def verdict(studies: Studies, of: str, *, above_chance: bool | None = None) -> Verdict:
     """Weigh the studies of a run. `of`: "thoughts", "pauses" or "steps" in words; what stands before its answers.
 
@@ -111,9 +119,9 @@ def _headline(studies: Studies, of: str, findings: list[Finding], above_chance: 
         return ("used", "The thoughts are used; how was not measured.") if used else (
             "unclear", "It is not clear whether the thoughts are used.")  # fmt: skip
     found = roles(study, of)
-    needed = listed(map(str, found.necessary)) if found.necessary else ""
+    needed = f"number{'s' * (len(found.necessary) > 1)} {listed(map(str, found.necessary))}" if found.necessary else ""
     if len(found.necessary) == 1 and found.sufficient == found.necessary:
-        return "single", f"One thought carries the answer, number {needed}; the others are not needed."
+        return "single", f"One thought carries the answer, {needed}; the others are not needed."
     if _answer_is_there_at_once(studies):
         return "at_once", "The answer is there from the first thought on; later ones do not make it clearly likelier."
     if len(found.necessary) > 1 and found.arcs and found.through_later:
@@ -185,8 +193,9 @@ def _exchange(studies: Studies, of: str) -> Finding | None:
         return Finding(EXCHANGE, "not above chance", None)
     share, low, high = lost
     speaks = True if low >= PARTLY_USED else (False if high < PARTLY_USED else None)
-    bounds = f"{100 * low:.0f} to {100 * high:.0f}"
-    return Finding(EXCHANGE, f"{100 * share:.0f} % of what is above chance is lost ({bounds})", speaks)
+    lost_share = "all" if share >= 1 else f"{100 * share:.0f} %"
+    value = f"{lost_share} of what is above chance is lost ({100 * low:.0f} to {100 * high:.0f} %)"
+    return Finding(EXCHANGE, value, speaks)
 
 
 def _gain(studies: Studies, of: str) -> Finding | None:
@@ -221,7 +230,7 @@ def _sequence(studies: Studies, of: str) -> Finding | None:
     if of == "pauses" or not study or study.facts["units"].get(of, 0) < 2:
         return None
     found = roles(study, of)
-    value = listed(f"{unit} to {on}" for unit, on in found.arcs) if found.arcs else "none"
+    value = describe_arcs(found) if found.arcs else "none"
     if found.through_later:
         value += f"; acting through later ones: {listed(map(str, found.through_later))}"
     return Finding(SEQUENCE, value, True if found.arcs and found.through_later else None)

@@ -39,7 +39,9 @@ def what_it_means(run: RunRecord) -> Section | None:
         return None
     rows = [[each.name, each.value, SPEAKS[each.speaks]] for each in found.findings]
     table = Table(["measurement", "what was found", "speaks"], rows)
-    return Section("verdict", "What it means", [Lead([found.headline]), Aside("The findings", [table, Text(RULE)])])
+    return Section(
+        "verdict", "What it means", [Lead([found.headline]), table, Aside("How this was judged", [Text(RULE)])]
+    )
 
 
 def compare_methods(config: MethodsConfig) -> int:

@@ -38,7 +38,8 @@ def test_planted_models_get_their_verdict(kind: str) -> None:
     assert speaks[EXCHANGE] is used
     assert speaks[GAIN] is None
     assert speaks[NEEDED] is used
-    assert speaks[SPREAD] is (None if used else False)
+    spread = max(row["spread"] for row in studies(kind)["geometry"].rows)
+    assert (spread < 0.1) is not used
     assert speaks[SEQUENCE] is (True if kind in ("from_the_first", "step_by_step") else None)
     values = {each.name: each.value for each in found.findings}
     assert ("no clear fall" in values[NOISE]) is not used
@@ -121,6 +122,10 @@ def test_thoughts_that_add_nothing_speak_against() -> None:
              "gain_low": None if not k else -0.1} for k in range(3)]  # fmt: skip
     (finding,) = verdict({"prefix_values": Study("prefix_values", rows)}, "thoughts").findings
     assert finding.speaks is False
+    for spread, speaks in ((0.001, False), (0.3, None)):
+        study = Study("geometry", [{"spread": spread}, {"spread": spread / 2}])
+        (finding,) = verdict({"geometry": study}, "thoughts").findings
+        assert (finding.name, finding.speaks) == (SPREAD, speaks)
 
 
 def shortcut_row(change: str, kind: str, difference: float, **more: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coconut.analysis.verdict import roles
+from coconut.analysis.verdict import describe_arcs, roles
 from coconut.reporting.charts import NARROW, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import between, percent
@@ -95,8 +95,9 @@ def describe(study: Study, of: str) -> list[str]:
     else:
         sentences = [f"{first}, no fall is clear for any of them."]
     if found.arcs:
-        pairs = listed(f"{unit} to {on}" for unit, on in found.arcs)
-        sentences.append(f"Between {noun}s these effects are clearly larger than in a random direction: {pairs}.")
+        sentences.append(
+            f"Between {noun}s these effects are clearly larger than in a random direction: {describe_arcs(found)}."
+        )
     elif found.count > 1:
         sentences.append(f"No {noun} clearly acts on a later one more than a random change of the same size.")
     none, only = effects(study, of, "none")[0], effects(study, of, "only")
