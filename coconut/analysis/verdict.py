@@ -116,7 +116,7 @@ def _headline(studies: Studies, of: str, findings: list[Finding], above_chance: 
     if used is False:
         return "unused", "The thoughts are hardly used: with those of another question the answers stay as they are."
     if not used or study is None or of not in study.facts["units"]:
-        return ("used", "The thoughts are used; how was not measured.") if used else (
+        return ("used", "The thoughts are used; parts=[influence] would say which.") if used else (
             "unclear", "It is not clear whether the thoughts are used.")  # fmt: skip
     found = roles(study, of)
     needed = f"number{'s' * (len(found.necessary) > 1)} {listed(map(str, found.necessary))}" if found.necessary else ""
@@ -205,7 +205,7 @@ def _gain(studies: Studies, of: str) -> Finding | None:
     rows = _after_mark(study)
     first, last = rows[0]["value"], rows[-1]["value"]
     raising = [str(row["thoughts"]) for row in rows[1:] if row["gain_low"] > 0]
-    value = f"log-probability {first:+.2f} without, {last:+.2f} with all"
+    value = f"log-probability {first:+.2f} without, {last:+.2f} with all".replace("-", "−").replace("log−", "log-")
     return Finding(
         GAIN, value + (f"; raised by number {listed(raising)}" if raising else ""), None if raising else False
     )
