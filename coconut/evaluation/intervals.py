@@ -33,3 +33,14 @@ def mean_interval(values_SQ: np.ndarray, lower_limit: float = 0.0) -> tuple[floa
     sums_R = (seeds_RS * (questions_RC @ kinds_SC.T)).sum(1)
     low, high = np.quantile(sums_R, (0.025, 0.975)) / (S * Q)
     return float(low), float(high)
+
+
+def ratio_interval(numerators_Q: np.ndarray, denominators_Q: np.ndarray) -> tuple[float, float]:
+    """The 95 % bootstrap interval over questions of a ratio of two means, from 10,000 resamples, always the same ones.
+
+    The denominators are positive.
+    """
+    Q = len(numerators_Q)
+    counts_RQ = np.random.default_rng(0).multinomial(Q, np.full(Q, 1 / Q), size=RESAMPLES)
+    low, high = np.quantile((counts_RQ @ numerators_Q) / (counts_RQ @ denominators_Q), (0.025, 0.975))
+    return float(low), float(high)

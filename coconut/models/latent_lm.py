@@ -184,7 +184,7 @@ class LatentLM(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         labels: Tensor | None = None, *, return_logits: bool = False, return_target_logits: bool = False,
-        use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None,
+        use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None, thought_offsets: Tensor | None = None,
     ) -> LatentOutput:  # fmt: skip
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
@@ -193,11 +193,14 @@ class LatentLM(nn.Module):
         label of a column is its own token, or -100 where there is no target. A label on the first token of a row is not
         counted: no hidden state precedes it. `use_cache=False` takes the recomputing path. The batch takes at least
         `min_passes` passes: processes that share a model must run equally many. `reads`: what else is wanted.
+        `thought_offsets` (B, K, D): added to the thoughts of each row as they are fed; where thoughts are updated all
+        at once, to what the last iteration has made of them. The gradient of the loss with respect to zeros here is
+        that with respect to the thoughts. Thoughts that are never updated are pauses, and nothing is added to them.
 
         Raises ValueError if a row begins with a thought, or if transformers' gradient checkpointing is on together with
         the cache (transformers would drop the cache, and thoughts would lose their context).
         """
-        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id)
+        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id, thought_offsets)
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
         reads = reads or Reads()
@@ -253,6 +256,7 @@ class LatentLM(nn.Module):
         if self._windows and self._windows.needs_masks(mask):
             mask = self._windows.masks(mask, inputs.positions_BT, 0, embeds_BTD.dtype)
         iterations: list[Tensor] = []
+        offsets_BTD = inputs.offsets_at(inputs.is_latent_BT)
         slot, counts_B1 = self.feedback.slot, number_BT.amax(1, keepdim=True)
         updates_B1 = slot.count_iterations(counts_B1) if slot.in_parallel else counts_B1
         for number in range(1, 1 + int(updates_B1.max())):
@@ -261,9 +265,13 @@ class LatentLM(nn.Module):
             if reads.before_thoughts and slot.in_parallel:
                 iterations.append(gather_columns(hidden_BTD, reads.columns_before(inputs.is_token_BT)))
             thoughts_BTD = self.feedback.update_block(tokens_BTD, hidden_BTD, before_BTD)
+            if offsets_BTD is not None and not slot.in_parallel:
+                thoughts_BTD = thoughts_BTD + offsets_BTD.to(thoughts_BTD)
             is_next_BT = number_BT == number
             is_updated_BT = inputs.is_latent_BT & (number <= updates_B1) if slot.in_parallel else is_next_BT
             embeds_BTD = torch.where(is_updated_BT[..., None], thoughts_BTD, embeds_BTD)
+        if offsets_BTD is not None and slot.in_parallel and slot.iterations:
+            embeds_BTD = embeds_BTD + offsets_BTD.to(embeds_BTD)
         cache = None if reads.cached_BM is None else self.new_cache(embeds_BTD.shape[1], windows=False)
         layers = self._layers(embeds_BTD, mask, inputs.positions_BT, cache, every=reads.columns_B is not None)
         columns_BT = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device).expand_as(previous_BT)
@@ -281,14 +289,15 @@ class LatentLM(nn.Module):
             if self.feedback.slot.iterations and (min_passes > 1 or inputs.is_latent_BT.any()):
                 return self._cached_block(is_read_BT, min_passes, inputs, reads)
             inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # they stay pauses
-        replay = self.acceleration.can_replay() and bool(inputs.is_latent_BT.any())
+        replay = self.acceleration.can_replay() and inputs.offsets_BKD is None and bool(inputs.is_latent_BT.any())
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay, reads=reads)
         num_skipped = plan.count_skipped(is_read_BT)
         is_latent_BS = plan.gather(inputs.is_latent_BT) & plan.is_token_BS
         embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
         tensors = embeds_BSD, plan.is_token_BS, is_latent_BS, plan.gather(inputs.positions_BT)
         run = partial(
-            self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped, reads=plan.in_passes(reads)
+            self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped, reads=plan.in_passes(reads),
+            offsets_BSD=inputs.offsets_at(is_latent_BS),
         )  # fmt: skip
         if replay:
             shape = *plan.pass_bounds, *num_skipped
@@ -298,7 +307,7 @@ class LatentLM(nn.Module):
 
     def _run_passes(
         self, embeds_BSD: Tensor, is_token_BS: Tensor, is_latent_BS: Tensor, positions_BS: Tensor, bounds: list[int],
-        num_skipped: list[int], reads: Reads,
+        num_skipped: list[int], reads: Reads, offsets_BSD: Tensor | None = None,
     ) -> PassesOutput:  # fmt: skip
         """Each pass begins with the thought that the last state of the one before gives.
 
@@ -315,6 +324,8 @@ class LatentLM(nn.Module):
                 if last_BD is not None:
                     thought_B1D = self.feedback(last_BD)[:, None].to(block_BTD)
                     block_BTD = torch.where(is_latent_BS[:, start:stop, None], thought_B1D, block_BTD)
+                    if offsets_BSD is not None:
+                        block_BTD = block_BTD + offsets_BSD[:, start:stop].to(block_BTD)
                 layers = run(block_BTD, start, cache, skipped, collected.needs_layers(start, stop, stop == bounds[-1]))
                 collected.add(block_BTD, layers, start)
                 ends_here_B1 = is_token_BS[:, stop - 1, None]
@@ -348,6 +359,8 @@ class LatentLM(nn.Module):
                 lambda embeds: run(embeds, start, copy(behind), rows=rows_P)[-1], min_passes - 2,
             )  # fmt: skip
             block_BKD = tokens_BSD[:, start:stop].index_copy(0, rows_P, block_PKD)
+            if (offsets_BKD := inputs.offsets_at(is_latent_BK)) is not None:
+                block_BKD = block_BKD + offsets_BKD.to(block_BKD)
             rest_BTD = torch.cat([block_BKD, tokens_BSD[:, stop:]], dim=1)
             collected.add(rest_BTD, run(rest_BTD, start, cache, every=reads.columns_B is not None), start)
         iterations = ()

@@ -153,15 +153,22 @@ class CollectedReads:
 
 @dataclass
 class LatentInputs:
-    """A batch as forward takes it, with defaults filled in."""
+    """A batch as forward takes it, with defaults filled in. `offsets_BKD`: what is added to thoughts, None for nothing.
+
+    See LatentLM.forward.
+    """
 
     ids_BT: Tensor
     is_token_BT: Tensor
     is_latent_BT: Tensor
     positions_BT: Tensor
+    offsets_BKD: Tensor | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int) -> LatentInputs:
+    def of(
+        cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int,
+        offsets: Tensor | None = None,
+    ) -> LatentInputs:  # fmt: skip
         """Raises ValueError if a row begins with a thought."""
         is_token_BT = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         is_latent_BT = (ids == latent_id) & is_token_BT
@@ -171,7 +178,13 @@ class LatentInputs:
             raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
         if positions is None:
             positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids))
+        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets)
+
+    def offsets_at(self, is_latent_BT: Tensor) -> Tensor | None:
+        """(B, T, D) the offsets at a row's first thought, second, and so on; zero at all other columns."""
+        if self.offsets_BKD is None:
+            return None
+        return gather_columns(self.offsets_BKD, torch.where(is_latent_BT, is_latent_BT.long().cumsum(1) - 1, -1))
 
 
 @dataclass

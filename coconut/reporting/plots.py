@@ -114,20 +114,8 @@ def learning_curves(
     `best`: the update and the accuracy of the best checkpoint. `terms`: those of the training loss, by name, which get
     a panel of their own.
     """
-    height, left, right = 350 + 150 * bool(terms), 40, 14
-    figure = new_figure(width, height)
-    panels = figure.subplots(2 + bool(terms), 1, sharex=True, height_ratios=(3, 2, 2)[: 2 + bool(terms)])
-    figure.subplots_adjust(left / width, 36 / height, 1 - right / width, 1 - 54 / height, hspace=0.3)
+    figure, panels = panels_over_updates(width, 350 + 150 * bool(terms), bands, (3, 2, 2)[: 2 + bool(terms)])
     upper, lower, *others = panels
-    last = max([band.end for band in bands], default=1)
-    for axes in panels:
-        for number, band in enumerate(bands):
-            if number % 2 == 0:
-                axes.axvspan(band.begin, band.end, color=LIGHT["band"], linewidth=0)
-        axes.set_xlim(0, last)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-    _name_bands(upper, bands, (width - left - right) / last)
 
     chance_line(upper, chance_accuracy)
     dots = len(accuracy) <= MAX_DOTS
@@ -146,23 +134,52 @@ def learning_curves(
     lower.set_title("Loss", loc="left")
     if terms:
         _draw_terms(others[0], terms)
+    return figure
+
+
+def panels_over_updates(
+    width: float, height: float, bands: Sequence[Band], ratios: Sequence[float], below: float = 36
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels under each other, of these relative heights, over one axis of updates.
+
+    The stages are bands, with their names above the first panel, whose title needs pad=32. `below`: points below the
+    last panel.
+    """
+    left, right = 40, 14
+    figure = new_figure(width, height)
+    panels = [*figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]]
+    figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - 54 / height, hspace=0.3)
+    last = max([band.end for band in bands], default=1)
+    for axes in panels:
+        for number, band in enumerate(bands):
+            if number % 2 == 0:
+                axes.axvspan(band.begin, band.end, color=LIGHT["band"], linewidth=0)
+        axes.set_xlim(0, last)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    _name_bands(panels[0], bands, (width - left - right) / last)
     panels[-1].set_xlabel("updates", loc="right")
     panels[-1].xaxis.set_major_locator(whole_ticks(5 if width < 400 else 8))
     panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    return figure
+    return figure, panels
 
 
 def _draw_terms(axes: Axes, terms: Mapping[str, Sequence[Point]]) -> None:
     """A line for each term, on a logarithmic axis: their sizes differ widely. Zeros are left out."""
-    axes.set_yscale("log")
     for (name, points), colour in zip(terms.items(), cycle(TERM_COLOURS), strict=False):
         draw_line(axes, [point for point in points if point[1] > 0], colour, 1.4, name, dots=False)
-    low, high = axes.get_ylim()
-    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
-    axes.yaxis.set_minor_formatter("")
+    decades(axes)
     axes.set_title("Terms", loc="left")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(terms), handlelength=1.2, columnspacing=1.2,
                 handletextpad=0.4)  # fmt: skip
+
+
+def decades(axes: Axes) -> None:
+    """A logarithmic axis from one power of ten to another around what is drawn."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    axes.yaxis.set_minor_formatter("")
 
 
 def chance_line(axes: Axes, chance_accuracy: float | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
 from coconut.methods import PromptFormat, Stage, get_method
+from coconut.reporting import thought_curves
 from coconut.reporting.charts import metrics_at_k
 from coconut.reporting.page import (
     Answer,
@@ -194,7 +195,8 @@ def learning(run: RunRecord) -> Section:
                "validation loss", "training time"]  # fmt: skip
     note = "Accuracies are on validation data. Losses are the last of the stage. Times include updates only."
     figure = figure_of(draw, "learning", alt, caption)
-    return Section("learning", "How it learned", [figure, Table(columns, rows, 6), Text(note)])
+    return Section("learning", "How it learned",
+                   [figure, Table(columns, rows, 6), Text(note), *thought_curves.parts(run, _bands(run))])  # fmt: skip
 
 
 def _bands(run: RunRecord) -> list[Band]:

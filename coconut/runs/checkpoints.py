@@ -3,7 +3,7 @@
 A checkpoint is a folder RUN/checkpoints/step-NNNNNNN. It opens with LatentLM.from_pretrained (weights in safetensors,
 tokenizer, reasoning), and also has
 
-    trainer.pt      state of the optimizer and of the random generators
+    trainer.pt      state of the optimizer and of the random generators, and what else of tensors the trainer needs
     state.json      progress of training, and which checkpoint is the best so far
     manifest.json   size and SHA-256 of every other file
 

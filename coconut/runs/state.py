@@ -63,11 +63,15 @@ class TrainingState:
 
     def save(
         self, step: int, engine: Engine, reasoning: Reasoning, state: dict[str, Any],
-        extra_models: Mapping[str, Engine] | None = None,
+        extra_models: Mapping[str, Engine] | None = None, tensors: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Write a checkpoint. `reasoning` is saved with the model; `extra_models`: other models' engines by name."""
+        """Write a checkpoint. `reasoning` is saved with the model; `extra_models`: other models' engines by name.
+
+        `tensors`: what the trainer adds to trainer.pt, by names that engines do not use; `load_trainer` returns it.
+        """
         engines = {"": engine, **(extra_models or {})}
         trainers = {name: its_engine.state_dict() for name, its_engine in engines.items()}
+        trainers[""] |= tensors or {}
         with ExitStack() as full_modules:
             models = {name: full_modules.enter_context(each.full_module()) for name, each in engines.items()}
             models[""].reasoning = reasoning

@@ -112,12 +112,14 @@ def _indented_json(value: Any) -> str:
 
 
 def tracker_values(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl, with their names in a tracker."""
+    """The numbers of a row of metrics.jsonl, with their names in a tracker. Those of a list are numbered from 1."""
     row = dict(row)
     kind, _ = row.pop("kind"), row.pop("step")
     position = {name: row.pop(name) for name in ("stage", "epoch") if name in row}
     if {"tokens", "seconds"} <= row.keys():
         row["tokens_per_second"] = row.pop("tokens") / max(row["seconds"], 1e-9)
+    for name in [name for name, value in row.items() if isinstance(value, list)]:
+        row |= {f"{name}_{place}": value for place, value in enumerate(row.pop(name), 1)}
     values = {f"{kind}/{name}": value for name, value in row.items()} | position
     return {name: value for name, value in values.items() if isinstance(value, int | float)}
 

@@ -37,9 +37,14 @@ from coconut.training.model_setup import apply_engine_options, make_model
 from coconut.training.prepare import answers_view, largest_examples, prepare_data, read_splits
 from coconut.training.schedule import Schedule, StepPosition, updates_since_reset
 from coconut.training.signals import StopRequest
+from coconut.training.thought_drift import SeenThoughts
+from coconut.training.thought_gradients import attenuation, gradient_norms
 from coconut.training.thought_statistics import measure_thoughts
 from coconut.utils.console import log
 from coconut.utils.hydra_app import own_environment
+from coconut.utils.torch_utils import spread_indices
+
+GRADIENT_QUESTIONS = 32  # validation questions on which the gradients at the thoughts are measured
 
 
 def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
@@ -88,6 +93,8 @@ class Trainer:
         self.view: EpochView | None = None  # of the current epoch, with its batches
         self.batches: list[np.ndarray] = []
         self.collapse: list[str] = []  # what the last validation warned of
+        resumed = load_trainer(self.training_state.resume_from) if self.training_state.resume_from else {}
+        self.thoughts = SeenThoughts.from_state(resumed.get("thoughts"))  # of the last validation
 
     @property
     def next_command(self) -> str:
@@ -201,7 +208,8 @@ class Trainer:
                 result, predictions, thoughts = evaluate(
                     lm, self.task, self.valid_examples, batch_size=size, world=world, stop_requested=stop
                 )
-                statistics = self._thought_statistics(lm, thoughts, predictions) if thoughts.shape[1] else {}
+                statistics = self._thought_statistics(lm, thoughts, predictions)
+                gradients = self._thought_gradients(lm, view)
         finally:
             self.lm.train()
         loss = world.all_reduce_sum(loss_sum) / max(world.all_reduce_sum(num_targets), 1)
@@ -220,14 +228,20 @@ class Trainer:
             chain_match=result.chain_match,
             new_tokens=result.mean_new_tokens,
             truncated=result.truncated,
-            **statistics,
+            **{f"thought_{name}": value for name, value in (statistics | gradients).items()},
         )
         return f"valid loss {loss:.3f}  accuracy {100 * result.accuracy:5.1f} %"
 
     def _thought_statistics(
         self, lm: LatentLM, thoughts: torch.Tensor, predictions: Sequence[Prediction]
     ) -> dict[str, Any]:
-        """Statistics of the thoughts in a validation. Warns of a collapse that the last validation did not have."""
+        """Statistics of the thoughts in a validation, and their drift since the last one.
+
+        Warns of a collapse that the last validation did not have.
+        """
+        if not thoughts.shape[1]:
+            self.thoughts = None
+            return {}
         table: Any = lm.base.get_input_embeddings()
         counts = torch.tensor([prediction.num_thoughts for prediction in predictions])
         statistics = measure_thoughts(thoughts, table.weight, counts)
@@ -236,7 +250,18 @@ class Trainer:
             if problem not in self.collapse:
                 log(f"warning: the thoughts of the validation questions {problem} ({statistics.describe()})")
         self.collapse = collapse
-        return {f"thought_{name}": value for name, value in statistics.as_dict().items()}
+        before, self.thoughts = self.thoughts, SeenThoughts.of(lm.reasoning.stage, thoughts, counts)
+        return {**statistics.as_dict(), "drift": self.thoughts.drift_since(before)}
+
+    def _thought_gradients(self, lm: LatentLM, view: EpochView) -> dict[str, Any]:
+        """The gradients at the thoughts of some validation questions, the same in each validation of a stage."""
+        thinking = np.flatnonzero(view.passes > 1)
+        chosen = thinking[spread_indices(len(thinking), GRADIENT_QUESTIONS).numpy()].tolist()
+        own = chosen[self.world.rank :: self.world.size]
+        norms = gradient_norms(lm, [view.layouts(i)[0] for i in own], self.micro_batch_size)
+        parts = self.world.all_gather_object(dict(zip(own, norms, strict=True)))
+        found = {i: norms_K for part in parts for i, norms_K in part.items()}
+        return attenuation([found[i] for i in chosen]) if chosen else {}
 
     def _reasoning(self, stage: Stage) -> Reasoning:
         mixed = self.plan.mixing_forms if self.plan.mixing_probability else ()
@@ -250,7 +275,8 @@ class Trainer:
     def save(self) -> None:
         self.world.set_activity(f"saving update {self.step}")
         state = {"best": self.best, "pending": self.pending}
-        self.training_state.save(self.step, self.engine, self.lm.reasoning, state)
+        thoughts = {"thoughts": self.thoughts.state_dict()} if self.thoughts else {}
+        self.training_state.save(self.step, self.engine, self.lm.reasoning, state, tensors=thoughts)
 
     def finish(self, track: Tracking) -> str:
         """Write RUN/report.html if there is a tracker to send it to."""

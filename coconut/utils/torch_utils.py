@@ -24,6 +24,19 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module requires a gradient inside this context."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
+@contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the random generators of the CPU and of `device` inside this context, and restore them afterwards.
 
@@ -35,6 +48,12 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         else:
             torch.manual_seed(seed)
         yield
+
+
+def spread_indices(count: int, limit: int) -> Tensor:
+    """The indices of at most `limit` of so many items, evenly spaced."""
+    chosen = min(count, limit)
+    return torch.arange(chosen) * count // max(chosen, 1)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -56,8 +56,13 @@ def settings(folder: Path, data: DataConfig, engine: EngineConfig = ENGINE, **ch
 
 def numbers(folder: Path) -> list[list[float]]:
     """The metrics of a run that do not depend on the machine."""
-    names = ("step", "stage", "loss", "grad_norm", "lr", "targets", "tokens", "accuracy", "new_tokens", "thought_norm")
-    return [[row[name] for name in names if row.get(name) is not None] for row in read_metrics(folder)]
+    names = ("step", "stage", "loss", "grad_norm", "lr", "targets", "tokens", "accuracy", "new_tokens", "thought_norm",
+             "thought_gradient_ratio")  # fmt: skip
+    lists = ("thought_gradient", "thought_drift")
+    return [
+        [*(row[name] for name in names if row.get(name) is not None),
+         *(value for name in lists for value in row.get(name) or ())] for row in read_metrics(folder)
+    ]  # fmt: skip
 
 
 def lora_run(root: Path, name: str, data: DataConfig, engine: EngineConfig) -> TrainConfig:

@@ -51,7 +51,9 @@ def updates(track: Tracking, first: int, last: int) -> None:
 
 def validation(track: Any, step: int) -> None:
     track.samples(step, [{"question": "Is it?", "path": ["a", "b"], "right": True}])
-    track.log("valid", step, stage=0, epoch=0, accuracy=0.25, thought_norm=2.0, thought_rank=None)
+    track.log(
+        "valid", step, stage=0, epoch=0, accuracy=0.25, thought_norm=2.0, thought_rank=None, thought_drift=[0.5, None]
+    )
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -129,6 +131,7 @@ def test_wandb_offline_files_and_resume(tmp_path: Path, capsys: pytest.CaptureFi
     assert (trained[2]["train/tokens_per_second"], trained[2]["train/memory"], trained[2]["stage"]) == (160, 1.5, 1)
     valid = next(row for row in rows if "valid/accuracy" in row)
     assert (valid["update"], valid["valid/accuracy"], valid["valid/thought_norm"]) == (4, 0.25, 2.0)
+    assert {name: value for name, value in valid.items() if "drift" in name} == {"valid/thought_drift_1": 0.5}
     assert "valid/thought_rank" not in valid
     table = next(row for row in rows if "samples.path" in row)
     assert table["update"] == 4
