@@ -32,10 +32,10 @@ def parts(run: RunRecord, bands: Sequence[Band]) -> list[Part]:
     slot = run.stages[-1].form.slot
     fed = "as the last iteration has made them" if slot.in_parallel else "as they are fed"
     caption = (
-        f"Above: the norm of the gradient of the loss with respect to the thoughts {fed}, the mean over some validation "
-        "questions. The loss is that of the written tokens alone. Below: how far the thoughts of the same questions have "
-        "moved since the validation before, as a share of their norm. A stage begins anew: the places of the thoughts "
-        "mean other things in it."
+        f"Above: the norm of the gradient of the loss with respect to the thoughts {fed}, the mean over 32 validation "
+        "questions. The loss is that of the written tokens alone. Below: how far the thoughts of the same questions "
+        "have moved since the validation before, as a share of their norm. A stage begins anew: the places of the "
+        "thoughts mean other things in it."
     )
     rows = [_numbers(run, rows[-1]) for rows in stages if _values(rows[-1], GRADIENT) or _values(rows[-1], DRIFT)]
     columns = ["stage", "update", "gradient at the first thought", "at the last", "ratio", "95 % interval", "drift"]
