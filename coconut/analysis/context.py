@@ -46,5 +46,6 @@ class Context:
         B, L = embeds_BLD.shape[:2]
         self.is_token_BT = torch.cat([self.is_token_BT, self.is_token_BT.new_ones(B, L)], dim=1)
         positions_BL = self.next_B[:, None] + torch.arange(L, device=self.next_B.device)
+        positions_BL = positions_BL.clamp(max=lm.max_sequence_length - 1)  # of padding behind the end of a row
         self.next_B = self.next_B + L
         return lm.hidden_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)

@@ -43,7 +43,12 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
     training = plan(record.config["method"], Curriculum.from_dict(record.config["curriculum"]))
     task = TASKS[record.config["data"]["task"]]
     subject = probes.Subject(
-        trained.lm, task, [examples[i] for i in fitting], config.batch_size, training.trained_with_fewer_thoughts
+        trained.lm,
+        task,
+        [examples[i] for i in fitting],
+        config.batch_size,
+        training.trained_with_fewer_thoughts,
+        training.mixing_probability > 0,
     )
     log(f"Analyzing update {trained.step:,} with {len(fitting):,} questions of {path}")
     if left_out := len(examples) - len(fitting):

@@ -38,7 +38,7 @@ def geometry(subject: Subject) -> list[Study]:
         raise NotApplicable("Spread over questions needs at least two questions.")
     states_NPLD = slot_states(lm, subject.question_ids, subject.batch_size)
     table: Any = lm.base.get_input_embeddings()
-    table_VD = table.weight.float().cpu()
+    table_VD = table(torch.arange(len(table.weight), device=lm.device)).float().cpu()
     fed_NKD = states_NPLD[:, 1:, 0] if not lm.reasoning.slot.thinks else subject.baseline.thoughts.float()
     rows = []
     for k in range(K):

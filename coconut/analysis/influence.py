@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from coconut.analysis.probes import Subject
+from coconut.analysis.statistics import difference_interval
 from coconut.analysis.unit_chain import Block, Change, Effects, KeysAndValues, UnitRunner, unit_chains
 from coconut.evaluation.evaluator import wilson_interval
 from coconut.runs.study import NotApplicable, Study
@@ -29,6 +30,8 @@ MAX_QUESTIONS = 200  # the first of the test questions
 MAX_UNITS = 8  # of more thoughts these many are changed, evenly spaced; steps after these are not changed
 RESAMPLES = 2000
 SEED = 0
+NOTHING = (None, None, None)
+NO_SHARES = {"right": NOTHING, "difference": NOTHING}
 NO_CACHE = "Not every layer of this model keeps the keys and values of all positions."
 
 
@@ -50,34 +53,36 @@ def influence(subject: Subject) -> Study:
     `kl`: the Kullback-Leibler divergence in nats of the predictions as trained from those after the change, summed over
     the tokens of `on`. A thought is predicted by the hidden state before it, read with the output layer; the answer by
     its tokens after the mark, with the right ones before them. Of the answer also `log_prob`, the change of the
-    log-probability of the right one, and `right`, the share of questions whose right tokens are all the likeliest.
-    `kl` and `log_prob` are means over `questions`, with 95 % bootstrap intervals; `right` has Wilson's.
-    facts, by `of`: `units`, their number; `right` with the lower end of its interval, and `log_prob`, as trained;
-    `left_out`: why there is no change of the cache.
+    log-probability of the right one; `right`, the share of questions whose right tokens are all the likeliest; and
+    `difference`, `right` minus that of the same questions as trained, for "only" minus that of "none", by pairs.
+    `kl`, `log_prob` and `difference` are means over `questions`, with 95 % bootstrap intervals; `right` has Wilson's.
+    facts, by `of`: `units`, their number; `right` and `log_prob` as trained. `left_out`: what was left out, and why.
 
-    Raises NotApplicable for a model that has neither thoughts nor pauses and writes no steps.
+    Raises NotApplicable for a model that has neither thoughts nor pauses and writes no steps, whose questions have no
+    room for their answers, or that chooses by itself how to answer.
     """
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {"units": {}, "right": {}, "right_low": {}, "log_prob": {}, "left_out": {}}
+    facts: dict[str, Any] = {"units": {}, "right": {}, "log_prob": {}, "left_out": {}}
+    if subject.lm.reasoning.modes:
+        raise NotApplicable(f"{subject.lm.reasoning.method} chooses by its first token how it answers.")
     with eval_mode(subject.lm):
         for chain in unit_chains(subject, MAX_QUESTIONS, MAX_UNITS):
             runner = UnitRunner(subject.lm, chain, subject.batch_size)
             (trained,) = runner.effects([Change()])
             facts["units"][chain.of] = chain.count
             facts["right"][chain.of] = float(trained.right_N.mean())
-            facts["right_low"][chain.of] = wilson_interval(int(trained.right_N.sum()), len(trained.right_N))[0]
             facts["log_prob"][chain.of] = float(trained.log_prob_N.mean())
             if chain.of != "steps" and not runner.cache:
-                facts["left_out"][chain.of] = (
-                    "Not every layer of this model keeps the keys and values of all positions."
-                )
+                facts["left_out"][f"cache of {chain.of}"] = NO_CACHE
+            if chain.too_long:
+                facts["left_out"][f"questions with {chain.of}"] = f"{chain.too_long} have no room for their answers."
             variants = list(_variants(runner))
             effects = runner.effects([variant.change for variant in variants])
             rows += _rows(chain.of, chain.count, variants, effects, trained)
     if not rows:
         raise NotApplicable(
             f"{subject.lm.reasoning.method} has nothing in its slot and writes no steps, so nothing that could be "
-            "changed stands between question and answer."
+            "changed stands between question and answer; or no question leaves room for its answer."
         )
     return Study("influence", rows, facts)
 
@@ -182,29 +187,35 @@ def _rotation(width: int) -> Tensor:
 def _rows(
     of: str, count: int, variants: Sequence[_Variant], effects: Sequence[Effects], trained: Effects
 ) -> list[dict[str, Any]]:
-    keys, columns, right = [], [], []
+    keys, columns, shares = [], [], []
+    (none,) = (found for variant, found in zip(variants, effects, strict=True) if variant.name == "none")
     for variant, found in zip(variants, effects, strict=True):
+        before = none if variant.name == "only" else trained
         for on in range(variant.unit + 1, count + 2):
-            on_answer = on == count + 1
             kl_N = np.where(variant.valid_N, found.kl_NU[:, on - 1], np.nan)
-            if np.isnan(kl_N).all():
+            is_there_N = ~np.isnan(kl_N)
+            if not is_there_N.any():
                 continue
-            keys.append(
-                {"of": of, **variant.key, "on": None if on_answer else on, "questions": int((~np.isnan(kl_N)).sum())}
-            )
-            log_prob_N = np.where(np.isnan(kl_N), np.nan, found.log_prob_N - trained.log_prob_N)
-            columns += [kl_N, log_prob_N]
-            right.append(found.right_N[~np.isnan(kl_N)])
+            on_answer = on == count + 1
+            questions = int(is_there_N.sum())
+            keys.append({"of": of, **variant.key, "on": None if on_answer else on, "questions": questions})
+            columns += [kl_N, np.where(is_there_N, found.log_prob_N - trained.log_prob_N, np.nan)]
+            shares.append(_shares(before.right_N[is_there_N], found.right_N[is_there_N]) if on_answer else NO_SHARES)
     numbers_C3 = _means(np.stack(columns, axis=1))
     rows = []
-    for key, kl_3, log_prob_3, right_M in zip(keys, numbers_C3[::2], numbers_C3[1::2], right, strict=True):
-        share = (float(right_M.mean()), *wilson_interval(int(right_M.sum()), len(right_M)))
-        numbers = {"kl": kl_3, "log_prob": log_prob_3, "right": share}
-        if key["on"] is not None:
-            numbers |= {"log_prob": (None,) * 3, "right": (None,) * 3}
+    for key, kl_3, log_prob_3, share in zip(keys, numbers_C3[::2], numbers_C3[1::2], shares, strict=True):
+        numbers = {"kl": kl_3, "log_prob": log_prob_3 if key["on"] is None else NOTHING, **share}
         rows.append(key | {f"{name}{end}": value for name, values in numbers.items()
                            for end, value in zip(("", "_low", "_high"), values, strict=True)})  # fmt: skip
     return rows
+
+
+def _shares(before_M: np.ndarray, after_M: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    difference = float(after_M.mean() - before_M.mean()), *difference_interval(after_M[None], before_M[None])
+    return {
+        "right": (float(after_M.mean()), *wilson_interval(int(after_M.sum()), len(after_M))),
+        "difference": difference,
+    }
 
 
 def _means(values_NC: np.ndarray) -> list[tuple[float, float, float]]:

@@ -36,7 +36,7 @@ def prefix_values(subject: Subject) -> Study:
     `of` names the tokens that count. "answer": the whole answer with the end of the sequence, right after <eot>.
     "after_mark": the tokens after the answer mark, given the mark; after few thoughts a model may be about to write
     steps and not the mark. `steps`: the number of steps of the questions, None for all questions. `gain`: what the
-    last thought adds, None for 0 thoughts.
+    last thought adds, None for 0 thoughts. `left`: what all further thoughts add.
 
     Raises NotApplicable if the model has no latent thoughts, or an answer does not fit into its context.
     """
@@ -56,15 +56,17 @@ def prefix_values(subject: Subject) -> Study:
 def _means(values_NC: np.ndarray) -> list[dict[str, Any]]:
     """A row for each number of thoughts: the mean value, and its mean paired difference from one thought fewer."""
     N, C = values_NC.shape
-    both = np.concatenate([values_NC, np.diff(values_NC, axis=1)], axis=1)
+    both = np.concatenate([values_NC, np.diff(values_NC, axis=1), values_NC[:, -1:] - values_NC], axis=1)
     resampled = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=RESAMPLES) @ both / N
     bounds = [both.mean(0).tolist(), *np.quantile(resampled, (0.025, 0.975), axis=0).tolist()]
     rows = []
     for k in range(C):
         value, low, high = (bound[k] for bound in bounds)
         gain, gain_low, gain_high = (bound[C + k - 1] if k else None for bound in bounds)
+        left, left_low, left_high = (bound[2 * C - 1 + k] for bound in bounds)
         rows.append({"thoughts": k, "questions": N, "value": value, "low": low, "high": high, "gain": gain,
-                     "gain_low": gain_low, "gain_high": gain_high})  # fmt: skip
+                     "gain_low": gain_low, "gain_high": gain_high, "left": left, "left_low": left_low,
+                     "left_high": left_high})  # fmt: skip
     return rows
 
 

@@ -44,6 +44,7 @@ class Subject:
     examples: Sequence[Example]
     batch_size: int = 64
     trained_with_fewer_thoughts: bool = False
+    mixed: bool = False  # whether it was trained to write the whole chain, too
     _evaluations: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -33,7 +33,8 @@ class UnitChain:
     """What stands between the prompts and the end of the right answers: token ids (N, S), padded on the right.
 
     `of`: "thoughts", "pauses" or "steps". `unit_NS`: the unit of each column, 1 to `count`; `count` + 1 for the answer
-    after its mark; 0 for anything else. `in_turn`: whether a thought is computed from the one before it.
+    after its mark; 0 for anything else. `in_turn`: whether a thought is computed from the one before it. `too_long`:
+    how many questions were left out, without room for their answers.
     """
 
     of: str
@@ -42,6 +43,7 @@ class UnitChain:
     unit_NS: np.ndarray
     count: int
     in_turn: bool
+    too_long: int
 
 
 def unit_chains(subject: Subject, max_questions: int, max_steps: int) -> Iterator[UnitChain]:
@@ -49,11 +51,13 @@ def unit_chains(subject: Subject, max_questions: int, max_steps: int) -> Iterato
     reasoning, count = subject.lm.reasoning, subject.num_trained_thoughts
     if not reasoning.slot.is_empty and count:
         of, in_turn = f"{reasoning.slot.source.value}s", reasoning.slot.thinks and not reasoning.slot.in_parallel
-        yield _chain(subject, of, count, reasoning.steps_cut, max_questions, 0, in_turn)
+        chain = _chain(subject, of, count, reasoning.steps_cut, max_questions, 0, in_turn)
+        if chain.prompts:
+            yield chain
     writes_all = reasoning.steps_cut == 0 and reasoning.tokens_cut == 0
-    if writes_all or (subject.trained_with_fewer_thoughts and reasoning.thoughts_per_step):
+    if writes_all or (subject.mixed and reasoning.thoughts_per_step):
         chain = _chain(subject, "steps", 0, 0, max_questions, max_steps, in_turn=False)
-        if chain.count:
+        if chain.prompts and chain.count:
             yield chain
 
 
@@ -66,7 +70,7 @@ def _chain(
     bot, slot = slot[: int(lm.reasoning.markers)], slot[int(lm.reasoning.markers) :]
     answers, marks = encode_answers(lm.tokenizer, [example.answer for example in examples], form)
     written = [() if steps_cut is None else example.steps[steps_cut:] for example in examples]
-    count = slot_length or min(max(map(len, written)), max_steps)
+    count = slot_length or min(max(map(len, written), default=0), max_steps)
     ids, units = [], []
     for steps, answer, mark in zip(written, answers, marks, strict=True):
         row, unit = list(slot), [k if k <= slot_length else 0 for k in range(1, len(slot) + 1)]
@@ -76,13 +80,17 @@ def _chain(
             unit += [number if number <= count and not slot_length else 0] * len(step)
         ids.append(row + answer)
         units.append(unit + [0] * mark + [count + 1] * (len(answer) - mark))
-    width = max(map(len, ids))
+    prompts = [[*question, *bot] for question in subject.question_ids[: len(examples)]]
+    fits = [len(prompt) + len(row) <= lm.max_sequence_length for prompt, row in zip(prompts, ids, strict=True)]
+    prompts, ids, units = (
+        [item for item, keep in zip(part, fits, strict=True) if keep] for part in (prompts, ids, units)
+    )
+    width = max(map(len, ids), default=0)
     ids_NS, unit_NS = (
         np.array([row + [fill] * (width - len(row)) for row in rows])
         for rows, fill in ((ids, lm.special.pad), (units, 0))
     )
-    prompts = [[*question, *bot] for question in subject.question_ids[: len(examples)]]
-    return UnitChain(of, prompts, ids_NS, unit_NS, count, in_turn)
+    return UnitChain(of, prompts, ids_NS, unit_NS, count, in_turn, fits.count(False))
 
 
 class Block:

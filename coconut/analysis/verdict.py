@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import norm
+
 from coconut.analysis.interventions import PARTLY_USED
 from coconut.runs.study import Study
 from coconut.utils.console import listed
@@ -18,8 +20,18 @@ SMALL_EFFECT = 0.01  # nats; a smaller divergence is no effect
 CLEAR_FALL = 0.05  # a smaller difference of accuracy is no shortcut
 MOST = 0.5  # more changed answers, though the truth stays, are one even where no accuracy is lost
 CONTROLS = ("majority", "other", "shuffled")  # what a probe has to beat for a step to count as readable
+AT_ONCE = 0.1  # nats that all thoughts after the first add, at most, where the answer is there at once
+PLACES = ("before", "pauses")  # where a step must not be read as well
 SHOWN_ARCS = 6  # of more pairs the number is given
 SAME = 0.01  # thoughts whose spread over questions is smaller are the same whatever the question
+
+# What is said of models without thoughts, by what stands before their answers.
+WITHOUT_THOUGHTS = {
+    "steps": "This method reasons in words, not in thoughts.",
+    "nothing": "This method has neither thoughts nor the whole written chain before its answers.",
+    "pauses": "This method has pauses, which hold no state of the one before; only attention can use them.",
+    "modes": "This model chooses by its first token how to answer, so there is no one answer to this question.",
+}
 
 Studies = Mapping[str, Study]
 Row = dict[str, Any]
@@ -36,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`headline`: one sentence. `kind`: its key, see `KINDS`. `findings`: in the order of FINDINGS."""
+    """`headline`: one sentence. `kind`: its key. `findings`: in the order of FINDINGS."""
 
     kind: str
     headline: str
@@ -47,99 +59,126 @@ class Verdict:
 class Roles:
     """What the thoughts do by the study `influence`, as numbers of thoughts.
 
-    `missed`: another question's in its place clearly costs right answers. `necessary`: and has clearly more effect than
-    the control. `sufficient`: kept alone it clearly restores some. `through_later`: with later thoughts kept, its
-    replacement clearly costs less. `arcs`: pairs of thoughts of which the first acts on the second.
+    `tried`: those that were changed, of `count`. `missed`: another question's in its place costs right answers (the
+    paired interval excludes 0). `unneeded`: it surely costs less than CLEAR_FALL. `necessary`: missed, and with clearly
+    more effect than the control. `sufficient`: kept alone it restores some. `through_later`: with later thoughts kept,
+    its replacement clearly costs less. `arcs`: pairs of thoughts of which the first acts on the second, of `pairs`.
+    `recomputed`: whether later thoughts were computed from what was changed.
     """
 
     count: int
+    tried: list[int]
     missed: list[int]
+    unneeded: list[int]
     necessary: list[int]
     sufficient: list[int]
     through_later: list[int]
     arcs: list[tuple[int, int]]
+    pairs: int
+    recomputed: bool
+
+    @property
+    def of_how_many(self) -> str:
+        """ "6", or "the 8 tried of 24"."""
+        return str(self.count) if len(self.tried) == self.count else f"the {len(self.tried)} tried of {self.count}"
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether a thought acts on a later one, and through later ones on the answer."""
+        return any(unit in self.through_later for unit, _ in self.arcs)
 
 
 def roles(study: Study, of: str) -> Roles:
-    """The roles of the units of a kind. Two intervals that do not overlap are a clear difference."""
+    """The roles of the units of a kind."""
     rows = [row for row in study.rows if row["of"] == of]
-    later = "recomputed" if any(row["later"] == "recomputed" for row in rows) else "kept"
+    recomputed = any(row["later"] == "recomputed" for row in rows)
+    later = "recomputed" if recomputed else "kept"
 
     def effects(change: str, later: str = "kept", control: bool = False) -> dict[tuple[int, int | None], Row]:
         return {(row["unit"], row["on"]): row for row in rows
                 if (row["change"], row["later"], row["control"]) == (change, later, control)}  # fmt: skip
 
     other, turned = effects("other", later), effects("other", later, control=True)
-    kept, only, none = effects("other"), effects("only"), effects("none")[0, None]
+    kept, only = effects("other"), effects("only")
     acts = [key for key, row in other.items() if row["kl"] > SMALL_EFFECT and row["kl_low"] > turned[key]["kl_high"]]
-    missed = [
-        unit for (unit, on), row in other.items() if on is None and row["right_high"] < study.facts["right_low"][of]
-    ]
+    on_answer = {unit: row for (unit, on), row in other.items() if on is None}
+    missed = [unit for unit, row in on_answer.items() if row["difference_high"] < 0]
     return Roles(
         count=study.facts["units"][of],
+        tried=list(on_answer),
         missed=missed,
+        unneeded=[unit for unit, row in on_answer.items() if row["difference_low"] > -CLEAR_FALL],
         necessary=[unit for unit in missed if (unit, None) in acts],
-        sufficient=[unit for (unit, on), row in only.items() if on is None and row["right_low"] > none["right_high"]],
+        sufficient=[unit for (unit, on), row in only.items() if on is None and row["difference_low"] > 0],
         through_later=[unit for unit in missed if kept[unit, None]["right_low"] > other[unit, None]["right_high"]],
         arcs=[(unit, on) for unit, on in acts if on is not None],
+        pairs=len(other) - len(on_answer),
+        recomputed=recomputed,
     )
 
 
 def describe_arcs(found: Roles) -> str:
     """The pairs of which the first acts on the second; how many there are, if they are more than SHOWN_ARCS."""
     if len(found.arcs) > SHOWN_ARCS:
-        return f"{len(found.arcs)} of {found.count * (found.count - 1) // 2} pairs"
-    return listed(f"{unit} to {on}" for unit, on in found.arcs)
+        return f"{len(found.arcs)} of {found.pairs} pairs"
+    return listed(f"{unit} → {on}" for unit, on in found.arcs)
 
 
 def verdict(studies: Studies, of: str, *, above_chance: bool | None = None) -> Verdict:
-    """Weigh the studies of a run. `of`: "thoughts", "pauses" or "steps" in words; what stands before its answers.
+    """Weigh the studies of a run.
 
-    `above_chance`: whether its accuracy is clearly above chance; None if that was not measured.
+    `of`: what stands before its answers, a key of WITHOUT_THOUGHTS or "thoughts". `above_chance`: whether its accuracy
+    is clearly above chance; None if that was not measured.
     """
     findings = [found for finding in FINDINGS.values() if (found := finding(studies, of))]
-    kind, headline = _headline(studies, of, findings, above_chance)
+    if above_chance is False:
+        return Verdict(
+            "chance", f"Nothing can be said about the {of}: the accuracy is not clearly above chance.", findings
+        )
+    kind, headline = (of, WITHOUT_THOUGHTS[of]) if of in WITHOUT_THOUGHTS else _of_thoughts(studies, findings)
     if any(found.name == SHORTCUTS and found.speaks is False for found in findings):
         headline += " It relies on a shortcut of its data, too."
     return Verdict(kind, headline, findings)
 
 
-def _headline(studies: Studies, of: str, findings: list[Finding], above_chance: bool | None) -> tuple[str, str]:
-    if above_chance is False:
-        return "chance", f"Nothing can be said about the {of}: the accuracy is not clearly above chance."
-    if of == "steps":
-        return "words", "This method reasons in words, not in thoughts."
+def _of_thoughts(studies: Studies, findings: list[Finding]) -> tuple[str, str]:
+    """The kind and the headline for a model with thoughts that is above chance, or not known to be at it."""
+    exchanged = next((found for found in findings if found.name == EXCHANGE), None)
+    if exchanged is None:
+        return "unmeasured", "Whether the thoughts are used was not measured; parts=[audit_thoughts] would say."
+    if exchanged.speaks is False:
+        return "unused", "The thoughts are hardly used: with those of another question about as many answers are right."
+    if exchanged.speaks is None:
+        return "unclear", "It is not clear whether the thoughts are used."
     study = studies.get("influence")
-    if of == "pauses":
-        return "pauses", "This method has pauses, which hold no state of the one before; only attention can use them."
-    used = next((found.speaks for found in findings if found.name == EXCHANGE), None)
-    if used is False:
-        return "unused", "The thoughts are hardly used: with those of another question the answers stay as they are."
-    if not used or study is None or of not in study.facts["units"]:
-        return ("used", "The thoughts are used; parts=[influence] would say which.") if used else (
-            "unclear", "It is not clear whether the thoughts are used.")  # fmt: skip
-    found = roles(study, of)
-    needed = f"number{'s' * (len(found.necessary) > 1)} {listed(map(str, found.necessary))}" if found.necessary else ""
+    if study is None or "thoughts" not in study.facts["units"]:
+        return "used", "The thoughts are used; parts=[influence] would say which."
+    found = roles(study, "thoughts")
+    many = f"number{'s' * (len(found.necessary) > 1)}"
+    needed = f"{many} {listed(map(str, found.necessary))}" if found.necessary else ""
     if len(found.necessary) == 1 and found.sufficient == found.necessary:
-        return "single", f"One thought carries the answer, {needed}; the others are not needed."
+        others = set(found.tried) - set(found.necessary)
+        rest = "; the others are not needed" if others and others <= set(found.unneeded) else ""
+        return "single", f"One thought carries the answer, {needed} of {found.of_how_many}{rest}."
     if _answer_is_there_at_once(studies):
-        return "at_once", "The answer is there from the first thought on; later ones do not make it clearly likelier."
-    if len(found.necessary) > 1 and found.arcs and found.through_later:
+        return "at_once", "The answer is there from the first thought on; later ones make it hardly likelier."
+    if len(found.necessary) > 1 and found.in_sequence:
         return "sequence", (
-            f"The thoughts work in sequence: {needed} of {found.count} are needed, and earlier ones act through later "
-            "ones."
+            f"The thoughts work in sequence: {needed} of {found.of_how_many} are needed, and earlier ones act through "
+            "later ones."
         )
     if found.necessary:
-        return "together", f"The thoughts are used: {needed} of {found.count} are needed."
-    return "together", "The thoughts are used together: no single one of them is needed."
+        are = "are" if len(found.necessary) > 1 else "is"
+        return "together", f"The thoughts are used: {needed} of {found.of_how_many} {are} needed."
+    return "together", "The thoughts are used together: no single one was seen to be needed."
 
 
 def _answer_is_there_at_once(studies: Studies) -> bool:
-    """Whether the right answer, given the mark, is about as likely after one thought as after all."""
+    """Whether the first thought clearly adds to the right answer, given the mark, and all others less than AT_ONCE."""
     if not (study := studies.get("prefix_values")):
         return False
     rows = _after_mark(study)
-    return len(rows) > 2 and rows[1]["gain_low"] > 0 and rows[1]["high"] >= rows[-1]["low"]
+    return len(rows) > 2 and rows[1]["gain_low"] > 0 and rows[1]["left_high"] < AT_ONCE
 
 
 def _after_mark(study: Study) -> list[Row]:
@@ -150,26 +189,32 @@ def _after_mark(study: Study) -> list[Row]:
 class Reliance:
     """Rows of the study `shortcuts`: shortcuts that the model uses, that it does not, and of which too little is known.
 
-    One is used if the accuracy falls by at least CLEAR_FALL without it and the interval excludes 0, or if surely more
-    than MOST of the answers change with a change that keeps the truth. It is not if the interval excludes such a fall.
+    One is used if the accuracy falls by at least CLEAR_FALL without it and the interval, widened for the number of
+    shortcuts that are tried (Bonferroni), excludes 0; or, where the model is above chance, if surely more than MOST of
+    the answers change with a change that keeps the truth. It is not if the interval excludes such a fall.
     """
 
     used: list[Row]
     unused: list[Row]
     unclear: list[Row]
+    above_chance: bool
 
 
 def reliance(study: Study) -> Reliance:
     """Sort the shortcuts of a study."""
+    own = next(row for row in study.rows if row["kind"] == "unchanged")
+    above_chance = own["low"] > (own["chance_accuracy"] or 0.0)
     tests = [row for row in study.rows if row["kind"] in ("edit", "rule", "hint") and row["difference"] is not None
              and row["change"] not in ("hint_right", "hint_removed")]  # fmt: skip
-    used = [row for row in tests if _falls(row) or mostly_changed(row)]
+    wider = float(norm.ppf(1 - 0.025 / max(len(tests), 1)) / norm.ppf(0.975))
+    used = [row for row in tests if _falls(row, wider) or (above_chance and mostly_changed(row))]
     unused = [row for row in tests if row["difference_low"] > -CLEAR_FALL and row not in used]
-    return Reliance(used, unused, [row for row in tests if row not in used and row not in unused])
+    return Reliance(used, unused, [row for row in tests if row not in used and row not in unused], above_chance)
 
 
-def _falls(row: Row) -> bool:
-    return row["difference"] <= -CLEAR_FALL and row["difference_high"] < 0
+def _falls(row: Row, wider: float) -> bool:
+    high = row["difference"] + wider * (row["difference_high"] - row["difference"])
+    return row["difference"] <= -CLEAR_FALL and high < 0
 
 
 def mostly_changed(row: Row) -> bool:
@@ -212,28 +257,33 @@ def _gain(studies: Studies, of: str) -> Finding | None:
 
 
 def _needed(studies: Studies, of: str) -> Finding | None:
-    """For: a unit is necessary. Against: none is missed."""
+    """For: a unit is necessary. Against: all that were tried surely cost less than CLEAR_FALL."""
     study = studies.get("influence")
     if of == "pauses" or not study or of not in study.facts["units"]:
         return None
     found = roles(study, of)
-    if not found.missed:
-        return Finding(NEEDED, f"none of {found.count}", False)
-    necessary = listed(map(str, found.necessary)) if found.necessary else "none more than at random"
+    if not found.tried:
+        return None
+    kept = "" if found.recomputed else ", later ones kept"
     alone = f"; enough alone to help: {listed(map(str, found.sufficient))}" if found.sufficient else ""
-    return Finding(NEEDED, f"{necessary} of {found.count}{alone}", True if found.necessary else None)
+    if found.necessary:
+        value = f"{listed(map(str, found.necessary))} of {found.of_how_many}{kept}{alone}"
+        return Finding(NEEDED, value, True)
+    if found.unneeded == found.tried:
+        return Finding(NEEDED, f"none of {found.of_how_many}{kept}", False)
+    return Finding(NEEDED, f"none more than at random, of {found.of_how_many}{kept}{alone}", None)
 
 
 def _sequence(studies: Studies, of: str) -> Finding | None:
-    """For: a unit clearly acts on a later one, and through it on the answer."""
+    """For: a unit clearly acts on a later one, and through later ones on the answer."""
     study = studies.get("influence")
     if of == "pauses" or not study or study.facts["units"].get(of, 0) < 2:
         return None
     found = roles(study, of)
     value = describe_arcs(found) if found.arcs else "none"
     if found.through_later:
-        value += f"; acting through later ones: {listed(map(str, found.through_later))}"
-    return Finding(SEQUENCE, value, True if found.arcs and found.through_later else None)
+        value += f"; through later ones on the answer: {listed(map(str, found.through_later))}"
+    return Finding(SEQUENCE, value, True if found.in_sequence else None)
 
 
 def _alike(studies: Studies, of: str) -> Finding | None:
@@ -246,16 +296,19 @@ def _alike(studies: Studies, of: str) -> Finding | None:
 
 
 def _read(studies: Studies, of: str) -> Finding | None:
-    """For: a step can be read from a thought better than before the slot. Against: no step can be read from any."""
+    """For: a step is read from a thought, and better than before the slot and after pauses. Against: none is read."""
     if not (study := studies.get("readout")):
         return None
     best = [row for row in study.rows if row["best"]]
     steps = [str(row["step"]) for row in best if readable(row)]
-    better = [str(row["step"]) for row in best if readable(row) and row["over_before_low"] > 0]
+    better = [
+        str(row["step"]) for row in best
+        if readable(row) and all((row[f"over_{name}_low"] or 0) > 0 or row[name] is None for name in PLACES)
+    ]  # fmt: skip
     any_place = [row for row in study.rows if row["place"] and readable(row)]
     value = f"step {listed(steps)} of {len(best)}" if steps else "no step"
     if steps:
-        value += f"; better than before the slot: {listed(better)}" if better else "; none better than before the slot"
+        value += f"; better than before the slot and than after pauses: {listed(better) if better else 'none'}"
     return Finding(READOUT, value, True if better else (None if any_place else False))
 
 
@@ -265,20 +318,21 @@ def _varied(studies: Studies, of: str) -> Finding | None:
         return None
     rows = [row for row in study.rows if row["measure"] == "effective_next_steps" and not row["chain"]]
     first, last = rows[0]["value"], rows[-1]["value"]
-    value = f"{first:.1f}" if len(rows) == 1 else f"{first:.1f} without, {last:.1f} after all"
-    return Finding(VARIETY, value, None)
+    value = f"{first:.1f}" if len(rows) == 1 else f"{first:.1f} without thoughts, {last:.1f} after all"
+    return Finding(VARIETY, f"effective number {value}", None)
 
 
 def _shortcuts(studies: Studies, of: str) -> Finding | None:
-    """Against: the model uses a shortcut. For: none is used, and there was one to tell."""
+    """Against: the model uses a shortcut. For: of none is that possible, in a model that is above chance."""
     if not (study := studies.get("shortcuts")):
         return None
     found = reliance(study)
     beyond = [f"{row['label']} {100 * row['accuracy']:.1f} %" for row in study.rows if row["kind"] == "distribution"]
-    value = f"uses {len(found.used)} of {len(found.used) + len(found.unused) + len(found.unclear)} tried"
+    value = f"{len(found.used)} used, {len(found.unused)} not, {len(found.unclear)} unclear"
     if beyond:
-        value += f"; {'; '.join(beyond)}"
-    return Finding(SHORTCUTS, value, False if found.used else (True if found.unused else None))
+        value += f"; right elsewhere: {'; '.join(beyond)}"
+    clean = found.above_chance and found.unused and not found.unclear
+    return Finding(SHORTCUTS, value, False if found.used else (True if clean else None))
 
 
 def _bears(studies: Studies, of: str) -> Finding | None:

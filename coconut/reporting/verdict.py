@@ -8,6 +8,7 @@ from pathlib import Path
 from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import MethodsConfig
 from coconut.analysis.verdict import FINDINGS, Verdict, verdict
+from coconut.methods import Stage
 from coconut.reporting.page import Aside, Lead, Section, Table, Text, page
 from coconut.reporting.phrases import between, percent
 from coconut.reporting.run_table import aligned, common_folder, output_folder
@@ -18,18 +19,26 @@ from coconut.utils.files import write_text
 
 SPEAKS = {True: "for", False: "against", None: DASH}
 RULE = (
-    "Each measurement speaks for thoughts that do work, against it, or for neither, by a rule that docs/analysis.md "
-    "states. “Clearly” means that two 95 % intervals do not overlap."
+    "Each measurement is evidence for thoughts that do work, against it, or neither, by a rule that docs/analysis.md "
+    "states, with 95 % intervals."
 )
 
 
 def verdict_of(run: RunRecord) -> Verdict:
     """The verdict on a run's studies."""
-    slot = run.stages[-1].form.slot
     above_chance = None
     if run.test and run.chance_accuracy is not None:
         above_chance = run.evaluations[run.test]["interval"][0] > run.chance_accuracy
-    return verdict(run.studies, "steps" if slot.is_empty else f"{slot.source.value}s", above_chance=above_chance)
+    return verdict(run.studies, _before_answers(run.stages[-1]), above_chance=above_chance)
+
+
+def _before_answers(stage: Stage) -> str:
+    if stage.in_turn:
+        return "modes"
+    form = stage.form
+    if not form.slot.is_empty:
+        return f"{form.slot.source.value}s"
+    return "steps" if form.steps_cut == 0 and form.tokens_cut == 0 else "nothing"
 
 
 def what_it_means(run: RunRecord) -> Section | None:
@@ -38,7 +47,7 @@ def what_it_means(run: RunRecord) -> Section | None:
     if not found.findings:
         return None
     rows = [[each.name, each.value, SPEAKS[each.speaks]] for each in found.findings]
-    table = Table(["measurement", "what was found", "speaks"], rows)
+    table = Table(["measurement", "what was found", "evidence"], rows)
     return Section(
         "verdict", "What it means", [Lead([found.headline]), table, Aside("How this was judged", [Text(RULE)])]
     )
@@ -65,18 +74,23 @@ def compare_methods(config: MethodsConfig) -> int:
 
 def _refuse_incomparable(runs: Sequence[RunRecord]) -> None:
     for run in runs:
+        if "plan" not in run.description:
+            raise ValueError(f"{run.folder} was trained by reward. Compare such runs with coconut analyze table.")
         if not run.studies:
             raise ValueError(f"{run.folder} was not analyzed. Run coconut analyze run={run.folder}")
         mine, first = (next(iter(each.studies.values())).facts for each in (run, runs[0]))
-        if mine["sha256"] != first["sha256"]:
+        if (mine["sha256"], mine["questions"]) != (first["sha256"], first["questions"]):
             raise ValueError(
-                f"{run.folder} and {runs[0].folder} were analyzed on different questions: {mine['file']} and "
-                f"{first['file']}. Analyze both with the same data.test=FILE."
+                f"{run.folder} and {runs[0].folder} were analyzed on different questions: {mine['questions']} of "
+                f"{mine['file']} and {first['questions']} of {first['file']}. Analyze both with the same "
+                "data.test=FILE and limit."
             )
 
 
 def comparison(runs: Sequence[RunRecord]) -> Study:
-    """A row for each run: `kind` and `headline` of its verdict; the value of each finding, and what it speaks.
+    """A row for each run: `kind` and `headline` of its verdict; the value of each finding, and what it is evidence for.
+
+    `note`: if the accuracy is of another checkpoint or of other questions than the measurements.
 
     facts: `questions` and `file` of the studies.
     """
@@ -89,6 +103,7 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
             "run": run.folder.resolve().name, "method": run.config["method"], "seed": run.config["seed"],
             "accuracy": test.get("accuracy"), "low": test["interval"][0] if test else None,
             "high": test["interval"][1] if test else None, "kind": found.kind, "headline": found.headline,
+            "note": run.study_note,
         }  # fmt: skip
         for name in FINDINGS:
             each = by_name.get(name)
@@ -125,9 +140,10 @@ def comparison_page(study: Study, folder: Path) -> str:
     measured = [[name, *(row[3 + number] for row in cells)] for number, name in enumerate(shown)]
     head = ["accuracy", *(row[2] for row in cells)]
     tables = Table(["measurement", *(row["run"] for row in study.rows)], [head, *measured])
+    notes = [Text(f"{row['run']}: {row['note']}") for row in study.rows if row["note"]]
     sections = [
         Section("verdicts", "What the thoughts of each do", [Table(["run", "verdict"], by_run), Text(RULE)]),
-        Section("measurements", "The measurements", [tables]),
+        Section("measurements", "The measurements", [tables, *notes]),
     ]
     questions = f"{study.facts['questions']:,} questions of {study.facts['file']}"
     methods = ", ".join(dict.fromkeys(row["method"] for row in study.rows))

@@ -24,6 +24,7 @@ from coconut.analysis.unit_chain import UnitRunner, unit_chains
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, encode_texts
 from coconut.methods import NOTHING, PAUSES, Projector, PromptFormat, Slot, Source, Update
+from coconut.reporting.measurements.influence import chart
 from coconut.runs.study import NotApplicable
 from coconut.tasks import TASKS
 
@@ -112,15 +113,18 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
     rows = {(r["unit"], r["change"], r["control"], r["later"], r["on"]): r for r in influence(subject).rows}
     slow = [Slow(lm, i) for i in range(COUNT)]
     units = next(unit_chains(subject, COUNT, 8))
-    own = UnitRunner(lm, units, 4).embeds_NSD  # for thoughts that are updated all at once
+    own = UnitRunner(lm, units, 4).embeds_NSD
+    thoughts = subject.baseline.thoughts.double()  # float32, as an evaluation gives them
     fixed = [{} if name != "all at once" else {s.first + k: own[i, k] for k in range(NUM_THOUGHTS)}
              for i, s in enumerate(slow)]  # fmt: skip
+    if name == "all at once":
+        assert torch.allclose(own[:, :NUM_THOUGHTS], thoughts, atol=1e-5)
     base = [s.run(fixed[i], None) for i, s in enumerate(slow)]
     kept = [dict(s.kept) for s in slow]
     for i, (s, (_, fed)) in enumerate(zip(slow, base, strict=True)):
         assert torch.allclose(torch.stack(fed[s.first :]), own[i, : len(fed) - s.first], atol=1e-9)
     laters = ["kept", "recomputed"] if name == "in turn" else ["kept"]
-    compared = 0
+    compared, rotation = 0, module._rotation(own.shape[2]).double()
     for unit in range(1, units.count + 1):
         columns = [[t for t, u in enumerate(s.unit) if u == unit] for s in slow]
         vectors = [[base[i][1][t] for t in ts] for i, ts in enumerate(columns)]
@@ -129,14 +133,14 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
         step_mean = [torch.stack([v[w] for v in vectors if len(v) > w]).mean(0) for w in range(width)]
         same_width = module._partners([len(ts) for ts in columns])
         same_prompt = module._partners([s.first for s in slow])
-        for change in ("zeros", "mean", "step_mean", "other", "cache"):
+        for change in ("zeros", "mean", "step_mean", "other", "turned", "cache"):
             if change == "cache" and name == "steps":
                 continue
             for later in laters:
                 effects: dict[int, list[tuple[float, float, bool]]] = {}
                 for i, s in enumerate(slow):
                     partner = same_prompt[i] if change == "cache" else same_width[i]
-                    if not columns[i] or (change in ("other", "cache") and partner < 0):
+                    if not columns[i] or (change in ("other", "turned", "cache") and partner < 0):
                         continue
                     new = dict(fixed[i])
                     known = units.count if later == "kept" else unit
@@ -150,6 +154,8 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
                             "zeros": {t: torch.zeros_like(everything[0])}, "mean": {t: everything.mean(0)},
                             "step_mean": {t: step_mean[w]}, "cache": {},
                             "other": {t: vectors[partner][w] if change == "other" else everything[0]},
+                            "turned": {t: vectors[i][w] + (vectors[partner][w] - vectors[i][w]) @ rotation
+                                       if change == "turned" else everything[0]},
                         }[change]  # fmt: skip
                     after, _ = s.run(new, unit, swap)
                     before = base[i][0]
@@ -171,6 +177,29 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
                         assert row["right"] == pytest.approx(right)
                     compared += kl > 1e-6
     assert compared >= 5
+
+
+def test_units_of_some_questions_are_compared_with_the_same_questions() -> None:
+    """Chains of two and three steps: the third is that of some questions only."""
+    lm = build("llama", slot=NOTHING, markers=False, format=FORM)
+    study = influence(subject_of(lm, 8))
+    third = [row for row in study.rows if row["unit"] == 3 and row["change"] == "step_mean" and row["on"] is None]
+    assert third[0]["questions"] == sum(len(example.steps) == 3 for example in EXAMPLES[:8]) < 8
+    assert chart(study, 720, "steps").axes
+    alone = influence(subject_of(memorizing_model(), 1))
+    assert not [row for row in alone.rows if row["change"] == "other"], "no partner"
+    assert chart(alone, 350, "thoughts").axes
+
+
+def test_questions_without_room_for_their_answers_are_left_out() -> None:
+    lm = memorizing_model()
+    lengths = [len(row) for row in subject_of(lm).question_ids]
+    needed = 2 + NUM_THOUGHTS + 3  # markers, thoughts, answer
+    lm.base.config.max_position_embeddings = sorted(lengths)[-1] + needed - 1
+    left_out = sum(length + needed > lm.max_sequence_length for length in lengths)
+    study = influence(subject_of(lm))
+    assert study.facts["left_out"] == {"questions with thoughts": f"{left_out} have no room for their answers."}
+    assert max(row["questions"] for row in study.rows) == len(EXAMPLES) - left_out
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

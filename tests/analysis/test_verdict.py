@@ -15,7 +15,9 @@ from coconut.analysis.noise import noise_curves
 from coconut.analysis.prefix_values import prefix_values
 from coconut.analysis.probes import inner_products, k_forcing
 from coconut.analysis.verdict import EXCHANGE, GAIN, NEEDED, NOISE, SEQUENCE, SHORTCUTS, SPREAD, reliance, verdict
+from coconut.methods import Curriculum, plan
 from coconut.reporting.measurements.influence import describe
+from coconut.reporting.verdict import _before_answers
 from coconut.runs.study import Study
 
 KINDS = {"ignores": "unused", "last_only": "single", "from_the_first": "at_once", "step_by_step": "sequence"}
@@ -96,13 +98,13 @@ def test_influence_tells_planted_models_apart(kind: str) -> None:
 def test_the_sentences_follow_the_planted_behaviour() -> None:
     by_kind = {kind: " ".join(describe(studies(kind)["influence"], "thoughts")) for kind in
                ("ignores", "last_only", "step_by_step")}  # fmt: skip
-    assert "no fall is clear for any of them" in by_kind["ignores"]
+    assert "no fall was seen for any of them" in by_kind["ignores"]
     assert "no single one alone clearly helps" in by_kind["ignores"]
     assert "fewer are right" in by_kind["last_only"]
     assert "(number 1)" not in by_kind["last_only"]
     assert "keeping one alone clearly helps for number 3" in by_kind["last_only"]
     assert "With later thoughts kept as they were, more are right" in by_kind["step_by_step"]
-    assert "larger than in a random direction: 1 to 3" in by_kind["step_by_step"]
+    assert "larger than in a random direction: 1 → 3" in by_kind["step_by_step"]
     for kind in ("ignores", "last_only"):
         assert "No thought clearly acts on a later one" in by_kind[kind]
 
@@ -112,20 +114,40 @@ def test_nothing_is_said_at_chance_or_without_thoughts() -> None:
     assert verdict(some, "thoughts", above_chance=False).kind == "chance"
     assert verdict(some, "steps").kind == "words"
     assert verdict(some, "pauses").kind == "pauses"
-    assert verdict({}, "thoughts").kind == "unclear"
+    assert verdict(some, "nothing").kind == "nothing"
+    assert verdict({}, "thoughts").kind == "unmeasured"
     without = {name: study for name, study in some.items() if name != "influence"}
     assert verdict(without, "thoughts").kind == "used"
 
 
 def test_thoughts_that_add_nothing_speak_against() -> None:
     rows = [{"of": "after_mark", "steps": None, "thoughts": k, "value": -0.5, "low": -0.6, "high": -0.4,
-             "gain_low": None if not k else -0.1} for k in range(3)]  # fmt: skip
+             "gain_low": None if not k else -0.1, "left_high": 0.2} for k in range(3)]  # fmt: skip
     (finding,) = verdict({"prefix_values": Study("prefix_values", rows)}, "thoughts").findings
     assert finding.speaks is False
     for spread, speaks in ((0.001, False), (0.3, None)):
         study = Study("geometry", [{"spread": spread}, {"spread": spread / 2}])
         (finding,) = verdict({"geometry": study}, "thoughts").findings
         assert (finding.name, finding.speaks) == (SPREAD, speaks)
+
+
+def test_a_later_gain_keeps_the_answer_from_being_there_at_once() -> None:
+    """Marginal intervals overlap, and the paired ones do not."""
+    rows = [
+        {"of": "after_mark", "steps": None, "thoughts": k, "value": value, "low": value - 0.5, "high": value + 0.5,
+         "gain_low": 0.1 if k else None, "left_high": 0.0 - value} for k, value in enumerate((-3, -0.5, -0.2, 0))
+    ]  # fmt: skip
+    found = verdict(studies("step_by_step") | {"prefix_values": Study("prefix_values", rows)}, "thoughts")
+    assert found.kind == "sequence"
+
+
+BEFORE = {"no_cot": "nothing", "icot": "nothing", "cot": "steps", "pause": "pauses", "coconut": "thoughts",
+          "hybrid_warmup": "modes"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", BEFORE)
+def test_what_stands_before_the_answers_comes_from_the_last_stage(method: str) -> None:
+    assert _before_answers(plan(method, Curriculum(max_stage=2)).stages[-1]) == BEFORE[method]
 
 
 def shortcut_row(change: str, kind: str, difference: float, **more: Any) -> dict[str, Any]:
@@ -143,6 +165,7 @@ def shortcut_row(change: str, kind: str, difference: float, **more: Any) -> dict
 
 def test_shortcuts_are_sorted_by_their_intervals_and_spoil_the_verdict() -> None:
     rows = [
+        {"change": "none", "kind": "unchanged", "low": 0.9, "chance_accuracy": 0.5},
         shortcut_row("named_last_wrong", "rule", -0.3), shortcut_row("edge_order", "edit", 0.0, changed_low=0.1),
         shortcut_row("option_order", "edit", -0.04, changed_low=0.7), shortcut_row("deeper_wrong", "rule", -0.04),
         shortcut_row("longer_1", "distribution", -0.4), shortcut_row("hint_right", "hint", 0.2),
@@ -152,6 +175,10 @@ def test_shortcuts_are_sorted_by_their_intervals_and_spoil_the_verdict() -> None
     assert [row["change"] for row in found.used] == ["named_last_wrong", "option_order"]
     assert [row["change"] for row in found.unused] == ["edge_order"]
     assert [row["change"] for row in found.unclear] == ["deeper_wrong"]
+    rows[0]["low"] = 0.4
+    assert [row["change"] for row in reliance(study).used] == ["named_last_wrong"], "at chance answers are loose"
+    rows[0]["low"] = 0.9
+    assert verdict({"shortcuts": study}, "thoughts", above_chance=False).headline.endswith("above chance.")
     spoiled = verdict({**studies("step_by_step"), "shortcuts": study}, "thoughts")
     assert spoiled.kind == "sequence"
     assert spoiled.headline.endswith("It relies on a shortcut of its data, too.")

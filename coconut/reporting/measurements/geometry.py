@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from coconut.analysis.verdict import SAME
 from coconut.reporting.charts import NARROW, SHADES, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import whole_percent
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 
 LENGTHS = ("norm", "to_previous", "to_mean_word", "to_nearest_word")
-SAME = 0.01  # a smaller spread: the same whatever the question
 
 
 def parts(study: Study, drawn: Drawings, noun: str) -> list[Part]:

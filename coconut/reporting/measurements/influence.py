@@ -40,8 +40,8 @@ def parts(study: Study, drawn: Drawings) -> list[Part]:
         caption = (
             f"Each {noun} is replaced by that of another question. Above: an arc is the wider, the more the prediction "
             "at its end changes (divergence in nats, relative to the widest of its kind; those to the answer are "
-            "green). Below: how many answers are then right; the line is as trained. Grey: the same change turned in a "
-            f"random direction. Green: only this {noun} is kept and all others are replaced by their means. The wide "
+            "green). Below: how many answers are then right; the lines are as trained. Grey: the same change turned in "
+            f"a random direction. Green: only this {noun} is kept and all others are replaced by their means. The wide "
             "bars are 95 % confidence intervals."
         )
         alt = f"The effect of each {noun} on later ones and on the answer; the numbers are in the table below."
@@ -75,8 +75,8 @@ def describe(study: Study, of: str) -> list[str]:
     other = effects(study, of, "other", later=later)
     after = f", and {noun}s after it computed from that" if later == "recomputed" else ""
     first = (
-        f"As trained {percent(trained)} of the right answers are likeliest, given the mark before them. With one "
-        f"{noun} of another question in place{after}"
+        f"In {percent(trained)} of the questions every word of the right answer is the model's first choice, given "
+        f"those before it: the answer is right. With one {noun} of another question in place{after}"
     )
     if found.missed:
         shares = listed(f"{percent(other[unit]['right'])} (number {unit})" for unit in found.missed)
@@ -93,7 +93,7 @@ def describe(study: Study, of: str) -> list[str]:
             shares = listed(f"{percent(kept[unit]['right'])} (number {unit})" for unit in found.through_later)
             sentences.append(f"With later {noun}s kept as they were, more are right: {shares}.")
     else:
-        sentences = [f"{first}, no fall is clear for any of them."]
+        sentences = [f"{first}, no fall was seen for any of them."]
     if found.arcs:
         sentences.append(
             f"Between {noun}s these effects are clearly larger than in a random direction: {describe_arcs(found)}."
@@ -112,7 +112,7 @@ def describe(study: Study, of: str) -> list[str]:
             f"With the keys and values of one {noun} exchanged between questions, and its own state passed on, at "
             f"least {percent(worst['right'])} are right (lowest for number {worst['unit']})."
         )
-    elif reason := study.facts["left_out"].get(of):
+    elif reason := study.facts["left_out"].get(f"cache of {of}"):
         sentences.append(f"Keys and values were not exchanged. {reason}")
     return sentences
 
@@ -128,7 +128,7 @@ def _arcs(study: Study, of: str, later: str) -> list[Row]:
 def chart(study: Study, width: float, of: str) -> Figure:
     """Arcs from each unit to later ones and to the answer, and below each unit how many answers are right."""
     later, noun = later_of(study, of), NOUNS[of]
-    units = sorted(effects(study, of, "other", later=later))
+    units = sorted({row["unit"] for row in study.rows if row["of"] == of} - {0})
     left, right, top, arcs_high, dots_high, bottom = 40, 14, 26, 90, 110, 30
     lines = 3 if width < NARROW else 1
     gap = 34 + 14 * lines
@@ -155,7 +155,9 @@ def chart(study: Study, width: float, of: str) -> Figure:
         shares = [[row[f"right{end}"] for row in rows.values()] for end in ("", "_low", "_high")]
         below.vlines(x, shares[1], shares[2], color=LIGHT[colour], alpha=0.45, linewidth=4.5, clip_on=False)
         below.plot(x, shares[0], "o", color=LIGHT[colour], markersize=4, label=label, clip_on=False)
-    below.axhline(study.facts["right"][of], color=LIGHT["blue"], linewidth=1, zorder=0)
+    for unit, row in effects(study, of, "other", later=later).items():
+        middle, trained = place[unit], row["right"] - row["difference"]
+        below.hlines(trained, middle - 0.35, middle + 0.35, color=LIGHT["blue"], linewidth=1, zorder=0)
     share_axis(below.yaxis, 5)
     below.set_xticks(range(len(units)), list(map(str, units)))
     below.set_title("Right answers", loc="left", pad=14 + 14 * lines)

@@ -70,7 +70,7 @@ def describe(study: Study, noun: str) -> list[str]:
 
 def _describe_step(rows: list[Row], noun: str) -> list[str]:
     before, best = rows[0], next(row for row in rows if row["best"])
-    step, here = f"Step {before['step']}", [row["place"] for row in rows[1:] if readable(row)]
+    step, here = f"Step {before['step']}", [row["place"] for row in rows[1:] if readable(best) and readable(row)]
     names = f"a probe on {noun} {best['place']} names {percent(best['accuracy'])} of its tokens"
     controls = f"{percent(best['other'])} with another question's {noun}s"
     if not here:
