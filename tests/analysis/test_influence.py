@@ -168,7 +168,8 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
                             kl = sum(divergence(before[t], after[t]) for t in ts)
                             effects.setdefault(on, []).append((kl, gained, right))
                 for on, several in effects.items():
-                    row = rows[unit, change, False, later, None if on == units.count + 1 else on]
+                    name_and_control = ("other", True) if change == "turned" else (change, False)
+                    row = rows[unit, *name_and_control, later, None if on == units.count + 1 else on]
                     assert row["questions"] == len(several)
                     kl, gained, right = (float(np.mean([one[n] for one in several])) for n in range(3))
                     assert row["kl"] == pytest.approx(kl, abs=1e-9), (unit, change, later, on)

@@ -6,19 +6,21 @@ from functools import cache
 from typing import Any
 
 import pytest
-from helpers.planted import NUM_THOUGHTS, planted_subject
+from helpers.memorizing import EXAMPLES
+from helpers.planted import NUM_THOUGHTS, planted_model, planted_subject
 
 from coconut.analysis.geometry import geometry
 from coconut.analysis.influence import influence
 from coconut.analysis.interventions import audit_thoughts
 from coconut.analysis.noise import noise_curves
 from coconut.analysis.prefix_values import prefix_values
-from coconut.analysis.probes import inner_products, k_forcing
+from coconut.analysis.probes import Subject, inner_products, k_forcing
 from coconut.analysis.verdict import EXCHANGE, GAIN, NEEDED, NOISE, SEQUENCE, SHORTCUTS, SPREAD, reliance, verdict
 from coconut.methods import Curriculum, plan
 from coconut.reporting.measurements.influence import describe
 from coconut.reporting.verdict import _before_answers
 from coconut.runs.study import Study
+from coconut.tasks import TASKS
 
 KINDS = {"ignores": "unused", "last_only": "single", "from_the_first": "at_once", "step_by_step": "sequence"}
 
@@ -39,12 +41,18 @@ def test_planted_models_get_their_verdict(kind: str) -> None:
     used = kind != "ignores"
     assert speaks[EXCHANGE] is used
     assert speaks[GAIN] is None
-    assert speaks[NEEDED] is used
+    assert speaks[NEEDED] is (True if used else None), "24 questions are too few to say that none is needed"
     spread = max(row["spread"] for row in studies(kind)["geometry"].rows)
     assert (spread < 0.1) is not used
     assert speaks[SEQUENCE] is (True if kind in ("from_the_first", "step_by_step") else None)
     values = {each.name: each.value for each in found.findings}
     assert ("no clear fall" in values[NOISE]) is not used
+
+
+def test_many_questions_show_that_no_thought_is_needed() -> None:
+    subject = Subject(planted_model("ignores"), TASKS["prosqa"], EXAMPLES * 4, batch_size=96)
+    found = verdict({"influence": influence(subject)}, "thoughts").findings
+    assert next(each for each in found if each.name == NEEDED).speaks is False
 
 
 def test_the_number_of_thoughts_tells_when_the_answer_is_there() -> None:
@@ -112,7 +120,7 @@ def test_the_sentences_follow_the_planted_behaviour() -> None:
 def test_nothing_is_said_at_chance_or_without_thoughts() -> None:
     some = studies("step_by_step")
     assert verdict(some, "thoughts", above_chance=False).kind == "chance"
-    assert verdict(some, "steps").kind == "words"
+    assert verdict(some, "steps").kind == "steps"
     assert verdict(some, "pauses").kind == "pauses"
     assert verdict(some, "nothing").kind == "nothing"
     assert verdict({}, "thoughts").kind == "unmeasured"
