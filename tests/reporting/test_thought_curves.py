@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.html import words
 from helpers.runs import graph_files, small_run
@@ -84,7 +85,7 @@ def test_each_thought_has_a_line_up_to_five(width: float) -> None:
     stages[0][0]["thought_drift"] = None
     stages[1][0]["thought_gradient"] = [0.0, float("nan"), *[1.0] * 6]
     figure = chart(stages, bands, width)
-    dots = [[len(line.get_xydata()) for line in axes.lines] for axes in figure.axes]  # of each thought in each stage
+    dots = [[np.size(line.get_xdata()) for line in axes.lines] for axes in figure.axes]  # of each thought in each stage
     assert dots == [[2, 2, 2, 2, 2, 3, 2, 3, 2, 3], 5 * [1, 3]]
     svg = as_svg(figure, "f")
     for label in ("thought 1", ">2<", ">4<", ">6<", ">8<"):
