@@ -32,10 +32,11 @@ def parts(run: RunRecord, bands: Sequence[Band]) -> list[Part]:
     slot = run.stages[-1].form.slot
     fed = "as the last iteration has made them" if slot.in_parallel else "as they are fed"
     caption = (
-        f"Above: the norm of the gradient of the loss with respect to the thoughts {fed}, the mean over 32 validation "
-        "questions. The loss is that of the written tokens alone. Below: how far the thoughts of the same questions "
-        "have moved since the validation before, as a share of their norm. A stage begins anew: the places of the "
-        "thoughts mean other things in it."
+        f"Above: the norm of the gradient of the loss with respect to the thoughts {fed}, the mean over some "
+        "validation questions. The loss is that of the written tokens alone. Below: how far the thoughts of the same "
+        "questions have moved since the validation before, as a share of their norm. A stage begins anew: the places "
+        f"of the thoughts mean other things in it. At most {len(SHADES)} thoughts are drawn, the first and the last "
+        "among them."
     )
     rows = [_numbers(run, rows[-1]) for rows in stages if _values(rows[-1], GRADIENT) or _values(rows[-1], DRIFT)]
     columns = ["stage", "update", "gradient at the first thought", "at the last", "ratio", "95 % interval", "drift"]
@@ -91,7 +92,7 @@ def chart(stages: Sequence[Sequence[Row]], bands: Sequence[Band], width: float) 
     count = max(len(row.get(key) or ()) for rows in stages for row in rows for key in keys)
     lines = min(count, len(SHADES))
     shown = [line * (count - 1) // max(lines - 1, 1) for line in range(lines)]
-    figure, panels = panels_over_updates(width, 110 + 120 * len(keys), bands, [1] * len(keys), below=56)
+    figure, panels = panels_over_updates(width, 98 + 120 * len(keys), bands, [1] * len(keys), below=44)
     for axes, key in zip(panels, keys, strict=True):
         for line, k in enumerate(shown):
             colour = SHADES[line * (len(SHADES) - 1) // max(lines - 1, 1)]
