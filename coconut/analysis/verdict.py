@@ -190,8 +190,9 @@ class Reliance:
     """Rows of the study `shortcuts`: shortcuts that the model uses, that it does not, and of which too little is known.
 
     One is used if the accuracy falls by at least CLEAR_FALL without it and the interval, widened for the number of
-    shortcuts that are tried (Bonferroni), excludes 0; or, where the model is above chance, if surely more than MOST of
-    the answers change with a change that keeps the truth. It is not if the interval excludes such a fall.
+    shortcuts that are tried (Bonferroni), excludes 0; or if surely more than MOST of the answers change with a change
+    that keeps the truth, in a model that is above chance, or of whose answers surely fewer change with another such
+    change: the answers of a weak model may change with anything. It is not if the interval excludes such a fall.
     """
 
     used: list[Row]
@@ -207,7 +208,8 @@ def reliance(study: Study) -> Reliance:
     tests = [row for row in study.rows if row["kind"] in ("edit", "rule", "hint") and row["difference"] is not None
              and row["change"] not in ("hint_right", "hint_removed")]  # fmt: skip
     wider = float(norm.ppf(1 - 0.025 / max(len(tests), 1)) / norm.ppf(0.975))
-    used = [row for row in tests if _falls(row, wider) or (above_chance and mostly_changed(row))]
+    steady = above_chance or any(row["kind"] == "edit" and row["changed_high"] < MOST for row in tests)
+    used = [row for row in tests if _falls(row, wider) or (steady and mostly_changed(row))]
     unused = [row for row in tests if row["difference_low"] > -CLEAR_FALL and row not in used]
     return Reliance(used, unused, [row for row in tests if row not in used and row not in unused], above_chance)
 

@@ -159,12 +159,14 @@ def test_what_stands_before_the_answers_comes_from_the_last_stage(method: str) -
 
 
 def shortcut_row(change: str, kind: str, difference: float, **more: Any) -> dict[str, Any]:
-    bounds = {"difference_low": difference - 0.02, "difference_high": difference + 0.02, "changed_low": None}
+    bounds = {"difference_low": difference - 0.02, "difference_high": difference + 0.02}
     return {
         "change": change,
         "kind": kind,
         "label": change,
         "accuracy": 0.5,
+        "changed_low": None,
+        "changed_high": 0.9,
         "difference": difference,
         **bounds,
         **more,
@@ -185,6 +187,8 @@ def test_shortcuts_are_sorted_by_their_intervals_and_spoil_the_verdict() -> None
     assert [row["change"] for row in found.unclear] == ["deeper_wrong"]
     rows[0]["low"] = 0.4
     assert [row["change"] for row in reliance(study).used] == ["named_last_wrong"], "at chance answers are loose"
+    rows[2]["changed_high"] = 0.2
+    assert [row["change"] for row in reliance(study).used] == ["named_last_wrong", "option_order"], "not with this edit"
     rows[0]["low"] = 0.9
     assert verdict({"shortcuts": study}, "thoughts", above_chance=False).headline.endswith("above chance.")
     spoiled = verdict({**studies("step_by_step"), "shortcuts": study}, "thoughts")
