@@ -132,9 +132,7 @@ def verdict(studies: Studies, of: str, *, above_chance: bool | None = None) -> V
     """
     findings = [found for finding in FINDINGS.values() if (found := finding(studies, of))]
     if above_chance is False:
-        return Verdict(
-            "chance", f"Nothing can be said about the {of}: the accuracy is not clearly above chance.", findings
-        )
+        return Verdict("chance", "Nothing can be said: the accuracy is not clearly above chance.", findings)
     kind, headline = (of, WITHOUT_THOUGHTS[of]) if of in WITHOUT_THOUGHTS else _of_thoughts(studies, findings)
     if any(found.name == SHORTCUTS and found.speaks is False for found in findings):
         headline += " It relies on a shortcut of its data, too."
