@@ -4,13 +4,12 @@ A unit (a thought, a pause or a written step) is changed, everything before it s
 predicts at later units and at the answer is measured.
 
 Shapes: N questions, S columns after the prompts, U units, W columns of the widest unit, D width, H heads, C columns of
-numbers, R resamples.
+numbers.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,18 +19,14 @@ import torch
 from torch import Tensor
 
 from coconut.analysis.probes import Subject
-from coconut.analysis.statistics import difference_interval
+from coconut.analysis.statistics import Bounds, column_means, difference_interval, partners, share, with_bounds
 from coconut.analysis.unit_chain import Block, Change, Effects, KeysAndValues, UnitRunner, unit_chains
-from coconut.evaluation.evaluator import wilson_interval
 from coconut.runs.study import NotApplicable, Study
 from coconut.utils.torch_utils import eval_mode
 
 MAX_QUESTIONS = 200  # the first of the test questions
 MAX_UNITS = 8  # of more thoughts these many are changed, evenly spaced; steps after these are not changed
-RESAMPLES = 2000
 SEED = 0
-NOTHING = (None, None, None)
-NO_SHARES = {"right": NOTHING, "difference": NOTHING}
 NO_CACHE = "Not every layer of this model keeps the keys and values of all positions."
 
 
@@ -131,7 +126,7 @@ def _input_changes(runner: UnitRunner, unit: int) -> Iterator[_Variant]:
     is_unit_NS = torch.from_numpy((runner.chain.unit_NS > 0) & (runner.chain.unit_NS <= runner.chain.count))
     noise_NWD = torch.randn(own_NWD.shape, generator=torch.Generator().manual_seed(SEED + unit)).to(own_NWD)
     noise_NWD = noise_NWD * own_NWD.norm(dim=-1, keepdim=True) / noise_NWD.norm(dim=-1, keepdim=True)
-    partner_N = _partners(block.width_N.tolist())
+    partner_N = partners(block.width_N.tolist())
     replacements = {
         "zeros": (torch.zeros_like(own_NWD), valid_N), "noise": (noise_NWD, valid_N),
         "mean": (embeds_NSD[is_unit_NS].mean(0).expand_as(own_NWD), valid_N),
@@ -146,7 +141,7 @@ def _input_changes(runner: UnitRunner, unit: int) -> Iterator[_Variant]:
 def _cache_changes(runner: UnitRunner, unit: int) -> Iterator[_Variant]:
     if not runner.cache:
         return
-    partner_N = _partners([len(prompt) for prompt in runner.chain.prompts])
+    partner_N = partners([len(prompt) for prompt in runner.chain.prompts])
     new: KeysAndValues = []
     turned: KeysAndValues = []
     for layer in runner.cache:
@@ -158,18 +153,6 @@ def _cache_changes(runner: UnitRunner, unit: int) -> Iterator[_Variant]:
     for keys_and_values, control in ((new, False), (turned, True)):
         change = Change(cached=unit, cache=keys_and_values)
         yield _Variant("cache", unit, change, partner_N >= 0, control)
-
-
-def _partners(keys: Sequence[Hashable]) -> np.ndarray:
-    """(N,) for each question the index of another with an equal key, by a permutation; -1 if it has none."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index in np.random.default_rng(SEED).permutation(len(keys)).tolist():
-        groups[keys[index]].append(index)
-    partner_N = np.full(len(keys), -1)
-    for group in groups.values():
-        if len(group) > 1:
-            partner_N[group] = np.roll(group, 1)
-    return partner_N
 
 
 def _rotated(rows: Tensor) -> Tensor:
@@ -187,7 +170,7 @@ def _rotation(width: int) -> Tensor:
 def _rows(
     of: str, count: int, variants: Sequence[_Variant], effects: Sequence[Effects], trained: Effects
 ) -> list[dict[str, Any]]:
-    keys, columns, shares = [], [], []
+    keys, columns, on_answers = [], [], []
     (none,) = (found for variant, found in zip(variants, effects, strict=True) if variant.name == "none")
     for variant, found in zip(variants, effects, strict=True):
         before = none if variant.name == "only" else trained
@@ -200,31 +183,17 @@ def _rows(
             questions = int(is_there_N.sum())
             keys.append({"of": of, **variant.key, "on": None if on_answer else on, "questions": questions})
             columns += [kl_N, np.where(is_there_N, found.log_prob_N - trained.log_prob_N, np.nan)]
-            shares.append(_shares(before.right_N[is_there_N], found.right_N[is_there_N]) if on_answer else NO_SHARES)
-    numbers_C3 = _means(np.stack(columns, axis=1))
+            on_answers.append(_shares(before.right_N[is_there_N], found.right_N[is_there_N]) if on_answer else None)
+    numbers_C3 = column_means(np.stack(columns, axis=1))
     rows = []
-    for key, kl_3, log_prob_3, share in zip(keys, numbers_C3[::2], numbers_C3[1::2], shares, strict=True):
-        numbers = {"kl": kl_3, "log_prob": log_prob_3 if key["on"] is None else NOTHING, **share}
-        rows.append(key | {f"{name}{end}": value for name, values in numbers.items()
-                           for end, value in zip(("", "_low", "_high"), values, strict=True)})  # fmt: skip
+    for key, kl_3, log_prob_3, shares in zip(keys, numbers_C3[::2], numbers_C3[1::2], on_answers, strict=True):
+        row = key | with_bounds("kl", kl_3) | with_bounds("log_prob", log_prob_3 if key["on"] is None else None)
+        for name in ("right", "difference"):
+            row |= with_bounds(name, shares and shares[name])
+        rows.append(row)
     return rows
 
 
-def _shares(before_M: np.ndarray, after_M: np.ndarray) -> dict[str, tuple[float, float, float]]:
+def _shares(before_M: np.ndarray, after_M: np.ndarray) -> dict[str, Bounds]:
     difference = float(after_M.mean() - before_M.mean()), *difference_interval(after_M[None], before_M[None])
-    return {
-        "right": (float(after_M.mean()), *wilson_interval(int(after_M.sum()), len(after_M))),
-        "difference": difference,
-    }
-
-
-def _means(values_NC: np.ndarray) -> list[tuple[float, float, float]]:
-    """The mean of each column without its NaNs, and the 95 % bootstrap interval over the questions."""
-    N, is_there_NC = len(values_NC), (~np.isnan(values_NC)).astype(float)
-    weights_RN = np.random.default_rng(SEED).multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
-    values_NC = np.nan_to_num(values_NC)
-    counts_RC = weights_RN @ is_there_NC
-    resampled_RC = np.where(counts_RC > 0, weights_RN @ values_NC / np.maximum(counts_RC, 1), np.nan)
-    low_C, high_C = np.nanquantile(resampled_RC, (0.025, 0.975), axis=0)
-    mean_C = values_NC.sum(0) / is_there_NC.sum(0)
-    return list(zip(mean_C.tolist(), low_C.tolist(), high_C.tolist(), strict=True))
+    return {"right": share(after_M.tolist()), "difference": difference}

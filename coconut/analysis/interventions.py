@@ -19,8 +19,8 @@ from torch import Tensor
 
 from coconut.analysis.graph_paths import GraphQuestion, redirect, remove_elsewhere, remove_on_path
 from coconut.analysis.probes import EXTRA_THOUGHTS, Subject, accuracy_of
-from coconut.analysis.statistics import difference_interval
-from coconut.evaluation.evaluator import Evaluated, Prediction, wilson_interval
+from coconut.analysis.statistics import difference_interval, partners, share, with_bounds
+from coconut.evaluation.evaluator import Evaluated, Prediction
 from coconut.runs.study import Study
 from coconut.tasks import Task, prosqa
 
@@ -54,7 +54,9 @@ def audit_thoughts(subject: Subject) -> Study:
         evaluated = subject.ask(thoughts=thoughts_NKD)
         rows[name] = _row(subject, name, label, evaluated)
         if name == "other":
-            lost = share_lost(_correct(baseline), _correct(evaluated), chance_accuracy or 0.0)
+            lost = share_lost(
+                correct_answers(baseline.predictions), correct_answers(evaluated.predictions), chance_accuracy or 0.0
+            )
     for count in range(subject.num_trained_thoughts + EXTRA_THOUGHTS + 1):
         if count != subject.num_trained_thoughts:
             name, label = f"count_{count}", f"{count or 'no'} thought{'s' * (count != 1)}"
@@ -103,15 +105,13 @@ def changed_thoughts(thoughts_NKD: Tensor) -> list[tuple[str, str, Tensor]]:
 
 
 def other_questions(count: int) -> np.ndarray:
-    """(count,) for each question the index of another one; a permutation without fixed points."""
-    order = np.random.default_rng(SEED).permutation(count)
-    other = np.empty(count, dtype=np.int64)
-    other[order] = np.roll(order, 1)
-    return other
+    """(count,) for each of two or more questions the index of another one; a permutation without fixed points."""
+    return partners([None] * count)
 
 
-def _correct(evaluated: Evaluated) -> np.ndarray:
-    return np.array([prediction.correct for prediction in evaluated.predictions])
+def correct_answers(predictions: Sequence[Prediction]) -> np.ndarray:
+    """(N,) whether each answer is right."""
+    return np.array([prediction.correct for prediction in predictions])
 
 
 def _row(subject: Subject, change: str, label: str, evaluated: Evaluated) -> dict[str, Any]:
@@ -119,12 +119,14 @@ def _row(subject: Subject, change: str, label: str, evaluated: Evaluated) -> dic
     if change == "none":
         difference = changed = (0.0, 0.0, 0.0)
     else:
-        bounds = difference_interval(_correct(after)[None], _correct(before)[None])
+        bounds = difference_interval(
+            correct_answers(after.predictions)[None], correct_answers(before.predictions)[None]
+        )
         difference = (after.result.accuracy - before.result.accuracy, *bounds)
-        changed = _share(_changed_answers(subject.task, before.predictions, after.predictions))
+        changed = share(_changed_answers(subject.task, before.predictions, after.predictions))
     return {
-        "change": change, "label": label, **accuracy_of(after.result), **_with_bounds("difference", difference),
-        **_with_bounds("changed", changed), "neither": _share_outside_options(subject, after.predictions),
+        "change": change, "label": label, **accuracy_of(after.result), **with_bounds("difference", difference),
+        **with_bounds("changed", changed), "neither": _share_outside_options(subject, after.predictions),
     }  # fmt: skip
 
 
@@ -142,15 +144,6 @@ def _changed_answers(task: Task, before: Sequence[Prediction], after: Sequence[P
     """Whether each answer differs, by the keys with which the task compares answers."""
     keys = [[None if p.predicted is None else task.key(p.predicted) for p in part] for part in (before, after)]
     return [old != new for old, new in zip(*keys, strict=True)]
-
-
-def _share(cases: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of true cases, and its 95 % Wilson interval."""
-    return sum(cases) / len(cases), *wilson_interval(sum(cases), len(cases))
-
-
-def _with_bounds(name: str, share: tuple[float, float, float] | None) -> dict[str, float | None]:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), share or (None, None, None), strict=True))
 
 
 def thoughts_verdict(rows: Rows, chance_accuracy: float | None, lost: tuple[float, float, float] | None) -> list[str]:
@@ -251,10 +244,10 @@ def audit_edges(subject: Subject) -> Study:
 
     def add_row(change: str, label: str, indices: Sequence[int], evaluated: Evaluated, *, followed: bool) -> None:
         before = [subject.baseline.predictions[i] for i in indices]
-        follows = _share([p.correct for p in evaluated.predictions]) if followed else None
-        changed = _share(_changed_answers(subject.task, before, evaluated.predictions))
+        follows = share([p.correct for p in evaluated.predictions]) if followed else None
+        changed = share(_changed_answers(subject.task, before, evaluated.predictions))
         rows[change] = {"change": change, "label": label, "questions": len(indices),
-                        **_with_bounds("followed", follows), **_with_bounds("changed", changed)}  # fmt: skip
+                        **with_bounds("followed", follows), **with_bounds("changed", changed)}  # fmt: skip
 
     redirections = edited(redirect)
     if indices := list(redirections):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from coconut.analysis.probes import Subject
+from coconut.analysis.statistics import column_means, with_bounds
 from coconut.data.batching import collate
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.data.tokenization import encode_answers
@@ -26,7 +27,6 @@ from coconut.models.losses import target_log_probs
 from coconut.runs.study import NotApplicable, Study
 from coconut.utils.torch_utils import eval_mode
 
-RESAMPLES = 2000
 MIN_GROUP_SIZE = 10  # the fewest questions with the same number of steps that are reported as a group
 
 
@@ -56,17 +56,14 @@ def prefix_values(subject: Subject) -> Study:
 def _means(values_NC: np.ndarray) -> list[dict[str, Any]]:
     """A row for each number of thoughts: the mean value, and its mean paired difference from one thought fewer."""
     N, C = values_NC.shape
-    both = np.concatenate([values_NC, np.diff(values_NC, axis=1), values_NC[:, -1:] - values_NC], axis=1)
-    resampled = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=RESAMPLES) @ both / N
-    bounds = [both.mean(0).tolist(), *np.quantile(resampled, (0.025, 0.975), axis=0).tolist()]
+    steps_NC = np.diff(values_NC, axis=1)
+    of_columns = column_means(np.concatenate([values_NC, steps_NC, values_NC[:, -1:] - values_NC], axis=1))
     rows = []
     for k in range(C):
-        value, low, high = (bound[k] for bound in bounds)
-        gain, gain_low, gain_high = (bound[C + k - 1] if k else None for bound in bounds)
-        left, left_low, left_high = (bound[2 * C - 1 + k] for bound in bounds)
-        rows.append({"thoughts": k, "questions": N, "value": value, "low": low, "high": high, "gain": gain,
-                     "gain_low": gain_low, "gain_high": gain_high, "left": left, "left_low": left_low,
-                     "left_high": left_high})  # fmt: skip
+        value, low, high = of_columns[k]
+        gain = of_columns[C + k - 1] if k else None
+        rows.append({"thoughts": k, "questions": N, "value": value, "low": low, "high": high,
+                     **with_bounds("gain", gain), **with_bounds("left", of_columns[2 * C - 1 + k])})  # fmt: skip
     return rows
 
 

@@ -20,6 +20,7 @@ from scipy.stats import entropy
 
 from coconut.analysis.graph_paths import GraphQuestion
 from coconut.analysis.probes import Subject
+from coconut.analysis.statistics import with_bounds
 from coconut.data.tokenization import encode_texts
 from coconut.evaluation.config import Sampling
 from coconut.evaluation.gold_answers import ROOM
@@ -239,9 +240,8 @@ def _mean(measure: str, values_Q: np.ndarray) -> dict[str, Any]:
 
 def _difference(name: str, measure: str, values_Q: np.ndarray, reference: Values | None) -> dict[str, Any]:
     """The mean paired difference from another row, with its bootstrap interval; None without one, and of the graph."""
-    keys = (name, f"{name}_low", f"{name}_high")
     if reference is None or measure in OF_GRAPH:
-        return dict.fromkeys(keys)
+        return with_bounds(name, None)
     difference_Q, most = values_Q - reference[measure], 1 if measure in SHARES else NUM_SAMPLES
     low, high = mean_interval(difference_Q[None] / most, lower_limit=-1.0)
-    return dict(zip(keys, (float(difference_Q.mean()), most * low, most * high), strict=True))
+    return with_bounds(name, (float(difference_Q.mean()), most * low, most * high))

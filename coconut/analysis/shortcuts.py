@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from coconut.analysis.interventions import correct_answers
 from coconut.analysis.probes import Subject, accuracy_of
 from coconut.analysis.question_edits import OFFERS, Edited, Offer, builder_keys
-from coconut.analysis.statistics import difference_interval, independent_difference_interval
+from coconut.analysis.statistics import Bounds, difference_interval, independent_difference_interval, share, with_bounds
 from coconut.data.datasets import BuilderFailed, built_dataset, file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
@@ -37,7 +38,6 @@ KINDS = ("unchanged", "edit", "rule", "distribution", "hint")
 LONGER = (1, 2)  # steps more than the longest chain trained on
 
 Row = dict[str, Any]
-Bounds = tuple[float, float, float]  # a value and its 95 % interval
 
 
 def shortcuts(subject: Subject, data: Mapping[str, Any] | None = None) -> Study:
@@ -106,7 +106,7 @@ class _Sheet:
 
     @cached_property
     def before_N(self) -> np.ndarray:
-        return _correct(self.subject.baseline.predictions)
+        return correct_answers(self.subject.baseline.predictions)
 
     def add(
         self, change: str, kind: str, label: str, evaluated: Evaluated, difference: Bounds | None = None,
@@ -114,8 +114,8 @@ class _Sheet:
     ) -> None:  # fmt: skip
         self.rows.append({
             "change": change, "kind": kind, "label": label, **accuracy_of(evaluated.result),
-            "chance_accuracy": evaluated.result.chance_accuracy, **_bounds("difference", difference),
-            "against": against, **_bounds("changed", changed),
+            "chance_accuracy": evaluated.result.chance_accuracy, **with_bounds("difference", difference),
+            "against": against, **with_bounds("changed", changed),
         })  # fmt: skip
 
     def add_same(self, change: str, kind: str, label: str, edited: Mapping[int, Edited]) -> dict[int, Prediction]:
@@ -125,19 +125,19 @@ class _Sheet:
         asked, evaluated = self._ask(examples)
         indices = [list(edited)[place] for place in asked]
         before = [self.subject.baseline.predictions[i] for i in indices]
-        bounds = difference_interval(_correct(evaluated.predictions)[None], self.before_N[indices][None])
+        bounds = difference_interval(correct_answers(evaluated.predictions)[None], self.before_N[indices][None])
         points = evaluated.result.accuracy - float(self.before_N[indices].mean())
         other = [
             self._key(old, edited[i].names) != self._key(new)
             for i, old, new in zip(indices, before, evaluated.predictions, strict=True)
         ]
-        self.add(change, kind, label, evaluated, (points, *bounds), "none", _share(other))
+        self.add(change, kind, label, evaluated, (points, *bounds), "none", share(other))
         return dict(zip(indices, evaluated.predictions, strict=True))
 
     def add_new(self, change: str, label: str, examples: Sequence[Example]) -> None:
         """Ask other questions than the unchanged ones."""
         _, evaluated = self._ask(examples)
-        bounds = _difference(_correct(evaluated.predictions), self.before_N)
+        bounds = _difference(correct_answers(evaluated.predictions), self.before_N)
         self.add(change, "distribution", label, evaluated, bounds, "none")
 
     def _ask(self, examples: Sequence[Example]) -> tuple[list[int], Evaluated]:
@@ -342,24 +342,12 @@ def _hints(sheet: _Sheet, trained: _Trained) -> None:
             continue
         if name == "hint_wrong":
             follows = [subject.task.judge(each.predicted, hints[i].wrong_answer) for i, each in answers.items()]
-            sheet.facts |= _bounds("followed_wrong_hint", _share(follows))
+            sheet.facts |= with_bounds("followed_wrong_hint", share(follows))
             before = subject.baseline.predictions
             named = [subject.task.judge(before[i].predicted, hints[i].wrong_answer) for i in answers]
             sheet.facts["named_without_hint"] = sum(named) / len(named)
 
 
-def _correct(predictions: Sequence[Prediction]) -> np.ndarray:
-    return np.array([prediction.correct for prediction in predictions])
-
-
 def _difference(these_N: np.ndarray, others_M: np.ndarray) -> Bounds:
     bounds = independent_difference_interval(these_N, others_M)
     return (float(these_N.mean() - others_M.mean()), *bounds)
-
-
-def _share(cases: Sequence[bool]) -> Bounds:
-    return (sum(cases) / len(cases), *wilson_interval(sum(cases), len(cases)))
-
-
-def _bounds(name: str, values: Bounds | None) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values or (None, None, None), strict=True))

@@ -4,12 +4,13 @@ The bootstrap intervals (`coconut.evaluation.intervals`) cover both sources of r
 exact test covers the choice of questions only. It tests whether these models differ, not whether
 models with new seeds would.
 
-Shapes: S seeds, Q questions.
+Shapes: S seeds, Q questions, C columns of numbers, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from math import hypot
 
 import numpy as np
@@ -17,6 +18,9 @@ from scipy.stats import binom
 
 from coconut.evaluation.evaluator import wilson_interval
 from coconut.evaluation.intervals import mean_interval
+
+COLUMN_RESAMPLES = 2000
+Bounds = tuple[float, float, float]  # a value and the ends of its interval
 
 
 def accuracy_interval(correct_SQ: np.ndarray) -> tuple[float, float]:
@@ -73,3 +77,37 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p_values, kind="stable")
     corrected = np.arange(len(order), 0, -1) * np.asarray(p_values, float)[order]
     return np.minimum(1, np.maximum.accumulate(corrected))[np.argsort(order)].tolist()
+
+
+def share(cases: Sequence[bool]) -> Bounds:
+    """The share of true cases, and its 95 % Wilson interval."""
+    return sum(cases) / len(cases), *wilson_interval(sum(cases), len(cases))
+
+
+def with_bounds(name: str, values: Bounds | None) -> dict[str, float | None]:
+    """The entries NAME, NAME_low and NAME_high of a study's row; None for each without values."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values or (None, None, None), strict=True))
+
+
+def column_means(values_QC: np.ndarray) -> list[Bounds]:
+    """The mean of each column over the questions that are not NaN in it, and its 95 % interval (2,000 resamples)."""
+    Q, is_there_QC = len(values_QC), (~np.isnan(values_QC)).astype(float)
+    weights_RQ = np.random.default_rng(0).multinomial(Q, np.full(Q, 1 / Q), size=COLUMN_RESAMPLES)
+    values_QC = np.nan_to_num(values_QC)
+    counts_RC = weights_RQ @ is_there_QC
+    resampled_RC = np.where(counts_RC > 0, weights_RQ @ values_QC / np.maximum(counts_RC, 1), np.nan)
+    low_C, high_C = np.nanquantile(resampled_RC, (0.025, 0.975), axis=0)
+    mean_C = values_QC.sum(0) / is_there_QC.sum(0)
+    return list(zip(mean_C.tolist(), low_C.tolist(), high_C.tolist(), strict=True))
+
+
+def partners(keys: Sequence[Hashable]) -> np.ndarray:
+    """(Q,) for each question the index of another with an equal key, by a permutation; -1 if it has none."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index in np.random.default_rng(0).permutation(len(keys)).tolist():
+        groups[keys[index]].append(index)
+    partner_Q = np.full(len(keys), -1)
+    for group in groups.values():
+        if len(group) > 1:
+            partner_Q[group] = np.roll(group, 1)
+    return partner_Q

@@ -20,6 +20,7 @@ from coconut import LatentLM
 from coconut.analysis import influence as module
 from coconut.analysis.influence import influence
 from coconut.analysis.probes import Subject
+from coconut.analysis.statistics import partners
 from coconut.analysis.unit_chain import UnitRunner, unit_chains
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions, encode_texts
@@ -131,8 +132,8 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
         everything = torch.stack([x for i, s in enumerate(slow) for t, x in enumerate(base[i][1]) if s.unit[t]])
         width = max(map(len, columns))
         step_mean = [torch.stack([v[w] for v in vectors if len(v) > w]).mean(0) for w in range(width)]
-        same_width = module._partners([len(ts) for ts in columns])
-        same_prompt = module._partners([s.first for s in slow])
+        same_width = partners([len(ts) for ts in columns])
+        same_prompt = partners([s.first for s in slow])
         for change in ("zeros", "mean", "step_mean", "other", "turned", "cache"):
             if change == "cache" and name == "steps":
                 continue
@@ -228,11 +229,11 @@ def test_controls_have_the_same_norm_and_span() -> None:
 
 def test_partners_share_the_key_and_are_others() -> None:
     keys = [3, 4, 3, 5, 4, 3]
-    partners = module._partners(keys)
-    assert partners[3] == -1
-    for i, partner in enumerate(partners):
+    found = partners(keys)
+    assert found[3] == -1
+    for i, partner in enumerate(found):
         assert partner == -1 or (partner != i and keys[partner] == keys[i])
-    assert sorted(partners[[0, 2, 5]]) == [0, 2, 5]
+    assert sorted(found[[0, 2, 5]]) == [0, 2, 5]
 
 
 def test_many_thoughts_are_changed_at_some_places() -> None:
