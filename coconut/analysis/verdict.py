@@ -88,33 +88,55 @@ class Roles:
         return any(unit in self.through_later for unit, _ in self.arcs)
 
 
+def later_of(study: Study, of: str) -> str:
+    """How later units are treated in the rows of `influence` that count: computed anew where they can be."""
+    return "recomputed" if any(row["of"] == of and row["later"] == "recomputed" for row in study.rows) else "kept"
+
+
+def effects(study: Study, of: str, change: str, *, control: bool = False, later: str = "kept") -> dict[int, Row]:
+    """The rows of `influence` with the effect on the answer, by unit."""
+    return {row["unit"]: row for row in _rows_of(study, of, change, control, later) if row["on"] is None}
+
+
+def effects_between(
+    study: Study, of: str, change: str, *, control: bool = False, later: str = "kept"
+) -> dict[tuple[int, int], Row]:
+    """The rows of `influence` with the effect of a unit on a later one, by these two."""
+    return {(row["unit"], row["on"]): row for row in _rows_of(study, of, change, control, later) if row["on"]}
+
+
+def _rows_of(study: Study, *key: Any) -> list[Row]:
+    names = ("of", "change", "control", "later")
+    return [row for row in study.rows if tuple(row[name] for name in names) == key]
+
+
 def roles(study: Study, of: str) -> Roles:
     """The roles of the units of a kind."""
-    rows = [row for row in study.rows if row["of"] == of]
-    recomputed = any(row["later"] == "recomputed" for row in rows)
-    later = "recomputed" if recomputed else "kept"
-
-    def effects(change: str, later: str = "kept", control: bool = False) -> dict[tuple[int, int | None], Row]:
-        return {(row["unit"], row["on"]): row for row in rows
-                if (row["change"], row["later"], row["control"]) == (change, later, control)}  # fmt: skip
-
-    other, turned = effects("other", later), effects("other", later, control=True)
-    kept, only = effects("other"), effects("only")
-    acts = [key for key, row in other.items() if row["kl"] > SMALL_EFFECT and row["kl_low"] > turned[key]["kl_high"]]
-    on_answer = {unit: row for (unit, on), row in other.items() if on is None}
+    later = later_of(study, of)
+    on_answer, turned, kept = (
+        effects(study, of, "other", control=control, later=its) for control, its in
+        ((False, later), (True, later), (False, "kept"))
+    )  # fmt: skip
+    between, turned_between = (effects_between(study, of, "other", control=control, later=later)
+                               for control in (False, True))  # fmt: skip
     missed = [unit for unit, row in on_answer.items() if row["difference_high"] < 0]
     return Roles(
         count=study.facts["units"][of],
         tried=list(on_answer),
         missed=missed,
         unneeded=[unit for unit, row in on_answer.items() if row["difference_low"] > -CLEAR_FALL],
-        necessary=[unit for unit in missed if (unit, None) in acts],
-        sufficient=[unit for (unit, on), row in only.items() if on is None and row["difference_low"] > 0],
-        through_later=[unit for unit in missed if kept[unit, None]["right_low"] > other[unit, None]["right_high"]],
-        arcs=[(unit, on) for unit, on in acts if on is not None],
-        pairs=len(other) - len(on_answer),
-        recomputed=recomputed,
+        necessary=[unit for unit in missed if _acts(on_answer[unit], turned[unit])],
+        sufficient=[unit for unit, row in effects(study, of, "only").items() if row["difference_low"] > 0],
+        through_later=[unit for unit in missed if kept[unit]["right_low"] > on_answer[unit]["right_high"]],
+        arcs=[pair for pair, row in between.items() if _acts(row, turned_between[pair])],
+        pairs=len(between),
+        recomputed=later == "recomputed",
     )
+
+
+def _acts(row: Row, turned: Row) -> bool:
+    """Whether an effect is no small one, and clearly larger than that of its control."""
+    return row["kl"] > SMALL_EFFECT and row["kl_low"] > turned["kl_high"]
 
 
 def describe_arcs(found: Roles) -> str:
@@ -175,12 +197,13 @@ def _answer_is_there_at_once(studies: Studies) -> bool:
     """Whether the first thought clearly adds to the right answer, given the mark, and all others less than AT_ONCE."""
     if not (study := studies.get("prefix_values")):
         return False
-    rows = _after_mark(study)
+    rows = of_all_questions(study, "after_mark")
     return len(rows) > 2 and rows[1]["gain_low"] > 0 and rows[1]["left_high"] < AT_ONCE
 
 
-def _after_mark(study: Study) -> list[Row]:
-    return [row for row in study.rows if row["of"] == "after_mark" and row["steps"] is None]
+def of_all_questions(study: Study, of: str) -> list[Row]:
+    """The rows of `prefix_values` that are over all questions, by the number of thoughts."""
+    return [row for row in study.rows if row["of"] == of and row["steps"] is None]
 
 
 @dataclass(frozen=True)
@@ -247,13 +270,12 @@ def _gain(studies: Studies, of: str) -> Finding | None:
     """Against: no thought clearly makes the right answer likelier, given the mark. Places without content may do so."""
     if not (study := studies.get("prefix_values")):
         return None
-    rows = _after_mark(study)
+    rows = of_all_questions(study, "after_mark")
     first, last = rows[0]["value"], rows[-1]["value"]
     raising = [str(row["thoughts"]) for row in rows[1:] if row["gain_low"] > 0]
-    value = f"log-probability {first:+.2f} without, {last:+.2f} with all".replace("-", "−").replace("log−", "log-")
-    return Finding(
-        GAIN, value + (f"; raised by number {listed(raising)}" if raising else ""), None if raising else False
-    )
+    value = f"log-probability {first:+.2f} without, {last:+.2f} with all"
+    value += f"; raised by number {listed(raising)}" if raising else ""
+    return Finding(GAIN, value, None if raising else False)
 
 
 def _needed(studies: Studies, of: str) -> Finding | None:
@@ -339,12 +361,21 @@ def _bears(studies: Studies, of: str) -> Finding | None:
     """Neither: a model may bear noise on thoughts that it uses."""
     if not (study := studies.get("noise")):
         return None
-    rows = [row for row in study.rows if row["where"] == of]
-    clean = next((row for row in rows if row["sigma"] == 0), None)
-    if clean is None:
+    rows = noise_rows(study, of)
+    if not rows:
         return None
-    fallen = min((row["sigma"] for row in rows if row["high"] < clean["low"]), default=None)
-    return Finding(NOISE, "no clear fall" if fallen is None else f"clear fall from size {fallen:g} on", None)
+    fallen = clearly_fallen(rows)
+    return Finding(NOISE, f"clear fall from size {fallen[0]['sigma']:g} on" if fallen else "no clear fall", None)
+
+
+def noise_rows(study: Study, where: str) -> list[Row]:
+    """The rows of `noise` at one place, from no noise to the largest."""
+    return sorted((row for row in study.rows if row["where"] == where), key=lambda row: row["sigma"])
+
+
+def clearly_fallen(rows: list[Row]) -> list[Row]:
+    """The rows whose accuracy is clearly below that of the first."""
+    return [row for row in rows[1:] if row["high"] < rows[0]["low"]]
 
 
 EXCHANGE, GAIN, NEEDED = "thoughts of another question", "what thoughts add", "needed for the answer"

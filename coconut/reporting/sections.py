@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from coconut.analysis.verdict import of_all_questions
 from coconut.methods import Source
 from coconut.reporting import charts
 from coconut.reporting.measurements import geometry, influence, noise, readout, rollouts, shortcuts
@@ -122,7 +123,7 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
     rows = [
         [label, str(row["thoughts"]), signed(row["value"]), _range(row["low"], row["high"]),
          *([DASH, DASH] if row["gain"] is None else [signed(row["gain"]), _range(row["gain_low"], row["gain_high"])])]
-        for of, (_, label) in charts.PREFIXES.items() for row in _of_all_questions(study, of)
+        for of, (_, label) in charts.PREFIXES.items() for row in of_all_questions(study, of)
     ]  # fmt: skip
     table = Table(["the right answer", "thoughts", "prefix value", "95 % interval", "added", "95 % interval"], rows, 4)
     alt = "Log-probability of the right answer for each number of thoughts; the numbers are in the table below."
@@ -131,13 +132,9 @@ def _prefix_values(run: RunRecord, study: Study) -> list[Part]:
     return [*texts, *figure, Aside("The numbers", [table])]
 
 
-def _of_all_questions(study: Study, of: str) -> list[Row]:
-    return [row for row in study.rows if row["of"] == of and row["steps"] is None]
-
-
 def describe_prefix_values(study: Study) -> list[str]:
     """Describe in sentences what each thought adds to the log-probability of the right answer."""
-    whole, after_mark = _of_all_questions(study, "answer"), _of_all_questions(study, "after_mark")
+    whole, after_mark = of_all_questions(study, "answer"), of_all_questions(study, "after_mark")
     sentences = [
         "The prefix value is the log-probability of the right answer after the first thoughts. On average it is "
         f"{signed(whole[0]['value'])} without thoughts and {signed(whole[-1]['value'])} with "

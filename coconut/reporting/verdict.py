@@ -10,7 +10,7 @@ from coconut.analysis.config import MethodsConfig
 from coconut.analysis.verdict import FINDINGS, Verdict, verdict
 from coconut.methods import Stage
 from coconut.reporting.page import Aside, Lead, Section, Table, Text, page
-from coconut.reporting.phrases import between, percent
+from coconut.reporting.phrases import between, percent, typeset
 from coconut.reporting.run_table import aligned, common_folder, output_folder
 from coconut.runs.record import DASH, RunRecord, read_run
 from coconut.runs.study import Study
@@ -46,7 +46,7 @@ def what_it_means(run: RunRecord) -> Section | None:
     found = verdict_of(run)
     if not found.findings:
         return None
-    rows = [[each.name, each.value, SPEAKS[each.speaks]] for each in found.findings]
+    rows = [[each.name, typeset(each.value), SPEAKS[each.speaks]] for each in found.findings]
     table = Table(["measurement", "what was found", "evidence"], rows)
     return Section(
         "verdict", "What it means", [Lead([found.headline]), table, Aside("How this was judged", [Text(RULE)])]
@@ -125,7 +125,7 @@ def _cells(study: Study) -> list[list[str]]:
 def _cell(value: str | None, speaks: str | None) -> str:
     if value is None:
         return DASH
-    return value if speaks == DASH else f"{speaks}: {value}"
+    return typeset(value if speaks == DASH else f"{speaks}: {value}")
 
 
 def _shown(study: Study) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coconut.analysis.verdict import describe_arcs, roles
+from coconut.analysis.verdict import describe_arcs, effects, effects_between, later_of, roles
 from coconut.reporting.charts import NARROW, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import between, percent
@@ -57,18 +57,6 @@ def parts(study: Study, drawn: Drawings) -> list[Part]:
     return found
 
 
-def later_of(study: Study, of: str) -> str:
-    """How later units are treated in the rows that count: computed anew where they can be."""
-    return "recomputed" if any(row["of"] == of and row["later"] == "recomputed" for row in study.rows) else "kept"
-
-
-def effects(study: Study, of: str, change: str, *, control: bool = False, later: str = "kept") -> dict[int, Row]:
-    """The rows of the effect on the answer, by unit."""
-    key = (of, change, control, later, None)
-    names = ("of", "change", "control", "later", "on")
-    return {row["unit"]: row for row in study.rows if tuple(row[name] for name in names) == key}
-
-
 def describe(study: Study, of: str) -> list[str]:
     """Say which units the answer needs, which suffice, and through what they act."""
     noun, trained, later, found = NOUNS[of], study.facts["right"][of], later_of(study, of), roles(study, of)
@@ -117,13 +105,6 @@ def describe(study: Study, of: str) -> list[str]:
     return sentences
 
 
-def _arcs(study: Study, of: str, later: str) -> list[Row]:
-    return [
-        row for row in study.rows
-        if (row["of"], row["change"], row["control"], row["later"]) == (of, "other", False, later) and row["on"]
-    ]  # fmt: skip
-
-
 @styled()
 def chart(study: Study, width: float, of: str) -> Figure:
     """Arcs from each unit to later ones and to the answer, and below each unit how many answers are right."""
@@ -136,7 +117,7 @@ def chart(study: Study, width: float, of: str) -> Figure:
     place = {unit: i for i, unit in enumerate(units)} | {None: len(units)}
     above = panel(figure, left, top, width - left - right, arcs_high)
     above.grid(visible=False)
-    arcs = [row for row in _arcs(study, of, later) if row["on"] in place]
+    arcs = [row for (_, on), row in effects_between(study, of, "other", later=later).items() if on in place]
     _draw_arcs(above, arcs, place, "blue")
     _draw_arcs(above, list(effects(study, of, "other", later=later).values()), place, "green")
     for unit, x in place.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coconut.analysis.verdict import clearly_fallen, noise_rows
 from coconut.reporting.charts import line_with_intervals, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import between, percent
@@ -40,9 +41,8 @@ def describe(study: Study) -> list[str]:
     """Say in sentences from which size of noise on the accuracy clearly falls."""
     sentences = []
     for where in dict.fromkeys(row["where"] for row in study.rows):
-        rows = sorted((row for row in study.rows if row["where"] == where), key=lambda row: row["sigma"])
-        clean, last = rows[0], rows[-1]
-        fallen = [row for row in rows[1:] if row["high"] < clean["low"]]
+        rows = noise_rows(study, where)
+        clean, last, fallen = rows[0], rows[-1], clearly_fallen(rows)
         on = WHERE[where][1]
         if fallen:
             sentences.append(
