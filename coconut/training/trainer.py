@@ -73,9 +73,12 @@ class Trainer:
             self.lm = make_model(config, examples["train"])
         apply_engine_options(self.lm, config.engine)
         self.module = TrainingModel(self.lm, self.plan).train()
+        self.thoughts: SeenThoughts | None = None  # of the last validation
         if self.training_state.resume_from:
             self.module.load_training_modules(self.training_state.resume_from)
-            restore_master(self.module, load_trainer(self.training_state.resume_from))
+            resumed = load_trainer(self.training_state.resume_from)
+            restore_master(self.module, resumed)
+            self.thoughts = SeenThoughts.from_state(resumed.get("thoughts"))
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.num_training_only = sum(weight.numel() for weight in self.module.objectives.parameters())
         with world.main_process_first():  # the others then find the tokens in the cache
@@ -93,8 +96,6 @@ class Trainer:
         self.view: EpochView | None = None  # of the current epoch, with its batches
         self.batches: list[np.ndarray] = []
         self.collapse: list[str] = []  # what the last validation warned of
-        resumed = load_trainer(self.training_state.resume_from) if self.training_state.resume_from else {}
-        self.thoughts = SeenThoughts.from_state(resumed.get("thoughts"))  # of the last validation
 
     @property
     def next_command(self) -> str:
