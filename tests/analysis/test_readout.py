@@ -16,8 +16,9 @@ from scipy.special import log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.analysis.linear_probes import fit
 from coconut.analysis.probes import Subject
-from coconut.analysis.readout import WEIGHT_DECAYS, Target, fit, readout
+from coconut.analysis.readout import WEIGHT_DECAYS, Target, readout
 from coconut.analysis.readout import _read as read
 from coconut.data.examples import Example
 from coconut.data.sequences import slot_with_markers
