@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.analysis.graph_paths import GraphQuestion
 from coconut.analysis.probes import Subject
-from coconut.data.tokenization import build_word_tokenizer, encode_questions, token_ids
+from coconut.data.tokenization import encode_questions, token_ids
 from coconut.generation.generate import pad_rows
-from coconut.methods import PromptFormat, Reasoning
 from coconut.tasks import TASKS
-from helpers.memorizing import EXAMPLES, NUM_THOUGHTS
-from helpers.models import ARCHITECTURES
+from helpers.memorizing import EXAMPLES, FORM, NUM_THOUGHTS, word_model
 
-FORM = PromptFormat("{}", "{} ", "### {}")
 SYMBOLS = [str(name) for name in range(8)]
 KINDS = ("ignores", "last_only", "from_the_first", "step_by_step", "searches")
 
@@ -76,11 +72,8 @@ def planted_model(kind: str, steps: int = 300) -> LatentLM:
     """A model that knows the answers to EXAMPLES by heart and whose thoughts are the embeddings of `symbols_of`."""
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
-    tokenizer = build_word_tokenizer(EXAMPLES, FORM)
-    sizes = {**ARCHITECTURES["llama"], "hidden_size": 64, "intermediate_size": 128}
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), bos_token_id=None, **sizes)
-    reasoning = Reasoning(num_thoughts=NUM_THOUGHTS, steps_cut=None, max_new_tokens=4, format=FORM)
-    lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
+    lm = word_model(EXAMPLES, NUM_THOUGHTS, hidden_size=64, intermediate_size=128)
+    tokenizer = lm.tokenizer
     table: Any = lm.base.get_input_embeddings()
     with torch.no_grad():
         table.weight.normal_()

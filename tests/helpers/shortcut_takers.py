@@ -5,19 +5,14 @@ from __future__ import annotations
 from random import Random
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
 from coconut.data.batching import collate
 from coconut.data.examples import Example
-from coconut.data.sequences import layout
-from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
-from coconut.methods import THOUGHTS, Form, PromptFormat, Reasoning
 from coconut.tasks import prosqa
-from helpers.models import ARCHITECTURES
+from helpers.memorizing import training_rows, update, word_model
 from helpers.runs import graph_rows
 
-FORM = PromptFormat("{}", "{} ", "### {}")
 UPDATES, BATCH_SIZE = 160, 16
 
 
@@ -37,20 +32,9 @@ def last_option_model() -> LatentLM:
     """Trained on graphs in which the right option is always named last. It has one thought."""
     torch.manual_seed(0)
     examples = [right_named_last(example) for example in graph_examples(seed=1, count=300)]
-    tokenizer = build_word_tokenizer(examples, FORM)
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), bos_token_id=None, **ARCHITECTURES["llama"])
-    reasoning = Reasoning(num_thoughts=1, steps_cut=None, max_new_tokens=4, format=FORM)
-    lm = LatentLM.from_base(AutoModelForCausalLM.from_config(config), tokenizer, "random", reasoning)
-    questions = encode_questions(tokenizer, [example.question for example in examples], FORM)
-    answers = encode_texts(tokenizer, [PromptFormat.fill(FORM.answer, example.answer) for example in examples])
-    form = Form(THOUGHTS, True, 1, steps_cut=None)
-    segments = zip(questions, ([*answer, lm.special.eos] for answer in answers), strict=True)
-    rows = [layout(each, form, lm.special) for each in segments]
+    lm = word_model(examples, num_thoughts=1)
+    rows = training_rows(lm, examples)
     optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
-    for update in range(UPDATES):
-        batch = collate(Random(update).sample(rows, BATCH_SIZE), lm.special)
-        loss = lm(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for number in range(UPDATES):
+        update(lm, optimizer, collate(Random(number).sample(rows, BATCH_SIZE), lm.special))
     return lm.eval()
