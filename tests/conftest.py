@@ -36,6 +36,23 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["COCONUT_CACHE"] = before
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _launcher_variables() -> Iterator[None]:
+    """Of each file: it leaves no variable behind by which a later test takes itself for one of several processes."""
+    before = launcher_variables()
+    yield
+    after = launcher_variables()
+    for name in after.keys() - before.keys():
+        del os.environ[name]
+    os.environ |= before
+    assert after == before
+
+
+def launcher_variables() -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 @pytest.fixture(params=list(ARCHITECTURES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

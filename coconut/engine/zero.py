@@ -69,7 +69,7 @@ class ZeroEngine:
             module.to(self.device)
         deepspeed = import_deepspeed()
         if not torch.distributed.is_initialized():
-            self._init_single_process_group()
+            self._init_single_process_group(world)
         with quiet():
             self.deepspeed, self.sharded, *_ = deepspeed.initialize(
                 model=module,
@@ -223,9 +223,15 @@ class ZeroEngine:
             if held is not None:
                 vars(held).clear()
 
-    def _init_single_process_group(self) -> None:
-        """Create a process group of one process, which DeepSpeed requires."""
-        os.environ["LOCAL_RANK"] = str(self.device.index or 0)
+    def _init_single_process_group(self, world: World) -> None:
+        """Create a process group of one process, which DeepSpeed requires.
+
+        DeepSpeed reads LOCAL_RANK. It is taken back at the end, since other libraries take it as a sign of several
+        processes.
+        """
+        if "LOCAL_RANK" not in os.environ:
+            os.environ["LOCAL_RANK"] = str(self.device.index or 0)
+            world.exit_callbacks.callback(os.environ.pop, "LOCAL_RANK", None)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         store = torch.distributed.HashStore()  # pyright: ignore
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
