@@ -495,6 +495,8 @@ def drawings(run: RunRecord) -> Drawings:
         by_name["rollouts"] = partial(rollouts.chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("readout"):
         by_name["readout"] = partial(readout.chart, study, noun=run.stages[-1].form.slot.noun)
+    if study := studies.get("readout_layers"):
+        by_name["readout_layers"] = partial(readout.layers_chart, study, noun=run.stages[-1].form.slot.noun)
     if study := studies.get("noise"):
         by_name["noise"] = partial(noise.chart, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):

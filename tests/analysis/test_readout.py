@@ -25,7 +25,7 @@ from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import build_word_tokenizer, encode_questions, encode_texts
 from coconut.methods import NOTHING, PAUSES, PromptFormat, Reasoning
 from coconut.models.passes import Reads
-from coconut.reporting.measurements.readout import describe
+from coconut.reporting.measurements.readout import describe, layers_chart
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS
 
@@ -206,8 +206,13 @@ def planted_model() -> LatentLM:
     return lm
 
 
-def test_a_step_that_only_thoughts_hold_is_told_from_one_that_nothing_holds() -> None:
-    chosen, by_layer = readout(subject_of(planted_model(), lettered(150, 1)), lettered(300, 2))
+@pytest.fixture(scope="module")
+def planted() -> list[Study]:
+    return readout(subject_of(planted_model(), lettered(150, 1)), lettered(300, 2))
+
+
+def test_a_step_that_only_thoughts_hold_is_told_from_one_that_nothing_holds(planted: list[Study]) -> None:
+    chosen, by_layer = planted
     for place in (1, 2):
         row = rows_of(chosen, step=1, place=place)[0]
         assert (row["accuracy"], row["layer"]) == (1.0, 1)
@@ -310,3 +315,21 @@ def test_the_sentences_follow_the_intervals() -> None:
         "frequent token's 10.0 %; from the token before the slot it can (60.0 %)."
     ]
     assert told(0.6, 0.9, readable=False)[0].startswith("Step 1 cannot be read from any thought"), "shuffled is as good"
+
+
+def test_cells_show_what_a_probe_gains_over_one_fitted_to_other_steps(planted: list[Study]) -> None:
+    by_layer = planted[1]
+    drawn = [
+        (axes.get_title(loc="left"), *map(int, text.get_position()), text.get_text())
+        for axes in layers_chart(by_layer, 720).axes
+        for text in axes.texts
+    ]
+    probes, expected = rows_of(by_layer, of="thoughts"), []
+    for probe in probes:
+        same = {key: probe[key] for key in ("step", "place", "layer")}
+        (control,) = rows_of(by_layer, **same, of="shuffled")
+        if probe["low"] > control["high"]:
+            gain = 100 * (probe["accuracy"] - control["accuracy"])
+            expected.append((f"Step {probe['step']}", probe["place"], probe["layer"], f"{gain:.0f}"))
+    assert sorted(drawn) == sorted(expected)
+    assert 0 < len(drawn) < len(probes)

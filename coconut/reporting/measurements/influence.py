@@ -75,7 +75,7 @@ def describe(study: Study, of: str) -> list[str]:
             numbers = listed(map(str, found.necessary))
             sentences.append(f"Only for {numbers} is the effect clearly larger than in a random direction.")
         else:
-            sentences.append("A change of the same size in a random direction has about the same effect.")
+            sentences.append("For none of them is the effect clearly larger than in a random direction.")
         if found.through_later:
             kept = effects(study, of, "other")
             shares = listed(f"{percent(kept[unit]['right'])} (number {unit})" for unit in found.through_later)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from coconut.analysis.verdict import CONTROLS, readable
 from coconut.reporting.charts import NARROW, line_with_intervals, panel, share_axis
 from coconut.reporting.page import Aside, Drawings, Part, Table, Text, figures
 from coconut.reporting.phrases import between, counted, percent
-from coconut.reporting.plots import DASHED, LIGHT, new_figure, styled, whole_ticks
+from coconut.reporting.plots import CENTRED, DASHED, LIGHT, new_figure, styled, whole_ticks
 from coconut.runs.record import DASH
 from coconut.runs.study import Study
 from coconut.utils.console import listed
@@ -49,8 +50,21 @@ def parts(study: Study, drawn: Drawings, noun: str) -> list[Part]:
         f"A step that can be read is there; whether the answer depends on it, the interventions show."
     )
     figure = figures(drawn, "readout", "Accuracy of probes for each step and place, as in the table below.", caption)
+    by_layer = (
+        "How many points of accuracy a probe gains over one that was fitted to the steps of other questions "
+        f"(selectivity), for each layer and {noun}. Layer 0 is the embeddings; {noun} 0 is the token before the slot. "
+        "A cell is empty unless the two confidence intervals lie apart."
+    )
     table = Aside("The numbers", [Table(columns, rows, 12)])
-    return [Text(" ".join(describe(study, noun))), *figure, Text(text), table]
+    return [
+        Text(" ".join(describe(study, noun))),
+        *figure,
+        Text(text),
+        *figures(
+            drawn, "readout_layers", f"Selectivity of probes by layer and {noun}, a panel for each step.", by_layer
+        ),
+        table,
+    ]
 
 
 def _share(share: float | None) -> str:
@@ -141,4 +155,45 @@ def chart(study: Study, width: float, noun: str = "thought") -> Figure:
             figure.legend([handles[i] for i in order], [names[i] for i in order], ncols=3 if narrow else len(names),
                           loc="upper left", bbox_to_anchor=(axes.get_position().x0, 1), handlelength=1.2,
                           columnspacing=1.2, handletextpad=0.4, borderaxespad=0.6)  # fmt: skip
+    return figure
+
+
+@styled()
+def layers_chart(study: Study, width: float, noun: str = "thought") -> Figure:
+    """Selectivity of the probes, layer by place, a panel for each step: accuracy minus that of `shuffled`, in points.
+
+    `study`: `readout_layers`. A cell is empty unless the intervals of the two lie apart.
+    """
+    own = f"{noun}s"
+    steps = list(dict.fromkeys(row["step"] for row in study.rows))[:MAX_PANELS]
+    by_cell = {(row["of"], row["step"], row["place"], row["layer"]): row for row in study.rows}
+    places, layers = (1 + max(row[name] for row in study.rows) for name in ("place", "layer"))
+    columns = min(len(steps), max(1, int(width // (60 + 34 * places))))
+    left, right, top, bottom, gap, high = 40, 14, 24, 44, 40, min(20, 280 / layers)
+    pitch, wide = top + high * layers + bottom, (width - left - right - gap * (columns - 1)) / columns
+    wide = min(wide, 64 * places)
+    numbered = wide / places >= 22 and high >= 14
+    from matplotlib.patches import Rectangle
+
+    figure = new_figure(width, pitch * -(-len(steps) // columns))
+    for number, step in enumerate(steps):
+        line, column = divmod(number, columns)
+        axes = panel(figure, left + column * (wide + gap), line * pitch + top, wide, high * layers)
+        axes.grid(visible=False)
+        for place, layer in product(range(places), range(layers)):
+            probe, control = by_cell[own, step, place, layer], by_cell["shuffled", step, place, layer]
+            gain = probe["accuracy"] - control["accuracy"]
+            if probe["low"] <= control["high"]:
+                continue
+            axes.add_patch(Rectangle((place - 0.5, layer - 0.5), 1, 1, color=LIGHT["blue"], alpha=0.6 * gain, lw=0))
+            if numbered:
+                axes.text(place, layer, f"{100 * gain:.0f}", fontsize="small", **CENTRED)
+        axes.set(xlim=(-0.5, places - 0.5), ylim=(-0.5, layers - 0.5), xlabel=f"{noun}, 0: before them")
+        axes.xaxis.set_label_coords(1, -26 / (high * layers), transform=axes.transAxes)
+        axes.xaxis.label.set_ha("right")
+        axes.xaxis.set_major_locator(whole_ticks(8))
+        axes.yaxis.set_major_locator(whole_ticks(min(layers, 6)))
+        axes.set_title(f"Step {step}", loc="left")
+        if not column:
+            axes.set_ylabel("layer")
     return figure
