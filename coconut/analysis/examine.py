@@ -94,7 +94,7 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
         Part.audit_thoughts: lambda: [interventions.audit_thoughts(subject)],
         Part.influence: lambda: [influence(subject)],
         Part.audit_edges: lambda: [interventions.audit_edges(subject)],
-        Part.shortcuts: lambda: [shortcuts(subject, trained.config["data"])],
+        Part.shortcuts: lambda: [shortcuts(subject, trained.config["data"], config.data)],
         Part.stopping: stopping,
     }
     studies: list[Study] = []

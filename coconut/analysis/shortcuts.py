@@ -22,6 +22,7 @@ from coconut.analysis.interventions import correct_answers
 from coconut.analysis.probes import Subject, accuracy_of
 from coconut.analysis.question_edits import OFFERS, Edited, Offer, builder_keys
 from coconut.analysis.statistics import Bounds, difference_interval, independent_difference_interval, share, with_bounds
+from coconut.config import DataFiles
 from coconut.data.datasets import BuilderFailed, built_dataset, file_of_split
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions, unknown_id, unknown_in
@@ -40,11 +41,11 @@ LONGER = (1, 2)  # steps more than the longest chain trained on
 Row = dict[str, Any]
 
 
-def shortcuts(subject: Subject, data: Mapping[str, Any] | None = None) -> Study:
+def shortcuts(subject: Subject, data: Mapping[str, Any] | None = None, files: DataFiles | None = None) -> Study:
     """Accuracy on changed test questions, a row for each set.
 
     `data`: the `data` section of the run's configuration. Harder questions are made by the settings of its training
-    file, and hints are asked for if that file has any.
+    file, or of the one that `files` names, and hints are asked for if that file has any.
 
     `kind`: unchanged; edit, the same questions changed so that the truth stays, up to names; rule, those on which a
     shallow rule is right, wrong, or says nothing; distribution, new questions unlike those trained on; hint, with a
@@ -72,7 +73,7 @@ def shortcuts(subject: Subject, data: Mapping[str, Any] | None = None) -> Study:
     _edits(sheet)
     _rules(sheet)
     try:
-        trained = _Trained.read(data)
+        trained = _Trained.read(data, files)
     except (NotApplicable, OSError, ValueError) as reason:
         sheet.left_out |= dict.fromkeys((*(f"longer_{more}" for more in LONGER), "larger", "hint"), str(reason))
         trained = None
@@ -245,10 +246,10 @@ class _Trained:
     examples: Sequence[Example]
 
     @classmethod
-    def read(cls, data: Mapping[str, Any] | None) -> _Trained:
+    def read(cls, data: Mapping[str, Any] | None, files: DataFiles | None = None) -> _Trained:
         if data is None:
             raise NotApplicable("the run's training data are not at hand")
-        file = Path(file_of_split(data, "train"))
+        file = Path(file_of_split(data, "train", files))
         return cls(data, file, read_examples(file))
 
     @cached_property

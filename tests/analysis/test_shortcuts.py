@@ -21,7 +21,7 @@ from coconut.analysis.probes import Subject
 from coconut.analysis.question_edits import OFFERS
 from coconut.analysis.shortcuts import _Trained, shortcuts
 from coconut.analysis.statistics import independent_difference_interval
-from coconut.config import DataConfig, TaskName
+from coconut.config import DataConfig, DataFiles, TaskName
 from coconut.data.examples import Example, read_examples
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import Evaluated, summarize
@@ -288,6 +288,9 @@ def test_data_without_hints_are_named(taker: LatentLM, data: dict[str, Any], tmp
     assert "the training questions have no hints" in found.facts["left_out"]["hint"]
     assert found.facts["hinted"] == 0.0
     assert found.facts["left_out"]["larger"].startswith("no manifest beside the training file")
+    gone = {**named, "train": str(tmp_path / "gone.json")}
+    assert "gone.json" in shortcuts(Subject(taker, PROSQA, TEST[:20]), gone).facts["left_out"]["hint"]
+    assert shortcuts(Subject(taker, PROSQA, TEST[:20]), gone, DataFiles(train=str(file))).rows == found.rows
 
 
 # The sentences.

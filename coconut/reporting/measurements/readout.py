@@ -188,9 +188,8 @@ def layers_chart(study: Study, width: float, noun: str = "thought") -> Figure:
             axes.add_patch(Rectangle((place - 0.5, layer - 0.5), 1, 1, color=LIGHT["blue"], alpha=0.6 * gain, lw=0))
             if numbered:
                 axes.text(place, layer, f"{100 * gain:.0f}", fontsize="small", **CENTRED)
-        axes.set(xlim=(-0.5, places - 0.5), ylim=(-0.5, layers - 0.5), xlabel=f"{noun}, 0: before them")
-        axes.xaxis.set_label_coords(1, -26 / (high * layers), transform=axes.transAxes)
-        axes.xaxis.label.set_ha("right")
+        axes.set(xlim=(-0.5, places - 0.5), ylim=(-0.5, layers - 0.5))
+        axes.set_xlabel(f"{noun}, 0: before them", loc="right")
         axes.xaxis.set_major_locator(whole_ticks(8))
         axes.yaxis.set_major_locator(whole_ticks(min(layers, 6)))
         axes.set_title(f"Step {step}", loc="left")
