@@ -181,6 +181,38 @@ def test_effects_equal_a_slow_reading(name: str) -> None:
     assert compared >= 5
 
 
+@pytest.mark.parametrize("name", ["in turn", "steps"])
+@torch.no_grad()
+def test_one_unit_alone_equals_a_slow_reading(name: str) -> None:
+    """`none` and `only`: all units, or all others, are replaced by the means over the questions at their places."""
+    lm = models()[name]
+    rows = {(r["unit"], r["change"]): r for r in influence(subject_of(lm, COUNT, batch_size=4)).rows
+            if r["change"] in ("none", "only") and r["on"] is None}  # fmt: skip
+    slow = [Slow(lm, i) for i in range(COUNT)]
+    count = max(max(s.unit) for s in slow)
+    base = [s.run({}, None) for s in slow]
+    places = [[(t, (u, s.unit[:t].count(u))) for t, u in enumerate(s.unit) if u] for s in slow]
+    fed: dict[tuple[int, int], list[Tensor]] = {}
+    for i, own in enumerate(places):
+        for t, place in own:
+            fed.setdefault(place, []).append(base[i][1][t])
+    assert rows.keys() == {(0, "none"), *((unit, "only") for unit in range(1, count + 1))}
+    for (unit, _), row in rows.items():
+        gained, right = [], []
+        for i, s in enumerate(slow):
+            if unit and unit not in s.unit:
+                continue
+            new = {t: base[i][1][t] if u == unit else torch.stack(fed[u, w]).mean(0) for t, (u, w) in places[i]}
+            after, _ = s.run(new, count)
+            ts = range(s.answer, len(s.ids))
+            gained.append(sum(float(after[t][s.ids[t]] - base[i][0][t][s.ids[t]]) for t in ts))
+            right.append(all(int(after[t].argmax()) == s.ids[t] for t in ts))
+        assert row["questions"] == len(right)
+        assert row["log_prob"] == pytest.approx(float(np.mean(gained)), abs=1e-9)
+        assert row["right"] == pytest.approx(float(np.mean(right)))
+    assert max(abs(row["log_prob"]) for row in rows.values()) > 1e-4
+
+
 def test_units_of_some_questions_are_compared_with_the_same_questions() -> None:
     """Chains of two and three steps: the third is that of some questions only."""
     lm = build("llama", slot=NOTHING, markers=False, format=FORM)
