@@ -74,6 +74,7 @@ def load(config: EvaluateConfig, data: dict[str, Any], world: World) -> FileEval
     """Load the model, after a check that the folder of results can be written to."""
     from coconut.evaluation.file_evaluation import FileEvaluator
     from coconut.evaluation.record import is_saved_model, output_folder
+    from coconut.rewards.answer_scores import load_scorer
     from coconut.runs.loading import classifier_of, load_model, load_run
     from coconut.utils.files import ensure_writable
 
@@ -86,7 +87,9 @@ def load(config: EvaluateConfig, data: dict[str, Any], world: World) -> FileEval
     if trained and config.stop is StopRule.classifier:
         with world.main_process_first():
             stop = classifier_of(config.run, trained, config.batch_size).stop
-    return FileEvaluator(lm, trained.step if trained else None, stop, config, folder, data.get("cache_dir"), world)
+    scorer = load_scorer(config, lm, world)
+    step, cache_dir = trained.step if trained else None, data.get("cache_dir")
+    return FileEvaluator(lm, step, stop, config, folder, cache_dir, world, scorer)
 
 
 main = application("evaluate", EvaluateConfig, run)

@@ -68,6 +68,8 @@ def _model(config: GenerateConfig) -> tuple[LatentLM, dict[str, Any]]:
         options["mode"] = config.mode
     if config.temperature > 0:
         options |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    if config.thought_noise or config.thought_dropout:
+        options |= {"thought_noise": config.thought_noise, "thought_dropout": config.thought_dropout}
     if config.stop is StopRule.classifier:
         trained = load_run(config.run, config.checkpoint, config.engine)
         return trained.lm, options | {"stop": classifier_of(config.run, trained).stop}

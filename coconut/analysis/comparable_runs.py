@@ -13,6 +13,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ NOT_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
 class ComparableRun:
     """A run that may be compared with others, and one of its evaluations.
 
-    `evaluation`: the contents of evaluation/NAME.json. `settings`: everything that determines the run except method
-    and seed, by dotted keys. `updates_before`: updates of the runs from which its weights were initialized.
+    `name` and `evaluation`: NAME and the contents of evaluation/NAME.json. `settings`: everything that determines the
+    run except method and seed, by dotted keys. `updates_before`: updates of the runs from which its weights were
+    initialized.
     `questions`: (text, gold answer) of each question. `correct_Q`: whether each was answered correctly.
     """
 
     record: RunRecord
+    name: str
     evaluation: dict[str, Any]
     settings: dict[str, Any]
     updates_before: int
@@ -95,13 +98,7 @@ def comparable_runs(names: Sequence[str], name: str = "test") -> list[Comparable
     Raises ValueError, with the remedy, if a run is not complete or not evaluated, if an evaluation used seen data,
     non-default settings or not the best checkpoint, or if the evaluations are on different questions.
     """
-    records = [read_run(folder) for folder in expand_patterns(names)]
-    steps = [(record, record.step, record.description["updates"]) for record in records]
-    _refuse(
-        [f"{record.folder}: update {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
-        "not complete, so the final accuracy is not known",
-        "Train to the end, with the command that began it, or leave it out of runs=.",
-    )
+    records = _complete_runs(names)
     _refuse(
         [_evaluate_command(record, name) for record in records if name not in record.evaluations],
         f"without the evaluation {name!r}",
@@ -116,6 +113,42 @@ def comparable_runs(names: Sequence[str], name: str = "test") -> list[Comparable
     )
     _refuse_different_questions(runs, name)
     return runs
+
+
+def sampled_evaluations(names: Sequence[str], pattern: str) -> list[ComparableRun]:
+    """Read runs with their evaluations of several sampled answers whose names match a pattern, in their order.
+
+    A run occurs once for each; in `correct_Q` a question counts as right if any of its answers is.
+    Raises ValueError, with the remedy, if a run is not complete or has no such evaluation, if one used seen data, or if
+    the evaluations are on different questions.
+    """
+    records, found = _complete_runs(names), []
+    for record in records:
+        named = [
+            name for name, evaluation in record.evaluations.items()
+            if fnmatch(name, pattern) and evaluation.get("sampling", {"samples": 1})["samples"] > 1
+        ]  # fmt: skip
+        if not named:
+            raise ValueError(
+                f"{record.folder} has no evaluation with several answers whose name matches {pattern}. Make one: "
+                f"coconut evaluate run={shlex.quote(str(record.folder))} samples=8 temperature=0.8"
+            )
+        found += [_comparable(record, name) for name in named]
+    _refuse_seen_data(found, pattern)
+    _refuse_different_questions(found, pattern)
+    return found
+
+
+def _complete_runs(names: Sequence[str]) -> list[RunRecord]:
+    """Read runs. Raises ValueError for those that are not complete."""
+    records = [read_run(folder) for folder in expand_patterns(names)]
+    steps = [(record, record.step, record.description["updates"]) for record in records]
+    _refuse(
+        [f"{record.folder}: update {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
+        "not complete, so the final accuracy is not known",
+        "Train to the end, with the command that began it, or leave it out of runs=.",
+    )
+    return records
 
 
 def _refuse(cases: Sequence[str], what: str, remedy: str) -> None:
@@ -134,7 +167,7 @@ def _evaluate_command(record: RunRecord, name: str) -> str:
 
 def _comparable(record: RunRecord, name: str) -> ComparableRun:
     """Read the predictions of an evaluation. Raises ValueError if their counts differ from those of NAME.json."""
-    evaluation, file = record.evaluations[name], record.folder / "evaluation" / f"{name}.predictions.jsonl"
+    evaluation, file = record.evaluations[name], predictions_file(record, name)
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     rows = [json.loads(line) for line in lines if line]
     if (len(rows), sum(row["correct"] for row in rows)) != (evaluation["count"], evaluation["correct"]):
@@ -146,7 +179,12 @@ def _comparable(record: RunRecord, name: str) -> ComparableRun:
     correct_Q = np.array([row["correct"] for row in rows], dtype=bool)
     settings = _settings(record.config, record.description)
     updates_before = sum(step for step, _ in earlier_runs(record))
-    return ComparableRun(record, evaluation, settings, updates_before, questions, correct_Q)
+    return ComparableRun(record, name, evaluation, settings, updates_before, questions, correct_Q)
+
+
+def predictions_file(record: RunRecord, name: str) -> Path:
+    """The file with every answer of an evaluation."""
+    return record.folder / "evaluation" / f"{name}.predictions.jsonl"
 
 
 def earlier_runs(record: RunRecord) -> list[tuple[int, dict[str, Any]]]:

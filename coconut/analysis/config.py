@@ -68,11 +68,15 @@ class TableConfig:
     runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
     split: str = "test"  # or the name of another evaluation that all runs have
     suite: SuiteConfig = field(default_factory=SuiteConfig)  # in place of one evaluation: one for each set
+    sampled: PathName = ""  # in place of these: a pattern of names of sampled evaluations, compared at equal passes
     output: PathName | None = None  # a folder; by default the common parent of the runs
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("Name the runs: runs=DIR,DIR,... or a pattern, such as runs='runs/table1/*-seed*'.")
+        if self.sampled and (self.suite.sets or self.split != "test"):
+            other = f"suite={self.suite.name}" if self.suite.sets else f"split={self.split}"
+            raise ValueError(f"sampled={self.sampled} and {other} are both given: compare one of them.")
         if self.suite.sets and self.split != "test":
             raise ValueError(f"suite={self.suite.name} and split={self.split} are both given: compare one of them.")
 

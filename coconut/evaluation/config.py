@@ -25,35 +25,45 @@ MAX_SAMPLES = 256  # with more, the exact maj@k would take longer than the answe
 
 @dataclass(frozen=True)
 class Sampling:
-    """How several answers to a question are drawn. With temperature and thought_noise at 0 all are the greedy one.
+    """How several answers to a question are drawn. Without temperature, noise and dropout all are the greedy one.
 
     temperature, top_p: of sampled words. thought_noise: the standard deviation of the Gaussian noise on each number of
-        a thought that is fed.
+        a thought that is fed. thought_dropout: the probability with which each of these numbers is dropped before.
     """
 
     samples: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     thought_noise: float = 0.0
+    thought_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("", self, samples=1, temperature=0, thought_noise=0, seed=0)
+        at_least("", self, samples=1, temperature=0, thought_noise=0, thought_dropout=0, seed=0)
         if self.samples > MAX_SAMPLES:
             raise ValueError(f"samples is {self.samples}; it must be at most {MAX_SAMPLES}.")
         for name in ("temperature", "thought_noise"):
             if not math.isfinite(value := getattr(self, name)):
                 raise ValueError(f"{name} is {value}; it must be a finite number, 0 or more.")
+        if not 0 <= self.thought_dropout < 1:
+            raise ValueError(f"thought_dropout is {self.thought_dropout}; it must be a probability below 1.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
         if self.top_p < 1 and not self.temperature:
             raise ValueError(f"top_p={self.top_p} is for sampled words: set temperature, for example to 1.")
         if self.seed and not self.is_random:
-            raise ValueError(f"seed={self.seed} is for sampled answers: set temperature or thought_noise.")
+            raise ValueError(
+                f"seed={self.seed} is for sampled answers: set temperature, thought_noise or thought_dropout."
+            )
 
     @property
     def is_random(self) -> bool:
-        return self.temperature > 0 or self.thought_noise > 0
+        return self.temperature > 0 or self.changes_thoughts
+
+    @property
+    def changes_thoughts(self) -> bool:
+        """Whether every answer has thoughts of its own."""
+        return self.thought_noise > 0 or self.thought_dropout > 0
 
 
 @dataclass
@@ -114,7 +124,9 @@ class EvaluateConfig:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     thought_noise: float = 0.0  # the standard deviation of Gaussian noise on each thought
-    seed: int = 0  # of sampled words and noise
+    thought_dropout: float = 0.0  # the probability with which each number of a thought is dropped
+    seed: int = 0  # of sampled words, noise and dropout
+    reward: PathName = ""  # a run of coconut reward, which chooses among the samples
     batch_size: int = 64
     limit: int | None = None  # evaluate the first `limit` questions
     too_long: TooLong = TooLong.error  # a question that leaves no room for an answer in the model's context
@@ -126,6 +138,13 @@ class EvaluateConfig:
         needs_run(self.run)
         at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
         _ = self.sampling
+        if self.reward and self.samples == 1:
+            raise ValueError(f"reward={self.reward} chooses among several answers: set samples, for example to 8.")
+        if self.reward and self.suite.sets:
+            raise ValueError(
+                f"reward={self.reward} and suite={self.suite.name} are both given: answers are chosen for one file. "
+                "Name it with data.test=FILE, or leave one of them out."
+            )
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; it is one of {', '.join(SPLITS)}.")
         for other in SPLITS:

@@ -13,7 +13,13 @@ from coconut.engine.world import World
 from coconut.evaluation.config import EvaluateConfig
 from coconut.evaluation.evaluator import EvalResult, Prediction, describe, evaluate
 from coconut.evaluation.record import describe_settings, write_evaluation
-from coconut.evaluation.sampling import SampledAnswers, SampledResult, describe_samples, evaluate_samples
+from coconut.evaluation.sampling import (
+    AnswerScorer,
+    SampledAnswers,
+    SampledResult,
+    describe_samples,
+    evaluate_samples,
+)
 from coconut.evaluation.selection import Selection, select_examples, warn_of_questions
 from coconut.generation.thoughts import StopCriterion
 from coconut.tasks import Task
@@ -28,7 +34,7 @@ class FileEvaluator:
     """A loaded model, with the settings by which it is evaluated on files.
 
     `step`: the update of its checkpoint, None for a saved model. `stop`: a criterion that ends thinking early.
-    `folder`: where results are written. `cache_dir`: of tokenized data.
+    `folder`: where results are written. `cache_dir`: of tokenized data. `scorer`: chooses among sampled answers.
     """
 
     lm: LatentLM
@@ -38,6 +44,7 @@ class FileEvaluator:
     folder: Path
     cache_dir: str | None
     world: World
+    scorer: AnswerScorer | None = None
 
     def with_limit(self, max_new_tokens: int | None) -> FileEvaluator:
         """The same with this limit of new tokens, if the configuration has none."""
@@ -62,7 +69,10 @@ class FileEvaluator:
         log(f"Evaluating {which}, on {len(selected.examples)} questions of {file}")
         warn_of_questions(self.lm, selected, config, file)
         if config.samples > 1 and not (config.sampling and config.sampling.is_random):
-            log(f"warning: all {config.samples} answers are the greedy one. Set temperature or thought_noise.")
+            log(
+                f"warning: all {config.samples} answers are the greedy one. Set temperature, thought_noise or "
+                "thought_dropout."
+            )
         with progress_bar("evaluating", -(-len(selected.examples) // world.size)) as bar:
             result, predictions = self._answer(
                 selected, task, config.batch_size, world,
@@ -105,6 +115,8 @@ class FileEvaluator:
         }  # fmt: skip
         with autocast(self.lm.device, config.engine.precision):
             if sampling := config.sampling:
-                return evaluate_samples(self.lm, task, selected.examples, sampling, rows=selected.rows, **options)
+                return evaluate_samples(
+                    self.lm, task, selected.examples, sampling, rows=selected.rows, scorer=self.scorer, **options
+                )
             result, predictions, _ = evaluate(self.lm, task, selected.examples, **options)
         return result, predictions

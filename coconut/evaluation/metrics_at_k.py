@@ -21,6 +21,29 @@ def pass_at(right_QN: Numbers, size: int) -> Numbers:
     return hypergeom.sf(0, right_QN.shape[1], (right_QN > 0).sum(1), size)
 
 
+def best_at(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
+    """(Q,) best@size: the probability that the answer with the largest score of `size` is right. Exact, over all draws.
+
+    Answers with the same score are equally likely to be chosen.
+    """
+    N = scores_QN.shape[1]
+    order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
+    sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
+    right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
+    all_among_worst = hypergeom.pmf(size, N, np.arange(N, -1, -1), size)  # the N, N - 1, ... 0 with the worst scores
+    return right_QN @ -np.diff(all_among_worst)
+
+
+def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
+    """Replace correctness within each run of tied scores by its mean; rows are sorted by score."""
+    averaged = right_QN.astype(np.float64).copy()
+    for q, row in enumerate(sorted_QN):
+        _, inverse, counts = np.unique(-row, return_inverse=True, return_counts=True)
+        if len(counts) < len(row):
+            averaged[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
+    return averaged
+
+
 def majority_at(keys: Sequence[Sequence[Hashable | None]], right_QN: Numbers, sizes: Sequence[int]) -> Numbers:
     """(Q, sizes) maj@k: the probability that the majority vote of k answers is right. Exact, over all draws.
 

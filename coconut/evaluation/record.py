@@ -60,6 +60,7 @@ def non_default_settings(config: EvaluateConfig, default_judge: str | None) -> l
     sampled = [one.name for one in fields(Sampling)]
     keys = ("checkpoint", "judge", "num_thoughts", "stop", "mode", "max_new_tokens", *sampled, "limit")
     found = [f"{key}-{value}" for key in keys if (value := getattr(config, key)) != getattr(default, key)]
+    found += [f"reward-{Path(config.reward).resolve().name}"] if config.reward else []
     precision = config.engine.precision
     return found if precision is default.engine.precision else [*found, precision.value]
 
@@ -84,7 +85,8 @@ def write_evaluation(
         "checkpoint": None if step is None else config.checkpoint, "step": step, "method": reasoning.method,
         "stage": reasoning.stage,
         "seen": seen_by(config.run, [prediction.question for prediction in predictions]),
-        "chose_the_checkpoint": config.split == "valid" and not config.data.valid, **more,
+        "chose_the_checkpoint": config.split == "valid" and not config.data.valid,
+        **({"reward": config.reward} if config.reward else {}), **more,
     }  # fmt: skip
     (folder / f"{name}.json").unlink(missing_ok=True)  # not to stand beside the predictions of another evaluation
     lines = "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)

@@ -1,8 +1,9 @@
 """Sampled evaluation: answer every question n times, and say what k of the n answers are worth.
 
-Answers to a question differ by sampled words (temperature, top_p), by Gaussian noise on each thought that is fed, or by
-both. The random numbers of an answer are keyed by (seed, row of the question in its file, number of the sample), so
-that neither the batch size nor the number of processes changes an answer, up to the rounding of the model.
+Answers to a question differ by sampled words (temperature, top_p), by Gaussian noise on each thought that is fed, by
+dropout of its numbers, or by several of these. The random numbers of an answer are keyed by (seed, row of the question
+in its file, number of the sample), so that neither the batch size nor the number of processes changes an answer, up to
+the rounding of the model.
 
 Shapes: Q questions, N answers to each.
 """
@@ -10,9 +11,9 @@ Shapes: Q questions, N answers to each.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from coconut.engine.world import World
 from coconut.evaluation.config import Sampling
 from coconut.evaluation.evaluator import EvalResult, Prediction, describe, prediction_of, summarize
 from coconut.evaluation.intervals import mean_interval
-from coconut.evaluation.metrics_at_k import Numbers, majority_at, pass_at
-from coconut.generation.generate import longest_first, pad_rows
+from coconut.evaluation.metrics_at_k import Numbers, best_at, majority_at, pass_at
+from coconut.generation.generate import Generated, longest_first, pad_rows
 from coconut.generation.thoughts import StopCriterion
 from coconut.methods import Reasoning
 from coconut.tasks import Task
@@ -32,15 +33,36 @@ if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
 
+METRICS = ("pass", "maj", "best")  # at k
+
+
+class AnswerScore(NamedTuple):
+    """The reward of an answer, and the sequential forward passes that computing it takes."""
+
+    reward: float
+    passes: int
+
+
+class AnswerScorer(Protocol):
+    """Scores generated answers, by which the best of n is chosen. `questions`: the token ids of each answer's."""
+
+    def __call__(self, questions: Sequence[Sequence[int]], out: Generated, /) -> list[AnswerScore]: ...
+
+
 @dataclass
 class AtK:
-    """pass@k and maj@k (`metrics_at_k`), means over questions, with 95 % bootstrap intervals over questions."""
+    """pass@k, maj@k and, with a reward, best@k (`metrics_at_k`).
+
+    They are means over questions, with 95 % bootstrap intervals over questions.
+    """
 
     k: int
     pass_at_k: float
     pass_interval: tuple[float, float]
     maj_at_k: float
     maj_interval: tuple[float, float]
+    best_at_k: float | None = None
+    best_interval: tuple[float, float] | None = None
 
 
 @dataclass
@@ -49,6 +71,7 @@ class SamplingResult:
 
     `unreadable`: the share of answers without one that can be read. `total_passes`, `total_thoughts` and
     `total_new_tokens`: over all answers to all questions, each counted as if it were generated alone.
+    `scoring_passes`: over all answers, of the reward that chooses among them; 0 without one.
     `at_k`: for k = 1, 2, 4, ... and the number of samples.
     """
 
@@ -56,11 +79,13 @@ class SamplingResult:
     temperature: float
     top_p: float
     thought_noise: float
+    thought_dropout: float
     seed: int
     unreadable: float
     total_passes: int
     total_thoughts: int
     total_new_tokens: int
+    scoring_passes: int
     at_k: list[AtK]
 
 
@@ -78,7 +103,10 @@ class SampledResult(EvalResult):
 
 @dataclass
 class SampledAnswers:
-    """A question, its gold answer, how many answers were right, and each answer as the fields of its Prediction."""
+    """A question, its gold answer, how many answers were right, and each answer as the fields of its Prediction.
+
+    If answers are scored, each has a `reward` and `scoring_passes` as well.
+    """
 
     question: str
     gold: str
@@ -98,26 +126,28 @@ def evaluate_samples(
     question_ids: Sequence[list[int]] | None = None, num_thoughts: int | None = None,
     stop: StopCriterion | None = None, mode: str | None = None, max_new_tokens: int | None = None,
     batch_size: int = 64, on_batch: Callable[[int, float], None] = lambda done, correct: None,
-    world: World | None = None,
+    world: World | None = None, scorer: AnswerScorer | None = None,
 ) -> SampledEvaluation:  # fmt: skip
     """Answer every example `sampling.samples` times, judge the answers, and summarize them.
 
     `rows`: the row of each example in its file, which is part of the key of its random numbers; by default its index.
     `batch_size`: answers at a time. `on_batch(questions, correct)` is called after each batch, where each question
-    counts by the share of its answers that are right. The other arguments are those of `evaluate`.
-    Without temperature and noise all answers are the greedy one, which is generated once.
-    Raises ValueError for noise on the thoughts of a model that has none.
+    counts by the share of its answers that are right. `scorer`: gives each answer a reward, by which the best of k is
+    chosen. The other arguments are those of `evaluate`.
+    Without temperature, noise and dropout all answers are the greedy one, which is generated once.
+    Raises ValueError for noise on, or dropout of, the thoughts of a model that has none.
     """
-    _refuse_noise(lm.reasoning, num_thoughts, sampling.thought_noise)
+    _refuse_noise(lm.reasoning, num_thoughts, sampling)
     world, rows = world or World(), range(len(examples)) if rows is None else rows
     encoded = question_ids or encode_questions(lm.tokenizer, [e.question for e in examples], lm.reasoning.format)
     drawn = sampling.samples if sampling.is_random else 1
     words = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     options = {
         "num_thoughts": num_thoughts, "stop": stop, "mode": mode, "max_new_tokens": max_new_tokens,
-        "thought_noise": sampling.thought_noise, **(words if sampling.temperature else {}),
+        "thought_noise": sampling.thought_noise, "thought_dropout": sampling.thought_dropout,
+        **(words if sampling.temperature else {}),
     }  # fmt: skip
-    answers: dict[int, list[Prediction]] = {}
+    answers: dict[int, list[Answered]] = {}
     start_time = time.perf_counter()
     own_indices = range(world.rank, len(examples), world.size)
     for positions in longest_first([encoded[i] for i in own_indices], max(1, batch_size // drawn)):
@@ -129,9 +159,10 @@ def evaluate_samples(
             numbers = range(first, min(first + batch_size, drawn))
             keys = [(sampling.seed, rows[i], number) for i in indices for number in numbers]
             out = lm.generate(ids, mask, num_return_sequences=len(numbers), random_keys=keys, **options)
-            for row in range(len(keys)):
-                i = indices[row // len(numbers)]
-                answers[i].append(prediction_of(task, examples[i], lm.reasoning, out, row))
+            of_rows = [i for i in indices for _ in numbers]
+            scores = scorer([encoded[i] for i in of_rows], out) if scorer else [None] * len(keys)
+            for row, (i, score) in enumerate(zip(of_rows, scores, strict=True)):
+                answers[i].append(Answered(prediction_of(task, examples[i], lm.reasoning, out, row), score))
         on_batch(len(answers), sum(_share_right(of) for of in answers.values()))
     answers = {i: of for part in world.all_gather_object(answers) for i, of in part.items()}
     seconds = time.perf_counter() - start_time
@@ -142,17 +173,44 @@ def evaluate_samples(
     )
 
 
-def metrics_at(keys: Sequence[Sequence[Any]], right_QN: Numbers) -> list[AtK]:
-    """pass@k and maj@k for k = 1, 2, 4, ... and N. keys: see `majority_at`."""
-    N = right_QN.shape[1]
-    sizes = sorted({*(2**power for power in range(N.bit_length())), N})
-    passed_QS = np.stack([pass_at(right_QN, k) for k in sizes], axis=1)
-    elected_QS = majority_at(keys, right_QN, sizes)
-    return [
-        AtK(k, float(passed_Q.mean()), mean_interval(passed_Q[None]),
-            float(elected_Q.mean()), mean_interval(elected_Q[None]))
-        for k, passed_Q, elected_Q in zip(sizes, passed_QS.T, elected_QS.T, strict=True)
-    ]  # fmt: skip
+def sizes_of(samples: int) -> list[int]:
+    """The values of k: 1, 2, 4, ... and the number of samples."""
+    return sorted({*(2**power for power in range(samples.bit_length())), samples})
+
+
+def values_at(
+    keys: Sequence[Sequence[Any]], right_QN: Numbers, rewards_QN: Numbers | None = None
+) -> dict[str, Numbers]:
+    """(Q, sizes) the value of each question by the name of the metric: pass, maj and, with rewards, best.
+
+    keys: see `majority_at`. The sizes are those of `sizes_of`.
+    """
+    sizes = sizes_of(right_QN.shape[1])
+    values = {
+        "pass": np.stack([pass_at(right_QN, k) for k in sizes], axis=1), "maj": majority_at(keys, right_QN, sizes),
+    }  # fmt: skip
+    if rewards_QN is not None:
+        best_QS = np.stack([best_at(rewards_QN, right_QN, k) for k in sizes], axis=1)
+        values["best"] = best_QS.round(12)  # equal values stay equal, by which the bootstrap counts kinds of questions
+    return values
+
+
+def metrics_at(keys: Sequence[Sequence[Any]], right_QN: Numbers, rewards_QN: Numbers | None = None) -> list[AtK]:
+    """pass@k, maj@k and, with rewards, best@k for the sizes of `sizes_of`. keys: see `majority_at`."""
+    values = values_at(keys, right_QN, rewards_QN)
+    rows = []
+    for place, k in enumerate(sizes_of(right_QN.shape[1])):
+        found: dict[str, Any] = {}
+        for name, values_QS in values.items():
+            values_Q = values_QS[:, place]
+            found |= {f"{name}_at_k": float(values_Q.mean()), f"{name}_interval": mean_interval(values_Q[None])}
+        rows.append(AtK(k, **found))
+    return rows
+
+
+def keys_of(task: Task, predicted: Sequence[str | None]) -> list[Hashable | None]:
+    """The key by which the task compares each answer; None for one that cannot be read."""
+    return [None if answer is None else task.key(answer) for answer in predicted]
 
 
 def describe_samples(result: SampledResult) -> str:
@@ -161,18 +219,31 @@ def describe_samples(result: SampledResult) -> str:
     answers = result.count * of.samples
     first = f"{of.samples} answers to each of {result.count} questions, {100 * result.accuracy:.1f} % of them right"
     totals = f"{of.total_passes:,} forward passes, {of.total_thoughts:,} thoughts, {of.total_new_tokens:,} text tokens"
+    if of.scoring_passes:
+        totals += f", {of.scoring_passes:,} forward passes for rewards"
     more = [("unreadable", f"{100 * of.unreadable:.1f} %"), (f"all {answers:,}", totals)]
-    table = [("k", "pass@k", "maj@k")]
-    for row in of.at_k:
-        passed, elected = (
-            _with_interval(row.pass_at_k, row.pass_interval),
-            _with_interval(row.maj_at_k, row.maj_interval),
-        )
-        table.append((str(row.k), passed, elected))
+    table = [("k", *(f"{name}@k" for name in metrics_in(asdict(of.at_k[0]))))]
+    for row in map(asdict, of.at_k):
+        cells = [_with_interval(row[f"{name}_at_k"], row[f"{name}_interval"]) for name in metrics_in(row)]
+        table.append((str(row["k"]), *cells))
     return "\n".join([
         f"  {'answers':<12} {first}", *shared, *(f"  {name:<12} {value}" for name, value in more),
-        *(f"  {k:>4}  {passed:<24}{elected}" for k, passed, elected in table),
+        *("  " + f"{k:>4}  {''.join(f'{cell:<24}' for cell in cells)}".rstrip() for k, *cells in table),
     ])  # fmt: skip
+
+
+def metrics_in(row: Mapping[str, Any]) -> list[str]:
+    """The metrics that a row of `at_k` has."""
+    return [name for name in METRICS if row.get(f"{name}_at_k") is not None]
+
+
+def describe_sampling(sampling: Mapping[str, Any]) -> str:
+    """A phrase with the settings of sampling, such as "temperature 0.8, noise 0.1"."""
+    shown = {
+        "temperature": sampling["temperature"], "top-p": sampling["top_p"] % 1, "noise": sampling["thought_noise"],
+        "dropout": sampling.get("thought_dropout", 0),
+    }  # fmt: skip
+    return ", ".join(f"{name} {value:g}" for name, value in shown.items() if value) or "greedy"
 
 
 def _with_interval(mean: float, interval: tuple[float, float]) -> str:
@@ -180,41 +251,55 @@ def _with_interval(mean: float, interval: tuple[float, float]) -> str:
     return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _refuse_noise(reasoning: Reasoning, num_thoughts: int | None, noise: float) -> None:
-    """Raise ValueError if there are no thoughts that noise could be added to."""
-    if not noise:
+def _refuse_noise(reasoning: Reasoning, num_thoughts: int | None, sampling: Sampling) -> None:
+    """Raise ValueError if there are no thoughts to which noise could be added, or whose numbers could be dropped."""
+    if not sampling.changes_thoughts:
         return
+    name = "thought_noise" if sampling.thought_noise else "thought_dropout"
+    given = f"{name}={getattr(sampling, name)}"
     if reasoning.modes or not reasoning.slot.thinks:
         why = "its modes think without noise" if reasoning.modes else "it has no latent thoughts to make noisy"
-        raise ValueError(f"thought_noise={noise} is not for {reasoning.method}: {why}. Set temperature instead.")
+        raise ValueError(f"{given} is not for {reasoning.method}: {why}. Set temperature instead.")
     if not (reasoning.num_thoughts if num_thoughts is None else num_thoughts):
-        given = f"stage {reasoning.stage}" if num_thoughts is None else "num_thoughts=0"
-        raise ValueError(f"thought_noise={noise}: {reasoning.method} answers without thoughts here ({given}).")
+        here = f"stage {reasoning.stage}" if num_thoughts is None else "num_thoughts=0"
+        raise ValueError(f"{given}: {reasoning.method} answers without thoughts here ({here}).")
 
 
-def _share_right(answers: Sequence[Prediction]) -> float:
-    return sum(answer.correct for answer in answers) / len(answers)
+class Answered(NamedTuple):
+    """An answer, and its score if there is a scorer."""
+
+    prediction: Prediction
+    score: AnswerScore | None
 
 
-def _answers_row(example: Example, answers: Sequence[Prediction]) -> SampledAnswers:
-    rows = [asdict(answer) for answer in answers]
-    own = [{name: value for name, value in row.items() if name not in ("question", "gold")} for row in rows]
-    return SampledAnswers(example.question, example.answer, sum(answer.correct for answer in answers), own)
+def _share_right(answers: Sequence[Answered]) -> float:
+    return sum(answer.prediction.correct for answer in answers) / len(answers)
+
+
+def _answers_row(example: Example, answers: Sequence[Answered]) -> SampledAnswers:
+    rows = []
+    for prediction, score in answers:
+        row = {name: value for name, value in asdict(prediction).items() if name not in ("question", "gold")}
+        rows.append(row | ({"reward": score.reward, "scoring_passes": score.passes} if score else {}))
+    return SampledAnswers(example.question, example.answer, sum(row["correct"] for row in rows), rows)
 
 
 def _summary(
-    task: Task, examples: Sequence[Example], answers: Sequence[Sequence[Prediction]], sampling: Sampling,
+    task: Task, examples: Sequence[Example], answers: Sequence[Sequence[Answered]], sampling: Sampling,
     seconds: float, modes: Sequence[str],
 ) -> SampledResult:  # fmt: skip
-    flat = [answer for of in answers for answer in of]
+    flat = [answer.prediction for of in answers for answer in of]
+    scores = [[answer.score for answer in of if answer.score] for of in answers]
     repeated = [example for example in examples for _ in range(sampling.samples)]
-    right_QN = np.array([[float(answer.correct) for answer in of] for of in answers])
-    keys = [[None if one.predicted is None else task.key(one.predicted) for one in of] for of in answers]
-    at_k = metrics_at(keys, right_QN)
+    right_QN = np.array([[float(answer.prediction.correct) for answer in of] for of in answers])
+    keys = [keys_of(task, [answer.prediction.predicted for answer in of]) for of in answers]
+    rewards_QN = np.array([[score.reward for score in of] for of in scores]) if scores[0] else None
+    at_k = metrics_at(keys, right_QN, rewards_QN)
     result = SamplingResult(
         **asdict(sampling), unreadable=sum(answer.predicted is None for answer in flat) / len(flat),
         total_passes=sum(answer.passes for answer in flat), total_thoughts=sum(answer.num_thoughts for answer in flat),
-        total_new_tokens=sum(answer.new_tokens for answer in flat), at_k=at_k,
+        total_new_tokens=sum(answer.new_tokens for answer in flat),
+        scoring_passes=sum(score.passes for of in scores for score in of), at_k=at_k,
     )  # fmt: skip
     summary = summarize(task, repeated, flat, seconds, modes)
     values = {field.name: getattr(summary, field.name) for field in fields(summary)}

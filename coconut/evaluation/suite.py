@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = "suites"  # inside the folder of evaluations
 # Settings on which the result of a set does not depend, or which stand in its key in another form.
-NOT_IN_KEY = ("run", "checkpoint", "split", "data", "suite", "output", "engine", "launch")
+NOT_IN_KEY = ("run", "checkpoint", "split", "data", "suite", "output", "reward", "engine", "launch")
 
 
 @dataclass

@@ -16,6 +16,11 @@ class StopRule(StrEnum):
     classifier = "classifier"  # a classifier on the thoughts ends them, at the latest after so many
 
 
+POLICY_CHOOSES = (
+    "num_thoughts", "stop", "mode", "temperature", "top_p", "thought_noise", "thought_dropout", "show_thoughts",
+)  # fmt: skip
+
+
 @dataclass
 class GenerateConfig:
     run: PathName = ""
@@ -32,12 +37,16 @@ class GenerateConfig:
     max_new_tokens: int | None = None
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    thought_noise: float = 0.0  # the standard deviation of Gaussian noise on each thought
+    thought_dropout: float = 0.0  # the probability with which each number of a thought is dropped
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         needs_run(self.run)
-        at_least("", self, num_thoughts=0, max_new_tokens=1, temperature=0, batch_size=1)
+        at_least(
+            "", self, num_thoughts=0, max_new_tokens=1, temperature=0, thought_noise=0, thought_dropout=0, batch_size=1
+        )
         if self.question and not self.question.strip():
             raise ValueError('The question is empty. Ask one with question="..." or pipe it in with question=-.')
         if self.question and self.file:
@@ -46,7 +55,7 @@ class GenerateConfig:
             raise ValueError("output is for the answers to file=FILE; one answer goes to the screen.")
         if self.policy:
             usual = GenerateConfig(run=self.run)
-            for name in ("num_thoughts", "stop", "mode", "temperature", "top_p", "show_thoughts"):
+            for name in POLICY_CHOOSES:
                 if (value := getattr(self, name)) != getattr(usual, name):
                     raise ValueError(
                         f"{name}={value} and policy={self.policy} are both given. The policy says how each question is "

@@ -16,7 +16,7 @@ from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
 from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
-from coconut.generation.thoughts import StopCriterion, think
+from coconut.generation.thoughts import NO_NOISE, StopCriterion, ThoughtNoise, think
 from coconut.methods import Reasoning, Slot, Update
 from coconut.utils.torch_utils import eval_mode
 
@@ -68,6 +68,7 @@ def generate(
     num_thoughts: int | Sequence[int] | Tensor | None = None,
     thoughts: Tensor | None = None,
     thought_noise: float = 0.0,
+    thought_dropout: float = 0.0,
     stop: StopCriterion | None = None,
     mode: str | Sequence[str] | None = None,
     prefix_ids: Tensor | None = None,
@@ -83,16 +84,17 @@ def generate(
     Thoughts. The prompt format and the number of thoughts come from `lm.reasoning`; `num_thoughts` overrides the
     number, for all questions or (B,) for each. `thoughts` (B, K, D) are fed in place of the model's own. `stop` ends
     the thoughts of each row after at least one and at most `num_thoughts` of them (`think`). `thought_noise`: the
-    standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed, drawn from
-    torch's generator. Every answer then has its own thoughts, and the thoughts that were fed are returned; their
+    standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed.
+    `thought_dropout`: the probability with which each of their numbers is dropped before that (`ThoughtNoise`). With
+    either, every answer has its own thoughts, and the thoughts that were fed are returned. With noise their
     log-probability is known (coconut.rewards.thoughts).
 
     Modes. A hybrid model first chooses a mode by its control token; `mode` forces one, for all questions or for each.
 
     Answers. `prefix_ids` (B, W): tokens that each answer begins with, after its thoughts. They are not returned.
     `log_probs=True` records the log-probability of each token at the temperature, among the tokens that are allowed.
-    With num_return_sequences=n each question runs through prompt and thoughts once (with noise n times) and is answered
-    n times.
+    With num_return_sequences=n each question runs through prompt and thoughts once (with noise or dropout n times) and
+    is answered n times.
 
     Randomness comes from torch's generator, so that an answer depends on its batch. With `random_keys` it comes from
     the answer's own key, a few whole numbers of 0 or more: (B * num_return_sequences) keys, those of one question
@@ -105,14 +107,12 @@ def generate(
     ignored. Not thread-safe: a model answers for one thread at a time.
 
     Raises ValueError if there is no question, if a question fills the whole context, for thoughts of a method that has
-    none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0 or with given thoughts, for an unknown
-    mode or option, for several answers without do_sample or noise, for several to one streamer, or for a number of
-    `random_keys` other than that of the answers.
+    none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0, for dropout outside of 0 to below 1, for
+    either with given thoughts, for an unknown mode or option, for several answers without do_sample, noise or dropout,
+    for several to one streamer, or for a number of `random_keys` other than that of the answers.
     """
-    requested = {**options, "max_new_tokens": max_new_tokens}
-    samples, options = generation_settings(
-        requested, lm.reasoning.max_new_tokens, len(input_ids), noisy=thought_noise != 0
-    )
+    requested, noise = {**options, "max_new_tokens": max_new_tokens}, ThoughtNoise(thought_noise, thought_dropout)
+    samples, options = generation_settings(requested, lm.reasoning.max_new_tokens, len(input_ids), noisy=bool(noise))
     options["log_probs"] = log_probs
     ids_BT, is_question_BT = _pad_left(input_ids.to(lm.device), attention_mask, lm.special.pad)
     if not is_question_BT.any(1).all():
@@ -127,14 +127,14 @@ def generate(
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
-            counts_B = _slot_lengths(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
-            thinking: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
+            counts_B = _slot_lengths(lm, len(ids_BT), num_thoughts, thoughts, noise, stop).to(lm.device)
+            thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop}
             batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B, keys
             answers = _answers(lm, lm.reasoning, *batch, options, **thinking)
-        elif num_thoughts is not None or thoughts is not None or thought_noise or stop is not None:
+        elif num_thoughts is not None or thoughts is not None or noise or stop is not None:
             raise ValueError(
                 "A hybrid model's mode sets the number of its thoughts, and they are its own: leave out num_thoughts, "
-                "thoughts, thought_noise and stop."
+                "thoughts, thought_noise, thought_dropout and stop."
             )
         elif prefix_ids is not None and mode is None:
             raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
@@ -214,7 +214,7 @@ def _answers(
     options: dict[str, Any],
     *,
     thoughts: Tensor | None = None,
-    noise: float = 0.0,
+    noise: ThoughtNoise = NO_NOISE,
     stop: StopCriterion | None = None,
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions (B, T), padded on the left, with `counts_B` tokens in the slot.
@@ -297,7 +297,7 @@ def _slot_lengths(
     num_questions: int,
     num_thoughts: int | Sequence[int] | Tensor | None,
     thoughts: Tensor | None,
-    noise: float,
+    noise: ThoughtNoise,
     stop: StopCriterion | None,
 ) -> Tensor:
     """(B,) the largest number of tokens in the slot. Raises ValueError for arguments that do not fit the method."""
@@ -318,10 +318,13 @@ def _slot_lengths(
             f"The thoughts of {reasoning.method} are computed all at once, so that stopping early saves nothing. Leave "
             "out stop, or set num_thoughts."
         )
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"thought_noise is {noise}; it must be a standard deviation, 0 or more.")
+    if not 0 <= noise.std < float("inf"):
+        raise ValueError(f"thought_noise is {noise.std}; it must be a standard deviation, 0 or more.")
+    if not 0 <= noise.dropout < 1:
+        raise ValueError(f"thought_dropout is {noise.dropout}; it must be a probability, 0 or more and below 1.")
     if noise and thoughts is not None:
-        raise ValueError(f"thought_noise={noise} is for the model's own thoughts: given ones are fed as they are.")
+        name, value = ("thought_noise", noise.std) if noise.std else ("thought_dropout", noise.dropout)
+        raise ValueError(f"{name}={value} is for the model's own thoughts: given ones are fed as they are.")
     if thoughts is None:
         return (torch.tensor(reasoning.num_thoughts) if counts is None else counts).expand(num_questions)
     fits = thoughts.dim() == 3 and len(thoughts) == num_questions and thoughts.shape[2] == hidden
@@ -370,7 +373,7 @@ def _think_and_decode(
     options: dict[str, Any],
     *,
     thoughts: Tensor | None,
-    noise: float,
+    noise: ThoughtNoise,
     stop: StopCriterion | None,
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions, which are padded on the left."""

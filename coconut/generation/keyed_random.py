@@ -1,7 +1,7 @@
 """Random numbers from a key of each answer, so that a sampled answer depends neither on its batch nor on the process.
 
 A key is a few whole numbers, such as (seed, question, sample). From it come independent streams: one for the words, one
-for the noise on the thoughts, one for the choice of a mode.
+for the noise on the thoughts, one for the choice of a mode, one for the dropout of thoughts.
 
 Shapes: B answers, N new tokens, V vocabulary.
 """
@@ -25,6 +25,7 @@ class Stream(IntEnum):
     words = 0
     thoughts = 1
     mode = 2
+    dropout = 3
 
 
 def generator(key: Key, stream: Stream) -> np.random.Generator:

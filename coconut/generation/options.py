@@ -33,7 +33,7 @@ def generation_settings(
     """The number of completions of each question, and the settings, with `max_new_tokens` (by default `limit`).
 
     options: single settings, and possibly a `generation_config`, over which they take precedence.
-    noisy: whether noise makes the thoughts of several completions differ.
+    noisy: whether noise or dropout makes the thoughts of several completions differ.
     Raises ValueError for unknown settings, for no question, and for several completions that would be identical, which
     is without sampling and without noise.
     """
@@ -49,13 +49,13 @@ def generation_settings(
         raise ValueError(f"max_new_tokens is {settings['max_new_tokens']}; it must be at least 1.")
     for name in settings.keys() - SETTINGS - PASSTHROUGH - {"max_new_tokens"}:
         similar = get_close_matches(
-            name, SETTINGS | PASSTHROUGH | {"num_thoughts", "thought_noise", "max_new_tokens"}, 1
+            name, SETTINGS | PASSTHROUGH | {"num_thoughts", "thought_noise", "thought_dropout", "max_new_tokens"}, 1
         )
         raise ValueError(
             f"{name}={settings[name]!r} is not supported by generate of a LatentLM. "
             + (f"Did you mean {similar[0]}? " if similar else "")
-            + "Beside num_thoughts, thoughts, thought_noise, stop, mode, log_probs, max_new_tokens and "
-            f"num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
+            + "Beside num_thoughts, thoughts, thought_noise, thought_dropout, stop, mode, log_probs, max_new_tokens "
+            f"and num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
         )
     if samples > 1 and not (settings.get("do_sample") or noisy):
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from coconut.generation.keyed_random import Key, Stream, normal
+from coconut.generation.keyed_random import Key, Stream, normal, uniform
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -32,6 +32,43 @@ class ThoughtState:
     states: Tensor
 
 
+@dataclass(frozen=True)
+class ThoughtNoise:
+    """Random changes of a thought z as it is fed: mask z / (1 - dropout) + std N(0, I).
+
+    dropout: the probability with which each number of a thought is set to 0, each independently of all others; the
+        others are divided by 1 - dropout, so that the mean stays. Nothing else in the model is dropped.
+    std: the standard deviation of Gaussian noise, which is added to each number after dropout.
+    Both come after the projector, if there is one. Thoughts that are updated all at once are changed after their last
+    update. Without dropout and noise (the default) it is false, and thoughts are fed as they are.
+    """
+
+    std: float = 0.0
+    dropout: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.std or self.dropout)
+
+    def draw(self, keys: Sequence[Key], num_thoughts: int, hidden: int) -> tuple[Tensor, Tensor]:
+        """Uniform and normal numbers (B, K, D) for `apply`, from a key for each row. A longer K only adds numbers."""
+        uniform_BKD = uniform(keys, Stream.dropout, num_thoughts * hidden).view(len(keys), num_thoughts, hidden)
+        return uniform_BKD, normal(keys, Stream.thoughts, num_thoughts, hidden)
+
+    def apply(self, thoughts_BKD: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The changed thoughts. `drawn`: numbers of their shape, by default from torch's generator."""
+        if self.dropout:
+            uniform_BKD = torch.rand(thoughts_BKD.shape, device=thoughts_BKD.device) if drawn is None else drawn[0]
+            is_kept_BKD = (uniform_BKD >= self.dropout).to(thoughts_BKD.device)
+            thoughts_BKD = torch.where(is_kept_BKD, thoughts_BKD / (1 - self.dropout), 0)
+        if self.std:
+            normal_BKD = torch.randn_like(thoughts_BKD) if drawn is None else drawn[1].to(thoughts_BKD)
+            thoughts_BKD = thoughts_BKD + self.std * normal_BKD
+        return thoughts_BKD
+
+
+NO_NOISE = ThoughtNoise()
+
+
 class StopCriterion(Protocol):
     """Decides from the thoughts (B, D) just fed which rows stop thinking (B,)."""
 
@@ -46,15 +83,15 @@ def think(
     num_thoughts: int,
     *,
     thoughts: Tensor | None = None,
-    noise: float = 0.0,
+    noise: ThoughtNoise = NO_NOISE,
     random_keys: Sequence[Key] | None = None,
     stop: StopCriterion | None = None,
     reserve: int = 0,
 ) -> ThoughtState:
     """Run prompts (B, T), padded on the left, and `num_thoughts` thoughts after each of them.
 
-    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of Gaussian noise that is
-    added to the model's thoughts before they are fed, from torch's generator or from `random_keys`, one for each row.
+    `thoughts` (B, K, D) are fed in place of the model's own. `noise`: changes the model's thoughts before they are fed,
+    by numbers from torch's generator or from `random_keys`, one for each row.
     `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
     `reserve`: how many columns the cache will take afterwards.
     """
@@ -69,16 +106,14 @@ def think(
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
-    keyed_BKD = None
-    if noise and random_keys is not None:
-        keyed_BKD = normal(random_keys, Stream.thoughts, num_thoughts, embeds_BTD.shape[2]).to(embeds_BTD)
+    drawn = noise.draw(random_keys, num_thoughts, embeds_BTD.shape[2]) if noise and random_keys is not None else None
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
         fed_BKD = lm.feedback(last_BD)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)
         if noise:
-            normal_BKD = torch.randn_like(fed_BKD) if keyed_BKD is None else keyed_BKD[:, k : k + width]
-            fed_BKD = fed_BKD + noise * normal_BKD
+            part = slice(k, k + width)
+            fed_BKD = noise.apply(fed_BKD, drawn and (drawn[0][:, part], drawn[1][:, part]))
         fed.append(fed_BKD)
         counts_B += width * thinking_B
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1]).expand(-1, width)], dim=1)

@@ -6,6 +6,7 @@ Widths and heights are in points. The colours are those of the light page; `as_s
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import networkx
 import numpy as np
 
 from coconut.analysis.graph_layout import place_nodes
+from coconut.evaluation.sampling import metrics_in
 from coconut.reporting.phrases import counted, whole_percent
 from coconut.reporting.plots import (
     CENTRED,
@@ -55,6 +57,8 @@ GROUPS = {
 # The tokens that a prefix value counts: colour, label.
 PREFIXES = {"answer": ("blue", "whole answer"), "after_mark": ("green", "after the answer mark")}
 SHADES = ("sky", "green", "amber", "red", "plum")  # from few steps to many
+METRIC_COLOURS = ("blue", "green", "plum")  # of pass@k, maj@k and best@k
+EVALUATION_COLOURS = ("blue", "green", "plum", "amber", "red", "sky", "mint", "peach")
 HOLLOW_BELOW = 10  # a point with fewer nodes is drawn hollow
 MAX_COLUMNS = 8  # in a drawn search tree
 NARROW = 500  # points; a narrower chart is laid out for a phone
@@ -147,11 +151,12 @@ def prefix_values(study: Study, width: float) -> Figure:
 
 @styled()
 def metrics_at_k(evaluations: Sequence[tuple[str, list[dict[str, Any]]]], width: float) -> Figure:
-    """pass@k and maj@k over k, a panel for each evaluation, given as its title and its `at_k`."""
+    """pass@k, maj@k and best@k over k, a panel for each evaluation, given as its title and its `at_k`."""
     columns = 1 if width < NARROW else min(2, len(evaluations))
     figure, axes_of_panels = _grid(len(evaluations), width, columns, 140, top=46, bottom=34, margin=0)
     for axes, (title, at_k) in zip(axes_of_panels, evaluations, strict=True):
-        for name, colour in (("pass", "blue"), ("maj", "green")):
+        names = metrics_in(at_k[0])
+        for name, colour in zip(names, METRIC_COLOURS, strict=False):
             rows = [
                 {"place": place, "value": row[f"{name}_at_k"], "low": row[f"{name}_interval"][0],
                  "high": row[f"{name}_interval"][1]} for place, row in enumerate(at_k)
@@ -161,9 +166,45 @@ def metrics_at_k(evaluations: Sequence[tuple[str, list[dict[str, Any]]]], width:
         axes.set_xticks(range(len(at_k)), [str(row["k"]) for row in at_k])
         share_axis(axes.yaxis, 5)
         axes.set_title(title, loc="left", pad=24)
-        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02), handlelength=1.2, columnspacing=1.2,
+        axes.legend(ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1.02), handlelength=1.2, columnspacing=1.2,
                     handletextpad=0.4, borderaxespad=0)  # fmt: skip
         axes.set_xlabel("k of the sampled answers", loc="right")
+    return figure
+
+
+@styled()
+def metrics_over_passes(rows: Sequence[dict[str, Any]], width: float) -> Figure:
+    """A panel for each metric at k over the forward passes of the k answers, with a line for each evaluation.
+
+    rows: those of a comparison, with metric, label, passes, value, low and high. The passes are on a log scale.
+    """
+    metrics, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("metric", "label"))
+    columns = 1 if width < NARROW else len(metrics)
+    entry_width = 28 + 5.3 * max(map(len, labels))
+    in_line = max(1, int((width - 20) // entry_width))
+    legend = 8 + 15 * -(-len(labels) // in_line)
+    figure, axes_of_panels = _grid(
+        len(metrics), width, columns, 170, top=24, bottom=34, gap=38, legend=legend, margin=0
+    )
+    lowest, highest = min(row["passes"] for row in rows), max(row["passes"] for row in rows)
+    for axes, metric in zip(axes_of_panels, metrics, strict=True):
+        for colour, label in zip(EVALUATION_COLOURS, labels, strict=False):
+            of_label = [row for row in rows if (row["metric"], row["label"]) == (metric, label)]
+            if of_label:
+                line_with_intervals(axes, of_label, "value", colour, over="passes")
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(lowest / 1.15, highest * 1.15)
+        powers = range(math.ceil(math.log2(lowest)), math.floor(math.log2(highest)) + 1)
+        shown = [2.0**power for power in powers][:: max(1, len(powers) // 5)]
+        axes.set_xticks(shown, [f"{passes:,.0f}" for passes in shown])
+        axes.minorticks_off()
+        share_axis(axes.yaxis, 5)
+        axes.set_title(f"{metric}@k", loc="left")
+        axes.set_xlabel("forward passes a question", loc="right")
+    handles = [axes_of_panels[0].plot([], [], color=LIGHT[colour], marker="o", markersize=4, linewidth=1.2)[0]
+               for colour, _ in zip(EVALUATION_COLOURS, labels, strict=False)]  # fmt: skip
+    figure.legend(handles, labels, ncols=in_line, loc="upper left", bbox_to_anchor=(8 / width, 1), handlelength=1.2,
+                  columnspacing=1.4, handletextpad=0.5, borderaxespad=0.4)  # fmt: skip
     return figure
 
 

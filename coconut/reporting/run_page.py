@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen, describe_questions
+from coconut.evaluation.sampling import METRICS, describe_sampling, metrics_in
 from coconut.methods import PromptFormat, Stage, get_method
 from coconut.reporting import thought_curves
 from coconut.reporting.charts import metrics_at_k
@@ -40,7 +41,7 @@ from coconut.utils.console import duration
 
 BINS = 200  # how many points the smoothed training loss has over a whole run
 SHOWN_RIGHT, SHOWN_WRONG = 4, 5  # sample answers
-TOTALS = ("total_passes", "total_thoughts", "total_new_tokens")  # of an evaluation with sampled answers
+TOTALS = ("total_passes", "total_thoughts", "total_new_tokens", "scoring_passes")  # of sampled answers
 DRAWN = 2  # graphs drawn of right and of wrong answers
 
 
@@ -124,42 +125,49 @@ def _thoughts(run: RunRecord, evaluation: dict[str, Any]) -> str:
 
 
 def sampled(run: RunRecord) -> Section | None:
-    """pass@k and maj@k of the evaluations that sampled several answers to each question."""
+    """pass@k, maj@k and best@k of the evaluations that sampled several answers to each question."""
     found = {name: row for name, row in run.evaluations.items() if "sampling" in row}
     if not found:
         return None
     curves = [
-        (f"{row['split']}: {_drawn(row['sampling'])}", row["sampling"]["at_k"])
+        (f"{row['split']}: {describe_sampling(row['sampling'])}", row["sampling"]["at_k"])
         for row in found.values()
         if row["sampling"]["samples"] > 1
     ]
     caption = (
         "pass@k: one or more of k answers is right. maj@k: the most frequent of k answers is right; answers that "
-        "cannot be read have no vote, and tied ones are equally likely to be taken. Both are expectations over all "
-        "draws of k of the sampled answers. The wide bars are 95 % bootstrap intervals over questions."
+        "cannot be read have no vote, and tied ones are equally likely to be taken. best@k: the one of k answers with "
+        "the largest reward is right. All are expectations over all draws of k of the sampled answers. The wide bars "
+        "are 95 % bootstrap intervals over questions."
     )
-    alt = "pass@k and maj@k over k; the numbers are in the table below."
+    alt = "pass@k, maj@k and best@k over k; the numbers are in the table below."
     figure = [figure_of(partial(metrics_at_k, curves), "metrics_at_k", alt, caption)] if curves else []
     rows = [
-        [name, str(row["k"]), percent(row["pass_at_k"]), between(*row["pass_interval"]), percent(row["maj_at_k"]),
-         between(*row["maj_interval"])] for name, one in found.items() for row in one["sampling"]["at_k"]
+        [name, str(row["k"]), *chain(*(_at_k(row, metric) for metric in METRICS))]
+        for name, one in found.items() for row in one["sampling"]["at_k"]
     ]  # fmt: skip
     costs = [
-        [name, _drawn(one["sampling"]), f"{one['count'] * one['sampling']['samples']:,}",
-         percent(one["sampling"]["unreadable"]), *(f"{one['sampling'][key]:,}" for key in TOTALS)]
+        [name, describe_sampling(one["sampling"]), f"{one['count'] * one['sampling']['samples']:,}",
+         percent(one["sampling"]["unreadable"]), *(f"{one['sampling'].get(key, 0):,}" for key in TOTALS)]
         for name, one in found.items()
     ]  # fmt: skip
-    table = Table(["evaluation", "k", "pass@k", "95 % interval", "maj@k", "95 % interval"], rows, 5)
+    table = Table(["evaluation", "k", *chain(*((f"{name}@k", "95 % interval") for name in METRICS))], rows, 7)
     cost = Table(
-        ["evaluation", "sampling", "answers", "unreadable", "forward passes", "thoughts", "text tokens"], costs, 5
-    )
-    return Section("sampled", "Several answers to a question", [*figure, Aside("The numbers", [table]), cost])
+        ["evaluation", "sampling", "answers", "unreadable", "forward passes", "thoughts", "text tokens",
+         "passes of the reward"], costs, 6,
+    )  # fmt: skip
+    parts: list[Part] = [*figure, Aside("The numbers", [table]), cost]
+    if len(curves) > 1:
+        told = Text("This command compares them at equal forward passes:")
+        parts += [told, Code(f"coconut analyze table runs={shlex.quote(str(run.folder))} sampled='*'")]
+    return Section("sampled", "Several answers to a question", parts)
 
 
-def _drawn(sampling: dict[str, Any]) -> str:
-    """A phrase with the settings of sampling."""
-    shown = {"temperature": sampling["temperature"], "top-p": sampling["top_p"] % 1, "noise": sampling["thought_noise"]}
-    return ", ".join(f"{name} {value:g}" for name, value in shown.items() if value) or "greedy"
+def _at_k(row: dict[str, Any], metric: str) -> list[str]:
+    """A metric and its interval in the words of the table; dashes if the evaluation does not have it."""
+    if metric not in metrics_in(row):
+        return [DASH, DASH]
+    return [percent(row[f"{metric}_at_k"]), between(*row[f"{metric}_interval"])]
 
 
 def learning(run: RunRecord) -> Section:

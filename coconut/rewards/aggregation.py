@@ -1,4 +1,4 @@
-"""Selection metrics: best of n, weighted majority votes, and finding the first wrong step.
+"""Selection metrics: scores of completions, weighted majority votes, and finding the first wrong step.
 
 Shapes: Q questions, N completions of each, K different answers among the completions of one question.
 """
@@ -11,7 +11,6 @@ from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import hypergeom
 
 from coconut.evaluation.metrics_at_k import majority_accuracy
 
@@ -24,19 +23,6 @@ def aggregate_steps(rewards: Sequence[Sequence[float]], how: str) -> Numbers:
     """(completions,) one score for each completion from the rewards of its parts: their sum, min or last."""
     functions: dict[str, Callable[[Sequence[float]], float]] = {"sum": sum, "min": min, "last": lambda parts: parts[-1]}
     return np.array([functions[how](parts) for parts in rewards])
-
-
-def best_of(scores_QN: Numbers, right_QN: Numbers, size: int) -> Numbers:
-    """(Q,) expected accuracy of the completion with the best score of `size`, drawn without replacement from the N.
-
-    Exact, over all draws; tied completions are equally likely to be chosen.
-    """
-    N = scores_QN.shape[1]
-    order_QN = np.argsort(-scores_QN, axis=1, kind="stable")
-    sorted_QN = np.take_along_axis(scores_QN, order_QN, 1)
-    right_QN = _average_ties(np.take_along_axis(right_QN, order_QN, 1), sorted_QN)
-    all_among_worst = hypergeom.pmf(size, N, np.arange(N, -1, -1), size)  # the N, N - 1, ... 0 with the worst scores
-    return right_QN @ -np.diff(all_among_worst)
 
 
 def weighted_vote(
@@ -112,13 +98,3 @@ def best_threshold(rewards: Sequence[Sequence[float]], true: Sequence[int | None
     values = np.array([value for row in rewards for value in row])
     candidates = np.quantile(values, np.linspace(0.005, 0.995, tries))
     return float(max(candidates, key=lambda threshold: first_errors(first_below(rewards, threshold), true)["f1"]))
-
-
-def _average_ties(right_QN: Numbers, sorted_QN: Numbers) -> Numbers:
-    """Replace correctness within each run of tied scores by its mean; rows are sorted by score."""
-    averaged = right_QN.astype(np.float64).copy()
-    for q, row in enumerate(sorted_QN):
-        _, inverse, counts = np.unique(-row, return_inverse=True, return_counts=True)
-        if len(counts) < len(row):
-            averaged[q] = (np.bincount(inverse, right_QN[q]) / counts)[inverse]
-    return averaged

@@ -15,11 +15,10 @@ from scipy.special import expit
 from coconut.completions.completion import Completion
 from coconut.completions.rollouts import CorrectnessReward
 from coconut.evaluation.evaluator import answer_key
-from coconut.evaluation.metrics_at_k import pass_at
+from coconut.evaluation.metrics_at_k import best_at, pass_at
 from coconut.rewards.aggregation import (
     SUBSETS,
     aggregate_steps,
-    best_of,
     best_threshold,
     bootstrap_interval,
     first_below,
@@ -122,7 +121,7 @@ def selections(
         for scorer in scored:
             for aggregation in scorer.aggregations:
                 scores_QN = aggregate_steps(scorer.parts, aggregation).reshape(right_QN.shape)
-                add(scorer.name, aggregation, size, best_of(scores_QN, right_QN, size))
+                add(scorer.name, aggregation, size, best_at(scores_QN, right_QN, size))
             weights_QN = scorer.weights().reshape(right_QN.shape)
             add(scorer.name, "vote", size, weighted_vote(answers, weights_QN, right_QN, size))
     scoring = {scorer.name: {"seconds": scorer.seconds, "tokens": scorer.tokens} for scorer in scored}

@@ -9,12 +9,17 @@ it, and its reward is
 One pass gives all mu_i, since all z_i are given. The rewards of the thoughts and of the tokens after them add up to
 beta times the log-ratio of the whole.
 
+With dropout before the noise each number of z_i is drawn from a mixture: P N(0, sigma^2) + (1 - P) N(mu / (1 - P),
+sigma^2), independently of the others, so that the log-density is a sum over numbers. Dropout without noise leaves a few
+possible values, which are others for the reference model; such thoughts have no log-ratio.
+
 Shapes: N completions, K thoughts of each, D hidden, M tokens of one completion; B rows of a batch, T columns,
 V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from coconut.completions.completion import refuse_too_long
 from coconut.data.sequences import slot_with_markers
 from coconut.generation.generate import longest_first
+from coconut.generation.thoughts import ThoughtNoise
 from coconut.models.losses import target_log_probs
 from coconut.utils.torch_utils import eval_mode
 
@@ -47,11 +53,43 @@ def thought_rewards(
             "without noise has no density, and so no implicit reward."
         )
     model_means, reference_means = (
-        thought_means(lm, questions, thoughts, batch_size).double() for lm in (reward.lm, reward.reference)
+        thought_means(lm, questions, thoughts, batch_size) for lm in (reward.lm, reward.reference)
     )
-    # |z - mu_ref|^2 - |z - mu|^2 as one product, which avoids cancellation of large squares
-    gaps_NK = ((model_means - reference_means) * (2 * thoughts.cpu().double() - model_means - reference_means)).sum(-1)
-    return (reward.beta * gaps_NK / (2 * sigma**2)).float()
+    return (reward.beta * _log_ratios(thoughts, model_means, reference_means, ThoughtNoise(sigma))).float()
+
+
+def _log_ratios(thoughts: Tensor, model_means: Tensor, reference_means: Tensor, noise: ThoughtNoise) -> Tensor:
+    """(N, K), float64: log p(z) / p_ref(z) of thoughts (N, K, D), which were drawn with this noise, from the means."""
+    z_NKD, model_NKD, reference_NKD = (part.cpu().double() for part in (thoughts, model_means, reference_means))
+    if not noise.dropout:
+        # |z - mu_ref|^2 - |z - mu|^2 as one product, which avoids cancellation of large squares
+        gaps_NKD = (model_NKD - reference_NKD) * (2 * z_NKD - model_NKD - reference_NKD)
+        return gaps_NKD.sum(-1) / (2 * noise.std**2)
+    kept = 1 - noise.dropout
+    dropped_NKD = math.log(noise.dropout) - (z_NKD / noise.std).square() / 2
+    logs = [
+        torch.logaddexp(dropped_NKD, math.log(kept) - ((z_NKD - mean_NKD / kept) / noise.std).square() / 2)
+        for mean_NKD in (model_NKD, reference_NKD)
+    ]
+    return (logs[0] - logs[1]).sum(-1)
+
+
+def answer_rewards(
+    reward: ImplicitReward, questions: Sequence[Sequence[int]], thoughts: Tensor,
+    completion_ids: Sequence[Sequence[int]], noise: ThoughtNoise, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
+    """(N,), float32: the reward of each answer with its thoughts, in one pass of each model.
+
+    The sum of the rewards of its tokens after the given thoughts and, if these were drawn with noise, of the thoughts.
+    Raises ValueError for a model without latent thoughts, or for thoughts of another shape.
+    """
+    (model_means, model), (reference_means, reference) = (
+        _read(lm, questions, thoughts, completion_ids, batch_size) for lm in (reward.lm, reward.reference)
+    )
+    ratios_N = torch.stack([(a - b).double().sum() for a, b in zip(model, reference, strict=True)])
+    if noise.std:
+        ratios_N = ratios_N + _log_ratios(thoughts, model_means, reference_means, noise).sum(-1)
+    return (reward.beta * ratios_N).float()
 
 
 def token_rewards(

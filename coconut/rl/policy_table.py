@@ -12,7 +12,7 @@ import numpy as np
 from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import TableConfig
 from coconut.data.seen_questions import describe_questions, most_seen
-from coconut.reporting import run_table, suite_table
+from coconut.reporting import run_table, sampled_table, suite_table
 from coconut.reporting.page import Heading, Part, Section, Table, Text, page
 from coconut.reporting.phrases import percent
 from coconut.rl.report import curves_figure, is_policy, mode_legend
@@ -27,8 +27,11 @@ SEED = re.compile(r"-seed\d+$")
 def write_table(config: TableConfig) -> int:
     """Write the table of policies, or that of supervised runs if none is a policy. Gives the exit status.
 
+    With `sampled` it is the comparison of sampled evaluations, of runs of either kind.
     Raises ValueError if there are runs of both kinds.
     """
+    if config.sampled:
+        return sampled_table.run(config)
     run_folders = expand_patterns(config.runs)
     records = [read_run(folder) for folder in run_folders]
     kinds = [is_policy(record) for record in records]

@@ -7,10 +7,12 @@ from math import comb
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from coconut.evaluation.intervals import mean_interval
-from coconut.evaluation.metrics_at_k import majority_at, pass_at
+from coconut.evaluation.metrics_at_k import best_at, majority_at, pass_at
 from coconut.evaluation.sampling import metrics_at
 
 
@@ -46,6 +48,41 @@ def test_maj_at_k_is_the_mean_over_all_subsets() -> None:
     for k in sizes:
         assert majority_at(cases, right_QN, [k])[:, 0] == pytest.approx(by_hand[:, k - 1], abs=1e-12)
     assert majority_at(cases, right_QN, [9])[-3:, 0].tolist() == [0.0, 1.0, 0.5]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), min_size=1, max_size=8), st.data())
+def test_best_at_k_is_the_mean_over_all_subsets(answers: list[tuple[int, bool]], data: st.DataObject) -> None:
+    """In each subset of k the answers with the largest reward share the choice."""
+    N = len(answers)
+    k = data.draw(st.integers(1, N))
+    shares = []
+    for chosen in combinations(answers, k):
+        largest = max(reward for reward, _ in chosen)
+        tied = [right for reward, right in chosen if reward == largest]
+        shares.append(sum(tied) / len(tied))
+    rewards_QN, right_QN = (np.array([part], float) for part in zip(*answers, strict=True))
+    assert best_at(rewards_QN, right_QN, k)[0] == pytest.approx(np.mean(shares), abs=1e-12)
+    rows = {row.k: row for row in metrics_at([[None] * N], right_QN, rewards_QN)}
+    if k in rows:
+        assert rows[k].best_at_k == pytest.approx(np.mean(shares), abs=1e-12)
+        assert rows[k].best_interval == mean_interval(best_at(rewards_QN, right_QN, k)[None].round(12))
+
+
+def test_best_at_k_is_unbiased() -> None:
+    """Of 12 draws, best@3 is on average the accuracy of the best of three new draws."""
+    rng = np.random.default_rng(3)
+
+    def draw(questions: int, answers: int) -> tuple[np.ndarray, np.ndarray]:
+        right = rng.random((questions, answers)) < 0.4
+        return np.round(rng.normal(size=right.shape) + right, 1), right.astype(float)
+
+    found_Q = best_at(*draw(4000, 12), 3)
+    rewards, right = draw(40_000, 3)
+    tied = rewards == rewards.max(1, keepdims=True)
+    truth_Q = (tied * right).sum(1) / tied.sum(1)
+    error = np.hypot(found_Q.std() / len(found_Q) ** 0.5, truth_Q.std() / len(truth_Q) ** 0.5)
+    assert abs(found_Q.mean() - truth_Q.mean()) < 3.5 * error
 
 
 def test_one_answer_and_the_largest_number_of_answers() -> None:

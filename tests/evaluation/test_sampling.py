@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from coconut.engine.process_group import init_distributed
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig, Sampling
 from coconut.evaluation.evaluator import evaluate
-from coconut.evaluation.sampling import SampledEvaluation, evaluate_samples
+from coconut.evaluation.intervals import mean_interval
+from coconut.evaluation.sampling import AnswerScore, SampledEvaluation, describe_samples, evaluate_samples
+from coconut.generation.generate import Generated
 from coconut.methods import PAUSES, PromptFormat
 from coconut.runs.description import read_results
 from coconut.runs.record import read_run
@@ -33,7 +36,8 @@ from coconut.utils.files import read_json, write_json
 
 WORDS = Sampling(5, temperature=1.5, top_p=0.95)
 NOISE = Sampling(5, thought_noise=0.8)
-BOTH = Sampling(5, temperature=1.5, top_p=0.95, thought_noise=0.8)
+DROPOUT = Sampling(5, thought_dropout=0.4)
+ALL = Sampling(5, temperature=1.5, top_p=0.95, thought_noise=0.8, thought_dropout=0.2)
 FORM = PromptFormat("{}", "{} ", "{}")  # everything that is generated is an answer
 
 
@@ -56,7 +60,7 @@ def texts(evaluation: SampledEvaluation) -> list[list[str]]:
     return [[answer["text"] for answer in row.answers] for row in evaluation.questions]
 
 
-@pytest.mark.parametrize("sampling", [WORDS, NOISE, BOTH], ids=["words", "noise", "both"])
+@pytest.mark.parametrize("sampling", [WORDS, NOISE, DROPOUT, ALL], ids=["words", "noise", "dropout", "all"])
 def test_answers_depend_on_seed_question_and_sample_alone(sampling: Sampling) -> None:
     torch.manual_seed(0)
     whole = texts(sampled(sampling))
@@ -72,14 +76,14 @@ def test_answers_depend_on_seed_question_and_sample_alone(sampling: Sampling) ->
 
 def on_two(file: str) -> None:
     with init_distributed(EngineConfig(device="cpu", threads=1)) as world:
-        result, questions = sampled(BOTH, world=world)
+        result, questions = sampled(ALL, world=world)
         if world.is_main:
             write_json(file, [asdict(result), [asdict(row) for row in questions]])
 
 
 def test_two_processes_sample_like_one(tmp_path: Path) -> None:
     together(on_two, str(tmp_path / "two.json"))
-    result, questions = sampled(BOTH)
+    result, questions = sampled(ALL)
     write_json(tmp_path / "one.json", [asdict(result), [asdict(row) for row in questions]])
     ours, theirs = (read_json(tmp_path / f"{name}.json") for name in ("one", "two"))
     assert ours[1] == theirs[1]
@@ -131,6 +135,39 @@ def test_curves_are_those_of_the_answers_that_are_written() -> None:
     assert at[2].pass_at_k == pytest.approx(np.mean(pairs))
 
 
+def by_length(questions: Sequence[Sequence[int]], out: Generated) -> list[AnswerScore]:
+    """Prefers short questions and large first tokens."""
+    pairs = zip(questions, out.tokens[:, 0].tolist(), strict=True)
+    return [AnswerScore(first / 7 - len(question), 2) for question, first in pairs]
+
+
+def test_the_best_answer_is_chosen_by_the_reward() -> None:
+    sampling = Sampling(6, temperature=1.5, thought_dropout=0.3)
+    said = [[answer["predicted"] for answer in row.answers] for row in sampled(sampling).questions]
+    examples = [Example(e.question, (), row[0]) for e, row in zip(EXAMPLES, said, strict=True)]
+    result, questions = sampled(sampling, examples, scorer=by_length)
+    right_QN = np.array([[answer["correct"] for answer in row.answers] for row in questions], float)
+    rewards_QN = np.array([[answer["reward"] for answer in row.answers] for row in questions])
+    assert 0 < right_QN.mean() < 1
+    tied_QN = rewards_QN == rewards_QN.max(1, keepdims=True)
+    last = result.sampling.at_k[-1]
+    chosen_Q = (tied_QN * right_QN).sum(1) / tied_QN.sum(1)
+    assert last.best_at_k == pytest.approx(chosen_Q.mean())
+    assert last.best_interval == pytest.approx(mean_interval(chosen_Q[None]))
+    assert result.sampling.at_k[0].best_at_k == pytest.approx(right_QN.mean())
+    assert result.sampling.scoring_passes == 2 * right_QN.size
+    assert "best@k" in describe_samples(result)
+    for batch_size in (1, 4):
+        assert sampled(sampling, examples, scorer=by_length, batch_size=batch_size).questions == questions
+    plain = sampled(sampling, examples)
+    assert plain.result.sampling.at_k[0].best_at_k is None
+    assert "reward" not in plain.questions[0].answers[0]
+    assert "best@k" not in describe_samples(plain.result)
+    assert [(row.pass_at_k, row.maj_at_k) for row in plain.result.sampling.at_k] == [
+        (row.pass_at_k, row.maj_at_k) for row in result.sampling.at_k
+    ]
+
+
 def test_modes_of_a_hybrid_model_are_sampled() -> None:
     lm = hybrid()
     whole = evaluate_samples(lm, TASK, EXAMPLES, Sampling(6, 2.0), max_new_tokens=3)
@@ -150,6 +187,8 @@ def test_noise_needs_thoughts() -> None:
         evaluate_samples(model(), TASK, EXAMPLES, noise, num_thoughts=0)
     with pytest.raises(ValueError, match=r"answers without thoughts here \(stage 0\)"):
         evaluate_samples(model(num_thoughts=0), TASK, EXAMPLES, noise)
+    with pytest.raises(ValueError, match=r"thought_dropout=0\.1 is not for pause"):
+        evaluate_samples(model(slot=PAUSES, method="pause"), TASK, EXAMPLES, Sampling(2, thought_dropout=0.1))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +200,9 @@ def test_noise_needs_thoughts() -> None:
         ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
         ({"thought_noise": -1.0}, "thought_noise is -1.0; it must be at least 0"),
         ({"thought_noise": float("inf")}, "thought_noise is inf; it must be a finite number"),
+        ({"thought_dropout": -0.5}, "thought_dropout is -0.5; it must be at least 0"),
+        ({"thought_dropout": 1.0}, "thought_dropout is 1.0; it must be a probability below 1"),
+        ({"reward": "r"}, "reward=r chooses among several answers: set samples"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0; it must be above 0"),
         ({"top_p": 0.9}, "top_p=0.9 is for sampled words: set temperature"),
         ({"seed": -1, "temperature": 1.0}, "seed is -1; it must be at least 0"),

@@ -35,12 +35,11 @@ from coconut.data.tokenization import encode_texts
 from coconut.engine.base import StepResult
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
-from coconut.evaluation.metrics_at_k import pass_at
+from coconut.evaluation.metrics_at_k import best_at, pass_at
 from coconut.methods import NOTHING, PAUSES, THOUGHTS, Curriculum, PromptFormat, Unit
 from coconut.reward import compare
 from coconut.rewards.aggregation import (
     aggregate_steps,
-    best_of,
     best_threshold,
     first_below,
     first_errors,
@@ -514,13 +513,13 @@ def test_best_of_n_is_the_expectation_over_all_draws() -> None:
                 expected[q] += np.mean([right[q, i] for i in chosen if scores[q, i] == top]) / comb(6, size)
                 some[q] += any(right[q, i] for i in chosen) / comb(6, size)
         assert pass_at(right, size) == pytest.approx(some)
-        assert best_of(scores, right, size) == pytest.approx(expected)
+        assert best_at(scores, right, size) == pytest.approx(expected)
     distinct = rng.permutation(18).reshape(3, 6).astype(float)
     for size in (1, 3, 6):
         draws = list(combinations(range(6), size))
         by_hand = [np.mean([right[q, max(draw, key=distinct[q].__getitem__)] for draw in draws]) for q in range(3)]
-        assert best_of(distinct, right, size) == pytest.approx(by_hand)
-    assert best_of(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
+        assert best_at(distinct, right, size) == pytest.approx(by_hand)
+    assert best_at(np.zeros((3, 6)), right, 4) == pytest.approx(right.mean(1)), "where all are equal, chance decides"
 
 
 def vote_by_hand(answers: list[str | None], weights: Any, right: Any, size: int) -> float:

@@ -20,10 +20,12 @@ from coconut.completions.scoring import SamplingDistribution
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_answers, encode_questions, encode_texts
 from coconut.generation.generate import Generated
-from coconut.generation.thoughts import think
+from coconut.generation.thoughts import ThoughtNoise, think
 from coconut.methods import NOTHING, PAUSES, PromptFormat
+from coconut.rewards.answer_scores import AnswerReward
 from coconut.rewards.implicit import ImplicitReward
-from coconut.rewards.thoughts import thought_means, thought_rewards, token_rewards
+from coconut.rewards.thoughts import answer_rewards, thought_means, thought_rewards, token_rewards
+from coconut.rewards.value_model import ValueModel
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS
 
@@ -197,6 +199,58 @@ def test_token_rewards_after_own_thoughts_equal_implicit_rewards(family: str) ->
     torch.testing.assert_close(both[0].float(), torch.stack([row.sum() for row in usual]), rtol=1e-4, atol=1e-4)
     found = torch.stack([row.sum() for row in of_tokens])
     torch.testing.assert_close(found, (both[0] - both[1]).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_answer_reward_is_the_log_ratio_of_thoughts_and_tokens(family: str, dropout: float) -> None:
+    """With dropout each number of a thought is drawn from a mixture of two normal distributions.
+
+    Dropout alone leaves thoughts without a density, and the reward is that of the tokens.
+    """
+    reward = pair(family)
+    out = noisy(reward.lm, thought_dropout=dropout)
+    completion_ids = [out.completion_ids(row) for row in range(len(QUESTIONS))]
+    wholes = []
+    for lm in (reward.lm, reward.reference):
+        prompts = padded([[*question, lm.special.bot] for question in QUESTIONS])
+        means = torch.stack([think(lm, *prompts, k, thoughts=out.thoughts).states for k in range(3)], dim=1).double()
+        density = (1 - dropout) * Normal(means / (1 - dropout), SIGMA).log_prob(out.thoughts.double()).exp()
+        density = density + dropout * Normal(0.0, SIGMA).log_prob(out.thoughts.double()).exp()
+        spoken = [after(lm, question, out.thoughts[row], completion_ids[row]) for row, question in enumerate(QUESTIONS)]
+        wholes.append(density.log().sum((1, 2)) + torch.stack(spoken))
+    expected = BETA * (wholes[0] - wholes[1]).float()
+    noise = ThoughtNoise(SIGMA, dropout)
+    for size in (1, 256):
+        found = answer_rewards(reward, QUESTIONS, out.thoughts, completion_ids, noise, size)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float((found - expected.mean()).abs().max()) > 1e-3
+    text = answer_rewards(reward, QUESTIONS, out.thoughts, completion_ids, ThoughtNoise(dropout=0.3))
+    of_tokens = token_rewards(reward, QUESTIONS, out.thoughts, completion_ids)
+    torch.testing.assert_close(text, torch.stack([row.sum() for row in of_tokens]))
+
+
+def test_scores_of_answers_are_their_rewards() -> None:
+    """After own thoughts that of the tokens; with noise that of given thoughts too, for each number of thoughts."""
+    reward = pair()
+    plain = noisy(reward.lm, sigma=0.0, log_probs=True)
+    samples = [s for row, question in enumerate(QUESTIONS) for s in completions_of(reward.lm, question, plain, [row])]
+    found = AnswerReward(reward)(QUESTIONS, plain)
+    assert [score.reward for score in found] == pytest.approx([float(row.sum()) for row in reward.tokens(samples)])
+    assert {score.passes for score in found} == {2 * (3 + 1)}
+    values = AnswerReward(ValueModel(reward.lm), ThoughtNoise(SIGMA))(QUESTIONS, plain)
+    assert [score.reward for score in values] == pytest.approx(
+        [float(row[-1]) for row in ValueModel(reward.lm).steps(samples)]
+    )
+    assert {score.passes for score in values} == {3 + 1}
+
+    out = noisy(reward.lm, num_thoughts=[1, 3, 2, 3])
+    of_noisy = AnswerReward(reward, ThoughtNoise(SIGMA))(QUESTIONS, out)
+    for row, score in enumerate(of_noisy):
+        fed = out.thoughts[row : row + 1, : int(out.num_thoughts[row])]
+        of_thoughts = thought_rewards(reward, [QUESTIONS[row]], fed, SIGMA).sum()
+        [of_tokens] = token_rewards(reward, [QUESTIONS[row]], fed, [out.completion_ids(row)])
+        assert score.reward == pytest.approx(float(of_thoughts + of_tokens.sum()), rel=1e-4, abs=1e-5)
+        assert score.passes == 2
 
 
 def test_thought_rewards_refuse_models_without_thoughts() -> None:
