@@ -420,6 +420,20 @@ def test_update_of_noisy_thoughts_does_not_depend_on_the_number_of_processes() -
     together(on_two)
 
 
+def test_row_without_targets_has_zero_gradients_for_all_weights_of_a_thought() -> None:
+    """A process without a row left feeds the same thoughts, and takes part in every exchange of gradients."""
+    lm, objective = thinker(slot=PROJECTED), OBJECTIVES["grpo"]
+    samples = sampled(lm)
+    row = samples[0].without_targets()
+    totals = totals_of(samples, BUDGET)
+    batch = policy_batch([row], [torch.zeros(0)], objective, totals, lm.special, on_policy=True)
+    assert batch.denominators == (0,)
+    assert batch.thoughts is not None
+    PolicyLoss(policy(lm), objective, 0.0)(lm, batch).backward()
+    assert gradients(lm).keys() == dict(lm.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in gradients(lm).values())
+
+
 def test_k3_of_a_policy_that_equals_its_reference_is_zero() -> None:
     lm = thinker()
     batch = batch_of(lm, sampled(lm), OBJECTIVES["grpo"])
