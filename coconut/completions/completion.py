@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coconut.completions.noisy_thoughts import NoisyThoughts
 from coconut.data.sequences import Layout, slot_with_markers
 from coconut.generation.generate import Generated, forward_passes
 from coconut.methods import Slot
@@ -35,9 +36,11 @@ class Completion:
     layout: prompt and completion. Its targets are the sampled tokens: the completion and, if the model chose its mode,
         the control token. Not sampled are the question, a forced control token, markers, thoughts and pauses.
     log_probs: (sampled tokens,), float32, under the sampling distribution: at the temperature, among the tokens that
-        are allowed at the position. Zeros if they are unknown.
+        are allowed at the position. Zeros if they are unknown. Noisy thoughts are sampled, too, and come first: the
+        log of the ratio of each one's density to that at sampling, so 0.
     new_tokens: without the end of the sequence.
     truncated: the token limit was reached before the end of the sequence.
+    noisy: its thoughts, if they were drawn with noise.
     """
 
     layout: Layout
@@ -48,6 +51,7 @@ class Completion:
     slot: Slot
     num_thoughts: int
     truncated: bool
+    noisy: NoisyThoughts | None = None
 
     @property
     def is_control(self) -> Tensor:
@@ -56,8 +60,13 @@ class Completion:
 
     @property
     def passes(self) -> int:
-        """Sequential passes of a teacher-forced forward."""
-        return self.slot.passes(self.num_thoughts)
+        """Sequential passes of a teacher-forced forward, which feeds noisy thoughts as they were drawn."""
+        return 1 if self.noisy else self.slot.passes(self.num_thoughts)
+
+    @property
+    def num_noisy(self) -> int:
+        """How many of the `log_probs` are of noisy thoughts."""
+        return len(self.noisy.fed) if self.noisy and len(self.log_probs) else 0
 
     @property
     def cost(self) -> Cost:
@@ -74,7 +83,11 @@ class Completion:
         """The same prompt with other tokens after it; `log_probs` are zeros, `text` is empty."""
         ids = np.array([*self.layout.ids[: self.layout.num_prompt], *completion_ids], np.int32)
         layout = replace(self.layout, ids=ids, control=-1)
-        return replace(self, layout=layout, log_probs=torch.zeros(len(completion_ids)), text="")
+        return replace(self, layout=layout, log_probs=torch.zeros(self.num_noisy + len(completion_ids)), text="")
+
+    def with_noisy_thoughts(self, noisy: NoisyThoughts) -> Completion:
+        """The same completion after these thoughts, which were drawn."""
+        return replace(self, noisy=noisy, log_probs=torch.cat([torch.zeros(len(noisy.fed)), self.log_probs]))
 
     def without_targets(self) -> Completion:
         """The same row without targets: a placeholder for a rank that has no row left in a collective forward pass."""
@@ -113,7 +126,11 @@ def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: 
         log_probs = torch.cat([torch.tensor(control), out.log_probs[row]])
         new_tokens, truncated = int(out.lengths[row]), bool(out.truncated[row])
         slot = lm.reasoning.in_mode(mode).slot
-        completions.append(Completion(layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated))
+        completion = Completion(layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated)
+        if out.thought_means is not None:
+            noisy = NoisyThoughts(out.thoughts[row, :count], out.thought_means[row, :count])
+            completion = completion.with_noisy_thoughts(noisy)
+        completions.append(completion)
     return completions
 
 

@@ -92,14 +92,16 @@ def examples_that_fit(
 
 def sample_groups(
     lm: LatentLM, examples: Sequence[Example], reward: Reward, *, samples: int, seed: Sequence[int],
-    temperature: float = 1.0, mode: str | None = None, max_new_tokens: int | None = None, batch_size: int = 64,
+    temperature: float = 1.0, thought_noise: float = 0.0, mode: str | None = None, max_new_tokens: int | None = None,
+    batch_size: int = 64,
 ) -> list[Group]:  # fmt: skip
     """Sample `samples` completions of each question, and reward them.
 
     seed: numbers such as (seed, step, rank). What is sampled depends on them, the questions and `batch_size`; the
     global random state is kept.
+    thought_noise: the standard deviation of noise on the thoughts, which are then drawn for each completion.
     mode: the mode to force on a hybrid model.
-    batch_size: questions at a time. Prompt and thoughts are computed once for all completions of a question.
+    batch_size: questions at a time. Without noise, prompt and thoughts are computed once for all completions of one.
     Raises ValueError for a reward that is not one finite number.
     """
     rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
@@ -109,7 +111,7 @@ def sample_groups(
             ids, mask = pad_rows([rows[index] for index in indices], lm.special.pad)
             out = lm.generate(
                 ids, mask, do_sample=True, temperature=temperature, num_return_sequences=samples, mode=mode,
-                max_new_tokens=max_new_tokens, log_probs=True,
+                max_new_tokens=max_new_tokens, log_probs=True, thought_noise=thought_noise,
             )  # fmt: skip
             for row, index in enumerate(indices):
                 completions = completions_of(lm, rows[index], out, range(row * samples, (row + 1) * samples))

@@ -1,18 +1,20 @@
 """Batches of completions, and the log-probabilities of their sampled tokens.
 
-Shapes: M sampled tokens of all rows, one after the other; V vocabulary.
+Shapes: M sampled tokens of all rows, one after the other; V vocabulary; B rows, K thoughts, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from coconut.completions.completion import Completion, passes_and_length, refuse_too_long, shard_by_length
+from coconut.completions.noisy_thoughts import log_density_ratio
 from coconut.data.batching import collate
 from coconut.data.tokenization import SpecialIds
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 class CompletionBatch:
     """Padded completions with their prompts. `labels` mark the sampled tokens; `is_control` (M,) is one for each.
 
-    `passes`: sequential passes of the forward, equal on all ranks.
+    `passes`: sequential passes of the forward, equal on all ranks. Noisy thoughts count as sampled tokens. `thoughts`
+    and `thought_means` (B, K, D) are those of every row, and `places` (M,) says where each sampled token stands among
+    the values of the B * K thoughts, followed by those of the words; None without noise.
     """
 
     input_ids: Tensor
@@ -32,23 +36,53 @@ class CompletionBatch:
     labels: Tensor
     passes: int
     is_control: Tensor
+    thoughts: Tensor | None = field(default=None, kw_only=True)
+    thought_means: Tensor | None = field(default=None, kw_only=True)
+    places: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, completions: Sequence[Completion], special: SpecialIds, passes: int) -> CompletionBatch:
         batch = collate([completion.layout for completion in completions], special)
         is_control_M = torch.cat([completion.is_control for completion in completions])
-        return cls(batch.input_ids, batch.attention_mask, batch.labels, passes, is_control_M)
+        result = cls(batch.input_ids, batch.attention_mask, batch.labels, passes, is_control_M)
+        noisy = [completion.noisy for completion in completions if completion.noisy]
+        if not noisy:
+            return result
+        assert len(noisy) == len(completions), "noisy thoughts and others in one batch"
+        thoughts_BKD, means_BKD = (
+            pad_sequence([getattr(row, name) for row in noisy], batch_first=True) for name in ("fed", "means")
+        )
+        places_M = _places(completions, thoughts_BKD.shape[1])
+        return replace(result, thoughts=thoughts_BKD, thought_means=means_BKD, places=places_M)
+
+    @property
+    def is_thought(self) -> Tensor:
+        """(M,) true for noisy thoughts."""
+        if self.places is None or self.thoughts is None:
+            return torch.zeros_like(self.is_control)
+        return self.places < self.thoughts.shape[:2].numel()
 
     def to(self, device: torch.device | str) -> Self:
         values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **values)
 
 
+def _places(completions: Sequence[Completion], most: int) -> Tensor:
+    """`CompletionBatch.places` of completions with up to `most` noisy thoughts each."""
+    places, words = [], len(completions) * most
+    for row, completion in enumerate(completions):
+        count = len(completion.log_probs) - completion.num_noisy
+        places += [*range(row * most, row * most + completion.num_noisy), *range(words, words + count)]
+        words += count
+    return torch.tensor(places, dtype=torch.long)
+
+
 def forward_at_targets(module: nn.Module, batch: CompletionBatch) -> Any:
     """Run a batch through the model, with logits (M, V) where its targets are predicted."""
     return module(
-        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
-    )
+        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes,
+        thoughts=batch.thoughts,
+    )  # fmt: skip
 
 
 def score_tokens(
@@ -73,27 +107,40 @@ def score_tokens(
 class SamplingDistribution:
     """The distribution that completions are sampled from: softmax at a temperature over the allowed tokens.
 
-    Where a control token is sampled, only `controls` are allowed; elsewhere all tokens but `suppressed`.
+    Where a control token is sampled, only `controls` are allowed; elsewhere all tokens but `suppressed`. Noisy thoughts
+    have the standard deviation `thought_noise`.
     """
 
     suppressed: tuple[int, ...] = ()
     controls: tuple[int, ...] = ()
     temperature: float = 1.0
+    thought_noise: float = 0.0
 
     @classmethod
-    def of(cls, special: SpecialIds, temperature: float = 1.0) -> SamplingDistribution:
+    def of(cls, special: SpecialIds, temperature: float = 1.0, thought_noise: float = 0.0) -> SamplingDistribution:
         """The distribution of a model with these added tokens."""
-        return cls(tuple(special.added), tuple(special.control.values()), temperature)
+        return cls(tuple(special.added), tuple(special.control.values()), temperature, thought_noise)
 
     def log_probs(self, module: nn.Module, batch: CompletionBatch) -> Tensor:
-        """(M,) log-probabilities of a batch's targets, float32."""
+        """(M,) log-probabilities of a batch's sampled tokens, float32.
+
+        A noisy thought's is the log of the ratio of its density to that at sampling. What does not change with the
+        model cancels in every use: in the policy's ratio, in its divergence from a reference, in an implicit reward.
+        """
         out = forward_at_targets(module, batch)
+        words_W = self._of_words(out, batch.is_control[~batch.is_thought])
+        if batch.thoughts is None or batch.thought_means is None or batch.places is None:
+            return words_W
+        ratios_BK = log_density_ratio(batch.thoughts, out.own_thoughts, batch.thought_means, self.thought_noise)
+        return torch.cat([ratios_BK.to(words_W).flatten(), words_W])[batch.places]
+
+    def _of_words(self, out: Any, is_control_W: Tensor) -> Tensor:
         logits_MV = out.target_logits.float() / self.temperature
         suppressed_2V = torch.zeros(2, logits_MV.shape[1], dtype=torch.bool, device=logits_MV.device)
         suppressed_2V[0, list(self.suppressed)] = True
         suppressed_2V[1] = True
         suppressed_2V[1, list(self.controls)] = False
-        logits_MV = logits_MV.masked_fill(suppressed_2V[batch.is_control.long()], -torch.inf)
+        logits_MV = logits_MV.masked_fill(suppressed_2V[is_control_W.long()], -torch.inf)
         return logits_MV.log_softmax(-1).gather(1, out.targets[:, None])[:, 0]
 
     @torch.no_grad()

@@ -31,7 +31,8 @@ class Generated:
     `tokens` (B, N): new tokens, padded at their end. `lengths` (B,): without the end-of-sequence token. `truncated`
     (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it. `passes` (B,): sequential
     forward passes, for the prompt, thoughts, tokens, and a hybrid model's choice. `thoughts` (B, K, D): what was fed as
-    thoughts, zero after a row's last. `modes`: the mode of each answer of a hybrid model, otherwise empty texts.
+    thoughts, zero after a row's last. `thought_means` (B, K, D): of noisy thoughts, what the noise was added to; None
+    without noise. `modes`: the mode of each answer of a hybrid model, otherwise empty texts.
     `mode_log_probs`: its log-probability, None where it was forced. `log_probs`, with log_probs=True: of each answer's
     tokens, including the end of the sequence, in float32.
     """
@@ -46,6 +47,7 @@ class Generated:
     modes: list[str]
     mode_log_probs: list[float | None]
     log_probs: list[Tensor] | None = None
+    thought_means: Tensor | None = None
 
     def completion_ids(self, row: int) -> list[int]:
         """The tokens of an answer, with the end of the sequence unless it was truncated."""
@@ -86,8 +88,8 @@ def generate(
     the thoughts of each row after at least one and at most `num_thoughts` of them (`think`). `thought_noise`: the
     standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed.
     `thought_dropout`: the probability with which each of their numbers is dropped before that (`ThoughtNoise`). With
-    either, every answer has its own thoughts, and the thoughts that were fed are returned. With noise their
-    log-probability is known (coconut.rewards.thoughts).
+    either, every answer has its own thoughts, and the thoughts that were fed are returned, with their means before
+    both. With noise their log-probability is known (coconut.completions.noisy_thoughts).
 
     Modes. A hybrid model first chooses a mode by its control token; `mode` forces one, for all questions or for each.
 
@@ -140,7 +142,7 @@ def generate(
             raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
         else:
             answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, keys, options)
-    return _collate(lm, [answer for several in answers for answer in several], options)
+    return _collate(lm, [answer for several in answers for answer in several], options, noisy=thought_noise != 0)
 
 
 @torch.no_grad()
@@ -257,7 +259,7 @@ def _answers(
     return answers
 
 
-def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> Generated:
+def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any], noisy: bool) -> Generated:
     special = lm.special
     may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
@@ -288,6 +290,9 @@ def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> G
         mode_log_probs=[answer.mode_log_prob for answer in answers],
         log_probs=[answer.log_probs[: length + 1] for answer, length in zip(answers, lengths, strict=True)]
         if options["log_probs"]
+        else None,
+        thought_means=torch.nn.utils.rnn.pad_sequence([answer.means for answer in answers], batch_first=True)
+        if noisy
         else None,
     )
 
@@ -346,6 +351,7 @@ def _stop_strings(options: dict[str, Any]) -> Sequence[str]:
 class _Answer:
     tokens: list[int]
     thoughts: Tensor  # (K, D)
+    means: Tensor  # (K, D), the thoughts without their noise
     limit: int
     log_probs: Tensor
     mode: str = ""
@@ -390,7 +396,7 @@ def _think_and_decode(
         table: Any = lm.base.get_input_embeddings()
         none_KD = torch.zeros(0, table.embedding_dim)
         decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, keys, options)
-        return [[_Answer(new, none_KD, limit, log_probs) for new, log_probs in several] for several in decoded]
+        return [[_Answer(new, none_KD, none_KD, limit, log_probs) for new, log_probs in several] for several in decoded]
     thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
     if noise and keys is not None:
         thinking["random_keys"] = [key for [key] in keys]
@@ -408,8 +414,8 @@ def _think_and_decode(
         keys_R = None if keys is None else [keys[row] for row in rows.tolist()]
         decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], keys_R, options)
         for row, several in zip(rows.tolist(), decoded, strict=True):
-            fed = state.thoughts[row, :n].float().cpu()
-            answers[row] = [_Answer(new, fed, limit, log_probs) for new, log_probs in several]
+            fed, means = (part[row, :n].float().cpu() for part in (state.thoughts, state.means))
+            answers[row] = [_Answer(new, fed, means, limit, log_probs) for new, log_probs in several]
     return [answers[row] for row in range(B)]
 
 

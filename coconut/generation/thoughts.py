@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class ThoughtState:
     """The state after prompts and their thoughts.
 
-    The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D).
+    The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D),
+    and `means` (B, K, D), the thoughts without their noise.
     """
 
     cache: Any
     thoughts: Tensor
     counts: Tensor
     states: Tensor
+    means: Tensor
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def think(
     if thoughts is None and num_thoughts and lm.feedback.slot.in_parallel:
         thoughts = _iterated(lm, num_thoughts, cache, last_BD, is_token_BT, positions_BT)
     fed: list[Tensor] = []
+    means: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
     drawn = noise.draw(random_keys, num_thoughts, embeds_BTD.shape[2]) if noise and random_keys is not None else None
@@ -111,6 +114,7 @@ def think(
     for k in range(0, num_thoughts, width):
         fed_BKD = lm.feedback(last_BD)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)
+        means.append(fed_BKD)
         if noise:
             part = slice(k, k + width)
             fed_BKD = noise.apply(fed_BKD, drawn and (drawn[0][:, part], drawn[1][:, part]))
@@ -123,8 +127,8 @@ def think(
             thinking_B = thinking_B & ~stop(fed_BKD[:, -1])
             if not thinking_B.any():
                 break
-    thoughts_BKD = torch.cat(fed, dim=1) if fed else embeds_BTD[:, :0]
-    return ThoughtState(cache, thoughts_BKD, counts_B, last_BD)
+    thoughts_BKD, means_BKD = (torch.cat(parts, dim=1) if parts else embeds_BTD[:, :0] for parts in (fed, means))
+    return ThoughtState(cache, thoughts_BKD, counts_B, last_BD, means_BKD)
 
 
 def _iterated(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from coconut.acceleration.facade import Acceleration
+from coconut.data.batching import IGNORED
 from coconut.data.tokenization import SpecialIds, add_control_tokens, add_special_tokens
 from coconut.methods import Reasoning, parse_mode
 from coconut.models import families, lora
@@ -39,6 +40,7 @@ from coconut.models.passes import (
     PassesOutput,
     Reads,
     Targets,
+    at_thoughts,
     gather_columns,
     plan_blocks,
     plan_passes,
@@ -185,6 +187,7 @@ class LatentLM(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         labels: Tensor | None = None, *, return_logits: bool = False, return_target_logits: bool = False,
         use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None, thought_offsets: Tensor | None = None,
+        thoughts: Tensor | None = None,
     ) -> LatentOutput:  # fmt: skip
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
@@ -196,16 +199,25 @@ class LatentLM(nn.Module):
         `thought_offsets` (B, K, D): added to the thoughts of each row as they are fed; where thoughts are updated all
         at once, to what the last iteration has made of them. The gradient of the loss with respect to zeros here is
         that with respect to the thoughts. Thoughts that are never updated are pauses, and nothing is added to them.
+        `thoughts` (B, K, D): fed in place of the model's own, which are then in `LatentOutput.own_thoughts`. All are
+        known, so that everything takes one pass, whatever `min_passes` is.
 
-        Raises ValueError if a row begins with a thought, or if transformers' gradient checkpointing is on together with
-        the cache (transformers would drop the cache, and thoughts would lose their context).
+        Raises ValueError if a row begins with a thought, for `thoughts` of a wrong shape or of a model whose thoughts
+        are updated all at once, or if transformers' gradient checkpointing is on together with the cache (transformers
+        would drop the cache, and thoughts would lose their context).
         """
-        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id, thought_offsets)
+        if thoughts is not None and self.feedback.slot.in_parallel:
+            raise ValueError(
+                f"{self.reasoning.method} updates its thoughts all at once, so that none comes after given ones before "
+                "it. Leave out thoughts."
+            )
+        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id, thought_offsets, thoughts)
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
         reads = reads or Reads()
         is_read_BT = reads.mark(is_read_BT, inputs.is_token_BT)
-        run = partial(self._cached, is_read_BT, min_passes) if use_cache else self._recomputed
+        recurrent = use_cache and thoughts is None
+        run = partial(self._cached, is_read_BT, min_passes) if recurrent else self._recomputed
         passed = run(inputs, reads)
         hidden_BSD, columns_BT = passed.hidden_BSD, passed.columns_BT
         output = LatentOutput(states=passed.states_BLD, thoughts=passed.thoughts_BKD)
@@ -215,6 +227,12 @@ class LatentLM(nn.Module):
             before_BK = reads.columns_before(inputs.is_token_BT)
             in_passes_BK = torch.where(before_BK < 0, -1, columns_BT.gather(1, before_BK.clamp(min=0)))
             output.before_thoughts = torch.stack([*passed.iterations, gather_columns(hidden_BSD, in_passes_BK)])
+        if thoughts is not None:
+            places = Targets.of(torch.where(inputs.is_latent_BT, inputs.ids_BT, IGNORED), inputs.is_token_BT)
+            own_MD = self.feedback(hidden_BSD[places.rows_N, columns_BT[places.rows_N, places.sources_N]])
+            place_K = torch.arange(thoughts.shape[1], device=hidden_BSD.device)
+            is_thought_BK = place_K < inputs.is_latent_BT.sum(1, keepdim=True)
+            output.own_thoughts = own_MD.new_zeros(thoughts.shape).masked_scatter(is_thought_BK[..., None], own_MD)
         if targets:
             hidden_ND = hidden_BSD[targets.rows_N, columns_BT[targets.rows_N, targets.sources_N]]
             output.num_targets = len(targets.ids_N)
@@ -248,7 +266,10 @@ class LatentLM(nn.Module):
     # --- the feedback loop, in two implementations --------------------------------------------------
 
     def _recomputed(self, inputs: LatentInputs, reads: Reads) -> PassesOutput:
-        """For each thought in turn, or each iteration over all: run everything, and feed hidden states back."""
+        """For each thought in turn, or each iteration over all: run everything, and feed hidden states back.
+
+        Given thoughts are fed at once.
+        """
         tokens_BTD = embeds_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
         previous_BT = previous_token(inputs.is_token_BT).clamp(min=0)
         number_BT = inputs.is_latent_BT.long().cumsum(1) * inputs.is_latent_BT  # 1 at a row's first thought, and so on
@@ -259,6 +280,12 @@ class LatentLM(nn.Module):
         offsets_BTD = inputs.offsets_at(inputs.is_latent_BT)
         slot, counts_B1 = self.feedback.slot, number_BT.amax(1, keepdim=True)
         updates_B1 = slot.count_iterations(counts_B1) if slot.in_parallel else counts_B1
+        if inputs.given_BKD is not None:
+            given_BTD = at_thoughts(inputs.given_BKD.to(embeds_BTD), inputs.is_latent_BT)
+            embeds_BTD = torch.where(inputs.is_latent_BT[..., None], given_BTD, embeds_BTD)
+            if offsets_BTD is not None:
+                embeds_BTD = embeds_BTD + offsets_BTD.to(embeds_BTD)
+            updates_B1 = torch.zeros_like(updates_B1)
         for number in range(1, 1 + int(updates_B1.max())):
             hidden_BTD = self.hidden_states(embeds_BTD, mask, inputs.positions_BT)
             before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD))

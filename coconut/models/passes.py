@@ -23,7 +23,8 @@ class LatentOutput:
 
     `logits` (B, T, V), at every position, only with return_logits=True. With return_target_logits=True there is no loss
     but `target_logits` (N, V), which predict the `targets` (N,) of the rows `target_rows` (N,), row by row. `states`,
-    `thoughts`, `before_thoughts`, `keys` and `values`: see Reads.
+    `thoughts`, `before_thoughts`, `keys` and `values`: see Reads. `own_thoughts` (B, K, D), where thoughts are given:
+    what the model would have fed in the place of each, after the given ones before it; zero after a row's last.
     """
 
     loss_sum: Tensor | None = None
@@ -37,6 +38,7 @@ class LatentOutput:
     before_thoughts: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    own_thoughts: Tensor | None = None
 
     @property
     def loss(self) -> Tensor | None:
@@ -85,6 +87,11 @@ def gather_columns(values_BSD: Tensor, columns_BK: Tensor) -> Tensor:
     exists_BK1 = ((columns_BK >= 0) & (columns_BK < values_BSD.shape[1]))[..., None]
     index_BK1 = columns_BK.clamp(0, values_BSD.shape[1] - 1)[..., None]
     return torch.where(exists_BK1, values_BSD.gather(1, index_BK1.expand(-1, -1, values_BSD.shape[2])), 0)
+
+
+def at_thoughts(values_BKD: Tensor, is_latent_BT: Tensor) -> Tensor:
+    """(B, T, D) the values at a row's first thought, second, and so on; zero at all other columns."""
+    return gather_columns(values_BKD, torch.where(is_latent_BT, is_latent_BT.long().cumsum(1) - 1, -1))
 
 
 def read_cache(cache: Any, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,9 +160,10 @@ class CollectedReads:
 
 @dataclass
 class LatentInputs:
-    """A batch as forward takes it, with defaults filled in. `offsets_BKD`: what is added to thoughts, None for nothing.
+    """A batch as forward takes it, with defaults filled in. See LatentLM.forward.
 
-    See LatentLM.forward.
+    `offsets_BKD`: what is added to thoughts, None for nothing. `given_BKD`: what is fed in their place, None for the
+    model's own.
     """
 
     ids_BT: Tensor
@@ -163,28 +171,34 @@ class LatentInputs:
     is_latent_BT: Tensor
     positions_BT: Tensor
     offsets_BKD: Tensor | None = None
+    given_BKD: Tensor | None = None
 
     @classmethod
     def of(
         cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int,
-        offsets: Tensor | None = None,
+        offsets: Tensor | None = None, given: Tensor | None = None,
     ) -> LatentInputs:  # fmt: skip
-        """Raises ValueError if a row begins with a thought."""
+        """Raises ValueError if a row begins with a thought, or has more thoughts than are given."""
         is_token_BT = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         is_latent_BT = (ids == latent_id) & is_token_BT
         begins_with_thought_B = (is_latent_BT & (is_token_BT.long().cumsum(1) == 1)).any(1)
         if begins_with_thought_B.any():
             row = int(begins_with_thought_B.nonzero()[0])
             raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
+        if given is not None:
+            most = int(is_latent_BT.sum(1).max())
+            if given.dim() != 3 or len(given) != len(ids) or given.shape[1] < most:
+                raise ValueError(
+                    f"thoughts has the shape {tuple(given.shape)}, with {len(ids)} rows of up to {most} thoughts. It "
+                    "must be (rows, thoughts, hidden)."
+                )
         if positions is None:
             positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets)
+        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets, given)
 
     def offsets_at(self, is_latent_BT: Tensor) -> Tensor | None:
-        """(B, T, D) the offsets at a row's first thought, second, and so on; zero at all other columns."""
-        if self.offsets_BKD is None:
-            return None
-        return gather_columns(self.offsets_BKD, torch.where(is_latent_BT, is_latent_BT.long().cumsum(1) - 1, -1))
+        """(B, T, D) the offsets at the columns of a row's thoughts, zero at all others."""
+        return None if self.offsets_BKD is None else at_thoughts(self.offsets_BKD, is_latent_BT)
 
 
 @dataclass

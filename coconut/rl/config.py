@@ -110,6 +110,7 @@ class RLConfig(RunConfig):
     prompts_per_step: int = 128  # over all processes
     group_size: int = 8  # completions of each question
     temperature: float = 1.0
+    thought_noise: float = 0.0  # standard deviation of thoughts, drawn and trained like words; 0: they are not drawn
     num_minibatches: int = 1  # updates in one pass over a step's batch
     num_iterations: int = 1  # passes over a step's batch
     drop_zero_variance_groups: bool = False  # leave groups with equal rewards out of the loss and its denominators
@@ -138,6 +139,8 @@ class RLConfig(RunConfig):
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; answers are sampled, so it must be above 0.")
+        if not 0 <= self.thought_noise < math.inf:
+            raise ValueError(f"thought_noise is {self.thought_noise}; it must be a standard deviation, 0 or more.")
         if self.num_minibatches > self.prompts_per_step:
             raise ValueError(
                 f"num_minibatches={self.num_minibatches} is more than prompts_per_step={self.prompts_per_step}. Lower "

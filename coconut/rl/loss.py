@@ -15,6 +15,7 @@ from coconut.completions.completion import Completion
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.data.tokenization import SpecialIds
 from coconut.rl.objectives import Objective, Totals, kl_k3
+from coconut.rl.ratio_statistics import RatioStatistics
 
 
 @dataclass
@@ -63,7 +64,7 @@ def policy_batch(
 
 
 def totals_of(completions: Sequence[Completion], budget: int) -> Totals:
-    """The totals of all completions of an update. `budget`: the limit of new tokens."""
+    """The totals of all completions of an update. `budget`: see Totals."""
     controls = sum(int(s.is_control.sum()) for s in completions)
     return Totals(len(completions), sum(len(s.log_probs) for s in completions), controls, budget)
 
@@ -73,17 +74,23 @@ class PolicyLoss:
     """The policy's loss function, for an engine: the weighted sum over the tokens of a micro-batch.
 
     `divergences`: for each micro-batch with a reference, the sum of its tokens' k3 estimates of the KL divergence.
+    `ratios`: of completions with noisy thoughts in updates that are not on-policy.
     """
 
     distribution: SamplingDistribution
     objective: Objective
     kl_coef: float
     divergences: list[Tensor] = field(default_factory=list)
+    ratios: RatioStatistics = field(default_factory=RatioStatistics)
 
     def __call__(self, module: nn.Module, batch: PolicyBatch) -> Tensor:
         log_probs_M = self.distribution.log_probs(module, batch)
         old_M = log_probs_M.detach() if batch.old is None else batch.old
         loss = (batch.weights * self.objective.clipped(log_probs_M, old_M, batch.advantages)).sum()
+        if batch.thoughts is not None and batch.old is not None:
+            log_ratios_M = log_probs_M.detach() - old_M
+            is_clipped_M = self.objective.is_clipped(log_ratios_M, batch.advantages)
+            self.ratios.add(log_ratios_M, is_clipped_M, batch.is_thought)
         if batch.reference is None:
             return loss
         apart_M = kl_k3(log_probs_M, batch.reference)

@@ -1,6 +1,6 @@
 """Policy objectives, GRPO and its variants, as data.
 
-All of them minimise, over the sampled tokens t of the completions i of one batch,
+All of them minimise, over the sampled tokens t (and noisy thoughts) of the completions i of one batch,
 
     sum w_it * max(-rho_it A_i, -clip(rho_it, 1 - clip_low, 1 + clip_high) A_i)  +  kl_coef * sum v_it * k3_it
 
@@ -28,7 +28,7 @@ STD_EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
 class Totals:
     """Counts of the whole batch, over all processes. `tokens`: sampled tokens, of which `controls` are control tokens.
 
-    `budget`: the limit of new tokens of a completion.
+    `budget`: the most sampled tokens of a completion, without the control token. Noisy thoughts count as tokens.
     """
 
     completions: int
@@ -94,6 +94,12 @@ class Objective:
         ratio_M = (log_probs_M - old_M).exp()
         clipped_M = ratio_M.clamp(1 - self.clip_low, 1 + self.clip_high)
         return (-ratio_M * advantages_M).maximum(-clipped_M * advantages_M)
+
+    def is_clipped(self, log_ratios_M: Tensor, advantages_M: Tensor) -> Tensor:
+        """(M,) whether clipping takes a token's gradient away."""
+        ratio_M = log_ratios_M.exp()
+        above_M = (ratio_M > 1 + self.clip_high) & (advantages_M > 0)
+        return above_M | ((ratio_M < 1 - self.clip_low) & (advantages_M < 0))
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -96,7 +96,7 @@ class OnlineProcessReward:
         if not reference:
             copy = self.folder / REWARD_REFERENCE if training_state.resume_from else None
             reference = LatentLM.from_pretrained(copy or reference_of(str(self.config.init)))
-        self.distribution = SamplingDistribution.of(self.lm.special)
+        self.distribution = SamplingDistribution.of(self.lm.special, thought_noise=config.thought_noise)
         self.engine: Engine | None = None
         if self.config.online:
             loss = reward_loss(LOSSES["ce"], self.distribution, self.config.beta)

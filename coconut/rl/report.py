@@ -219,13 +219,15 @@ def learning(run: RunRecord) -> Section:
         has_process_reward = describe_process_reward(run.config.get("process_reward")) != "none"
         effect = "and only the process rewards give a gradient" if has_process_reward else "and give no gradient"
         parts.append(Text(f"In {zero_variance} of the groups all rewards are equal, {effect}."))
+        if run.config.get("thought_noise"):
+            parts.append(Text(describe_noisy_thoughts(run.train, run.config["thought_noise"])))
     return Section("learning", "How it learned", parts)
 
 
 def provenance(run: RunRecord) -> Section:
     """What exactly was trained: all that is needed to do it again."""
     config, objective = run.config, run.description["objective"]
-    reward = config["reward"]
+    reward, noise = config["reward"], config.get("thought_noise", 0.0)
     sampled = f"{config['prompts_per_step']} prompts with {config['group_size']} completions each"
     costs = ", ".join(f"{mode} {cost:g}" for mode, cost in reward["mode_costs"].items()) or "none"
     limits = ", ".join(f"{mode} {limit} tokens" for mode, limit in reward["max_mode_tokens"].items()) or "none"
@@ -240,6 +242,7 @@ def provenance(run: RunRecord) -> Section:
         ("clipping", f"ratios from {1 - objective['clip_low']:g} to {1 + objective['clip_high']:g}"),
         ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
+        ("thoughts", f"drawn with noise {noise:g}, and trained like words" if noise else "not drawn"),
         ("process rewards", describe_process_reward(config.get("process_reward"))),
         ("costs", costs),
         ("limits", limits),
@@ -250,6 +253,24 @@ def provenance(run: RunRecord) -> Section:
         ("optimizer", f"learning rate {config['optimizer']['lr']:g}; {settings_of_adamw(config['optimizer'])}"),
     ]
     return what_was_trained(run, facts, "steps")
+
+
+def describe_noisy_thoughts(rows: Sequence[dict[str, Any]], noise: float) -> str:
+    """The noise beside the thoughts' own dispersion, their norm and how often ratios are clipped, in words."""
+    first, last = (f"{noise:g} on a dispersion of {row['thought_dispersion']:.3g}" for row in (rows[0], rows[-1]))
+    told = (
+        f"Noise of the thoughts: {first} of their own in the first step, {last} in the last; "
+        f"their mean norm goes from {rows[0]['thought_norm']:.3g} to {rows[-1]['thought_norm']:.3g}."
+    )
+    off_policy = [row for row in rows if "thought_clipped" in row]
+    if not off_policy:
+        return told
+    clipped, words = (np.mean([row[f"{name}_clipped"] for row in off_policy]) for name in ("thought", "word"))
+    ratio, of_words = (np.mean([row[f"{name}_log_ratio"] for row in off_policy]) for name in ("thought", "word"))
+    return (
+        f"{told} Clipping takes the gradient of {percent(float(clipped))} of the thoughts and {percent(float(words))} "
+        f"of the words; mean log-ratios to sampling: {ratio:.2g} and {of_words:.2g}."
+    )
 
 
 def describe_process_reward(settings: dict[str, Any] | None) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coconut.completions.completion import Cost, largest_completion, passes_and_length, shard_by_length
+from coconut.completions.noisy_thoughts import NoisyThoughts, dispersion, refuse_noise
 from coconut.completions.rollouts import (
     CorrectnessReward,
     Group,
@@ -76,7 +77,7 @@ class PolicyTrainer:
         torch.manual_seed(config.seed + world.rank)
         self.init = self.training_state.initial_weights(str(config.init))
         self.lm = self._policy()
-        self.distribution = SamplingDistribution.of(self.lm.special, config.temperature)
+        self.distribution = SamplingDistribution.of(self.lm.special, config.temperature, config.thought_noise)
         self.judge = CorrectnessReward(self.task, self.lm.reasoning.format, **asdict(config.reward))
         self.reward = reward or self.judge
         self.max_new_tokens = config.max_new_tokens or self.lm.reasoning.max_new_tokens
@@ -93,6 +94,8 @@ class PolicyTrainer:
     def _policy(self) -> LatentLM:
         resumed = self.training_state.resume_from
         lm = self.training_state.load_model() if resumed else to_float32(LatentLM.from_pretrained(self.init))
+        if self.config.thought_noise:
+            refuse_noise(lm.reasoning, self.config.thought_noise)
         modes, reward = lm.reasoning.modes, self.config.reward
         there = f"its modes are {', '.join(modes)}" if modes else "it has none"
         for key, named in (("mode_costs", reward.mode_costs), ("max_mode_tokens", reward.max_mode_tokens)):
@@ -100,6 +103,11 @@ class PolicyTrainer:
                 if mode not in modes:
                     raise ValueError(f"reward.{key}.{mode} is of a mode that the model does not have: {there}.")
         return lm.eval()  # without dropout, an update sees the probabilities that completions were sampled with
+
+    @property
+    def budget(self) -> int:
+        """The most sampled tokens and noisy thoughts of a completion, without the control token."""
+        return self.max_new_tokens + (self.lm.reasoning.num_thoughts if self.config.thought_noise else 0)
 
     @property
     def has_kl_penalty(self) -> bool:
@@ -159,6 +167,7 @@ class PolicyTrainer:
             f"{config.objective.name}, {modes}: {config.num_steps:,} steps of {config.prompts_per_step} prompts, "
             f"{config.group_size} completions each, "
             f"{'on-policy' if config.on_policy else f'learned from in {updates} updates'}"
+            + (f", thoughts drawn with noise {config.thought_noise:g}" if config.thought_noise else "")
         )
         log(
             f"{len(self.train):,} training and {len(self.valid):,} validation questions, "
@@ -169,14 +178,19 @@ class PolicyTrainer:
         """Run a micro-batch of the longest completions that there can be."""
         questions = [example.question for example in self.train]
         longest = max(encode_questions(self.lm.tokenizer, questions, self.lm.reasoning.format), key=len)
-        completions = [largest_completion(self.lm, longest, self.max_new_tokens)] * self.micro_batch_size
-        totals = totals_of(completions, self.max_new_tokens)
+        largest = largest_completion(self.lm, longest, self.max_new_tokens)
+        if self.config.thought_noise:
+            zeros_KD = torch.zeros(largest.num_thoughts, self.lm.thought_size)
+            largest = largest.with_noisy_thoughts(NoisyThoughts(zeros_KD, zeros_KD))
+        completions = [largest] * self.micro_batch_size
+        totals = totals_of(completions, self.budget)
         token_advantages = broadcast_to_tokens(torch.zeros(len(completions)), completions)
         batch = policy_batch(
             completions, token_advantages, self.objective, totals, self.lm.special, on_policy=self.config.on_policy
         )
         self.engine.dry_run(self._with_reference(batch))
         self.loss.divergences.clear()
+        self.loss.ratios.parts.clear()
         if self.process_reward:
             self.process_reward.dry_run(completions)
 
@@ -195,8 +209,8 @@ class PolicyTrainer:
         with self._save_if_reward_fails(), self.engine.full_module() as lm, self.engine.autocast():
             groups = sample_groups(
                 lm, examples, self.reward, samples=config.group_size, seed=(config.seed, step, world.rank),
-                temperature=config.temperature, max_new_tokens=self.max_new_tokens,
-                batch_size=config.rollout_batch_size,
+                temperature=config.temperature, thought_noise=config.thought_noise,
+                max_new_tokens=self.max_new_tokens, batch_size=config.rollout_batch_size,
             )  # fmt: skip
         return [group for part in world.all_gather_object(groups) for group in part]
 
@@ -222,7 +236,11 @@ class PolicyTrainer:
         return np.array([orders[epoch][i] for epoch, i in places])
 
     def completion_statistics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Means over a step's completions. `zero_variance_groups`: the share of groups with equal rewards."""
+        """Means over a step's completions. `zero_variance_groups`: the share of groups with equal rewards.
+
+        Of noisy thoughts, `thought_norm`: the mean norm of what the noise is added to; `thought_dispersion`: its
+        standard deviation in a coordinate, around the mean of its place.
+        """
         pairs = [(group.example, completion) for group in groups for completion in group.completions]
         completions = [completion for _, completion in pairs]
         rewards = torch.stack([group.rewards for group in groups])
@@ -235,6 +253,10 @@ class PolicyTrainer:
             "passes": float(np.mean([completion.cost.passes for completion in completions])),
             "truncated": float(np.mean([completion.truncated for completion in completions])),
         }
+        if drawn := [completion.noisy.means for completion in completions if completion.noisy]:
+            means_NKD = torch.stack(drawn)
+            row["thought_norm"] = float(means_NKD.norm(dim=-1).mean())
+            row["thought_dispersion"] = dispersion(means_NKD)
         for mode in self.lm.reasoning.modes:
             in_mode = np.array([completion.mode == mode for completion in completions])
             row[f"share_{mode}"] = float(in_mode.mean())
@@ -297,7 +319,7 @@ class PolicyTrainer:
         config, world = self.config, self.world
         world.set_activity(f"preparing update {self.updates + 1}")
         completions = [completion for group in groups for completion in group.completions]
-        totals = totals_of(completions, self.max_new_tokens)
+        totals = totals_of(completions, self.budget)
         needed = [passes_and_length([completion]) for completion in completions]
         # index -1: a row without targets, for a process that has none left
         rows, rows_advantages = [*completions, completions[0].without_targets()], [*token_advantages, torch.zeros(0)]
@@ -324,7 +346,11 @@ class PolicyTrainer:
         return replace(batch, reference=log_probs_M.detach().cpu())
 
     def _update(self, batches: Sequence[PolicyBatch]) -> dict[str, float]:
-        """One update. `kl`: the mean over its tokens of the divergence from the reference, before the update."""
+        """One update. `kl`: the mean over its tokens of the divergence from the reference, before the update.
+
+        `thought_log_ratio`, `word_log_ratio`, `thought_clipped`, `word_clipped`: means over its noisy thoughts and over
+        its words of the log-ratio to sampling, and of whether it is clipped; only if the update is not on-policy.
+        """
         self.world.set_activity(f"in update {self.updates + 1}")
         lr = self.config.optimizer.learning_rate(self.updates)
         where = f"step {self.step + 1} (update {self.updates + 1})"
@@ -332,8 +358,12 @@ class PolicyTrainer:
         with explain_non_finite_loss(self, where, lr, details):
             result = self.engine.update(batches, lr)
         self.updates += 1
-        kl = self.world.all_reduce_sum(self.loss.divergence()) / result.denominators[0]
-        return {"loss": result.loss, "grad_norm": result.grad_norm, **({"kl": kl} if self.has_kl_penalty else {})}
+        row = {"loss": result.loss, "grad_norm": result.grad_norm}
+        if self.has_kl_penalty:
+            row["kl"] = self.world.all_reduce_sum(self.loss.divergence()) / result.denominators[0]
+        if self.config.thought_noise and not self.config.on_policy:
+            row |= self.loss.ratios.means(self.world.all_reduce_sums)
+        return row
 
     def progress(self, row: dict[str, Any]) -> str:
         return f"reward {row['reward']:.3f}"
