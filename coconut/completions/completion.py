@@ -38,6 +38,8 @@ class Completion:
         are allowed at the position. Zeros if they are unknown.
     new_tokens: without the end of the sequence.
     truncated: the token limit was reached before the end of the sequence.
+    expected: (G, D) what the gates of a model mixed into the first G tokens of the completion when they were fed, as
+        constants; None for a model without gates.
     """
 
     layout: Layout
@@ -48,6 +50,7 @@ class Completion:
     slot: Slot
     num_thoughts: int
     truncated: bool
+    expected: Tensor | None = None
 
     @property
     def is_control(self) -> Tensor:
@@ -71,15 +74,16 @@ class Completion:
         return self.layout.ids[self.layout.num_prompt :].tolist()
 
     def with_completion_ids(self, completion_ids: Sequence[int]) -> Completion:
-        """The same prompt with other tokens after it; `log_probs` are zeros, `text` is empty."""
+        """The same prompt with other tokens after it, fed as they are; `log_probs` are zeros, `text` is empty."""
         ids = np.array([*self.layout.ids[: self.layout.num_prompt], *completion_ids], np.int32)
         layout = replace(self.layout, ids=ids, control=-1)
-        return replace(self, layout=layout, log_probs=torch.zeros(len(completion_ids)), text="")
+        return replace(self, layout=layout, log_probs=torch.zeros(len(completion_ids)), text="", expected=None)
 
     def without_targets(self) -> Completion:
         """The same row without targets: a placeholder for a rank that has no row left in a collective forward pass."""
         layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
-        return replace(self, layout=layout, log_probs=self.log_probs[:0])
+        expected = None if self.expected is None else self.expected[:0]
+        return replace(self, layout=layout, log_probs=self.log_probs[:0], expected=expected)
 
 
 def passes_and_length(completions: Sequence[Completion]) -> tuple[int, int]:
@@ -113,7 +117,10 @@ def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: 
         log_probs = torch.cat([torch.tensor(control), out.log_probs[row]])
         new_tokens, truncated = int(out.lengths[row]), bool(out.truncated[row])
         slot = lm.reasoning.in_mode(mode).slot
-        completions.append(Completion(layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated))
+        expected = None if out.expected is None else out.expected[row]
+        completions.append(
+            Completion(layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated, expected)
+        )
     return completions
 
 
@@ -163,7 +170,8 @@ def largest_completion(lm: LatentLM, question: Sequence[int], limit: int) -> Com
         slot, count = reasoning.slot, reasoning.num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
         log_probs = torch.zeros(limit + bool(mode))
-        completions.append(Completion(layout, log_probs, "", mode, limit, slot, count, truncated=True))
+        expected = torch.ones(limit, lm.thought_size) if lm.gates else None
+        completions.append(Completion(layout, log_probs, "", mode, limit, slot, count, True, expected))
     return max(completions, key=lambda completion: (len(completion.layout.ids), completion.passes))
 
 

@@ -6,7 +6,7 @@ Shapes: M sampled tokens of all rows, one after the other; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class CompletionBatch:
     """Padded completions with their prompts. `labels` mark the sampled tokens; `is_control` (M,) is one for each.
 
-    `passes`: sequential passes of the forward, equal on all ranks.
+    `passes`: sequential passes of the forward, equal on all ranks. `expected` (B, T, D): what gates mix into the words,
+    see LatentLM.forward; None for a model without gates.
     """
 
     input_ids: Tensor
@@ -32,23 +33,36 @@ class CompletionBatch:
     labels: Tensor
     passes: int
     is_control: Tensor
+    expected: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, completions: Sequence[Completion], special: SpecialIds, passes: int) -> CompletionBatch:
         batch = collate([completion.layout for completion in completions], special)
         is_control_M = torch.cat([completion.is_control for completion in completions])
-        return cls(batch.input_ids, batch.attention_mask, batch.labels, passes, is_control_M)
+        expected_BTD = _expected_of(completions, batch.input_ids.shape[1])
+        return cls(batch.input_ids, batch.attention_mask, batch.labels, passes, is_control_M, expected=expected_BTD)
 
     def to(self, device: torch.device | str) -> Self:
         values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **values)
 
 
+def _expected_of(completions: Sequence[Completion], width: int) -> Tensor | None:
+    """(B, T, D) `CompletionBatch.expected` of rows that are padded on the right."""
+    given = [completion.expected for completion in completions]
+    if given[0] is None:
+        return None
+    rows = zip(given, (completion.layout.num_prompt for completion in completions), strict=True)
+    padded = [nn.functional.pad(its, (0, 0, first, width - first - len(its))) for its, first in rows if its is not None]
+    return torch.stack(padded)
+
+
 def forward_at_targets(module: nn.Module, batch: CompletionBatch) -> Any:
     """Run a batch through the model, with logits (M, V) where its targets are predicted."""
     return module(
-        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes
-    )
+        batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes,
+        expected=batch.expected,
+    )  # fmt: skip
 
 
 def score_tokens(

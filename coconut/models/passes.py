@@ -155,7 +155,7 @@ class CollectedReads:
 class LatentInputs:
     """A batch as forward takes it, with defaults filled in. `offsets_BKD`: what is added to thoughts, None for nothing.
 
-    See LatentLM.forward.
+    `expected_BTD`: what gates mix into words. See LatentLM.forward.
     """
 
     ids_BT: Tensor
@@ -163,11 +163,12 @@ class LatentInputs:
     is_latent_BT: Tensor
     positions_BT: Tensor
     offsets_BKD: Tensor | None = None
+    expected_BTD: Tensor | None = None
 
     @classmethod
     def of(
         cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int,
-        offsets: Tensor | None = None,
+        offsets: Tensor | None = None, expected: Tensor | None = None,
     ) -> LatentInputs:  # fmt: skip
         """Raises ValueError if a row begins with a thought."""
         is_token_BT = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -178,7 +179,7 @@ class LatentInputs:
             raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
         if positions is None:
             positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets)
+        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets, expected)
 
     def offsets_at(self, is_latent_BT: Tensor) -> Tensor | None:
         """(B, T, D) the offsets at a row's first thought, second, and so on; zero at all other columns."""
