@@ -219,6 +219,16 @@ def learning(run: RunRecord) -> Section:
         has_process_reward = describe_process_reward(run.config.get("process_reward")) != "none"
         effect = "and only the process rewards give a gradient" if has_process_reward else "and give no gradient"
         parts.append(Text(f"In {zero_variance} of the groups all rewards are equal, {effect}."))
+    if words_gated := [row for row in run.train if "gate" in row]:
+        (gate, share), (first_gate, first_share) = (
+            (f"{row['gate']:.3f}", percent(row["latent_share"])) for row in (words_gated[-1], words_gated[0])
+        )
+        parts.append(
+            Text(
+                f"The gates keep {gate} of the words of the chain (in the first step {first_gate}); {share} of what is "
+                f"fed comes from what was expected ({first_share})."
+            )
+        )
     return Section("learning", "How it learned", parts)
 
 
@@ -241,6 +251,7 @@ def provenance(run: RunRecord) -> Section:
         ("divergence", f"weight {config['objective']['kl_coef']:g}, from where it started"),
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
         ("process rewards", describe_process_reward(config.get("process_reward"))),
+        ("gates", describe_gates(config.get("gates"))),
         ("costs", costs),
         ("limits", limits),
         ("started from", str(run.description["init"])),
@@ -258,3 +269,11 @@ def describe_process_reward(settings: dict[str, Any] | None) -> str:
         return "none"
     learns = "is updated in each step" if settings["online"] else "is frozen"
     return f"weight {settings['weight']:g}, beta {settings['beta']:g}; the reward model {learns}"
+
+
+def describe_gates(settings: dict[str, Any] | None) -> str:
+    """The gates of a run's configuration in words."""
+    if not (settings and settings["enabled"]):
+        return "none"
+    rates = f"learning rates {settings['lr']:g} and, of Lambda, {settings['lambda_lr']:g}"
+    return f"keep {settings['min']:g} to {settings['max']:g} of a word at first; {rates}"
