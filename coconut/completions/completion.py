@@ -41,6 +41,8 @@ class Completion:
     new_tokens: without the end of the sequence.
     truncated: the token limit was reached before the end of the sequence.
     noisy: its thoughts, if they were drawn with noise.
+    expected: (G, D) what the gates of a model mixed into the first G tokens of the completion when they were fed, as
+        constants; None for a model without gates.
     """
 
     layout: Layout
@@ -52,6 +54,7 @@ class Completion:
     num_thoughts: int
     truncated: bool
     noisy: NoisyThoughts | None = None
+    expected: Tensor | None = None
 
     @property
     def is_control(self) -> Tensor:
@@ -80,10 +83,12 @@ class Completion:
         return self.layout.ids[self.layout.num_prompt :].tolist()
 
     def with_completion_ids(self, completion_ids: Sequence[int]) -> Completion:
-        """The same prompt with other tokens after it; `log_probs` are zeros, `text` is empty."""
+        """The same prompt with other tokens after it, fed as they are; `log_probs` are zeros, `text` is empty."""
         ids = np.array([*self.layout.ids[: self.layout.num_prompt], *completion_ids], np.int32)
         layout = replace(self.layout, ids=ids, control=-1)
-        return replace(self, layout=layout, log_probs=torch.zeros(self.num_noisy + len(completion_ids)), text="")
+        return replace(
+            self, layout=layout, log_probs=torch.zeros(self.num_noisy + len(completion_ids)), text="", expected=None
+        )
 
     def with_noisy_thoughts(self, noisy: NoisyThoughts) -> Completion:
         """The same completion after these thoughts, which were drawn."""
@@ -92,7 +97,8 @@ class Completion:
     def without_targets(self) -> Completion:
         """The same row without targets: a placeholder for a rank that has no row left in a collective forward pass."""
         layout = replace(self.layout, num_prompt=len(self.layout.ids), control=-1)
-        return replace(self, layout=layout, log_probs=self.log_probs[:0])
+        expected = None if self.expected is None else self.expected[:0]
+        return replace(self, layout=layout, log_probs=self.log_probs[:0], expected=expected)
 
 
 def passes_and_length(completions: Sequence[Completion]) -> tuple[int, int]:
@@ -126,7 +132,10 @@ def completions_of(lm: LatentLM, question: Sequence[int], out: Generated, rows: 
         log_probs = torch.cat([torch.tensor(control), out.log_probs[row]])
         new_tokens, truncated = int(out.lengths[row]), bool(out.truncated[row])
         slot = lm.reasoning.in_mode(mode).slot
-        completion = Completion(layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated)
+        expected = None if out.expected is None else out.expected[row]
+        completion = Completion(
+            layout, log_probs, out.texts[row], mode, new_tokens, slot, count, truncated, expected=expected
+        )
         if out.thought_means is not None:
             noisy = NoisyThoughts(out.thoughts[row, :count], out.thought_means[row, :count])
             completion = completion.with_noisy_thoughts(noisy)
@@ -180,7 +189,8 @@ def largest_completion(lm: LatentLM, question: Sequence[int], limit: int) -> Com
         slot, count = reasoning.slot, reasoning.num_thoughts
         layout = _layout(lm, question, mode, count, [lm.special.eos] * limit, control_sampled=bool(mode))
         log_probs = torch.zeros(limit + bool(mode))
-        completions.append(Completion(layout, log_probs, "", mode, limit, slot, count, truncated=True))
+        expected = torch.ones(limit, lm.thought_size) if lm.gates else None
+        completions.append(Completion(layout, log_probs, "", mode, limit, slot, count, True, expected=expected))
     return max(completions, key=lambda completion: (len(completion.layout.ids), completion.passes))
 
 

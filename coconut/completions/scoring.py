@@ -28,7 +28,8 @@ class CompletionBatch:
 
     `passes`: sequential passes of the forward, equal on all ranks. Noisy thoughts count as sampled tokens. `thoughts`
     and `thought_means` (B, K, D) are those of every row, and `places` (M,) says where each sampled token stands among
-    the values of the B * K thoughts, followed by those of the words; None without noise.
+    the values of the B * K thoughts, followed by those of the words; None without noise. `expected` (B, T, D): what
+    gates mix into the words, see LatentLM.forward; None for a model without gates.
     """
 
     input_ids: Tensor
@@ -39,12 +40,14 @@ class CompletionBatch:
     thoughts: Tensor | None = field(default=None, kw_only=True)
     thought_means: Tensor | None = field(default=None, kw_only=True)
     places: Tensor | None = field(default=None, kw_only=True)
+    expected: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, completions: Sequence[Completion], special: SpecialIds, passes: int) -> CompletionBatch:
         batch = collate([completion.layout for completion in completions], special)
         is_control_M = torch.cat([completion.is_control for completion in completions])
         result = cls(batch.input_ids, batch.attention_mask, batch.labels, passes, is_control_M)
+        result.expected = _expected_of(completions, batch.input_ids.shape[1])
         noisy = [completion.noisy for completion in completions if completion.noisy]
         if not noisy:
             return result
@@ -77,11 +80,21 @@ def _places(completions: Sequence[Completion], most: int) -> Tensor:
     return torch.tensor(places, dtype=torch.long)
 
 
+def _expected_of(completions: Sequence[Completion], width: int) -> Tensor | None:
+    """(B, T, D) `CompletionBatch.expected` of rows that are padded on the right."""
+    given = [completion.expected for completion in completions]
+    if given[0] is None:
+        return None
+    rows = zip(given, (completion.layout.num_prompt for completion in completions), strict=True)
+    padded = [nn.functional.pad(its, (0, 0, first, width - first - len(its))) for its, first in rows if its is not None]
+    return torch.stack(padded)
+
+
 def forward_at_targets(module: nn.Module, batch: CompletionBatch) -> Any:
     """Run a batch through the model, with logits (M, V) where its targets are predicted."""
     return module(
         batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes,
-        thoughts=batch.thoughts,
+        thoughts=batch.thoughts, expected=batch.expected,
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -238,15 +239,35 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def adamw(module: nn.Module, settings: AdamWConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters."""
+def adamw(
+    module: nn.Module, settings: AdamWConfig, device: torch.device, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters.
+
+    `lr_factors`: what the learning rate is multiplied by for parameters whose names begin like this; the first that
+    fits. Parameters keep their order, and each run of equal factors is a group with its `lr_factor`.
+    """
+
+    def factor(named: tuple[str, nn.Parameter]) -> float:
+        return next((value for start, value in (lr_factors or {}).items() if named[0].startswith(start)), 1.0)
+
+    groups = [
+        {"params": [weight for _, weight in named], **({"lr_factor": value} if value != 1 else {})}
+        for value, named in groupby(trainable_parameters(module), factor)
+    ]
     return torch.optim.AdamW(
-        [weight for _, weight in trainable_parameters(module)],
+        groups,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of each group, times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

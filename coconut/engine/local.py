@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from coconut.engine.base import (
     clip_gradients,
     random_state,
     restore_random_state,
+    set_learning_rate,
     set_random_state,
     set_up_device,
     total_statistics,
@@ -42,6 +43,7 @@ class LocalEngine:
         config: EngineConfig,
         optimizer: AdamWConfig,
         world: World | None = None,
+        lr_factors: Mapping[str, float] | None = None,
     ):
         self.world = world or World()
         self.device = set_up_device(config, self.world)
@@ -56,11 +58,11 @@ class LocalEngine:
                 )  # fmt: skip
         self.loss = loss
         self.precision = config.precision
-        self.settings = optimizer
+        self.settings, self.lr_factors = optimizer, lr_factors
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
-        self.optimizer = adamw(self.module, self.settings, self.device)
+        self.optimizer = adamw(self.module, self.settings, self.device, self.lr_factors)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.precision)
@@ -83,8 +85,7 @@ class LocalEngine:
             names = self._non_finite_names()
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteUpdate(mean, norm, names)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return terms.result(means, norm)

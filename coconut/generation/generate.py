@@ -6,6 +6,7 @@ Shapes: B questions, T columns of the prompts, W columns of a given prefix, K th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
+from coconut.generation.gated_words import GatedDecoding
 from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
 from coconut.generation.thoughts import NO_NOISE, StopCriterion, ThoughtNoise, think
@@ -34,7 +36,8 @@ class Generated:
     thoughts, zero after a row's last. `thought_means` (B, K, D): of noisy thoughts, what the noise was added to; None
     without noise. `modes`: the mode of each answer of a hybrid model, otherwise empty texts.
     `mode_log_probs`: its log-probability, None where it was forced. `log_probs`, with log_probs=True: of each answer's
-    tokens, including the end of the sequence, in float32.
+    tokens, including the end of the sequence, in float32. `expected`, with log_probs=True for a model with gates: of
+    each answer (G, D), what they mixed into its first G words; its other words were fed as they are.
     """
 
     tokens: Tensor
@@ -48,6 +51,7 @@ class Generated:
     mode_log_probs: list[float | None]
     log_probs: list[Tensor] | None = None
     thought_means: Tensor | None = None
+    expected: list[Tensor] | None = None
 
     def completion_ids(self, row: int) -> list[int]:
         """The tokens of an answer, with the end of the sequence unless it was truncated."""
@@ -95,6 +99,7 @@ def generate(
 
     Answers. `prefix_ids` (B, W): tokens that each answer begins with, after its thoughts. They are not returned.
     `log_probs=True` records the log-probability of each token at the temperature, among the tokens that are allowed.
+    A model with gates mixes what it expected into each word until the answer mark; it takes no prefix.
     With num_return_sequences=n each question runs through prompt and thoughts once (with noise or dropout n times) and
     is answered n times.
 
@@ -110,8 +115,9 @@ def generate(
 
     Raises ValueError if there is no question, if a question fills the whole context, for thoughts of a method that has
     none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0, for dropout outside of 0 to below 1, for
-    either with given thoughts, for an unknown mode or option, for several answers without do_sample, noise or dropout,
-    for several to one streamer, or for a number of `random_keys` other than that of the answers.
+    either with given thoughts, for an unknown mode or option, for a prefix of a model with gates, for several answers
+    without do_sample, noise or dropout, for several to one streamer, or for a number of `random_keys` other than that
+    of the answers.
     """
     requested, noise = {**options, "max_new_tokens": max_new_tokens}, ThoughtNoise(thought_noise, thought_dropout)
     samples, options = generation_settings(requested, lm.reasoning.max_new_tokens, len(input_ids), noisy=bool(noise))
@@ -124,6 +130,11 @@ def generate(
     if random_keys is not None:
         refuse_unkeyed(options, len(random_keys), len(ids_BT) * samples)
         keys = [list(random_keys[first : first + samples]) for first in range(0, len(random_keys), samples)]
+    if prefix_ids is not None and lm.gates:
+        raise ValueError(
+            "prefix_ids: this model mixes what it expected into each word that it writes, and of words that were given "
+            "it expected nothing. Leave prefix_ids out."
+        )
     prefix_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
     with eval_mode(lm):
         if not lm.reasoning.modes:
@@ -294,6 +305,11 @@ def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any], nois
         thought_means=torch.nn.utils.rnn.pad_sequence([answer.means for answer in answers], batch_first=True)
         if noisy
         else None,
+        expected=[
+            answer.expected[: length - cut] for answer, length, cut in zip(answers, lengths, truncated, strict=True)
+        ]
+        if options["log_probs"] and lm.gates
+        else None,
     )
 
 
@@ -354,6 +370,7 @@ class _Answer:
     means: Tensor  # (K, D), the thoughts without their noise
     limit: int
     log_probs: Tensor
+    expected: Tensor  # (G, D)
     mode: str = ""
     mode_log_prob: float | None = None
 
@@ -396,7 +413,7 @@ def _think_and_decode(
         table: Any = lm.base.get_input_embeddings()
         none_KD = torch.zeros(0, table.embedding_dim)
         decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, keys, options)
-        return [[_Answer(new, none_KD, none_KD, limit, log_probs) for new, log_probs in several] for several in decoded]
+        return [[_Answer(new, none_KD, none_KD, limit, *recorded) for new, recorded in several] for several in decoded]
     thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
     if noise and keys is not None:
         thinking["random_keys"] = [key for [key] in keys]
@@ -415,7 +432,7 @@ def _think_and_decode(
         decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], keys_R, options)
         for row, several in zip(rows.tolist(), decoded, strict=True):
             fed, means = (part[row, :n].float().cpu() for part in (state.thoughts, state.means))
-            answers[row] = [_Answer(new, fed, means, limit, log_probs) for new, log_probs in several]
+            answers[row] = [_Answer(new, fed, means, limit, *recorded) for new, recorded in several]
     return [answers[row] for row in range(B)]
 
 
@@ -431,8 +448,9 @@ def _extend_cache(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any,
 def _decode(
     lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, keys: list[list[Key]] | None,
     options: dict[str, Any],
-) -> list[list[tuple[list[int], Tensor]]]:  # fmt: skip
-    """For each prompt `samples_B` times: its new tokens, and their log-probabilities if options["log_probs"].
+) -> list[list[tuple[list[int], tuple[Tensor, Tensor]]]]:  # fmt: skip
+    """For each prompt `samples_B` times: its new tokens; if options["log_probs"], their log-probabilities and what
+    gates mixed into them (G, D).
 
     The cache holds all columns of the prompts but the last.
     """
@@ -453,7 +471,8 @@ def _decode(
     options = {name: value for name, value in options.items() if name not in {*PASSTHROUGH, "stop_strings"}}
     suppressed = options.pop("suppress_tokens", ())
     recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
-    added: list[Any] = [recorder] if recorder else []
+    gated = GatedDecoding(lm, len(prompt_BT)) if lm.gates else None
+    added: list[Any] = [part for part in (gated, recorder) if part]
     if keys is not None and options.pop("do_sample", False):
         settings = {name: options.pop(name) for name in KeyedSampling.SETTINGS if name in options}
         flat = [key for several in keys for key in several]
@@ -471,7 +490,7 @@ def _decode(
     base: Any = lm.base
     original, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        with lm.acceleration.decoding():
+        with lm.acceleration.decoding(), gated or nullcontext():
             sequences = base.generate(
                 input_ids=prompt_BT,
                 attention_mask=is_token_BT.long(),
@@ -483,7 +502,8 @@ def _decode(
         base.generation_config = original
     new = sequences[:, prompt_BT.shape[1] :]
     log_probs = recorder.log_probs(new) if recorder else new.new_zeros(len(new), 0)
-    rows = list(zip(new.tolist(), log_probs.cpu(), strict=True))
+    expected = gated.expected() if gated and recorder else [log_probs.new_zeros(0, 0)] * len(new)
+    rows = list(zip(new.tolist(), zip(log_probs.cpu(), expected, strict=True), strict=True))
     ends = samples_B.cumsum(0).tolist()
     return [rows[end - count : end] for end, count in zip(ends, samples_B.tolist(), strict=True)]
 

@@ -192,6 +192,11 @@ class CoconutLM(TemplateLM):
                 "How likely a hybrid model finds a continuation depends on its mode. Add mode=NAME to --model_args, "
                 f"one of {', '.join(self.lm.reasoning.modes)}."
             )
+        if self.lm.gates:
+            raise ValueError(
+                "This model mixes what it expected into the words that it writes, so that a given continuation has no "
+                "probability of its own. Choose tasks whose answers are generated."
+            )
         count = reasoning.num_thoughts if self.num_thoughts is None else self.num_thoughts
         control = [self.lm.special.control[self.mode]] if self.mode else []
         slot = [*control, *slot_with_markers(reasoning, self.lm.special, count).tolist()]

@@ -5,7 +5,7 @@ No tokenizers and no tensors here.
 
 from coconut.methods.curriculum import Curriculum, Form, Mixing, Plan, Stage, Unit, plan
 from coconut.methods.modes import Mode, parse_mode
-from coconut.methods.reasoning import REASONING_FILE, PromptFormat, Reasoning
+from coconut.methods.reasoning import REASONING_FILE, GatedWords, PromptFormat, Reasoning
 from coconut.methods.table import (
     METHODS,
     NOTHING,
@@ -30,7 +30,7 @@ from coconut.methods.table import (
 
 __all__ = [
     "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At",
-    "Compression", "Curriculum", "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector",
+    "Compression", "Curriculum", "Cut", "Form", "GatedWords", "Method", "Mixing", "Mode", "Per", "Plan", "Projector",
     "PromptFormat", "Reasoning", "Slot", "Source", "Spans", "Stage", "Term", "Unit", "Update", "get_method",
     "parse_mode", "plan",
 ]  # fmt: skip

@@ -62,6 +62,16 @@ class PromptFormat:
         return self.step.split("{}")[1]
 
 
+@dataclass(frozen=True)
+class GatedWords:
+    """How the words that are written before the answer mark are fed: what was expected is mixed into them (HRPO).
+
+    `temperature`: of the distribution over next words whose expected embedding it is, however the words are chosen.
+    """
+
+    temperature: float = 1.0
+
+
 REASONING_FILE = "coconut.json"  # beside a model's weights
 
 
@@ -83,6 +93,7 @@ class Reasoning:
     max_new_tokens: int = 128
     format: PromptFormat = field(default_factory=PromptFormat)
     modes: tuple[str, ...] = ()  # of a hybrid model: the modes it chooses from with its first token
+    gated: GatedWords | None = None  # None: words are fed as they are
 
     @classmethod
     def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:
@@ -123,4 +134,6 @@ class Reasoning:
         values = dict(values)
         form = PromptFormat(**values["format"])
         modes = tuple(values.get("modes", ()))
-        return cls(**{**values, "slot": Slot.from_dict(values["slot"]), "format": form, "modes": modes})
+        gated = GatedWords(**values["gated"]) if values.get("gated") else None
+        slot = Slot.from_dict(values["slot"])
+        return cls(**{**values, "slot": slot, "format": form, "modes": modes, "gated": gated})

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from coconut.methods import Projector, Slot, Update
+from coconut.models.module_files import load_module, save_module
 
 WEIGHTS_FILE = "feedback.safetensors"  # beside a model's own weights, which AutoModel opens without it
 
@@ -55,24 +56,11 @@ class Feedback(nn.Module):
 
     def save(self, folder: Path | str) -> None:
         """Write the weights, if there are any."""
-        from safetensors.torch import save_file
-
         if self.has_weights:
-            weights = {name: weight.detach().cpu().contiguous() for name, weight in self.state_dict().items()}
-            save_file(weights, Path(folder) / WEIGHTS_FILE)
+            save_module(self, Path(folder) / WEIGHTS_FILE)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` wrote. Raises ValueError if the file is missing, damaged, or of another projector."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if not self.has_weights:
-            return
-        file = Path(folder) / WEIGHTS_FILE
-        try:
-            self.load_state_dict(load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{file}, the weights of the projector {self.slot.projector.value} of the thoughts, cannot be read "
-                f"({error}). Save the model again."
-            ) from error
+        if self.has_weights:
+            what = f"the weights of the projector {self.slot.projector.value} of the thoughts"
+            load_module(self, Path(folder) / WEIGHTS_FILE, what)

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from coconut.acceleration.facade import Acceleration
 from coconut.data.batching import IGNORED
 from coconut.data.tokenization import SpecialIds, add_control_tokens, add_special_tokens
-from coconut.methods import Reasoning, parse_mode
+from coconut.methods import GatedWords, Reasoning, parse_mode
 from coconut.models import families, lora
 from coconut.models.feedback import Feedback
+from coconut.models.gates import Gates
 from coconut.models.losses import summed_cross_entropy, target_log_probs
 from coconut.models.masks import SlidingWindow, after_last_token, unmask_padding
 from coconut.models.passes import (
@@ -70,6 +71,7 @@ class LatentLM(nn.Module):
         self.special = special
         self.reasoning = reasoning or Reasoning()
         self.feedback = Feedback(self.reasoning.slot, self.thought_size)
+        self.gates: Gates | None = None
         self.new_tokens = new_tokens or {}
         self.adapter: lora.Adapter | None = None
         self.acceleration = Acceleration(base, families.is_tested(base))
@@ -128,12 +130,37 @@ class LatentLM(nn.Module):
         lora.attach(self.base, self.special.added, settings, adapter.base)
         self.adapter = adapter
 
+    def add_gates(self, low: float = 0.99, high: float = 0.999, temperature: float = 1.0) -> None:
+        """Feed the words before the answer mark with what was expected in their place (`coconut.models.gates`).
+
+        `low`, `high`: where the gates start, from torch's generator. `temperature`: of the distribution whose expected
+        embedding is mixed in. Raises ValueError if the model has gates already, if it has a slot or modes, or if its
+        prompt format has no answer mark, at which its reasoning would end.
+        """
+        if self.gates:
+            raise ValueError("This model has gates already. Train them further, or start from a model without them.")
+        slot, modes = self.reasoning.slot, self.reasoning.modes
+        if modes or not slot.is_empty:
+            what = f"chooses among the modes {', '.join(modes)}" if modes else f"has a slot that holds {slot.noun}"
+            raise ValueError(
+                f"Gates mix what a model expects into the words of its chain, and this one {what}. Start from a model "
+                "that writes its chain, such as one of coconut train method=cot."
+            )
+        if not self.reasoning.format.answer_mark:
+            raise ValueError(
+                f"Gates are used until the answer begins, and the format of the answer, "
+                f"{self.reasoning.format.answer!r}, has no text before {{}} to know it by. Start from a model that was "
+                'trained with one, such as data.format.answer="### {}".'
+            )
+        self.gates = Gates(self.thought_size, low, high).to(self.device)
+        self.reasoning = replace(self.reasoning, gated=GatedWords(temperature))
+
     def merged(self) -> LatentLM:
         """A copy without LoRA that computes the same: the correction is added to the weights."""
         if not self.adapter:
             raise ValueError("This model has no LoRA to merge; it is whole already.")
         whole = LatentLM(lora.merged(self.base), self.tokenizer, self.special, self.reasoning, self.new_tokens)
-        whole.feedback = deepcopy(self.feedback)
+        whole.feedback, whole.gates = deepcopy(self.feedback), deepcopy(self.gates)
         return whole
 
     def save_pretrained(self, folder: Path | str, max_shard_size: str = "5GB") -> None:
@@ -142,7 +169,8 @@ class LatentLM(nn.Module):
         Of a LoRA model only what is trained is written; `merged` gives a model that is written whole.
         """
         parts = SavedParts(
-            self.base, self.tokenizer, self.special, self.reasoning, self.new_tokens, self.feedback, self.adapter
+            self.base, self.tokenizer, self.special, self.reasoning, self.new_tokens, self.feedback, self.adapter,
+            self.gates,
         )  # fmt: skip
         save_parts(parts, folder, max_shard_size)
 
@@ -155,7 +183,7 @@ class LatentLM(nn.Module):
         """
         parts = load_parts(folder, attention, base)
         lm = cls(parts.base, parts.tokenizer, parts.special, parts.reasoning, parts.new_tokens)
-        lm.feedback, lm.adapter = parts.feedback, parts.adapter
+        lm.feedback, lm.adapter, lm.gates = parts.feedback, parts.adapter, parts.gates
         return lm
 
     def push_to_hub(self, name: str, private: bool = True) -> None:
@@ -187,7 +215,7 @@ class LatentLM(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         labels: Tensor | None = None, *, return_logits: bool = False, return_target_logits: bool = False,
         use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None, thought_offsets: Tensor | None = None,
-        thoughts: Tensor | None = None,
+        thoughts: Tensor | None = None, expected: Tensor | None = None,
     ) -> LatentOutput:  # fmt: skip
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
@@ -201,6 +229,8 @@ class LatentLM(nn.Module):
         that with respect to the thoughts. Thoughts that are never updated are pauses, and nothing is added to them.
         `thoughts` (B, K, D): fed in place of the model's own, which are then in `LatentOutput.own_thoughts`. All are
         known, so that everything takes one pass, whatever `min_passes` is.
+        `expected` (B, T, D): the expected embeddings that the model's gates mix into the words of these columns; where
+        it is zero a word is fed as it is.
 
         Raises ValueError if a row begins with a thought, for `thoughts` of a wrong shape or of a model whose thoughts
         are updated all at once, or if transformers' gradient checkpointing is on together with the cache (transformers
@@ -211,7 +241,9 @@ class LatentLM(nn.Module):
                 f"{self.reasoning.method} updates its thoughts all at once, so that none comes after given ones before "
                 "it. Leave out thoughts."
             )
-        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id, thought_offsets, thoughts)
+        inputs = LatentInputs.of(
+            input_ids, attention_mask, position_ids, self.latent_id, thought_offsets, thoughts, expected
+        )
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
         reads = reads or Reads()
@@ -263,6 +295,15 @@ class LatentLM(nn.Module):
 
         return generate(self, input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
 
+    def _embeds(self, ids_BT: Tensor, expected_BTD: Tensor | None) -> Tensor:
+        """(B, T, D) the embeddings of tokens, with what was expected mixed into them where it is not zero."""
+        embeds_BTD = self.base.get_input_embeddings()(ids_BT)
+        if expected_BTD is None:
+            return embeds_BTD
+        assert self.gates, "expected embeddings are for a model with gates"
+        is_gated_BT1 = expected_BTD.any(-1, keepdim=True)
+        return torch.where(is_gated_BT1, self.gates(embeds_BTD, expected_BTD), embeds_BTD)
+
     # --- the feedback loop, in two implementations --------------------------------------------------
 
     def _recomputed(self, inputs: LatentInputs, reads: Reads) -> PassesOutput:
@@ -270,7 +311,7 @@ class LatentLM(nn.Module):
 
         Given thoughts are fed at once.
         """
-        tokens_BTD = embeds_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
+        tokens_BTD = embeds_BTD = self._embeds(inputs.ids_BT, inputs.expected_BTD)
         previous_BT = previous_token(inputs.is_token_BT).clamp(min=0)
         number_BT = inputs.is_latent_BT.long().cumsum(1) * inputs.is_latent_BT  # 1 at a row's first thought, and so on
         mask: Any = inputs.is_token_BT
@@ -320,7 +361,9 @@ class LatentLM(nn.Module):
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay, reads=reads)
         num_skipped = plan.count_skipped(is_read_BT)
         is_latent_BS = plan.gather(inputs.is_latent_BT) & plan.is_token_BS
-        embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
+        expected_BTD = inputs.expected_BTD
+        expected_BSD = None if expected_BTD is None else gather_columns(expected_BTD, plan.source_BS)
+        embeds_BSD = self._embeds(plan.gather(inputs.ids_BT), expected_BSD)
         tensors = embeds_BSD, plan.is_token_BS, is_latent_BS, plan.gather(inputs.positions_BT)
         run = partial(
             self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped, reads=plan.in_passes(reads),

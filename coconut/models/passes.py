@@ -163,7 +163,7 @@ class LatentInputs:
     """A batch as forward takes it, with defaults filled in. See LatentLM.forward.
 
     `offsets_BKD`: what is added to thoughts, None for nothing. `given_BKD`: what is fed in their place, None for the
-    model's own.
+    model's own. `expected_BTD`: what gates mix into words.
     """
 
     ids_BT: Tensor
@@ -172,11 +172,12 @@ class LatentInputs:
     positions_BT: Tensor
     offsets_BKD: Tensor | None = None
     given_BKD: Tensor | None = None
+    expected_BTD: Tensor | None = None
 
     @classmethod
     def of(
         cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int,
-        offsets: Tensor | None = None, given: Tensor | None = None,
+        offsets: Tensor | None = None, given: Tensor | None = None, expected: Tensor | None = None,
     ) -> LatentInputs:  # fmt: skip
         """Raises ValueError if a row begins with a thought, or has more thoughts than are given."""
         is_token_BT = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -194,7 +195,7 @@ class LatentInputs:
                 )
         if positions is None:
             positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets, given)
+        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets, given, expected)
 
     def offsets_at(self, is_latent_BT: Tensor) -> Tensor | None:
         """(B, T, D) the offsets at the columns of a row's thoughts, zero at all others."""

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, token_ids
 from coconut.methods import REASONING_FILE, Reasoning, Slot, parse_mode
-from coconut.models import lora
+from coconut.models import gates, lora
 from coconut.models.families import thought_size
 from coconut.models.feedback import Feedback
+from coconut.models.gates import Gates
 from coconut.models.lora import Adapter
+from coconut.models.module_files import load_module, save_module
 from coconut.models.token_embeddings import resize_tables
 from coconut.utils.files import apply_umask, read_json, write_json
 from coconut.utils.pretrained import load_pretrained, resolve_local_path
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-FORMAT_VERSION = 4
-READABLE = (2, 3, 4)  # version 2 knows no update of thoughts but the sequential one, 3 no iterations for each step
+FORMAT_VERSION = 5
+READABLE = (2, 3, 4, 5)  # 2 knows only the sequential update of thoughts, 3 no iterations for each step, 4 no gates
 
 
 @dataclass
@@ -35,6 +37,7 @@ class SavedParts:
     new_tokens: dict[str, Any]
     feedback: Feedback
     adapter: Adapter | None = None
+    gates: Gates | None = None
 
 
 def save_parts(parts: SavedParts, folder: Path | str, max_shard_size: str) -> None:
@@ -44,6 +47,8 @@ def save_parts(parts: SavedParts, folder: Path | str, max_shard_size: str) -> No
     else:
         parts.base.save_pretrained(folder, max_shard_size=max_shard_size)
     parts.feedback.save(folder)
+    if parts.gates:
+        save_module(parts.gates, Path(folder) / gates.WEIGHTS_FILE)
     for file in Path(folder).glob("*.safetensors"):  # safetensors makes them readable for their owner alone
         apply_umask(file)
     parts.tokenizer.save_pretrained(folder)
@@ -75,7 +80,8 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
     if not record.get("lora"):
         base = _load_base(folder, attention)
         feedback = _load_feedback(folder, Slot.from_dict(record["feedback"]), base)
-        return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback)
+        own_gates = _load_gates(folder, reasoning, base)
+        return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback, gates=own_gates)
     saved = Adapter.from_dict(record["lora"])
     base = saved.open_base(moved_base, attention)
     resize_tables(base, len(tokenizer))
@@ -83,13 +89,22 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
     lora.attach(base, special.added, adapter.settings, adapter.base)
     lora.load(base, folder)
     feedback = _load_feedback(folder, Slot.from_dict(record["feedback"]), base)
-    return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback, adapter)
+    own_gates = _load_gates(folder, reasoning, base)
+    return SavedParts(base, tokenizer, special, reasoning, record["new_tokens"], feedback, adapter, own_gates)
 
 
 def _load_feedback(folder: Path, slot: Slot, base: PreTrainedModel) -> Feedback:
     feedback = Feedback(slot, thought_size(base)).to(base.device)
     feedback.load(folder)
     return feedback
+
+
+def _load_gates(folder: Path, reasoning: Reasoning, base: PreTrainedModel) -> Gates | None:
+    if not reasoning.gated:
+        return None
+    loaded = Gates(thought_size(base)).to(base.device)
+    load_module(loaded, folder / gates.WEIGHTS_FILE, "the weights of the gates of its words")
+    return loaded
 
 
 def _read_record(folder: Path) -> tuple[dict[str, Any], SpecialIds, Reasoning]:

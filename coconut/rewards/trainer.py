@@ -62,6 +62,11 @@ class RewardTrainer:
         resumed = self.training_state.resume_from
         self.init = self.training_state.initial_weights(str(config.init))
         self.lm = self.training_state.load_model() if resumed else to_float32(LatentLM.from_pretrained(self.init))
+        if self.lm.gates:
+            raise ValueError(
+                f"init={config.init} mixes what it expected into the words that it writes, which answers in a file do "
+                "not hold. Start from a model without gates."
+            )
         apply_engine_options(self.lm.eval(), config.engine)
         self.distribution = SamplingDistribution.of(self.lm.special)
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())

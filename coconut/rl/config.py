@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from coconut.config import AdamWConfig, RunConfig, at_least, refuse_cuda_graphs
+from coconut.config import AdamWConfig, EngineKind, RunConfig, at_least, refuse_cuda_graphs
 from coconut.rl.objectives import Objective, get_objective
 from coconut.utils.overrides import Place
 
@@ -99,12 +99,39 @@ class ProcessRewardConfig:
 
 
 @dataclass
+class GatesConfig:
+    """Gates that mix what the policy expected into the words of its chain (HRPO, arXiv 2505.18454; models/gates.py).
+
+    lr, lambda_lr: learning rates of their layers and of their decay Lambda; they warm up with the policy's.
+    min, max: where the gates start: what they keep of a word, if nothing else closes them.
+    """
+
+    enabled: bool = False
+    lr: float = 1e-4
+    lambda_lr: float = 1e-3
+    min: float = 0.99
+    max: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lambda_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"gates.{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 < self.min < self.max < 1:
+            raise ValueError(f"gates.min={self.min} and gates.max={self.max} must be in (0, 1), the lower one first.")
+
+    def lr_factors(self, lr: float) -> dict[str, float]:
+        """What the policy's learning rate `lr` is multiplied by, for the parameters of the gates."""
+        return {"gates.Lambda": self.lambda_lr / lr, "gates.": self.lr / lr}
+
+
+@dataclass
 class RLConfig(RunConfig):
     """Train a policy. `init`, a run or a checkpoint, is both its starting point and its reference model."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     process_reward: ProcessRewardConfig = field(default_factory=ProcessRewardConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=1e-6))
     num_steps: int = 100  # each samples completions and learns from them
     prompts_per_step: int = 128  # over all processes
@@ -136,6 +163,16 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"objective.name={self.objective.name} divides advantages by their group's standard deviation, which "
                 "is not defined for process rewards. Set objective.normalize_advantages=false."
+            )
+        if self.gates.enabled and self.process_reward.weight:
+            raise ValueError(
+                "gates.enabled=true with process_reward.weight: the reward model reads words as they are, and not what "
+                "the gates feed. Leave one of them out."
+            )
+        if self.gates.enabled and self.engine.kind is EngineKind.deepspeed:
+            raise ValueError(
+                "gates.enabled=true has learning rates of its own, and checkpoints of engine=deepspeed keep one for "
+                "all parameters. Set engine=local."
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; answers are sampled, so it must be above 0.")

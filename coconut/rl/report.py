@@ -221,6 +221,16 @@ def learning(run: RunRecord) -> Section:
         parts.append(Text(f"In {zero_variance} of the groups all rewards are equal, {effect}."))
         if run.config.get("thought_noise"):
             parts.append(Text(describe_noisy_thoughts(run.train, run.config["thought_noise"])))
+    if words_gated := [row for row in run.train if "gate" in row]:
+        (gate, share), (first_gate, first_share) = (
+            (f"{row['gate']:.3f}", percent(row["latent_share"])) for row in (words_gated[-1], words_gated[0])
+        )
+        parts.append(
+            Text(
+                f"The gates keep {gate} of the words of the chain (in the first step {first_gate}); {share} of what is "
+                f"fed comes from what was expected ({first_share})."
+            )
+        )
     return Section("learning", "How it learned", parts)
 
 
@@ -244,6 +254,7 @@ def provenance(run: RunRecord) -> Section:
         ("reward", f"1 when right, less the cost of the mode; otherwise {reward['incorrect_reward']:g}"),
         ("thoughts", f"drawn with noise {noise:g}, and trained like words" if noise else "not drawn"),
         ("process rewards", describe_process_reward(config.get("process_reward"))),
+        ("gates", describe_gates(config.get("gates"))),
         ("costs", costs),
         ("limits", limits),
         ("started from", str(run.description["init"])),
@@ -279,3 +290,11 @@ def describe_process_reward(settings: dict[str, Any] | None) -> str:
         return "none"
     learns = "is updated in each step" if settings["online"] else "is frozen"
     return f"weight {settings['weight']:g}, beta {settings['beta']:g}; the reward model {learns}"
+
+
+def describe_gates(settings: dict[str, Any] | None) -> str:
+    """The gates of a run's configuration in words."""
+    if not (settings and settings["enabled"]):
+        return "none"
+    rates = f"learning rates {settings['lr']:g} and, of Lambda, {settings['lambda_lr']:g}"
+    return f"keep {settings['min']:g} to {settings['max']:g} of a word at first; {rates}"

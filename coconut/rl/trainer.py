@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,10 @@ from coconut.engine.base import Engine, Loss, peak_memory
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
+from coconut.methods import GatedWords
 from coconut.models.latent_lm import LatentLM
 from coconut.rl.config import RLConfig
+from coconut.rl.gate_statistics import gate_statistics
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
 from coconut.rl.mode_routing import collect_outcomes, metrics_by_steps, mode_metrics, predict_in_each_mode
 from coconut.rl.objectives import advantages, has_zero_variance
@@ -49,6 +52,7 @@ from coconut.training.launch import launch_training
 from coconut.training.model_setup import apply_engine_options
 from coconut.training.signals import StopRequest
 from coconut.utils.console import log
+from coconut.utils.torch_utils import seeded
 
 REFERENCE = "reference"  # in the run's folder: the model that the run started from
 
@@ -86,8 +90,9 @@ class PolicyTrainer:
         self.num_parameters = sum(weight.numel() for weight in self.lm.parameters())
         self.loss = PolicyLoss(self.distribution, self.objective, config.objective.kl_coef)
         apply_engine_options(self.lm, config.engine)
-        loss = Loss(self.loss, may_skip_modules=self.lm.feedback.has_weights)
-        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world)
+        loss = Loss(self.loss, may_skip_modules=self.lm.feedback.has_weights or self.lm.gates is not None)
+        lr_factors = config.gates.lr_factors(config.optimizer.lr) if self.lm.gates else None
+        self.engine: Engine = make_engine(self.lm, loss, config.engine, config.optimizer, world, lr_factors)
         self.reference = self._reference()
         self.process_reward = self._process_reward()
 
@@ -102,7 +107,20 @@ class PolicyTrainer:
             for mode in named:
                 if mode not in modes:
                     raise ValueError(f"reward.{key}.{mode} is of a mode that the model does not have: {there}.")
+        self._set_gates(lm)
         return lm.eval()  # without dropout, an update sees the probabilities that completions were sampled with
+
+    def _set_gates(self, lm: LatentLM) -> None:
+        """Give the policy gates, unless it has them, if the configuration says so. Those it has are trained further."""
+        gates, temperature = self.config.gates, self.config.temperature
+        if lm.gates and not gates.enabled:
+            raise ValueError(f"init={self.config.init} mixes what it expects into its words. Set gates.enabled=true.")
+        if not gates.enabled:
+            return
+        if not lm.gates:
+            with seeded(self.config.seed):
+                lm.add_gates(gates.min, gates.max)
+        lm.reasoning = replace(lm.reasoning, gated=GatedWords(temperature))
 
     @property
     def budget(self) -> int:
@@ -119,7 +137,10 @@ class PolicyTrainer:
         if not self.has_kl_penalty and (process_reward.init or not process_reward.weight):
             return None
         path = self.folder / REFERENCE if self.training_state.resume_from else self.init
-        reference = match_dtypes(LatentLM.from_pretrained(path), self.lm, self.engine.device)
+        reference = LatentLM.from_pretrained(path)
+        if self.lm.gates and not reference.gates:  # it begins with the policy's
+            reference.gates, reference.reasoning = deepcopy(self.lm.gates), self.lm.reasoning
+        reference = match_dtypes(reference, self.lm, self.engine.device)
         return apply_engine_options(reference, self.config.engine)
 
     def _process_reward(self) -> OnlineProcessReward | None:
@@ -257,6 +278,8 @@ class PolicyTrainer:
             means_NKD = torch.stack(drawn)
             row["thought_norm"] = float(means_NKD.norm(dim=-1).mean())
             row["thought_dispersion"] = dispersion(means_NKD)
+        if self.lm.gates:
+            row |= gate_statistics(self.lm, completions)
         for mode in self.lm.reasoning.modes:
             in_mode = np.array([completion.mode == mode for completion in completions])
             row[f"share_{mode}"] = float(in_mode.mean())

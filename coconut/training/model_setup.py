@@ -23,6 +23,11 @@ from coconut.utils.pretrained import explain_load_errors, load_pretrained
 def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     """The model that a new run starts from. Raises ValueError if it cannot be made or loaded."""
     lm, source = _starting_model(config, examples)
+    if lm.gates:
+        raise ValueError(
+            f"{source} mixes what it expects into its words, which only coconut rl trains. Go on with coconut rl, or "
+            "start from the model that it began with."
+        )
     lora = config.model.lora
     first = config.plan().stages[0]
     if first.in_turn:
