@@ -538,8 +538,14 @@ def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tupl
 
     A projector's thoughts are read as they are fed: they are compared with the rows of the head, which no training has
     made them fit. Thoughts that are updated in loops are read without the embedding of the latent token that is added
-    to their states.
+    to their states. Raises ValueError for thoughts that are mixtures of words' input embeddings, which the head does
+    not read.
     """
+    if not lm.feedback.slot.read_by_head:
+        raise ValueError(
+            f"The thoughts of {lm.reasoning.method} are {lm.feedback.slot.describe()}: input embeddings, not states "
+            "that the head reads, so there is no logit lens on them. Leave it out (show_thoughts=false)."
+        )
     states_ND = thoughts.to(lm.device, lm.base.dtype)
     if lm.feedback.slot.update is Update.loop:
         states_ND = states_ND - lm.base.get_input_embeddings()(torch.tensor(lm.latent_id, device=lm.device))

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class ThoughtState:
     """The state after prompts and their thoughts.
 
-    The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D).
+    The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D),
+    and what a thought would be made of (B, E) (`LatentLM.source_states`).
     """
 
     cache: Any
     thoughts: Tensor
     counts: Tensor
     states: Tensor
+    sources: Tensor
 
 
 class StopCriterion(Protocol):
@@ -63,9 +65,9 @@ def think(
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
     num_skipped = input_ids.shape[1] - 1
-    last_BD = lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
+    last_BE = lm.source_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
     if thoughts is None and num_thoughts and lm.feedback.slot.in_parallel:
-        thoughts = _iterated(lm, num_thoughts, cache, last_BD, is_token_BT, positions_BT)
+        thoughts = _iterated(lm, num_thoughts, cache, last_BE, is_token_BT, positions_BT)
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
@@ -74,7 +76,7 @@ def think(
         keyed_BKD = normal(random_keys, Stream.thoughts, num_thoughts, embeds_BTD.shape[2]).to(embeds_BTD)
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
-        fed_BKD = lm.feedback(last_BD)[:, None] if thoughts is None else thoughts[:, k : k + width]
+        fed_BKD = lm.thought(last_BE)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)
         if noise:
             normal_BKD = torch.randn_like(fed_BKD) if keyed_BKD is None else keyed_BKD[:, k : k + width]
@@ -83,17 +85,17 @@ def think(
         counts_B += width * thinking_B
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1]).expand(-1, width)], dim=1)
         positions_BK = positions_BT[:, -1:] + torch.arange(k + 1, k + 1 + width, device=lm.device)
-        last_BD = lm.hidden_states(fed_BKD, is_token_BT, positions_BK, cache)[:, -1]
+        last_BE = lm.source_states(fed_BKD, is_token_BT, positions_BK, cache)[:, -1]
         if stop is not None:
             thinking_B = thinking_B & ~stop(fed_BKD[:, -1])
             if not thinking_B.any():
                 break
     thoughts_BKD = torch.cat(fed, dim=1) if fed else embeds_BTD[:, :0]
-    return ThoughtState(cache, thoughts_BKD, counts_B, last_BD)
+    return ThoughtState(cache, thoughts_BKD, counts_B, lm.last_states(last_BE), last_BE)
 
 
 def _iterated(
-    lm: LatentLM, num_thoughts: int, cache: Any, last_BD: Tensor, is_token_BT: Tensor, positions_BT: Tensor
+    lm: LatentLM, num_thoughts: int, cache: Any, last_BE: Tensor, is_token_BT: Tensor, positions_BT: Tensor
 ) -> Tensor:
     """(B, K, D) thoughts that are updated all at once, behind the prompts in the cache, which stays as it is."""
     is_latent_BK = torch.ones_like(is_token_BT[:, :1]).expand(-1, num_thoughts)
@@ -101,6 +103,6 @@ def _iterated(
     positions_BK = positions_BT[:, -1:] + torch.arange(1, num_thoughts + 1, device=lm.device)
     mask_BS = torch.cat([is_token_BT, is_latent_BK], dim=1)
     return lm.iterate_block(
-        tokens_D.expand(len(last_BD), num_thoughts, -1), last_BD, is_latent_BK,
-        lambda embeds_BKD: lm.hidden_states(embeds_BKD, mask_BS, positions_BK, copy(cache)),
+        tokens_D.expand(len(last_BE), num_thoughts, -1), last_BE, is_latent_BK,
+        lambda embeds_BKD: lm.source_states(embeds_BKD, mask_BS, positions_BK, copy(cache)),
     )[0]  # fmt: skip

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-FORMAT_VERSION = 4
-READABLE = (2, 3, 4)  # version 2 knows no update of thoughts but the sequential one, 3 no iterations for each step
+FORMAT_VERSION = 5
+READABLE = (2, 3, 4, 5)  # version 2 knows sequential thoughts alone, 3 no iterations for each step, 4 no mixtures
 
 
 @dataclass
