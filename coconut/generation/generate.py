@@ -14,8 +14,10 @@ from torch import Tensor
 
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
+from coconut.generation.config import SoftThinking
 from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
+from coconut.generation.soft_thinking import SoftThoughts
 from coconut.generation.thoughts import StopCriterion, think
 from coconut.methods import Reasoning, Slot, Update
 from coconut.utils.torch_utils import eval_mode
@@ -69,6 +71,7 @@ def generate(
     thoughts: Tensor | None = None,
     thought_noise: float = 0.0,
     stop: StopCriterion | None = None,
+    soft_thinking: SoftThinking | None = None,
     mode: str | Sequence[str] | None = None,
     prefix_ids: Tensor | None = None,
     log_probs: bool = False,
@@ -86,6 +89,10 @@ def generate(
     standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed, drawn from
     torch's generator. Every answer then has its own thoughts, and the thoughts that were fed are returned; their
     log-probability is known (coconut.rewards.thoughts).
+
+    Soft Thinking. With `soft_thinking` a model that writes its chain is fed mixtures of words in its place. The mark of
+    the answer is then given: it stands in `texts`, and not among the `tokens`. These thoughts are counted and returned
+    as others are.
 
     Modes. A hybrid model first chooses a mode by its control token; `mode` forces one, for all questions or for each.
 
@@ -105,8 +112,9 @@ def generate(
     ignored. Not thread-safe: a model answers for one thread at a time.
 
     Raises ValueError if there is no question, if a question fills the whole context, for thoughts of a method that has
-    none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0 or with given thoughts, for an unknown
-    mode or option, for several answers without do_sample or noise, for several to one streamer, or for a number of
+    none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0 or with given thoughts, for Soft
+    Thinking with thoughts or modes of the model's own, with a prefix, or without an answer's mark, for an unknown mode
+    or option, for several answers without do_sample or noise, for several to one streamer, or for a number of
     `random_keys` other than that of the answers.
     """
     requested = {**options, "max_new_tokens": max_new_tokens}
@@ -123,12 +131,23 @@ def generate(
         refuse_unkeyed(options, len(random_keys), len(ids_BT) * samples)
         keys = [list(random_keys[first : first + samples]) for first in range(0, len(random_keys), samples)]
     prefix_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
+    soft = None
+    if soft_thinking and soft_thinking.max_thoughts:
+        if prefix_ids is not None:
+            raise ValueError("prefix_ids and soft_thinking are both given, and both begin the answer. Leave one out.")
+        soft = SoftThoughts(lm, soft_thinking)
+        prefix_BW = torch.tensor(soft.mark, device=lm.device).expand(len(ids_BT), -1)
     with eval_mode(lm):
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
             counts_B = _slot_lengths(lm, len(ids_BT), num_thoughts, thoughts, thought_noise, stop).to(lm.device)
-            thinking: dict[str, Any] = {"thoughts": thoughts, "noise": thought_noise, "stop": stop}
+            thinking: dict[str, Any] = {
+                "thoughts": thoughts,
+                "noise": thought_noise,
+                "stop": stop,
+                "soft": soft and soft.settings,
+            }
             batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B, keys
             answers = _answers(lm, lm.reasoning, *batch, options, **thinking)
         elif num_thoughts is not None or thoughts is not None or thought_noise or stop is not None:
@@ -140,7 +159,7 @@ def generate(
             raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
         else:
             answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, keys, options)
-    return _collate(lm, [answer for several in answers for answer in several], options)
+    return _collate(lm, [answer for several in answers for answer in several], options, soft and soft.mark)
 
 
 @torch.no_grad()
@@ -216,6 +235,7 @@ def _answers(
     thoughts: Tensor | None = None,
     noise: float = 0.0,
     stop: StopCriterion | None = None,
+    soft: SoftThinking | None = None,
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions (B, T), padded on the left, with `counts_B` tokens in the slot.
 
@@ -224,7 +244,7 @@ def _answers(
     in_slot_B = torch.zeros_like(counts_B) if reasoning.slot.is_empty else counts_B
     before_answer_B = len(slot_with_markers(reasoning, lm.special, 0)) + in_slot_B
     lengths_B = is_question_BT.sum(1)
-    before_answer_B = before_answer_B + prefix_BW.shape[1]
+    before_answer_B = before_answer_B + prefix_BW.shape[1] + (soft.max_thoughts if soft else 0)
     free_B = lm.max_sequence_length - lengths_B - before_answer_B
     if (free_B < 1).any():
         row = int(free_B.argmin())
@@ -232,7 +252,7 @@ def _answers(
             f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(before_answer_B[row])} more before the "
             "answer "
             f"it leaves no room in the model's context of {lm.max_sequence_length} tokens. Ask something shorter"
-            + (", or with fewer thoughts." if counts_B[row] else ".")
+            + (", or with fewer thoughts." if counts_B[row] or soft else ".")
         )
     limits_B = free_B.clamp(max=options["max_new_tokens"])
     groups_BC = torch.stack([limits_B, counts_B], dim=1)
@@ -250,21 +270,28 @@ def _answers(
         fed = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
         prefix = prefix_BW[rows]
-        thinking: dict[str, Any] = {"thoughts": fed, "noise": noise, "stop": stop}
+        thinking: dict[str, Any] = {"thoughts": fed, "noise": noise, "stop": stop, "soft": soft}
         new = _think_and_decode(lm, reasoning, ids, is_token, count, prefix, samples_R, keys_R, limited, **thinking)
         for row, several in zip(rows.tolist(), new, strict=True):
             answers[row] += several
     return answers
 
 
-def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> Generated:
+def _collate(
+    lm: LatentLM, answers: list[_Answer], options: dict[str, Any], mark: list[int] | None = None
+) -> Generated:  # fmt: skip
+    """`mark`: token ids that Soft Thinking has given before each answer."""
     special = lm.special
     may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
     lengths = [_length(row, special, may_stop) for row in tokens]
     widest = max(map(len, tokens))
     texts = [
-        str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        str(
+            lm.tokenizer.decode(
+                [*(mark or ()), *row[:length]], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
         for row, length in zip(tokens, lengths, strict=True)
     ]
     truncated = [
@@ -279,6 +306,7 @@ def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any]) -> G
         passes=torch.tensor(
             [
                 forward_passes(length, ended, lm.reasoning.in_mode(answer.mode).slot, len(answer.thoughts), answer.mode)
+                + (0 if mark is None else len(answer.thoughts) + 1)
                 for length, ended, answer in zip(lengths, truncated, answers, strict=True)
             ]
         ),
@@ -372,15 +400,21 @@ def _think_and_decode(
     thoughts: Tensor | None,
     noise: float,
     stop: StopCriterion | None,
+    soft: SoftThinking | None,
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
     slot = torch.from_numpy(slot_with_markers(reasoning, lm.special, count)).long().to(lm.device)
+    before_soft = T + len(slot)
+    if soft:  # its thoughts stand behind the slot
+        count = soft.max_thoughts
+        slot = torch.cat([slot, slot.new_full((count,), lm.latent_id)])
+    elif not reasoning.slot.thinks:
+        count = 0
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), prefix_BW], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
-    if not reasoning.slot.thinks:
-        count = 0
     prefilled = T + 1 if count else prompt_BT.shape[1] - 1  # columns before the thoughts (with <bot>), or all but one
+    prefilled = before_soft if soft else prefilled
     limit = options["max_new_tokens"]
     reserve = 1 + prefix_BW.shape[1] + limit
     if not prefilled:  # a question of one token, with nothing after it
@@ -391,6 +425,8 @@ def _think_and_decode(
     thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
     if noise and keys is not None:
         thinking["random_keys"] = [key for [key] in keys]
+    if soft:
+        thinking["soft"] = SoftThoughts(lm, soft)
     state = think(lm, prompt_BT[:, :prefilled], is_token_BT[:, :prefilled], count, **thinking)
     answers: dict[int, list[_Answer]] = {}
     for n in state.counts.unique().tolist():  # one number, unless `stop` ended rows at different ones

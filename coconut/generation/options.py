@@ -54,7 +54,7 @@ def generation_settings(
         raise ValueError(
             f"{name}={settings[name]!r} is not supported by generate of a LatentLM. "
             + (f"Did you mean {similar[0]}? " if similar else "")
-            + "Beside num_thoughts, thoughts, thought_noise, stop, mode, log_probs, max_new_tokens and "
+            + "Beside num_thoughts, thoughts, thought_noise, stop, soft_thinking, mode, log_probs, max_new_tokens and "
             f"num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
         )
     if samples > 1 and not (settings.get("do_sample") or noisy):

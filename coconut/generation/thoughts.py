@@ -5,7 +5,7 @@ Shapes: B questions, T columns of the prompts, K thoughts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,6 +51,7 @@ def think(
     noise: float = 0.0,
     random_keys: Sequence[Key] | None = None,
     stop: StopCriterion | None = None,
+    soft: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     reserve: int = 0,
 ) -> ThoughtState:
     """Run prompts (B, T), padded on the left, and `num_thoughts` thoughts after each of them.
@@ -58,6 +59,8 @@ def think(
     `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of Gaussian noise that is
     added to the model's thoughts before they are fed, from torch's generator or from `random_keys`, one for each row.
     `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
+    `soft`: gives the next thoughts (B, D) in place of the slot's, from the last hidden states (B, D), and which rows
+    have ended before them (B,).
     `reserve`: how many columns the cache will take afterwards.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
@@ -66,7 +69,7 @@ def think(
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
     num_skipped = input_ids.shape[1] - 1
     last_BE = lm.source_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
-    if thoughts is None and num_thoughts and lm.feedback.slot.in_parallel:
+    if thoughts is None and soft is None and num_thoughts and lm.feedback.slot.in_parallel:
         thoughts = _iterated(lm, num_thoughts, cache, last_BE, is_token_BT, positions_BT)
     fed: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
@@ -76,7 +79,14 @@ def think(
         keyed_BKD = normal(random_keys, Stream.thoughts, num_thoughts, embeds_BTD.shape[2]).to(embeds_BTD)
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
-        fed_BKD = lm.thought(last_BE)[:, None] if thoughts is None else thoughts[:, k : k + width]
+        if soft is not None:
+            soft_BD, ended_B = soft(lm.last_states(last_BE))
+            thinking_B = thinking_B & ~ended_B
+            if not thinking_B.any():
+                break
+            fed_BKD = soft_BD[:, None]
+        else:
+            fed_BKD = lm.thought(last_BE)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)
         if noise:
             normal_BKD = torch.randn_like(fed_BKD) if keyed_BKD is None else keyed_BKD[:, k : k + width]
