@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import At, Curriculum, Plan, Projector, PromptFormat, Update, plan
+from coconut.methods import At, Content, Curriculum, Plan, Projector, PromptFormat, Update, plan
 from coconut.utils.overrides import Kind, PathName, Place, Template, Text, as_arguments, map_texts
 
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
@@ -126,7 +126,8 @@ class ModelConfig:
     `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from. `projector`: of
     the thoughts, and the width of its hidden layer; by default the method's, as wide as the model. `update`: how the
     thoughts get their inputs, and `iterations`: how often, of those that are updated all at once; by default the
-    method's.
+    method's. `content`: what a thought is made of. `top_k` and `mixture_temperature`: of mixtures of words. `alpha` and
+    `layer`: the weight and the layer of the hidden state in fused thoughts (`Slot`); by default the method's.
     """
 
     base: Place | None = None
@@ -138,6 +139,11 @@ class ModelConfig:
     projector_width: int | None = None
     update: Update | None = None
     iterations: int | None = None
+    content: Content | None = None
+    top_k: int | None = None
+    mixture_temperature: float | None = None
+    alpha: float | None = None
+    layer: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -583,7 +589,8 @@ class TrainConfig(RunConfig):
         """The stages and terms of the run. Raises ValueError as coconut.methods.plan does."""
         model = self.model
         slot = {"projector": model.projector, "width": model.projector_width, "update": model.update,
-                "iterations": model.iterations}  # fmt: skip
+                "iterations": model.iterations, "content": model.content, "top_k": model.top_k,
+                "temperature": model.mixture_temperature, "alpha": model.alpha, "layer": model.layer}  # fmt: skip
         return plan(self.method, self.curriculum, self.terms, slot, self.term_options)
 
     @property

@@ -64,6 +64,8 @@ def _model(config: GenerateConfig) -> tuple[LatentLM, dict[str, Any]]:
     from coconut.runs.loading import classifier_of, load_model, load_run
 
     options: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
+    if config.soft_thinking.max_thoughts:
+        options["soft_thinking"] = config.soft_thinking
     if config.mode:
         options["mode"] = config.mode
     if config.temperature > 0:

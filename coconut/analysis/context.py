@@ -27,9 +27,9 @@ class Context:
 
     @classmethod
     def after(cls, lm: LatentLM, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Context, Tensor]:
-        """The context after prompts (B, T), padded on the left, and their last hidden states (B, D)."""
+        """The context after prompts (B, T), padded on the left, and their `LatentLM.source_states` (B, E)."""
         state = think(lm, ids_BT, mask_BT, 0)
-        return cls(state.cache, mask_BT.bool(), mask_BT.sum(1)), state.states
+        return cls(state.cache, mask_BT.bool(), mask_BT.sum(1)), state.sources
 
     def select(self, rows: Sequence[int]) -> Context:
         """Copy these rows, which may repeat, to a new context."""
@@ -42,10 +42,10 @@ class Context:
         return Context(copy(self.cache), self.is_token_BT, self.next_B)
 
     def extend(self, lm: LatentLM, embeds_BLD: Tensor) -> Tensor:
-        """Run L more columns of input embeddings. Gives their last hidden states (B, L, D)."""
+        """Run L more columns of input embeddings. Gives their source states (B, L, E)."""
         B, L = embeds_BLD.shape[:2]
         self.is_token_BT = torch.cat([self.is_token_BT, self.is_token_BT.new_ones(B, L)], dim=1)
         positions_BL = self.next_B[:, None] + torch.arange(L, device=self.next_B.device)
         positions_BL = positions_BL.clamp(max=lm.max_sequence_length - 1)  # of padding behind the end of a row
         self.next_B = self.next_B + L
-        return lm.hidden_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)
+        return lm.source_states(embeds_BLD, self.is_token_BT, positions_BL, self.cache)

@@ -95,7 +95,7 @@ class InteractiveModel:
         return prompt
 
     def _after_each(self, prompt: list[int], right: str | None) -> tuple[list[dict[str, Any]], list[Any]]:
-        """The answer after each number of thoughts, and each thought read with the logit lens."""
+        """The answer after each number of thoughts, and each thought read with the logit lens, if it can be."""
         lm, task, counts = self.subject.lm, self.subject.task, self.counts
         ids_BT = torch.tensor([prompt]).expand(len(counts), -1)
         out = lm.generate(ids_BT, num_thoughts=counts, max_new_tokens=self.max_new_tokens)
@@ -106,7 +106,8 @@ class InteractiveModel:
             answers.append(
                 {"thoughts": count, "text": text.strip(), "answer": answer, "correct": correct, "truncated": truncated}
             )
-        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if lm.reasoning.slot.thinks else []
+        has_lens = lm.reasoning.slot.thinks and lm.feedback.slot.read_by_head
+        return answers, logit_lens(lm, out.thoughts[-1], SHOWN_TOKENS) if has_lens else []
 
     def _names(
         self, prompt: list[int], spellings: Mapping[str, Spelling], symbolic: bool

@@ -76,10 +76,10 @@ def _after_each(lm: LatentLM, prompts: Sequence[list[int]], counts: Collection[i
             is_token_BT = torch.cat([mask_BT.bool(), mask_BT.new_ones(len(mask_BT), count).bool()], dim=1)
             yield count, Context(think(lm, ids_BT, mask_BT, count).cache, is_token_BT, is_token_BT.sum(1))
         return
-    context, last_BD = Context.after(lm, ids_BT, mask_BT)
+    context, last_BE = Context.after(lm, ids_BT, mask_BT)
     for count in range(max(counts, default=-1) + 1):
         if count:
-            last_BD = context.extend(lm, lm.feedback(last_BD).to(lm.base.dtype)[:, None])[:, -1]
+            last_BE = context.extend(lm, lm.thought(last_BE).to(lm.base.dtype)[:, None])[:, -1]
         if count in counts:
             yield count, context.fork()
 
@@ -91,7 +91,7 @@ def _probabilities(lm: LatentLM, context: Context, candidates: Sequence[Sequence
         forced = context.fork()
         forced_L = torch.tensor([lm.special.eot, *before], device=lm.device)
         embeds_BLD = lm.base.get_input_embeddings()(forced_L).expand(len(candidates), -1, -1)
-        first_BV = lm.logits(forced.extend(lm, embeds_BLD)[:, -1]).float().log_softmax(-1).cpu()
+        first_BV = lm.logits(lm.last_states(forced.extend(lm, embeds_BLD)[:, -1])).float().log_softmax(-1).cpu()
         multi_token: list[tuple[int, int]] = []
         for b, of_row in enumerate(candidates):
             for n, spelling in enumerate(of_row):
@@ -115,7 +115,7 @@ def _rest_log_probs(lm: LatentLM, context: Context, names: Sequence[tuple[int, .
     padded = [[*name, *[lm.special.pad] * (width + 1 - len(name))] for name in names]
     ids_RL = torch.tensor(padded, device=lm.device)
     is_name_RL = torch.tensor([[j < len(name) - 1 for j in range(width)] for name in names], device=lm.device)
-    states_RLD = context.extend(lm, lm.base.get_input_embeddings()(ids_RL[:, :-1]))
+    states_RLD = lm.last_states(context.extend(lm, lm.base.get_input_embeddings()(ids_RL[:, :-1])))
     log_probs_RLV = lm.logits(states_RLD).float().log_softmax(-1)
     log_probs_RL = log_probs_RLV.gather(-1, ids_RL[:, 1:, None])[..., 0]
     return torch.where(is_name_RL, log_probs_RL, 0.0).sum(1).tolist()

@@ -336,9 +336,13 @@ def _group_of(parsed: GraphQuestion, node: str, distance: int) -> str:
 def decoded(subject: Subject, count: int = 3) -> Study:
     """Logit lens: the likeliest tokens of each thought, for the first `count` questions (arXiv 2412.06769, Fig. 9).
 
-    Raises NotApplicable if the model has no latent thoughts.
+    Raises NotApplicable if the model has no latent thoughts, or if they are mixtures of words' embeddings.
     """
     subject.need_thoughts()
+    if not subject.lm.feedback.slot.read_by_head:
+        raise NotApplicable(
+            f"The thoughts are {subject.lm.feedback.slot.describe()}: input embeddings, not states that the head reads."
+        )
     rows = [
         {"question": question, "thought": thought, "rank": rank, "token": text, "probability": value}
         for question, thoughts_KD in enumerate(subject.baseline.thoughts[:count])

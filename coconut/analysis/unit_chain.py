@@ -199,7 +199,7 @@ class _Batch:
         self.lm, self.chain, self.indices = lm, chain, indices
         prompts = pad_rows([chain.prompts[i] for i in indices], lm.special.pad)
         self.prompt_ids, self.prompt_mask = (part.to(lm.device) for part in prompts)
-        self.context, self.first_BD = Context.after(lm, self.prompt_ids, self.prompt_mask)
+        self.context, self.first_BE = Context.after(lm, self.prompt_ids, self.prompt_mask)
         self.ids_BS = torch.from_numpy(chain.ids_NS[indices]).to(lm.device)
         unit_BS = torch.from_numpy(chain.unit_NS[indices]).to(lm.device)
         self.is_unit_BS = unit_BS > 0
@@ -224,21 +224,21 @@ class _Batch:
         self, embeds_BSD: Tensor, recomputed: int | None = None, cached: int = 0, cache: KeysAndValues | None = None
     ) -> tuple[Tensor, Context]:
         """The states (B, S, D) before each column, and the context after all. Computed thoughts replace inputs."""
-        S, context, before = embeds_BSD.shape[1], self.context.fork(), [self.first_BD[:, None]]
+        S, context, before = embeds_BSD.shape[1], self.context.fork(), [self.first_BE[:, None]]
         embeds_BSD = embeds_BSD.to(self.ids_BS.device)
         anew = range(self.chain.count if recomputed is None else recomputed, self.chain.count)
         ends = {S, *anew, *(column + 1 for column in anew), *([] if cache is None else [cached])} - {0}
         start = 0
         for end in sorted(ends):
             if start in anew:
-                embeds_BSD[:, start] = self.lm.feedback(before[-1][:, -1]).to(embeds_BSD)
+                embeds_BSD[:, start] = self.lm.thought(before[-1][:, -1]).to(embeds_BSD)
             before.append(context.extend(self.lm, embeds_BSD[:, start:end].to(self.lm.base.dtype)))
             if cache is not None and end == cached:
                 for layer, (keys_BHX, values_BHX) in zip(context.cache.layers, cache, strict=True):
                     layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
                     layer.keys[:, :, -1], layer.values[:, :, -1] = keys_BHX.to(layer.keys), values_BHX.to(layer.values)
             start = end
-        return torch.cat(before, dim=1)[:, :S], context
+        return self.lm.last_states(torch.cat(before, dim=1))[:, :S], context
 
     def log_probs(self, before_BSD: Tensor) -> Tensor:
         """(M, V) log-probabilities of the words that may be written, where units and answers are predicted."""

@@ -44,9 +44,7 @@ def refuse_noise(reasoning: Reasoning, sigma: float) -> None:
         why = "the thoughts of a hybrid model's modes are fed without noise"
     elif not reasoning.slot.thinks or not reasoning.num_thoughts:
         why = "it has no latent thoughts to draw"
-    elif reasoning.slot.in_parallel:
-        why = "its thoughts are updated all at once, so that none is drawn after the ones before it"
-    else:
+    elif not (why := reasoning.slot.cannot_be_given):
         return
     raise ValueError(
         f"thought_noise={sigma:g} is not for {reasoning.method}: {why}. Leave it out, or start from a model whose "

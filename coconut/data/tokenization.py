@@ -123,6 +123,18 @@ def encode_answers(
     return [[*ids, eos] for ids in encoded["input_ids"]], marks
 
 
+def answer_mark_ids(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> list[int]:
+    """Token ids of the text before an answer, without the white space and the tokens that reach into what follows it.
+
+    A model that has learned to write answers goes on as after the whole text, whether a tokenizer joins the space to
+    the answer or not. None if the format has no mark.
+    """
+    before = prompt_format.answer.split("{}")[0]
+    encoded = _encode(tokenizer, [before + "0"], return_offsets_mapping=True)
+    spans = zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True)
+    return [token for token, (_, end) in spans if end <= len(before.rstrip())]
+
+
 def encode_questions(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], prompt_format: PromptFormat
 ) -> list[list[int]]:

@@ -17,7 +17,7 @@ from coconut.config import (
     at_least,
     needs_run,
 )
-from coconut.generation.config import StopRule
+from coconut.generation.config import SoftThinking, StopRule
 from coconut.utils.overrides import PathName, Place
 
 MAX_SAMPLES = 256  # with more, the exact maj@k would take longer than the answers
@@ -118,6 +118,7 @@ class EvaluateConfig:
     output: PathName = ""  # a folder; by default RUN/evaluation, or evaluation/NAME for a saved model
     num_thoughts: int | None = None  # by default as trained
     stop: StopRule = StopRule.constant
+    soft_thinking: SoftThinking = field(default_factory=SoftThinking)
     mode: str | None = None  # force a mode of a hybrid model
     max_new_tokens: int | None = None
     samples: int = 1  # answers to each question
@@ -156,6 +157,11 @@ class EvaluateConfig:
                 raise ValueError(
                     f"{both[0]} and suite={self.suite.name} are both given: a suite has its own files. Leave one out."
                 )
+
+    @property
+    def soft(self) -> SoftThinking | None:
+        """The settings of Soft Thinking; None if it is off."""
+        return self.soft_thinking if self.soft_thinking.max_thoughts else None
 
     @property
     def sampling(self) -> Sampling | None:

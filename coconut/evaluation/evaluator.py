@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
+from coconut.generation.config import SoftThinking
 from coconut.generation.generate import Generated, longest_first, pad_rows
 from coconut.generation.thoughts import StopCriterion
 from coconut.methods import PromptFormat, Reasoning
@@ -86,14 +87,15 @@ class Evaluated(NamedTuple):
 def evaluate(
     lm: LatentLM, task: Task, examples: Sequence[Example], *, question_ids: Sequence[list[int]] | None = None,
     num_thoughts: int | None = None, thoughts: Tensor | None = None, stop: StopCriterion | None = None,
-    mode: str | None = None, max_new_tokens: int | None = None, batch_size: int = 64,
-    on_batch: Callable[[int, int], None] = lambda done, correct: None, world: World | None = None,
+    soft_thinking: SoftThinking | None = None, mode: str | None = None, max_new_tokens: int | None = None,
+    batch_size: int = 64, on_batch: Callable[[int, int], None] = lambda done, correct: None, world: World | None = None,
     stop_requested: object = None, thought_noise: float = 0.0, seed: int = 0,
 ) -> Evaluated:  # fmt: skip
     """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
     `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
-    model computes. `stop`: a criterion that ends thinking early. `mode`: forced on a hybrid model (see `generate`).
+    model computes. `stop`: a criterion that ends thinking early. `soft_thinking`: mixtures of words in place of the
+    chain. `mode`: forced on a hybrid model (see `generate`).
     `on_batch(done, correct)` is called after each batch. `thought_noise`: the standard deviation of noise on the
     thoughts, drawn for each question from (`seed`, its index).
     The examples are divided among the processes of `world`, and every process gets the whole result. All processes
@@ -120,10 +122,10 @@ def evaluate(
             noise = {"thought_noise": thought_noise, "random_keys": [(seed, i) for i in indices]}
         out = lm.generate(
             ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
-            mode=mode, **noise,
+            soft_thinking=soft_thinking, mode=mode, **noise,
         )  # fmt: skip
         for row, i in enumerate(indices):
-            predictions[i] = prediction_of(task, examples[i], reasoning, out, row)
+            predictions[i] = prediction_of(task, examples[i], writes(reasoning, soft_thinking), out, row)
         # Clones, since views would keep the thoughts of the whole batch.
         fed |= zip(indices, (thoughts.clone() for thoughts in out.thoughts), strict=True)
         on_batch(len(predictions), sum(p.correct for p in predictions.values()))
@@ -158,6 +160,11 @@ def prediction_of(task: Task, example: Example, reasoning: Reasoning, out: Gener
         correct=task.judge(predicted, example.answer), chain_match=chain_match, num_thoughts=thoughts,
         new_tokens=int(out.lengths[row]), passes=int(out.passes[row]), truncated=bool(out.truncated[row]), mode=mode,
     )  # fmt: skip
+
+
+def writes(reasoning: Reasoning, soft_thinking: SoftThinking | None) -> Reasoning:
+    """The settings by which an answer is read: with Soft Thinking the model writes no chain."""
+    return replace(reasoning, steps_cut=None) if soft_thinking else reasoning
 
 
 def _steps_left(example: Example, reasoning: Reasoning, thoughts: int) -> Sequence[str]:

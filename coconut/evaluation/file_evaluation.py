@@ -110,8 +110,8 @@ class FileEvaluator:
         config = self.config
         options: dict[str, Any] = {
             "question_ids": selected.question_ids, "num_thoughts": config.num_thoughts, "stop": self.stop,
-            "mode": config.mode, "max_new_tokens": config.max_new_tokens, "batch_size": batch_size,
-            "on_batch": on_batch, "world": world,
+            "soft_thinking": config.soft, "mode": config.mode, "max_new_tokens": config.max_new_tokens,
+            "batch_size": batch_size, "on_batch": on_batch, "world": world,
         }  # fmt: skip
         with autocast(self.lm.device, config.engine.precision):
             if sampling := config.sampling:

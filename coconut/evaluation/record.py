@@ -47,7 +47,8 @@ def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
     """A phrase with the method, its stage, and the number of thoughts."""
     count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
     slot = "" if reasoning.slot.is_empty else f", {count} {reasoning.slot.noun}{'s' * (count != 1)}"
-    return f"{reasoning.method}, stage {reasoning.stage}{slot}"
+    soft = f", Soft Thinking with at most {config.soft.max_thoughts} thoughts" if config.soft else ""
+    return f"{reasoning.method}, stage {reasoning.stage}{slot}{soft}"
 
 
 def non_default_settings(config: EvaluateConfig, default_judge: str | None) -> list[str]:
@@ -61,6 +62,8 @@ def non_default_settings(config: EvaluateConfig, default_judge: str | None) -> l
     keys = ("checkpoint", "judge", "num_thoughts", "stop", "mode", "max_new_tokens", *sampled, "limit")
     found = [f"{key}-{value}" for key in keys if (value := getattr(config, key)) != getattr(default, key)]
     found += [f"reward-{Path(config.reward).resolve().name}"] if config.reward else []
+    if config.soft:
+        found.append("-".join(["soft_thinking", *config.soft.non_default]))
     precision = config.engine.precision
     return found if precision is default.engine.precision else [*found, precision.value]
 
@@ -85,6 +88,7 @@ def write_evaluation(
         "checkpoint": None if step is None else config.checkpoint, "step": step, "method": reasoning.method,
         "stage": reasoning.stage,
         "seen": seen_by(config.run, [prediction.question for prediction in predictions]),
+        "soft_thinking": config.soft and asdict(config.soft),
         "chose_the_checkpoint": config.split == "valid" and not config.data.valid,
         **({"reward": config.reward} if config.reward else {}), **more,
     }  # fmt: skip

@@ -21,9 +21,10 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.engine.world import World
 from coconut.evaluation.config import Sampling
-from coconut.evaluation.evaluator import EvalResult, Prediction, describe, prediction_of, summarize
+from coconut.evaluation.evaluator import EvalResult, Prediction, describe, prediction_of, summarize, writes
 from coconut.evaluation.intervals import mean_interval
 from coconut.evaluation.metrics_at_k import Numbers, best_at, majority_at, pass_at
+from coconut.generation.config import SoftThinking
 from coconut.generation.generate import Generated, longest_first, pad_rows
 from coconut.generation.thoughts import StopCriterion
 from coconut.methods import Reasoning
@@ -124,9 +125,10 @@ class SampledEvaluation(NamedTuple):
 def evaluate_samples(
     lm: LatentLM, task: Task, examples: Sequence[Example], sampling: Sampling, *, rows: Sequence[int] | None = None,
     question_ids: Sequence[list[int]] | None = None, num_thoughts: int | None = None,
-    stop: StopCriterion | None = None, mode: str | None = None, max_new_tokens: int | None = None,
-    batch_size: int = 64, on_batch: Callable[[int, float], None] = lambda done, correct: None,
-    world: World | None = None, scorer: AnswerScorer | None = None,
+    stop: StopCriterion | None = None, soft_thinking: SoftThinking | None = None, mode: str | None = None,
+    max_new_tokens: int | None = None, batch_size: int = 64,
+    on_batch: Callable[[int, float], None] = lambda done, correct: None, world: World | None = None,
+    scorer: AnswerScorer | None = None,
 ) -> SampledEvaluation:  # fmt: skip
     """Answer every example `sampling.samples` times, judge the answers, and summarize them.
 
@@ -143,8 +145,9 @@ def evaluate_samples(
     drawn = sampling.samples if sampling.is_random else 1
     words = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     options = {
-        "num_thoughts": num_thoughts, "stop": stop, "mode": mode, "max_new_tokens": max_new_tokens,
-        "thought_noise": sampling.thought_noise, "thought_dropout": sampling.thought_dropout,
+        "num_thoughts": num_thoughts, "stop": stop, "soft_thinking": soft_thinking, "mode": mode,
+        "max_new_tokens": max_new_tokens, "thought_noise": sampling.thought_noise,
+        "thought_dropout": sampling.thought_dropout,
         **(words if sampling.temperature else {}),
     }  # fmt: skip
     answers: dict[int, list[Answered]] = {}
@@ -161,8 +164,9 @@ def evaluate_samples(
             out = lm.generate(ids, mask, num_return_sequences=len(numbers), random_keys=keys, **options)
             of_rows = [i for i in indices for _ in numbers]
             scores = scorer([encoded[i] for i in of_rows], out) if scorer else [None] * len(keys)
+            reasoning = writes(lm.reasoning, soft_thinking)
             for row, (i, score) in enumerate(zip(of_rows, scores, strict=True)):
-                answers[i].append(Answered(prediction_of(task, examples[i], lm.reasoning, out, row), score))
+                answers[i].append(Answered(prediction_of(task, examples[i], reasoning, out, row), score))
         on_batch(len(answers), sum(_share_right(of) for of in answers.values()))
     answers = {i: of for part in world.all_gather_object(answers) for i, of in part.items()}
     seconds = time.perf_counter() - start_time

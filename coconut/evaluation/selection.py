@@ -13,7 +13,7 @@ from coconut.data.examples import Example
 from coconut.data.tokenization import TokenizedData, encode_questions, unknown_words
 from coconut.engine.world import World
 from coconut.evaluation.config import EvaluateConfig
-from coconut.evaluation.evaluator import steps_cut
+from coconut.evaluation.evaluator import steps_cut, writes
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.generation.room import room_for_question
 from coconut.tasks import Task
@@ -66,14 +66,14 @@ def warn_of_questions(lm: LatentLM, selected: Selection, config: EvaluateConfig,
     count = config.num_thoughts
     forms = [
         form if count is None else replace(form, steps_cut=steps_cut(form, count))
-        for form in lm.reasoning.forms(config.mode)
+        for form in (writes(form, config.soft) for form in lm.reasoning.forms(config.mode))
     ]
     warn_of_limit(selected.gold, forms, config.max_new_tokens or lm.reasoning.max_new_tokens, file)
 
 
 def _fitting(lm: LatentLM, question_ids: list[list[int]], config: EvaluateConfig) -> list[int]:
     """The indices of the questions that leave room for an answer in the context."""
-    room = room_for_question(lm, config.num_thoughts, config.mode)
+    room = room_for_question(lm, config.num_thoughts, config.mode, config.soft)
     too_long = [i for i, row in enumerate(question_ids) if len(row) > room]
     if too_long and (config.too_long is TooLong.error or len(too_long) == len(question_ids)):
         shown = ", ".join(f"question {i + 1} ({len(question_ids[i])} tokens)" for i in too_long[:5])

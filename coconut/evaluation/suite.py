@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = "suites"  # inside the folder of evaluations
 # Settings on which the result of a set does not depend, or which stand in its key in another form.
-NOT_IN_KEY = ("run", "checkpoint", "split", "data", "suite", "output", "reward", "engine", "launch")
+NOT_IN_KEY = ("run", "checkpoint", "split", "data", "suite", "output", "reward", "engine", "launch", "soft_thinking")
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _settings_of_set(evaluator: FileEvaluator, name: str) -> dict[str, Any]:
         **settings, "judge": str(config.judge or its.judge),
         "max_new_tokens": config.max_new_tokens or its.max_new_tokens, "timed": config.suite.timed,
         "precision": config.engine.precision, "device": evaluator.lm.device.type, "processes": evaluator.world.size,
-        "code": builders_code(),
+        "soft_thinking": config.soft and asdict(config.soft), "code": builders_code(),
     }  # fmt: skip
 
 

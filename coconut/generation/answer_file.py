@@ -25,7 +25,7 @@ def answer_file(lm: LatentLM, questions: Sequence[str], config: GenerateConfig, 
     """
     encoded = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
-    if len(encoded[longest]) > room_for_question(lm, config.num_thoughts, config.mode):
+    if len(encoded[longest]) > room_for_question(lm, config.num_thoughts, config.mode, options.get("soft_thinking")):
         raise ValueError(
             f"{config.file}, question {longest + 1}: it has {len(encoded[longest])} tokens, which leaves no room for "
             f"an answer in the model's context of {lm.max_sequence_length} tokens."

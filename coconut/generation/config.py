@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from coconut.config import EngineConfig, at_least, needs_run
@@ -17,8 +18,47 @@ class StopRule(StrEnum):
 
 
 POLICY_CHOOSES = (
-    "num_thoughts", "stop", "mode", "temperature", "top_p", "thought_noise", "thought_dropout", "show_thoughts",
+    "num_thoughts", "stop", "soft_thinking", "mode", "temperature", "top_p", "thought_noise", "thought_dropout",
+    "show_thoughts",
 )  # fmt: skip
+
+
+@dataclass
+class SoftThinking:
+    """Mixtures of words in place of a written chain (Soft Thinking, arXiv 2505.15778). `max_thoughts` 0 turns it off.
+
+    A thought is made of the `top_k` most probable words (0: of all) of softmax(logits / temperature). The thoughts end
+    when the most probable next word begins the answer's mark or ends the sequence, and after `max_thoughts` at the
+    latest. `entropy`, in nats: they also end before the last of `patience` steps in a row at which the entropy of the
+    next-token distribution, at temperature 1, is below it (cold stop); 0 turns that off.
+    """
+
+    max_thoughts: int = 0
+    top_k: int = 10
+    temperature: float = 1.0
+    entropy: float = 0.0
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("soft_thinking.", self, max_thoughts=0, top_k=0, entropy=0, patience=1)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"soft_thinking.temperature is {self.temperature}; it must be above 0.")
+        if not self.max_thoughts and self.non_default:
+            name, value = self.non_default[0].split("-")
+            raise ValueError(
+                f"soft_thinking.{name}={value} is given, but soft_thinking.max_thoughts is 0, which turns it off. Set "
+                "it, for example to 64."
+            )
+        if self.patience > 1 and not self.entropy:
+            raise ValueError(
+                f"soft_thinking.patience={self.patience} counts steps of low entropy: set soft_thinking.entropy."
+            )
+
+    @property
+    def non_default(self) -> list[str]:
+        """The settings that differ from the default, as NAME-VALUE."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return [f"{name}-{value}" for name, value in values.items() if value != getattr(SoftThinking, name)]
 
 
 @dataclass
@@ -33,6 +73,7 @@ class GenerateConfig:
     show_thoughts: bool = False
     num_thoughts: int | None = None
     stop: StopRule = StopRule.constant
+    soft_thinking: SoftThinking = field(default_factory=SoftThinking)
     mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
     temperature: float = 0.0  # 0: greedy

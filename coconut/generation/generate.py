@@ -15,9 +15,11 @@ from torch import Tensor
 
 from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import SpecialIds, encode_questions
+from coconut.generation.config import SoftThinking
 from coconut.generation.gated_words import GatedDecoding
 from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, uniform
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
+from coconut.generation.soft_thinking import SoftThoughts
 from coconut.generation.thoughts import NO_NOISE, StopCriterion, ThoughtNoise, think
 from coconut.methods import Reasoning, Slot, Update
 from coconut.utils.torch_utils import eval_mode
@@ -76,6 +78,7 @@ def generate(
     thought_noise: float = 0.0,
     thought_dropout: float = 0.0,
     stop: StopCriterion | None = None,
+    soft_thinking: SoftThinking | None = None,
     mode: str | Sequence[str] | None = None,
     prefix_ids: Tensor | None = None,
     log_probs: bool = False,
@@ -94,6 +97,10 @@ def generate(
     `thought_dropout`: the probability with which each of their numbers is dropped before that (`ThoughtNoise`). With
     either, every answer has its own thoughts, and the thoughts that were fed are returned, with their means before
     both. With noise their log-probability is known (coconut.completions.noisy_thoughts).
+
+    Soft Thinking. With `soft_thinking` a model that writes its chain is fed mixtures of words in its place. The mark of
+    the answer is then given: it stands in `texts`, and not among the `tokens`. These thoughts are counted and returned
+    as others are.
 
     Modes. A hybrid model first chooses a mode by its control token; `mode` forces one, for all questions or for each.
 
@@ -115,7 +122,8 @@ def generate(
 
     Raises ValueError if there is no question, if a question fills the whole context, for thoughts of a method that has
     none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0, for dropout outside of 0 to below 1, for
-    either with given thoughts, for an unknown mode or option, for a prefix of a model with gates, for several answers
+    either with given thoughts, for Soft Thinking with thoughts, modes or gates of the model's own, with a prefix, or
+    without an answer's mark, for an unknown mode or option, for a prefix of a model with gates, for several answers
     without do_sample, noise or dropout, for several to one streamer, or for a number of `random_keys` other than that
     of the answers.
     """
@@ -136,12 +144,20 @@ def generate(
             "it expected nothing. Leave prefix_ids out."
         )
     prefix_BW = ids_BT[:, :0] if prefix_ids is None else prefix_ids.to(ids_BT)
+    soft = None
+    if soft_thinking and soft_thinking.max_thoughts:
+        if prefix_ids is not None:
+            raise ValueError("prefix_ids and soft_thinking are both given, and both begin the answer. Leave one out.")
+        soft = SoftThoughts(lm, soft_thinking)
+        prefix_BW = torch.tensor(soft.mark, device=lm.device).expand(len(ids_BT), -1)
     with eval_mode(lm):
         if not lm.reasoning.modes:
             if mode is not None:
                 raise ValueError(f"mode={mode}: this model, {lm.reasoning.method}, has no modes to choose from.")
             counts_B = _slot_lengths(lm, len(ids_BT), num_thoughts, thoughts, noise, stop).to(lm.device)
-            thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop}
+            thinking: dict[str, Any] = {
+                "thoughts": thoughts, "noise": noise, "stop": stop, "soft": soft and soft.settings,
+            }  # fmt: skip
             batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B, keys
             answers = _answers(lm, lm.reasoning, *batch, options, **thinking)
         elif num_thoughts is not None or thoughts is not None or noise or stop is not None:
@@ -153,7 +169,8 @@ def generate(
             raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
         else:
             answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, keys, options)
-    return _collate(lm, [answer for several in answers for answer in several], options, noisy=thought_noise != 0)
+    flat = [answer for several in answers for answer in several]
+    return _collate(lm, flat, options, noisy=thought_noise != 0, mark=soft and soft.mark)
 
 
 @torch.no_grad()
@@ -229,6 +246,7 @@ def _answers(
     thoughts: Tensor | None = None,
     noise: ThoughtNoise = NO_NOISE,
     stop: StopCriterion | None = None,
+    soft: SoftThinking | None = None,
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions (B, T), padded on the left, with `counts_B` tokens in the slot.
 
@@ -237,7 +255,7 @@ def _answers(
     in_slot_B = torch.zeros_like(counts_B) if reasoning.slot.is_empty else counts_B
     before_answer_B = len(slot_with_markers(reasoning, lm.special, 0)) + in_slot_B
     lengths_B = is_question_BT.sum(1)
-    before_answer_B = before_answer_B + prefix_BW.shape[1]
+    before_answer_B = before_answer_B + prefix_BW.shape[1] + (soft.max_thoughts if soft else 0)
     free_B = lm.max_sequence_length - lengths_B - before_answer_B
     if (free_B < 1).any():
         row = int(free_B.argmin())
@@ -245,7 +263,7 @@ def _answers(
             f"Question {row + 1} has {int(lengths_B[row])} tokens; with {int(before_answer_B[row])} more before the "
             "answer "
             f"it leaves no room in the model's context of {lm.max_sequence_length} tokens. Ask something shorter"
-            + (", or with fewer thoughts." if counts_B[row] else ".")
+            + (", or with fewer thoughts." if counts_B[row] or soft else ".")
         )
     limits_B = free_B.clamp(max=options["max_new_tokens"])
     groups_BC = torch.stack([limits_B, counts_B], dim=1)
@@ -263,21 +281,28 @@ def _answers(
         fed = None if thoughts is None else thoughts.to(lm.device)[rows]
         limited = {**options, "max_new_tokens": limit}
         prefix = prefix_BW[rows]
-        thinking: dict[str, Any] = {"thoughts": fed, "noise": noise, "stop": stop}
+        thinking: dict[str, Any] = {"thoughts": fed, "noise": noise, "stop": stop, "soft": soft}
         new = _think_and_decode(lm, reasoning, ids, is_token, count, prefix, samples_R, keys_R, limited, **thinking)
         for row, several in zip(rows.tolist(), new, strict=True):
             answers[row] += several
     return answers
 
 
-def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any], noisy: bool) -> Generated:
+def _collate(
+    lm: LatentLM, answers: list[_Answer], options: dict[str, Any], noisy: bool, mark: list[int] | None = None
+) -> Generated:  # fmt: skip
+    """`noisy`: whether thoughts have means. `mark`: token ids that Soft Thinking has given before each answer."""
     special = lm.special
     may_stop = bool(options.keys() & {"stop_strings", "stopping_criteria"})
     tokens, fed = [answer.tokens for answer in answers], [answer.thoughts for answer in answers]
     lengths = [_length(row, special, may_stop) for row in tokens]
     widest = max(map(len, tokens))
     texts = [
-        str(lm.tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        str(
+            lm.tokenizer.decode(
+                [*(mark or ()), *row[:length]], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
         for row, length in zip(tokens, lengths, strict=True)
     ]
     truncated = [
@@ -292,6 +317,7 @@ def _collate(lm: LatentLM, answers: list[_Answer], options: dict[str, Any], nois
         passes=torch.tensor(
             [
                 forward_passes(length, ended, lm.reasoning.in_mode(answer.mode).slot, len(answer.thoughts), answer.mode)
+                + (0 if mark is None else len(answer.thoughts) + 1)
                 for length, ended, answer in zip(lengths, truncated, answers, strict=True)
             ]
         ),
@@ -398,15 +424,21 @@ def _think_and_decode(
     thoughts: Tensor | None,
     noise: ThoughtNoise,
     stop: StopCriterion | None,
+    soft: SoftThinking | None,
 ) -> list[list[_Answer]]:
     """`samples_B` answers to each of the questions, which are padded on the left."""
     B, T = ids_BT.shape
     slot = torch.from_numpy(slot_with_markers(reasoning, lm.special, count)).long().to(lm.device)
+    before_soft = T + len(slot)
+    if soft:  # its thoughts stand behind the slot
+        count = soft.max_thoughts
+        slot = torch.cat([slot, slot.new_full((count,), lm.latent_id)])
+    elif not reasoning.slot.thinks:
+        count = 0
     prompt_BT = torch.cat([ids_BT, slot.expand(B, -1), prefix_BW], dim=1)
     is_token_BT = torch.cat([is_question_BT, torch.ones_like(prompt_BT[:, T:], dtype=torch.bool)], dim=1)
-    if not reasoning.slot.thinks:
-        count = 0
     prefilled = T + 1 if count else prompt_BT.shape[1] - 1  # columns before the thoughts (with <bot>), or all but one
+    prefilled = before_soft if soft else prefilled
     limit = options["max_new_tokens"]
     reserve = 1 + prefix_BW.shape[1] + limit
     if not prefilled:  # a question of one token, with nothing after it
@@ -417,6 +449,8 @@ def _think_and_decode(
     thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
     if noise and keys is not None:
         thinking["random_keys"] = [key for [key] in keys]
+    if soft:
+        thinking["soft"] = SoftThoughts(lm, soft)
     state = think(lm, prompt_BT[:, :prefilled], is_token_BT[:, :prefilled], count, **thinking)
     answers: dict[int, list[_Answer]] = {}
     for n in state.counts.unique().tolist():  # one number, unless `stop` ended rows at different ones
@@ -567,8 +601,14 @@ def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tupl
 
     A projector's thoughts are read as they are fed: they are compared with the rows of the head, which no training has
     made them fit. Thoughts that are updated in loops are read without the embedding of the latent token that is added
-    to their states.
+    to their states. Raises ValueError for thoughts that are mixtures of words' input embeddings, which the head does
+    not read.
     """
+    if not lm.feedback.slot.read_by_head:
+        raise ValueError(
+            f"The thoughts of {lm.reasoning.method} are {lm.feedback.slot.describe()}: input embeddings, not states "
+            "that the head reads, so there is no logit lens on them. Leave it out (show_thoughts=false)."
+        )
     states_ND = thoughts.to(lm.device, lm.base.dtype)
     if lm.feedback.slot.update is Update.loop:
         states_ND = states_ND - lm.base.get_input_embeddings()(torch.tensor(lm.latent_id, device=lm.device))

@@ -54,8 +54,8 @@ def generation_settings(
         raise ValueError(
             f"{name}={settings[name]!r} is not supported by generate of a LatentLM. "
             + (f"Did you mean {similar[0]}? " if similar else "")
-            + "Beside num_thoughts, thoughts, thought_noise, thought_dropout, stop, mode, log_probs, max_new_tokens "
-            f"and num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
+            + "Beside num_thoughts, thoughts, thought_noise, thought_dropout, stop, soft_thinking, mode, log_probs, "
+            f"max_new_tokens and num_return_sequences, generate takes {', '.join(sorted(SETTINGS | PASSTHROUGH))}."
         )
     if samples > 1 and not (settings.get("do_sample") or noisy):
         raise ValueError(

@@ -5,7 +5,7 @@ Shapes: B questions, T columns of the prompts, K thoughts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,8 @@ class ThoughtState:
     """The state after prompts and their thoughts.
 
     The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D),
-    and `means` (B, K, D), the thoughts without their noise.
+    `means` (B, K, D), the thoughts without their noise, and what a thought would be made of (B, E)
+    (`LatentLM.source_states`).
     """
 
     cache: Any
@@ -32,6 +33,7 @@ class ThoughtState:
     counts: Tensor
     states: Tensor
     means: Tensor
+    sources: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def think(
     noise: ThoughtNoise = NO_NOISE,
     random_keys: Sequence[Key] | None = None,
     stop: StopCriterion | None = None,
+    soft: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     reserve: int = 0,
 ) -> ThoughtState:
     """Run prompts (B, T), padded on the left, and `num_thoughts` thoughts after each of them.
@@ -95,6 +98,8 @@ def think(
     `thoughts` (B, K, D) are fed in place of the model's own. `noise`: changes the model's thoughts before they are fed,
     by numbers from torch's generator or from `random_keys`, one for each row.
     `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
+    `soft`: gives the next thoughts (B, D) in place of the slot's, from the last hidden states (B, D), and which rows
+    have ended before them (B,).
     `reserve`: how many columns the cache will take afterwards.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
@@ -102,9 +107,9 @@ def think(
     positions_BT = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
     embeds_BTD = lm.base.get_input_embeddings()(input_ids)
     num_skipped = input_ids.shape[1] - 1
-    last_BD = lm.hidden_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
-    if thoughts is None and num_thoughts and lm.feedback.slot.in_parallel:
-        thoughts = _iterated(lm, num_thoughts, cache, last_BD, is_token_BT, positions_BT)
+    last_BE = lm.source_states(embeds_BTD, is_token_BT, positions_BT, cache, num_skipped=num_skipped)[:, -1]
+    if thoughts is None and soft is None and num_thoughts and lm.feedback.slot.in_parallel:
+        thoughts = _iterated(lm, num_thoughts, cache, last_BE, is_token_BT, positions_BT)
     fed: list[Tensor] = []
     means: list[Tensor] = []
     thinking_B = torch.ones_like(is_token_BT[:, 0])
@@ -112,7 +117,14 @@ def think(
     drawn = noise.draw(random_keys, num_thoughts, embeds_BTD.shape[2]) if noise and random_keys is not None else None
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
-        fed_BKD = lm.feedback(last_BD)[:, None] if thoughts is None else thoughts[:, k : k + width]
+        if soft is not None:
+            soft_BD, ended_B = soft(lm.last_states(last_BE))
+            thinking_B = thinking_B & ~ended_B
+            if not thinking_B.any():
+                break
+            fed_BKD = soft_BD[:, None]
+        else:
+            fed_BKD = lm.thought(last_BE)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)
         means.append(fed_BKD)
         if noise:
@@ -122,17 +134,17 @@ def think(
         counts_B += width * thinking_B
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(is_token_BT[:, :1]).expand(-1, width)], dim=1)
         positions_BK = positions_BT[:, -1:] + torch.arange(k + 1, k + 1 + width, device=lm.device)
-        last_BD = lm.hidden_states(fed_BKD, is_token_BT, positions_BK, cache)[:, -1]
+        last_BE = lm.source_states(fed_BKD, is_token_BT, positions_BK, cache)[:, -1]
         if stop is not None:
             thinking_B = thinking_B & ~stop(fed_BKD[:, -1])
             if not thinking_B.any():
                 break
     thoughts_BKD, means_BKD = (torch.cat(parts, dim=1) if parts else embeds_BTD[:, :0] for parts in (fed, means))
-    return ThoughtState(cache, thoughts_BKD, counts_B, last_BD, means_BKD)
+    return ThoughtState(cache, thoughts_BKD, counts_B, lm.last_states(last_BE), means_BKD, last_BE)
 
 
 def _iterated(
-    lm: LatentLM, num_thoughts: int, cache: Any, last_BD: Tensor, is_token_BT: Tensor, positions_BT: Tensor
+    lm: LatentLM, num_thoughts: int, cache: Any, last_BE: Tensor, is_token_BT: Tensor, positions_BT: Tensor
 ) -> Tensor:
     """(B, K, D) thoughts that are updated all at once, behind the prompts in the cache, which stays as it is."""
     is_latent_BK = torch.ones_like(is_token_BT[:, :1]).expand(-1, num_thoughts)
@@ -140,6 +152,6 @@ def _iterated(
     positions_BK = positions_BT[:, -1:] + torch.arange(1, num_thoughts + 1, device=lm.device)
     mask_BS = torch.cat([is_token_BT, is_latent_BK], dim=1)
     return lm.iterate_block(
-        tokens_D.expand(len(last_BD), num_thoughts, -1), last_BD, is_latent_BK,
-        lambda embeds_BKD: lm.hidden_states(embeds_BKD, mask_BS, positions_BK, copy(cache)),
+        tokens_D.expand(len(last_BE), num_thoughts, -1), last_BE, is_latent_BK,
+        lambda embeds_BKD: lm.source_states(embeds_BKD, mask_BS, positions_BK, copy(cache)),
     )[0]  # fmt: skip

@@ -48,9 +48,18 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
         modes={control: (slot(form), form.num_thoughts) for control, form in forms.items()},
         projected=_sizes(lm), feedback_file=WEIGHTS_FILE, start=start,
         before_slot=[*after, *slot(reasoning)], special=special,
+        content=_content(lm),
         question=repr(PromptFormat.fill(reasoning.format.question, "a question")),
         run=None if run is None else _run_facts(run, step),
     )  # fmt: skip
+
+
+def _content(lm: LatentLM) -> str:
+    """What its thoughts are made of, in words; empty if it is the last hidden state, or if it has no thoughts."""
+    slot = lm.feedback.slot
+    if slot.read_by_head or not any(form.slot.thinks for form in lm.reasoning.forms()):
+        return ""
+    return slot.describe()
 
 
 def _sizes(lm: LatentLM) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from coconut.methods.table import (
     WRITTEN,
     At,
     Compression,
+    Content,
     Cut,
     Method,
     Per,
@@ -30,7 +31,8 @@ from coconut.methods.table import (
 
 __all__ = [
     "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At",
-    "Compression", "Curriculum", "Cut", "Form", "GatedWords", "Method", "Mixing", "Mode", "Per", "Plan", "Projector",
+    "Compression", "Content", "Curriculum", "Cut", "Form", "GatedWords", "Method", "Mixing", "Mode", "Per", "Plan",
+    "Projector",
     "PromptFormat", "Reasoning", "Slot", "Source", "Spans", "Stage", "Term", "Unit", "Update", "get_method",
     "parse_mode", "plan",
 ]  # fmt: skip

@@ -273,6 +273,8 @@ def plan(
 def _changed(name: str, method: Method, slot: Mapping[str, Any], thoughts_per_step: int) -> Slot:
     """The method's slot with these fields in place of its own, where they are not None."""
     given = {key: value for key, value in slot.items() if value is not None}
+    if given.get("content", method.slot.content) is not method.slot.content:  # the method's numbers are for its own
+        given = {key: getattr(Slot, key) for key in ("top_k", "temperature", "alpha", "layer")} | given
     if "update" in given and "iterations" not in given:
         if given["update"] is Update.sequential:
             given["iterations"] = 0

@@ -18,12 +18,15 @@ in a Continuous Latent Space", arXiv 2412.06769. The others:
     mux             arXiv 2607.18264
     lotus           arXiv 2606.31779
     sim_cot         arXiv 2509.20317 on Coconut, and sim_cot_codi on CODI
+    soft_coconut    Coconut whose thoughts are the mixtures of Soft Thinking, arXiv 2505.15778
+    lt_tuning       Coconut with the fused thoughts of LT-Tuning, arXiv 2602.10229
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -33,7 +36,15 @@ class Source(StrEnum):
 
     none = "nothing"
     pause = "pause"  # a learned <pause> token
-    thought = "thought"  # the last hidden state, fed back
+    thought = "thought"  # made of the states before it, and fed back
+
+
+class Content(StrEnum):
+    """What a thought is made of."""
+
+    state = "state"  # the last hidden state (Coconut)
+    mixture = "mixture"  # the words' input embeddings, weighted by the model's own next-token distribution
+    fused = "fused"  # a weighted sum of a hidden state and the mixture (LT-Tuning)
 
 
 class Update(StrEnum):
@@ -45,7 +56,7 @@ class Update(StrEnum):
 
 
 class Projector(StrEnum):
-    """What a hidden state passes before it is fed back. It stays at inference."""
+    """What the content of a thought passes before it is fed back. It stays at inference."""
 
     none = "none"
     mlp_ln = "mlp_ln"  # Linear, GELU, Linear, LayerNorm (CODI)
@@ -57,6 +68,10 @@ class Slot:
 
     Thoughts that are updated all at once begin as the embeddings of the latent token, in iteration 0. They are updated
     `iterations` times, or with `iterations_per` so often for each so many positions: LOTUS has a loop for each step.
+
+    A mixture is of the `top_k` most probable words (0: of all) of softmax(logits / temperature). A fused thought is
+    alpha * h + (1 - alpha) * mixture, where h is the hidden state of `layer`: 0 is the input of the first layer, -1 or
+    the number of layers the last hidden state, after the final norm.
     """
 
     source: Source
@@ -65,8 +80,14 @@ class Slot:
     update: Update = Update.sequential
     iterations: int = 0  # how often all positions are updated at once; with 0 they are pauses
     iterations_per: int = 0  # 0: the slot's length does not matter
+    content: Content = Content.state
+    top_k: int = 0
+    temperature: float = 1.0
+    alpha: float = 0.5
+    layer: int = -1
 
     def __post_init__(self) -> None:
+        self._check_content()
         if self.source is not Source.thought and (self.in_parallel or self.iterations):
             raise ValueError(
                 f"Thoughts are updated, and the slot of this method holds {self.source.value}. Leave out model.update "
@@ -87,11 +108,35 @@ class Slot:
         if self.width and self.projector is Projector.none:
             raise ValueError(f"model.projector_width={self.width} needs a projector. Set model.projector=mlp_ln.")
 
+    def _check_content(self) -> None:
+        if self.source is not Source.thought and self.content is not Content.state:
+            raise ValueError(
+                f"A {self.content.value} is the content of a thought, and the slot of this method holds "
+                f"{self.source.value}. Leave out model.content."
+            )
+        for name, key, its in (
+            ("top_k", "model.top_k", MIXED), ("temperature", "model.mixture_temperature", MIXED),
+            ("alpha", "model.alpha", (Content.fused,)), ("layer", "model.layer", (Content.fused,)),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) != getattr(Slot, name) and self.content not in its:
+                raise ValueError(
+                    f"{key}={value} is for model.content={' or '.join(its)}, and the thoughts of this method have "
+                    f"the content {self.content.value}. Leave it out, or set model.content."
+                )
+        if self.top_k < 0:
+            raise ValueError(f"model.top_k is {self.top_k}; it must be at least 0, which takes all words.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"model.mixture_temperature is {self.temperature}; it must be above 0.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"model.alpha is {self.alpha}; it must be between 0 (mixture) and 1 (hidden state).")
+        if self.layer < -1:
+            raise ValueError(f"model.layer is {self.layer}; it is the number of a layer, or -1 for the last.")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Slot:
-        counts = {key: int(values.get(key, 0)) for key in ("width", "iterations", "iterations_per")}
-        update = Update(values.get("update", Update.sequential))
-        return cls(Source(values["source"]), Projector(values["projector"]), update=update, **counts)
+        kinds = {"source": Source, "projector": Projector, "update": Update, "content": Content}
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        return cls(**{name: kinds.get(name, lambda value: value)(value) for name, value in known.items()})
 
     @property
     def thinks(self) -> bool:
@@ -102,6 +147,17 @@ class Slot:
         return self.source == Source.none
 
     @property
+    def cannot_be_given(self) -> str:
+        """Why one pass over given thoughts cannot tell what the model's own would be; empty if it can."""
+        if self.in_parallel:
+            return "its thoughts are updated all at once, so that none comes after given ones before it"
+        if self.reads_layer:
+            return (
+                "its thoughts are made of the states of an inner layer, which a pass over given thoughts does not keep"
+            )
+        return ""
+
+    @property
     def in_parallel(self) -> bool:
         """Whether all positions are updated at once."""
         return self.update is not Update.sequential
@@ -110,8 +166,34 @@ class Slot:
     def noun(self) -> str:
         return self.source.value
 
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The weights of a hidden state and of a mixture in the content of a thought."""
+        state = {Content.state: 1.0, Content.mixture: 0.0, Content.fused: self.alpha}[self.content]
+        return state, 1 - state
+
+    @property
+    def read_by_head(self) -> bool:
+        """Whether thoughts are last hidden states, which the model's head turns into probabilities of words."""
+        return self.weights[0] == 1 and not self.reads_layer
+
+    @property
+    def reads_layer(self) -> bool:
+        """Whether a thought is made of the state of a named layer beside the last hidden state."""
+        return self.content is Content.fused and self.alpha > 0 and self.layer != -1
+
     def describe(self) -> str:
-        """The projector and the update in words."""
+        """The content of thoughts, the projector and the update in words."""
+        words = f"{self.top_k or 'all'} words at temperature {self.temperature:g}"
+        of_layer = "the last layer" if self.layer == -1 else f"layer {self.layer}"
+        content = {
+            Content.state: "",
+            Content.mixture: f"mixtures of {words}, ",
+            Content.fused: f"{self.alpha:g} of the state of {of_layer} and the rest of mixtures of {words}, ",
+        }[self.content]
+        return content + self._describe_update()
+
+    def _describe_update(self) -> str:
         projector = "no projector" if self.projector is Projector.none else f"the projector {self.projector.value}"
         projector += f" of width {self.width}" if self.width else ""
         if not self.in_parallel:
@@ -144,6 +226,7 @@ class Slot:
         return 1 + (self.count_iterations(length) + 1 if self.in_parallel else length)
 
 
+MIXED = (Content.mixture, Content.fused)
 NOTHING, PAUSES, THOUGHTS = Slot(Source.none), Slot(Source.pause), Slot(Source.thought)
 
 
@@ -327,6 +410,16 @@ METHODS: dict[str, Method] = {
     ),
     "sim_cot_codi": replace(
         _CODI, summary="CODI, and a decoder writes each step from its thought", terms=(*_CODI.terms, _STEPS)
+    ),
+    "soft_coconut": replace(
+        _COCONUT,
+        slot=Slot(Source.thought, content=Content.mixture),
+        summary="Coconut whose thoughts are mixtures of words' embeddings",
+    ),
+    "lt_tuning": replace(
+        _COCONUT,
+        slot=Slot(Source.thought, content=Content.fused),
+        summary="Coconut whose thoughts are sums of a hidden state and a mixture of words' embeddings",
     ),
 }
 

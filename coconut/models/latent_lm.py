@@ -1,6 +1,6 @@
 """LatentLM: a Hugging Face causal language model that can feed its last hidden state back as input.
 
-Wherever `input_ids` holds the latent token, the input embedding is replaced by a thought: what `feedback` makes of the
+Wherever `input_ids` holds the latent token, the input embedding is replaced by a thought: what `thought` makes of the
 last hidden state, after the final norm, of the token before it. In Coconut that is the state itself (Hao et al., arXiv
 2412.06769, section 3). Gradients flow through the thoughts.
 
@@ -8,7 +8,8 @@ Two implementations give the same results. Read `_recomputed` first: it runs the
 `_cached`, the default, cuts the rows at their thoughts and runs each position once, in thoughts + 1 passes over a KV
 cache.
 
-Shapes: B rows, T columns as given, S columns as the passes take them, D hidden, V vocabulary, N targets.
+Shapes: B rows, T columns as given, S columns as the passes take them, D hidden, V vocabulary, N targets; E numbers that
+a thought is made of (`source_states`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from torch import Tensor, nn
 from coconut.acceleration.facade import Acceleration
 from coconut.data.batching import IGNORED
 from coconut.data.tokenization import SpecialIds, add_control_tokens, add_special_tokens
-from coconut.methods import GatedWords, Reasoning, parse_mode
+from coconut.methods import GatedWords, Reasoning, Update, parse_mode
 from coconut.models import families, lora
-from coconut.models.feedback import Feedback
+from coconut.models.feedback import Feedback, mixture
 from coconut.models.gates import Gates
 from coconut.models.losses import summed_cross_entropy, target_log_probs
 from coconut.models.masks import SlidingWindow, after_last_token, unmask_padding
@@ -233,14 +234,11 @@ class LatentLM(nn.Module):
         it is zero a word is fed as it is.
 
         Raises ValueError if a row begins with a thought, for `thoughts` of a wrong shape or of a model whose thoughts
-        are updated all at once, or if transformers' gradient checkpointing is on together with the cache (transformers
+        cannot be given (`Slot.cannot_be_given`), or if transformers' gradient checkpointing is on together with the cache (transformers
         would drop the cache, and thoughts would lose their context).
         """
-        if thoughts is not None and self.feedback.slot.in_parallel:
-            raise ValueError(
-                f"{self.reasoning.method} updates its thoughts all at once, so that none comes after given ones before "
-                "it. Leave out thoughts."
-            )
+        if thoughts is not None and (why := self.feedback.slot.cannot_be_given):
+            raise ValueError(f"thoughts are not for {self.reasoning.method}: {why}. Leave them out.")
         inputs = LatentInputs.of(
             input_ids, attention_mask, position_ids, self.latent_id, thought_offsets, thoughts, expected
         )
@@ -261,7 +259,7 @@ class LatentLM(nn.Module):
             output.before_thoughts = torch.stack([*passed.iterations, gather_columns(hidden_BSD, in_passes_BK)])
         if thoughts is not None:
             places = Targets.of(torch.where(inputs.is_latent_BT, inputs.ids_BT, IGNORED), inputs.is_token_BT)
-            own_MD = self.feedback(hidden_BSD[places.rows_N, columns_BT[places.rows_N, places.sources_N]])
+            own_MD = self.thought(hidden_BSD[places.rows_N, columns_BT[places.rows_N, places.sources_N]])
             place_K = torch.arange(thoughts.shape[1], device=hidden_BSD.device)
             is_thought_BK = place_K < inputs.is_latent_BT.sum(1, keepdim=True)
             output.own_thoughts = own_MD.new_zeros(thoughts.shape).masked_scatter(is_thought_BK[..., None], own_MD)
@@ -328,11 +326,12 @@ class LatentLM(nn.Module):
                 embeds_BTD = embeds_BTD + offsets_BTD.to(embeds_BTD)
             updates_B1 = torch.zeros_like(updates_B1)
         for number in range(1, 1 + int(updates_B1.max())):
-            hidden_BTD = self.hidden_states(embeds_BTD, mask, inputs.positions_BT)
-            before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD))
+            states_BTE = self.source_states(embeds_BTD, mask, inputs.positions_BT)
+            before_BTE = states_BTE.gather(1, previous_BT[..., None].expand_as(states_BTE))
             if reads.before_thoughts and slot.in_parallel:
-                iterations.append(gather_columns(hidden_BTD, reads.columns_before(inputs.is_token_BT)))
-            thoughts_BTD = self.feedback.update_block(tokens_BTD, hidden_BTD, before_BTD)
+                last_BTD = self.last_states(states_BTE)
+                iterations.append(gather_columns(last_BTD, reads.columns_before(inputs.is_token_BT)))
+            thoughts_BTD = self._updated(tokens_BTD, states_BTE, before_BTE)
             if offsets_BTD is not None and not slot.in_parallel:
                 thoughts_BTD = thoughts_BTD + offsets_BTD.to(thoughts_BTD)
             is_next_BT = number_BT == number
@@ -387,20 +386,24 @@ class LatentLM(nn.Module):
         if several:
             self.acceleration.refuse_checkpointing_by_transformers()
         run, cache = self._prepared(is_token_BS, positions_BS, cached=several or reads.cached_BM is not None)
-        collected, last_BD = CollectedReads(reads), None
+        collected, last_BE = CollectedReads(reads), None
         with self.acceleration.all_passes() if several else nullcontext():
             for (start, stop), skipped in zip(pairwise(bounds), num_skipped, strict=True):
                 block_BTD = embeds_BSD[:, start:stop]
-                if last_BD is not None:
-                    thought_B1D = self.feedback(last_BD)[:, None].to(block_BTD)
+                if last_BE is not None:
+                    thought_B1D = self.thought(last_BE)[:, None].to(block_BTD)
                     block_BTD = torch.where(is_latent_BS[:, start:stop, None], thought_B1D, block_BTD)
                     if offsets_BSD is not None:
                         block_BTD = block_BTD + offsets_BSD[:, start:stop].to(block_BTD)
-                layers = run(block_BTD, start, cache, skipped, collected.needs_layers(start, stop, stop == bounds[-1]))
+                is_last = stop == bounds[-1]
+                reads_layer = self.feedback.slot.reads_layer and not is_last
+                every = reads_layer or collected.needs_layers(start, stop, is_last)
+                layers = run(block_BTD, start, cache, skipped, every)
                 collected.add(block_BTD, layers, start)
-                ends_here_B1 = is_token_BS[:, stop - 1, None]
-                end_BD = layers[-1][:, -1]
-                last_BD = end_BD if last_BD is None else torch.where(ends_here_B1, end_BD, last_BD)
+                if not is_last:
+                    ends_here_B1 = is_token_BS[:, stop - 1, None]
+                    end_BE = self._sources(layers)[:, -1]
+                    last_BE = end_BE if last_BE is None else torch.where(ends_here_B1, end_BE, last_BE)
         return collected.output(cache)
 
     def _cached_block(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
@@ -419,14 +422,16 @@ class LatentLM(nn.Module):
         run, cache = self._prepared(is_token_BS, positions_BS, cached=True)
         collected = CollectedReads(plan.in_passes(reads))
         with self.acceleration.all_passes():
-            before = run(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0])
+            reads_layer = self.feedback.slot.reads_layer
+            before = run(tokens_BSD[:, :start], 0, cache, plan.count_skipped(is_read_BT)[0], reads_layer)
             collected.add(tokens_BSD[:, :start], before, 0)
             behind = copy(cache)
             if len(rows_P) < len(thinks_B):
                 behind.batch_select_indices(rows_P)
             block_PKD, before_thoughts = self.iterate_block(
-                tokens_BSD[rows_P, start:stop], before[-1][rows_P, -1], is_latent_BK[rows_P],
-                lambda embeds: run(embeds, start, copy(behind), rows=rows_P)[-1], min_passes - 2,
+                tokens_BSD[rows_P, start:stop], self._sources(before)[rows_P, -1], is_latent_BK[rows_P],
+                lambda embeds: self._sources(run(embeds, start, copy(behind), every=reads_layer, rows=rows_P)),
+                min_passes - 2,
             )  # fmt: skip
             block_BKD = tokens_BSD[:, start:stop].index_copy(0, rows_P, block_PKD)
             if (offsets_BKD := inputs.offsets_at(is_latent_BK)) is not None:
@@ -463,25 +468,82 @@ class LatentLM(nn.Module):
         return run, self.new_cache(is_token_BS.shape[1], windows=windows is None) if cached else None
 
     def iterate_block(
-        self, tokens_BKD: Tensor, last_BD: Tensor, is_latent_BK: Tensor, run: Callable[[Tensor], Tensor],
+        self, tokens_BKD: Tensor, last_BE: Tensor, is_latent_BK: Tensor, run: Callable[[Tensor], Tensor],
         least: int = 0,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """(B, K, D) the inputs of a block of thoughts after all iterations; of each, the states before the thoughts.
 
-        `tokens_BKD`: the embeddings of its tokens, with padding before a row's first thought. `last_BD`: the last
-        hidden states before the block. `run` computes those of the block from its inputs, behind what precedes it, and
-        is called at least `least` times.
+        `tokens_BKD`: the embeddings of its tokens, with padding before a row's first thought. `last_BE`: the source
+        states before the block. `run` computes those of the block from its inputs, behind what precedes it, and is
+        called at least `least` times.
         """
         is_first_BK = is_latent_BK & (is_latent_BK.long().cumsum(1) == 1)
         iterations_B11 = self.feedback.slot.count_iterations(is_latent_BK.sum(1))[:, None, None]
         block_BKD, before = tokens_BKD, []
         for done in range(max(int(iterations_B11.max()), least)):
-            states_BKD = run(block_BKD)
-            before_BKD = torch.where(is_first_BK[..., None], last_BD[:, None], states_BKD.roll(1, dims=1))
-            before.append(before_BKD)
-            updated_BKD = self.feedback.update_block(tokens_BKD, states_BKD, before_BKD)
+            states_BKE = run(block_BKD)
+            before_BKE = torch.where(is_first_BK[..., None], last_BE[:, None], states_BKE.roll(1, dims=1))
+            before.append(self.last_states(before_BKE))
+            updated_BKD = self._updated(tokens_BKD, states_BKE, before_BKE)
             block_BKD = torch.where(done < iterations_B11, updated_BKD, block_BKD)
         return block_BKD, before
+
+    # --- what a thought is made of ------------------------------------------------------------------
+
+    def thought(self, source_states: Tensor) -> Tensor:
+        """(..., D) what is fed after positions with these states (..., E), from `source_states`.
+
+        The content of the slot (`coconut.methods.Content`), then the projector. Gradients flow through both.
+        """
+        slot = self.feedback.slot
+        of_state, of_mixture = slot.weights
+        if not of_mixture:
+            return self.feedback(source_states[..., : self.thought_size])
+        logits = self.logits(self.last_states(source_states))
+        table = self.base.get_input_embeddings()
+        mixture_D = mixture(logits, table, self.special.added, slot.top_k, slot.temperature)
+        if not of_state:
+            return self.feedback(mixture_D)
+        return self.feedback(of_state * source_states[..., : self.thought_size] + of_mixture * mixture_D)
+
+    def source_states(
+        self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0
+    ) -> Tensor:
+        """(B, T, E) what thoughts are made of: `hidden_states`, and before them those of another layer if it is read.
+
+        E is D, or 2 D with a fused slot that names a layer. Raises ValueError if the model has no such layer.
+        """
+        if not self.feedback.slot.reads_layer:
+            return self.hidden_states(embeds, mask, position_ids, cache, num_skipped=num_skipped)
+        return self._sources(self._layers(embeds, mask, position_ids, cache, num_skipped, every=True))
+
+    def last_states(self, source_states: Tensor) -> Tensor:
+        """(..., D) the last hidden states among what thoughts are made of."""
+        return source_states[..., -self.thought_size :]
+
+    def _sources(self, layers: tuple[Tensor, ...]) -> Tensor:
+        slot = self.feedback.slot
+        if not slot.reads_layer:
+            return layers[-1]
+        if slot.layer >= len(layers) or layers[slot.layer].shape != layers[-1].shape:
+            raise ValueError(
+                f"model.layer={slot.layer} names a layer whose state is added to words' embeddings of "
+                f"{self.thought_size} numbers. This model has the layers 0 to {len(layers) - 1}, of the widths "
+                f"{', '.join(str(width) for width in dict.fromkeys(layer.shape[-1] for layer in layers))}."
+            )
+        return torch.cat([layers[slot.layer], layers[-1]], dim=-1)
+
+    def _updated(self, tokens_BKD: Tensor, states_BKE: Tensor, before_BKE: Tensor) -> Tensor:
+        """(B, K, D) the inputs of thoughts in the next iteration, from the states at their positions and before them.
+
+        `tokens_BKD`: the embeddings of their tokens. Jacobi: PCCoT, Wu et al., arXiv 2506.18582, section 3. Loop:
+        LOTUS, arXiv 2606.31779.
+        """
+        if self.feedback.slot.update is Update.loop:
+            return tokens_BKD + self.thought(states_BKE).to(tokens_BKD)
+        return self.thought(before_BKE).to(tokens_BKD)
+
+    # --- passes -------------------------------------------------------------------------------------
 
     def hidden_states(
         self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0

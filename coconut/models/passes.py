@@ -139,7 +139,7 @@ class CollectedReads:
         self.hidden.append(layers[-1])
         if self.reads.thoughts_BK is not None:
             self.embeds.append(embeds_BTD)
-        if len(layers) > 1:
+        if self.columns and len(layers) > 1:
             rows = [row for row, column in enumerate(self.columns) if start <= column < start + embeds_BTD.shape[1]]
             columns_M = embeds_BTD.new_tensor([self.columns[row] - start for row in rows], dtype=torch.long)
             rows_M = embeds_BTD.new_tensor(rows, dtype=torch.long)

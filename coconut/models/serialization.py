@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 5
-READABLE = (2, 3, 4, 5)  # 2 knows only the sequential update of thoughts, 3 no iterations for each step, 4 no gates
+READABLE = (2, 3, 4, 5)  # 2 knows sequential thoughts alone, 3 no iterations per step, 4 neither gates nor mixtures
 
 
 @dataclass

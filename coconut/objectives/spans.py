@@ -59,6 +59,11 @@ class Objective(TermObjective):
                 "this method are not updated once for each step. Leave it out, or take method=lotus with "
                 "curriculum.thoughts_per_step of at least 1."
             )
+        if term.at is At.thoughts and not self.slot.read_by_head:
+            raise ValueError(
+                f"The term {term.name} reads the thoughts with the model's head, but they are {self.slot.describe()}. "
+                f"Set model.content=state, or terms.{term.name}=0."
+            )
         self.thoughts_per_step = forms[self.of_form].thoughts_per_step or 1
         self.thoughts_per_span = self.thoughts_per_step if term.spans is Spans.steps else 1
 

@@ -1,8 +1,8 @@
 """Exact implicit rewards of noisy latent thoughts, and of the tokens after them.
 
 A deterministic thought has no density, and so no implicit reward. With noise (`generate(thought_noise=sigma)`) thought
-i is z_i ~ N(mu_i, sigma^2 I), where mu_i is the model's hidden state after the question and the thoughts fed before
-it, and its reward is
+i is z_i ~ N(mu_i, sigma^2 I), where mu_i is the model's own thought after the question and the thoughts fed before it,
+and its reward is
 
     beta log N(z_i; mu_i) / N(z_i; mu_ref,i) = beta (|z_i - mu_ref,i|^2 - |z_i - mu_i|^2) / (2 sigma^2).
 
@@ -138,10 +138,10 @@ def _read(
             embeds_BTD = table(ids_BT)
             embeds_BTD[is_thought_BT] = thoughts[indices].to(embeds_BTD).flatten(0, 1)
             ones_BT = torch.ones_like(ids_BT)  # padding is on the right, where causal attention does not reach it
-            states_BTD = lm.hidden_states(embeds_BTD, ones_BT, ones_BT.cumsum(1) - 1)
-            means = lm.feedback(states_BTD[is_thought_BT.roll(-1, 1)]).to(embeds_BTD)
+            states_BTE = lm.source_states(embeds_BTD, ones_BT, ones_BT.cumsum(1) - 1)
+            means = lm.thought(states_BTE[is_thought_BT.roll(-1, 1)]).to(embeds_BTD)
             means_NKD[indices] = means.float().cpu().view(len(indices), *thoughts.shape[1:])
-            logits_MV = lm.logits(states_BTD[is_completion_BT.roll(-1, 1)])
+            logits_MV = lm.logits(lm.last_states(states_BTE[is_completion_BT.roll(-1, 1)]))
             logits_MV[:, lm.special.added] = -torch.inf  # never generated
             log_probs_M = target_log_probs(logits_MV, ids_BT[is_completion_BT]).float().cpu()
             log_probs |= zip(indices, log_probs_M.split(counts), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
     own = lm.feedback.slot
 
     def rule(of: Slot) -> tuple[Any, ...]:
-        return of.projector, of.width or lm.thought_size, of.update, of.iterations, of.iterations_per
+        whole = {"width": of.width or lm.thought_size, "source": None}
+        return tuple((asdict(of) | whole).values())
 
     if not slot.thinks or rule(slot) == rule(own):
         return
@@ -65,7 +66,8 @@ def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
         raise ValueError(
             f"init={config.init} has learned to think with {own.describe()}, and {config.method} has "
             f"{slot.describe()}. What differs is set by model.projector, model.projector_width, model.update, "
-            "model.iterations, or curriculum.thoughts_per_step. Or start from a run without thoughts."
+            "model.iterations, model.content and its numbers, or curriculum.thoughts_per_step. Or start from a run "
+            "without thoughts."
         )
     lm.feedback = Feedback(slot, lm.thought_size).to(lm.device)
     lm.reasoning = replace(lm.reasoning, slot=slot)
@@ -82,6 +84,11 @@ def apply_engine_options(lm: LatentLM, engine: EngineConfig) -> LatentLM:
         raise ValueError(
             "engine.cuda_graphs=true records the model's layers alone, but the projector "
             f"{lm.feedback.slot.projector.value} stands between its passes. Set engine.cuda_graphs=false."
+        )
+    if engine.cuda_graphs and lm.feedback.slot.weights[1]:
+        raise ValueError(
+            "engine.cuda_graphs=true records the model's layers alone, but the head makes mixtures of words between "
+            "the passes. Set engine.cuda_graphs=false."
         )
     lm.acceleration.mechanisms = engine.mechanisms
     lm.acceleration.activation_checkpointing = engine.activation_checkpointing

@@ -152,7 +152,7 @@ def test_given_thoughts_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=r"thoughts has the shape .* with 1 rows of up to 2 thoughts"):
             lm(ids, thoughts=torch.zeros(shape))
     jacobi = thinker(slot=replace(THOUGHTS, update=Update.jacobi, iterations=2))
-    with pytest.raises(ValueError, match="updates its thoughts all at once"):
+    with pytest.raises(ValueError, match="its thoughts are updated all at once"):
         jacobi(ids, thoughts=torch.zeros(1, 2, 32))
 
 
