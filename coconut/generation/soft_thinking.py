@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class SoftThoughts:
     """The thoughts of one batch of questions, and when they end. `mark`: the token ids of the answer's mark.
 
-    Raises ValueError for a model that has thoughts, modes or gates of its own, or a prompt format without an answer's mark.
+    Raises ValueError for a model that has thoughts, modes or gates of its own, or a prompt format without an answer's
+    mark.
     """
 
     def __init__(self, lm: LatentLM, settings: SoftThinking):

@@ -234,8 +234,8 @@ class LatentLM(nn.Module):
         it is zero a word is fed as it is.
 
         Raises ValueError if a row begins with a thought, for `thoughts` of a wrong shape or of a model whose thoughts
-        cannot be given (`Slot.cannot_be_given`), or if transformers' gradient checkpointing is on together with the cache (transformers
-        would drop the cache, and thoughts would lose their context).
+        cannot be given (`Slot.cannot_be_given`), or if transformers' gradient checkpointing is on together with the
+        cache (transformers would drop the cache, and thoughts would lose their context).
         """
         if thoughts is not None and (why := self.feedback.slot.cannot_be_given):
             raise ValueError(f"thoughts are not for {self.reasoning.method}: {why}. Leave them out.")
