@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import At, Curriculum, Plan, Projector, PromptFormat, Update, plan
+from coconut.methods import At, Curriculum, Plan, Pooling, Projector, PromptFormat, Update, plan
 from coconut.utils.overrides import Kind, PathName, Place, Template, Text, as_arguments, map_texts
 
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
@@ -126,7 +126,9 @@ class ModelConfig:
     `new_token_init`: initial embedding of the added tokens: mean, random, or the token to copy it from. `projector`: of
     the thoughts, and the width of its hidden layer; by default the method's, as wide as the model. `update`: how the
     thoughts get their inputs, and `iterations`: how often, of those that are updated all at once; by default the
-    method's.
+    method's. Of thoughts that are merged from the chain (colar, c_mtp) `group`: from how many tokens in generation,
+    and in training unless `max_group` draws 1 to so many; `pooling`: how; `thought_scale`: what a Gaussian head's
+    predictions are divided by.
     """
 
     base: Place | None = None
@@ -138,10 +140,14 @@ class ModelConfig:
     projector_width: int | None = None
     update: Update | None = None
     iterations: int | None = None
+    group: int | None = None
+    max_group: int | None = None
+    pooling: Pooling | None = None
+    thought_scale: float | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        at_least("model.", self, projector_width=1, iterations=0)
+        at_least("model.", self, projector_width=1, iterations=0, group=1, max_group=0)
         if bool(self.base) == bool(self.architecture):
             problem = "both are given" if self.base else "neither is given"
             raise ValueError(
@@ -583,7 +589,8 @@ class TrainConfig(RunConfig):
         """The stages and terms of the run. Raises ValueError as coconut.methods.plan does."""
         model = self.model
         slot = {"projector": model.projector, "width": model.projector_width, "update": model.update,
-                "iterations": model.iterations}  # fmt: skip
+                "iterations": model.iterations, "group": model.group, "max_group": model.max_group,
+                "pooling": model.pooling, "scale": model.thought_scale}  # fmt: skip
         return plan(self.method, self.curriculum, self.terms, slot, self.term_options)
 
     @property

@@ -231,7 +231,7 @@ class _Batch:
         start = 0
         for end in sorted(ends):
             if start in anew:
-                embeds_BSD[:, start] = self.lm.feedback(before[-1][:, -1]).to(embeds_BSD)
+                embeds_BSD[:, start] = self.lm.feedback(before[-1][:, -1], self.lm).to(embeds_BSD)
             before.append(context.extend(self.lm, embeds_BSD[:, start:end].to(self.lm.base.dtype)))
             if cache is not None and end == cached:
                 for layer, (keys_BHX, values_BHX) in zip(context.cache.layers, cache, strict=True):

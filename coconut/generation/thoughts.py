@@ -56,6 +56,8 @@ def think(
     `thoughts` (B, K, D) are fed in place of the model's own. `noise`: the standard deviation of Gaussian noise that is
     added to the model's thoughts before they are fed, from torch's generator or from `random_keys`, one for each row.
     `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
+    Where the model ends its thoughts itself (`Slot.merges`), a row ends before the first one in whose place the model
+    says `<eot>`.
     `reserve`: how many columns the cache will take afterwards.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
@@ -72,9 +74,14 @@ def think(
     keyed_BKD = None
     if noise and random_keys is not None:
         keyed_BKD = normal(random_keys, Stream.thoughts, num_thoughts, embeds_BTD.shape[2]).to(embeds_BTD)
+    ends_itself = lm.feedback.slot.merges and thoughts is None
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
-        fed_BKD = lm.feedback(last_BD)[:, None] if thoughts is None else thoughts[:, k : k + width]
+        if ends_itself:
+            thinking_B = thinking_B & ~lm.feedback.ends(last_BD, lm)
+            if not thinking_B.any():
+                break
+        fed_BKD = lm.feedback(last_BD, lm)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)
         if noise:
             normal_BKD = torch.randn_like(fed_BKD) if keyed_BKD is None else keyed_BKD[:, k : k + width]

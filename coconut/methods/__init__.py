@@ -19,6 +19,7 @@ from coconut.methods.table import (
     Cut,
     Method,
     Per,
+    Pooling,
     Projector,
     Slot,
     Source,
@@ -30,7 +31,7 @@ from coconut.methods.table import (
 
 __all__ = [
     "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At",
-    "Compression", "Curriculum", "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Projector",
+    "Compression", "Curriculum", "Cut", "Form", "Method", "Mixing", "Mode", "Per", "Plan", "Pooling", "Projector",
     "PromptFormat", "Reasoning", "Slot", "Source", "Spans", "Stage", "Term", "Unit", "Update", "get_method",
     "parse_mode", "plan",
 ]  # fmt: skip

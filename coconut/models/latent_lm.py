@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from coconut.acceleration.facade import Acceleration
-from coconut.data.tokenization import SpecialIds, add_control_tokens, add_special_tokens
-from coconut.methods import Reasoning, parse_mode
+from coconut.data.batching import IGNORED
+from coconut.data.tokenization import SpecialIds, add_control_tokens, add_rate_tokens, add_special_tokens
+from coconut.methods import Reasoning, Slot, parse_mode
 from coconut.models import families, lora
-from coconut.models.feedback import Feedback
+from coconut.models.feedback import Feedback, merge
 from coconut.models.losses import summed_cross_entropy, target_log_probs
 from coconut.models.masks import SlidingWindow, after_last_token, unmask_padding
 from coconut.models.passes import (
@@ -67,7 +68,7 @@ class LatentLM(nn.Module):
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
-        self.feedback = Feedback(self.reasoning.slot, self.thought_size)
+        self.feedback = self.new_feedback(self.reasoning.slot)
         self.new_tokens = new_tokens or {}
         self.adapter: lora.Adapter | None = None
         self.acceleration = Acceleration(base, families.is_tested(base))
@@ -113,6 +114,25 @@ class LatentLM(nn.Module):
         self.reasoning = replace(self.reasoning, modes=tuple(modes))
         if added:
             self.new_tokens = {**self.new_tokens, "control": {"init": init, "tokens": added}}
+
+    def add_rates(self, max_group: int, init: str = "mean") -> None:
+        """Add the tokens `<rate_1>` to `<rate_N>`, N = `max_group`, where they are missing.
+
+        Their embeddings start from `init`. Raises ValueError if the model has LoRA, whose added tokens are fixed.
+        """
+        if max_group <= len(self.special.rates):
+            return
+        if self.adapter:
+            raise ValueError("This model has LoRA, and no rows for tokens of rates. Merge it first: lm.merged().")
+        known = len(self.tokenizer)
+        self.special = add_rate_tokens(self.tokenizer, self.special, max_group)
+        added = grow_tables(self.base, self.tokenizer, known, init)
+        self.new_tokens = {**self.new_tokens, "rates": {"init": init, "tokens": added}}
+
+    def new_feedback(self, slot: Slot) -> Feedback:
+        """What maps states to thoughts in this slot, with new weights."""
+        table: Any = self.base.get_input_embeddings()
+        return Feedback(slot, self.thought_size, table.weight).to(self.device)
 
     def add_lora(self, settings: LoraConfig, place: str) -> None:
         """Freeze the model; train a LoRA correction and the embeddings of the added tokens. Only these are saved.
@@ -184,7 +204,8 @@ class LatentLM(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         labels: Tensor | None = None, *, return_logits: bool = False, return_target_logits: bool = False,
-        use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None, thought_offsets: Tensor | None = None,
+        use_cache: bool = True, min_passes: int = 1, reads: Reads | None = None, thoughts: Tensor | None = None,
+        thought_offsets: Tensor | None = None,
     ) -> LatentOutput:  # fmt: skip
         """Run a batch; a thought stands wherever `input_ids` is the latent token.
 
@@ -193,6 +214,7 @@ class LatentLM(nn.Module):
         label of a column is its own token, or -100 where there is no target. A label on the first token of a row is not
         counted: no hidden state precedes it. `use_cache=False` takes the recomputing path. The batch takes at least
         `min_passes` passes: processes that share a model must run equally many. `reads`: what else is wanted.
+        `thoughts` (B, K, D): fed in place of the model's own, in one pass; a row's first one at its first thought.
         `thought_offsets` (B, K, D): added to the thoughts of each row as they are fed; where thoughts are updated all
         at once, to what the last iteration has made of them. The gradient of the loss with respect to zeros here is
         that with respect to the thoughts. Thoughts that are never updated are pauses, and nothing is added to them.
@@ -200,7 +222,7 @@ class LatentLM(nn.Module):
         Raises ValueError if a row begins with a thought, or if transformers' gradient checkpointing is on together with
         the cache (transformers would drop the cache, and thoughts would lose their context).
         """
-        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id, thought_offsets)
+        inputs = LatentInputs.of(input_ids, attention_mask, position_ids, self.latent_id, thought_offsets, thoughts)
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
         reads = reads or Reads()
@@ -249,7 +271,7 @@ class LatentLM(nn.Module):
 
     def _recomputed(self, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """For each thought in turn, or each iteration over all: run everything, and feed hidden states back."""
-        tokens_BTD = embeds_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
+        tokens_BTD = embeds_BTD = inputs.with_given(self.embed(inputs.ids_BT), inputs.is_latent_BT)
         previous_BT = previous_token(inputs.is_token_BT).clamp(min=0)
         number_BT = inputs.is_latent_BT.long().cumsum(1) * inputs.is_latent_BT  # 1 at a row's first thought, and so on
         mask: Any = inputs.is_token_BT
@@ -259,12 +281,14 @@ class LatentLM(nn.Module):
         offsets_BTD = inputs.offsets_at(inputs.is_latent_BT)
         slot, counts_B1 = self.feedback.slot, number_BT.amax(1, keepdim=True)
         updates_B1 = slot.count_iterations(counts_B1) if slot.in_parallel else counts_B1
+        if inputs.given_BKD is not None:
+            updates_B1 = torch.zeros_like(counts_B1)
         for number in range(1, 1 + int(updates_B1.max())):
             hidden_BTD = self.hidden_states(embeds_BTD, mask, inputs.positions_BT)
             before_BTD = hidden_BTD.gather(1, previous_BT[..., None].expand_as(hidden_BTD))
             if reads.before_thoughts and slot.in_parallel:
                 iterations.append(gather_columns(hidden_BTD, reads.columns_before(inputs.is_token_BT)))
-            thoughts_BTD = self.feedback.update_block(tokens_BTD, hidden_BTD, before_BTD)
+            thoughts_BTD = self.feedback.update_block(tokens_BTD, hidden_BTD, before_BTD, self)
             if offsets_BTD is not None and not slot.in_parallel:
                 thoughts_BTD = thoughts_BTD + offsets_BTD.to(thoughts_BTD)
             is_next_BT = number_BT == number
@@ -285,7 +309,10 @@ class LatentLM(nn.Module):
 
     def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """Cut the rows at their thoughts, and run each position once."""
-        if self.feedback.slot.in_parallel:
+        is_given_BT = inputs.is_latent_BT
+        if inputs.given_BKD is not None:
+            inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # nothing to wait for
+        elif self.feedback.slot.in_parallel:
             if self.feedback.slot.iterations and (min_passes > 1 or inputs.is_latent_BT.any()):
                 return self._cached_block(is_read_BT, min_passes, inputs, reads)
             inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # they stay pauses
@@ -293,7 +320,8 @@ class LatentLM(nn.Module):
         plan = plan_passes(inputs.is_latent_BT, inputs.is_token_BT, min_passes, bucket_widths=replay, reads=reads)
         num_skipped = plan.count_skipped(is_read_BT)
         is_latent_BS = plan.gather(inputs.is_latent_BT) & plan.is_token_BS
-        embeds_BSD = self.base.get_input_embeddings()(plan.gather(inputs.ids_BT))
+        embeds_BSD = self.embed(plan.gather(inputs.ids_BT))
+        embeds_BSD = inputs.with_given(embeds_BSD, plan.gather(is_given_BT) & plan.is_token_BS)
         tensors = embeds_BSD, plan.is_token_BS, is_latent_BS, plan.gather(inputs.positions_BT)
         run = partial(
             self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped, reads=plan.in_passes(reads),
@@ -322,7 +350,7 @@ class LatentLM(nn.Module):
             for (start, stop), skipped in zip(pairwise(bounds), num_skipped, strict=True):
                 block_BTD = embeds_BSD[:, start:stop]
                 if last_BD is not None:
-                    thought_B1D = self.feedback(last_BD)[:, None].to(block_BTD)
+                    thought_B1D = self.feedback(last_BD, self)[:, None].to(block_BTD)
                     block_BTD = torch.where(is_latent_BS[:, start:stop, None], thought_B1D, block_BTD)
                     if offsets_BSD is not None:
                         block_BTD = block_BTD + offsets_BSD[:, start:stop].to(block_BTD)
@@ -486,6 +514,23 @@ class LatentLM(nn.Module):
         from transformers.cache_utils import DynamicLayer
 
         return not self._windows and all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input embeddings (..., D) of token ids (...)."""
+        return self.base.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def merged_thoughts(self, spans: Tensor) -> Tensor | None:
+        """(B, K, D) the thoughts that a model with merged ones is trained on; None for another model.
+
+        `spans` (B, K, S): token ids of the groups, IGNORED beyond them; `<eot>` is no part of a thought. They are
+        constants: no gradient goes through them into the table.
+        """
+        slot = self.feedback.slot
+        if not slot.merges:
+            return None
+        is_word = (spans != IGNORED) & (spans != self.special.eot)
+        return merge(self.embed(spans.clamp(min=0)), is_word, slot.pooling)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head to last hidden states: (..., D) to (..., V)."""

@@ -155,7 +155,7 @@ class CollectedReads:
 class LatentInputs:
     """A batch as forward takes it, with defaults filled in. `offsets_BKD`: what is added to thoughts, None for nothing.
 
-    See LatentLM.forward.
+    `given_BKD`: thoughts that are fed in place of the model's own, offsets included. See LatentLM.forward.
     """
 
     ids_BT: Tensor
@@ -163,13 +163,14 @@ class LatentInputs:
     is_latent_BT: Tensor
     positions_BT: Tensor
     offsets_BKD: Tensor | None = None
+    given_BKD: Tensor | None = None
 
     @classmethod
     def of(
         cls, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, latent_id: int,
-        offsets: Tensor | None = None,
+        offsets: Tensor | None = None, given: Tensor | None = None,
     ) -> LatentInputs:  # fmt: skip
-        """Raises ValueError if a row begins with a thought."""
+        """Raises ValueError if a row begins with a thought, or has more thoughts than are given."""
         is_token_BT = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         is_latent_BT = (ids == latent_id) & is_token_BT
         begins_with_thought_B = (is_latent_BT & (is_token_BT.long().cumsum(1) == 1)).any(1)
@@ -178,7 +179,24 @@ class LatentInputs:
             raise ValueError(f"Row {row} begins with a thought; a thought needs a token before it to come from.")
         if positions is None:
             positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
-        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets)
+        if given is not None:
+            most = int(is_latent_BT.sum(1).max())
+            if len(given) != len(ids) or given.shape[1] < most:
+                raise ValueError(
+                    f"thoughts has the shape {tuple(given.shape)}, for {len(ids)} rows with up to {most} thoughts. It "
+                    "must be (rows, thoughts, hidden)."
+                )
+            given, offsets = given if offsets is None else given + offsets, None
+        return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets, given)
+
+    def with_given(self, embeds_BTD: Tensor, is_latent_BT: Tensor) -> Tensor:
+        """(B, T, D) the embeddings with the given thoughts in their places, if there are any."""
+        if self.given_BKD is None or not self.given_BKD.shape[1]:
+            return embeds_BTD
+        number_BT = torch.where(is_latent_BT, is_latent_BT.long().cumsum(1) - 1, -1)
+        return torch.where(
+            is_latent_BT[..., None], gather_columns(self.given_BKD.to(embeds_BTD), number_BT), embeds_BTD
+        )
 
     def offsets_at(self, is_latent_BT: Tensor) -> Tensor | None:
         """(B, T, D) the offsets at a row's first thought, second, and so on; zero at all other columns."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, token_ids
+from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, rate_tokens, token_ids
 from coconut.methods import REASONING_FILE, Reasoning, Slot, parse_mode
 from coconut.models import lora
 from coconut.models.families import thought_size
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-FORMAT_VERSION = 4
-READABLE = (2, 3, 4)  # version 2 knows no update of thoughts but the sequential one, 3 no iterations for each step
+FORMAT_VERSION = 5
+# version 2 knows no update of thoughts but the sequential one, 3 no iterations for each step, 4 no merged thoughts
+READABLE = (2, 3, 4, 5)
 
 
 @dataclass
@@ -69,7 +70,7 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
     folder = resolve_local_path(place)
     record, special, reasoning = _read_record(folder)
     tokenizer = load_pretrained(AutoTokenizer, folder)
-    tokens = [*ADDED_TOKENS, *(parse_mode(name).token for name in special.control)]
+    tokens = [*ADDED_TOKENS, *(parse_mode(name).token for name in special.control), *rate_tokens(len(special.rates))]
     if token_ids(tokenizer, tokens) != special.added:
         raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
     if not record.get("lora"):
