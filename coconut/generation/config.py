@@ -27,6 +27,7 @@ class GenerateConfig:
     batch_size: int = 64
     show_thoughts: bool = False
     num_thoughts: int | None = None
+    rate: int | None = None  # tokens of the chain that a thought stands for, of a model that was trained with several
     stop: StopRule = StopRule.constant
     mode: str | None = None  # of a hybrid model: force it
     max_new_tokens: int | None = None
@@ -46,7 +47,7 @@ class GenerateConfig:
             raise ValueError("output is for the answers to file=FILE; one answer goes to the screen.")
         if self.policy:
             usual = GenerateConfig(run=self.run)
-            for name in ("num_thoughts", "stop", "mode", "temperature", "top_p", "show_thoughts"):
+            for name in ("num_thoughts", "rate", "stop", "mode", "temperature", "top_p", "show_thoughts"):
                 if (value := getattr(self, name)) != getattr(usual, name):
                     raise ValueError(
                         f"{name}={value} and policy={self.policy} are both given. The policy says how each question is "

@@ -260,6 +260,8 @@ def test_thoughts_end_themselves_alone_as_in_a_batch(method: str, family: str) -
             rtol=1e-4, atol=1e-5,
         )  # fmt: skip
         assert not together.thoughts[row, count:].any()
+        if row % 4:
+            continue
         alone = lm.generate(torch.tensor([question]))
         assert rows_of(alone)[0] == rows_of(together)[row]
         assert (
