@@ -331,7 +331,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     build("gpt2", torch.float32).save_pretrained(tmp_path)
     record = tmp_path / REASONING_FILE
     text = record.read_text()
-    record.write_text(text.replace('"format_version": 4', '"format_version": 99'))
+    record.write_text(text.replace('"format_version": 5', '"format_version": 99'))
     with pytest.raises(ValueError, match="format version 99"):
         LatentLM.from_pretrained(tmp_path)
     for damaged in (text[:50], "[]", "{}", text.replace('"slot"', '"slit"'), text.replace('"bot"', '"boot"')):
