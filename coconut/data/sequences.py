@@ -252,7 +252,7 @@ class EpochView:
         first, last = self.data.first[index], self.data.first[index + 1]
         example = self.data.tokens[self.data.starts[index] : self.data.starts[index + 1]]
         segments = np.split(example, self.data.bounds[first : last - 1] - self.data.starts[index])
-        purpose = {Spans.random: SPANS, Spans.fixed: DRAWN_TOKENS}.get(self.spans)
+        purpose = {Spans.random: SPANS, Spans.fixed: DRAWN_TOKENS}.get(self.spans) if self.spans else None
         layouts = [
             layout(
                 segments,

@@ -52,6 +52,8 @@ class GaussianHead(nn.Module):
     2505.16552, section 3; layers as in the released code, src/modules/projector.py.
     """
 
+    scale: Tensor
+
     def __init__(self, slot: Slot, hidden: int):
         super().__init__()
         width = slot.width or hidden
@@ -119,12 +121,14 @@ class Feedback(nn.Module):
     `table`: the input embeddings, whose deviation is the scale of a Gaussian head without one.
     """
 
+    projector: Any
+
     def __init__(self, slot: Slot, hidden: int, table: Tensor | None = None):
         super().__init__()
         self.slot = slot
-        self.projector: Any = PROJECTORS[slot.projector](slot, hidden)
-        if isinstance(self.projector, GaussianHead) and not slot.scale and table is not None:
-            self.projector.scale.fill_(table.detach().float().std())
+        self.projector = projector = PROJECTORS[slot.projector](slot, hidden)
+        if isinstance(projector, GaussianHead) and not slot.scale and table is not None:
+            projector.scale.fill_(table.detach().float().std())
 
     def forward(self, states: Tensor, words: Words | None = None) -> Tensor:
         """Thoughts (..., D). A head needs the model's `words` for them."""

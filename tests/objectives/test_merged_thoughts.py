@@ -86,12 +86,15 @@ def chain_of(data: TokenizedData, index: int) -> list[int]:
 
 def slow_means(module: TrainingModel, view: EpochView) -> dict[str, Tensor]:
     lm, form = module.lm, view.forms[0].forms[0]
-    table, eot = lm.base.get_input_embeddings().weight, lm.special.eot  # pyright: ignore
+    embeddings: Any = lm.base.get_input_embeddings()
+    table, eot = embeddings.weight, lm.special.eot
     sums: dict[str, list[Tensor]] = {"answer": [], "drawn": [], "latent": [], "words": []}
     for index in range(len(view)):
         item, chain, size = view.layouts(index)[0], chain_of(view.data, index), int(view.groups[index])
         groups = [chain[i : i + size] for i in range(0, len(chain), size)]
-        merged = [sum(table[t] for t in g) / (len(g) ** 0.5 if form.slot.pooling == "sqrt" else len(g)) for g in groups]
+        merged: list[Any] = [
+            sum(table[t] for t in g) / (len(g) ** 0.5 if form.slot.pooling == "sqrt" else len(g)) for g in groups
+        ]
         question = view.data.question(index).tolist()
         begin = lm.special.rates[size - 1] if form.slot.max_group else lm.special.bot
         answer = item.ids[item.num_prompt :].tolist()
