@@ -323,23 +323,21 @@ def _drawn_stages(mixing: Mixing, current: int, num_steps: np.ndarray, drawn: np
 def stage_variants(plan: Plan) -> list[Stage]:
     """Every set of sequences that an example may get in any epoch, each as a stage; iCoT's without an offset.
 
-    Of merged thoughts whose groups are drawn, those with one token a thought and those with the most.
+    Of merged thoughts whose groups are drawn, those with one token a thought, which are the longest.
     """
     plain = [
-        replace(stage, together=(one, *stage.together[1:]), in_turn=())
+        replace(stage, together=(_fixed_form(form), *stage.together[1:]), in_turn=())
         for stage in plan.stages
         for form in stage.forms_at_inference
-        for one in _fixed_forms(form)
     ]
     mixed = [replace(plain[0], together=(form, *plain[0].together[1:])) for form in plan.mixing_forms]
     return [*(mixed if plan.mixing_probability else ()), *plain]
 
 
-def _fixed_forms(form: Form) -> list[Form]:
-    """The form with nothing drawn."""
-    fixed, most = replace(form, smoothed=False, draws_group=False), form.slot.max_group
-    groups = {1, most} if form.draws_group else {form.slot.group}
-    return [replace(fixed, slot=replace(fixed.slot, group=group)) for group in sorted(groups)]
+def _fixed_form(form: Form) -> Form:
+    """The form with nothing drawn. Of merged thoughts whose groups are drawn, that with one token a thought."""
+    slot = replace(form.slot, group=1) if form.draws_group else form.slot
+    return replace(form, slot=slot, smoothed=False, draws_group=False)
 
 
 def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:
