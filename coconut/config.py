@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from coconut.methods import At, Content, Curriculum, Plan, Projector, PromptFormat, Update, plan
+from coconut.methods import At, Content, Curriculum, Plan, Pooling, Projector, PromptFormat, Update, plan
 from coconut.utils.overrides import Kind, PathName, Place, Template, Text, as_arguments, map_texts
 
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
@@ -127,7 +127,10 @@ class ModelConfig:
     the thoughts, and the width of its hidden layer; by default the method's, as wide as the model. `update`: how the
     thoughts get their inputs, and `iterations`: how often, of those that are updated all at once; by default the
     method's. `content`: what a thought is made of. `top_k` and `mixture_temperature`: of mixtures of words. `alpha` and
-    `layer`: the weight and the layer of the hidden state in fused thoughts (`Slot`); by default the method's.
+    `layer`: the weight and the layer of the hidden state in fused thoughts (`Slot`); by default the method's. Of
+    thoughts that are merged from the chain (colar, c_mtp) `group`: from how many tokens in generation, and in training
+    unless `max_group` draws 1 to so many; `pooling`: how; `thought_scale`: what a Gaussian head's predictions are
+    divided by.
     """
 
     base: Place | None = None
@@ -144,10 +147,14 @@ class ModelConfig:
     mixture_temperature: float | None = None
     alpha: float | None = None
     layer: int | None = None
+    group: int | None = None
+    max_group: int | None = None
+    pooling: Pooling | None = None
+    thought_scale: float | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        at_least("model.", self, projector_width=1, iterations=0)
+        at_least("model.", self, projector_width=1, iterations=0, group=1, max_group=0)
         if bool(self.base) == bool(self.architecture):
             problem = "both are given" if self.base else "neither is given"
             raise ValueError(
@@ -590,7 +597,9 @@ class TrainConfig(RunConfig):
         model = self.model
         slot = {"projector": model.projector, "width": model.projector_width, "update": model.update,
                 "iterations": model.iterations, "content": model.content, "top_k": model.top_k,
-                "temperature": model.mixture_temperature, "alpha": model.alpha, "layer": model.layer}  # fmt: skip
+                "temperature": model.mixture_temperature, "alpha": model.alpha, "layer": model.layer,
+                "group": model.group, "max_group": model.max_group, "pooling": model.pooling,
+                "scale": model.thought_scale}  # fmt: skip
         return plan(self.method, self.curriculum, self.terms, slot, self.term_options)
 
     @property

@@ -83,6 +83,8 @@ def load(config: EvaluateConfig, data: dict[str, Any], world: World) -> FileEval
     world.on_main_process(lambda: ensure_writable(folder))
     trained = None if saved else load_run(config.run, config.checkpoint, config.engine, world)
     lm = trained.lm if trained else load_model(config.run, config.checkpoint, config.engine, world)
+    if config.rate is not None:
+        lm.reasoning = lm.reasoning.at_rate(config.rate)
     stop = None
     if trained and config.stop is StopRule.classifier:
         with world.main_process_first():

@@ -75,7 +75,10 @@ def _model(config: GenerateConfig) -> tuple[LatentLM, dict[str, Any]]:
     if config.stop is StopRule.classifier:
         trained = load_run(config.run, config.checkpoint, config.engine)
         return trained.lm, options | {"stop": classifier_of(config.run, trained).stop}
-    return load_model(config.run, config.checkpoint, config.engine), options
+    lm = load_model(config.run, config.checkpoint, config.engine)
+    if config.rate is not None:
+        lm.reasoning = lm.reasoning.at_rate(config.rate)
+    return lm, options
 
 
 main = application("generate", GenerateConfig, run)

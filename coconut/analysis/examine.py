@@ -24,6 +24,7 @@ from coconut.tasks import TASKS
 from coconut.utils.console import log, progress_bar
 from coconut.utils.files import sha256
 
+FREE_OF_THOUGHTS = (Part.audit_edges, Part.shortcuts)  # they change questions and read answers
 NUM_DECODED = 20  # questions whose thoughts are decoded; the page shows one of them
 
 
@@ -103,6 +104,11 @@ def _measure_parts(subject: probes.Subject, trained: LoadedRun, config: AnalyzeC
         for done, part in enumerate(parts):
             bar(done, part.value)
             try:
+                if subject.lm.reasoning.slot.merges and part not in FREE_OF_THOUGHTS:
+                    raise NotApplicable(
+                        f"{subject.lm.reasoning.method} ends its thoughts itself, and this part compares questions "
+                        "with equally many."
+                    )
                 studies += measure[part]()
             except NotApplicable as reason:
                 if config.parts:

@@ -17,6 +17,7 @@ from coconut.completions.completion import Completion, passes_and_length, refuse
 from coconut.completions.noisy_thoughts import log_density_ratio
 from coconut.data.batching import collate
 from coconut.data.tokenization import SpecialIds
+from coconut.models.passes import Reads
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -94,7 +95,7 @@ def forward_at_targets(module: nn.Module, batch: CompletionBatch) -> Any:
     """Run a batch through the model, with logits (M, V) where its targets are predicted."""
     return module(
         batch.input_ids, batch.attention_mask, labels=batch.labels, return_target_logits=True, min_passes=batch.passes,
-        thoughts=batch.thoughts, expected=batch.expected,
+        thoughts=batch.thoughts, reads=Reads(own_thoughts=batch.thoughts is not None), expected=batch.expected,
     )  # fmt: skip
 
 

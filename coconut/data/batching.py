@@ -65,10 +65,11 @@ class Batch:
 
     `input_ids`, `attention_mask`, `labels` (R, T): labels are IGNORED where there is no target. `form_R`: the index of
     each row's form. `answer_prompt_R`: the column of the last token before the answer itself, -1 if there is none.
-    `thoughts_RK`: the columns of a row's thoughts, -1 beyond them. `spans_RGS`: the token ids of the spans of the
-    chain that thoughts stand for, IGNORED beyond them. `chain_RC`: the columns of the written chain's tokens, -1
-    beyond them. `denominators`: of each term, what it counts here. `passes`: minimum number of forward passes, so that
-    all processes run equally many.
+    `thoughts_RK`: the columns of a row's thoughts, and of the `<eot>` with which a model ends thoughts that are merged
+    from the chain; -1 beyond them. `spans_RGS`: the token ids of the spans of the chain that thoughts stand for,
+    IGNORED beyond them. `chain_RC`: the columns of the written chain's tokens, -1 beyond them. `drawn_RG`: a token of
+    each span of merged thoughts, IGNORED beyond them. `denominators`: of each term, what it counts here. `passes`:
+    minimum number of forward passes, so that all processes run equally many.
     """
 
     input_ids: torch.Tensor
@@ -79,6 +80,7 @@ class Batch:
     thoughts_RK: torch.Tensor
     spans_RGS: torch.Tensor
     chain_RC: torch.Tensor
+    drawn_RG: torch.Tensor
     denominators: tuple[int, ...] = ()
     passes: int = 1
 
@@ -96,7 +98,7 @@ class Batch:
 
     def without_targets(self) -> Batch:
         """The same work for the model, with nothing to learn: for a process without a row left."""
-        nothing = {name: torch.full_like(getattr(self, name), IGNORED) for name in ("labels", "spans_RGS")}
+        nothing = {name: torch.full_like(getattr(self, name), IGNORED) for name in ("labels", "spans_RGS", "drawn_RG")}
         for name in ("answer_prompt_R", "chain_RC"):
             nothing[name] = torch.full_like(getattr(self, name), -1)
         return replace(self, **nothing)
@@ -112,14 +114,15 @@ def collate(rows: Sequence[Layout], special: SpecialIds, num_forms: int = 1) -> 
     shifts = [item.slot_start if special.latent in item.ids else 0 for item in rows]
     left = [max(shifts) - shift if shift else 0 for shift in shifts]
     width = max(pad + len(item.ids) for pad, item in zip(left, rows, strict=True))
-    counts = [int((item.ids == special.latent).sum()) for item in rows]
+    places = [_thought_places(item, special) for item in rows]
     span_lengths = [len(span) for item in rows for span in item.spans]
     ids = np.full((len(rows), width), special.pad, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
     prompts = np.full(len(rows), -1, np.int64)
-    thoughts = np.full((len(rows), max(counts)), -1, np.int64)
+    thoughts = np.full((len(rows), max(map(len, places))), -1, np.int64)
     spans = np.full((len(rows), max(len(item.spans) for item in rows), max(span_lengths, default=0)), IGNORED, np.int64)
+    drawn = np.full((len(rows), max(len(item.drawn) for item in rows)), IGNORED, np.int64)
     chains = np.full((len(rows), max(1, *(len(item.chain) for item in rows))), -1, np.int64)
     for row, (pad, item) in enumerate(zip(left, rows, strict=True)):
         end = pad + len(item.ids)
@@ -130,23 +133,35 @@ def collate(rows: Sequence[Layout], special: SpecialIds, num_forms: int = 1) -> 
             labels[row, pad + item.control] = item.ids[item.control]
         if item.answer_prompt >= 0:
             prompts[row] = pad + item.answer_prompt
-        thoughts[row, : counts[row]] = pad + np.flatnonzero(item.ids == special.latent)
+        thoughts[row, : len(places[row])] = pad + places[row]
+        drawn[row, : len(item.drawn)] = item.drawn
         chains[row, : len(item.chain)] = pad + item.chain
-        for place, span in enumerate(item.spans):
-            spans[row, place, : len(span)] = span
+        for number, span in enumerate(item.spans):
+            spans[row, number, : len(span)] = span
     forms = np.repeat(np.arange(num_forms), len(rows) // num_forms)
-    tensors: Any = map(torch.from_numpy, (ids, mask, labels, forms, prompts, thoughts, spans, chains))
+    tensors: Any = map(torch.from_numpy, (ids, mask, labels, forms, prompts, thoughts, spans, chains, drawn))
     return Batch(*tensors)
+
+
+def _thought_places(item: Layout, special: SpecialIds) -> np.ndarray:
+    """The indices of a row's thoughts, and of the `<eot>` that the model predicts after them."""
+    ended = [item.thought_end] if item.thought_end >= 0 else []
+    return np.array([*np.flatnonzero(item.ids == special.latent), *ended], np.int64)
 
 
 def count_for_term(term: Term, form: int, batch: Batch) -> int:
     """What a term's sum is divided by: what it counts in the rows of the form with this index."""
     rows = batch.form_R == form
-    if term.per is Per.token:
-        return int((batch.labels[rows] != IGNORED).sum())
-    if term.per is Per.span:
-        return int((batch.spans_RGS[rows] != IGNORED).any(-1).sum())
-    return int((batch.labels[rows] != IGNORED).any(1).sum())
+    is_target_RT, is_word_RGS = batch.labels[rows] != IGNORED, batch.spans_RGS[rows] != IGNORED
+    counted = {
+        Per.token: is_target_RT,
+        Per.example: is_target_RT.any(1),
+        Per.span: is_word_RGS.any(-1),
+        Per.span_token: is_word_RGS,
+    }
+    if term.per is Per.token_or_span:
+        return int(is_target_RT.sum() + is_word_RGS.any(-1).sum())
+    return int(counted[term.per].sum())
 
 
 def micro_batches(view: EpochView, batch: np.ndarray, size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

@@ -22,7 +22,8 @@ from coconut.data.tokenization import SpecialIds, TokenizedData
 from coconut.methods import Compression, Form, Mixing, Plan, Reasoning, Source, Spans, Stage
 from coconut.utils.console import list_lengths
 
-MIXING, ICOT_OFFSET, ORDER, SPANS, COMPRESSION = 1, 2, 3, 4, 5  # purposes of random numbers: part of a generator's key
+# purposes of random numbers: part of a generator's key
+MIXING, ICOT_OFFSET, ORDER, SPANS, COMPRESSION, GROUP, DRAWN_TOKENS = 1, 2, 3, 4, 5, 6, 7
 EVERYTHING = np.iinfo(np.int64).max
 
 
@@ -35,6 +36,8 @@ class Layout:
     short: one for each thought, or for each `thoughts_per_step` thoughts with `Spans.steps`. `chain`: the indices of
     the written chain's tokens.
     `control`: the index of the control token, which is a target too; -1 if there is none.
+    `thought_end`: the index of the `<eot>` with which the model ends its thoughts, the last of `spans` then; -1 if
+    their number is given. `drawn`: a token of each span, drawn for each example and epoch.
     """
 
     ids: np.ndarray
@@ -44,6 +47,8 @@ class Layout:
     spans: tuple[np.ndarray, ...] = ()
     chain: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     control: int = -1
+    thought_end: int = -1
+    drawn: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def layout(
@@ -74,15 +79,32 @@ def layout(
     slot = slot_with_markers(form, special, slot_length)
     control = [special.control[form.mode]] if form.mode else []
     before = np.concatenate([question, np.array(control, np.int32), slot])
+    parts = SPLITS[spans](form, steps[:cut], slot_length, random) if spans and form.slot.thinks else ()
+    ends = form.slot.merges and bool(spans)
     return Layout(
         ids=np.concatenate([before, chain, answer]),
         num_prompt=len(before),
         slot_start=len(question) + len(control) + form.markers,
         answer_prompt=len(before) + len(chain) + num_answer_mark - 1 if num_answer_mark else -1,
-        spans=SPLITS[spans](form, steps[:cut], slot_length, random) if spans and form.slot.thinks else (),
+        spans=_ended(parts, form.slot.group, special.eot) if ends else parts,
         chain=len(before) + np.arange(len(chain)),
         control=len(question) if control else -1,
+        thought_end=len(before) - 1 if ends else -1,
+        drawn=_drawn_tokens((*parts, np.array([special.eot])), random) if ends and random else np.zeros(0, np.int64),
     )
+
+
+def _ended(groups: Sequence[np.ndarray], size: int, eot: int) -> tuple[np.ndarray, ...]:
+    """The groups of a chain with its end: the last one if it has room, and a further one, end with `<eot>`."""
+    end = np.array([eot], np.int32)
+    whole = [group if len(group) == size else np.concatenate([group, end]) for group in groups]
+    return *whole, end
+
+
+def _drawn_tokens(groups: Sequence[np.ndarray], random: np.random.Generator) -> np.ndarray:
+    """A token of each group, all equally likely."""
+    places = random.integers([len(group) for group in groups])
+    return np.array([group[place] for group, place in zip(groups, places, strict=True)], np.int64)
 
 
 def _joined(steps: Sequence[np.ndarray]) -> np.ndarray:
@@ -120,8 +142,15 @@ def _at_random(
     return tuple(np.split(chain, cuts))
 
 
+def _in_groups(form: Form, removed: Sequence[np.ndarray], num_thoughts: int, random: Any) -> tuple[np.ndarray, ...]:
+    """`Spans.fixed`, without the end."""
+    chain = _joined(removed)
+    return tuple(chain[start : start + form.slot.group] for start in range(0, len(chain), form.slot.group))
+
+
 SPLITS: dict[Spans, Callable[..., tuple[np.ndarray, ...]]] = {
     Spans.steps: _by_step, Spans.tokens: _by_token, Spans.even: _evenly, Spans.random: _at_random,
+    Spans.fixed: _in_groups,
 }  # fmt: skip
 
 
@@ -135,9 +164,10 @@ def compressed(chain: np.ndarray, count: int, rule: Compression, random: np.rand
 
 
 def slot_with_markers(form: Form | Reasoning, special: SpecialIds, length: int) -> np.ndarray:
-    """The token ids between question and chain: the markers and the slot."""
+    """The token ids between question and chain: the markers and the slot. `<rate_N>` is a marker instead of `<bot>`."""
     token = {Source.none: [], Source.pause: [special.pause], Source.thought: [special.latent]}[form.slot.source]
-    return np.array([special.bot, *token * length, special.eot] if form.markers else token * length, np.int32)
+    begin = special.rates[form.slot.group - 1] if form.slot.max_group else special.bot
+    return np.array([begin, *token * length, special.eot] if form.markers else token * length, np.int32)
 
 
 def slot_lengths(form: Form, pad_thoughts: bool, num_steps: np.ndarray) -> np.ndarray:
@@ -145,6 +175,11 @@ def slot_lengths(form: Form, pad_thoughts: bool, num_steps: np.ndarray) -> np.nd
     if pad_thoughts or not form.thoughts_per_step:
         return np.full_like(num_steps, form.slot_length)
     return np.minimum(form.slot_length, form.thoughts_per_step * num_steps)
+
+
+def merged_lengths(data: TokenizedData, group: np.ndarray | int) -> np.ndarray:
+    """(N,) the slot's length where `group` tokens of the whole chain are merged into each thought."""
+    return -(-(written_lengths(data, 0, 0) - written_lengths(data, None, 0)) // group)
 
 
 def written_lengths(
@@ -172,6 +207,8 @@ class EpochView:
     def __init__(self, data: TokenizedData, plan: Plan, stage: Stage, special: SpecialIds, seed: int, epoch: int):
         self.data, self.special, self.terms = data, special, plan.terms
         self.spans = next((term.spans for term in plan.terms if term.spans), None)
+        if stage.form.slot.merges:  # the thoughts are made of them, whatever the terms
+            self.spans = Spans.fixed
         self.compression = next((term.compression for term in plan.terms if term.compression), None)
         self.key = seed, epoch
         forms = list(stage.in_turn) or [stage.form, *plan.mixing_forms]
@@ -184,8 +221,15 @@ class EpochView:
             which = np.where(chance < plan.mixing_probability, 1 + depth, 0)
         self.modes = which if stage.in_turn else np.zeros_like(which)
         offsets = _icot_offsets(seed, epoch, len(data)) if stage.form.smoothed else np.zeros_like(which)
-        alone = [_OneForm(data, [form], plan.pad_thoughts, np.zeros_like(which), 0) for form in stage.together[1:]]
-        self.forms = [_OneForm(data, forms, plan.pad_thoughts, which, offsets), *alone]
+        drawn_group = 1 + np.random.default_rng([seed, epoch, GROUP]).integers(
+            stage.form.slot.max_group or 1, size=len(data)
+        )
+        self.groups = drawn_group if stage.form.draws_group else np.full_like(which, stage.form.slot.group)
+        alone = [
+            _OneForm(data, [form], plan.pad_thoughts, np.zeros_like(which), 0, self.groups)
+            for form in stage.together[1:]
+        ]
+        self.forms = [_OneForm(data, forms, plan.pad_thoughts, which, offsets, self.groups), *alone]
         self.names = [form.name for form in stage.together]
         self.lengths = np.stack([form.lengths for form in self.forms])
         self.passes = np.max([form.passes for form in self.forms], axis=0)
@@ -196,7 +240,7 @@ class EpochView:
 
     def form(self, index: int) -> Form:
         """The form of an example's first sequence."""
-        return self.forms[0].forms[self.forms[0].which[index]]
+        return self.forms[0].of(index)
 
     @property
     def longest(self) -> np.ndarray:
@@ -208,16 +252,17 @@ class EpochView:
         first, last = self.data.first[index], self.data.first[index + 1]
         example = self.data.tokens[self.data.starts[index] : self.data.starts[index + 1]]
         segments = np.split(example, self.data.bounds[first : last - 1] - self.data.starts[index])
+        purpose = {Spans.random: SPANS, Spans.fixed: DRAWN_TOKENS}.get(self.spans) if self.spans else None
         layouts = [
             layout(
                 segments,
-                form.forms[form.which[index]],
+                form.of(index),
                 self.special,
                 slot_length=int(form.slot_lengths[index]),
                 tokens_cut=int(form.tokens_cut[index]),
                 num_answer_mark=int(self.data.answer_marks[index]),
                 spans=self.spans,
-                random=np.random.default_rng([*self.key, SPANS, index]) if self.spans is Spans.random else None,
+                random=np.random.default_rng([*self.key, purpose, index]) if purpose else None,
             )
             for form in self.forms
         ]
@@ -229,19 +274,28 @@ class EpochView:
 
 
 class _OneForm:
-    """One of the sequences that stand together: example i has the form `forms[which[i]]`. All arrays are (N,)."""
+    """One of the sequences that stand together: example i has the form `forms[which[i]]`. All arrays are (N,).
+
+    `groups`: from how many tokens of the chain thoughts are merged, where they are.
+    """
 
     def __init__(
-        self, data: TokenizedData, forms: list[Form], pad_thoughts: bool, which: np.ndarray, offsets: np.ndarray | int
-    ):
-        self.forms, self.which = forms, which
+        self, data: TokenizedData, forms: list[Form], pad_thoughts: bool, which: np.ndarray, offsets: np.ndarray | int,
+        groups: np.ndarray,
+    ):  # fmt: skip
+        self.forms, self.which, self.groups = forms, which, groups
 
         def of_each(values: list[int | None]) -> np.ndarray:
             return np.array([EVERYTHING if value is None else value for value in values])[which]
 
-        lengths = np.stack([slot_lengths(form, pad_thoughts, data.num_steps) for form in forms])
+        lengths = np.stack(
+            [
+                merged_lengths(data, groups) if form.slot.merges else slot_lengths(form, pad_thoughts, data.num_steps)
+                for form in forms
+            ]
+        )
         self.slot_lengths = lengths[which, np.arange(len(data))]
-        passes = np.stack([form.slot.passes(length) for form, length in zip(forms, lengths, strict=True)])
+        passes = np.stack([form.slot.training_passes(length) for form, length in zip(forms, lengths, strict=True)])
         self.passes = passes[which, np.arange(len(data))]
         self.tokens_cut = of_each([form.tokens_cut for form in forms]) + offsets
         markers = of_each([form.markers for form in forms])
@@ -250,6 +304,11 @@ class _OneForm:
         written = written_lengths(data, of_each([form.steps_cut for form in forms]), self.tokens_cut, last_steps_cut)
         self.slot_starts = data.question_lengths + controls + markers
         self.lengths = data.question_lengths + controls + 2 * markers + self.slot_lengths + written
+
+    def of(self, index: int) -> Form:
+        """The form of an example."""
+        form = self.forms[self.which[index]]
+        return replace(form, slot=replace(form.slot, group=int(self.groups[index]))) if form.draws_group else form
 
 
 def _drawn_stages(mixing: Mixing, current: int, num_steps: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -262,14 +321,23 @@ def _drawn_stages(mixing: Mixing, current: int, num_steps: np.ndarray, drawn: np
 
 
 def stage_variants(plan: Plan) -> list[Stage]:
-    """Every set of sequences that an example may get in any epoch, each as a stage; iCoT's without an offset."""
+    """Every set of sequences that an example may get in any epoch, each as a stage; iCoT's without an offset.
+
+    Of merged thoughts whose groups are drawn, those with one token a thought, which are the longest.
+    """
     plain = [
-        replace(stage, together=(replace(form, smoothed=False), *stage.together[1:]), in_turn=())
+        replace(stage, together=(_fixed_form(form), *stage.together[1:]), in_turn=())
         for stage in plan.stages
         for form in stage.forms_at_inference
     ]
     mixed = [replace(plain[0], together=(form, *plain[0].together[1:])) for form in plan.mixing_forms]
     return [*(mixed if plan.mixing_probability else ()), *plain]
+
+
+def _fixed_form(form: Form) -> Form:
+    """The form with nothing drawn. Of merged thoughts whose groups are drawn, that with one token a thought."""
+    slot = replace(form.slot, group=1) if form.draws_group else form.slot
+    return replace(form, slot=slot, smoothed=False, draws_group=False)
 
 
 def _uniform(seed: int, epoch: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 ADDED_TOKENS = ("<bot>", "<eot>", "<latent>", "<pause>")
 
 
+def rate_tokens(max_group: int) -> list[str]:
+    """The tokens that say how many tokens of the chain a thought is merged from, 1 to `max_group`."""
+    return [f"<rate_{group}>" for group in range(1, max_group + 1)]
+
+
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids of the four added tokens, of end of sequence and padding, and of the control token of each mode."""
+    """Token ids: the four added tokens, end of sequence, padding, each mode's control token, `<rate_1>` and so on."""
 
     bot: int
     eot: int
@@ -41,10 +46,11 @@ class SpecialIds:
     eos: int
     pad: int
     control: dict[str, int] = field(default_factory=dict)
+    rates: list[int] = field(default_factory=list)
 
     @property
     def added(self) -> list[int]:
-        return [self.bot, self.eot, self.latent, self.pause, *self.control.values()]
+        return [self.bot, self.eot, self.latent, self.pause, *self.control.values(), *self.rates]
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
@@ -79,6 +85,13 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerFast, special: SpecialIds, 
     tokens = [parse_mode(name).token for name in modes]
     add_as_special(tokenizer, tokens)
     return replace(special, control={**special.control, **dict(zip(modes, token_ids(tokenizer, tokens), strict=True))})
+
+
+def add_rate_tokens(tokenizer: PreTrainedTokenizerFast, special: SpecialIds, max_group: int) -> SpecialIds:
+    """Add those tokens of the rates 1 to `max_group` that the tokenizer lacks, and return all ids."""
+    tokens = rate_tokens(max(max_group, len(special.rates)))
+    add_as_special(tokenizer, tokens)
+    return replace(special, rates=token_ids(tokenizer, tokens))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:

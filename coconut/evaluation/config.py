@@ -117,6 +117,7 @@ class EvaluateConfig:
     judge: TaskName | None = None  # how answers are judged; by default as in training, or as the suite's set says
     output: PathName = ""  # a folder; by default RUN/evaluation, or evaluation/NAME for a saved model
     num_thoughts: int | None = None  # by default as trained
+    rate: int | None = None  # tokens of the chain that a thought stands for, of a model that was trained with several
     stop: StopRule = StopRule.constant
     soft_thinking: SoftThinking = field(default_factory=SoftThinking)
     mode: str | None = None  # force a mode of a hybrid model

@@ -59,7 +59,7 @@ def non_default_settings(config: EvaluateConfig, default_judge: str | None) -> l
     usual = config.judge and default_judge and TASKS[config.judge] is TASKS[default_judge]
     default = EvaluateConfig(run=config.run, judge=config.judge if usual else None)
     sampled = [one.name for one in fields(Sampling)]
-    keys = ("checkpoint", "judge", "num_thoughts", "stop", "mode", "max_new_tokens", *sampled, "limit")
+    keys = ("checkpoint", "judge", "num_thoughts", "rate", "stop", "mode", "max_new_tokens", *sampled, "limit")
     found = [f"{key}-{value}" for key in keys if (value := getattr(config, key)) != getattr(default, key)]
     found += [f"reward-{Path(config.reward).resolve().name}"] if config.reward else []
     if config.soft:

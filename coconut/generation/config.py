@@ -18,7 +18,7 @@ class StopRule(StrEnum):
 
 
 POLICY_CHOOSES = (
-    "num_thoughts", "stop", "soft_thinking", "mode", "temperature", "top_p", "thought_noise", "thought_dropout",
+    "num_thoughts", "rate", "stop", "soft_thinking", "mode", "temperature", "top_p", "thought_noise", "thought_dropout",
     "show_thoughts",
 )  # fmt: skip
 
@@ -72,6 +72,7 @@ class GenerateConfig:
     batch_size: int = 64
     show_thoughts: bool = False
     num_thoughts: int | None = None
+    rate: int | None = None  # tokens of the chain that a thought stands for, of a model that was trained with several
     stop: StopRule = StopRule.constant
     soft_thinking: SoftThinking = field(default_factory=SoftThinking)
     mode: str | None = None  # of a hybrid model: force it

@@ -91,7 +91,8 @@ def generate(
     end-of-sequence token.
 
     Thoughts. The prompt format and the number of thoughts come from `lm.reasoning`; `num_thoughts` overrides the
-    number, for all questions or (B,) for each. `thoughts` (B, K, D) are fed in place of the model's own. `stop` ends
+    number, for all questions or (B,) for each. Where a model ends its thoughts itself (CoLaR, C-MTP), it is the most.
+    `thoughts` (B, K, D) are fed in place of the model's own. `stop` ends
     the thoughts of each row after at least one and at most `num_thoughts` of them (`think`). `thought_noise`: the
     standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed.
     `thought_dropout`: the probability with which each of their numbers is dropped before that (`ThoughtNoise`). With
@@ -360,6 +361,8 @@ def _slot_lengths(
         raise ValueError(f"{reasoning.method} has neither thoughts nor pauses; leave out num_thoughts={num_thoughts}.")
     if not reasoning.slot.thinks and (thoughts is not None or noise or stop is not None):
         raise ValueError(f"{reasoning.method} has no latent thoughts to replace, to make noisy or to stop.")
+    if reasoning.slot.merges and stop is not None:
+        raise ValueError(f"{reasoning.method} ends its thoughts itself. Leave out stop, or set num_thoughts, the most.")
     if reasoning.slot.in_parallel and stop is not None:
         raise ValueError(
             f"The thoughts of {reasoning.method} are computed all at once, so that stopping early saves nothing. Leave "

@@ -147,6 +147,8 @@ def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
     """Raise ValueError if a model trained by this plan cannot answer after fewer thoughts than its stage has."""
     if not lm.reasoning.slot.thinks or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
+    if lm.reasoning.slot.merges:
+        raise ValueError(f"{lm.reasoning.method} ends its thoughts itself. Leave out stop=classifier.")
     if lm.reasoning.slot.in_parallel:
         raise ValueError(
             f"The thoughts of {lm.reasoning.method} are computed all at once, so that stopping early saves nothing."

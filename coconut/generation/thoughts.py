@@ -99,7 +99,8 @@ def think(
     by numbers from torch's generator or from `random_keys`, one for each row.
     `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
     `soft`: gives the next thoughts (B, D) in place of the slot's, from the last hidden states (B, D), and which rows
-    have ended before them (B,).
+    have ended before them (B,). Where the model ends its thoughts itself (`Slot.merges`), a row ends before the first
+    one in whose place the model says `<eot>`.
     `reserve`: how many columns the cache will take afterwards.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
@@ -115,13 +116,19 @@ def think(
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
     drawn = noise.draw(random_keys, num_thoughts, embeds_BTD.shape[2]) if noise and random_keys is not None else None
+    ends_itself = lm.feedback.slot.merges and thoughts is None
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
+        soft_BD, ended_B = None, None
         if soft is not None:
             soft_BD, ended_B = soft(lm.last_states(last_BE))
+        elif ends_itself:
+            ended_B = lm.feedback.ends(lm.last_states(last_BE), lm)
+        if ended_B is not None:
             thinking_B = thinking_B & ~ended_B
             if not thinking_B.any():
                 break
+        if soft_BD is not None:
             fed_BKD = soft_BD[:, None]
         else:
             fed_BKD = lm.thought(last_BE)[:, None] if thoughts is None else thoughts[:, k : k + width]

@@ -32,6 +32,8 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     kinds = {Source.thought: "continuous thoughts", Source.pause: "pauses"}
     kind = kinds.get(reasoning.slot.source)
     between = f"{reasoning.num_thoughts} {kind}" if kind else "nothing"
+    if reasoning.slot.merges:
+        between = f"at most {between}, which the model ends itself"
     if reasoning.modes:
         between = f"what its mode needs, which it chooses with its first token: {', '.join(reasoning.modes)}"
     start, after = around_questions(lm.tokenizer, reasoning.format)
@@ -45,6 +47,7 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
     return environment.get_template("card.md.j2").render(
         reasoning=reasoning, place=name or "THIS FOLDER", model_type=lm.base.config.model_type, between=between,
         correction=lm.adapter is not None, thinks=reasoning.slot.thinks, in_parallel=reasoning.slot.in_parallel,
+        merges=reasoning.slot.merges,
         modes={control: (slot(form), form.num_thoughts) for control, form in forms.items()},
         projected=_sizes(lm), feedback_file=WEIGHTS_FILE, start=start,
         before_slot=[*after, *slot(reasoning)], special=special,

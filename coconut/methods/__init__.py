@@ -20,6 +20,7 @@ from coconut.methods.table import (
     Cut,
     Method,
     Per,
+    Pooling,
     Projector,
     Slot,
     Source,
@@ -32,7 +33,7 @@ from coconut.methods.table import (
 __all__ = [
     "METHODS", "NOTHING", "PAUSES", "REASONING_FILE", "STUDENT", "TEACHER", "THOUGHTS", "WRITTEN", "At",
     "Compression", "Content", "Curriculum", "Cut", "Form", "GatedWords", "Method", "Mixing", "Mode", "Per", "Plan",
-    "Projector",
+    "Pooling", "Projector",
     "PromptFormat", "Reasoning", "Slot", "Source", "Spans", "Stage", "Term", "Unit", "Update", "get_method",
     "parse_mode", "plan",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 from coconut.methods.modes import Mode, parse_mode
 from coconut.methods.table import (
     CHOICES,
+    HEADS,
     NOTHING,
     STUDENT,
     TEACHER,
@@ -21,6 +22,7 @@ from coconut.methods.table import (
     Cut,
     Method,
     Slot,
+    Spans,
     Term,
     Update,
     get_method,
@@ -56,7 +58,8 @@ class Curriculum:
     stage_length: int = 5  # length of every later stage; the last one takes the rest of the total
     total_length: int = 50
     start_stage: int = 0  # skip the stages before this one (with init=RUN)
-    num_thoughts: int | None = None  # of methods that remove the whole chain at once; by default c * max_stage
+    num_thoughts: int | None = None  # of methods that remove the whole chain at once; by default c * max_stage, or the
+    # longest slot of the training data where thoughts are merged from the chain, for which it is the most in generation
     teacher_steps_cut: int = 1  # last steps of the chain that a teacher does not write (codi)
     pad_thoughts: bool = True  # an example with fewer steps than the stage removes still gets all the stage's thoughts
     mixing: Mixing = Mixing.current
@@ -96,12 +99,13 @@ class Form:
 
     slot: Slot
     markers: bool
-    slot_length: int  # positions of the slot
+    slot_length: int  # positions of the slot; of merged thoughts the most in generation, 0 for what the data have
     steps_cut: int | None
     tokens_cut: int | None = 0
     last_steps_cut: int = 0  # steps that are removed from the end of the chain
     thoughts_per_step: int = 0  # positions of the slot that stand for one step; 0: they stand for none
     smoothed: bool = False  # iCoT: a random offset is added to tokens_cut, drawn per example and epoch
+    draws_group: bool = False  # the group of merged thoughts is drawn per example and epoch
     mode: str = ""  # of a hybrid model: the mode whose control token stands before the slot
     name: str = STUDENT
 
@@ -121,6 +125,9 @@ class Form:
             left = f"whole chain but its last {f'{self.last_steps_cut} steps' if self.last_steps_cut > 1 else 'step'}"
         else:
             left = "whole chain"
+        if self.slot.merges:
+            tokens = f"1 to {self.slot.max_group}" if self.draws_group else str(self.slot.group)
+            return f"a thought for every {tokens} tokens of the chain, {left}"
         noun = self.slot.noun + "s" * (self.slot_length != 1)
         return f"{self.slot_length} {noun}, {left}" if self.slot_length else left
 
@@ -218,6 +225,7 @@ def plan(
     method = replace(method, slot=_changed(name, method, slot or {}, curriculum.thoughts_per_step))
     unit, total = curriculum.length_unit.value, curriculum.total_length
     terms = _weighted(name, method, weights or {}, options or {})
+    _check_merged(name, method, terms)
     depths = _depths(method, curriculum)
     last = curriculum.max_stage + curriculum.extra_stage
     if method.cut is Cut.steps:
@@ -278,7 +286,7 @@ def _changed(name: str, method: Method, slot: Mapping[str, Any], thoughts_per_st
     if "update" in given and "iterations" not in given:
         if given["update"] is Update.sequential:
             given["iterations"] = 0
-        elif method.slot.thinks and not method.slot.in_parallel:
+        elif given["update"] is not Update.teacher_forced and method.slot.thinks and not method.slot.in_parallel:
             raise ValueError(
                 f"model.update={given['update'].value} updates the thoughts of {name} all at once, but it is not said "
                 "how often. Set model.iterations, for example to 3."
@@ -320,6 +328,31 @@ def _weighted(
     return tuple(term for term in terms if term.weight)
 
 
+def _check_merged(name: str, method: Method, terms: tuple[Term, ...]) -> None:
+    """Raise ValueError for thoughts that are merged from a part of the chain, or for terms with other spans than these.
+
+    The spans of such thoughts are `Spans.fixed`, and only theirs are.
+    """
+    if method.slot.merges and method.cut is not Cut.all:
+        raise ValueError(
+            f"model.update=teacher_forced merges the whole chain, and {name} keeps a part of it. Take method=colar or "
+            "c_mtp."
+        )
+    if method.slot.merges and HEADS[method.slot.projector] not in {term.objective for term in terms}:
+        raise ValueError(
+            f"No term of {name} trains its head {method.slot.projector}: that is the objective "
+            f"{HEADS[method.slot.projector]}. Give its term a weight above 0, or take the method's own head."
+        )
+    for term in terms:
+        if term.spans and (term.spans is Spans.fixed) != method.slot.merges:
+            needed = (
+                "fixed: thoughts are merged from such spans"
+                if method.slot.merges
+                else "another one: thoughts are not merged from the chain"
+            )
+            raise ValueError(f"term_options.{term.name}.spans={term.spans} does not fit {name}, which needs {needed}.")
+
+
 def _check_kind(name: str, value: Any, default: Any) -> None:
     """Raise ValueError if an option is not of the kind of its default: a text, a whole number, or a finite number."""
     if isinstance(default, str):
@@ -340,9 +373,10 @@ def _depths(method: Method, curriculum: Curriculum) -> list[Form]:
         Form(
             slot=slot,
             markers=method.markers,
-            slot_length=0 if slot.is_empty else c * min(k, curriculum.max_stage),
+            slot_length=0 if slot.is_empty or slot.merges else c * min(k, curriculum.max_stage),
             steps_cut=cut,
-            thoughts_per_step=0 if method.fixed_length else c,
+            thoughts_per_step=0 if method.fixed_length or slot.merges else c,
+            draws_group=slot.max_group > 0,
         )
         for k, cut in enumerate(cuts)
     ]

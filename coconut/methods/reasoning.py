@@ -79,7 +79,8 @@ REASONING_FILE = "coconut.json"  # beside a model's weights
 class Reasoning:
     """How to run inference on a trained model. Saved with its weights.
 
-    `num_thoughts` is the number that inference uses; it never depends on an example's gold chain.
+    `num_thoughts` is the number that inference uses; it never depends on an example's gold chain. Of thoughts that the
+    model ends itself it is the most.
     """
 
     method: str = "coconut"
@@ -121,6 +122,17 @@ class Reasoning:
             self, slot=mode.slot, markers=mode.slot.thinks, num_thoughts=mode.num_thoughts,
             steps_cut=mode.steps_cut, modes=(),
         )  # fmt: skip
+
+    def at_rate(self, group: int) -> Reasoning:
+        """The settings for thoughts that stand for `group` tokens of the chain each.
+
+        The most thoughts are changed in proportion. Raises ValueError if the model was not trained with such thoughts.
+        """
+        if not 1 <= group <= self.slot.max_group:
+            trained = f"rates 1 to {self.slot.max_group}" if self.slot.max_group else "one rate or none"
+            raise ValueError(f"rate is {group}, and {self.method} was trained with {trained}. Leave it out.")
+        most = -(-self.num_thoughts * self.slot.group // group)
+        return replace(self, slot=replace(self.slot, group=group), num_thoughts=most)
 
     def forms(self, mode: str | None = None) -> list[Reasoning]:
         """The settings of each mode, or of the named one; for a model without modes, only these settings."""

@@ -20,6 +20,8 @@ in a Continuous Latent Space", arXiv 2412.06769. The others:
     sim_cot         arXiv 2509.20317 on Coconut, and sim_cot_codi on CODI
     soft_coconut    Coconut whose thoughts are the mixtures of Soft Thinking, arXiv 2505.15778
     lt_tuning       Coconut with the fused thoughts of LT-Tuning, arXiv 2602.10229
+    colar           arXiv 2505.16552
+    c_mtp           arXiv 2607.16972
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Update(StrEnum):
     sequential = "sequential"  # one after the other: each is the state before it
     jacobi = "jacobi"  # all at once, several times: each becomes the state before it in the iteration before (PCCoT)
     loop = "loop"  # all at once, several times: each becomes its own embedding plus its own last state (LOTUS)
+    teacher_forced = "teacher_forced"  # in training from the written chain; in generation a head predicts each
 
 
 class Projector(StrEnum):
@@ -60,6 +63,19 @@ class Projector(StrEnum):
 
     none = "none"
     mlp_ln = "mlp_ln"  # Linear, GELU, Linear, LayerNorm (CODI)
+    gaussian = "gaussian"  # mean and deviation of the next merged embedding (CoLaR)
+    multi_token = "multi_token"  # the tokens of the next group, whose embeddings are merged (C-MTP)
+
+
+# the heads that predict thoughts made of the chain, and the objective that trains each
+HEADS = {Projector.gaussian: "latent", Projector.multi_token: "multi_token"}
+
+
+class Pooling(StrEnum):
+    """How the embeddings of a group of n tokens become one thought."""
+
+    sqrt = "sqrt"  # their sum, divided by the square root of n, which keeps the variance (CoLaR)
+    mean = "mean"  # C-MTP
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,12 @@ class Slot:
     A mixture is of the `top_k` most probable words (0: of all) of softmax(logits / temperature). A fused thought is
     alpha * h + (1 - alpha) * mixture, where h is the hidden state of `layer`: 0 is the input of the first layer, -1 or
     the number of layers the last hidden state, after the final norm.
+
+    Thoughts that are teacher-forced are the merged embeddings of `group` tokens of the chain each, so that their number
+    follows from the chain; in generation a head predicts them until the model says `<eot>`. With `max_group` the group
+    of each training example is drawn from 1 to `max_group`, anew in each epoch, and a token `<rate_N>` in the place of
+    `<bot>` says which; `group` is then that of generation. `scale`: what the Gaussian head predicts is divided by it;
+    0: by the standard deviation of the embedding table.
     """
 
     source: Source
@@ -85,15 +107,20 @@ class Slot:
     temperature: float = 1.0
     alpha: float = 0.5
     layer: int = -1
+    group: int = 0  # tokens of the chain that one thought stands for; 0: thoughts are not made of the chain
+    max_group: int = 0  # 0: `group` in training too
+    pooling: Pooling = Pooling.sqrt
+    scale: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_content()
+        self._check_merging()
         if self.source is not Source.thought and (self.in_parallel or self.iterations):
             raise ValueError(
                 f"Thoughts are updated, and the slot of this method holds {self.source.value}. Leave out model.update "
                 "and model.iterations."
             )
-        if self.iterations and self.update is Update.sequential:
+        if self.iterations and not self.in_parallel:
             raise ValueError(
                 f"model.iterations={self.iterations} is for thoughts that are updated all at once. Those of this "
                 "method are computed one after the other. Leave it out, or set model.update=jacobi or loop."
@@ -132,9 +159,36 @@ class Slot:
         if self.layer < -1:
             raise ValueError(f"model.layer is {self.layer}; it is the number of a layer, or -1 for the last.")
 
+    def _check_merging(self) -> None:
+        if self.merges != (self.projector in HEADS) or self.merges != (self.group > 0):
+            raise ValueError(
+                f"Thoughts that are merged from the chain need model.update=teacher_forced, a head (model.projector="
+                f"{' or '.join(HEADS)}) and model.group of at least 1. This method has update={self.update}, "
+                f"projector={self.projector} and group={self.group}. Take method=colar or c_mtp."
+            )
+        if self.merges and self.content is not Content.state:
+            raise ValueError(
+                f"Thoughts that are merged from the chain are predicted by a head; model.content={self.content.value} is "
+                "for thoughts that are fed back. Leave it out."
+            )
+        if not self.merges and (self.max_group or self.scale):
+            raise ValueError(
+                "model.max_group and model.thought_scale are for thoughts that are merged from the chain (method=colar "
+                "or c_mtp). Leave them out."
+            )
+        if self.merges and self.max_group and not 1 <= self.group <= self.max_group:
+            raise ValueError(f"model.group is {self.group}; it must be between 1 and model.max_group={self.max_group}.")
+        if self.max_group and self.projector is Projector.multi_token:
+            raise ValueError(
+                f"model.max_group={self.max_group} draws groups of several sizes, and the head multi_token predicts "
+                "groups of one. Set model.max_group=0."
+            )
+        if self.scale < 0 or (self.scale and self.projector is not Projector.gaussian):
+            raise ValueError(f"model.thought_scale is {self.scale}; it must be above 0, and needs the head gaussian.")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Slot:
-        kinds = {"source": Source, "projector": Projector, "update": Update, "content": Content}
+        kinds = {"source": Source, "projector": Projector, "update": Update, "content": Content, "pooling": Pooling}
         known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
         return cls(**{name: kinds.get(name, lambda value: value)(value) for name, value in known.items()})
 
@@ -160,7 +214,12 @@ class Slot:
     @property
     def in_parallel(self) -> bool:
         """Whether all positions are updated at once."""
-        return self.update is not Update.sequential
+        return self.update in (Update.jacobi, Update.loop)
+
+    @property
+    def merges(self) -> bool:
+        """Whether thoughts are merged from the chain in training, and end themselves in generation."""
+        return self.update is Update.teacher_forced
 
     @property
     def noun(self) -> str:
@@ -196,6 +255,9 @@ class Slot:
     def _describe_update(self) -> str:
         projector = "no projector" if self.projector is Projector.none else f"the projector {self.projector.value}"
         projector += f" of width {self.width}" if self.width else ""
+        if self.merges:
+            drawn = f"1 to {self.max_group}" if self.max_group else str(self.group)
+            return f"{projector}, merged from {drawn} tokens by {self.pooling}"
         if not self.in_parallel:
             return projector
         each = f" for every {self.iterations_per} thoughts" if self.iterations_per > 1 else ""
@@ -209,7 +271,7 @@ class Slot:
         return self.iterations * -(-length // self.iterations_per)
 
     def passes(self, length: Any) -> Any:
-        """Forward passes of sequences whose slot has this length, a number or an array.
+        """Forward passes of sequences whose slot has this length, a number or an array, without given thoughts.
 
         In sequence each thought waits for the one before it. In parallel there is one pass for what precedes the
         thoughts, one for each iteration, and one for their last inputs with what follows.
@@ -219,9 +281,13 @@ class Slot:
         iterations = self.count_iterations(length)
         return 1 + (length > 0) * (iterations > 0) * (iterations + 1)
 
+    def training_passes(self, length: Any) -> Any:
+        """The same in training, where merged thoughts are given."""
+        return 1 + 0 * length if self.merges else self.passes(length)
+
     def passes_before_answer(self, length: int) -> int:
         """Forward passes of generation between the question's and the answer's: of thoughts and what follows them."""
-        if not self.thinks or not length:
+        if not self.thinks or not (length or self.merges):
             return 0
         return 1 + (self.count_iterations(length) + 1 if self.in_parallel else length)
 
@@ -258,6 +324,7 @@ class Spans(StrEnum):
     tokens = "tokens"  # the same, then a token for each thought, in order; tokens beyond the thoughts are left out
     even = "even"  # equally many tokens for each thought, up to one
     random = "random"  # at least one token for each thought, divided at places drawn for each example and epoch
+    fixed = "fixed"  # the slot's `group` of tokens for each thought, fewer for the last; then `<eot>`
 
 
 class Compression(StrEnum):
@@ -274,6 +341,8 @@ class Per(StrEnum):
     token = "token"
     example = "example"
     span = "span"  # spans of the chain that thoughts stand for
+    span_token = "span_token"  # their tokens
+    token_or_span = "token_or_span"  # target tokens and spans together
 
 
 STUDENT, TEACHER = "student", "teacher"  # names of forms; the first one is what inference is like
@@ -374,6 +443,32 @@ _LOTUS = replace(
     options={"spans": "tokens", "rho": 1.0, "temperature": 1.0, "iteration": "last"},
 )  # fmt: skip
 _STEPS = Term("steps", "steps", at=At.thoughts, per=Per.span, options={"layers": None})
+_COLAR = Method(
+    slot=Slot(
+        Source.thought, Projector.gaussian, update=Update.teacher_forced, group=2, max_group=5, pooling=Pooling.sqrt
+    ),
+    cut=Cut.all,
+    markers=True,
+    summary="the chain's words merged into thoughts, each predicted as a Gaussian; the rate is said in the prompt",
+    terms=(
+        replace(WRITTEN, per=Per.token_or_span),
+        Term("random_token", "random_token", at=At.before_thoughts, per=Per.token_or_span, options={"spans": "fixed"}),
+        Term("latent", "latent", at=At.before_thoughts, per=Per.span, options={"spans": "fixed"}),
+    ),
+)
+_C_MTP = Method(
+    slot=Slot(Source.thought, Projector.multi_token, update=Update.teacher_forced, group=2, pooling=Pooling.mean),
+    cut=Cut.all,
+    markers=True,
+    summary="the chain's words merged into thoughts, each predicted as the words of the next one",
+    terms=(
+        WRITTEN,
+        Term("multi_token", "multi_token", at=At.before_thoughts, per=Per.span_token, options={"spans": "fixed"}),
+        replace(_CODI.terms[1], weight=0.5),
+        _CODI.terms[2],
+    ),
+    teacher=True,
+)
 
 METHODS: dict[str, Method] = {
     "coconut": _COCONUT,
@@ -421,6 +516,8 @@ METHODS: dict[str, Method] = {
         slot=Slot(Source.thought, content=Content.fused),
         summary="Coconut whose thoughts are sums of a hidden state and a mixture of words' embeddings",
     ),
+    "colar": _COLAR,
+    "c_mtp": _C_MTP,
 }
 
 

@@ -2,33 +2,119 @@
 
 A thought is made in two steps: its content (`LatentLM.thought`), which may be a mixture of words, passes the projector.
 
-Shapes: (..., D) states and thoughts of size D; V vocabulary, M words of a mixture.
+Shapes: (..., D) states and thoughts of size D; V vocabulary, M words of a mixture, S words of a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from coconut.methods import Projector, Slot
+from coconut.data.tokenization import SpecialIds
+from coconut.methods import Pooling, Projector, Slot
 from coconut.models.losses import at_least_float32
 from coconut.models.module_files import load_module, save_module
 
 WEIGHTS_FILE = "feedback.safetensors"  # beside a model's own weights, which AutoModel opens without it
 
 
-def _mlp_ln(hidden: int, width: int) -> nn.Module:
+class Words(Protocol):
+    """What a head needs of a model to read and to write words: a LatentLM."""
+
+    special: SpecialIds
+
+    def logits(self, hidden_states: Tensor) -> Tensor: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+
+def merge(embeds: Tensor, is_word: Tensor, pooling: Pooling) -> Tensor:
+    """(..., D) one thought of each group of word embeddings (..., S, D), of which those of `is_word` (..., S) exist.
+
+    A group without words gives zeros.
+    """
+    count = is_word.sum(-1, keepdim=True).clamp(min=1).to(embeds)
+    total = (embeds * is_word[..., None]).sum(-2)
+    return total / (count.sqrt() if pooling is Pooling.sqrt else count)
+
+
+def greedy_words(logits: Tensor, special: SpecialIds) -> Tensor:
+    """The likeliest tokens (...) of logits (..., V). Of the added ones only `<eot>` may be among them."""
+    never = [token for token in special.added if token != special.eot]
+    return logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf).argmax(-1)
+
+
+class GaussianHead(nn.Module):
+    """Predicts the next merged embedding, divided by `scale`: its mean and the logarithm of its deviation, (..., D).
+
+    In generation the mean is fed, and the thoughts end where the model's own head says `<eot>`. CoLaR, arXiv
+    2505.16552, section 3; layers as in the released code, src/modules/projector.py.
+    """
+
+    scale: Tensor
+
+    def __init__(self, slot: Slot, hidden: int):
+        super().__init__()
+        width = slot.width or hidden
+        self.trunk = nn.Sequential(
+            nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
+        )  # fmt: skip
+        self.mean, self.log_deviation = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.register_buffer("scale", torch.tensor(slot.scale or 1.0))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.trunk(states)
+        return self.mean(features), self.log_deviation(features)
+
+    def thoughts(self, states: Tensor, words: Words) -> Tensor:
+        return self(states)[0] * self.scale
+
+    def ends(self, states: Tensor, words: Words) -> Tensor:
+        return greedy_words(words.logits(states), words.special) == words.special.eot
+
+
+class MultiTokenHead(nn.Module):
+    """Predicts the words of the next group: (..., S, D) states that the model's own head reads.
+
+    In generation the likeliest words are merged; `<eot>` ends a group, and as the first word the thoughts. C-MTP, arXiv
+    2607.16972; released code, cmtp/src/model.py.
+    """
+
+    def __init__(self, slot: Slot, hidden: int):
+        super().__init__()
+        width = slot.width or hidden
+        self.pooling = slot.pooling
+        self.layers = nn.Sequential(
+            nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, slot.group * hidden),
+            nn.Unflatten(-1, (slot.group, hidden)),
+        )  # fmt: skip
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.layers(states)
+
+    def thoughts(self, states: Tensor, words: Words) -> Tensor:
+        ids = greedy_words(words.logits(self(states)), words.special)
+        return merge(words.embed(ids), (ids != words.special.eot).long().cumprod(-1), self.pooling)
+
+    def ends(self, states: Tensor, words: Words) -> Tensor:
+        return greedy_words(words.logits(self(states)[..., 0, :]), words.special) == words.special.eot
+
+
+def _mlp_ln(slot: Slot, hidden: int) -> nn.Module:
     """CODI's projection (arXiv 2502.21074; released code, src/model.py), without its dropout of 0."""
+    width = slot.width or hidden
     return nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, hidden), nn.LayerNorm(hidden))
 
 
-PROJECTORS: dict[Projector, Callable[[int, int], nn.Module]] = {
-    Projector.none: lambda hidden, width: nn.Identity(),
+PROJECTORS: dict[Projector, Callable[[Slot, int], nn.Module]] = {
+    Projector.none: lambda slot, hidden: nn.Identity(),
     Projector.mlp_ln: _mlp_ln,
+    Projector.gaussian: GaussianHead,
+    Projector.multi_token: MultiTokenHead,
 }
 
 
@@ -53,16 +139,32 @@ def mixture(
 
 
 class Feedback(nn.Module):
-    """Maps the content of a thought, as the last hidden state before it, to the thought that is fed."""
+    """Maps the content of a thought, as the last hidden state before it, to the thought that is fed.
 
-    def __init__(self, slot: Slot, hidden: int):
+    `table`: the input embeddings, whose deviation is the scale of a Gaussian head without one.
+    """
+
+    projector: Any
+
+    def __init__(self, slot: Slot, hidden: int, table: Tensor | None = None):
         super().__init__()
         self.slot = slot
-        self.projector = PROJECTORS[slot.projector](hidden, slot.width or hidden)
+        self.projector = projector = PROJECTORS[slot.projector](slot, hidden)
+        if isinstance(projector, GaussianHead) and not slot.scale and table is not None:
+            projector.scale.fill_(table.detach().float().std())
 
-    def forward(self, content: Tensor) -> Tensor:
+    def forward(self, content: Tensor, words: Words | None = None) -> Tensor:
+        """Thoughts (..., D). A head needs the model's `words` for them."""
+        content = self.in_own_dtype(content)
+        return self.projector.thoughts(content, words) if self.slot.merges else self.projector(content)
+
+    def ends(self, states: Tensor, words: Words) -> Tensor:
+        """(...) where the model ends its thoughts instead, of one that does so itself."""
+        return self.projector.ends(self.in_own_dtype(states), words)
+
+    def in_own_dtype(self, states: Tensor) -> Tensor:
         weight = next(self.projector.parameters(), None)
-        return self.projector(content if weight is None else content.to(weight.dtype))
+        return states if weight is None else states.to(weight.dtype)
 
     @property
     def has_weights(self) -> bool:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from coconut.acceleration.facade import Acceleration
 from coconut.data.batching import IGNORED
-from coconut.data.tokenization import SpecialIds, add_control_tokens, add_special_tokens
-from coconut.methods import GatedWords, Reasoning, Update, parse_mode
+from coconut.data.tokenization import SpecialIds, add_control_tokens, add_rate_tokens, add_special_tokens
+from coconut.methods import GatedWords, Reasoning, Slot, Update, parse_mode
 from coconut.models import families, lora
-from coconut.models.feedback import Feedback, mixture
+from coconut.models.feedback import Feedback, merge, mixture
 from coconut.models.gates import Gates
 from coconut.models.losses import summed_cross_entropy, target_log_probs
 from coconut.models.masks import SlidingWindow, after_last_token, unmask_padding
@@ -42,7 +42,6 @@ from coconut.models.passes import (
     PassesOutput,
     Reads,
     Targets,
-    at_thoughts,
     gather_columns,
     plan_blocks,
     plan_passes,
@@ -71,7 +70,7 @@ class LatentLM(nn.Module):
         self.tokenizer = tokenizer
         self.special = special
         self.reasoning = reasoning or Reasoning()
-        self.feedback = Feedback(self.reasoning.slot, self.thought_size)
+        self.feedback = self.new_feedback(self.reasoning.slot)
         self.gates: Gates | None = None
         self.new_tokens = new_tokens or {}
         self.adapter: lora.Adapter | None = None
@@ -118,6 +117,25 @@ class LatentLM(nn.Module):
         self.reasoning = replace(self.reasoning, modes=tuple(modes))
         if added:
             self.new_tokens = {**self.new_tokens, "control": {"init": init, "tokens": added}}
+
+    def add_rates(self, max_group: int, init: str = "mean") -> None:
+        """Add the tokens `<rate_1>` to `<rate_N>`, N = `max_group`, where they are missing.
+
+        Their embeddings start from `init`. Raises ValueError if the model has LoRA, whose added tokens are fixed.
+        """
+        if max_group <= len(self.special.rates):
+            return
+        if self.adapter:
+            raise ValueError("This model has LoRA, and no rows for tokens of rates. Merge it first: lm.merged().")
+        known = len(self.tokenizer)
+        self.special = add_rate_tokens(self.tokenizer, self.special, max_group)
+        added = grow_tables(self.base, self.tokenizer, known, init)
+        self.new_tokens = {**self.new_tokens, "rates": {"init": init, "tokens": added}}
+
+    def new_feedback(self, slot: Slot) -> Feedback:
+        """What maps states to thoughts in this slot, with new weights."""
+        table: Any = self.base.get_input_embeddings()
+        return Feedback(slot, self.thought_size, table.weight).to(self.device)
 
     def add_lora(self, settings: LoraConfig, place: str) -> None:
         """Freeze the model; train a LoRA correction and the embeddings of the added tokens. Only these are saved.
@@ -225,11 +243,12 @@ class LatentLM(nn.Module):
         label of a column is its own token, or -100 where there is no target. A label on the first token of a row is not
         counted: no hidden state precedes it. `use_cache=False` takes the recomputing path. The batch takes at least
         `min_passes` passes: processes that share a model must run equally many. `reads`: what else is wanted.
+        `thoughts` (B, K, D): fed in place of the model's own, in one pass; a row's first one at its first thought.
         `thought_offsets` (B, K, D): added to the thoughts of each row as they are fed; where thoughts are updated all
         at once, to what the last iteration has made of them. The gradient of the loss with respect to zeros here is
         that with respect to the thoughts. Thoughts that are never updated are pauses, and nothing is added to them.
-        `thoughts` (B, K, D): fed in place of the model's own, which are then in `LatentOutput.own_thoughts`. All are
-        known, so that everything takes one pass, whatever `min_passes` is.
+        `thoughts` (B, K, D): fed in place of the model's own. All are known, so that everything takes one pass, or
+        `min_passes`.
         `expected` (B, T, D): the expected embeddings that the model's gates mix into the words of these columns; where
         it is zero a word is fed as it is.
 
@@ -237,17 +256,20 @@ class LatentLM(nn.Module):
         cannot be given (`Slot.cannot_be_given`), or if transformers' gradient checkpointing is on together with the
         cache (transformers would drop the cache, and thoughts would lose their context).
         """
-        if thoughts is not None and (why := self.feedback.slot.cannot_be_given):
+        reads = reads or Reads()
+        if (thoughts is not None or reads.own_thoughts) and (why := self.feedback.slot.cannot_be_given):
             raise ValueError(f"thoughts are not for {self.reasoning.method}: {why}. Leave them out.")
         inputs = LatentInputs.of(
             input_ids, attention_mask, position_ids, self.latent_id, thought_offsets, thoughts, expected
         )
         targets = None if labels is None else Targets.of(labels, inputs.is_token_BT)
         is_read_BT = targets.is_source_BT if targets and not return_logits else inputs.is_token_BT
-        reads = reads or Reads()
         is_read_BT = reads.mark(is_read_BT, inputs.is_token_BT)
-        recurrent = use_cache and thoughts is None
-        run = partial(self._cached, is_read_BT, min_passes) if recurrent else self._recomputed
+        own = None
+        if reads.own_thoughts:
+            own = Targets.of(torch.where(inputs.is_latent_BT, inputs.ids_BT, IGNORED), inputs.is_token_BT)
+            is_read_BT = is_read_BT | own.is_source_BT
+        run = partial(self._cached, is_read_BT, min_passes) if use_cache else self._recomputed
         passed = run(inputs, reads)
         hidden_BSD, columns_BT = passed.hidden_BSD, passed.columns_BT
         output = LatentOutput(states=passed.states_BLD, thoughts=passed.thoughts_BKD)
@@ -257,12 +279,13 @@ class LatentLM(nn.Module):
             before_BK = reads.columns_before(inputs.is_token_BT)
             in_passes_BK = torch.where(before_BK < 0, -1, columns_BT.gather(1, before_BK.clamp(min=0)))
             output.before_thoughts = torch.stack([*passed.iterations, gather_columns(hidden_BSD, in_passes_BK)])
-        if thoughts is not None:
-            places = Targets.of(torch.where(inputs.is_latent_BT, inputs.ids_BT, IGNORED), inputs.is_token_BT)
-            own_MD = self.thought(hidden_BSD[places.rows_N, columns_BT[places.rows_N, places.sources_N]])
-            place_K = torch.arange(thoughts.shape[1], device=hidden_BSD.device)
-            is_thought_BK = place_K < inputs.is_latent_BT.sum(1, keepdim=True)
-            output.own_thoughts = own_MD.new_zeros(thoughts.shape).masked_scatter(is_thought_BK[..., None], own_MD)
+        if own:
+            own_MD = self.thought(hidden_BSD[own.rows_N, columns_BT[own.rows_N, own.sources_N]])
+            count_B1 = inputs.is_latent_BT.sum(1, keepdim=True)
+            K = int(count_B1.max()) if thoughts is None else thoughts.shape[1]
+            is_thought_BK = torch.arange(K, device=hidden_BSD.device) < count_B1
+            own_BKD = own_MD.new_zeros(*is_thought_BK.shape, own_MD.shape[1])
+            output.own_thoughts = own_BKD.masked_scatter(is_thought_BK[..., None], own_MD)
         if targets:
             hidden_ND = hidden_BSD[targets.rows_N, columns_BT[targets.rows_N, targets.sources_N]]
             output.num_targets = len(targets.ids_N)
@@ -309,7 +332,8 @@ class LatentLM(nn.Module):
 
         Given thoughts are fed at once.
         """
-        tokens_BTD = embeds_BTD = self._embeds(inputs.ids_BT, inputs.expected_BTD)
+        tokens_BTD = self._embeds(inputs.ids_BT, inputs.expected_BTD)
+        tokens_BTD = embeds_BTD = inputs.with_given(tokens_BTD, inputs.is_latent_BT)
         previous_BT = previous_token(inputs.is_token_BT).clamp(min=0)
         number_BT = inputs.is_latent_BT.long().cumsum(1) * inputs.is_latent_BT  # 1 at a row's first thought, and so on
         mask: Any = inputs.is_token_BT
@@ -320,11 +344,7 @@ class LatentLM(nn.Module):
         slot, counts_B1 = self.feedback.slot, number_BT.amax(1, keepdim=True)
         updates_B1 = slot.count_iterations(counts_B1) if slot.in_parallel else counts_B1
         if inputs.given_BKD is not None:
-            given_BTD = at_thoughts(inputs.given_BKD.to(embeds_BTD), inputs.is_latent_BT)
-            embeds_BTD = torch.where(inputs.is_latent_BT[..., None], given_BTD, embeds_BTD)
-            if offsets_BTD is not None:
-                embeds_BTD = embeds_BTD + offsets_BTD.to(embeds_BTD)
-            updates_B1 = torch.zeros_like(updates_B1)
+            updates_B1 = torch.zeros_like(counts_B1)
         for number in range(1, 1 + int(updates_B1.max())):
             states_BTE = self.source_states(embeds_BTD, mask, inputs.positions_BT)
             before_BTE = states_BTE.gather(1, previous_BT[..., None].expand_as(states_BTE))
@@ -352,7 +372,10 @@ class LatentLM(nn.Module):
 
     def _cached(self, is_read_BT: Tensor, min_passes: int, inputs: LatentInputs, reads: Reads) -> PassesOutput:
         """Cut the rows at their thoughts, and run each position once."""
-        if self.feedback.slot.in_parallel:
+        is_given_BT = inputs.is_latent_BT
+        if inputs.given_BKD is not None:
+            inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # nothing to wait for
+        elif self.feedback.slot.in_parallel:
             if self.feedback.slot.iterations and (min_passes > 1 or inputs.is_latent_BT.any()):
                 return self._cached_block(is_read_BT, min_passes, inputs, reads)
             inputs = replace(inputs, is_latent_BT=torch.zeros_like(inputs.is_latent_BT))  # they stay pauses
@@ -363,6 +386,7 @@ class LatentLM(nn.Module):
         expected_BTD = inputs.expected_BTD
         expected_BSD = None if expected_BTD is None else gather_columns(expected_BTD, plan.source_BS)
         embeds_BSD = self._embeds(plan.gather(inputs.ids_BT), expected_BSD)
+        embeds_BSD = inputs.with_given(embeds_BSD, plan.gather(is_given_BT) & plan.is_token_BS)
         tensors = embeds_BSD, plan.is_token_BS, is_latent_BS, plan.gather(inputs.positions_BT)
         run = partial(
             self._run_passes, bounds=plan.pass_bounds, num_skipped=num_skipped, reads=plan.in_passes(reads),
@@ -498,7 +522,7 @@ class LatentLM(nn.Module):
         slot = self.feedback.slot
         of_state, of_mixture = slot.weights
         if not of_mixture:
-            return self.feedback(source_states[..., : self.thought_size])
+            return self.feedback(source_states[..., : self.thought_size], self)
         logits = self.logits(self.last_states(source_states))
         table = self.base.get_input_embeddings()
         mixture_D = mixture(logits, table, self.special.added, slot.top_k, slot.temperature)
@@ -618,6 +642,23 @@ class LatentLM(nn.Module):
         from transformers.cache_utils import DynamicLayer
 
         return not self._windows and all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input embeddings (..., D) of token ids (...)."""
+        return self.base.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def merged_thoughts(self, spans: Tensor) -> Tensor | None:
+        """(B, K, D) the thoughts that a model with merged ones is trained on; None for another model.
+
+        `spans` (B, K, S): token ids of the groups, IGNORED beyond them; `<eot>` is no part of a thought. They are
+        constants: no gradient goes through them into the table.
+        """
+        slot = self.feedback.slot
+        if not slot.merges:
+            return None
+        is_word = (spans != IGNORED) & (spans != self.special.eot)
+        return merge(self.embed(spans.clamp(min=0)), is_word, slot.pooling)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head to last hidden states: (..., D) to (..., V)."""

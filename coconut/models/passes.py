@@ -23,8 +23,7 @@ class LatentOutput:
 
     `logits` (B, T, V), at every position, only with return_logits=True. With return_target_logits=True there is no loss
     but `target_logits` (N, V), which predict the `targets` (N,) of the rows `target_rows` (N,), row by row. `states`,
-    `thoughts`, `before_thoughts`, `keys` and `values`: see Reads. `own_thoughts` (B, K, D), where thoughts are given:
-    what the model would have fed in the place of each, after the given ones before it; zero after a row's last.
+    `thoughts`, `before_thoughts`, `keys`, `values` and `own_thoughts`: see Reads.
     """
 
     loss_sum: Tensor | None = None
@@ -56,12 +55,15 @@ class Reads:
     hidden states of the tokens before them are wanted too: `LatentOutput.before_thoughts` (N + 1, B, K, D), after 0 to
     N iterations of thoughts that are updated all at once, otherwise with N = 0. `cached_BM`: columns whose keys and
     values are wanted as the cache holds them in the end: `LatentOutput.keys` and `values` (B, L, H, M, d).
+    `own_thoughts`: whether it is wanted what the model would feed in the place of each thought, after those before it,
+    which may be given: `LatentOutput.own_thoughts` (B, K, D), zero after a row's last.
     """
 
     columns_B: Tensor | None = None
     thoughts_BK: Tensor | None = None
     before_thoughts: bool = False
     cached_BM: Tensor | None = None
+    own_thoughts: bool = False
 
     def columns_before(self, is_token_BT: Tensor) -> Tensor:
         """(B, K) the columns of the tokens before the thoughts, if they are wanted; -1 where there are none."""
@@ -162,8 +164,8 @@ class CollectedReads:
 class LatentInputs:
     """A batch as forward takes it, with defaults filled in. See LatentLM.forward.
 
-    `offsets_BKD`: what is added to thoughts, None for nothing. `given_BKD`: what is fed in their place, None for the
-    model's own. `expected_BTD`: what gates mix into words.
+    `offsets_BKD`: what is added to thoughts, None for nothing. `given_BKD`: what is fed in their place, offsets
+    included; None for the model's own. `expected_BTD`: what gates mix into words.
     """
 
     ids_BT: Tensor
@@ -195,7 +197,17 @@ class LatentInputs:
                 )
         if positions is None:
             positions = is_token_BT.long().cumsum(1).sub(1).clamp(min=0)
+        if given is not None and offsets is not None:
+            given, offsets = given + offsets, None
         return cls(ids, is_token_BT, is_latent_BT, positions.expand_as(ids), offsets, given, expected)
+
+    def with_given(self, embeds_BTD: Tensor, is_latent_BT: Tensor) -> Tensor:
+        """(B, T, D) the embeddings with the given thoughts in their places, if there are any."""
+        if self.given_BKD is None or not self.given_BKD.shape[1]:
+            return embeds_BTD
+        return torch.where(
+            is_latent_BT[..., None], at_thoughts(self.given_BKD.to(embeds_BTD), is_latent_BT), embeds_BTD
+        )
 
     def offsets_at(self, is_latent_BT: Tensor) -> Tensor | None:
         """(B, T, D) the offsets at the columns of a row's thoughts, zero at all others."""

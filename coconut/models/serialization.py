@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, token_ids
+from coconut.data.tokenization import ADDED_TOKENS, SpecialIds, rate_tokens, token_ids
 from coconut.methods import REASONING_FILE, Reasoning, Slot, parse_mode
 from coconut.models import gates, lora
 from coconut.models.families import thought_size
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 5
-READABLE = (2, 3, 4, 5)  # 2 knows sequential thoughts alone, 3 no iterations per step, 4 neither gates nor mixtures
+# 2 knows sequential thoughts alone, 3 no iterations for each step, 4 neither gates nor mixtures nor merged thoughts
+READABLE = (2, 3, 4, 5)
 
 
 @dataclass
@@ -74,7 +75,7 @@ def load_parts(place: Path | str, attention: str | None, moved_base: str | None)
     folder = resolve_local_path(place)
     record, special, reasoning = _read_record(folder)
     tokenizer = load_pretrained(AutoTokenizer, folder)
-    tokens = [*ADDED_TOKENS, *(parse_mode(name).token for name in special.control)]
+    tokens = [*ADDED_TOKENS, *(parse_mode(name).token for name in special.control), *rate_tokens(len(special.rates))]
     if token_ids(tokenizer, tokens) != special.added:
         raise ValueError(f"The tokenizer in {folder} is not the one that the model was saved with.")
     if not record.get("lora"):

@@ -5,6 +5,9 @@
 - cache: keys and values of the thoughts held to those of the written chain (KaVa)
 - spans: each thought held to the words of the chain that it stands for (MUX, LOTUS)
 - steps: a decoder writes each step from the thoughts that stand for it (SIM-CoT)
+- random_token: a word of each group of the chain, predicted before its thought (CoLaR)
+- latent: merged embeddings, predicted by a Gaussian head (CoLaR)
+- multi_token: all words of each group, predicted by a head (C-MTP)
 
 `training_model` puts a model and its terms together.
 """

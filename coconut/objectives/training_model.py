@@ -38,7 +38,7 @@ class TrainingModel(nn.Module):
         self.objectives = nn.ModuleDict({term.name: it for term, it in zip(plan.terms, objectives, strict=True)})
         self.token_forms = {names.index(term.of) for term in plan.terms if term.objective == "tokens"}
         forms = [form for stage in plan.stages for form in (*stage.forms_at_inference, *plan.mixing_forms)]
-        self.may_not_think = any(not form.slot.thinks or not form.slot_length for form in forms)
+        self.may_not_think = any(not (form.slot.merges or (form.slot.thinks and form.slot_length)) for form in forms)
         lm.feedback.requires_grad_(any(form.slot.thinks for form in forms))
         self.measured = [it for it in objectives if type(it).measure is not TermObjective.measure]
 
@@ -77,6 +77,7 @@ class TrainingModel(nn.Module):
             labels=batch.labels.where(is_trained_R[:, None], IGNORED),
             return_target_logits=True,
             min_passes=batch.passes,
+            thoughts=self.lm.merged_thoughts(batch.spans_RGS),
             reads=Reads(
                 columns_B=batch.answer_prompt_R if At.answer_prompt in places else None,
                 thoughts_BK=batch.thoughts_RK if places & {At.thoughts, At.before_thoughts} else None,

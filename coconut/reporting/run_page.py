@@ -210,7 +210,8 @@ def learning(run: RunRecord) -> Section:
 def _bands(run: RunRecord) -> list[Band]:
     bands, begin = [], 0
     for stage in run.stages:
-        detail = "" if stage.form.slot.is_empty else counted(stage.form.slot_length, stage.form.slot.noun)
+        slot = stage.form.slot
+        detail = "" if slot.is_empty or slot.merges else counted(stage.form.slot_length, slot.noun)
         bands.append(Band(f"stage {stage.index}", detail, begin, begin := begin + run.updates(stage)))
     return bands
 

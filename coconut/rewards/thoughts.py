@@ -160,6 +160,11 @@ def _check(lm: LatentLM, questions: Sequence[Sequence[int]], thoughts: Tensor) -
             f"{lm.reasoning.method} updates its thoughts all at once, so that none is drawn after the ones before it, "
             "and they have no probability of their own. Take a model whose thoughts are computed one after the other."
         )
+    if lm.feedback.slot.merges:
+        raise ValueError(
+            f"{lm.reasoning.method} ends its thoughts itself, and thoughts of different numbers are not rewarded. Take "
+            "a model with a set number of thoughts, such as method=coconut."
+        )
     if thoughts.dim() != 3 or len(thoughts) != len(questions) or thoughts.shape[2] != table.weight.shape[1]:
         raise ValueError(
             f"thoughts has the shape {tuple(thoughts.shape)}, with {len(questions)} questions and a hidden size of "

@@ -13,7 +13,6 @@ from coconut.config import WORDS, EngineConfig, ModelConfig, Precision, TrainCon
 from coconut.data.examples import Example
 from coconut.data.tokenization import build_word_tokenizer
 from coconut.methods import Slot
-from coconut.models.feedback import Feedback
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.loading import starting_point
 from coconut.utils.console import log
@@ -37,6 +36,7 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
                 f"{config.method} compute them one after the other. Start from a run with sequential thoughts."
             )
         lm.add_modes([form.mode for form in first.in_turn], config.model.new_token_init)
+    lm.add_rates(first.form.slot.max_group, config.model.new_token_init)
     _set_feedback(lm, first.form.slot, config)
     if lm.adapter and lora.rank and lora != lm.adapter.settings:
         raise ValueError(
@@ -66,10 +66,10 @@ def _set_feedback(lm: LatentLM, slot: Slot, config: TrainConfig) -> None:
         raise ValueError(
             f"init={config.init} has learned to think with {own.describe()}, and {config.method} has "
             f"{slot.describe()}. What differs is set by model.projector, model.projector_width, model.update, "
-            "model.iterations, model.content and its numbers, or curriculum.thoughts_per_step. Or start from a run "
-            "without thoughts."
+            "model.iterations, model.group, model.content and its numbers, or curriculum.thoughts_per_step. Or start "
+            "from a run without thoughts."
         )
-    lm.feedback = Feedback(slot, lm.thought_size).to(lm.device)
+    lm.feedback = lm.new_feedback(slot)
     lm.reasoning = replace(lm.reasoning, slot=slot)
 
 

@@ -54,7 +54,9 @@ def prepare_data(
         _refuse_without_steps(tokens, config.method, file)
     if split == "train" and any(term.at is At.answer_prompt for term in plan.terms):
         _refuse_without_answer_mark(tokens, config, file)
-    if split == "train" and any(term.spans for term in plan.terms):
+    if split == "train" and plan.stages[-1].form.slot.merges:
+        _refuse_without_chains(tokens, config.method, file)
+    elif split == "train" and any(term.spans for term in plan.terms):
         _refuse_without_spans(tokens, plan, lm, file)
     if split == "train" and any(term.objective == "steps" for term in plan.terms):
         short = _with_short_steps(tokens, plan, lm, skip, file)
@@ -101,6 +103,14 @@ def _refuse_without_steps(data: TokenizedData, method: str, file: str) -> None:
             f"{without[0] + 1}. {method} shows each example with a short answer and a long one, so that it needs a "
             "chain for each. Leave these examples out."
         )
+
+
+def _refuse_without_chains(data: TokenizedData, method: str, file: str) -> None:
+    if not (without := int((data.num_steps == 0).sum())):
+        return
+    if without == len(data):
+        raise ValueError(f"{file}: no example has a chain, and {method} makes its thoughts of chains. Take other data.")
+    log(f"note: {without:,} of {len(data):,} training examples have no chain: {method} learns not to think there.")
 
 
 def _refuse_without_answer_mark(data: TokenizedData, config: TrainConfig, file: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from coconut.config import TrainConfig
 from coconut.data.batching import Batch, epoch_batches, micro_batches
-from coconut.data.sequences import EpochView
+from coconut.data.sequences import EpochView, merged_lengths
 from coconut.engine.base import Engine, peak_memory, restore_master
 from coconut.engine.factory import make_engine
 from coconut.engine.world import World
@@ -48,7 +48,10 @@ GRADIENT_QUESTIONS = 32  # validation questions on which the gradients at the th
 
 
 def summed_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-    return module(batch.input_ids, batch.attention_mask, labels=batch.labels, min_passes=batch.passes).loss_sum
+    thoughts = module.merged_thoughts(batch.spans_RGS) if isinstance(module, LatentLM) else None
+    return module(
+        batch.input_ids, batch.attention_mask, labels=batch.labels, min_passes=batch.passes, thoughts=thoughts
+    ).loss_sum
 
 
 class Trainer:
@@ -268,7 +271,10 @@ class Trainer:
         mixed = self.plan.mixing_forms if self.plan.mixing_probability else ()
         forms = [*stage.forms_at_inference, *mixed]
         limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)
-        return replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
+        reasoning = replace(Reasoning.at(self.plan, stage, limit), format=self.config.data.format)
+        if reasoning.slot.merges and not reasoning.num_thoughts:
+            reasoning = replace(reasoning, num_thoughts=int(merged_lengths(self.train, reasoning.slot.group).max()))
+        return reasoning
 
     def resume(self) -> None:
         self.training_state.resume(self.engine)

@@ -20,7 +20,14 @@ from coconut.methods import METHODS, NOTHING, Curriculum, Cut, Mixing, Plan, Spa
 from coconut.models.passes import plan_passes
 
 SPECIAL = SpecialIds(
-    bot=90, eot=91, latent=92, pause=93, eos=1, pad=0, control={"short": 94, "think": 95, "latent_3": 96}
+    bot=90,
+    eot=91,
+    latent=92,
+    pause=93,
+    eos=1,
+    pad=0,
+    control={"short": 94, "think": 95, "latent_3": 96},
+    rates=[97, 98, 99, 100, 101],
 )
 
 
@@ -80,7 +87,7 @@ def test_processes_share_an_update_evenly(data: TokenizedData, stages: Plan, ran
         needed = 1 + (
             iterations + 1 if slot.in_parallel and thoughts and iterations else thoughts * (not slot.in_parallel)
         )
-        assert {part.passes for part in parts} == {needed}
+        assert {part.passes for part in parts} == {1 if slot.merges else needed}
 
 
 @given(data_sets(), plans(), st.integers(0, 3))
@@ -107,7 +114,7 @@ def test_stage_variants_bound_the_length_of_every_epoch(data: TokenizedData, sta
     longest = np.max([EpochView(data, still, form, SPECIAL, 0, 0).longest for form in stage_variants(stages)], axis=0)
     shown = [EpochView(data, stages, s, SPECIAL, 0, epoch).longest for s in stages.stages for epoch in range(6)]
     assert (np.max(shown, axis=0) <= longest).all()
-    if not stages.mixing_probability:
+    if not stages.mixing_probability and not stages.stages[0].form.draws_group:
         assert np.max(shown, axis=0).tolist() == longest.tolist(), "and it is shown so in one of a few epochs"
 
 
@@ -178,7 +185,12 @@ def steps_of(data: TokenizedData, index: int) -> list[list[int]]:
     return [data.tokens[start:stop].tolist() for start, stop in pairwise(bounds)]
 
 
-@given(data_sets(), st.integers(1, 6), st.sampled_from(list(Spans)), st.integers(0, 5))
+@given(
+    data_sets(),
+    st.integers(1, 6),
+    st.sampled_from([rule for rule in Spans if rule is not Spans.fixed]),
+    st.integers(0, 5),
+)
 def test_spans_divide_the_chain(data: TokenizedData, num_thoughts: int, rule: Spans, epoch: int) -> None:
     """In order and without a gap; each thought has a token as long as there are enough."""
     stages = plan("mux", Curriculum(num_thoughts=num_thoughts), options={"spans": {"spans": rule.value}})

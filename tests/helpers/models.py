@@ -146,7 +146,7 @@ def token_batch(ids: Tensor, mask: Tensor, labels: Tensor, passes: int = 1) -> B
     none = ids.new_zeros(len(ids), 0)
     count = int((labels != IGNORED).sum())
     return Batch(ids, mask, labels, ids.new_zeros(len(ids)), ids.new_full((len(ids),), -1), none, none[..., None], none,
-                 (count,), passes)  # fmt: skip
+                 none, (count,), passes)  # fmt: skip
 
 
 QUESTIONS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19, 20]]

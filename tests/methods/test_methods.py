@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from coconut.data.examples import Example
 from coconut.data.sequences import EpochView
-from coconut.data.tokenization import add_control_tokens, add_special_tokens, build_word_tokenizer, tokenize
+from coconut.data.tokenization import (
+    add_control_tokens,
+    add_rate_tokens,
+    add_special_tokens,
+    build_word_tokenizer,
+    tokenize,
+)
 from coconut.methods import (
     METHODS,
     PAUSES,
@@ -176,12 +182,16 @@ def show(view: EpochView, index: int, words: list[str]) -> list[str]:
             its = next(term for term in view.terms if term.spans)
             kind = "the states before thoughts predict" if its.at is At.before_thoughts else "the thoughts stand for"
             lines.append(f"        {kind}: {' | '.join(spans)}")
+        shown = [word.replace("\n", "\\n") for word in words]
+        if len(item.drawn) and any(term.name == "random_token" for term in view.terms):
+            lines.append(f"        of these, drawn: {' | '.join(shown[t] for t in item.drawn)}")
     return lines
 
 
 def golden_text() -> str:
     tokenizer = build_word_tokenizer(EXAMPLES)
     special = add_control_tokens(tokenizer, add_special_tokens(tokenizer), HYBRID.modes)
+    special = add_rate_tokens(tokenizer, special, max(method.slot.max_group for method in METHODS.values()))
     words = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(len(tokenizer))]
     data = tokenize(EXAMPLES, tokenizer)
     lines = [

@@ -119,8 +119,10 @@ def test_one_pass_gives_the_thoughts_of_the_loop(family: str, slot: Slot, right:
         q + [lm.special.bot] + [lm.latent_id] * n + [lm.special.eot, 9] for q, n in zip(QUESTIONS, counts, strict=True)
     ]
     ids, mask = padded(rows, right)
-    found = lm(ids, mask, return_logits=True, thoughts=fed)
-    plain = lm(ids, mask, return_logits=True, thoughts=fed, use_cache=False)
+    reads = Reads(own_thoughts=True)
+    found = lm(ids, mask, return_logits=True, thoughts=fed, reads=reads)
+    plain = lm(ids, mask, return_logits=True, thoughts=fed, reads=reads, use_cache=False)
+    torch.testing.assert_close(found.own_thoughts, plain.own_thoughts, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.logits, plain.logits, rtol=1e-9, atol=1e-9)
     for row, (question, count) in enumerate(zip(QUESTIONS, counts, strict=True)):
         prompt = torch.tensor([[*question, lm.special.bot]])
@@ -128,7 +130,7 @@ def test_one_pass_gives_the_thoughts_of_the_loop(family: str, slot: Slot, right:
             state = think(lm, prompt, torch.ones_like(prompt), k, thoughts=fed[row : row + 1]).states[0]
             torch.testing.assert_close(found.own_thoughts[row, k], lm.feedback(state), rtol=1e-9, atol=1e-9)
         assert not found.own_thoughts[row, count:].any()
-        alone = lm(torch.tensor([rows[row]]), return_logits=True, thoughts=fed[row : row + 1])
+        alone = lm(torch.tensor([rows[row]]), return_logits=True, thoughts=fed[row : row + 1], reads=reads)
         torch.testing.assert_close(alone.logits[0], found.logits[row][mask[row].bool()], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(alone.own_thoughts[0], found.own_thoughts[row], rtol=1e-9, atol=1e-9)
 
@@ -139,7 +141,7 @@ def test_own_thoughts_that_are_given_change_nothing(family: str) -> None:
     ids, mask = padded(rows)
     columns = (ids == lm.latent_id).nonzero()[:, 1].view(len(rows), K)
     own = lm(ids, mask, return_logits=True, reads=Reads(thoughts_BK=columns))
-    given = lm(ids, mask, return_logits=True, thoughts=own.thoughts)
+    given = lm(ids, mask, return_logits=True, thoughts=own.thoughts, reads=Reads(own_thoughts=True))
     is_token = mask.bool()
     torch.testing.assert_close(given.logits[is_token], own.logits[is_token], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(given.own_thoughts, own.thoughts, rtol=1e-9, atol=1e-9)
