@@ -168,8 +168,8 @@ class Slot:
             )
         if self.merges and self.content is not Content.state:
             raise ValueError(
-                f"Thoughts that are merged from the chain are predicted by a head; model.content={self.content.value} is "
-                "for thoughts that are fed back. Leave it out."
+                f"Thoughts that are merged from the chain are predicted by a head; model.content={self.content.value} "
+                "is for thoughts that are fed back. Leave it out."
             )
         if not self.merges and (self.max_group or self.scale):
             raise ValueError(

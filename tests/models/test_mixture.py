@@ -190,7 +190,7 @@ def test_the_gradient_of_a_loss_equals_finite_differences() -> None:
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * epsilon), slope, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("projector", Projector)
+@pytest.mark.parametrize("projector", [Projector.none, Projector.mlp_ln])
 def test_the_ends_of_a_fused_thought_are_coconut_and_the_mixture(projector: Projector, family: str) -> None:
     """Bit for bit; the last layer also by its number."""
     ends = [

@@ -232,7 +232,7 @@ def test_given_thoughts_are_fed_on_both_paths_and_with_padding_on_either_side(fa
                 torch.testing.assert_close(logits[row][mask[row].bool()], expected, rtol=1e-9, atol=1e-10)
         moved = lm(ids, mask, thoughts=thoughts - 1, thought_offsets=torch.ones_like(thoughts), return_logits=True)
         torch.testing.assert_close(moved.logits[mask.bool()], torch.cat(alone), rtol=1e-9, atol=1e-10)
-    with pytest.raises(ValueError, match="for 3 rows with up to 2 thoughts"):
+    with pytest.raises(ValueError, match="with 3 rows of up to 2 thoughts"):
         lm(ids, mask, thoughts=thoughts[:, :1])
 
 
