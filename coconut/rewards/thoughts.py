@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from coconut.completions.completion import refuse_too_long
+from coconut.completions.noisy_thoughts import log_density_ratio
 from coconut.data.sequences import slot_with_markers
 from coconut.generation.generate import longest_first
 from coconut.generation.thoughts import ThoughtNoise
@@ -62,9 +63,7 @@ def _log_ratios(thoughts: Tensor, model_means: Tensor, reference_means: Tensor, 
     """(N, K), float64: log p(z) / p_ref(z) of thoughts (N, K, D), which were drawn with this noise, from the means."""
     z_NKD, model_NKD, reference_NKD = (part.cpu().double() for part in (thoughts, model_means, reference_means))
     if not noise.dropout:
-        # |z - mu_ref|^2 - |z - mu|^2 as one product, which avoids cancellation of large squares
-        gaps_NKD = (model_NKD - reference_NKD) * (2 * z_NKD - model_NKD - reference_NKD)
-        return gaps_NKD.sum(-1) / (2 * noise.std**2)
+        return log_density_ratio(z_NKD, model_NKD, reference_NKD, noise.std)
     kept = 1 - noise.dropout
     dropped_NKD = math.log(noise.dropout) - (z_NKD / noise.std).square() / 2
     logs = [
