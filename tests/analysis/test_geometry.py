@@ -106,7 +106,7 @@ def test_what_does_not_apply_is_named(subject: Subject) -> None:
 
 def test_a_model_whose_thoughts_are_all_alike_is_told_apart() -> None:
     lm = memorizing_model()
-    lm.feedback.forward = lambda states: torch.ones_like(states)  # pyright: ignore
+    lm.feedback.forward = lambda states, words: torch.ones_like(states)  # pyright: ignore
     by_thought, layers = geometry(subject_of(lm))
     assert all(row["spread"] < 1e-6 for row in by_thought.rows)
     assert describe(by_thought, "thought")[0].startswith("The thoughts are the same whatever the question")

@@ -82,7 +82,7 @@ def test_a_model_that_ignores_its_thoughts_bears_any_noise_on_them() -> None:
     """Its attention is cut: what follows the thoughts does not see them."""
     lm = memorizing_model()
     ignoring = Subject(lm, TASKS["prosqa"], EXAMPLES, batch_size=16)
-    lm.feedback.forward = lambda states: torch.zeros_like(states)  # pyright: ignore
+    lm.feedback.forward = lambda states, words: torch.zeros_like(states)  # pyright: ignore
     study = noise_curves(ignoring)
     assert study.facts["dispersion"]["thoughts"] == 0.0
     own = [row["accuracy"] for row in study.rows if row["where"] == "thoughts"]

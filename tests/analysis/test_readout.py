@@ -202,7 +202,7 @@ def planted_model() -> LatentLM:
         attention.c_attn.weight[1, 32] = 1  # a letter answers
         attention.c_attn.weight[range(2, 10), range(66, 74)] = 1  # with its name
         attention.c_proj.weight.copy_(torch.eye(32))
-    lm.feedback.forward = lambda states: 4 * torch.eye(32)[0].expand_as(states)  # pyright: ignore
+    lm.feedback.forward = lambda states, words: 4 * torch.eye(32)[0].expand_as(states)  # pyright: ignore
     return lm
 
 
