@@ -190,7 +190,7 @@ def _curves(label: str, run: ComparableRun) -> list[Curve]:
 def _labels(runs: Sequence[ComparableRun]) -> list[str]:
     """How the answers of each evaluation were drawn, with the run's name if there are several, all different."""
     several = len({run.folder.resolve() for run in runs}) > 1
-    labels = [describe_sampling(run.evaluation["sampling"]) for run in runs]
+    labels = [_drawn_how(run.evaluation) for run in runs]
     if several:
         labels = [f"{run.folder.resolve().name}: {label}" for run, label in zip(runs, labels, strict=True)]
     counts = Counter(labels)
@@ -199,6 +199,13 @@ def _labels(runs: Sequence[ComparableRun]) -> list[str]:
     return [label if counts[label] == 1 else f"{label}, {run.folder}" for run, label in zip(runs, labels, strict=True)]
 
 
+def _drawn_how(evaluation: dict[str, Any]) -> str:
+    soft = evaluation.get("soft_thinking")
+    how = describe_sampling(evaluation["sampling"])
+    return f"Soft Thinking with {soft['top_k'] or 'all'} words, {how}" if soft else how
+
+
 def _samples_words_alone(run: ComparableRun) -> bool:
     sampling = run.evaluation["sampling"]
-    return bool(sampling["temperature"] and not sampling["thought_noise"] and not sampling.get("thought_dropout"))
+    changes_thoughts = sampling["thought_noise"] or sampling.get("thought_dropout")
+    return bool(sampling["temperature"] and not changes_thoughts and not run.evaluation.get("soft_thinking"))

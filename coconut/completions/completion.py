@@ -172,8 +172,14 @@ def completion_from_ids(
     """A completion from given token ids. Its log-probabilities are unknown, and set to zero.
 
     `num_thoughts`: by default those of the model. Without the end of the sequence it counts as truncated.
+    Raises ValueError for a model that ends its thoughts itself if their number is not given.
     """
     reasoning = lm.reasoning.in_mode(mode)
+    if reasoning.slot.merges and num_thoughts is None:
+        raise ValueError(
+            f"{reasoning.method} ends its thoughts itself, so that each answer needs the number of its thoughts: "
+            "num_thoughts."
+        )
     count = reasoning.num_thoughts if num_thoughts is None else num_thoughts
     has_eos = bool(completion_ids) and completion_ids[-1] == lm.special.eos
     layout = _layout(lm, question, mode, count, completion_ids, control_sampled=False)

@@ -44,6 +44,8 @@ def refuse_noise(reasoning: Reasoning, sigma: float) -> None:
         why = "the thoughts of a hybrid model's modes are fed without noise"
     elif not reasoning.slot.thinks or not reasoning.num_thoughts:
         why = "it has no latent thoughts to draw"
+    elif reasoning.slot.merges:
+        why = "it ends its thoughts itself, a decision that has no probability here"
     elif not (why := reasoning.slot.cannot_be_given):
         return
     raise ValueError(

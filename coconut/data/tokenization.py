@@ -140,7 +140,7 @@ def answer_mark_ids(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFor
     """Token ids of the text before an answer, without the white space and the tokens that reach into what follows it.
 
     A model that has learned to write answers goes on as after the whole text, whether a tokenizer joins the space to
-    the answer or not. None if the format has no mark.
+    the answer or not. Empty if the format has no mark.
     """
     before = prompt_format.answer.split("{}")[0]
     encoded = _encode(tokenizer, [before + "0"], return_offsets_mapping=True)

@@ -140,6 +140,11 @@ class EvaluateConfig:
         needs_run(self.run)
         at_least("", self, num_thoughts=0, max_new_tokens=1, batch_size=1, limit=1)
         _ = self.sampling
+        if self.reward and self.soft:
+            raise ValueError(
+                f"reward={self.reward} and soft_thinking are both given: a reward model reads a chain of words, and "
+                "Soft Thinking writes none. Leave one out."
+            )
         if self.reward and self.samples == 1:
             raise ValueError(f"reward={self.reward} chooses among several answers: set samples, for example to 8.")
         if self.reward and self.suite.sets:

@@ -35,8 +35,8 @@ class Generated:
     `tokens` (B, N): new tokens, padded at their end. `lengths` (B,): without the end-of-sequence token. `truncated`
     (B,): whether the limit ended the answer. `num_thoughts` (B,): latent thoughts before it. `passes` (B,): sequential
     forward passes, for the prompt, thoughts, tokens, and a hybrid model's choice. `thoughts` (B, K, D): what was fed as
-    thoughts, zero after a row's last. `thought_means` (B, K, D): of noisy thoughts, what the noise was added to; None
-    without noise. `modes`: the mode of each answer of a hybrid model, otherwise empty texts.
+    thoughts, zero after a row's last. `thought_means` (B, K, D): of noisy thoughts, the model's own before noise and
+    dropout; None without noise. `modes`: the mode of each answer of a hybrid model, otherwise empty texts.
     `mode_log_probs`: its log-probability, None where it was forced. `log_probs`, with log_probs=True: of each answer's
     tokens, including the end of the sequence, in float32. `expected`, with log_probs=True for a model with gates: of
     each answer (G, D), what they mixed into its first G words; its other words were fed as they are.
@@ -96,8 +96,8 @@ def generate(
     the thoughts of each row after at least one and at most `num_thoughts` of them (`think`). `thought_noise`: the
     standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed.
     `thought_dropout`: the probability with which each of their numbers is dropped before that (`ThoughtNoise`). With
-    either, every answer has its own thoughts, and the thoughts that were fed are returned, with their means before
-    both. With noise their log-probability is known (coconut.completions.noisy_thoughts).
+    either, every answer has its own thoughts, and the thoughts that were fed are returned. With noise so are the
+    model's own before both, and their log-probability is known (coconut.completions.noisy_thoughts).
 
     Soft Thinking. With `soft_thinking` a model that writes its chain is fed mixtures of words in its place. The mark of
     the answer is then given: it stands in `texts`, and not among the `tokens`. These thoughts are counted and returned

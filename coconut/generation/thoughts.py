@@ -24,7 +24,7 @@ class ThoughtState:
     """The state after prompts and their thoughts.
 
     The cache, the thoughts (B, K, D) that were fed, how many of them each row has (B,), the last hidden states (B, D),
-    `means` (B, K, D), the thoughts without their noise, and what a thought would be made of (B, E)
+    `means` (B, K, D), the thoughts before noise and dropout, and what a thought would be made of (B, E)
     (`LatentLM.source_states`).
     """
 

@@ -197,6 +197,11 @@ class CoconutLM(TemplateLM):
                 "This model mixes what it expected into the words that it writes, so that a given continuation has no "
                 "probability of its own. Choose tasks whose answers are generated."
             )
+        if reasoning.slot.merges and self.num_thoughts is None:
+            raise ValueError(
+                f"{reasoning.method} ends its thoughts itself, so that a given continuation stands after no fixed "
+                "number of them. Add num_thoughts=N to --model_args, or choose tasks whose answers are generated."
+            )
         count = reasoning.num_thoughts if self.num_thoughts is None else self.num_thoughts
         control = [self.lm.special.control[self.mode]] if self.mode else []
         slot = [*control, *slot_with_markers(reasoning, self.lm.special, count).tolist()]

@@ -171,10 +171,10 @@ class Slot:
                 f"Thoughts that are merged from the chain are predicted by a head; model.content={self.content.value} "
                 "is for thoughts that are fed back. Leave it out."
             )
-        if not self.merges and (self.max_group or self.scale):
+        if not self.merges and (self.max_group or self.scale or self.pooling is not Pooling.sqrt):
             raise ValueError(
-                "model.max_group and model.thought_scale are for thoughts that are merged from the chain (method=colar "
-                "or c_mtp). Leave them out."
+                "model.max_group, model.pooling and model.thought_scale are for thoughts that are merged from the "
+                "chain (method=colar or c_mtp). Leave them out."
             )
         if self.merges and self.max_group and not 1 <= self.group <= self.max_group:
             raise ValueError(f"model.group is {self.group}; it must be between 1 and model.max_group={self.max_group}.")
@@ -183,8 +183,13 @@ class Slot:
                 f"model.max_group={self.max_group} draws groups of several sizes, and the head multi_token predicts "
                 "groups of one. Set model.max_group=0."
             )
-        if self.scale < 0 or (self.scale and self.projector is not Projector.gaussian):
-            raise ValueError(f"model.thought_scale is {self.scale}; it must be above 0, and needs the head gaussian.")
+        if self.scale < 0:
+            raise ValueError(f"model.thought_scale is {self.scale}; it must be above 0.")
+        if self.scale and self.projector is not Projector.gaussian:
+            raise ValueError(
+                f"model.thought_scale={self.scale} is for the head gaussian, and this one is {self.projector}. Leave "
+                "it out."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Slot:
@@ -256,8 +261,12 @@ class Slot:
         projector = "no projector" if self.projector is Projector.none else f"the projector {self.projector.value}"
         projector += f" of width {self.width}" if self.width else ""
         if self.merges:
-            drawn = f"1 to {self.max_group}" if self.max_group else str(self.group)
-            return f"{projector}, merged from {drawn} tokens by {self.pooling}"
+            drawn = (
+                f"1 to {self.max_group} tokens, in generation {self.group},"
+                if self.max_group
+                else f"{self.group} tokens"
+            )
+            return f"{projector}, merged from {drawn} by {self.pooling}"
         if not self.in_parallel:
             return projector
         each = f" for every {self.iterations_per} thoughts" if self.iterations_per > 1 else ""

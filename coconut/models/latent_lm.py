@@ -106,8 +106,14 @@ class LatentLM(nn.Module):
         """Make it a hybrid model, whose first token chooses one of these modes (coconut.methods.parse_mode).
 
         Missing control tokens are added, with embeddings that start from `init`. Raises ValueError for an unknown mode,
-        or if tokens are missing and the model has LoRA, whose added tokens are fixed.
+        if tokens are missing and the model has LoRA, whose added tokens are fixed, or if a mode has thoughts and the
+        model's are predicted by a head.
         """
+        if self.feedback.slot.merges and any(parse_mode(name).slot.thinks for name in modes):
+            raise ValueError(
+                f"Modes with thoughts feed hidden states back, and {self.reasoning.method} predicts its thoughts by a "
+                "head. Start from another model, or leave these modes out."
+            )
         missing = [parse_mode(name).token for name in modes if name not in self.special.control]
         if missing and self.adapter:
             raise ValueError(f"This model has LoRA, and no rows for {', '.join(missing)}. Merge it first: lm.merged().")
@@ -243,12 +249,11 @@ class LatentLM(nn.Module):
         label of a column is its own token, or -100 where there is no target. A label on the first token of a row is not
         counted: no hidden state precedes it. `use_cache=False` takes the recomputing path. The batch takes at least
         `min_passes` passes: processes that share a model must run equally many. `reads`: what else is wanted.
-        `thoughts` (B, K, D): fed in place of the model's own, in one pass; a row's first one at its first thought.
         `thought_offsets` (B, K, D): added to the thoughts of each row as they are fed; where thoughts are updated all
         at once, to what the last iteration has made of them. The gradient of the loss with respect to zeros here is
         that with respect to the thoughts. Thoughts that are never updated are pauses, and nothing is added to them.
-        `thoughts` (B, K, D): fed in place of the model's own. All are known, so that everything takes one pass, or
-        `min_passes`.
+        `thoughts` (B, K, D): fed in place of the model's own, a row's first one at its first thought. All are known, so
+        that everything takes one pass, or `min_passes`.
         `expected` (B, T, D): the expected embeddings that the model's gates mix into the words of these columns; where
         it is zero a word is fed as it is.
 

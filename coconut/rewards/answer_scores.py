@@ -77,6 +77,8 @@ def load_scorer(config: EvaluateConfig, lm: LatentLM, world: World) -> AnswerRew
         return None
     reference = reference_of(config.reward)
     settings, reward_lm = read_config(config.reward), load_model(config.reward, "best", config.engine, world)
+    if config.rate is not None and reward_lm.reasoning.slot.max_group:
+        reward_lm.reasoning = reward_lm.reasoning.at_rate(config.rate)
     ours, its = lm.reasoning, reward_lm.reasoning
     pairs = {
         "vocabularies": (lm.tokenizer.get_vocab(), reward_lm.tokenizer.get_vocab()),

@@ -28,5 +28,6 @@ class RatioStatistics:
         self.parts.clear()
         row = {}
         for name, (log_ratio, clipped, count) in zip(("thought", "word"), sums_23.tolist(), strict=True):
-            row |= {f"{name}_log_ratio": log_ratio / count, f"{name}_clipped": clipped / count}
+            if count:
+                row |= {f"{name}_log_ratio": log_ratio / count, f"{name}_clipped": clipped / count}
         return row

@@ -297,4 +297,4 @@ def describe_gates(settings: dict[str, Any] | None) -> str:
     if not (settings and settings["enabled"]):
         return "none"
     rates = f"learning rates {settings['lr']:g} and, of Lambda, {settings['lambda_lr']:g}"
-    return f"keep {settings['min']:g} to {settings['max']:g} of a word at first; {rates}"
+    return f"new ones keep {settings['min']:g} to {settings['max']:g} of a word at first; {rates}"

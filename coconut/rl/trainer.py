@@ -36,7 +36,7 @@ from coconut.engine.world import World
 from coconut.evaluation.gold_answers import read_back, warn_of_limit
 from coconut.methods import GatedWords
 from coconut.models.latent_lm import LatentLM
-from coconut.rl.config import RLConfig
+from coconut.rl.config import GatesConfig, RLConfig
 from coconut.rl.gate_statistics import gate_statistics
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
 from coconut.rl.mode_routing import collect_outcomes, metrics_by_steps, mode_metrics, predict_in_each_mode
@@ -117,6 +117,12 @@ class PolicyTrainer:
             raise ValueError(f"init={self.config.init} mixes what it expects into its words. Set gates.enabled=true.")
         if not gates.enabled:
             return
+        starts_elsewhere = (gates.min, gates.max) != (GatesConfig.min, GatesConfig.max)
+        if lm.gates and starts_elsewhere and not self.training_state.resume_from:
+            raise ValueError(
+                f"gates.min={gates.min:g} and gates.max={gates.max:g} say where new gates start, and init="
+                f"{self.config.init} has gates, which are trained further. Leave them out."
+            )
         if not lm.gates:
             with seeded(self.config.seed):
                 lm.add_gates(gates.min, gates.max)

@@ -30,10 +30,12 @@ def make_model(config: TrainConfig, examples: list[Example]) -> LatentLM:
     lora = config.model.lora
     first = config.plan().stages[0]
     if first.in_turn:
-        if lm.feedback.slot.in_parallel:
+        own = lm.feedback.slot
+        if own.in_parallel or own.merges:
+            how = "merges its thoughts from the chain" if own.merges else "computes its thoughts all at once"
             raise ValueError(
-                f"{source} computes its thoughts all at once ({lm.feedback.slot.describe()}), and the modes of "
-                f"{config.method} compute them one after the other. Start from a run with sequential thoughts."
+                f"{source} {how} ({own.describe()}), and the modes of {config.method} feed hidden states back, one "
+                "after the other. Start from a run with sequential thoughts."
             )
         lm.add_modes([form.mode for form in first.in_turn], config.model.new_token_init)
     lm.add_rates(first.form.slot.max_group, config.model.new_token_init)

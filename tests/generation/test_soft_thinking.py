@@ -190,6 +190,8 @@ def test_settings_are_checked_and_named() -> None:
         SoftThinking(max_thoughts=3, temperature=0.0)
     with pytest.raises(ValueError, match=r"soft_thinking=.* and policy=p are both given"):
         GenerateConfig(run="r", policy="p", soft_thinking=ONE_WORD)
+    with pytest.raises(ValueError, match="reward=w and soft_thinking are both given"):
+        EvaluateConfig(run="r", reward="w", samples=4, temperature=1.0, soft_thinking=ONE_WORD)
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -204,3 +206,6 @@ def test_what_cannot_be_is_refused() -> None:
     lm = build("gpt2", slot=NOTHING, markers=False, format=MARKED)
     with pytest.raises(ValueError, match="prefix_ids and soft_thinking"):
         lm.generate(ids, soft_thinking=ONE_WORD, prefix_ids=ids)
+    lm.add_gates(0.9, 0.99)
+    with pytest.raises(ValueError, match="this model's gates mix into those"):
+        lm.generate(ids, soft_thinking=ONE_WORD)

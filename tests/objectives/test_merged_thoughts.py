@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from helpers.models import build, in_float64, padded, rows_of
 from torch import Tensor
 
+from coconut.completions.completion import completion_from_ids
+from coconut.completions.noisy_thoughts import refuse_noise
 from coconut.data.batching import Batch, micro_batches
 from coconut.data.examples import Example
 from coconut.data.sequences import EpochView, Layout, merged_lengths, stage_variants
@@ -21,6 +23,7 @@ from coconut.engine.base import TermSums
 from coconut.engine.world import World
 from coconut.generation.thoughts import think
 from coconut.methods import (
+    Content,
     Curriculum,
     Plan,
     Pooling,
@@ -315,6 +318,17 @@ def test_a_limit_of_thoughts_and_given_ones_are_kept() -> None:
         lm.generate(ids, mask, stop=lambda thoughts: thoughts[:, 0] > 0)
 
 
+def test_what_needs_a_fixed_number_of_thoughts_is_refused() -> None:
+    lm = generating("colar")
+    with pytest.raises(ValueError, match=r"thought_noise=0\.1 is not for .*: it ends its thoughts itself"):
+        refuse_noise(lm.reasoning, 0.1)
+    with pytest.raises(ValueError, match="each answer needs the number of its thoughts"):
+        completion_from_ids(lm, QUESTIONS[0], [7], text="")
+    assert completion_from_ids(lm, QUESTIONS[0], [7], text="", num_thoughts=2).num_thoughts == 2
+    with pytest.raises(ValueError, match="predicts its thoughts by a head"):
+        lm.add_modes(["think", "latent_2"])
+
+
 def test_the_rate_is_said_in_the_prompt() -> None:
     lm = generating("colar")
     assert lm.reasoning.slot.group == 2
@@ -382,7 +396,10 @@ def test_the_scale_is_the_tables_deviation_unless_given() -> None:
         ("colar", {"update": Update.sequential}, {}, "Take method=colar or c_mtp"),
         ("colar", {"group": 6}, {}, "group is 6; it must be between 1 and model.max_group=5"),
         ("c_mtp", {"max_group": 3}, {}, "the head multi_token predicts groups of one"),
-        ("c_mtp", {"scale": 0.1}, {}, "thought_scale is 0.1"),
+        ("c_mtp", {"scale": 0.1}, {}, "thought_scale=0.1 is for the head gaussian"),
+        ("colar", {"scale": -0.1}, {}, "thought_scale is -0.1"),
+        ("coconut", {"pooling": Pooling.mean}, {}, "are for thoughts that are merged from the chain"),
+        ("colar", {"content": Content.mixture}, {}, "is for thoughts that are fed back"),
         ("codi", {"max_group": 3}, {}, "are for thoughts that are merged from the chain"),
         ("colar", {}, {"latent": EVEN, "random_token": EVEN}, "does not fit colar, which needs fixed"),
         ("mux", {}, {"spans": {"spans": "fixed"}}, "spans=fixed does not fit mux"),

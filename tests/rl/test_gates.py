@@ -552,6 +552,8 @@ def test_gated_runs_are_refused_by_name(made: Made, finished: Path, tmp_path: Pa
         GatesConfig(min=0.9, max=0.5)
     with pytest.raises(ValueError, match=r"Set gates.enabled=true"):
         run(settings((finished, made[1]), tmp_path / "none", gates=GatesConfig()))
+    with pytest.raises(ValueError, match=r"gates.min=0.5 .* has gates, which are trained further"):
+        run(settings((finished, made[1]), tmp_path / "none", gates=GatesConfig(enabled=True, min=0.5)))
 
 
 @pytest.mark.parametrize("name", ["hrpo_laptop", "hrpo_qwen"])

@@ -26,7 +26,7 @@ from helpers.runs import (
 )
 
 from coconut import LatentLM
-from coconut.analysis.config import AnalyzeConfig, TableConfig
+from coconut.analysis.config import AnalyzeConfig, Part, TableConfig
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
@@ -417,6 +417,8 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "reinforcement learning" in page
     assert "How it learned" in page
+    with pytest.raises(ValueError, match="was trained by coconut rl, and parts are measured on runs of coconut train"):
+        analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU, parts=[Part.noise]))
 
 
 def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(finished: Path, made: Made, tmp_path: Path) -> None:
