@@ -157,7 +157,7 @@ def verdict(studies: Studies, of: str, *, above_chance: bool | None = None) -> V
         return Verdict("chance", "Nothing can be said: the accuracy is not clearly above chance.", findings)
     kind, headline = (of, WITHOUT_THOUGHTS[of]) if of in WITHOUT_THOUGHTS else _of_thoughts(studies, findings)
     if any(found.name == SHORTCUTS and found.speaks is False for found in findings):
-        headline += " It relies on a shortcut of its data, too."
+        headline += f" {'It' if kind == 'unmeasured' else 'Besides, it'} relies on a shortcut of its data."
     return Verdict(kind, headline, findings)
 
 
@@ -165,7 +165,7 @@ def _of_thoughts(studies: Studies, findings: list[Finding]) -> tuple[str, str]:
     """The kind and the headline for a model with thoughts that is above chance, or not known to be at it."""
     exchanged = next((found for found in findings if found.name == EXCHANGE), None)
     if exchanged is None:
-        return "unmeasured", "Whether the thoughts are used was not measured; parts=[audit_thoughts] would say."
+        return "unmeasured", "Whether the thoughts are used was not measured (audit_thoughts)."
     if exchanged.speaks is False:
         return "unused", "The thoughts are hardly used: with those of another question about as many answers are right."
     if exchanged.speaks is None:

@@ -47,6 +47,8 @@ def describe_settings(reasoning: Reasoning, config: EvaluateConfig) -> str:
     """A phrase with the method, its stage, and the number of thoughts."""
     count = reasoning.num_thoughts if config.num_thoughts is None else config.num_thoughts
     slot = "" if reasoning.slot.is_empty else f", {count} {reasoning.slot.noun}{'s' * (count != 1)}"
+    if reasoning.slot.merges:
+        slot = f", at most {count} thoughts of {reasoning.slot.group} words each"
     soft = f", Soft Thinking with at most {config.soft.max_thoughts} thoughts" if config.soft else ""
     return f"{reasoning.method}, stage {reasoning.stage}{slot}{soft}"
 

@@ -129,8 +129,12 @@ class Reasoning:
         The most thoughts are changed in proportion. Raises ValueError if the model was not trained with such thoughts.
         """
         if not 1 <= group <= self.slot.max_group:
-            trained = f"rates 1 to {self.slot.max_group}" if self.slot.max_group else "one rate or none"
-            raise ValueError(f"rate is {group}, and {self.method} was trained with {trained}. Leave it out.")
+            trained = f"{self.method} has none. Leave it out"
+            if self.slot.merges:
+                trained = f"{self.method} was trained at rate {self.slot.group} alone. Leave it out"
+            if self.slot.max_group:
+                trained = f"{self.method} was trained with rates 1 to {self.slot.max_group}. Take one of them"
+            raise ValueError(f"rate={group} is for models that were trained at several rates, and {trained}.")
         most = -(-self.num_thoughts * self.slot.group // group)
         return replace(self, slot=replace(self.slot, group=group), num_thoughts=most)
 

@@ -105,12 +105,12 @@ def html(compared: SampledComparison, folder: Path) -> str:
         parts += [Text(f"Differences to {compared.baseline}, in percentage points:")]
         parts += [Table(OF_DIFFERENCES, difference_rows(compared), 5)]
     what = [
-        [label, str(run.folder), run.name, f"{run.evaluation['step']:,}",
+        [label, f"{run.folder.name}: {run.name}", f"{run.evaluation['step']:,}",
          f"{run.evaluation['count'] * run.evaluation['sampling']['samples']:,}", f"{run.evaluation['passes']:.1f}",
          percent(run.evaluation["sampling"]["unreadable"]), percent(run.evaluation["truncated"])]
         for label, run in zip(compared.labels, compared.runs, strict=True)
     ]  # fmt: skip
-    columns = ["label", "run", "evaluation", "update", "answers", "passes an answer", "unreadable", "truncated"]
+    columns = ["label", "run and evaluation", "update", "answers", "passes an answer", "unreadable", "truncated"]
     provenance = [Table(columns, what, 5), Text("The command for this page:"), Code(compared.command)]
     sections = [
         Section("table", None, [*parts, Text(NOTE)]),

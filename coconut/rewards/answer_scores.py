@@ -77,6 +77,11 @@ def load_scorer(config: EvaluateConfig, lm: LatentLM, world: World) -> AnswerRew
         return None
     reference = reference_of(config.reward)
     settings, reward_lm = read_config(config.reward), load_model(config.reward, "best", config.engine, world)
+    if lm.gates:
+        raise ValueError(
+            f"reward={config.reward}: {config.run} mixes what it expected into the words of its chain, and a reward "
+            "model reads words alone. Leave reward out."
+        )
     if config.rate is not None and reward_lm.reasoning.slot.max_group:
         reward_lm.reasoning = reward_lm.reasoning.at_rate(config.rate)
     ours, its = lm.reasoning, reward_lm.reasoning

@@ -149,6 +149,11 @@ def headline(run: RunRecord) -> Section:
         parts.append(Text(f"Not complete: step {run.step:,} of {run.config['num_steps']:,}."))
     if routers := run.studies.get("routers"):
         parts += router_parts(routers)
+    elif run.test:
+        test = run.evaluations[run.test]
+        what = f"on {describe_questions(test['count'], test.get('seen'))}"
+        parts.append(Score(test["accuracy"], what, test["interval"], test["chance_accuracy"]))
+        parts.append(Text(f"With the checkpoint of step {test['step']:,}."))
     elif run.valid:
         last = run.valid[-1]
         parts.append(Text(f"After step {last['step']:,}: {percent(last['accuracy'])} of the validation questions, "

@@ -193,5 +193,5 @@ def test_shortcuts_are_sorted_by_their_intervals_and_spoil_the_verdict() -> None
     assert verdict({"shortcuts": study}, "thoughts", above_chance=False).headline.endswith("above chance.")
     spoiled = verdict({**studies("step_by_step"), "shortcuts": study}, "thoughts")
     assert spoiled.kind == "sequence"
-    assert spoiled.headline.endswith("It relies on a shortcut of its data, too.")
+    assert spoiled.headline.endswith("Besides, it relies on a shortcut of its data.")
     assert next(each for each in spoiled.findings if each.name == SHORTCUTS).speaks is False

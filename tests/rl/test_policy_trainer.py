@@ -35,8 +35,10 @@ from coconut.data.examples import Example
 from coconut.engine.process_group import init_distributed
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
+from coconut.export import run as export
 from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
+from coconut.hub.config import ExportConfig
 from coconut.methods import Curriculum, Unit
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.trainer import REFERENCE, run
@@ -412,11 +414,14 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     data, curriculum = graph_files(tmp_path, 16, 4, 4), Curriculum(length_unit=Unit.updates, total_length=41)
     assert run_training(small_run(tmp_path / "warm", data, method="coconut", curriculum=curriculum)) == 0
     assert run(settings((tmp_path / "warm", data), tmp_path / "run", num_steps=2, reward=RewardConfig())) == 0
-    run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), checkpoint="last"))
+    run_evaluate(EvaluateConfig(run=str(tmp_path / "run")))
     assert analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU)) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "reinforcement learning" in page
     assert "How it learned" in page
+    assert "With the checkpoint of step" in page
+    assert export(ExportConfig(run=str(tmp_path / "run"), output=str(tmp_path / "out"))) == 0
+    assert "of 2 of reinforcement learning" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="was trained by coconut rl, and parts are measured on runs of coconut train"):
         analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU, parts=[Part.noise]))
 
