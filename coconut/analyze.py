@@ -36,11 +36,6 @@ def run(config: AnalyzeConfig) -> int:
         if studies := examine_choices(config, record):
             write_studies(record, {study.name: study for study in studies})
             log(policies.on_screen(studies[0]))
-    elif config.parts and policies.is_policy(record):
-        raise ValueError(
-            f"{config.run} was trained by coconut rl, and parts are measured on runs of coconut train. Leave parts "
-            "out: its page then has what there is of a policy."
-        )
     elif config.parts or (config.parts is None and not policies.is_policy(record) and record.best):
         write_studies(record, examine(config, record))
         log(f"Data and pictures: {record.folder / FOLDER}")

@@ -32,8 +32,14 @@ def examine(config: AnalyzeConfig, record: RunRecord) -> dict[str, Study]:
     """Carry out the studies of a run. Gives all its studies, by name.
 
     With config.parts, earlier studies of the same update and questions are kept, and a part that does not apply to
-    the run raises ValueError. Without, parts that do not apply are left out with a message.
+    the run raises ValueError. Without, parts that do not apply are left out with a message. Raises ValueError for a
+    run of coconut rl, too.
     """
+    if "method" not in record.config:
+        raise ValueError(
+            f"{config.run} was trained by coconut rl, and parts are measured on runs of coconut train. Leave parts "
+            "out: its page then has what there is of a policy."
+        )
     try:
         path = file_of_split(record.config["data"], "test", config.data)
     except FileNotFoundError as error:
