@@ -221,7 +221,8 @@ def describe_samples(result: SampledResult) -> str:
     """The result as aligned lines of text."""
     of, (_, *shared) = result.sampling, describe(result).split("\n")
     answers = result.count * of.samples
-    first = f"{of.samples} answers to each of {result.count} questions, {100 * result.accuracy:.1f} % of them right"
+    right = f"{100 * result.accuracy:.1f} % of them right"
+    first = f"{of.samples} answer{'s' * (of.samples != 1)} to each of {result.count} questions, {right}"
     totals = f"{of.total_passes:,} forward passes, {of.total_thoughts:,} thoughts, {of.total_new_tokens:,} text tokens"
     if of.scoring_passes:
         totals += f", {of.scoring_passes:,} forward passes for rewards"
@@ -262,7 +263,7 @@ def _refuse_noise(reasoning: Reasoning, num_thoughts: int | None, sampling: Samp
     name = "thought_noise" if sampling.thought_noise else "thought_dropout"
     given = f"{name}={getattr(sampling, name)}"
     if reasoning.modes or not reasoning.slot.thinks:
-        why = "its modes think without noise" if reasoning.modes else "it has no latent thoughts to make noisy"
+        why = "its modes think without noise" if reasoning.modes else "it has no latent thoughts to change"
         raise ValueError(f"{given} is not for {reasoning.method}: {why}. Set temperature instead.")
     if not (reasoning.num_thoughts if num_thoughts is None else num_thoughts):
         here = f"stage {reasoning.stage}" if num_thoughts is None else "num_thoughts=0"

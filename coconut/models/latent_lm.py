@@ -166,7 +166,7 @@ class LatentLM(nn.Module):
             raise ValueError("This model has gates already. Train them further, or start from a model without them.")
         slot, modes = self.reasoning.slot, self.reasoning.modes
         if modes or not slot.is_empty:
-            what = f"chooses among the modes {', '.join(modes)}" if modes else f"has a slot that holds {slot.noun}"
+            what = f"chooses among the modes {', '.join(modes)}" if modes else f"has a slot that holds {slot.noun}s"
             raise ValueError(
                 f"Gates mix what a model expects into the words of its chain, and this one {what}. Start from a model "
                 "that writes its chain, such as one of coconut train method=cot."

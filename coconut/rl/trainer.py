@@ -195,6 +195,7 @@ class PolicyTrainer:
             f"{config.group_size} completions each, "
             f"{'on-policy' if config.on_policy else f'learned from in {updates} updates'}"
             + (f", thoughts drawn with noise {config.thought_noise:g}" if config.thought_noise else "")
+            + (", words mixed with what was expected (gates)" if config.gates.enabled else "")
         )
         log(
             f"{len(self.train):,} training and {len(self.valid):,} validation questions, "

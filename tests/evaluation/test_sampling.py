@@ -179,7 +179,7 @@ def test_modes_of_a_hybrid_model_are_sampled() -> None:
 
 def test_noise_needs_thoughts() -> None:
     noise = Sampling(2, thought_noise=0.5)
-    with pytest.raises(ValueError, match=r"thought_noise=0\.5 is not for pause: it has no latent thoughts"):
+    with pytest.raises(ValueError, match=r"thought_noise=0\.5 is not for pause: it has no latent thoughts to change"):
         evaluate_samples(model(slot=PAUSES, method="pause"), TASK, EXAMPLES, noise)
     with pytest.raises(ValueError, match=r"thought_noise=0\.5 is not for .*: its modes think without noise"):
         evaluate_samples(hybrid(), TASK, EXAMPLES, noise)

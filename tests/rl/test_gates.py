@@ -266,7 +266,7 @@ def test_saved_gates_are_read_back(tmp_path: Path) -> None:
 def test_gates_are_refused_where_they_cannot_work() -> None:
     with pytest.raises(ValueError, match="has gates already"):
         gated().add_gates()
-    with pytest.raises(ValueError, match="a slot that holds thought"):
+    with pytest.raises(ValueError, match="a slot that holds thoughts"):
         build("llama", num_thoughts=2).add_gates()
     with pytest.raises(ValueError, match=r"no text before \{\} to know it by"):
         build("llama", slot=NOTHING, markers=False, format=PromptFormat(answer="{}")).add_gates()
