@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,29 @@ NOT_SETTINGS = ("name", "seed", "method", "curriculum.start_stage")
 class ComparableRun:
     """A run that may be compared with others, and one of its evaluations.
 
-    `name` and `evaluation`: NAME and the contents of evaluation/NAME.json. `settings`: everything that determines the
-    run except method and seed, by dotted keys. `updates_before`: updates of the runs from which its weights were
-    initialized.
-    `questions`: (text, gold answer) of each question. `correct_Q`: whether each was answered correctly.
+    `name` and `evaluation`: NAME and the contents of evaluation/NAME.json. `questions`: (text, gold answer) of each
+    question. `correct_Q`: whether each was answered correctly.
     """
 
     record: RunRecord
     name: str
     evaluation: dict[str, Any]
-    settings: dict[str, Any]
-    updates_before: int
     questions: list[tuple[str, str]]
     correct_Q: np.ndarray
 
     @property
     def folder(self) -> Path:
         return self.record.folder
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines a run of coconut train except method and seed, by dotted keys."""
+        return _settings(self.record.config, self.record.description)
+
+    @cached_property
+    def updates_before(self) -> int:
+        """The updates of the runs from which its weights were initialized."""
+        return sum(step for step, _ in earlier_runs(self.record))
 
     @property
     def method(self) -> str:
@@ -142,7 +149,7 @@ def sampled_evaluations(names: Sequence[str], pattern: str) -> list[ComparableRu
 def _complete_runs(names: Sequence[str]) -> list[RunRecord]:
     """Read runs. Raises ValueError for those that are not complete."""
     records = [read_run(folder) for folder in expand_patterns(names)]
-    steps = [(record, record.step, record.description["updates"]) for record in records]
+    steps = [(record, record.step, record.total) for record in records]
     _refuse(
         [f"{record.folder}: update {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
         "not complete, so the final accuracy is not known",
@@ -177,9 +184,7 @@ def _comparable(record: RunRecord, name: str) -> ComparableRun:
         )
     questions = [(row["question"], row["gold"]) for row in rows]
     correct_Q = np.array([row["correct"] for row in rows], dtype=bool)
-    settings = _settings(record.config, record.description)
-    updates_before = sum(step for step, _ in earlier_runs(record))
-    return ComparableRun(record, name, evaluation, settings, updates_before, questions, correct_Q)
+    return ComparableRun(record, name, evaluation, questions, correct_Q)
 
 
 def predictions_file(record: RunRecord, name: str) -> Path:

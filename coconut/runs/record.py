@@ -46,6 +46,11 @@ class RunRecord:
         return max((row["step"] for row in self.train), default=0)
 
     @property
+    def total(self) -> int:
+        """The updates of the whole run; for a policy the steps."""
+        return self.description["updates" if "updates" in self.description else "num_steps"]
+
+    @property
     def best(self) -> dict[str, Any] | None:
         """The validation of the best checkpoint, which is chosen in the last stage."""
         stage = self.stages[-1]

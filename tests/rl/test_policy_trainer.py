@@ -26,6 +26,7 @@ from helpers.runs import (
 )
 
 from coconut import LatentLM
+from coconut.analysis.comparable_runs import sampled_evaluations
 from coconut.analysis.config import AnalyzeConfig, Part, TableConfig
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
@@ -420,6 +421,8 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     assert "reinforcement learning" in page
     assert "How it learned" in page
     assert "With the checkpoint of step" in page
+    run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), samples=2, temperature=1.0))
+    assert len(sampled_evaluations([str(tmp_path / "run")], "test-samples-2*")) == 1
     assert export(ExportConfig(run=str(tmp_path / "run"), output=str(tmp_path / "out"))) == 0
     assert "of 2 of reinforcement learning" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="was trained by coconut rl, and parts are measured on runs of coconut train"):
