@@ -27,17 +27,19 @@ Row = dict[str, Any]
 def parts(run: RunRecord, bands: Sequence[Band]) -> list[Part]:
     """Chart, sentences and numbers; nothing for a run without thoughts."""
     stages = [rows for stage in run.stages if (rows := rows_of_stage(run.valid, stage))]
-    if not any(_values(row, key) for rows in stages for row in rows for key in (GRADIENT, DRIFT)):
+    drawn = [key for key in (GRADIENT, DRIFT) if any(_values(row, key) for rows in stages for row in rows)]
+    if not drawn:
         return []
     slot = run.stages[-1].form.slot
     fed = "as the last iteration has made them" if slot.in_parallel else "as they are fed"
-    caption = (
-        f"Above: the norm of the gradient of the loss with respect to the thoughts {fed}, the mean over some "
-        "validation questions. The loss is that of the written tokens alone. Below: how far the thoughts of the same "
-        "questions have moved since the validation before, as a share of their norm. A stage begins anew: the places "
-        f"of the thoughts mean other things in it. At most {len(SHADES)} thoughts are drawn, the first and the last "
-        "among them."
-    )
+    of_key = {
+        GRADIENT: f"Gradient: the norm of that of the loss with respect to the thoughts {fed}, the mean over some "
+        "validation questions. The loss is that of the written tokens alone.",
+        DRIFT: "Drift: how far the thoughts of the same questions have moved since the validation before, as a share "
+        "of their norm. A stage begins anew: the places of the thoughts mean other things in it.",
+    }
+    most = f"At most {len(SHADES)} thoughts are drawn, the first and the last among them."
+    caption = " ".join([*(of_key[key] for key in drawn), most])
     rows = [_numbers(run, rows[-1]) for rows in stages if _values(rows[-1], GRADIENT) or _values(rows[-1], DRIFT)]
     columns = ["stage", "update", "gradient at the first thought", "at the last", "ratio", "95 % interval", "drift"]
     alt = "Gradient norms and drift of each thought over updates; the numbers are in the table below."
