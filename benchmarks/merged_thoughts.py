@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.baselines import Size, make_model
-from benchmarks.parallel_thoughts import print_medians
+from benchmarks.parallel_thoughts import numbers_of, print_medians
 from benchmarks.run import in_turn
 from coconut.data.batching import Batch, micro_batches
 from coconut.data.sequences import EpochView
@@ -53,13 +53,7 @@ def update(module: TrainingModel, batch: Batch) -> None:
 
 
 def main(arguments: Iterable[str]) -> None:
-    settings = {"rows": 32, "rounds": 5, "layers": 2}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < 1:
-            sys.exit(f"{argument!r} is not KEY=NUMBER with one of {', '.join(settings)}.")
-        settings[key] = int(value)
-    rows, rounds, layers = settings.values()
+    rows, rounds, layers = numbers_of(arguments, rows=32, rounds=5, layers=2)
     keep_freed_memory()
     torch.manual_seed(0)
     print(f"An update of {rows} rows, GPT-2 of {layers} x 768, {STEPS} steps of {STEP} tokens")

@@ -40,14 +40,18 @@ def print_medians(times: dict[str, list[float]], baseline: str, notes: dict[str,
         print(f"  {name:<22} {1000 * statistics.median(spent):8.0f} ms   {ratio:.2f} of {baseline}{note}", flush=True)
 
 
-def main(arguments: Iterable[str]) -> None:
-    settings = {"thoughts": 24, "iterations": 3, "rounds": 5}
+def numbers_of(arguments: Iterable[str], **defaults: int) -> list[int]:
+    """The values of KEY=NUMBER arguments, in the order of the defaults. Exits if one is not among them or below 1."""
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < 1:
-            sys.exit(f"{argument!r} is not KEY=NUMBER with one of {', '.join(settings)}.")
-        settings[key] = int(value)
-    thoughts, iterations, rounds = settings.values()
+        if key not in defaults or not value.isdecimal() or int(value) < 1:
+            sys.exit(f"{argument!r} is not KEY=NUMBER with one of {', '.join(defaults)}.")
+        defaults[key] = int(value)
+    return list(defaults.values())
+
+
+def main(arguments: Iterable[str]) -> None:
+    thoughts, iterations, rounds = numbers_of(arguments, thoughts=24, iterations=3, rounds=5)
     keep_freed_memory()
     at_once = Slot(Source.thought, update=Update.jacobi, iterations=iterations)
     slots = {f"Jacobi, T={iterations}": at_once, "in sequence": THOUGHTS}
