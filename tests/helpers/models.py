@@ -114,6 +114,19 @@ def step(lm: LatentLM, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]
     return loss.detach(), gradients(lm)
 
 
+def summed_step(lm: LatentLM, batch: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss of a batch, and its gradients. `options`: those of forward."""
+    lm.zero_grad(set_to_none=True)
+    loss = lm(**batch, **options).loss_sum
+    loss.backward()
+    return loss.detach(), gradients(lm)
+
+
+def same_step(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> bool:
+    """Whether losses and gradients of two steps agree in float64."""
+    return bool((one[0] - other[0]).abs() < 1e-9) and relative(one[1], other[1]) < 1e-8
+
+
 def assert_same(
     ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], tolerance: float = 1e-9
 ) -> None:

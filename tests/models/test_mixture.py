@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
-from helpers.models import QUESTIONS, build, by_recomputation, gradients, mixed_batch, padded, relative, rows_of
+from helpers.models import (
+    QUESTIONS,
+    build,
+    by_recomputation,
+    gradients,
+    mixed_batch,
+    padded,
+    relative,
+    rows_of,
+    same_step,
+    summed_step,
+)
 from torch import Tensor
 
 from coconut import LatentLM
@@ -45,17 +56,6 @@ SLOTS = [
     replace(FUSED, layer=1, top_k=4, update=Update.jacobi, iterations=2),
     replace(MIXTURE, update=Update.loop, iterations=2),
 ]
-
-
-def step(lm: LatentLM, batch: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    lm.zero_grad(set_to_none=True)
-    loss = lm(**batch, **options).loss_sum
-    loss.backward()
-    return loss.detach(), gradients(lm)
-
-
-def same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> bool:
-    return bool((one[0] - other[0]).abs() < 1e-9) and relative(one[1], other[1]) < 1e-8
 
 
 def batch_for(lm: LatentLM) -> dict[str, Tensor]:
@@ -116,14 +116,14 @@ def test_both_paths_equal_a_flat_reading(slot: Slot, family: str) -> None:
     loss = torch.stack([slow_loss(lm, *row) for row in rows]).sum()
     loss.backward()
     expected = loss.detach(), gradients(lm)
-    assert same(step(lm, batch), expected)
-    assert same(step(lm, batch, use_cache=False), expected)
-    assert same(step(lm, batch, min_passes=6), expected)
+    assert same_step(summed_step(lm, batch), expected)
+    assert same_step(summed_step(lm, batch, use_cache=False), expected)
+    assert same_step(summed_step(lm, batch, min_passes=6), expected)
     lm.acceleration.mechanisms = frozenset()
-    assert same(step(lm, batch), expected)
+    assert same_step(summed_step(lm, batch), expected)
     lm.acceleration.mechanisms = frozenset(MECHANISMS)
     lm.acceleration.activation_checkpointing = True
-    assert same(step(lm.train(), batch), expected)
+    assert same_step(summed_step(lm.train(), batch), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -133,7 +133,7 @@ def test_both_paths_are_equal_in_every_family(family: Family) -> None:
     lm = LatentLM.from_base(base, new_tokenizer(), reasoning=Reasoning(slot=replace(FUSED, top_k=4, layer=-1)))
     lm.to(base.dtype).eval()
     batch = batch_for(lm)
-    (loss, found), (other_loss, others) = step(lm, batch), step(lm, batch, use_cache=False)
+    (loss, found), (other_loss, others) = summed_step(lm, batch), summed_step(lm, batch, use_cache=False)
     assert torch.allclose(loss, other_loss, rtol=1e-5)
     assert relative(found, others) < 1e-4
     [[thought_D]] = lm.generate(torch.tensor([[5, 6, 7]]), num_thoughts=1, max_new_tokens=1).thoughts
@@ -174,7 +174,7 @@ class _Mixed(torch.nn.Module):
 def test_the_gradient_of_a_loss_equals_finite_differences() -> None:
     lm = build("llama", slot=SLOTS[2])
     batch = batch_for(lm)
-    _, found = step(lm, batch)
+    _, found = summed_step(lm, batch)
     random = torch.Generator().manual_seed(2)
     weights = dict(lm.named_parameters())
     pad = lm.special.pad
@@ -200,7 +200,7 @@ def test_the_ends_of_a_fused_thought_are_coconut_and_the_mixture(projector: Proj
     batch = mixed_batch(build(family))
     for slots in ends:
         models = [build(family, torch.float32, slot=replace(slot, projector=projector)) for slot in slots]
-        (loss, found), (other_loss, others) = (step(lm, batch) for lm in models)
+        (loss, found), (other_loss, others) = (summed_step(lm, batch) for lm in models)
         assert torch.equal(loss, other_loss)
         assert found.keys() == others.keys()
         assert all(torch.equal(gradient, others[name]) for name, gradient in found.items())
@@ -214,9 +214,9 @@ def test_as_many_iterations_as_thoughts_are_sequential_thoughts(content: Slot) -
     parallel = build("gpt2", slot=replace(content, update=Update.jacobi, iterations=3))
     sequential = build("gpt2", slot=content)
     batch = batch_for(parallel)
-    assert same(step(parallel, batch), step(sequential, batch))
+    assert same_step(summed_step(parallel, batch), summed_step(sequential, batch))
     fewer = build("gpt2", slot=replace(content, update=Update.jacobi, iterations=1))
-    assert not same(step(fewer, batch), step(sequential, batch))
+    assert not same_step(summed_step(fewer, batch), summed_step(sequential, batch))
 
 
 @pytest.mark.parametrize("slot", SLOTS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
-from helpers.models import build, gradients, relative
+from helpers.models import build, gradients, relative, same_step, summed_step
 from torch import Tensor
 
 from coconut import LatentLM
@@ -64,17 +64,6 @@ def questions_of(lm: LatentLM) -> tuple[Tensor, Tensor]:
     return batch["input_ids"], batch["attention_mask"]
 
 
-def step(lm: LatentLM, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    lm.zero_grad(set_to_none=True)
-    loss = lm(**batch, **options).loss_sum
-    loss.backward()
-    return loss.detach(), gradients(lm)
-
-
-def same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> bool:
-    return bool((one[0] - other[0]).abs() < 1e-9) and relative(one[1], other[1]) < 1e-8
-
-
 @pytest.mark.parametrize(("family", "slot"), CASES)
 def test_both_paths_equal_a_flat_reading(family: str, slot: Slot) -> None:
     """The flat reading takes one row at a time, without padding, cache or plan."""
@@ -104,13 +93,13 @@ def test_both_paths_equal_a_flat_reading(family: str, slot: Slot) -> None:
     loss.backward()
     expected = loss.detach(), gradients(lm)
     for left in (True, False):
-        assert same(step(lm, batch_of(rows, left)), expected)
-        assert same(step(lm, batch_of(rows, left), use_cache=False), expected)
+        assert same_step(summed_step(lm, batch_of(rows, left)), expected)
+        assert same_step(summed_step(lm, batch_of(rows, left), use_cache=False), expected)
     lm.acceleration.mechanisms = frozenset()
-    assert same(step(lm, batch_of(rows)), expected)
+    assert same_step(summed_step(lm, batch_of(rows)), expected)
     lm.acceleration.mechanisms = frozenset(MECHANISMS)
     lm.acceleration.activation_checkpointing = True
-    assert same(step(lm.train(), batch_of(rows)), expected)
+    assert same_step(summed_step(lm.train(), batch_of(rows)), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -120,7 +109,7 @@ def test_both_paths_are_equal_in_every_family(family: Family) -> None:
     reasoning = Reasoning(slot=Slot(Source.thought, Projector.mlp_ln, update=Update.jacobi, iterations=2))
     lm = LatentLM.from_base(base, new_tokenizer(), reasoning=reasoning).to(base.dtype).eval()
     batch = batch_of(rows_of(lm))
-    (loss, found), (other_loss, others) = step(lm, batch), step(lm, batch, use_cache=False)
+    (loss, found), (other_loss, others) = summed_step(lm, batch), summed_step(lm, batch, use_cache=False)
     assert torch.allclose(loss, other_loss, rtol=1e-5)
     assert relative(found, others) < 1e-4
 
@@ -131,13 +120,13 @@ def test_as_many_iterations_as_thoughts_are_sequential_thoughts(projector: Proje
     parallel = build("gpt2", slot=Slot(Source.thought, projector, update=Update.jacobi, iterations=4), num_thoughts=4)
     sequential = build("gpt2", slot=Slot(Source.thought, projector), num_thoughts=4)
     batch = batch_of(rows_of(parallel))
-    assert same(step(parallel, batch), step(sequential, batch))
+    assert same_step(summed_step(parallel, batch), summed_step(sequential, batch))
     questions = questions_of(parallel)
     answers = [lm.generate(*questions, max_new_tokens=8) for lm in (parallel, sequential)]
     assert answers[0].texts == answers[1].texts
     assert torch.allclose(torch.stack(list(answers[0].thoughts)), torch.stack(list(answers[1].thoughts)), atol=1e-6)
     one_fewer = build("gpt2", slot=replace(parallel.reasoning.slot, iterations=3), num_thoughts=4)
-    assert not same(step(one_fewer, batch), step(sequential, batch))
+    assert not same_step(summed_step(one_fewer, batch), summed_step(sequential, batch))
 
 
 @pytest.mark.parametrize("update", [Update.jacobi, Update.loop])
@@ -150,25 +139,27 @@ def test_without_iterations_they_are_pauses(update: Update) -> None:
             table[model.special.pause] = table[model.latent_id]
     batch = batch_of(rows_of(lm))
     paused = {**batch, "input_ids": batch["input_ids"].where(batch["input_ids"] != lm.latent_id, lm.special.pause)}
-    one, other = step(lm, batch), step(pauses, paused)
+    one, other = summed_step(lm, batch), summed_step(pauses, paused)
     for found in (one[1], other[1]):  # the rows of the two tokens exchange their gradients
         name = next(name for name in found if "embed_tokens" in name)
         found[name][lm.special.pause] = found[name][[lm.special.pause, lm.latent_id]].sum(0)
         found[name][lm.latent_id] = 0
-    assert same(one, other)
+    assert same_step(one, other)
 
 
 @pytest.mark.parametrize("slot", [CASES[1][1], CASES[4][1]])
 def test_a_row_alone_gives_the_same_and_more_passes_change_nothing(slot: Slot) -> None:
     lm = build("gpt2", slot=slot, num_thoughts=3)
     rows = rows_of(lm)
-    whole = step(lm, batch_of(rows))
-    parts = [step(lm, batch_of([row]), min_passes=passes) for row, passes in zip(rows, (1, 5, 5, 1), strict=True)]
+    whole = summed_step(lm, batch_of(rows))
+    parts = [
+        summed_step(lm, batch_of([row]), min_passes=passes) for row, passes in zip(rows, (1, 5, 5, 1), strict=True)
+    ]
     summed = {
         name: torch.stack([part.get(name, torch.zeros_like(total)) for _, part in parts]).sum(0)
         for name, total in whole[1].items()
     }
-    assert same(whole, (torch.stack([loss for loss, _ in parts]).sum(), summed))
+    assert same_step(whole, (torch.stack([loss for loss, _ in parts]).sum(), summed))
     ids_BT, mask_BT = questions_of(lm)
     together = lm.generate(ids_BT, mask_BT, max_new_tokens=6)
     for row, (ids_T, mask_T) in enumerate(zip(ids_BT, mask_BT, strict=True)):
