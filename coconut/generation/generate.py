@@ -92,12 +92,12 @@ def generate(
 
     Thoughts. The prompt format and the number of thoughts come from `lm.reasoning`; `num_thoughts` overrides the
     number, for all questions or (B,) for each. Where a model ends its thoughts itself (CoLaR, C-MTP), it is the most.
-    `thoughts` (B, K, D) are fed in place of the model's own. `stop` ends
-    the thoughts of each row after at least one and at most `num_thoughts` of them (`think`). `thought_noise`: the
-    standard deviation of Gaussian noise that is added to the model's own thoughts before they are fed.
-    `thought_dropout`: the probability with which each of their numbers is dropped before that (`ThoughtNoise`). With
-    either, every answer has its own thoughts, and the thoughts that were fed are returned. With noise so are the
-    model's own before both, and their log-probability is known (coconut.completions.noisy_thoughts).
+    `thoughts` (B, K, D) are fed in place of the model's own. `stop` ends the thoughts of each row after at least one
+    and at most `num_thoughts` of them (`think`). `thought_noise`: the standard deviation of Gaussian noise that is
+    added to the model's own thoughts before they are fed. `thought_dropout`: the probability with which each of their
+    numbers is dropped before that (`ThoughtNoise`). With either, every answer has its own thoughts, and the thoughts
+    that were fed are returned. With noise so are the model's own before both, and their log-probability is known
+    (coconut.completions.noisy_thoughts).
 
     Soft Thinking. With `soft_thinking` a model that writes its chain is fed mixtures of words in its place. The mark of
     the answer is then given: it stands in `texts`, and not among the `tokens`. These thoughts are counted and returned

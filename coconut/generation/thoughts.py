@@ -116,20 +116,17 @@ def think(
     thinking_B = torch.ones_like(is_token_BT[:, 0])
     counts_B = torch.zeros_like(positions_BT[:, 0])
     drawn = noise.draw(random_keys, num_thoughts, embeds_BTD.shape[2]) if noise and random_keys is not None else None
-    ends_itself = lm.feedback.slot.merges and thoughts is None
+    ending = soft
+    if lm.feedback.slot.merges and thoughts is None:
+        ending = lm.ending_thoughts
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):
-        soft_BD, ended_B = None, None
-        if soft is not None:
-            soft_BD, ended_B = soft(lm.last_states(last_BE))
-        elif ends_itself:
-            ended_B = lm.feedback.ends(lm.last_states(last_BE), lm)
-        if ended_B is not None:
+        if ending is not None:
+            next_BD, ended_B = ending(lm.last_states(last_BE))
             thinking_B = thinking_B & ~ended_B
             if not thinking_B.any():
                 break
-        if soft_BD is not None:
-            fed_BKD = soft_BD[:, None]
+            fed_BKD = next_BD[:, None]
         else:
             fed_BKD = lm.thought(last_BE)[:, None] if thoughts is None else thoughts[:, k : k + width]
         fed_BKD = fed_BKD.to(embeds_BTD)

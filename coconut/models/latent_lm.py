@@ -535,6 +535,10 @@ class LatentLM(nn.Module):
             return self.feedback(mixture_D)
         return self.feedback(of_state * source_states[..., : self.thought_size] + of_mixture * mixture_D)
 
+    def ending_thoughts(self, states_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The next thoughts (B, D) of a model that ends them itself, and which rows have ended before them (B,)."""
+        return self.thought(states_BD), self.feedback.ends(states_BD, self)
+
     def source_states(
         self, embeds: Tensor, mask: Any, position_ids: Tensor, cache: Any = None, *, num_skipped: int = 0
     ) -> Tensor:
