@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from coconut.config import TrainConfig, identity
+from coconut.config import RunConfig, TrainConfig, identity
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen
 from coconut.methods import Curriculum, Unit, plan
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config
@@ -51,8 +51,9 @@ class ComparableRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that determines a run of coconut train except method and seed, by dotted keys."""
-        return _settings(self.record.config, self.record.description)
+        """Everything that determines a run except method, objective and seed, by dotted keys."""
+        settings = _policy_settings if self.record.is_policy else _settings
+        return settings(self.record.config, self.record.description)
 
     @cached_property
     def updates_before(self) -> int:
@@ -61,7 +62,15 @@ class ComparableRun:
 
     @property
     def method(self) -> str:
-        return self.record.config["method"]
+        """The method of its training; of a policy, that of the model from which it began."""
+        record = self.record
+        return record.description["reasoning"]["method"] if record.is_policy else record.config["method"]
+
+    @property
+    def trained_as(self) -> str:
+        """The method, and how its policy was trained if it is one, as a label."""
+        record = self.record
+        return f"{self.method} + {record.config['objective']['name']}" if record.is_policy else self.method
 
     @property
     def seed(self) -> int:
@@ -70,7 +79,7 @@ class ComparableRun:
     @property
     def updates(self) -> int:
         """All updates of the weights, with `updates_before`."""
-        return self.updates_before + self.record.description["updates"]
+        return self.updates_before + self.record.updates_done
 
 
 def natural_key(text: str) -> list[Any]:
@@ -281,6 +290,28 @@ def _settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, 
     return settings
 
 
+def _policy_settings(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """Everything that determines a policy except its model's method, its objective's name and the seed.
+
+    Its starting point is identified by the settings of the run that trained it, and by its update if one was named.
+    """
+    determining, init = identity(config, RunConfig), description["init"]
+    step, folder = _checkpoint(init)
+    if step and (folder / DESCRIPTION).is_file() and (folder / CONFIG).is_file():
+        earlier, about = read_config(folder), read_json(folder / DESCRIPTION)
+        of_run = _policy_settings if "objective" in earlier else _settings
+        named = [step] if _checkpoint(str(config["init"]))[0] else []
+        init = _digest([earlier.get("method"), *named, of_run(earlier, about)])
+    data = {key: determining["data"][key] for key in ("task", "too_long", "unreadable")}
+    data |= {split: row["sha256"][:12] for split, row in description["data"].items()}
+    settings = _flatten(determining | {"data": data, "init": init})
+    return {key: value for key, value in settings.items() if key not in (*NOT_SETTINGS, "objective.name")}
+
+
+def _digest(identifying: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | None, int]:
     """The origin of the initial weights, None if all stages of the curriculum were trained; and the total length."""
     curriculum, init = config["curriculum"], description["init"]
@@ -294,8 +325,7 @@ def _origin(config: dict[str, Any], description: dict[str, Any]) -> tuple[str | 
     length = total + step if curriculum["length_unit"] == Unit.updates else total
     if earlier["method"] == config["method"] and step == _skipped_updates(config["method"], curriculum):
         return None, length
-    identifying = [earlier["method"], step, _settings(earlier, read_json(folder / DESCRIPTION))]
-    digest = hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:8]
+    digest = _digest([earlier["method"], step, _settings(earlier, read_json(folder / DESCRIPTION))])
     return f"{earlier['method']}, update {step}, {digest}", length
 
 

@@ -108,43 +108,44 @@ def indistinguishable(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[li
 
 
 def grouped(runs: Sequence[ComparableRun]) -> list[Group]:
-    """Group runs by method and settings, in the order of METHODS.
+    """Group runs by method and settings, in the order of METHODS; policies come after the runs of their method.
 
     Groups of one method are labelled with the settings in which they differ. Raises ValueError if two runs have the
     same method, settings and seed.
     """
     runs_of: dict[str, list[ComparableRun]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
-        runs_of[json.dumps([run.method, run.settings], sort_keys=True)].append(run)
+        runs_of[json.dumps([run.trained_as, run.settings], sort_keys=True)].append(run)
     for alike in runs_of.values():
         for one, other in pairwise(alike):
             if one.seed == other.seed:
                 raise ValueError(
-                    f"{one.folder} and {other.folder} are the same run made twice: {one.method} with the same settings "
-                    f"and seed={one.seed}. Name only one of them."
+                    f"{one.folder} and {other.folder} are the same run made twice: {one.trained_as} with the same "
+                    f"settings and seed={one.seed}. Name only one of them."
                 )
-    groups = []
-    for method in METHODS:
-        of_method = [runs_of[key] for key in sorted(runs_of, key=natural_key) if runs_of[key][0].method == method]
-        labels = _labels(method, [alike[0].settings for alike in of_method])
-        groups += map(Group, labels, of_method)
+    groups, order = [], list(METHODS)
+    kinds = {run.trained_as: order.index(run.method) for run in runs}
+    for kind in sorted(kinds, key=lambda kind: (kinds[kind], kind)):
+        of_kind = [runs_of[key] for key in sorted(runs_of, key=natural_key) if runs_of[key][0].trained_as == kind]
+        labels = _labels(kind, [alike[0].settings for alike in of_kind])
+        groups += map(Group, labels, of_kind)
     return groups
 
 
-def _labels(method: str, settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each group of a method: the method and, if there are several, the settings in which they differ.
+def _labels(kind: str, settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each group of a kind: the kind and, if there are several, the settings in which they differ.
 
     If more than SHOWN_KEYS keys differ, only those are shown, in order, that distinguish more groups.
     """
     if len(settings) < 2:
-        return [method] * len(settings)
+        return [kind] * len(settings)
     keys, shortened = differing(settings), ""
     if len(keys) > SHOWN_KEYS:
         rows = [[json.dumps(each.get(key)) for key in keys] for each in settings]
         kinds = [len({tuple(row[:i]) for row in rows}) for i in range(len(keys) + 1)]  # told apart by the first i keys
         keys, shortened = [key for key, (less, more) in zip(keys, pairwise(kinds), strict=True) if more > less], ", ..."
     shown = [", ".join(f"{key}={each.get(key)}" for key in keys) for each in settings]
-    return [f"{method} ({text}{shortened})" for text in shown]
+    return [f"{kind} ({text}{shortened})" for text in shown]
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

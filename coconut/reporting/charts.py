@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,9 +181,7 @@ def metrics_over_passes(rows: Sequence[dict[str, Any]], width: float) -> Figure:
     """
     metrics, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("metric", "label"))
     columns = 1 if width < NARROW else len(metrics)
-    entry_width = 28 + 5.3 * max(map(len, labels))
-    in_line = max(1, int((width - 20) // entry_width))
-    legend = 8 + 15 * -(-len(labels) // in_line)
+    legend, in_line = _room_for_legend(labels, width)
     figure, axes_of_panels = _grid(
         len(metrics), width, columns, 170, top=24, bottom=34, gap=38, legend=legend, margin=0
     )
@@ -203,9 +202,37 @@ def metrics_over_passes(rows: Sequence[dict[str, Any]], width: float) -> Figure:
         axes.set_xlabel("forward passes a question", loc="right")
     handles = [axes_of_panels[0].plot([], [], color=LIGHT[colour], marker="o", markersize=4, linewidth=1.2)[0]
                for colour, _ in zip(EVALUATION_COLOURS, labels, strict=False)]  # fmt: skip
+    _legend_of_runs(figure, handles, labels, in_line)
+    return figure
+
+
+@styled()
+def curves_of_groups(groups: Mapping[str, Sequence[Sequence[tuple[float, float]]]], unit: str, width: float) -> Figure:
+    """Curves on one scale over what `unit` names: a line for each curve, and a colour for each group."""
+    legend, in_line = _room_for_legend(list(groups), width)
+    figure = new_figure(width, legend + 196)
+    axes, handles = panel(figure, 40, legend + 20, width - 54, 136), []
+    for colour, curves in zip(cycle(EVALUATION_COLOURS), groups.values(), strict=False):
+        lines = [axes.plot(*zip(*curve, strict=True), color=LIGHT[colour], marker="o", markersize=4, linewidth=1.2)[0]
+                 for curve in curves]  # fmt: skip
+        handles.append(lines[0])
+    axes.set_xlim(0)
+    axes.set_xlabel(unit, loc="right")
+    axes.xaxis.set_major_locator(whole_ticks(8))
+    _legend_of_runs(figure, handles, list(groups), in_line)
+    return figure
+
+
+def _room_for_legend(labels: Sequence[str], width: float) -> tuple[int, int]:
+    """The height in points of a legend above all panels, and how many of its entries fit in a line."""
+    in_line = max(1, int((width - 20) // (28 + 5.3 * max(map(len, labels)))))
+    return 8 + 15 * -(-len(labels) // in_line), in_line
+
+
+def _legend_of_runs(figure: Figure, handles: Sequence[Any], labels: Sequence[str], in_line: int) -> None:
+    width, _ = figure.get_size_inches() * 72
     figure.legend(handles, labels, ncols=in_line, loc="upper left", bbox_to_anchor=(8 / width, 1), handlelength=1.2,
                   columnspacing=1.4, handletextpad=0.5, borderaxespad=0.4)  # fmt: skip
-    return figure
 
 
 def line_with_intervals(

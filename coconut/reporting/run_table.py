@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -165,18 +165,18 @@ def _run_facts(group: Group, run: ComparableRun) -> dict[str, Any]:
     description = run.record.description
     return {
         "group": group.label, "run": str(run.folder), "seed": run.seed, "checkpoint": run.evaluation["step"],
-        "accuracy": run.evaluation["accuracy"], "correct": run.evaluation["correct"], "updates": description["updates"],
-        "updates_before": run.updates_before, "init": description["init"], "data": description["data"],
-        "sessions": description["sessions"],
+        "accuracy": run.evaluation["accuracy"], "correct": run.evaluation["correct"],
+        "updates": run.record.updates_done, "updates_before": run.updates_before, "init": description["init"],
+        "data": description["data"], "sessions": description["sessions"],
     }  # fmt: skip
 
 
 # The page.
 
 
-def html(compared: Comparison, folder: Path) -> str:
-    """The table as an HTML page that loads no other file. `folder`: the folder of the runs."""
-    sections = [section(compared) for section in (headline, table, differences, provenance)]
+def html(compared: Comparison, folder: Path, more: Sequence[Section] = ()) -> str:
+    """The table as an HTML page that loads no other file, with `more` sections. `folder`: the folder of the runs."""
+    sections = [headline(compared), table(compared), differences(compared), *more, provenance(compared)]
     title, subject = counted(len(compared.groups), "method"), counted(len(compared.runs), "run")
     return page(title, subject, f"on {compared.questions}", folder, sections, kicker="table of runs")
 
@@ -261,7 +261,7 @@ def provenance(compared: Comparison, sets: Mapping[str, Comparison] | None = Non
 
 
 def _run_row(label: str, run: ComparableRun) -> list[str]:
-    updates = f"{run.record.description['updates']:,}"
+    updates = f"{run.record.updates_done:,}"
     if origin := run.record.description["init"]:
         updates = f"{run.updates_before:,} of {Path(origin).parent.parent.name} + {updates}"
     return [str(run.folder), label, str(run.seed), updates, f"{run.evaluation['step']:,}"]
@@ -311,12 +311,12 @@ def accuracies(compared: Comparison, width: float) -> Drawing:
 # The command.
 
 
-def run(config: TableConfig) -> int:
-    """Compare runs and write the table in all forms. Gives the exit status."""
+def run(config: TableConfig, more: Callable[[Comparison], Sequence[Section]] = lambda compared: ()) -> int:
+    """Compare runs and write the table in all forms; the page gets the sections of `more`. Gives the exit status."""
     compared = compare(config)
     of_runs = common_folder([run.folder for run in compared.runs])
     folder = output_folder(config, of_runs)
-    texts = {"table.md": markdown(compared), "table.html": html(compared, of_runs)}
+    texts = {"table.md": markdown(compared), "table.html": html(compared, of_runs, more(compared))}
     study(compared).write(folder)
     for name, text in texts.items():
         write_text(folder / name, text)

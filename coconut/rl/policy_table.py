@@ -1,4 +1,4 @@
-"""A table of several policies: their modes, rewards and accuracies, and their learning curves."""
+"""A table of several policies that choose their modes: modes, rewards and accuracies, and learning curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.reporting import run_table, sampled_table, suite_table
 from coconut.reporting.page import Heading, Part, Section, Table, Text, page
 from coconut.reporting.phrases import percent
-from coconut.rl.report import curves_figure, is_policy, mode_legend
+from coconut.rl.report import curves_figure, is_policy, mode_legend, modes_of
+from coconut.rl.training_comparison import training_sections
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study
 from coconut.utils.console import log
@@ -25,25 +26,19 @@ SEED = re.compile(r"-seed\d+$")
 
 
 def write_table(config: TableConfig) -> int:
-    """Write the table of policies, or that of supervised runs if none is a policy. Gives the exit status.
+    """Write the table of runs, supervised ones or policies. Gives the exit status.
 
-    With `sampled` it is the comparison of sampled evaluations, of runs of either kind.
-    Raises ValueError if there are runs of both kinds.
+    If all are policies that choose their modes, it is the table of their modes. With `sampled` it is the comparison of
+    sampled evaluations.
     """
     if config.sampled:
         return sampled_table.run(config)
+    if config.suite.sets:
+        return suite_table.run(config)
     run_folders = expand_patterns(config.runs)
     records = [read_run(folder) for folder in run_folders]
-    kinds = [is_policy(record) for record in records]
-    if not any(kinds):
-        return suite_table.run(config) if config.suite.sets else run_table.run(config)
-    if config.suite.sets:
-        raise ValueError(
-            f"suite={config.suite.name} compares supervised runs, and {records[kinds.index(True)].folder} is none."
-        )
-    if not all(kinds):
-        pair = records[kinds.index(True)].folder, records[kinds.index(False)].folder
-        raise ValueError(f"{pair[0]} was trained by reward and {pair[1]} was not. Make a table for each kind.")
+    if not all(is_policy(record) and modes_of(record) for record in records):
+        return run_table.run(config, training_sections)
     study = comparison(records)
     folder = run_table.output_folder(config, run_table.common_folder(run_folders))
     study.write(folder)

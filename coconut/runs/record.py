@@ -51,8 +51,20 @@ class RunRecord:
         return self.description["updates" if "updates" in self.description else "num_steps"]
 
     @property
+    def is_policy(self) -> bool:
+        """Whether it was trained by reward (coconut rl)."""
+        return "objective" in self.config
+
+    @property
+    def updates_done(self) -> int:
+        """The updates of the weights; a policy may have several in a step."""
+        return sum(row["updates"] for row in self.train) if self.is_policy else self.step
+
+    @property
     def best(self) -> dict[str, Any] | None:
-        """The validation of the best checkpoint, which is chosen in the last stage."""
+        """The validation of the best checkpoint: chosen in the last stage, or of a policy by the reward."""
+        if self.is_policy:
+            return max(self.valid, key=lambda row: row["reward"], default=None)
         stage = self.stages[-1]
         rows = rows_of_stage(self.valid, stage)
         return max(rows, key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]), default=None)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers.html import Loads, words
 from helpers.models import build, shift_weights
-from helpers.runs import composed, graph_files, graph_rows, small_run
+from helpers.runs import composed, graph_files, graph_rows, score, small_run
 from scipy.stats import binomtest
 
 from coconut import evaluate
@@ -311,15 +311,6 @@ def test_suites_compose(name: str) -> None:
     table = composed("run_table", TableConfig, ["runs=[x]", f"suite={name}", f"~suite.sets.{last}"])
     assert list(table.suite.sets) == others
     assert composed("evaluate", EvaluateConfig, ["run=x"]).suite == SuiteConfig()
-
-
-def score(run: Path, name: str, right: list[int]) -> None:
-    """Let exactly these answers of a set be right."""
-    file = run / "evaluation" / f"{name}.predictions.jsonl"
-    rows = [json.loads(line) | {"correct": i in right} for i, line in enumerate(file.read_text().splitlines())]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run / "evaluation" / f"{name}.json"
-    write_json(result, {**read_json(result), "correct": len(right), "accuracy": len(right) / len(rows)})
 
 
 def mcnemar(a: list[int], b: list[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -205,3 +206,12 @@ class Launched:
         status = self.process.wait(timeout=120)
         assert not any(alive(pid) for pid in workers), "a worker was left behind"
         return status
+
+
+def score(run: Path, name: str, right: list[int]) -> None:
+    """Let exactly these answers of an evaluation be right."""
+    file = run / "evaluation" / f"{name}.predictions.jsonl"
+    rows = [json.loads(line) | {"correct": i in right} for i, line in enumerate(file.read_text().splitlines())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run / "evaluation" / f"{name}.json"
+    write_json(result, {**read_json(result), "correct": len(right), "accuracy": len(right) / len(rows)})

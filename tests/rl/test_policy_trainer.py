@@ -21,6 +21,7 @@ from helpers.runs import (
     rows_of_kind,
     same_end,
     saved_as,
+    score,
     small_run,
     trained,
 )
@@ -28,6 +29,7 @@ from helpers.runs import (
 from coconut import LatentLM
 from coconut.analysis.comparable_runs import sampled_evaluations
 from coconut.analysis.config import AnalyzeConfig, Part, TableConfig
+from coconut.analysis.run_comparison import compare as compare_runs
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
@@ -41,10 +43,13 @@ from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig
 from coconut.hub.config import ExportConfig
 from coconut.methods import Curriculum, Unit
+from coconut.reporting.run_table import html
 from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.trainer import REFERENCE, run
+from coconut.rl.training_comparison import training_cost
 from coconut.runs.checkpoints import Checkpoints, load_state
 from coconut.runs.loading import starting_point
+from coconut.runs.record import read_run
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
@@ -429,8 +434,55 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
         analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU, parts=[Part.noise]))
 
 
-def test_policy_comparison_refuses_other_kinds_and_unanalyzed_runs(finished: Path, made: Made, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trained by reward and .* was not\. Make a table for each kind"):
+def test_policies_and_the_models_they_began_from_share_a_table(tmp_path: Path) -> None:
+    """Numbers of the table and its page against those read off the runs' files by hand."""
+    data = graph_files(tmp_path, 16, 8, 12)
+    curriculum = Curriculum(length_unit=Unit.updates, total_length=41)
+    began, runs = {"cot": ["cot-seed0", "cot-seed1"], "coconut": ["coconut-seed0"]}, []
+    for method, names in began.items():
+        for seed, name in enumerate(names):
+            start = small_run(tmp_path / name, data, method=method, curriculum=curriculum, seed=seed)
+            assert run_training(start) == 0
+            policies = {"words": {}} if method == "cot" else {"thoughts": {}, "noisy": {"thought_noise": 0.5}}
+            for policy, changes in policies.items():
+                folder = tmp_path / f"{policy}-seed{seed}"
+                config = settings((tmp_path / name, data), folder, num_steps=2, reward=RewardConfig(), **changes)
+                assert run(replace(config, seed=seed, num_minibatches=2)) == 0
+                runs.append(folder)
+            runs.append(tmp_path / name)
+    right = {
+        "cot-seed0": [0, 1, 2], "cot-seed1": [1, 2], "words-seed0": [0, 1, 2, 3, 4], "words-seed1": [*range(9)],
+        "coconut-seed0": [7], "thoughts-seed0": [7, 8], "noisy-seed0": [1, 3, 5, 7, 9, 11],
+    }  # fmt: skip
+    for folder in runs:
+        run_evaluate(EvaluateConfig(run=str(folder)))
+        score(folder, "test", right[folder.name])
+    assert compare(TableConfig(runs=[*map(str, runs)])) == 0
+    found = read_json(tmp_path / "table.json")
+    rows = {row["method"]: row for row in found["rows"]}
+    noisy, exact = (f"coconut + degrpo (thought_noise={noise})" for noise in (0.5, 0.0))
+    assert list(rows) == ["coconut", exact, noisy, "cot", "cot + degrpo"]
+    assert [row["seeds"] for row in rows.values()] == ["0", "0", "0", "0, 1", "0, 1"]
+    assert [row["accuracy"] for row in rows.values()] == pytest.approx([1 / 12, 2 / 12, 6 / 12, 5 / 24, 14 / 24])
+    pairs = {(pair["a"], pair["b"]): pair["difference"] for pair in found["facts"]["pairs"]}
+    assert len(pairs) == 10
+    assert pairs["cot + degrpo", "cot"] == pytest.approx(9 / 24)
+    assert pairs["cot + degrpo", noisy] == pytest.approx(-1 / 12), "on seed 0, which both have"
+    steps = [read_json(tmp_path / f"words-seed{seed}" / "run.json")["init"][-7:] for seed in (0, 1)]
+    assert rows["cot + degrpo"]["updates"] == sum(map(int, steps)) / 2 + 4
+    train, valid = (rows_of_kind(tmp_path / "noisy-seed0", kind) for kind in ("train", "valid"))
+    completions, passes, updates, seconds, first, best = training_cost(read_run(tmp_path / "noisy-seed0"))
+    assert (completions, updates, first) == (2 * 4 * 4, 4, valid[0]["reward"])
+    assert (passes, seconds) == (16 * sum(row["passes"] for row in train), sum(row["seconds"] for row in train))
+    assert best == max(row["reward"] for row in valid)
+    page = (tmp_path / "table.html").read_text()
+    for words in ("How the policies were trained", "reward at first", f"{passes:,.0f}", noisy):
+        assert words in page
+    assert "How the policies" not in html(compare_runs(TableConfig(runs=[str(tmp_path / "cot-seed*")])), tmp_path)
+
+
+def test_policy_table_refuses_unanalyzed_and_unevaluated_runs(finished: Path, made: Made) -> None:
+    with pytest.raises(ValueError, match="2 runs are without the evaluation 'test'"):
         compare(TableConfig(runs=[str(finished), str(made[0])]))
     with pytest.raises(ValueError, match="was not analyzed"):
         compare(TableConfig(runs=[str(finished)]))
