@@ -155,6 +155,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         at_least("model.", self, projector_width=1, iterations=0, group=1, max_group=0)
+        if self.thought_scale is not None and not self.thought_scale > 0:
+            raise ValueError(f"model.thought_scale is {self.thought_scale}; it must be above 0.")
         if bool(self.base) == bool(self.architecture):
             problem = "both are given" if self.base else "neither is given"
             raise ValueError(

@@ -21,6 +21,7 @@ def run(config: GenerateConfig) -> int:
     from coconut.engine.base import autocast
     from coconut.engine.launcher_env import read_launcher_env
     from coconut.generation.answer_file import answer_file
+    from coconut.generation.generate import refuse_logit_lens
     from coconut.generation.terminal import converse, print_answer
     from coconut.utils.console import silence_libraries
 
@@ -30,6 +31,8 @@ def run(config: GenerateConfig) -> int:
     questions = _questions(config)
     torch.manual_seed(config.seed)
     lm, options = _model(config)
+    if config.show_thoughts:
+        refuse_logit_lens(lm)
     if config.policy:
         from coconut.adaptive.answering import answer_by_policy
 

@@ -607,11 +607,7 @@ def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tupl
     to their states. Raises ValueError for thoughts that are mixtures of words' input embeddings, which the head does
     not read.
     """
-    if not lm.feedback.slot.read_by_head:
-        raise ValueError(
-            f"The thoughts of {lm.reasoning.method} are {lm.feedback.slot.describe()}: input embeddings, not states "
-            "that the head reads, so there is no logit lens on them. Leave it out (show_thoughts=false)."
-        )
+    refuse_logit_lens(lm)
     states_ND = thoughts.to(lm.device, lm.base.dtype)
     if lm.feedback.slot.update is Update.loop:
         states_ND = states_ND - lm.base.get_input_embeddings()(torch.tensor(lm.latent_id, device=lm.device))
@@ -619,3 +615,12 @@ def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tupl
     values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
     texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())
     return [list(zip(*pair, strict=True)) for pair in zip(texts, values.tolist(), strict=True)]
+
+
+def refuse_logit_lens(lm: LatentLM) -> None:
+    """Raise ValueError for a model whose thoughts are not states that its head reads (see `logit_lens`)."""
+    if not lm.feedback.slot.read_by_head:
+        raise ValueError(
+            f"The thoughts of {lm.reasoning.method} are {lm.feedback.slot.describe()}: input embeddings, not states "
+            "that the head reads, so there is no logit lens on them. Leave it out (show_thoughts=false)."
+        )

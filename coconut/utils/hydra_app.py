@@ -79,7 +79,7 @@ def application(config_name: str, schema: type, run: Callable[[Any], int | None]
 
         try:
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
-        except CompactHydraException as error:
+        except (CompactHydraException, ValueError) as error:  # ValueError: a group's choice that is a number
             if os.environ.get("COCONUT_TRACEBACK"):
                 raise
             words = explain_error(error, schema)
@@ -180,6 +180,8 @@ def explain_error(error: Exception, schema: type) -> str:
             return f"{inside} has no key {cause.key}. To add it: +{cause.full_key}=VALUE"
         return no_key(cause.full_key, schema)
     given = cause.full_key if cause.value is None else f"{cause.full_key}={cause.value}"
+    if keys := [key for key in _keys(schema) if key.startswith(f"{cause.full_key}.")]:
+        return f"{given}: {cause.full_key} has keys of its own, and each gets its value: {', '.join(keys)}"
     return f"{given}: {str(cause).splitlines()[0]}"
 
 

@@ -203,6 +203,7 @@ def test_a_command_runs_as_its_module_does(tmp_path: Path) -> None:
         (["model.architecture.rope=1"], "model.architecture has no key rope. To add it: +model.architecture.rope="),
         (["seed"], "seed cannot be read as KEY=VALUE"),
         (["seed=many"], "seed=many: Value 'many' of type 'str' could not be converted to Integer"),
+        (["optimizer=2"], "optimizer=2: optimizer has keys of its own, and each gets its value: optimizer.lr, opt"),
         (["seed=-1"], "seed is -1; it must be at least 0"),
         (["engine.precision=float8"], "engine.precision=float8: Invalid value 'float8', expected one of [float32, bf"),
         (["experiment=quickstar"], "There is no experiment=quickstar. Did you mean quickstart? The choices are: adap"),
@@ -212,6 +213,7 @@ def test_a_command_runs_as_its_module_does(tmp_path: Path) -> None:
         (["method=cocnut"], "There is no method 'cocnut'"),
         (["optimizer.lr=0"], "optimizer.lr is 0"),
         (["optimizer.beta2=1"], "optimizer.beta2 is 1"),
+        (["method=colar", "model.thought_scale=0"], "model.thought_scale is 0.0; it must be above 0"),
         (["data=own"], "data.train names no file"),
         (["data=own", "data.train=a.json", "data.valid=b.json"], "data.task is missing"),
         (["data=own", "+data.build.seed=1"], "needs a task. Set data.task to one of gsm8k"),
@@ -231,6 +233,7 @@ def test_an_error_is_one_message(tmp_path: Path) -> None:
         (["curriculum.total_length=3"], "error: The stages of coconut before the last one"),
         (["data.train=away.json", "data.valid=away.json"], "away.json does not exist"),
         (["method=cot,icot", "methd=cot", "--multirun"], "error: There is no key methd"),
+        (["model=5"], "error: Config group override must be a string"),
     ]:
         with forked_command("train", "experiment=quickstart", *overrides, cwd=tmp_path) as done:
             assert done.wait(60) == 2

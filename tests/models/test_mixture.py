@@ -27,6 +27,8 @@ from torch import Tensor
 from coconut import LatentLM
 from coconut.analysis.context import Context
 from coconut.config import MECHANISMS, EngineConfig, ModelConfig
+from coconut.generate import run as generate
+from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import logit_lens
 from coconut.methods import (
     PAUSES,
@@ -284,12 +286,16 @@ def test_methods_are_coconut_with_another_content() -> None:
     assert taken_away == THOUGHTS
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lm = build("gpt2", slot=MIXTURE, num_thoughts=2)
     with pytest.raises(ValueError, match="the head makes mixtures"):
         apply_engine_options(lm, EngineConfig(cuda_graphs=True))
     with pytest.raises(ValueError, match="not states that the head reads"):
         logit_lens(lm, torch.zeros(1, 32))
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not states that the head reads"):
+        generate(GenerateConfig(run=str(tmp_path), question="a b", show_thoughts=True))
+    assert "2 thoughts" not in "".join(capsys.readouterr()), "it is said before the answer"
     mux = plan("mux", Curriculum(), slot={"projector": Projector.none, "content": Content.mixture})
     with pytest.raises(ValueError, match=r"reads the thoughts with the model's head.*terms\.spans=0"):
         TrainingModel(lm, mux)
