@@ -45,7 +45,7 @@ from coconut.rl.loss import PolicyLoss, broadcast_to_tokens, policy_batch, total
 from coconut.rl.objectives import OBJECTIVES
 from coconut.rl.report import report
 from coconut.rl.trainer import run
-from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.checkpoints import Checkpoints, load_trainer
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_run
 from coconut.training.trainer import run as run_training
@@ -512,22 +512,34 @@ def test_merged_model_keeps_its_gates(made: Made, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4)
 
 
-def on_two(start: str, folder: str) -> None:
+def on_few(start: str, folder: Path, world: World | None = None) -> None:
+    """Two steps of one update each, of four questions."""
     made = Path(start), data_beside(start)
+    assert run(settings(made, folder, num_steps=2, num_minibatches=1, prompts_per_step=4), world=world) == 0
+
+
+def on_two(start: str, folder: str) -> None:
     with init_distributed(replace(CPU, timeout=120)) as world:
-        assert run(settings(made, Path(folder), num_steps=2, num_minibatches=1, prompts_per_step=4), world=world) == 0
+        on_few(start, Path(folder), world)
 
 
 @pytest.mark.slow
-def test_gates_are_trained_on_two_processes(made: Made, tmp_path: Path) -> None:
-    together(on_two, str(made[0]), str(tmp_path / "run"))
-    rows = rows_of_kind(tmp_path / "run", "train")
-    assert rows[0]["kl"] == 0.0, "policy and reference begin with the same gates in all processes"
-    assert rows[1]["kl"] > 0.0
-    first, last = (LatentLM.from_pretrained(Checkpoints(tmp_path / "run").path(step)).gates for step in (0, 2))
-    assert first
-    assert last
-    assert not torch.equal(first.Lambda, last.Lambda)
+def test_gates_learn_on_two_processes_as_on_one(made: Made, tmp_path: Path) -> None:
+    together(on_two, str(made[0]), str(tmp_path / "two"))
+    on_few(str(made[0]), tmp_path / "one")
+    two, one = (rows_of_kind(tmp_path / name, "train") for name in ("two", "one"))
+    assert two[0]["kl"] == 0.0, "policy and reference begin with the same gates in all processes"
+    assert two[1]["kl"] > 0.0
+    for ours, its in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "kl", "reward", "gate", "latent_share", "new_tokens"):
+            assert ours[key] == pytest.approx(its[key], rel=1e-3, abs=1e-7), key
+    ends = [Checkpoints(tmp_path / name).path(1) for name in ("two", "one")]
+    moments, its_moments = (load_trainer(end)["optimizer"]["state"] for end in ends)  # of the first gradient
+    names = [name for name, _ in LatentLM.from_pretrained(ends[0]).named_parameters()]
+    for index, state in its_moments.items():
+        assert state["exp_avg"].norm() > 0 or not names[index].startswith("gates.")
+        torch.testing.assert_close(moments[index]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-7)
+    assert {name for name in names if name.startswith("gates.")} <= {names[index] for index in moments}
 
 
 @pytest.mark.slow
