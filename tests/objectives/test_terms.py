@@ -342,6 +342,20 @@ def test_an_update_is_the_same_in_any_split(method: str) -> None:
         assert relative(gradients, expected) < 1e-9
 
 
+@pytest.mark.parametrize("method", ["kava", "sim_cot_codi", *OF_WORDS])
+def test_every_term_is_computed_in_float32_under_autocast(method: str) -> None:
+    module = trained(method, dtype=torch.float32)
+    (batch,) = micro_batches(view_of(module, method, 12), np.arange(12), 12)
+    expected = module(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module._run(batch)
+        assert output.target_logits is not None
+        assert output.target_logits.dtype is torch.bfloat16
+        terms = [objective(module.lm, output, batch, None) for objective in module.objectives.values()]
+    assert {term.dtype for term in terms} == {torch.float32}
+    torch.testing.assert_close(torch.stack(terms), expected, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("option", ["off", "activation_checkpointing"])
 @pytest.mark.parametrize("method", ["sim_cot_codi", *OF_WORDS])
 def test_acceleration_changes_no_term(method: str, option: str) -> None:

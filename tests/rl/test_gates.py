@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import QUESTIONS, build, byte_level_tokenizer, gradients, padded
+from helpers.models import QUESTIONS, build, byte_level_tokenizer, gradients, padded, relative
 from helpers.processes import together
 from helpers.runs import (
     composed,
@@ -48,6 +48,7 @@ from coconut.rl.trainer import run
 from coconut.runs.checkpoints import Checkpoints, load_trainer
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_run
+from coconut.training.model_setup import apply_engine_options
 from coconut.training.trainer import run as run_training
 
 TEMPERATURE = 0.7
@@ -351,7 +352,9 @@ def test_gradient_equals_finite_differences() -> None:
         assert float(weight.grad.view(-1)[place]) == pytest.approx(told, rel=1e-5)
 
 
-def updated(lm: LatentLM, samples: list[Completion], size: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+def updated(
+    lm: LatentLM, samples: list[Completion], size: int, engine_config: EngineConfig = CPU
+) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, gradient norm and gradients of an off-policy update in micro-batches of this size, with a KL term."""
     objective = OBJECTIVES["grpo"]
     shifted = [replace(s, log_probs=s.log_probs + 0.2) for s in samples]
@@ -365,23 +368,37 @@ def updated(lm: LatentLM, samples: list[Completion], size: int) -> tuple[float, 
         )
         parts.append(replace(part, reference=torch.cat([samples[i].log_probs - 0.1 for i in rows])))
     loss = Loss(PolicyLoss(SamplingDistribution.of(lm.special, TEMPERATURE), objective, 0.1), may_skip_modules=True)
-    engine = make_engine(lm, loss, CPU, OptimizerConfig(lr=1e-3), World(), {"gates.": 20.0})
+    apply_engine_options(lm, engine_config)
+    engine = make_engine(lm, loss, engine_config, OptimizerConfig(lr=1e-3), World(), {"gates.": 20.0})
     found: dict[str, torch.Tensor] = {}
     engine.optimizer.register_step_pre_hook(lambda *_: found.update(gradients(lm)))  # pyright: ignore
     done = engine.update(parts, 1e-3)
     return done.loss, done.grad_norm, found
 
 
-def test_update_does_not_depend_on_the_micro_batch() -> None:
+def test_update_does_not_depend_on_the_micro_batch_or_on_recomputed_layers() -> None:
     found = []
-    for size in (8, 3, 1):
+    for size, engine in ((8, CPU), (2, CPU), (1, CPU), (3, replace(CPU, activation_checkpointing=True))):
         lm = gated(dtype=torch.float32)
-        found.append(updated(lm, sampled(lm, group=2), size))
+        found.append(updated(lm, sampled(lm, group=2), size, engine))
     assert found[0][2]["gates.Lambda"].norm() > 1e-4
     for loss, norm, its in found[1:]:
         assert (loss, norm) == pytest.approx(found[0][:2], rel=1e-4)
         for name, gradient in found[0][2].items():
             torch.testing.assert_close(its[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_update_in_bfloat16_is_close_to_one_in_float32() -> None:
+    losses, norms, found = zip(
+        *(
+            updated(lm, sampled(lm, group=2), 3, replace(CPU, precision=precision))
+            for lm, precision in ((gated(dtype=torch.float32), each) for each in Precision)
+        ), strict=True,
+    )  # fmt: skip
+    print(losses, norms, relative(found[1], found[0]), relative({k:v for k,v in found[1].items() if 'gates' in k}, {k:v for k,v in found[0].items() if 'gates' in k}))
+    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert relative(found[1], found[0]) < 0.1
 
 
 def test_closed_gates_update_the_model_as_without_gates() -> None:
