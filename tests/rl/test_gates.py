@@ -389,16 +389,13 @@ def test_update_does_not_depend_on_the_micro_batch_or_on_recomputed_layers() -> 
 
 
 def test_update_in_bfloat16_is_close_to_one_in_float32() -> None:
-    losses, norms, found = zip(
-        *(
-            updated(lm, sampled(lm, group=2), 3, replace(CPU, precision=precision))
-            for lm, precision in ((gated(dtype=torch.float32), each) for each in Precision)
-        ), strict=True,
-    )  # fmt: skip
-    print(losses, norms, relative(found[1], found[0]), relative({k:v for k,v in found[1].items() if 'gates' in k}, {k:v for k,v in found[0].items() if 'gates' in k}))
-    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert relative(found[1], found[0]) < 0.1
+    found = []
+    for precision in (Precision.float32, Precision.bfloat16):
+        lm = gated(dtype=torch.float32)
+        found.append(updated(lm, sampled(lm, group=2), 3, replace(CPU, precision=precision)))
+    (loss, norm, exact), (rough_loss, rough_norm, rough) = found
+    assert (rough_loss, rough_norm) == pytest.approx((loss, norm), rel=0.01)
+    assert 0 < relative(rough, exact) < 0.1
 
 
 def test_closed_gates_update_the_model_as_without_gates() -> None:

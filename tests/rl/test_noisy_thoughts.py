@@ -25,12 +25,13 @@ from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.generation.thoughts import think
-from coconut.methods import PAUSES, THOUGHTS, Projector, Slot, Update
+from coconut.methods import PAUSES, THOUGHTS, Content, Projector, Slot, Update
 from coconut.models.passes import Reads
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
 from coconut.rl.objectives import OBJECTIVES, Objective, advantages, kl_k3
 
 SIGMA, K, GROUP, LIMIT, BUDGET = 0.3, 3, 4, 5, 8
+MIXTURE = replace(THOUGHTS, content=Content.mixture)
 PROJECTED = replace(THOUGHTS, projector=Projector.mlp_ln)
 
 
@@ -417,9 +418,9 @@ def test_loss_of_noisy_thoughts_does_not_depend_on_the_micro_batch(name: str) ->
 def on_two() -> None:
     with init_distributed(SPLIT[0]) as world:
         for config in SPLIT:
-            for name in ("degrpo", "dr_grpo"):
-                shared = updated(config, world, name, 2)
-                alone = updated(SPLIT[0], World(), name, 9)
+            for name, slot in (("degrpo", PROJECTED), ("dr_grpo", PROJECTED), ("grpo", MIXTURE)):
+                shared = updated(config, world, name, 2, slot)
+                alone = updated(SPLIT[0], World(), name, 9, slot)
                 assert shared == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
 
 
