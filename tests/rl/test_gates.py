@@ -22,6 +22,7 @@ from helpers.runs import (
     small_run,
     trained,
 )
+from safetensors.torch import load_file
 
 from coconut import LatentLM
 from coconut.completions.completion import Completion, completions_of
@@ -36,7 +37,8 @@ from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.gated_words import GatedDecoding
 from coconut.hub.model_card import card
 from coconut.methods import NOTHING, GatedWords, PromptFormat, Reasoning
-from coconut.models.gates import Gates, expected_embedding
+from coconut.models.gates import WEIGHTS_FILE, Gates, expected_embedding
+from coconut.models.lora import ADAPTER_FILE, ROWS_FILE
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.trainer import RewardTrainer
 from coconut.rl.config import GatesConfig, ObjectiveConfig, ProcessRewardConfig, RLConfig
@@ -494,6 +496,22 @@ def test_resumed_gated_policy_equals_uninterrupted(finished: Path, made: Made, t
     copy_until(1, finished, tmp_path / "run")
     assert run(settings(made, tmp_path / "run")) == 0
     same_end(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+def test_gates_beside_lora_are_trained_saved_and_resumed(made: Made, tmp_path: Path) -> None:
+    init = saved_as("lora in bfloat16", starting_point(str(made[0])), tmp_path)
+    options: dict[str, Any] = {"engine": replace(CPU, precision=Precision.bfloat16), "num_steps": 2}
+    assert run(settings((init, made[1]), tmp_path / "run", **options)) == 0
+    first, end = (Checkpoints(tmp_path / "run").path(step) for step in (0, 2))
+    files = {file.name for file in end.glob("*.safetensors")}
+    assert files == {ADAPTER_FILE, ROWS_FILE, WEIGHTS_FILE}
+    for name in files:
+        before, after = (load_file(checkpoint / name) for checkpoint in (first, end))
+        assert not any(torch.equal(after[key], before[key]) for key in after), "all that is saved is trained"
+    copy_until(1, tmp_path / "run", tmp_path / "resumed")
+    assert run(settings((init, made[1]), tmp_path / "resumed", **options)) == 0
+    same_end(tmp_path / "resumed", tmp_path / "run")
 
 
 @pytest.mark.slow
