@@ -595,4 +595,4 @@ def check_engines() -> None:
 
 @pytest.mark.slow
 def test_two_processes_and_every_zero_stage_equal_one_process() -> None:
-    together(check_engines)
+    together(check_engines, seconds=300)
