@@ -514,7 +514,7 @@ ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
 CONFIGS = [ENGINE, *(replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4))]
 SHARDED = CONFIGS[:1] + CONFIGS[2:]
 BFLOAT16 = [replace(config, precision=Precision.bfloat16) for config in CONFIGS[::4]]
-SIZES = {"sim_cot_codi": CONFIGS, "kava": CONFIGS[::4], "lotus": CONFIGS[::4], **dict.fromkeys(OF_WORDS, SHARDED)}
+ENGINES_OF = {"sim_cot_codi": CONFIGS, "kava": CONFIGS[::4], "lotus": CONFIGS[::4], **dict.fromkeys(OF_WORDS, SHARDED)}
 
 
 @dataclass
@@ -572,10 +572,10 @@ def update_before_thoughts(config: EngineConfig, world: World) -> tuple[float, .
 
 
 def check_engines() -> None:
-    expected = {method: three_updates(ENGINE, World(), method) for method in SIZES}
+    expected = {method: three_updates(ENGINE, World(), method) for method in ENGINES_OF}
     idle = update_before_thoughts(ENGINE, World())
     with init_distributed(ENGINE) as world:
-        for method, configs in SIZES.items():
+        for method, configs in ENGINES_OF.items():
             for config in configs:
                 found = three_updates(config, world, method)
                 for ours, theirs in zip(found.numbers, expected[method].numbers, strict=True):
