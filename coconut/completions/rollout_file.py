@@ -19,7 +19,7 @@ from coconut.utils.files import write_json, write_text
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
-CHUNK = 256  # questions; what is sampled for a chunk depends on the seed, its number and batch_size
+CHUNK = 256  # questions
 
 
 def write_rollouts(
@@ -40,7 +40,7 @@ def write_rollouts(
             if not files[number].is_file():
                 groups = sample_groups(
                     lm, [examples[i] for i in places], lambda *_: 0.0, samples=config.samples,
-                    seed=(config.seed, number), temperature=config.temperature, mode=config.mode,
+                    keys=[(config.seed, i) for i in places], temperature=config.temperature, mode=config.mode,
                     max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                 )  # fmt: skip
                 write_rows(files[number], (answer_row(group, judge) for group in groups))

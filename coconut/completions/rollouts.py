@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +17,12 @@ from coconut.completions.completion import Completion, Cost, completions_of
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_questions
 from coconut.generation.generate import longest_first, pad_rows
+from coconut.generation.keyed_random import Key
 from coconut.generation.room import room_for_question
 from coconut.methods import PromptFormat
 from coconut.tasks import Task
 from coconut.tasks.chain import read_answer
 from coconut.utils.console import list_lengths, log
-from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -91,32 +90,35 @@ def examples_that_fit(
 
 
 def sample_groups(
-    lm: LatentLM, examples: Sequence[Example], reward: Reward, *, samples: int, seed: Sequence[int],
+    lm: LatentLM, examples: Sequence[Example], reward: Reward, *, samples: int, keys: Sequence[Key],
     temperature: float = 1.0, thought_noise: float = 0.0, mode: str | None = None, max_new_tokens: int | None = None,
     batch_size: int = 64,
 ) -> list[Group]:  # fmt: skip
     """Sample `samples` completions of each question, and reward them.
 
-    seed: numbers such as (seed, step, rank). What is sampled depends on them, the questions and `batch_size`; the
-    global random state is kept.
+    keys: whole numbers of 0 or more for each question, such as (seed, step, place). Completion n of a question is
+        drawn with the numbers of (*key, n), so that it depends neither on the others nor on `batch_size`, but for
+        rounding (`coconut.generation.keyed_random`).
     thought_noise: the standard deviation of noise on the thoughts, which are then drawn for each completion.
     mode: the mode to force on a hybrid model.
     batch_size: questions at a time. Without noise, prompt and thoughts are computed once for all completions of one.
-    Raises ValueError for a reward that is not one finite number.
+    Raises ValueError for a reward that is not one finite number, or if there is not one key for each question.
     """
+    if len(keys) != len(examples):
+        raise ValueError(f"There are {len(keys)} keys for {len(examples)} questions. Give one for each question.")
     rows = encode_questions(lm.tokenizer, [example.question for example in examples], lm.reasoning.format)
     groups: dict[int, Group] = {}
-    with seeded(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)), lm.device):
-        for indices in longest_first(rows, batch_size):
-            ids, mask = pad_rows([rows[index] for index in indices], lm.special.pad)
-            out = lm.generate(
-                ids, mask, do_sample=True, temperature=temperature, num_return_sequences=samples, mode=mode,
-                max_new_tokens=max_new_tokens, log_probs=True, thought_noise=thought_noise,
-            )  # fmt: skip
-            for row, index in enumerate(indices):
-                completions = completions_of(lm, rows[index], out, range(row * samples, (row + 1) * samples))
-                rewards = [checked_reward(reward, examples[index], s.text, s.mode, s.cost) for s in completions]
-                groups[index] = Group(examples[index], tuple(completions), torch.tensor(rewards))
+    for indices in longest_first(rows, batch_size):
+        ids, mask = pad_rows([rows[index] for index in indices], lm.special.pad)
+        out = lm.generate(
+            ids, mask, do_sample=True, temperature=temperature, num_return_sequences=samples, mode=mode,
+            max_new_tokens=max_new_tokens, log_probs=True, thought_noise=thought_noise,
+            random_keys=[(*keys[index], number) for index in indices for number in range(samples)],
+        )  # fmt: skip
+        for row, index in enumerate(indices):
+            completions = completions_of(lm, rows[index], out, range(row * samples, (row + 1) * samples))
+            rewards = [checked_reward(reward, examples[index], s.text, s.mode, s.cost) for s in completions]
+            groups[index] = Group(examples[index], tuple(completions), torch.tensor(rewards))
     return [groups[index] for index in range(len(examples))]
 
 

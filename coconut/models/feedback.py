@@ -125,17 +125,19 @@ def mixture(
 
     `logits` (..., V). `embed` gives the embeddings of token ids. The tokens `left_out` have no part in it. With `top_k`
     only so many of the most probable words have, and their probabilities are scaled to sum to 1; with 1 it is exactly
-    the embedding of the most probable word. Soft Thinking, Zhang et al., arXiv 2505.15778, section 3.
+    the embedding of the most probable word. Computed without autocast: where many words are likely, mixtures differ by
+    less than the rounding of bfloat16. Soft Thinking, Zhang et al., arXiv 2505.15778, section 3.
     """
-    scores_V = at_least_float32(logits).index_fill(-1, torch.tensor(left_out, device=logits.device), -torch.inf)
-    if not top_k:
-        weight: Any = embed._parameters.get("weight")  # which ZeRO 3 would gather if it were read as an attribute
-        whole = type(embed) is nn.Embedding and embed.padding_idx is None and not hasattr(weight, "ds_id")
-        table_VD = weight if whole else embed(torch.arange(logits.shape[-1], device=logits.device))
-        return (scores_V / temperature).softmax(-1).to(table_VD) @ table_VD
-    scores_M, ids_M = scores_V.topk(min(top_k, logits.shape[-1] - len(left_out)), dim=-1)
-    weights_M = (scores_M / temperature).softmax(-1)
-    return (weights_M[..., None] * embed(ids_M)).sum(-2)
+    with torch.autocast(logits.device.type, enabled=False):
+        scores_V = at_least_float32(logits).index_fill(-1, torch.tensor(left_out, device=logits.device), -torch.inf)
+        if not top_k:
+            weight: Any = embed._parameters.get("weight")  # which ZeRO 3 would gather if it were read as an attribute
+            whole = type(embed) is nn.Embedding and embed.padding_idx is None and not hasattr(weight, "ds_id")
+            table_VD = weight if whole else embed(torch.arange(logits.shape[-1], device=logits.device))
+            return (scores_V / temperature).softmax(-1).to(table_VD) @ table_VD
+        scores_M, ids_M = scores_V.topk(min(top_k, logits.shape[-1] - len(left_out)), dim=-1)
+        weights_M = (scores_M / temperature).softmax(-1)
+        return (weights_M[..., None] * embed(ids_M)).sum(-2)
 
 
 class Feedback(nn.Module):

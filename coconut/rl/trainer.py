@@ -230,17 +230,20 @@ class PolicyTrainer:
         return {**row, "seconds": time.perf_counter() - begin}
 
     def sample(self, step: int) -> list[Group]:
-        """The completions of a step, from all processes, with their rewards."""
+        """The completions of a step, from all processes, with their rewards, in the order of its prompts."""
         config, world = self.config, self.world
         world.set_activity(f"sampling for step {step + 1}")
-        examples = [self.train[i] for i in self._prompts(step)[world.rank :: world.size]]
+        places = range(world.rank, config.prompts_per_step, world.size)
+        examples = [self.train[i] for i in self._prompts(step)[list(places)]]
         with self._save_if_reward_fails(), self.engine.full_module() as lm, self.engine.autocast():
             groups = sample_groups(
-                lm, examples, self.reward, samples=config.group_size, seed=(config.seed, step, world.rank),
-                temperature=config.temperature, thought_noise=config.thought_noise,
-                max_new_tokens=self.max_new_tokens, batch_size=config.rollout_batch_size,
+                lm, examples, self.reward, samples=config.group_size,
+                keys=[(config.seed, step, place) for place in places], temperature=config.temperature,
+                thought_noise=config.thought_noise, max_new_tokens=self.max_new_tokens,
+                batch_size=config.rollout_batch_size,
             )  # fmt: skip
-        return [group for part in world.all_gather_object(groups) for group in part]
+        parts = world.all_gather_object(groups)
+        return [parts[place % world.size][place // world.size] for place in range(config.prompts_per_step)]
 
     @contextmanager
     def _save_if_reward_fails(self) -> Iterator[None]:

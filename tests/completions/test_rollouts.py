@@ -19,6 +19,10 @@ def mode_reward(example: Example, text: str, mode: str, cost: Cost, /) -> float:
     return MODES.index(mode) - cost.passes / 100
 
 
+def keys_of(*numbers: int) -> list[tuple[int, ...]]:
+    return [(*numbers, place) for place in range(len(EXAMPLES))]
+
+
 def sampled_ids(groups: list[Group]) -> list[tuple[str, list[int]]]:
     return [(sample.mode, sample.layout.ids.tolist()) for group in groups for sample in group.completions]
 
@@ -31,7 +35,7 @@ def test_sample_groups_gives_one_group_a_question_in_order() -> None:
         seen.append((example.question, text, mode, cost))
         return float(len(seen))
 
-    groups = sample_groups(lm, EXAMPLES, note, samples=5, seed=(1, 2, 0), max_new_tokens=6, batch_size=2)
+    groups = sample_groups(lm, EXAMPLES, note, samples=5, keys=keys_of(1, 2), max_new_tokens=6, batch_size=2)
     assert [group.example for group in groups] == EXAMPLES
     ids = encode_questions(lm.tokenizer, [example.question for example in EXAMPLES], lm.reasoning.format)
     for question, group in zip(ids, groups, strict=True):
@@ -44,16 +48,25 @@ def test_sample_groups_gives_one_group_a_question_in_order() -> None:
     assert len({sample.mode for group in groups for sample in group.completions}) > 1
 
 
-def test_sample_groups_depends_on_the_seed_alone() -> None:
+def test_a_completion_depends_on_its_key_alone() -> None:
+    """Neither on torch's generator nor on the other questions, completions and batches."""
     lm = hybrid()
+    keys = keys_of(0, 7)
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    first = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=(0, 7, 1), max_new_tokens=6)
+    first = sample_groups(lm, EXAMPLES, mode_reward, samples=4, keys=keys, max_new_tokens=6)
     assert torch.equal(torch.random.get_rng_state(), before), "no other draw depends on it"
     torch.manual_seed(5)
-    for seed in [(0, 7, 1), (1, 7, 1), (0, 8, 1), (0, 7, 2)]:
-        again = sample_groups(lm, EXAMPLES, mode_reward, samples=4, seed=seed, max_new_tokens=6)
-        assert (sampled_ids(again) == sampled_ids(first)) == (seed == (0, 7, 1))
+    for i in reversed(range(len(EXAMPLES))):
+        [alone] = sample_groups(lm, EXAMPLES[i : i + 1], mode_reward, samples=3, keys=keys[i : i + 1], max_new_tokens=6)
+        assert sampled_ids([alone]) == sampled_ids([first[i]])[:3]
+        for ours, its in zip(alone.completions, first[i].completions[:3], strict=True):
+            torch.testing.assert_close(ours.log_probs, its.log_probs)
+    for other in (keys_of(1, 7), keys_of(0, 8), keys[::-1]):
+        again = sample_groups(lm, EXAMPLES, mode_reward, samples=4, keys=other, max_new_tokens=6)
+        assert sampled_ids(again) != sampled_ids(first)
+    with pytest.raises(ValueError, match="There are 2 keys for 3 questions"):
+        sample_groups(lm, EXAMPLES, mode_reward, samples=4, keys=keys[:2])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -61,8 +74,8 @@ def test_completion_cost_equals_what_evaluation_counts(mode: str) -> None:
     lm = hybrid()
     costs: list[Cost] = []
     sample_groups(
-        lm, EXAMPLES, lambda example, text, mode, cost: costs.append(cost) or 0.0, samples=1, seed=(0,), mode=mode,
-        temperature=1e-4, max_new_tokens=6,
+        lm, EXAMPLES, lambda example, text, mode, cost: costs.append(cost) or 0.0, samples=1, keys=keys_of(0),
+        mode=mode, temperature=1e-4, max_new_tokens=6,
     )  # fmt: skip
     result, predictions, _ = evaluate(lm, TASK, EXAMPLES, mode=mode, max_new_tokens=6)
     assert sum(cost.passes for cost in costs) / len(costs) == pytest.approx(result.passes)
@@ -90,5 +103,5 @@ def test_sample_groups_names_the_answer_with_a_non_finite_reward() -> None:
     with pytest.raises(ValueError, match="an answer to '4 5 6 7 8', is nan, which is not finite"):
         sample_groups(
             hybrid(), EXAMPLES, lambda example, *_: float("nan") if "4" in example.question else 0.0, samples=2,
-            seed=(0,), max_new_tokens=3,
+            keys=keys_of(0), max_new_tokens=3,
         )  # fmt: skip

@@ -79,6 +79,7 @@ def runs_of_two(folder: str, train: str) -> None:
             assert run(settings(root / name, data, engine), world) == 0
         sparing = replace(ZERO_3, activation_checkpointing=True)
         assert run(lora_run(root, "zero_lora", data, sparing), world) == 0
+        assert run(settings(root / "zero_colar", data, sparing, method="colar"), world) == 0
         assert run(composed("train", TrainConfig, keys(root / "whole", data)), world) == 0
         assert evaluate_on_rank(EvaluateConfig(str(root / "one"), engine=ENGINE, batch_size=2), world) == 0
 
@@ -89,6 +90,7 @@ def finished_runs(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("runs")
     assert run(settings(folder / "one", data)) == 0
     assert run(lora_run(folder, "one_lora", data, ENGINE)) == 0
+    assert run(settings(folder / "one_colar", data, method="colar")) == 0
     for name in ("ddp_from_one", "zero_from_one"):
         copy_until(5, folder / "one", folder / name)
     assert evaluate_run(EvaluateConfig(str(folder / "one"), engine=ENGINE, batch_size=2)) == 0
@@ -98,9 +100,11 @@ def finished_runs(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero", "ddp_from_one", "zero_from_one", "one_from_zero", "zero_lora"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "zero", "ddp_from_one", "zero_from_one", "one_from_zero", "zero_lora", "zero_colar"]
+)
 def test_two_processes_train_like_one(finished_runs: Path, name: str) -> None:
-    alone = "one_lora" if name == "zero_lora" else "one"
+    alone = {"zero_lora": "one_lora", "zero_colar": "one_colar"}.get(name, "one")
     ours, theirs = numbers(finished_runs / name), numbers(finished_runs / alone)
     assert len(ours) == len(theirs) == 10 + 3
     for a, b in zip(ours, theirs, strict=True):

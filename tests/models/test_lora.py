@@ -18,6 +18,8 @@ from coconut.analysis.node_probabilities import name_probabilities, spell
 from coconut.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, Precision, TrainConfig
 from coconut.data.examples import read_examples
 from coconut.data.tokenization import build_word_tokenizer, encode_questions
+from coconut.methods import get_method
+from coconut.models.feedback import WEIGHTS_FILE
 from coconut.models.lora import ADAPTER_FILE, ROWS_FILE, fingerprint
 from coconut.objectives.training_model import TrainingModel
 from coconut.runs.checkpoints import Checkpoints
@@ -244,17 +246,30 @@ def lora_run(folder: Path, place: Path, data: DataConfig, **changes: Any) -> Tra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2"])
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ("coconut", Precision.float32), ("coconut", Precision.bfloat16), ("lt_tuning", Precision.bfloat16),
+        ("colar", Precision.float32), ("colar", Precision.bfloat16), ("c_mtp", Precision.bfloat16),
+    ],
+)  # fmt: skip
 def test_a_run_resumed_equals_one_uninterrupted(
-    place: Path, tmp_path: Path, data: DataConfig, precision: Precision
+    place: Path, tmp_path: Path, data: DataConfig, method: str, precision: Precision
 ) -> None:
     finished, folder = tmp_path / "finished", tmp_path / "resumed"
     engine = EngineConfig(device="cpu", threads=1, precision=precision)
-    assert run(lora_run(finished, place, data, engine=engine)) == 0
-    assert run(lora_run(copy_until(3, finished, folder), place, data, engine=engine)) == 0
+    options: dict[str, Any] = {"method": method, "engine": engine}
+    assert run(lora_run(finished, place, data, **options)) == 0
+    assert run(lora_run(copy_until(3, finished, folder), place, data, **options)) == 0
     same_end(folder, finished)
-    end = Checkpoints(finished).path(6)
-    assert {file.name for file in end.glob("*.safetensors")} == {ADAPTER_FILE, ROWS_FILE}
+    first, end = (Checkpoints(finished).path(step) for step in (1, Checkpoints(finished).steps()[-1]))
+    head = {WEIGHTS_FILE} if get_method(method).slot.merges else set()
+    assert {file.name for file in end.glob("*.safetensors")} == {ADAPTER_FILE, ROWS_FILE} | head
+    for name in (ADAPTER_FILE, ROWS_FILE, *head):
+        before, after = (load_file(checkpoint / name) for checkpoint in (first, end))
+        moved = {key for key in after if not torch.equal(after[key], before[key])}
+        assert moved == after.keys() - {"projector.scale"}, "all that is saved is trained"
+        assert {weight.dtype for weight in after.values()} == {torch.float32}
     assert read_json(end / "coconut.json")["lora"]["base"] == str(place)
 
 

@@ -153,6 +153,16 @@ def test_one_word_is_the_embedding_that_a_model_is_fed() -> None:
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
+def test_mixtures_of_many_words_keep_their_differences_under_autocast(top_k: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits_BV = 1e-3 * torch.randn(4, 400, generator=random)
+    table = torch.nn.Embedding(400, 8)
+    expected_BD = mixture(logits_BV, table, [1, 8], top_k)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(mixture(logits_BV, table, [1, 8], top_k), expected_BD, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
 def test_gradients_equal_finite_differences(top_k: int) -> None:
     random = torch.Generator().manual_seed(0)
     logits_BV = torch.randn(2, 9, generator=random, dtype=torch.float64, requires_grad=True)

@@ -13,18 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
-from helpers.models import build, byte_level_tokenizer, in_float64
+from helpers.models import build, byte_level_tokenizer, in_float64, relative
 from helpers.processes import together
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from coconut.config import EngineConfig, EngineKind, OptimizerConfig
+from coconut.config import EngineConfig, EngineKind, OptimizerConfig, Precision
 from coconut.data.batching import Batch, micro_batches
 from coconut.data.examples import Example
 from coconut.data.sequences import EpochView, Layout
 from coconut.data.tokenization import encode_answers, tokenize
-from coconut.engine.base import TermSums, total_statistics
+from coconut.engine.base import Engine, TermSums, total_statistics, trainable_parameters
 from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
@@ -47,6 +47,7 @@ from coconut.objectives.training_model import TrainingModel
 
 FORMAT = PromptFormat("{}", "{} a", "b {}")
 METHODS = ("codi", "pause_codi", "pccot", "kava", "mux", "lotus", "sim_cot_codi", "sim_cot")
+OF_WORDS = ("soft_coconut", "lt_tuning", "colar", "c_mtp")  # whose thoughts are made of words' embeddings
 
 
 def examples(count: int = 40) -> list[Example]:
@@ -68,7 +69,10 @@ def stages(method: str, options: Options = NO_OPTIONS, slot: dict[str, Any] | No
         thoughts_per_step=2, max_stage=2, extra_stage=True, stage0_length=1, stage_length=1, total_length=4,
         num_thoughts=3 if get_method(method).fixed_length else None,
     )  # fmt: skip
-    slots = {"codi": {"width": 12}, "sim_cot_codi": {"width": 12}, "pccot": {"iterations": 2}}
+    slots = {
+        "codi": {"width": 12}, "sim_cot_codi": {"width": 12}, "pccot": {"iterations": 2},
+        "lt_tuning": {"layer": 1, "top_k": 5}, "colar": {"width": 12}, "c_mtp": {"width": 12},
+    }  # fmt: skip
     return plan(method, curriculum, weights, slot or slots.get(method), options)
 
 
@@ -80,6 +84,7 @@ def trained(
     its = stages(method, options, slot, **weights)
     last = its.stages[-1].form.slot
     lm = build(family, torch.float32, slot=last, num_thoughts=its.stages[-1].form.slot_length, format=FORMAT)
+    lm.add_rates(last.max_group, "random")
     lm = lm.to(dtype)
     module = TrainingModel(lm, its).to(dtype)
     for part in module.modules():
@@ -326,10 +331,36 @@ def test_both_paths_read_the_same_states_and_thoughts(family: str) -> None:
         torch.testing.assert_close(getattr(cached, name), getattr(recomputed, name), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", OF_WORDS)
+def test_an_update_is_the_same_in_any_split(method: str) -> None:
+    module = trained(method)
+    view = view_of(module, method, 12)
+    means, expected = update(module, list(micro_batches(view, np.arange(12), 12)))
+    for size in (1, 2):
+        same, gradients = update(module, list(micro_batches(view, np.arange(12), size)))
+        torch.testing.assert_close(same, means, rtol=1e-11, atol=0)
+        assert relative(gradients, expected) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["kava", "sim_cot_codi", *OF_WORDS])
+def test_every_term_is_computed_in_float32_under_autocast(method: str) -> None:
+    module = trained(method, dtype=torch.float32)
+    (batch,) = micro_batches(view_of(module, method, 12), np.arange(12), 12)
+    expected = module(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module._run(batch)
+        assert output.target_logits is not None
+        assert output.target_logits.dtype is torch.bfloat16
+        terms = [objective(module.lm, output, batch, None) for objective in module.objectives.values()]
+    assert {term.dtype for term in terms} == {torch.float32}
+    torch.testing.assert_close(torch.stack(terms), expected, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("option", ["off", "activation_checkpointing"])
-def test_acceleration_changes_no_term(option: str) -> None:
-    module = trained("sim_cot_codi")
-    parts = list(micro_batches(view_of(module, "sim_cot_codi", 12), np.arange(12), 5))
+@pytest.mark.parametrize("method", ["sim_cot_codi", *OF_WORDS])
+def test_acceleration_changes_no_term(method: str, option: str) -> None:
+    module = trained(method)
+    parts = list(micro_batches(view_of(module, method, 12), np.arange(12), 5))
     means, gradients = update(module, parts)
     if option == "off":
         module.lm.acceleration.mechanisms = frozenset()
@@ -481,19 +512,31 @@ def test_keys_and_values_are_compared_in_every_family_without_windows(family: Fa
 
 ENGINE = EngineConfig(device="cpu", threads=1, timeout=120)
 CONFIGS = [ENGINE, *(replace(ENGINE, kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4))]
+SHARDED = CONFIGS[:1] + CONFIGS[2:]
+BFLOAT16 = [replace(config, precision=Precision.bfloat16) for config in CONFIGS[::4]]
+ENGINES_OF = {"sim_cot_codi": CONFIGS, "kava": CONFIGS[::4], "lotus": CONFIGS[::4], **dict.fromkeys(OF_WORDS, SHARDED)}
 
 
-def three_updates(config: EngineConfig, world: World, method: str) -> list[tuple[float, ...]]:
-    """Loss and terms of three updates of ten, two and one examples; one of two processes has no row in the last."""
+@dataclass
+class Updates:
+    """Loss, gradient norm and terms of each update; of the first one the gradients, on the main process."""
+
+    numbers: list[tuple[float, ...]]
+    gradients: dict[str, Tensor]
+
+
+def three_updates(config: EngineConfig, world: World, method: str) -> Updates:
+    """Updates of ten, two and one examples; one of two processes has no row in the last."""
     module = trained(method, dtype=torch.float32)
     view = view_of(module, method, 15)
     engine = make_engine(module, module.loss, config, OptimizerConfig(lr=1e-2, max_grad_norm=0.5), world)
-    results = []
+    results, gradients = [], {}
     spans = ((10,), (10, 12), (14, 15))
     parts = [list(micro_batches(view, np.arange(*span), 3, world.rank, world.size)) for span in spans]
     engine.dry_run(parts[0][0])
     for update_parts in parts:
         done = engine.update(update_parts, lr=1e-2)
+        gradients = gradients if results else first_gradients(engine, module)
         results.append((done.loss, done.grad_norm, *done.terms))
     with engine.full_module() as whole, TemporaryDirectory() as folder:
         if world.is_main:
@@ -501,8 +544,15 @@ def three_updates(config: EngineConfig, world: World, method: str) -> list[tuple
             again = TrainingModel(LatentLM.from_pretrained(folder), stages(method))
             again.load_training_modules(Path(folder))
             saved = again.state_dict()
-            assert all(torch.equal(weight, saved[name]) for name, weight in whole.named_parameters()), config
-    return results
+            assert all(torch.equal(value, saved[name].to(value)) for name, value in whole.state_dict().items()), config
+    return Updates(results, gradients)
+
+
+def first_gradients(engine: Engine, module: TrainingModel) -> dict[str, Tensor]:
+    """The clipped gradients of the only update so far, of which Adam's first moments are a tenth."""
+    state = engine.state_dict()["optimizer"]["state"]
+    names = [name for name, _ in trainable_parameters(module)]
+    return {names[index]: 10 * moments["exp_avg"] for index, moments in state.items() if moments["exp_avg"].any()}
 
 
 def update_before_thoughts(config: EngineConfig, world: World) -> tuple[float, ...]:
@@ -522,18 +572,27 @@ def update_before_thoughts(config: EngineConfig, world: World) -> tuple[float, .
 
 
 def check_engines() -> None:
-    methods = {"sim_cot_codi": CONFIGS, "kava": (CONFIGS[0], CONFIGS[-1]), "lotus": (CONFIGS[0], CONFIGS[-1])}
-    expected = {method: three_updates(ENGINE, World(), method) for method in methods}
+    expected = {method: three_updates(ENGINE, World(), method) for method in ENGINES_OF}
     idle = update_before_thoughts(ENGINE, World())
     with init_distributed(ENGINE) as world:
-        for method, configs in methods.items():
+        for method, configs in ENGINES_OF.items():
             for config in configs:
-                for ours, theirs in zip(three_updates(config, world, method), expected[method], strict=True):
+                found = three_updates(config, world, method)
+                for ours, theirs in zip(found.numbers, expected[method].numbers, strict=True):
                     assert ours == pytest.approx(theirs, rel=2e-5), (method, config)
+                if world.is_main:
+                    assert relative(found.gradients, expected[method].gradients) < 1e-5, (method, config)
+        for method in OF_WORDS:
+            for config in BFLOAT16:
+                found, theirs = three_updates(config, world, method), expected[method]
+                losses = [row[0] for row in theirs.numbers]
+                assert [row[0] for row in found.numbers] == pytest.approx(losses, rel=0.01), (method, config)
+                if world.is_main:
+                    assert relative(found.gradients, theirs.gradients) < 0.05, (method, config)
         for config in CONFIGS:
             assert update_before_thoughts(config, world) == pytest.approx(idle, rel=2e-5), config
 
 
 @pytest.mark.slow
 def test_two_processes_and_every_zero_stage_equal_one_process() -> None:
-    together(check_engines)
+    together(check_engines, seconds=300)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import QUESTIONS, build, byte_level_tokenizer, gradients, padded
+from helpers.models import QUESTIONS, build, byte_level_tokenizer, gradients, padded, relative
 from helpers.processes import together
 from helpers.runs import (
     composed,
@@ -22,6 +22,7 @@ from helpers.runs import (
     small_run,
     trained,
 )
+from safetensors.torch import load_file
 
 from coconut import LatentLM
 from coconut.completions.completion import Completion, completions_of
@@ -36,7 +37,8 @@ from coconut.evaluation.config import EvaluateConfig
 from coconut.generation.gated_words import GatedDecoding
 from coconut.hub.model_card import card
 from coconut.methods import NOTHING, GatedWords, PromptFormat, Reasoning
-from coconut.models.gates import Gates, expected_embedding
+from coconut.models.gates import WEIGHTS_FILE, Gates, expected_embedding
+from coconut.models.lora import ADAPTER_FILE, ROWS_FILE
 from coconut.rewards.config import RewardModelConfig
 from coconut.rewards.trainer import RewardTrainer
 from coconut.rl.config import GatesConfig, ObjectiveConfig, ProcessRewardConfig, RLConfig
@@ -45,9 +47,10 @@ from coconut.rl.loss import PolicyLoss, broadcast_to_tokens, policy_batch, total
 from coconut.rl.objectives import OBJECTIVES
 from coconut.rl.report import report
 from coconut.rl.trainer import run
-from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.checkpoints import Checkpoints, load_trainer
 from coconut.runs.loading import starting_point
 from coconut.runs.record import read_run
+from coconut.training.model_setup import apply_engine_options
 from coconut.training.trainer import run as run_training
 
 TEMPERATURE = 0.7
@@ -351,7 +354,9 @@ def test_gradient_equals_finite_differences() -> None:
         assert float(weight.grad.view(-1)[place]) == pytest.approx(told, rel=1e-5)
 
 
-def updated(lm: LatentLM, samples: list[Completion], size: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+def updated(
+    lm: LatentLM, samples: list[Completion], size: int, engine_config: EngineConfig = CPU
+) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, gradient norm and gradients of an off-policy update in micro-batches of this size, with a KL term."""
     objective = OBJECTIVES["grpo"]
     shifted = [replace(s, log_probs=s.log_probs + 0.2) for s in samples]
@@ -365,23 +370,34 @@ def updated(lm: LatentLM, samples: list[Completion], size: int) -> tuple[float, 
         )
         parts.append(replace(part, reference=torch.cat([samples[i].log_probs - 0.1 for i in rows])))
     loss = Loss(PolicyLoss(SamplingDistribution.of(lm.special, TEMPERATURE), objective, 0.1), may_skip_modules=True)
-    engine = make_engine(lm, loss, CPU, OptimizerConfig(lr=1e-3), World(), {"gates.": 20.0})
+    apply_engine_options(lm, engine_config)
+    engine = make_engine(lm, loss, engine_config, OptimizerConfig(lr=1e-3), World(), {"gates.": 20.0})
     found: dict[str, torch.Tensor] = {}
     engine.optimizer.register_step_pre_hook(lambda *_: found.update(gradients(lm)))  # pyright: ignore
     done = engine.update(parts, 1e-3)
     return done.loss, done.grad_norm, found
 
 
-def test_update_does_not_depend_on_the_micro_batch() -> None:
+def test_update_does_not_depend_on_the_micro_batch_or_on_recomputed_layers() -> None:
     found = []
-    for size in (8, 3, 1):
+    for size, engine in ((8, CPU), (2, CPU), (1, CPU), (3, replace(CPU, activation_checkpointing=True))):
         lm = gated(dtype=torch.float32)
-        found.append(updated(lm, sampled(lm, group=2), size))
+        found.append(updated(lm, sampled(lm, group=2), size, engine))
     assert found[0][2]["gates.Lambda"].norm() > 1e-4
     for loss, norm, its in found[1:]:
         assert (loss, norm) == pytest.approx(found[0][:2], rel=1e-4)
         for name, gradient in found[0][2].items():
             torch.testing.assert_close(its[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_update_in_bfloat16_is_close_to_one_in_float32() -> None:
+    found = []
+    for precision in (Precision.float32, Precision.bfloat16):
+        lm = gated(dtype=torch.float32)
+        found.append(updated(lm, sampled(lm, group=2), 3, replace(CPU, precision=precision)))
+    (loss, norm, exact), (rough_loss, rough_norm, rough) = found
+    assert (rough_loss, rough_norm) == pytest.approx((loss, norm), rel=0.01)
+    assert 0 < relative(rough, exact) < 0.1
 
 
 def test_closed_gates_update_the_model_as_without_gates() -> None:
@@ -483,6 +499,22 @@ def test_resumed_gated_policy_equals_uninterrupted(finished: Path, made: Made, t
 
 
 @pytest.mark.slow
+def test_gates_beside_lora_are_trained_saved_and_resumed(made: Made, tmp_path: Path) -> None:
+    init = saved_as("lora in bfloat16", starting_point(str(made[0])), tmp_path)
+    options: dict[str, Any] = {"engine": replace(CPU, precision=Precision.bfloat16), "num_steps": 2}
+    assert run(settings((init, made[1]), tmp_path / "run", **options)) == 0
+    first, end = (Checkpoints(tmp_path / "run").path(step) for step in (0, 2))
+    files = {file.name for file in end.glob("*.safetensors")}
+    assert files == {ADAPTER_FILE, ROWS_FILE, WEIGHTS_FILE}
+    for name in files:
+        before, after = (load_file(checkpoint / name) for checkpoint in (first, end))
+        assert not any(torch.equal(after[key], before[key]) for key in after), "all that is saved is trained"
+    copy_until(1, tmp_path / "run", tmp_path / "resumed")
+    assert run(settings((init, made[1]), tmp_path / "resumed", **options)) == 0
+    same_end(tmp_path / "resumed", tmp_path / "run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "lora in bfloat16"])
 def test_reference_begins_with_the_policys_gates(made: Made, tmp_path: Path, kind: str) -> None:
     init = saved_as(kind, starting_point(str(made[0])), tmp_path)
@@ -512,22 +544,34 @@ def test_merged_model_keeps_its_gates(made: Made, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4)
 
 
-def on_two(start: str, folder: str) -> None:
+def on_few(start: str, folder: Path, world: World | None = None) -> None:
+    """Two steps of one update each, of four questions."""
     made = Path(start), data_beside(start)
+    assert run(settings(made, folder, num_steps=2, num_minibatches=1, prompts_per_step=4), world=world) == 0
+
+
+def on_two(start: str, folder: str) -> None:
     with init_distributed(replace(CPU, timeout=120)) as world:
-        assert run(settings(made, Path(folder), num_steps=2, num_minibatches=1, prompts_per_step=4), world=world) == 0
+        on_few(start, Path(folder), world)
 
 
 @pytest.mark.slow
-def test_gates_are_trained_on_two_processes(made: Made, tmp_path: Path) -> None:
-    together(on_two, str(made[0]), str(tmp_path / "run"))
-    rows = rows_of_kind(tmp_path / "run", "train")
-    assert rows[0]["kl"] == 0.0, "policy and reference begin with the same gates in all processes"
-    assert rows[1]["kl"] > 0.0
-    first, last = (LatentLM.from_pretrained(Checkpoints(tmp_path / "run").path(step)).gates for step in (0, 2))
-    assert first
-    assert last
-    assert not torch.equal(first.Lambda, last.Lambda)
+def test_gates_learn_on_two_processes_as_on_one(made: Made, tmp_path: Path) -> None:
+    together(on_two, str(made[0]), str(tmp_path / "two"))
+    on_few(str(made[0]), tmp_path / "one")
+    two, one = (rows_of_kind(tmp_path / name, "train") for name in ("two", "one"))
+    assert two[0]["kl"] == 0.0, "policy and reference begin with the same gates in all processes"
+    assert two[1]["kl"] > 0.0
+    for ours, its in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "kl", "reward", "gate", "latent_share", "new_tokens"):
+            assert ours[key] == pytest.approx(its[key], rel=1e-3, abs=1e-7), key
+    ends = [Checkpoints(tmp_path / name).path(1) for name in ("two", "one")]
+    moments, its_moments = (load_trainer(end)["optimizer"]["state"] for end in ends)  # of the first gradient
+    names = [name for name, _ in LatentLM.from_pretrained(ends[0]).named_parameters()]
+    for index, state in its_moments.items():
+        assert state["exp_avg"].norm() > 0 or not names[index].startswith("gates.")
+        torch.testing.assert_close(moments[index]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-7)
+    assert {name for name in names if name.startswith("gates.")} <= {names[index] for index in moments}
 
 
 @pytest.mark.slow

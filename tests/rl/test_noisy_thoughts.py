@@ -25,12 +25,13 @@ from coconut.engine.factory import make_engine
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.generation.thoughts import think
-from coconut.methods import PAUSES, THOUGHTS, Projector, Slot, Update
+from coconut.methods import PAUSES, THOUGHTS, Content, Projector, Slot, Update
 from coconut.models.passes import Reads
 from coconut.rl.loss import PolicyBatch, PolicyLoss, broadcast_to_tokens, policy_batch, totals_of
 from coconut.rl.objectives import OBJECTIVES, Objective, advantages, kl_k3
 
 SIGMA, K, GROUP, LIMIT, BUDGET = 0.3, 3, 4, 5, 8
+MIXTURE = replace(THOUGHTS, content=Content.mixture)
 PROJECTED = replace(THOUGHTS, projector=Projector.mlp_ln)
 
 
@@ -201,19 +202,24 @@ def test_small_noise_approaches_the_deterministic_thoughts() -> None:
     assert not torch.equal(little.thoughts, plain.thoughts)
 
 
-def test_groups_are_a_function_of_their_seed() -> None:
+def test_groups_are_a_function_of_their_keys() -> None:
     lm = thinker(dtype=torch.float32)
     examples = [Example(f"{n} {n + 1}", (), "c") for n in range(3)]
-    one, again, other = (
-        [sample for group in sample_groups(lm, examples, lambda *_: 0.0, samples=2, seed=seed, thought_noise=SIGMA,
-                                           max_new_tokens=3) for sample in group.completions]
-        for seed in ((1, 2), (1, 2), (1, 3))
-    )  # fmt: skip
-    assert all(torch.equal(noisy_of(a).fed, noisy_of(b).fed) for a, b in zip(one, again, strict=True))
-    assert not any(torch.equal(noisy_of(a).fed, noisy_of(b).fed) for a, b in zip(one, other, strict=True))
-    assert not torch.equal(noisy_of(one[0]).fed, noisy_of(one[1]).fed), "each completion has its own"
-    [plain] = sample_groups(lm, examples[:1], lambda *_: 0.0, samples=2, seed=(1, 2), max_new_tokens=3)
-    assert not any(sample.noisy for sample in plain.completions)
+
+    def sampled_groups(seed: int, size: int, noise: float = SIGMA) -> list[Completion]:
+        groups = sample_groups(
+            lm, examples, lambda *_: 0.0, samples=2, keys=[(seed, n) for n in range(3)], thought_noise=noise,
+            max_new_tokens=3, batch_size=size,
+        )  # fmt: skip
+        return [sample for group in groups for sample in group.completions]
+
+    one, again, other = sampled_groups(2, 3), sampled_groups(2, 1), sampled_groups(3, 3)
+    for a, b in zip(one, again, strict=True):
+        assert a.completion_ids == b.completion_ids
+        torch.testing.assert_close(noisy_of(a).fed, noisy_of(b).fed)
+    assert not any(torch.allclose(noisy_of(a).fed, noisy_of(b).fed) for a, b in zip(one, other, strict=True))
+    assert not torch.allclose(noisy_of(one[0]).fed, noisy_of(one[1]).fed), "each completion has its own"
+    assert not any(sample.noisy for sample in sampled_groups(2, 3, noise=0.0))
 
 
 def test_other_tokens_after_the_same_thoughts() -> None:
@@ -412,9 +418,9 @@ def test_loss_of_noisy_thoughts_does_not_depend_on_the_micro_batch(name: str) ->
 def on_two() -> None:
     with init_distributed(SPLIT[0]) as world:
         for config in SPLIT:
-            for name in ("degrpo", "dr_grpo"):
-                shared = updated(config, world, name, 2)
-                alone = updated(SPLIT[0], World(), name, 9)
+            for name, slot in (("degrpo", PROJECTED), ("dr_grpo", PROJECTED), ("grpo", MIXTURE)):
+                shared = updated(config, world, name, 2, slot)
+                alone = updated(SPLIT[0], World(), name, 9, slot)
                 assert shared == pytest.approx(alone, rel=1e-4, abs=1e-6), (config.kind, name)
 
 

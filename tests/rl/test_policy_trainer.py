@@ -36,6 +36,7 @@ from coconut.completions.rollouts import Cost
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TooLong
 from coconut.data.examples import Example
 from coconut.engine.process_group import init_distributed
+from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
 from coconut.evaluation.config import EvaluateConfig
 from coconut.export import run as export
@@ -150,6 +151,11 @@ def alone(warm: str, folder: str) -> None:
 # --- processes --------------------------------------------------------------------
 
 
+def two_steps(made: Made, folder: Path, engine: EngineConfig, world: World | None = None) -> None:
+    config = settings(made, folder, engine=engine, num_steps=2, num_minibatches=2, drop_zero_variance_groups=True)
+    assert run(config, world=world) == 0
+
+
 def on_two(warm: str, folder: str) -> None:
     made = Path(warm), data_beside(warm)
     kinds = {
@@ -158,17 +164,19 @@ def on_two(warm: str, folder: str) -> None:
     }
     with init_distributed(kinds["local"]) as world:
         for name, engine in kinds.items():
-            config = settings(made, Path(folder) / name, engine=engine, num_steps=2, drop_zero_variance_groups=True)
-            assert run(config, world=world) == 0
+            two_steps(made, Path(folder) / name, engine, world)
 
 
-def test_zero3_equals_local_engine_on_two_processes(made: Made, tmp_path: Path) -> None:
+def test_two_processes_learn_as_one_and_zero3_as_the_local_engine(made: Made, tmp_path: Path) -> None:
+    """The questions of a step are the same in every minibatch, and the same answers are sampled."""
     together(on_two, str(made[0]), str(tmp_path))
-    local, zero = (rows_of_kind(tmp_path / name, "train") for name in ("local", "zero3"))
-    assert len(local) == len(zero) == 2
-    assert local[0]["reward"] == zero[0]["reward"], "the same answers are sampled"
-    for key in ("loss", "grad_norm", "kl"):
-        assert local[0][key] == pytest.approx(zero[0][key], rel=1e-3, abs=1e-6)
+    two_steps(made, tmp_path / "one", CPU)
+    one, local, zero = (rows_of_kind(tmp_path / name, "train") for name in ("one", "local", "zero3"))
+    assert len(one) == len(local) == len(zero) == 2
+    assert one[0]["reward"] == local[0]["reward"] == zero[0]["reward"]
+    for key in ("reward", "new_tokens", "loss", "grad_norm", "kl"):
+        for its in (local, zero):
+            assert [row[key] for row in its] == pytest.approx([row[key] for row in one], rel=1e-3, abs=1e-6), key
 
 
 # --- learning ---------------------------------------------------------------------------------------
