@@ -18,7 +18,6 @@ from coconut.completions.rollouts import CorrectnessReward
 from coconut.generation.generate import longest_first, pad_rows
 from coconut.rewards.labelled_answers import LabelledAnswers
 from coconut.rewards.step_spans import completion_parts, step_count
-from coconut.utils.torch_utils import seeded
 
 if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
@@ -78,15 +77,16 @@ def continue_completions(
 ) -> list[list[list[int]]]:
     """Sample `count` continuations of each prefix; token ids, with the end of the sequence unless truncated.
 
-    A prefix that has ended, or that fills the model's context, has empty continuations.
+    A prefix that has ended, or that fills the model's context, has empty continuations. Continuation n of prefix i is
+    drawn with the numbers of (seed, i, n), so that it does not depend on `batch_size`, but for rounding.
     """
     continuations: dict[int, list[list[int]]] = {}
-    with seeded(seed, lm.device):
-        for indices, prompts, options in _batches(lm, prefixes, batch_size):
-            ids, mask = pad_rows(prompts, lm.special.pad)
-            out = lm.generate(ids, mask, do_sample=True, num_return_sequences=count, **options)
-            for row, index in enumerate(indices):
-                continuations[index] = [out.completion_ids(i) for i in range(row * count, (row + 1) * count)]
+    for indices, prompts, options in _batches(lm, prefixes, batch_size):
+        ids, mask = pad_rows(prompts, lm.special.pad)
+        keys = [(seed, index, number) for index in indices for number in range(count)]
+        out = lm.generate(ids, mask, do_sample=True, num_return_sequences=count, random_keys=keys, **options)
+        for row, index in enumerate(indices):
+            continuations[index] = [out.completion_ids(i) for i in range(row * count, (row + 1) * count)]
     return [continuations.get(index, [[]] * count) for index in range(len(prefixes))]
 
 
