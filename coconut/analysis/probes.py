@@ -37,6 +37,8 @@ class Subject:
     """A trained model and the questions to measure it with. Results that several studies need are computed once.
 
     Every question must leave room in the context for EXTRA_THOUGHTS more thoughts than the trained number.
+    `mode`: of a hybrid model, that in which it is measured; `lm` has the settings of the mode then. `free`: of a model
+    that ends its thoughts itself, the model as it does so; `lm` takes a fixed number then, the same for all questions.
     """
 
     lm: LatentLM
@@ -45,6 +47,8 @@ class Subject:
     batch_size: int = 64
     trained_with_fewer_thoughts: bool = False
     mixed: bool = False  # whether it was trained to write the whole chain, too
+    mode: str = ""
+    free: LatentLM | None = None
     _evaluations: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -66,17 +70,31 @@ class Subject:
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
         """Call `evaluate` with this model on these examples, by default on all."""
         chosen = self.examples if examples is None else examples
-        return evaluate(self.lm, self.task, chosen, batch_size=self.batch_size, **options)
+        ids = self.question_ids if examples is None else self.encode(chosen)
+        return evaluate(self.lm, self.task, chosen, batch_size=self.batch_size, **{"question_ids": ids, **options})
+
+    def encode(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The token ids of questions, each with the control token of the mode, if there is one."""
+        questions = encode_questions(self.lm.tokenizer, [e.question for e in examples], self.lm.reasoning.format)
+        control = [self.lm.special.control[self.mode]] if self.mode else []
+        return [question + control for question in questions]
+
+    def with_this_count(self, examples: Sequence[Example]) -> list[int]:
+        """The indices of the examples for which the model takes the fixed number of thoughts by itself; else all."""
+        if self.free is None or not examples:
+            return list(range(len(examples)))
+        asked = evaluate(self.free, self.task, examples, max_new_tokens=1, batch_size=self.batch_size)
+        return [i for i, each in enumerate(asked.predictions) if each.num_thoughts == self.num_trained_thoughts]
 
     @cached_property
     def question_ids(self) -> list[list[int]]:
         """The token ids of the questions."""
-        return encode_questions(self.lm.tokenizer, [e.question for e in self.examples], self.lm.reasoning.format)
+        return self.encode(self.examples)
 
     @cached_property
     def word_embeddings(self) -> torch.Tensor:
         """(M, D) the input embeddings of the M different words of the questions, in float32 on the CPU."""
-        words = sorted({token for question in self.question_ids for token in question})
+        words = sorted({token for question in self.question_ids for token in question} - {*self.lm.special.added})
         with torch.no_grad():
             return self.lm.base.get_input_embeddings()(torch.tensor(words, device=self.lm.device)).float().cpu()
 
@@ -112,6 +130,11 @@ class Subject:
     @property
     def warning(self) -> str:
         """A caveat about results with other numbers of thoughts than the trained one."""
+        if self.free is not None:
+            return (
+                f"The model ends its thoughts itself, after {self.num_trained_thoughts} in these questions. Fewer or "
+                "more of them are unusual input."
+            )
         trained = f"{self.num_trained_thoughts} {self.lm.reasoning.slot.noun}s"
         if self.trained_with_fewer_thoughts:
             return f"The model was never trained with more than {trained}. More of them are unusual input."

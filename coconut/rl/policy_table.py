@@ -15,7 +15,7 @@ from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.reporting import run_table, sampled_table, suite_table
 from coconut.reporting.page import Heading, Part, Section, Table, Text, page
 from coconut.reporting.phrases import percent
-from coconut.rl.report import curves_figure, is_policy, mode_legend
+from coconut.rl.report import curves_figure, mode_legend
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study
 from coconut.utils.console import log
@@ -34,7 +34,7 @@ def write_table(config: TableConfig) -> int:
         return sampled_table.run(config)
     run_folders = expand_patterns(config.runs)
     records = [read_run(folder) for folder in run_folders]
-    kinds = [is_policy(record) for record in records]
+    kinds = [record.is_policy for record in records]
     if not any(kinds):
         return suite_table.run(config) if config.suite.sets else run_table.run(config)
     if config.suite.sets:

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import all_seen, describe_questions
-from coconut.methods import Stage, Unit
+from coconut.methods import Plan, Reasoning, Stage, Unit
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config, read_metrics, read_results
 from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
 
 DASH = "–"
+# What a model was made to do that decides by itself how it thinks, by the name of the fact.
+DECIDED = {
+    "alike": "The model ends its thoughts itself. Thoughts were measured on the {questions:,} of {of:,} questions for "
+    "which it takes {thoughts}, the most common number, and with exactly so many.",
+    "mode": "The model chooses by its first token how to answer. Thoughts were measured in the mode {mode}, whatever "
+    "it would have chosen.",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,33 @@ class RunRecord:
         return [Stage.from_dict(row) for row in self.description["plan"]["stages"]]
 
     @property
+    def is_policy(self) -> bool:
+        """Whether coconut rl made it."""
+        return "objective" in self.config
+
+    @property
+    def unit(self) -> str:
+        """What its progress is counted in."""
+        return "step" if self.is_policy else "update"
+
+    @property
+    def method(self) -> str:
+        """The method, and the objective of a policy after it: "coconut, grpo"."""
+        if self.is_policy:
+            return f"{self.description['reasoning']['method']}, {self.config['objective']['name']}"
+        return self.config["method"]
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """How the model reasons at the end of its training; of a hybrid one, in the mode that its studies are about."""
+        if self.is_policy:
+            own = Reasoning.from_dict(self.description["reasoning"])
+        else:
+            plan = Plan(self.config["method"], Unit(self.description["plan"]["unit"]), tuple(self.stages))
+            own = Reasoning.at(plan, self.stages[-1])
+        return own.in_mode(next((study.facts["mode"] for study in self.studies.values() if "mode" in study.facts), ""))
+
+    @property
     def step(self) -> int:
         """The number of updates done."""
         return max((row["step"] for row in self.train), default=0)
@@ -52,7 +86,9 @@ class RunRecord:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation of the best checkpoint, which is chosen in the last stage."""
+        """The validation of the best checkpoint, which is chosen in the last stage, or by the reward of a policy."""
+        if self.is_policy:
+            return max(self.valid, key=lambda row: row["reward"], default=None)
         stage = self.stages[-1]
         rows = rows_of_stage(self.valid, stage)
         return max(rows, key=lambda row: stage.checkpoint_score(row["accuracy"], row["loss"]), default=None)
@@ -65,16 +101,23 @@ class RunRecord:
 
     @property
     def study_note(self) -> str:
-        """A sentence on the checkpoint and questions of the studies if the test result has others, else ""."""
+        """Sentences on what the studies are about, where this is not what the test result is about, else "".
+
+        The checkpoint and the questions, if they are others; and what a model that decides by itself was made to do.
+        """
         facts = next((study.facts for study in self.studies.values()), {})
         keys = ("step", "sha256", "count")
         test = self.evaluations[self.test] if self.test else dict.fromkeys(keys)
-        if not facts or (facts["step"], facts["sha256"], facts["questions"]) == tuple(test[key] for key in keys):
-            return ""
-        return (
-            f"The following was measured on update {facts['step']:,}, with {facts['questions']:,} questions of "
-            f"{Path(facts['file']).name}."
-        )
+        sentences = []
+        if facts and (facts["step"], facts["sha256"], facts["questions"]) != tuple(test[key] for key in keys):
+            sentences.append(
+                f"The following was measured on {self.unit} {facts['step']:,}, with "
+                f"{facts['questions']:,} questions of {Path(facts['file']).name}."
+            )
+        for name, sentence in DECIDED.items():
+            if found := next((study.facts[name] for study in self.studies.values() if name in study.facts), None):
+                sentences.append(sentence.format(**(found if isinstance(found, dict) else {name: found})))
+        return " ".join(sentences)
 
     def updates(self, stage: Stage) -> int:
         """The length of a stage in updates."""
