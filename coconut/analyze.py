@@ -35,10 +35,9 @@ def run(config: AnalyzeConfig) -> int:
     studies: dict[str, Study] = {}
     if config.parts or (config.parts is None and record.best):
         studies = examine(config, record)
-    if config.parts is None and policies.chooses(record):
-        if choices := examine_choices(config, record):
-            studies |= {study.name: study for study in choices}
-            log(policies.on_screen(choices[0]))
+    if config.parts is None and policies.chooses(record) and (choices := examine_choices(config, record)):
+        studies |= {study.name: study for study in choices}
+        log(policies.on_screen(choices[0]))
     if studies:
         write_studies(record, studies)
         log(f"Data and pictures: {record.folder / FOLDER}")

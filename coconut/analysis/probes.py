@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify
 from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
 from coconut.data.examples import Example
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import EvalResult, Evaluated, Prediction, evaluate
-from coconut.generation.generate import logit_lens
+from coconut.generation.generate import likeliest_tokens, logit_lens
 from coconut.generation.stop_classifier import StopClassifier
+from coconut.generation.thoughts import think
 from coconut.methods import METHODS, Source
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.study import NotApplicable, Study
@@ -359,6 +361,10 @@ def _group_of(parsed: GraphQuestion, node: str, distance: int) -> str:
 def decoded(subject: Subject, count: int = 3) -> Study:
     """Logit lens: the likeliest tokens of each thought, for the first `count` questions (arXiv 2412.06769, Fig. 9).
 
+    Thoughts that are merged from words are no states that the output layer reads. Of these it is what the model says in
+    their place: the likeliest words of the group that the thought merges, read from the state before it. facts:
+    `read`, "thoughts" or "states before".
+
     Raises NotApplicable if the model has no latent thoughts, or if they are mixtures of words' embeddings.
     """
     subject.need_thoughts()
@@ -366,10 +372,31 @@ def decoded(subject: Subject, count: int = 3) -> Study:
         raise NotApplicable(
             f"The thoughts are {subject.lm.feedback.slot.describe()}: input embeddings, not states that the head reads."
         )
+    merges = subject.lm.reasoning.slot.merges
+    thoughts_NKD = subject.baseline.thoughts[:count]
+    read = _said_in_their_place(subject, thoughts_NKD) if merges else (
+        logit_lens(subject.lm, thoughts_KD, SHOWN_TOKENS) for thoughts_KD in thoughts_NKD
+    )  # fmt: skip
     rows = [
         {"question": question, "thought": thought, "rank": rank, "token": text, "probability": value}
-        for question, thoughts_KD in enumerate(subject.baseline.thoughts[:count])
-        for thought, tokens in enumerate(logit_lens(subject.lm, thoughts_KD, SHOWN_TOKENS), 1)
+        for question, thoughts in enumerate(read)
+        for thought, tokens in enumerate(thoughts, 1)
         for rank, (text, value) in enumerate(tokens, 1)
     ]
-    return Study("decoded", rows)
+    return Study("decoded", rows, {"read": "states before" if merges else "thoughts"})
+
+
+def _said_in_their_place(subject: Subject, thoughts_NKD: torch.Tensor) -> Iterator[list[list[tuple[str, float]]]]:
+    """For each question and thought, the likeliest words by the state before it; of the added tokens only `<eot>`."""
+    lm, (_, K, _) = subject.lm, thoughts_NKD.shape
+    before = slot_with_markers(lm.reasoning, lm.special, 0).tolist()[:-1]
+    never = [token for token in lm.special.added if token != lm.special.eot]
+    for question, thoughts_KD in zip(subject.question_ids, thoughts_NKD, strict=False):
+        ids_1T = torch.tensor([[*question, *before]], device=lm.device)
+        fed_1KD = thoughts_KD[None].to(lm.device)
+        states_KD = torch.cat(
+            [think(lm, ids_1T, torch.ones_like(ids_1T), k, thoughts=fed_1KD[:, :k]).states for k in range(K)]
+        )
+        logits_KV = lm.feedback.next_word(states_KD, lm)
+        logits_KV[:, never] = -torch.inf
+        yield likeliest_tokens(lm, logits_KV, SHOWN_TOKENS)

@@ -327,6 +327,11 @@ def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
         f"Logit lens: the output layer of the model applied to each thought of {of}, with the likeliest tokens. "
         "Training does not ask for readable thoughts, so this is only a hint."
     )
+    if study.facts.get("read") == "states before":
+        text = (
+            f"What the model says in the place of each thought of {of}: the likeliest words of the group that the "
+            "thought merges, read from the state before it. Training asks for these words."
+        )
     if chosen and chosen.values.facts["form"] == "symbols":
         text += _names_at_distance([tokens[0][0].strip() for tokens in words.values()], chosen)
     return [Heading("The thoughts read with the output layer"), Text(text), Ranked(list(words.items()))]
