@@ -32,9 +32,8 @@ def run(config: AnalyzeConfig) -> int:
     silence_libraries()
     record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
-    studies: dict[str, Study] = {}
-    if config.parts or (config.parts is None and record.best):
-        studies = examine(config, record)
+    measures = bool(config.parts) or (config.parts is None and record.best is not None)
+    studies = examine(config, record) if measures else {}
     if config.parts is None and policies.chooses(record) and (choices := examine_choices(config, record)):
         studies |= {study.name: study for study in choices}
         log(policies.on_screen(choices[0]))

@@ -138,6 +138,8 @@ class Subject:
                 "more of them are unusual input."
             )
         trained = f"{self.num_trained_thoughts} {self.lm.reasoning.slot.noun}s"
+        if self.mode:
+            return f"The mode {self.mode} was trained with {trained}. Fewer or more of them are unusual input."
         if self.trained_with_fewer_thoughts:
             return f"The model was never trained with more than {trained}. More of them are unusual input."
         return (

@@ -53,7 +53,7 @@ def how_many(run: RunRecord) -> Section | None:
     if not run.studies and run.best and source is Source.thought:
         text = Text("The thoughts have not been analyzed yet. This command analyzes them:")
         return Section("how-many", title, [text, Code(f"coconut analyze run={shlex.quote(str(run.folder))}")])
-    parts = _texts(run.study_note)
+    parts = _texts(run.study_note, run.decided_note)
     if study := run.studies.get("k_forcing"):
         parts += _texts(" ".join(describe_k_forcing(study, noun, run.chance_accuracy)), study.facts["warning"])
         caption = (

@@ -47,7 +47,7 @@ def what_it_means(run: RunRecord) -> Section | None:
         return None
     rows = [[each.name, typeset(each.value), SPEAKS[each.speaks]] for each in found.findings]
     table = Table(["measurement", "what was found", "evidence"], rows)
-    note = [Text(run.study_note)] if run.study_note else []
+    note = [Text(run.decided_note)] if run.decided_note else []
     return Section(
         "verdict", "What it means", [Lead([found.headline]), *note, table, Aside("How this was judged", [Text(RULE)])]
     )
@@ -88,7 +88,8 @@ def _refuse_incomparable(runs: Sequence[RunRecord]) -> None:
 def comparison(runs: Sequence[RunRecord]) -> Study:
     """A row for each run: `kind` and `headline` of its verdict; the value of each finding, and what it is evidence for.
 
-    `note`: if the accuracy is of another checkpoint or of other questions than the measurements.
+    `note`: if the accuracy is of another checkpoint or of other questions than the measurements, or if a model that
+    decides by itself how it thinks was made to do something.
 
     facts: `questions` and `file` of the studies.
     """
@@ -101,7 +102,7 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
             "run": run.folder.resolve().name, "method": run.method, "seed": run.config["seed"],
             "accuracy": test.get("accuracy"), "low": test["interval"][0] if test else None,
             "high": test["interval"][1] if test else None, "kind": found.kind, "headline": found.headline,
-            "note": run.study_note,
+            "note": " ".join(filter(None, [run.study_note, run.decided_note])),
         }  # fmt: skip
         for name in FINDINGS:
             each = by_name.get(name)

@@ -14,13 +14,6 @@ from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
 
 DASH = "–"
-# What a model was made to do that decides by itself how it thinks, by the name of the fact.
-DECIDED = {
-    "alike": "The model ends its thoughts itself. Thoughts were measured on the {questions:,} of {of:,} questions for "
-    "which it takes {thoughts}, the most common number, and with exactly so many.",
-    "mode": "The model chooses by its first token how to answer. Thoughts were measured in the mode {mode}, whatever "
-    "it would have chosen.",
-}
 
 
 @dataclass(frozen=True)
@@ -101,23 +94,33 @@ class RunRecord:
 
     @property
     def study_note(self) -> str:
-        """Sentences on what the studies are about, where this is not what the test result is about, else "".
-
-        The checkpoint and the questions, if they are others; and what a model that decides by itself was made to do.
-        """
+        """A sentence on the checkpoint and questions of the studies if the test result has others, else ""."""
         facts = next((study.facts for study in self.studies.values()), {})
         keys = ("step", "sha256", "count")
         test = self.evaluations[self.test] if self.test else dict.fromkeys(keys)
-        sentences = []
-        if facts and (facts["step"], facts["sha256"], facts["questions"]) != tuple(test[key] for key in keys):
-            sentences.append(
-                f"The following was measured on {self.unit} {facts['step']:,}, with "
-                f"{facts['questions']:,} questions of {Path(facts['file']).name}."
+        if not facts or (facts["step"], facts["sha256"], facts["questions"]) == tuple(test[key] for key in keys):
+            return ""
+        return (
+            f"The following was measured on {self.unit} {facts['step']:,}, with {facts['questions']:,} questions of "
+            f"{Path(facts['file']).name}."
+        )
+
+    @property
+    def decided_note(self) -> str:
+        """A sentence on what a model that decides by itself how it thinks was made to do in the studies, else ""."""
+        facts = {name: value for study in self.studies.values() for name, value in study.facts.items()}
+        if mode := facts.get("mode"):
+            return (
+                f"The model chooses by its first token how to answer. Thoughts were measured in the mode {mode}, "
+                "whatever it would have chosen."
             )
-        for name, sentence in DECIDED.items():
-            if found := next((study.facts[name] for study in self.studies.values() if name in study.facts), None):
-                sentences.append(sentence.format(**(found if isinstance(found, dict) else {name: found})))
-        return " ".join(sentences)
+        if alike := facts.get("alike"):
+            return (
+                f"The model ends its thoughts itself. Thoughts were measured on the {alike['questions']:,} of "
+                f"{alike['of']:,} questions for which it takes {alike['thoughts']}, the most common number, and with "
+                "exactly so many."
+            )
+        return ""
 
     def updates(self, stage: Stage) -> int:
         """The length of a stage in updates."""

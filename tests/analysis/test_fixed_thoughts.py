@@ -216,7 +216,8 @@ def test_what_is_said_in_the_place_of_a_thought_is_read_before_it(method: str) -
 
 def test_changed_graphs_with_another_number_of_thoughts_are_left_out() -> None:
     lm = ending_model("c_mtp")
-    fixed = with_fixed_thoughts(Subject(lm, _Agreeing(), EXAMPLES, batch_size=5)).subject
+    agreeing: Any = _Agreeing()
+    fixed = with_fixed_thoughts(Subject(lm, agreeing, EXAMPLES, batch_size=5)).subject
     edges = audit_edges(fixed)
     changed = [
         replace(example, question=change.question)
