@@ -23,7 +23,7 @@ from coconut.analysis.influence import influence
 from coconut.analysis.interventions import audit_edges, audit_thoughts, other_questions
 from coconut.analysis.noise import noise_curves
 from coconut.analysis.prefix_values import prefix_values
-from coconut.analysis.probes import Subject, decoded, k_forcing
+from coconut.analysis.probes import Subject, decoded, inner_products, k_forcing, next_step_values
 from coconut.analysis.rollouts import sampled
 from coconut.analysis.states import slot_states
 from coconut.data.examples import Example
@@ -85,7 +85,7 @@ def slow_thoughts(subject: Subject, example: Example, count: int) -> tuple[list[
     inputs, thoughts, states, end = [*lm.embed(torch.tensor(prompt_of(subject, example)))], [], [], count
     for k in range(count):
         states.append(states_of(lm, inputs)[-1])
-        if bool(lm.feedback.ends(states[-1][None], lm)) and end == count:
+        if lm.reasoning.slot.merges and bool(lm.feedback.ends(states[-1][None], lm)) and end == count:
             end = k
         thoughts.append(lm.thought(states[-1][None])[0])
         inputs.append(thoughts[-1])
@@ -286,3 +286,25 @@ def test_other_models_stay_as_they_are(method: str) -> None:
     lm.reasoning = replace(lm.reasoning, method=method, slot=METHODS[method].slot)
     subject = Subject(lm, TASK, EXAMPLES)
     assert with_fixed_thoughts(subject) == FixedThoughts(subject, list(range(len(EXAMPLES))))
+
+
+@pytest.mark.parametrize("method", ["soft_coconut", "lt_tuning"])
+def test_mixtures_of_words_are_measured_as_thoughts(method: str) -> None:
+    lm = word_model(EXAMPLES, 2)
+    lm.reasoning = replace(lm.reasoning, method=method, slot=METHODS[method].slot)
+    lm.feedback = lm.new_feedback(lm.reasoning.slot)
+    subject = Subject(lm.requires_grad_(False).eval(), TASK, EXAMPLES[:8], batch_size=3)
+    thoughts_NKD = subject.baseline.thoughts
+    for example, thoughts_KD in zip(subject.examples, thoughts_NKD, strict=True):
+        torch.testing.assert_close(
+            thoughts_KD, torch.stack(slow_thoughts(subject, example, 2)[0]), rtol=1e-4, atol=1e-5
+        )
+    assert subject.ask(thoughts=thoughts_NKD).predictions == subject.baseline.predictions
+    torch.testing.assert_close(
+        slot_states(lm, subject.question_ids, batch_size=3)[:, 1:, 0], thoughts_NKD, rtol=1e-4, atol=1e-5
+    )
+    assert {row["after"] for row in next_step_values(subject)[0].rows} == {0, 1, 2}
+    assert {row["thought"] for row in inner_products(subject).rows} == {1, 2}
+    assert influence(subject).facts["units"] == {"thoughts": 2}
+    with pytest.raises(NotApplicable, match="input embeddings, not states"):
+        decoded(subject)
