@@ -32,12 +32,13 @@ def run(config: AnalyzeConfig) -> int:
     silence_libraries()
     record = read_run(config.run)
     path = Path(config.output) if config.output else record.folder / "report.html"
-    if config.parts is None and policies.chooses(record):
-        if studies := examine_choices(config, record):
-            write_studies(record, {study.name: study for study in studies})
-            log(policies.on_screen(studies[0]))
-    elif config.parts or (config.parts is None and not policies.is_policy(record) and record.best):
-        write_studies(record, examine(config, record))
+    measures = bool(config.parts) or (config.parts is None and record.best is not None)
+    studies = examine(config, record) if measures else {}
+    if config.parts is None and policies.chooses(record) and (choices := examine_choices(config, record)):
+        studies |= {study.name: study for study in choices}
+        log(policies.on_screen(choices[0]))
+    if studies:
+        write_studies(record, studies)
         log(f"Data and pictures: {record.folder / FOLDER}")
     record = read_run(config.run)
     write_text(path, page_of(record))
@@ -70,7 +71,7 @@ def page_of(record: RunRecord) -> str:
     from coconut.reporting.verdict import what_it_means
     from coconut.rl import report as policies
 
-    if policies.is_policy(record):
+    if record.is_policy:
         return policies.report(record)
     used = (are_they_used, relies_on_shortcuts, learning, answers, provenance)
     return report(record, (headline, what_it_means, sampled, policies.choices, how_many, what_they_hold, *used))

@@ -67,12 +67,6 @@ class ComparableRun:
         return record.description["reasoning"]["method"] if record.is_policy else record.config["method"]
 
     @property
-    def trained_as(self) -> str:
-        """The method, and how its policy was trained if it is one, as a label."""
-        record = self.record
-        return f"{self.method} + {record.config['objective']['name']}" if record.is_policy else self.method
-
-    @property
     def seed(self) -> int:
         return self.record.config["seed"]
 

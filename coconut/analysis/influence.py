@@ -54,12 +54,17 @@ def influence(subject: Subject) -> Study:
     facts, by `of`: `units`, their number; `right` and `log_prob` as trained. `left_out`: what was left out, and why.
 
     Raises NotApplicable for a model that has neither thoughts nor pauses and writes no steps, whose questions have no
-    room for their answers, or that chooses by itself how to answer.
+    room for their answers, that chooses by itself how to answer, or that has gates for its words.
     """
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {"units": {}, "right": {}, "log_prob": {}, "left_out": {}}
     if subject.lm.reasoning.modes:
         raise NotApplicable(f"{subject.lm.reasoning.method} chooses by its first token how it answers.")
+    if subject.lm.gates:
+        raise NotApplicable(
+            "This model mixes what it expected into each word that it writes, and of the words of a given chain it "
+            "expected nothing."
+        )
     with eval_mode(subject.lm):
         for chain in unit_chains(subject, MAX_QUESTIONS, MAX_UNITS):
             runner = UnitRunner(subject.lm, chain, subject.batch_size)

@@ -227,7 +227,8 @@ def audit_edges(subject: Subject) -> Study:
 
     `followed`: the share of answers that name the right option of the redirected question. `changed`: the share that
     differs from the answer before. A row has the questions with an edge for its intervention.
-    facts: `right`, the number of questions answered correctly; `left_out`, how many of them have no such edge;
+    facts: `right`, the number of questions answered correctly; `left_out`, how many of them have no such edge, or get
+    another number of thoughts once they are changed, from a model that ends its thoughts itself;
     `redirections`, how many exchanged two heads (`swapped`) and how many kept the length of the path (`same_hops`);
     `chance_accuracy`; `verdict`.
 
@@ -236,9 +237,14 @@ def audit_edges(subject: Subject) -> Study:
     graphs = subject.graphs
     correct = [i for i, prediction in enumerate(subject.baseline.predictions) if prediction.correct]
 
-    def edited(edit: Callable[[GraphQuestion, Random], Any]) -> dict[int, Any]:
-        """The changed questions by index, of questions answered correctly that have such an edge."""
-        return {i: change for i in correct if (change := edit(graphs[i], Random(f"{SEED} {i}")))}
+    def edited(edit: Callable[[GraphQuestion, Random], Any], text: Callable[[Any], str] = str) -> dict[int, Any]:
+        """The changed questions by index, of questions answered correctly that have such an edge.
+
+        `text` gives the question of a change. The model has to take as many thoughts for it as for the others.
+        """
+        changes = [(i, change) for i in correct if (change := edit(graphs[i], Random(f"{SEED} {i}")))]
+        kept = subject.with_this_count([replace(subject.examples[i], question=text(change)) for i, change in changes])
+        return dict(changes[n] for n in kept)
 
     rows: Rows = {}
 
@@ -249,7 +255,7 @@ def audit_edges(subject: Subject) -> Study:
         rows[change] = {"change": change, "label": label, "questions": len(indices),
                         **with_bounds("followed", follows), **with_bounds("changed", changed)}  # fmt: skip
 
-    redirections = edited(redirect)
+    redirections = edited(redirect, lambda change: change.question)
     if indices := list(redirections):
         expected = [replace(subject.examples[i], steps=(), answer=_other_answer(subject, i)) for i in indices]
         redirected = [

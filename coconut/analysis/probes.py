@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from coconut.analysis.graph_paths import GraphQuestion, Outcome, classify
 from coconut.analysis.node_probabilities import Spelling, name_probabilities, spell
 from coconut.data.examples import Example
+from coconut.data.sequences import slot_with_markers
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import EvalResult, Evaluated, Prediction, evaluate
-from coconut.generation.generate import logit_lens
+from coconut.generation.generate import likeliest_tokens, logit_lens
 from coconut.generation.stop_classifier import StopClassifier
+from coconut.generation.thoughts import think
 from coconut.methods import METHODS, Source
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.study import NotApplicable, Study
@@ -37,6 +39,8 @@ class Subject:
     """A trained model and the questions to measure it with. Results that several studies need are computed once.
 
     Every question must leave room in the context for EXTRA_THOUGHTS more thoughts than the trained number.
+    `mode`: of a hybrid model, that in which it is measured; `lm` has the settings of the mode then. `free`: of a model
+    that ends its thoughts itself, the model as it does so; `lm` takes a fixed number then, the same for all questions.
     """
 
     lm: LatentLM
@@ -45,6 +49,8 @@ class Subject:
     batch_size: int = 64
     trained_with_fewer_thoughts: bool = False
     mixed: bool = False  # whether it was trained to write the whole chain, too
+    mode: str = ""
+    free: LatentLM | None = None
     _evaluations: dict[int, Evaluated] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -66,17 +72,31 @@ class Subject:
     def ask(self, examples: Sequence[Example] | None = None, **options: Any) -> Evaluated:
         """Call `evaluate` with this model on these examples, by default on all."""
         chosen = self.examples if examples is None else examples
-        return evaluate(self.lm, self.task, chosen, batch_size=self.batch_size, **options)
+        ids = self.question_ids if examples is None else self.encode(chosen)
+        return evaluate(self.lm, self.task, chosen, batch_size=self.batch_size, **{"question_ids": ids, **options})
+
+    def encode(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The token ids of questions, each with the control token of the mode, if there is one."""
+        questions = encode_questions(self.lm.tokenizer, [e.question for e in examples], self.lm.reasoning.format)
+        control = [self.lm.special.control[self.mode]] if self.mode else []
+        return [question + control for question in questions]
+
+    def with_this_count(self, examples: Sequence[Example]) -> list[int]:
+        """The indices of the examples for which the model takes the fixed number of thoughts by itself; else all."""
+        if self.free is None or not examples:
+            return list(range(len(examples)))
+        asked = evaluate(self.free, self.task, examples, max_new_tokens=1, batch_size=self.batch_size)
+        return [i for i, each in enumerate(asked.predictions) if each.num_thoughts == self.num_trained_thoughts]
 
     @cached_property
     def question_ids(self) -> list[list[int]]:
         """The token ids of the questions."""
-        return encode_questions(self.lm.tokenizer, [e.question for e in self.examples], self.lm.reasoning.format)
+        return self.encode(self.examples)
 
     @cached_property
     def word_embeddings(self) -> torch.Tensor:
         """(M, D) the input embeddings of the M different words of the questions, in float32 on the CPU."""
-        words = sorted({token for question in self.question_ids for token in question})
+        words = sorted({token for question in self.question_ids for token in question} - {*self.lm.special.added})
         with torch.no_grad():
             return self.lm.base.get_input_embeddings()(torch.tensor(words, device=self.lm.device)).float().cpu()
 
@@ -112,7 +132,14 @@ class Subject:
     @property
     def warning(self) -> str:
         """A caveat about results with other numbers of thoughts than the trained one."""
+        if self.free is not None:
+            return (
+                f"The model ends its thoughts itself, after {self.num_trained_thoughts} in these questions. Fewer or "
+                "more of them are unusual input."
+            )
         trained = f"{self.num_trained_thoughts} {self.lm.reasoning.slot.noun}s"
+        if self.mode:
+            return f"The mode {self.mode} was trained with {trained}. Fewer or more of them are unusual input."
         if self.trained_with_fewer_thoughts:
             return f"The model was never trained with more than {trained}. More of them are unusual input."
         return (
@@ -336,6 +363,10 @@ def _group_of(parsed: GraphQuestion, node: str, distance: int) -> str:
 def decoded(subject: Subject, count: int = 3) -> Study:
     """Logit lens: the likeliest tokens of each thought, for the first `count` questions (arXiv 2412.06769, Fig. 9).
 
+    Thoughts that are merged from words are no states that the output layer reads. Of these it is what the model says in
+    their place: the likeliest words of the group that the thought merges, read from the state before it. facts:
+    `read`, "thoughts" or "states before".
+
     Raises NotApplicable if the model has no latent thoughts, or if they are mixtures of words' embeddings.
     """
     subject.need_thoughts()
@@ -343,10 +374,31 @@ def decoded(subject: Subject, count: int = 3) -> Study:
         raise NotApplicable(
             f"The thoughts are {subject.lm.feedback.slot.describe()}: input embeddings, not states that the head reads."
         )
+    merges = subject.lm.reasoning.slot.merges
+    thoughts_NKD = subject.baseline.thoughts[:count]
+    read = _said_in_their_place(subject, thoughts_NKD) if merges else (
+        logit_lens(subject.lm, thoughts_KD, SHOWN_TOKENS) for thoughts_KD in thoughts_NKD
+    )  # fmt: skip
     rows = [
         {"question": question, "thought": thought, "rank": rank, "token": text, "probability": value}
-        for question, thoughts_KD in enumerate(subject.baseline.thoughts[:count])
-        for thought, tokens in enumerate(logit_lens(subject.lm, thoughts_KD, SHOWN_TOKENS), 1)
+        for question, thoughts in enumerate(read)
+        for thought, tokens in enumerate(thoughts, 1)
         for rank, (text, value) in enumerate(tokens, 1)
     ]
-    return Study("decoded", rows)
+    return Study("decoded", rows, {"read": "states before" if merges else "thoughts"})
+
+
+def _said_in_their_place(subject: Subject, thoughts_NKD: torch.Tensor) -> Iterator[list[list[tuple[str, float]]]]:
+    """For each question and thought, the likeliest words by the state before it; of the added tokens only `<eot>`."""
+    lm, (_, K, _) = subject.lm, thoughts_NKD.shape
+    before = slot_with_markers(lm.reasoning, lm.special, 0).tolist()[:-1]
+    never = [token for token in lm.special.added if token != lm.special.eot]
+    for question, thoughts_KD in zip(subject.question_ids, thoughts_NKD, strict=False):
+        ids_1T = torch.tensor([[*question, *before]], device=lm.device)
+        fed_1KD = thoughts_KD[None].to(lm.device)
+        states_KD = torch.cat(
+            [think(lm, ids_1T, torch.ones_like(ids_1T), k, thoughts=fed_1KD[:, :k]).states for k in range(K)]
+        )
+        logits_KV = lm.feedback.next_word(states_KD, lm)
+        logits_KV[:, never] = -torch.inf
+        yield likeliest_tokens(lm, logits_KV, SHOWN_TOKENS)

@@ -22,7 +22,7 @@ from coconut.analysis.linear_probes import directions, fit, where
 from coconut.analysis.probes import Subject
 from coconut.analysis.states import need_places, slot_states
 from coconut.data.examples import Example
-from coconut.data.tokenization import encode_questions, encode_texts
+from coconut.data.tokenization import encode_texts
 from coconut.evaluation.evaluator import wilson_interval
 from coconut.generation.room import indices_that_fit
 from coconut.methods import PromptFormat
@@ -75,7 +75,7 @@ def readout(subject: Subject, training: Sequence[Example] | None = None) -> list
     need_places(lm)
     fitted, measured = _questions(subject, training)
     targets, facts = _targets(lm, fitted, [subject.examples[i] for i in measured])
-    fitted_ids = encode_questions(lm.tokenizer, [example.question for example in fitted], lm.reasoning.format)
+    fitted_ids = subject.encode(fitted)
     measured_ids = [subject.question_ids[i] for i in measured]
     own = f"{lm.reasoning.slot.noun}s"
     readings: dict[str, Readings] = {}
@@ -110,8 +110,9 @@ def _questions(subject: Subject, training: Sequence[Example] | None) -> tuple[li
     usable = [example for example in training if example.steps and example.question not in asked]
     chosen = random.choice(len(usable), min(MAX_FITTED, len(usable)), replace=False) if usable else []
     fitted = [usable[i] for i in sorted(chosen)]
-    fitting = indices_that_fit(subject.lm, [example.question for example in fitted])
-    return [fitted[i] for i in fitting], list(range(len(examples)))
+    fitting = indices_that_fit(subject.lm, [example.question for example in fitted], int(bool(subject.mode)))
+    fitted = [fitted[i] for i in fitting]
+    return [fitted[i] for i in subject.with_this_count(fitted)], list(range(len(examples)))
 
 
 # The tokens of the steps.

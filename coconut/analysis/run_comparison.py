@@ -115,18 +115,18 @@ def grouped(runs: Sequence[ComparableRun]) -> list[Group]:
     """
     runs_of: dict[str, list[ComparableRun]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
-        runs_of[json.dumps([run.trained_as, run.settings], sort_keys=True)].append(run)
+        runs_of[json.dumps([run.record.method, run.settings], sort_keys=True)].append(run)
     for alike in runs_of.values():
         for one, other in pairwise(alike):
             if one.seed == other.seed:
                 raise ValueError(
-                    f"{one.folder} and {other.folder} are the same run made twice: {one.trained_as} with the same "
+                    f"{one.folder} and {other.folder} are the same run made twice: {one.record.method} with the same "
                     f"settings and seed={one.seed}. Name only one of them."
                 )
     groups, order = [], list(METHODS)
-    kinds = {run.trained_as: order.index(run.method) for run in runs}
+    kinds = {run.record.method: order.index(run.method) for run in runs}
     for kind in sorted(kinds, key=lambda kind: (kinds[kind], kind)):
-        of_kind = [runs_of[key] for key in sorted(runs_of, key=natural_key) if runs_of[key][0].trained_as == kind]
+        of_kind = [runs_of[key] for key in sorted(runs_of, key=natural_key) if runs_of[key][0].record.method == kind]
         labels = _labels(kind, [alike[0].settings for alike in of_kind])
         groups += map(Group, labels, of_kind)
     return groups

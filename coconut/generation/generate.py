@@ -611,8 +611,12 @@ def logit_lens(lm: LatentLM, thoughts: Tensor, count: int = 3) -> list[list[tupl
     states_ND = thoughts.to(lm.device, lm.base.dtype)
     if lm.feedback.slot.update is Update.loop:
         states_ND = states_ND - lm.base.get_input_embeddings()(torch.tensor(lm.latent_id, device=lm.device))
-    logits_NV = lm.logits(states_ND).float()
-    values, ids = logits_NV.softmax(-1).topk(min(count, logits_NV.shape[-1]))
+    return likeliest_tokens(lm, lm.logits(states_ND), count)
+
+
+def likeliest_tokens(lm: LatentLM, logits_NV: Tensor, count: int) -> list[list[tuple[str, float]]]:
+    """The `count` most probable tokens of each row, with their probabilities."""
+    values, ids = logits_NV.float().softmax(-1).topk(min(count, logits_NV.shape[-1]))
     texts = ([str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in row] for row in ids.tolist())
     return [list(zip(*pair, strict=True)) for pair in zip(texts, values.tolist(), strict=True)]
 

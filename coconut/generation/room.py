@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def indices_that_fit(lm: LatentLM, questions: Sequence[str], more: int = 0, mode: str | None = None) -> list[int]:
     """The indices of the questions that leave room for an answer after `more` thoughts than trained."""
     rows = encode_questions(lm.tokenizer, questions, lm.reasoning.format)
-    room = room_for_question(lm, lm.reasoning.num_thoughts + more if more else None, mode)
+    most = max(form.num_thoughts for form in lm.reasoning.forms(mode))
+    room = room_for_question(lm, most + more if more else None, mode)
     return [i for i, row in enumerate(rows) if len(row) <= room]
 
 

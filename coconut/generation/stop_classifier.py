@@ -145,10 +145,12 @@ def _thoughts_and_targets(lm: LatentLM, examples: Sequence[Example], batch_size:
 
 def refuse_untrained(lm: LatentLM, trained: Plan) -> None:
     """Raise ValueError if a model trained by this plan cannot answer after fewer thoughts than its stage has."""
+    if lm.reasoning.modes:
+        raise ValueError("A hybrid model's mode sets the number of its thoughts. Leave out the classifier.")
     if not lm.reasoning.slot.thinks or not lm.reasoning.num_thoughts:
         raise ValueError(f"{lm.reasoning.method}, stage {lm.reasoning.stage}, has no latent thoughts to stop.")
     if lm.reasoning.slot.merges:
-        raise ValueError(f"{lm.reasoning.method} ends its thoughts itself. Leave out stop=classifier.")
+        raise ValueError(f"{lm.reasoning.method} ends its thoughts itself, and needs no classifier to. Leave it out.")
     if lm.reasoning.slot.in_parallel:
         raise ValueError(
             f"The thoughts of {lm.reasoning.method} are computed all at once, so that stopping early saves nothing."

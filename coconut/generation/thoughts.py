@@ -100,7 +100,7 @@ def think(
     `stop`: a row ends with the first thought for which it returns True, and the loop ends when all rows have ended.
     `soft`: gives the next thoughts (B, D) in place of the slot's, from the last hidden states (B, D), and which rows
     have ended before them (B,). Where the model ends its thoughts itself (`Slot.merges`), a row ends before the first
-    one in whose place the model says `<eot>`.
+    one in whose place the model says `<eot>`, unless their number is fixed (`Reasoning.fixed_count`).
     `reserve`: how many columns the cache will take afterwards.
     """
     cache = lm.new_cache(input_ids.shape[1] + num_thoughts + reserve)
@@ -117,7 +117,7 @@ def think(
     counts_B = torch.zeros_like(positions_BT[:, 0])
     drawn = noise.draw(random_keys, num_thoughts, embeds_BTD.shape[2]) if noise and random_keys is not None else None
     ending = soft
-    if lm.feedback.slot.merges and thoughts is None:
+    if lm.feedback.slot.merges and thoughts is None and not lm.reasoning.fixed_count:
         ending = lm.ending_thoughts
     width = max(num_thoughts, 1) if thoughts is not None and stop is None else 1  # known thoughts are fed in one pass
     for k in range(0, num_thoughts, width):

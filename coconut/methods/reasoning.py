@@ -80,7 +80,7 @@ class Reasoning:
     """How to run inference on a trained model. Saved with its weights.
 
     `num_thoughts` is the number that inference uses; it never depends on an example's gold chain. Of thoughts that the
-    model ends itself it is the most.
+    model ends itself it is the most, or with `fixed_count` their number, whatever the model says.
     """
 
     method: str = "coconut"
@@ -95,6 +95,7 @@ class Reasoning:
     format: PromptFormat = field(default_factory=PromptFormat)
     modes: tuple[str, ...] = ()  # of a hybrid model: the modes it chooses from with its first token
     gated: GatedWords | None = None  # None: words are fed as they are
+    fixed_count: bool = False  # of thoughts that the model would end itself
 
     @classmethod
     def at(cls, plan: Plan, stage: Stage, max_new_tokens: int = 128) -> Reasoning:

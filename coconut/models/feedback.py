@@ -73,8 +73,8 @@ class GaussianHead(nn.Module):
     def thoughts(self, states: Tensor, words: Words) -> Tensor:
         return self(states)[0] * self.scale
 
-    def ends(self, states: Tensor, words: Words) -> Tensor:
-        return greedy_words(words.logits(states), words.special) == words.special.eot
+    def next_word(self, states: Tensor, words: Words) -> Tensor:
+        return words.logits(states)
 
 
 class MultiTokenHead(nn.Module):
@@ -100,8 +100,8 @@ class MultiTokenHead(nn.Module):
         ids = greedy_words(words.logits(self(states)), words.special)
         return merge(words.embed(ids), (ids != words.special.eot).long().cumprod(-1), self.pooling)
 
-    def ends(self, states: Tensor, words: Words) -> Tensor:
-        return greedy_words(words.logits(self(states)[..., 0, :]), words.special) == words.special.eot
+    def next_word(self, states: Tensor, words: Words) -> Tensor:
+        return words.logits(self(states)[..., 0, :])
 
 
 def _mlp_ln(slot: Slot, hidden: int) -> nn.Module:
@@ -160,9 +160,16 @@ class Feedback(nn.Module):
         content = self.in_own_dtype(content)
         return self.projector.thoughts(content, words) if self.slot.merges else self.projector(content)
 
+    def next_word(self, states: Tensor, words: Words) -> Tensor:
+        """(..., V) logits of a word of the group that the next thought merges, or of `<eot>`.
+
+        The Gaussian head is trained to name any of them, the multi-token head the first one.
+        """
+        return self.projector.next_word(self.in_own_dtype(states), words)
+
     def ends(self, states: Tensor, words: Words) -> Tensor:
         """(...) where the model ends its thoughts instead, of one that does so itself."""
-        return self.projector.ends(self.in_own_dtype(states), words)
+        return greedy_words(self.next_word(states, words), words.special) == words.special.eot
 
     def in_own_dtype(self, states: Tensor) -> Tensor:
         weight = next(self.projector.parameters(), None)

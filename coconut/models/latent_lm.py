@@ -180,6 +180,12 @@ class LatentLM(nn.Module):
         self.gates = Gates(self.thought_size, low, high).to(self.device)
         self.reasoning = replace(self.reasoning, gated=GatedWords(temperature))
 
+    def with_reasoning(self, reasoning: Reasoning) -> LatentLM:
+        """The same model, whose weights it shares, with other settings for inference."""
+        other = copy(self)
+        other.reasoning = reasoning
+        return other
+
     def merged(self) -> LatentLM:
         """A copy without LoRA that computes the same: the correction is added to the weights."""
         if not self.adapter:

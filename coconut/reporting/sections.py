@@ -47,13 +47,13 @@ Row = dict[str, Any]
 
 def how_many(run: RunRecord) -> Section | None:
     """Accuracy with other numbers of thoughts, what each thought adds, and a classifier that decides when to stop."""
-    source = run.stages[-1].form.slot.source
+    source = run.reasoning.slot.source
     noun = source.value
     title = f"How many {noun}s"
     if not run.studies and run.best and source is Source.thought:
         text = Text("The thoughts have not been analyzed yet. This command analyzes them:")
         return Section("how-many", title, [text, Code(f"coconut analyze run={shlex.quote(str(run.folder))}")])
-    parts = _texts(run.study_note)
+    parts = _texts(run.study_note, run.decided_note)
     if study := run.studies.get("k_forcing"):
         parts += _texts(" ".join(describe_k_forcing(study, noun, run.chance_accuracy)), study.facts["warning"])
         caption = (
@@ -253,7 +253,7 @@ def what_they_hold(run: RunRecord) -> Section | None:
         parts = [Text(intro), *_node_warnings(run.studies["values"]), *parts]
     if "inner_products" in drawn:
         parts += [Heading("Where the thoughts point"), *_inner_products(run, drawn)]
-    slot = run.stages[-1].form.slot
+    slot = run.reasoning.slot
     noun = "thought" if slot.is_empty else slot.noun
     if study := run.studies.get("rollouts"):
         parts += [Heading("How varied the sampled answers are"), *rollouts.parts(study, drawn, noun)]
@@ -327,6 +327,11 @@ def _decoded(run: RunRecord, chosen: ShownQuestion | None) -> list[Part]:
         f"Logit lens: the output layer of the model applied to each thought of {of}, with the likeliest tokens. "
         "Training does not ask for readable thoughts, so this is only a hint."
     )
+    if study.facts.get("read") == "states before":
+        text = (
+            f"What the model says in the place of each thought of {of}: the likeliest words of the group that the "
+            "thought merges, read from the state before it. Training asks for these words."
+        )
     if chosen and chosen.values.facts["form"] == "symbols":
         text += _names_at_distance([tokens[0][0].strip() for tokens in words.values()], chosen)
     return [Heading("The thoughts read with the output layer"), Text(text), Ranked(list(words.items()))]
@@ -485,18 +490,18 @@ def drawings(run: RunRecord) -> Drawings:
     studies = {name: study for name, study in run.studies.items() if study.rows}
     by_name: Drawings = {name: partial(draw, studies[name]) for name, draw in OF_STUDY.items() if name in studies}
     if study := studies.get("k_forcing"):
-        noun = run.stages[-1].form.slot.noun
+        noun = run.reasoning.slot.noun
         by_name["k_forcing"] = partial(charts.k_forcing, study, chance_accuracy=run.chance_accuracy, noun=noun)
     if study := studies.get("influence"):
         by_name |= {f"influence_{of}": partial(influence.chart, study, of=of) for of in study.facts["units"]}
     if study := studies.get("layers"):
-        by_name["layers"] = partial(geometry.chart, study, noun=run.stages[-1].form.slot.noun)
+        by_name["layers"] = partial(geometry.chart, study, noun=run.reasoning.slot.noun)
     if (study := studies.get("rollouts")) and study.facts["trained_thoughts"]:
-        by_name["rollouts"] = partial(rollouts.chart, study, noun=run.stages[-1].form.slot.noun)
+        by_name["rollouts"] = partial(rollouts.chart, study, noun=run.reasoning.slot.noun)
     if study := studies.get("readout"):
-        by_name["readout"] = partial(readout.chart, study, noun=run.stages[-1].form.slot.noun)
+        by_name["readout"] = partial(readout.chart, study, noun=run.reasoning.slot.noun)
     if study := studies.get("readout_layers"):
-        by_name["readout_layers"] = partial(readout.layers_chart, study, noun=run.stages[-1].form.slot.noun)
+        by_name["readout_layers"] = partial(readout.layers_chart, study, noun=run.reasoning.slot.noun)
     if study := studies.get("noise"):
         by_name["noise"] = partial(noise.chart, study, chance_accuracy=run.chance_accuracy)
     if chosen := sample(run):

@@ -8,7 +8,7 @@ from pathlib import Path
 from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import MethodsConfig
 from coconut.analysis.verdict import FINDINGS, Verdict, verdict
-from coconut.methods import Stage
+from coconut.methods import Reasoning
 from coconut.reporting.page import Aside, Lead, Section, Table, Text, page
 from coconut.reporting.phrases import between, percent, typeset
 from coconut.reporting.run_table import aligned, common_folder, output_folder
@@ -29,16 +29,15 @@ def verdict_of(run: RunRecord) -> Verdict:
     above_chance = None
     if run.test and run.chance_accuracy is not None:
         above_chance = run.evaluations[run.test]["interval"][0] > run.chance_accuracy
-    return verdict(run.studies, _before_answers(run.stages[-1]), above_chance=above_chance)
+    return verdict(run.studies, _before_answers(run.reasoning), above_chance=above_chance)
 
 
-def _before_answers(stage: Stage) -> str:
-    if stage.in_turn:
+def _before_answers(reasoning: Reasoning) -> str:
+    if reasoning.modes:
         return "modes"
-    form = stage.form
-    if not form.slot.is_empty:
-        return f"{form.slot.source.value}s"
-    return "steps" if form.steps_cut == 0 and form.tokens_cut == 0 else "nothing"
+    if not reasoning.slot.is_empty:
+        return f"{reasoning.slot.source.value}s"
+    return "steps" if reasoning.steps_cut == 0 and reasoning.tokens_cut == 0 else "nothing"
 
 
 def what_it_means(run: RunRecord) -> Section | None:
@@ -48,8 +47,9 @@ def what_it_means(run: RunRecord) -> Section | None:
         return None
     rows = [[each.name, typeset(each.value), SPEAKS[each.speaks]] for each in found.findings]
     table = Table(["measurement", "what was found", "evidence"], rows)
+    note = [Text(run.decided_note)] if run.decided_note else []
     return Section(
-        "verdict", "What it means", [Lead([found.headline]), table, Aside("How this was judged", [Text(RULE)])]
+        "verdict", "What it means", [Lead([found.headline]), *note, table, Aside("How this was judged", [Text(RULE)])]
     )
 
 
@@ -74,8 +74,6 @@ def compare_methods(config: MethodsConfig) -> int:
 
 def _refuse_incomparable(runs: Sequence[RunRecord]) -> None:
     for run in runs:
-        if "plan" not in run.description:
-            raise ValueError(f"{run.folder} was trained by reward. Compare such runs with coconut analyze table.")
         if not run.studies:
             raise ValueError(f"{run.folder} was not analyzed. Run coconut analyze run={run.folder}")
         mine, first = (next(iter(each.studies.values())).facts for each in (run, runs[0]))
@@ -90,7 +88,8 @@ def _refuse_incomparable(runs: Sequence[RunRecord]) -> None:
 def comparison(runs: Sequence[RunRecord]) -> Study:
     """A row for each run: `kind` and `headline` of its verdict; the value of each finding, and what it is evidence for.
 
-    `note`: if the accuracy is of another checkpoint or of other questions than the measurements.
+    `note`: if the accuracy is of another checkpoint or of other questions than the measurements, or if a model that
+    decides by itself how it thinks was made to do something.
 
     facts: `questions` and `file` of the studies.
     """
@@ -100,10 +99,10 @@ def comparison(runs: Sequence[RunRecord]) -> Study:
         by_name = {each.name: each for each in found.findings}
         test = run.evaluations[run.test] if run.test else {}
         row = {
-            "run": run.folder.resolve().name, "method": run.config["method"], "seed": run.config["seed"],
+            "run": run.folder.resolve().name, "method": run.method, "seed": run.config["seed"],
             "accuracy": test.get("accuracy"), "low": test["interval"][0] if test else None,
             "high": test["interval"][1] if test else None, "kind": found.kind, "headline": found.headline,
-            "note": run.study_note,
+            "note": " ".join(filter(None, [run.study_note, run.decided_note])),
         }  # fmt: skip
         for name in FINDINGS:
             each = by_name.get(name)

@@ -15,7 +15,7 @@ from coconut.data.seen_questions import describe_questions, most_seen
 from coconut.reporting import run_table, sampled_table, suite_table
 from coconut.reporting.page import Heading, Part, Section, Table, Text, page
 from coconut.reporting.phrases import percent
-from coconut.rl.report import curves_figure, is_policy, mode_legend, modes_of
+from coconut.rl.report import curves_figure, mode_legend, modes_of
 from coconut.rl.training_comparison import training_sections
 from coconut.runs.record import RunRecord, read_run
 from coconut.runs.study import Study
@@ -37,7 +37,7 @@ def write_table(config: TableConfig) -> int:
         return suite_table.run(config)
     run_folders = expand_patterns(config.runs)
     records = [read_run(folder) for folder in run_folders]
-    if not all(is_policy(record) and modes_of(record) for record in records):
+    if not all(record.is_policy and modes_of(record) for record in records):
         return run_table.run(config, training_sections)
     study = comparison(records)
     folder = run_table.output_folder(config, run_table.common_folder(run_folders))

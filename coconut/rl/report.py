@@ -16,6 +16,8 @@ from coconut.reporting.phrases import counted, percent
 from coconut.reporting.plots import LIGHT, draw_line, new_figure, styled, whole_ticks
 from coconut.reporting.run_page import answers, sampled, settings_of_adamw, what_was_trained
 from coconut.reporting.run_table import aligned
+from coconut.reporting.sections import are_they_used, how_many, relies_on_shortcuts, what_they_hold
+from coconut.reporting.verdict import what_it_means
 from coconut.runs.record import RunRecord
 from coconut.runs.study import Study
 
@@ -26,14 +28,9 @@ COLOURS = ("green", "blue", "plum", "red", "peach", "sky")  # of modes, in their
 POINTS = 60  # of a smoothed curve
 
 
-def is_policy(run: RunRecord) -> bool:
-    """Whether coconut rl made it."""
-    return "objective" in run.config
-
-
 def modes_of(run: RunRecord) -> list[str]:
     """The modes of the run's model; none if it is not hybrid."""
-    if is_policy(run):
+    if run.is_policy:
         return run.description["reasoning"]["modes"]
     return run.config["curriculum"].get("modes", []) if run.stages[-1].in_turn else []
 
@@ -137,7 +134,9 @@ def mode_legend(modes: Sequence[str]) -> Legend:
 def report(run: RunRecord) -> str:
     """The HTML page of one run."""
     objective = run.config["objective"]["name"]
-    sections = [headline(run), *filter(None, [sampled(run)]), learning(run), answers(run), provenance(run)]
+    measured = (how_many, what_they_hold, are_they_used, relies_on_shortcuts)
+    makers = (headline, what_it_means, sampled, *measured, learning, answers, provenance)
+    sections = [section for make in makers if (section := make(run))]
     modes = ", ".join(modes_of(run))
     what = f"reinforcement learning of the choice between {modes}" if modes else "reinforcement learning"
     return page(run.description["name"], objective, what, run.folder, sections)

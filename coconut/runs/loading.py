@@ -17,8 +17,9 @@ from coconut.generation.stop_classifier import StopClassifier, fit_classifier, r
 from coconut.methods import REASONING_FILE, Curriculum, plan
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints, load_state
-from coconut.runs.description import read_config
+from coconut.runs.description import DESCRIPTION, read_config
 from coconut.utils.console import log
+from coconut.utils.files import read_json
 from coconut.utils.pretrained import resolve_local_path
 
 
@@ -56,6 +57,20 @@ def run_folder_of(init: str) -> Path:
     """The folder of the run for `init`, a run or one of its checkpoints."""
     path = Path(init)
     return path if (path / "checkpoints").is_dir() else path.parent.parent
+
+
+def supervised_config(run: Path | str) -> dict[str, Any] | None:
+    """The configuration of coconut train for a run; of a policy, that of the run from which its weights come.
+
+    None if that one is gone, or if the policy began with weights that are not of a run.
+    """
+    folder = Path(run)
+    while "method" not in (config := read_config(folder)):
+        weights = Path(read_json(folder / DESCRIPTION)["init"])
+        folder = run_folder_of(str(weights))
+        if weights.parent.name != "checkpoints" or not (folder / DESCRIPTION).is_file():
+            return None
+    return config
 
 
 @dataclass(frozen=True)
@@ -100,10 +115,16 @@ def classifier_of(
     """The stop classifier of a run's checkpoint. It is fitted on first use and saved in the run's folder.
 
     `data` names files to fit it on instead of the run's. Raises ValueError if the run's training does not allow
-    stopping early, and FileNotFoundError if the run's files are gone.
+    stopping early, or is not known, and FileNotFoundError if the run's files are gone.
     """
     lm = trained.lm
-    refuse_untrained(lm, plan(trained.config["method"], Curriculum.from_dict(trained.config["curriculum"])))
+    supervised = supervised_config(run)
+    if supervised is None:
+        raise ValueError(
+            f"The run from which {run} started is gone, so it is not known whether it was trained with fewer thoughts "
+            "than its own, as stop=classifier needs. Leave it out."
+        )
+    refuse_untrained(lm, plan(supervised["method"], Curriculum.from_dict(supervised["curriculum"])))
     file = Path(run) / CLASSIFIER_FOLDER / f"step-{trained.step:07d}.safetensors"
     if file.is_file():
         return StopClassifier.load(file).to(lm.device)

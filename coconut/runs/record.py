@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.data.seen_questions import all_seen, describe_questions
-from coconut.methods import Stage, Unit
+from coconut.methods import Plan, Reasoning, Stage, Unit
 from coconut.runs.description import CONFIG, DESCRIPTION, read_config, read_metrics, read_results
 from coconut.runs.study import FOLDER, Study
 from coconut.utils.files import read_json
@@ -41,6 +41,33 @@ class RunRecord:
         return [Stage.from_dict(row) for row in self.description["plan"]["stages"]]
 
     @property
+    def is_policy(self) -> bool:
+        """Whether coconut rl made it."""
+        return "objective" in self.config
+
+    @property
+    def unit(self) -> str:
+        """What its progress is counted in."""
+        return "step" if self.is_policy else "update"
+
+    @property
+    def method(self) -> str:
+        """The method, and the objective of a policy after it: "coconut + grpo"."""
+        if self.is_policy:
+            return f"{self.description['reasoning']['method']} + {self.config['objective']['name']}"
+        return self.config["method"]
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """How the model reasons at the end of its training; of a hybrid one, in the mode that its studies are about."""
+        if self.is_policy:
+            own = Reasoning.from_dict(self.description["reasoning"])
+        else:
+            plan = Plan(self.config["method"], Unit(self.description["plan"]["unit"]), tuple(self.stages))
+            own = Reasoning.at(plan, self.stages[-1])
+        return own.in_mode(next((study.facts["mode"] for study in self.studies.values() if "mode" in study.facts), ""))
+
+    @property
     def step(self) -> int:
         """The number of updates done."""
         return max((row["step"] for row in self.train), default=0)
@@ -51,18 +78,13 @@ class RunRecord:
         return self.description["updates" if "updates" in self.description else "num_steps"]
 
     @property
-    def is_policy(self) -> bool:
-        """Whether it was trained by reward (coconut rl)."""
-        return "objective" in self.config
-
-    @property
     def updates_done(self) -> int:
         """The updates of the weights; a policy may have several in a step."""
         return sum(row["updates"] for row in self.train) if self.is_policy else self.step
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation of the best checkpoint: chosen in the last stage, or of a policy by the reward."""
+        """The validation of the best checkpoint, which is chosen in the last stage, or by the reward of a policy."""
         if self.is_policy:
             return max(self.valid, key=lambda row: row["reward"], default=None)
         stage = self.stages[-1]
@@ -84,9 +106,26 @@ class RunRecord:
         if not facts or (facts["step"], facts["sha256"], facts["questions"]) == tuple(test[key] for key in keys):
             return ""
         return (
-            f"The following was measured on update {facts['step']:,}, with {facts['questions']:,} questions of "
+            f"The following was measured on {self.unit} {facts['step']:,}, with {facts['questions']:,} questions of "
             f"{Path(facts['file']).name}."
         )
+
+    @property
+    def decided_note(self) -> str:
+        """A sentence on what a model that decides by itself how it thinks was made to do in the studies, else ""."""
+        facts = {name: value for study in self.studies.values() for name, value in study.facts.items()}
+        if mode := facts.get("mode"):
+            return (
+                f"The model chooses by its first token how to answer. Thoughts were measured in the mode {mode}, "
+                "whatever it would have chosen."
+            )
+        if alike := facts.get("alike"):
+            return (
+                f"The model ends its thoughts itself. Thoughts were measured on the {alike['questions']:,} of "
+                f"{alike['of']:,} questions for which it takes {alike['thoughts']}, the most common number, and with "
+                "exactly so many."
+            )
+        return ""
 
     def updates(self, stage: Stage) -> int:
         """The length of a stage in updates."""

@@ -390,7 +390,8 @@ def test_the_page_has_a_section_and_a_chart_within_its_width(of_planted: Study, 
     if method == "cot":
         rows = [row for row in study.rows if not row["thoughts"]]
         study = Study("rollouts", rows, study.facts | {"trained_thoughts": 0})
-    run = RunRecord(Path("run"), {"method": method}, {"plan": {"stages": [stage]}}, [], [], studies={"rollouts": study})
+    described = {"plan": {"unit": "updates", "stages": [stage]}}
+    run = RunRecord(Path("run"), {"method": method}, described, [], [], studies={"rollouts": study})
     section = what_they_hold(run)
     assert section
     assert section.title == ("Sampled answers" if method == "cot" else "What the thoughts hold")

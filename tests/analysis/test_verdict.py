@@ -16,7 +16,7 @@ from coconut.analysis.noise import noise_curves
 from coconut.analysis.prefix_values import prefix_values
 from coconut.analysis.probes import Subject, inner_products, k_forcing
 from coconut.analysis.verdict import EXCHANGE, GAIN, NEEDED, NOISE, SEQUENCE, SHORTCUTS, SPREAD, reliance, verdict
-from coconut.methods import Curriculum, plan
+from coconut.methods import Curriculum, Reasoning, plan
 from coconut.reporting.measurements.influence import describe
 from coconut.reporting.verdict import _before_answers
 from coconut.runs.study import Study
@@ -155,7 +155,8 @@ BEFORE = {"no_cot": "nothing", "icot": "nothing", "cot": "steps", "pause": "paus
 
 @pytest.mark.parametrize("method", BEFORE)
 def test_what_stands_before_the_answers_comes_from_the_last_stage(method: str) -> None:
-    assert _before_answers(plan(method, Curriculum(max_stage=2)).stages[-1]) == BEFORE[method]
+    its = plan(method, Curriculum(max_stage=2))
+    assert _before_answers(Reasoning.at(its, its.stages[-1])) == BEFORE[method]
 
 
 def shortcut_row(change: str, kind: str, difference: float, **more: Any) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def run(rows: list[dict[str, Any]]) -> RunRecord:
     return RunRecord(
         folder=Path("runs/mine"),
         config={"method": "coconut"},
-        description={"name": "mine", "plan": {"stages": [stage]}},
+        description={"name": "mine", "plan": {"unit": "updates", "stages": [stage]}},
         train=[],
         valid=[{"stage": 3, "accuracy": 0.9, "loss": 0.1, "step": 8}],
         evaluations={"test": {"chance_accuracy": 0.5, "step": 8, "sha256": "0123", "count": 8}},

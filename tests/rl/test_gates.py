@@ -25,6 +25,8 @@ from helpers.runs import (
 from safetensors.torch import load_file
 
 from coconut import LatentLM
+from coconut.analysis.config import AnalyzeConfig
+from coconut.analyze import run as analyze
 from coconut.completions.completion import Completion, completions_of
 from coconut.completions.scoring import CompletionBatch, SamplingDistribution
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, OptimizerConfig, Precision
@@ -475,7 +477,9 @@ def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_gated_policy_is_trained_saved_evaluated_and_described(finished: Path, made: Made) -> None:
+def test_gated_policy_is_trained_saved_evaluated_and_described(
+    finished: Path, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = rows_of_kind(finished, "train")
     assert all(0.5 < row["gate"] < 1 and 0 < row["latent_share"] < 1 for row in rows)
     first, last = (LatentLM.from_pretrained(Checkpoints(finished).path(step)).gates for step in (0, 3))
@@ -486,6 +490,11 @@ def test_gated_policy_is_trained_saved_evaluated_and_described(finished: Path, m
     assert min(moved) > 1e-4
     assert moved[0] > 5 * moved[1], "Lambda learns at a rate of its own"
     run_evaluate(EvaluateConfig(run=str(finished), checkpoint="last"))
+    assert analyze(AnalyzeConfig(run=str(finished), checkpoint="last", engine=CPU)) == 0
+    studies = read_run(finished).studies
+    assert studies.keys() >= {"rollouts", "shortcuts"}
+    assert "influence" not in studies
+    assert "Left out influence: This model mixes what it expected into each word" in capsys.readouterr().out
     page = report(read_run(finished))
     assert "The gates keep" in page
     assert "0.5 to 0.9" in page

@@ -28,13 +28,16 @@ from helpers.runs import (
 
 from coconut import LatentLM
 from coconut.analysis.comparable_runs import sampled_evaluations
-from coconut.analysis.config import AnalyzeConfig, Part, TableConfig
+from coconut.analysis.config import AnalyzeConfig, MethodsConfig, Part, TableConfig
+from coconut.analysis.interventions import audit_thoughts
+from coconut.analysis.probes import Subject
 from coconut.analysis.run_comparison import compare as compare_runs
+from coconut.analyze import compare_methods
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
 from coconut.completions.rollouts import Cost
 from coconut.config import AdamWConfig, DataConfig, EngineConfig, EngineKind, Precision, TooLong
-from coconut.data.examples import Example
+from coconut.data.examples import Example, read_examples
 from coconut.engine.process_group import init_distributed
 from coconut.engine.world import World
 from coconut.evaluate import run as run_evaluate
@@ -49,8 +52,10 @@ from coconut.rl.config import ObjectiveConfig, RewardConfig, RLConfig
 from coconut.rl.trainer import REFERENCE, run
 from coconut.rl.training_comparison import training_cost
 from coconut.runs.checkpoints import Checkpoints, load_state
-from coconut.runs.loading import starting_point
+from coconut.runs.loading import starting_point, supervised_config
 from coconut.runs.record import read_run
+from coconut.runs.study import NotApplicable
+from coconut.tasks import TASKS
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
 
@@ -421,7 +426,13 @@ def test_warmed_up_hybrid_model_has_a_section_on_choices(made: Made, tmp_path: P
     folder = tmp_path / "warm"
     shutil.copytree(made[0], folder)
     assert analyze(AnalyzeConfig(run=str(folder), engine=CPU)) == 0
-    assert "How it chooses" in (folder / "report.html").read_text()
+    page, studies = (folder / "report.html").read_text(), read_run(folder).studies
+    assert "How it chooses" in page
+    assert "Thoughts were measured in the mode latent_2" in page
+    assert studies.keys() >= {"routers", "difficulty", "audit_thoughts", "influence", "shortcuts"}
+    assert studies["audit_thoughts"].facts["mode"] == "latent_2"
+    always = next(row for row in studies["routers"].rows if row["router"] == "always latent_2")
+    assert studies["audit_thoughts"].rows[0]["accuracy"] == pytest.approx(always["accuracy"])
 
 
 def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
@@ -434,12 +445,44 @@ def test_policy_without_modes_has_a_report_page(tmp_path: Path) -> None:
     assert "reinforcement learning" in page
     assert "How it learned" in page
     assert "With the checkpoint of step" in page
+    for title in ("What it means", "How many thoughts", "Are the thoughts used?", "Does it rely on shortcuts?"):
+        assert title in page
     run_evaluate(EvaluateConfig(run=str(tmp_path / "run"), samples=2, temperature=1.0))
     assert len(sampled_evaluations([str(tmp_path / "run")], "test-samples-2*")) == 1
     assert export(ExportConfig(run=str(tmp_path / "run"), output=str(tmp_path / "out"))) == 0
     assert "of 2 of reinforcement learning" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(ValueError, match="was trained by coconut rl, and parts are measured on runs of coconut train"):
-        analyze(AnalyzeConfig(run=str(tmp_path / "run"), engine=CPU, parts=[Part.noise]))
+
+
+def test_a_policy_is_measured_like_the_model_that_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curriculum = Curriculum(max_stage=2, length_unit=Unit.updates, stage0_length=4, stage_length=4, total_length=20,
+                            mixing_probability=0.3)  # fmt: skip
+    warm, data = trained(tmp_path / "warm", method="coconut", curriculum=curriculum)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(settings((warm, data), first, num_steps=2, reward=RewardConfig())) == 0
+    assert run(settings((first, data), second, num_steps=2, reward=RewardConfig())) == 0
+    parts = [Part.audit_thoughts, Part.prefix_values, Part.stopping]
+    for folder in (warm, second):
+        assert analyze(AnalyzeConfig(run=str(folder), engine=CPU, parts=parts)) == 0
+    assert "Analyzing step" in capsys.readouterr().out
+    studies = read_run(second).studies
+    lm = LatentLM.from_pretrained(Checkpoints(second).find("best")).eval()
+    own = Subject(lm, TASKS["prosqa"], read_examples(data.test), trained_with_fewer_thoughts=True, mixed=True)
+    assert studies["audit_thoughts"].rows == audit_thoughts(own).rows
+    assert studies["prefix_values"].facts["warning"] is None, "its supervised training was with fewer, too"
+    assert supervised_config(second) == read_json(warm / "config.json")
+
+    compare_methods(MethodsConfig(runs=[str(warm), str(second)], output=str(tmp_path / "compared")))
+    rows = read_json(tmp_path / "compared" / "methods.json")["rows"]
+    assert [row["method"] for row in rows] == ["coconut", "coconut + degrpo"]
+    assert rows[1]["headline"] in (second / "report.html").read_text()
+
+    shutil.rmtree(warm)
+    assert supervised_config(second) is None
+    assert analyze(AnalyzeConfig(run=str(second), engine=CPU, parts=[Part.prefix_values])) == 0
+    assert "without mixing" in read_run(second).studies["prefix_values"].facts["warning"]
+    shutil.rmtree(second / "stopping")
+    with pytest.raises(NotApplicable, match=r"from which .* started is gone"):
+        analyze(AnalyzeConfig(run=str(second), engine=CPU, parts=[Part.stopping]))
 
 
 def test_policies_and_the_models_they_began_from_share_a_table(tmp_path: Path) -> None:

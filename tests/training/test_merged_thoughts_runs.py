@@ -17,6 +17,7 @@ from coconut.hub.model_card import card
 from coconut.methods import Curriculum, Unit
 from coconut.models.latent_lm import LatentLM
 from coconut.runs.checkpoints import Checkpoints
+from coconut.runs.record import read_run
 from coconut.runs.study import NotApplicable
 from coconut.training.trainer import run as run_training
 from coconut.utils.files import read_json, write_json
@@ -53,15 +54,29 @@ def test_a_run_resumes_and_knows_how_many_thoughts_it_takes(method: str, data: D
 
 def test_evaluated_at_a_rate_and_analyzed(data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert run_training(settings(data, run, "colar")) == 0
+    assert run_training(settings(data, run, "colar", seed=1)) == 0
     for rate in (None, 5):
         assert run_evaluate(EvaluateConfig(run=str(run), rate=rate, engine=CPU)) == 0
     assert (run / "evaluation" / "test-rate-5.json").is_file()
     capsys.readouterr()
     assert run_analyze(AnalyzeConfig(run=str(run), engine=CPU)) == 0
-    assert "Left out k_forcing: colar ends its thoughts itself" in capsys.readouterr().out
-    with pytest.raises(NotApplicable, match="ends its thoughts itself"):
-        run_analyze(AnalyzeConfig(run=str(run), engine=CPU, parts=[Part.noise]))
+    told, studies = capsys.readouterr().out, read_run(run).studies
+    assert "Left out values: The thoughts of colar stand for no steps in particular" in told
+    alike = studies["k_forcing"].facts["alike"]
+    assert {row["questions"] for row in studies["k_forcing"].rows} == {alike["questions"]}
+    assert f"on the {alike['questions']} of {alike['of']} questions for which it takes so many" in told
+    assert studies.keys() >= {"noise", "prefix_values", "decoded", "geometry", "rollouts", "audit_thoughts",
+                              "influence"}  # fmt: skip
+    assert "alike" not in studies["shortcuts"].facts
+    assert studies["shortcuts"].facts["questions"] == studies["noise"].facts["questions"] == alike["of"]
+    taken = [row["num_thoughts"] for row in read_run(run).answers]
+    asked = [row["question"] for row in studies["decoded"].rows if (row["thought"], row["rank"]) == (1, 1)]
+    assert asked == [i for i, count in enumerate(taken) if count == alike["thoughts"]]
+    page = (run / "report.html").read_text()
+    assert f"on the {alike['questions']} of {alike['of']} questions for which it takes {alike['thoughts']}" in page
+    assert "What the model says in the place of each thought" in page
+    with pytest.raises(NotApplicable, match="ends its thoughts itself, and needs no classifier"):
+        run_analyze(AnalyzeConfig(run=str(run), engine=CPU, parts=[Part.stopping]))
 
 
 def test_data_without_chains_is_refused(data: DataConfig, tmp_path: Path) -> None:
