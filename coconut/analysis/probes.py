@@ -370,11 +370,11 @@ def decoded(subject: Subject, count: int = 3) -> Study:
     Raises NotApplicable if the model has no latent thoughts, or if they are mixtures of words' embeddings.
     """
     subject.need_thoughts()
-    if not subject.lm.feedback.slot.read_by_head:
+    merges = subject.lm.reasoning.slot.merges
+    if not merges and not subject.lm.feedback.slot.read_by_head:
         raise NotApplicable(
             f"The thoughts are {subject.lm.feedback.slot.describe()}: input embeddings, not states that the head reads."
         )
-    merges = subject.lm.reasoning.slot.merges
     thoughts_NKD = subject.baseline.thoughts[:count]
     read = _said_in_their_place(subject, thoughts_NKD) if merges else (
         logit_lens(subject.lm, thoughts_KD, SHOWN_TOKENS) for thoughts_KD in thoughts_NKD

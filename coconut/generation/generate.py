@@ -625,6 +625,6 @@ def refuse_logit_lens(lm: LatentLM) -> None:
     """Raise ValueError for a model whose thoughts are not states that its head reads (see `logit_lens`)."""
     if not lm.feedback.slot.read_by_head:
         raise ValueError(
-            f"The thoughts of {lm.reasoning.method} are {lm.feedback.slot.describe()}: input embeddings, not states "
-            "that the head reads, so there is no logit lens on them. Leave it out (show_thoughts=false)."
+            f"The thoughts of {lm.reasoning.method} are made of words' input embeddings ({lm.feedback.slot.describe()})"
+            ", not states that the head reads, so there is no logit lens on them. Leave it out (show_thoughts=false)."
         )

@@ -60,7 +60,7 @@ def card(lm: LatentLM, run: Path | str | None = None, step: int | None = None, n
 def _content(lm: LatentLM) -> str:
     """What its thoughts are made of, in words; empty if it is the last hidden state, or if it has no thoughts."""
     slot = lm.feedback.slot
-    if slot.read_by_head or not any(form.slot.thinks for form in lm.reasoning.forms()):
+    if slot.read_by_head or slot.merges or not any(form.slot.thinks for form in lm.reasoning.forms()):
         return ""
     return slot.describe()
 

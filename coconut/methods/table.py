@@ -239,7 +239,7 @@ class Slot:
     @property
     def read_by_head(self) -> bool:
         """Whether thoughts are last hidden states, which the model's head turns into probabilities of words."""
-        return self.weights[0] == 1 and not self.reads_layer
+        return not self.merges and self.weights[0] == 1 and not self.reads_layer
 
     @property
     def reads_layer(self) -> bool:
