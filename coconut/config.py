@@ -119,7 +119,7 @@ WORDS = "words"  # value of model.tokenizer: a word-level tokenizer made from th
 
 @dataclass
 class ModelConfig:
-    """A pretrained model by name or folder (`base`), or a new one from its `architecture`.
+    """A pretrained model by name, folder or GGUF file (`base`), or a new one from its `architecture`.
 
     `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
     name or folder, or "words" for a word-level one made from the training file; by default the base's.
