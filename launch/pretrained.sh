@@ -83,11 +83,11 @@ done
 
 echo "[5/6] Evaluation on GSM8K's test"
 for run in "${made[@]}"; do
-    "$python" -m coconut.evaluate run="$run" batch_size=32 engine.precision=bfloat16 ${limit[@]+"${limit[@]}"}
+    "$python" -m coconut.evaluate run="$run" batch_size=32 ${limit[@]+"${limit[@]}"}
 done
 
 echo "[6/6] The table, what the thoughts do, and a question"
-"$python" -m coconut.analyze table runs="${made[*]}" output="$runs"
+[ "$short" = true ] || "$python" -m coconut.analyze table runs="${made[*]}" output="$runs"
 last=${made[${#made[@]} - 1]}
 "$python" -m coconut.analyze run="$last" batch_size=32 "${measured[@]}"
 question="Tom has 6 apples. He buys 3 bags with 4 apples each and eats 2. How many apples does he have?"
