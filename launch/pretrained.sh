@@ -58,8 +58,8 @@ limit=() measured=(parts=[k_forcing,audit_thoughts,decoded,geometry] limit=64)
 keys=(experiment=$experiment model.base="$model" data.prefix="$rows/gsm8k" seed="$seed")
 if [ "$short" = true ]; then
     runs=$runs-short
-    keys+=(curriculum.stage0_length=30 curriculum.stage_length=6 curriculum.total_length=60 valid_limit=16 validate_every=1000)
-    limit=(limit=64) measured=(parts=[k_forcing,decoded,geometry] limit=16)
+    keys+=(curriculum.stage0_length=30 curriculum.stage_length=5 curriculum.total_length=50 valid_limit=8 validate_every=1000)
+    limit=(limit=32) measured=(parts=[k_forcing,decoded,geometry] limit=16)
 fi
 curriculum=$("$python" -m coconut.train "${keys[@]}" --cfg job --package curriculum)
 setting() { awk -v key="$1:" '$1 == key { print $2 }' <<<"$curriculum"; }
