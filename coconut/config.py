@@ -21,7 +21,7 @@ from coconut.utils.overrides import Kind, PathName, Place, Template, Text, as_ar
 # Keys that say where and how a run is executed, and do not change what it computes: they are no part of the hash in
 # its default folder's name, and may differ when it is resumed. (The test file is never opened in training.)
 NOT_IDENTITY = (
-    "run", "resume", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "data.test", "launch",
+    "run", "resume", "dry_run", "keep_checkpoints", "keep_every", "save_every", "data.cache_dir", "data.test", "launch",
     "tracking", "micro_batch_size", "eval_batch_size", "rollout_batch_size", "engine.kind", "engine.device",
     "engine.threads", "engine.acceleration", "engine.activation_checkpointing", "engine.cuda_graphs", "engine.timeout",
     "engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters",
@@ -119,7 +119,7 @@ WORDS = "words"  # value of model.tokenizer: a word-level tokenizer made from th
 
 @dataclass
 class ModelConfig:
-    """A pretrained model by name or folder (`base`), or a new one from its `architecture`.
+    """A pretrained model by name, folder or GGUF file (`base`), or a new one from its `architecture`.
 
     `architecture` holds the arguments of the transformers config of its `model_type`. `tokenizer` is a
     name or folder, or "words" for a word-level one made from the training file; by default the base's.
@@ -577,6 +577,7 @@ class TrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # examples per update, over all processes
     validate_every: int = 0  # in updates; 0: at the end of each epoch. The end of a stage is always validated
+    dry_run: bool = False  # measure seconds and memory of some updates, and train and write nothing
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,8 +10,11 @@ from coconut.utils.hydra_app import CONF_DIR, application
 
 
 def run(config: TrainConfig) -> int:
-    """Train one run, or resume it. Gives the exit status."""
-    from coconut.training.trainer import run
+    """Train one run, or resume it; with config.dry_run say what it would cost. Gives the exit status."""
+    if config.dry_run:
+        from coconut.training.dry_run import run
+    else:
+        from coconut.training.trainer import run
 
     return run(config)
 

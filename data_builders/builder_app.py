@@ -13,12 +13,11 @@ from hashlib import blake2b
 from typing import Any
 
 from coconut.utils.overrides import as_arguments
+from coconut.utils.pretrained import explain_load_errors, load_pretrained
 from data_builders.dataset_writer import Card, Row, WrittenRow, check_place, shared_questions, write_splits
 from data_builders.parallel_generation import Recipe, make_splits
 from data_builders.release_formats import SourceKeys
 from data_builders.statistics import Measures, compare, table
-
-CHANGE_NO_ROW = ("num_workers", "out_dir", "preview", "tokenizer", "format")  # keys
 
 
 def text_key(row: Row) -> int:
@@ -73,7 +72,7 @@ def run(config: SourceKeys, builder: Builder) -> None:
 
 def command(config: SourceKeys, builder: Builder) -> str:
     """The command line that makes the same data set again."""
-    arguments = as_arguments(config, (*CHANGE_NO_ROW, "dataset"))
+    arguments = as_arguments(config, (*config.change_no_row, "dataset"))
     return shlex.join(["coconut", "data", builder.command or builder.task, *arguments])
 
 
@@ -100,7 +99,7 @@ def _compare(config: SourceKeys, builder: Builder) -> None:
         rows, here = [json.loads(one.line) for one in made["train"]], [one.measures for one in made["train"]]
     others = [builder.measure(row) for row in there]
     if config.tokenizer:
-        lengths = [_lengths(part, config.tokenizer) for part in (rows, there)]
+        lengths = [token_lengths(part, config.tokenizer) for part in (rows, there)]
         here = [a | b for a, b in zip(here, lengths[0], strict=True)]
         others = [a | b for a, b in zip(others, lengths[1], strict=True)]
     print(table(compare(here, others), f"{len(rows):,} rows here", f"{len(there):,} rows of the file"))
@@ -108,11 +107,12 @@ def _compare(config: SourceKeys, builder: Builder) -> None:
         print(f"Only one of the two has: {', '.join(alone)}.")
 
 
-def _lengths(rows: Sequence[Row], tokenizer: str) -> list[Measures]:
+def token_lengths(rows: Sequence[Row], tokenizer: str) -> list[dict[str, float]]:
     """Lengths in tokens of the default prompt format: the question, the steps and the answer of each row."""
     from transformers import AutoTokenizer
 
-    encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    with explain_load_errors(tokenizer, "tokenizer"):
+        encode = load_pretrained(AutoTokenizer, tokenizer)
     parts = {
         "tokens of the question": [f"{row['question']}\n" for row in rows],
         "tokens of the steps": ["".join(f"{step}\n" for step in row["steps"]) for row in rows],

@@ -22,7 +22,7 @@ from coconut.tasks import gsm8k
 from coconut.utils.hydra_app import application
 from coconut.utils.overrides import Place
 from data_builders.arithmetic import Outcome, check, shown
-from data_builders.builder_app import Builder, run
+from data_builders.builder_app import Builder, run, token_lengths
 from data_builders.dataset_writer import Row, divide
 from data_builders.fields import text_field
 from data_builders.hub import load_hub
@@ -75,9 +75,15 @@ class Gsm8kBuild(SourceKeys):
     steps: Steps = Steps.equations
     arithmetic: Faulty = Faulty.keep
     last_value: Faulty = Faulty.keep
+    max_tokens: int | None = None  # of the tokenizer; longer training and validation rows are left out
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_tokens is not None and (self.max_tokens < 1 or not self.tokenizer):
+            raise ValueError(
+                f"max_tokens={self.max_tokens} leaves out rows with more tokens. It must be at least 1, and needs a "
+                "tokenizer: tokenizer=NAME, FOLDER or FILE.gguf."
+            )
         given = {"preset": self.preset, "hub": self.hub, **self.files}
         given = [f"{key}={value}" for key, value in given.items() if value]
         if not given and self.compare:
@@ -95,6 +101,14 @@ class Gsm8kBuild(SourceKeys):
             raise ValueError(f"{' and '.join(given)} are given: data come from one place. Keep one of them.")
         if self.hub_config and not self.hub_name:
             raise ValueError(f"hub_config={self.hub_config} is given without hub=NAME. Leave it out.")
+
+    @property
+    def uses_tokenizer(self) -> bool:
+        return bool(self.compare) or self.max_tokens is not None
+
+    @property
+    def change_no_row(self) -> tuple[str, ...]:
+        return tuple(key for key in super().change_no_row if key != "tokenizer" or not self.max_tokens)
 
     @property
     def hub_name(self) -> str | None:
@@ -143,11 +157,26 @@ def read_splits(config: Gsm8kBuild) -> tuple[dict[str, list[Row]], dict[str, Any
         splits, sources = config.read(lambda path: take(_open_file(path, config.steps))), config.described()
         origins = {key: str(Path(path)) for key, path in config.files.items()}
     summarise(audits, config)
-    return splits, {
+    short = {split: rows if split == "test" else _short_rows(rows, split, config) for split, rows in splits.items()}
+    return short, {
         "dials": {key: getattr(config, key).value for key in ("steps", *FAULTS)},
+        "max_tokens": config.max_tokens,
+        "longer_rows": {split: len(rows) - len(short[split]) for split, rows in splits.items()},
         "sources": sources,
         "arithmetic": {key: audits[origin].described() for key, origin in origins.items()},
     }
+
+
+def _short_rows(rows: list[Row], split: str, config: Gsm8kBuild) -> list[Row]:
+    """The rows with at most `max_tokens` tokens in the default prompt format, the end of the sequence not counted."""
+    if not config.max_tokens or not rows:
+        return rows
+    lengths = token_lengths(rows, str(config.tokenizer))
+    kept = [row for row, each in zip(rows, lengths, strict=True) if sum(each.values()) <= config.max_tokens]
+    print(f"{split}: {len(kept):,} of {len(rows):,} rows have at most {config.max_tokens} tokens, and are kept")
+    if not kept:
+        raise ValueError(f"No row of {split} has at most max_tokens={config.max_tokens} tokens. Raise it.")
+    return kept
 
 
 def released_rows(path: str, kind: Steps = Steps.equations) -> list[Row]:

@@ -106,6 +106,11 @@ class SourceKeys:
         return bool(self.compare)
 
     @property
+    def change_no_row(self) -> tuple[str, ...]:
+        """The keys that do not change the rows."""
+        return ("num_workers", "out_dir", "preview", "tokenizer", "format")
+
+    @property
     def counts(self) -> dict[str, int | None]:
         return {split: getattr(self, f"num_{split}") for split in SPLITS}
 

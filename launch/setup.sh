@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes or reuses .venv. Sourced by the other scripts, in the repository's root: `source launch/setup.sh base|dev`.
+# Makes or reuses .venv. Sourced by the other scripts, in the repository's root: `source launch/setup.sh base|EXTRA`.
 # Sets $python to the environment's interpreter. Nothing is done twice: .venv remembers what it was made from.
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }

@@ -30,17 +30,28 @@ def launch_training(
     """
 
     def train(world: World) -> int:
-        _check_divisible(config, batch_key, world.size)
         with open_run_folder(config, world) as (folder, files):
             return _begin_or_resume(trainer(config, folder, files, world))
 
+    return on_processes(config, train, module, world, batch_key)
+
+
+def on_processes(
+    config: RunConfig, work: Callable[[World], int], module: str, world: World | None, batch_key: str = "batch_size"
+) -> int:
+    """Do `work` in each process of a run, as `launch_training` does."""
+
+    def checked(world: World) -> int:
+        _check_divisible(config, batch_key, world.size)
+        return work(world)
+
     if world:
-        return train(world)
+        return checked(world)
     silence_libraries()
     if read_launcher_env().size == 1 and (count := num_processes(config.launch, config.engine)) > 1:
         _check_divisible(config, batch_key, count)  # before any process is started
         check_tracker(config.tracking)
-    return run_on_processes(config.launch, config.engine, module, train)
+    return run_on_processes(config.launch, config.engine, module, checked)
 
 
 def _check_divisible(config: RunConfig, key: str, processes: int) -> None:

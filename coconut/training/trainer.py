@@ -156,7 +156,7 @@ class Trainer:
         if updates_since_reset(position, config.optimizer.reset_every) == 0:
             self.engine.reset_optimizer()
         if position.stage_step == 0 or self.view is None:
-            self.lm.reasoning = self._reasoning(position.stage)
+            self.lm.reasoning = self.reasoning_in(position.stage)
             log(f"Stage {position.stage.index}: {position.stage.describe()}")
         if position.batch == 0 or self.view is None:
             self.view = EpochView(self.train, self.plan, position.stage, self.lm.special, config.seed, position.epoch)
@@ -267,7 +267,8 @@ class Trainer:
         found = {i: norms_K for part in parts for i, norms_K in part.items()}
         return attenuation([found[i] for i in chosen]) if chosen else {}
 
-    def _reasoning(self, stage: Stage) -> Reasoning:
+    def reasoning_in(self, stage: Stage) -> Reasoning:
+        """How the model is asked in a stage."""
         mixed = self.plan.mixing_forms if self.plan.mixing_probability else ()
         forms = [*stage.forms_at_inference, *mixed]
         limit = self.config.max_new_tokens or limit_for([self.train, self.valid], forms, self.task.max_new_tokens)

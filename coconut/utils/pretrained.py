@@ -1,14 +1,21 @@
-"""Load pretrained models, configs and tokenizers from a folder or the Hugging Face hub, with errors that help."""
+"""Load pretrained models, configs and tokenizers from a folder, a GGUF file or the Hugging Face hub.
+
+The errors say what to do.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from coconut.utils.console import log
 
 # An environment variable and no configuration key: a run's own files must not decide whether to trust code.
 REMOTE_CODE_VARIABLE = "COCONUT_REMOTE_CODE"
@@ -17,9 +24,14 @@ REMOTE_CODE_VARIABLE = "COCONUT_REMOTE_CODE"
 def load_pretrained(auto_class: Any, name_or_path: Any, **settings: Any) -> Any:
     """Call `from_pretrained` of a transformers Auto class, and copy the weights out of their memory-mapped file.
 
-    If the hub does not answer, only the local cache is used. Code inside a model's folder is run only if the
-    environment variable COCONUT_REMOTE_CODE is 1; raises ValueError if it is needed and not allowed.
+    A GGUF file gives its config, its tokenizer, or its weights, dequantised to `dtype`: an ordinary model, which trains
+    and is saved as any other. If the hub does not answer, only the local cache is used. Code inside a model's folder is
+    run only if the environment variable COCONUT_REMOTE_CODE is 1. Raises ValueError if it is needed and not allowed,
+    and for a GGUF file that is missing, damaged or of an architecture that transformers does not read.
     """
+    if str(name_or_path).endswith(GGUF):
+        return _load_gguf(auto_class, Path(name_or_path), settings)
+    _refuse_unnamed_gguf(Path(name_or_path))
     if not Path(name_or_path).exists() and hub_unreachable():
         settings["local_files_only"] = True
     try:
@@ -35,6 +47,79 @@ def load_pretrained(auto_class: Any, name_or_path: Any, **settings: Any) -> Any:
         ) from None
     _copy_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+GGUF = ".gguf"
+
+
+def _load_gguf(auto_class: Any, file: Path, settings: dict[str, Any]) -> Any:
+    """What `auto_class` reads of a GGUF file. A model is logged with the types that its weights were stored in."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist. Name a GGUF file on this machine, or a folder, or OWNER/NAME.")
+    stored = _stored_types(file)
+    is_model = auto_class not in (AutoConfig, AutoTokenizer)
+    if is_model:
+        from transformers import GgufConfig
+
+        settings["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        loaded = auto_class.from_pretrained(file.parent, gguf_file=file.name, **settings)
+    except (ValueError, NotImplementedError, KeyError) as error:
+        raise ValueError(
+            f"transformers cannot read {file} ({type(error).__name__}: {error}). Take the model's own folder, with "
+            "config.json and *.safetensors."
+        ) from error
+    if is_model:
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        count = sum(weight.numel() for weight in model.parameters())
+        log(f"{file.name}: {count:,} parameters, dequantised from {stored} to {str(model.dtype).split('.')[-1]}")
+        _copy_weights(model)
+    elif auto_class is AutoTokenizer:
+        _drop_tokens_beyond_vocabulary(loaded)
+    return loaded
+
+
+def _drop_tokens_beyond_vocabulary(tokenizer: Any) -> None:
+    """Remove the default special tokens that transformers adds to a tokenizer from a GGUF file which lacks them.
+
+    The model has no embeddings for them.
+    """
+    from tokenizers import Tokenizer
+
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] < tokenizer.vocab_size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+
+
+def _stored_types(file: Path) -> str:
+    """The types of the weights in a GGUF file, the most frequent first. Those of vectors (norms) are left out."""
+    try:
+        import accelerate  # noqa: F401  # transformers needs it for GGUF files
+        from gguf import GGUFReader
+    except ImportError:
+        raise ValueError(
+            f"{file} is a GGUF file, which needs gguf and accelerate. Install them: pip install gguf accelerate, or "
+            "'coconut-latent[gguf]'."
+        ) from None
+    numbers: Counter[str] = Counter()
+    try:
+        for tensor in GGUFReader(file).tensors:
+            if len(tensor.shape) > 1:
+                numbers[tensor.tensor_type.name] += int(tensor.n_elements)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{file} is damaged, or no GGUF file: {error}. Download it again.") from error
+    return ", ".join(name for name, _ in numbers.most_common())
+
+
+def _refuse_unnamed_gguf(folder: Path) -> None:
+    """Raise ValueError for a folder that holds GGUF files and nothing else to load."""
+    if any((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return
+    if files := sorted(folder.glob(f"*{GGUF}")):
+        names = ", ".join(file.name for file in files[:4])
+        raise ValueError(f"{folder} has no config.json, but GGUF files: {names}. Name one: {files[0]}")
 
 
 def _copy_weights(model: Any) -> None:

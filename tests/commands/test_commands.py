@@ -38,6 +38,7 @@ from coconut.config import (
     EngineConfig,
     ModelConfig,
     OptimizerConfig,
+    Precision,
     RowRule,
     RunConfig,
     StepRule,
@@ -133,6 +134,14 @@ def test_the_papers_hyperparameters() -> None:
         stages = plan(config.method, config.curriculum).stages
         expected = [6, 3, 3, 3, 35] if name == "gsm8k_gpt2" else [5, 5, 5, 5, 5, 5, 20]
         assert [stage.length for stage in stages] == expected
+
+
+@pytest.mark.parametrize("data", ["gsm8k", "prosqa"])
+def test_smollm2_has_the_papers_schedule(data: str) -> None:
+    ours, papers = (composed("train", f"experiment={data}_{model}") for model in ("smollm2", "gpt2"))
+    assert isinstance(ours, TrainConfig)
+    assert replace(ours, name=papers.name, model=papers.model, engine=papers.engine) == papers
+    assert (ours.engine.precision, ours.engine.cuda_graphs) == (Precision.bfloat16, True)
 
 
 @pytest.mark.slow

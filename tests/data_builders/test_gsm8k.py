@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from helpers import DATA, ROOT, SHARED
+from helpers.models import byte_level_tokenizer
 from helpers.processes import python
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -304,6 +305,43 @@ def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
     assert "do not match" in lines[4]
     assert "more than <<...>>" in lines[5]
     assert lines[-1] == "  and 2 more"
+
+
+def test_rows_of_at_most_so_many_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training and validation rows are counted as they are trained on; the test stays whole."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    lines = [json.dumps({"question": "Why? " * n, "answer": f"{'<<1+1=2>>' * (n % 3)}#### {n}"}) for n in range(1, 41)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = str(tmp_path / "rows.jsonl")
+    keys: dict[str, Any] = {"source": rows, "test": rows, "num_valid": 10}
+    gsm8k.build(Gsm8kBuild(str(tmp_path), "all", **keys))
+    gsm8k.build(Gsm8kBuild(str(tmp_path), "few", tokenizer=str(tmp_path / "tokenizer"), max_tokens=90, **keys))
+
+    said = capsys.readouterr().out
+
+    def length(row: dict[str, Any]) -> int:
+        texts = [row["question"] + "\n", *(step + "\n" for step in row["steps"]), "### " + row["answer"]]
+        return sum(len(tokenizer.encode(text)) for text in texts)
+
+    for split in ("train", "valid"):
+        whole = read(tmp_path / f"all_{split}.json")
+        kept = [row for row in whole if length(row) <= 90]
+        assert 0 < len(kept) < len(whole)
+        assert read(tmp_path / f"few_{split}.json") == kept
+        assert f"{split}: {len(kept)} of {len(whole)} rows have at most 90 tokens" in said
+    assert read(tmp_path / "few_test.json") == read(tmp_path / "all_test.json")
+    manifest = read(tmp_path / "few_manifest.json")
+    assert (manifest["max_tokens"], manifest["longer_rows"]["test"]) == (90, 0)
+    command = (tmp_path / "few_card.md").read_text()
+    assert f"tokenizer={tmp_path / 'tokenizer'}" in command
+    assert "max_tokens=90" in command
+    wrong: dict[str, Any]
+    for wrong in ({"max_tokens": 90}, {"max_tokens": 0, "tokenizer": "x"}):
+        with pytest.raises(ValueError, match="needs a tokenizer"):
+            Gsm8kBuild(**keys, **wrong)
+    with pytest.raises(ValueError, match=r"No row of .* at most max_tokens=2 tokens"):
+        gsm8k.build(Gsm8kBuild(str(tmp_path), "no", tokenizer=str(tmp_path / "tokenizer"), max_tokens=2, **keys))
 
 
 @pytest.fixture

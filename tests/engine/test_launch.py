@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -103,6 +104,33 @@ def test_launch_scripts_name_missing_arguments(script: str, arguments: list[str]
     assert done.returncode == 2
     assert printed.startswith("error: ")
     assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quick=true"], "'quick=true' is not known here. Usage: "),
+        (["data=a"], "data=a has no train.jsonl"),
+    ],
+)
+def test_pretrained_names_wrong_arguments(arguments: list[str], message: str) -> None:
+    done = subprocess.run(["bash", ROOT / "launch/pretrained.sh", *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_fetched_weights_are_verified(tmp_path: Path) -> None:
+    file = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.write_bytes(b"weights")
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(b'weights').hexdigest()}  {file.name}\n")
+    command = [sys.executable, ROOT / "launch/smollm2.py", tmp_path]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, str(file)), done.stderr
+    file.write_bytes(b"weighty")
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert f"{file} is not the file with SHA-256" in done.stderr
 
 
 def test_torchrun_workers_save_on_sigterm(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:
