@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,6 +375,30 @@ class _quiet_datasets:
     def __exit__(self, *_: object) -> None:
         if self.was_on:
             self.datasets.enable_progress_bars()
+
+
+def written_otherwise(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat
+) -> list[tuple[list[str], list[str]]]:
+    """The places where tokens differ because question, steps and answer are encoded each by itself.
+
+    For each example whose tokens differ from those of its whole text, at the first place of difference: the tokens of
+    the segments and those of the whole, as text, up to where the two agree again.
+    """
+    segments = [_segments(e.question, e.steps, e.answer, prompt_format) for e in examples]
+    wholes = _encode(tokenizer, ["".join(each) for each in segments], return_offsets_mapping=True) if segments else {}
+    places = []
+    for each, whole in zip(segments, wholes.get("offset_mapping", ()), strict=True):
+        starts = accumulate(map(len, each), initial=0)
+        parts = _encode(tokenizer, each, return_offsets_mapping=True)["offset_mapping"]
+        apart = [(start + a, start + b) for start, spans in zip(starts, parts, strict=False) for a, b in spans]
+        text, ends = "".join(each), sorted({end for _, end in apart} & {end for _, end in whole})
+        for begin, end in pairwise([0, *ends]):
+            ours, theirs = ([text[a:b] for a, b in spans if begin <= a < end] for spans in (apart, whole))
+            if ours != theirs:
+                places.append((ours, theirs))
+                break
+    return places
 
 
 def unknown_words(data: TokenizedData, tokenizer: PreTrainedTokenizerFast) -> int:

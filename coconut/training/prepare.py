@@ -9,13 +9,14 @@ import numpy as np
 from coconut.config import TooLong, TrainConfig
 from coconut.data.examples import Example, read_examples
 from coconut.data.sequences import EpochView, fit_context, stage_variants, written_lengths
-from coconut.data.tokenization import TokenizedData, tokenize, unknown_words
+from coconut.data.tokenization import TokenizedData, tokenize, unknown_words, written_otherwise
 from coconut.evaluation.gold_answers import readable
 from coconut.methods import TEACHER, WRITTEN, At, Plan, Stage
 from coconut.models.latent_lm import LatentLM
 from coconut.tasks import TASKS
 from coconut.utils.console import list_lengths, log
 
+TEXTS_READ = 100  # examples whose tokens are compared with those of running text
 SPANS_READ = 1000  # examples in which the thoughts without a part of the chain are counted
 
 
@@ -50,6 +51,8 @@ def prepare_data(
     )  # fmt: skip
     if len(right) < len(kept):
         tokens, rows = tokens.select(right), [rows[i] for i in right]
+    if split == "train" and (config.model.base or config.init):
+        _warn_of_other_tokens(rows, lm, config, file)
     if split == "train" and any(stage.in_turn for stage in plan.stages):
         _refuse_without_steps(tokens, config.method, file)
     if split == "train" and any(term.at is At.answer_prompt for term in plan.terms):
@@ -65,6 +68,19 @@ def prepare_data(
     if split == "train" and any(form.name == TEACHER for form in plan.stages[0].together):
         _warn_of_empty_teachers(tokens, config, file)
     return tokens, rows
+
+
+def _warn_of_other_tokens(examples: list[Example], lm: LatentLM, config: TrainConfig, file: str) -> None:
+    """Say that a pretrained model reads tokens at the ends of segments that it does not know from running text."""
+    read = examples[:TEXTS_READ]
+    if places := written_otherwise(read, lm.tokenizer, config.data.format):
+        ours, theirs = (" ".join(map(repr, tokens)) for tokens in places[0])
+        log(
+            f"warning: {file}: question, steps and answer are encoded each by itself, and in {len(places)} of the "
+            f"first {len(read)} rows the tokens at their ends are others than in running text: {ours} in place of "
+            f"{theirs}. A pretrained model knows the latter. Choose a data.format whose parts end in a newline, as by "
+            "default."
+        )
 
 
 def plain_view(data: TokenizedData, plan: Plan, stage: Stage, lm: LatentLM) -> EpochView:

@@ -24,6 +24,7 @@ from coconut.data.tokenization import (
     token_ids,
     tokenize,
     unknown_words,
+    written_otherwise,
 )
 from coconut.methods import PromptFormat
 
@@ -306,3 +307,32 @@ def test_failing_chat_template_is_reported(template: str, message: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=rf"(?s)chat template of someone/instruct .*{message}.*chat_template"):
         encode_questions(tokenizer, ["Is Tom a cat?"], PromptFormat(chat=True))
+
+
+@given(
+    st.lists(st.text(alphabet=" acTom?\n", min_size=1), min_size=1, max_size=3),
+    st.sampled_from(["{}", "{} ", "{}\n", "{}\n\n", "{} ."]),
+    st.sampled_from(["{} ", "{}\n", " {}."]),
+)
+def test_places_where_tokens_differ_from_those_of_the_whole_text(texts: list[str], question: str, step: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    form = PromptFormat(question, step, "a {}")
+    example = Example(texts[0], tuple(texts[1:]), "cat")
+    segments = [question.replace("{}", texts[0]), *(step.replace("{}", text) for text in texts[1:]), "a cat"]
+    apart, whole = encode_texts(tokenizer, segments), encode_texts(tokenizer, ["".join(segments)])[0]
+    apart = [token for ids in apart for token in ids]
+    places = written_otherwise([example], tokenizer, form)
+    assert len(places) == (apart != whole)
+    for ours, theirs in places:
+        assert "".join(ours) == "".join(theirs)
+        assert ours != theirs
+        assert "".join(ours) in "".join(segments)
+
+
+def test_a_space_at_the_end_of_a_part_is_joined_in_running_text() -> None:
+    tokenizer = byte_level_tokenizer()
+    asked = Example("How many?", ("Tom is a cat.",), "4")
+    [(ours, theirs)] = written_otherwise([asked], tokenizer, PromptFormat("{} ", "{}\n", "### {}"))
+    assert (ours[0], theirs[0][:2]) == (" ", " T")
+    assert not written_otherwise([asked], tokenizer, PromptFormat("{}\n", "{}\n", "### {}"))
+    assert not written_otherwise([], tokenizer, PromptFormat())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ TEXTS = ["Is Tom a cat?", "How many? 12 + 34 = 46\n### 46", "ünïcode"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
-def test_a_run_from_a_gguf_file_is_a_plain_model(lora: int, tmp_path: Path) -> None:
+def test_a_run_from_a_gguf_file_is_a_plain_model(lora: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Saved, opened again and exported, it is marked as quantised nowhere."""
     model, tokenizer = llama_and_tokenizer()
     file = write_gguf(tmp_path / "small.gguf", model, tokenizer, GGMLQuantizationType.Q4_1)
     base = ModelConfig(base=str(file), lora=LoraConfig(rank=lora))
-    assert run_train(small_run(tmp_path / "run", graph_files(tmp_path, 32, 8, 8), model=base)) == 0
+    data = replace(graph_files(tmp_path, 32, 8, 8), format=PromptFormat("{} ", "cat {}\n", "{}"))
+    assert run_train(small_run(tmp_path / "run", data, model=base)) == 0
+    assert "in 32 of the first 32 rows the tokens at their ends are others" in capsys.readouterr().out
     trained = LatentLM.from_pretrained(starting_point(str(tmp_path / "run")))
     assert run_export(ExportConfig(run=str(tmp_path / "run"), output=str(tmp_path / "out"))) == 0
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
