@@ -245,7 +245,8 @@ def provenance(compared: Comparison, sets: Mapping[str, Comparison] | None = Non
     trained_on = [(split, row) for (split, _), row in data.items()]
     files = data_table([*trained_on, *asked], None if sets else compared.evaluation)
     last_sessions = [run.record.description["sessions"][-1] for run in runs]
-    keys = differing([run.settings for run in runs])
+    alike = [[run.settings for run in runs if run.record.is_policy is kind] for kind in (False, True)]
+    keys = list(dict.fromkeys(key for settings in alike for key in differing(settings)))
     facts = [
         *((method, get_method(method).summary) for method in methods),
         ("settings that differ", ", ".join(keys) if keys else "none but the seed"),
