@@ -24,7 +24,7 @@ from coconut.utils.console import duration, log
 from coconut.utils.torch_utils import eval_mode
 
 MEASURED_STAGES = 6  # of a plan with more, the costs of the others are interpolated
-QUANTILES = (0.25, 0.75)  # of an epoch's batches by their tokens: the two that stand for all
+QUANTILES = (0.25, 0.75)  # of an epoch's whole batches by their longest rows: the two that stand for all
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _stage_cost(trainer: Trainer, stage: Stage) -> StageCost:
     config = trainer.config
     view = EpochView(trainer.train, trainer.plan, stage, trainer.lm.special, config.seed, epoch=0)
     batches = epoch_batches(view, config.batch_size, config.seed, epoch=0)
-    full = [batch for batch in batches if len(batch) == len(batches[0])] or batches
+    full = [batch for batch in batches if len(batch) == max(map(len, batches))]
     by_length = sorted(full, key=lambda batch: int(view.longest[batch].max()))
     longest = np.argsort(-view.longest, kind="stable")[: config.batch_size]
     trainer.lm.reasoning = trainer.reasoning_in(stage)
