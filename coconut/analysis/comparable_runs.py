@@ -295,7 +295,8 @@ def _policy_settings(config: dict[str, Any], description: dict[str, Any]) -> dic
         earlier, about = read_config(folder), read_json(folder / DESCRIPTION)
         of_run = _policy_settings if "objective" in earlier else _settings
         named = [step] if _checkpoint(str(config["init"]))[0] else []
-        init = _digest([earlier.get("method"), *named, of_run(earlier, about)])
+        kind = earlier["objective"]["name"] if "objective" in earlier else earlier["method"]
+        init = _digest([kind, *named, of_run(earlier, about)])
     data = {key: determining["data"][key] for key in ("task", "too_long", "unreadable")}
     data |= {split: row["sha256"][:12] for split, row in description["data"].items()}
     settings = _flatten(determining | {"data": data, "init": init})
