@@ -534,7 +534,7 @@ def test_policies_and_the_models_they_began_from_share_a_table(tmp_path: Path) -
 
 
 def test_what_a_policy_began_from_identifies_it(tmp_path: Path) -> None:
-    """The objective of an earlier policy is a setting."""
+    """The objective of an earlier policy is a setting, and each of its steps may have several updates."""
     warm, data = trained(
         tmp_path / "warm", method="cot", curriculum=Curriculum(length_unit=Unit.updates, total_length=8)
     )
@@ -548,6 +548,12 @@ def test_what_a_policy_began_from_identifies_it(tmp_path: Path) -> None:
         made.append(ComparableRun(read_run(second), "test", {}, [], np.array([])))
     assert made[0].settings != made[1].settings
     assert differing([each.settings for each in made]) == ["init"]
+    for each, name in zip(made, ("grpo", "dr_grpo"), strict=True):
+        began = int(read_json(tmp_path / f"{name}-first" / "run.json")["init"][-7:])
+        assert each.updates_before == began + sum(
+            row["updates"] for row in rows_of_kind(tmp_path / f"{name}-first", "train")
+        )
+        assert each.updates_before == began + 6
 
 
 def test_policy_table_refuses_unanalyzed_and_unevaluated_runs(finished: Path, made: Made) -> None:
