@@ -39,13 +39,17 @@ class StageCost:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run costs. `updates`: of each stage. `validation`: seconds of one, if no answer ends before its limit."""
+    """What a run costs. `updates`: of each stage. `validation`: seconds of one, if no answer ends before its limit.
+
+    `memory`: the peak of updates and validations in GiB.
+    """
 
     stages: tuple[Stage, ...]
     updates: tuple[int, ...]
     measured: tuple[StageCost, ...]
     validations: int
     validation: float
+    memory: float
 
     @property
     def seconds_per_update(self) -> list[float]:
@@ -57,10 +61,6 @@ class RunCost:
     def training(self) -> float:
         """Seconds of all updates."""
         return sum(seconds * count for seconds, count in zip(self.seconds_per_update, self.updates, strict=True))
-
-    @property
-    def memory(self) -> float:
-        return max(cost.memory for cost in self.measured)
 
     def describe(self) -> str:
         """In a few lines, the outcome last."""
@@ -112,7 +112,8 @@ def run_cost(trainer: Trainer) -> RunCost:
     measured = tuple(_stage_cost(trainer, stages[i]) for i in places)
     validation = max(_validation_seconds(trainer, stages[i]) for i in {0, len(stages) - 1})
     count = num_validations(schedule, trainer.config.validate_every)
-    return RunCost(tuple(stages), tuple(map(schedule.updates, stages)), measured, count, validation)
+    memory = max(peak_memory(trainer.engine.device), *(cost.memory for cost in measured))
+    return RunCost(tuple(stages), tuple(map(schedule.updates, stages)), measured, count, validation, memory)
 
 
 def num_validations(schedule: Schedule, every: int) -> int:

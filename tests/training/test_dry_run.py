@@ -88,6 +88,21 @@ def test_whole_batches_are_measured_whatever_comes_first(config: TrainConfig, mo
     assert sizes == [16] * 3 * len(trainer.plan.stages)
 
 
+def test_peak_memory_is_that_of_validations_too(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each reading is of what came since the one before."""
+    trainer, evaluate, peaks = trainer_of(config), dry_run.evaluate, {"update": 2.0}
+
+    def noted(*args: Any, **options: Any) -> Any:
+        peaks["validation"] = 3.0
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(dry_run, "evaluate", noted)
+    monkeypatch.setattr(dry_run, "peak_memory", lambda device: max(peaks.values()))
+    cost = dry_run.run_cost(trainer)
+    assert ([each.memory for each in cost.measured], cost.memory) == ([2.0] * 3, 3.0)
+    assert "Peak memory 3.0 GiB" in cost.describe()
+
+
 def test_stages_between_the_measured_ones_are_interpolated(config: TrainConfig) -> None:
     curriculum = Curriculum(max_stage=8, length_unit=Unit.updates, stage0_length=1, stage_length=1, total_length=9)
     trainer = trainer_of(replace(config, curriculum=curriculum))
