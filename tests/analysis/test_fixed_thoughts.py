@@ -151,6 +151,9 @@ def test_interventions_equal_asking_each_question_alone(method: str) -> None:
         assert (rows[name]["questions"], rows[name]["changed"]) == (N, changed / N)
         assert rows[name]["accuracy"] == right / N
     assert {row["thoughts"] for row in k_forcing(subject).rows} == set(range(K + 3))
+    if K < 5:
+        beyond_ND = subject.forced(K + 1).thoughts[:, K]
+        assert bool(beyond_ND.any()) == (method != "c_mtp"), "a group without words is zero"
 
 
 @pytest.mark.parametrize("method", MERGING)
