@@ -108,15 +108,27 @@ def _compare(config: SourceKeys, builder: Builder) -> None:
 
 
 def token_lengths(rows: Sequence[Row], tokenizer: str) -> list[dict[str, float]]:
-    """Lengths in tokens of the default prompt format: the question, the steps and the answer of each row."""
+    """Lengths in tokens of the default prompt format: the question, the steps and the answer of each row.
+
+    As in training: each step is encoded by itself, the tokenizer's start tokens stand before the question alone, and
+    the end of the sequence is not counted.
+    """
     from transformers import AutoTokenizer
 
     with explain_load_errors(tokenizer, "tokenizer"):
         encode = load_pretrained(AutoTokenizer, tokenizer)
-    parts = {
-        "tokens of the question": [f"{row['question']}\n" for row in rows],
-        "tokens of the steps": ["".join(f"{step}\n" for step in row["steps"]) for row in rows],
-        "tokens of the answer": [f"### {row['answer']}" for row in rows],
-    }
-    counted = {name: [float(len(ids)) for ids in encode(texts)["input_ids"]] for name, texts in parts.items()}
-    return [{name: counts[place] for name, counts in counted.items()} for place in range(len(rows))]
+
+    whole, alone = (encode("Q", add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = len(whole) - len(alone) - (whole[-1] == encode.eos_token_id)
+    texts = [text for row in rows for text in (f"{row['question']}\n", f"### {row['answer']}")]
+    texts += [f"{step}\n" for row in rows for step in row["steps"]]
+    lengths = map(len, encode(texts, add_special_tokens=False)["input_ids"])
+    others = [(next(lengths), next(lengths)) for _ in rows]
+    return [
+        {
+            "tokens of the question": float(start + question),
+            "tokens of the steps": float(sum(next(lengths) for _ in row["steps"])),
+            "tokens of the answer": float(answer),
+        }
+        for row, (question, answer) in zip(rows, others, strict=True)
+    ]

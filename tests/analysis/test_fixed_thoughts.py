@@ -24,12 +24,14 @@ from coconut.analysis.interventions import audit_edges, audit_thoughts, other_qu
 from coconut.analysis.noise import noise_curves
 from coconut.analysis.prefix_values import prefix_values
 from coconut.analysis.probes import Subject, decoded, inner_products, k_forcing, next_step_values
+from coconut.analysis.readout import _questions as questions_to_read
 from coconut.analysis.rollouts import sampled
 from coconut.analysis.states import slot_states
 from coconut.data.examples import Example
 from coconut.data.tokenization import encode_answers
 from coconut.evaluation.config import Sampling
 from coconut.evaluation.sampling import evaluate_samples
+from coconut.generation.room import room_for_question
 from coconut.methods import METHODS, Reasoning
 from coconut.runs.study import NotApplicable
 from coconut.tasks import TASKS
@@ -149,6 +151,9 @@ def test_interventions_equal_asking_each_question_alone(method: str) -> None:
         assert (rows[name]["questions"], rows[name]["changed"]) == (N, changed / N)
         assert rows[name]["accuracy"] == right / N
     assert {row["thoughts"] for row in k_forcing(subject).rows} == set(range(K + 3))
+    if K < 5:
+        beyond_ND = subject.forced(K + 1).thoughts[:, K]
+        assert bool(beyond_ND.any()) == (method != "c_mtp"), "a group without words is zero"
 
 
 @pytest.mark.parametrize("method", MERGING)
@@ -240,6 +245,22 @@ class _Agreeing:
 
     def judge(self, predicted: str | None, gold: str) -> bool:
         return True
+
+
+def test_questions_to_fit_on_have_room_for_the_thoughts_that_the_model_may_take() -> None:
+    fixed = fixed_of("c_mtp").subject
+    lm, example = fixed.lm, EXAMPLES[0]
+    words = example.question.split()
+    longest = room_for_question(lm)
+    training = [
+        Example(" ".join(words[i % len(words)] for i in range(length)), example.steps, example.answer)
+        for length in (20, longest - 5, longest)
+    ]
+    assert [len(ids) for ids in fixed.encode(training)] == [20, longest - 5, longest]
+    assert fixed.free
+    assert room_for_question(fixed.free) < longest
+    fitted, _ = questions_to_read(fixed, training)
+    assert fitted == [training[i] for i in fixed.with_this_count(training[:2])]
 
 
 def test_a_model_that_never_begins_to_think_is_not_measured() -> None:

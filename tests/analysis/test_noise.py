@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from helpers.memorizing import EXAMPLES, memorizing_model
+from helpers.memorizing import EXAMPLES, memorizing_model, word_model
 
 from coconut.analysis import noise
 from coconut.analysis.noise import SIGMAS, noise_curves, noisy_embeddings
@@ -14,7 +15,7 @@ from coconut.analysis.probes import Subject
 from coconut.data.tokenization import encode_questions
 from coconut.evaluation.evaluator import evaluate
 from coconut.generation.generate import pad_rows
-from coconut.methods import NOTHING, PAUSES
+from coconut.methods import METHODS, NOTHING, PAUSES
 from coconut.reporting.measurements.noise import describe
 from coconut.runs.study import NotApplicable, Study
 from coconut.tasks import TASKS
@@ -65,6 +66,25 @@ def test_noise_on_words_hits_as_many_words_and_nothing_else(subject: Subject) ->
     assert not (changed_BT & (mask_BT == 0)).any()
     assert not (changed_BT & (ids_BT == lm.special.bot)).any()
     assert float((after - before)[changed_BT].std()) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [{"method": "c_mtp"}, {"method": "soft_coconut", "top_k": 3}])
+def test_noise_on_words_leaves_those_that_a_thought_is_made_of(changes: dict[str, Any]) -> None:
+    """C-MTP looks up the words of a group, and a mixture its likeliest words, several columns at once."""
+    torch.manual_seed(0)
+    lm = word_model(EXAMPLES, 2)
+    slot = replace(METHODS[changes["method"]].slot, **{key: value for key, value in changes.items() if key != "method"})
+    lm.reasoning = replace(lm.reasoning, slot=slot)
+    lm.feedback = lm.new_feedback(slot)
+    states_BD = torch.randn(4, lm.thought_size)
+    ids_BT = torch.tensor(encode_questions(lm.tokenizer, [EXAMPLES[0].question], lm.reasoning.format))
+    with torch.no_grad():
+        own_BD, embeds_BTD = lm.thought(states_BD), lm.embed(ids_BT)
+        with noisy_embeddings(lm, 0.5, noise._some_words(lm, 3)):
+            assert torch.equal(lm.thought(states_BD), own_BD)
+            assert not torch.equal(lm.embed(ids_BT), embeds_BTD)
+        assert torch.equal(lm.embed(ids_BT), embeds_BTD)
+    assert "thought" not in vars(lm)
 
 
 def test_pauses_get_noise_on_their_embeddings(subject: Subject) -> None:

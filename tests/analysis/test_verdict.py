@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ from coconut.analysis.probes import Subject, inner_products, k_forcing
 from coconut.analysis.verdict import EXCHANGE, GAIN, NEEDED, NOISE, SEQUENCE, SHORTCUTS, SPREAD, reliance, verdict
 from coconut.methods import Curriculum, Reasoning, plan
 from coconut.reporting.measurements.influence import describe
-from coconut.reporting.verdict import _before_answers
+from coconut.reporting.verdict import _before_answers, verdict_of
+from coconut.runs.record import RunRecord
 from coconut.runs.study import Study
 from coconut.tasks import TASKS
 
@@ -196,3 +199,15 @@ def test_shortcuts_are_sorted_by_their_intervals_and_spoil_the_verdict() -> None
     assert spoiled.kind == "sequence"
     assert spoiled.headline.endswith("Besides, it relies on a shortcut of its data.")
     assert next(each for each in spoiled.findings if each.name == SHORTCUTS).speaks is False
+
+
+@pytest.mark.parametrize("fact", [{}, {"alike": {"thoughts": 3, "questions": 24, "of": 90}}, {"mode": "latent_3"}])
+def test_chance_is_that_of_the_questions_and_the_mode_that_were_measured(fact: dict[str, Any]) -> None:
+    found = {name: replace(study, facts=study.facts | fact) for name, study in studies("last_only").items()}
+    assert found["audit_thoughts"].rows[0]["low"] > 0.5
+    test, of_plan = {"chance_accuracy": 0.5, "interval": (0.45, 0.55)}, plan("coconut", Curriculum()).as_dict()
+    run = RunRecord(
+        Path("run"), {"method": "coconut"}, {"plan": of_plan}, [], [], {"test": test}, "test", studies=found
+    )
+    assert verdict_of(run).kind == ("single" if fact else "chance")
+    assert verdict_of(replace(run, test=None, evaluations={})).kind == "single"

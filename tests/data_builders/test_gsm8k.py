@@ -18,10 +18,13 @@ from helpers.processes import python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from coconut.data.tokenization import encode_answers, encode_questions, encode_texts
+from coconut.methods import PromptFormat
 from coconut.utils.files import read_json as read
 from coconut.utils.files import sha256
 from data_builders import gsm8k
 from data_builders.arithmetic import LONGEST, OPERATORS, Outcome, Verdict, check, shown
+from data_builders.builder_app import token_lengths
 from data_builders.gsm8k import Faulty, Gsm8kBuild, Preset, Steps, measure, released_rows
 
 REAL = SHARED / "gsm8k"
@@ -342,6 +345,19 @@ def test_rows_of_at_most_so_many_tokens(tmp_path: Path, capsys: pytest.CaptureFi
             Gsm8kBuild(**keys, **wrong)
     with pytest.raises(ValueError, match=r"No row of .* at most max_tokens=2 tokens"):
         gsm8k.build(Gsm8kBuild(str(tmp_path), "no", tokenizer=str(tmp_path / "tokenizer"), max_tokens=2, **keys))
+
+
+def test_tokens_are_counted_as_in_training(tmp_path: Path) -> None:
+    """With a tokenizer that puts special tokens around every text."""
+    tokenizer = byte_level_tokenizer(start=True)
+    tokenizer.save_pretrained(tmp_path)
+    row = {"question": "How many?", "steps": ["<<1+1=2>>", "<<2+2=4>>"], "answer": "4"}
+    (found,) = token_lengths([row], str(tmp_path))
+    (question,) = encode_questions(tokenizer, [row["question"]], PromptFormat())
+    assert (question[0], question[-1]) == (tokenizer.bos_token_id, *tokenizer.encode("\n", add_special_tokens=False))
+    steps = encode_texts(tokenizer, [f"{step}\n" for step in row["steps"]])
+    (answer,), _ = encode_answers(tokenizer, [row["answer"]], PromptFormat())
+    assert list(found.values()) == [len(question), sum(map(len, steps)), len(answer) - 1]
 
 
 @pytest.fixture

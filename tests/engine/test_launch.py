@@ -131,6 +131,10 @@ def test_fetched_weights_are_verified(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert f"{file} is not the file with SHA-256" in done.stderr
+    (tmp_path / "SHA256SUMS").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, file.read_bytes()) == (1, b"weighty")
+    assert f"{tmp_path} holds files without SHA256SUMS" in done.stderr
 
 
 def test_torchrun_workers_save_on_sigterm(keys: Callable[[Path, int], list[str]], tmp_path: Path) -> None:

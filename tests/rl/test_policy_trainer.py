@@ -27,11 +27,12 @@ from helpers.runs import (
 )
 
 from coconut import LatentLM
-from coconut.analysis.comparable_runs import sampled_evaluations
+from coconut.analysis.comparable_runs import ComparableRun, sampled_evaluations
 from coconut.analysis.config import AnalyzeConfig, MethodsConfig, Part, TableConfig
 from coconut.analysis.interventions import audit_thoughts
 from coconut.analysis.probes import Subject
 from coconut.analysis.run_comparison import compare as compare_runs
+from coconut.analysis.run_comparison import differing
 from coconut.analyze import compare_methods
 from coconut.analyze import run as analyze
 from coconut.analyze import table as compare
@@ -530,6 +531,29 @@ def test_policies_and_the_models_they_began_from_share_a_table(tmp_path: Path) -
     for words in ("How the policies were trained", "reward at first", f"{passes:,.0f}", noisy):
         assert words in page
     assert "How the policies" not in html(compare_runs(TableConfig(runs=[str(tmp_path / "cot-seed*")])), tmp_path)
+
+
+def test_what_a_policy_began_from_identifies_it(tmp_path: Path) -> None:
+    """The objective of an earlier policy is a setting, and each of its steps may have several updates."""
+    warm, data = trained(
+        tmp_path / "warm", method="cot", curriculum=Curriculum(length_unit=Unit.updates, total_length=8)
+    )
+    made: list[ComparableRun] = []
+    for name in ("grpo", "dr_grpo"):
+        keys: dict[str, Any] = {"reward": RewardConfig(), "objective": ObjectiveConfig(name)}
+        first, second = tmp_path / f"{name}-first", tmp_path / f"{name}-second"
+        assert run(settings((warm, data), first, num_steps=3, num_minibatches=2, **keys)) == 0
+        begin = first / "checkpoints" / "step-0000003"
+        assert run(settings((begin, data), second, num_steps=1, **keys | {"objective": ObjectiveConfig("grpo")})) == 0
+        made.append(ComparableRun(read_run(second), "test", {}, [], np.array([])))
+    assert made[0].settings != made[1].settings
+    assert differing([each.settings for each in made]) == ["init"]
+    for each, name in zip(made, ("grpo", "dr_grpo"), strict=True):
+        began = int(read_json(tmp_path / f"{name}-first" / "run.json")["init"][-7:])
+        assert each.updates_before == began + sum(
+            row["updates"] for row in rows_of_kind(tmp_path / f"{name}-first", "train")
+        )
+        assert each.updates_before == began + 6
 
 
 def test_policy_table_refuses_unanalyzed_and_unevaluated_runs(finished: Path, made: Made) -> None:

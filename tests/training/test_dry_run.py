@@ -11,6 +11,8 @@ import torch
 from helpers.runs import graph_files, small_run
 
 from coconut.config import TrainConfig
+from coconut.data.batching import epoch_batches
+from coconut.data.sequences import EpochView
 from coconut.engine.world import World
 from coconut.methods import METHODS, Curriculum, Unit
 from coconut.train import run
@@ -67,6 +69,38 @@ def test_the_longest_rows_are_run_and_nothing_is_learned(config: TrainConfig, mo
     assert [c.stage for c in cost.measured] == list(trainer.plan.stages)
     assert cost.updates == (2, 2, 2)
     assert cost.training == pytest.approx(sum(2 * c.seconds for c in cost.measured))
+
+
+def test_whole_batches_are_measured_whatever_comes_first(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of 40 rows has two batches of 16 and one of 8, in random order."""
+    seed, sizes = 8, []
+    trainer = trainer_of(replace(config, seed=seed))
+    view = EpochView(trainer.train, trainer.plan, trainer.plan.stages[0], trainer.lm.special, seed, epoch=0)
+    assert list(map(len, epoch_batches(view, config.batch_size, seed, epoch=0))) == [8, 16, 16]
+    update = trainer.engine.update
+
+    def noted(parts: Any, lr: float) -> Any:
+        sizes.append(sum(len(part.input_ids) for part in parts))
+        return update(parts, lr)
+
+    monkeypatch.setattr(trainer.engine, "update", noted)
+    dry_run.run_cost(trainer)
+    assert sizes == [16] * 3 * len(trainer.plan.stages)
+
+
+def test_peak_memory_is_that_of_validations_too(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each reading is of what came since the one before."""
+    trainer, evaluate, peaks = trainer_of(config), dry_run.evaluate, {"update": 2.0}
+
+    def noted(*args: Any, **options: Any) -> Any:
+        peaks["validation"] = 3.0
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(dry_run, "evaluate", noted)
+    monkeypatch.setattr(dry_run, "peak_memory", lambda device: max(peaks.values()))
+    cost = dry_run.run_cost(trainer)
+    assert ([each.memory for each in cost.measured], cost.memory) == ([2.0] * 3, 3.0)
+    assert "Peak memory 3.0 GiB" in cost.describe()
 
 
 def test_stages_between_the_measured_ones_are_interpolated(config: TrainConfig) -> None:
